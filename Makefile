@@ -1,0 +1,45 @@
+# make quickstart   a virtual environment, the main job, a report: the fastest way to see what this is
+# make test         the test suite           make check   ruff and mypy
+# make soak         the long tests           make clean   remove what the above made
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROVIDER := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+OUT ?= quickstart
+
+.PHONY: quickstart test check soak clean
+
+quickstart: $(VENV)/run-$(PROVIDER)
+	$(BIN)/tpeft-deploy quickstart --out $(OUT)
+
+test: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/it" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Installed again whenever the dependencies change.
+$(VENV)/run-$(PROVIDER): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing tpeft-deploy for $(PROVIDER) into $(VENV) (a few minutes the first time)"
+	$(PIP) --editable '.[$(PROVIDER),export,train,examples]'
+	@touch $@
+
+$(VENV)/dev-$(PROVIDER): $(VENV)/run-$(PROVIDER)
+	@echo "installing the test tools into $(VENV)"
+	$(PIP) --editable '.[$(PROVIDER),export,train,examples,dev]'
+	@touch $@
