@@ -1,0 +1,113 @@
+"""Laws of the algebra, for any shape, rank and pattern of identity factors."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpeft_deploy import slots
+from tpeft_deploy.slots import Kind, Target
+from tpeft_deploy.tucker import TuckerDelta, mode_product
+
+settings.register_profile("laws", deadline=None, max_examples=60)
+settings.load_profile("laws")
+
+
+@st.composite
+def deltas(draw: st.DrawFn, min_modes: int = 2, max_modes: int = 5) -> TuckerDelta:
+    modes = draw(st.integers(min_modes, max_modes))
+    sizes = [draw(st.integers(1, 6)) for _ in range(modes)]
+    identity = [draw(st.booleans()) for _ in range(modes)]
+    ranks = [size if same else draw(st.integers(1, 4)) for size, same in zip(sizes, identity, strict=True)]
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    factors = tuple(
+        None if same else random.standard_normal((size, rank))
+        for size, rank, same in zip(sizes, ranks, identity, strict=True)
+    )
+    return TuckerDelta(random.standard_normal(ranks), factors, draw(st.floats(-3, 3)))
+
+
+def explicit(delta: TuckerDelta) -> np.ndarray:
+    """The defining sum, written out with one einsum: an independent oracle."""
+    core, result = "abcde"[: delta.core.ndim], "vwxyz"[: delta.core.ndim]
+    factors = [np.eye(r) if f is None else f for f, r in zip(delta.factors, delta.ranks, strict=True)]
+    pairs = ",".join(f"{big}{small}" for big, small in zip(result, core, strict=True))
+    total: np.ndarray = np.einsum(f"{core},{pairs}->{result}", delta.core, *factors)
+    return delta.scale * total
+
+
+@given(deltas())
+def test_dense_is_the_defining_sum(delta: TuckerDelta) -> None:
+    assert delta.dense().shape == delta.shape
+    np.testing.assert_allclose(delta.dense(), explicit(delta), rtol=1e-10, atol=1e-10)
+
+
+@given(deltas(), st.data())
+def test_absorbing_any_modes_changes_nothing(delta: TuckerDelta, data: st.DataObject) -> None:
+    modes = data.draw(st.lists(st.integers(0, delta.core.ndim - 1), unique=True))
+    absorbed = delta.absorb(modes)
+    assert absorbed.shape == delta.shape
+    assert all(absorbed.factors[mode] is None for mode in modes)
+    np.testing.assert_allclose(absorbed.dense(), delta.dense(), rtol=1e-9, atol=1e-9)
+
+
+@given(deltas())
+def test_the_norm_needs_no_dense_change(delta: TuckerDelta) -> None:
+    np.testing.assert_allclose(delta.norm(), np.linalg.norm(delta.dense()), rtol=1e-9, atol=1e-9)
+
+
+@given(deltas(), st.data())
+def test_mode_products_along_different_modes_commute(delta: TuckerDelta, data: st.DataObject) -> None:
+    first, second = data.draw(st.permutations(range(delta.core.ndim)))[:2]
+    a = np.arange(2.0 * delta.core.shape[first]).reshape(2, -1)
+    b = np.arange(3.0 * delta.core.shape[second]).reshape(3, -1)
+    one = mode_product(mode_product(delta.core, a, first), b, second)
+    other = mode_product(mode_product(delta.core, b, second), a, first)
+    np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+def from_slots(target: Target, tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """What the graph's branch adds to the weight."""
+    if target.kind == "linear":
+        return (tensors["down"] @ tensors["up"]).T
+    if target.kind == "weight":
+        return (tensors["up"] @ tensors["core"]).reshape(target.shape)
+    up, down = (tensors[name].reshape(tensors[name].shape[:2]) for name in ("up", "down"))
+    return mode_product(mode_product(tensors["core"], up, 0), down.T, 1)
+
+
+def target_of(delta: TuckerDelta, kind: Kind) -> Target:
+    return Target("w", kind, delta.shape, "float64")
+
+
+@given(deltas(), st.sampled_from(["linear", "conv", "weight"]))
+def test_slots_hold_the_whole_change(delta: TuckerDelta, kind: Kind) -> None:
+    if kind == "linear" and delta.core.ndim != 2:
+        kind = "weight"
+    target = target_of(delta, kind)
+    tensors = slots.fill(target, delta)
+    assert list(tensors) == [slot.name for slot in slots.slots_of(target)]
+    np.testing.assert_allclose(from_slots(target, tensors), delta.dense(), rtol=1e-9, atol=1e-9)
+
+
+@given(deltas(), deltas(), st.sampled_from(["conv", "weight"]))
+def test_padding_to_a_common_rank_is_exact(delta: TuckerDelta, other: TuckerDelta, kind: Kind) -> None:
+    target = target_of(delta, kind)
+    tensors = slots.fill(target, delta)
+    more = {letter: size + 2 for letter, size in slots.ranks_of(target, tensors).items()}
+    padded = {
+        slot.name: slots.pad(tensors[slot.name], [more[s] if isinstance(s, str) else s for s in slot.shape])
+        for slot in slots.slots_of(target)
+    }
+    np.testing.assert_allclose(from_slots(target, padded), delta.dense(), rtol=1e-9, atol=1e-9)
+
+
+@given(deltas(), st.sampled_from(["conv", "weight"]))
+def test_neutral_slots_change_nothing_and_stack_with_any_rank(delta: TuckerDelta, kind: Kind) -> None:
+    target = target_of(delta, kind)
+    tensors, none = slots.fill(target, delta), slots.neutral(target)
+    banks = {name: slots.stack([none[name], tensors[name]]) for name in tensors}
+    assert not from_slots(target, {name: bank[0] for name, bank in banks.items()}).any()
+    row = from_slots(target, {name: bank[1] for name, bank in banks.items()})
+    np.testing.assert_allclose(row, delta.dense(), rtol=1e-9, atol=1e-9)

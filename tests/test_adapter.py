@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests import nets
+from tpeft_deploy import Adapter
+from tpeft_deploy.adapter import weight_digest
+from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget
+from tpeft_deploy.formats import canonical
+
+DELTA = nets.delta((4, 3), (2, 2), seed=0)
+
+
+def test_the_canonical_file_is_exact_and_repeatable(conv_adapters: dict[str, Adapter]) -> None:
+    for adapter in conv_adapters.values():
+        data = adapter.to_bytes()
+        assert data == adapter.to_bytes()
+        read = canonical.from_bytes(data, source="a test")
+        assert read.to_bytes() == data
+        assert dict(read.base_digests) == dict(adapter.base_digests)
+        for name, delta in adapter.deltas.items():
+            np.testing.assert_array_equal(read.deltas[name].dense(), delta.dense())
+        for name, array in adapter.overrides.items():
+            np.testing.assert_array_equal(read.overrides[name], array)
+
+
+def test_the_digest_depends_on_everything() -> None:
+    other = nets.delta((4, 3), (2, 2), seed=0, scale=0.8)
+    files = {
+        Adapter({"w": DELTA}).to_bytes(),
+        Adapter({"w": other}).to_bytes(),
+        Adapter({"v": DELTA}).to_bytes(),
+        Adapter({"w": DELTA}, base_digests={"w": "0" * 64}).to_bytes(),
+        Adapter({"w": DELTA}, {"b": np.zeros(4, np.float32)}).to_bytes(),
+    }
+    assert len(files) == 5
+
+
+def test_a_weight_has_one_digest_in_any_precision_that_holds_it() -> None:
+    weight = np.array([[0.5, -2.0]], np.float16)
+    assert weight_digest(weight) == weight_digest(weight.astype(np.float32))
+    assert weight_digest(weight) != weight_digest(weight.T)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "overrides", "problem"),
+    [
+        ({}, {}, "no tensors at all"),
+        ({"w": DELTA}, {"w": np.zeros((4, 3), np.float32)}, "got both"),
+        ({"w": DELTA}, {"b": np.array([np.inf], np.float32)}, "override 'b'.*NaN or infinity"),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_refused(deltas: dict, overrides: dict, problem: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(FormatError, match=problem):
+        Adapter(deltas, overrides)
+
+
+def test_an_adapter_must_fit_its_base() -> None:
+    adapter = Adapter({"layer.weight": DELTA}, {"head.bias": np.zeros(2, np.float32)}, {"layer.weight": "a" * 64})
+    shapes = {"layer.weight": (4, 3), "head.bias": (10,)}
+    adapter.check_shapes(shapes, base="a base")
+    with pytest.raises(UnknownTarget, match=r"'layer.weight'.*Did you mean 'layers.weight'"):
+        adapter.check_shapes({"layers.weight": (4, 3), "head.bias": (10,)}, base="a base")
+    with pytest.raises(ShapeError, match=r"expected a change of shape \(4, 4\), got \(4, 3\)"):
+        adapter.check_shapes(shapes | {"layer.weight": (4, 4)}, base="a base")
+    with pytest.raises(ShapeError, match=r"override 'head.bias'"):
+        adapter.check_shapes(shapes | {"head.bias": (10, 1)}, base="a base")
+    adapter.check_digests({"layer.weight": "a" * 64, "other": "b"}, base="a base")
+    with pytest.raises(BaseMismatch, match="trained on another base, expected base weight aaaaaaaaaaaa"):
+        adapter.check_digests({"layer.weight": "b" * 64}, base="a base")
+
+
+def test_a_tensor_of_no_target_is_refused() -> None:
+    from safetensors.numpy import load, save
+
+    data = Adapter({"w": DELTA}).to_bytes()
+    tensors = load(data) | {"delta/v/core": np.zeros((1, 1), np.float32)}
+    metadata = {"tpeft": '{"schema": 1, "scales": {"w": 1.0}, "base_digests": {}}'}
+    with pytest.raises(FormatError, match="'delta/v/core'"):
+        canonical.from_bytes(save(tensors, metadata=metadata), source="a test")
+
+
+def test_damaged_canonical_files_are_refused() -> None:
+    data = Adapter({"w": DELTA}).to_bytes()
+    for damaged in (b"", data[:7], data[: len(data) // 2], data[:-1], b"\xff" * 64, b"PK" + data):
+        with pytest.raises(FormatError, match="read a test"):
+            canonical.from_bytes(damaged, source="a test")

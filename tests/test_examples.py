@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(directory: Path, script: str, *arguments: object) -> str:
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=directory, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_examples_run(tmp_path: Path) -> None:
+    assert "tensor" not in run(tmp_path, "two_tasks.py")
+    assert (tmp_path / "rotated.onnx").is_file()
+    printed = run(tmp_path, "plain_onnxruntime.py", tmp_path / "bundle", "mirrored")
+    assert "base:" in printed
+    assert "mirrored:" in printed
+
+
+def test_the_readme_quotes_the_example() -> None:
+    script = (ROOT / "examples" / "two_tasks.py").read_text()
+    quoted = script.split("# README begins\n")[1].split("# README ends")[0]
+    assert quoted in (ROOT / "README.md").read_text()
+    assert len(quoted.splitlines()) <= 20
+
+
+def test_the_readme_names_real_files_and_commands() -> None:
+    from click.testing import CliRunner
+
+    from tpeft_deploy.cli import main
+
+    readme = (ROOT / "README.md").read_text()
+    for line in readme.splitlines():
+        if line.startswith("    tpeft-deploy "):
+            words = line.split()[1:]
+            names = words[:2] if words[0] in {"export", "adapter"} else words[:1]
+            assert CliRunner().invoke(main, [*names, "--help"]).exit_code == 0
+    for name in ("docs/forms.svg", "examples/two_tasks.py", "examples/plain_onnxruntime.py", "CONTRIBUTING.md"):
+        assert name in readme
+        assert (ROOT / name).is_file()

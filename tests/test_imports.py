@@ -1,0 +1,91 @@
+"""What importing pulls in, proved in fresh processes; and which way imports run."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "transformers", "peft", "sklearn", "matplotlib"}
+
+
+def imported_by(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}}, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(done.stderr.split()) & HEAVY
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tpeft_deploy",
+        "from tpeft_deploy import Adapter, Bundle, TuckerDelta, load_adapter",
+        "import tpeft_deploy.cli",
+        "from click.testing import CliRunner; from tpeft_deploy.cli import main; CliRunner().invoke(main, ['--help'])",
+    ],
+)
+def test_the_root_and_the_command_line_import_nothing_heavy(code: str) -> None:
+    assert imported_by(code) == set()
+
+
+def test_the_runtime_imports_onnxruntime_and_neither_torch_nor_onnx() -> None:
+    assert imported_by("import tpeft_deploy.runtime") == {"onnxruntime"}
+
+
+def test_running_a_bundle_imports_neither_torch_nor_onnx(conv_bundle: object) -> None:
+    path = getattr(conv_bundle, "path")  # noqa: B009
+    code = f"""
+import numpy
+from tpeft_deploy import Runtime
+runtime = Runtime({str(path)!r}, provider="cpu")
+runtime.run({{"pixels": numpy.zeros((2, 1, 12, 14), "float32")}}, tasks=["two", "base"])
+"""
+    assert imported_by(code) == {"onnxruntime"}
+
+
+def test_these_tests_can_fail() -> None:
+    assert imported_by("from tpeft_deploy import export_folded") >= {"torch", "onnxscript", "onnxruntime"}
+
+
+ALLOWED = {
+    "errors": set[str](),
+    "files": set[str](),
+    "tucker": {"errors"},
+    "adapter": {"tucker", "errors"},
+    "slots": {"tucker"},
+    "manifest": {"slots", "errors"},
+    "formats": {"adapter", "tucker", "errors"},
+    "bundle": {"slots", "adapter", "errors", "files", "formats", "manifest", "tucker"},
+    "training": {"errors", "tucker", "adapter"},
+    "exporters": {"adapter", "bundle", "errors", "files", "manifest", "slots", "tucker"},
+    "runtime": {"adapter", "bundle", "errors", "formats", "manifest", "slots", "tucker"},
+}
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_imports_run_one_way(room: str) -> None:
+    place = ROOT / "tpeft_deploy" / room
+    files = [place.with_suffix(".py")] if place.with_suffix(".py").is_file() else sorted(place.resolve().rglob("*.py"))
+    assert files
+    for file in files:
+        found = {name.split(".")[1] for name in _modules(file) if name.startswith("tpeft_deploy.")} - {room}
+        assert found <= ALLOWED[room], f"{file} imports {sorted(found - ALLOWED[room])}"
+
+
+def _modules(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{file} has a relative import"
+            if node.module == "tpeft_deploy":
+                names |= {f"tpeft_deploy.{a.name}" for a in node.names if a.name != "__version__"}
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+    return names

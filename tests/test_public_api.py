@@ -1,0 +1,35 @@
+import importlib
+
+import pytest
+
+import tpeft_deploy
+
+DOCUMENTED = {
+    "tpeft_deploy": [
+        "Adapter",
+        "Bundle",
+        "Runtime",
+        "TpeftError",
+        "TuckerDelta",
+        "export_bundle",
+        "export_folded",
+        "load_adapter",
+    ],
+    "tpeft_deploy.exporters": ["export_bundle", "export_folded"],
+    "tpeft_deploy.runtime": ["Runtime"],
+    "tpeft_deploy.training": ["TuckerConfig", "TuckerModel"],
+}
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_the_public_names_are_exactly_the_documented_ones(module: str) -> None:
+    found = importlib.import_module(module)
+    assert sorted(found.__all__) == DOCUMENTED[module]
+    for name in found.__all__:
+        assert getattr(found, name).__name__ == name
+
+
+def test_the_root_offers_nothing_else() -> None:
+    assert dir(tpeft_deploy) == sorted([*DOCUMENTED["tpeft_deploy"], "__version__"])
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tpeft_deploy.nothing  # noqa: B018

@@ -1,0 +1,50 @@
+"""Deploy tensor adapters: one base model, many tasks, through ONNX Runtime.
+
+Importing this package imports none of torch, onnx and onnxruntime: each public name is loaded when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tpeft_deploy.adapter import Adapter
+    from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.errors import TpeftError
+    from tpeft_deploy.exporters import export_bundle, export_folded
+    from tpeft_deploy.formats import load_adapter
+    from tpeft_deploy.runtime import Runtime
+    from tpeft_deploy.tucker import TuckerDelta
+
+__all__ = [
+    "Adapter",
+    "Bundle",
+    "Runtime",
+    "TpeftError",
+    "TuckerDelta",
+    "export_bundle",
+    "export_folded",
+    "load_adapter",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "tpeft_deploy.adapter",
+    "Bundle": "tpeft_deploy.bundle",
+    "Runtime": "tpeft_deploy.runtime",
+    "TpeftError": "tpeft_deploy.errors",
+    "TuckerDelta": "tpeft_deploy.tucker",
+    "export_bundle": "tpeft_deploy.exporters",
+    "export_folded": "tpeft_deploy.exporters",
+    "load_adapter": "tpeft_deploy.formats",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

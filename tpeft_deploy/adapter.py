@@ -1,0 +1,165 @@
+"""All that one task changes in a base, however it was trained.
+
+Also the canonical file of an adapter: one safetensors file whose header says everything, so that its SHA-256
+names its content.  Tensors are `delta/<target>/core`, `delta/<target>/factor.<mode>` and `override/<name>`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = ["Adapter", "weight_digest"]
+
+
+def weight_digest(weight: Array) -> str:
+    """SHA-256 (hex) of a weight's shape and float32 little-endian values.
+
+    16-bit weights are widened first, which is exact, so a base has the same digest whether it is held in its own
+    precision or as float32.
+    """
+    values = np.ascontiguousarray(weight, dtype="<f4")
+    return hashlib.sha256(f"{weight.shape}".encode() + values.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """All that one task changes in a base.
+
+    Args:
+        deltas: target weight (its `named_parameters()` name) -> low-rank change.
+        overrides: parameter or buffer name -> the whole tensor that replaces it; it may have another shape than
+            the base's (a head with another number of classes).
+        base_digests: target weight -> `weight_digest` of the base weight the change was trained on; empty when
+            the training side did not record it.
+        source: where it was read from, for messages.
+
+    Raises:
+        FormatError: it changes nothing, an override is not finite, or a weight has both a delta and an override.
+    """
+
+    deltas: Mapping[str, TuckerDelta]
+    overrides: Mapping[str, Array] = field(default_factory=dict)
+    base_digests: Mapping[str, str] = field(default_factory=dict)
+    source: str = "an adapter made in memory"
+
+    def __post_init__(self) -> None:
+        if not self.deltas and not self.overrides:
+            raise FormatError(f"read {self.source}", expected="deltas or overrides", got="no tensors at all")
+        both = sorted(set(self.deltas) & set(self.overrides))
+        if both:
+            raise FormatError(
+                f"read {self.source}, weight {both[0]!r}",
+                expected="a delta or an override",
+                got="both",
+                fix="Leave the module out of target_modules or out of modules_to_save.",
+            )
+        for name, array in self.overrides.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise FormatError(
+                    f"read {self.source}, override {name!r}",
+                    expected="finite values",
+                    got="NaN or infinity",
+                    fix="Save the adapter again from a training run that did not diverge.",
+                )
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(d.parameters for d in self.deltas.values()) + sum(a.size for a in self.overrides.values())
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the adapter's tensors hold."""
+        return sum(d.nbytes for d in self.deltas.values()) + sum(a.nbytes for a in self.overrides.values())
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], *, base: str) -> None:
+        """Refuse the adapter unless every target and override exists in a base and has a fitting shape.
+
+        Args:
+            shapes: name -> shape of every weight of the base.
+            base: the base's name, for messages.
+
+        Raises:
+            UnknownTarget: a target or an override is not in the base.
+            ShapeError: a delta has another shape than its weight, or an override another number of axes.
+        """
+        for name, delta in self.deltas.items():
+            if name not in shapes:
+                raise _unknown(self.source, "target", name, base, shapes)
+            if delta.shape != shapes[name]:
+                raise ShapeError(
+                    f"fit {self.source} to {base}, weight {name!r}",
+                    expected=f"a change of shape {shapes[name]}",
+                    got=delta.shape,
+                    fix="The adapter was made for another base.",
+                )
+        for name, array in self.overrides.items():
+            if name not in shapes:
+                raise _unknown(self.source, "override", name, base, shapes)
+            if array.ndim != len(shapes[name]) or array.shape[1:] != shapes[name][1:]:
+                raise ShapeError(
+                    f"fit {self.source} to {base}, override {name!r}",
+                    expected=f"shape {shapes[name]}, where only the first size may differ",
+                    got=array.shape,
+                    fix="The adapter was made for another base.",
+                )
+
+    def check_digests(self, digests: Mapping[str, str], *, base: str) -> None:
+        """Refuse the adapter when a recorded base digest differs from the base's.
+
+        Args:
+            digests: name -> `weight_digest` of the base's weights; names the adapter does not mention are ignored.
+            base: the base's name, for messages.
+
+        Raises:
+            BaseMismatch: the change of a weight was trained on other values than the base holds.
+        """
+        for name, expected in self.base_digests.items():
+            if digests.get(name, expected) != expected:
+                raise BaseMismatch(
+                    f"fit {self.source} to {base}, weight {name!r}",
+                    problem="the adapter was trained on another base",
+                    expected=f"base weight {expected[:12]}...",
+                    got=f"{digests[name][:12]}...",
+                    fix="Use the base it was trained on, or train it again on this one.",
+                )
+
+    def to_bytes(self) -> bytes:
+        """The canonical file: safetensors with everything that is not a tensor in its header."""
+        from safetensors.numpy import save
+
+        tensors: dict[str, Array] = {}
+        for name, delta in self.deltas.items():
+            tensors[f"delta/{name}/core"] = delta.core
+            for mode, factor in enumerate(delta.factors):
+                if factor is not None:
+                    tensors[f"delta/{name}/factor.{mode}"] = factor
+        for name, array in self.overrides.items():
+            tensors[f"override/{name}"] = array
+        header = {
+            "schema": 1,
+            "scales": {name: delta.scale for name, delta in self.deltas.items()},
+            "base_digests": dict(self.base_digests),
+        }
+        ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+        return save(ordered, metadata={"tpeft": json.dumps(header, sort_keys=True)})
+
+
+def _unknown(source: str, what: str, name: str, base: str, shapes: Mapping[str, object]) -> UnknownTarget:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, shapes, n=1)
+    return UnknownTarget(
+        f"fit {source} to {base}, {what} {name!r}",
+        expected="a weight of the base",
+        got="no weight of that name",
+        fix=f"Did you mean {near[0]!r}?" if near else "The adapter was made for another base.",
+    )

@@ -1,0 +1,375 @@
+"""The directory that export writes and the runtime reads.
+
+    bundle/
+      manifest.json        what it is (see `manifest`)
+      base.onnx  factored.onnx  banked.onnx  weights.data
+      adapters/<task>/current                   the digest this task is an alias for
+      adapters/<task>/<digest>/adapter.safetensors  adapter.json  adapter.onnx_adapter
+      folded/<task>.onnx
+
+Nothing is edited in place.  Adding a task writes one directory and renames one file: it touches neither the graphs
+nor other tasks.  An adapter's digest is the SHA-256 of its adapter.safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tpeft_deploy import slots
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.errors import (
+    AdapterError,
+    BundleError,
+    IntegrityError,
+    ShapeError,
+    UnknownTarget,
+    UnknownTask,
+)
+from tpeft_deploy.files import digest_file, new_directory, replace_text
+from tpeft_deploy.formats import canonical, onnx_adapter
+from tpeft_deploy.manifest import FileRecord, Manifest, check_name
+from tpeft_deploy.slots import Target
+from tpeft_deploy.tucker import Array
+
+__all__ = ["BASE_TASK", "MANIFEST", "Bundle", "check_task", "target_key"]
+
+BASE_TASK = "base"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk.  Its manifest never changes; its tasks are read from the directory each time.
+
+    Args:
+        path: the bundle's directory.
+        manifest: its parsed manifest.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read and check a bundle's manifest, and that its files are there with their sizes.
+
+        Raises:
+            BundleError: no bundle there.
+            VersionError, IntegrityError: the manifest or a file is not what it should be.
+        """
+        path = Path(path)
+        file = path / MANIFEST
+        if not file.is_file():
+            raise BundleError(
+                f"open bundle {path}",
+                expected=f"a directory with {MANIFEST}",
+                got="a directory without one" if path.is_dir() else "no such directory",
+                fix="Write one with 'tpeft-deploy export bundle'.",
+            )
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise IntegrityError(f"read {file}", expected="UTF-8 text", got=str(error)) from error
+        bundle = cls(path, Manifest.from_json(text, source=str(file)))
+        for name, record in bundle.manifest.files.items():
+            bundle._check_size(name, record)
+        return bundle
+
+    def check_file(self, name: str) -> Path:
+        """The path of one of the manifest's files, once its bytes agree with its digest.
+
+        Raises:
+            IntegrityError: the file was altered.
+        """
+        file, record = self.path / name, self.manifest.files[name]
+        self._check_size(name, record)
+        digest = digest_file(file)
+        if digest != record.sha256:
+            raise IntegrityError(
+                f"open bundle {self.path}, file {name!r}",
+                expected=f"digest {record.sha256[:12]}...",
+                got=f"{digest[:12]}...",
+                fix="The file was altered or damaged: export the bundle again.",
+            )
+        return file
+
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Task -> digest of the adapter it stands for, sorted by task."""
+        found = sorted((self.path / "adapters").glob("*/current"))
+        return {file.parent.name: self._alias(file) for file in found}
+
+    def adapter(self, task: str) -> Adapter:
+        """Read a task's adapter from its content address.
+
+        Raises:
+            UnknownTask: the bundle has no such task.
+            IntegrityError: a file is missing or differs from its digest.
+        """
+        return self._read(task, self.digest(task))
+
+    def digest(self, task: str) -> str:
+        """The digest that a task stands for.
+
+        Raises:
+            UnknownTask: the bundle has no such task.
+        """
+        tasks = self.tasks
+        if task not in tasks:
+            raise UnknownTask(
+                f"open task {task!r} of bundle {self.path}",
+                expected=f"one of {', '.join(tasks) or 'no tasks at all'}",
+                got=repr(task),
+                fix=f"Add it with 'tpeft-deploy adapter add {self.path} {task}=ADAPTER'.",
+            )
+        return tasks[task]
+
+    def fill(self, adapter: Adapter) -> dict[str, dict[str, Array]]:
+        """An adapter's slots: target key (see `target_key`) -> slot name -> array with the adapter's own ranks.
+
+        Raises:
+            UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
+        """
+        self._check(adapter)
+        filled: dict[str, dict[str, Array]] = {}
+        targets = {(t.name, t.kind == "override"): t for t in self.manifest.targets}
+        changes = [(name, False, d) for name, d in adapter.deltas.items()]
+        wholes = [(name, True, a) for name, a in adapter.overrides.items()]
+        for name, whole, change in [*changes, *wholes]:
+            target = targets.get((self._canonical(name), whole))
+            if target is None:
+                raise UnknownTarget(
+                    f"fit {adapter.source} to bundle {self.path}, weight {name!r}",
+                    expected="a branch for it in the bundle's graphs",
+                    got=f"none; they take {self._describe_targets()}",
+                    fix="Export the bundle again with this adapter among its adapters.",
+                )
+            key = target_key(target)
+            if key in filled:
+                raise UnknownTarget(
+                    f"fit {adapter.source} to bundle {self.path}, weight {name!r}",
+                    problem=f"it is tied to {target.name!r}, which the adapter changes too",
+                )
+            filled[key] = slots.fill(target, change)  # type: ignore[arg-type]
+            self._check_rank(adapter, target, filled[key])
+        return filled
+
+    def factors(self, task: str) -> dict[str, Array]:
+        """A task's tensors by the names of factored.onnx's optional inputs; what is not fed stays the base's."""
+        return self._named(self.fill(self.adapter(task)))
+
+    def default(self, target: Target) -> dict[str, Array]:
+        """The slots of a target for the base itself: no change, or the base's own tensor."""
+        if target.kind == "override":
+            return {"value": self.base_value(target.name)}
+        return slots.neutral(target)
+
+    def sizes(self, adapter: Adapter | None) -> dict[str, int]:
+        """For every output that varies per task: the size of its varying axis for an adapter, or the base."""
+        found = {}
+        for port in self.manifest.outputs:
+            if port.varies is not None:
+                name = port.varies.override
+                own = self._own_override(adapter, name)
+                found[port.name] = (own.shape if own is not None else self.manifest.weights[name].shape)[0]
+        return found
+
+    def base_value(self, name: str) -> Array:
+        """A base weight, read from weights.data into private memory: (O, I, K1, ...)."""
+        weight = self.manifest.weights[name]
+        with (self.path / "weights.data").open("rb") as stream:
+            stream.seek(weight.offset)
+            data = stream.read(weight.length)
+        return np.frombuffer(data, weight.dtype).reshape(weight.shape).copy()
+
+    def add(self, task: str, adapter: Adapter) -> str:
+        """Store an adapter and let a task stand for it, atomically; an earlier version stays on disk.
+
+        Args:
+            task: a new or an existing task.
+            adapter: it must fit the bundle's base and branches.
+
+        Returns:
+            The adapter's digest.
+
+        Raises:
+            BundleError: the name is not allowed.
+            UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit; nothing was written.
+        """
+        check_task(task, self.manifest.name)
+        filled = self.fill(adapter)
+        data = adapter.to_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        place = self.path / "adapters" / task / digest
+        if not place.is_dir():
+            with new_directory(place) as new:
+                self._write(new, task, digest, adapter, data, filled)
+        self._drop_folded(task)
+        replace_text(place.parent / "current", digest + "\n")
+        return digest
+
+    def remove(self, task: str) -> None:
+        """Take a task and all its versions out of the bundle.
+
+        Raises:
+            UnknownTask: the bundle has no such task.
+        """
+        self.digest(task)
+        place = self.path / "adapters" / task
+        # The alias goes first: a crash in between leaves unreachable files, never a half-removed task.
+        (place / "current").unlink()
+        self._drop_folded(task)
+        shutil.rmtree(place)
+
+    def _write(
+        self,
+        place: Path,
+        task: str,
+        digest: str,
+        adapter: Adapter,
+        data: bytes,
+        filled: Mapping[str, Mapping[str, Array]],
+    ) -> None:
+        (place / canonical.FILE).write_bytes(data)
+        onnx_adapter.write(place / onnx_adapter.FILE, self._named(filled))
+        record = {
+            "schema": 1,
+            "task": task,
+            "digest": digest,
+            "base": self.manifest.base_digest,
+            "parameters": adapter.parameters,
+            "ranks": {name: list(delta.ranks) for name, delta in adapter.deltas.items()},
+            "overrides": {name: list(array.shape) for name, array in adapter.overrides.items()},
+            "files": {name: digest_file(place / name) for name in (canonical.FILE, onnx_adapter.FILE)},
+        }
+        (place / "adapter.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+    def _read(self, task: str, digest: str) -> Adapter:
+        place = self.path / "adapters" / task / digest
+        doing = f"open task {task!r} of bundle {self.path}"
+        try:
+            record = json.loads((place / "adapter.json").read_text(encoding="utf-8"))
+            recorded = {"adapter.json": record["digest"], **record["files"]}
+            data = (place / canonical.FILE).read_bytes()
+            found = {"adapter.json": digest, canonical.FILE: hashlib.sha256(data).hexdigest()}
+            found[onnx_adapter.FILE] = digest_file(place / onnx_adapter.FILE)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(
+                doing,
+                expected=f"{canonical.FILE}, {onnx_adapter.FILE} and adapter.json under {digest[:12]}...",
+                got=f"one that cannot be read ({error})",
+                fix="Add the adapter again.",
+            ) from error
+        for name, value in [(canonical.FILE, digest), *recorded.items()]:
+            if found.get(name) != value:
+                raise IntegrityError(
+                    f"{doing}, file {name!r}",
+                    expected=f"digest {str(value)[:12]}...",
+                    got=f"{str(found.get(name))[:12]}...",
+                    fix="The file was altered or damaged: add the adapter again.",
+                )
+        return canonical.from_bytes(data, source=f"task {task!r} of {self.path}")
+
+    def _alias(self, file: Path) -> str:
+        digest = file.read_text(encoding="utf-8", errors="replace").strip()
+        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise IntegrityError(
+                f"open task {file.parent.name!r} of bundle {self.path}, file {file.name!r}",
+                expected="a SHA-256 digest in hexadecimal",
+                got=repr(digest[:20]),
+                fix="Add the adapter again.",
+            )
+        return digest
+
+    def _check(self, adapter: Adapter) -> None:
+        weights = self.manifest.weights
+        named = {name: weights[self._canonical(name)] for name in [*weights, *self.manifest.aliases]}
+        base = f"bundle {self.path}"
+        adapter.check_shapes({name: weight.shape for name, weight in named.items()}, base=base)
+        adapter.check_digests({name: weight.digest for name, weight in named.items()}, base=base)
+        for name, array in adapter.overrides.items():
+            if np.dtype(named[name].dtype).kind != array.dtype.kind:
+                raise ShapeError(
+                    f"fit {adapter.source} to {base}, override {name!r}",
+                    expected=f"dtype {named[name].dtype}",
+                    got=array.dtype,
+                )
+
+    def _check_rank(self, adapter: Adapter, target: Target, tensors: dict[str, Array]) -> None:
+        limit = self.manifest.max_rank
+        if limit is None or target.kind == "override":
+            return
+        rank = max(slots.ranks_of(target, tensors).values())
+        if rank > limit:
+            raise AdapterError(
+                f"fit {adapter.source} to bundle {self.path}, weight {target.name!r}",
+                expected=f"rank <= {limit} (--max-rank of the bundle)",
+                got=rank,
+                fix="Export the bundle again with a larger --max-rank.",
+            )
+
+    def _own_override(self, adapter: Adapter | None, name: str) -> Array | None:
+        overrides = adapter.overrides if adapter is not None else {}
+        return next((array for own, array in overrides.items() if self._canonical(own) == name), None)
+
+    def _canonical(self, name: str) -> str:
+        return self.manifest.aliases.get(name, name)
+
+    def _check_size(self, name: str, record: FileRecord) -> None:
+        file = self.path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != record.bytes:
+            raise IntegrityError(
+                f"open bundle {self.path}, file {name!r}",
+                expected=f"{record.bytes} bytes",
+                got="no file" if size is None else f"{size} bytes",
+                fix="The bundle is incomplete: copy or export it again.",
+            )
+
+    def _named(self, filled: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
+        targets = {target_key(target): target for target in self.manifest.targets}
+        return {
+            slots.input_name(targets[key].name, slot): array
+            for key, tensors in filled.items()
+            for slot, array in tensors.items()
+        }
+
+    def _describe_targets(self) -> str:
+        names = sorted({target.name for target in self.manifest.targets})
+        shown = ", ".join(names[:4])
+        return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "no weights"
+
+    def _drop_folded(self, task: str) -> None:
+        # A fold of an earlier version must not outlive it.
+        for file in (f"{task}.onnx", f"{task}.onnx.data"):
+            (self.path / "folded" / file).unlink(missing_ok=True)
+
+
+def check_task(task: str, bundle: str) -> str:
+    """The task itself, if a bundle of that name can serve it.
+
+    Raises:
+        BundleError: the name is malformed, or stands for the base or the bundle already.
+    """
+    check_name(task, "task")
+    if task in (BASE_TASK, bundle):
+        raise BundleError(
+            f"name a task {task!r}",
+            expected="a name of its own",
+            got=f"the name of {'the base' if task == BASE_TASK else 'the bundle'} itself",
+            fix="Choose another name.",
+        )
+    return task
+
+
+def target_key(target: Target) -> str:
+    """One name per target of a bundle: a weight may have both a delta's branch and an override."""
+    return f"{target.name}:{'override' if target.kind == 'override' else 'delta'}"

@@ -1,0 +1,154 @@
+"""Everything that tpeft_deploy raises on purpose.
+
+    TpeftError
+    ├── MissingExtra            a part of the toolkit needs a package that is not installed
+    ├── AdapterError
+    │   ├── FormatError         the files cannot be read as an adapter
+    │   ├── ShapeError          core, factors, overrides or targets disagree in shape or rank
+    │   ├── UnknownTarget       the adapter changes a weight that the base does not have
+    │   └── BaseMismatch        the adapter was made for another base
+    ├── BundleError
+    │   ├── VersionError        the manifest has a schema that this version does not read
+    │   └── IntegrityError      a file is missing, truncated or differs from its digest
+    ├── ExportError
+    │   ├── UnsupportedBase     the base cannot be loaded or exported
+    │   ├── UnsupportedTarget   a weight is used in a way that the asked form cannot express
+    │   └── NotEquivalent       the exported model does not reproduce the merged torch model
+    └── RunError
+        ├── UnknownTask         the runtime serves no task of that name
+        ├── InputError          an input is missing, unknown, or has the wrong dtype, shape or rows
+        └── ProviderUnavailable the execution provider that was asked for cannot be used
+
+An error carries what was being done, what was wrong, what was expected against what was found, and what to do
+about it; `str(error)` is that on one line.  Only the command line prints or exits.
+"""
+
+__all__ = [
+    "AdapterError",
+    "BaseMismatch",
+    "BundleError",
+    "ExportError",
+    "FormatError",
+    "InputError",
+    "IntegrityError",
+    "MissingExtra",
+    "NotEquivalent",
+    "ProviderUnavailable",
+    "RunError",
+    "ShapeError",
+    "TpeftError",
+    "UnknownTarget",
+    "UnknownTask",
+    "UnsupportedBase",
+    "UnsupportedTarget",
+    "VersionError",
+]
+
+
+class TpeftError(Exception):
+    """Root of the errors above.
+
+    Args:
+        doing: what was being done, naming the adapter, task, weight or row it was done for.
+        problem: what went wrong, when `expected` and `got` do not say it already.
+        expected: what should have been there.
+        got: what was there instead.
+        fix: what the reader can do about it, as a sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        doing: str,
+        *,
+        problem: str | None = None,
+        expected: object = None,
+        got: object = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(doing)
+        self.doing = doing
+        self.problem = problem
+        self.expected = expected
+        self.got = got
+        self.fix = fix
+
+    def __str__(self) -> str:
+        parts = [self.problem] if self.problem else []
+        if self.expected is not None:
+            parts.append(f"expected {self.expected}")
+        if self.got is not None:
+            parts.append(f"got {self.got}")
+        text = f"{self.doing}: {', '.join(parts)}" if parts else self.doing
+        if self.fix:
+            text += f". {self.fix}"
+        return " ".join(text.split())
+
+
+class MissingExtra(TpeftError):
+    """Raised when a module of an optional extra is asked for and its packages are not installed."""
+
+
+class AdapterError(TpeftError):
+    """Something is wrong with one adapter."""
+
+
+class FormatError(AdapterError):
+    """Raised when files cannot be read as an adapter: unknown layout, truncated, left-over tensors, NaN."""
+
+
+class ShapeError(AdapterError):
+    """Raised when shapes or ranks disagree, inside an adapter or between an adapter and its base."""
+
+
+class UnknownTarget(AdapterError):
+    """Raised when an adapter names a weight that its base does not have."""
+
+
+class BaseMismatch(AdapterError):
+    """Raised when the base's weight is not the one that the adapter was trained on."""
+
+
+class BundleError(TpeftError):
+    """Something is wrong with a bundle directory."""
+
+
+class VersionError(BundleError):
+    """Raised when a manifest's schema is newer or older than this version reads."""
+
+
+class IntegrityError(BundleError):
+    """Raised when a file of a bundle is missing, truncated, altered, or lies outside the bundle."""
+
+
+class ExportError(TpeftError):
+    """Something went wrong between a model and an ONNX file; nothing was written."""
+
+
+class UnsupportedBase(ExportError):
+    """Raised when a base cannot be loaded, or cannot be traced by the torch exporter."""
+
+
+class UnsupportedTarget(ExportError):
+    """Raised when a weight is used in the graph in a way that the asked form cannot express."""
+
+
+class NotEquivalent(ExportError):
+    """Raised when the numeric gate fails: the export differs from the merged torch model."""
+
+
+class RunError(TpeftError):
+    """Something went wrong while serving a bundle."""
+
+
+class UnknownTask(RunError):
+    """Raised when a request names a task that the runtime does not serve."""
+
+
+class InputError(RunError):
+    """Raised before a run when inputs do not fit the model, or tasks do not fit the rows."""
+
+
+class ProviderUnavailable(RunError):
+    """Raised when an execution provider was asked for by name and cannot be used on this machine."""

@@ -1,0 +1,78 @@
+"""tpeft_deploy's own adapter file, as a bundle stores it (`Adapter.to_bytes` writes it)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.tensors import read_bytes, read_tensors
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = ["FILE", "NAME", "from_bytes", "matches", "read"]
+
+NAME = "tpeft"
+FILE = "adapter.safetensors"
+
+
+def matches(path: Path) -> bool:
+    """Whether `path` is a canonical file or a directory that holds one."""
+    return (path / FILE).is_file() or path.name == FILE
+
+
+def read(path: Path) -> Adapter:
+    """Read the canonical file at `path`, or in the directory `path`."""
+    file = path / FILE if path.is_dir() else path
+    return from_bytes(read_bytes(file), source=str(path))
+
+
+def from_bytes(data: bytes, *, source: str) -> Adapter:
+    """Read a canonical file held in memory.
+
+    Raises:
+        FormatError: damaged, of another schema, or with a tensor that belongs to no target.
+    """
+    tensors, metadata = read_tensors(data, source=source)
+    header = _header(metadata, source=source)
+    overrides = {n.removeprefix("override/"): tensors.pop(n) for n in list(tensors) if n.startswith("override/")}
+    deltas = {target: _delta(tensors, target, scale, source) for target, scale in header.scales.items()}
+    if tensors:
+        raise FormatError(f"read {source}, tensor {min(tensors)!r}", problem="it belongs to no target of the header")
+    return Adapter(deltas, overrides, header.base_digests, source)
+
+
+class _Header(NamedTuple):
+    scales: dict[str, float]
+    base_digests: dict[str, str]
+
+
+def _header(metadata: dict[str, str], *, source: str) -> _Header:
+    try:
+        header = json.loads(metadata["tpeft"])
+        if header["schema"] != 1:
+            raise FormatError(
+                f"read {source}",
+                expected="adapter schema 1",
+                got=header["schema"],
+                fix="Read it with the version of tpeft-deploy that wrote it.",
+            )
+        scales = {str(target): float(scale) for target, scale in header["scales"].items()}
+        digests = {str(target): str(digest) for target, digest in header["base_digests"].items()}
+        return _Header(scales, digests)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            f"read {source}",
+            expected="a header written by tpeft-deploy",
+            got=f"none that can be read ({error!r})",
+        ) from error
+
+
+def _delta(tensors: dict[str, Array], target: str, scale: float, source: str) -> TuckerDelta:
+    try:
+        core = tensors.pop(f"delta/{target}/core")
+        factors = tuple(tensors.pop(f"delta/{target}/factor.{m}", None) for m in range(core.ndim))
+        return TuckerDelta(core, factors, scale)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"read {source}, weight {target!r}", problem=f"its tensors do not fit ({error})") from error

@@ -1,0 +1,210 @@
+"""What a bundle says about itself: `manifest.json`, parsed strictly.
+
+schema      version of this file's layout
+name        the bundle's name
+base        digest of all weights, and per weight its shape, dtype, digest and place in weights.data
+targets     the weights that adapters may change, with their layer kind (see `slots`)
+rows        "each": one run serves rows of different adapters; "group": one adapter per run, and why
+inputs, outputs, files, max_rank, gate
+digest      SHA-256 of everything above
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from tpeft_deploy.errors import BundleError, IntegrityError, VersionError
+from tpeft_deploy.slots import Kind, Target
+
+__all__ = ["SCHEMA", "FileRecord", "Manifest", "Port", "Rows", "Varies", "Weight", "base_digest", "check_name"]
+
+SCHEMA = 1
+Rows = Literal["each", "group"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+def check_name(name: str, what: str) -> str:
+    """The name itself, if it may name a bundle or a task.
+
+    Raises:
+        BundleError: it is not `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`.
+    """
+    if not _NAME.fullmatch(name):
+        raise BundleError(
+            f"name a {what}",
+            expected="1 to 128 letters, digits, '.', '_', ':' or '-', starting with a letter or digit",
+            got=repr(name),
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Varies:
+    """An axis of an output that has the first size of a task's own override (the classes of its head)."""
+
+    axis: int
+    override: str
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the model; a size that is a string is free, and equal wherever it has the same name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    varies: Varies | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A base weight and where its bytes are in weights.data (little-endian, row-major)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    digest: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Digest and size of a file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest; `to_json` and `from_json` are exact inverses."""
+
+    name: str
+    producer: str
+    weights: Mapping[str, Weight]
+    aliases: Mapping[str, str]
+    targets: tuple[Target, ...]
+    rows: Rows
+    rows_reason: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    files: Mapping[str, FileRecord]
+    max_rank: int | None = None
+    gate: tuple[Mapping[str, Any], ...] = field(default=())
+
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 over the names and digests of all base weights."""
+        return base_digest({name: weight.digest for name, weight in self.weights.items()})
+
+    @property
+    def batch_axis(self) -> str | None:
+        """Name of the free size that stands for the batch: the first axis of the first input that has one."""
+        firsts = [port.shape[0] for port in self.inputs if port.shape]
+        return next((size for size in firsts if isinstance(size, str)), None)
+
+    def to_json(self) -> str:
+        """The file's text."""
+        document = asdict(self)
+        document["base"] = {"digest": self.base_digest, "weights": document.pop("weights")}
+        document["schema"] = SCHEMA
+        document["digest"] = _digest(document)
+        return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str) -> Manifest:
+        """Parse the file's text.
+
+        Raises:
+            VersionError: another schema.
+            IntegrityError: damaged, edited, or with a file name that leaves the bundle.
+        """
+        try:
+            document = json.loads(text)
+            schema = document["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(
+                f"read {source}", expected="a bundle's manifest", got=f"text that is not one ({error!r})"
+            ) from error
+        if schema != SCHEMA:
+            raise VersionError(
+                f"read {source}",
+                expected=f"schema {SCHEMA}",
+                got=schema,
+                fix="Use the version of tpeft-deploy that wrote it, or export again.",
+            )
+        try:
+            manifest = _parse(cls, document)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise IntegrityError(f"read {source}", problem=f"a field is missing or malformed ({error!r})") from error
+        _check_digests(document, manifest, source)
+        return manifest
+
+
+def base_digest(digests: Mapping[str, str]) -> str:
+    """SHA-256 over the sorted "name digest" lines of a base's weights."""
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_digests(document: Mapping[str, Any], manifest: Manifest, source: str) -> None:
+    checks = {
+        "its own digest": (_digest(document), document.get("digest")),
+        "the base digest": (manifest.base_digest, document["base"].get("digest")),
+    }
+    for what, (expected, got) in checks.items():
+        if expected != got:
+            raise IntegrityError(
+                f"read {source}, {what}",
+                expected=f"{expected[:12]}...",
+                got=f"{str(got)[:12]}...",
+                fix="The manifest was edited or damaged: export the bundle again.",
+            )
+    for name in manifest.files:
+        if "/" in name or "\\" in name or name.startswith(".") or not name:
+            raise IntegrityError(f"read {source}, file {name!r}", expected="a plain name inside the bundle", got=name)
+
+
+def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
+    weights = {
+        name: Weight(tuple(w["shape"]), w["dtype"], w["digest"], int(w["offset"]), int(w["length"]))
+        for name, w in document["base"]["weights"].items()
+    }
+    if document["rows"] not in get_args(Rows):
+        raise ValueError(f"rows {document['rows']!r}")
+    return cls(
+        name=document["name"],
+        producer=document["producer"],
+        weights=weights,
+        aliases=dict(document["aliases"]),
+        targets=tuple(_target(t) for t in document["targets"]),
+        rows=document["rows"],
+        rows_reason=str(document["rows_reason"]),
+        inputs=tuple(_port(p) for p in document["inputs"]),
+        outputs=tuple(_port(p) for p in document["outputs"]),
+        files={n: FileRecord(f["sha256"], int(f["bytes"])) for n, f in document["files"].items()},
+        max_rank=document["max_rank"],
+        gate=tuple(document["gate"]),
+    )
+
+
+def _target(entry: Mapping[str, Any]) -> Target:
+    if entry["kind"] not in get_args(Kind):
+        raise ValueError(f"kind {entry['kind']!r}")
+    return Target(entry["name"], entry["kind"], tuple(entry["shape"]), entry["dtype"])
+
+
+def _port(entry: Mapping[str, Any]) -> Port:
+    varies = Varies(**entry["varies"]) if entry["varies"] is not None else None
+    return Port(entry["name"], entry["dtype"], tuple(entry["shape"]), varies)

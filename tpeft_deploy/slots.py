@@ -1,0 +1,156 @@
+"""Which tensors an adapter feeds to a target's branch, per layer kind.
+
+The one place that knows: exporters write graphs to it, the runtime fills banks by it, bundles check with it.
+Every kind is exact for every Tucker delta; they differ in what the graph does with the weight:
+
+| kind | slots | used for |
+|---|---|---|
+| linear | `down` (I, R), `up` (R, O); y += (x down) up, R = min(R_o, R_i), core absorbed | Gemm, MatMul |
+| conv | `down` (R_i, I, 1..), `core` (R_o, R_i, *K), `up` (O, R_o, 1..), kernel factors absorbed | Conv, groups = 1 |
+| weight | `up` (O, R_o), `core` (R_o, I * K1 ..); W + up core, reshaped | grouped convs and every other use |
+| override | `value` (the tensor itself) | a whole tensor that a task replaces |
+
+Absorbing the core of a matrix keeps min(R_o, R_i) (I + O) numbers, fewer than core and factors apart, and costs one
+matrix product less.  A bank stacks one slot of all adapters along a new first axis T, zero-padded to the largest
+rank; zero padding is exact.  Graph inputs are named `<weight>.tpeft.<slot>`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = ["INDEX", "Kind", "Slot", "Target", "fill", "input_name", "neutral", "pad", "ranks_of", "slots_of", "stack"]
+
+INDEX = "adapter_index"  # input of the banked graph: which bank row each batch row takes
+
+Kind = Literal["linear", "conv", "weight", "override"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A base weight that adapters may change, and how the graph takes the change.
+
+    Args:
+        name: the weight's `named_parameters()` name.
+        kind: one of the kinds above.
+        shape: the base weight's shape (O, I, K1, ...).
+        dtype: numpy name of the dtype that the slots have, e.g. "float32".
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of a branch; a size that is a string is a rank, or for an override a size the task chooses."""
+
+    name: str
+    shape: tuple[int | str, ...]
+
+
+def input_name(weight: str, slot: str) -> str:
+    """The graph input that takes one slot of one weight."""
+    return f"{weight}.tpeft.{slot}"
+
+
+def slots_of(target: Target) -> tuple[Slot, ...]:
+    """The slots of a target, in the order in which its branch takes them."""
+    if target.kind == "override":
+        return (Slot("value", ("C", *target.shape[1:]) if target.shape else ()),)
+    outputs, inputs, *kernel = target.shape
+    if target.kind == "linear":
+        return Slot("down", (inputs, "R")), Slot("up", ("R", outputs))
+    if target.kind == "weight":
+        return Slot("up", (outputs, "R_o")), Slot("core", ("R_o", inputs * math.prod(kernel)))
+    ones = (1,) * len(kernel)
+    return (
+        Slot("down", ("R_i", inputs, *ones)),
+        Slot("core", ("R_o", "R_i", *kernel)),
+        Slot("up", (outputs, "R_o", *ones)),
+    )
+
+
+def fill(target: Target, change: TuckerDelta | Array) -> dict[str, Array]:
+    """The slots of one adapter for one target, contracted in float64 and cast to the target's dtype.
+
+    Args:
+        target: where the change goes.
+        change: a delta of the target's shape, or for the kind override the whole tensor.
+
+    Returns:
+        Slot name -> contiguous array of the slot's shape with the adapter's own ranks.
+    """
+    tensors = _FILL[target.kind](change) if isinstance(change, TuckerDelta) else {"value": change}
+    return {name: np.ascontiguousarray(array, dtype=target.dtype) for name, array in tensors.items()}
+
+
+def neutral(target: Target) -> dict[str, Array]:
+    """Slots of rank 1 that change nothing.  Rank 0 would do on the CPU; it is unproved on CUDA.
+
+    An override has no neutral value: its slot's default is the base's own tensor.
+    """
+    sizes = {slot.name: tuple(1 if isinstance(s, str) else s for s in slot.shape) for slot in slots_of(target)}
+    return {name: np.zeros(shape, target.dtype) for name, shape in sizes.items()}
+
+
+def ranks_of(target: Target, tensors: dict[str, Array]) -> dict[str, int]:
+    """The sizes that stand for the slot shapes' letters, e.g. {"R_i": 8, "R_o": 16}."""
+    return {
+        letter: size
+        for slot in slots_of(target)
+        for letter, size in zip(slot.shape, tensors[slot.name].shape, strict=True)
+        if isinstance(letter, str)
+    }
+
+
+def pad(array: Array, shape: Sequence[int]) -> Array:
+    """Zero-pad at the end of every axis to `shape`."""
+    if array.shape == tuple(shape):
+        return array
+    padded = np.zeros(shape, array.dtype)
+    padded[tuple(slice(size) for size in array.shape)] = array
+    return padded
+
+
+def stack(rows: Sequence[Array]) -> Array:
+    """A bank: the rows, zero-padded to their largest size along every axis, along a new first axis T."""
+    shape = tuple(max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True))
+    return np.stack([pad(row, shape) for row in rows])
+
+
+def _factor(delta: TuckerDelta, mode: int) -> Array:
+    factor = delta.factors[mode]
+    return np.eye(delta.ranks[mode]) if factor is None else factor.astype(np.float64)
+
+
+def _linear(delta: TuckerDelta) -> dict[str, Array]:
+    core = delta.scale * delta.core.astype(np.float64)
+    up, down = _factor(delta, 0), _factor(delta, 1)
+    if core.shape[1] <= core.shape[0]:
+        return {"down": down, "up": (up @ core).T}
+    return {"down": down @ core.T, "up": up.T}
+
+
+def _conv(delta: TuckerDelta) -> dict[str, Array]:
+    core = delta.absorb(range(2, delta.core.ndim)).core * delta.scale
+    ones = (1,) * (core.ndim - 2)
+    up, down = _factor(delta, 0), _factor(delta, 1)
+    return {"down": down.T.reshape(*down.T.shape, *ones), "core": core, "up": up.reshape(*up.shape, *ones)}
+
+
+def _weight(delta: TuckerDelta) -> dict[str, Array]:
+    core = delta.absorb(range(1, delta.core.ndim)).core * delta.scale
+    return {"up": _factor(delta, 0), "core": core.reshape(core.shape[0], -1)}
+
+
+_FILL = {"linear": _linear, "conv": _conv, "weight": _weight}
