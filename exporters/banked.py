@@ -1,0 +1,46 @@
+"""The banked form: the same branches reading row `adapter_index[n]` of stacked banks.
+
+`adapter_index` (N,) int64 has N = 1 (one adapter for the whole batch) or N = B (each row its own).  Banks are plain
+inputs without defaults, so that a missing one fails loudly.  Row 0 is the base by convention of the runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from tpeft_deploy import slots
+from tpeft_deploy.exporters.branches import BRANCHES
+from tpeft_deploy.exporters.branches.surgery import add_input
+from tpeft_deploy.exporters.graphs import forget_shapes
+from tpeft_deploy.slots import Target
+
+__all__ = ["attach"]
+
+
+def attach(model: ir.Model, targets: Sequence[Target]) -> list[str]:
+    """Attach a banked branch for every target to a raw graph, in place.
+
+    Returns:
+        The weights whose branches take one adapter per run; with none, one run serves rows of different adapters.
+    """
+    index = add_input(model.graph, slots.INDEX, ["N"], ir.DataType.INT64)
+    single: list[str] = []
+    for target in sorted(targets, key=lambda t: t.kind == "override"):
+        dtype = ir.DataType.from_numpy(np.dtype(target.dtype))
+        values = {
+            slot.name: add_input(
+                model.graph,
+                slots.input_name(target.name, slot.name),
+                ["T", *(f"{target.name}.{size}" if isinstance(size, str) else size for size in slot.shape)],
+                dtype,
+            )
+            for slot in slots.slots_of(target)
+        }
+        if BRANCHES[target.kind].banked(model, target, values, index) == "group":
+            single.append(target.name)
+    if any(target.kind == "override" for target in targets):
+        forget_shapes(model.graph)
+    return single

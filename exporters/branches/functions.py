@@ -1,0 +1,155 @@
+"""The Tucker branches as ONNX model-local functions of domain `tpeft`, authored with onnxscript.
+
+Letters: B rows at the consumer (a multiple of the batch, batch-major), N length of `adapter_index` (1: one adapter
+for all rows; or the batch: one adapter per row), T rows in a bank, m = B / N, P product of the spatial sizes.
+`y` is what the base computes at the consumer; every function returns what the adapted base computes there.
+ONNX Runtime inlines the functions when it loads the model.
+"""
+
+from collections.abc import Sequence
+
+from onnxscript import FLOAT, graph, script
+from onnxscript import opset20 as op
+from onnxscript.values import OnnxFunction, Opset
+
+__all__ = ["BANKED", "DOMAIN", "FACTORED"]
+
+DOMAIN = "tpeft"
+_tpeft = Opset(DOMAIN, 1)
+
+# The bodies below are onnxscript, not Python: ONNX's types are not Python's, and mypy would check the wrong ones.
+# mypy: ignore-errors
+
+
+@script(_tpeft, default_opset=op)
+def TuckerLinear(y, x, down, up):
+    """y + (x down) up; x (B, .., I), down (I, R), up (R, O)."""
+    return y + op.MatMul(op.MatMul(x, down), up)
+
+
+@script(_tpeft, default_opset=op)
+def TuckerConv(y, x, down, core, up, strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int]):
+    """1x1 conv down, core conv with the base's geometry, 1x1 conv up; zero padding commutes with the first."""
+    inner = op.Conv(op.Conv(x, down), core, strides=strides, pads=pads, dilations=dilations)
+    return y + op.Conv(inner, up)
+
+
+@script(_tpeft, default_opset=op)
+def TuckerWeight(weight, up, core):
+    """W + dW; up (O, R_o), core (R_o, I * K1 ..)."""
+    return weight + op.Reshape(op.MatMul(up, core), op.Shape(weight))
+
+
+@script(_tpeft, default_opset=op)
+def BankedLinear(y, x, adapter_index, downs, ups):
+    """As TuckerLinear, row n with adapter `adapter_index[n]`; downs (T, I, R), ups (T, R, O)."""
+    split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
+    inner = op.MatMul(op.Reshape(x, split), op.Gather(downs, adapter_index))
+    return y + op.Reshape(op.MatMul(inner, op.Gather(ups, adapter_index)), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
+def BankedConv(
+    y,
+    x,
+    adapter_index,
+    downs,
+    cores,
+    ups,
+    window,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+):
+    """As TuckerConv, row n with adapter `adapter_index[n]`; banks (T, ...), window (K, 1, *K) one-hot, K = K1 K2 ..
+
+    The window is a conv that copies the K taps of one channel (im2col), so the core becomes a batched matrix
+    product of dynamic rank.
+    """
+    rows = op.Shape(adapter_index)
+    rest = op.Constant(value_ints=[-1])
+    flat = op.Constant(value_ints=[0, 0, -1])
+    pixels = op.Reshape(x, flat)
+    split = op.Reshape(pixels, op.Concat(rows, rest, op.Shape(pixels, start=1), axis=0))  # (N, m, I, P)
+    one = op.Constant(value_ints=[1])
+    down = op.Unsqueeze(op.Reshape(op.Gather(downs, adapter_index), flat), one)  # (N, 1, R_i, I)
+    inner = op.MatMul(down, split)  # (N, m, R_i, P)
+    planes = op.Reshape(inner, op.Concat(rest, one, op.Shape(x, start=2), axis=0))
+    taps = op.Conv(planes, window, strides=strides, pads=pads, dilations=dilations)  # (B R_i, K, *P')
+    core = op.Unsqueeze(op.Reshape(op.Gather(cores, adapter_index), flat), one)  # (N, 1, R_o, R_i K)
+    patches = op.Reshape(taps, op.Concat(op.Shape(inner, end=2), op.Shape(core, start=3), rest, axis=0))
+    up = op.Unsqueeze(op.Reshape(op.Gather(ups, adapter_index), flat), one)  # (N, 1, O, R_o)
+    return y + op.Reshape(op.MatMul(up, op.MatMul(core, patches)), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
+def BankedGroupedConv(
+    x,
+    weight,
+    adapter_index,
+    ups,
+    cores,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    group: int,
+):
+    """A bias-free conv whose weight is W + dW of adapter `adapter_index[n]`: Scan over rows, one Conv each."""
+    rows = op.Shape(adapter_index)
+    rest = op.Constant(value_ints=[-1])
+    change = op.MatMul(op.Gather(ups, adapter_index), op.Gather(cores, adapter_index))
+    weights = weight + op.Reshape(change, op.Concat(rows, op.Shape(weight), axis=0))
+    split = op.Reshape(x, op.Concat(rows, rest, op.Shape(x, start=1), axis=0))
+
+    @graph()
+    def one_row(x_row: FLOAT[...], w_row: FLOAT[...]):
+        y_row = op.Conv(x_row, w_row, strides=strides, pads=pads, dilations=dilations, group=group)
+        return y_row
+
+    y = op.Scan(split, weights, body=one_row, num_scan_inputs=2)
+    return op.Reshape(y, op.Concat(rest, op.Shape(y, start=2), axis=0))
+
+
+@script(_tpeft, default_opset=op)
+def BankedWeight(weight, adapter_index, ups, cores):
+    """W + dW of the one adapter of this run; `adapter_index` must have length 1 or the reshape fails."""
+    change = op.MatMul(op.Gather(ups, adapter_index), op.Gather(cores, adapter_index))
+    return weight + op.Reshape(change, op.Shape(weight))
+
+
+@script(_tpeft, default_opset=op)
+def BankedDense(x, adapter_index, values):
+    """x W^T with the whole weight W = values[adapter_index[n]]; x (B, .., I), values (T, C, I)."""
+    split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
+    weights = op.Transpose(op.Gather(values, adapter_index), perm=[0, 2, 1])
+    y = op.MatMul(op.Reshape(x, split), weights)
+    return op.Reshape(y, op.Concat(op.Shape(x, end=-1), op.Constant(value_ints=[-1]), axis=0))
+
+
+@script(_tpeft, default_opset=op)
+def BankedBias(y, adapter_index, values):
+    """y + values[adapter_index[n]] along the last axis; y (B, .., C), values (T, C)."""
+    split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(y, start=-1), axis=0)
+    bias = op.Unsqueeze(op.Gather(values, adapter_index), op.Constant(value_ints=[1]))
+    return op.Reshape(op.Reshape(y, split) + bias, op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
+def BankedValue(adapter_index, values):
+    """The one tensor values[adapter_index[0]] of this run; `adapter_index` must have length 1."""
+    return op.Squeeze(op.Gather(values, adapter_index), op.Constant(value_ints=[0]))
+
+
+FACTORED: dict[str, OnnxFunction] = {f.name: f for f in (TuckerLinear, TuckerConv, TuckerWeight)}
+BANKED: dict[str, OnnxFunction] = {
+    f.name: f
+    for f in (
+        BankedLinear,
+        BankedConv,
+        BankedGroupedConv,
+        BankedWeight,
+        BankedDense,
+        BankedBias,
+        BankedValue,
+    )
+}

@@ -1,0 +1,112 @@
+"""The few edits that every branch is made of: new inputs, function calls, and re-routed values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from tpeft_deploy.exporters.branches.functions import BANKED, DOMAIN, FACTORED
+
+__all__ = ["add_constant", "add_input", "call", "call_first", "reroute", "route_around"]
+
+_FUNCTIONS = FACTORED | BANKED
+
+
+def add_input(
+    graph: ir.Graph, name: str, shape: Sequence[int | str], dtype: ir.DataType, default: ir.TensorProtocol | None = None
+) -> ir.Value:
+    """A new graph input; with a default it is an overridable initializer."""
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=default)
+    graph.inputs.append(value)
+    if default is not None:
+        graph.register_initializer(value)
+    return value
+
+
+def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer that nobody can override; the one of that name, if it is there already."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def call(
+    model: ir.Model,
+    function: str,
+    inputs: Sequence[ir.Value],
+    *,
+    name: str,
+    like: ir.Value | None,
+    after: ir.Node,
+    attributes: Mapping[str, object] | None = None,
+) -> ir.Value:
+    """Insert a call of one of our functions behind a node.
+
+    Args:
+        name: of the new node.
+        like: a value that the result resembles in shape and type; None when its shape is not known.
+    """
+    node = _node(model, function, inputs, name, like, attributes)
+    model.graph.insert_after(after, node)
+    return node.outputs[0]
+
+
+def call_first(
+    model: ir.Model, function: str, inputs: Sequence[ir.Value], *, name: str, like: ir.Value | None
+) -> ir.Value:
+    """Insert a call of one of our functions, of graph inputs and initializers only, before all other nodes."""
+    node = _node(model, function, inputs, name, like, None)
+    model.graph.insert_before(model.graph[0], node)
+    return node.outputs[0]
+
+
+def reroute(old: ir.Value, new: ir.Value) -> None:
+    """Let every user of `old` except the producer of `new` use `new`; a graph output keeps its name."""
+    producer = new.producer()
+    for node, index in list(old.uses()):
+        if node is not producer:
+            node.replace_input_with(index, new)
+    graph = producer.graph if producer is not None else None
+    if graph is None:
+        return
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[index] = new
+            old.name, new.name = f"{old.name}.base", old.name
+
+
+def route_around(node: ir.Node, new: ir.Value) -> None:
+    """Let every user of a node's only output use `new` instead, and remove the node."""
+    old = node.outputs[0]
+    name = old.name
+    reroute(old, new)
+    if new.name == name:
+        old.name = f"{name}.gone"
+    if node.graph is not None:
+        node.graph.remove(node, safe=True)
+
+
+def _node(
+    model: ir.Model,
+    function: str,
+    inputs: Sequence[ir.Value],
+    name: str,
+    like: ir.Value | None,
+    attributes: Mapping[str, object] | None,
+) -> ir.Node:
+    definition = _FUNCTIONS[function]
+    key = (DOMAIN, function, "")
+    if key not in model.functions:
+        model.functions[key] = ir.serde.deserialize_function(definition.to_function_proto())
+        model.graph.opset_imports[DOMAIN] = 1
+    output = ir.Value(
+        name=f"{name}.out",
+        shape=like.shape.copy() if like is not None and like.shape is not None else None,
+        type=like.type if like is not None else None,
+    )
+    return ir.node(function, inputs, attributes or {}, domain=DOMAIN, outputs=[output], name=name)  # type: ignore[arg-type]

@@ -1,0 +1,81 @@
+"""The factored form: a base graph whose targets carry Tucker branches with overridable factors.
+
+Nothing fed, it computes the base; fed one adapter's tensors it computes that task, whatever the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from tpeft_deploy import slots
+from tpeft_deploy.errors import UnsupportedTarget
+from tpeft_deploy.exporters.branches import BRANCHES
+from tpeft_deploy.exporters.branches.surgery import add_input
+from tpeft_deploy.exporters.graphs import forget_shapes
+from tpeft_deploy.manifest import Varies
+from tpeft_deploy.slots import Target
+
+__all__ = ["attach", "output_axes"]
+
+
+def attach(model: ir.Model, targets: Sequence[Target]) -> None:
+    """Attach a branch for every target to a raw graph, in place."""
+    # Deltas first: an override replaces the consumer that a branch attaches to.
+    for target in sorted(targets, key=lambda t: t.kind == "override"):
+        neutral = slots.neutral(target) if target.kind != "override" else {}
+        values = {}
+        for slot in slots.slots_of(target):
+            default = neutral.get(slot.name)
+            tensor = model.graph.initializers[target.name].const_value if default is None else ir.tensor(default)
+            values[slot.name] = add_input(
+                model.graph,
+                slots.input_name(target.name, slot.name),
+                [f"{target.name}.{size}" if isinstance(size, str) else size for size in slot.shape],
+                ir.DataType.from_numpy(default.dtype) if default is not None else _dtype(tensor),
+                tensor,
+            )
+        BRANCHES[target.kind].factored(model, target, values)
+    if any(target.kind == "override" for target in targets):
+        forget_shapes(model.graph)
+
+
+def output_axes(model: ir.Model, targets: Sequence[Target], outputs: Sequence[ir.Value]) -> dict[str, Varies]:
+    """Which axis of which output has the size of which override, by shape inference through the functions.
+
+    Args:
+        model: a graph that `attach` has worked on.
+        targets: what was attached.
+        outputs: the raw graph's outputs, with their shapes.
+
+    Raises:
+        UnsupportedTarget: an output's size depends on an override in a way that cannot be followed.
+    """
+    free = {f"{t.name}.C": t.name for t in targets if t.kind == "override" and t.shape}
+    if not free:
+        return {}
+    copy = model.clone()
+    passes.InlinePass()(copy)
+    inferred = passes.ShapeInferencePass()(copy).model
+    found: dict[str, Varies] = {}
+    for before, after in zip(outputs, inferred.graph.outputs, strict=True):
+        for axis, (old, new) in enumerate(zip(before.shape or (), after.shape or (), strict=False)):
+            letter = new.value if isinstance(new, ir.SymbolicDim) else None
+            if letter in free:
+                found[str(before.name)] = Varies(axis, free[letter])
+            elif isinstance(old, int) and old != new:
+                raise UnsupportedTarget(
+                    f"follow overrides {', '.join(free.values())} to output {before.name!r}",
+                    expected=f"axis {axis} to keep its size {old} or to take an override's first size",
+                    got=f"{letter or 'a size that shape inference cannot name'}",
+                    fix="Give every task a head of the base's size, or export that task folded.",
+                )
+    return found
+
+
+def _dtype(tensor: ir.TensorProtocol | None) -> ir.DataType:
+    if tensor is None:
+        raise ValueError("an overridden initializer has no value")
+    return tensor.dtype

@@ -1,0 +1,112 @@
+"""The folded form: W + dW written into the initializers; a plain ONNX model, as fast as the base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.errors import UnknownTarget
+from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters.bases import Base, load_base, trace
+from tpeft_deploy.exporters.gate import Check
+from tpeft_deploy.exporters.graphs import forget_shapes, optimize
+from tpeft_deploy.exporters.targets import resolve
+from tpeft_deploy.files import move_into, staging
+
+__all__ = ["export_folded", "write_folded"]
+
+_LARGE = 1_800_000_000  # bytes; protobuf stops at 2 GiB
+
+
+def export_folded(
+    base: object,
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    task: str = "adapter",
+    progress: Callable[[str], None] = lambda stage: None,
+) -> list[Check]:
+    """Export one adapter merged into its base.
+
+    Args:
+        base: a torch module, or "package.module:factory".
+        adapter: from `load_adapter`.
+        path: the ONNX file to write; weights above 1.8 GB go to `<path>.data` beside it.
+        example_inputs: by input name, for a module; the first axis is the batch.
+        dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
+        task: the adapter's name, for messages and the model's metadata.
+        progress: told each stage.
+
+    Returns:
+        What the numeric gate measured.
+
+    Raises:
+        UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
+    """
+    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    loaded.check(adapter)
+    progress("trace the base")
+    raw = trace(loaded)
+    progress("fold and check")
+    return write_folded(loaded, raw, adapter, Path(path), task=task)
+
+
+def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, task: str) -> list[Check]:
+    """Fold, optimise, save beside `path`, check there, and only then move to `path`."""
+    model = fold(base, raw, adapter, task=task)
+    with staging(path.parent) as new:
+        file = new / path.name
+        large = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value) > _LARGE
+        ir.save(model, file, external_data=f"{path.name}.data" if large else None)
+        session = gate.open_session(file)
+        checks = []
+        for rows in gate.ROWS:
+            inputs = gate.with_rows(base.inputs, rows)
+            got = gate.run(session, inputs, {})
+            checks.append(gate.compare("folded", task, got, gate.reference(base, adapter, inputs, list(got))))
+        del session
+        move_into(path.parent, sorted(new.iterdir(), key=lambda part: part.name == path.name))
+    return checks
+
+
+def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
+    """A copy of a raw graph with an adapter's tensors in place of the base's, optimised.
+
+    Raises:
+        UnknownTarget: the graph does not use a weight that the adapter changes.
+    """
+    model = raw.clone()
+    resolved = resolve(model.graph, base.weights, base.aliases)
+    for name, tensor in gate.merged_tensors(base, adapter).items():
+        if name not in resolved:
+            raise UnknownTarget(
+                f"fold {adapter.source} into {base.name}, weight {name!r}",
+                expected="a weight that the forward pass uses",
+                got="one that is not in the exported graph",
+                fix="Leave its module out of target_modules and modules_to_save.",
+            )
+        value = model.graph.initializers[resolved[name]]
+        value.const_value = ir.tensor(tensor.numpy(), name=value.name)
+        value.shape = ir.Shape(tensor.shape)
+    if adapter.overrides:
+        _infer_outputs(model)
+    optimize(model, inline=True)
+    model.metadata_props.update({"tpeft.form": "folded", "tpeft.task": task})
+    return model
+
+
+def _infer_outputs(model: ir.Model) -> None:
+    """Replace the traced output shapes by the ones that heads of another size lead to."""
+    forget_shapes(model.graph)
+    inferred = passes.ShapeInferencePass()(model.clone()).model
+    for value, other in zip(model.graph.outputs, inferred.graph.outputs, strict=True):
+        value.shape = other.shape

@@ -1,0 +1,100 @@
+"""Optimising and saving graphs that share their weights.
+
+The weights of a base keep their names and values through optimisation, so that all graphs of a bundle can read them
+from one file and the runtime can replace them by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+
+from tpeft_deploy.manifest import Weight
+
+__all__ = ["forget_shapes", "optimize", "share_weights", "write_weights"]
+
+ALIGNMENT = 4096  # what ONNX Runtime can map without a copy on every platform
+
+
+def optimize(model: ir.Model, keep: Iterable[str] = (), *, inline: bool = False) -> None:
+    """Run onnxscript's optimiser in place, leaving some initializers as they are.
+
+    Args:
+        model: a graph with branches already attached.
+        keep: initializers whose names and values must survive; an initializer that is also a graph input is
+            neither folded nor merged with another of equal value.
+        inline: whether model-local functions are inlined.
+    """
+    own = list(model.graph.inputs)
+    shown = {id(value) for value in own}
+    kept = [model.graph.initializers[name] for name in keep if name in model.graph.initializers]
+    model.graph.inputs.extend(value for value in kept if id(value) not in shown)
+    optimizer.optimize(model, inline=inline)
+    del model.graph.inputs[len(own) :]
+    passes.RemoveUnusedNodesPass()(model)
+    passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    passes.RemoveUnusedOpsetsPass()(model)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value.name = value.name
+
+
+def forget_shapes(graph: ir.Graph) -> None:
+    """Drop the shapes of all computed values: an override of another size makes the traced ones wrong."""
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None
+
+
+def write_weights(graph: ir.Graph, digests: Mapping[str, str], path: Path) -> dict[str, Weight]:
+    """Write the named initializers of a graph one after another into one file.
+
+    Args:
+        graph: holds every initializer named in `digests`.
+        digests: initializer -> its `weight_digest`.
+        path: the file to write.
+
+    Returns:
+        Where each went.
+    """
+    weights: dict[str, Weight] = {}
+    with path.open("wb") as stream:
+        for name, digest in digests.items():
+            value = graph.initializers[name].const_value
+            if value is None:
+                raise ValueError(f"initializer {name!r} has no value")
+            stream.write(bytes(-stream.tell() % ALIGNMENT))
+            data = value.tobytes()
+            array = value.numpy()
+            weights[name] = Weight(tuple(array.shape), array.dtype.name, digest, stream.tell(), len(data))
+            stream.write(data)
+    return weights
+
+
+def share_weights(model: ir.Model, weights: Mapping[str, Weight], aliases: Mapping[str, str], file: Path) -> None:
+    """Let a graph read initializers from the shared file instead of carrying them.
+
+    Args:
+        model: changed in place.
+        weights: what `write_weights` returned.
+        aliases: initializer of this graph -> weight whose value it has.
+        file: the shared file, to stand beside the model's own.
+    """
+    for name, value in model.graph.initializers.items():
+        weight = weights.get(aliases.get(name, name))
+        if weight is None or value.const_value is None:
+            continue
+        value.const_value = ir.ExternalTensor(
+            file.name,
+            weight.offset,
+            weight.length,
+            ir.DataType.from_numpy(np.dtype(weight.dtype)),
+            shape=ir.Shape(weight.shape),
+            name=name,
+            base_dir=file.parent,
+        )
