@@ -1,0 +1,103 @@
+"""Checking what a caller sends before anything runs, and cutting what comes back: pure numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tpeft_deploy.errors import InputError
+from tpeft_deploy.manifest import Manifest, Port
+from tpeft_deploy.tucker import Array
+
+__all__ = ["check_inputs", "check_tasks", "cut", "take_rows"]
+
+
+def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, Array]:
+    """The inputs as contiguous arrays, once names, dtypes and shapes fit the model.
+
+    Raises:
+        InputError: naming the input, what was expected and what came.
+    """
+    names = [port.name for port in manifest.inputs]
+    if set(inputs) != set(names):
+        missing, unknown = sorted(set(names) - set(inputs)), sorted(set(inputs) - set(names))
+        raise InputError(
+            f"run bundle {manifest.name!r}",
+            expected=f"inputs {', '.join(names)}",
+            got=", ".join(
+                [f"no {name!r}" for name in missing] + [f"an unknown {name!r}" for name in unknown],
+            ),
+        )
+    sizes: dict[str, tuple[int, str]] = {}
+    arrays = {}
+    for port in manifest.inputs:
+        array = np.asarray(inputs[port.name])
+        _check_port(manifest, port, array, sizes)
+        arrays[port.name] = np.ascontiguousarray(array)
+    return arrays
+
+
+def check_tasks(manifest: Manifest, tasks: Sequence[str], inputs: Mapping[str, Array]) -> None:
+    """Refuse a list of tasks that does not name one task per row.
+
+    Raises:
+        InputError: another number of tasks than rows, or a string instead of a list.
+    """
+    if isinstance(tasks, str):
+        raise InputError(
+            f"run bundle {manifest.name!r}",
+            expected="tasks as a list with one task per row",
+            got=f"the string {tasks!r}",
+            fix=f"Use task={tasks!r} for one task over the whole batch.",
+        )
+    port = batched(manifest, manifest.inputs)[0]
+    rows = inputs[port.name].shape[0]
+    if len(tasks) != rows:
+        raise InputError(
+            f"run bundle {manifest.name!r}, input {port.name!r}",
+            expected=f"one task per row, {rows} for its {rows} rows",
+            got=f"{len(tasks)} tasks",
+        )
+
+
+def batched(manifest: Manifest, ports: Sequence[Port]) -> list[Port]:
+    """The ports whose first axis is the batch."""
+    batch = manifest.batch_axis
+    found = [port for port in ports if port.shape and port.shape[0] == batch]
+    return found or [port for port in ports if port.shape]
+
+
+def take_rows(manifest: Manifest, inputs: Mapping[str, Array], rows: Array) -> dict[str, Array]:
+    """Some rows of every batched input; the others whole."""
+    names = {port.name for port in batched(manifest, manifest.inputs)}
+    return {name: array[rows] if name in names else array for name, array in inputs.items()}
+
+
+def cut(port: Port, array: Array, size: int) -> Array:
+    """The first `size` entries of an output's varying axis, without holding on to the padding."""
+    if port.varies is None or array.shape[port.varies.axis] == size:
+        return array
+    return array.take(range(size), axis=port.varies.axis)
+
+
+def _check_port(manifest: Manifest, port: Port, array: Array, sizes: dict[str, tuple[int, str]]) -> None:
+    doing = f"run bundle {manifest.name!r}, input {port.name!r}"
+    if array.dtype != np.dtype(port.dtype):
+        raise InputError(
+            doing, expected=f"dtype {port.dtype}", got=array.dtype, fix=f"Convert it with .astype({port.dtype!r})."
+        )
+    shape = "[" + ", ".join(map(str, port.shape)) + "]"
+    if array.ndim != len(port.shape):
+        raise InputError(doing, expected=f"shape {shape}", got=list(array.shape))
+    for size, wanted in zip(array.shape, port.shape, strict=True):
+        if isinstance(wanted, int) and size != wanted:
+            raise InputError(doing, expected=f"shape {shape}", got=list(array.shape))
+        if isinstance(wanted, str):
+            first, owner = sizes.setdefault(wanted, (size, port.name))
+            if size != first:
+                raise InputError(
+                    doing, expected=f"{wanted} = {first}, as in input {owner!r}", got=f"{size} in {list(array.shape)}"
+                )
+    if 0 in array.shape:
+        raise InputError(doing, expected="at least one row and no empty axis", got=list(array.shape))

@@ -1,0 +1,65 @@
+"""One ONNX Runtime session driven through IO binding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from tpeft_deploy import slots
+from tpeft_deploy.runtime.bank import Bank
+from tpeft_deploy.runtime.providers import Choice, open_session
+from tpeft_deploy.tucker import Array
+
+__all__ = ["Session"]
+
+
+class Session:
+    """A banked graph on one device.
+
+    Args:
+        model: the ONNX file.
+        choice: the device, from `providers.choose`.
+        threads: intra-op threads; by default one per core.
+    """
+
+    def __init__(self, model: Path, choice: Choice, *, threads: int | None = None) -> None:
+        self._session = open_session(model, choice, threads=threads)
+        self._device = choice.device
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, bank: Bank, inputs: Mapping[str, Array], index: Array) -> dict[str, Array]:
+        """Run rows of a batch on rows of a bank.
+
+        Args:
+            bank: what to serve from; safe to use from several threads.
+            inputs: contiguous arrays by input name.
+            index: int64 (1,) or (batch,): the bank row of the batch, or of each of its rows.
+
+        Returns:
+            Output name -> array of its own.
+        """
+        try:
+            binding = bank.bindings.pop()
+        except IndexError:
+            binding = self._bind(bank)
+        # A bound array must outlive the run, which these locals do.
+        index = np.ascontiguousarray(index, dtype=np.int64)
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_cpu_input(slots.INDEX, index)
+        binding.clear_binding_outputs()  # else the last run's buffers would be written again, at their old shapes
+        for name in self._outputs:
+            binding.bind_output(name, self._device)
+        self._session.run_with_iobinding(binding)
+        outputs = dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
+        bank.bindings.append(binding)
+        return outputs
+
+    def _bind(self, bank: Bank) -> onnxruntime.IOBinding:
+        binding = self._session.io_binding()
+        for name, value in bank.values.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
