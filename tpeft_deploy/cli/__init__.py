@@ -1,0 +1,30 @@
+"""The command line, `tpeft-deploy`: commands parse, call one function, and print.
+
+Everything heavy is imported inside a command, so that `--help` and usage errors stay fast.
+"""
+
+import click
+
+from tpeft_deploy import __version__
+from tpeft_deploy.cli.adapter import adapter
+from tpeft_deploy.cli.console import Tool
+from tpeft_deploy.cli.export import export
+from tpeft_deploy.cli.inspect import inspect
+from tpeft_deploy.cli.quickstart import quickstart
+from tpeft_deploy.cli.run import run
+
+__all__ = ["main"]
+
+
+@click.group(cls=Tool, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tpeft-deploy")
+def main() -> None:
+    """Deploy tensor adapters: one base model, many tasks, through ONNX Runtime.
+
+    Every command that prints a table takes --json; progress and logs go to stderr.
+    Exit codes: 0 done, 1 failed, 2 wrong usage.
+    """
+
+
+for command in (inspect, export, adapter, run, quickstart):
+    main.add_command(command)

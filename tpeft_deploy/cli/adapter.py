@@ -1,0 +1,72 @@
+"""`adapter`: the tasks of a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tpeft_deploy.cli.console import Group, TaskAdapter, emit, json_option
+
+__all__ = ["adapter"]
+
+_BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+
+
+@click.group(cls=Group)
+def adapter() -> None:
+    """Add, remove and list the tasks of a bundle; neither graphs nor other tasks are touched."""
+
+
+@adapter.command()
+@_BUNDLE
+@click.argument("assignment", type=TaskAdapter(), metavar="TASK=ADAPTER")
+@json_option
+def add(bundle: Path, assignment: tuple[str, Path], as_json: bool) -> None:
+    """Let TASK stand for ADAPTER, in place of an earlier one of that name."""
+    from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.formats import load_adapter
+
+    task, path = assignment
+    opened = Bundle.open(bundle)
+    opened.add(task, load_adapter(path))
+    emit({"tasks": [_describe(opened, task)]}, key="tasks", columns=_COLUMNS, as_json=as_json)
+
+
+@adapter.command()
+@_BUNDLE
+@click.argument("task")
+def remove(bundle: Path, task: str) -> None:
+    """Take TASK and all its versions out of the bundle."""
+    from tpeft_deploy.bundle import Bundle
+
+    Bundle.open(bundle).remove(task)
+
+
+@adapter.command("list")
+@_BUNDLE
+@json_option
+def list_(bundle: Path, as_json: bool) -> None:
+    """List the tasks, checking each adapter against its digest."""
+    from tpeft_deploy.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    document = {"bundle": opened.manifest.name, "tasks": [_describe(opened, task) for task in opened.tasks]}
+    emit(document, key="tasks", columns=_COLUMNS, as_json=as_json)
+
+
+_COLUMNS = ["task", "digest", "parameters", "bytes", "deltas", "overrides", "folded"]
+
+
+def _describe(bundle: Any, task: str) -> dict[str, Any]:
+    loaded = bundle.adapter(task)
+    return {
+        "task": task,
+        "digest": bundle.digest(task),
+        "parameters": loaded.parameters,
+        "bytes": loaded.nbytes,
+        "deltas": len(loaded.deltas),
+        "overrides": len(loaded.overrides),
+        "folded": (bundle.path / "folded" / f"{task}.onnx").is_file(),
+    }

@@ -1,0 +1,154 @@
+"""Manners that all commands share: errors on one line, tables or JSON on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from tpeft_deploy.errors import TpeftError
+
+__all__ = ["Group", "TaskAdapter", "Tool", "emit", "json_option", "note", "provider_option", "stages"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DEBUG = "tpeft_deploy.debug"
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+provider_option = click.option(
+    "--provider",
+    type=click.Choice(["auto", "cuda", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where ONNX Runtime runs; cuda fails where it cannot be used, auto says what it chose.",
+)
+
+
+def _remember_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.find_root().meta[_DEBUG] = True
+
+
+def _debug_option() -> click.Option:
+    return click.Option(
+        ["--debug"], is_flag=True, expose_value=False, callback=_remember_debug, help="Show tracebacks of errors."
+    )
+
+
+class Command(click.Command):
+    """A command that takes --debug."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_debug_option())
+
+
+class Group(click.Group):
+    """A group whose commands take --debug."""
+
+    command_class = Command
+
+
+class Tool(Group):
+    """The top group: the one place where an error becomes a line on stderr and an exit code."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_debug_option())
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; every error but click's own is shown as one line unless --debug is given."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            if ctx.meta.get(_DEBUG):
+                raise
+            raise _Failure(error) from error
+
+
+class _Failure(click.ClickException):
+    def __init__(self, error: Exception) -> None:
+        if isinstance(error, TpeftError):
+            super().__init__(str(error))
+            return
+        text = " ".join(str(error).split())
+        super().__init__(f"unexpected {type(error).__name__}: {text}. Run again with --debug, and please report it.")
+
+
+class TaskAdapter(click.ParamType[tuple[str, Path]]):
+    """TASK=ADAPTER."""
+
+    name = "TASK=ADAPTER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        """Split at the first '='."""
+        if isinstance(value, tuple):
+            return value
+        task, sign, path = str(value).partition("=")
+        if not (task and sign and path):
+            self.fail(f"{value!r} is not of the form TASK=ADAPTER, as in sst2=adapters/sst2.", param, ctx)
+        return task, Path(path)
+
+
+def emit(document: dict[str, Any], *, key: str, columns: Sequence[str], as_json: bool) -> None:
+    """Print a document as JSON, or the list under `key` as a table.
+
+    Args:
+        document: what --json prints.
+        key: of a list of objects.
+        columns: which of their fields the table shows, in order.
+        as_json: which of the two.
+    """
+    if as_json:
+        click.echo(json.dumps(document, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    rows = [[_text(entry[column]) for column in columns] for entry in document[key]]
+    for index, column in enumerate(columns):
+        number = bool(rows) and all(isinstance(entry[column], int | float) for entry in document[key])
+        table.add_column(column.replace("_", " "), justify="right" if number else "left", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # A pipe has no width: let lines be as long as they are, so that nothing is cut or wrapped.
+    (console if console.is_terminal else Console(width=10_000)).print(table, markup=False)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, list | tuple):
+        return " x ".join(map(str, value))
+    return str(value)
+
+
+def note(text: str) -> None:
+    """A remark for the person at the terminal: stderr."""
+    click.echo(text, err=True)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """A progress display on stderr, if that is a terminal; call the value with each stage's name as it begins."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        current = progress.add_task("starting", total=None)
+        yield lambda stage: progress.update(current, description=stage)

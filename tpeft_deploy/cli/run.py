@@ -1,0 +1,93 @@
+"""`run`: one batch through a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tpeft_deploy.cli.console import Command, emit, json_option, note, provider_option
+
+if TYPE_CHECKING:
+    from tpeft_deploy.tucker import Array
+
+__all__ = ["run"]
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--input", "source", required=True, type=click.Path(path_type=Path), help="An .npz file, one array an input."
+)
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="The .npz file to write.")
+@click.option("--task", help="One task for all rows; the base when neither this nor --tasks is given.")
+@click.option("--tasks", help="One task per row, separated by commas: A,B,A.")
+@provider_option
+@json_option
+def run(
+    bundle: Path, source: Path, output: Path, task: str | None, tasks: str | None, provider: str, as_json: bool
+) -> None:
+    """Run a batch of rows through BUNDLE.
+
+    With --tasks, an output whose size differs between the rows' tasks is written as one array a row, NAME.0, NAME.1
+    and so on.
+    """
+    from tpeft_deploy.files import new_file
+    from tpeft_deploy.runtime import Runtime
+
+    if task is not None and tasks is not None:
+        raise click.UsageError("--task and --tasks exclude each other.")
+    inputs = _read(source)
+    runtime = Runtime(bundle, provider=provider)
+    if tasks is not None:
+        results = runtime.run(inputs, tasks=tasks.split(","))
+    else:
+        results = dict(runtime.run(inputs, task or "base"))
+    arrays = _flat(results)
+    with new_file(output) as temporary, temporary.open("wb") as stream:
+        import numpy as np
+
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+    note(f"provider: {runtime.provider} ({runtime.provider_reason})")
+    document = {
+        "path": str(output),
+        "provider": runtime.provider,
+        "outputs": [{"output": n, "dtype": a.dtype.name, "shape": list(a.shape)} for n, a in arrays.items()],
+    }
+    emit(document, key="outputs", columns=["output", "dtype", "shape"], as_json=as_json)
+
+
+def _flat(results: Mapping[str, Array | list[Array]]) -> dict[str, Array]:
+    import numpy as np
+
+    arrays: dict[str, Array] = {}
+    for name, value in results.items():
+        if not isinstance(value, list):
+            arrays[name] = value
+        elif len({row.shape for row in value}) == 1:
+            arrays[name] = np.stack(value)
+        else:
+            arrays |= {f"{name}.{i}": row for i, row in enumerate(value)}
+    return arrays
+
+
+def _read(source: Path) -> dict[str, Array]:
+    import zipfile
+
+    import numpy as np
+
+    from tpeft_deploy.errors import InputError
+
+    try:
+        with np.load(source, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+        got = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(
+            f"read inputs {source}",
+            expected="an .npz file with one array an input",
+            got=got,
+            fix="Write it with numpy.savez(path, **inputs).",
+        ) from error
