@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,19 @@ from tpeft_deploy.errors import FormatError
 from tpeft_deploy.tucker import Array
 
 __all__ = ["read_bytes", "read_tensors", "require_finite"]
+
+
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "|i1",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
 
 
 def read_bytes(path: Path) -> bytes:
@@ -31,14 +45,16 @@ def read_tensors(data: bytes, *, source: str) -> tuple[dict[str, Array], dict[st
         data: the file's bytes.
         source: where they came from, for messages.
 
+    Returns:
+        Tensors as float32 where the file has bfloat16, which is exact, and the file's metadata.
+
     Raises:
         FormatError: the bytes are truncated, not safetensors, or a floating point tensor is not finite.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load
 
     try:
-        tensors = load(data)
+        tensors = {name: _array(entry["dtype"], entry["shape"], entry["data"]) for name, entry in _entries(data)}
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise FormatError(
             f"read {source}",
@@ -63,8 +79,22 @@ def require_finite(tensors: dict[str, Array], *, source: str) -> None:
             )
 
 
+def _entries(data: bytes) -> list[tuple[str, dict[str, Any]]]:
+    from safetensors import deserialize
+
+    entries: list[tuple[str, dict[str, Any]]] = deserialize(data)  # type: ignore[no-untyped-call]
+    return entries
+
+
+def _array(dtype: str, shape: list[int], data: bytes | bytearray) -> Array:
+    if dtype == "BF16":
+        # numpy has no bfloat16; it is the upper half of a float32, so widening is exact.
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+    return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
+
+
 def _metadata(data: bytes) -> dict[str, str]:
-    # safetensors.numpy.load drops the header's metadata; its length stands in the first 8 bytes, checked by load.
+    # deserialize drops the header's metadata; its length stands in the first 8 bytes, checked by load.
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
     metadata: dict[str, str] = header.get("__metadata__") or {}

@@ -1,0 +1,39 @@
+"""Training tensor adapters with PEFT: importing this registers the method under the type "TPEFT_TUCKER".
+
+from peft import get_peft_model
+from tpeft_deploy.training import TuckerConfig
+
+model = get_peft_model(base, TuckerConfig(ranks=8, target_modules=["query", "value"]))
+...
+model.save_pretrained("adapter")
+"""
+
+from tpeft_deploy.errors import MissingExtra
+
+try:
+    import peft  # noqa: F401
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise MissingExtra(
+        "import tpeft_deploy.training",
+        problem=f"{error.name} is not installed",
+        fix="Install it with: pip install 'tpeft-deploy[train]'",
+    ) from error
+
+from tpeft_deploy.training.config import PEFT_TYPE, TuckerConfig
+from tpeft_deploy.training.kinds import TuckerConv, TuckerEmbedding, TuckerLinear
+from tpeft_deploy.training.layer import TuckerLayer
+from tpeft_deploy.training.model import TuckerModel
+from tpeft_deploy.training.registration import register
+
+__all__ = [
+    "PEFT_TYPE",
+    "TuckerConfig",
+    "TuckerConv",
+    "TuckerEmbedding",
+    "TuckerLayer",
+    "TuckerLinear",
+    "TuckerModel",
+]
+
+register()

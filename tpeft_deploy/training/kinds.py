@@ -1,0 +1,125 @@
+"""One class per kind of layer: how an input runs through the factors, and through dW."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tpeft_deploy.training.contraction import contract
+from tpeft_deploy.training.layer import TuckerLayer
+
+__all__ = ["KINDS", "TuckerConv", "TuckerEmbedding", "TuckerLinear"]
+
+_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+class TuckerLinear(TuckerLayer):
+    """A linear layer, weight (O, I)."""
+
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    base_layer: nn.Linear
+
+    def _is_stock(self) -> bool:
+        return type(self.base_layer).forward is nn.Linear.forward
+
+    def _multiplications(self, ranks: tuple[int, ...]) -> tuple[float, float]:
+        (size_o, size_i), (rank_o, rank_i) = self.base_weight.shape, ranks
+        factored = (rank_i < size_i) * size_i * rank_i + rank_i * rank_o + (rank_o < size_o) * rank_o * size_o
+        return factored, size_o * size_i
+
+    def _positions(self, x: Tensor) -> float:
+        return x.numel() / self.base_layer.in_features
+
+    def _through_factors(self, x: Tensor, core: Tensor, factors: dict[int, Tensor]) -> Tensor:
+        x = functional.linear(x @ factors[1] if 1 in factors else x, core)
+        return functional.linear(x, factors[0]) if 0 in factors else x
+
+    def _through_delta(self, x: Tensor, delta: Tensor) -> Tensor:
+        return functional.linear(x, delta)
+
+
+class TuckerConv(TuckerLayer):
+    """A convolution of 1 to 3 dimensions, weight (O, I per group, K1, ...), of any geometry that torch has."""
+
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+    def _is_stock(self) -> bool:
+        kind: Any = type(self.base_layer)
+        (stock,) = (ancestor for ancestor in kind.__mro__ if ancestor in self.adapts)
+        return kind.forward is stock.forward and kind._conv_forward is stock._conv_forward
+
+    def _multiplications(self, ranks: tuple[int, ...]) -> tuple[float, float]:
+        size_o, size_i, *kernel = self.base_weight.shape
+        rank_o, rank_i = ranks[:2]
+        dense = size_o * size_i * math.prod(kernel)
+        if self.base_layer.groups > 1:
+            # Factors would repeat for every group, where one small dW serves them all.
+            return math.inf, dense
+        # The first 1x1 convolution runs at input positions, of which a stride makes more than there are outputs.
+        into = (rank_i < size_i) * size_i * rank_i * math.prod(self.base_layer.stride)
+        return into + rank_i * rank_o * math.prod(kernel) + (rank_o < size_o) * rank_o * size_o, dense
+
+    def _positions(self, x: Tensor) -> float:
+        return x.numel() / self.base_layer.in_channels / math.prod(self.base_layer.stride)
+
+    def _through_factors(self, x: Tensor, core: Tensor, factors: dict[int, Tensor]) -> Tensor:
+        rank_o, rank_i, *window = core.shape
+        pointwise, ones = _CONVOLUTIONS[len(window)], [1] * len(window)
+        kernel = contract(core, {mode: factor for mode, factor in factors.items() if mode >= 2})
+        if 1 in factors:
+            x = pointwise(x, factors[1].T.reshape(rank_i, -1, *ones))
+        # Padding of any mode may follow the 1x1 convolution: it repeats positions, or adds zeros, which stay zero.
+        x = self._through_delta(x, kernel)
+        return pointwise(x, factors[0].reshape(-1, rank_o, *ones)) if 0 in factors else x
+
+    def _through_delta(self, x: Tensor, delta: Tensor) -> Tensor:
+        # torch's own: stride, padding of every mode, dilation and groups are those of the base.
+        output: Tensor = self.base_layer._conv_forward(x, delta, None)
+        return output
+
+
+class TuckerEmbedding(TuckerLayer):
+    """An embedding, weight (num, dim)."""
+
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
+    base_layer: nn.Embedding
+
+    def _check_base(self) -> None:
+        super()._check_base()
+        if self.base_layer.max_norm is not None:
+            raise ValueError("its max_norm rescales the weight while it runs, which no change can be added to")
+
+    def _is_stock(self) -> bool:
+        return type(self.base_layer).forward is nn.Embedding.forward
+
+    def _multiplications(self, ranks: tuple[int, ...]) -> tuple[float, float]:
+        (num, dim), (rank_num, rank_dim) = self.base_weight.shape, ranks
+        return (rank_num < num) * rank_num * rank_dim + (rank_dim < dim) * rank_dim * dim, 0
+
+    def _positions(self, x: Tensor) -> float:
+        return x.numel()
+
+    def _branch(self, name: str, x: Tensor) -> Tensor:
+        core, factors = self._parts(name)
+        change = self._change(name, x, core, factors)
+        padding = self.base_layer.padding_idx
+        if padding is not None:
+            # As in torch, padding has a value but no gradient.
+            change = torch.where((x == padding).unsqueeze(-1), change.detach(), change)
+        dropped: Tensor = self.tucker_dropout[name](change)
+        return dropped
+
+    def _through_factors(self, x: Tensor, core: Tensor, factors: dict[int, Tensor]) -> Tensor:
+        rows = functional.embedding(x, factors[0]) @ core if 0 in factors else functional.embedding(x, core)
+        return functional.linear(rows, factors[1]) if 1 in factors else rows
+
+    def _through_delta(self, x: Tensor, delta: Tensor) -> Tensor:
+        return functional.embedding(x, delta)
+
+
+KINDS: tuple[type[TuckerLayer], ...] = (TuckerLinear, TuckerConv, TuckerEmbedding)

@@ -1,0 +1,210 @@
+"""What the adapted layers of every kind share: their parameters, forward, merging, and PEFT's bookkeeping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tpeft_deploy.training.config import Ranks, TuckerConfig, mode_ranks
+from tpeft_deploy.training.contraction import break_even, contract, initial_core, initial_factor
+
+__all__ = ["TuckerLayer"]
+
+
+class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A frozen layer with the tensor adapters of its weight.
+
+    Per adapter it holds `tucker_core` (R_o, R_i, R_k1, ...) and `tucker_factor`, a (mode size, rank) matrix for every
+    mode whose rank is below its size.  Modes are those of the weight: (O, I per group, K1, ...), for an embedding
+    (num, dim).  A kind of layer is a subclass that says how to run an input through factors, and through dW.
+
+    Args:
+        base_layer: the layer to adapt, of a type in `adapts`.
+        adapter_name: the first adapter.
+        config: its configuration.
+        ranks: `config.ranks`, or what `config.rank_pattern` gives this layer.
+
+    Raises:
+        ValueError: the layer, or the adapter on this layer, cannot be expressed.
+    """
+
+    adapts: ClassVar[tuple[type[nn.Module], ...]]
+    adapter_layer_names: tuple[str, ...] = ("tucker_core", "tucker_factor")
+    other_param_names: tuple[str, ...] = ("tucker_scale", "tucker_dropout", "tucker_break_even")
+
+    # PEFT's own, which type checkers cannot see behind nn.Module.
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    set_adapter: Callable[..., None]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: TuckerConfig, ranks: Ranks) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.tucker_core = nn.ParameterDict()
+        self.tucker_factor = nn.ModuleDict()
+        self.tucker_dropout = nn.ModuleDict()
+        self.tucker_scale: dict[str, float] = {}
+        self.tucker_break_even: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._before_merge: Tensor | None = None
+        self._active_adapter = adapter_name
+        self._check_base()
+        self.update_layer(adapter_name, config, ranks)
+
+    # What a kind of layer provides.
+
+    def _is_stock(self) -> bool:
+        """Whether the base layer computes what torch's own class does, so that a branch may be added to it."""
+        raise NotImplementedError
+
+    def _multiplications(self, ranks: tuple[int, ...]) -> tuple[float, float]:
+        """Multiplications per output position through the factors, and through dW."""
+        raise NotImplementedError
+
+    def _positions(self, x: Tensor) -> float:
+        """How many output positions an input makes."""
+        raise NotImplementedError
+
+    def _through_factors(self, x: Tensor, core: Tensor, factors: dict[int, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def _through_delta(self, x: Tensor, delta: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    # Adapters.
+
+    def update_layer(self, adapter_name: str, config: TuckerConfig, ranks: Ranks) -> None:
+        """Add an adapter, or start one again from its initial values."""
+        if config.dropout and not self._is_stock():
+            raise ValueError(
+                f"{type(self.base_layer).__name__} has its own forward, which leaves no input to drop; set dropout=0"
+            )
+        shape = tuple(self.base_weight.shape)
+        core_shape = mode_ranks(ranks, shape)
+        self.tucker_core[adapter_name] = nn.Parameter(initial_core(core_shape, zero=config.init_weights))
+        self.tucker_factor[adapter_name] = nn.ParameterDict(
+            {
+                str(mode): nn.Parameter(initial_factor(size, rank))
+                for mode, (size, rank) in enumerate(zip(shape, core_shape, strict=True))
+                if rank < size
+            }
+        )
+        self.tucker_scale[adapter_name] = config.scale
+        self.tucker_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.tucker_break_even[adapter_name] = break_even(*self._multiplications(core_shape), core_shape, shape)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """dW of one adapter, with the shape of the weight, in float32 or the wider type of its parameters."""
+        core, factors = self._parts(adapter)
+        wide = torch.promote_types(core.dtype, torch.float32)
+        built = contract(core.to(wide), {mode: factor.to(wide) for mode, factor in factors.items()})
+        return self.tucker_scale[adapter] * built
+
+    def _parts(self, adapter: str) -> tuple[Tensor, dict[int, Tensor]]:
+        factors = cast(nn.ParameterDict, self.tucker_factor[adapter])
+        return self.tucker_core[adapter], {int(mode): factor for mode, factor in factors.items()}
+
+    def _live(self) -> list[str]:
+        """The active adapters that this layer has and that are not in the base weight already."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in dict.fromkeys(self.active_adapters) if name in self.tucker_core]
+
+    # Weights.
+
+    def _check_base(self) -> None:
+        weight = dict(self.base_layer.named_parameters(recurse=False)).get("weight")
+        if weight is None:
+            raise ValueError("its weight is not a plain parameter (a parametrization, or pruning, computes it)")
+        if not weight.is_floating_point():
+            raise ValueError(f"its weight is {weight.dtype}; quantized layers cannot be adapted")
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The frozen weight of the base, whether adapters are merged or not."""
+        return cast(Tensor, self.base_layer.weight) if self._before_merge is None else self._before_merge
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer works with now.
+
+        Some modules read a layer's weight instead of calling it (torch's MultiheadAttention its out_proj, its
+        TransformerEncoderLayer everything when it evaluates): with the base's weight they would ignore the adapter.
+        Dropout of the branch has no effect there.
+        """
+        if self.disable_adapters:
+            return self.base_weight
+        weight = cast(Tensor, self.base_layer.weight)
+        for name in self._live():
+            weight = (weight + self.get_delta_weight(name)).to(weight.dtype)
+        return weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the changes of some adapters (the active ones by default) to the base weight.
+
+        Raises:
+            ValueError: with `safe_merge`, a merged weight would hold NaN or infinity; nothing is merged then.
+        """
+        chosen: list[str] = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in dict.fromkeys(chosen) if name in self.tucker_core]
+        if not names:
+            return
+        parameter = cast(nn.Parameter, self.base_layer.weight)
+        weight = parameter.data
+        with torch.no_grad():
+            for name in names:
+                delta = self.get_delta_weight(name)
+                weight = (weight + delta.to(weight.device)).to(weight.dtype)
+                if safe_merge and not torch.isfinite(weight).all():
+                    raise ValueError(f"merge adapter {name!r}: the merged weight holds NaN or infinity")
+        # Kept rather than subtracted later, so that unmerging restores the base to the bit and its digest holds.
+        self._before_merge = self.base_weight.detach()
+        parameter.data = weight
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put back the base weight as it was before any merge."""
+        if self._before_merge is None:
+            return
+        parameter = cast(nn.Parameter, self.base_layer.weight)
+        parameter.data = self._before_merge.to(parameter)
+        self._before_merge = None
+        self.merged_adapters.clear()
+
+    # Running.
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the branches of the active adapters, in the base layer's dtype."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        live = self._live()
+        if live and not self._is_stock():
+            whole: Tensor = functional_call(self.base_layer, {"weight": self.weight}, (x, *args), kwargs)
+            return whole
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in live:
+            result = result + self._branch(name, x).to(result.dtype)
+        return result
+
+    def _branch(self, name: str, x: Tensor) -> Tensor:
+        core, factors = self._parts(name)
+        x = self.tucker_dropout[name](self._cast_input_dtype(x, core.dtype))
+        return self._change(name, x, core, factors)
+
+    def _change(self, name: str, x: Tensor, core: Tensor, factors: dict[int, Tensor]) -> Tensor:
+        limit = self.tucker_break_even[name]
+        # An infinite limit is asked first: then the choice does not depend on the input's size, and compiles once.
+        if limit == math.inf or self._positions(x) < limit:
+            return self.tucker_scale[name] * self._through_factors(x, core, factors)
+        return self._through_delta(x, self.get_delta_weight(name).to(x.dtype if x.is_floating_point() else core.dtype))
