@@ -1,6 +1,6 @@
 """The factored form without tpeft_deploy: what an application in any language of ONNX Runtime does.
 
-    python plain_onnxruntime.py BUNDLE TASK
+python plain_onnxruntime.py BUNDLE TASK
 """
 
 import json

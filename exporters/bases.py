@@ -25,6 +25,8 @@ __all__ = ["OPSET", "Base", "Inputs", "load_base", "trace"]
 
 OPSET = 20
 
+_DTYPES = {torch.float32, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool}
+
 Inputs = dict[str, torch.Tensor]
 
 
@@ -50,6 +52,17 @@ class Base:
         tensors = dict(self.module.named_parameters(remove_duplicate=False))
         tensors |= dict(self.module.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
         return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+
+    def check_dtypes(self) -> None:
+        """Refuse weights that numpy cannot hold: sums and digests are made there."""
+        for name, tensor in self.module.state_dict().items():
+            if tensor.dtype not in _DTYPES:
+                raise UnsupportedBase(
+                    f"load base {self.name}, weight {name!r}",
+                    expected="float32, float16, float64, integers or booleans",
+                    got=str(tensor.dtype).removeprefix("torch."),
+                    fix="Convert the module with .float() or .half().",
+                )
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -120,7 +133,9 @@ def load_base(
     if dynamic_shapes is None:
         inputs = _two_rows(inputs)
         dynamic_shapes = {key: {0: "batch"} if value.ndim else None for key, value in inputs.items()}
-    return Base(name.rpartition(":")[2] if ":" in name else name, base, inputs, dynamic_shapes)
+    loaded = Base(name.rpartition(":")[2], base, inputs, dynamic_shapes)
+    loaded.check_dtypes()
+    return loaded
 
 
 def trace(base: Base) -> ir.Model:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import torch
 
 from tpeft_deploy import __version__, slots
@@ -31,6 +32,7 @@ __all__ = ["export_bundle"]
 Progress = Callable[[str], None]
 Tasks = dict[str, Adapter | None]
 DATA = "weights.data"
+_MIXED = 6  # given adapters in one mixed batch, so that its size does not grow with their number
 
 
 def export_bundle(
@@ -179,25 +181,30 @@ def _check_mixed(base: Base, bundle: Bundle, adapters: Mapping[str, Adapter]) ->
         What was measured and, where rows cannot be mixed, why: then the bundle serves one adapter per run, which
         `_check` has proved.  A layer that lays its rows out in another order than the batch is found here.
     """
-    tasks: Tasks = {BASE_TASK: None, **adapters, "probe 0": _probe(bundle, 0), "probe 1": _probe(bundle, 1)}
     session = gate.open_session(bundle.path / "banked.onnx")
-    rows = max(2 * len(tasks), gate.ROWS[1])
-    inputs = gate.with_rows(base.inputs, rows)
-    index = np.arange(rows) % len(tasks)
-    try:
-        got = gate.run(session, inputs, _banks(bundle, tasks) | {slots.INDEX: index})
-    except gate.ORT_ERRORS as error:
-        return [], f"a run of rows of different adapters failed: {str(error).splitlines()[0]}"
-    checks = []
+    checks: list[Check] = []
+    names = list(adapters)
+    for start in range(0, max(len(names), 1), _MIXED):
+        chosen: Tasks = {name: adapters[name] for name in names[start : start + _MIXED]}
+        tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": _probe(bundle, 0), "probe 1": _probe(bundle, 1)}
+        try:
+            checks += _check_rows(base, bundle, session, tasks)
+        except gate.ORT_ERRORS as error:
+            return [], f"a run of rows of different adapters failed: {str(error).splitlines()[0]}"
+        except NotEquivalent as error:
+            return [], f"rows of different adapters did not keep apart: expected {error.expected}, got {error.got}"
+    return checks, None
+
+
+def _check_rows(base: Base, bundle: Bundle, session: onnxruntime.InferenceSession, tasks: Tasks) -> Iterator[Check]:
+    inputs = gate.with_rows(base.inputs, 2 * len(tasks))
+    index = np.arange(2 * len(tasks)) % len(tasks)
+    got = gate.run(session, inputs, _banks(bundle, tasks) | {slots.INDEX: index})
     for position, (task, adapter) in enumerate(tasks.items()):
         own = {name: array[index == position] for name, array in got.items()}
         expected = gate.reference(base, adapter, inputs, list(got))
         wanted = {name: array[index == position] for name, array in expected.items()}
-        try:
-            checks.append(gate.compare("mixed rows", task, _cut(own, bundle, adapter), wanted))
-        except NotEquivalent as error:
-            return [], f"rows of different adapters did not keep apart: expected {error.expected}, got {error.got}"
-    return checks, None
+        yield gate.compare("mixed rows", task, _cut(own, bundle, adapter), wanted)
 
 
 def _probe(bundle: Bundle, seed: int) -> Adapter:

@@ -38,8 +38,12 @@ def test_the_digest_depends_on_everything() -> None:
 
 
 def test_a_weight_has_one_digest_in_any_precision_that_holds_it() -> None:
-    weight = np.array([[0.5, -2.0]], np.float16)
-    assert weight_digest(weight) == weight_digest(weight.astype(np.float32))
+    weight = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    weight[0, 0] = 1e6
+    small = np.clip(weight, -1e4, 1e4)
+    half = small.astype(np.float16)
+    assert weight_digest(half) == weight_digest(half.astype(np.float32)) == weight_digest(small)
+    assert weight_digest(weight) != weight_digest(small)
     assert weight_digest(weight) != weight_digest(weight.T)
 
 

@@ -127,7 +127,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
-DAMAGE: list[tuple[str, Callable[[Path], None], type[TpeftError], str]] = [
+DAMAGE: list[tuple[str, Callable[[Path], object], type[TpeftError], str]] = [
     ("manifest.json", edit_json(lambda d: d["base"].update(digest="0" * 64)), IntegrityError, "digest"),
     ("manifest.json", edit_json(lambda d: d.update(digest="0" * 64)), IntegrityError, "its own digest"),
     ("manifest.json", edit_json(lambda d: d.update(name="x")), IntegrityError, "its own digest"),
@@ -151,7 +151,7 @@ DAMAGE: list[tuple[str, Callable[[Path], None], type[TpeftError], str]] = [
 
 @pytest.mark.parametrize(("file", "damage", "error", "message"), DAMAGE)
 def test_damage_is_found_before_anything_is_served(
-    own_bundle: Bundle, file: str, damage: Callable[[Path], None], error: type[TpeftError], message: str
+    own_bundle: Bundle, file: str, damage: Callable[[Path], object], error: type[TpeftError], message: str
 ) -> None:
     from tpeft_deploy import Runtime
 
@@ -198,6 +198,15 @@ def test_the_rank_limit_holds_for_later_adapters(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="rank <= 2"):
         export_bundle(module, {"a": large}, tmp_path / "c", example_inputs=inputs, max_rank=2)
     assert not (tmp_path / "c").exists()
+
+
+def test_adding_again_repairs_a_damaged_adapter(own_bundle: Bundle, conv_adapters: dict[str, Adapter]) -> None:
+    (file,) = own_bundle.path.glob("adapters/two/*/adapter.safetensors")
+    flip(file)
+    with pytest.raises(IntegrityError, match="add the adapter again"):
+        own_bundle.adapter("two")
+    own_bundle.add("two", conv_adapters["two"])
+    assert own_bundle.adapter("two").to_bytes() == conv_adapters["two"].to_bytes()
 
 
 KILLED = """

@@ -20,12 +20,13 @@ __all__ = ["Adapter", "weight_digest"]
 
 
 def weight_digest(weight: Array) -> str:
-    """SHA-256 (hex) of a weight's shape and float32 little-endian values.
+    """SHA-256 (hex) of a weight's shape and its values rounded to float16, little-endian, row-major.
 
-    16-bit weights are widened first, which is exact, so a base has the same digest whether it is held in its own
-    precision or as float32.
+    Rounded, so that a base has one digest whether it is held in float32 or float16: an adapter trained on the one may
+    be served on the other.
     """
-    values = np.ascontiguousarray(weight, dtype="<f4")
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(weight, dtype="<f2")
     return hashlib.sha256(f"{weight.shape}".encode() + values.tobytes()).hexdigest()
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from tpeft_deploy.errors import (
     UnknownTarget,
     UnknownTask,
 )
-from tpeft_deploy.files import digest_file, new_directory, replace_text
+from tpeft_deploy.files import digest_file, new_directory, remove_directory, replace_text
 from tpeft_deploy.formats import canonical, onnx_adapter
 from tpeft_deploy.manifest import FileRecord, Manifest, check_name
 from tpeft_deploy.slots import Target
@@ -209,6 +208,8 @@ class Bundle:
         data = adapter.to_bytes()
         digest = hashlib.sha256(data).hexdigest()
         place = self.path / "adapters" / task / digest
+        if place.is_dir() and not self._intact(task, digest):
+            remove_directory(place)
         if not place.is_dir():
             with new_directory(place) as new:
                 self._write(new, task, digest, adapter, data, filled)
@@ -223,11 +224,8 @@ class Bundle:
             UnknownTask: the bundle has no such task.
         """
         self.digest(task)
-        place = self.path / "adapters" / task
-        # The alias goes first: a crash in between leaves unreachable files, never a half-removed task.
-        (place / "current").unlink()
         self._drop_folded(task)
-        shutil.rmtree(place)
+        remove_directory(self.path / "adapters" / task)
 
     def _write(
         self,
@@ -277,6 +275,13 @@ class Bundle:
                     fix="The file was altered or damaged: add the adapter again.",
                 )
         return canonical.from_bytes(data, source=f"task {task!r} of {self.path}")
+
+    def _intact(self, task: str, digest: str) -> bool:
+        try:
+            self._read(task, digest)
+        except IntegrityError:
+            return False
+        return True
 
     def _alias(self, file: Path) -> str:
         digest = file.read_text(encoding="utf-8", errors="replace").strip()

@@ -10,7 +10,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["digest_file", "move_into", "new_directory", "new_file", "replace_text", "staging", "sync_directory"]
+__all__ = [
+    "digest_file",
+    "move_into",
+    "new_directory",
+    "new_file",
+    "remove_directory",
+    "replace_text",
+    "staging",
+    "sync_directory",
+]
 
 
 def digest_file(path: Path) -> str:
@@ -49,6 +58,14 @@ def new_file(path: Path) -> Iterator[Path]:
         sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that it is there whole or not at all, even if the removal is cut short."""
+    trash = path.with_name(f".{path.name}.removed.{os.getpid()}")
+    path.rename(trash)
+    sync_directory(path.parent)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 @contextmanager

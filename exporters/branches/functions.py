@@ -8,7 +8,7 @@ ONNX Runtime inlines the functions when it loads the model.
 
 from collections.abc import Sequence
 
-from onnxscript import FLOAT, graph, script
+from onnxscript import graph, script
 from onnxscript import opset20 as op
 from onnxscript.values import OnnxFunction, Opset
 
@@ -102,7 +102,7 @@ def BankedGroupedConv(
     split = op.Reshape(x, op.Concat(rows, rest, op.Shape(x, start=1), axis=0))
 
     @graph()
-    def one_row(x_row: FLOAT[...], w_row: FLOAT[...]):
+    def one_row(x_row, w_row):
         y_row = op.Conv(x_row, w_row, strides=strides, pads=pads, dilations=dilations, group=group)
         return y_row
 

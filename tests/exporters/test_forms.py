@@ -150,6 +150,24 @@ def test_batch_norm_behind_an_adapted_conv_stays_exact(tmp_path: Path) -> None:
     assert error(got, merged(module, adapter, inputs)) <= LIMIT
 
 
+def test_half_precision(tmp_path: Path) -> None:
+    module, inputs = nets.conv_net()
+    adapters = nets.conv_adapters(module)  # trained on the float32 base
+    module = module.half()
+    halves = {name: tensor.half() for name, tensor in inputs.items()}
+    bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=halves, folded=True)
+    assert bundle.manifest.rows == "each"
+    runtime = Runtime(bundle.path, provider="cpu")
+    tasks = ["two", "base", "wide", "plain"]
+    batch = {name: tensor.half() for name, tensor in pixels(len(tasks)).items()}
+    logits = runtime.run(arrays(batch), tasks=tasks)["logits"]
+    exact = nets.conv_net()[0]
+    for row, task in enumerate(tasks):
+        expected = merged(exact, adapters.get(task), {"pixels": batch["pixels"][row : row + 1].float()})[0]
+        assert logits[row].dtype == np.float16
+        assert error(np.asarray(logits[row], np.float32), expected) <= 2e-3
+
+
 CASES: list[tuple[Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]], dict[str, tuple[int, ...]], str]] = [
     # Two consumers of one linear; every use gets the branch.
     (nets.text_net, {"mix.weight": (2, 3)}, "each"),

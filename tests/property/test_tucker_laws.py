@@ -70,9 +70,11 @@ def test_mode_products_along_different_modes_commute(delta: TuckerDelta, data: s
 def from_slots(target: Target, tensors: dict[str, np.ndarray]) -> np.ndarray:
     """What the graph's branch adds to the weight."""
     if target.kind == "linear":
-        return (tensors["down"] @ tensors["up"]).T
+        product: np.ndarray = tensors["down"] @ tensors["up"]
+        return product.T
     if target.kind == "weight":
-        return (tensors["up"] @ tensors["core"]).reshape(target.shape)
+        total: np.ndarray = tensors["up"] @ tensors["core"]
+        return total.reshape(target.shape)
     up, down = (tensors[name].reshape(tensors[name].shape[:2]) for name in ("up", "down"))
     return mode_product(mode_product(tensors["core"], up, 0), down.T, 1)
 

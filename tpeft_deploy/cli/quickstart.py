@@ -66,8 +66,8 @@ def _remarks(out: Path, results: Results) -> list[str]:
     return [
         "",
         (
-            f"accuracy on {results.test_digits} held-out digits; every banked batch of {results.rows_per_batch} rows mixes "
-            f"all tasks and the base ({results.base.banked:.1%} on upright digits)"
+            f"accuracy on {results.test_digits} held-out digits; every banked batch of {results.rows_per_batch} rows "
+            f"mixes all tasks and the base ({results.base.banked:.1%} on upright digits)"
         ),
         (
             f"switching tasks costs {cost.switch_us:+.0f} us on a run of {cost.repeat_us:.0f} us; "
