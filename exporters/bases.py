@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters.quiet import quiet
 
 __all__ = ["OPSET", "Base", "Inputs", "load_base", "trace"]
 
@@ -144,7 +143,7 @@ def trace(base: Base) -> ir.Model:
     Raises:
         UnsupportedBase: the torch exporter cannot trace the module.
     """
-    with base.evaluating() as module, _quiet():
+    with base.evaluating() as module, quiet():
         outputs = module(**base.inputs)
         try:
             program = torch.onnx.export(
@@ -263,18 +262,3 @@ def _two_rows(inputs: Inputs) -> Inputs:
     if any(value.ndim and value.shape[0] == 1 for value in inputs.values()):
         return {key: torch.cat([value, value]) if value.ndim else value for key, value in inputs.items()}
     return inputs
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about optional packages and its own deprecations off the user's terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=FutureWarning)
-        warnings.simplefilter("ignore", category=DeprecationWarning)
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

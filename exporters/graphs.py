@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
+from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.manifest import Weight
 
 __all__ = ["forget_shapes", "optimize", "share_weights", "write_weights"]
@@ -34,7 +35,8 @@ def optimize(model: ir.Model, keep: Iterable[str] = (), *, inline: bool = False)
     shown = {id(value) for value in own}
     kept = [model.graph.initializers[name] for name in keep if name in model.graph.initializers]
     model.graph.inputs.extend(value for value in kept if id(value) not in shown)
-    optimizer.optimize(model, inline=inline)
+    with quiet():
+        optimizer.optimize(model, inline=inline)
     del model.graph.inputs[len(own) :]
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]

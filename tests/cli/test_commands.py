@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from tests import nets
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.cli import main
 
+ROOT = Path(__file__).parent.parent.parent
 BASE = "tests.nets:conv_net"
 
 
@@ -190,3 +193,15 @@ def test_an_unexpected_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch, co
     result = call("adapter", "list", conv_bundle.path)
     assert result.exit_code == 1
     assert result.stderr == "Error: unexpected RuntimeError: a bug. Run again with --debug, and please report it.\n"
+
+
+def test_a_command_in_a_process_of_its_own_says_nothing_but_its_table(tmp_path: Path, adapters: Path) -> None:
+    """Libraries log through their own handlers, which only a fresh process shows."""
+    command = [sys.executable, "-c", "from tpeft_deploy.cli import main; main()"]
+    arguments = ["export", "bundle", BASE, "--out", str(tmp_path / "new"), "--adapter", f"two={adapters / 'two'}"]
+    done = subprocess.run(
+        [*command, *arguments, "--folded"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[0].split() == ["form", "task", "rows", "error", "limit"]

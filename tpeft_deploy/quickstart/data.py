@@ -1,0 +1,118 @@
+"""Real data of the quickstart: scikit-learn's handwritten digits, and what each task makes of them.
+
+Every picture is float32 in [0, 1], (1, 16, 16): the bundled 8x8 scans, enlarged.  The held-out digits are the same
+for every task and are never seen in training, neither the base's nor an adapter's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DIGITS", "SIZE", "TASKS", "Examples", "Labels", "Pixels", "Task", "load_digits"]
+
+SIZE = 16
+DIGITS = tuple("0123456789")
+_NOISE = 0.15
+_HELD_OUT = 0.25
+
+Pixels = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Pictures with their answers.
+
+    Args:
+        pixels: (N, 1, 16, 16) float32 in [0, 1].
+        labels: (N,) int64.
+    """
+
+    pixels: Pixels
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one task makes of upright digits.
+
+    Args:
+        name: the task's name in the bundle.
+        about: what it does to the digits, in a few words.
+        change: (upright digits, random numbers) -> the task's pictures and answers.
+        answers: what its labels mean.
+    """
+
+    name: str
+    about: str
+    change: Callable[[Examples, np.random.Generator], Examples]
+    answers: tuple[str, ...] = DIGITS
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether the base's head answers the task; otherwise it brings its own."""
+        return self.answers == DIGITS
+
+    def examples(self, digits: Examples, seed: int) -> Examples:
+        """The task's view of some upright digits; the same seed gives the same pictures."""
+        return self.change(digits, np.random.default_rng(seed))
+
+
+def load_digits(seed: int) -> tuple[Examples, Examples]:
+    """Upright digits, (train, test): a quarter held out, every digit in proportion."""
+    from sklearn.datasets import load_digits as load_bundled
+    from sklearn.model_selection import train_test_split
+
+    bundled = load_bundled()
+    pixels = _enlarge(bundled.images.astype(np.float32) / 16.0)[:, None]
+    labels = bundled.target.astype(np.int64)
+    train, test = train_test_split(np.arange(len(labels)), test_size=_HELD_OUT, random_state=seed, stratify=labels)
+    return Examples(pixels[train], labels[train]), Examples(pixels[test], labels[test])
+
+
+def _enlarge(images: Pixels) -> Pixels:
+    """(N, 8, 8) -> (N, 16, 16), bilinear."""
+    old = images.shape[-1]
+    centres = np.clip((np.arange(SIZE) + 0.5) * old / SIZE - 0.5, 0, old - 1)
+    weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(old))).astype(np.float32)
+    enlarged: Pixels = weights @ images @ weights.T
+    return enlarged
+
+
+def _rotated(digits: Examples, random: np.random.Generator) -> Examples:
+    return Examples(np.ascontiguousarray(np.rot90(digits.pixels, axes=(2, 3))), digits.labels)
+
+
+def _inverted(digits: Examples, random: np.random.Generator) -> Examples:
+    noise = random.normal(0, _NOISE, digits.pixels.shape)
+    return Examples(np.clip(1 - digits.pixels + noise, 0, 1).astype(np.float32), digits.labels)
+
+
+def _mirrored(digits: Examples, random: np.random.Generator) -> Examples:
+    return Examples(np.ascontiguousarray(digits.pixels[..., ::-1]), digits.labels)
+
+
+def _shifted(digits: Examples, random: np.random.Generator) -> Examples:
+    return Examples(np.roll(digits.pixels, SIZE // 2, axis=3), digits.labels)
+
+
+def _upright(digits: Examples, random: np.random.Generator) -> Examples:
+    turned = random.permutation(len(digits)) % 2
+    pixels = np.where(turned[:, None, None, None] == 1, digits.pixels[..., ::-1, ::-1], digits.pixels)
+    return Examples(pixels, turned.astype(np.int64))
+
+
+TASKS: tuple[Task, ...] = (
+    Task("rotated", "turned by 90 degrees", _rotated),
+    Task("inverted", "dark on light, with noise", _inverted),
+    Task("mirrored", "left and right exchanged", _mirrored),
+    Task("shifted", "by half the width", _shifted),
+    Task("upright", "up or down? its own head", _upright, answers=("up", "down")),
+)

@@ -1,0 +1,113 @@
+"""Every form's answers on the held-out digits, and what they amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from tpeft_deploy.bundle import BASE_TASK, Bundle
+from tpeft_deploy.exporters.gate import relative_error
+from tpeft_deploy.formats import canonical
+from tpeft_deploy.quickstart.data import Examples, Task
+from tpeft_deploy.quickstart.measure import Logits, accuracy, majority, mixed_logits, session_logits, torch_logits
+from tpeft_deploy.quickstart.results import BaseResult, TaskResult
+from tpeft_deploy.quickstart.train import Trained, merged
+from tpeft_deploy.runtime import Runtime
+from tpeft_deploy.runtime.providers import Choice, open_session
+
+__all__ = ["FORMS", "Answers", "base_result", "run_forms", "task_result"]
+
+FORMS = ("folded", "factored", "banked")
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Logits on one task's held-out pictures, (N, classes) each.
+
+    Args:
+        base: of the base without an adapter.
+        torch: of the PEFT model.
+        merged: of the torch model with the adapter merged, which every form is compared with.
+        forms: form -> logits of its export.
+    """
+
+    base: Logits
+    torch: Logits
+    merged: Logits
+    forms: dict[str, Logits]
+
+
+def run_forms(
+    trained: Trained,
+    bundle: Bundle,
+    runtime: Runtime,
+    choice: Choice,
+    tests: Mapping[str, Examples],
+    *,
+    rows: int,
+    on_stage: Callable[[str], None],
+) -> dict[str, Answers]:
+    """Run torch and every exported form.
+
+    Args:
+        trained: the torch side.
+        bundle: its export.
+        runtime: on the bundle.
+        choice: what plain sessions are opened with.
+        tests: task -> held-out pictures, `base` included.
+        rows: of every task in one mixed batch.
+        on_stage: told each stage.
+
+    Returns:
+        Task -> answers; for `base` only the banked form beside torch.
+    """
+    on_stage(f"run batches of {rows * len(tests)} rows that mix all tasks")
+    banked = mixed_logits(runtime, {task: examples.pixels for task, examples in tests.items()}, rows)
+    factored = open_session(bundle.path / "factored.onnx", choice)
+    answers = {}
+    for task, examples in tests.items():
+        base = torch_logits(trained.base, examples.pixels)
+        if task == BASE_TASK:
+            answers[task] = Answers(base, base, base, {"banked": banked[task]})
+            continue
+        on_stage(f"run {task} in torch, folded and factored")
+        adapted = trained.adapters[task]
+        folded = open_session(bundle.path / "folded" / f"{task}.onnx", choice)
+        forms = {
+            "folded": session_logits(folded, examples.pixels),
+            "factored": session_logits(factored, examples.pixels, bundle.factors(task)),
+            "banked": banked[task],
+        }
+        plain = torch_logits(merged(adapted), examples.pixels)
+        answers[task] = Answers(base, torch_logits(adapted, examples.pixels), plain, forms)
+    return answers
+
+
+def task_result(task: Task, trained: Trained, bundle: Bundle, answers: Answers, test: Examples) -> TaskResult:
+    """What one task's answers amount to."""
+    file = bundle.path / "adapters" / task.name / bundle.tasks[task.name] / canonical.FILE
+    shares = {form: accuracy(answers.forms[form], test.labels) for form in FORMS}
+    return TaskResult(
+        task=task.name,
+        classes=len(task.answers),
+        base=accuracy(answers.base, test.labels) if task.shares_head else majority(test.labels),
+        torch=accuracy(answers.torch, test.labels),
+        **shares,
+        errors={form: relative_error(answers.forms[form], answers.merged) for form in FORMS},
+        adapter_bytes=file.stat().st_size,
+        adapter_parameters=bundle.adapter(task.name).parameters,
+        train_seconds=trained.seconds[task.name],
+    )
+
+
+def base_result(trained: Trained, answers: Answers, test: Examples) -> BaseResult:
+    """What the base's own rows amount to, and its size."""
+    weights = list(trained.base.state_dict().values())
+    return BaseResult(
+        torch=accuracy(answers.base, test.labels),
+        banked=accuracy(answers.forms["banked"], test.labels),
+        error=relative_error(answers.forms["banked"], answers.base),
+        parameters=sum(weight.numel() for weight in weights),
+        bytes=sum(weight.numel() * weight.element_size() for weight in weights),
+        train_seconds=trained.seconds[BASE_TASK],
+    )

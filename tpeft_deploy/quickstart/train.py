@@ -1,0 +1,196 @@
+"""Training of the quickstart: the base once, then one tensor adapter a task, with PEFT as usual."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from tpeft_deploy.bundle import BASE_TASK
+from tpeft_deploy.quickstart.data import TASKS, Examples, Task
+from tpeft_deploy.quickstart.model import DigitsNet
+from tpeft_deploy.training import TuckerConfig
+
+__all__ = ["TARGETS", "Recipe", "Trained", "merged", "train_adapter", "train_all", "train_base"]
+
+# Every kind of weight a convolutional adapter can change: full, depthwise and strided convolutions, and linears.
+TARGETS = ("stem", "depthwise", "expand", "reduce", "downsample")
+
+_BATCH = 64
+_Change = Callable[[Examples, np.random.Generator], Examples]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train.
+
+    Args:
+        steps: batches of 64.
+        rate: the highest learning rate.
+        decay: decoupled weight decay.
+    """
+
+    steps: int
+    rate: float
+    decay: float
+
+    def scaled(self, effort: float) -> Recipe:
+        """The same recipe with another number of steps, at least two."""
+        return Recipe(max(2, round(self.steps * effort)), self.rate, self.decay)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What training leaves.
+
+    Args:
+        base: in eval mode.
+        adapters: task -> PEFT model in eval mode.
+        seconds: task, or `base` -> how long it took.
+    """
+
+    base: DigitsNet
+    adapters: dict[str, PeftModel]
+    seconds: dict[str, float]
+
+
+BASE_RECIPE = Recipe(steps=450, rate=6e-3, decay=0.05)
+ADAPTER_RECIPE = Recipe(steps=450, rate=1e-2, decay=0.01)
+
+
+def train_base(digits: Examples, *, seed: int, recipe: Recipe = BASE_RECIPE) -> DigitsNet:
+    """Train the base on upright digits.
+
+    Args:
+        digits: the training split.
+        seed: of the weights and of the order of the pictures.
+        recipe: how long and how fast.
+
+    Returns:
+        The base in eval mode, its weights contiguous.
+    """
+    with _reproducible(seed):
+        base = DigitsNet()
+        _fit(base, _batches(digits, _as_they_are, recipe.steps, seed), recipe)
+    return base
+
+
+def train_adapter(
+    base: DigitsNet, task: Task, digits: Examples, *, seed: int, recipe: Recipe = ADAPTER_RECIPE
+) -> PeftModel:
+    """Train one task's adapter on a copy of the base.
+
+    Args:
+        base: the trained base; it is left as it is.
+        task: what to make of the digits; a task with answers of its own gets a new head.
+        digits: the training split, upright.
+        seed: of the factors and of the order of the pictures.
+        recipe: how long and how fast.
+
+    Returns:
+        The PEFT model in eval mode.
+    """
+    with _reproducible(seed):
+        model = copy.deepcopy(base)
+        if not task.shares_head:
+            model.head = nn.Linear(model.head.in_features, len(task.answers))
+        config = TuckerConfig(
+            ranks=8,
+            # To turn a picture is to turn every depthwise kernel, each on its own.
+            rank_pattern={"depthwise": 16},
+            target_modules=list(TARGETS),
+            modules_to_save=None if task.shares_head else ["head"],
+        )
+        adapted = cast(PeftModel, get_peft_model(model, config))
+        _fit(adapted, _batches(digits, task.change, recipe.steps, seed), recipe)
+    return adapted
+
+
+def train_all(digits: Examples, *, seed: int, effort: float, on_stage: Callable[[str], None]) -> Trained:
+    """Train the base, then the adapter of every task.
+
+    Args:
+        digits: the training split, upright.
+        seed: of everything random.
+        effort: multiplies the number of steps.
+        on_stage: told each stage.
+    """
+    on_stage(f"train the base on {len(digits)} upright digits")
+    begin = time.perf_counter()
+    base = train_base(digits, seed=seed, recipe=BASE_RECIPE.scaled(effort))
+    seconds = {BASE_TASK: time.perf_counter() - begin}
+    adapters = {}
+    for task in TASKS:
+        on_stage(f"train the adapter {task.name}")
+        begin = time.perf_counter()
+        adapters[task.name] = train_adapter(base, task, digits, seed=seed, recipe=ADAPTER_RECIPE.scaled(effort))
+        seconds[task.name] = time.perf_counter() - begin
+    return Trained(base, adapters, seconds)
+
+
+def merged(adapted: PeftModel) -> nn.Module:
+    """A plain module with the adapter merged into its weights; the PEFT model is left as it is."""
+    return cast(nn.Module, copy.deepcopy(adapted).merge_and_unload().eval())
+
+
+@contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    """Random numbers from `seed` and a single thread, both as they were afterwards.
+
+    A net this small gains little from a second thread, and with one the weights do not depend on the machine's cores.
+    """
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _fit(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], recipe: Recipe) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.rate, weight_decay=recipe.decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=recipe.steps, pct_start=0.2)
+    # Twice as fast on CPUs, whose depthwise convolutions want channels last.
+    _lay_out(model.train(), torch.channels_last)
+    for pixels, labels in batches:
+        loss = nn.functional.cross_entropy(model(pixels=pixels)["logits"], labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+    _lay_out(model.eval(), torch.contiguous_format)
+
+
+def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+def _batches(digits: Examples, change: _Change, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches in a new order every epoch, each nudged by up to a pixel before the task changes it."""
+    random = np.random.default_rng(seed)
+    order = np.empty(0, np.int64)
+    for _ in range(steps):
+        if len(order) < _BATCH:
+            order = random.permutation(len(digits))
+        chosen, order = order[:_BATCH], order[_BATCH:]
+        nudged = np.roll(digits.pixels[chosen], random.integers(-1, 2, 2), axis=(2, 3))
+        batch = change(Examples(nudged, digits.labels[chosen]), random)
+        yield torch.from_numpy(batch.pixels), torch.from_numpy(batch.labels)
+
+
+def _as_they_are(digits: Examples, random: np.random.Generator) -> Examples:
+    return digits
