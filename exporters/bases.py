@@ -75,6 +75,11 @@ class Base:
             names[name] = first.setdefault(id(tensor), name)
         return names
 
+    @property
+    def batched(self) -> set[str]:
+        """The inputs whose first axis is dynamic: the batch."""
+        return {name for name in self.inputs if _is_dynamic(self.dynamic_shapes.get(name))}
+
     def check(self, adapter: Adapter) -> None:
         """Refuse an adapter whose names, shapes or recorded base digests do not fit.
 
@@ -255,6 +260,12 @@ def _check_inputs(name: str, inputs: object) -> Inputs:
                 f"load base {name}, input {key!r}", expected="a torch.Tensor", got=type(value).__name__
             )
     return dict(inputs)
+
+
+def _is_dynamic(shape: object) -> bool:
+    if isinstance(shape, Mapping):
+        return shape.get(0) is not None
+    return isinstance(shape, tuple | list) and bool(shape) and shape[0] is not None
 
 
 def _two_rows(inputs: Inputs) -> Inputs:

@@ -16,7 +16,7 @@ import torch
 from tpeft_deploy import __version__, slots
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.bundle import BASE_TASK, MANIFEST, Bundle, check_task, target_key
-from tpeft_deploy.errors import BundleError, NotEquivalent, UnsupportedTarget
+from tpeft_deploy.errors import BundleError, NotEquivalent, UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters import banked, factored, gate
 from tpeft_deploy.exporters.bases import Base, load_base, trace
 from tpeft_deploy.exporters.folded import write_folded
@@ -80,6 +80,7 @@ def export_bundle(
             fix="Remove it or choose another.",
         )
     loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    _check_batch(loaded)
     for adapter in adapters.values():
         loaded.check(adapter)
     progress("trace the base")
@@ -103,6 +104,16 @@ def export_bundle(
             checks += write_folded(loaded, raw, adapter, new / "folded" / f"{task}.onnx", task=task)
         _write_manifest(new, replace(manifest, gate=tuple(check.to_json() for check in checks)))
     return Bundle.open(path)
+
+
+def _check_batch(base: Base) -> None:
+    if not base.batched:
+        raise UnsupportedBase(
+            f"export bundle of {base.name}",
+            expected="an input whose first axis is dynamic: the batch, whose rows choose their adapters",
+            got="dynamic_shapes that fix it for all inputs",
+            fix="Leave dynamic_shapes out, or make axis 0 dynamic; export_folded takes fixed batches.",
+        )
 
 
 def _write_graphs(base: Base, raw: ir.Model, adapters: Mapping[str, Adapter], place: Path) -> Manifest:
@@ -145,8 +156,7 @@ def _check(base: Base, bundle: Bundle, adapters: Mapping[str, Adapter], progress
     progress("check the banked form")
     session = gate.open_session(bundle.path / "banked.onnx")
     banks = _banks(bundle, tasks)
-    for rows in gate.ROWS:
-        inputs = gate.with_rows(base.inputs, rows)
+    for inputs in gate.batches(base):
         for position, (task, adapter) in enumerate(tasks.items()):
             got = gate.run(session, inputs, banks | {slots.INDEX: np.array([position])})
             expected = gate.reference(base, adapter, inputs, list(got))
@@ -155,8 +165,7 @@ def _check(base: Base, bundle: Bundle, adapters: Mapping[str, Adapter], progress
 
 def _check_base(base: Base, bundle: Bundle) -> Iterator[Check]:
     session = gate.open_session(bundle.path / "base.onnx")
-    for rows in gate.ROWS:
-        inputs = gate.with_rows(base.inputs, rows)
+    for inputs in gate.batches(base):
         got = gate.run(session, inputs, {})
         yield gate.compare("base", BASE_TASK, got, gate.reference(base, None, inputs, list(got)))
 
@@ -165,8 +174,7 @@ def _check_factored(base: Base, bundle: Bundle, tasks: Tasks) -> Iterator[Check]
     session = gate.open_session(bundle.path / "factored.onnx")
     for task, adapter in tasks.items():
         factors = bundle.factors(task) if adapter is not None else {}
-        for rows in gate.ROWS:
-            inputs = gate.with_rows(base.inputs, rows)
+        for inputs in gate.batches(base):
             got = gate.run(session, inputs, factors)
             yield gate.compare("factored", task, got, gate.reference(base, adapter, inputs, list(got)))
 
@@ -197,7 +205,7 @@ def _check_mixed(base: Base, bundle: Bundle, adapters: Mapping[str, Adapter]) ->
 
 
 def _check_rows(base: Base, bundle: Bundle, session: onnxruntime.InferenceSession, tasks: Tasks) -> Iterator[Check]:
-    inputs = gate.with_rows(base.inputs, 2 * len(tasks))
+    inputs = gate.with_rows(base, 2 * len(tasks))
     index = np.arange(2 * len(tasks)) % len(tasks)
     got = gate.run(session, inputs, _banks(bundle, tasks) | {slots.INDEX: index})
     for position, (task, adapter) in enumerate(tasks.items()):

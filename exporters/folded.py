@@ -69,8 +69,7 @@ def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, tas
         ir.save(model, file, external_data=f"{path.name}.data" if large else None)
         session = gate.open_session(file)
         checks = []
-        for rows in gate.ROWS:
-            inputs = gate.with_rows(base.inputs, rows)
+        for inputs in gate.batches(base):
             got = gate.run(session, inputs, {})
             checks.append(gate.compare("folded", task, got, gate.reference(base, adapter, inputs, list(got))))
         del session

@@ -26,9 +26,9 @@ from tpeft_deploy.tucker import Array
 
 __all__ = [
     "ORT_ERRORS",
-    "ROWS",
     "Check",
     "Outputs",
+    "batches",
     "compare",
     "merged_tensors",
     "open_session",
@@ -40,7 +40,7 @@ __all__ = [
 
 Outputs = dict[str, Array]
 ORT_ERRORS = (ort_errors.Fail, ort_errors.RuntimeException, ort_errors.InvalidArgument)
-ROWS = (2, 5)  # the traced batch size and another one
+ROWS = (2, 5)
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,17 @@ def reference(base: Base, adapter: Adapter | None, inputs: Inputs, names: Sequen
     return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
 
 
-def with_rows(inputs: Inputs, rows: int) -> Inputs:
-    """The example inputs with another batch size.
+def batches(base: Base) -> list[Inputs]:
+    """Inputs to check an export with: the example's batch size and another one, where the batch is dynamic."""
+    return [with_rows(base, rows) for rows in ROWS] if base.batched else [base.inputs]
+
+
+def with_rows(base: Base, rows: int) -> Inputs:
+    """A base's example inputs with another batch size.
 
     Repeated rows are rolled along their last axis, so that all differ: equal rows would hide a wrong row order.
     """
-    return {name: _with_rows(value, rows) if value.ndim else value for name, value in inputs.items()}
+    return {name: _with_rows(value, rows) if name in base.batched else value for name, value in base.inputs.items()}
 
 
 def _with_rows(value: torch.Tensor, rows: int) -> torch.Tensor:

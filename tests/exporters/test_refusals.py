@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests import nets
-from tpeft_deploy import Adapter, export_bundle, export_folded
+from tpeft_deploy import Adapter, Runtime, export_bundle, export_folded
 from tpeft_deploy.errors import (
     BaseMismatch,
     BundleError,
@@ -166,3 +166,36 @@ def test_one_example_row_is_enough(tmp_path: Path, adapter: Adapter) -> None:
     checks = export_folded(module, adapter, tmp_path / "m.onnx", example_inputs=one)
     assert [check.rows for check in checks] == [2, 5]
     assert np.isfinite([check.error for check in checks]).all()
+
+
+class Biased(nn.Module):
+    """A second input without a batch axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(x) + shift
+        return out
+
+
+def test_inputs_without_a_batch_axis_and_fixed_batches(tmp_path: Path) -> None:
+    module, inputs = Biased(), {"x": torch.randn(3, 4), "shift": torch.randn(3)}
+    adapter = nets.adapter_for(module, {"linear.weight": (2, 2)}, seed=0)
+    shapes = {"x": {0: "batch"}, "shift": None}
+    bundle = export_bundle(module, {"a": adapter}, tmp_path / "bundle", example_inputs=inputs, dynamic_shapes=shapes)
+    runtime = Runtime(bundle.path, provider="cpu")
+    arrays = {
+        "x": np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32),
+        "shift": inputs["shift"].numpy(),
+    }
+    mixed = runtime.run(arrays, tasks=["a", "base", "a", "a", "base"])["output"]
+    np.testing.assert_allclose(mixed[0], runtime.run(arrays, task="a")["output"][0], rtol=1e-5)
+    np.testing.assert_allclose(mixed[4], runtime.run(arrays)["output"][4], rtol=1e-5)
+
+    fixed: dict[str, None] = {"x": None, "shift": None}
+    checks = export_folded(module, adapter, tmp_path / "m.onnx", example_inputs=inputs, dynamic_shapes=fixed)
+    assert [check.rows for check in checks] == [3]
+    with pytest.raises(UnsupportedBase, match="first axis is dynamic"):
+        export_bundle(module, {"a": adapter}, tmp_path / "other", example_inputs=inputs, dynamic_shapes=fixed)
