@@ -75,7 +75,7 @@ def merged_tensors(base: Base, adapter: Adapter | None) -> dict[str, torch.Tenso
     for name, delta in adapter.deltas.items():
         total = weights[name].astype(np.float64) + delta.dense()
         merged[name] = torch.from_numpy(total.astype(weights[name].dtype))
-    for name, array in adapter.overrides.items():
+    for name, array in adapter.served_overrides.items():
         merged[name] = torch.from_numpy(np.array(array, dtype=weights[name].dtype))
     return merged
 

@@ -77,7 +77,7 @@ def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str
     """
     targets: dict[tuple[str, bool], Target] = {}
     for task, adapter in adapters.items():
-        for name, whole in [(n, False) for n in adapter.deltas] + [(n, True) for n in adapter.overrides]:
+        for name, whole in [(n, False) for n in adapter.deltas] + [(n, True) for n in adapter.served_overrides]:
             if name not in resolved:
                 raise UnknownTarget(
                     f"export adapter {task!r} for {base}, weight {name!r}",

@@ -225,7 +225,7 @@ while True:
 
 def test_a_killed_writer_loses_nothing_and_shows_nothing_half_made(own_bundle: Bundle) -> None:
     random = np.random.default_rng(0)
-    for _ in range(5):
+    for _ in range(8):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(own_bundle.path)], stdout=subprocess.PIPE, text=True
         )

@@ -18,6 +18,8 @@ from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["Adapter", "weight_digest"]
 
+_COUNTER = "num_batches_tracked"
+
 
 def weight_digest(weight: Array) -> str:
     """SHA-256 (hex) of a weight's shape and its values rounded to float16, little-endian, row-major.
@@ -81,6 +83,11 @@ class Adapter:
         """How many bytes the adapter's tensors hold."""
         return sum(d.nbytes for d in self.deltas.values()) + sum(a.nbytes for a in self.overrides.values())
 
+    @property
+    def served_overrides(self) -> dict[str, Array]:
+        """The overrides that an evaluation reads: all but BatchNorm's counters of batches, which only training uses."""
+        return {name: array for name, array in self.overrides.items() if not name.endswith(_COUNTER)}
+
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], *, base: str) -> None:
         """Refuse the adapter unless every target and override exists in a base and has a fitting shape.
 
@@ -102,7 +109,7 @@ class Adapter:
                     got=delta.shape,
                     fix="The adapter was made for another base.",
                 )
-        for name, array in self.overrides.items():
+        for name, array in self.served_overrides.items():
             if name not in shapes:
                 raise _unknown(self.source, "override", name, base, shapes)
             if array.ndim != len(shapes[name]) or array.shape[1:] != shapes[name][1:]:
@@ -150,7 +157,8 @@ class Adapter:
             "scales": {name: delta.scale for name, delta in self.deltas.items()},
             "base_digests": dict(self.base_digests),
         }
-        ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+        # Not ascontiguousarray, which gives a scalar an axis.
+        ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
         return save(ordered, metadata={"tpeft": json.dumps(header, sort_keys=True)})
 
 

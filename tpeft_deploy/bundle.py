@@ -103,7 +103,8 @@ class Bundle:
     @property
     def tasks(self) -> dict[str, str]:
         """Task -> digest of the adapter it stands for, sorted by task."""
-        found = sorted((self.path / "adapters").glob("*/current"))
+        # Names that begin with a dot are directories on their way in or out, left by a writer that was killed.
+        found = sorted((self.path / "adapters").glob("[!.]*/current"))
         return {file.parent.name: self._alias(file) for file in found}
 
     def adapter(self, task: str) -> Adapter:
@@ -141,7 +142,7 @@ class Bundle:
         filled: dict[str, dict[str, Array]] = {}
         targets = {(t.name, t.kind == "override"): t for t in self.manifest.targets}
         changes = [(name, False, d) for name, d in adapter.deltas.items()]
-        wholes = [(name, True, a) for name, a in adapter.overrides.items()]
+        wholes = [(name, True, a) for name, a in adapter.served_overrides.items()]
         for name, whole, change in [*changes, *wholes]:
             target = targets.get((self._canonical(name), whole))
             if target is None:
@@ -300,7 +301,7 @@ class Bundle:
         base = f"bundle {self.path}"
         adapter.check_shapes({name: weight.shape for name, weight in named.items()}, base=base)
         adapter.check_digests({name: weight.digest for name, weight in named.items()}, base=base)
-        for name, array in adapter.overrides.items():
+        for name, array in adapter.served_overrides.items():
             if np.dtype(named[name].dtype).kind != array.dtype.kind:
                 raise ShapeError(
                     f"fit {adapter.source} to {base}, override {name!r}",

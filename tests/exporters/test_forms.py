@@ -239,3 +239,28 @@ def test_any_tensor_can_be_overridden(tmp_path: Path, name: str) -> None:
     for row, task in enumerate(tasks):
         expected = merged(module, adapters.get(task), {"pixels": batch["pixels"][row : row + 1]})[0]
         assert error(np.asarray(logits[row]), expected) <= LIMIT
+
+
+def test_a_batch_norm_saved_by_peft_is_served_with_its_statistics(tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    from tpeft_deploy import load_adapter
+    from tpeft_deploy.training import TuckerConfig
+
+    base, inputs = nets.conv_net()
+    trained, _ = nets.conv_net()
+    config = TuckerConfig(ranks=3, target_modules=["stem", "depthwise"], modules_to_save=["norm"], init_weights=False)
+    model = get_peft_model(trained, config)
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(**pixels(8))
+    model.eval().save_pretrained(str(tmp_path / "adapter"))
+    adapter = load_adapter(tmp_path / "adapter")
+    assert adapter.overrides["norm.num_batches_tracked"].shape == ()
+    bundle = export_bundle(base, {"bn": adapter}, tmp_path / "bundle", example_inputs=inputs, folded=True)
+    assert bundle.adapter("bn").to_bytes() == adapter.to_bytes()
+    with torch.no_grad():
+        expected = model(**pixels(3))["logits"].numpy()
+    got = Runtime(bundle.path, provider="cpu").run(arrays(pixels(3)), tasks=["bn"] * 3)["logits"]
+    assert error(np.stack(list(got)), expected) <= LIMIT
