@@ -63,7 +63,7 @@ class Trained:
 
 
 BASE_RECIPE = Recipe(steps=450, rate=6e-3, decay=0.05)
-ADAPTER_RECIPE = Recipe(steps=450, rate=1e-2, decay=0.01)
+ADAPTER_RECIPE = Recipe(steps=450, rate=5e-3, decay=0.01)
 
 
 def train_base(digits: Examples, *, seed: int, recipe: Recipe = BASE_RECIPE) -> DigitsNet:
@@ -105,7 +105,8 @@ def train_adapter(
         config = TuckerConfig(
             ranks=8,
             # To turn a picture is to turn every depthwise kernel, each on its own.
-            rank_pattern={"depthwise": 16},
+            rank_pattern={"depthwise": 24},
+            scale=4.0,
             target_modules=list(TARGETS),
             modules_to_save=None if task.shares_head else ["head"],
         )
