@@ -113,13 +113,15 @@ def load_base(
 
     Args:
         base: a module, or "package.module:factory" whose factory returns (module, example inputs) or
-            (module, example inputs, dynamic shapes).
+            (module, example inputs, dynamic shapes); a base that is loaded already is returned as it is.
         example_inputs: by input name; the first axis is the batch.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input is dynamic.
 
     Raises:
         UnsupportedBase: it cannot be loaded, or is not a plain torch module with example inputs.
     """
+    if isinstance(base, Base):
+        return base
     name = type(base).__name__
     if isinstance(base, str | os.PathLike):
         name = os.fspath(base)

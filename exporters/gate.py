@@ -1,6 +1,6 @@
 """The numeric gate: no export leaves without having been compared with the merged torch model.
 
-The reference is the base module itself, run with W + dW (summed in float64) and the task's overrides in place of
+The reference is the base module itself, run with gain * (W + dW) (in float64) and the task's overrides in place of
 its own tensors.  Relative error is ||export - reference|| / ||reference|| in the Frobenius norm, the worst over
 outputs; limits are those of the project: 1e-5 in float32, 2e-3 in 16 bits.
 """
@@ -67,14 +67,13 @@ class Check:
 
 
 def merged_tensors(base: Base, adapter: Adapter | None) -> dict[str, torch.Tensor]:
-    """The tensors that an adapter changes: W + dW summed in float64 and rounded once, and the overrides."""
+    """The tensors that an adapter changes: gain * (W + dW) in float64 and rounded once, and the overrides."""
     if adapter is None:
         return {}
     weights = base.weights
     merged: dict[str, torch.Tensor] = {}
-    for name, delta in adapter.deltas.items():
-        total = weights[name].astype(np.float64) + delta.dense()
-        merged[name] = torch.from_numpy(total.astype(weights[name].dtype))
+    for name in [*adapter.deltas, *(name for name in adapter.gains if name not in adapter.deltas)]:
+        merged[name] = torch.from_numpy(adapter.merged(name, weights[name]).astype(weights[name].dtype))
     for name, array in adapter.served_overrides.items():
         merged[name] = torch.from_numpy(np.array(array, dtype=weights[name].dtype))
     return merged

@@ -74,7 +74,16 @@ def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str
 
     Raises:
         UnknownTarget: a weight that an adapter changes is in the base but not in its graph.
+        UnsupportedTarget: an adapter has gains, which no branch applies yet.
     """
+    for task, adapter in adapters.items():
+        for name in adapter.gains:
+            raise UnsupportedTarget(
+                f"export adapter {task!r} for {base}, weight {name!r}",
+                expected="a change that a branch adds",
+                got="a gain (DoRA, IA3), which multiplies the weight",
+                fix="Export it folded: 'tpeft-deploy export folded'.",
+            )
     targets: dict[tuple[str, bool], Target] = {}
     for task, adapter in adapters.items():
         for name, whole in [(n, False) for n in adapter.deltas] + [(n, True) for n in adapter.served_overrides]:

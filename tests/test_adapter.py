@@ -9,6 +9,7 @@ from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget
 from tpeft_deploy.formats import canonical
 
+GAIN = np.full((4, 1), 1.5, np.float32)
 DELTA = nets.delta((4, 3), (2, 2), seed=0)
 
 
@@ -25,6 +26,24 @@ def test_the_canonical_file_is_exact_and_repeatable(conv_adapters: dict[str, Ada
             np.testing.assert_array_equal(read.overrides[name], array)
 
 
+def test_gains_and_scalars_survive_the_file() -> None:
+    steps = np.asarray(7)
+    adapter = Adapter({"w": DELTA}, {"norm.num_batches_tracked": steps}, gains={"w": GAIN, "v": GAIN.T})
+    read = canonical.from_bytes(adapter.to_bytes(), source="a test")
+    assert read.to_bytes() == adapter.to_bytes()
+    assert read.overrides["norm.num_batches_tracked"].shape == ()
+    np.testing.assert_array_equal(read.gains["v"], GAIN.T)
+    assert read.parameters == adapter.parameters == DELTA.parameters + 9
+    assert read.nbytes == DELTA.nbytes + steps.nbytes + 2 * GAIN.nbytes
+
+
+def test_a_gain_multiplies_the_sum() -> None:
+    weight = np.arange(12.0).reshape(4, 3)
+    adapter = Adapter({"w": DELTA}, gains={"w": GAIN, "v": GAIN})
+    np.testing.assert_allclose(adapter.merged("w", weight), 1.5 * (weight + DELTA.dense()))
+    np.testing.assert_allclose(adapter.merged("v", weight), 1.5 * weight)
+
+
 def test_the_digest_depends_on_everything() -> None:
     other = nets.delta((4, 3), (2, 2), seed=0, scale=0.8)
     files = {
@@ -33,8 +52,9 @@ def test_the_digest_depends_on_everything() -> None:
         Adapter({"v": DELTA}).to_bytes(),
         Adapter({"w": DELTA}, base_digests={"w": "0" * 64}).to_bytes(),
         Adapter({"w": DELTA}, {"b": np.zeros(4, np.float32)}).to_bytes(),
+        Adapter({"w": DELTA}, gains={"w": GAIN}).to_bytes(),
     }
-    assert len(files) == 5
+    assert len(files) == 6
 
 
 def test_a_weight_has_one_digest_in_any_precision_that_holds_it() -> None:
@@ -48,16 +68,19 @@ def test_a_weight_has_one_digest_in_any_precision_that_holds_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("deltas", "overrides", "problem"),
+    ("deltas", "overrides", "gains", "problem"),
     [
-        ({}, {}, "no tensors at all"),
-        ({"w": DELTA}, {"w": np.zeros((4, 3), np.float32)}, "got both"),
-        ({"w": DELTA}, {"b": np.array([np.inf], np.float32)}, "override 'b'.*NaN or infinity"),
+        ({}, {}, {}, "no tensors at all"),
+        ({"w": DELTA}, {"w": np.zeros((4, 3), np.float32)}, {}, "a delta or an override, got both"),
+        ({}, {"w": np.zeros((4, 3), np.float32)}, {"w": GAIN}, "a gain or an override, got both"),
+        ({"w": DELTA}, {"b": np.array([np.inf], np.float32)}, {}, "override 'b'.*NaN or infinity"),
+        ({"w": DELTA}, {}, {"w": np.array([[np.nan]], np.float32)}, "gain 'w'.*NaN or infinity"),
+        ({"w": DELTA}, {}, {"w": np.array([[2]])}, "gain 'w'.*floating point"),
     ],
 )
-def test_adapters_that_cannot_be_served_are_refused(deltas: dict, overrides: dict, problem: str) -> None:  # type: ignore[type-arg]
+def test_adapters_that_cannot_be_served_are_refused(deltas: dict, overrides: dict, gains: dict, problem: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(FormatError, match=problem):
-        Adapter(deltas, overrides)
+        Adapter(deltas, overrides, gains=gains)
 
 
 def test_an_adapter_must_fit_its_base() -> None:
@@ -70,6 +93,13 @@ def test_an_adapter_must_fit_its_base() -> None:
         adapter.check_shapes(shapes | {"layer.weight": (4, 4)}, base="a base")
     with pytest.raises(ShapeError, match=r"override 'head.bias'"):
         adapter.check_shapes(shapes | {"head.bias": (10, 1)}, base="a base")
+    gained = Adapter({}, gains={"layer.weight": GAIN})
+    gained.check_shapes(shapes, base="a base")
+    with pytest.raises(UnknownTarget, match=r"gain 'layer.weight'"):
+        gained.check_shapes({"head.bias": (10,)}, base="a base")
+    for shape in ((3, 4), (4,), (4, 3, 1)):
+        with pytest.raises(ShapeError, match=r"gain 'layer.weight'.*broadcasts"):
+            gained.check_shapes({"layer.weight": shape}, base="a base")
     adapter.check_digests({"layer.weight": "a" * 64, "other": "b"}, base="a base")
     with pytest.raises(BaseMismatch, match="trained on another base, expected base weight aaaaaaaaaaaa"):
         adapter.check_digests({"layer.weight": "b" * 64}, base="a base")

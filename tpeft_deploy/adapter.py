@@ -1,7 +1,8 @@
 """All that one task changes in a base, however it was trained.
 
 Also the canonical file of an adapter: one safetensors file whose header says everything, so that its SHA-256
-names its content.  Tensors are `delta/<target>/core`, `delta/<target>/factor.<mode>` and `override/<name>`.
+names its content.  Tensors are `delta/<target>/core`, `delta/<target>/factor.<mode>`, `override/<name>` and
+`gain/<target>`.  Notes are about an import, not about what was imported: they are not in the file.
 """
 
 from __future__ import annotations
@@ -43,45 +44,73 @@ class Adapter:
         base_digests: target weight -> `weight_digest` of the base weight the change was trained on; empty when
             the training side did not record it.
         source: where it was read from, for messages.
+        gains: target weight -> factors of its channels, of a shape that broadcasts against the weight: (O, 1, ...)
+            or (1, I, 1, ...).  The adapted weight is gain * (W + dW); a gain may stand without a delta.
+        notes: weight -> what a reader of the import should know: kept dense because that is smaller, and the like;
+            "*" is the adapter as a whole.
 
     Raises:
-        FormatError: it changes nothing, an override is not finite, or a weight has both a delta and an override.
+        FormatError: it has no tensors, an override or a gain is not finite, or a weight has both an override and a
+            delta or gain.
     """
 
     deltas: Mapping[str, TuckerDelta]
     overrides: Mapping[str, Array] = field(default_factory=dict)
     base_digests: Mapping[str, str] = field(default_factory=dict)
     source: str = "an adapter made in memory"
+    gains: Mapping[str, Array] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.deltas and not self.overrides:
+        if not self.deltas and not self.overrides and not self.gains:
             raise FormatError(f"read {self.source}", expected="deltas or overrides", got="no tensors at all")
-        both = sorted(set(self.deltas) & set(self.overrides))
+        both = sorted((set(self.deltas) | set(self.gains)) & set(self.overrides))
         if both:
             raise FormatError(
                 f"read {self.source}, weight {both[0]!r}",
-                expected="a delta or an override",
+                expected=f"a {'delta' if both[0] in self.deltas else 'gain'} or an override",
                 got="both",
                 fix="Leave the module out of target_modules or out of modules_to_save.",
             )
-        for name, array in self.overrides.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
+        for what, arrays in (("override", self.overrides), ("gain", self.gains)):
+            for name, array in arrays.items():
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    raise FormatError(
+                        f"read {self.source}, {what} {name!r}",
+                        expected="finite values",
+                        got="NaN or infinity",
+                        fix="Save the adapter again from a training run that did not diverge.",
+                    )
+        for name, gain in self.gains.items():
+            if gain.dtype.kind != "f":
                 raise FormatError(
-                    f"read {self.source}, override {name!r}",
-                    expected="finite values",
-                    got="NaN or infinity",
-                    fix="Save the adapter again from a training run that did not diverge.",
+                    f"read {self.source}, gain {name!r}", expected="a floating point array", got=gain.dtype
                 )
 
     @property
     def parameters(self) -> int:
         """How many numbers the adapter holds."""
-        return sum(d.parameters for d in self.deltas.values()) + sum(a.size for a in self.overrides.values())
+        return sum(d.parameters for d in self.deltas.values()) + sum(array.size for array in self._wholes())
 
     @property
     def nbytes(self) -> int:
         """How many bytes the adapter's tensors hold."""
-        return sum(d.nbytes for d in self.deltas.values()) + sum(a.nbytes for a in self.overrides.values())
+        return sum(d.nbytes for d in self.deltas.values()) + sum(array.nbytes for array in self._wholes())
+
+    def _wholes(self) -> list[Array]:
+        return [*self.overrides.values(), *self.gains.values()]
+
+    def merged(self, name: str, weight: Array) -> Array:
+        """What a target's weight becomes, gain * (W + dW), in float64: what is trained is added before it is scaled.
+
+        Args:
+            name: a target with a delta, a gain or both.
+            weight: the base's, (O, I, K1, ...).
+        """
+        total = weight.astype(np.float64)
+        if name in self.deltas:
+            total = total + self.deltas[name].dense()
+        return total * self.gains[name].astype(np.float64) if name in self.gains else total
 
     @property
     def served_overrides(self) -> dict[str, Array]:
@@ -89,15 +118,16 @@ class Adapter:
         return {name: array for name, array in self.overrides.items() if not name.endswith(_COUNTER)}
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], *, base: str) -> None:
-        """Refuse the adapter unless every target and override exists in a base and has a fitting shape.
+        """Refuse the adapter unless every target, override and gain exists in a base and has a fitting shape.
 
         Args:
             shapes: name -> shape of every weight of the base.
             base: the base's name, for messages.
 
         Raises:
-            UnknownTarget: a target or an override is not in the base.
-            ShapeError: a delta has another shape than its weight, or an override another number of axes.
+            UnknownTarget: a target, an override or a gain is not in the base.
+            ShapeError: a delta has another shape than its weight, an override another number of axes, or a gain does
+                not broadcast against its weight.
         """
         for name, delta in self.deltas.items():
             if name not in shapes:
@@ -117,6 +147,17 @@ class Adapter:
                     f"fit {self.source} to {base}, override {name!r}",
                     expected=f"shape {shapes[name]}, where only the first size may differ",
                     got=array.shape,
+                    fix="The adapter was made for another base.",
+                )
+        for name, gain in self.gains.items():
+            if name not in shapes:
+                raise _unknown(self.source, "gain", name, base, shapes)
+            sizes = zip(gain.shape, shapes[name], strict=False)
+            if gain.ndim != len(shapes[name]) or any(own not in (1, size) for own, size in sizes):
+                raise ShapeError(
+                    f"fit {self.source} to {base}, gain {name!r}",
+                    expected=f"a shape that broadcasts against {shapes[name]}",
+                    got=gain.shape,
                     fix="The adapter was made for another base.",
                 )
 
@@ -152,6 +193,8 @@ class Adapter:
                     tensors[f"delta/{name}/factor.{mode}"] = factor
         for name, array in self.overrides.items():
             tensors[f"override/{name}"] = array
+        for name, array in self.gains.items():
+            tensors[f"gain/{name}"] = array
         header = {
             "schema": 1,
             "scales": {name: delta.scale for name, delta in self.deltas.items()},

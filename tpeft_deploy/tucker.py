@@ -59,6 +59,8 @@ class TuckerDelta:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", tuple(self.factors))
+        if 0 in self.core.shape or any(f is not None and 0 in f.shape for f in self.factors):
+            raise ShapeError("build a Tucker delta", expected="ranks and sizes of at least 1", got=self.core.shape)
         if self.core.ndim < 2 or len(self.factors) != self.core.ndim:
             raise ShapeError(
                 "build a Tucker delta",

@@ -1,0 +1,265 @@
+"""Exact algebra of Tucker deltas: sums, padding, permutation, truncation, and the forms other tools read.
+
+Every function but `truncate` keeps the change itself: dense() before and after agree to float64 rounding.  Modes are
+in torch order (O, I, K1, ...) as in `tucker`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from tpeft_deploy.errors import ShapeError
+from tpeft_deploy.tucker import Array, TuckerDelta, mode_product
+
+__all__ = [
+    "LowRankPair",
+    "Truncation",
+    "combine",
+    "dense_nbytes",
+    "densify",
+    "is_dense",
+    "is_zero",
+    "low_rank_pair",
+    "pad_ranks",
+    "permute",
+    "smaller",
+    "truncate",
+]
+
+
+_ROWS = 64  # converted to float64 at a time
+
+
+class LowRankPair(NamedTuple):
+    """dW.reshape(O, -1) = b @ a.reshape(R, -1), the scale inside `a`; both float64."""
+
+    a: Array  # (R, I, K1, ...)
+    b: Array  # (O, R)
+
+
+class Truncation(NamedTuple):
+    """A delta of smaller ranks, and ||dW - dW'|| / ||dW|| in the Frobenius norm (0 for a change that is zero)."""
+
+    delta: TuckerDelta
+    error: float
+
+
+def combine(deltas: Sequence[TuckerDelta], weights: Sequence[float] | None = None) -> TuckerDelta:
+    """The weighted sum of changes of one weight, exactly: sum_n w_n dW_n.
+
+    Factors stand side by side, [U_m^1 U_m^2 ...], and the cores become the blocks of a block-diagonal core, so ranks
+    add up.  A mode that is an identity for one of the deltas becomes one for all (their factors are absorbed): the
+    blocks then share that mode, and it keeps its size.
+
+    Args:
+        deltas: at least one, all of one shape.
+        weights: one per delta; all 1 when left out.
+
+    Raises:
+        ShapeError: no deltas, shapes that differ, or another number of weights than deltas.
+    """
+    weights = [1.0] * len(deltas) if weights is None else weights
+    shapes = sorted({delta.shape for delta in deltas})
+    if len(shapes) != 1 or len(weights) != len(deltas):
+        raise ShapeError(
+            "add Tucker deltas",
+            expected="changes of one shape, with one weight each",
+            got=f"{len(deltas)} changes of shapes {', '.join(map(str, shapes)) or 'none'}, {len(weights)} weights",
+        )
+    modes = range(len(shapes[0]))
+    shared = [mode for mode in modes if any(delta.factors[mode] is None for delta in deltas)]
+    blocks = [delta.absorb(shared) for delta in deltas]
+    sizes = [shapes[0][mode] if mode in shared else sum(block.ranks[mode] for block in blocks) for mode in modes]
+    core = np.zeros(sizes)
+    start = [0] * len(sizes)
+    for block, weight in zip(blocks, weights, strict=True):
+        place = tuple(slice(start[mode], start[mode] + block.ranks[mode]) for mode in modes)
+        # Added, not assigned: where every mode is an identity all blocks lie on the same place.
+        core[place] += weight * block.scale * block.core
+        start = [0 if mode in shared else start[mode] + block.ranks[mode] for mode in modes]
+    factors = tuple(None if mode in shared else _side_by_side(blocks, mode) for mode in modes)
+    return TuckerDelta(core, factors)
+
+
+def pad_ranks(delta: TuckerDelta, ranks: Sequence[int]) -> TuckerDelta:
+    """The same change with larger ranks: zeros at the end of the core and of every factor.
+
+    Args:
+        delta: any.
+        ranks: one per mode, none smaller than the delta's own.  An identity mode that grows becomes an explicit
+            (d, R) factor.
+
+    Raises:
+        ShapeError: a rank is smaller than the delta's own, or their number is not that of its modes.
+    """
+    grow = [asked - own for asked, own in zip(ranks, delta.ranks, strict=False)]
+    if len(ranks) != len(delta.ranks) or min(grow) < 0:
+        raise ShapeError("pad the ranks of a Tucker delta", expected=f"at least {delta.ranks}", got=tuple(ranks))
+    factors: list[Array | None] = []
+    for mode, (factor, more) in enumerate(zip(delta.factors, grow, strict=True)):
+        if factor is None and more:
+            factor = np.eye(delta.ranks[mode], dtype=delta.core.dtype)  # noqa: PLW2901 - the identity, spelt out
+        factors.append(None if factor is None else np.pad(factor, ((0, 0), (0, more))))
+    return replace(delta, core=np.pad(delta.core, [(0, more) for more in grow]), factors=tuple(factors))
+
+
+def permute(delta: TuckerDelta, order: Sequence[int]) -> TuckerDelta:
+    """The change of the transposed weight: dense() of the result is dense().transpose(order).
+
+    Raises:
+        ShapeError: `order` is no permutation of the modes.
+    """
+    if sorted(order) != list(range(delta.core.ndim)):
+        raise ShapeError(
+            "permute the modes of a Tucker delta",
+            expected=f"a permutation of {list(range(delta.core.ndim))}",
+            got=list(order),
+        )
+    return replace(delta, core=delta.core.transpose(order), factors=tuple(delta.factors[mode] for mode in order))
+
+
+def truncate(delta: TuckerDelta, ranks: Sequence[int]) -> Truncation:
+    """The truncated higher-order SVD: the leading left singular vectors of every unfolding, and what that costs.
+
+    (De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21(4), 2000: theorem 2 is the decomposition,
+    property 10 the bound error^2 <= sum over modes of the discarded singular values squared.)  Factors are first made
+    orthonormal, U = QR with R absorbed in the core, so that the core alone is decomposed.
+
+    Args:
+        delta: any.
+        ranks: one per mode, at least 1; a rank that is not below the delta's own leaves the mode as it is.
+
+    Returns:
+        A delta of those ranks in float64, and its relative error as measured (not the bound).
+
+    Raises:
+        ShapeError: the number of ranks is not that of the modes, or one is below 1.
+    """
+    if len(ranks) != len(delta.ranks) or min(ranks) < 1:
+        raise ShapeError(
+            "truncate a Tucker delta", expected=f"{len(delta.ranks)} ranks of at least 1", got=tuple(ranks)
+        )
+    core, bases = _orthonormal(delta)
+    kept, turns = core, {}
+    for mode, rank in enumerate(ranks):
+        if rank < core.shape[mode]:
+            unfolding = np.moveaxis(core, mode, 0).reshape(core.shape[mode], -1)
+            turns[mode] = np.linalg.svd(unfolding, full_matrices=False)[0][:, :rank]
+            kept = mode_product(kept, turns[mode].T, mode)
+    again = kept
+    for mode, turn in turns.items():
+        again = mode_product(again, turn, mode)
+    norm = float(np.linalg.norm(core))
+    factors = tuple(_compose(base, turns.get(mode)) for mode, base in enumerate(bases))
+    error = float(np.linalg.norm(core - again)) / norm if norm else 0.0
+    return Truncation(TuckerDelta(kept, factors, delta.scale), error)
+
+
+def low_rank_pair(delta: TuckerDelta) -> LowRankPair:
+    """The change as a product of two, which every LoRA tool reads: a Tucker change is a LoRA of rank R_o.
+
+    B = U_0 and A = s G x_1 U_1 x_2 U_2 ...; where the other side has the smaller rank (R_i of a matrix, I K1 .. of a
+    kernel) the core goes to B instead.
+    """
+    scaled = replace(delta, core=delta.scale * delta.core.astype(np.float64), scale=1.0)
+    outputs, *rest = delta.shape
+    other = scaled.ranks[1] if scaled.core.ndim == 2 else math.prod(rest)
+    if scaled.ranks[0] <= other:
+        up = delta.factors[0]
+        b = np.eye(outputs) if up is None else up.astype(np.float64)
+        return LowRankPair(scaled.absorb(range(1, scaled.core.ndim)).core, b)
+    if scaled.core.ndim == 2:
+        down = delta.factors[1]
+        a = np.eye(delta.shape[1]) if down is None else down.T.astype(np.float64)
+        return LowRankPair(a, scaled.absorb([0]).core)
+    return LowRankPair(np.eye(other).reshape(other, *rest), scaled.absorb().core.reshape(outputs, other))
+
+
+def is_dense(delta: TuckerDelta) -> bool:
+    """Whether the core is the whole change, with no factor at all."""
+    return all(factor is None for factor in delta.factors)
+
+
+def is_zero(delta: TuckerDelta) -> bool:
+    """Whether a part of the delta is all zeros, so that it changes nothing."""
+    parts = [delta.core, *(factor for factor in delta.factors if factor is not None)]
+    return delta.scale == 0.0 or not all(part.any() for part in parts)
+
+
+def dense_nbytes(delta: TuckerDelta) -> int:
+    """How many bytes the whole change would hold in the core's dtype."""
+    return math.prod(delta.shape) * delta.core.dtype.itemsize
+
+
+def densify(delta: TuckerDelta) -> TuckerDelta:
+    """The change as a core without factors, summed in float64 and rounded once to the core's dtype.
+
+    Unlike `dense` it keeps nothing in float64 that is as large as the change or its factors: a file's changes may be
+    made dense while it is read, within a few times its size.
+    """
+    up, *others = delta.factors
+    if delta.core.ndim == 2 and others[0] is not None and _is_identity(delta.core):
+        inner = others[0].T
+    else:
+        inner = delta.core if is_dense(replace(delta, factors=(None, *others))) else _absorb_inner(delta)
+    whole = inner.reshape(inner.shape[0], -1)
+    core = np.empty((whole.shape[0] if up is None else up.shape[0], whole.shape[1]), delta.core.dtype)
+    for start in range(0, core.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        core[rows] = delta.scale * (whole[rows].astype(np.float64) if up is None else _product(up[rows], whole))
+    return TuckerDelta(core.reshape(delta.shape), (None,) * delta.core.ndim)
+
+
+def smaller(delta: TuckerDelta) -> TuckerDelta:
+    """The delta itself while core and factors hold fewer bytes than the whole change, else the whole change."""
+    if is_dense(delta) or delta.nbytes < dense_nbytes(delta):
+        return delta
+    return densify(delta)
+
+
+def _is_identity(core: Array) -> bool:
+    rank = core.shape[0]
+    return core.shape == (rank, rank) and np.count_nonzero(core) == rank and bool((core.diagonal() == 1).all())
+
+
+def _absorb_inner(delta: TuckerDelta) -> Array:
+    return delta.absorb(range(1, delta.core.ndim)).core
+
+
+def _product(left: Array, right: Array) -> Array:
+    """left @ right in float64, converting a block of `right` at a time."""
+    total = np.zeros((left.shape[0], right.shape[1]))
+    for start in range(0, right.shape[0], _ROWS):
+        block = slice(start, start + _ROWS)
+        total += left[:, block].astype(np.float64) @ right[block].astype(np.float64)
+    return total
+
+
+def _side_by_side(deltas: Sequence[TuckerDelta], mode: int) -> Array:
+    return np.concatenate([factor for delta in deltas if (factor := delta.factors[mode]) is not None], axis=1)
+
+
+def _orthonormal(delta: TuckerDelta) -> tuple[Array, list[Array | None]]:
+    """The core in the orthonormal bases of its factors' ranges, and those bases; None is the identity."""
+    core: Array = delta.core.astype(np.float64)
+    bases: list[Array | None] = []
+    for mode, factor in enumerate(delta.factors):
+        if factor is None:
+            bases.append(None)
+            continue
+        basis, triangle = np.linalg.qr(factor.astype(np.float64))
+        core = mode_product(core, triangle, mode)
+        bases.append(np.asarray(basis))
+    return core, bases
+
+
+def _compose(basis: Array | None, turn: Array | None) -> Array | None:
+    if basis is None or turn is None:
+        return turn if basis is None else basis
+    product: Array = basis @ turn
+    return product
