@@ -1,35 +1,31 @@
-"""Reading adapters: one file per format, each with the same verbs.
+"""Reading adapters, however they were trained.
 
-NAME            the format's name, as `load_adapter(format=...)` and `inspect` give it
-matches(path)   whether a file or directory is in that format, from names and config alone
-read(path)      the adapter, or an AdapterError that says what is wrong
+Files are of one of three kinds, told apart by what is there:
+
+    tpeft           our own file (`canonical`)
+    peft-tucker     a directory that PEFT saved for our own method (`peft_tucker`)
+    anything else   tensors `<module>.<suffix>` of a PEFT directory or a .safetensors file, each module read by the
+                    first of `readers.READERS` that knows its suffixes
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats import canonical, peft_tucker
+from tpeft_deploy.formats import canonical, checkpoint, peft_tucker
+from tpeft_deploy.formats.base_view import Lazy, view
+from tpeft_deploy.formats.module import BaseView
+from tpeft_deploy.formats.readers import READERS
+from tpeft_deploy.formats.saved import peft_directory, read_saved
 
-__all__ = ["FORMATS", "load_adapter"]
+__all__ = ["FORMATS", "load_adapter", "load_pickled"]
 
-
-class Format(NamedTuple):
-    """The verbs of one format."""
-
-    matches: Callable[[Path], bool]
-    read: Callable[[Path], Adapter]
-
-
-FORMATS: dict[str, Format] = {
-    canonical.NAME: Format(canonical.matches, canonical.read),
-    peft_tucker.NAME: Format(peft_tucker.matches, peft_tucker.read),
-}
+FORMATS = (canonical.NAME, peft_tucker.NAME, *(reader.NAME for reader in READERS))
 
 
 def load_adapter(
@@ -42,72 +38,87 @@ def load_adapter(
 
     Args:
         path: what the training side saved: a directory or a file.
-        format: one of `FORMATS`; found from the files when left out.
+        format: one of `FORMATS`; found from the files, module by module, when left out.
         scale: for formats that do not record their scale; refused by those that do.
-        base: a torch module to check names, shapes and the recorded base digests against.
+        base: what the adapter was trained on, to resolve names against and to check it with: a torch module, or the
+            path of an ONNX file whose initializers have the parameters' names.  Some formats cannot be read without.
 
     Returns:
         The canonical adapter.
 
     Raises:
-        FormatError: nothing there, an unknown or damaged format, or a `scale` that the format records itself.
+        FormatError: nothing there, an unknown, damaged or refused format, a tensor that nothing understands, a
+            `scale` or `base` that is missing, or a `scale` that the format records itself.
         UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit `base`.
     """
-    path = Path(path)
-    adapter = FORMATS[_format_name(path, format)].read(path)
-    if scale is not None:
-        raise FormatError(
-            f"read {path}",
-            expected="no scale, as this format records its own",
-            got=f"scale={scale}",
-            fix="Leave scale out.",
-        )
-    if base is not None:
-        _check_base(adapter, base)
-    return adapter
+    return _load(Path(path), format, scale, base, pickles=False)
 
 
-def _format_name(path: Path, asked: str | None) -> str:
+def load_pickled(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    scale: float | None = None,
+    base: object = None,
+) -> Adapter:
+    """`load_adapter` that reads pickles too (.bin, .pt, .ckpt), with torch's reader that knows tensors alone.
+
+    Only for the command line's `convert`, where the user names the file.
+
+    Raises:
+        MissingExtra: a pickle, and torch is not installed.
+    """
+    return _load(Path(path), format, scale, base, pickles=True)
+
+
+def _load(path: Path, format: str | None, scale: float | None, base: object, *, pickles: bool) -> Adapter:
     if not path.exists():
         raise FormatError(
             f"read adapter {path}", expected="a file or directory", got="nothing there", fix="Check the path."
         )
-    if asked is not None:
-        if asked not in FORMATS:
-            raise FormatError(f"read adapter {path}", expected=f"a format of {', '.join(FORMATS)}", got=repr(asked))
-        return asked
-    for name, candidate in FORMATS.items():
-        if candidate.matches(path):
-            return name
-    raise FormatError(
-        f"read adapter {path}",
-        expected=f"files in a format of {', '.join(FORMATS)}",
-        got=_describe(path),
-        fix="Save it with save_pretrained from a tpeft_deploy.training.TuckerConfig model.",
-    )
+    if format is not None and format not in FORMATS:
+        raise FormatError(f"read adapter {path}", expected=f"a format of {', '.join(FORMATS)}", got=repr(format))
+    if scale is not None and not -float("inf") < scale < float("inf"):
+        raise FormatError(f"read adapter {path}", expected="a finite scale", got=scale)
+    found = None if base is None else view(base)
+    # What overflows becomes infinite, and every delta, override and gain is refused then, by name.
+    with np.errstate(over="ignore", invalid="ignore"):
+        adapter = _read(path, format, scale, found, pickles=pickles)
+    if found is not None:
+        _check_base(adapter, found)
+    return adapter
 
 
-def _describe(path: Path) -> str:
-    if path.is_file():
-        return f"a file {path.suffix or 'without a suffix'}"
-    kind = peft_tucker.peft_type(path)
-    if kind is not None:
-        return f"a PEFT adapter of peft_type {kind!r}, which this version does not read"
-    return f"a directory with {', '.join(sorted(p.name for p in path.iterdir())[:5]) or 'no files'}"
-
-
-def _check_base(adapter: Adapter, base: object) -> None:
-    named = getattr(base, "named_parameters", None)
-    if named is None:
+def _read(path: Path, format: str | None, scale: float | None, base: BaseView | None, *, pickles: bool) -> Adapter:
+    if format == canonical.NAME or (format is None and canonical.matches(path)):
+        return _no_scale(canonical.read(path), scale)
+    if format == peft_tucker.NAME or (format is None and peft_tucker.matches(path)):
+        return _no_scale(peft_tucker.read(path), scale)
+    if path.is_dir() and peft_directory(path) is None:
         raise FormatError(
-            f"check {adapter.source} against its base",
-            expected="a torch module as base",
-            got=f"{type(base).__name__}",
+            f"read adapter {path}",
+            expected=f"a directory with {canonical.FILE}, or with adapter_config.json as PEFT saves it",
+            got=f"one with {', '.join(sorted(p.name for p in path.iterdir())[:5]) or 'no files'}",
+            fix="Give the .safetensors file itself.",
         )
-    weights = dict(named(remove_duplicate=False)) | dict(base.named_buffers())  # type: ignore[attr-defined]
-    name = type(base).__name__
-    adapter.check_shapes({n: tuple(w.shape) for n, w in weights.items()}, base=name)
-    digests = {
-        n: weight_digest(weights[n].detach().float().cpu().numpy()) for n in adapter.base_digests if n in weights
-    }
-    adapter.check_digests(digests, base=name)
+    saved = read_saved(path, pickles=pickles)
+    if format is None and canonical.HEADER in saved.metadata:
+        return _no_scale(canonical.from_tensors(saved.tensors, saved.metadata, source=saved.source), scale)
+    return checkpoint.read(saved, scale=scale, base=base, format=format)
+
+
+def _no_scale(adapter: Adapter, scale: float | None) -> Adapter:
+    if scale is not None:
+        raise FormatError(
+            f"read {adapter.source}",
+            expected="no scale, as this format records its own",
+            got=f"scale={scale}",
+            fix="Leave scale out.",
+        )
+    return adapter
+
+
+def _check_base(adapter: Adapter, base: BaseView) -> None:
+    weights = base.weights
+    adapter.check_shapes(Lazy(weights, lambda name: weights[name].shape), base=base.name)
+    digests = {name: weight_digest(weights[name]) for name in adapter.base_digests if name in weights}
+    adapter.check_digests(digests, base=base.name)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.tensors import read_bytes, read_tensors
+from tpeft_deploy.formats.tensors import parse_json, read_bytes, read_tensors
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["FILE", "NAME", "from_bytes", "matches", "read"]
+__all__ = ["FILE", "HEADER", "NAME", "from_bytes", "from_tensors", "matches", "read"]
 
 NAME = "tpeft"
 FILE = "adapter.safetensors"
+HEADER = "tpeft"  # the entry of a safetensors file's metadata that makes it ours, whatever the file is called
 
 
 def matches(path: Path) -> bool:
-    """Whether `path` is a canonical file or a directory that holds one."""
-    return (path / FILE).is_file() or path.name == FILE
+    """Whether `path` is a directory that holds a canonical file; a file itself is known by its header."""
+    return (path / FILE).is_file()
 
 
 def read(path: Path) -> Adapter:
@@ -28,19 +29,32 @@ def read(path: Path) -> Adapter:
     return from_bytes(read_bytes(file), source=str(path))
 
 
-def from_bytes(data: bytes, *, source: str) -> Adapter:
+def from_bytes(data: bytes | bytearray, *, source: str) -> Adapter:
     """Read a canonical file held in memory.
 
     Raises:
         FormatError: damaged, of another schema, or with a tensor that belongs to no target.
     """
-    tensors, metadata = read_tensors(data, source=source)
+    return from_tensors(*read_tensors(data, source=source), source=source)
+
+
+def from_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str], *, source: str) -> Adapter:
+    """Read what `read_tensors` found in a canonical file.
+
+    Raises:
+        FormatError: of another schema, or with a tensor that belongs to no target.
+    """
+    tensors = dict(tensors)
     header = _header(metadata, source=source)
-    overrides = {n.removeprefix("override/"): tensors.pop(n) for n in list(tensors) if n.startswith("override/")}
+    overrides, gains = _take(tensors, "override/"), _take(tensors, "gain/")
     deltas = {target: _delta(tensors, target, scale, source) for target, scale in header.scales.items()}
     if tensors:
         raise FormatError(f"read {source}, tensor {min(tensors)!r}", problem="it belongs to no target of the header")
-    return Adapter(deltas, overrides, header.base_digests, source)
+    return Adapter(deltas, overrides, header.base_digests, source, gains)
+
+
+def _take(tensors: dict[str, Array], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
 class _Header(NamedTuple):
@@ -48,9 +62,9 @@ class _Header(NamedTuple):
     base_digests: dict[str, str]
 
 
-def _header(metadata: dict[str, str], *, source: str) -> _Header:
+def _header(metadata: Mapping[str, str], *, source: str) -> _Header:
     try:
-        header = json.loads(metadata["tpeft"])
+        header = parse_json(metadata[HEADER])
         if header["schema"] != 1:
             raise FormatError(
                 f"read {source}",

@@ -11,7 +11,6 @@ adapter_config.json holds the scale and the digests of the base, adapter_model.s
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import FormatError, ShapeError
-from tpeft_deploy.formats.tensors import read_bytes, read_tensors
+from tpeft_deploy.formats.tensors import parse_json, read_bytes, read_tensors
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["NAME", "matches", "peft_type", "read"]
@@ -87,7 +86,7 @@ def _incomplete(source: str, what: str, tensor: str) -> FormatError:
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(read_bytes(path / _CONFIG))
+        config = parse_json(read_bytes(path / _CONFIG))
     except ValueError as error:
         raise FormatError(f"read {path / _CONFIG}", expected="JSON", got=str(error), fix=_SAVE_AGAIN) from error
     if not isinstance(config, dict):

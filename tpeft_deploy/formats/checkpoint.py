@@ -1,0 +1,262 @@
+"""From a training side's tensors to an adapter: cut into modules, ask the readers, account for every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+from tpeft_deploy import algebra
+from tpeft_deploy.adapter import Adapter, weight_digest
+from tpeft_deploy.errors import FormatError, ShapeError
+from tpeft_deploy.formats import peft_refusals
+from tpeft_deploy.formats.compact import DENSE
+from tpeft_deploy.formats.module import BaseView, Change, Checkpoint, Module
+from tpeft_deploy.formats.names import PEFT_PREFIX, Names
+from tpeft_deploy.formats.readers import READERS, WHOLE_MODEL, Reader
+from tpeft_deploy.formats.saved import Saved
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = ["read"]
+
+_FLORA = ".flora_layer."
+_WRAPPER = "model."  # FLoRA's own wrapper puts it before every key
+
+
+@dataclass(eq=False)
+class _Parts:
+    """What has been read so far, by whole names of the base."""
+
+    deltas: dict[str, TuckerDelta] = field(default_factory=dict)
+    overrides: dict[str, Array] = field(default_factory=dict)
+    gains: dict[str, Array] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def read(saved: Saved, *, scale: float | None, base: BaseView | None, format: str | None = None) -> Adapter:
+    """The adapter in a training side's tensors.
+
+    Args:
+        saved: what it left on disk.
+        scale: the caller's, for formats that record none.
+        base: what names are resolved against, and what some formats cannot be read without.
+        format: the one reader to ask; all of them when left out.
+
+    Raises:
+        FormatError: a tensor that no reader understands, tensors that do not fit each other, a method that is
+            refused, a base or scale that is missing, or a scale that is not needed.
+        UnknownTarget: a module that the base does not have.
+    """
+    peft_refusals.refuse(saved.config, saved.source)
+    readers = [reader for reader in READERS if format in (None, reader.NAME)]
+    names = Names(saved.source, base.name, frozenset(base.weights)) if base else Names(saved.source)
+    modules, shared, rest = _cut(saved, names)
+    checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, scale, base, shared)
+    parts, asked, adapted = _Parts(), set[str](), set[str]()
+    for module in modules:
+        reader = next((reader for reader in readers if reader.matches(module, checkpoint)), None)
+        if reader is None:
+            rest |= {_key(module.key, suffix): tensor for suffix, tensor in module.tensors.items()}
+            continue
+        asked.add(reader.NAME)
+        adapted.add(module.name)
+        _add(parts, _change(reader, module, checkpoint), module, checkpoint)
+    _check_recognised(checkpoint, asked, directory=saved.directory)
+    _check_shared(checkpoint, readers, asked)
+    _check_beside(rest, names, adapted, checkpoint)
+    _account_for(rest, parts, names, checkpoint, whole=bool(asked & WHOLE_MODEL), directory=saved.directory)
+    _check_scale_used(checkpoint, parts)
+    _note_no_effect(parts, saved.source)
+    return Adapter(parts.deltas, parts.overrides, parts.digests, saved.source, parts.gains, parts.notes)
+
+
+@cache
+def _suffixes() -> tuple[Set[str], Set[str], Set[str]]:
+    """Of all readers: suffixes after a dot, suffixes joined to the module's name, and whole keys of shared tensors."""
+    joined = frozenset[str]().union(*(getattr(reader, "JOINED_SUFFIXES", ()) for reader in READERS))
+    shared = frozenset[str]().union(*(getattr(reader, "SHARED", ()) for reader in READERS))
+    return frozenset[str]().union(*(reader.SUFFIXES for reader in READERS)) - joined, joined, shared
+
+
+def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], dict[str, Array]]:
+    """Modules in the order of their keys, shared tensors, and tensors whose suffix no reader knows."""
+    _, _, whole_keys = _suffixes()
+    modules: dict[str, Module] = {}
+    shared: dict[str, Array] = {}
+    rest: dict[str, Array] = {}
+    wrapped = any(_FLORA in key for key in saved.tensors) and all(key.startswith(_WRAPPER) for key in saved.tensors)
+    for key, tensor in sorted(saved.tensors.items()):
+        if key in whole_keys:
+            shared[key] = tensor
+            continue
+        place = _split(key)
+        if place is None:
+            rest[key] = tensor
+            continue
+        module, suffix = place
+        if module not in modules:
+            known = module.removeprefix(_WRAPPER) if wrapped and names.base is None else module
+            modules[module] = Module(names.module(known), {}, module)
+        modules[module].tensors[suffix] = tensor
+    _check_twice(saved)
+    return list(modules.values()), shared, rest
+
+
+def _split(key: str) -> tuple[str, str] | None:
+    """A key as module and suffix, the longest suffix that a reader knows."""
+    dotted, joined, _ = _suffixes()
+    # First, as they end in "weight", which is also a dotted suffix of its own.
+    suffix = max((s for s in joined if key.endswith(s) and len(key) > len(s)), key=len, default=None)
+    if suffix is not None:
+        return key.removesuffix(suffix), suffix
+    dot = key.find(".")
+    while dot >= 0:
+        if key[dot + 1 :] in dotted:
+            return key[:dot], key[dot + 1 :]
+        dot = key.find(".", dot + 1)
+    return None
+
+
+def _key(module: str, suffix: str) -> str:
+    return f"{module}{suffix}" if suffix in _suffixes()[1] else f"{module}.{suffix}"
+
+
+def _check_twice(saved: Saved) -> None:
+    for key in saved.tensors:
+        if key.startswith(PEFT_PREFIX) and key.removeprefix(PEFT_PREFIX) in saved.tensors:
+            raise FormatError(
+                f"read {saved.source}, tensor {key!r}", problem=f"it is there without {PEFT_PREFIX!r} too"
+            )
+
+
+def _change(reader: Reader, module: Module, checkpoint: Checkpoint) -> Change:
+    doing = f"read {checkpoint.source}, module {module.key!r}"
+    try:
+        change = reader.read(module, checkpoint)
+    except (ShapeError, ArithmeticError, IndexError, TypeError, ValueError) as error:
+        # A reader says what it can of tensors that do not fit; what it did not foresee is no less a damaged file.
+        raise FormatError(
+            f"{doing} as {reader.NAME}",
+            problem=f"its tensors do not fit each other ({error})",
+            fix="Check that the file is whole and was trained on this base.",
+        ) from error
+    if module.tensors:
+        raise FormatError(
+            f"{doing} as {reader.NAME}, tensor {min(module.tensors)!r}",
+            problem="nothing is known of it",
+            fix="The module was written by a newer version of its library, or by another tool.",
+        )
+    return change
+
+
+def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) -> None:
+    twice = [
+        *(parts.deltas.keys() & change.deltas.keys()),
+        *(parts.overrides.keys() & change.overrides.keys()),
+        *(parts.gains.keys() & change.gains.keys()),
+    ]
+    if twice:
+        raise FormatError(
+            f"read {checkpoint.source}, module {module.key!r}", problem=f"{min(twice)!r} is changed twice in this file"
+        )
+    parts.deltas.update(change.deltas)
+    parts.overrides.update(change.overrides)
+    parts.gains.update(change.gains)
+    parts.notes.update(change.notes)
+    for name, delta in change.deltas.items():
+        try:
+            small = algebra.smaller(delta)
+        except ValueError as error:
+            raise FormatError(
+                f"read {checkpoint.source}, module {module.key!r}",
+                expected=f"a change that {delta.core.dtype} can hold",
+                got=f"one that is not finite ({error})",
+            ) from error
+        if small is not delta:
+            parts.deltas[name] = small
+            parts.notes[name] = "; ".join(filter(None, [change.notes.get(name), DENSE]))
+
+
+def _check_recognised(checkpoint: Checkpoint, asked: Set[str], *, directory: bool) -> None:
+    """Refuse a PEFT directory of a method that nobody here has heard of: its tensors would pass for overrides."""
+    if directory and not asked:
+        raise FormatError(
+            f"read {checkpoint.source}",
+            expected=f"modules in a format of {', '.join(reader.NAME for reader in READERS)}",
+            got=f"a PEFT adapter of peft_type {checkpoint.config.get('peft_type')!r} without any",
+            fix="Merge it with PEFT's merge_and_unload and export the merged model as a base of its own.",
+        )
+
+
+def _check_beside(rest: Mapping[str, Array], names: Names, adapted: Set[str], checkpoint: Checkpoint) -> None:
+    """Refuse what stands beside the tensors that a reader took and is no parameter of the adapted layer itself."""
+    for key in sorted(rest):
+        name = names.weight(key)
+        above = [name[:dot] for dot, letter in enumerate(name) if letter == "." and name[:dot] in adapted]
+        if not above or ".base_layer." in key:
+            continue
+        inside = name.removeprefix(f"{above[-1]}.")
+        if not inside.endswith(("bias", "weight")) or "lora_" in inside or inside.count(".") > 1:
+            raise FormatError(
+                f"read {checkpoint.source}, tensor {key!r}",
+                problem=f"nothing is known of it, and module {above[-1]!r} is adapted",
+                fix="The module was written by a newer version of its library, or by another tool.",
+            )
+
+
+def _check_shared(checkpoint: Checkpoint, readers: Sequence[Reader], asked: Set[str]) -> None:
+    used = frozenset[str]().union(*(getattr(r, "SHARED", ()) for r in readers if r.NAME in asked))
+    for key in sorted(checkpoint.shared.keys() - used):
+        raise FormatError(f"read {checkpoint.source}, tensor {key!r}", problem="no module of the file uses it")
+
+
+def _account_for(
+    rest: Mapping[str, Array], parts: _Parts, names: Names, checkpoint: Checkpoint, *, whole: bool, directory: bool
+) -> None:
+    """Turn the tensors of no reader into overrides, or refuse them.
+
+    A copy of an adapted weight is what the training side had as the base: its digest is recorded, so that the adapter
+    will refuse any other.
+    """
+    for key, tensor in sorted(rest.items()):
+        name = names.weight(key.removeprefix(_WRAPPER) if whole and names.base is None else key)
+        if (name in parts.deltas or name in parts.gains) and (whole or ".base_layer." in key):
+            parts.digests[name] = weight_digest(tensor)
+        elif not (whole or directory):
+            raise FormatError(
+                f"read {checkpoint.source}, tensor {key!r}",
+                expected="a tensor of a format that this version reads",
+                got=f"a name that none of them has, of shape {tensor.shape}",
+                fix="Nothing is left out silently: take it out of the file if it is no part of the adapter.",
+            )
+        elif name in parts.overrides:
+            raise FormatError(f"read {checkpoint.source}, tensor {key!r}", problem=f"{name!r} is replaced twice")
+        elif not (whole and checkpoint.base and _is_base(tensor, name, checkpoint.base)):
+            parts.overrides[name] = tensor
+    if whole and checkpoint.base is None and parts.overrides:
+        parts.notes["*"] = "the file holds the whole model; give base= to leave out what training did not change"
+
+
+def _is_base(tensor: Array, name: str, base: BaseView) -> bool:
+    return name in base.weights and bool(np.array_equal(tensor, base.weights[name]))
+
+
+def _check_scale_used(checkpoint: Checkpoint, parts: _Parts) -> None:
+    if checkpoint.scale is not None and (checkpoint.config or not parts.deltas):
+        raise FormatError(
+            f"read {checkpoint.source}",
+            expected="no scale, as the adapter records its own" if parts.deltas else "no scale, as nothing is scaled",
+            got=f"scale={checkpoint.scale}",
+            fix="Leave scale out.",
+        )
+
+
+def _note_no_effect(parts: _Parts, source: str) -> None:
+    if not parts.deltas and not parts.overrides and not parts.gains:
+        return  # Adapter itself refuses it
+    changes = parts.overrides or any(not algebra.is_zero(delta) for delta in parts.deltas.values())
+    if not changes and all((gain == 1).all() for gain in parts.gains.values()):
+        parts.notes["*"] = "it changes nothing: every change in it is zero, as before any training"

@@ -1,0 +1,57 @@
+"""Whether a product's low-rank form is worth having: a Hadamard or Kronecker product has the product of two ranks.
+
+A LoHa adapter of rank 32 has rank 1024, so for many layers the dense change holds fewer numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from tpeft_deploy.algebra import is_dense
+from tpeft_deploy.errors import ShapeError
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = ["DENSE", "dense_is_smaller", "finish", "is_dense", "widen"]
+
+DENSE = "kept dense, which holds fewer bytes than its low-rank form"  # a Change's note
+
+
+def dense_is_smaller(ranks: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether dW (O, I, K1, ...) holds at most as many numbers as core and factors of these ranks.
+
+    A matrix counts as its two factors, since its core is absorbed when it is used; a rank as large as its mode needs
+    no factor.
+    """
+    ranks = tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
+    if len(shape) == 2:
+        return min(ranks) * sum(shape) >= math.prod(shape)
+    factors = sum(size * rank for size, rank in zip(shape, ranks, strict=True) if size != rank)
+    return math.prod(ranks) + factors >= math.prod(shape)
+
+
+def widen(array: Array) -> Array:
+    """At least float32, so that products of float16 tensors do not round to float16."""
+    return array.astype(np.promote_types(array.dtype, np.float32), copy=False)
+
+
+def finish(delta: TuckerDelta, shape: tuple[int, ...], *, what: str) -> TuckerDelta:
+    """The delta with every factor absorbed that is no narrower than its mode, once its shape is certain.
+
+    Raises:
+        ShapeError: it does not have the weight's shape.
+    """
+    if delta.shape != shape:
+        raise ShapeError(
+            f"build {what}",
+            expected=f"a change of the weight's shape {shape}",
+            got=delta.shape,
+            fix="The adapter was made for another base.",
+        )
+    wide = [m for m, factor in enumerate(delta.factors) if factor is not None and factor.shape[1] >= factor.shape[0]]
+    if not wide:
+        return delta
+    absorbed = delta.absorb(wide)
+    return replace(absorbed, core=absorbed.core.astype(delta.core.dtype))

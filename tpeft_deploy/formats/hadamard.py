@@ -1,0 +1,108 @@
+"""LoHa: the change is an elementwise product of two low-rank ones (FedPara, arXiv 2108.06098; LyCORIS, PEFT).
+
+    dW = s * (W1a W1b) * (W2a W2b)
+
+It is itself of low rank, the product of both ranks: with fs the face-splitting (row-wise Kronecker) product,
+(P Q) * (R S) = fs(P, R) fs(Q^T, S^T)^T.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tpeft_deploy.errors import ShapeError
+from tpeft_deploy.formats.compact import dense_is_smaller, finish, widen
+from tpeft_deploy.tucker import Array, TuckerDelta, mode_product
+
+__all__ = ["loha", "loha_tucker"]
+
+
+def loha(w1a: Array, w1b: Array, w2a: Array, w2b: Array, *, scale: float, shape: tuple[int, ...]) -> TuckerDelta:
+    """The change s * (W1a W1b) * (W2a W2b), of rank r1 r2, or dense where that holds fewer numbers.
+
+    Args:
+        w1a, w2a: (O, r1), (O, r2).
+        w1b, w2b: (r1, I K1 ...), (r2, I K1 ...).
+        scale: s.
+        shape: the weight's (O, I, K1, ...).
+
+    Raises:
+        ShapeError: the tensors do not fit each other or the weight.
+    """
+    _require_matrices(w1a=w1a, w1b=w1b, w2a=w2a, w2b=w2b)
+    w1a, w1b, w2a, w2b = (widen(w) for w in (w1a, w1b, w2a, w2b))
+    rank = w1a.shape[1] * w2a.shape[1]
+    ranks = (rank, rank) if len(shape) == 2 else (rank, *shape[1:])
+    try:
+        if dense_is_smaller(ranks, shape):
+            core = (w1a.astype(np.float64) @ w1b) * (w2a.astype(np.float64) @ w2b)
+            return _dense(core.reshape(shape), scale, w1a)
+        up, down = _face_split(w1a, w2a), _face_split(w1b.T, w2b.T)
+        if len(shape) == 2:
+            delta = TuckerDelta(np.eye(rank, dtype=up.dtype), (up, down), scale)
+        else:
+            delta = TuckerDelta(down.T.reshape(rank, *shape[1:]), (up, *[None] * (len(shape) - 1)), scale)
+    except ValueError as error:
+        raise ShapeError(
+            "build a LoHa change", problem=str(error), fix="The adapter was made for another base."
+        ) from error
+    return finish(delta, shape, what="a LoHa change")
+
+
+def loha_tucker(
+    t1: Array,
+    w1a: Array,
+    w1b: Array,
+    t2: Array,
+    w2a: Array,
+    w2b: Array,
+    *,
+    scale: float,
+    shape: tuple[int, ...],
+) -> TuckerDelta:
+    """The change s * T1 * T2, where each half is a Tucker product Ti = ti x_0 Wia^T x_1 Wib^T.
+
+    Args:
+        t1, t2: (r, r, K1, ...); further axes of size 1, which PEFT gives to Conv1d, are dropped.
+        w1a, w2a: (r, O).
+        w1b, w2b: (r, I).
+        scale: s.
+        shape: the weight's (O, I, K1, ...).
+
+    Raises:
+        ShapeError: the tensors do not fit each other or the weight.
+    """
+    _require_matrices(w1a=w1a, w1b=w1b, w2a=w2a, w2b=w2b)
+    t1, w1a, w1b, t2, w2a, w2b = (widen(w) for w in (t1, w1a, w1b, t2, w2a, w2b))
+    try:
+        t1, t2 = (t.reshape(*t.shape[:2], *shape[2:]) for t in (t1, t2))
+        ranks = (t1.shape[0] * t2.shape[0], t1.shape[1] * t2.shape[1], *shape[2:])
+        if dense_is_smaller(ranks, shape):
+            return finish(_dense(_half(t1, w1a, w1b) * _half(t2, w2a, w2b), scale, t1), shape, what="a LoHa change")
+        core = np.einsum("ij...,kl...->ikjl...", t1, t2).reshape(ranks)
+        factors = (_face_split(w1a.T, w2a.T), _face_split(w1b.T, w2b.T), *[None] * (len(shape) - 2))
+        delta = TuckerDelta(core, factors, scale)
+    except ValueError as error:
+        raise ShapeError(
+            "build a LoHa change", problem=str(error), fix="The adapter was made for another base."
+        ) from error
+    return finish(delta, shape, what="a LoHa change")
+
+
+def _face_split(left: Array, right: Array) -> Array:
+    """(d, r1), (d, r2) -> (d, r1 r2): the Kronecker product of each pair of rows."""
+    return (left[:, :, None] * right[:, None, :]).reshape(left.shape[0], -1)
+
+
+def _half(t: Array, wa: Array, wb: Array) -> Array:
+    return mode_product(mode_product(t.astype(np.float64), wa.T, 0), wb.T, 1)
+
+
+def _dense(change: Array, scale: float, like: Array) -> TuckerDelta:
+    return TuckerDelta(change.astype(like.dtype), (None,) * change.ndim, scale)
+
+
+def _require_matrices(**tensors: Array) -> None:
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2:
+            raise ShapeError("build a LoHa change", expected=f"{name} as a matrix", got=f"shape {tensor.shape}")

@@ -1,0 +1,94 @@
+"""LoRA and LoCon as kohya's sd-scripts, LyCORIS and older diffusers write them: up, down and, for convolutions, mid.
+
+    linear          dW = s up down                      up (O, r), down (r, I)
+    convolution     dW = s down x_0 up                  up (O, r, 1, ...), down (r, I, K1, ...)
+    Tucker          dW = s mid x_0 up x_1 down^T        up (O, r, 1, ...), down (r, I, 1, ...), mid (r, r, K1, ...)
+
+with s = alpha / r.  DyLoRA writes the same names; it is read at its full rank.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tpeft_deploy.formats.lycoris_dora import dora_gain
+from tpeft_deploy.formats.lycoris_full import bias_override
+from tpeft_deploy.formats.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.taking import reporting, take, take_scale
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = ["JOINED_SUFFIXES", "NAME", "SUFFIXES", "matches", "read"]
+
+NAME = "kohya-lora"
+
+# Spellings of the same pair: kohya and LyCORIS; diffusers, in three generations.
+_PAIRS = (
+    ("lora_up.weight", "lora_down.weight"),
+    ("lora.up.weight", "lora.down.weight"),
+    ("_lora.up.weight", "_lora.down.weight"),
+    ("lora_linear_layer.up.weight", "lora_linear_layer.down.weight"),
+)
+_MID = "lora_mid.weight"
+SUFFIXES = frozenset({name for pair in _PAIRS for name in pair} | {_MID, "alpha", "dora_scale", "diff_b"})
+JOINED_SUFFIXES = frozenset(name for name in SUFFIXES if name.startswith("_"))
+"""Those that follow the module's name without a dot: "attn.to_q_lora.up.weight" belongs to "attn.to_q"."""
+
+
+def matches(module: Module, checkpoint: Checkpoint) -> bool:
+    """Whether the module has an up or a down matrix under one of the names."""
+    return any(name in module.tensors for pair in _PAIRS for name in pair)
+
+
+def read(module: Module, checkpoint: Checkpoint) -> Change:
+    """The module's LoRA, LoCon or DyLoRA as a Tucker delta, with a gain where it has a dora_scale.
+
+    Raises:
+        FormatError: a tensor is missing or does not fit the others, alpha is not finite, or a dora_scale or diff_b
+            needs a base that was not given.
+    """
+    up_name, down_name = next(pair for pair in _PAIRS if any(name in module.tensors for name in pair))
+    up, down = take(module, checkpoint, up_name), take(module, checkpoint, down_name)
+    mid = module.tensors.pop(_MID, None)
+    with reporting(module, checkpoint):
+        rank = down.shape[0]
+        note = _dylora_note(up, down, checkpoint)
+    scale, alpha_note = take_scale(module, checkpoint, rank)
+    with reporting(module, checkpoint):
+        delta = _plain(up, down, scale) if mid is None else _tucker(up, down, mid, scale)
+    target = f"{module.name}.weight"
+    notes = [text for text in (note, alpha_note) if text]
+    return Change(
+        deltas={target: delta},
+        overrides=bias_override(module, checkpoint),
+        gains=dora_gain(module, checkpoint, delta),
+        notes={target: "; ".join(notes)} if notes else {},
+    )
+
+
+def _plain(up: Array, down: Array, scale: float) -> TuckerDelta:
+    up = _matrix(up, "up")
+    if down.ndim == 2:
+        return TuckerDelta(np.eye(down.shape[0], dtype=down.dtype), (up, down.T), scale)
+    return TuckerDelta(down, (up, *[None] * (down.ndim - 1)), scale)
+
+
+def _tucker(up: Array, down: Array, mid: Array, scale: float) -> TuckerDelta:
+    factors = (_matrix(up, "up"), _matrix(down, "down").T, *[None] * (mid.ndim - 2))
+    return TuckerDelta(mid, factors, scale)
+
+
+def _matrix(tensor: Array, name: str) -> Array:
+    """(a, b, 1, ...) as (a, b); reshaping alone would scramble a tensor with a real kernel."""
+    if math.prod(tensor.shape[2:]) != 1:
+        raise ValueError(f"{name} has shape {tensor.shape}, where all sizes after the second should be 1")
+    return tensor.reshape(tensor.shape[:2])
+
+
+def _dylora_note(up: Array, down: Array, checkpoint: Checkpoint) -> str | None:
+    # LyCORIS' DyLoRA alone writes a matrix as a convolution's up; linear ones are told by the metadata only.
+    written = up.ndim == 2 and down.ndim > 2
+    if not written and "dylora" not in checkpoint.metadata.get("ss_network_args", "").lower():
+        return None
+    return "DyLoRA, read at its full rank as LoRA with scale alpha / rank; LyCORIS trains it with alpha / blocks"

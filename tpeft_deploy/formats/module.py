@@ -1,0 +1,77 @@
+"""What readers of training-side files share: a checkpoint cut into modules, the base it belongs to, and a change.
+
+A training-side file is a set of tensors `<module>.<suffix>`.  The suffixes of one module say which method wrote them,
+so a format is chosen per module, never per file: files with several methods exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = ["BaseView", "Change", "Checkpoint", "Module"]
+
+
+@dataclass(frozen=True, eq=False)
+class BaseView:
+    """The names and values of a base's parameters and buffers.
+
+    Args:
+        name: for messages.
+        weights: name -> array; every name of a tied weight.
+        kinds: module path -> class name of the layer, where it is known ("Linear", "Conv2d", "MultiheadAttention").
+    """
+
+    name: str
+    weights: Mapping[str, Array]
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a training side saved.
+
+    Args:
+        source: where it was read from, for messages.
+        config: adapter_config.json of a PEFT directory, else empty.
+        metadata: the safetensors header's.
+        scale: what the caller gave for formats that do not record one.
+        base: the base, when the caller gave it; readers that need it raise FormatError without it, saying
+            "give base=".
+        shared: tensors that belong to no single module (VeRA's projections), by their whole key.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    scale: float | None
+    base: BaseView | None
+    shared: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Module:
+    """The tensors of one module; a reader pops what it understands, and what is left makes the load fail.
+
+    Args:
+        name: dotted path of the module in the base, without prefixes, e.g. "encoder.layer.0.query".
+        tensors: suffix -> tensor, e.g. "lora_A.weight".
+        key: the module as the file names it, for messages; underscore names differ from `name`.
+    """
+
+    name: str
+    tensors: dict[str, Array]
+    key: str
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What one module contributes to an adapter; all names are whole names of the base's parameters."""
+
+    deltas: Mapping[str, TuckerDelta] = field(default_factory=dict)
+    overrides: Mapping[str, Array] = field(default_factory=dict)
+    gains: Mapping[str, Array] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,102 @@
+"""Adapters that no change of weights can express, or that need what the file does not hold: each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tpeft_deploy.errors import FormatError
+
+__all__ = ["refuse"]
+
+_MERGE = "Merge it with PEFT's merge_and_unload and export the merged model as a base of its own."
+_OTHER = "Serve it with PEFT, or train the task again with a method that changes weights, such as LoRA."
+_CONVERT = "Save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+
+
+class _Refusal(NamedTuple):
+    reason: str
+    fix: str
+
+
+def _each(names: str, reason: str, fix: str) -> dict[str, _Refusal]:
+    return dict.fromkeys(names.split(), _Refusal(reason, fix))
+
+
+_TYPES = (
+    _each(
+        "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING ADAPTION_PROMPT CPT CARTRIDGE",
+        "it adds inputs or attention states, and changes no weight",
+        _OTHER,
+    )
+    | _each("XLORA POLY LILY", "it routes between several changes by the input, so there is no one change", _OTHER)
+    | _each("SHADOW", "it runs layers of its own beside the base", _OTHER)
+    | _each("OFT BOFT HRA ROAD GLORA DEFT FROD PEANUT", "its change is a product with the base weight", _MERGE)
+    | _each("HIRA", "its change is an elementwise product with the base weight", _MERGE)
+    | _each("PSOFT OSF", "its change is built from a decomposition of the base weight that is not saved", _MERGE)
+    | _each(
+        "C3A FOURIERFT WAVEFT RANDLORA SHIRA SUPERTUNING VBLORA UNILORA GRALORA ADAMSS",
+        "its change is not read as a tensor of low rank by this version",
+        _MERGE,
+    )
+    | _each("LN_TUNING BEFT", "it replaces norms or biases, which this version does not read from it", _MERGE)
+    | _each("TRAINABLE_TOKENS", "it replaces single rows of an embedding", _MERGE)
+)
+
+_READ = frozenset(
+    {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS", "TPEFT_TUCKER"}
+)
+_UNKNOWN = _Refusal("this version does not know it", _MERGE)
+
+_FIELDS = {
+    "use_qalora": _Refusal("QALoRA pools the input before the adapter, which is no change of the weight", _OTHER),
+    "use_bdlora": _Refusal("BD-LoRA's block-diagonal factors are not read by this version", _MERGE),
+    "alora_invocation_tokens": _Refusal("aLoRA starts changing the weights in the middle of a sequence", _OTHER),
+    "arrow_config": _Refusal("Arrow routes between several adapters by the input", _OTHER),
+    "kasa_config": _Refusal("KaSA changes the base weight when the adapter is created", _MERGE),
+    "monteclora_config": _Refusal("MonteCLoRA samples its change", _OTHER),
+    "velora_config": _Refusal("VeLoRA's variant of the layer is not read by this version", _MERGE),
+    "layer_replication": _Refusal("it repeats layers of the base, which makes another model", _MERGE),
+    "megatron_config": _Refusal("its tensors belong to Megatron's layers", _MERGE),
+    "trainable_token_indices": _Refusal("it replaces single rows of an embedding", _MERGE),
+    "sample_at_inference": _Refusal("PVeRA draws its change anew at each run", _OTHER),
+}
+
+# Inits that leave the base as it is, and the two that peft_residual computes from the base.
+_HARMLESS = frozenset({"gaussian", "orthogonal", "eva", "mica", "pissa", "olora"})
+_INITS = {
+    "pissa_niter": _Refusal("PiSSA by a randomised decomposition moved the base weight by an unknown amount", _CONVERT),
+    "corda": _Refusal("CorDA moved the base weight by an amount that its data decided", _CONVERT),
+    "loftq": _Refusal("LoftQ replaced the base weight by a quantised one", _MERGE),
+    "lora_ga": _Refusal("LoRA-GA moved the base weight by an amount that its gradients decided", _CONVERT),
+}
+
+
+def refuse(config: Mapping[str, Any], source: str) -> None:
+    """Refuse what adapter_config.json says cannot be read exactly; fields that are off, empty or absent pass.
+
+    Args:
+        config: adapter_config.json; empty for files without one.
+        source: where it was read from, for messages.
+
+    Raises:
+        FormatError: names the method or the field, says why, and what to do instead.
+    """
+    kind = config.get("peft_type")
+    if isinstance(kind, str) and kind not in _READ:
+        raise _error(source, f"a PEFT adapter of peft_type {kind!r}", _TYPES.get(kind, _UNKNOWN))
+    for field, refusal in _FIELDS.items():
+        if config.get(field):
+            raise _error(source, f"{field} in adapter_config.json", refusal)
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _HARMLESS:
+        refusal = next((r for name, r in _INITS.items() if init.lower().startswith(name)), _UNKNOWN)
+        raise _error(source, f"init_lora_weights={init!r}", refusal)
+    if kind == "MISS" and config.get("init_weights") == "bat":
+        raise _error(source, "init_weights='bat'", _Refusal("its change is a product with the base weight", _MERGE))
+
+
+def _error(source: str, got: str, refusal: _Refusal) -> FormatError:
+    return FormatError(
+        f"read {source}", expected="an adapter that changes weights", got=f"{got}: {refusal.reason}", fix=refusal.fix
+    )

@@ -1,0 +1,51 @@
+"""LoRA under PEFT's names in a file of its own, without adapter_config.json: ai-toolkit, ComfyUI, newer diffusers.
+
+    dW = s B A        lora_A.weight (r, I, K1, ...), lora_B.weight (O, r, 1, ...)
+
+with s = alpha / r where the file has an alpha beside them.  Where it has none, tools disagree (1, or what a
+configuration said that is not here), so the scale has to be given.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.taking import doing, reporting, take, take_scale
+from tpeft_deploy.tucker import TuckerDelta
+
+__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+
+NAME = "plain-lora"
+_A, _B = "lora_A.weight", "lora_B.weight"
+SUFFIXES = frozenset({_A, _B, "alpha"})
+
+
+def matches(module: Module, checkpoint: Checkpoint) -> bool:
+    """Whether the module has one of the pair, in a file that no configuration came with."""
+    return not checkpoint.config and (_A in module.tensors or _B in module.tensors)
+
+
+def read(module: Module, checkpoint: Checkpoint) -> Change:
+    """The module's change.
+
+    Raises:
+        FormatError: a tensor is missing or does not fit the other, or neither alpha nor a scale was given.
+    """
+    down, up = take(module, checkpoint, _A), take(module, checkpoint, _B)
+    if "alpha" not in module.tensors and checkpoint.scale is None:
+        raise FormatError(
+            doing(module, checkpoint),
+            problem="the file records no alpha and came without adapter_config.json, which would say the scale",
+            fix="Give the directory that holds both files, or scale= (lora_alpha / r; 1.0 for ai-toolkit).",
+        )
+    scale, _ = take_scale(module, checkpoint, max(down.shape[0], 1) if down.ndim else 1)
+    with reporting(module, checkpoint):
+        if up.ndim != down.ndim or any(size != 1 for size in up.shape[2:]):
+            raise ValueError(f"lora_B has shape {up.shape} beside lora_A {down.shape}")
+        if down.ndim == 2:
+            delta = TuckerDelta(np.eye(down.shape[0], dtype=down.dtype), (up, down.T), scale)
+        else:
+            delta = TuckerDelta(down, (up.reshape(up.shape[:2]), *[None] * (down.ndim - 1)), scale)
+    return Change(deltas={f"{module.name}.weight": delta})

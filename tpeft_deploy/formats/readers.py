@@ -1,0 +1,93 @@
+"""The readers of modules, in the order in which they are asked; the first that matches reads the module.
+
+The one place that a new format of modules is entered in.  A reader is a file with
+
+    NAME                          the format's name, as `load_adapter(format=...)` takes it
+    SUFFIXES                      the exact suffixes of the tensors that it consumes
+    matches(module, checkpoint)   whether the module's tensors are of this format
+    read(module, checkpoint)      the module's Change, popping every tensor that it consumes
+
+and, where there are any,
+
+    JOINED_SUFFIXES               those of SUFFIXES that follow the module's name without a dot
+    SHARED                        whole keys of tensors that several modules use, given as `checkpoint.shared`
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tpeft_deploy.formats import (
+    flora_cr_mr,
+    flora_loralib,
+    flora_sjtu,
+    kohya_lora,
+    lycoris_full,
+    lycoris_glora,
+    lycoris_ia3,
+    lycoris_loha,
+    lycoris_lokr,
+    lycoris_norm,
+    lycoris_refusals,
+    peft_adalora,
+    peft_attention,
+    peft_delora,
+    peft_experts,
+    peft_ia3,
+    peft_loha,
+    peft_lokr,
+    peft_lora,
+    peft_miss,
+    peft_tinylora,
+    peft_vera,
+    plain_lora,
+)
+from tpeft_deploy.formats.module import Change, Checkpoint, Module
+
+__all__ = ["READERS", "WHOLE_MODEL", "Reader"]
+
+
+class Reader(Protocol):
+    """The verbs above, as a module of Python has them."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802 - a constant of the module
+        """The format's name."""
+
+    @property
+    def SUFFIXES(self) -> frozenset[str]:  # noqa: N802
+        """The exact suffixes that it consumes."""
+
+    def matches(self, module: Module, checkpoint: Checkpoint) -> bool:
+        """Whether the module's tensors are of this format."""
+
+    def read(self, module: Module, checkpoint: Checkpoint) -> Change:
+        """The module's change."""
+
+
+READERS: tuple[Reader, ...] = (
+    lycoris_refusals,
+    flora_sjtu,
+    flora_cr_mr,
+    flora_loralib,
+    peft_adalora,
+    peft_attention,
+    peft_experts,
+    peft_lora,
+    peft_loha,
+    peft_lokr,
+    peft_vera,
+    peft_tinylora,
+    peft_delora,
+    peft_miss,
+    peft_ia3,
+    lycoris_loha,
+    lycoris_lokr,
+    lycoris_glora,
+    lycoris_ia3,
+    lycoris_norm,
+    kohya_lora,
+    plain_lora,
+    lycoris_full,
+)
+WHOLE_MODEL = frozenset({flora_sjtu.NAME, flora_loralib.NAME})  # whose files hold the whole model's state
