@@ -34,6 +34,8 @@ from tpeft_deploy.errors import (
 )
 from tpeft_deploy.files import digest_file, new_directory, remove_directory, replace_text
 from tpeft_deploy.formats import canonical, onnx_adapter
+from tpeft_deploy.formats.base_view import Lazy
+from tpeft_deploy.formats.module import BaseView
 from tpeft_deploy.manifest import FileRecord, Manifest, check_name
 from tpeft_deploy.slots import Target
 from tpeft_deploy.tucker import Array
@@ -164,7 +166,21 @@ class Bundle:
 
     def factors(self, task: str) -> dict[str, Array]:
         """A task's tensors by the names of factored.onnx's optional inputs; what is not fed stays the base's."""
-        return self._named(self.fill(self.adapter(task)))
+        return self.feeds(self.adapter(task))
+
+    def feeds(self, adapter: Adapter) -> dict[str, Array]:
+        """`factors` of an adapter that need not be one of the bundle's.
+
+        Raises:
+            UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
+        """
+        return self._named(self.fill(adapter))
+
+    @property
+    def base_view(self) -> BaseView:
+        """The base's weights as `load_adapter(base=...)` takes them, each read from weights.data when asked for."""
+        names = [*self.manifest.weights, *self.manifest.aliases]
+        return BaseView(f"bundle {self.path}", Lazy(names, lambda name: self.base_value(self._canonical(name))))
 
     def default(self, target: Target) -> dict[str, Array]:
         """The slots of a target for the base itself: no change, or the base's own tensor."""
@@ -296,6 +312,13 @@ class Bundle:
         return digest
 
     def _check(self, adapter: Adapter) -> None:
+        for name in adapter.gains:
+            raise UnknownTarget(
+                f"fit {adapter.source} to bundle {self.path}, weight {name!r}",
+                expected="a change that a branch adds",
+                got="a gain (DoRA, IA3), which multiplies the weight",
+                fix="Export it folded: 'tpeft-deploy export folded'.",
+            )
         weights = self.manifest.weights
         named = {name: weights[self._canonical(name)] for name in [*weights, *self.manifest.aliases]}
         base = f"bundle {self.path}"

@@ -8,6 +8,7 @@ import click
 from tpeft_deploy import __version__
 from tpeft_deploy.cli.adapter import adapter
 from tpeft_deploy.cli.console import Tool
+from tpeft_deploy.cli.convert import convert
 from tpeft_deploy.cli.export import export
 from tpeft_deploy.cli.inspect import inspect
 from tpeft_deploy.cli.quickstart import quickstart
@@ -26,5 +27,5 @@ def main() -> None:
     """
 
 
-for command in (inspect, export, adapter, run, quickstart):
+for command in (inspect, convert, export, adapter, run, quickstart):
     main.add_command(command)

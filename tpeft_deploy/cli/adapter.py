@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tpeft_deploy.cli.bases import scale_option
 from tpeft_deploy.cli.console import Group, TaskAdapter, emit, json_option
 
 __all__ = ["adapter"]
@@ -22,15 +23,16 @@ def adapter() -> None:
 @adapter.command()
 @_BUNDLE
 @click.argument("assignment", type=TaskAdapter(), metavar="TASK=ADAPTER")
+@scale_option
 @json_option
-def add(bundle: Path, assignment: tuple[str, Path], as_json: bool) -> None:
+def add(bundle: Path, assignment: tuple[str, Path], scale: float | None, as_json: bool) -> None:
     """Let TASK stand for ADAPTER, in place of an earlier one of that name."""
     from tpeft_deploy.bundle import Bundle
     from tpeft_deploy.formats import load_adapter
 
     task, path = assignment
     opened = Bundle.open(bundle)
-    opened.add(task, load_adapter(path))
+    opened.add(task, load_adapter(path, scale=scale, base=opened.base_view))
     emit({"tasks": [_describe(opened, task)]}, key="tasks", columns=_COLUMNS, as_json=as_json)
 
 

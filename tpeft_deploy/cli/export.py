@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from tpeft_deploy.cli.bases import scale_option
 from tpeft_deploy.cli.console import Group, TaskAdapter, emit, json_option, stages
 
 __all__ = ["export"]
@@ -28,15 +29,20 @@ def export() -> None:
 @click.argument("base")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
+@scale_option
 @json_option
-def folded(base: str, adapter: Path, out: Path, as_json: bool) -> None:
+def folded(base: str, adapter: Path, out: Path, scale: float | None, as_json: bool) -> None:
     """Merge ADAPTER into BASE: a plain ONNX model, as fast as the base."""
     from tpeft_deploy.exporters import export_folded
+    from tpeft_deploy.exporters.bases import load_base
     from tpeft_deploy.formats import load_adapter
 
     with stages() as begin:
+        begin("load the base")
+        opened = load_base(base)
         begin("read the adapter")
-        checks = export_folded(base, load_adapter(adapter), out, task=adapter.name, progress=begin)
+        loaded = load_adapter(adapter, scale=scale, base=opened.module)
+        checks = export_folded(opened, loaded, out, task=adapter.name, progress=begin)
     gate = [check.to_json() for check in checks]
     emit({"path": str(out), "bytes": out.stat().st_size, "gate": gate}, key="gate", columns=_COLUMNS, as_json=as_json)
 
@@ -62,15 +68,18 @@ def bundle(
 ) -> None:
     """Write a bundle: BASE once, as plain, factored and banked graphs, and adapters beside it."""
     from tpeft_deploy.exporters import export_bundle
+    from tpeft_deploy.exporters.bases import load_base
     from tpeft_deploy.formats import load_adapter
 
     repeated = {task for task, _ in adapters if sum(task == other for other, _ in adapters) > 1}
     if repeated:
         raise click.UsageError(f"--adapter names task {min(repeated)!r} twice.")
     with stages() as begin:
+        begin("load the base")
+        opened = load_base(base)
         begin("read the adapters")
-        loaded = {task: load_adapter(path) for task, path in adapters}
-        written = export_bundle(base, loaded, out, name=name, max_rank=max_rank, folded=with_folded, progress=begin)
+        loaded = {task: load_adapter(path, base=opened.module) for task, path in adapters}
+        written = export_bundle(opened, loaded, out, name=name, max_rank=max_rank, folded=with_folded, progress=begin)
     manifest = written.manifest
     document: dict[str, Any] = {
         "path": str(out),

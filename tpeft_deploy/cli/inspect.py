@@ -7,73 +7,115 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tpeft_deploy.cli.console import Command, emit, json_option
+from tpeft_deploy.cli.bases import base_option, format_option, open_base, scale_option
+from tpeft_deploy.cli.console import Command, emit, json_option, note
 
 if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
+    from tpeft_deploy.formats.module import BaseView
 
 __all__ = ["inspect"]
 
 
 @click.command(cls=Command)
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--base", help="package.module:factory; checks the adapter against it and compares norms.")
+@base_option
+@scale_option
+@format_option
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Also draw the size of each weight's change, as a picture (.png)."
+)
 @json_option
-def inspect(adapter: Path, base: str | None, as_json: bool) -> None:
-    """Print what ADAPTER changes: shapes, ranks, parameters, size of the change."""
-    from tpeft_deploy.formats import load_adapter
+def inspect(
+    adapter: Path, base: str | None, scale: float | None, format: str | None, plot: Path | None, as_json: bool
+) -> None:
+    """Print what ADAPTER changes: kinds, shapes, ranks, parameters, size of the change.
 
-    loaded = load_adapter(adapter)
-    norms = _base_norms(loaded, base) if base is not None else {}
+    `share` is the norm of the change over that of the base's weight; `folded` marks what branches cannot serve, so
+    that the adapter has to be exported folded.
+    """
+    from tpeft_deploy.formats import load_adapter
+    from tpeft_deploy.formats.base_view import view
+
+    opened = open_base(base)
+    found = None if opened is None else view(opened)
+    loaded = load_adapter(adapter, format=format, scale=scale, base=found)
+    weights = _weights(loaded, found)
     document = {
         "source": loaded.source,
         "parameters": loaded.parameters,
         "bytes": loaded.nbytes,
-        "weights": _weights(loaded, norms),
+        "folded_only": bool(loaded.gains),
+        "notes": dict(loaded.notes),
+        "weights": weights,
     }
-    columns = ["weight", "change", "shape", "ranks", "parameters", "norm", *(["share"] if norms else [])]
-    emit(document, key="weights", columns=columns, as_json=as_json)
+    columns = ["weight", "change", "kind", "shape", "ranks", "parameters", "norm"]
+    columns += ["share"] if found is not None else []
+    emit(document, key="weights", columns=[*columns, "folded"], as_json=as_json)
+    if plot is not None:
+        from tpeft_deploy.cli.plot import draw
+
+        draw(weights, plot, title=loaded.source)
+        note(f"picture: {plot}")
     if not as_json:
         click.echo(f"{loaded.parameters} parameters, {loaded.nbytes} bytes")
+        for name, text in loaded.notes.items():
+            click.echo(f"note on {'the adapter' if name == '*' else name}: {text}")
 
 
-def _weights(adapter: Adapter, norms: dict[str, float]) -> list[dict[str, Any]]:
+def _weights(adapter: Adapter, base: BaseView | None) -> list[dict[str, Any]]:
+    changed = [*adapter.deltas, *(name for name in adapter.gains if name not in adapter.deltas)]
+    entries = [_target(adapter, name, base) for name in changed]
+    return entries + [_override(name, array, base) for name, array in adapter.overrides.items()]
+
+
+def _target(adapter: Adapter, name: str, base: BaseView | None) -> dict[str, Any]:
+    """One target; with a gain and a base, the norm is that of the whole change, gain * (W + dW) - W."""
     import numpy as np
 
-    deltas = [
-        {
-            "weight": name,
-            "change": "delta",
-            "shape": list(delta.shape),
-            "ranks": list(delta.ranks),
-            "scale": delta.scale,
-            "parameters": delta.parameters,
-            "norm": delta.norm(),
-            "share": delta.norm() / norms[name] if norms.get(name) else None,
-        }
-        for name, delta in adapter.deltas.items()
-    ]
-    overrides = [
-        {
-            "weight": name,
-            "change": "override",
-            "shape": list(array.shape),
-            "ranks": None,
-            "scale": None,
-            "parameters": array.size,
-            "norm": float(np.linalg.norm(array.astype(np.float64))),
-            "share": None,
-        }
-        for name, array in adapter.overrides.items()
-    ]
-    return deltas + overrides
+    delta, gain = adapter.deltas.get(name), adapter.gains.get(name)
+    weight = base.weights[name].astype(np.float64) if base is not None else None
+    norm = delta.norm() if delta is not None else None
+    if gain is not None:
+        norm = None if weight is None else float(np.linalg.norm(adapter.merged(name, weight) - weight))
+    size = None if weight is None else float(np.linalg.norm(weight))
+    change = " and ".join(what for what, part in (("delta", delta), ("gain", gain)) if part is not None)
+    return {
+        "weight": name,
+        "change": change,
+        "kind": _kind(name, base, delta.shape if delta is not None else None),
+        "shape": list(delta.shape if delta is not None else gain.shape if gain is not None else ()),
+        "ranks": list(delta.ranks) if delta is not None else None,
+        "scale": delta.scale if delta is not None else None,
+        "parameters": (delta.parameters if delta is not None else 0) + (gain.size if gain is not None else 0),
+        "norm": norm,
+        "share": norm / size if norm is not None and size else None,
+        "folded": gain is not None,
+        "note": adapter.notes.get(name),
+    }
 
 
-def _base_norms(adapter: Adapter, base: str) -> dict[str, float]:
+def _override(name: str, array: Any, base: BaseView | None) -> dict[str, Any]:
     import numpy as np
 
-    from tpeft_deploy.exporters.bases import load_base
+    return {
+        "weight": name,
+        "change": "override",
+        "kind": _kind(name, base, None),
+        "shape": list(array.shape),
+        "ranks": None,
+        "scale": None,
+        "parameters": array.size,
+        "norm": float(np.linalg.norm(array.astype(np.float64))),
+        "share": None,
+        "folded": False,
+        "note": None,
+    }
 
-    loaded = load_base(base)
-    loaded.check(adapter)
-    return {name: float(np.linalg.norm(loaded.weights[name].astype(np.float64))) for name in adapter.deltas}
+
+def _kind(name: str, base: BaseView | None, shape: tuple[int, ...] | None) -> str | None:
+    """The layer's class where the base tells it, else what a weight of that many axes belongs to."""
+    known = base.kinds.get(name.rpartition(".")[0]) if base is not None else None
+    if known is not None or shape is None:
+        return known
+    return "matrix" if len(shape) == 2 else f"convolution {len(shape) - 2}d"

@@ -1,0 +1,106 @@
+"""`convert`: an adapter from any format to ours, or to one that other tools load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tpeft_deploy.cli.bases import base_option, format_option, open_base, scale_option
+from tpeft_deploy.cli.console import Command, emit, json_option, note
+
+if TYPE_CHECKING:
+    from tpeft_deploy.adapter import Adapter
+    from tpeft_deploy.formats.module import BaseView
+
+__all__ = ["convert"]
+
+_TO = ["tpeft", "peft-lora", "locon", "onnx-adapter"]
+
+
+@click.command(cls=Command)
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--to", "target", required=True, type=click.Choice(_TO), help="The format to write.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Whose factored.onnx an onnx-adapter is for.")
+@base_option
+@scale_option
+@format_option
+@json_option
+def convert(
+    adapter: Path,
+    out: Path,
+    target: str,
+    bundle: Path | None,
+    base: str | None,
+    scale: float | None,
+    format: str | None,
+    as_json: bool,
+) -> None:
+    """Convert ADAPTER to another format, exactly, and write it to OUT.
+
+    \b
+    tpeft         our own: OUT is a .safetensors file, or else a directory
+    peft-lora     a directory that PEFT loads as plain LoRA, convolutions included
+    locon         a .safetensors file that LyCORIS and kohya's tools load
+    onnx-adapter  a file for the factored.onnx of --bundle
+
+    Pickled adapters (.bin, .pt, .ckpt) are read here and nowhere else, with torch's reader that knows tensors alone.
+    """  # noqa: D301 - click's mark for lines that stay apart
+    from tpeft_deploy.formats import load_pickled
+    from tpeft_deploy.formats.base_view import view
+
+    if (target == "onnx-adapter") != (bundle is not None):
+        raise click.UsageError("--bundle goes with --to onnx-adapter, and only with it.")
+    if target == "locon" and out.suffix != ".safetensors":
+        raise click.UsageError("OUT of a locon is a file that ends in .safetensors.")
+    _check_free(out)
+    opened = open_base(base)
+    found = None if opened is None else view(opened)
+    loaded = load_pickled(adapter, format=format, scale=scale, base=found)
+    for weight, text in loaded.notes.items():
+        note(f"{'adapter' if weight == '*' else weight}: {text}")
+    _write(loaded, out, target, bundle, found)
+    files = sorted(out.rglob("*")) if out.is_dir() else [out]
+    document = {
+        "source": loaded.source,
+        "to": target,
+        "files": [{"path": str(file), "bytes": file.stat().st_size} for file in files if file.is_file()],
+    }
+    emit(document, key="files", columns=["path", "bytes"], as_json=as_json)
+
+
+def _check_free(out: Path) -> None:
+    from tpeft_deploy.errors import FormatError
+
+    filled = any(out.iterdir()) if out.is_dir() else out.exists() and out.stat().st_size > 0
+    if filled:
+        raise FormatError(
+            f"convert to {out}",
+            expected="a new or empty place",
+            got="one that holds something",
+            fix="Remove it or choose another.",
+        )
+
+
+def _write(adapter: Adapter, out: Path, target: str, bundle: Path | None, base: BaseView | None) -> None:
+    from tpeft_deploy.files import new_directory, new_file
+    from tpeft_deploy.formats import canonical, onnx_adapter, to_locon, to_peft_lora
+
+    if target == "peft-lora":
+        to_peft_lora.write(adapter, out, base=base)
+    elif target == "locon":
+        to_locon.write(adapter, out, base=base)
+    elif bundle is not None:
+        from tpeft_deploy.bundle import Bundle
+
+        tensors = Bundle.open(bundle).feeds(adapter)
+        with new_file(out) as temporary:
+            onnx_adapter.write(temporary, tensors)
+    elif out.suffix == ".safetensors" and not out.is_dir():
+        with new_file(out) as temporary:
+            temporary.write_bytes(adapter.to_bytes())
+    else:
+        with new_directory(out) as new:
+            (new / canonical.FILE).write_bytes(adapter.to_bytes())
