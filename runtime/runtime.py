@@ -111,7 +111,7 @@ class Runtime:
             BundleError: the name is not allowed.
         """
         check_task(task, self.name)
-        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
+        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._bundle.base_view)
         resident = make_resident(self._bundle, loaded, None)
         with self._changes:
             self._replace({**self._bank.residents, task: resident})

@@ -180,7 +180,9 @@ class Bundle:
     def base_view(self) -> BaseView:
         """The base's weights as `load_adapter(base=...)` takes them, each read from weights.data when asked for."""
         names = [*self.manifest.weights, *self.manifest.aliases]
-        return BaseView(f"bundle {self.path}", Lazy(names, lambda name: self.base_value(self._canonical(name))))
+        tied = dict(self.manifest.aliases) | {name: alias for alias, name in self.manifest.aliases.items()}
+        values = Lazy(names, lambda name: self.base_value(self._canonical(name)))
+        return BaseView(f"bundle {self.path}", values, tied=tied)
 
     def default(self, target: Target) -> dict[str, Array]:
         """The slots of a target for the base itself: no change, or the base's own tensor."""

@@ -73,7 +73,14 @@ def view(base: object) -> BaseView:
 def _of_module(base: Any, name: str) -> BaseView:
     tensors = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     kinds = {path: type(module).__name__ for path, module in base.named_modules(remove_duplicate=False) if path}
-    return BaseView(name, Lazy(tensors, lambda weight: _numpy(tensors[weight])), kinds)
+    return BaseView(name, Lazy(tensors, lambda weight: _numpy(tensors[weight])), kinds, _tied(tensors))
+
+
+def _tied(tensors: Mapping[str, Any]) -> dict[str, str]:
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: same[same.index(name) - 1] for same in names.values() if len(same) > 1 for name in same}
 
 
 def _numpy(tensor: Any) -> Array:

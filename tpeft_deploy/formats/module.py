@@ -23,11 +23,13 @@ class BaseView:
         name: for messages.
         weights: name -> array; every name of a tied weight.
         kinds: module path -> class name of the layer, where it is known ("Linear", "Conv2d", "MultiheadAttention").
+        tied: name of a tied weight -> another name of the same tensor, where ties are known.
     """
 
     name: str
     weights: Mapping[str, Array]
     kinds: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

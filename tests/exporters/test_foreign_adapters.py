@@ -1,0 +1,98 @@
+"""Adapters of other libraries, all the way: trained side's file -> bundle -> one mixed batch, against their forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lycoris
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests import nets
+from tpeft_deploy import Runtime, export_bundle, export_folded, load_adapter
+from tpeft_deploy.errors import FormatError, UnsupportedTarget
+
+TARGETS = ["stem", "up", "head"]
+
+
+def randomise(parameters: object) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:  # type: ignore[attr-defined]
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def peft_answers(place: Path, config: peft.PeftConfig, pixels: torch.Tensor) -> np.ndarray:
+    model = peft.get_peft_model(nets.conv_net()[0], config)
+    randomise(parameter for parameter in model.parameters() if parameter.requires_grad)
+    model.eval().save_pretrained(str(place))
+    with torch.no_grad():
+        answers: np.ndarray = model(pixels=pixels)["logits"].numpy()
+    return answers
+
+
+def locon_answers(place: Path, pixels: torch.Tensor) -> np.ndarray:
+    module = nets.conv_net()[0]
+    network = lycoris.create_lycoris(module, 1.0, linear_dim=3, linear_alpha=2, algo="locon", use_tucker=True)
+    randomise(p for name, p in network.named_parameters() if "alpha" not in name)
+    network.apply_to()
+    place.mkdir()
+    state = {k: v.contiguous() for k, v in network.state_dict().items() if not k.startswith("loras.")}
+    save_file(state, place / "locon.safetensors")
+    with torch.no_grad():
+        answers: np.ndarray = module.eval()(pixels)["logits"].numpy()
+    return answers
+
+
+def test_adapters_of_three_libraries_share_one_batch(tmp_path: Path) -> None:
+    module, inputs = nets.conv_net()
+    pixels = torch.randn(4, 1, 12, 14, generator=torch.Generator().manual_seed(5))
+    lora = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_rslora=True)
+    loha = peft.LoHaConfig(r=2, alpha=3, target_modules=TARGETS)
+    expected = {
+        "lora": peft_answers(tmp_path / "lora", lora, pixels),
+        "loha": peft_answers(tmp_path / "loha", loha, pixels),
+        "locon": locon_answers(tmp_path / "locon", pixels),
+    }
+    files = {"lora": tmp_path / "lora", "loha": tmp_path / "loha", "locon": tmp_path / "locon" / "locon.safetensors"}
+    adapters = {task: load_adapter(file, base=module) for task, file in files.items()}
+    first = {task: adapters[task] for task in ("lora", "locon")}
+    bundle = export_bundle(module, first, tmp_path / "bundle", example_inputs=inputs)
+    runtime = Runtime(bundle.path, provider="cpu")
+    runtime.load("loha", files["loha"])  # resolved against the bundle's own weights, without torch
+    tasks = ["loha", "locon", "lora", "loha"]
+    answers = runtime.run({"pixels": pixels.numpy()}, tasks=tasks)["logits"]
+    for row, task in enumerate(tasks):
+        reference = expected[task][row]
+        assert np.linalg.norm(answers[row] - reference) <= 2e-5 * np.linalg.norm(reference), task
+
+
+def test_dora_is_folded_exactly_and_refused_by_bundles(tmp_path: Path) -> None:
+    import onnxruntime
+
+    module, inputs = nets.conv_net()
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_dora=True)
+    expected = peft_answers(tmp_path / "dora", config, inputs["pixels"])
+    adapter = load_adapter(tmp_path / "dora", base=module)
+    export_folded(module, adapter, tmp_path / "m.onnx", example_inputs=inputs)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"pixels": inputs["pixels"].numpy()})
+    assert np.linalg.norm(got - expected) <= 2e-5 * np.linalg.norm(expected)
+    with pytest.raises(UnsupportedTarget, match="gain"):
+        export_bundle(module, {"dora": adapter}, tmp_path / "bundle", example_inputs=inputs)
+
+
+def test_a_change_of_a_tied_weight_is_refused(tmp_path: Path) -> None:
+    """PEFT wraps one use of the weight and its merge changes both: neither can be what was meant."""
+    model = peft.get_peft_model(nets.text_net()[0], peft.LoraConfig(r=2, target_modules=["embedding"]))
+    randomise(parameter for parameter in model.parameters() if parameter.requires_grad)
+    model.save_pretrained(str(tmp_path / "tied"), save_embedding_layers=False)
+    module, inputs = nets.text_net()
+    with pytest.raises(FormatError, match=r"'embedding.weight'.*tied to 'out.weight'"):
+        load_adapter(tmp_path / "tied", base=module)
+    bundle = export_bundle(module, {}, tmp_path / "bundle", example_inputs=inputs)
+    with pytest.raises(FormatError, match="tied to"):
+        Runtime(bundle.path, provider="cpu").load("tied", tmp_path / "tied")
