@@ -6,7 +6,8 @@ from one file and the runtime can replace them by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +28,40 @@ def optimize(model: ir.Model, keep: Iterable[str] = (), *, inline: bool = False)
 
     Args:
         model: a graph with branches already attached.
-        keep: initializers whose names and values must survive; an initializer that is also a graph input is
-            neither folded nor merged with another of equal value.
+        keep: initializers whose names and values must survive, those that can be overridden included.
         inline: whether model-local functions are inlined.
     """
-    own = list(model.graph.inputs)
-    shown = {id(value) for value in own}
-    kept = [model.graph.initializers[name] for name in keep if name in model.graph.initializers]
-    model.graph.inputs.extend(value for value in kept if id(value) not in shown)
-    with quiet():
+    with _hidden(model.graph, keep), quiet():
         optimizer.optimize(model, inline=inline)
-    del model.graph.inputs[len(own) :]
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     passes.RemoveUnusedOpsetsPass()(model)
     for value in model.graph.initializers.values():
         if value.const_value is not None:
             value.const_value.name = value.name
+
+
+@contextmanager
+def _hidden(graph: ir.Graph, keep: Iterable[str]) -> Iterator[None]:
+    """Make plain graph inputs of initializers: the optimiser cannot use a value that it does not see.
+
+    Being an input beside the value is not enough: its rules drop a bias that is zero, which an override need not be.
+    """
+    overridable = [value for value in graph.inputs if value.name in graph.initializers]
+    kept = [graph.initializers[name] for name in keep if name in graph.initializers]
+    hidden = {id(value): (value, value.const_value) for value in [*overridable, *kept]}
+    own = list(graph.inputs)
+    for value, _ in hidden.values():
+        del graph.initializers[str(value.name)]
+        value.const_value = None
+        if not any(value is other for other in own):
+            graph.inputs.append(value)
+    yield
+    del graph.inputs[len(own) :]
+    for value, tensor in hidden.values():
+        value.const_value = tensor
+        if value.is_graph_input() or value.uses():
+            graph.register_initializer(value)
 
 
 def forget_shapes(graph: ir.Graph) -> None:

@@ -264,3 +264,19 @@ def test_a_batch_norm_saved_by_peft_is_served_with_its_statistics(tmp_path: Path
         expected = model(**pixels(3))["logits"].numpy()
     got = Runtime(bundle.path, provider="cpu").run(arrays(pixels(3)), tasks=["bn"] * 3)["logits"]
     assert error(np.stack(list(got)), expected) <= LIMIT
+
+
+def test_a_zero_bias_of_the_base_can_be_overridden(tmp_path: Path) -> None:
+    # The optimiser's rules drop a bias that is zero, even one that can be overridden.
+    module, inputs = nets.conv_net()
+    with torch.no_grad():
+        for name in ("head", "stem", "up"):
+            module.get_parameter(f"{name}.bias").zero_()
+    shapes = {"head.weight": (3, 16), "head.bias": (3,), "stem.bias": (12,), "up.bias": (16,)}
+    adapters = {task: nets.adapter_for(module, {}, seed=i, overrides=shapes) for i, task in enumerate(("a", "b"))}
+    bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs)
+    tasks = ["a", "base", "b"]
+    answers = Runtime(bundle.path, provider="cpu").run(arrays(pixels(3)), tasks=tasks)["logits"]
+    for row, task in enumerate(tasks):
+        expected = merged(module, adapters.get(task), {"pixels": pixels(3)["pixels"][row : row + 1]})[0]
+        assert error(np.asarray(answers[row]), expected) <= LIMIT
