@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from tpeft_deploy import __version__, slots
 from tpeft_deploy.adapter import Adapter, weight_digest
-from tpeft_deploy.bundle import BASE_TASK, MANIFEST, Bundle, check_task, target_key
+from tpeft_deploy.bundle import BASE_TASK, MANIFEST, Bundle, check_task
 from tpeft_deploy.errors import BundleError, NotEquivalent, UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters import banked, factored, gate
 from tpeft_deploy.exporters.bases import Base, load_base, trace
@@ -24,6 +24,7 @@ from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
 from tpeft_deploy.exporters.targets import plan, plan_all, resolve
 from tpeft_deploy.files import digest_file, new_directory
+from tpeft_deploy.fitting import target_key
 from tpeft_deploy.manifest import FileRecord, Manifest, Port, Varies, check_name
 from tpeft_deploy.tucker import Array, TuckerDelta
 
@@ -92,18 +93,29 @@ def export_bundle(
         bundle = Bundle.open(new)
         for task, adapter in adapters.items():
             bundle.add(task, adapter)
-        checks = list(_check(loaded, bundle, adapters, progress))
-        if manifest.rows == "each":
-            progress("check rows of different adapters")
-            mixed, obstacle = _check_mixed(loaded, bundle, adapters)
-            checks += mixed
-            if obstacle is not None:
-                manifest = replace(manifest, rows="group", rows_reason=obstacle)
+        manifest = _prove(loaded, bundle, adapters, progress)
         for task, adapter in adapters.items() if folded else ():
             progress(f"fold {task}")
-            checks += write_folded(loaded, raw, adapter, new / "folded" / f"{task}.onnx", task=task)
-        _write_manifest(new, replace(manifest, gate=tuple(check.to_json() for check in checks)))
+            checks = write_folded(loaded, raw, adapter, new / "folded" / f"{task}.onnx", task=task)
+            manifest = _with_checks(manifest, checks)
+        _write_manifest(new, manifest)
     return Bundle.open(path)
+
+
+def _prove(base: Base, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress) -> Manifest:
+    """The manifest with what the gate measured, and with whether rows of different adapters may share a run."""
+    manifest = _with_checks(bundle.manifest, _check(base, bundle, adapters, progress))
+    if manifest.rows == "group":
+        return manifest
+    progress("check rows of different adapters")
+    checks, obstacle = _check_mixed(base, bundle, adapters)
+    if obstacle is not None:
+        return replace(manifest, rows="group", rows_reason=obstacle)
+    return _with_checks(manifest, checks)
+
+
+def _with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
+    return replace(manifest, gate=(*manifest.gate, *(check.to_json() for check in checks)))
 
 
 def _check_batch(base: Base) -> None:

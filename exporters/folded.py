@@ -12,12 +12,11 @@ import torch
 from onnx_ir.passes import common as passes
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.errors import UnknownTarget
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base, load_base, trace
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.graphs import forget_shapes, optimize
-from tpeft_deploy.exporters.targets import resolve
+from tpeft_deploy.exporters.targets import held_by, resolve
 from tpeft_deploy.files import move_into, staging
 
 __all__ = ["export_folded", "write_folded"]
@@ -86,14 +85,8 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
     model = raw.clone()
     resolved = resolve(model.graph, base.weights, base.aliases)
     for name, tensor in gate.merged_tensors(base, adapter).items():
-        if name not in resolved:
-            raise UnknownTarget(
-                f"fold {adapter.source} into {base.name}, weight {name!r}",
-                expected="a weight that the forward pass uses",
-                got="one that is not in the exported graph",
-                fix="Leave its module out of target_modules and modules_to_save.",
-            )
-        value = model.graph.initializers[resolved[name]]
+        holder = held_by(resolved, name, doing=f"fold {adapter.source} into {base.name}")
+        value = model.graph.initializers[holder]
         value.const_value = ir.tensor(tensor.numpy(), name=value.name)
         value.shape = ir.Shape(tensor.shape)
     if adapter.overrides:

@@ -22,6 +22,7 @@ __all__ = [
     "conv_sites",
     "gemm_is_linear",
     "geometry",
+    "held_by",
     "linear_sites",
     "one_hot_window",
     "plan",
@@ -69,6 +70,22 @@ def resolve(graph: ir.Graph, weights: Mapping[str, np.ndarray], aliases: Mapping
     return {name: held[alias] for name, alias in aliases.items() if alias in held}
 
 
+def held_by(resolved: Mapping[str, str], name: str, *, doing: str) -> str:
+    """The initializer that holds a weight.
+
+    Raises:
+        UnknownTarget: the weight is in the base but not in its graph.
+    """
+    if name not in resolved:
+        raise UnknownTarget(
+            f"{doing}, weight {name!r}",
+            expected="a weight that the forward pass uses",
+            got="one that is not in the exported graph",
+            fix="Leave its module out of target_modules and modules_to_save.",
+        )
+    return resolved[name]
+
+
 def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str, str], *, base: str) -> list[Target]:
     """The targets of a set of adapters, with the kind that every consumer of each weight allows.
 
@@ -87,16 +104,9 @@ def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str
     targets: dict[tuple[str, bool], Target] = {}
     for task, adapter in adapters.items():
         for name, whole in [(n, False) for n in adapter.deltas] + [(n, True) for n in adapter.served_overrides]:
-            if name not in resolved:
-                raise UnknownTarget(
-                    f"export adapter {task!r} for {base}, weight {name!r}",
-                    expected="a weight that the forward pass uses",
-                    got="one that is not in the exported graph",
-                    fix="Leave its module out of target_modules and modules_to_save.",
-                )
-            key = (resolved[name], whole)
+            key = (held_by(resolved, name, doing=f"export adapter {task!r} for {base}"), whole)
             if key not in targets:
-                targets[key] = _target(graph, resolved[name], whole)
+                targets[key] = _target(graph, *key)
     return list(targets.values())
 
 

@@ -14,8 +14,9 @@ import onnxruntime
 
 from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BASE_TASK, Bundle, target_key
+from tpeft_deploy.bundle import BASE_TASK, Bundle
 from tpeft_deploy.errors import UnknownTask
+from tpeft_deploy.fitting import target_key
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Bank", "Resident", "build", "make_resident"]

@@ -62,10 +62,11 @@ ALLOWED = {
     "slots": {"tucker"},
     "manifest": {"slots", "errors"},
     "formats": {"adapter", "algebra", "tucker", "errors", "files"},
-    "bundle": {"slots", "adapter", "errors", "files", "formats", "manifest", "tucker"},
+    "fitting": {"slots", "adapter", "errors", "manifest", "tucker"},
+    "bundle": {"slots", "adapter", "errors", "files", "fitting", "formats", "manifest", "tucker"},
     "training": {"errors", "tucker", "adapter"},
-    "exporters": {"adapter", "bundle", "errors", "files", "manifest", "slots", "tucker"},
-    "runtime": {"adapter", "bundle", "errors", "formats", "manifest", "slots", "tucker"},
+    "exporters": {"adapter", "bundle", "errors", "files", "fitting", "manifest", "slots", "tucker"},
+    "runtime": {"adapter", "bundle", "errors", "fitting", "formats", "manifest", "slots", "tucker"},
 }
 
 

@@ -16,23 +16,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tpeft_deploy import slots
+from tpeft_deploy import fitting, slots
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import (
-    AdapterError,
     BundleError,
     IntegrityError,
-    ShapeError,
-    UnknownTarget,
     UnknownTask,
 )
 from tpeft_deploy.files import digest_file, new_directory, remove_directory, replace_text
+from tpeft_deploy.fitting import Filled
 from tpeft_deploy.formats import canonical, onnx_adapter
 from tpeft_deploy.formats.base_view import Lazy
 from tpeft_deploy.formats.module import BaseView
@@ -40,7 +37,7 @@ from tpeft_deploy.manifest import FileRecord, Manifest, check_name
 from tpeft_deploy.slots import Target
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BASE_TASK", "MANIFEST", "Bundle", "check_task", "target_key"]
+__all__ = ["BASE_TASK", "MANIFEST", "Bundle", "check_task"]
 
 BASE_TASK = "base"
 MANIFEST = "manifest.json"
@@ -135,34 +132,12 @@ class Bundle:
         return tasks[task]
 
     def fill(self, adapter: Adapter) -> dict[str, dict[str, Array]]:
-        """An adapter's slots: target key (see `target_key`) -> slot name -> array with the adapter's own ranks.
+        """An adapter's slots: target key (see `fitting`) -> slot name -> array with the adapter's own ranks.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
         """
-        self._check(adapter)
-        filled: dict[str, dict[str, Array]] = {}
-        targets = {(t.name, t.kind == "override"): t for t in self.manifest.targets}
-        changes = [(name, False, d) for name, d in adapter.deltas.items()]
-        wholes = [(name, True, a) for name, a in adapter.served_overrides.items()]
-        for name, whole, change in [*changes, *wholes]:
-            target = targets.get((self._canonical(name), whole))
-            if target is None:
-                raise UnknownTarget(
-                    f"fit {adapter.source} to bundle {self.path}, weight {name!r}",
-                    expected="a branch for it in the bundle's graphs",
-                    got=f"none; they take {self._describe_targets()}",
-                    fix="Export the bundle again with this adapter among its adapters.",
-                )
-            key = target_key(target)
-            if key in filled:
-                raise UnknownTarget(
-                    f"fit {adapter.source} to bundle {self.path}, weight {name!r}",
-                    problem=f"it is tied to {target.name!r}, which the adapter changes too",
-                )
-            filled[key] = slots.fill(target, change)  # type: ignore[arg-type]
-            self._check_rank(adapter, target, filled[key])
-        return filled
+        return fitting.fill(self.manifest, adapter, bundle=str(self.path))
 
     def factors(self, task: str) -> dict[str, Array]:
         """A task's tensors by the names of factored.onnx's optional inputs; what is not fed stays the base's."""
@@ -174,14 +149,14 @@ class Bundle:
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
         """
-        return self._named(self.fill(adapter))
+        return fitting.named(self.manifest, self.fill(adapter))
 
     @property
     def base_view(self) -> BaseView:
         """The base's weights as `load_adapter(base=...)` takes them, each read from weights.data when asked for."""
         names = [*self.manifest.weights, *self.manifest.aliases]
         tied = dict(self.manifest.aliases) | {name: alias for alias, name in self.manifest.aliases.items()}
-        values = Lazy(names, lambda name: self.base_value(self._canonical(name)))
+        values = Lazy(names, lambda name: self.base_value(self.manifest.canonical(name)))
         return BaseView(f"bundle {self.path}", values, tied=tied)
 
     def default(self, target: Target) -> dict[str, Array]:
@@ -192,13 +167,7 @@ class Bundle:
 
     def sizes(self, adapter: Adapter | None) -> dict[str, int]:
         """For every output that varies per task: the size of its varying axis for an adapter, or the base."""
-        found = {}
-        for port in self.manifest.outputs:
-            if port.varies is not None:
-                name = port.varies.override
-                own = self._own_override(adapter, name)
-                found[port.name] = (own.shape if own is not None else self.manifest.weights[name].shape)[0]
-        return found
+        return fitting.sizes(self.manifest, adapter)
 
     def base_value(self, name: str) -> Array:
         """A base weight, read from weights.data into private memory: (O, I, K1, ...)."""
@@ -253,10 +222,10 @@ class Bundle:
         digest: str,
         adapter: Adapter,
         data: bytes,
-        filled: Mapping[str, Mapping[str, Array]],
+        filled: Filled,
     ) -> None:
         (place / canonical.FILE).write_bytes(data)
-        onnx_adapter.write(place / onnx_adapter.FILE, self._named(filled))
+        onnx_adapter.write(place / onnx_adapter.FILE, fitting.named(self.manifest, filled))
         record = {
             "schema": 1,
             "task": task,
@@ -313,47 +282,6 @@ class Bundle:
             )
         return digest
 
-    def _check(self, adapter: Adapter) -> None:
-        for name in adapter.gains:
-            raise UnknownTarget(
-                f"fit {adapter.source} to bundle {self.path}, weight {name!r}",
-                expected="a change that a branch adds",
-                got="a gain (DoRA, IA3), which multiplies the weight",
-                fix="Export it folded: 'tpeft-deploy export folded'.",
-            )
-        weights = self.manifest.weights
-        named = {name: weights[self._canonical(name)] for name in [*weights, *self.manifest.aliases]}
-        base = f"bundle {self.path}"
-        adapter.check_shapes({name: weight.shape for name, weight in named.items()}, base=base)
-        adapter.check_digests({name: weight.digest for name, weight in named.items()}, base=base)
-        for name, array in adapter.served_overrides.items():
-            if np.dtype(named[name].dtype).kind != array.dtype.kind:
-                raise ShapeError(
-                    f"fit {adapter.source} to {base}, override {name!r}",
-                    expected=f"dtype {named[name].dtype}",
-                    got=array.dtype,
-                )
-
-    def _check_rank(self, adapter: Adapter, target: Target, tensors: dict[str, Array]) -> None:
-        limit = self.manifest.max_rank
-        if limit is None or target.kind == "override":
-            return
-        rank = max(slots.ranks_of(target, tensors).values())
-        if rank > limit:
-            raise AdapterError(
-                f"fit {adapter.source} to bundle {self.path}, weight {target.name!r}",
-                expected=f"rank <= {limit} (--max-rank of the bundle)",
-                got=rank,
-                fix="Export the bundle again with a larger --max-rank.",
-            )
-
-    def _own_override(self, adapter: Adapter | None, name: str) -> Array | None:
-        overrides = adapter.overrides if adapter is not None else {}
-        return next((array for own, array in overrides.items() if self._canonical(own) == name), None)
-
-    def _canonical(self, name: str) -> str:
-        return self.manifest.aliases.get(name, name)
-
     def _check_size(self, name: str, record: FileRecord) -> None:
         file = self.path / name
         size = file.stat().st_size if file.is_file() else None
@@ -364,19 +292,6 @@ class Bundle:
                 got="no file" if size is None else f"{size} bytes",
                 fix="The bundle is incomplete: copy or export it again.",
             )
-
-    def _named(self, filled: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
-        targets = {target_key(target): target for target in self.manifest.targets}
-        return {
-            slots.input_name(targets[key].name, slot): array
-            for key, tensors in filled.items()
-            for slot, array in tensors.items()
-        }
-
-    def _describe_targets(self) -> str:
-        names = sorted({target.name for target in self.manifest.targets})
-        shown = ", ".join(names[:4])
-        return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown or "no weights"
 
     def _drop_folded(self, task: str) -> None:
         # A fold of an earlier version must not outlive it.
@@ -399,8 +314,3 @@ def check_task(task: str, bundle: str) -> str:
             fix="Choose another name.",
         )
     return task
-
-
-def target_key(target: Target) -> str:
-    """One name per target of a bundle: a weight may have both a delta's branch and an override."""
-    return f"{target.name}:{'override' if target.kind == 'override' else 'delta'}"

@@ -109,6 +109,10 @@ class Manifest:
         firsts = [port.shape[0] for port in self.inputs if port.shape]
         return next((size for size in firsts if isinstance(size, str)), None)
 
+    def canonical(self, name: str) -> str:
+        """The name under which a weight is stored; tied weights have several names."""
+        return self.aliases.get(name, name)
+
     def to_json(self) -> str:
         """The file's text."""
         document = asdict(self)

@@ -27,21 +27,12 @@ def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: i
     """Read the tensor per row at Linear weights and biases, once per run elsewhere."""
     weight = weight_value(model.graph, target.name)
     split_gemms(model, weight)
-    sites = linear_sites(weight) if len(target.shape) == 2 else None
+    function, sites = _row_wise(weight, len(target.shape))
     if sites:
         for i, site in enumerate(sites):
-            inputs = [site.x, index, slots["value"]]
             name = f"{target.name}.banked.{i}"
-            new = call(model, "BankedDense", inputs, name=name, like=_shapeless(site.y), after=site.node)
-            route_around(site.node, new)
-        return "each"
-    biases = _bias_sites(weight) if len(target.shape) == 1 else None
-    if biases:
-        for i, site in enumerate(biases):
             inputs = [site.x, index, slots["value"]]
-            name = f"{target.name}.banked.{i}"
-            new = call(model, "BankedBias", inputs, name=name, like=_shapeless(site.y), after=site.node)
-            route_around(site.node, new)
+            route_around(site.node, call(model, function, inputs, name=name, like=_shapeless(site.y), after=site.node))
         return "each"
     inputs = [index, slots["value"]]
     reroute(weight, call_first(model, "BankedValue", inputs, name=f"{target.name}.banked", like=_shapeless(weight)))
@@ -64,6 +55,13 @@ def split_gemms(model: ir.Model, weight: ir.Value) -> None:
         add = ir.node("Add", [product.outputs[0], bias], outputs=[total], name=f"{gemm.name}.add")
         model.graph.insert_after(gemm, [product, add])
         route_around(gemm, total)
+
+
+def _row_wise(weight: ir.Value, axes: int) -> tuple[str, list[Site] | None]:
+    """The function that reads a tensor per row, and where; no sites when some use of the tensor fits neither."""
+    if axes == 2:
+        return "BankedDense", linear_sites(weight)
+    return "BankedBias", _bias_sites(weight) if axes == 1 else None
 
 
 def _bias_sites(bias: ir.Value) -> list[Site] | None:
