@@ -205,3 +205,13 @@ def test_a_command_in_a_process_of_its_own_says_nothing_but_its_table(tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.splitlines()[0].split() == ["form", "task", "rows", "error", "limit"]
+
+
+def test_a_closed_pipe_is_no_error_to_report(conv_bundle: Bundle) -> None:
+    script = "from tpeft_deploy.cli import main; main()"
+    command = [sys.executable, "-c", script, "adapter", "list", str(conv_bundle.path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""

@@ -64,8 +64,8 @@ class Tool(Group):
         """Run a command; every error but click's own is shown as one line unless --debug is given."""
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit):
-            raise
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise  # click's own; a reader that closed the pipe (| head) is no failure to report
         except Exception as error:
             if ctx.meta.get(_DEBUG):
                 raise
