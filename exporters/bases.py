@@ -202,7 +202,12 @@ def _name_outputs(base: Base, graph: ir.Graph, names: list[str]) -> None:
     taken = {value.name: value for node in graph for value in node.outputs}
     for value, name in zip(graph.outputs, names, strict=True):
         if name in graph.initializers or any(name == i.name for i in graph.inputs):
-            raise UnsupportedBase(f"export base {base.name}", problem=f"output {name!r} is also an input or weight")
+            raise UnsupportedBase(
+                f"export base {base.name}, output {name!r}",
+                expected="a name of its own",
+                got="that of an input or a weight",
+                fix="Return it under another key; ONNX has one space of names.",
+            )
         other = taken.get(name)
         if other is not None and other is not value:
             other.name = f"{name}.inner"

@@ -28,6 +28,7 @@ __all__ = [
     "plan",
     "plan_all",
     "resolve",
+    "value_uses",
     "weight_value",
 ]
 
@@ -132,10 +133,15 @@ def gemm_is_linear(node: ir.Node) -> bool:
     )
 
 
+def value_uses(weight: ir.Value) -> list[tuple[ir.Node, int]]:
+    """The uses of a weight's values; the exporter asks the shape of some (a Conv3d without bias), which stays."""
+    return [(node, index) for node, index in weight.uses() if node.op_type != "Shape"]
+
+
 def linear_sites(weight: ir.Value) -> list[Site] | None:
     """The uses of a weight (O, I) as x W^T, or None when it has any other use."""
     sites = []
-    for node, index in weight.uses():
+    for node, index in value_uses(weight):
         if node.op_type == "Gemm" and index == 1 and gemm_is_linear(node):
             sites.append(_site(node))
         elif node.op_type == "Transpose" and _perm(node) == [1, 0] and not node.outputs[0].is_graph_output():
@@ -156,7 +162,7 @@ def conv_sites(weight: ir.Value, *, grouped: bool) -> list[Site] | None:
         grouped: whether convs with groups > 1 count.
     """
     sites = []
-    for node, index in weight.uses():
+    for node, index in value_uses(weight):
         if node.op_type != "Conv" or index != 1:
             return None
         groups = node.attributes.get_int("group", 1)

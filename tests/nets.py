@@ -64,6 +64,26 @@ class AttentionNet(nn.Module):
         return scores
 
 
+class VolumeNet(nn.Module):
+    """Convolutions of one and three dimensions, with and without bias, and a transposed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Conv1d(3, 6, 5, stride=2, padding=2, padding_mode="circular")
+        self.volume = nn.Conv3d(2, 5, (1, 3, 2), padding=(0, 1, 1), dilation=(1, 1, 2), bias=False)
+        self.strided = nn.Conv3d(5, 4, 3, stride=2, padding=1, bias=False)
+        self.back = nn.ConvTranspose1d(6, 4, 3, stride=2)
+
+    def forward(self, signal: torch.Tensor, volume: torch.Tensor) -> dict[str, torch.Tensor]:
+        line = self.back(torch.tanh(self.line(signal)))
+        return {"waves": line, "blocks": self.strided(torch.tanh(self.volume(volume)))}
+
+
+def volume_net() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(3)
+    return VolumeNet().eval(), {"signal": torch.randn(2, 3, 11), "volume": torch.randn(2, 2, 4, 6, 5)}
+
+
 def conv_net() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A factory as the command line takes it."""
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.surgery import call, call_first, reroute, route_around
-from tpeft_deploy.exporters.targets import Site, gemm_is_linear, linear_sites, weight_value
+from tpeft_deploy.exporters.targets import Site, gemm_is_linear, linear_sites, value_uses, weight_value
 from tpeft_deploy.manifest import Rows
 from tpeft_deploy.slots import Target
 
@@ -67,7 +67,7 @@ def _row_wise(weight: ir.Value, axes: int) -> tuple[str, list[Site] | None]:
 def _bias_sites(bias: ir.Value) -> list[Site] | None:
     """The uses of a bias (C,) as y + bias behind a linear layer, or None when it has any other use."""
     sites = []
-    for node, position in bias.uses():
+    for node, position in value_uses(bias):
         other = node.inputs[1 - position] if node.op_type == "Add" and len(node.inputs) == 2 else None
         producer = other.producer() if other is not None else None
         # Behind a linear layer the last axis is the bias's own; elsewhere an Add may broadcast differently.

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from tests import nets
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle, export_folded
+from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters.bases import load_base
 
 LIMIT = 1e-5
 
@@ -280,3 +282,27 @@ def test_a_zero_bias_of_the_base_can_be_overridden(tmp_path: Path) -> None:
     for row, task in enumerate(tasks):
         expected = merged(module, adapters.get(task), {"pixels": pixels(3)["pixels"][row : row + 1]})[0]
         assert error(np.asarray(answers[row]), expected) <= LIMIT
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_of_other_dimensions(tmp_path: Path, transposed: bool) -> None:
+    module, inputs = nets.volume_net()
+    targets: dict[str, tuple[int, ...]] = {
+        "line.weight": (3, 2, 4),
+        "volume.weight": (2, 2, 1, 2, 2),
+        "strided.weight": (3, 2, 3, 2, 3),
+    }
+    targets |= {"back.weight": (3, 2, 2)} if transposed else {}
+    adapters = {"a": nets.adapter_for(module, targets, seed=1), "b": nets.adapter_for(module, targets, seed=2)}
+    bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs, folded=True)
+    assert bundle.manifest.rows == ("group" if transposed else "each")
+    tasks = ["b", "base", "a", "b"]
+    batch = {name: torch.cat([tensor, tensor.flip(-1)]) for name, tensor in inputs.items()}
+    mixed = Runtime(bundle.path, provider="cpu").run(arrays(batch), tasks=tasks)
+    for row, task in enumerate(tasks):
+        own = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        changed = gate.merged_tensors(load_base(module, example_inputs=inputs), adapters.get(task))
+        with torch.no_grad():
+            expected = functional_call(module, changed, (), own)
+        for name in ("waves", "blocks"):
+            assert error(np.asarray(mixed[name][row]), expected[name][0].numpy()) <= LIMIT
