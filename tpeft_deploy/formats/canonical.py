@@ -29,7 +29,7 @@ def read(path: Path) -> Adapter:
     return from_bytes(read_bytes(file), source=str(path))
 
 
-def from_bytes(data: bytes | bytearray, *, source: str) -> Adapter:
+def from_bytes(data: bytes, *, source: str) -> Adapter:
     """Read a canonical file held in memory.
 
     Raises:
