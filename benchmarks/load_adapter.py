@@ -2,7 +2,7 @@
 
     python benchmarks/load_adapter.py [--json]
 
-Goal: at most 15 ms for our own file and for a PEFT LoRA directory, and no weight change is ever made dense.
+Goal: at most 15 ms and at most 4 times the file's size in memory; no weight change is ever made dense.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ import statistics
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import load_file, save_file
 
 from tpeft_deploy import Adapter, TuckerDelta, load_adapter
 from tpeft_deploy.formats import to_locon, to_peft_lora
 from tpeft_deploy.formats.module import BaseView
 
 GOAL_MS = 15.0
+GOAL_MEMORY = 4.0
 LAYERS = 12
 LINEARS = {
     "attention.attention.query": (768, 768),
@@ -57,7 +61,7 @@ def write_all(place: Path) -> dict[str, Path]:
     canonical.write_bytes(adapter.to_bytes())
     to_peft_lora.write(adapter, peft)
     to_locon.write(Adapter(adapter.deltas), locon)
-    return {"tpeft": canonical, "peft-lora": peft, "locon": locon}
+    return {"tpeft": canonical, "peft-lora": peft, "bfloat16": in_bfloat16(peft, place / "bfloat16"), "locon": locon}
 
 
 def milliseconds(call: Callable[[], object], repeats: int = 31) -> tuple[float, float]:
@@ -69,6 +73,26 @@ def milliseconds(call: Callable[[], object], repeats: int = 31) -> tuple[float, 
         call()
         runs.append((time.perf_counter() - start) * 1e3)
     return statistics.median(runs), max(runs)
+
+
+def memory(call: Callable[[], object], path: Path) -> float:
+    """The largest memory that Python held while loading, over the size of the files."""
+    files = [path] if path.is_file() else list(path.iterdir())
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1] / sum(file.stat().st_size for file in files)
+    finally:
+        tracemalloc.stop()
+
+
+def in_bfloat16(source: Path, place: Path) -> Path:
+    """A PEFT directory's copy with its tensors cut to bfloat16, which loading widens to float32."""
+    place.mkdir()
+    (place / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    tensors = load_file(source / "adapter_model.safetensors")
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, place / "adapter_model.safetensors")
+    return place
 
 
 def names_only() -> BaseView:
@@ -83,13 +107,15 @@ def main() -> None:
         rows = {}
         for name, path in write_all(Path(place)).items():
             given = base if name == "locon" else None
-            rows[name] = milliseconds(lambda path=path, given=given: load_adapter(path, base=given))  # type: ignore[misc]
+            call = partial(load_adapter, path, base=given)
+            rows[name] = (*milliseconds(call), memory(call, path))
     if "--json" in sys.argv:
-        print(json.dumps({name: {"median_ms": m, "max_ms": w} for name, (m, w) in rows.items()}))
+        print(json.dumps({name: {"median_ms": m, "max_ms": w, "memory": x} for name, (m, w, x) in rows.items()}))
         return
-    for name, (median, worst) in rows.items():
-        verdict = "within" if median <= GOAL_MS else "above"
-        print(f"{name:10} {median:6.2f} ms (at most {worst:.2f} ms), {verdict} the goal of {GOAL_MS:g} ms")
+    for name, (median, worst, held) in rows.items():
+        verdict = "within" if median <= GOAL_MS and held <= GOAL_MEMORY else "above"
+        goals = f"{GOAL_MS:g} ms and {GOAL_MEMORY:g} times"
+        print(f"{name:10} {median:6.2f} ms (at most {worst:.2f} ms), {held:.2f} times the file; {verdict} {goals}")
 
 
 if __name__ == "__main__":
