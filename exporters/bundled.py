@@ -162,16 +162,18 @@ def _write_graphs(base: Base, raw: ir.Model, adapters: Mapping[str, Adapter], pl
 def _check(base: Base, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress) -> Iterator[Check]:
     """Compare every form with torch, one adapter per run, yielding what was measured."""
     tasks: Tasks = {BASE_TASK: None, **adapters}
-    progress("check the base and factored forms")
+    progress("check the base, factored and banked forms")
     yield from _check_base(base, bundle)
-    yield from _check_factored(base, bundle, tasks)
-    progress("check the banked form")
-    session = gate.open_session(bundle.path / "banked.onnx")
+    factored_session = gate.open_session(bundle.path / "factored.onnx")
+    banked_session = gate.open_session(bundle.path / "banked.onnx")
     banks = _banks(bundle, tasks)
-    for inputs in gate.batches(base):
-        for position, (task, adapter) in enumerate(tasks.items()):
-            got = gate.run(session, inputs, banks | {slots.INDEX: np.array([position])})
+    for position, (task, adapter) in enumerate(tasks.items()):
+        factors = bundle.factors(task) if adapter is not None else {}
+        for inputs in gate.batches(base):
+            got = gate.run(factored_session, inputs, factors)
             expected = gate.reference(base, adapter, inputs, list(got))
+            yield gate.compare("factored", task, got, expected)
+            got = gate.run(banked_session, inputs, banks | {slots.INDEX: np.array([position])})
             yield gate.compare("banked", task, _cut(got, bundle, adapter), expected)
 
 
@@ -180,15 +182,6 @@ def _check_base(base: Base, bundle: Bundle) -> Iterator[Check]:
     for inputs in gate.batches(base):
         got = gate.run(session, inputs, {})
         yield gate.compare("base", BASE_TASK, got, gate.reference(base, None, inputs, list(got)))
-
-
-def _check_factored(base: Base, bundle: Bundle, tasks: Tasks) -> Iterator[Check]:
-    session = gate.open_session(bundle.path / "factored.onnx")
-    for task, adapter in tasks.items():
-        factors = bundle.factors(task) if adapter is not None else {}
-        for inputs in gate.batches(base):
-            got = gate.run(session, inputs, factors)
-            yield gate.compare("factored", task, got, gate.reference(base, adapter, inputs, list(got)))
 
 
 def _check_mixed(base: Base, bundle: Bundle, adapters: Mapping[str, Adapter]) -> tuple[list[Check], str | None]:

@@ -43,11 +43,13 @@ class Bank:
 
     Args:
         residents: task -> adapter, `base` first.
+        rows: task -> its row, in the order of the residents.
         values: graph input -> bank (T, ...) on the device.
         bindings: free IO bindings that have the banks bound; a run takes one and puts it back.
     """
 
     residents: Mapping[str, Resident]
+    rows: Mapping[str, int]
     values: Mapping[str, onnxruntime.OrtValue]
     bindings: deque[onnxruntime.IOBinding] = field(default_factory=deque)
 
@@ -57,9 +59,9 @@ class Bank:
         Raises:
             UnknownTask: it is not resident.
         """
-        for row, name in enumerate(self.residents):
-            if name == task:
-                return row
+        row = self.rows.get(task)
+        if row is not None:
+            return row
         raise UnknownTask(
             f"run task {task!r}",
             expected=f"one of {', '.join(self.residents)}",
@@ -95,4 +97,4 @@ def build(bundle: Bundle, residents: Mapping[str, Resident], device: str) -> Ban
             rows = [resident.tensors.get(key, default)[slot.name] for resident in residents.values()]
             name = slots.input_name(target.name, slot.name)
             values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(slots.stack(rows)), device, 0)
-    return Bank(dict(residents), values)
+    return Bank(dict(residents), {task: row for row, task in enumerate(residents)}, values)

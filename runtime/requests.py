@@ -64,8 +64,7 @@ def check_tasks(manifest: Manifest, tasks: Sequence[str], inputs: Mapping[str, A
 def batched(manifest: Manifest, ports: Sequence[Port]) -> list[Port]:
     """The ports whose first axis is the batch."""
     batch = manifest.batch_axis
-    found = [port for port in ports if port.shape and port.shape[0] == batch]
-    return found or [port for port in ports if port.shape]
+    return [port for port in ports if port.shape and port.shape[0] == batch]
 
 
 def take_rows(manifest: Manifest, inputs: Mapping[str, Array], rows: Array) -> dict[str, Array]:

@@ -33,7 +33,7 @@ from tpeft_deploy.fitting import Filled
 from tpeft_deploy.formats import canonical, onnx_adapter
 from tpeft_deploy.formats.base_view import Lazy
 from tpeft_deploy.formats.module import BaseView
-from tpeft_deploy.manifest import FileRecord, Manifest, check_name
+from tpeft_deploy.manifest import FileRecord, Manifest, check_name, is_name
 from tpeft_deploy.slots import Target
 from tpeft_deploy.tucker import Array
 
@@ -121,15 +121,15 @@ class Bundle:
         Raises:
             UnknownTask: the bundle has no such task.
         """
-        tasks = self.tasks
-        if task not in tasks:
+        file = self.path / "adapters" / task / "current"
+        if not is_name(task) or not file.is_file():
             raise UnknownTask(
                 f"open task {task!r} of bundle {self.path}",
-                expected=f"one of {', '.join(tasks) or 'no tasks at all'}",
+                expected=f"one of {', '.join(self.tasks) or 'no tasks at all'}",
                 got=repr(task),
                 fix=f"Add it with 'tpeft-deploy adapter add {self.path} {task}=ADAPTER'.",
             )
-        return tasks[task]
+        return self._alias(file)
 
     def fill(self, adapter: Adapter) -> dict[str, dict[str, Array]]:
         """An adapter's slots: target key (see `fitting`) -> slot name -> array with the adapter's own ranks.

@@ -21,12 +21,28 @@ from typing import Any, Literal, get_args
 from tpeft_deploy.errors import BundleError, IntegrityError, VersionError
 from tpeft_deploy.slots import Kind, Target
 
-__all__ = ["SCHEMA", "FileRecord", "Manifest", "Port", "Rows", "Varies", "Weight", "base_digest", "check_name"]
+__all__ = [
+    "SCHEMA",
+    "FileRecord",
+    "Manifest",
+    "Port",
+    "Rows",
+    "Varies",
+    "Weight",
+    "base_digest",
+    "check_name",
+    "is_name",
+]
 
 SCHEMA = 1
 Rows = Literal["each", "group"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+def is_name(name: str) -> bool:
+    """Whether a bundle or a task may have the name."""
+    return _NAME.fullmatch(name) is not None
 
 
 def check_name(name: str, what: str) -> str:
@@ -35,7 +51,7 @@ def check_name(name: str, what: str) -> str:
     Raises:
         BundleError: it is not `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise BundleError(
             f"name a {what}",
             expected="1 to 128 letters, digits, '.', '_', ':' or '-', starting with a letter or digit",
