@@ -6,34 +6,42 @@ inputs without defaults, so that a missing one fails loudly.  Row 0 is the base 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy import slots
-from tpeft_deploy.exporters.branches import BRANCHES
+from tpeft_deploy.exporters import rows
+from tpeft_deploy.exporters.branches import BRANCHES, in_order
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graphs import forget_shapes
+from tpeft_deploy.exporters.rows import Order
 from tpeft_deploy.slots import Target
 
 __all__ = ["attach"]
 
 
-def attach(model: ir.Model, targets: Sequence[Target]) -> list[str]:
+def attach(model: ir.Model, targets: Sequence[Target], orders: Mapping[str, Order]) -> list[str]:
     """Attach a banked branch for every target to a raw graph, in place.
+
+    Args:
+        model: changed.
+        targets: what adapters may change.
+        orders: where the rows are in the activations, from `rows.find`.
 
     Returns:
         The weights whose branches take one adapter per run; with none, one run serves rows of different adapters.
     """
+    rows.mark(model.graph, orders)
     index = add_input(model.graph, slots.INDEX, ["N"], ir.DataType.INT64)
     single: list[str] = []
-    for target in sorted(targets, key=lambda t: t.kind == "override"):
+    for target in in_order(targets):
         dtype = ir.DataType.from_numpy(np.dtype(target.dtype))
         values = {
             slot.name: add_input(
                 model.graph,
-                slots.input_name(target.name, slot.name),
+                slots.input_name(target, slot.name),
                 ["T", *(f"{target.name}.{size}" if isinstance(size, str) else size for size in slot.shape)],
                 dtype,
             )
@@ -41,6 +49,6 @@ def attach(model: ir.Model, targets: Sequence[Target]) -> list[str]:
         }
         if BRANCHES[target.kind].banked(model, target, values, index) == "group":
             single.append(target.name)
-    if any(target.kind == "override" for target in targets):
-        forget_shapes(model.graph)
+    # Traced shapes say nothing of rows that a shared value gets, or of the heads that tasks bring.
+    forget_shapes(model.graph)
     return single

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import torch
 
 from tpeft_deploy import __version__, slots
 from tpeft_deploy.adapter import Adapter, weight_digest
-from tpeft_deploy.bundle import BASE_TASK, MANIFEST, Bundle, check_task
-from tpeft_deploy.errors import BundleError, NotEquivalent, UnsupportedBase, UnsupportedTarget
-from tpeft_deploy.exporters import banked, factored, gate
-from tpeft_deploy.exporters.bases import Base, load_base, trace
+from tpeft_deploy.bundle import EXAMPLE, MANIFEST, Bundle, check_task
+from tpeft_deploy.errors import BundleError, UnsupportedBase, UnsupportedTarget
+from tpeft_deploy.exporters import banked, factored, rows
+from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.folded import write_folded
-from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
-from tpeft_deploy.exporters.targets import plan, plan_all, resolve
+from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.proof import prove, with_checks
+from tpeft_deploy.exporters.targets import activations, plan, plan_all, resolve
 from tpeft_deploy.files import digest_file, new_directory
-from tpeft_deploy.fitting import target_key
 from tpeft_deploy.manifest import FileRecord, Manifest, Port, Varies, check_name
-from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["export_bundle"]
 
 Progress = Callable[[str], None]
-Tasks = dict[str, Adapter | None]
 DATA = "weights.data"
-_MIXED = 6  # given adapters in one mixed batch, so that its size does not grow with their number
 
 
 def export_bundle(
@@ -81,11 +77,12 @@ def export_bundle(
             fix="Remove it or choose another.",
         )
     loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    loaded = loaded.knowing(adapters.values())
     _check_batch(loaded)
     for adapter in adapters.values():
         loaded.check(adapter)
     progress("trace the base")
-    raw = trace(loaded)
+    raw = loaded.graph()
     with new_directory(path) as new:
         progress("write the graphs")
         manifest = replace(_write_graphs(loaded, raw, adapters, new), name=name, max_rank=max_rank)
@@ -93,29 +90,13 @@ def export_bundle(
         bundle = Bundle.open(new)
         for task, adapter in adapters.items():
             bundle.add(task, adapter)
-        manifest = _prove(loaded, bundle, adapters, progress)
+        manifest = prove(loaded, raw.graph, bundle, adapters, progress)
         for task, adapter in adapters.items() if folded else ():
             progress(f"fold {task}")
             checks = write_folded(loaded, raw, adapter, new / "folded" / f"{task}.onnx", task=task)
-            manifest = _with_checks(manifest, checks)
+            manifest = with_checks(manifest, checks)
         _write_manifest(new, manifest)
     return Bundle.open(path)
-
-
-def _prove(base: Base, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress) -> Manifest:
-    """The manifest with what the gate measured, and with whether rows of different adapters may share a run."""
-    manifest = _with_checks(bundle.manifest, _check(base, bundle, adapters, progress))
-    if manifest.rows == "group":
-        return manifest
-    progress("check rows of different adapters")
-    checks, obstacle = _check_mixed(base, bundle, adapters)
-    if obstacle is not None:
-        return replace(manifest, rows="group", rows_reason=obstacle)
-    return _with_checks(manifest, checks)
-
-
-def _with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
-    return replace(manifest, gate=(*manifest.gate, *(check.to_json() for check in checks)))
 
 
 def _check_batch(base: Base) -> None:
@@ -137,14 +118,16 @@ def _write_graphs(base: Base, raw: ir.Model, adapters: Mapping[str, Adapter], pl
     graphs = {"base.onnx": raw.clone(), "factored.onnx": raw.clone(), "banked.onnx": raw.clone()}
     factored.attach(graphs["factored.onnx"], targets)
     varies = factored.output_axes(graphs["factored.onnx"], targets, raw.graph.outputs)
-    single = banked.attach(graphs["banked.onnx"], targets)
-    defaults = {slots.input_name(t.name, "value"): t.name for t in targets if t.kind == "override"}
+    orders = rows.find(base, raw, activations(raw.graph, targets).items(), place)
+    single = banked.attach(graphs["banked.onnx"], targets, orders)
+    defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
         _mark_outputs(model, raw, varies if file != "base.onnx" else {})
         optimize(model, keep=[*held, *defaults])
         share_weights(model, weights, defaults, place / DATA)
         model.metadata_props["tpeft.form"] = file.removesuffix(".onnx")
         ir.save(model, place / file)
+    np.savez(place / EXAMPLE, **dict(base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
     return Manifest(
         name="unnamed",
         producer=f"tpeft-deploy {__version__}",
@@ -155,109 +138,8 @@ def _write_graphs(base: Base, raw: ir.Model, adapters: Mapping[str, Adapter], pl
         rows_reason=f"one adapter per run at {', '.join(single)}" if single else "",
         inputs=tuple(_port(value, None) for value in raw.graph.inputs),
         outputs=tuple(_port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
-        files={file: _record(place / file) for file in [*graphs, DATA]},
+        files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
     )
-
-
-def _check(base: Base, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress) -> Iterator[Check]:
-    """Compare every form with torch, one adapter per run, yielding what was measured."""
-    tasks: Tasks = {BASE_TASK: None, **adapters}
-    progress("check the base, factored and banked forms")
-    yield from _check_base(base, bundle)
-    factored_session = gate.open_session(bundle.path / "factored.onnx")
-    banked_session = gate.open_session(bundle.path / "banked.onnx")
-    banks = _banks(bundle, tasks)
-    for position, (task, adapter) in enumerate(tasks.items()):
-        factors = bundle.factors(task) if adapter is not None else {}
-        for inputs in gate.batches(base):
-            got = gate.run(factored_session, inputs, factors)
-            expected = gate.reference(base, adapter, inputs, list(got))
-            yield gate.compare("factored", task, got, expected)
-            got = gate.run(banked_session, inputs, banks | {slots.INDEX: np.array([position])})
-            yield gate.compare("banked", task, _cut(got, bundle, adapter), expected)
-
-
-def _check_base(base: Base, bundle: Bundle) -> Iterator[Check]:
-    session = gate.open_session(bundle.path / "base.onnx")
-    for inputs in gate.batches(base):
-        got = gate.run(session, inputs, {})
-        yield gate.compare("base", BASE_TASK, got, gate.reference(base, None, inputs, list(got)))
-
-
-def _check_mixed(base: Base, bundle: Bundle, adapters: Mapping[str, Adapter]) -> tuple[list[Check], str | None]:
-    """Compare a batch of rows of different adapters with torch, row by row.
-
-    Two random probes that change every target stand beside the given adapters: those may leave a weight alone, or
-    be none at all, and the bundle must be right for the adapters that are added later.
-
-    Returns:
-        What was measured and, where rows cannot be mixed, why: then the bundle serves one adapter per run, which
-        `_check` has proved.  A layer that lays its rows out in another order than the batch is found here.
-    """
-    session = gate.open_session(bundle.path / "banked.onnx")
-    checks: list[Check] = []
-    names = list(adapters)
-    for start in range(0, max(len(names), 1), _MIXED):
-        chosen: Tasks = {name: adapters[name] for name in names[start : start + _MIXED]}
-        tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": _probe(bundle, 0), "probe 1": _probe(bundle, 1)}
-        try:
-            checks += _check_rows(base, bundle, session, tasks)
-        except gate.ORT_ERRORS as error:
-            return [], f"a run of rows of different adapters failed: {str(error).splitlines()[0]}"
-        except NotEquivalent as error:
-            return [], f"rows of different adapters did not keep apart: expected {error.expected}, got {error.got}"
-    return checks, None
-
-
-def _check_rows(base: Base, bundle: Bundle, session: onnxruntime.InferenceSession, tasks: Tasks) -> Iterator[Check]:
-    inputs = gate.with_rows(base, 2 * len(tasks))
-    index = np.arange(2 * len(tasks)) % len(tasks)
-    got = gate.run(session, inputs, _banks(bundle, tasks) | {slots.INDEX: index})
-    for position, (task, adapter) in enumerate(tasks.items()):
-        own = {name: array[index == position] for name, array in got.items()}
-        expected = gate.reference(base, adapter, inputs, list(got))
-        wanted = {name: array[index == position] for name, array in expected.items()}
-        yield gate.compare("mixed rows", task, _cut(own, bundle, adapter), wanted)
-
-
-def _probe(bundle: Bundle, seed: int) -> Adapter:
-    """A random adapter of rank 1 that changes every target by a tenth of its norm."""
-    random = np.random.default_rng(seed)
-    deltas, overrides = {}, {}
-    for target in bundle.manifest.targets:
-        own = bundle.base_value(target.name)
-        size = 0.1 * float(np.linalg.norm(own.astype(np.float64))) or 0.1
-        if target.kind == "override":
-            noise = random.standard_normal(own.shape)
-            overrides[target.name] = (own + size / np.linalg.norm(noise) * noise).astype(own.dtype)
-        else:
-            factors = tuple(random.standard_normal((mode, 1)) for mode in own.shape)
-            delta = TuckerDelta(np.ones((1,) * own.ndim), factors)
-            deltas[target.name] = replace(delta, scale=size / delta.norm())
-    return Adapter(deltas, {n: a for n, a in overrides.items() if n not in deltas}, source=f"probe {seed}")
-
-
-def _banks(bundle: Bundle, tasks: Tasks) -> dict[str, Array]:
-    filled = [bundle.fill(adapter) if adapter is not None else {} for adapter in tasks.values()]
-    banks = {}
-    for target in bundle.manifest.targets:
-        key = target_key(target)
-        default = bundle.default(target)
-        for slot in slots.slots_of(target):
-            rows = [own.get(key, default)[slot.name] for own in filled]
-            banks[slots.input_name(target.name, slot.name)] = slots.stack(rows)
-    return banks
-
-
-def _cut(outputs: gate.Outputs, bundle: Bundle, adapter: Adapter | None) -> gate.Outputs:
-    """Take a task's own columns of outputs that were padded to the widest head of the bank."""
-    sizes = bundle.sizes(adapter)
-    return {
-        port.name: outputs[port.name].take(range(sizes[port.name]), axis=port.varies.axis)
-        if port.varies
-        else outputs[port.name]
-        for port in bundle.manifest.outputs
-    }
 
 
 def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) -> None:

@@ -12,7 +12,7 @@ from onnx_ir.passes import common as passes
 
 from tpeft_deploy import slots
 from tpeft_deploy.errors import UnsupportedTarget
-from tpeft_deploy.exporters.branches import BRANCHES
+from tpeft_deploy.exporters.branches import BRANCHES, in_order
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graphs import forget_shapes
 from tpeft_deploy.manifest import Varies
@@ -23,8 +23,7 @@ __all__ = ["attach", "output_axes"]
 
 def attach(model: ir.Model, targets: Sequence[Target]) -> None:
     """Attach a branch for every target to a raw graph, in place."""
-    # Deltas first: an override replaces the consumer that a branch attaches to.
-    for target in sorted(targets, key=lambda t: t.kind == "override"):
+    for target in in_order(targets):
         neutral = slots.neutral(target) if target.kind != "override" else {}
         values = {}
         for slot in slots.slots_of(target):
@@ -32,7 +31,7 @@ def attach(model: ir.Model, targets: Sequence[Target]) -> None:
             tensor = model.graph.initializers[target.name].const_value if default is None else ir.tensor(default)
             values[slot.name] = add_input(
                 model.graph,
-                slots.input_name(target.name, slot.name),
+                slots.input_name(target, slot.name),
                 [f"{target.name}.{size}" if isinstance(size, str) else size for size in slot.shape],
                 ir.DataType.from_numpy(default.dtype) if default is not None else _dtype(tensor),
                 tensor,

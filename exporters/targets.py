@@ -1,4 +1,4 @@
-"""From weight names to the initializers that hold them and the nodes that use them.
+"""From weight names to the initializers that hold them, and to the kind of branch that their uses allow.
 
 Resolution is by name AND value, on the raw graph only: after an optimiser has run, an initializer may keep its name
 and hold other values (a conv with its BatchNorm folded in), and a branch there would be silently wrong.
@@ -6,43 +6,25 @@ and hold other values (a conv with its BatchNorm folded in), and a branch there 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
-from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.adapter import Adapter, gain_mode
 from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
+from tpeft_deploy.exporters.branches import gain
+from tpeft_deploy.exporters.sites import conv_sites, linear_sites, transposed_conv_sites, value_uses, weight_value
 from tpeft_deploy.slots import Kind, Target
+from tpeft_deploy.tucker import Array
 
-__all__ = [
-    "Site",
-    "conv_sites",
-    "gemm_is_linear",
-    "geometry",
-    "held_by",
-    "linear_sites",
-    "one_hot_window",
-    "plan",
-    "plan_all",
-    "resolve",
-    "value_uses",
-    "weight_value",
-]
+__all__ = ["activations", "held_by", "plan", "plan_all", "resolve"]
+
+# How many leading axes of an operand are rows and positions, by operator; 0 is all, negative leaves out the last.
+_LEADING = {"MatMul": -1, "Gemm": -1, "Gather": 0, "Conv": 1, "ConvTranspose": 1, "BatchNormalization": 1}
 
 
-@dataclass(frozen=True)
-class Site:
-    """One use of a weight: `node` computes `y` from the activation `x`."""
-
-    node: ir.Node
-    x: ir.Value
-    y: ir.Value
-
-
-def resolve(graph: ir.Graph, weights: Mapping[str, np.ndarray], aliases: Mapping[str, str]) -> dict[str, str]:
+def resolve(graph: ir.Graph, weights: Mapping[str, Array], aliases: Mapping[str, str]) -> dict[str, str]:
     """Check every initializer that carries a weight's name against the weight's value.
 
     Args:
@@ -92,129 +74,85 @@ def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str
 
     Raises:
         UnknownTarget: a weight that an adapter changes is in the base but not in its graph.
-        UnsupportedTarget: an adapter has gains, which no branch applies yet.
     """
+    deltas: dict[str, None] = {}
+    gains: dict[str, set[int | None]] = {}
+    overrides: dict[str, None] = {}
     for task, adapter in adapters.items():
-        for name in adapter.gains:
-            raise UnsupportedTarget(
-                f"export adapter {task!r} for {base}, weight {name!r}",
-                expected="a change that a branch adds",
-                got="a gain (DoRA, IA3), which multiplies the weight",
-                fix="Export it folded: 'tpeft-deploy export folded'.",
-            )
-    targets: dict[tuple[str, bool], Target] = {}
-    for task, adapter in adapters.items():
-        for name, whole in [(n, False) for n in adapter.deltas] + [(n, True) for n in adapter.served_overrides]:
-            key = (held_by(resolved, name, doing=f"export adapter {task!r} for {base}"), whole)
-            if key not in targets:
-                targets[key] = _target(graph, *key)
-    return list(targets.values())
+        doing = f"export adapter {task!r} for {base}"
+        deltas |= {held_by(resolved, name, doing=doing): None for name in adapter.deltas}
+        overrides |= {held_by(resolved, name, doing=doing): None for name in adapter.served_overrides}
+        for name, array in adapter.gains.items():
+            gains.setdefault(held_by(resolved, name, doing=doing), set()).add(gain_mode(array))
+    targets: list[Target] = []
+    for name in dict.fromkeys([*deltas, *gains]):
+        modes = gains.get(name, set())
+        if all(mode in (0, 1) and gain.can_scale(weight_value(graph, name), mode) for mode in modes):
+            targets += [_target(graph, name, _kind(graph, name))] if name in deltas else []
+            targets += [_target(graph, name, "gain_0" if mode == 0 else "gain_1") for mode in sorted(map(int, modes))]  # type: ignore[arg-type]
+        else:
+            targets.append(_target(graph, name, "weight"))
+    return targets + [_target(graph, name, "override") for name in overrides]
 
 
 def plan_all(graph: ir.Graph, resolved: Mapping[str, str]) -> list[Target]:
     """A target for every weight that is a linear layer or a convolution at all of its uses."""
-    targets = [_target(graph, name, whole=False) for name in sorted(set(resolved.values()))]
-    return [t for t in targets if t.kind != "weight" or _is_conv_weight(graph, t)]
+    names = sorted(set(resolved.values()))
+    return [_target(graph, name, _kind(graph, name)) for name in names if _is_layer(weight_value(graph, name))]
 
 
-def weight_value(graph: ir.Graph, name: str) -> ir.Value:
-    """The initializer that holds a resolved weight."""
-    return graph.initializers[name]
+def activations(graph: ir.Graph, targets: Iterable[Target]) -> dict[str, int]:
+    """The values whose rows a banked branch must know: what goes into and comes out of every consumer of a target.
 
-
-def gemm_is_linear(node: ir.Node) -> bool:
-    """Whether a Gemm computes x W^T + b with nothing scaled."""
-    attributes = node.attributes
-    return (
-        attributes.get_int("transB", 0) == 1
-        and attributes.get_int("transA", 0) == 0
-        and attributes.get_float("alpha", 1.0) == 1.0
-        and attributes.get_float("beta", 1.0) == 1.0
-    )
-
-
-def value_uses(weight: ir.Value) -> list[tuple[ir.Node, int]]:
-    """The uses of a weight's values; the exporter asks the shape of some (a Conv3d without bias), which stays."""
-    return [(node, index) for node, index in weight.uses() if node.op_type != "Shape"]
-
-
-def linear_sites(weight: ir.Value) -> list[Site] | None:
-    """The uses of a weight (O, I) as x W^T, or None when it has any other use."""
-    sites = []
-    for node, index in value_uses(weight):
-        if node.op_type == "Gemm" and index == 1 and gemm_is_linear(node):
-            sites.append(_site(node))
-        elif node.op_type == "Transpose" and _perm(node) == [1, 0] and not node.outputs[0].is_graph_output():
-            uses = list(node.outputs[0].uses())
-            if not all(n.op_type == "MatMul" and i == 1 for n, i in uses):
-                return None
-            sites += [_site(n) for n, _ in uses]
-        else:
-            return None
-    return sites
-
-
-def conv_sites(weight: ir.Value, *, grouped: bool) -> list[Site] | None:
-    """The uses of a weight as a Conv kernel, or None when it has any other use.
-
-    Args:
-        weight: (O, I / groups, K1, ...).
-        grouped: whether convs with groups > 1 count.
+    Returns:
+        Name of the value -> its leading axes, as `rows.find` takes them.
     """
-    sites = []
-    for node, index in value_uses(weight):
-        if node.op_type != "Conv" or index != 1:
-            return None
-        groups = node.attributes.get_int("group", 1)
-        padding = node.attributes.get_string("auto_pad", "NOTSET")
-        if padding != "NOTSET" or (groups != 1 and not grouped):
-            return None
-        sites.append(_site(node))
-    return sites
+    found: dict[str, int] = {}
+    for target in targets:
+        weight = weight_value(graph, target.name)
+        for node, position in _consumers(weight):
+            leading = _LEADING.get(node.op_type, -1)
+            others = [value for i, value in enumerate(node.inputs) if i != position and value is not None]
+            found |= {str(value.name): leading for value in others if _is_activation(value)}
+            # A lookup's output has an axis more than the ids that it was looked up with.
+            found |= {str(value.name): leading or -1 for value in node.outputs}
+    return found
 
 
-def geometry(node: ir.Node, kernel_axes: int) -> dict[str, list[int]]:
-    """A Conv's strides, pads and dilations, with ONNX's defaults filled in."""
-    return {
-        "strides": list(node.attributes.get_ints("strides", [1] * kernel_axes)),
-        "pads": list(node.attributes.get_ints("pads", [0] * (2 * kernel_axes))),
-        "dilations": list(node.attributes.get_ints("dilations", [1] * kernel_axes)),
-    }
+def _consumers(weight: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    for node, position in value_uses(weight):
+        if node.op_type == "Transpose":
+            yield from node.outputs[0].uses()
+        else:
+            yield node, position
 
 
-def one_hot_window(kernel: Iterable[int]) -> np.ndarray:
-    """The conv weight (K, 1, *kernel) that copies each of the K = K1 K2 .. taps into a channel of its own."""
-    kernel = tuple(kernel)
-    taps = math.prod(kernel)
-    return np.eye(taps).reshape(taps, 1, *kernel)
+def _is_activation(value: ir.Value) -> bool:
+    return value.const_value is None and (value.producer() is not None or value.is_graph_input())
 
 
-def _target(graph: ir.Graph, name: str, whole: bool) -> Target:
+def _target(graph: ir.Graph, name: str, kind: Kind) -> Target:
+    tensor = weight_value(graph, name).const_value
+    if tensor is None:
+        raise ValueError(f"initializer {name!r} has no value")
+    return Target(name, kind, tuple(tensor.shape.numpy()), tensor.dtype.numpy().name)
+
+
+def _kind(graph: ir.Graph, name: str) -> Kind:
     weight = weight_value(graph, name)
-    shape = tuple(weight.const_value.shape.numpy())  # type: ignore[union-attr]
-    dtype = weight.const_value.dtype.numpy().name  # type: ignore[union-attr]
-    kind: Kind = "override" if whole else _kind(weight, shape)
-    return Target(name, kind, shape, dtype)
-
-
-def _is_conv_weight(graph: ir.Graph, target: Target) -> bool:
-    return len(target.shape) > 2 and bool(conv_sites(weight_value(graph, target.name), grouped=True))
-
-
-def _kind(weight: ir.Value, shape: tuple[int, ...]) -> Kind:
-    if len(shape) == 2 and linear_sites(weight):
-        return "linear"
-    if len(shape) > 2 and conv_sites(weight, grouped=False):
+    axes = len(weight.shape or ())
+    if axes == 2:
+        uses = {site.use for site in linear_sites(weight) or []}
+        if uses and uses <= {"linear", "lookup"}:
+            return "linear"
+        return "matmul" if uses == {"matmul"} else "weight"
+    if axes > 2 and conv_sites(weight, grouped=False):
         return "conv"
-    return "weight"
+    return "conv_transpose" if axes > 2 and transposed_conv_sites(weight, grouped=False) else "weight"
 
 
-def _site(node: ir.Node) -> Site:
-    x, y = node.inputs[0], node.outputs[0]
-    if x is None:
-        raise UnsupportedTarget(f"attach a branch to node {node.name!r}", problem="its first input is missing")
-    return Site(node, x, y)
-
-
-def _perm(node: ir.Node) -> list[int]:
-    return list(node.attributes.get_ints("perm", []))
+def _is_layer(weight: ir.Value) -> bool:
+    axes = len(weight.shape or ())
+    if axes == 2:
+        return bool({site.use for site in linear_sites(weight) or []} & {"linear", "matmul"})
+    return axes > 2 and bool(conv_sites(weight, grouped=True) or transposed_conv_sites(weight, grouped=True))

@@ -16,7 +16,6 @@ from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BASE_TASK, Bundle
 from tpeft_deploy.errors import UnknownTask
-from tpeft_deploy.fitting import target_key
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Bank", "Resident", "build", "make_resident"]
@@ -92,9 +91,9 @@ def build(bundle: Bundle, residents: Mapping[str, Resident], device: str) -> Ban
         raise ValueError(f"the first row of a bank is {BASE_TASK!r}")
     values = {}
     for target in bundle.manifest.targets:
-        key, default = target_key(target), bundle.default(target)
+        key, default = target.key, bundle.default(target)
         for slot in slots.slots_of(target):
             rows = [resident.tensors.get(key, default)[slot.name] for resident in residents.values()]
-            name = slots.input_name(target.name, slot.name)
+            name = slots.input_name(target, slot.name)
             values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(slots.stack(rows)), device, 0)
     return Bank(dict(residents), {task: row for row, task in enumerate(residents)}, values)

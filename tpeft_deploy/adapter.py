@@ -17,7 +17,7 @@ import numpy as np
 from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["Adapter", "weight_digest"]
+__all__ = ["Adapter", "gain_mode", "weight_digest"]
 
 _COUNTER = "num_batches_tracked"
 
@@ -31,6 +31,14 @@ def weight_digest(weight: Array) -> str:
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(weight, dtype="<f2")
     return hashlib.sha256(f"{weight.shape}".encode() + values.tobytes()).hexdigest()
+
+
+def gain_mode(gain: Array) -> int | None:
+    """The mode of the weight that a gain has one factor per index of, 0 when it is one number, or None: several."""
+    modes = [mode for mode, size in enumerate(gain.shape) if size > 1]
+    if len(modes) > 1:
+        return None
+    return modes[0] if modes else 0
 
 
 @dataclass(frozen=True, eq=False)

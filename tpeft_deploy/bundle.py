@@ -3,6 +3,7 @@
     bundle/
       manifest.json        what it is (see `manifest`)
       base.onnx  factored.onnx  banked.onnx  weights.data
+      example.npz          the example inputs that the base was exported with: `verify` runs on them
       adapters/<task>/current                   the digest this task is an alias for
       adapters/<task>/<digest>/adapter.safetensors  adapter.json  adapter.onnx_adapter
       folded/<task>.onnx
@@ -37,10 +38,11 @@ from tpeft_deploy.manifest import FileRecord, Manifest, check_name, is_name
 from tpeft_deploy.slots import Target
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BASE_TASK", "MANIFEST", "Bundle", "check_task"]
+__all__ = ["BASE_TASK", "EXAMPLE", "MANIFEST", "Bundle", "check_task"]
 
 BASE_TASK = "base"
 MANIFEST = "manifest.json"
+EXAMPLE = "example.npz"
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Bundle:
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
         """
-        return fitting.fill(self.manifest, adapter, bundle=str(self.path))
+        return fitting.fill(self.manifest, adapter, bundle=str(self.path), base_value=self.base_value)
 
     def factors(self, task: str) -> dict[str, Array]:
         """A task's tensors by the names of factored.onnx's optional inputs; what is not fed stays the base's."""

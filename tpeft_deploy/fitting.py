@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from tpeft_deploy import slots
-from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.adapter import Adapter, gain_mode
 from tpeft_deploy.errors import AdapterError, ShapeError, UnknownTarget
 from tpeft_deploy.manifest import Manifest
-from tpeft_deploy.slots import Target
+from tpeft_deploy.slots import Part, Target
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["Filled", "fill", "named", "sizes", "target_key"]
+__all__ = ["Filled", "fill", "named", "sizes"]
 
 Filled = Mapping[str, Mapping[str, Array]]
 
 
-def target_key(target: Target) -> str:
-    """One name per target of a bundle: a weight may have both a delta's branch and an override."""
-    return f"{target.name}:{'override' if target.kind == 'override' else 'delta'}"
-
-
-def fill(manifest: Manifest, adapter: Adapter, *, bundle: str) -> dict[str, dict[str, Array]]:
+def fill(
+    manifest: Manifest, adapter: Adapter, *, bundle: str, base_value: Callable[[str], Array]
+) -> dict[str, dict[str, Array]]:
     """An adapter's slots.
 
     Args:
         manifest: of the bundle.
         adapter: to be served by it.
         bundle: where the bundle is, for messages.
+        base_value: reads a base weight by its canonical name; asked only where a gain must be multiplied out.
 
     Returns:
         Target key -> slot name -> array with the adapter's own ranks.
@@ -40,34 +38,60 @@ def fill(manifest: Manifest, adapter: Adapter, *, bundle: str) -> dict[str, dict
     """
     doing = f"fit {adapter.source} to bundle {bundle}"
     _check_weights(manifest, adapter, bundle=bundle)
-    targets = {(t.name, t.kind == "override"): t for t in manifest.targets}
-    changes: list[tuple[str, TuckerDelta | Array]] = [*adapter.deltas.items(), *adapter.served_overrides.items()]
+    targets = {target.key: target for target in manifest.targets}
     filled: dict[str, dict[str, Array]] = {}
-    for name, change in changes:
-        target = targets.get((manifest.canonical(name), not isinstance(change, TuckerDelta)))
+    for name, part, change in _changes(manifest, adapter, targets, base_value):
+        target = targets.get(f"{manifest.canonical(name)}:{part}")
         if target is None:
             raise UnknownTarget(
                 f"{doing}, weight {name!r}",
-                expected="a branch for it in the bundle's graphs",
+                expected=f"a branch for its {part.partition('_')[0]} in the bundle's graphs",
                 got=f"none; they take {_describe_targets(manifest)}",
                 fix="Export the bundle again with this adapter among its adapters.",
             )
-        key = target_key(target)
-        if key in filled:
+        if target.key in filled:
             raise UnknownTarget(
                 f"{doing}, weight {name!r}", problem=f"it is tied to {target.name!r}, which the adapter changes too"
             )
         with np.errstate(over="ignore"):
-            filled[key] = slots.fill(target, change)
-        _check_slots(manifest, target, filled[key], doing)
+            filled[target.key] = slots.fill(target, change)
+        _check_slots(manifest, target, filled[target.key], doing)
     return filled
+
+
+def _changes(
+    manifest: Manifest, adapter: Adapter, targets: Mapping[str, Target], base_value: Callable[[str], Array]
+) -> Iterator[tuple[str, Part, TuckerDelta | Array]]:
+    """What an adapter changes, part by part; a gain that no branch takes is multiplied out where W + dW is computed."""
+    for name in dict.fromkeys([*adapter.deltas, *adapter.gains]):
+        gain, delta = adapter.gains.get(name), adapter.deltas.get(name)
+        canonical = manifest.canonical(name)
+        mode = gain_mode(gain) if gain is not None else None
+        whole = targets.get(f"{canonical}:delta")
+        if (
+            gain is not None
+            and f"{canonical}:gain_{mode}" not in targets
+            and whole is not None
+            and whole.kind == "weight"
+        ):
+            weight = base_value(canonical)
+            change = adapter.merged(name, weight) - weight.astype(np.float64)
+            yield name, "delta", TuckerDelta(change, (None,) * change.ndim)
+            continue
+        if delta is not None:
+            yield name, "delta", delta
+        if gain is not None:
+            size = manifest.weights[canonical].shape[mode or 0]
+            yield name, "gain_1" if mode == 1 else "gain_0", np.broadcast_to(gain.reshape(-1), (size,))
+    for name, array in adapter.served_overrides.items():
+        yield name, "override", array
 
 
 def named(manifest: Manifest, filled: Filled) -> dict[str, Array]:
     """Filled slots by the names of factored.onnx's optional inputs."""
-    targets = {target_key(target): target for target in manifest.targets}
+    targets = {target.key: target for target in manifest.targets}
     return {
-        slots.input_name(targets[key].name, slot): array
+        slots.input_name(targets[key], slot): array
         for key, tensors in filled.items()
         for slot, array in tensors.items()
     }
@@ -83,13 +107,6 @@ def sizes(manifest: Manifest, adapter: Adapter | None) -> dict[str, int]:
 
 def _check_weights(manifest: Manifest, adapter: Adapter, *, bundle: str) -> None:
     base = f"bundle {bundle}"
-    for name in adapter.gains:
-        raise UnknownTarget(
-            f"fit {adapter.source} to {base}, weight {name!r}",
-            expected="a change that a branch adds",
-            got="a gain (DoRA, IA3), which multiplies the weight",
-            fix="Export it folded: 'tpeft-deploy export folded'.",
-        )
     weights = {name: manifest.weights[manifest.canonical(name)] for name in [*manifest.weights, *manifest.aliases]}
     adapter.check_shapes({name: weight.shape for name, weight in weights.items()}, base=base)
     adapter.check_digests({name: weight.digest for name, weight in weights.items()}, base=base)
@@ -111,7 +128,7 @@ def _check_slots(manifest: Manifest, target: Target, tensors: dict[str, Array], 
                 got=f"larger ones in its {slot}",
                 fix="Serve it with a float32 base.",
             )
-    rank = max(slots.ranks_of(target, tensors).values(), default=0) if target.kind != "override" else 0
+    rank = max(slots.ranks_of(target, tensors).values(), default=0) if target.part == "delta" else 0
     if manifest.max_rank is not None and rank > manifest.max_rank:
         raise AdapterError(
             f"{doing}, weight {target.name!r}",

@@ -5,9 +5,12 @@ Every kind is exact for every Tucker delta; they differ in what the graph does w
 
 | kind | slots | used for |
 |---|---|---|
-| linear | `down` (I, R), `up` (R, O); y += (x down) up, R = min(R_o, R_i), core absorbed | Gemm, MatMul |
+| linear | `down` (I, R), `up` (R, O); y += (x down) up, R = min(R_o, R_i), core absorbed | W (O, I) in x W^T, W[ids] |
+| matmul | the same, of a weight stored (I, O) | x W (transformers Conv1D, bare tensors) |
 | conv | `down` (R_i, I, 1..), `core` (R_o, R_i, *K), `up` (O, R_o, 1..), kernel factors absorbed | Conv, groups = 1 |
+| conv_transpose | `down` (R_i, I, 1..), `core` (R_i, R_o, *K), `up` (O, R_o, 1..) | ConvTranspose, groups = 1 |
 | weight | `up` (O, R_o), `core` (R_o, I * K1 ..); W + up core, reshaped | grouped convs and every other use |
+| gain_0, gain_1 | `value` (size of that mode); gain * (W + dW) | DoRA, IA3: one factor per index of a mode |
 | override | `value` (the tensor itself) | a whole tensor that a task replaces |
 
 Absorbing the core of a matrix keeps min(R_o, R_i) (I + O) numbers, fewer than core and factors apart, and costs one
@@ -26,11 +29,27 @@ import numpy as np
 
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["INDEX", "Kind", "Slot", "Target", "fill", "input_name", "neutral", "pad", "ranks_of", "slots_of", "stack"]
+__all__ = [
+    "INDEX",
+    "Kind",
+    "Part",
+    "Slot",
+    "Target",
+    "fill",
+    "input_name",
+    "neutral",
+    "pad",
+    "ranks_of",
+    "slots_of",
+    "stack",
+]
 
 INDEX = "adapter_index"  # input of the banked graph: which bank row each batch row takes
 
-Kind = Literal["linear", "conv", "weight", "override"]
+Kind = Literal["linear", "matmul", "conv", "conv_transpose", "weight", "gain_0", "gain_1", "override"]
+
+
+Part = Literal["delta", "gain_0", "gain_1", "override"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,18 @@ class Target:
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def part(self) -> Part:
+        """What of an adapter it takes; a weight has at most one target for each part."""
+        if self.kind in ("gain_0", "gain_1", "override"):
+            return self.kind
+        return "delta"
+
+    @property
+    def key(self) -> str:
+        """One name per target of a bundle, e.g. "head.weight:override"."""
+        return f"{self.name}:{self.part}"
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -58,25 +89,35 @@ class Slot:
     shape: tuple[int | str, ...]
 
 
-def input_name(weight: str, slot: str) -> str:
-    """The graph input that takes one slot of one weight."""
-    return f"{weight}.tpeft.{slot}"
+def input_name(target: Target, slot: str) -> str:
+    """The graph input that takes one slot of a target."""
+    return f"{target.name}.tpeft.{target.kind if target.kind.startswith('gain') else slot}"
 
 
 def slots_of(target: Target) -> tuple[Slot, ...]:
     """The slots of a target, in the order in which its branch takes them."""
     if target.kind == "override":
         return (Slot("value", ("C", *target.shape[1:]) if target.shape else ()),)
-    outputs, inputs, *kernel = target.shape
+    if target.kind in ("gain_0", "gain_1"):
+        return (Slot("value", (target.shape[int(target.kind[-1])],)),)
+    first, second, *kernel = target.shape
     if target.kind == "linear":
-        return Slot("down", (inputs, "R")), Slot("up", ("R", outputs))
+        return Slot("down", (second, "R")), Slot("up", ("R", first))
+    if target.kind == "matmul":
+        return Slot("down", (first, "R")), Slot("up", ("R", second))
     if target.kind == "weight":
-        return Slot("up", (outputs, "R_o")), Slot("core", ("R_o", inputs * math.prod(kernel)))
+        return Slot("up", (first, "R_o")), Slot("core", ("R_o", second * math.prod(kernel)))
     ones = (1,) * len(kernel)
+    if target.kind == "conv_transpose":
+        return (
+            Slot("down", ("R_i", first, *ones)),
+            Slot("core", ("R_i", "R_o", *kernel)),
+            Slot("up", (second, "R_o", *ones)),
+        )
     return (
-        Slot("down", ("R_i", inputs, *ones)),
+        Slot("down", ("R_i", second, *ones)),
         Slot("core", ("R_o", "R_i", *kernel)),
-        Slot("up", (outputs, "R_o", *ones)),
+        Slot("up", (first, "R_o", *ones)),
     )
 
 
@@ -85,7 +126,7 @@ def fill(target: Target, change: TuckerDelta | Array) -> dict[str, Array]:
 
     Args:
         target: where the change goes.
-        change: a delta of the target's shape, or for the kind override the whole tensor.
+        change: a delta of the target's shape; for a gain or an override the array itself.
 
     Returns:
         Slot name -> contiguous array of the slot's shape with the adapter's own ranks.
@@ -99,6 +140,8 @@ def neutral(target: Target) -> dict[str, Array]:
 
     An override has no neutral value: its slot's default is the base's own tensor.
     """
+    if target.part in ("gain_0", "gain_1"):
+        return {slot.name: np.ones(slot.shape, target.dtype) for slot in slots_of(target)}  # type: ignore[arg-type]
     sizes = {slot.name: tuple(1 if isinstance(s, str) else s for s in slot.shape) for slot in slots_of(target)}
     return {name: np.zeros(shape, target.dtype) for name, shape in sizes.items()}
 
@@ -141,16 +184,32 @@ def _linear(delta: TuckerDelta) -> dict[str, Array]:
     return {"down": down @ core.T, "up": up.T}
 
 
+def _matmul(delta: TuckerDelta) -> dict[str, Array]:
+    slots = _linear(delta)
+    return {"down": slots["up"].T, "up": slots["down"].T}
+
+
 def _conv(delta: TuckerDelta) -> dict[str, Array]:
     core = delta.absorb(range(2, delta.core.ndim)).core * delta.scale
-    ones = (1,) * (core.ndim - 2)
-    up, down = _factor(delta, 0), _factor(delta, 1)
-    return {"down": down.T.reshape(*down.T.shape, *ones), "core": core, "up": up.reshape(*up.shape, *ones)}
+    return {"down": _pointwise(_factor(delta, 1).T, core), "core": core, "up": _pointwise(_factor(delta, 0), core)}
+
+
+def _conv_transpose(delta: TuckerDelta) -> dict[str, Array]:
+    core = delta.absorb(range(2, delta.core.ndim)).core * delta.scale
+    return {"down": _pointwise(_factor(delta, 0).T, core), "core": core, "up": _pointwise(_factor(delta, 1), core)}
+
+
+def _pointwise(matrix: Array, core: Array) -> Array:
+    """A matrix as the weight of a conv whose kernel is a single point."""
+    return matrix.reshape(*matrix.shape, *(1,) * (core.ndim - 2))
 
 
 def _weight(delta: TuckerDelta) -> dict[str, Array]:
     core = delta.absorb(range(1, delta.core.ndim)).core * delta.scale
-    return {"up": _factor(delta, 0), "core": core.reshape(core.shape[0], -1)}
+    up, core = _factor(delta, 0), core.reshape(core.shape[0], -1)
+    if core.shape[0] > core.shape[1]:  # a depthwise kernel has fewer taps than channels
+        up, core = up @ core, np.eye(core.shape[1])
+    return {"up": up, "core": core}
 
 
-_FILL = {"linear": _linear, "conv": _conv, "weight": _weight}
+_FILL = {"linear": _linear, "matmul": _matmul, "conv": _conv, "conv_transpose": _conv_transpose, "weight": _weight}

@@ -6,16 +6,17 @@ banked(model, target, slots, index) -> Rows one bank row per batch row, or per r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import onnx_ir as ir
 
-from tpeft_deploy.exporters.branches import conv, linear, override, weight
+from tpeft_deploy.exporters.branches import conv, gain, linear, override, weight
 from tpeft_deploy.manifest import Rows
 from tpeft_deploy.slots import Kind, Target
 
-__all__ = ["BRANCHES", "Branch"]
+__all__ = ["BRANCHES", "Branch", "in_order"]
 
 Slots = dict[str, ir.Value]
 
@@ -29,7 +30,26 @@ class Branch(NamedTuple):
 
 BRANCHES: dict[Kind, Branch] = {
     "linear": Branch(linear.factored, linear.banked),
+    "matmul": Branch(linear.factored, linear.banked),
     "conv": Branch(conv.factored, conv.banked),
+    "conv_transpose": Branch(conv.factored, conv.banked),
     "weight": Branch(weight.factored, weight.banked),
+    "gain_0": Branch(gain.factored, gain.banked),
+    "gain_1": Branch(gain.factored, gain.banked),
     "override": Branch(override.factored, override.banked),
 }
+
+
+def in_order(targets: Sequence[Target]) -> list[Target]:
+    """Targets in the order in which their branches fit into each other.
+
+    A gain multiplies what a branch of the same weight has added: attached later, the branch comes between.  Vectors
+    hold on to the layer before them by its output, and a replaced matrix takes that layer away, so it comes last.
+    """
+    return sorted(targets, key=_rank)
+
+
+def _rank(target: Target) -> int:
+    if target.part == "override":
+        return 1 if math.prod(target.shape) == max(target.shape, default=1) else 3
+    return 2 if target.part == "delta" else 0

@@ -35,6 +35,38 @@ def TuckerConv(y, x, down, core, up, strides: Sequence[int], pads: Sequence[int]
 
 
 @script(_tpeft, default_opset=op)
+def TuckerConvTranspose(
+    y,
+    x,
+    down,
+    core,
+    up,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    output_padding: Sequence[int],
+):
+    """As TuckerConv with a transposed core conv; core (R_i, R_o, *K)."""
+    inner = op.ConvTranspose(
+        op.Conv(x, down), core, strides=strides, pads=pads, dilations=dilations, output_padding=output_padding
+    )
+    return y + op.Conv(inner, up)
+
+
+@script(_tpeft, default_opset=op)
+def TuckerLookup(y, ids, down, up):
+    """y + (up^T)[ids] down^T; ids of any shape, down (I, R), up (R, V)."""
+    rows = op.Transpose(op.Gather(up, op.Reshape(ids, op.Constant(value_ints=[-1])), axis=1))
+    return y + op.Reshape(op.MatMul(rows, op.Transpose(down)), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
+def TuckerGain(y, gain, shape: Sequence[int]):
+    """y * gain, whose C factors are laid out as `shape` to broadcast against y."""
+    return y * op.Reshape(gain, op.Constant(value_ints=shape))
+
+
+@script(_tpeft, default_opset=op)
 def TuckerWeight(weight, up, core):
     """W + dW; up (O, R_o), core (R_o, I * K1 ..)."""
     return weight + op.Reshape(op.MatMul(up, core), op.Shape(weight))
@@ -46,6 +78,52 @@ def BankedLinear(y, x, adapter_index, downs, ups):
     split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
     inner = op.MatMul(op.Reshape(x, split), op.Gather(downs, adapter_index))
     return y + op.Reshape(op.MatMul(inner, op.Gather(ups, adapter_index)), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
+def BankedLinearMinor(y, x, adapter_index, downs, ups):
+    """As BankedLinear where the batch is the innermost of x's leading axes (sequence-major layers)."""
+    rest = op.Constant(value_ints=[-1])
+    split = op.Concat(rest, op.Shape(adapter_index), op.Shape(x, start=-1), axis=0)
+    rows = op.Transpose(op.Reshape(x, split), perm=[1, 0, 2])  # (N, m, I)
+    change = op.MatMul(op.MatMul(rows, op.Gather(downs, adapter_index)), op.Gather(ups, adapter_index))
+    return y + op.Reshape(op.Transpose(change, perm=[1, 0, 2]), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
+def BankedLinearShared(y, x, adapter_index, downs, ups):
+    """As BankedLinear for an x (1, m, I) that all rows share: the result has one row per adapter."""
+    return y + op.MatMul(op.MatMul(x, op.Gather(downs, adapter_index)), op.Gather(ups, adapter_index))
+
+
+@script(_tpeft, default_opset=op)
+def BankedLookup(y, ids, adapter_index, downs, ups):
+    """As TuckerLookup, row n with adapter `adapter_index[n]`; downs (T, I, R), ups (T, R, V).
+
+    Only the entries that are looked up are read: a row of `ups` may hold a whole vocabulary.
+    """
+    one = op.Constant(value_ints=[1])
+    split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), one, axis=0)
+    places = op.Reshape(op.Cast(ids, to=7), split)  # (N, m, 1)
+    ranks = op.Shape(ups, start=1, end=2)
+    words = op.Shape(ups, start=2)
+    first = op.Reshape(adapter_index, op.Constant(value_ints=[-1, 1, 1])) * (ranks * words)
+    steps = op.Range(op.Constant(value_int=0), op.Squeeze(ranks), op.Constant(value_int=1)) * words
+    rows = op.Gather(op.Reshape(ups, op.Constant(value_ints=[-1])), places + first + steps)  # (N, m, R)
+    change = op.MatMul(rows, op.Transpose(op.Gather(downs, adapter_index), perm=[0, 2, 1]))
+    return y + op.Reshape(change, op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
+def BankedLookupShared(y, ids, adapter_index, downs, ups):
+    """As BankedLookup for ids (1, m) that all rows share: the result (N, m, I) has one row per adapter."""
+    places = op.Reshape(op.Cast(ids, to=7), op.Constant(value_ints=[1, -1, 1]))
+    ranks = op.Shape(ups, start=1, end=2)
+    words = op.Shape(ups, start=2)
+    first = op.Reshape(adapter_index, op.Constant(value_ints=[-1, 1, 1])) * (ranks * words)
+    steps = op.Range(op.Constant(value_int=0), op.Squeeze(ranks), op.Constant(value_int=1)) * words
+    rows = op.Gather(op.Reshape(ups, op.Constant(value_ints=[-1])), places + first + steps)
+    return y + op.MatMul(rows, op.Transpose(op.Gather(downs, adapter_index), perm=[0, 2, 1]))
 
 
 @script(_tpeft, default_opset=op)
@@ -83,6 +161,44 @@ def BankedConv(
 
 
 @script(_tpeft, default_opset=op)
+def BankedConvTranspose(
+    y,
+    x,
+    adapter_index,
+    downs,
+    cores,
+    ups,
+    window,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    output_padding: Sequence[int],
+):
+    """As TuckerConvTranspose, row n with adapter `adapter_index[n]`; cores (T, R_i, R_o, *K).
+
+    The core is a batched matrix product that computes the K taps of each channel; the window, a transposed conv with
+    a one-hot kernel, adds them where they belong.
+    """
+    rows = op.Shape(adapter_index)
+    rest = op.Constant(value_ints=[-1])
+    flat = op.Constant(value_ints=[0, 0, -1])
+    pixels = op.Reshape(x, flat)
+    split = op.Reshape(pixels, op.Concat(rows, rest, op.Shape(pixels, start=1), axis=0))  # (N, m, I, P)
+    one = op.Constant(value_ints=[1])
+    down = op.Unsqueeze(op.Reshape(op.Gather(downs, adapter_index), flat), one)  # (N, 1, R_i, I)
+    inner = op.MatMul(down, split)  # (N, m, R_i, P)
+    core = op.Transpose(op.Reshape(op.Gather(cores, adapter_index), flat), perm=[0, 2, 1])  # (N, R_o K, R_i)
+    taps = op.MatMul(op.Unsqueeze(core, one), inner)  # (N, m, R_o K, P)
+    planes = op.Reshape(taps, op.Concat(rest, op.Shape(window, end=1), op.Shape(x, start=2), axis=0))
+    sums = op.ConvTranspose(
+        planes, window, strides=strides, pads=pads, dilations=dilations, output_padding=output_padding
+    )  # (B R_o, 1, *P')
+    counts = op.Concat(op.Shape(inner, end=2), op.Shape(cores, start=2, end=3), rest, axis=0)
+    up = op.Unsqueeze(op.Reshape(op.Gather(ups, adapter_index), flat), one)  # (N, 1, O, R_o)
+    return y + op.Reshape(op.MatMul(up, op.Reshape(sums, counts)), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
 def BankedGroupedConv(
     x,
     weight,
@@ -111,6 +227,67 @@ def BankedGroupedConv(
 
 
 @script(_tpeft, default_opset=op)
+def BankedGroupedConvTranspose(
+    x,
+    weight,
+    adapter_index,
+    ups,
+    cores,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    output_padding: Sequence[int],
+    group: int,
+):
+    """As BankedGroupedConv for a transposed conv."""
+    rows = op.Shape(adapter_index)
+    rest = op.Constant(value_ints=[-1])
+    change = op.MatMul(op.Gather(ups, adapter_index), op.Gather(cores, adapter_index))
+    weights = weight + op.Reshape(change, op.Concat(rows, op.Shape(weight), axis=0))
+    split = op.Reshape(x, op.Concat(rows, rest, op.Shape(x, start=1), axis=0))
+
+    @graph()
+    def one_row(x_row, w_row):
+        y_row = op.ConvTranspose(
+            x_row,
+            w_row,
+            strides=strides,
+            pads=pads,
+            dilations=dilations,
+            output_padding=output_padding,
+            group=group,
+        )
+        return y_row
+
+    y = op.Scan(split, weights, body=one_row, num_scan_inputs=2)
+    return op.Reshape(y, op.Concat(rest, op.Shape(y, start=2), axis=0))
+
+
+@script(_tpeft, default_opset=op)
+def BankedWholeConv(
+    x,
+    adapter_index,
+    values,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    group: int,
+):
+    """A bias-free conv with the whole weight values[adapter_index[n]]: Scan over rows, one Conv each."""
+    split = op.Reshape(
+        x, op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(x, start=1), axis=0)
+    )
+
+    @graph()
+    def one_row(x_row, w_row):
+        y_row = op.Conv(x_row, w_row, strides=strides, pads=pads, dilations=dilations, group=group)
+        return y_row
+
+    y = op.Scan(split, op.Gather(values, adapter_index), body=one_row, num_scan_inputs=2)
+    return op.Reshape(y, op.Concat(op.Constant(value_ints=[-1]), op.Shape(y, start=2), axis=0))
+
+
+@script(_tpeft, default_opset=op)
 def BankedWeight(weight, adapter_index, ups, cores):
     """W + dW of the one adapter of this run; `adapter_index` must have length 1 or the reshape fails."""
     change = op.MatMul(op.Gather(ups, adapter_index), op.Gather(cores, adapter_index))
@@ -127,11 +304,24 @@ def BankedDense(x, adapter_index, values):
 
 
 @script(_tpeft, default_opset=op)
-def BankedBias(y, adapter_index, values):
-    """y + values[adapter_index[n]] along the last axis; y (B, .., C), values (T, C)."""
-    split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(y, start=-1), axis=0)
-    bias = op.Unsqueeze(op.Gather(values, adapter_index), op.Constant(value_ints=[1]))
-    return op.Reshape(op.Reshape(y, split) + bias, op.Shape(y))
+def BankedTable(ids, adapter_index, values):
+    """values[adapter_index[n]][ids]; ids of any shape, rows first; values (T, C, I)."""
+    split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), axis=0)
+    first = op.Unsqueeze(adapter_index * op.Shape(values, start=1, end=2), op.Constant(value_ints=[1]))
+    places = op.Reshape(op.Cast(ids, to=7), split) + first
+    width = op.Shape(values, start=2)
+    rows = op.Gather(op.Reshape(values, op.Concat(op.Constant(value_ints=[-1]), width, axis=0)), places)
+    return op.Reshape(rows, op.Concat(op.Shape(ids), width, axis=0))
+
+
+@script(_tpeft, default_opset=op)
+def BankedVector(x, adapter_index, values, tail: Sequence[int]):
+    """values[adapter_index[n]] for every entry of x's first axis, (B, *tail), against x; values (T, .., C)."""
+    flat = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[1, -1]), axis=0)
+    rows = op.Reshape(op.Gather(values, adapter_index), flat)
+    entries = op.Shape(x, end=1)
+    each = op.Concat(op.Shape(adapter_index), entries / op.Shape(adapter_index), op.Constant(value_ints=[1]), axis=0)
+    return op.Reshape(op.Expand(rows, each), op.Concat(entries, op.Constant(value_ints=tail), axis=0))
 
 
 @script(_tpeft, default_opset=op)
@@ -140,16 +330,26 @@ def BankedValue(adapter_index, values):
     return op.Squeeze(op.Gather(values, adapter_index), op.Constant(value_ints=[0]))
 
 
-FACTORED: dict[str, OnnxFunction] = {f.name: f for f in (TuckerLinear, TuckerConv, TuckerWeight)}
+FACTORED: dict[str, OnnxFunction] = {
+    f.name: f for f in (TuckerLinear, TuckerLookup, TuckerConv, TuckerConvTranspose, TuckerWeight, TuckerGain)
+}
 BANKED: dict[str, OnnxFunction] = {
     f.name: f
     for f in (
         BankedLinear,
+        BankedLinearMinor,
+        BankedLinearShared,
+        BankedLookup,
+        BankedLookupShared,
         BankedConv,
+        BankedConvTranspose,
         BankedGroupedConv,
+        BankedGroupedConvTranspose,
+        BankedWholeConv,
         BankedWeight,
         BankedDense,
-        BankedBias,
+        BankedTable,
+        BankedVector,
         BankedValue,
     )
 }

@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.functions import BANKED, DOMAIN, FACTORED
+from tpeft_deploy.exporters.rows import same_order
 
-__all__ = ["add_constant", "add_input", "call", "call_first", "reroute", "route_around"]
+__all__ = ["add_constant", "add_input", "apply", "call", "call_first", "constant_ints", "reroute", "route_around"]
 
 _FUNCTIONS = FACTORED | BANKED
 
@@ -35,6 +36,37 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return value
 
 
+def constant_ints(model: ir.Model, numbers: Sequence[int]) -> ir.Value:
+    """A constant list of integers, shared by all who ask for the same."""
+    name = f"tpeft.ints.{'x'.join(map(str, numbers))}"
+    return add_constant(model.graph, name, np.array(numbers, np.int64))
+
+
+def apply(
+    model: ir.Model,
+    op_type: str,
+    inputs: Sequence[ir.Value],
+    *,
+    like: ir.Value | None,
+    after: ir.Node | None,
+    attributes: Mapping[str, object] | None = None,
+) -> ir.Value:
+    """Insert a standard operator behind a node, or before all others when that is None.
+
+    Args:
+        like: a value that the result resembles in shape, type and order of rows; None when that is not known.
+    """
+    node = ir.node(op_type, inputs, attributes or {})  # type: ignore[arg-type]
+    _resemble(node.outputs[0], like)
+    if after is not None:
+        model.graph.insert_after(after, node)
+    else:
+        model.graph.insert_before(model.graph[0], node)
+    node.outputs[0].name = f"tpeft.{op_type}.{_count(model)}"
+    node.name = f"{node.outputs[0].name}.node"
+    return node.outputs[0]
+
+
 def call(
     model: ir.Model,
     function: str,
@@ -49,7 +81,7 @@ def call(
 
     Args:
         name: of the new node.
-        like: a value that the result resembles in shape and type; None when its shape is not known.
+        like: a value that the result resembles in shape, type and order of rows; None when that is not known.
     """
     node = _node(model, function, inputs, name, like, attributes)
     model.graph.insert_after(after, node)
@@ -104,9 +136,23 @@ def _node(
     if key not in model.functions:
         model.functions[key] = ir.serde.deserialize_function(definition.to_function_proto())
         model.graph.opset_imports[DOMAIN] = 1
-    output = ir.Value(
-        name=f"{name}.out",
-        shape=like.shape.copy() if like is not None and like.shape is not None else None,
-        type=like.type if like is not None else None,
-    )
+    output = _resemble(ir.Value(name=f"{name}.out"), like)
     return ir.node(function, inputs, attributes or {}, domain=DOMAIN, outputs=[output], name=name)  # type: ignore[arg-type]
+
+
+def _resemble(new: ir.Value, like: ir.Value | None) -> ir.Value:
+    if like is not None:
+        new.shape = like.shape.copy() if like.shape is not None else None
+        new.type = like.type
+        same_order(new, like)
+    return new
+
+
+def _count(model: ir.Model) -> int:
+    """A number that no earlier call for this model got."""
+    count = int(model.graph.meta.get(_COUNTER, 0))
+    model.graph.meta[_COUNTER] = count + 1
+    return count
+
+
+_COUNTER = "tpeft.count"

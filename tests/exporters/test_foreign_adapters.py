@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests import nets
 from tpeft_deploy import Runtime, export_bundle, export_folded, load_adapter
-from tpeft_deploy.errors import FormatError, UnsupportedTarget
+from tpeft_deploy.errors import FormatError
 
 TARGETS = ["stem", "up", "head"]
 
@@ -70,19 +70,33 @@ def test_adapters_of_three_libraries_share_one_batch(tmp_path: Path) -> None:
         assert np.linalg.norm(answers[row] - reference) <= 2e-5 * np.linalg.norm(reference), task
 
 
-def test_dora_is_folded_exactly_and_refused_by_bundles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["dora", "ia3"])
+def test_gains_are_exact_in_every_form_and_in_mixed_rows(tmp_path: Path, method: str) -> None:
     import onnxruntime
 
     module, inputs = nets.conv_net()
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_dora=True)
-    expected = peft_answers(tmp_path / "dora", config, inputs["pixels"])
-    adapter = load_adapter(tmp_path / "dora", base=module)
+    config = {
+        "dora": peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, use_dora=True),
+        "ia3": peft.IA3Config(target_modules=["stem", "up"], feedforward_modules=["up"]),
+    }[method]
+    expected = peft_answers(tmp_path / "gains", config, inputs["pixels"])
+    adapter = load_adapter(tmp_path / "gains", base=module)
+    assert adapter.gains
     export_folded(module, adapter, tmp_path / "m.onnx", example_inputs=inputs)
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"pixels": inputs["pixels"].numpy()})
     assert np.linalg.norm(got - expected) <= 2e-5 * np.linalg.norm(expected)
-    with pytest.raises(UnsupportedTarget, match="gain"):
-        export_bundle(module, {"dora": adapter}, tmp_path / "bundle", example_inputs=inputs)
+
+    plain = nets.conv_adapters(module)["plain"]
+    bundle = export_bundle(module, {"gains": adapter, "plain": plain}, tmp_path / "bundle", example_inputs=inputs)
+    assert bundle.manifest.rows == "each"
+    runtime = Runtime(bundle.path, provider="cpu")
+    pixels = {"pixels": inputs["pixels"].numpy()[[0, 0, 0, 1]]}
+    mixed = runtime.run(pixels, tasks=["gains", "base", "plain", "gains"])["logits"]
+    for row, own in ((0, 0), (3, 1)):
+        assert np.linalg.norm(mixed[row] - expected[own]) <= 2e-5 * np.linalg.norm(expected[own])
+    base = runtime.run(pixels)["logits"]
+    np.testing.assert_allclose(mixed[1], base[1], rtol=1e-5, atol=1e-6)
 
 
 def test_a_change_of_a_tied_weight_is_refused(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests import nets
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle, export_folded
-from tpeft_deploy.exporters import gate
-from tpeft_deploy.exporters.bases import load_base
+from tpeft_deploy.exporters.loading import load_base
 
 LIMIT = 1e-5
 
@@ -173,12 +172,12 @@ def test_half_precision(tmp_path: Path) -> None:
 CASES: list[tuple[Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]], dict[str, tuple[int, ...]], str]] = [
     # Two consumers of one linear; every use gets the branch.
     (nets.text_net, {"mix.weight": (2, 3)}, "each"),
-    # Tied to the output: one table, two uses, of which the lookup fits no branch pattern.
-    (nets.text_net, {"embedding.weight": (4, 2), "mix.weight": (2, 2)}, "group"),
+    # Tied to the output: one table, a lookup and a product.
+    (nets.text_net, {"embedding.weight": (4, 2), "mix.weight": (2, 2)}, "each"),
     # Named by its other alias.
-    (nets.text_net, {"out.weight": (4, 2)}, "group"),
-    # Sequence-major rows inside: only the row-by-row gate can tell.
-    (nets.attention_net, {"attention.in_proj_weight": (3, 2), "head.weight": (2, 2)}, "group"),
+    (nets.text_net, {"out.weight": (4, 2)}, "each"),
+    # Sequence-major rows inside.
+    (nets.attention_net, {"attention.in_proj_weight": (3, 2), "head.weight": (2, 2)}, "each"),
     (nets.attention_net, {"head.weight": (2, 2)}, "each"),
 ]
 
@@ -295,13 +294,14 @@ def test_convolutions_of_other_dimensions(tmp_path: Path, transposed: bool) -> N
     targets |= {"back.weight": (3, 2, 2)} if transposed else {}
     adapters = {"a": nets.adapter_for(module, targets, seed=1), "b": nets.adapter_for(module, targets, seed=2)}
     bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs, folded=True)
-    assert bundle.manifest.rows == ("group" if transposed else "each")
+    assert bundle.manifest.rows == "each"
     tasks = ["b", "base", "a", "b"]
     batch = {name: torch.cat([tensor, tensor.flip(-1)]) for name, tensor in inputs.items()}
     mixed = Runtime(bundle.path, provider="cpu").run(arrays(batch), tasks=tasks)
     for row, task in enumerate(tasks):
         own = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-        changed = gate.merged_tensors(load_base(module, example_inputs=inputs), adapters.get(task))
+        adapter, base = adapters.get(task), load_base(module, example_inputs=inputs)
+        changed = {name: torch.from_numpy(base.merged(adapter, name)) for name in targets} if adapter else {}
         with torch.no_grad():
             expected = functional_call(module, changed, (), own)
         for name in ("waves", "blocks"):

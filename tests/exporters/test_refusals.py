@@ -20,10 +20,10 @@ from tpeft_deploy.errors import (
     UnsupportedBase,
     UnsupportedTarget,
 )
-from tpeft_deploy.exporters import gate
-from tpeft_deploy.exporters.bases import load_base, trace
 from tpeft_deploy.exporters.graphs import optimize
+from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.targets import resolve
+from tpeft_deploy.exporters.torch_base import TorchBase
 
 
 @pytest.fixture
@@ -45,8 +45,10 @@ def test_another_base_of_the_same_architecture_is_refused(tmp_path: Path, adapte
 
 def test_a_failed_gate_writes_nothing(tmp_path: Path, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     module, inputs = nets.conv_net()
-    honest = gate.reference
-    monkeypatch.setattr(gate, "reference", lambda *args: {name: array * 1.001 for name, array in honest(*args).items()})
+    honest = TorchBase.reference
+    monkeypatch.setattr(
+        TorchBase, "reference", lambda *args: {name: array * 1.001 for name, array in honest(*args).items()}
+    )
     with pytest.raises(NotEquivalent, match=r"expected relative error <= 1e-05 .*, got 9\.99e-04"):
         export_folded(module, adapter, tmp_path / "m.onnx", example_inputs=inputs)
     with pytest.raises(NotEquivalent):
@@ -57,7 +59,7 @@ def test_a_failed_gate_writes_nothing(tmp_path: Path, adapter: Adapter, monkeypa
 def test_a_fused_conv_under_its_old_name_is_refused() -> None:
     module, inputs = nets.conv_net()
     base = load_base(module, example_inputs=inputs)
-    model = trace(base)
+    model = base.graph()
     assert "grouped.weight" in resolve(model.graph, base.weights, base.aliases)
     optimize(model, inline=True)
     assert "grouped.weight" in model.graph.initializers
@@ -155,7 +157,7 @@ def test_a_factory_in_the_working_directory(tmp_path: Path, adapter: Adapter, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     checks = export_folded("my_base:base", adapter, "m.onnx")
-    assert {check.rows for check in checks} == {2, 5}
+    assert [check.sizes for check in checks] == [{"batch": 2}, {"batch": 5}]
     assert all(check.error <= check.limit for check in checks)
     sys.modules.pop("my_base")
 
@@ -164,7 +166,7 @@ def test_one_example_row_is_enough(tmp_path: Path, adapter: Adapter) -> None:
     module, inputs = nets.conv_net()
     one = {name: tensor[:1] for name, tensor in inputs.items()}
     checks = export_folded(module, adapter, tmp_path / "m.onnx", example_inputs=one)
-    assert [check.rows for check in checks] == [2, 5]
+    assert [check.sizes for check in checks] == [{"batch": 2}, {"batch": 5}]
     assert np.isfinite([check.error for check in checks]).all()
 
 
@@ -196,6 +198,6 @@ def test_inputs_without_a_batch_axis_and_fixed_batches(tmp_path: Path) -> None:
 
     fixed: dict[str, None] = {"x": None, "shift": None}
     checks = export_folded(module, adapter, tmp_path / "m.onnx", example_inputs=inputs, dynamic_shapes=fixed)
-    assert [check.rows for check in checks] == [3]
+    assert [check.sizes for check in checks] == [{}]
     with pytest.raises(UnsupportedBase, match="first axis is dynamic"):
         export_bundle(module, {"a": adapter}, tmp_path / "other", example_inputs=inputs, dynamic_shapes=fixed)

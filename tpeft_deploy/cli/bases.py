@@ -25,6 +25,6 @@ def open_base(base: str | None) -> object:
         return None
     if base.endswith(".onnx"):
         return Path(base)
-    from tpeft_deploy.exporters.bases import load_base
+    from tpeft_deploy.exporters.loading import load_base
 
-    return load_base(base).module
+    return load_base(base).view

@@ -128,6 +128,8 @@ def _text(value: object) -> str:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, float):
         return f"{value:.3g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {size}" for key, size in value.items()) or "-"
     if isinstance(value, list | tuple):
         return " x ".join(map(str, value))
     return str(value)

@@ -13,7 +13,7 @@ from tpeft_deploy.cli.console import Group, TaskAdapter, emit, json_option, stag
 
 __all__ = ["export"]
 
-_COLUMNS = ["form", "task", "rows", "error", "limit"]
+_COLUMNS = ["form", "task", "sizes", "error", "limit"]
 
 
 @click.group(cls=Group)
@@ -34,14 +34,14 @@ def export() -> None:
 def folded(base: str, adapter: Path, out: Path, scale: float | None, as_json: bool) -> None:
     """Merge ADAPTER into BASE: a plain ONNX model, as fast as the base."""
     from tpeft_deploy.exporters import export_folded
-    from tpeft_deploy.exporters.bases import load_base
+    from tpeft_deploy.exporters.loading import load_base
     from tpeft_deploy.formats import load_adapter
 
     with stages() as begin:
         begin("load the base")
         opened = load_base(base)
         begin("read the adapter")
-        loaded = load_adapter(adapter, scale=scale, base=opened.module)
+        loaded = load_adapter(adapter, scale=scale, base=opened.view)
         checks = export_folded(opened, loaded, out, task=adapter.name, progress=begin)
     gate = [check.to_json() for check in checks]
     emit({"path": str(out), "bytes": out.stat().st_size, "gate": gate}, key="gate", columns=_COLUMNS, as_json=as_json)
@@ -68,7 +68,7 @@ def bundle(
 ) -> None:
     """Write a bundle: BASE once, as plain, factored and banked graphs, and adapters beside it."""
     from tpeft_deploy.exporters import export_bundle
-    from tpeft_deploy.exporters.bases import load_base
+    from tpeft_deploy.exporters.loading import load_base
     from tpeft_deploy.formats import load_adapter
 
     repeated = {task for task, _ in adapters if sum(task == other for other, _ in adapters) > 1}
@@ -78,7 +78,7 @@ def bundle(
         begin("load the base")
         opened = load_base(base)
         begin("read the adapters")
-        loaded = {task: load_adapter(path, base=opened.module) for task, path in adapters}
+        loaded = {task: load_adapter(path, base=opened.view) for task, path in adapters}
         written = export_bundle(opened, loaded, out, name=name, max_rank=max_rank, folded=with_folded, progress=begin)
     manifest = written.manifest
     document: dict[str, Any] = {

@@ -1,0 +1,119 @@
+"""Finding the base: a module, a factory's name, a directory or a file."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters.bases import Base
+from tpeft_deploy.exporters.torch_base import TorchBase
+
+__all__ = ["load_base"]
+
+
+def load_base(
+    base: object,
+    *,
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+) -> Base:
+    """Make a base of a torch module, or of the name of a callable that returns one.
+
+    Args:
+        base: a module, or "package.module:factory" whose factory returns (module, example inputs) or
+            (module, example inputs, dynamic shapes); a base that is loaded already is returned as it is.
+        example_inputs: by input name; the first axis is the batch.
+        dynamic_shapes: as `torch.export` takes them; by default the first axis of every input is dynamic.
+
+    Raises:
+        UnsupportedBase: it cannot be loaded, or is not a plain torch module with example inputs.
+    """
+    if isinstance(base, Base):
+        return base
+    name = type(base).__name__
+    if isinstance(base, str | os.PathLike):
+        name = os.fspath(base)
+        base, example_inputs, dynamic_shapes = _call_factory(name, example_inputs, dynamic_shapes)
+    if not isinstance(base, nn.Module):
+        raise UnsupportedBase(f"load base {name}", expected="a torch.nn.Module", got=type(base).__name__)
+    if hasattr(base, "peft_config"):
+        raise UnsupportedBase(
+            f"load base {name}",
+            expected="the plain base module",
+            got="one that PEFT has wrapped",
+            fix="Build the base anew, or call unload() on the PEFT model.",
+        )
+    inputs = _check_inputs(name, example_inputs)
+    if dynamic_shapes is None:
+        inputs = _two_rows(inputs)
+        dynamic_shapes = {key: {0: "batch"} if value.ndim else None for key, value in inputs.items()}
+    return TorchBase(name.rpartition(":")[2], base, inputs, dynamic_shapes)
+
+
+def _call_factory(
+    name: str, inputs: Mapping[str, torch.Tensor] | None, shapes: Mapping[str, Any] | None
+) -> tuple[object, Mapping[str, torch.Tensor] | None, Mapping[str, Any] | None]:
+    module_name, _, function_name = name.partition(":")
+    if not function_name or os.path.sep in name:
+        raise UnsupportedBase(
+            f"load base {name}",
+            expected="package.module:factory",
+            got=repr(name),
+            fix="ONNX files and Hugging Face directories are not read as bases by this version.",
+        )
+    result = _factory(name, module_name, function_name)()
+    if isinstance(result, nn.Module):
+        return result, inputs, shapes
+    if not isinstance(result, tuple) or len(result) not in (2, 3):
+        raise UnsupportedBase(
+            f"load base {name}",
+            expected="the factory to return (module, example_inputs) or (module, example_inputs, dynamic_shapes)",
+            got=type(result).__name__,
+        )
+    module, own_inputs, own_shapes = (*result, None)[:3]
+    return module, inputs or own_inputs, shapes or own_shapes
+
+
+def _factory(name: str, module_name: str, function_name: str) -> Callable[[], object]:
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: factories live beside the user's own scripts
+    try:
+        factory: Callable[[], object] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedBase(
+            f"load base {name}",
+            expected=f"a callable {function_name!r} in module {module_name!r}",
+            got=str(error),
+            fix="Run from the directory that holds the module, or install it.",
+        ) from error
+    return factory
+
+
+def _check_inputs(name: str, inputs: object) -> dict[str, torch.Tensor]:
+    if not isinstance(inputs, Mapping) or not inputs:
+        raise UnsupportedBase(
+            f"load base {name}",
+            expected="example_inputs: a dict of input name -> tensor",
+            got="none" if inputs is None else type(inputs).__name__,
+            fix="Pass example_inputs={'input name': tensor}, named as the forward method names them.",
+        )
+    for key, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise UnsupportedBase(
+                f"load base {name}, input {key!r}", expected="a torch.Tensor", got=type(value).__name__
+            )
+    return dict(inputs)
+
+
+def _two_rows(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """At least two rows: the exporter takes a size of 1 for a constant."""
+    if any(value.ndim and value.shape[0] == 1 for value in inputs.values()):
+        return {key: torch.cat([value, value]) if value.ndim else value for key, value in inputs.items()}
+    return inputs

@@ -1,0 +1,175 @@
+"""A torch module as a base: traced once, raw, and run itself as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
+from tpeft_deploy.exporters.quiet import quiet
+from tpeft_deploy.tucker import Array
+
+__all__ = ["OPSET", "TorchBase", "output_names"]
+
+OPSET = 20
+
+_DTYPES = {torch.float32, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool}
+
+
+class TorchBase(Base):
+    """A torch module with what is needed to trace and run it.
+
+    Args:
+        name: for messages and as the default name of a bundle.
+        module: in whatever mode it is; it is traced and run in evaluation mode and left as it was.
+        inputs: by input name.
+        dynamic_shapes: as `torch.export` takes them, by input name.
+
+    Raises:
+        UnsupportedBase: a weight has a dtype that cannot be exported.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, inputs: Mapping[str, torch.Tensor], dynamic_shapes: Mapping[str, Any]
+    ) -> None:
+        super().__init__(name, {key: value.detach().cpu().numpy() for key, value in inputs.items()})
+        self.module = module
+        self.dynamic_shapes = dynamic_shapes
+        self._check_dtypes()
+
+    @property
+    def weights(self) -> dict[str, Array]:
+        """Every parameter and buffer by every name it has; no copies on the CPU."""
+        return {name: tensor.detach().cpu().numpy() for name, tensor in self._named().items()}
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Every name of a parameter or buffer -> the first name of the same tensor."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(tensor), name) for name, tensor in self._named().items()}
+
+    @property
+    def view(self) -> nn.Module:
+        """The module itself."""
+        return self.module
+
+    @property
+    def batched(self) -> bool:
+        """Whether some input's first axis is dynamic."""
+        return any(_is_dynamic(self.dynamic_shapes.get(name)) for name in self.inputs)
+
+    def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
+        """What the module computes with the merged tensors in place of its own."""
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
+        changed = [*adapter.deltas, *adapter.gains, *adapter.served_overrides] if adapter is not None else []
+        merged = {name: torch.from_numpy(self.merged(adapter, name)) for name in dict.fromkeys(changed) if adapter}
+        with self._evaluating() as module:
+            outputs = functional_call(module, merged, (), tensors, tie_weights=True)
+        leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        return {name: tensor.numpy() for name, tensor in zip(names, leaves, strict=True)}
+
+    def graph(self) -> ir.Model:
+        """Export the module: every weight keeps its name and value, nothing is optimised."""
+        inputs = {name: torch.from_numpy(np.array(value)) for name, value in self.inputs.items()}
+        with self._evaluating() as module, quiet():
+            outputs = module(**inputs)
+            try:
+                program = torch.onnx.export(
+                    module,
+                    args=(),
+                    kwargs=inputs,
+                    dynamo=True,
+                    optimize=False,
+                    dynamic_shapes=dict(self.dynamic_shapes),
+                    opset_version=OPSET,
+                    verbose=False,
+                )
+            except Exception as error:  # the exporter raises every kind of exception; the cause is kept
+                raise UnsupportedBase(
+                    f"export base {self.name}",
+                    problem=f"the torch exporter failed ({type(error).__name__}: {str(error).strip()[:300]})",
+                    fix="Try torch.export.export on the module alone; sizes that must vary need dynamic_shapes.",
+                ) from error
+        if program is None:
+            raise UnsupportedBase(f"export base {self.name}", problem="the torch exporter returned no program")
+        _name_outputs(self.name, program.model.graph, output_names(outputs))
+        return program.model
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        return {**parameters, **dict(self.module.named_buffers(remove_duplicate=False))}
+
+    def _check_dtypes(self) -> None:
+        for name, tensor in self.module.state_dict().items():
+            if tensor.dtype not in _DTYPES:
+                raise UnsupportedBase(
+                    f"load base {self.name}, weight {name!r}",
+                    expected="float32, float16, float64, integers or booleans",
+                    got=str(tensor.dtype).removeprefix("torch."),
+                    fix="Convert the module with .float() or .half().",
+                )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[nn.Module]:
+        """The module in evaluation mode without gradients; every submodule's mode is put back."""
+        modes = [(module, module.training) for module in self.module.modules()]
+        try:
+            with torch.no_grad():
+                yield self.module.eval()
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def output_names(outputs: object) -> list[str]:
+    """Names of a module's outputs: a mapping's keys, else `output`, or `output_0`, `output_1`, ...
+
+    A key that holds several tensors (past key values) gets one name each, `key_0`, `key_1`, ...
+    """
+    if isinstance(outputs, Mapping):
+        named = [(str(key), _count(value)) for key, value in outputs.items()]
+    else:
+        named = [("output", _count(outputs))]
+    return [name if count == 1 else f"{name}_{i}" for name, count in named for i in range(count)]
+
+
+def _count(value: object) -> int:
+    return sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+
+
+def _name_outputs(base: str, graph: ir.Graph, names: list[str]) -> None:
+    if len(names) != len(graph.outputs):
+        raise UnsupportedBase(
+            f"export base {base}",
+            expected=f"{len(names)} tensor outputs, as the module returns",
+            got=f"{len(graph.outputs)} in the graph",
+        )
+    taken = {value.name: value for node in graph for value in node.outputs}
+    for value, name in zip(graph.outputs, names, strict=True):
+        if name in graph.initializers or any(name == i.name for i in graph.inputs):
+            raise UnsupportedBase(
+                f"export base {base}, output {name!r}",
+                expected="a name of its own",
+                got="that of an input or a weight",
+                fix="Return it under another key; ONNX has one space of names.",
+            )
+        other = taken.get(name)
+        if other is not None and other is not value:
+            other.name = f"{name}.inner"
+        value.name = name
+
+
+def _is_dynamic(shape: object) -> bool:
+    if isinstance(shape, Mapping):
+        return shape.get(0) is not None
+    return isinstance(shape, tuple | list) and bool(shape) and shape[0] is not None
