@@ -19,7 +19,7 @@ from tpeft_deploy.errors import BundleError, UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters import banked, factored, rows
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.folded import write_folded
-from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
+from tpeft_deploy.exporters.graphs import complete_shapes, optimize, share_weights, write_weights
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.proof import prove, with_checks
 from tpeft_deploy.exporters.targets import activations, plan, plan_all, resolve
@@ -110,6 +110,7 @@ def _check_batch(base: Base) -> None:
 
 
 def _write_graphs(base: Base, raw: ir.Model, adapters: Mapping[str, Adapter], place: Path) -> Manifest:
+    complete_shapes(raw.graph)
     resolved = resolve(raw.graph, base.weights, base.aliases)
     targets = plan(raw.graph, adapters, resolved, base=base.name) if adapters else plan_all(raw.graph, resolved)
     held = set(resolved.values())

@@ -18,7 +18,7 @@ from onnxscript import optimizer
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.manifest import Weight
 
-__all__ = ["forget_shapes", "optimize", "share_weights", "write_weights"]
+__all__ = ["complete_shapes", "forget_shapes", "optimize", "share_weights", "write_weights"]
 
 ALIGNMENT = 4096  # what ONNX Runtime can map without a copy on every platform
 
@@ -62,6 +62,29 @@ def _hidden(graph: ir.Graph, keep: Iterable[str]) -> Iterator[None]:
         value.const_value = tensor
         if value.is_graph_input() or value.uses():
             graph.register_initializer(value)
+
+
+def complete_shapes(graph: ir.Graph) -> None:
+    """Give the products that the exporter left without a shape theirs, from what goes in."""
+    for node in graph:
+        y = node.outputs[0] if node.outputs else None
+        if y is None or y.shape is not None or node.op_type != "MatMul":
+            continue
+        x, matrix = node.inputs[0], node.inputs[1]
+        sizes = _matrix_sizes(matrix)
+        if x is not None and x.shape is not None and sizes is not None:
+            y.shape = ir.Shape([*x.shape[:-1], sizes[1]])
+
+
+def _matrix_sizes(matrix: ir.Value | None) -> tuple[int, int] | None:
+    producer = matrix.producer() if matrix is not None else None
+    if producer is not None and producer.op_type == "Transpose":
+        own = _matrix_sizes(producer.inputs[0])
+        return (own[1], own[0]) if own is not None else None
+    if matrix is None or matrix.const_value is None or len(matrix.const_value.shape) != 2:
+        return None
+    rows, columns = matrix.const_value.shape.numpy()
+    return rows, columns
 
 
 def forget_shapes(graph: ir.Graph) -> None:
