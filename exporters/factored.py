@@ -57,6 +57,7 @@ def output_axes(model: ir.Model, targets: Sequence[Target], outputs: Sequence[ir
         return {}
     copy = model.clone()
     passes.InlinePass()(copy)
+    _join_biases(copy.graph, targets)
     inferred = passes.ShapeInferencePass()(copy).model
     found: dict[str, Varies] = {}
     for before, after in zip(outputs, inferred.graph.outputs, strict=True):
@@ -72,6 +73,16 @@ def output_axes(model: ir.Model, targets: Sequence[Target], outputs: Sequence[ir
                     fix="Give every task a head of the base's size, or export that task folded.",
                 )
     return found
+
+
+def _join_biases(graph: ir.Graph, targets: Sequence[Target]) -> None:
+    """Give the bias of a layer the free size of the layer's matrix: inference cannot know that the two are equal."""
+    layers = {t.name.rpartition(".")[0]: t.name for t in targets if t.kind == "override" and len(t.shape) > 1}
+    for target in targets:
+        layer = layers.get(target.name.rpartition(".")[0])
+        if target.kind == "override" and len(target.shape) == 1 and layer is not None:
+            value = next(v for v in graph.inputs if v.name == slots.input_name(target, "value"))
+            value.shape = ir.Shape([f"{layer}.C"])
 
 
 def _dtype(tensor: ir.TensorProtocol | None) -> ir.DataType:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
@@ -57,7 +58,15 @@ def open_session(model: Path) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    # A pass without 16-bit kernels to offer, in which ONNX Runtime 1.32 crashes on a transposed 16-bit product.
+    disabled = ["NchwcTransformer"] if _is_half(model) else []
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(str(model), options, providers=providers, disabled_optimizers=disabled)
+
+
+def _is_half(model: Path) -> bool:
+    graph = onnx.load(model, load_external_data=False).graph
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer)
 
 
 def run(session: onnxruntime.InferenceSession, inputs: Inputs, extra: Mapping[str, Array]) -> Outputs:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
@@ -103,6 +104,7 @@ class TorchBase(Base):
         if program is None:
             raise UnsupportedBase(f"export base {self.name}", problem="the torch exporter returned no program")
         _name_outputs(self.name, program.model.graph, output_names(outputs))
+        _drop_made_up_biases(program.model)
         return program.model
 
     def _named(self) -> dict[str, torch.Tensor]:
@@ -167,6 +169,15 @@ def _name_outputs(base: str, graph: ir.Graph, names: list[str]) -> None:
         if other is not None and other is not value:
             other.name = f"{name}.inner"
         value.name = name
+
+
+def _drop_made_up_biases(model: ir.Model) -> None:
+    """Remove the zeros that the exporter gives a Conv3d without a bias for one, in a shape that nothing accepts."""
+    for node in model.graph:
+        bias = node.inputs[2] if node.op_type == "Conv" and len(node.inputs) > 2 else None
+        if bias is not None and bias.producer() is not None and bias.producer().op_type == "Expand":  # type: ignore[union-attr]
+            node.resize_inputs(2)
+    passes.RemoveUnusedNodesPass()(model)
 
 
 def _is_dynamic(shape: object) -> bool:

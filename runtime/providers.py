@@ -69,13 +69,16 @@ def choose(provider: str) -> Choice:
     return Choice("cpu", obstacle)
 
 
-def open_session(model: Path, choice: Choice, *, threads: int | None = None) -> onnxruntime.InferenceSession:
+def open_session(
+    model: Path, choice: Choice, *, threads: int | None = None, half: bool = False
+) -> onnxruntime.InferenceSession:
     """A session on the chosen device, and nowhere else.
 
     Args:
         model: the ONNX file.
         choice: from `choose`.
         threads: intra-op threads; by default one per core.
+        half: whether the model computes in 16 bits.
 
     Raises:
         ProviderUnavailable: the session came up without CUDA although CUDA was chosen.
@@ -88,7 +91,9 @@ def open_session(model: Path, choice: Choice, *, threads: int | None = None) -> 
         options.intra_op_num_threads = threads
     # TF32 keeps 10 bits of the mantissa: folded and banked answers would differ by 1e-3.
     providers = [(_CUDA, {"use_tf32": "0"}), _CPU] if choice.device == "cuda" else [_CPU]
-    session = onnxruntime.InferenceSession(str(model), options, providers=providers)
+    # A pass without 16-bit kernels to offer, in which ONNX Runtime 1.32 crashes on a transposed 16-bit product.
+    disabled = ["NchwcTransformer"] if half else []
+    session = onnxruntime.InferenceSession(str(model), options, providers=providers, disabled_optimizers=disabled)
     session.disable_fallback()
     if choice.device == "cuda" and session.get_providers()[0] != _CUDA:
         raise ProviderUnavailable(

@@ -50,7 +50,8 @@ class Runtime:
             residents[task] = make_resident(self._bundle, self._bundle.adapter(task), digest)
         self._changes = threading.Lock()
         self._bank = build(self._bundle, residents, choice.device)
-        self._session = Session(graph, choice, threads=threads)
+        half = any(weight.dtype == "float16" for weight in self._bundle.manifest.weights.values())
+        self._session = Session(graph, choice, threads=threads, half=half)
 
     @property
     def name(self) -> str:

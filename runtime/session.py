@@ -23,10 +23,11 @@ class Session:
         model: the ONNX file.
         choice: the device, from `providers.choose`.
         threads: intra-op threads; by default one per core.
+        half: whether the model computes in 16 bits.
     """
 
-    def __init__(self, model: Path, choice: Choice, *, threads: int | None = None) -> None:
-        self._session = open_session(model, choice, threads=threads)
+    def __init__(self, model: Path, choice: Choice, *, threads: int | None = None, half: bool = False) -> None:
+        self._session = open_session(model, choice, threads=threads, half=half)
         self._device = choice.device
         self._outputs = [output.name for output in self._session.get_outputs()]
 
