@@ -12,7 +12,7 @@ from onnx_ir.passes import common as passes
 
 from tpeft_deploy import slots
 from tpeft_deploy.errors import UnsupportedTarget
-from tpeft_deploy.exporters.branches import BRANCHES, in_order
+from tpeft_deploy.exporters.branches import BRANCHES, Branches, in_order
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graphs import forget_shapes
 from tpeft_deploy.manifest import Varies
@@ -21,7 +21,7 @@ from tpeft_deploy.slots import Target
 __all__ = ["attach", "output_axes"]
 
 
-def attach(model: ir.Model, targets: Sequence[Target]) -> None:
+def attach(model: ir.Model, targets: Sequence[Target], branches: Branches = BRANCHES) -> None:
     """Attach a branch for every target to a raw graph, in place."""
     for target in in_order(targets):
         neutral = slots.neutral(target) if target.kind != "override" else {}
@@ -36,7 +36,7 @@ def attach(model: ir.Model, targets: Sequence[Target]) -> None:
                 ir.DataType.from_numpy(default.dtype) if default is not None else _dtype(tensor),
                 tensor,
             )
-        BRANCHES[target.kind].factored(model, target, values)
+        branches[target.kind].factored(model, target, values)
     if any(target.kind == "override" for target in targets):
         forget_shapes(model.graph)
 
@@ -75,7 +75,7 @@ def output_axes(model: ir.Model, targets: Sequence[Target], outputs: Sequence[ir
     return found
 
 
-def _join_biases(graph: ir.Graph, targets: Sequence[Target]) -> None:
+def _join_biases(graph: ir.Graph, targets: Sequence[Target], branches: Branches = BRANCHES) -> None:
     """Give the bias of a layer the free size of the layer's matrix: inference cannot know that the two are equal."""
     layers = {t.name.rpartition(".")[0]: t.name for t in targets if t.kind == "override" and len(t.shape) > 1}
     for target in targets:

@@ -24,7 +24,13 @@ from tpeft_deploy.tucker import Array
 
 __all__ = ["ORT_ERRORS", "Check", "compare", "open_session", "relative_error", "run"]
 
-ORT_ERRORS = (ort_errors.Fail, ort_errors.RuntimeException, ort_errors.InvalidArgument, ort_errors.InvalidGraph)
+ORT_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.RuntimeException,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.NotImplemented,
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import onnxruntime
 
 from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BASE_TASK, Bundle
+from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base, Outputs
@@ -75,17 +75,26 @@ def check_forms(
         inputs = with_sizes(base, graph, sizes)
         expected = base.reference(None, inputs, names)
         yield gate.compare("base", BASE_TASK, sizes, gate.run(session, inputs, {}), expected)
-    factored = gate.open_session(bundle.path / "factored.onnx")
-    banked = gate.open_session(bundle.path / "banked.onnx")
+    sessions = {file: gate.open_session(bundle.path / file) for file in _graphs(bundle)}
     banks = _banks(bundle, tasks)
     for position, (task, adapter) in enumerate(tasks.items()):
         factors = bundle.factors(task) if adapter is not None else {}
         for sizes in shapes:
             inputs = with_sizes(base, graph, sizes)
             expected = base.reference(adapter, inputs, names)
-            yield gate.compare("factored", task, sizes, gate.run(factored, inputs, factors), expected)
-            got = gate.run(banked, inputs, banks | {slots.INDEX: np.array([position])})
-            yield gate.compare("banked", task, sizes, _cut(got, bundle, adapter), expected)
+            for file, session in sessions.items():
+                form = file.removesuffix(".onnx")
+                if form.startswith("factored"):
+                    yield gate.compare(form, task, sizes, gate.run(session, inputs, factors), expected)
+                else:
+                    got = gate.run(session, inputs, banks | {slots.INDEX: np.array([position])})
+                    yield gate.compare(form, task, sizes, _cut(got, bundle, adapter), expected)
+
+
+def _graphs(bundle: Bundle) -> list[str]:
+    """The graphs with branches: the portable two, and those for the CPU where there are any."""
+    own = [file for file in (FACTORED_CPU, BANKED_CPU) if file in bundle.manifest.files]
+    return ["factored.onnx", "banked.onnx", *own]
 
 
 def check_rows(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter]) -> Iterator[Check]:
@@ -98,7 +107,8 @@ def check_rows(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[st
         NotEquivalent: rows of different adapters do not keep apart.
     """
     batch = batch_axis(graph)
-    session = gate.open_session(bundle.path / "banked.onnx")
+    files = [file for file in _graphs(bundle) if file.startswith("banked")]
+    sessions = [gate.open_session(bundle.path / file) for file in files]
     names = list(adapters)
     for start in range(0, max(len(names), 1), _MIXED):
         chosen: Tasks = {name: adapters[name] for name in names[start : start + _MIXED]}
@@ -106,7 +116,8 @@ def check_rows(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[st
         # Twice each task at the example's sizes; at the others once, and one row more.
         for sizes, count in zip(shapes_to_prove(base, graph), (2 * len(tasks), len(tasks) + 1), strict=False):
             rows = sizes | ({batch: count} if batch is not None else {})
-            yield from _check_batch(base, graph, bundle, session, tasks, rows, count)
+            for session in sessions:
+                yield from _check_batch(base, graph, bundle, session, tasks, rows, count)
 
 
 def _check_batch(

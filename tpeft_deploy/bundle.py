@@ -3,6 +3,7 @@
     bundle/
       manifest.json        what it is (see `manifest`)
       base.onnx  factored.onnx  banked.onnx  weights.data
+      factored.cpu.onnx  banked.cpu.onnx        where the CPU has a faster form that no other device can run
       example.npz          the example inputs that the base was exported with: `verify` runs on them
       adapters/<task>/current                   the digest this task is an alias for
       adapters/<task>/<digest>/adapter.safetensors  adapter.json  adapter.onnx_adapter
@@ -38,11 +39,12 @@ from tpeft_deploy.manifest import FileRecord, Manifest, check_name, is_name
 from tpeft_deploy.slots import Target
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BASE_TASK", "EXAMPLE", "MANIFEST", "Bundle", "check_task"]
+__all__ = ["BANKED_CPU", "BASE_TASK", "EXAMPLE", "FACTORED_CPU", "MANIFEST", "Bundle", "check_task"]
 
 BASE_TASK = "base"
 MANIFEST = "manifest.json"
 EXAMPLE = "example.npz"
+FACTORED_CPU, BANKED_CPU = "factored.cpu.onnx", "banked.cpu.onnx"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from tpeft_deploy.exporters.branches.functions import BANKED, DOMAIN, FACTORED
+from tpeft_deploy.exporters.branches.banked_functions import BANKED
+from tpeft_deploy.exporters.branches.factored_functions import BLOCKS, DOMAIN, FACTORED
 from tpeft_deploy.exporters.rows import same_order
 
 __all__ = ["add_constant", "add_input", "apply", "call", "call_first", "constant_ints", "reroute", "route_around"]
@@ -136,6 +137,8 @@ def _node(
     if key not in model.functions:
         model.functions[key] = ir.serde.deserialize_function(definition.to_function_proto())
         model.graph.opset_imports[DOMAIN] = 1
+        if BLOCKS in model.functions[key].opset_imports:
+            model.graph.opset_imports[BLOCKS] = 1
     output = _resemble(ir.Value(name=f"{name}.out"), like)
     return ir.node(function, inputs, attributes or {}, domain=DOMAIN, outputs=[output], name=name)  # type: ignore[arg-type]
 
