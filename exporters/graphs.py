@@ -74,6 +74,7 @@ def complete_shapes(graph: ir.Graph) -> None:
         sizes = _matrix_sizes(matrix)
         if x is not None and x.shape is not None and sizes is not None:
             y.shape = ir.Shape([*x.shape[:-1], sizes[1]])
+            y.type = x.type
 
 
 def _matrix_sizes(matrix: ir.Value | None) -> tuple[int, int] | None:

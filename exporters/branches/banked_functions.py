@@ -48,6 +48,20 @@ def BankedLinearShared(y, x, adapter_index, downs, ups):
 
 
 @script(_tpeft, default_opset=op)
+def BankedShared(x, adapter_index, downs, ups):
+    """The change alone for an x (1, m, I) that all rows share: (N, m, O)."""
+    return op.MatMul(op.MatMul(x, op.Gather(downs, adapter_index)), op.Gather(ups, adapter_index))
+
+
+@script(_tpeft, default_opset=op)
+def BankedRepeated(y, changes):
+    """y (B H, L, D), a shared result repeated for every row, + changes (N, H, L, D), each adapter's own."""
+    flat = op.Reshape(changes, op.Concat(op.Constant(value_ints=[-1]), op.Shape(changes, start=2), axis=0))
+    times = op.Shape(y, end=1) / op.Shape(flat, end=1)
+    return y + op.Tile(flat, op.Concat(times, op.Constant(value_ints=[1, 1]), axis=0))
+
+
+@script(_tpeft, default_opset=op)
 def BankedLookup(y, ids, adapter_index, downs, ups):
     """As TuckerLookup, row n with adapter `adapter_index[n]`; downs (T, I, R), ups (T, R, V).
 
@@ -331,6 +345,8 @@ BANKED: dict[str, OnnxFunction] = {
         BankedLinear,
         BankedLinearMinor,
         BankedLinearShared,
+        BankedShared,
+        BankedRepeated,
         BankedLookup,
         BankedLookupShared,
         BankedConv,
