@@ -83,7 +83,7 @@ def cached_text(model: Any, doing: str) -> tuple[Tensors, dict[str, Any]]:
     except Exception as error:  # as above
         raise UnsupportedBase(
             doing,
-            problem=f"the model keeps no cache of keys and values ({type(error).__name__}: {error})",
+            problem=f"the model does not run with a cache of keys and values ({type(error).__name__}: {error})",
             fix=FACTORY,
         ) from error
     shapes: dict[str, Any] = {name: {0: "batch", 2: "past"} for name in inputs}
