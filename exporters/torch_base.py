@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters import dotted
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.tucker import Array
@@ -25,6 +26,9 @@ __all__ = ["OPSET", "TorchBase", "output_names"]
 OPSET = 20
 
 _DTYPES = {torch.float32, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool}
+
+
+_HALVES = {torch.float16}
 
 
 class TorchBase(Base):
@@ -70,12 +74,20 @@ class TorchBase(Base):
         return any(_is_dynamic(self.dynamic_shapes.get(name)) for name in self.inputs)
 
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
-        """What the module computes with the merged tensors in place of its own."""
-        tensors = {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
+        """What the module computes with the merged tensors in place of its own; a 16-bit module in float32."""
+        own = self._named()
+        half = any(tensor.dtype in _HALVES for tensor in own.values())
         changed = [*adapter.deltas, *adapter.gains, *adapter.served_overrides] if adapter is not None else []
         merged = {name: torch.from_numpy(self.merged(adapter, name)) for name in dict.fromkeys(changed) if adapter}
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
+        if half:
+            # Its own rounding, at every layer, is no part of what an export is measured by.
+            aliases = self.aliases
+            changes = {aliases[name]: tensor for name, tensor in merged.items()}
+            merged = {name: _wide(changes.get(aliases[name], tensor)) for name, tensor in own.items()}
+            tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
         with self._evaluating() as module:
-            outputs = functional_call(module, merged, (), tensors, tie_weights=True)
+            outputs = functional_call(module, merged, (), tensors, tie_weights=not half)
         leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
         return {name: tensor.numpy() for name, tensor in zip(names, leaves, strict=True)}
 
@@ -88,10 +100,10 @@ class TorchBase(Base):
                 program = torch.onnx.export(
                     module,
                     args=(),
-                    kwargs=inputs,
+                    kwargs=dotted.nest(inputs),
                     dynamo=True,
                     optimize=False,
-                    dynamic_shapes=dict(self.dynamic_shapes),
+                    dynamic_shapes=dotted.nest(self.dynamic_shapes),
                     opset_version=OPSET,
                     verbose=False,
                 )
@@ -103,6 +115,7 @@ class TorchBase(Base):
                 ) from error
         if program is None:
             raise UnsupportedBase(f"export base {self.name}", problem="the torch exporter returned no program")
+        dotted.restore(program.model.graph, self.inputs)
         _name_outputs(self.name, program.model.graph, output_names(outputs))
         _drop_made_up_biases(program.model)
         return program.model
@@ -178,6 +191,10 @@ def _drop_made_up_biases(model: ir.Model) -> None:
         if bias is not None and bias.producer() is not None and bias.producer().op_type == "Expand":  # type: ignore[union-attr]
             node.resize_inputs(2)
     passes.RemoveUnusedNodesPass()(model)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in _HALVES else tensor
 
 
 def _is_dynamic(shape: object) -> bool:

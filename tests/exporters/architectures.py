@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import nn
 
+from tpeft_deploy.exporters.cached import with_cache
+
 Inputs = dict[str, torch.Tensor]
 Built = tuple[nn.Module, Inputs, dict[str, Any]]
 
@@ -101,6 +103,33 @@ def resnet() -> Built:
     return module, images(2, 3, 40, 48), SIZES
 
 
+def _llama(*, tied: bool) -> Built:
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+    )
+    module = randomise(transformers.LlamaForCausalLM(config))
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(1))
+    inputs = with_cache(module, ids, past=4)
+    shapes: dict[str, Any] = {name: {0: "batch", 2: "past"} for name in inputs if name.startswith("past")}
+    shapes |= {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: torch.export.Dim.DYNAMIC}}
+    return module, inputs, {name: shapes[name] for name in inputs}
+
+
+def llama() -> Built:
+    return _llama(tied=False)
+
+
+def llama_tied() -> Built:
+    return _llama(tied=True)
+
+
 class Encoder(nn.Module):
     """torch's own encoder of nn.MultiheadAttention layers."""
 
@@ -176,7 +205,8 @@ class CrossAttention(nn.Module):
         flat = x.flatten(2).transpose(1, 2)
         q, k, v = self.to_q(self.norm(flat)), self.to_k(context), self.to_v(context)
         mixed = torch.softmax(q @ k.transpose(1, 2) / channels**0.5, -1) @ v
-        return x + self.to_out(mixed).transpose(1, 2).reshape(rows, channels, height, width)
+        y: torch.Tensor = x + self.to_out(mixed).transpose(1, 2).reshape(rows, channels, height, width)
+        return y
 
 
 class ResBlock(nn.Module):
@@ -193,8 +223,8 @@ class ResBlock(nn.Module):
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         y = self.conv1(nn.functional.silu(self.norm1(x)))
         y = y + self.time(nn.functional.silu(time))[:, :, None, None]
-        skip: torch.Tensor = self.skip(x)
-        return skip + self.conv2(nn.functional.silu(self.norm2(y)))
+        whole: torch.Tensor = self.skip(x) + self.conv2(nn.functional.silu(self.norm2(y)))
+        return whole
 
 
 class UNet(nn.Module):
