@@ -20,7 +20,7 @@ def randomise(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 and parameter.shape[0] > 1 else 0.2
+            scale = 0.7 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 and parameter.shape[0] > 1 else 0.2
             offset = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
             parameter.copy_(offset + scale * noise)
     return module.eval()
@@ -77,6 +77,7 @@ def _deberta(**options: Any) -> Built:
         pos_att_type=["p2c", "c2p"],
         position_buckets=8,
         norm_rel_ebd="layer_norm",
+        num_labels=8,
         max_position_embeddings=32,
         **options,
     )
