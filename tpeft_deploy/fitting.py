@@ -128,7 +128,8 @@ def _check_slots(manifest: Manifest, target: Target, tensors: dict[str, Array], 
                 got=f"larger ones in its {slot}",
                 fix="Serve it with a float32 base.",
             )
-    rank = max(slots.ranks_of(target, tensors).values(), default=0) if target.part == "delta" else 0
+    ranks = slots.ranks_of(target, tensors)
+    rank = max(ranks.values(), default=0) if target.part == "delta" else 0
     if manifest.max_rank is not None and rank > manifest.max_rank:
         raise AdapterError(
             f"{doing}, weight {target.name!r}",
