@@ -18,6 +18,7 @@ from tpeft_deploy.bundle import BANKED_CPU, EXAMPLE, FACTORED_CPU, MANIFEST, Bun
 from tpeft_deploy.errors import BundleError, UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters import banked, factored, rows
 from tpeft_deploy.exporters.bases import Base
+from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
@@ -116,7 +117,7 @@ def _write_graphs(base: Base, raw: ir.Model, adapters: Mapping[str, Adapter], pl
     resolved = resolve(raw.graph, base.weights, base.aliases)
     targets = plan(raw.graph, adapters, resolved, base=base.name) if adapters else plan_all(raw.graph, resolved)
     held = set(resolved.values())
-    digests = {name: weight_digest(raw.graph.initializers[name].const_value.numpy()) for name in sorted(held)}  # type: ignore[union-attr]
+    digests = {name: weight_digest(wide(raw.graph.initializers[name].const_value)) for name in sorted(held)}  # type: ignore[arg-type]
     weights = write_weights(raw.graph, digests, place / DATA)
     graphs = {"base.onnx": raw.clone(), "factored.onnx": raw.clone(), "banked.onnx": raw.clone()}
     factored.attach(graphs["factored.onnx"], targets)

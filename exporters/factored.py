@@ -12,6 +12,7 @@ from onnx_ir.passes import common as passes
 
 from tpeft_deploy import slots
 from tpeft_deploy.errors import UnsupportedTarget
+from tpeft_deploy.exporters import bfloat16
 from tpeft_deploy.exporters.branches import BRANCHES, Branches, in_order
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graphs import forget_shapes
@@ -23,19 +24,21 @@ __all__ = ["attach", "output_axes"]
 
 def attach(model: ir.Model, targets: Sequence[Target], branches: Branches = BRANCHES) -> None:
     """Attach a branch for every target to a raw graph, in place."""
+    narrow = bfloat16.holds(model.graph)
     for target in in_order(targets):
         neutral = slots.neutral(target) if target.kind != "override" else {}
         values = {}
         for slot in slots.slots_of(target):
             default = neutral.get(slot.name)
-            tensor = model.graph.initializers[target.name].const_value if default is None else ir.tensor(default)
-            values[slot.name] = add_input(
+            tensor = _own(model, target) if default is None else ir.tensor(default)
+            value = add_input(
                 model.graph,
                 slots.input_name(target, slot.name),
                 [f"{target.name}.{size}" if isinstance(size, str) else size for size in slot.shape],
-                ir.DataType.from_numpy(default.dtype) if default is not None else _dtype(tensor),
+                tensor.dtype,
                 tensor,
             )
+            values[slot.name] = bfloat16.narrow(model.graph, value) if narrow else value
         branches[target.kind].factored(model, target, values)
     if any(target.kind == "override" for target in targets):
         forget_shapes(model.graph)
@@ -85,7 +88,9 @@ def _join_biases(graph: ir.Graph, targets: Sequence[Target], branches: Branches 
             value.shape = ir.Shape([f"{layer}.C"])
 
 
-def _dtype(tensor: ir.TensorProtocol | None) -> ir.DataType:
+def _own(model: ir.Model, target: Target) -> ir.TensorProtocol:
+    """The base's own tensor, in the dtype of the target's slots."""
+    tensor = model.graph.initializers[target.name].const_value
     if tensor is None:
         raise ValueError("an overridden initializer has no value")
-    return tensor.dtype
+    return ir.tensor(bfloat16.wide(tensor)) if tensor.dtype == ir.DataType.BFLOAT16 else tensor

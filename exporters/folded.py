@@ -13,7 +13,7 @@ import torch
 from onnx_ir.passes import common as passes
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.graphs import forget_shapes, optimize
@@ -78,10 +78,11 @@ def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, tas
         ir.save(model, file, external_data=f"{path.name}.data" if large else None)
         del model
         session = gate.open_session(file)
+        limit = gate.BFLOAT16_LIMIT if bfloat16.holds(raw.graph) else 1e-5
         checks = []
         for sizes, wanted in expected:
             got = gate.run(session, with_sizes(base, raw.graph, sizes), {})
-            checks.append(gate.compare("folded", task, sizes, got, wanted))
+            checks.append(gate.compare("folded", task, sizes, got, wanted, limit))
         del session
         move_into(path.parent, sorted(new.iterdir(), key=lambda part: part.name == path.name))
     return checks
@@ -111,14 +112,14 @@ def replace_weights(base: Base, model: ir.Model, adapter: Adapter) -> None:
         shape = adapter.overrides[name].shape if name in adapter.overrides else own.shape.numpy()
         value.shape = ir.Shape(shape)
         value.const_value = ir.LazyTensor(
-            partial(_merged, base, adapter, name), own.dtype, ir.Shape(shape), name=value.name
+            partial(_merged, base, adapter, name, own.dtype), own.dtype, ir.Shape(shape), name=value.name
         )
     if adapter.overrides:
         _infer_outputs(model)
 
 
-def _merged(base: Base, adapter: Adapter, name: str) -> ir.TensorProtocol:
-    return ir.tensor(base.merged(adapter, name), name=name)
+def _merged(base: Base, adapter: Adapter, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
+    return ir.tensor(base.merged(adapter, name).astype(dtype.numpy()), name=name)
 
 
 def _infer_outputs(model: ir.Model) -> None:

@@ -20,6 +20,7 @@ from tpeft_deploy.manifest import Weight
 
 __all__ = ["complete_shapes", "forget_shapes", "optimize", "share_weights", "write_weights"]
 
+_DTYPES = {"bfloat16": ir.DataType.BFLOAT16}  # numpy knows this dtype only where ml_dtypes was imported
 ALIGNMENT = 4096  # what ONNX Runtime can map without a copy on every platform
 
 
@@ -133,11 +134,14 @@ def share_weights(model: ir.Model, weights: Mapping[str, Weight], aliases: Mappi
         weight = weights.get(aliases.get(name, name))
         if weight is None or value.const_value is None:
             continue
+        dtype = _DTYPES.get(weight.dtype) or ir.DataType.from_numpy(np.dtype(weight.dtype))
+        if value.const_value.dtype != dtype:
+            continue  # a default in float32 of a weight in bfloat16
         value.const_value = ir.ExternalTensor(
             file.name,
             weight.offset,
             weight.length,
-            ir.DataType.from_numpy(np.dtype(weight.dtype)),
+            dtype,
             shape=ir.Shape(weight.shape),
             name=name,
             base_dir=file.parent,

@@ -18,17 +18,29 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters import dotted
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
+from tpeft_deploy.exporters.bfloat16 import wide_ports
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.tucker import Array
 
 __all__ = ["OPSET", "TorchBase", "output_names"]
 
 OPSET = 20
+BFLOAT16_OPSET = 22  # the first whose convolutions take it
 
-_DTYPES = {torch.float32, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool}
+_DTYPES = {
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.int8,
+    torch.bool,
+}
 
 
-_HALVES = {torch.float16}
+_HALVES = {torch.float16, torch.bfloat16}
 
 
 class TorchBase(Base):
@@ -47,15 +59,16 @@ class TorchBase(Base):
     def __init__(
         self, name: str, module: nn.Module, inputs: Mapping[str, torch.Tensor], dynamic_shapes: Mapping[str, Any]
     ) -> None:
-        super().__init__(name, {key: value.detach().cpu().numpy() for key, value in inputs.items()})
+        super().__init__(name, {key: _array(value) for key, value in inputs.items()})
+        self._dtypes = {key: value.dtype for key, value in inputs.items()}
         self.module = module
         self.dynamic_shapes = dynamic_shapes
         self._check_dtypes()
 
     @property
     def weights(self) -> dict[str, Array]:
-        """Every parameter and buffer by every name it has; no copies on the CPU."""
-        return {name: tensor.detach().cpu().numpy() for name, tensor in self._named().items()}
+        """Every parameter and buffer by every name it has; no copies on the CPU, but for bfloat16 as float32."""
+        return {name: _array(tensor) for name, tensor in self._named().items()}
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -93,7 +106,8 @@ class TorchBase(Base):
 
     def graph(self) -> ir.Model:
         """Export the module: every weight keeps its name and value, nothing is optimised."""
-        inputs = {name: torch.from_numpy(np.array(value)) for name, value in self.inputs.items()}
+        inputs = {name: torch.from_numpy(np.array(value)).to(self._dtypes[name]) for name, value in self.inputs.items()}
+        bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in self._named().values())
         with self._evaluating() as module, quiet():
             outputs = module(**inputs)
             try:
@@ -104,7 +118,7 @@ class TorchBase(Base):
                     dynamo=True,
                     optimize=False,
                     dynamic_shapes=dotted.nest(self.dynamic_shapes),
-                    opset_version=OPSET,
+                    opset_version=BFLOAT16_OPSET if bfloat16 else OPSET,
                     verbose=False,
                 )
             except Exception as error:  # the exporter raises every kind of exception; the cause is kept
@@ -118,6 +132,7 @@ class TorchBase(Base):
         dotted.restore(program.model.graph, self.inputs)
         _name_outputs(self.name, program.model.graph, output_names(outputs))
         _drop_made_up_biases(program.model)
+        wide_ports(program.model.graph)
         return program.model
 
     def _named(self) -> dict[str, torch.Tensor]:
@@ -129,7 +144,7 @@ class TorchBase(Base):
             if tensor.dtype not in _DTYPES:
                 raise UnsupportedBase(
                     f"load base {self.name}, weight {name!r}",
-                    expected="float32, float16, float64, integers or booleans",
+                    expected="float32, float16, bfloat16, float64, integers or booleans",
                     got=str(tensor.dtype).removeprefix("torch."),
                     fix="Convert the module with .float() or .half().",
                 )
@@ -191,6 +206,12 @@ def _drop_made_up_biases(model: ir.Model) -> None:
         if bias is not None and bias.producer() is not None and bias.producer().op_type == "Expand":  # type: ignore[union-attr]
             node.resize_inputs(2)
     passes.RemoveUnusedNodesPass()(model)
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    own = tensor.detach().cpu()
+    array: Array = (own.float() if own.dtype == torch.bfloat16 else own).numpy()
+    return array
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

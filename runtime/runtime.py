@@ -12,7 +12,7 @@ import numpy as np
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, Bundle, check_task
-from tpeft_deploy.errors import InputError, UnknownTask
+from tpeft_deploy.errors import InputError, ProviderUnavailable, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bank import Bank, Resident, build, make_resident
@@ -133,7 +133,15 @@ class Runtime:
 
     def _open(self, choice: Choice, threads: int | None) -> Session:
         manifest = self._bundle.manifest
-        half = any(weight.dtype == "float16" for weight in manifest.weights.values())
+        dtypes = {weight.dtype for weight in manifest.weights.values()}
+        if choice.device == "cpu" and "bfloat16" in dtypes:
+            raise ProviderUnavailable(
+                f"open bundle {manifest.name!r}, whose weights are bfloat16, on the CPU",
+                expected="CUDA: ONNX Runtime's CPU cannot compute in bfloat16",
+                got=self.provider_reason,
+                fix="Export the module with .float() or .half() for the CPU.",
+            )
+        half = "float16" in dtypes
         if choice.device == "cpu" and BANKED_CPU in manifest.files:
             try:
                 return Session(self._bundle.check_file(BANKED_CPU), choice, threads=threads, half=half)

@@ -174,11 +174,14 @@ class Bundle:
         return fitting.sizes(self.manifest, adapter)
 
     def base_value(self, name: str) -> Array:
-        """A base weight, read from weights.data into private memory: (O, I, K1, ...)."""
+        """A base weight, read from weights.data into private memory: (O, I, K1, ...); bfloat16 as float32."""
         weight = self.manifest.weights[name]
         with (self.path / "weights.data").open("rb") as stream:
             stream.seek(weight.offset)
             data = stream.read(weight.length)
+        if weight.dtype == "bfloat16":  # the upper half of a float32
+            bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+            return bits.view(np.float32).reshape(weight.shape)
         return np.frombuffer(data, weight.dtype).reshape(weight.shape).copy()
 
     def add(self, task: str, adapter: Adapter) -> str:

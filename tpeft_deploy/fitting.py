@@ -111,7 +111,8 @@ def _check_weights(manifest: Manifest, adapter: Adapter, *, bundle: str) -> None
     adapter.check_shapes({name: weight.shape for name, weight in weights.items()}, base=base)
     adapter.check_digests({name: weight.digest for name, weight in weights.items()}, base=base)
     for name, array in adapter.served_overrides.items():
-        if np.dtype(weights[name].dtype).kind != array.dtype.kind:
+        own = "f" if weights[name].dtype == "bfloat16" else np.dtype(weights[name].dtype).kind
+        if own != array.dtype.kind:
             raise ShapeError(
                 f"fit {adapter.source} to {base}, override {name!r}",
                 expected=f"dtype {weights[name].dtype}",
