@@ -7,8 +7,9 @@ limits are those of the project: 1e-5 in float32, 2e-3 in 16 bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,16 @@ from tpeft_deploy.exporters.bases import Inputs, Outputs
 from tpeft_deploy.exporters.samples import Sizes
 from tpeft_deploy.tucker import Array
 
-__all__ = ["ORT_ERRORS", "Check", "compare", "open_session", "relative_error", "run"]
+__all__ = ["ORT_ERRORS", "Check", "compare", "measure", "open_session", "relative_error", "run"]
 
-ORT_ERRORS = (ort_errors.Fail, ort_errors.RuntimeException, ort_errors.InvalidArgument, ort_errors.InvalidGraph)
+_FIX = "It must not be served; please report the model."
+ORT_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.RuntimeException,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.NotImplemented,
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,10 @@ class Check:
         form: base, folded, factored, banked, or "mixed rows".
         task: the task it was made for.
         sizes: the free sizes of the inputs, e.g. {"batch": 5, "sequence": 14}.
-        error: relative error, the worst over outputs.
+        error: relative error, the worst over outputs; infinite where there is nothing to compare.
         limit: what it had to stay under.
         outputs: relative error of every output.
+        failure: why the form may not be used, or None where every output is within the limit.
     """
 
     form: str
@@ -46,22 +55,54 @@ class Check:
     error: float
     limit: float
     outputs: Mapping[str, float]
+    failure: NotEquivalent | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest."""
-        return asdict(self)
+        """As it stands in a manifest, which holds no check that failed."""
+        return {
+            "form": self.form,
+            "task": self.task,
+            "sizes": dict(self.sizes),
+            "error": self.error,
+            "limit": self.limit,
+            "outputs": dict(self.outputs),
+        }
+
+    def passed(self) -> Check:
+        """The check itself.
+
+        Raises:
+            NotEquivalent: it failed.
+        """
+        if self.failure is not None:
+            raise self.failure
+        return self
 
 
-def open_session(model: Path) -> onnxruntime.InferenceSession:
-    """A CPU session that keeps to itself: no spinning threads, errors only, and no packed copies of the weights."""
+def open_session(model: Path, *, optimized: bool = True) -> onnxruntime.InferenceSession:
+    """A CPU session that keeps to itself: no spinning threads, errors only, and no packed copies of the weights.
+
+    Args:
+        model: the ONNX file.
+        optimized: whether ONNX Runtime may rewrite the graph; a reference is run as it is written.
+
+    Raises:
+        NotEquivalent: ONNX Runtime refuses the graph.
+    """
     options = onnxruntime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_prepacking", "1")
     # A pass without 16-bit kernels to offer, in which ONNX Runtime 1.32 crashes on a transposed 16-bit product.
     disabled = ["NchwcTransformer"] if _is_half(model) else []
     providers = ["CPUExecutionProvider"]
-    return onnxruntime.InferenceSession(str(model), options, providers=providers, disabled_optimizers=disabled)
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=providers, disabled_optimizers=disabled)
+    except ORT_ERRORS as error:
+        reason = str(error).splitlines()[0][:300]
+        raise NotEquivalent(f"open {model}", problem=f"ONNX Runtime refuses the graph ({reason})", fix=_FIX) from error
 
 
 def _is_half(model: Path) -> bool:
@@ -94,28 +135,52 @@ def compare(form: str, task: str, sizes: Sizes, got: Mapping[str, Array], expect
     Raises:
         NotEquivalent: a shape differs, or an error is above its limit.
     """
-    errors, limit = {}, 1e-5
-    at = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return measure(form, task, sizes, lambda: got, expected).passed()
+
+
+def measure(
+    form: str, task: str, sizes: Sizes, answer: Callable[[], Mapping[str, Array]], expected: Mapping[str, Array]
+) -> Check:
+    """Compare all outputs of a run, and say what is wrong instead of raising it.
+
+    Args:
+        form: as in `Check`, like `task` and `sizes`.
+        task: the task that was run.
+        sizes: the sizes it was run at.
+        answer: runs the form.
+        expected: the reference's outputs.
+    """
+    doing = f"check the {form} export of task {task!r} at " + ", ".join(f"{n} {size}" for n, size in sizes.items())
+    halves = any(reference.dtype.itemsize == 2 for reference in expected.values())
+    try:
+        got = answer()
+    except NotEquivalent as error:
+        nothing = dict.fromkeys(expected, math.inf)
+        return Check(form, task, sizes, math.inf, 2e-3 if halves else 1e-5, nothing, error)
+    errors, limit, failure = {}, 1e-5, None
     for name, reference in expected.items():
-        if got[name].shape != reference.shape:
-            raise NotEquivalent(
-                f"check the {form} export of task {task!r} at {at}, output {name!r}",
-                expected=f"shape {reference.shape}",
-                got=got[name].shape,
-                fix="Nothing was written.",
-            )
-        limit = max(limit, 2e-3 if got[name].dtype.itemsize == 2 else 1e-5)
-        errors[name] = relative_error(got[name], reference)
-    worst = max(errors.values())
-    # Not worst > limit: NaN must not pass.
-    if not all(error <= limit for error in errors.values()):
-        raise NotEquivalent(
-            f"check the {form} export of task {task!r} at {at}",
-            expected=f"relative error <= {limit:g} against the merged model",
-            got=f"{worst:.2e} in output {max(errors, key=lambda name: errors[name])!r}",
-            fix="Nothing was written; please report the model.",
+        shape = got[name].shape if name in got else None
+        if shape == reference.shape:
+            limit = max(limit, 2e-3 if got[name].dtype.itemsize == 2 else 1e-5)
+            errors[name] = relative_error(got[name], reference)
+            continue
+        errors[name] = math.inf
+        failure = failure or NotEquivalent(
+            f"{doing}, output {name!r}",
+            expected=f"shape {reference.shape}",
+            got=shape or "no such output",
+            fix=_FIX,
         )
-    return Check(form, task, sizes, worst, limit, errors)
+    # NaN is the worst of all, and must not pass.
+    worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    if failure is None and not errors[worst] <= limit:
+        failure = NotEquivalent(
+            doing,
+            expected=f"relative error <= {limit:g} against the merged model",
+            got=f"{errors[worst]:.2e} in output {worst!r}",
+            fix=_FIX,
+        )
+    return Check(form, task, sizes, errors[worst], limit, errors, failure)
 
 
 def relative_error(got: Array, expected: Array) -> float:
