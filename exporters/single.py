@@ -19,7 +19,7 @@ from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
 from tpeft_deploy.progress import Progress, Stage
 
-__all__ = ["MOST", "TargetCheck", "check_targets", "parts_of"]
+__all__ = ["MOST", "TargetCheck", "check_targets", "parts_of", "ranks_of"]
 
 MOST = 24  # targets of one task that are run alone
 
@@ -87,7 +87,7 @@ def parts_of(bundle: Bundle, adapter: Adapter) -> list[Adapter]:
             parts.append(Adapter({}, {name: array}, source=adapter.source))
         else:
             resized[name] = array
-    return [*parts, Adapter({}, resized, source=adapter.source)] if resized else parts
+    return [*parts, Adapter({}, dict(sorted(resized.items())), source=adapter.source)] if resized else parts
 
 
 def ranks_of(bundle: Bundle, adapter: Adapter) -> dict[str, dict[str, int]]:
