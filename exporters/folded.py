@@ -87,7 +87,7 @@ def plan_folded(
                 "change": " and ".join(part for part, changes in parts.items() if name in changes),
                 "shape": list(shape),
                 "ranks": list(delta.ranks) if delta is not None else None,
-                "bytes": math.prod(shape) * own.dtype.itemsize,
+                "bytes": math.prod(shape) * own.dtype.numpy().itemsize,
                 "base_bytes": own.nbytes,
             }
         )

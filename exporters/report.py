@@ -9,11 +9,13 @@ from typing import TypeVar
 
 import numpy as np
 
+from tpeft_deploy.bundle import MANIFEST
 from tpeft_deploy.exporters import plots, single
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.plots import Bar, Cell, Dot
 from tpeft_deploy.exporters.single import TargetCheck
 from tpeft_deploy.exporters.verify import Verification
+from tpeft_deploy.files import digest_file
 from tpeft_deploy.page import FORM_COLOURS, document, scientific, tiles
 from tpeft_deploy.slots import Target
 
@@ -89,6 +91,7 @@ def _about(found: Verification) -> str:
     forms = [name.removesuffix(".onnx") for name in manifest.files if name.endswith(".onnx")]
     forms += [f"folded ({', '.join(folded)})"] if folded else []
     entries = {
+        "digest": f"<code>{digest_file(bundle.path / MANIFEST)}</code>",
         "base digest": f"<code>{escape(manifest.base_digest)}</code>",
         "forms": escape(", ".join(forms)),
         "reference": escape(found.reference),
@@ -184,7 +187,7 @@ def _ranks(found: Verification) -> str:
     left = len(found.tasks) - len(tasks)
     text = f" The first {_MOST_TASKS} of {len(found.tasks)} tasks." if left else ""
     return f"""<section><h2>Ranks per target</h2><p class="soft small">What each task feeds to each branch: ranks, or
-the first size of a replaced tensor; the darker, the nearer to full rank.{text}{_rest(len(targets))}</p>
+the first size of a replaced tensor; the stronger, the nearer to full rank.{text}{_rest(len(targets))}</p>
 <div class="wide">{plots.grid(tasks, rows, FORM_COLOURS["banked"])}</div></section>"""
 
 

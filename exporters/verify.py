@@ -114,6 +114,8 @@ def verify_bundle(
         NotEquivalent: a form differs from the reference; the report was written.
     """
     bundle = Bundle.open(path)
+    if task is not None:
+        bundle.digest(task)  # an unknown one is said before anything is read
     tasks = _read(bundle, [task] if task is not None else list(bundle.tasks), progress)
     oracle, reference = BundleBase(bundle), "base.onnx with merged weights, not optimised"
     chosen: Base = oracle
