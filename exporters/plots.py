@@ -12,7 +12,7 @@ __all__ = ["Bar", "Cell", "Dot", "bars", "dots", "grid", "legend"]
 WIDTH = 1000  # units of the drawing; the page scales it
 _LINE = 26
 _LETTER = 7.4  # units that a letter takes, about
-_MOST_LETTERS = 46
+_MOST_LETTERS = 54
 _ZERO = 34  # of an axis of errors, for zeros
 
 
@@ -51,28 +51,29 @@ def dots(rows: Sequence[tuple[str, Sequence[Dot]]], limits: Sequence[float]) -> 
     Zeros have a place of their own at the left; what cannot be measured stands at the right edge, as a cross like all
     that failed.  Dots of another colour lie a little lower, so that equal values of several forms can be seen.
     """
-    left = _margin([label for label, _ in rows]) + _ZERO
+    zeros = _ZERO if any(dot.value == 0 for _, row in rows for dot in row) else 0
+    left = _margin([label for label, _ in rows]) + zeros
     right = WIDTH - 34
     finite = [dot.value for _, row in rows for dot in row if 0 < dot.value < math.inf]
     low = math.floor(math.log10(min([*finite, min(limits)]))) - (0 if finite else 1)
     high = math.ceil(math.log10(max([*finite, max(limits)])) + 0.3)
     height = _LINE * len(rows)
-    order = list(dict.fromkeys(dot.colour for _, row in rows for dot in row))
 
     def place(value: float) -> float:
         if not value < math.inf:
             return right + 18
-        return left + (math.log10(value) - low) / (high - low) * (right - left) if value > 0 else left - _ZERO + 8
+        return left + (math.log10(value) - low) / (high - low) * (right - left) if value > 0 else left - zeros + 8
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {height + 34}" role="img">']
-    if any(dot.value == 0 for _, row in rows for dot in row):
+    if zeros:
         parts.append(_text(place(0.0), height + 20, "0", "middle", soft=True))
     for exponent in range(low, high + 1):
         x = place(10.0**exponent)
         parts += [_line(x, 0, x, height), _text(x, height + 20, f"1e{exponent}", "middle", soft=True)]
     for number, (label, row) in enumerate(rows):
         y = _LINE * number + _LINE / 2
-        parts += [_line(left - _ZERO, y, right, y), _label(label, left - _ZERO - 14, y + 4)]
+        parts += [_line(left - zeros, y, right, y), _label(label, left - zeros - 14, y + 4)]
+        order = list(dict.fromkeys(dot.colour for dot in row))
         lanes = {colour: y + 3.2 * (lane - (len(order) - 1) / 2) for lane, colour in enumerate(order)}
         parts += [_mark(place(dot.value), lanes[dot.colour], dot) for dot in row]
     for limit in limits:
@@ -125,7 +126,7 @@ def _field(x: float, y: float, width: float, cell: Cell | None, letters: int, co
     if cell is None:
         yield f'<rect {box} fill="none" stroke="var(--line)"/>'
         return
-    opacity = 0.12 + 0.6 * min(max(cell.share, 0.0), 1.0)
+    opacity = 0.12 + 0.6 * min(max(cell.share, 0.0), 1.0) ** 0.5
     yield f'<rect {box} fill="{colour}" fill-opacity="{opacity:.3f}"><title>{escape(cell.title)}</title></rect>'
     yield _text(x + width / 2, y + _LINE / 2 + 4.5, _cut(cell.text, letters), "middle", title=cell.title)
 

@@ -27,6 +27,7 @@ _FORMS = tuple(FORM_COLOURS)
 _TASK_COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#ca8a04", "#64748b")
 _MOST_ROWS = 72  # of a plot
 _MOST_TASKS = 12  # columns of the ranks
+_FIRST = 5  # failures that are shown at once
 _STYLE = """
 svg text { font-size: 13px; fill: currentColor; } svg .faint { fill: var(--soft); }
 svg .rule { stroke: var(--line); stroke-width: 1; } svg .limit { stroke: var(--bad); stroke-dasharray: 5 4; }
@@ -120,8 +121,19 @@ def _tasks(found: Verification) -> str:
 def _failures(found: Verification) -> str:
     if not found.failed:
         return ""
-    items = "".join(f"<li>{escape(str(check.failure))}</li>" for check in found.failed[:_MOST_ROWS])
-    return f'<section><h2 class="bad">What failed</h2><ul>{items}</ul></section>'
+    lines = [_line(check) for check in found.checks if check.failure is not None]
+    alone = [target for target in found.targets if target.check.failure is not None]
+    lines += [f"{_name(target)} alone: {_line(target.check)}" for target in alone]
+    items = [f"<li>{escape(line)}</li>" for line in lines[:_MOST_ROWS]]
+    rest = "".join(items[_FIRST:])
+    more = f"<details><summary>{len(lines) - _FIRST} more</summary><ul>{rest}</ul></details>" if rest else ""
+    return f'<section><h2 class="bad">What failed</h2><ul>{"".join(items[:_FIRST])}</ul>{more}</section>'
+
+
+def _line(check: Check) -> str:
+    """A failure without its advice, which is the same for all."""
+    failure = check.failure
+    return str(failure).removesuffix(f". {failure.fix}") if failure is not None else ""
 
 
 def _forms(checks: Sequence[Check]) -> str:
@@ -254,7 +266,7 @@ def _badness(error: float) -> float:
 
 def _number(error: float) -> str:
     if not math.isfinite(error):
-        return "none"
+        return "∞"
     return scientific(error) if error else "0"
 
 

@@ -119,8 +119,17 @@ def test_tables_show_every_field_in_a_pipe(conv_bundle: Bundle) -> None:
 
 
 def test_help_and_wrong_usage() -> None:
-    assert {"inspect", "convert", "export", "adapter", "run", "quickstart"} <= set(succeed("--help").split())
-    for command in ("inspect", "convert", "export folded", "export bundle", "adapter add", "run", "quickstart"):
+    assert {"inspect", "convert", "export", "adapter", "verify", "run", "quickstart"} <= set(succeed("--help").split())
+    for command in (
+        "inspect",
+        "convert",
+        "export folded",
+        "export bundle",
+        "adapter add",
+        "verify",
+        "run",
+        "quickstart",
+    ):
         assert "--debug" in succeed(*command.split(), "--help")
     assert "TASK=ADAPTER" in fail("adapter", "add", "bundle", "nothing", code=2)
     assert "exclude" in fail("run", "b", "--input", "i", "--output", "o", "--task", "a", "--tasks", "a,b", code=2)
