@@ -17,5 +17,6 @@ except ImportError as error:
 
 from tpeft_deploy.exporters.bundled import export_bundle
 from tpeft_deploy.exporters.folded import export_folded
+from tpeft_deploy.exporters.verify import verify_bundle
 
-__all__ = ["export_bundle", "export_folded"]
+__all__ = ["export_bundle", "export_folded", "verify_bundle"]

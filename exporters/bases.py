@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 
 import numpy as np
 import onnx_ir as ir
@@ -66,6 +67,12 @@ class Base(ABC):
             inputs: by name.
             names: of the outputs, in the graph's order.
         """
+
+    def at(self, inputs: Inputs) -> Base:
+        """This base with other example inputs."""
+        other = copy(self)
+        other.inputs = inputs
+        return other
 
     def knowing(self, adapters: Iterable[Adapter]) -> Base:
         """This base, its names resolved with what the adapters recorded about it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,24 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from tpeft_deploy import __version__, slots
-from tpeft_deploy.adapter import Adapter, weight_digest
-from tpeft_deploy.bundle import BANKED_CPU, EXAMPLE, FACTORED_CPU, MANIFEST, Bundle, check_task
-from tpeft_deploy.errors import BundleError, UnsupportedBase, UnsupportedTarget
+from tpeft_deploy import slots
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle import BANKED_CPU, EXAMPLE, FACTORED_CPU, MANIFEST, Bundle
+from tpeft_deploy.errors import BundleError
 from tpeft_deploy.exporters import banked, factored, rows
-from tpeft_deploy.exporters.bases import Base
-from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
-from tpeft_deploy.exporters.graphs import complete_shapes, optimize, share_weights, write_weights
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
+from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
 from tpeft_deploy.exporters.proof import prove, with_checks
-from tpeft_deploy.exporters.targets import activations, plan, plan_all, resolve
+from tpeft_deploy.exporters.targets import activations
 from tpeft_deploy.files import digest_file, new_directory
-from tpeft_deploy.manifest import FileRecord, Manifest, Port, Varies, check_name
+from tpeft_deploy.manifest import FileRecord, Manifest, Varies
+from tpeft_deploy.progress import Progress, Stage, silent
 
 __all__ = ["export_bundle"]
 
-Progress = Callable[[str], None]
 DATA = "weights.data"
 
 
@@ -45,7 +43,7 @@ def export_bundle(
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     folded: bool = False,
-    progress: Progress = lambda stage: None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
 
@@ -69,9 +67,6 @@ def export_bundle(
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
     path = Path(path)
-    name = check_name(name or path.resolve().name, "bundle")
-    for task in adapters:
-        check_task(task, name)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise BundleError(
             f"export bundle {path}",
@@ -79,46 +74,35 @@ def export_bundle(
             got="one that holds files",
             fix="Remove it or choose another.",
         )
-    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
-    loaded = loaded.knowing(adapters.values())
-    _check_batch(loaded)
-    for adapter in adapters.values():
-        loaded.check(adapter)
-    progress("trace the base")
-    raw = loaded.graph()
+    plan = plan_bundle(
+        base,
+        adapters,
+        name=name or path.resolve().name,
+        max_rank=max_rank,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        progress=progress,
+    )
     with new_directory(path) as new:
         progress("write the graphs")
-        manifest = replace(_write_graphs(loaded, raw, adapters, new), name=name, max_rank=max_rank)
-        _write_manifest(new, manifest)
+        _write_manifest(new, _write_graphs(plan, new))
         bundle = Bundle.open(new)
-        for task, adapter in adapters.items():
+        for position, (task, adapter) in enumerate(adapters.items()):
+            progress(Stage(f"store {task}", position, len(adapters)))
             bundle.add(task, adapter)
-        manifest = prove(loaded, raw.graph, bundle, adapters, progress)
-        for task, adapter in adapters.items() if folded else ():
-            progress(f"fold {task}")
-            checks = write_folded(loaded, raw, adapter, new / "folded" / f"{task}.onnx", task=task)
+        manifest = prove(plan.base, plan.raw.graph, bundle, adapters, progress)
+        for position, (task, adapter) in enumerate(adapters.items() if folded else ()):
+            progress(Stage(f"fold {task}", position, len(adapters)))
+            checks = write_folded(plan.base, plan.raw, adapter, new / "folded" / f"{task}.onnx", task=task)
             manifest = with_checks(manifest, checks)
         _write_manifest(new, manifest)
     return Bundle.open(path)
 
 
-def _check_batch(base: Base) -> None:
-    if not base.batched:
-        raise UnsupportedBase(
-            f"export bundle of {base.name}",
-            expected="an input whose first axis is dynamic: the batch, whose rows choose their adapters",
-            got="dynamic_shapes that fix it for all inputs",
-            fix="Leave dynamic_shapes out, or make axis 0 dynamic; export_folded takes fixed batches.",
-        )
-
-
-def _write_graphs(base: Base, raw: ir.Model, adapters: Mapping[str, Adapter], place: Path) -> Manifest:
-    complete_shapes(raw.graph)
-    resolved = resolve(raw.graph, base.weights, base.aliases)
-    targets = plan(raw.graph, adapters, resolved, base=base.name) if adapters else plan_all(raw.graph, resolved)
-    held = set(resolved.values())
-    digests = {name: weight_digest(wide(raw.graph.initializers[name].const_value)) for name in sorted(held)}  # type: ignore[arg-type]
-    weights = write_weights(raw.graph, digests, place / DATA)
+def _write_graphs(plan: Plan, place: Path) -> Manifest:
+    base, raw, draft = plan.base, plan.raw, plan.draft
+    write_weights(raw.graph, draft.weights, place / DATA)
+    targets = draft.targets
     graphs = {"base.onnx": raw.clone(), "factored.onnx": raw.clone(), "banked.onnx": raw.clone()}
     factored.attach(graphs["factored.onnx"], targets)
     varies = factored.output_axes(graphs["factored.onnx"], targets, raw.graph.outputs)
@@ -131,21 +115,16 @@ def _write_graphs(base: Base, raw: ir.Model, adapters: Mapping[str, Adapter], pl
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
         _mark_outputs(model, raw, varies if file != "base.onnx" else {})
-        optimize(model, keep=[*held, *defaults])
-        share_weights(model, weights, defaults, place / DATA)
+        optimize(model, keep=[*draft.weights, *defaults])
+        share_weights(model, draft.weights, defaults, place / DATA)
         model.metadata_props["tpeft.form"] = file.partition(".")[0]
         ir.save(model, place / file)
     np.savez(place / EXAMPLE, **dict(base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
-    return Manifest(
-        name="unnamed",
-        producer=f"tpeft-deploy {__version__}",
-        weights=weights,
-        aliases={alias: name for alias, name in resolved.items() if alias != name},
-        targets=tuple(targets),
+    return replace(
+        draft,
         rows="group" if single else "each",
         rows_reason=f"one adapter per run at {', '.join(single)}" if single else "",
-        inputs=tuple(_port(value, None) for value in raw.graph.inputs),
-        outputs=tuple(_port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
+        outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
         files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
     )
 
@@ -157,16 +136,6 @@ def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) 
         if name in varies:
             shape[varies[name].axis] = ir.SymbolicDim(f"{varies[name].override}.C")
         value.shape, value.type = ir.Shape(shape), original.type
-
-
-def _port(value: ir.Value, varies: Varies | None) -> Port:
-    if value.shape is None or value.dtype is None:
-        raise UnsupportedTarget(f"describe input or output {value.name!r}", problem="the exporter gave it no shape")
-    shape = tuple(
-        size if isinstance(size, int) else str(size.value or f"{value.name}.{axis}")
-        for axis, size in enumerate(value.shape)
-    )
-    return Port(str(value.name), value.dtype.numpy().name, shape, varies)
 
 
 def _record(file: Path) -> FileRecord:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check
-from tpeft_deploy.exporters.graphs import forget_shapes, optimize
+from tpeft_deploy.exporters.graphs import forget_shapes, held_tensor, optimize
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
 from tpeft_deploy.exporters.targets import held_by, resolve
 from tpeft_deploy.files import move_into, staging
+from tpeft_deploy.progress import Progress, silent
 
-__all__ = ["export_folded", "fold", "replace_weights", "write_folded"]
+__all__ = ["export_folded", "fold", "held_weights", "plan_folded", "replace_weights", "write_folded"]
 
 LARGE = 100_000_000  # bytes; a file in one piece is built in memory, twice, and protobuf stops at 2 GiB
 
@@ -35,7 +37,7 @@ def export_folded(
     example_inputs: Mapping[str, torch.Tensor] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     task: str = "adapter",
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Progress = silent,
 ) -> list[Check]:
     """Export one adapter merged into its base.
 
@@ -54,13 +56,62 @@ def export_folded(
     Raises:
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
+    loaded, raw = _trace(base, adapter, example_inputs, dynamic_shapes, progress)
+    progress("fold and check")
+    return write_folded(loaded, raw, adapter, Path(path), task=task)
+
+
+def plan_folded(
+    base: object,
+    adapter: Adapter,
+    *,
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Everything of `export_folded`, whose arguments these are, up to writing: what a dry run prints.
+
+    Raises:
+        UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch: the base cannot be exported, or the adapter does not
+            fit it.
+    """
+    loaded, raw = _trace(base, adapter, example_inputs, dynamic_shapes, progress)
+    targets: list[dict[str, Any]] = []
+    for name, held in held_weights(loaded, raw.graph, adapter).items():
+        own, delta = held_tensor(raw.graph, held), adapter.deltas.get(name)
+        shape = adapter.overrides[name].shape if name in adapter.overrides else own.shape.numpy()
+        parts = {"delta": adapter.deltas, "gain": adapter.gains, "override": adapter.overrides}
+        targets.append(
+            {
+                "target": held,
+                "change": " and ".join(part for part, changes in parts.items() if name in changes),
+                "shape": list(shape),
+                "ranks": list(delta.ranks) if delta is not None else None,
+                "bytes": math.prod(shape) * own.dtype.numpy().itemsize,
+                "base_bytes": own.nbytes,
+            }
+        )
+    total = sum(value.const_value.nbytes for value in raw.graph.initializers.values() if value.const_value)
+    return {
+        "base": loaded.name,
+        "base_bytes": total,
+        "bytes": total + sum(target["bytes"] - target["base_bytes"] for target in targets),
+        "targets": targets,
+    }
+
+
+def _trace(
+    base: object,
+    adapter: Adapter,
+    example_inputs: Mapping[str, torch.Tensor] | None,
+    dynamic_shapes: Mapping[str, Any] | None,
+    progress: Progress,
+) -> tuple[Base, ir.Model]:
     loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     loaded = loaded.knowing([adapter])
     loaded.check(adapter)
     progress("trace the base")
-    raw = loaded.graph()
-    progress("fold and check")
-    return write_folded(loaded, raw, adapter, Path(path), task=task)
+    return loaded, loaded.graph()
 
 
 def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, task: str) -> list[Check]:
@@ -78,7 +129,7 @@ def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, tas
         ir.save(model, file, external_data=f"{path.name}.data" if large else None)
         del model
         session = gate.open_session(file)
-        limit = gate.BFLOAT16_LIMIT if bfloat16.holds(raw.graph) else 1e-5
+        limit = gate.BFLOAT16_LIMIT if bfloat16.holds(raw.graph) else gate.LIMIT
         checks = []
         for sizes, wanted in expected:
             got = gate.run(session, with_sizes(base, raw.graph, sizes), {})
@@ -103,19 +154,27 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
 
 def replace_weights(base: Base, model: ir.Model, adapter: Adapter) -> None:
     """Put an adapter's merged tensors in place of a graph's own, each computed when it is written."""
-    resolved = resolve(model.graph, base.weights, base.aliases)
-    for name in dict.fromkeys([*adapter.deltas, *adapter.gains, *adapter.served_overrides]):
-        value = model.graph.initializers[held_by(resolved, name, doing=f"fold {adapter.source} into {base.name}")]
-        own = value.const_value
-        if own is None:
-            raise ValueError(f"initializer {value.name!r} has no value")
+    for name, held in held_weights(base, model.graph, adapter).items():
+        value = model.graph.initializers[held]
+        own = held_tensor(model.graph, held)
         shape = adapter.overrides[name].shape if name in adapter.overrides else own.shape.numpy()
         value.shape = ir.Shape(shape)
-        value.const_value = ir.LazyTensor(
-            partial(_merged, base, adapter, name, own.dtype), own.dtype, ir.Shape(shape), name=value.name
-        )
+        merge = partial(_merged, base, adapter, name, own.dtype)
+        value.const_value = ir.LazyTensor(merge, own.dtype, ir.Shape(shape), name=held)
     if adapter.overrides:
         _infer_outputs(model)
+
+
+def held_weights(base: Base, graph: ir.Graph, adapter: Adapter) -> dict[str, str]:
+    """Every weight that an adapter changes -> the initializer that holds it.
+
+    Raises:
+        UnknownTarget: the graph does not use the weight.
+    """
+    resolved = resolve(graph, base.weights, base.aliases)
+    doing = f"fold {adapter.source} into {base.name}"
+    changed = dict.fromkeys([*adapter.deltas, *adapter.gains, *adapter.served_overrides])
+    return {name: held_by(resolved, name, doing=doing) for name in changed}
 
 
 def _merged(base: Base, adapter: Adapter, name: str, dtype: ir.DataType) -> ir.TensorProtocol:

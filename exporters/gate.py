@@ -7,9 +7,10 @@ limits are those of the project: 1e-5 in float32, 2e-3 in 16 bits.
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,24 @@ from tpeft_deploy.exporters.bases import Inputs, Outputs
 from tpeft_deploy.exporters.samples import Sizes
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BFLOAT16_LIMIT", "ORT_ERRORS", "Check", "compare", "open_session", "relative_error", "run"]
+__all__ = [
+    "BFLOAT16_LIMIT",
+    "LIMIT",
+    "ORT_ERRORS",
+    "Check",
+    "compare",
+    "measure",
+    "open_session",
+    "relative_error",
+    "run",
+]
 
+LIMIT = 1e-5
 BFLOAT16_LIMIT = 1.6e-2  # for sums that are rounded to bfloat16, which has 3 bits less than float16
+
 _CPU = "CPUExecutionProvider"
+_HALF_LIMIT = 2e-3
+_FIX = "It must not be served; please report the model."
 ORT_ERRORS = (
     ort_errors.Fail,
     ort_errors.RuntimeException,
@@ -46,9 +61,10 @@ class Check:
         form: base, folded, factored, banked, or "mixed rows".
         task: the task it was made for.
         sizes: the free sizes of the inputs, e.g. {"batch": 5, "sequence": 14}.
-        error: relative error, the worst over outputs.
+        error: relative error, the worst over outputs; infinite where there is nothing to compare.
         limit: what it had to stay under.
         outputs: relative error of every output.
+        failure: why the form may not be used, or None where every output is within the limit.
     """
 
     form: str
@@ -57,31 +73,66 @@ class Check:
     error: float
     limit: float
     outputs: Mapping[str, float]
+    failure: NotEquivalent | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest."""
-        return asdict(self)
+        """As it stands in a manifest, which holds no check that failed."""
+        return {
+            "form": self.form,
+            "task": self.task,
+            "sizes": dict(self.sizes),
+            "error": self.error,
+            "limit": self.limit,
+            "outputs": dict(self.outputs),
+        }
+
+    def passed(self) -> Check:
+        """The check itself.
+
+        Raises:
+            NotEquivalent: it failed.
+        """
+        if self.failure is not None:
+            raise self.failure
+        return self
 
 
-def open_session(file: Path) -> onnxruntime.InferenceSession:
+def open_session(file: Path, *, optimized: bool = True) -> onnxruntime.InferenceSession:
     """A CPU session that keeps to itself: no spinning threads, no log, and no packed copies of the weights.
 
     A model in bfloat16, which the CPU cannot run, is run as a copy in float32 with the same weights.
+
+    Args:
+        file: the ONNX file.
+        optimized: whether ONNX Runtime may rewrite the graph; a reference is run as it is written.
+
+    Raises:
+        NotEquivalent: ONNX Runtime refuses the graph.
     """
+    found = _dtypes(file)
+    if onnx.TensorProto.BFLOAT16 not in found:
+        return _open(file, optimized=optimized, half=onnx.TensorProto.FLOAT16 in found)
+    with tempfile.TemporaryDirectory() as place:
+        wide = ir.load(file)
+        bfloat16.upcast(wide)
+        ir.save(wide, Path(place) / "model.onnx", external_data="model.data")
+        return _open(Path(place) / "model.onnx", optimized=optimized, half=False)
+
+
+def _open(file: Path, *, optimized: bool, half: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # a run that fails is reported, with its reason, by `run`
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4  # what fails is reported, with its reason, by us
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_prepacking", "1")
-    found = _dtypes(file)
-    if onnx.TensorProto.BFLOAT16 in found:
-        with tempfile.TemporaryDirectory() as place:
-            wide = ir.load(file)
-            bfloat16.upcast(wide)
-            ir.save(wide, Path(place) / "model.onnx", external_data="model.data")
-            return onnxruntime.InferenceSession(str(Path(place) / "model.onnx"), options, providers=[_CPU])
     # A pass without 16-bit kernels to offer, in which ONNX Runtime 1.32 crashes on a transposed 16-bit product.
-    disabled = ["NchwcTransformer"] if onnx.TensorProto.FLOAT16 in found else []
-    return onnxruntime.InferenceSession(str(file), options, providers=[_CPU], disabled_optimizers=disabled)
+    disabled = ["NchwcTransformer"] if half else []
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=[_CPU], disabled_optimizers=disabled)
+    except ORT_ERRORS as error:
+        reason = str(error).splitlines()[0][:300]
+        raise NotEquivalent(f"open {file}", problem=f"ONNX Runtime refuses the graph ({reason})", fix=_FIX) from error
 
 
 def _dtypes(file: Path) -> set[int]:
@@ -111,43 +162,65 @@ def run(session: onnxruntime.InferenceSession, inputs: Inputs, extra: Mapping[st
 
 
 def compare(
-    form: str, task: str, sizes: Sizes, got: Mapping[str, Array], expected: Mapping[str, Array], limit: float = 1e-5
+    form: str, task: str, sizes: Sizes, got: Mapping[str, Array], expected: Mapping[str, Array], limit: float = LIMIT
 ) -> Check:
-    """Compare all outputs.
-
-    Args:
-        form: folded, factored, ...
-        task: the adapter's name.
-        sizes: the free sizes of the inputs.
-        got: output name -> array.
-        expected: the same of the reference.
-        limit: for outputs in 32 bits and more; 2e-3 for those in 16 bits.
+    """Compare all outputs; the arguments are those of `measure`.
 
     Raises:
         NotEquivalent: a shape differs, or an error is above its limit.
     """
-    errors = {}
-    at = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    return measure(form, task, sizes, lambda: got, expected, limit).passed()
+
+
+def measure(
+    form: str,
+    task: str,
+    sizes: Sizes,
+    answer: Callable[[], Mapping[str, Array]],
+    expected: Mapping[str, Array],
+    limit: float = LIMIT,
+) -> Check:
+    """Compare all outputs of a run, and say what is wrong instead of raising it.
+
+    Args:
+        form: as in `Check`, like `task` and `sizes`.
+        task: the task that was run.
+        sizes: the sizes it was run at.
+        answer: runs the form.
+        expected: the reference's outputs.
+        limit: for outputs in 32 bits and more; those in 16 bits have 2e-3.
+    """
+    doing = f"check the {form} export of task {task!r} at " + ", ".join(f"{n} {size}" for n, size in sizes.items())
+    halves = any(reference.dtype.itemsize == 2 for reference in expected.values())
+    try:
+        got = answer()
+    except NotEquivalent as error:
+        nothing = dict.fromkeys(expected, math.inf)
+        return Check(form, task, sizes, math.inf, max(limit, _HALF_LIMIT if halves else 0.0), nothing, error)
+    errors, failure = {}, None
     for name, reference in expected.items():
-        if got[name].shape != reference.shape:
-            raise NotEquivalent(
-                f"check the {form} export of task {task!r} at {at}, output {name!r}",
-                expected=f"shape {reference.shape}",
-                got=got[name].shape,
-                fix="Nothing was written.",
-            )
-        limit = max(limit, 2e-3 if got[name].dtype.itemsize == 2 else 0.0)
-        errors[name] = relative_error(got[name], reference)
-    worst = max(errors.values())
-    # Not worst > limit: NaN must not pass.
-    if not all(error <= limit for error in errors.values()):
-        raise NotEquivalent(
-            f"check the {form} export of task {task!r} at {at}",
-            expected=f"relative error <= {limit:g} against the merged model",
-            got=f"{worst:.2e} in output {max(errors, key=lambda name: errors[name])!r}",
-            fix="Nothing was written; please report the model.",
+        shape = got[name].shape if name in got else None
+        if shape == reference.shape:
+            limit = max(limit, _HALF_LIMIT if got[name].dtype.itemsize == 2 else 0.0)
+            errors[name] = relative_error(got[name], reference)
+            continue
+        errors[name] = math.inf
+        failure = failure or NotEquivalent(
+            f"{doing}, output {name!r}",
+            expected=f"shape {reference.shape}",
+            got=shape or "no such output",
+            fix=_FIX,
         )
-    return Check(form, task, sizes, worst, limit, errors)
+    # NaN is the worst of all, and must not pass.
+    worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    if failure is None and not errors[worst] <= limit:
+        failure = NotEquivalent(
+            doing,
+            expected=f"relative error <= {limit:g} against the merged model",
+            got=f"{errors[worst]:.2e} in output {worst!r}",
+            fix=_FIX,
+        )
+    return Check(form, task, sizes, errors[worst], limit, errors, failure)
 
 
 def relative_error(got: Array, expected: Array) -> float:

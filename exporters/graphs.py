@@ -18,7 +18,15 @@ from onnxscript import optimizer
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.manifest import Weight
 
-__all__ = ["complete_shapes", "forget_shapes", "optimize", "share_weights", "write_weights"]
+__all__ = [
+    "complete_shapes",
+    "forget_shapes",
+    "held_tensor",
+    "lay_out",
+    "optimize",
+    "share_weights",
+    "write_weights",
+]
 
 _DTYPES = {"bfloat16": ir.DataType.BFLOAT16}  # numpy knows this dtype only where ml_dtypes was imported
 ALIGNMENT = 4096  # what ONNX Runtime can map without a copy on every platform
@@ -96,29 +104,37 @@ def forget_shapes(graph: ir.Graph) -> None:
             value.shape = None
 
 
-def write_weights(graph: ir.Graph, digests: Mapping[str, str], path: Path) -> dict[str, Weight]:
-    """Write the named initializers of a graph one after another into one file.
+def lay_out(graph: ir.Graph, digests: Mapping[str, str]) -> dict[str, Weight]:
+    """Where each of the named initializers of a graph goes in one file, one after another.
 
     Args:
         graph: holds every initializer named in `digests`.
         digests: initializer -> its `weight_digest`.
-        path: the file to write.
-
-    Returns:
-        Where each went.
     """
     weights: dict[str, Weight] = {}
-    with path.open("wb") as stream:
-        for name, digest in digests.items():
-            value = graph.initializers[name].const_value
-            if value is None:
-                raise ValueError(f"initializer {name!r} has no value")
-            stream.write(bytes(-stream.tell() % ALIGNMENT))
-            data = value.tobytes()
-            array = value.numpy()
-            weights[name] = Weight(tuple(array.shape), array.dtype.name, digest, stream.tell(), len(data))
-            stream.write(data)
+    end = 0
+    for name, digest in digests.items():
+        value = held_tensor(graph, name)
+        start = end + -end % ALIGNMENT
+        end = start + value.nbytes
+        weights[name] = Weight(tuple(value.shape.numpy()), value.dtype.numpy().name, digest, start, value.nbytes)
     return weights
+
+
+def write_weights(graph: ir.Graph, weights: Mapping[str, Weight], path: Path) -> None:
+    """Write initializers of a graph to the places that `lay_out` gave them."""
+    with path.open("wb") as stream:
+        for name, weight in weights.items():
+            stream.write(bytes(weight.offset - stream.tell()))
+            stream.write(held_tensor(graph, name).tobytes())
+
+
+def held_tensor(graph: ir.Graph, name: str) -> ir.TensorProtocol:
+    """The value of an initializer that is known to have one."""
+    value = graph.initializers[name].const_value
+    if value is None:
+        raise ValueError(f"initializer {name!r} has no value")
+    return value
 
 
 def share_weights(model: ir.Model, weights: Mapping[str, Weight], aliases: Mapping[str, str], file: Path) -> None:
@@ -126,7 +142,7 @@ def share_weights(model: ir.Model, weights: Mapping[str, Weight], aliases: Mappi
 
     Args:
         model: changed in place.
-        weights: what `write_weights` returned.
+        weights: what `lay_out` returned.
         aliases: initializer of this graph -> weight whose value it has.
         file: the shared file, to stand beside the model's own.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import onnx_ir as ir
@@ -14,15 +15,15 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters import bfloat16, gate
-from tpeft_deploy.exporters.bases import Base, Outputs
+from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.samples import Sizes, batch_axis, shapes_to_prove, with_sizes
 from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["check_forms", "check_rows", "probe", "prove", "with_checks"]
 
-Progress = Callable[[str], None]
 Tasks = dict[str, Adapter | None]
 # A graph in bfloat16 has its constants rounded, whatever its weights are; branches must not add to that.
 _SLACK = 4
@@ -42,12 +43,12 @@ def prove(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Ad
     Raises:
         NotEquivalent: a form differs from the merged base.
     """
-    manifest = with_checks(bundle.manifest, check_forms(base, graph, bundle, adapters, progress))
+    forms = [check.passed() for check in check_forms(base, graph, bundle, adapters, progress)]
+    manifest = with_checks(bundle.manifest, forms)
     if manifest.rows == "group":
         return manifest
-    progress("check rows of different adapters")
     try:
-        return with_checks(manifest, list(check_rows(base, graph, bundle, adapters)))
+        return with_checks(manifest, [check.passed() for check in check_rows(base, graph, bundle, adapters, progress)])
     except NotEquivalent as error:
         # Which row order a layer has can only be proved by running it: a model that fails here is served one adapter
         # per run, which `check_forms` has proved.
@@ -65,36 +66,43 @@ def check_forms(
 ) -> Iterator[Check]:
     """Compare the base, factored and banked forms with the merged base, one adapter per run.
 
-    Raises:
-        NotEquivalent: one of them differs.
+    Each comparison is made when it is asked for; those that failed are among them.
     """
     tasks: Tasks = {BASE_TASK: None, **adapters}
     names = [str(value.name) for value in graph.outputs]
     shapes = shapes_to_prove(base, graph)
-    progress("check the base, factored and banked forms")
-    session = gate.open_session(bundle.path / "base.onnx")
-    limit, rounded = 1e-5, bfloat16.holds(graph)
-    for sizes in shapes:
-        inputs = with_sizes(base, graph, sizes)
-        expected = base.reference(None, inputs, names)
-        own = gate.BFLOAT16_LIMIT if rounded else 1e-5
-        check = gate.compare("base", BASE_TASK, sizes, gate.run(session, inputs, {}), expected, own)
-        limit = max(limit, _SLACK * check.error) if rounded else limit
-        yield check
-    sessions = {file: gate.open_session(bundle.path / file) for file in _graphs(bundle)}
+    progress(Stage("check the base", 0, len(tasks)))
+    own = [_check_base(base, graph, bundle, sizes) for sizes in shapes]
+    yield from own
+    limit = _limit(graph, own)
+    sessions = {file.removesuffix(".onnx"): gate.open_session(bundle.path / file) for file in _graphs(bundle)}
     banks = _banks(bundle, tasks)
     for position, (task, adapter) in enumerate(tasks.items()):
+        progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
         factors = bundle.factors(task) if adapter is not None else {}
+        rows = banks | {slots.INDEX: np.array([position])}
         for sizes in shapes:
             inputs = with_sizes(base, graph, sizes)
             expected = base.reference(adapter, inputs, names)
-            for file, session in sessions.items():
-                form = file.removesuffix(".onnx")
-                if form.startswith("factored"):
-                    yield gate.compare(form, task, sizes, gate.run(session, inputs, factors), expected, limit)
-                else:
-                    got = gate.run(session, inputs, banks | {slots.INDEX: np.array([position])})
-                    yield gate.compare(form, task, sizes, _cut(got, bundle, adapter), expected, limit)
+            for form, session in sessions.items():
+                answer = partial(gate.run, session, inputs, factors)
+                if form.startswith("banked"):
+                    answer = partial(_run_banked, session, inputs, rows, bundle, adapter)
+                yield gate.measure(form, task, sizes, answer, expected, limit)
+
+
+def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> Check:
+    session = gate.open_session(bundle.path / "base.onnx")
+    inputs = with_sizes(base, graph, sizes)
+    expected = base.reference(None, inputs, [str(value.name) for value in graph.outputs])
+    limit = gate.BFLOAT16_LIMIT if bfloat16.holds(graph) else gate.LIMIT
+    return gate.measure("base", BASE_TASK, sizes, partial(gate.run, session, inputs, {}), expected, limit)
+
+
+def _limit(graph: ir.Graph, own: Iterable[Check]) -> float:
+    """What forms with branches must stay under, given the checks of the base."""
+    worst = max((check.error for check in own), default=0.0)
+    return max(gate.LIMIT, min(_SLACK * worst, gate.BFLOAT16_LIMIT)) if bfloat16.holds(graph) else gate.LIMIT
 
 
 def _graphs(bundle: Bundle) -> list[str]:
@@ -103,33 +111,27 @@ def _graphs(bundle: Bundle) -> list[str]:
     return ["factored.onnx", "banked.onnx", *own]
 
 
-def check_rows(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter]) -> Iterator[Check]:
+def check_rows(
+    base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress
+) -> Iterator[Check]:
     """Compare batches of rows of different adapters with the merged base, row by row.
 
     Two random probes that change every target stand beside the given adapters: those may leave a weight alone, or be
-    none at all, and the bundle must be right for the adapters that are added later.
-
-    Raises:
-        NotEquivalent: rows of different adapters do not keep apart.
+    none at all, and the bundle must be right for the adapters that are added later.  As in `check_forms`, comparisons
+    that failed are among those that come back.
     """
     batch = batch_axis(graph)
+    shapes = shapes_to_prove(base, graph)
+    limit = _limit(graph, [_check_base(base, graph, bundle, shapes[0])] if bfloat16.holds(graph) else [])
     files = [file for file in _graphs(bundle) if file.startswith("banked")]
     sessions = [gate.open_session(bundle.path / file) for file in files]
-    limit = 1e-5
-    if bfloat16.holds(graph):
-        sizes = shapes_to_prove(base, graph)[0]
-        inputs = with_sizes(base, graph, sizes)
-        plain = gate.run(gate.open_session(bundle.path / "base.onnx"), inputs, {})
-        check = gate.compare(
-            "base", BASE_TASK, sizes, plain, base.reference(None, inputs, list(plain)), gate.BFLOAT16_LIMIT
-        )
-        limit = max(limit, _SLACK * check.error)
     names = list(adapters)
     for start in range(0, max(len(names), 1), _MIXED):
+        progress(Stage("check rows of different adapters", start, max(len(names), 1)))
         chosen: Tasks = {name: adapters[name] for name in names[start : start + _MIXED]}
         tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": probe(bundle, 0), "probe 1": probe(bundle, 1)}
         # Twice each task at the example's sizes; at the others once, and one row more.
-        for sizes, count in zip(shapes_to_prove(base, graph), (2 * len(tasks), len(tasks) + 1), strict=False):
+        for sizes, count in zip(shapes, (2 * len(tasks), len(tasks) + 1), strict=False):
             rows = sizes | ({batch: count} if batch is not None else {})
             for session in sessions:
                 yield from _check_batch(base, graph, bundle, session, tasks, rows, count, limit)
@@ -147,12 +149,27 @@ def _check_batch(
 ) -> Iterator[Check]:
     inputs = with_sizes(base, graph, sizes)
     index = np.arange(count) % len(tasks)
-    got = gate.run(session, inputs, _banks(bundle, tasks) | {slots.INDEX: index})
+    run = cache(partial(gate.run, session, inputs, _banks(bundle, tasks) | {slots.INDEX: index}))
+    names = [str(value.name) for value in graph.outputs]
     for position, (task, adapter) in enumerate(tasks.items()):
-        own = {name: array[index == position] for name, array in got.items()}
-        expected = base.reference(adapter, inputs, list(got))
-        wanted = {name: array[index == position] for name, array in expected.items()}
-        yield gate.compare("mixed rows", task, sizes, _cut(own, bundle, adapter), wanted, limit)
+        mine = index == position
+        expected = {name: array[mine] for name, array in base.reference(adapter, inputs, names).items()}
+        answer = partial(_own_rows, run, mine, bundle, adapter)
+        yield gate.measure("mixed rows", task, sizes, answer, expected, limit)
+
+
+def _own_rows(run: Callable[[], Outputs], mine: Array, bundle: Bundle, adapter: Adapter | None) -> Outputs:
+    got = run()
+    # An answer without these rows has a wrong shape, which the comparison says.
+    return _cut(
+        {n: array[mine] if array.shape[:1] == mine.shape else array for n, array in got.items()}, bundle, adapter
+    )
+
+
+def _run_banked(
+    session: onnxruntime.InferenceSession, inputs: Inputs, rows: Outputs, bundle: Bundle, adapter: Adapter | None
+) -> Outputs:
+    return _cut(gate.run(session, inputs, rows), bundle, adapter)
 
 
 def probe(bundle: Bundle, seed: int) -> Adapter:
@@ -191,9 +208,11 @@ def _banks(bundle: Bundle, tasks: Tasks) -> dict[str, Array]:
 def _cut(outputs: Outputs, bundle: Bundle, adapter: Adapter | None) -> Outputs:
     """Take a task's own columns of outputs that were padded to the widest head of the bank."""
     sizes = bundle.sizes(adapter)
+    axes = {port.name: port.varies.axis for port in bundle.manifest.outputs if port.varies}
+    # Slices, which an output that is too small or has too few axes passes as it is, for the comparison to refuse.
     return {
-        port.name: outputs[port.name].take(range(sizes[port.name]), axis=port.varies.axis)
-        if port.varies
-        else outputs[port.name]
-        for port in bundle.manifest.outputs
+        name: array[(slice(None),) * axes[name] + (slice(sizes[name]),)]
+        if array.ndim > axes.get(name, array.ndim)
+        else array
+        for name, array in outputs.items()
     }

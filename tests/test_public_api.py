@@ -14,8 +14,9 @@ DOCUMENTED = {
         "export_bundle",
         "export_folded",
         "load_adapter",
+        "verify_bundle",
     ],
-    "tpeft_deploy.exporters": ["export_bundle", "export_folded"],
+    "tpeft_deploy.exporters": ["export_bundle", "export_folded", "verify_bundle"],
     "tpeft_deploy.runtime": ["Runtime"],
     "tpeft_deploy.training": [
         "PEFT_TYPE",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
     from tpeft_deploy.bundle import Bundle
     from tpeft_deploy.errors import TpeftError
-    from tpeft_deploy.exporters import export_bundle, export_folded
+    from tpeft_deploy.exporters import export_bundle, export_folded, verify_bundle
     from tpeft_deploy.formats import load_adapter
     from tpeft_deploy.runtime import Runtime
     from tpeft_deploy.tucker import TuckerDelta
@@ -24,6 +24,7 @@ __all__ = [
     "export_bundle",
     "export_folded",
     "load_adapter",
+    "verify_bundle",
 ]
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _HOMES = {
     "export_bundle": "tpeft_deploy.exporters",
     "export_folded": "tpeft_deploy.exporters",
     "load_adapter": "tpeft_deploy.formats",
+    "verify_bundle": "tpeft_deploy.exporters",
 }
 
 

@@ -155,6 +155,15 @@ class Bundle:
         """
         return fitting.named(self.manifest, self.fill(adapter))
 
+    def native(self, task: str) -> dict[str, Array]:
+        """A task's tensors as its .onnx_adapter file holds them, for comparing with `factors`.
+
+        Raises:
+            UnknownTask: the bundle has no such task.
+            IntegrityError: ONNX Runtime cannot read the file.
+        """
+        return onnx_adapter.read(self.path / "adapters" / task / self.digest(task) / onnx_adapter.FILE)
+
     @property
     def base_view(self) -> BaseView:
         """The base's weights as `load_adapter(base=...)` takes them, each read from weights.data when asked for."""

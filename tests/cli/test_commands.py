@@ -95,7 +95,7 @@ def test_the_whole_path(tmp_path: Path, adapters: Path, batch: Path) -> None:
 def test_export_folded(tmp_path: Path, adapters: Path) -> None:
     document = json.loads(succeed("export", "folded", BASE, adapters / "two", "--out", tmp_path / "m.onnx", "--json"))
     assert document["bytes"] == (tmp_path / "m.onnx").stat().st_size
-    assert [check["rows"] for check in document["gate"]] == [2, 5]
+    assert [check["sizes"]["batch"] for check in document["gate"]] == [2, 5]
     assert "folded" in succeed("export", "folded", BASE, adapters / "two", "--out", tmp_path / "m.onnx")
 
 
@@ -119,8 +119,17 @@ def test_tables_show_every_field_in_a_pipe(conv_bundle: Bundle) -> None:
 
 
 def test_help_and_wrong_usage() -> None:
-    assert {"inspect", "convert", "export", "adapter", "run", "quickstart"} <= set(succeed("--help").split())
-    for command in ("inspect", "convert", "export folded", "export bundle", "adapter add", "run", "quickstart"):
+    assert {"inspect", "convert", "export", "adapter", "verify", "run", "quickstart"} <= set(succeed("--help").split())
+    for command in (
+        "inspect",
+        "convert",
+        "export folded",
+        "export bundle",
+        "adapter add",
+        "verify",
+        "run",
+        "quickstart",
+    ):
         assert "--debug" in succeed(*command.split(), "--help")
     assert "TASK=ADAPTER" in fail("adapter", "add", "bundle", "nothing", code=2)
     assert "exclude" in fail("run", "b", "--input", "i", "--output", "o", "--task", "a", "--tasks", "a,b", code=2)
@@ -204,7 +213,7 @@ def test_a_command_in_a_process_of_its_own_says_nothing_but_its_table(tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert done.stdout.splitlines()[0].split() == ["form", "task", "rows", "error", "limit"]
+    assert done.stdout.splitlines()[0].split() == ["form", "task", "sizes", "error", "limit"]
 
 
 def test_a_closed_pipe_is_no_error_to_report(conv_bundle: Bundle) -> None:

@@ -13,6 +13,7 @@ from tpeft_deploy.cli.export import export
 from tpeft_deploy.cli.inspect import inspect
 from tpeft_deploy.cli.quickstart import quickstart
 from tpeft_deploy.cli.run import run
+from tpeft_deploy.cli.verify import verify
 
 __all__ = ["main"]
 
@@ -27,5 +28,5 @@ def main() -> None:
     """
 
 
-for command in (inspect, convert, export, adapter, run, quickstart):
+for command in (inspect, convert, export, adapter, verify, run, quickstart):
     main.add_command(command)

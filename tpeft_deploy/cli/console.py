@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from tpeft_deploy.errors import TpeftError
+from tpeft_deploy.progress import Progress, Stage, silent
 
 __all__ = ["Group", "TaskAdapter", "Tool", "emit", "json_option", "note", "provider_option", "stages"]
 
@@ -141,16 +142,35 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str], None]]:
-    """A progress display on stderr, if that is a terminal; call the value with each stage's name as it begins."""
+def stages() -> Iterator[Progress]:
+    """A progress display on stderr, if that is a terminal; call the value with each stage's name as it begins.
+
+    A `Stage` fills a bar; for a plain string, whose length nobody knows, the bar pulses.
+    """
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Display
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda stage: None
+        yield silent
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        current = progress.add_task("starting", total=None)
-        yield lambda stage: progress.update(current, description=stage)
+    columns = (
+        SpinnerColumn(),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Display(*columns, console=console, transient=True) as display:
+        current = display.add_task("starting", total=None, count="")
+
+        def show(stage: str) -> None:
+            if isinstance(stage, Stage):
+                count = f"{min(stage.done + 1, stage.total)} of {stage.total}"
+                display.update(current, description=stage, completed=stage.done, total=stage.total, count=count)
+            else:
+                display.tasks[0].total = None  # `update` takes None for no change
+                display.update(current, description=stage, completed=0, count="")
+
+        yield show

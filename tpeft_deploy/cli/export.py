@@ -10,6 +10,7 @@ import click
 
 from tpeft_deploy.cli.bases import scale_option
 from tpeft_deploy.cli.console import Group, TaskAdapter, emit, json_option, stages
+from tpeft_deploy.progress import Stage
 
 __all__ = ["export"]
 
@@ -25,61 +26,93 @@ def export() -> None:
     """
 
 
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Print what would be exported: targets, ranks and bytes; write and check nothing."
+)
+
+
 @export.command()
 @click.argument("base")
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="The ONNX file to write.")
 @scale_option
+@dry_run_option
 @json_option
-def folded(base: str, adapter: Path, out: Path, scale: float | None, as_json: bool) -> None:
+def folded(base: str, adapter: Path, out: Path | None, scale: float | None, dry_run: bool, as_json: bool) -> None:
     """Merge ADAPTER into BASE: a plain ONNX model, as fast as the base."""
     from tpeft_deploy.exporters import export_folded
+    from tpeft_deploy.exporters.folded import plan_folded
     from tpeft_deploy.exporters.loading import load_base
     from tpeft_deploy.formats import load_adapter
 
+    place = None if dry_run else _place(out)
     with stages() as begin:
         begin("load the base")
         opened = load_base(base)
         begin("read the adapter")
         loaded = load_adapter(adapter, scale=scale, base=opened.view)
-        checks = export_folded(opened, loaded, out, task=adapter.name, progress=begin)
+        if place is None:
+            plan = plan_folded(opened, loaded, progress=begin)
+        else:
+            checks = export_folded(opened, loaded, place, task=adapter.name, progress=begin)
+    if place is None:
+        emit(plan, key="targets", columns=["target", "change", "shape", "ranks", "bytes"], as_json=as_json)
+        if not as_json:
+            click.echo(f"base: {plan['base_bytes']:,} bytes of weights; folded: {plan['bytes']:,}")
+        return
     gate = [check.to_json() for check in checks]
-    emit({"path": str(out), "bytes": out.stat().st_size, "gate": gate}, key="gate", columns=_COLUMNS, as_json=as_json)
+    document = {"path": str(out), "bytes": place.stat().st_size, "gate": gate}
+    emit(document, key="gate", columns=_COLUMNS, as_json=as_json)
 
 
 @export.command()
 @click.argument("base")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="The directory to write.")
 @click.option(
     "--adapter", "adapters", type=TaskAdapter(), multiple=True, help="A task and where its adapter is; repeatable."
 )
 @click.option("--max-rank", type=click.IntRange(min=1), help="Refuse adapters of a larger rank, now and later.")
 @click.option("--name", help="The bundle's name; by default the directory's.")
 @click.option("--folded", "with_folded", is_flag=True, help="Also write folded/TASK.onnx for every adapter.")
+@dry_run_option
 @json_option
 def bundle(
     base: str,
-    out: Path,
+    out: Path | None,
     adapters: Sequence[tuple[str, Path]],
     max_rank: int | None,
     name: str | None,
     with_folded: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write a bundle: BASE once, as plain, factored and banked graphs, and adapters beside it."""
     from tpeft_deploy.exporters import export_bundle
     from tpeft_deploy.exporters.loading import load_base
+    from tpeft_deploy.exporters.planning import plan_bundle
     from tpeft_deploy.formats import load_adapter
 
     repeated = {task for task, _ in adapters if sum(task == other for other, _ in adapters) > 1}
     if repeated:
         raise click.UsageError(f"--adapter names task {min(repeated)!r} twice.")
+    place = None if dry_run else _place(out)
     with stages() as begin:
         begin("load the base")
         opened = load_base(base)
-        begin("read the adapters")
-        loaded = {task: load_adapter(path, base=opened.view) for task, path in adapters}
-        written = export_bundle(opened, loaded, out, name=name, max_rank=max_rank, folded=with_folded, progress=begin)
+        loaded = {}
+        for position, (task, path) in enumerate(adapters):
+            begin(Stage(f"read {task}", position, len(adapters)))
+            loaded[task] = load_adapter(path, base=opened.view)
+        if place is None:
+            own = name or (out.resolve().name if out is not None else "bundle")
+            plan = plan_bundle(opened, loaded, name=own, max_rank=max_rank, progress=begin).to_json()
+        else:
+            written = export_bundle(
+                opened, loaded, place, name=name, max_rank=max_rank, folded=with_folded, progress=begin
+            )
+    if place is None:
+        _show_plan(plan, as_json)
+        return
     manifest = written.manifest
     document: dict[str, Any] = {
         "path": str(out),
@@ -89,3 +122,37 @@ def bundle(
         "gate": list(manifest.gate),
     }
     emit(document, key="gate", columns=_COLUMNS, as_json=as_json)
+
+
+def _place(out: Path | None) -> Path:
+    if out is None:
+        raise click.UsageError("Missing option '--out'; only --dry-run goes without.")
+    return out
+
+
+def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit(plan, key="targets", columns=[], as_json=True)
+        return
+    rows = [
+        {
+            "target": target["target"],
+            "kind": target["kind"],
+            "shape": target["shape"],
+            "rows": target["rows"] or "by running",
+            "ranks": "; ".join(f"{task}: {_ranks(ranks)}" for task, ranks in target["ranks"].items()) or "-",
+            "bytes": target["bytes"],
+        }
+        for target in plan["targets"]
+    ]
+    emit({"targets": rows}, key="targets", columns=["target", "kind", "shape", "rows", "ranks", "bytes"], as_json=False)
+    click.echo(f"base: {plan['base_bytes']:,} bytes of weights, shared by all graphs")
+    for task in plan["tasks"]:
+        size = f"{task['bytes']:,} bytes, {task['share']:.1%} of the base, as branches {task['slot_bytes']:,} bytes"
+        click.echo(f"task {task['task']}: {task['parameters']:,} parameters, {size}")
+    found = f"group ({plan['rows_reason']})" if plan["rows"] else "found by running the graphs"
+    click.echo(f"rows of different tasks in a batch: {found}")
+
+
+def _ranks(ranks: dict[str, int]) -> str:
+    return ", ".join(f"{letter} {size}" for letter, size in ranks.items()) or "whole"

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tpeft_deploy.errors import MissingExtra
+import numpy as np
+
+from tpeft_deploy.errors import IntegrityError, MissingExtra
 from tpeft_deploy.tucker import Array
 
-__all__ = ["FILE", "write"]
+__all__ = ["FILE", "read", "write"]
 
 FILE = "adapter.onnx_adapter"
 
@@ -22,15 +25,35 @@ def write(path: Path, tensors: Mapping[str, Array]) -> None:
     Raises:
         MissingExtra: onnxruntime is not installed.
     """
+    onnxruntime = _onnxruntime(f"write {path}")
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(a) for name, a in tensors.items()})
+    adapter.export_adapter(str(path))
+
+
+def read(path: Path) -> dict[str, Array]:
+    """Tensors by input name, read by ONNX Runtime itself, as an application in another language gets them.
+
+    Raises:
+        MissingExtra: onnxruntime is not installed.
+        IntegrityError: ONNX Runtime cannot read the file.
+    """
+    onnxruntime = _onnxruntime(f"read {path}")
+    try:
+        parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+    except RuntimeError as error:
+        raise IntegrityError(f"read {path}", expected="an .onnx_adapter file", got=str(error)[:200]) from error
+    return {str(name): np.array(value.numpy()) for name, value in parameters.items()}
+
+
+def _onnxruntime(doing: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingExtra(
-            f"write {path}",
+            doing,
             expected="onnxruntime to be installed",
             got="no such package",
             fix="pip install 'tpeft-deploy[cpu]' or 'tpeft-deploy[gpu]'.",
         ) from error
-    adapter = onnxruntime.AdapterFormat()
-    adapter.set_parameters({name: onnxruntime.OrtValue.ortvalue_from_numpy(a) for name, a in tensors.items()})
-    adapter.export_adapter(str(path))
+    return onnxruntime

@@ -13,13 +13,14 @@ import matplotlib.image
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from tpeft_deploy import page
 from tpeft_deploy.quickstart.data import Pixels
 from tpeft_deploy.quickstart.results import Results
 
 __all__ = ["FORM_COLOURS", "accuracy_plot", "error_plot", "picture", "size_plot", "switching_plot"]
 
-FORM_COLOURS = {"torch": "#7c3aed", "folded": "#2563eb", "factored": "#0891b2", "banked": "#059669"}
-_BASE_COLOUR = "#94a3b8"
+FORM_COLOURS = {"torch": "#7c3aed"} | {form: page.FORM_COLOURS[form] for form in ("folded", "factored", "banked")}
+_BASE_COLOUR = page.FORM_COLOURS["base"]
 _LIMIT_COLOUR = "#dc2626"
 # Stand-ins that become the page's own colours, so that the plots follow its light and dark schemes.
 _INK, _LINE = "#010203", "#010204"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tpeft_deploy.bundle import BASE_TASK
+from tpeft_deploy.page import document, scientific, tiles
 from tpeft_deploy.quickstart import figures
 from tpeft_deploy.quickstart.data import DIGITS, TASKS, Examples
 from tpeft_deploy.quickstart.evaluate import FORMS, Answers
@@ -17,38 +18,10 @@ from tpeft_deploy.quickstart.results import Results
 __all__ = ["render", "write_report"]
 
 _STYLE = """
-:root { color-scheme: light dark; --paper: #f8fafc; --card: #fff; --ink: #0f172a; --soft: #64748b; --line: #e2e8f0;
-  --good: #047857; --bad: #b91c1c; }
-@media (prefers-color-scheme: dark) { :root { --paper: #0b1120; --card: #131c31; --ink: #e2e8f0; --soft: #94a3b8;
-  --line: #2b3852; --good: #34d399; --bad: #f87171; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 48px 20px 64px; }
-h1 { font-size: 30px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 8px; }
-h2 { font-size: 18px; letter-spacing: -0.01em; margin: 0 0 4px; }
-p { margin: 0 0 16px; } .soft { color: var(--soft); } .soft.small { font-size: 14px; }
-.tiles, .thirds { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); }
-.thirds { grid-template-columns: repeat(auto-fit, minmax(290px, 1fr)); }
-.tile, section { background: var(--card); border: 1px solid var(--line); border-radius: 14px; }
-.tile { padding: 16px 20px; } .tile b { display: block; font-size: 26px; letter-spacing: -0.02em; }
-.tile span { color: var(--soft); font-size: 14px; }
-section { padding: 22px 24px; margin-top: 16px; min-width: 0; }
-.thirds section { margin-top: 0; } .thirds { margin-top: 16px; }
-svg { display: block; width: 100%; height: auto; } svg text { font-family: inherit !important; }
-.wide { overflow-x: auto; margin-top: 12px; } .wide svg { min-width: 640px; }
-table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 15px; }
-th, td { padding: 8px 10px; text-align: right; border-top: 1px solid var(--line); white-space: nowrap; }
-thead th { border-top: 0; color: var(--soft); font-weight: 500; } th:first-child { text-align: left; }
-tbody th { font-weight: 600; }
 .gallery td { text-align: center; padding: 8px 5px; font-size: 14px; }
 .gallery img { display: block; width: 64px; height: 64px; margin: 0 auto 3px; border-radius: 6px;
   image-rendering: pixelated; }
 .gallery th small { display: block; font-weight: 400; color: var(--soft); }
-.good { color: var(--good); } .bad { color: var(--bad); }
-sup { font-size: 0.65em; line-height: 0; }
-pre { margin: 8px 0 0; overflow-x: auto; font: 14px/1.6 ui-monospace, SFMono-Regular, Menlo, monospace; }
-footer { margin-top: 24px; color: var(--soft); font-size: 14px; }
 """
 
 
@@ -66,10 +39,7 @@ def write_report(file: Path, results: Results, answers: Mapping[str, Answers], t
 
 def render(results: Results, answers: Mapping[str, Answers], tests: Mapping[str, Examples]) -> str:
     """The page as text."""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>tpeft-deploy quickstart</title><style>{_STYLE}</style></head><body><main>
-<h1>One base, {len(results.tasks)} tasks, any mixture of them in a batch</h1>
+    body = f"""<h1>One base, {len(results.tasks)} tasks, any mixture of them in a batch</h1>
 <p class="soft">A {results.base.parameters:,}-weight ConvNeXt reads scanned digits with {results.base.torch:.1%}
 accuracy. Each task below is a low-rank tensor adapter for its convolutions and linears, trained with PEFT and served
 with ONNX Runtime ({escape(results.provider)}). All figures are from {results.test_digits} held-out digits.</p>
@@ -89,9 +59,8 @@ task.</p>{figures.error_plot(results)}</section>
 {results.switching.runs} interleaved runs.</p>{figures.switching_plot(results)}</section></div>
 {_try_it(results)}
 <footer>Trained in {results.seconds["train"]:.0f} s, exported and checked in {results.seconds["export"]:.0f} s, measured
-in {results.seconds["measure"]:.0f} s; seed {results.seed}. {_versions(results)}.</footer>
-</main></body></html>
-"""
+in {results.seconds["measure"]:.0f} s; seed {results.seed}. {_versions(results)}.</footer>"""
+    return document("tpeft-deploy quickstart", body, style=_STYLE)
 
 
 def _tiles(results: Results) -> str:
@@ -99,14 +68,13 @@ def _tiles(results: Results) -> str:
     least = min(task.banked - task.base for task in tasks)
     share = max(task.adapter_bytes for task in tasks) / results.base.bytes
     worst = max(max(task.errors.values()) for task in tasks)
-    tiles = {
+    shown = {
         f"+{100 * least:.0f} points": "least gain of an adapter over the base",
-        _scientific(worst): "largest error of an export against torch",
+        scientific(worst): "largest error of an export against torch",
         f"{share:.0%}": "of a full copy stored per task",
         f"{cost.switch_us:+.0f} µs": f"to change the task of a {cost.repeat_us:.0f} µs run",
     }
-    items = "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles.items())
-    return f'<div class="tiles">{items}</div>'
+    return tiles(shown)
 
 
 def _table(results: Results) -> str:
@@ -114,14 +82,14 @@ def _table(results: Results) -> str:
     rows = [
         f"<tr><th>{task.task}</th>"
         + "".join(f"<td>{getattr(task, form):.1%}</td>" for form in ("base", "torch", *FORMS))
-        + f"<td>{_scientific(max(task.errors.values()))}</td><td>{task.adapter_bytes / 1000:.0f} kB</td>"
+        + f"<td>{scientific(max(task.errors.values()))}</td><td>{task.adapter_bytes / 1000:.0f} kB</td>"
         + f"<td>{task.train_seconds:.0f} s</td></tr>"
         for task in results.tasks
     ]
     base = results.base
     rows.append(
         f"<tr><th>base, on upright digits</th><td>{base.torch:.1%}</td><td></td><td></td><td></td>"
-        f"<td>{base.banked:.1%}</td><td>{_scientific(base.error)}</td><td>{base.bytes / 1000:.0f} kB</td>"
+        f"<td>{base.banked:.1%}</td><td>{scientific(base.error)}</td><td>{base.bytes / 1000:.0f} kB</td>"
         f"<td>{base.train_seconds:.0f} s</td></tr>"
     )
     head = "".join(f"<th>{name}</th>" for name in heads)
@@ -156,11 +124,6 @@ def _try_it(results: Results) -> str:
 tpeft-deploy run bundle --input sample.npz --output answers.npz --tasks {mixture}
 tpeft-deploy export folded digits_base:base adapters/rotated --out rotated.onnx"""
     return f"<section><h2>Try it</h2><pre>{escape(commands)}</pre></section>"
-
-
-def _scientific(value: float) -> str:
-    digits, exponent = f"{value:.1e}".split("e")
-    return f"{digits} · 10<sup>{int(exponent)}</sup>"
 
 
 def _versions(results: Results) -> str:

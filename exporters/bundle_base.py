@@ -1,0 +1,111 @@
+"""A bundle's own base.onnx as a base: its oracle is that graph with merged tensors in place of its initializers.
+
+Neither a branch nor ONNX Runtime's optimiser has a part in the reference, so it is another way to the same numbers.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle import EXAMPLE, Bundle
+from tpeft_deploy.errors import IntegrityError
+from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
+from tpeft_deploy.exporters.folded import replace_weights
+from tpeft_deploy.tucker import Array
+
+__all__ = ["BundleBase", "example"]
+
+_BYTES = 1 << 30  # of weights in references that are kept open; one is kept however large it is
+_MOST = 16
+
+
+class BundleBase(Base):
+    """The base of a bundle, without the model it was exported from.
+
+    Args:
+        bundle: opened, its files checked.
+
+    Raises:
+        IntegrityError: its example inputs cannot be read.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(f"of bundle {bundle.manifest.name}", example(bundle))
+        self._bundle = bundle
+        size = sum(weight.length for weight in bundle.manifest.weights.values())
+        self._room = max(1, min(_MOST, _BYTES // max(size, 1)))
+        self._sessions: OrderedDict[Adapter | None, onnxruntime.InferenceSession] = OrderedDict()
+
+    @property
+    def weights(self) -> Mapping[str, Array]:
+        """Every weight by every name it has, read from weights.data when it is asked for."""
+        return self._bundle.base_view.weights
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Every name of a weight -> the name it is stored under."""
+        return {name: name for name in self._bundle.manifest.weights} | dict(self._bundle.manifest.aliases)
+
+    @property
+    def view(self) -> object:
+        """Names and values, for readers of adapters."""
+        return self._bundle.base_view
+
+    @property
+    def batched(self) -> bool:
+        """Always: a bundle without a batch is not exported."""
+        return self._bundle.manifest.batch_axis is not None
+
+    def graph(self) -> ir.Model:
+        """base.onnx, which is optimised already: its inputs, outputs and initializers are those of the raw graph."""
+        return ir.load(self._bundle.path / "base.onnx")
+
+    def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
+        """What base.onnx computes with the merged tensors in place of its own."""
+        outputs = gate.run(self._session(adapter), inputs, {})
+        return {name: outputs[name] for name in names}
+
+    def _session(self, adapter: Adapter | None) -> onnxruntime.InferenceSession:
+        if adapter not in self._sessions:
+            while len(self._sessions) >= self._room:
+                self._sessions.popitem(last=False)
+            self._sessions[adapter] = self._open(adapter)
+        self._sessions.move_to_end(adapter)
+        return self._sessions[adapter]
+
+    def _open(self, adapter: Adapter | None) -> onnxruntime.InferenceSession:
+        if adapter is None:
+            return gate.open_session(self._bundle.path / "base.onnx", optimized=False)
+        model = self.graph()
+        replace_weights(self, model, adapter)
+        with TemporaryDirectory(prefix="tpeft-reference-") as place:
+            file = Path(place) / "merged.onnx"
+            ir.save(model, file, external_data="merged.data")
+            return gate.open_session(file, optimized=False)
+
+
+def example(bundle: Bundle) -> dict[str, Array]:
+    """The example inputs that a bundle was exported with.
+
+    Raises:
+        IntegrityError: they cannot be read, or are not the inputs that the manifest names.
+    """
+    file = bundle.path / EXAMPLE
+    names = [port.name for port in bundle.manifest.inputs]
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in names}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise IntegrityError(
+            f"read {file}", expected=f"one array for each of {', '.join(names)}", got=str(error)
+        ) from error

@@ -1,0 +1,204 @@
+"""What an export will write, found out before anything is written: the base traced, targets resolved, sizes known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from tpeft_deploy import __version__, fitting, slots
+from tpeft_deploy.adapter import Adapter, weight_digest
+from tpeft_deploy.bundle import check_task
+from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
+from tpeft_deploy.exporters import banked
+from tpeft_deploy.exporters.bases import Base
+from tpeft_deploy.exporters.bfloat16 import wide
+from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out
+from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.rows import Order
+from tpeft_deploy.exporters.targets import activations, plan, plan_all, resolve
+from tpeft_deploy.manifest import Manifest, Port, Varies, check_name
+from tpeft_deploy.progress import Progress, silent
+from tpeft_deploy.slots import Target
+from tpeft_deploy.tucker import Array
+
+__all__ = ["Need", "Plan", "plan_bundle", "port"]
+
+_ORDERS: tuple[Order, ...] = ("major", "minor", "shared")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one task feeds to one target: the sizes of its slots' letters, e.g. {"R_i": 8, "R_o": 16}, and bytes."""
+
+    ranks: Mapping[str, int]
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A bundle before it is written.
+
+    Args:
+        base: loaded, and fitting all adapters.
+        raw: its graph, every product with its shape.
+        resolved: weight -> initializer that holds it.
+        adapters: task -> adapter.
+        draft: the manifest, without files, and without what only the graphs tell: how outputs vary, and rows.
+    """
+
+    base: Base
+    raw: ir.Model
+    resolved: Mapping[str, str]
+    adapters: Mapping[str, Adapter]
+    draft: Manifest
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of all weights of the base, which the graphs share."""
+        return sum(weight.length for weight in self.draft.weights.values())
+
+    def needs(self, task: str) -> dict[str, Need]:
+        """What a task feeds: target key -> ranks and bytes; a target that it leaves alone is absent.
+
+        Raises:
+            UnknownTarget, ShapeError, BaseMismatch, AdapterError: the bundle would refuse the adapter.
+        """
+        filled = fitting.fill(
+            self.draft, self.adapters[task], bundle=self.draft.name, base_value=lambda name: self.base.weights[name]
+        )
+        return {
+            target.key: Need(slots.ranks_of(target, own), sum(array.nbytes for array in own.values()))
+            for target in self.draft.targets
+            for own in [dict[str, Array](filled.get(target.key, {}))]
+            if own
+        }
+
+    def grouped(self) -> list[str]:
+        """Weights that take one adapter per run wherever the rows are; of others only a run of the base can tell."""
+        values = activations(self.raw.graph, self.draft.targets)
+        found = [
+            set(banked.attach(self.raw.clone(), self.draft.targets, dict.fromkeys(values, order))) for order in _ORDERS
+        ]
+        return [target.name for target in self.draft.targets if all(target.name in single for single in found)]
+
+    def to_json(self) -> dict[str, Any]:
+        """What a dry run prints: `rows` of the bundle and of a target is "group", or None where only running tells."""
+        grouped = self.grouped()
+        needs = {task: self.needs(task) for task in self.adapters}
+        return {
+            "name": self.draft.name,
+            "base": self.base.name,
+            "rows": "group" if grouped else None,
+            "rows_reason": f"one adapter per run at {', '.join(dict.fromkeys(grouped))}" if grouped else "",
+            "base_bytes": self.base_bytes,
+            "tasks": [
+                {
+                    "task": task,
+                    "parameters": adapter.parameters,
+                    "bytes": adapter.nbytes,
+                    "slot_bytes": sum(need.bytes for need in needs[task].values()),
+                    "share": adapter.nbytes / self.base_bytes,
+                }
+                for task, adapter in self.adapters.items()
+            ],
+            "targets": [
+                {
+                    "target": target.name,
+                    "kind": target.kind,
+                    "shape": list(target.shape),
+                    "dtype": target.dtype,
+                    "rows": "group" if target.name in grouped else None,
+                    "ranks": {task: dict(own[target.key].ranks) for task, own in needs.items() if target.key in own},
+                    "bytes": {task: own[target.key].bytes for task, own in needs.items() if target.key in own},
+                }
+                for target in self.draft.targets
+            ],
+        }
+
+
+def plan_bundle(
+    base: object,
+    adapters: Mapping[str, Adapter],
+    *,
+    name: str,
+    max_rank: int | None = None,
+    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """Everything of `export_bundle`, whose arguments these are, up to writing.
+
+    Raises:
+        BundleError: a name is not allowed.
+        UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch: the base cannot be exported, or an adapter does not
+            fit it.
+    """
+    check_name(name, "bundle")
+    for task in adapters:
+        check_task(task, name)
+    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    loaded = loaded.knowing(adapters.values())
+    _check_batch(loaded)
+    for adapter in adapters.values():
+        loaded.check(adapter)
+    progress("trace the base")
+    raw = loaded.graph()
+    complete_shapes(raw.graph)
+    progress("resolve the targets")
+    resolved = resolve(raw.graph, loaded.weights, loaded.aliases)
+    targets = plan(raw.graph, adapters, resolved, base=loaded.name) if adapters else plan_all(raw.graph, resolved)
+    draft = _draft(raw.graph, resolved, targets, name=name, max_rank=max_rank)
+    return Plan(loaded, raw, resolved, adapters, draft)
+
+
+def port(value: ir.Value, varies: Varies | None) -> Port:
+    """An input or output of a graph as a manifest describes it.
+
+    Raises:
+        UnsupportedTarget: it has no shape.
+    """
+    if value.shape is None or value.dtype is None:
+        raise UnsupportedTarget(f"describe input or output {value.name!r}", problem="the exporter gave it no shape")
+    shape = tuple(
+        size if isinstance(size, int) else str(size.value or f"{value.name}.{axis}")
+        for axis, size in enumerate(value.shape)
+    )
+    return Port(str(value.name), value.dtype.numpy().name, shape, varies)
+
+
+def _draft(
+    graph: ir.Graph, resolved: Mapping[str, str], targets: list[Target], *, name: str, max_rank: int | None
+) -> Manifest:
+    digests = dict(_digests(graph, resolved))
+    return Manifest(
+        name=name,
+        producer=f"tpeft-deploy {__version__}",
+        weights=lay_out(graph, digests),
+        aliases={alias: held for alias, held in resolved.items() if alias != held},
+        targets=tuple(targets),
+        rows="each",
+        rows_reason="",
+        inputs=tuple(port(value, None) for value in graph.inputs),
+        outputs=tuple(port(value, None) for value in graph.outputs),
+        files={},
+        max_rank=max_rank,
+    )
+
+
+def _digests(graph: ir.Graph, resolved: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for name in sorted(set(resolved.values())):
+        yield name, weight_digest(wide(held_tensor(graph, name)))
+
+
+def _check_batch(base: Base) -> None:
+    if not base.batched:
+        raise UnsupportedBase(
+            f"export bundle of {base.name}",
+            expected="an input whose first axis is dynamic: the batch, whose rows choose their adapters",
+            got="dynamic_shapes that fix it for all inputs",
+            fix="Leave dynamic_shapes out, or make axis 0 dynamic; export_folded takes fixed batches.",
+        )

@@ -1,0 +1,234 @@
+"""Proving a finished bundle again: its bytes against their digests, then every form against a merged reference.
+
+Bytes come first: a bundle with an altered file is refused before any of its graphs is run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from tpeft_deploy import slots
+from tpeft_deploy.adapter import Adapter, weight_digest
+from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.errors import BaseMismatch, IntegrityError
+from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters.bases import Base
+from tpeft_deploy.exporters.bundle_base import BundleBase, example
+from tpeft_deploy.exporters.gate import Check
+from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.proof import check_forms, check_rows
+from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.single import TargetCheck, check_targets
+from tpeft_deploy.files import new_file
+from tpeft_deploy.progress import Progress, Stage, silent
+
+__all__ = ["GRAPHS", "Verification", "verify_bundle"]
+
+GRAPHS = ("base.onnx", "factored.onnx", "banked.onnx")
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """What was measured on a bundle whose digests are right.
+
+    Args:
+        bundle: it.
+        reference: what the forms were compared with.
+        tasks: the tasks that were checked -> adapter.
+        checks: every form of every task, and rows of different tasks.
+        targets: each target alone, when a report was asked for.
+        left_out: what was not checked -> why.
+    """
+
+    bundle: Bundle
+    reference: str
+    tasks: Mapping[str, Adapter]
+    checks: tuple[Check, ...]
+    targets: tuple[TargetCheck, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def failed(self) -> list[Check]:
+        """The checks that failed, those of single targets last."""
+        return [check for check in [*self.checks, *(t.check for t in self.targets)] if check.failure is not None]
+
+    def passed(self) -> Verification:
+        """The verification itself.
+
+        Raises:
+            NotEquivalent: the first check that failed.
+        """
+        for check in self.failed:
+            check.passed()
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """What --json prints."""
+        manifest = self.bundle.manifest
+        return {
+            "name": manifest.name,
+            "base_digest": manifest.base_digest,
+            "reference": self.reference,
+            "rows": manifest.rows,
+            "tasks": {task: self.bundle.digest(task) for task in self.tasks},
+            "files": list(manifest.files),
+            "checks": [check.to_json() for check in self.checks],
+            "targets": [target.to_json() for target in self.targets],
+            "left_out": [{"what": what, "reason": reason} for what, reason in self.left_out],
+        }
+
+
+def verify_bundle(
+    path: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    base: object = None,
+    report: str | os.PathLike[str] | None = None,
+    progress: Progress = silent,
+) -> Verification:
+    """Run the numeric gate again on a finished bundle, on the example inputs stored in it; nothing in it is changed.
+
+    Args:
+        path: the bundle.
+        task: the only task to check; by default all of them.
+        base: what the bundle was exported from, as `export_bundle` takes it, for a reference that is merged and run
+            outside ONNX; by default base.onnx with the merged tensors in place of its initializers.
+        report: an HTML file to write, failures included; it also shows the error of every target alone.
+        progress: told each stage.
+
+    Returns:
+        What was measured: every check passed.
+
+    Raises:
+        UnknownTask: the bundle has no such task.
+        IntegrityError: a file was altered, or does not hold what another file says; no graph was run.
+        BaseMismatch: `base` is not the bundle's.
+        NotEquivalent: a form differs from the reference; the report was written.
+    """
+    bundle = Bundle.open(path)
+    if task is not None:
+        bundle.digest(task)  # an unknown one is said before anything is read
+    tasks = _read(bundle, [task] if task is not None else list(bundle.tasks), progress)
+    oracle, reference = BundleBase(bundle), "base.onnx with merged weights, not optimised"
+    chosen: Base = oracle
+    if base is not None:
+        progress("load the base")
+        chosen = _own_base(bundle, load_base(base).knowing(tasks.values()))
+        reference = f"{chosen.name}, merged and run as it is"
+    graph = oracle.graph().graph
+    checks = list(check_forms(chosen, graph, bundle, tasks, progress))
+    left_out = []
+    if bundle.manifest.rows == "each":
+        checks += check_rows(chosen, graph, bundle, tasks, progress)
+    else:
+        left_out.append(("mixed rows", f"one adapter per run: {bundle.manifest.rows_reason}"))
+    checks += _check_folded(chosen, graph, bundle, tasks, progress)
+    targets: tuple[TargetCheck, ...] = ()
+    if report is not None:
+        targets = tuple(check_targets(chosen, graph, bundle, tasks, progress))
+    found = Verification(bundle, reference, tasks, tuple(checks), targets, tuple(left_out))
+    if report is not None:
+        from tpeft_deploy.exporters.report import render
+
+        with new_file(Path(report)) as temporary:
+            temporary.write_text(render(found), encoding="utf-8")
+    return found.passed()
+
+
+def _read(bundle: Bundle, names: list[str], progress: Progress) -> dict[str, Adapter]:
+    """The adapters, once every byte that will be used agrees with what is recorded of it."""
+    steps = [*bundle.manifest.files, "weights", *names]
+    for position, name in enumerate(bundle.manifest.files):
+        progress(Stage(f"check the digest of {name}", position, len(steps)))
+        bundle.check_file(name)
+    for graph in GRAPHS:
+        if graph not in bundle.manifest.files:
+            raise IntegrityError(f"open bundle {bundle.path}", expected=f"{graph} in its manifest", got="none")
+        _check_ports(bundle, graph)
+    progress(Stage("check the digests of the weights", len(bundle.manifest.files), len(steps)))
+    for name, weight in bundle.manifest.weights.items():
+        digest = weight_digest(bundle.base_value(name))
+        if digest != weight.digest:
+            raise _altered(bundle, f"weight {name!r}", f"digest {weight.digest[:12]}...", f"{digest[:12]}...")
+    adapters = {}
+    for position, task in enumerate(names):
+        progress(Stage(f"check the files of {task}", len(steps) - len(names) + position, len(steps)))
+        adapters[task] = bundle.adapter(task)
+        _check_native(bundle, task, adapters[task])
+    return adapters
+
+
+def _check_native(bundle: Bundle, task: str, adapter: Adapter) -> None:
+    """The .onnx_adapter file feeds exactly what adapter.safetensors stands for."""
+    native, wanted = bundle.native(task), bundle.feeds(adapter)
+    for name in sorted({*native, *wanted}):
+        if name in native and name in wanted and np.array_equal(native[name], wanted[name]):
+            continue
+        expected = "the tensor that adapter.safetensors gives" if name in wanted else "no such tensor"
+        got = "none" if name not in native else "another" if name in wanted else "one"
+        raise _altered(bundle, f"task {task!r}, tensor {name!r} of adapter.onnx_adapter", expected, got)
+
+
+def _check_ports(bundle: Bundle, file: str) -> None:
+    """A graph takes and gives what the manifest says."""
+    graph, manifest = ir.load(bundle.path / file).graph, bundle.manifest
+    fed = {slots.input_name(t, slot.name) for t in manifest.targets for slot in slots.slots_of(t)}
+    extra = {"base.onnx": set[str](), "factored.onnx": fed, "banked.onnx": fed | {slots.INDEX}}[file]
+    pairs = {
+        "inputs": ({port.name for port in manifest.inputs} | extra, {str(value.name) for value in graph.inputs}),
+        "outputs": ({port.name for port in manifest.outputs}, {str(value.name) for value in graph.outputs}),
+    }
+    for what, (wanted, found) in pairs.items():
+        if wanted != found:
+            odd = sorted(wanted ^ found)[0]
+            where = ("the manifest", "none in the graph") if odd in wanted else ("nothing", "one in the graph")
+            raise _altered(bundle, f"{what} of {file}, {odd!r}", f"what {where[0]} names", where[1])
+
+
+def _altered(bundle: Bundle, what: str, expected: str, got: str) -> IntegrityError:
+    return IntegrityError(
+        f"verify bundle {bundle.path}, {what}",
+        expected=expected,
+        got=got,
+        fix="The bundle was altered or damaged: export it, or add the adapter, again.",
+    )
+
+
+def _own_base(bundle: Bundle, base: Base) -> Base:
+    """A base whose weights are those of the bundle, on the bundle's example inputs."""
+    weights = base.weights
+    for name, weight in bundle.manifest.weights.items():
+        digest = weight_digest(weights[name]) if name in weights else None
+        if digest != weight.digest:
+            raise BaseMismatch(
+                f"verify bundle {bundle.path} against base {base.name}, weight {name!r}",
+                expected=f"digest {weight.digest[:12]}...",
+                got=f"{digest[:12]}..." if digest else "no weight of that name",
+                fix="Give the base that the bundle was exported from.",
+            )
+    return base.at(example(bundle))
+
+
+def _check_folded(
+    base: Base, graph: ir.Graph, bundle: Bundle, tasks: Mapping[str, Adapter], progress: Progress
+) -> Iterator[Check]:
+    names = [str(value.name) for value in graph.outputs]
+    shapes = shapes_to_prove(base, graph)
+    for position, (task, adapter) in enumerate(tasks.items()):
+        file = bundle.path / "folded" / f"{task}.onnx"
+        if not file.is_file():
+            continue
+        progress(Stage(f"check folded {task}", position, len(tasks)))
+        session = gate.open_session(file)
+        for sizes in shapes:
+            inputs = with_sizes(base, graph, sizes)
+            answer = partial(gate.run, session, inputs, {})
+            yield gate.measure("folded", task, sizes, answer, base.reference(adapter, inputs, names))
