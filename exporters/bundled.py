@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from tpeft_deploy import __version__, slots
 from tpeft_deploy.adapter import Adapter, weight_digest
@@ -39,22 +38,24 @@ def export_bundle(
     *,
     name: str | None = None,
     max_rank: int | None = None,
-    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     folded: bool = False,
+    weights: object = None,
     progress: Progress = lambda stage: None,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
 
     Args:
-        base: a torch module, or "package.module:factory".
+        base: a torch module, "package.module:factory", or the path of an ONNX file.
         adapters: task -> adapter.  The weights that they change get a branch, so that adapters which change the
             same weights can be added later; with no adapters every linear and conv weight gets one.
         path: the directory to write; it must not exist or be empty.
         name: the bundle's name; by default the directory's.
         max_rank: the largest rank of an adapter that the bundle takes; by default any.
-        example_inputs: by input name, for a module; the first axis is the batch.
+        example_inputs: by input name, for a module or an ONNX file; the first axis is the batch.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
+        weights: the original weights of an ONNX file, as `load_base` takes them.
         folded: also write folded/<task>.onnx for every adapter.
         progress: told each stage.
 
@@ -76,7 +77,7 @@ def export_bundle(
             got="one that holds files",
             fix="Remove it or choose another.",
         )
-    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights)
     loaded = loaded.knowing(adapters.values())
     _check_batch(loaded)
     for adapter in adapters.values():
@@ -111,7 +112,8 @@ def _check_batch(base: Base) -> None:
 
 def _write_graphs(base: Base, raw: ir.Model, adapters: Mapping[str, Adapter], place: Path) -> Manifest:
     resolved = resolve(raw.graph, base.weights, base.aliases)
-    targets = plan(raw.graph, adapters, resolved, base=base.name) if adapters else plan_all(raw.graph, resolved)
+    certain = {name: held for name, held in resolved.items() if base.proves(name)}
+    targets = plan(raw.graph, adapters, certain, base=base.name) if adapters else plan_all(raw.graph, certain)
     held = set(resolved.values())
     digests = {name: weight_digest(raw.graph.initializers[name].const_value.numpy()) for name in sorted(held)}  # type: ignore[union-attr]
     weights = write_weights(raw.graph, digests, place / DATA)

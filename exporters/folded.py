@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
-from onnx_ir.passes import common as passes
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check
-from tpeft_deploy.exporters.graphs import forget_shapes, optimize
+from tpeft_deploy.exporters.graphs import optimize
 from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.replacing import replace_weights
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
-from tpeft_deploy.exporters.targets import held_by, resolve
 from tpeft_deploy.files import move_into, staging
 
-__all__ = ["export_folded", "fold", "replace_weights", "write_folded"]
+__all__ = ["export_folded", "fold", "write_folded"]
 
 LARGE = 100_000_000  # bytes; a file in one piece is built in memory, twice, and protobuf stops at 2 GiB
 
@@ -32,19 +29,21 @@ def export_folded(
     adapter: Adapter,
     path: str | os.PathLike[str],
     *,
-    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     task: str = "adapter",
+    weights: object = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> list[Check]:
     """Export one adapter merged into its base.
 
     Args:
-        base: a torch module, or "package.module:factory".
+        base: a torch module, "package.module:factory", or the path of an ONNX file.
         adapter: from `load_adapter`.
         path: the ONNX file to write; weights above 100 MB go to `<path>.data` beside it.
-        example_inputs: by input name, for a module; the first axis is the batch.
+        example_inputs: by input name, for a module or an ONNX file; the first axis is the batch.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
+        weights: the original weights of an ONNX file, as `load_base` takes them.
         task: the adapter's name, for messages and the model's metadata.
         progress: told each stage.
 
@@ -54,7 +53,7 @@ def export_folded(
     Raises:
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
-    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights)
     loaded = loaded.knowing([adapter])
     loaded.check(adapter)
     progress("trace the base")
@@ -98,32 +97,3 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
     optimize(model, inline=True)
     model.metadata_props.update({"tpeft.form": "folded", "tpeft.task": task})
     return model
-
-
-def replace_weights(base: Base, model: ir.Model, adapter: Adapter) -> None:
-    """Put an adapter's merged tensors in place of a graph's own, each computed when it is written."""
-    resolved = resolve(model.graph, base.weights, base.aliases)
-    for name in dict.fromkeys([*adapter.deltas, *adapter.gains, *adapter.served_overrides]):
-        value = model.graph.initializers[held_by(resolved, name, doing=f"fold {adapter.source} into {base.name}")]
-        own = value.const_value
-        if own is None:
-            raise ValueError(f"initializer {value.name!r} has no value")
-        shape = adapter.overrides[name].shape if name in adapter.overrides else own.shape.numpy()
-        value.shape = ir.Shape(shape)
-        value.const_value = ir.LazyTensor(
-            partial(_merged, base, adapter, name), own.dtype, ir.Shape(shape), name=value.name
-        )
-    if adapter.overrides:
-        _infer_outputs(model)
-
-
-def _merged(base: Base, adapter: Adapter, name: str) -> ir.TensorProtocol:
-    return ir.tensor(base.merged(adapter, name), name=name)
-
-
-def _infer_outputs(model: ir.Model) -> None:
-    """Replace the traced output shapes by the ones that heads of another size lead to."""
-    forget_shapes(model.graph)
-    inferred = passes.ShapeInferencePass()(model.clone()).model
-    for value, other in zip(model.graph.outputs, inferred.graph.outputs, strict=True):
-        value.shape = other.shape

@@ -23,7 +23,13 @@ from tpeft_deploy.tucker import Array
 
 __all__ = ["ORT_ERRORS", "Check", "compare", "open_session", "relative_error", "run"]
 
-ORT_ERRORS = (ort_errors.Fail, ort_errors.RuntimeException, ort_errors.InvalidArgument, ort_errors.InvalidGraph)
+ORT_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.RuntimeException,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.NotImplemented,
+)
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,16 @@ class Check:
         return asdict(self)
 
 
-def open_session(model: Path) -> onnxruntime.InferenceSession:
-    """A CPU session that keeps to itself: no spinning threads, errors only, and no packed copies of the weights."""
+def open_session(model: Path, *, optimized: bool = True) -> onnxruntime.InferenceSession:
+    """A CPU session that keeps to itself: no spinning threads, errors only, and no packed copies of the weights.
+
+    Args:
+        model: the file.
+        optimized: whether ONNX Runtime may rewrite the graph.
+    """
     options = onnxruntime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_prepacking", "1")

@@ -65,7 +65,7 @@ ALLOWED = {
     "fitting": {"slots", "adapter", "errors", "manifest", "tucker"},
     "bundle": {"slots", "adapter", "errors", "files", "fitting", "formats", "manifest", "tucker"},
     "training": {"errors", "tucker", "adapter"},
-    "exporters": {"adapter", "bundle", "errors", "files", "fitting", "manifest", "slots", "tucker"},
+    "exporters": {"adapter", "bundle", "errors", "files", "fitting", "formats", "manifest", "slots", "tucker"},
     "runtime": {"adapter", "bundle", "errors", "fitting", "formats", "manifest", "slots", "tucker"},
 }
 

@@ -134,7 +134,10 @@ def _node(
     definition = _FUNCTIONS[function]
     key = (DOMAIN, function, "")
     if key not in model.functions:
-        model.functions[key] = ir.serde.deserialize_function(definition.to_function_proto())
+        body = ir.serde.deserialize_function(definition.to_function_proto())
+        # A function is inlined into graphs of its own opset only; from 20 on, its operators mean the same in all.
+        body.opset_imports[""] = model.graph.opset_imports.get("", body.opset_imports[""])
+        model.functions[key] = body
         model.graph.opset_imports[DOMAIN] = 1
     output = _resemble(ir.Value(name=f"{name}.out"), like)
     return ir.node(function, inputs, attributes or {}, domain=DOMAIN, outputs=[output], name=name)  # type: ignore[arg-type]

@@ -1,0 +1,339 @@
+"""Which initializer of a foreign graph is which weight of the base.
+
+Four things say so: the initializer's own name, the exporter's metadata on its consumers, their paths, and the values.
+Values are required; the others choose between weights of equal values, and must not contradict.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from tpeft_deploy.adapter import weight_digest
+from tpeft_deploy.exporters.foreign.known import Known
+from tpeft_deploy.exporters.foreign.unfuse import can_unfuse, row_factors
+from tpeft_deploy.exporters.foreign.uses import QUANTISED, Use, modules_of, renaming, uses_of
+from tpeft_deploy.tucker import Array
+
+__all__ = ["Found", "Place", "Problem", "identify"]
+
+Layout = Literal["own", "turned", "either"]
+
+_PARTS = {
+    "Conv": ("weight", "bias"),
+    "ConvTranspose": ("weight", "bias"),
+    "Gemm": ("weight", "bias"),
+    "LayerNormalization": ("weight", "bias"),
+    "InstanceNormalization": ("weight", "bias"),
+    "GroupNormalization": ("weight", "bias"),
+    "BatchNormalization": ("weight", "bias", "running_mean", "running_var"),
+    "MatMul": ("weight",),
+}
+_GIVE = "Give the original weights: weights=, or --weights on the command line."
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A use that was identified.
+
+    Args:
+        use: where.
+        name: of the weight.
+        turned: whether the file holds it transposed.
+        factors: (O,) what its rows were multiplied by, when a norm was folded into it.
+    """
+
+    use: Use
+    name: str
+    turned: bool
+    factors: Array | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a weight cannot be a target: for an error's `expected`, `got` and `fix`; and whether values differ."""
+
+    expected: str
+    got: str
+    fix: str
+    values_differ: bool = False
+
+
+@dataclass(eq=False)
+class Found:
+    """What `identify` found.
+
+    Args:
+        places: every use whose weight is certain.
+        problems: weight -> why an adapter must not change it.
+        aliases: name that only the file has for a weight -> the weight's known name.
+        rename: from names of the file to names of the base.
+    """
+
+    rename: Callable[[str], str]
+    places: list[Place] = field(default_factory=list)
+    problems: dict[str, Problem] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Evidence:
+    """One use and what is said about it: all names are the first ones of their tensors."""
+
+    use: Use
+    values: dict[str, Layout]
+    exact: str | None
+    claims: dict[str, set[str]]
+
+
+def identify(graph: ir.Graph, known: Known) -> Found:
+    """Identify every use of every floating point initializer, as far as names and values allow."""
+    return _Identifier(graph, known).run()
+
+
+class _Identifier:
+    def __init__(self, graph: ir.Graph, known: Known) -> None:
+        self.known = known
+        self.graph = graph
+        self.uses = list(uses_of(graph))
+        paths = {str(use.value.name) for use in self.uses} | {m for use in self.uses for m in use.claims.values()}
+        self.found = Found(renaming(paths, known.modules | frozenset(known.shapes)))
+        self.by_shape: dict[tuple[int, ...], set[str]] = defaultdict(set)
+        for shape, names in known.by_shape.items():
+            self.by_shape[shape].update(names)
+        if known.arrays is None:  # adapters name their targets only; the file may name others
+            for use in self.uses:
+                self.by_shape[_shape(use.value)].add(self.found.rename(str(use.value.name)))
+        self._digests: dict[tuple[str, bool], str] = {}
+        self._same: dict[tuple[str, str, bool], bool] = {}
+
+    def run(self) -> Found:
+        evidence = [self._evidence(use) for use in self.uses]
+        held = Counter(name for entry in evidence for name in entry.values)
+        for entry in evidence:
+            if entry.values:
+                self._decide(entry, held)
+        unfused: set[int] = set()
+        for entry in evidence:
+            if not entry.values and entry.use.is_kernel and self._unfuse(entry, held):
+                unfused.add(id(entry.use.node))
+        for entry in evidence:
+            if not entry.values and id(entry.use.node) not in unfused:
+                self._differs(entry)
+        self._quantised()
+        return self.found
+
+    def _evidence(self, use: Use) -> _Evidence:
+        exact = self.found.rename(str(use.value.name))
+        named = any(exact in names for names in self.by_shape.values()) if exact not in self.known.shapes else True
+        claims = {}
+        for label, module in use.claims.items():
+            claims[label] = self._under(self.found.rename(module), use)
+        return _Evidence(use, self._values(use), self._first(exact) if named else None, claims)
+
+    def _first(self, name: str) -> str:
+        return self.known.first.get(name, name)
+
+    def _under(self, module: str, use: Use) -> set[str]:
+        """The weights of a module, and of those inside it, that have the shape for a use."""
+        shape = _shape(use.value)
+        names = self.by_shape.get(shape, set()) | (self.by_shape.get(shape[::-1], set()) if use.turnable else set())
+        return {self._first(name) for name in names if not module or name.startswith(f"{module}.")}
+
+    def _values(self, use: Use) -> dict[str, Layout]:
+        found: dict[str, Layout] = {}
+        for turned in (False, True) if use.turnable else (False,):
+            shape = _shape(use.value)[::-1] if turned else _shape(use.value)
+            for name in self.known.by_shape.get(shape, ()):
+                first = self._first(name)
+                if name == first and name in self.known.digests and self._is(use.value, name, turned):
+                    found[first] = "either" if first in found else "turned" if turned else "own"
+        return found
+
+    def _is(self, value: ir.Value, name: str, turned: bool) -> bool:
+        key = (str(value.name), name, turned)
+        if key not in self._same:
+            same = self._digest(value, turned) == self.known.digests[name]
+            if same and self.known.arrays is not None:
+                same = _equal(_stored(value, turned), self.known.arrays[name])
+            self._same[key] = same
+        return self._same[key]
+
+    def _digest(self, value: ir.Value, turned: bool) -> str:
+        key = (str(value.name), turned)
+        if key not in self._digests:
+            self._digests[key] = weight_digest(_stored(value, turned))
+        return self._digests[key]
+
+    def _decide(self, entry: _Evidence, held: Mapping[str, int]) -> None:
+        """Choose among the weights whose values an initializer has."""
+        picks, exact = set(entry.values), entry.exact
+        claimed = {label: names for label, names in entry.claims.items() if names}
+        if self._another(entry):
+            return
+        contradicted = any(not picks & names for names in claimed.values())
+        if contradicted or (exact in self.known.digests and exact not in picks):
+            only = {name for names in claimed.values() if len(names) == 1 for name in names}
+            self._disagree(picks | only | ({exact} if exact is not None else set()), entry)
+            return
+        for names in claimed.values():
+            picks &= names
+        picks = self._by_part(picks, entry.use) or picks
+        if len(picks) > 1 and exact in picks and self._stand_apart(picks):
+            picks = {exact}
+        if len(picks) > 1:
+            self._ambiguous(picks, entry.use, "several weights have these values")
+            return
+        (name,) = picks
+        if self.known.arrays is None and not claimed and held[name] > 1:
+            self._ambiguous(
+                picks, entry.use, "these values stand in several places: tied weights, or merely equal ones"
+            )
+            return
+        layout = entry.values[name]
+        if layout == "either" and exact != name:
+            self._ambiguous(picks, entry.use, "the weight reads the same transposed")
+            return
+        if self.known.arrays is not None and not claimed:
+            self._alias(name, entry.use)
+        self.found.places.append(Place(entry.use, name, layout == "turned"))
+
+    def _another(self, entry: _Evidence) -> bool:
+        """Whether this is a weight that no adapter changes, which only happens to be equal to one that some do."""
+        exact = entry.exact
+        if self.known.arrays is not None or exact is None or exact in self.known.shapes:
+            return False
+        claimed = [names for names in entry.claims.values() if names]
+        return bool(claimed) and all(exact in names for names in claimed) and self._stand_apart(entry.values)
+
+    def _by_part(self, picks: set[str], use: Use) -> set[str]:
+        parts = _PARTS.get(use.node.op_type, ())
+        if not 1 <= use.index <= len(parts):
+            return set()
+        return {name for name in picks if name.rpartition(".")[2] == parts[use.index - 1]}
+
+    def _stand_apart(self, picks: Iterable[str]) -> bool:
+        """Whether each of some weights of equal values has an initializer of its own name: nothing was merged."""
+        named = {self._first(self.found.rename(name)) for name in self.graph.initializers}
+        return all(name in named for name in picks)
+
+    def _alias(self, name: str, use: Use) -> None:
+        """A module without weights of its own that uses another's: a name that checkpoints leave out."""
+        for module in map(self.found.rename, use.claims.values()):
+            alias = f"{module}.weight"
+            if module and use.index <= 1 and alias not in self.known.shapes:
+                self.found.aliases[alias] = name
+        own = self.found.rename(str(use.value.name))
+        if own not in self.known.shapes and own.rpartition(".")[0]:
+            self.found.aliases[own] = name
+
+    def _unfuse(self, entry: _Evidence, held: Mapping[str, int]) -> bool:
+        """Whether the values are a weight's with a norm folded in; the names choose the weights that are tried."""
+        arrays, use = self.known.arrays, entry.use
+        if arrays is None or not can_unfuse(use.node):
+            return False
+        claimed = {name for names in entry.claims.values() for name in names}
+        named = {entry.exact} if entry.exact in self.known.shapes else claimed
+        names = named or {self._first(n) for n in self._under("", use) if not held[n]}
+        fits: list[Place] = []
+        for name in sorted(filter(None, names)):
+            for turned in (False, True) if use.turnable else (False,):
+                stored, weight = _stored(use.value, False), arrays[name]
+                if (stored.shape[::-1] if turned else stored.shape) != weight.shape or weight.dtype.kind != "f":
+                    continue
+                factors = row_factors(stored, weight, use.node, turned=turned)
+                fits += [Place(use, name, turned, factors)] if factors is not None else []
+        if any(not {place.name for place in fits} & names for names in entry.claims.values() if names and fits):
+            self._disagree({place.name for place in fits}, entry)
+            return True
+        if len(fits) > 1:
+            self._ambiguous({place.name for place in fits}, use, "several weights are multiples of these values")
+            return True
+        self.found.places += fits
+        return bool(fits)
+
+    def _differs(self, entry: _Evidence) -> None:
+        """Note that a weight's name stands beside other values than the weight has."""
+        use = entry.use
+        names = {entry.exact} - {None} & set(self.known.shapes)
+        if not names and use.is_kernel:
+            claimed = {name for found in entry.claims.values() for name in found if name in self.known.shapes}
+            placed = {place.name for place in self.found.places}
+            names = claimed if len(claimed) == 1 and not claimed & placed else set()
+        for name in filter(None, names):
+            full = self.known.arrays is not None
+            digest = f"base weight {self.known.digests.get(name, 'without digest')[:12]}..., as its adapters recorded"
+            self.found.problems.setdefault(
+                name,
+                Problem(
+                    expected="its own values, or multiples of their rows" if full else digest,
+                    got=f"other values in {use.value.name!r}, where it is used by {use.node.op_type} {use.node.name!r}",
+                    fix="The file is of another base."
+                    if full
+                    else f"A norm may be folded into it, or it is another base. {_GIVE}",
+                    values_differ=True,
+                ),
+            )
+
+    def _disagree(self, names: set[str], entry: _Evidence) -> None:
+        said = [f"its initializer is named {entry.use.value.name!r}"]
+        said += [f"{label} says {_few(found)}" for label, found in entry.claims.items() if found]
+        said.append(f"its values are those of {_few(entry.values)}" if entry.values else "its values are of none")
+        for name in names:
+            self.found.problems[name] = Problem(
+                expected=f"one answer to which weight {entry.use.node.op_type} {entry.use.node.name!r} uses",
+                got="; ".join(said),
+                fix=_GIVE if self.known.arrays is None else "Export the file again, or give the module itself.",
+            )
+
+    def _ambiguous(self, names: set[str], use: Use, why: str) -> None:
+        for name in names:
+            self.found.problems[name] = Problem(
+                expected=f"to know which weight {use.node.op_type} {use.node.name!r} uses",
+                got=f"{why} ({use.value.name!r} may be {_few(names)})",
+                fix=_GIVE if self.known.arrays is None else "Give a file exported with optimize=False.",
+            )
+
+    def _quantised(self) -> None:
+        for node in self.graph:
+            if node.op_type not in QUANTISED:
+                continue
+            modules = {self.found.rename(module) for _, module in modules_of(node)}
+            held = [str(value.name) for value in node.inputs if value is not None and value.is_initializer()]
+            for name in self.known.shapes:
+                module, _, part = name.rpartition(".")
+                if (module in modules and part == "weight") or any(other.startswith(name) for other in held):
+                    self.found.problems[self._first(name)] = Problem(
+                        expected="a weight in floating point",
+                        got=f"one that {node.op_type} {node.name!r} holds quantised",
+                        fix="Nothing can be folded into a quantised weight, and there is no branch for one yet: "
+                        "give the file from before it was quantised.",
+                    )
+
+
+def _stored(value: ir.Value, turned: bool) -> Array:
+    if value.const_value is None:
+        raise ValueError(f"initializer {value.name!r} has no value")
+    array: Array = value.const_value.numpy()
+    return array.T if turned else array
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    return tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
+
+
+def _equal(stored: Array, weight: Array) -> bool:
+    """Whether two arrays are equal in the narrower of their types."""
+    narrow = min(stored.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+    with np.errstate(over="ignore"):
+        return np.array_equal(stored.astype(narrow), weight.astype(narrow))
+
+
+def _few(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
