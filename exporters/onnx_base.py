@@ -20,6 +20,7 @@ from tpeft_deploy.exporters.foreign.identify import Found, identify
 from tpeft_deploy.exporters.foreign.known import Known, of_adapters
 from tpeft_deploy.exporters.foreign.normalise import normalise
 from tpeft_deploy.exporters.foreign.opening import open_model
+from tpeft_deploy.exporters.foreign.problems import GIVE_WEIGHTS
 from tpeft_deploy.exporters.foreign.uses import class_names
 from tpeft_deploy.exporters.replacing import replace_weights
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
@@ -28,8 +29,6 @@ from tpeft_deploy.formats.module import BaseView
 from tpeft_deploy.tucker import Array
 
 __all__ = ["OnnxBase"]
-
-_GIVE = "Give the original weights: weights=, or --weights on the command line."
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +121,7 @@ class OnnxBase(Base):
                 f"find the weights of {self.name}",
                 expected="the original weights, or adapters that recorded digests of them",
                 got="neither",
-                fix=_GIVE,
+                fix=GIVE_WEIGHTS,
             )
         return OnnxBase(self.path, self._given, known)
 
@@ -151,7 +150,8 @@ class OnnxBase(Base):
 
     def _objection(self, adapter: Adapter, name: str) -> TpeftError | None:
         doing = f"fit {adapter.source} to base {self.name}, weight {name!r}"
-        problem = self._normal.found.problems.get(self._normal.aliases.get(name, name))
+        problems = self._normal.found.problems
+        problem = problems.get(name) or problems.get(self._normal.aliases.get(name, name))
         if problem is not None:
             kind = BaseMismatch if problem.values_differ else UnsupportedTarget
             return kind(doing, expected=problem.expected, got=problem.got, fix=problem.fix)
@@ -171,13 +171,13 @@ class OnnxBase(Base):
                 doing,
                 expected=f"an initializer of digest {adapter.base_digests[name][:12]}..., as the adapter recorded",
                 got="none",
-                fix=f"It may be fused with a norm, or be of another base. {_GIVE}",
+                fix=f"It may be fused with a norm, or be of another base. {GIVE_WEIGHTS}",
             )
         return UnsupportedTarget(
             doing,
             expected="evidence by value of which initializer holds it",
             got="neither the original weights nor a digest that the adapter recorded",
-            fix=_GIVE,
+            fix=GIVE_WEIGHTS,
         )
 
     @cached_property
@@ -216,9 +216,9 @@ class OnnxBase(Base):
             gate.run(session, self.inputs, {})
         except NotEquivalent as error:
             raise UnsupportedBase(
-                f"run {self.name} on its example inputs",
-                problem=str(error.problem),
-                fix="Give example inputs that the model takes: example_inputs=, or --inputs FILE.npz.",
+                f"run {self.name} itself on its example inputs",
+                problem=f"ONNX Runtime fails ({str(error.__cause__).splitlines()[0][:300]})",
+                fix="Give a file that runs, and example inputs that it takes (example_inputs=, --inputs FILE.npz).",
             ) from error
 
 

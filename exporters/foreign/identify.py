@@ -15,12 +15,14 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import weight_digest
+from tpeft_deploy.exporters.foreign import problems
 from tpeft_deploy.exporters.foreign.known import Known
+from tpeft_deploy.exporters.foreign.problems import Problem
 from tpeft_deploy.exporters.foreign.unfuse import can_unfuse, row_factors
 from tpeft_deploy.exporters.foreign.uses import QUANTISED, Use, modules_of, renaming, uses_of
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Found", "Place", "Problem", "identify"]
+__all__ = ["Found", "Place", "identify"]
 
 Layout = Literal["own", "turned", "either"]
 
@@ -34,7 +36,6 @@ _PARTS = {
     "BatchNormalization": ("weight", "bias", "running_mean", "running_var"),
     "MatMul": ("weight",),
 }
-_GIVE = "Give the original weights: weights=, or --weights on the command line."
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +53,6 @@ class Place:
     name: str
     turned: bool
     factors: Array | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why a weight cannot be a target: for an error's `expected`, `got` and `fix`; and whether values differ."""
-
-    expected: str
-    got: str
-    fix: str
-    values_differ: bool = False
 
 
 @dataclass(eq=False)
@@ -99,6 +90,7 @@ def identify(graph: ir.Graph, known: Known) -> Found:
 class _Identifier:
     def __init__(self, graph: ir.Graph, known: Known) -> None:
         self.known = known
+        self._full = known.arrays is not None
         self.graph = graph
         self.uses = list(uses_of(graph))
         paths = {str(use.value.name) for use in self.uses} | {m for use in self.uses for m in use.claims.values()}
@@ -190,23 +182,21 @@ class _Identifier:
             self._ambiguous(picks, entry.use, "several weights have these values")
             return
         (name,) = picks
-        if self.known.arrays is None and not claimed and held[name] > 1:
-            self._ambiguous(
-                picks, entry.use, "these values stand in several places: tied weights, or merely equal ones"
-            )
+        if not self._full and not claimed and held[name] > 1:
+            self._ambiguous(picks, entry.use, "several places hold these values: tied weights, or equal ones")
             return
         layout = entry.values[name]
         if layout == "either" and exact != name:
             self._ambiguous(picks, entry.use, "the weight reads the same transposed")
             return
-        if self.known.arrays is not None and not claimed:
+        if self._full and not claimed:
             self._alias(name, entry.use)
         self.found.places.append(Place(entry.use, name, layout == "turned"))
 
     def _another(self, entry: _Evidence) -> bool:
         """Whether this is a weight that no adapter changes, which only happens to be equal to one that some do."""
         exact = entry.exact
-        if self.known.arrays is not None or exact is None or exact in self.known.shapes:
+        if self._full or exact is None or exact in self.known.shapes:
             return False
         claimed = [names for names in entry.claims.values() if names]
         return bool(claimed) and all(exact in names for names in claimed) and self._stand_apart(entry.values)
@@ -227,10 +217,14 @@ class _Identifier:
         for module in map(self.found.rename, use.claims.values()):
             alias = f"{module}.weight"
             if module and use.index <= 1 and alias not in self.known.shapes:
-                self.found.aliases[alias] = name
+                self._name(alias, name, use)
         own = self.found.rename(str(use.value.name))
         if own not in self.known.shapes and own.rpartition(".")[0]:
-            self.found.aliases[own] = name
+            self._name(own, name, use)
+
+    def _name(self, alias: str, name: str, use: Use) -> None:
+        if self.found.aliases.setdefault(alias, name) != name:
+            self._ambiguous({alias}, use, f"it uses {name} under a name that {self.found.aliases[alias]} has too")
 
     def _unfuse(self, entry: _Evidence, held: Mapping[str, int]) -> bool:
         """Whether the values are a weight's with a norm folded in; the names choose the weights that are tried."""
@@ -259,45 +253,22 @@ class _Identifier:
 
     def _differs(self, entry: _Evidence) -> None:
         """Note that a weight's name stands beside other values than the weight has."""
-        use = entry.use
-        names = {entry.exact} - {None} & set(self.known.shapes)
+        use, exact = entry.use, entry.exact
+        names = {exact} if exact is not None and exact in self.known.shapes else set()
         if not names and use.is_kernel:
             claimed = {name for found in entry.claims.values() for name in found if name in self.known.shapes}
             placed = {place.name for place in self.found.places}
             names = claimed if len(claimed) == 1 and not claimed & placed else set()
-        for name in filter(None, names):
-            full = self.known.arrays is not None
-            digest = f"base weight {self.known.digests.get(name, 'without digest')[:12]}..., as its adapters recorded"
-            self.found.problems.setdefault(
-                name,
-                Problem(
-                    expected="its own values, or multiples of their rows" if full else digest,
-                    got=f"other values in {use.value.name!r}, where it is used by {use.node.op_type} {use.node.name!r}",
-                    fix="The file is of another base."
-                    if full
-                    else f"A norm may be folded into it, or it is another base. {_GIVE}",
-                    values_differ=True,
-                ),
-            )
+        for name in names:
+            digest = None if self._full else self.known.digests.get(name, "of no digest")
+            self.found.problems.setdefault(name, problems.differs(use, digest))
 
     def _disagree(self, names: set[str], entry: _Evidence) -> None:
-        said = [f"its initializer is named {entry.use.value.name!r}"]
-        said += [f"{label} says {_few(found)}" for label, found in entry.claims.items() if found]
-        said.append(f"its values are those of {_few(entry.values)}" if entry.values else "its values are of none")
-        for name in names:
-            self.found.problems[name] = Problem(
-                expected=f"one answer to which weight {entry.use.node.op_type} {entry.use.node.name!r} uses",
-                got="; ".join(said),
-                fix=_GIVE if self.known.arrays is None else "Export the file again, or give the module itself.",
-            )
+        problem = problems.disagree(entry.use, entry.claims, entry.values, full=self._full)
+        self.found.problems |= dict.fromkeys(names, problem)
 
     def _ambiguous(self, names: set[str], use: Use, why: str) -> None:
-        for name in names:
-            self.found.problems[name] = Problem(
-                expected=f"to know which weight {use.node.op_type} {use.node.name!r} uses",
-                got=f"{why} ({use.value.name!r} may be {_few(names)})",
-                fix=_GIVE if self.known.arrays is None else "Give a file exported with optimize=False.",
-            )
+        self.found.problems |= dict.fromkeys(names, problems.ambiguous(use, names, why, full=self._full))
 
     def _quantised(self) -> None:
         for node in self.graph:
@@ -308,12 +279,8 @@ class _Identifier:
             for name in self.known.shapes:
                 module, _, part = name.rpartition(".")
                 if (module in modules and part == "weight") or any(other.startswith(name) for other in held):
-                    self.found.problems[self._first(name)] = Problem(
-                        expected="a weight in floating point",
-                        got=f"one that {node.op_type} {node.name!r} holds quantised",
-                        fix="Nothing can be folded into a quantised weight, and there is no branch for one yet: "
-                        "give the file from before it was quantised.",
-                    )
+                    problem = problems.quantised(node.op_type, str(node.name))
+                    self.found.problems[self._first(name)] = problem
 
 
 def _stored(value: ir.Value, turned: bool) -> Array:
@@ -332,8 +299,3 @@ def _equal(stored: Array, weight: Array) -> bool:
     narrow = min(stored.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
     with np.errstate(over="ignore"):
         return np.array_equal(stored.astype(narrow), weight.astype(narrow))
-
-
-def _few(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

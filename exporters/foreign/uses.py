@@ -95,6 +95,8 @@ def renaming(paths: Iterable[str], places: frozenset[str]) -> Callable[[str], st
     _, _, head, tail = min(scored)
 
     def rename(path: str) -> str:
+        if not path:
+            return tail.rstrip(".")
         for name in (path, unrepeated(path)):
             short = name.removeprefix(head) if name.startswith(head) else name
             if f"{tail}{short}" in places:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tpeft_deploy.cli.bases import scale_option
+from tpeft_deploy.cli.bases import inputs_option, read_inputs, scale_option, weights_option
 from tpeft_deploy.cli.console import Group, TaskAdapter, emit, json_option, stages
 
 __all__ = ["export"]
@@ -21,7 +21,8 @@ def export() -> None:
     """Export a base with adapters to ONNX; every export is checked against the merged torch model.
 
     BASE is package.module:factory, a callable that returns (module, example inputs) or (module, example inputs,
-    dynamic shapes); the working directory is searched too.
+    dynamic shapes); the working directory is searched too.  Or it is an .onnx file that any exporter wrote: its
+    weights are found by the values that --weights holds, or by the digests that ADAPTER recorded.
     """
 
 
@@ -29,9 +30,19 @@ def export() -> None:
 @click.argument("base")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
+@weights_option
+@inputs_option
 @scale_option
 @json_option
-def folded(base: str, adapter: Path, out: Path, scale: float | None, as_json: bool) -> None:
+def folded(
+    base: str,
+    adapter: Path,
+    out: Path,
+    weights: Path | None,
+    inputs: Path | None,
+    scale: float | None,
+    as_json: bool,
+) -> None:
     """Merge ADAPTER into BASE: a plain ONNX model, as fast as the base."""
     from tpeft_deploy.exporters import export_folded
     from tpeft_deploy.exporters.loading import load_base
@@ -39,7 +50,7 @@ def folded(base: str, adapter: Path, out: Path, scale: float | None, as_json: bo
 
     with stages() as begin:
         begin("load the base")
-        opened = load_base(base)
+        opened = load_base(base, example_inputs=read_inputs(inputs, base), weights=weights)
         begin("read the adapter")
         loaded = load_adapter(adapter, scale=scale, base=opened.view)
         checks = export_folded(opened, loaded, out, task=adapter.name, progress=begin)
@@ -56,6 +67,8 @@ def folded(base: str, adapter: Path, out: Path, scale: float | None, as_json: bo
 @click.option("--max-rank", type=click.IntRange(min=1), help="Refuse adapters of a larger rank, now and later.")
 @click.option("--name", help="The bundle's name; by default the directory's.")
 @click.option("--folded", "with_folded", is_flag=True, help="Also write folded/TASK.onnx for every adapter.")
+@weights_option
+@inputs_option
 @json_option
 def bundle(
     base: str,
@@ -64,6 +77,8 @@ def bundle(
     max_rank: int | None,
     name: str | None,
     with_folded: bool,
+    weights: Path | None,
+    inputs: Path | None,
     as_json: bool,
 ) -> None:
     """Write a bundle: BASE once, as plain, factored and banked graphs, and adapters beside it."""
@@ -76,7 +91,7 @@ def bundle(
         raise click.UsageError(f"--adapter names task {min(repeated)!r} twice.")
     with stages() as begin:
         begin("load the base")
-        opened = load_base(base)
+        opened = load_base(base, example_inputs=read_inputs(inputs, base), weights=weights)
         begin("read the adapters")
         loaded = {task: load_adapter(path, base=opened.view) for task, path in adapters}
         written = export_bundle(opened, loaded, out, name=name, max_rank=max_rank, folded=with_folded, progress=begin)
