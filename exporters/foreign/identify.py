@@ -259,8 +259,8 @@ class _Identifier:
             claimed = {name for found in entry.claims.values() for name in found if name in self.known.shapes}
             placed = {place.name for place in self.found.places}
             names = claimed if len(claimed) == 1 and not claimed & placed else set()
-        for name in names:
-            digest = None if self._full else self.known.digests.get(name, "of no digest")
+        for name in names & set(self.known.digests):
+            digest = None if self._full else self.known.digests[name]
             self.found.problems.setdefault(name, problems.differs(use, digest))
 
     def _disagree(self, names: set[str], entry: _Evidence) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def vit() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 def export(module: nn.Module, inputs: Inputs, file: Path, exporter: str, opset: int | None = None) -> Path:
     """Write a model as one of `EXPORTERS` does, with a dynamic batch."""
-    with quiet():
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on what its own exporters do
         if exporter == "torchscript":
             axes = {name: {0: "batch"} for name in inputs}
             torch.onnx.export(
@@ -162,7 +164,7 @@ def worst_error(bundle: Bundle, module: nn.Module, adapters: Mapping[str, Adapte
     errors = []
     for row, task in enumerate(order):
         expected = merged(module, adapters.get(task), {name: tensor[row : row + 1] for name, tensor in exact.items()})
-        errors.append(error([mixed[name][row : row + 1] for name in names], expected))
+        errors.append(error([np.asarray(mixed[name][row])[None] for name in names], expected))
     factored = session(bundle.path / "factored.onnx")
     for task, adapter in adapters.items():
         expected = merged(module, adapter, exact)

@@ -83,7 +83,6 @@ def test_every_form_is_exact_with_the_original_weights(tmp_path: Path, factory: 
         (nets.attention_net, "optimised", ["attention.in_proj_weight", "attention.out_proj.weight"]),
         (nets.attention_net, "torchscript", ["attention.in_proj_weight", "attention.out_proj.weight"]),
         (files.equal_net, "raw", ["a.weight"]),
-        (files.vit, "optimised", [f"{VIT}q_proj.weight", "classifier.weight"]),
         (files.vit, "torchscript", [f"{VIT}q_proj.weight", "classifier.weight"]),
     ],
 )
@@ -164,7 +163,7 @@ def test_gains_and_heads_on_a_file_with_a_folded_norm(tmp_path: Path, exporter: 
 
 @pytest.mark.parametrize(
     ("exporter", "opset"),
-    [("optimised", 18), ("raw", 21), ("optimised", 22), ("optimised", 23), ("torchscript", 11), ("torchscript", 20)],
+    [("optimised", 18), ("raw", 21), ("optimised", 23), ("torchscript", 11)],
 )
 def test_other_opsets(tmp_path: Path, exporter: str, opset: int) -> None:
     module, inputs = nets.conv_net()
