@@ -6,26 +6,25 @@ Values are required; the others choose between weights of equal values, and must
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-import numpy as np
 import onnx_ir as ir
 
-from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.exporters.foreign import problems
 from tpeft_deploy.exporters.foreign.known import Known
 from tpeft_deploy.exporters.foreign.problems import Problem
 from tpeft_deploy.exporters.foreign.unfuse import can_unfuse, row_factors
 from tpeft_deploy.exporters.foreign.uses import QUANTISED, Use, modules_of, renaming, uses_of
+from tpeft_deploy.exporters.foreign.values import Layout, Values, is_plain, shape_of, stored
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Found", "Place", "identify"]
 
-Layout = Literal["own", "turned", "either"]
-
+_PARAMETER = re.compile(r"\w+(\.\w+)+$")  # a name that an exporter keeps; what it computes is called otherwise
 _PARTS = {
     "Conv": ("weight", "bias"),
     "ConvTranspose": ("weight", "bias"),
@@ -100,9 +99,8 @@ class _Identifier:
             self.by_shape[shape].update(names)
         if known.arrays is None:  # adapters name their targets only; the file may name others
             for use in self.uses:
-                self.by_shape[_shape(use.value)].add(self.found.rename(str(use.value.name)))
-        self._digests: dict[tuple[str, bool], str] = {}
-        self._same: dict[tuple[str, str, bool], bool] = {}
+                self.by_shape[shape_of(use.value)].add(self.found.rename(str(use.value.name)))
+        self._values = Values(known)
 
     def run(self) -> Found:
         evidence = [self._evidence(use) for use in self.uses]
@@ -117,6 +115,7 @@ class _Identifier:
         for entry in evidence:
             if not entry.values and id(entry.use.node) not in unfused:
                 self._differs(entry)
+                self._computed(entry)
         self._quantised()
         return self.found
 
@@ -126,41 +125,16 @@ class _Identifier:
         claims = {}
         for label, module in use.claims.items():
             claims[label] = self._under(self.found.rename(module), use)
-        return _Evidence(use, self._values(use), self._first(exact) if named else None, claims)
+        return _Evidence(use, self._values.of(use), self._first(exact) if named else None, claims)
 
     def _first(self, name: str) -> str:
         return self.known.first.get(name, name)
 
     def _under(self, module: str, use: Use) -> set[str]:
         """The weights of a module, and of those inside it, that have the shape for a use."""
-        shape = _shape(use.value)
+        shape = shape_of(use.value)
         names = self.by_shape.get(shape, set()) | (self.by_shape.get(shape[::-1], set()) if use.turnable else set())
         return {self._first(name) for name in names if not module or name.startswith(f"{module}.")}
-
-    def _values(self, use: Use) -> dict[str, Layout]:
-        found: dict[str, Layout] = {}
-        for turned in (False, True) if use.turnable else (False,):
-            shape = _shape(use.value)[::-1] if turned else _shape(use.value)
-            for name in self.known.by_shape.get(shape, ()):
-                first = self._first(name)
-                if name == first and name in self.known.digests and self._is(use.value, name, turned):
-                    found[first] = "either" if first in found else "turned" if turned else "own"
-        return found
-
-    def _is(self, value: ir.Value, name: str, turned: bool) -> bool:
-        key = (str(value.name), name, turned)
-        if key not in self._same:
-            same = self._digest(value, turned) == self.known.digests[name]
-            if same and self.known.arrays is not None:
-                same = _equal(_stored(value, turned), self.known.arrays[name])
-            self._same[key] = same
-        return self._same[key]
-
-    def _digest(self, value: ir.Value, turned: bool) -> str:
-        key = (str(value.name), turned)
-        if key not in self._digests:
-            self._digests[key] = weight_digest(_stored(value, turned))
-        return self._digests[key]
 
     def _decide(self, entry: _Evidence, held: Mapping[str, int]) -> None:
         """Choose among the weights whose values an initializer has."""
@@ -237,10 +211,10 @@ class _Identifier:
         fits: list[Place] = []
         for name in sorted(filter(None, names)):
             for turned in (False, True) if use.turnable else (False,):
-                stored, weight = _stored(use.value, False), arrays[name]
-                if (stored.shape[::-1] if turned else stored.shape) != weight.shape or weight.dtype.kind != "f":
+                have, weight = stored(use.value), arrays[name]
+                if (have.shape[::-1] if turned else have.shape) != weight.shape or weight.dtype.kind != "f":
                     continue
-                factors = row_factors(stored, weight, use.node, turned=turned)
+                factors = row_factors(have, weight, use.node, turned=turned)
                 fits += [Place(use, name, turned, factors)] if factors is not None else []
         if any(not {place.name for place in fits} & names for names in entry.claims.values() if names and fits):
             self._disagree({place.name for place in fits}, entry)
@@ -263,6 +237,22 @@ class _Identifier:
             digest = None if self._full else self.known.digests[name]
             self.found.problems.setdefault(name, problems.differs(use, digest))
 
+    def _computed(self, entry: _Evidence) -> None:
+        """Distrust a constant of unknown origin in or beside a weight's own module: it may be the weight's product.
+
+        Where an optimiser has computed one of several uses of a weight, a change would reach only the others.
+        """
+        use, shape = entry.use, shape_of(entry.use.value)
+        if len(shape) < 2 or _PARAMETER.match(str(use.value.name)) or entry.exact in self.known.shapes:
+            return
+        size, modules = math.prod(shape), set(map(self.found.rename, use.claims.values()))
+        # Adapters do not know the weights of the layers beside their own.
+        beside = self._full or not use.is_kernel
+        for name, own in self.known.shapes.items():
+            fits = len(own) > 1 and size > own[0] and size % own[0] == 0
+            if fits and _near(name.rpartition(".")[0], modules, beside=beside) and not is_plain(use.value):
+                self.found.problems.setdefault(self._first(name), problems.computed(use, full=self._full))
+
     def _disagree(self, names: set[str], entry: _Evidence) -> None:
         problem = problems.disagree(entry.use, entry.claims, entry.values, full=self._full)
         self.found.problems |= dict.fromkeys(names, problem)
@@ -283,19 +273,8 @@ class _Identifier:
                     self.found.problems[self._first(name)] = problem
 
 
-def _stored(value: ir.Value, turned: bool) -> Array:
-    if value.const_value is None:
-        raise ValueError(f"initializer {value.name!r} has no value")
-    array: Array = value.const_value.numpy()
-    return array.T if turned else array
-
-
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    return tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
-
-
-def _equal(stored: Array, weight: Array) -> bool:
-    """Whether two arrays are equal in the narrower of their types."""
-    narrow = min(stored.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
-    with np.errstate(over="ignore"):
-        return np.array_equal(stored.astype(narrow), weight.astype(narrow))
+def _near(module: str, others: Iterable[str], *, beside: bool) -> bool:
+    """Whether a module's results may be used in others: itself, two levels up, and what is beside it."""
+    parent = module.rpartition(".")[0]
+    around = {module, parent, parent.rpartition(".")[0] if parent else parent}
+    return any(other in around or (beside and parent and other.startswith(f"{parent}.")) for other in others)

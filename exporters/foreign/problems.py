@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tpeft_deploy.exporters.foreign.uses import Use
 
-__all__ = ["GIVE_WEIGHTS", "Problem", "ambiguous", "differs", "disagree", "quantised"]
+__all__ = ["GIVE_WEIGHTS", "Problem", "ambiguous", "computed", "differs", "disagree", "quantised"]
 
 GIVE_WEIGHTS = "Give the original weights: weights=, or --weights on the command line."
 
@@ -69,6 +69,17 @@ def ambiguous(use: Use, names: Iterable[str], why: str, *, full: bool) -> Proble
         expected=f"to know which weight {use.node.op_type} {use.node.name!r} uses",
         got=f"{why} ({use.value.name!r} may be {_few(names)})",
         fix="Give a file exported with optimize=False." if full else GIVE_WEIGHTS,
+    )
+
+
+def computed(use: Use, *, full: bool) -> Problem:
+    """A constant may be what an optimiser computed from the weight."""
+    return Problem(
+        expected="every value near it in the graph to be a weight of the base",
+        got=f"{use.value.name!r} of {use.node.op_type} {use.node.name!r}, which may be computed from it",
+        fix="Export the file with optimize=False, or without constant folding, or give the module itself."
+        if full
+        else GIVE_WEIGHTS,
     )
 
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import nn
 
 from tests import nets
 from tests.exporters import files
@@ -127,6 +128,42 @@ def test_two_keys_that_disagree_are_refused(tmp_path: Path, what: str, given: st
     with pytest.raises(BaseMismatch if missed else UnsupportedTarget, match=f"'a.weight'.*{message}") as caught:
         fold(file, adapter, inputs, module.state_dict() if given == "weights" else None)
     assert "\n" not in str(caught.value)
+
+
+class SharedNet(nn.Module):
+    """One linear used on the input and on a table; a simplifier computes the second use once and for all."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.proj(x) @ self.proj(table).T
+            return result
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 8))
+        self.block = self.Block()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.block(x, self.table)
+        return result
+
+
+def test_a_use_that_was_computed_beforehand_is_not_overlooked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, inputs = SharedNet().eval(), {"x": torch.randn(2, 3, 8)}
+    adapter = nets.adapter_for(module, {"block.proj.weight": (2, 2)}, seed=1)
+    for exporter in ("raw", "torchscript"):
+        fold(files.export(module, inputs, tmp_path / "base.onnx", exporter), adapter, inputs, module)
+        (got,) = files.session(tmp_path / "out.onnx").run(None, files.arrays(inputs))
+        assert files.error([got], files.merged(module, adapter, inputs)) <= 1e-5
+    file = files.export(module, inputs, tmp_path / "base.onnx", "optimised")
+    for weights in (None, module):
+        with pytest.raises(UnsupportedTarget, match=r"'block.proj.weight'.*may be computed from it"):
+            fold(file, adapter, inputs, weights)
 
 
 def test_a_row_of_zeros_has_no_factor_to_find(tmp_path: Path) -> None:
