@@ -6,7 +6,6 @@ Values are required; the others choose between weights of equal values, and must
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -245,11 +244,12 @@ class _Identifier:
         use, shape = entry.use, shape_of(entry.use.value)
         if len(shape) < 2 or _PARAMETER.match(str(use.value.name)) or entry.exact in self.known.shapes:
             return
-        size, modules = math.prod(shape), set(map(self.found.rename, use.claims.values()))
+        modules, sizes = set(map(self.found.rename, use.claims.values())), _products(shape)
         # Adapters do not know the weights of the layers beside their own.
         beside = self._full or not use.is_kernel
         for name, own in self.known.shapes.items():
-            fits = len(own) > 1 and size > own[0] and size % own[0] == 0
+            # A product has the weight's rows along an axis, or heads and their sizes along two; or q, k or v of three.
+            fits = len(own) > 1 and (own[0] in sizes or own[0] / 3 in sizes)
             if fits and _near(name.rpartition(".")[0], modules, beside=beside) and not is_plain(use.value):
                 self.found.problems.setdefault(self._first(name), problems.computed(use, full=self._full))
 
@@ -271,6 +271,14 @@ class _Identifier:
                 if (module in modules and part == "weight") or any(other.startswith(name) for other in held):
                     problem = problems.quantised(node.op_type, str(node.name))
                     self.found.problems[self._first(name)] = problem
+
+
+def _products(shape: tuple[int, ...]) -> set[float]:
+    """The products of every choice of a shape's axes."""
+    found = {1.0}
+    for size in shape:
+        found |= {size * other for other in found}
+    return found - {1.0}
 
 
 def _near(module: str, others: Iterable[str], *, beside: bool) -> bool:

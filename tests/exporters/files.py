@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from tpeft_deploy.exporters.quiet import quiet
 
 EXPORTERS = ("raw", "optimised", "torchscript")
 Inputs = Mapping[str, torch.Tensor]
+Factory = Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]
 
 
 class EqualNet(nn.Module):
@@ -107,6 +108,18 @@ def export(module: nn.Module, inputs: Inputs, file: Path, exporter: str, opset: 
         )
     assert program is not None
     program.save(file)
+    return file
+
+
+_WRITTEN: dict[tuple[str, str], bytes] = {}
+
+
+def written(factory: Factory, place: Path, exporter: str) -> Path:
+    """A factory's model as a file of one's own; each is exported once."""
+    key, file = (factory.__name__, exporter), place / "base.onnx"
+    if key not in _WRITTEN:
+        _WRITTEN[key] = export(*factory(), file, exporter).read_bytes()
+    file.write_bytes(_WRITTEN[key])
     return file
 
 

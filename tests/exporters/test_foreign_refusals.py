@@ -22,7 +22,7 @@ from tpeft_deploy.exporters.loading import load_base
 
 
 def conv_file(place: Path, exporter: str = "optimised") -> Path:
-    return files.export(*nets.conv_net(), place / "base.onnx", exporter)
+    return files.written(nets.conv_net, place, exporter)
 
 
 def fold(file: Path, adapter: Adapter, inputs: files.Inputs, weights: object = None) -> None:
@@ -88,7 +88,7 @@ def test_a_target_that_is_nowhere_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["a.weight", "b.weight"])
 def test_equal_or_tied_cannot_be_told_from_digests(tmp_path: Path, exporter: str, target: str) -> None:
     module, inputs = files.equal_net()
-    file = files.export(module, inputs, tmp_path / "base.onnx", exporter)
+    file = files.written(files.equal_net, tmp_path, exporter)
     with pytest.raises(UnsupportedTarget, match=r"tied weights, or equal ones.*--weights"):
         fold(file, nets.adapter_for(module, {target: (2, 2)}, seed=1), inputs)
 
@@ -97,7 +97,7 @@ def test_equal_or_tied_cannot_be_told_from_digests(tmp_path: Path, exporter: str
 @pytest.mark.parametrize("target", ["embedding.weight", "out.weight"])
 def test_a_tie_cannot_be_known_from_digests(tmp_path: Path, exporter: str, target: str) -> None:
     module, inputs = nets.text_net()
-    file = files.export(module, inputs, tmp_path / "base.onnx", exporter)
+    file = files.written(nets.text_net, tmp_path, exporter)
     with pytest.raises(UnsupportedTarget, match=rf"'{target}'.*--weights"):
         fold(file, nets.adapter_for(module, {target: (2, 2)}, seed=1), inputs)
 
