@@ -79,6 +79,11 @@ class Base(ABC):
         del adapters
         return self
 
+    def proves(self, name: str) -> bool:
+        """Whether it is certain which initializer of the graph holds a weight: of a raw export it is for all."""
+        del name
+        return True
+
     def check(self, adapter: Adapter) -> None:
         """Refuse an adapter whose names, shapes or recorded base digests do not fit.
 

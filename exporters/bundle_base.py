@@ -20,7 +20,7 @@ from tpeft_deploy.bundle import EXAMPLE, Bundle
 from tpeft_deploy.errors import IntegrityError
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
-from tpeft_deploy.exporters.folded import replace_weights
+from tpeft_deploy.exporters.replacing import replace_weights
 from tpeft_deploy.tucker import Array
 
 __all__ = ["BundleBase", "example"]

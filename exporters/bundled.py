@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
@@ -40,22 +39,26 @@ def export_bundle(
     *,
     name: str | None = None,
     max_rank: int | None = None,
-    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     folded: bool = False,
+    weights: object = None,
+    rename: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
 
     Args:
-        base: a torch module, or "package.module:factory".
+        base: a torch module, "package.module:factory", a Hugging Face model directory, or an ONNX file.
         adapters: task -> adapter.  The weights that they change get a branch, so that adapters which change the
             same weights can be added later; with no adapters every linear and conv weight gets one.
         path: the directory to write; it must not exist or be empty.
         name: the bundle's name; by default the directory's.
         max_rank: the largest rank of an adapter that the bundle takes; by default any.
-        example_inputs: by input name, for a module; the first axis is the batch.
+        example_inputs: by input name, for a module or an ONNX file; the first axis is the batch.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
+        weights: the original weights of an ONNX file, as `load_base` takes them.
+        rename: other names for inputs and outputs: the base's own -> the bundle's.
         folded: also write folded/<task>.onnx for every adapter.
         progress: told each stage.
 
@@ -81,6 +84,8 @@ def export_bundle(
         max_rank=max_rank,
         example_inputs=example_inputs,
         dynamic_shapes=dynamic_shapes,
+        weights=weights,
+        rename=rename,
         progress=progress,
     )
     with new_directory(path) as new:

@@ -5,27 +5,25 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
-from onnx_ir.passes import common as passes
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check
-from tpeft_deploy.exporters.graphs import forget_shapes, held_tensor, optimize
+from tpeft_deploy.exporters.graphs import held_tensor, optimize, turn_weights
 from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.replacing import held_weights, replace_weights
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
-from tpeft_deploy.exporters.targets import held_by, resolve
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
 
-__all__ = ["export_folded", "fold", "held_weights", "plan_folded", "replace_weights", "write_folded"]
+__all__ = ["export_folded", "fold", "plan_folded", "write_folded"]
 
+SMALL = 1 << 20  # bytes
 LARGE = 100_000_000  # bytes; a file in one piece is built in memory, twice, and protobuf stops at 2 GiB
 
 
@@ -34,20 +32,24 @@ def export_folded(
     adapter: Adapter,
     path: str | os.PathLike[str],
     *,
-    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     task: str = "adapter",
+    weights: object = None,
+    rename: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> list[Check]:
     """Export one adapter merged into its base.
 
     Args:
-        base: a torch module, or "package.module:factory".
+        base: a torch module, "package.module:factory", a Hugging Face model directory, or an ONNX file.
         adapter: from `load_adapter`.
         path: the ONNX file to write; weights above 100 MB go to `<path>.data` beside it.
-        example_inputs: by input name, for a module; the first axis is the batch.
+        example_inputs: by input name, for a module or an ONNX file; the first axis is the batch.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
         task: the adapter's name, for messages and the model's metadata.
+        weights: the original weights of an ONNX file, as `load_base` takes them.
+        rename: other names for inputs and outputs: the base's own -> the folded model's.
         progress: told each stage.
 
     Returns:
@@ -56,7 +58,10 @@ def export_folded(
     Raises:
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
-    loaded, raw = _trace(base, adapter, example_inputs, dynamic_shapes, progress)
+    loaded = load_base(
+        base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
+    )
+    loaded, raw = _trace(loaded, adapter, progress)
     progress("fold and check")
     return write_folded(loaded, raw, adapter, Path(path), task=task)
 
@@ -65,7 +70,7 @@ def plan_folded(
     base: object,
     adapter: Adapter,
     *,
-    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -75,7 +80,9 @@ def plan_folded(
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch: the base cannot be exported, or the adapter does not
             fit it.
     """
-    loaded, raw = _trace(base, adapter, example_inputs, dynamic_shapes, progress)
+    loaded, raw = _trace(
+        load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes), adapter, progress
+    )
     targets: list[dict[str, Any]] = []
     for name, held in held_weights(loaded, raw.graph, adapter).items():
         own, delta = held_tensor(raw.graph, held), adapter.deltas.get(name)
@@ -100,14 +107,7 @@ def plan_folded(
     }
 
 
-def _trace(
-    base: object,
-    adapter: Adapter,
-    example_inputs: Mapping[str, torch.Tensor] | None,
-    dynamic_shapes: Mapping[str, Any] | None,
-    progress: Progress,
-) -> tuple[Base, ir.Model]:
-    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+def _trace(loaded: Base, adapter: Adapter, progress: Progress) -> tuple[Base, ir.Model]:
     loaded = loaded.knowing([adapter])
     loaded.check(adapter)
     progress("trace the base")
@@ -147,43 +147,9 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
     """
     model = raw.clone()
     replace_weights(base, model, adapter)
-    optimize(model, inline=True)
+    # Of large weights the optimiser would only make further copies, and have each merged again for every one.
+    large = [name for name, v in model.graph.initializers.items() if v.const_value and v.const_value.nbytes > SMALL]
+    optimize(model, keep=large, inline=True)
+    turn_weights(model.graph)
     model.metadata_props.update({"tpeft.form": "folded", "tpeft.task": task})
     return model
-
-
-def replace_weights(base: Base, model: ir.Model, adapter: Adapter) -> None:
-    """Put an adapter's merged tensors in place of a graph's own, each computed when it is written."""
-    for name, held in held_weights(base, model.graph, adapter).items():
-        value = model.graph.initializers[held]
-        own = held_tensor(model.graph, held)
-        shape = adapter.overrides[name].shape if name in adapter.overrides else own.shape.numpy()
-        value.shape = ir.Shape(shape)
-        merge = partial(_merged, base, adapter, name, own.dtype)
-        value.const_value = ir.LazyTensor(merge, own.dtype, ir.Shape(shape), name=held)
-    if adapter.overrides:
-        _infer_outputs(model)
-
-
-def held_weights(base: Base, graph: ir.Graph, adapter: Adapter) -> dict[str, str]:
-    """Every weight that an adapter changes -> the initializer that holds it.
-
-    Raises:
-        UnknownTarget: the graph does not use the weight.
-    """
-    resolved = resolve(graph, base.weights, base.aliases)
-    doing = f"fold {adapter.source} into {base.name}"
-    changed = dict.fromkeys([*adapter.deltas, *adapter.gains, *adapter.served_overrides])
-    return {name: held_by(resolved, name, doing=doing) for name in changed}
-
-
-def _merged(base: Base, adapter: Adapter, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
-    return ir.tensor(base.merged(adapter, name).astype(dtype.numpy()), name=name)
-
-
-def _infer_outputs(model: ir.Model) -> None:
-    """Replace the traced output shapes by the ones that heads of another size lead to."""
-    forget_shapes(model.graph)
-    inferred = passes.ShapeInferencePass()(model.clone()).model
-    for value, other in zip(model.graph.outputs, inferred.graph.outputs, strict=True):
-        value.shape = other.shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
     "lay_out",
     "optimize",
     "share_weights",
+    "turn_weights",
     "write_weights",
 ]
 
@@ -95,6 +97,32 @@ def _matrix_sizes(matrix: ir.Value | None) -> tuple[int, int] | None:
         return None
     rows, columns = matrix.const_value.shape.numpy()
     return rows, columns
+
+
+def turn_weights(graph: ir.Graph) -> None:
+    """Store every weight that is only ever used transposed that way, so that nothing is left to do at load."""
+    for value in list(graph.initializers.values()):
+        own, uses = value.const_value, list(value.uses())
+        if own is None or value.is_graph_input() or value.is_graph_output() or not uses:
+            continue
+        if any(node.op_type != "Transpose" or list(node.attributes.get_ints("perm", [])) != [1, 0] for node, _ in uses):
+            continue
+        rows, columns = own.shape.numpy()
+        name = f"{value.name}.transposed"
+        tensor = ir.LazyTensor(partial(_turned, own, name), own.dtype, ir.Shape([columns, rows]), name=name)
+        turned = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(own.dtype), const_value=tensor)
+        for node, _ in uses:
+            for user, index in list(node.outputs[0].uses()):
+                user.replace_input_with(index, turned)
+            if not node.outputs[0].is_graph_output():
+                graph.remove(node, safe=True)
+        graph.register_initializer(turned)
+        if not value.uses():
+            del graph.initializers[str(value.name)]
+
+
+def _turned(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=name)
 
 
 def forget_shapes(graph: ir.Graph) -> None:

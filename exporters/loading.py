@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases import Base
+from tpeft_deploy.exporters.foreign.known import read_weights
+from tpeft_deploy.exporters.onnx_base import OnnxBase
+from tpeft_deploy.exporters.renamed import Renamed
 from tpeft_deploy.exporters.torch_base import TorchBase
 
 __all__ = ["load_base"]
@@ -21,23 +25,44 @@ __all__ = ["load_base"]
 def load_base(
     base: object,
     *,
-    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
+    weights: object = None,
+    rename: Mapping[str, str] | None = None,
 ) -> Base:
-    """Make a base of a torch module, or of the name of a callable that returns one.
+    """Make a base of a torch module, of the name of a callable that returns one, or of an ONNX file.
 
     Args:
-        base: a module; "package.module:factory" whose factory returns (module, example inputs) or
-            (module, example inputs, dynamic shapes); or a Hugging Face model directory, of which
-            `tpeft_deploy.exporters.hugging_face` makes all three.  A base that is loaded already is returned as it is.
-        example_inputs: by input name; the first axis is the batch.
+        base: a module; "package.module:factory" whose factory returns (module, example inputs) or (module, example
+            inputs, dynamic shapes); a Hugging Face model directory, of which `hugging_face` makes all three; or the
+            path of an .onnx file.  A base that is loaded already is returned as it is.
+        example_inputs: by input name; the first axis is the batch.  An ONNX file takes arrays as well as tensors, and
+            goes without: its inputs are then made at random, two rows, with integers of 0 and 1.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input is dynamic.
+        weights: the original weights of an ONNX file, by which its initializers are found: a .safetensors file, a
+            Hugging Face model directory, a torch module or its state_dict, or a mapping of names to arrays.  Without
+            them the digests that adapters recorded are used.
+        rename: other names for inputs and outputs, the base's own -> the new one.
 
     Raises:
         UnsupportedBase: it cannot be loaded, or is not a plain torch module with example inputs.
     """
-    if isinstance(base, Base):
-        return base
+    loaded = base if isinstance(base, Base) else _load(base, example_inputs, dynamic_shapes, weights)
+    return Renamed(loaded, rename) if rename else loaded
+
+
+def _load(
+    base: object, example_inputs: Mapping[str, Any] | None, dynamic_shapes: Mapping[str, Any] | None, weights: object
+) -> Base:
+    if isinstance(base, str | os.PathLike) and Path(base).suffix == ".onnx":
+        return _open_file(Path(base), example_inputs, dynamic_shapes, weights)
+    if weights is not None:
+        raise UnsupportedBase(
+            f"load base {base if isinstance(base, str) else type(base).__name__}",
+            expected="no weights=, as a module has its own",
+            got="some",
+            fix="Leave weights out; they are for ONNX files.",
+        )
     name = type(base).__name__
     if isinstance(base, str | os.PathLike):
         name = os.fspath(base)
@@ -58,6 +83,14 @@ def load_base(
     return TorchBase(name.rpartition(":")[2], base, inputs, dynamic_shapes)
 
 
+def _open_file(path: Path, inputs: Mapping[str, Any] | None, shapes: object, weights: object) -> OnnxBase:
+    if shapes is not None:
+        raise UnsupportedBase(
+            f"load base {path}", expected="no dynamic_shapes, as the file has its own", got="some", fix="Leave it out."
+        )
+    return OnnxBase(path, inputs, read_weights(weights) if weights is not None else None)
+
+
 def _call_factory(
     name: str, inputs: Mapping[str, torch.Tensor] | None, shapes: Mapping[str, Any] | None
 ) -> tuple[object, Mapping[str, torch.Tensor] | None, Mapping[str, Any] | None]:
@@ -70,9 +103,9 @@ def _call_factory(
     if not function_name or os.path.sep in name:
         raise UnsupportedBase(
             f"load base {name}",
-            expected="package.module:factory, or a Hugging Face model directory on this machine",
+            expected="package.module:factory, an .onnx file, or a Hugging Face model directory on this machine",
             got=repr(name),
-            fix="ONNX files are not read as bases by this version, and nothing is downloaded.",
+            fix="Nothing is downloaded.",
         )
     result = _factory(name, module_name, function_name)()
     if isinstance(result, nn.Module):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from tpeft_deploy import __version__, fitting, slots
 from tpeft_deploy.adapter import Adapter, weight_digest
@@ -126,8 +125,10 @@ def plan_bundle(
     *,
     name: str,
     max_rank: int | None = None,
-    example_inputs: Mapping[str, torch.Tensor] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
+    weights: object = None,
+    rename: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Everything of `export_bundle`, whose arguments these are, up to writing.
@@ -140,7 +141,9 @@ def plan_bundle(
     check_name(name, "bundle")
     for task in adapters:
         check_task(task, name)
-    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    loaded = load_base(
+        base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
+    )
     loaded = loaded.knowing(adapters.values())
     _check_batch(loaded)
     for adapter in adapters.values():
@@ -150,7 +153,8 @@ def plan_bundle(
     complete_shapes(raw.graph)
     progress("resolve the targets")
     resolved = resolve(raw.graph, loaded.weights, loaded.aliases)
-    targets = plan(raw.graph, adapters, resolved, base=loaded.name) if adapters else plan_all(raw.graph, resolved)
+    certain = {weight: held for weight, held in resolved.items() if loaded.proves(weight)}
+    targets = plan(raw.graph, adapters, certain, base=loaded.name) if adapters else plan_all(raw.graph, certain)
     draft = _draft(raw.graph, resolved, targets, name=name, max_rank=max_rank)
     return Plan(loaded, raw, resolved, adapters, draft)
 

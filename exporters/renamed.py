@@ -79,6 +79,10 @@ class Renamed(Base):
         """The base with what the adapters recorded, under the new names."""
         return Renamed(self._base.knowing(adapters), self._names)
 
+    def proves(self, name: str) -> bool:
+        """As the base does."""
+        return self._base.proves(name)
+
     def check(self, adapter: Adapter) -> None:
         """As the base does."""
         self._base.check(adapter)

@@ -68,7 +68,8 @@ ALLOWED = {
     "bundle": {"slots", "adapter", "errors", "files", "fitting", "formats", "manifest", "tucker"},
     "training": {"errors", "tucker", "adapter"},
     "exporters": {
-        *("adapter", "bundle", "errors", "files", "fitting", "manifest", "page", "progress", "slots", "tucker"),
+        *{"adapter", "bundle", "errors", "files", "fitting", "formats"},
+        *{"manifest", "page", "progress", "slots", "tucker"},
     },
     "runtime": {"adapter", "bundle", "errors", "fitting", "formats", "manifest", "slots", "tucker"},
 }

@@ -115,10 +115,11 @@ class Adapter:
             name: a target with a delta, a gain or both.
             weight: the base's, (O, I, K1, ...).
         """
-        total = weight.astype(np.float64)
-        if name in self.deltas:
-            total = total + self.deltas[name].dense()
-        return total * self.gains[name].astype(np.float64) if name in self.gains else total
+        total: Array = self.deltas[name].dense() if name in self.deltas else np.zeros(weight.shape)
+        total += weight
+        if name in self.gains:
+            total *= self.gains[name]
+        return total
 
     @property
     def served_overrides(self) -> dict[str, Array]:

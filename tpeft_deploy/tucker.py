@@ -130,4 +130,10 @@ class TuckerDelta:
 
     def dense(self) -> Array:
         """The whole change dW as a float64 array of shape (O, I, K1, ...)."""
-        return np.ascontiguousarray(self.scale * self.absorb().core)
+        # From the last mode to the first: then the largest product comes last, and is laid out as it is wanted.
+        core = self.scale * self.core.astype(np.float64)
+        for mode in reversed(range(core.ndim)):
+            factor = self.factors[mode]
+            if factor is not None:
+                core = mode_product(core, factor.astype(np.float64), mode)
+        return np.ascontiguousarray(core)

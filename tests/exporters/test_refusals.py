@@ -201,3 +201,18 @@ def test_inputs_without_a_batch_axis_and_fixed_batches(tmp_path: Path) -> None:
     assert [check.sizes for check in checks] == [{}]
     with pytest.raises(UnsupportedBase, match="first axis is dynamic"):
         export_bundle(module, {"a": adapter}, tmp_path / "other", example_inputs=inputs, dynamic_shapes=fixed)
+
+
+def test_inputs_and_outputs_take_other_names(tmp_path: Path, adapter: Adapter) -> None:
+    module, inputs = nets.conv_net()
+    names = {"pixels": "image", "logits": "scores"}
+    bundle = export_bundle(module, {"a": adapter}, tmp_path / "bundle", example_inputs=inputs, rename=names)
+    assert [port.name for port in bundle.manifest.inputs] == ["image"]
+    runtime = Runtime(bundle.path, provider="cpu")
+    plain = export_bundle(module, {"a": adapter}, tmp_path / "plain", example_inputs=inputs)
+    pixels = inputs["pixels"].numpy()
+    expected = Runtime(plain.path, provider="cpu").run({"pixels": pixels}, tasks=["a", "base"])["logits"]
+    np.testing.assert_array_equal(runtime.run({"image": pixels}, tasks=["a", "base"])["scores"], expected)
+    for wrong, message in (({"logit": "x"}, "one of pixels, logits, got 'logit'"), ({"logits": "pixels"}, "'pixels'")):
+        with pytest.raises(UnsupportedBase, match=message):
+            export_folded(module, adapter, tmp_path / "m.onnx", example_inputs=inputs, rename=wrong)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import click
 
-__all__ = ["base_option", "format_option", "open_base", "scale_option"]
+from tpeft_deploy.cli.console import Renaming
+from tpeft_deploy.errors import UnsupportedBase
+
+__all__ = [
+    "base_option",
+    "format_option",
+    "inputs_option",
+    "open_base",
+    "read_inputs",
+    "rename_option",
+    "scale_option",
+    "weights_option",
+]
 
 base_option = click.option(
     "--base",
@@ -17,6 +31,52 @@ scale_option = click.option(
     "--scale", type=float, help="What the change is multiplied by, for formats that do not record it."
 )
 format_option = click.option("--format", help="The format to read ADAPTER as; found from its files when left out.")
+
+weights_option = click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="The original weights of an .onnx BASE: a .safetensors file, or a Hugging Face model directory.",
+)
+inputs_option = click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    help="Example inputs: an .npz file with an array for every input of BASE.",
+)
+
+
+rename_option = click.option(
+    "--rename",
+    type=Renaming(),
+    multiple=True,
+    help="Another name for an input or output of BASE; repeatable.",
+)
+
+
+def read_inputs(path: Path | None, base: str) -> dict[str, Any] | None:
+    """Example inputs for a base: arrays for an ONNX file, tensors for a factory's module.
+
+    Raises:
+        UnsupportedBase: the file is no .npz file of arrays.
+    """
+    if path is None:
+        return None
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise UnsupportedBase(
+            f"read example inputs {path}",
+            expected="an .npz file of arrays",
+            got=str(error)[:200],
+            fix="Write it with numpy.savez(path, **{input name: array}).",
+        ) from error
+    if base.endswith(".onnx"):
+        return arrays
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def open_base(base: str | None) -> object:

@@ -13,7 +13,7 @@ import click
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.progress import Progress, Stage, silent
 
-__all__ = ["Group", "TaskAdapter", "Tool", "emit", "json_option", "note", "provider_option", "stages"]
+__all__ = ["Group", "Renaming", "TaskAdapter", "Tool", "emit", "json_option", "note", "provider_option", "stages"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -95,6 +95,21 @@ class TaskAdapter(click.ParamType[tuple[str, Path]]):
         if not (task and sign and path):
             self.fail(f"{value!r} is not of the form TASK=ADAPTER, as in sst2=adapters/sst2.", param, ctx)
         return task, Path(path)
+
+
+class Renaming(click.ParamType[tuple[str, str]]):
+    """OLD=NEW."""
+
+    name = "OLD=NEW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Split at the first '='."""
+        if isinstance(value, tuple):
+            return value
+        old, sign, new = str(value).partition("=")
+        if not (old and sign and new):
+            self.fail(f"{value!r} is not of the form OLD=NEW, as in output=logits.", param, ctx)
+        return old, new
 
 
 def emit(document: dict[str, Any], *, key: str, columns: Sequence[str], as_json: bool) -> None:

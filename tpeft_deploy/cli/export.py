@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tpeft_deploy.cli.bases import scale_option
+from tpeft_deploy.cli.bases import inputs_option, read_inputs, rename_option, scale_option, weights_option
 from tpeft_deploy.cli.console import Group, TaskAdapter, emit, json_option, stages
 from tpeft_deploy.progress import Stage
 
@@ -22,7 +22,9 @@ def export() -> None:
     """Export a base with adapters to ONNX; every export is checked against the merged torch model.
 
     BASE is package.module:factory, a callable that returns (module, example inputs) or (module, example inputs,
-    dynamic shapes); the working directory is searched too.
+    dynamic shapes); the working directory is searched too.  Or it is a Hugging Face model directory.  Or an .onnx file
+    that any exporter wrote: its weights are found by the values that --weights holds, or by the digests that ADAPTER
+    recorded.
     """
 
 
@@ -35,10 +37,23 @@ dry_run_option = click.option(
 @click.argument("base")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The ONNX file to write.")
+@weights_option
+@inputs_option
+@rename_option
 @scale_option
 @dry_run_option
 @json_option
-def folded(base: str, adapter: Path, out: Path | None, scale: float | None, dry_run: bool, as_json: bool) -> None:
+def folded(
+    base: str,
+    adapter: Path,
+    out: Path | None,
+    weights: Path | None,
+    inputs: Path | None,
+    rename: Sequence[tuple[str, str]],
+    scale: float | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Merge ADAPTER into BASE: a plain ONNX model, as fast as the base."""
     from tpeft_deploy.exporters import export_folded
     from tpeft_deploy.exporters.folded import plan_folded
@@ -48,7 +63,7 @@ def folded(base: str, adapter: Path, out: Path | None, scale: float | None, dry_
     place = None if dry_run else _place(out)
     with stages() as begin:
         begin("load the base")
-        opened = load_base(base)
+        opened = load_base(base, example_inputs=read_inputs(inputs, base), weights=weights, rename=dict(rename))
         begin("read the adapter")
         loaded = load_adapter(adapter, scale=scale, base=opened.view)
         if place is None:
@@ -74,6 +89,9 @@ def folded(base: str, adapter: Path, out: Path | None, scale: float | None, dry_
 @click.option("--max-rank", type=click.IntRange(min=1), help="Refuse adapters of a larger rank, now and later.")
 @click.option("--name", help="The bundle's name; by default the directory's.")
 @click.option("--folded", "with_folded", is_flag=True, help="Also write folded/TASK.onnx for every adapter.")
+@weights_option
+@inputs_option
+@rename_option
 @dry_run_option
 @json_option
 def bundle(
@@ -83,6 +101,9 @@ def bundle(
     max_rank: int | None,
     name: str | None,
     with_folded: bool,
+    weights: Path | None,
+    inputs: Path | None,
+    rename: Sequence[tuple[str, str]],
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -98,7 +119,7 @@ def bundle(
     place = None if dry_run else _place(out)
     with stages() as begin:
         begin("load the base")
-        opened = load_base(base)
+        opened = load_base(base, example_inputs=read_inputs(inputs, base), weights=weights, rename=dict(rename))
         loaded = {}
         for position, (task, path) in enumerate(adapters):
             begin(Stage(f"read {task}", position, len(adapters)))
