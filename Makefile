@@ -41,5 +41,5 @@ $(VENV)/run-$(PROVIDER): pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/dev-$(PROVIDER): $(VENV)/run-$(PROVIDER)
 	@echo "installing the test tools into $(VENV)"
-	$(PIP) --editable '.[$(PROVIDER),export,train,examples,dev]'
+	$(PIP) --editable '.[$(PROVIDER),export,hf,train,examples,dev]'
 	@touch $@

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from tpeft_deploy import slots
 from tpeft_deploy.exporters import rows
-from tpeft_deploy.exporters.branches import BRANCHES, in_order
+from tpeft_deploy.exporters.branches import BRANCHES, Branches, in_order
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graphs import forget_shapes
 from tpeft_deploy.exporters.rows import Order
@@ -22,7 +22,9 @@ from tpeft_deploy.slots import Target
 __all__ = ["attach"]
 
 
-def attach(model: ir.Model, targets: Sequence[Target], orders: Mapping[str, Order]) -> list[str]:
+def attach(
+    model: ir.Model, targets: Sequence[Target], orders: Mapping[str, Order], branches: Branches = BRANCHES
+) -> list[str]:
     """Attach a banked branch for every target to a raw graph, in place.
 
     Args:
@@ -47,7 +49,7 @@ def attach(model: ir.Model, targets: Sequence[Target], orders: Mapping[str, Orde
             )
             for slot in slots.slots_of(target)
         }
-        if BRANCHES[target.kind].banked(model, target, values, index) == "group":
+        if branches[target.kind].banked(model, target, values, index) == "group":
             single.append(target.name)
     # Traced shapes say nothing of rows that a shared value gets, or of the heads that tasks bring.
     forget_shapes(model.graph)

@@ -14,9 +14,11 @@ import torch
 
 from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import EXAMPLE, MANIFEST, Bundle
+from tpeft_deploy.bundle import BANKED_CPU, EXAMPLE, FACTORED_CPU, MANIFEST, Bundle
 from tpeft_deploy.errors import BundleError
 from tpeft_deploy.exporters import banked, factored, rows
+from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
+from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
 from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
@@ -106,12 +108,16 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
     varies = factored.output_axes(graphs["factored.onnx"], targets, raw.graph.outputs)
     orders = rows.find(base, raw, activations(raw.graph, targets).items(), place)
     single = banked.attach(graphs["banked.onnx"], targets, orders)
+    if can_block(raw.graph, targets):
+        graphs |= {FACTORED_CPU: raw.clone(), BANKED_CPU: raw.clone()}
+        factored.attach(graphs[FACTORED_CPU], targets, BLOCKED_BRANCHES)
+        banked.attach(graphs[BANKED_CPU], targets, orders, BLOCKED_BRANCHES)
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
         _mark_outputs(model, raw, varies if file != "base.onnx" else {})
         optimize(model, keep=[*draft.weights, *defaults])
         share_weights(model, draft.weights, defaults, place / DATA)
-        model.metadata_props["tpeft.form"] = file.removesuffix(".onnx")
+        model.metadata_props["tpeft.form"] = file.partition(".")[0]
         ir.save(model, place / file)
     np.savez(place / EXAMPLE, **dict(base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
     return replace(

@@ -12,7 +12,8 @@ from onnx_ir.passes import common as passes
 
 from tpeft_deploy import slots
 from tpeft_deploy.errors import UnsupportedTarget
-from tpeft_deploy.exporters.branches import BRANCHES, in_order
+from tpeft_deploy.exporters import bfloat16
+from tpeft_deploy.exporters.branches import BRANCHES, Branches, in_order
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graphs import forget_shapes
 from tpeft_deploy.manifest import Varies
@@ -21,22 +22,24 @@ from tpeft_deploy.slots import Target
 __all__ = ["attach", "output_axes"]
 
 
-def attach(model: ir.Model, targets: Sequence[Target]) -> None:
+def attach(model: ir.Model, targets: Sequence[Target], branches: Branches = BRANCHES) -> None:
     """Attach a branch for every target to a raw graph, in place."""
+    narrow = bfloat16.holds(model.graph)
     for target in in_order(targets):
         neutral = slots.neutral(target) if target.kind != "override" else {}
         values = {}
         for slot in slots.slots_of(target):
             default = neutral.get(slot.name)
-            tensor = model.graph.initializers[target.name].const_value if default is None else ir.tensor(default)
-            values[slot.name] = add_input(
+            tensor = _own(model, target) if default is None else ir.tensor(default)
+            value = add_input(
                 model.graph,
                 slots.input_name(target, slot.name),
                 [f"{target.name}.{size}" if isinstance(size, str) else size for size in slot.shape],
-                ir.DataType.from_numpy(default.dtype) if default is not None else _dtype(tensor),
+                tensor.dtype,
                 tensor,
             )
-        BRANCHES[target.kind].factored(model, target, values)
+            values[slot.name] = bfloat16.narrow(model.graph, value) if narrow else value
+        branches[target.kind].factored(model, target, values)
     if any(target.kind == "override" for target in targets):
         forget_shapes(model.graph)
 
@@ -75,7 +78,7 @@ def output_axes(model: ir.Model, targets: Sequence[Target], outputs: Sequence[ir
     return found
 
 
-def _join_biases(graph: ir.Graph, targets: Sequence[Target]) -> None:
+def _join_biases(graph: ir.Graph, targets: Sequence[Target], branches: Branches = BRANCHES) -> None:
     """Give the bias of a layer the free size of the layer's matrix: inference cannot know that the two are equal."""
     layers = {t.name.rpartition(".")[0]: t.name for t in targets if t.kind == "override" and len(t.shape) > 1}
     for target in targets:
@@ -85,7 +88,9 @@ def _join_biases(graph: ir.Graph, targets: Sequence[Target]) -> None:
             value.shape = ir.Shape([f"{layer}.C"])
 
 
-def _dtype(tensor: ir.TensorProtocol | None) -> ir.DataType:
+def _own(model: ir.Model, target: Target) -> ir.TensorProtocol:
+    """The base's own tensor, in the dtype of the target's slots."""
+    tensor = model.graph.initializers[target.name].const_value
     if tensor is None:
         raise ValueError("an overridden initializer has no value")
-    return tensor.dtype
+    return ir.tensor(bfloat16.wide(tensor)) if tensor.dtype == ir.DataType.BFLOAT16 else tensor

@@ -14,7 +14,7 @@ import torch
 from onnx_ir.passes import common as passes
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.graphs import forget_shapes, held_tensor, optimize
@@ -129,10 +129,11 @@ def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, tas
         ir.save(model, file, external_data=f"{path.name}.data" if large else None)
         del model
         session = gate.open_session(file)
+        limit = gate.BFLOAT16_LIMIT if bfloat16.holds(raw.graph) else 1e-5
         checks = []
         for sizes, wanted in expected:
             got = gate.run(session, with_sizes(base, raw.graph, sizes), {})
-            checks.append(gate.compare("folded", task, sizes, got, wanted))
+            checks.append(gate.compare("folded", task, sizes, got, wanted, limit))
         del session
         move_into(path.parent, sorted(new.iterdir(), key=lambda part: part.name == path.name))
     return checks
@@ -158,7 +159,8 @@ def replace_weights(base: Base, model: ir.Model, adapter: Adapter) -> None:
         own = held_tensor(model.graph, held)
         shape = adapter.overrides[name].shape if name in adapter.overrides else own.shape.numpy()
         value.shape = ir.Shape(shape)
-        value.const_value = ir.LazyTensor(partial(_merged, base, adapter, name), own.dtype, ir.Shape(shape), name=held)
+        merged = partial(_merged, base, adapter, name, own.dtype)
+        value.const_value = ir.LazyTensor(merged, own.dtype, ir.Shape(shape), name=held)
     if adapter.overrides:
         _infer_outputs(model)
 
@@ -175,8 +177,8 @@ def held_weights(base: Base, graph: ir.Graph, adapter: Adapter) -> dict[str, str
     return {name: held_by(resolved, name, doing=doing) for name in changed}
 
 
-def _merged(base: Base, adapter: Adapter, name: str) -> ir.TensorProtocol:
-    return ir.tensor(base.merged(adapter, name), name=name)
+def _merged(base: Base, adapter: Adapter, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
+    return ir.tensor(base.merged(adapter, name).astype(dtype.numpy()), name=name)
 
 
 def _infer_outputs(model: ir.Model) -> None:

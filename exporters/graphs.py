@@ -28,6 +28,7 @@ __all__ = [
     "write_weights",
 ]
 
+_DTYPES = {"bfloat16": ir.DataType.BFLOAT16}  # numpy knows this dtype only where ml_dtypes was imported
 ALIGNMENT = 4096  # what ONNX Runtime can map without a copy on every platform
 
 
@@ -82,6 +83,7 @@ def complete_shapes(graph: ir.Graph) -> None:
         sizes = _matrix_sizes(matrix)
         if x is not None and x.shape is not None and sizes is not None:
             y.shape = ir.Shape([*x.shape[:-1], sizes[1]])
+            y.type = x.type
 
 
 def _matrix_sizes(matrix: ir.Value | None) -> tuple[int, int] | None:
@@ -148,11 +150,14 @@ def share_weights(model: ir.Model, weights: Mapping[str, Weight], aliases: Mappi
         weight = weights.get(aliases.get(name, name))
         if weight is None or value.const_value is None:
             continue
+        dtype = _DTYPES.get(weight.dtype) or ir.DataType.from_numpy(np.dtype(weight.dtype))
+        if value.const_value.dtype != dtype:
+            continue  # a default in float32 of a weight in bfloat16
         value.const_value = ir.ExternalTensor(
             file.name,
             weight.offset,
             weight.length,
-            ir.DataType.from_numpy(np.dtype(weight.dtype)),
+            dtype,
             shape=ir.Shape(weight.shape),
             name=name,
             base_dir=file.parent,

@@ -27,8 +27,9 @@ def load_base(
     """Make a base of a torch module, or of the name of a callable that returns one.
 
     Args:
-        base: a module, or "package.module:factory" whose factory returns (module, example inputs) or
-            (module, example inputs, dynamic shapes); a base that is loaded already is returned as it is.
+        base: a module; "package.module:factory" whose factory returns (module, example inputs) or
+            (module, example inputs, dynamic shapes); or a Hugging Face model directory, of which
+            `tpeft_deploy.exporters.hugging_face` makes all three.  A base that is loaded already is returned as it is.
         example_inputs: by input name; the first axis is the batch.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input is dynamic.
 
@@ -60,13 +61,18 @@ def load_base(
 def _call_factory(
     name: str, inputs: Mapping[str, torch.Tensor] | None, shapes: Mapping[str, Any] | None
 ) -> tuple[object, Mapping[str, torch.Tensor] | None, Mapping[str, Any] | None]:
+    if os.path.isdir(name):
+        from tpeft_deploy.exporters.hugging_face import load_directory
+
+        module, own_inputs, own_shapes = load_directory(name)
+        return module, inputs or own_inputs, shapes or own_shapes
     module_name, _, function_name = name.partition(":")
     if not function_name or os.path.sep in name:
         raise UnsupportedBase(
             f"load base {name}",
-            expected="package.module:factory",
+            expected="package.module:factory, or a Hugging Face model directory on this machine",
             got=repr(name),
-            fix="ONNX files and Hugging Face directories are not read as bases by this version.",
+            fix="ONNX files are not read as bases by this version, and nothing is downloaded.",
         )
     result = _factory(name, module_name, function_name)()
     if isinstance(result, nn.Module):

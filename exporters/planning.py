@@ -15,6 +15,7 @@ from tpeft_deploy.bundle import check_task
 from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters import banked
 from tpeft_deploy.exporters.bases import Base
+from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.rows import Order
@@ -190,7 +191,7 @@ def _draft(
 
 def _digests(graph: ir.Graph, resolved: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name in sorted(set(resolved.values())):
-        yield name, weight_digest(held_tensor(graph, name).numpy())
+        yield name, weight_digest(wide(held_tensor(graph, name)))
 
 
 def _check_batch(base: Base) -> None:

@@ -12,9 +12,9 @@ import onnxruntime
 
 from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BASE_TASK, Bundle
+from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import NotEquivalent
-from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.samples import Sizes, batch_axis, shapes_to_prove, with_sizes
@@ -22,9 +22,11 @@ from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["check_forms", "check_rows", "probe", "prove", "with_checks"]
+__all__ = ["branch_limit", "check_forms", "check_rows", "probe", "prove", "with_checks"]
 
 Tasks = dict[str, Adapter | None]
+# A graph in bfloat16 has its constants rounded, whatever its weights are; branches must not add to that.
+_SLACK = 4
 _MIXED = 6  # given adapters in one mixed batch, so that its size does not grow with their number
 
 
@@ -71,12 +73,15 @@ def check_forms(
     shapes = shapes_to_prove(base, graph)
     progress(Stage("check the base", 0, len(tasks)))
     session = gate.open_session(bundle.path / "base.onnx")
+    limit, rounded = 1e-5, bfloat16.holds(graph)
     for sizes in shapes:
         inputs = with_sizes(base, graph, sizes)
         expected = base.reference(None, inputs, names)
-        yield gate.measure("base", BASE_TASK, sizes, partial(gate.run, session, inputs, {}), expected)
-    factored = gate.open_session(bundle.path / "factored.onnx")
-    banked = gate.open_session(bundle.path / "banked.onnx")
+        own = gate.BFLOAT16_LIMIT if rounded else 1e-5
+        check = gate.measure("base", BASE_TASK, sizes, partial(gate.run, session, inputs, {}), expected, own)
+        limit = max(limit, _slack(check)) if rounded else limit
+        yield check
+    sessions = {file: gate.open_session(bundle.path / file) for file in _graphs(bundle)}
     banks = _banks(bundle, tasks)
     for position, (task, adapter) in enumerate(tasks.items()):
         progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
@@ -85,9 +90,35 @@ def check_forms(
         for sizes in shapes:
             inputs = with_sizes(base, graph, sizes)
             expected = base.reference(adapter, inputs, names)
-            yield gate.measure("factored", task, sizes, partial(gate.run, factored, inputs, factors), expected)
-            answer = partial(_run_banked, banked, inputs, rows, bundle, adapter)
-            yield gate.measure("banked", task, sizes, answer, expected)
+            for file, session in sessions.items():
+                form = file.removesuffix(".onnx")
+                if form.startswith("factored"):
+                    answer = partial(gate.run, session, inputs, factors)
+                else:
+                    answer = partial(_run_banked, session, inputs, rows, bundle, adapter)
+                yield gate.measure(form, task, sizes, answer, expected, limit)
+
+
+def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle) -> float:
+    """What the error of a graph with branches must stay under: in bfloat16, little more than base.onnx's own."""
+    if not bfloat16.holds(graph):
+        return 1e-5
+    names = [str(value.name) for value in graph.outputs]
+    sizes = shapes_to_prove(base, graph)[0]
+    inputs = with_sizes(base, graph, sizes)
+    plain = partial(gate.run, gate.open_session(bundle.path / "base.onnx"), inputs, {})
+    expected = base.reference(None, inputs, names)
+    return max(1e-5, _slack(gate.measure("base", BASE_TASK, sizes, plain, expected, gate.BFLOAT16_LIMIT)))
+
+
+def _slack(check: Check) -> float:
+    return _SLACK * check.error if check.failure is None else 0.0
+
+
+def _graphs(bundle: Bundle) -> list[str]:
+    """The graphs with branches: the portable two, and those for the CPU where there are any."""
+    own = [file for file in (FACTORED_CPU, BANKED_CPU) if file in bundle.manifest.files]
+    return ["factored.onnx", "banked.onnx", *own]
 
 
 def check_rows(
@@ -100,7 +131,9 @@ def check_rows(
     that failed are among those that come back.
     """
     batch = batch_axis(graph)
-    session = gate.open_session(bundle.path / "banked.onnx")
+    files = [file for file in _graphs(bundle) if file.startswith("banked")]
+    sessions = [gate.open_session(bundle.path / file) for file in files]
+    limit = branch_limit(base, graph, bundle)
     names = list(adapters)
     for start in range(0, max(len(names), 1), _MIXED):
         progress(Stage("check rows of different adapters", start, max(len(names), 1)))
@@ -109,7 +142,8 @@ def check_rows(
         # Twice each task at the example's sizes; at the others once, and one row more.
         for sizes, count in zip(shapes_to_prove(base, graph), (2 * len(tasks), len(tasks) + 1), strict=False):
             rows = sizes | ({batch: count} if batch is not None else {})
-            yield from _check_batch(base, graph, bundle, session, tasks, rows, count)
+            for session in sessions:
+                yield from _check_batch(base, graph, bundle, session, tasks, rows, count, limit)
 
 
 def _check_batch(
@@ -120,6 +154,7 @@ def _check_batch(
     tasks: Tasks,
     sizes: Sizes,
     count: int,
+    limit: float,
 ) -> Iterator[Check]:
     inputs = with_sizes(base, graph, sizes)
     index = np.arange(count) % len(tasks)
@@ -128,7 +163,8 @@ def _check_batch(
     for position, (task, adapter) in enumerate(tasks.items()):
         mine = index == position
         expected = {name: array[mine] for name, array in base.reference(adapter, inputs, names).items()}
-        yield gate.measure("mixed rows", task, sizes, partial(_own_rows, run, mine, bundle, adapter), expected)
+        answer = partial(_own_rows, run, mine, bundle, adapter)
+        yield gate.measure("mixed rows", task, sizes, answer, expected, limit)
 
 
 def _own_rows(run: Callable[[], Outputs], mine: Array, bundle: Bundle, adapter: Adapter | None) -> Outputs:

@@ -21,6 +21,8 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=FutureWarning)
         warnings.simplefilter("ignore", category=DeprecationWarning)
+        # Said of every axis name that two inputs share, and untrue: they both get it.
+        warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:

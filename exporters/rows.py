@@ -87,7 +87,13 @@ def find(base: Base, raw: ir.Model, values: Iterable[tuple[str, int]], place: Pa
             found[name].add(_order(before[_shown(name)], after[_shown(name)], axes, row))
     (place / "rows.data").unlink(missing_ok=True)
     file.unlink()
-    return {name: next(iter(orders)) if len(orders) == 1 else "mixed" for name, orders in found.items()}
+    return {name: _agreed(orders) for name, orders in found.items()}
+
+
+def _agreed(orders: set[Order]) -> Order:
+    """One answer of those that replacing each row gave; a row that was like its replacement says nothing."""
+    told = orders - {"shared"} or orders
+    return told.pop() if len(told) == 1 else "mixed"
 
 
 def _showing(raw: ir.Model, wanted: Iterable[str]) -> ir.Model:

@@ -96,5 +96,10 @@ def _repeat(array: Array, axis: int, size: int) -> Array:
     if size <= own or axis > 0:
         repeated: Array = array.take(np.arange(size) % own, axis)
         return repeated
-    rows = [array[row % own] for row in range(size)]
-    return np.stack([np.roll(row, i // own, -1) if row.ndim else row for i, row in enumerate(rows)])
+    return np.stack([_varied(array[row % own], row // own) for row in range(size)])
+
+
+def _varied(row: Array, times: int) -> Array:
+    if row.ndim:
+        return np.roll(row, times, -1)
+    return row * np.asarray(1 + times / 8, row.dtype) if row.dtype.kind == "f" else row

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter, gain_mode
 from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
+from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.branches import gain
 from tpeft_deploy.exporters.sites import conv_sites, linear_sites, transposed_conv_sites, value_uses, weight_value
 from tpeft_deploy.slots import Kind, Target
@@ -42,7 +43,7 @@ def resolve(graph: ir.Graph, weights: Mapping[str, Array], aliases: Mapping[str,
     for name, value in graph.initializers.items():
         if name not in weights or value.const_value is None:
             continue
-        if not np.array_equal(value.const_value.numpy(), weights[name]):
+        if not np.array_equal(wide(value.const_value), weights[name]):
             raise UnsupportedTarget(
                 f"resolve weight {name!r} in the exported graph",
                 expected="the initializer to hold the weight's own values",
@@ -135,7 +136,9 @@ def _target(graph: ir.Graph, name: str, kind: Kind) -> Target:
     tensor = weight_value(graph, name).const_value
     if tensor is None:
         raise ValueError(f"initializer {name!r} has no value")
-    return Target(name, kind, tuple(tensor.shape.numpy()), tensor.dtype.numpy().name)
+    # The tensors of adapters stay float32 where the graph computes in bfloat16, see `bfloat16`.
+    dtype = "float32" if tensor.dtype == ir.DataType.BFLOAT16 else tensor.dtype.numpy().name
+    return Target(name, kind, tuple(tensor.shape.numpy()), dtype)
 
 
 def _kind(graph: ir.Graph, name: str) -> Kind:

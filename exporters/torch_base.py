@@ -16,15 +16,31 @@ from torch.utils._pytree import tree_leaves
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters import dotted
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
+from tpeft_deploy.exporters.bfloat16 import wide_ports
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.tucker import Array
 
 __all__ = ["OPSET", "TorchBase", "output_names"]
 
 OPSET = 20
+BFLOAT16_OPSET = 22  # the first whose convolutions take it
 
-_DTYPES = {torch.float32, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool}
+_DTYPES = {
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.int8,
+    torch.bool,
+}
+
+
+_HALVES = {torch.float16, torch.bfloat16}
 
 
 class TorchBase(Base):
@@ -43,15 +59,16 @@ class TorchBase(Base):
     def __init__(
         self, name: str, module: nn.Module, inputs: Mapping[str, torch.Tensor], dynamic_shapes: Mapping[str, Any]
     ) -> None:
-        super().__init__(name, {key: value.detach().cpu().numpy() for key, value in inputs.items()})
+        super().__init__(name, {key: _array(value) for key, value in inputs.items()})
+        self._dtypes = {key: value.dtype for key, value in inputs.items()}
         self.module = module
         self.dynamic_shapes = dynamic_shapes
         self._check_dtypes()
 
     @property
     def weights(self) -> dict[str, Array]:
-        """Every parameter and buffer by every name it has; no copies on the CPU."""
-        return {name: tensor.detach().cpu().numpy() for name, tensor in self._named().items()}
+        """Every parameter and buffer by every name it has; no copies on the CPU, but for bfloat16 as float32."""
+        return {name: _array(tensor) for name, tensor in self._named().items()}
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -70,29 +87,38 @@ class TorchBase(Base):
         return any(_is_dynamic(self.dynamic_shapes.get(name)) for name in self.inputs)
 
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
-        """What the module computes with the merged tensors in place of its own."""
-        tensors = {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
+        """What the module computes with the merged tensors in place of its own; a 16-bit module in float32."""
+        own = self._named()
+        half = any(tensor.dtype in _HALVES for tensor in own.values())
         changed = [*adapter.deltas, *adapter.gains, *adapter.served_overrides] if adapter is not None else []
         merged = {name: torch.from_numpy(self.merged(adapter, name)) for name in dict.fromkeys(changed) if adapter}
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
+        if half:
+            # Its own rounding, at every layer, is no part of what an export is measured by.
+            aliases = self.aliases
+            changes = {aliases[name]: tensor for name, tensor in merged.items()}
+            merged = {name: _wide(changes.get(aliases[name], tensor)) for name, tensor in own.items()}
+            tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
         with self._evaluating() as module:
-            outputs = functional_call(module, merged, (), tensors, tie_weights=True)
+            outputs = functional_call(module, merged, (), tensors, tie_weights=not half)
         leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
         return {name: tensor.numpy() for name, tensor in zip(names, leaves, strict=True)}
 
     def graph(self) -> ir.Model:
         """Export the module: every weight keeps its name and value, nothing is optimised."""
-        inputs = {name: torch.from_numpy(np.array(value)) for name, value in self.inputs.items()}
+        inputs = {name: torch.from_numpy(np.array(value)).to(self._dtypes[name]) for name, value in self.inputs.items()}
+        bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in self._named().values())
         with self._evaluating() as module, quiet():
             outputs = module(**inputs)
             try:
                 program = torch.onnx.export(
                     module,
                     args=(),
-                    kwargs=inputs,
+                    kwargs=dotted.nest(inputs),
                     dynamo=True,
                     optimize=False,
-                    dynamic_shapes=dict(self.dynamic_shapes),
-                    opset_version=OPSET,
+                    dynamic_shapes=dotted.nest(self.dynamic_shapes),
+                    opset_version=BFLOAT16_OPSET if bfloat16 else OPSET,
                     verbose=False,
                 )
             except Exception as error:  # the exporter raises every kind of exception; the cause is kept
@@ -103,8 +129,10 @@ class TorchBase(Base):
                 ) from error
         if program is None:
             raise UnsupportedBase(f"export base {self.name}", problem="the torch exporter returned no program")
+        dotted.restore(program.model.graph, self.inputs)
         _name_outputs(self.name, program.model.graph, output_names(outputs))
         _drop_made_up_biases(program.model)
+        wide_ports(program.model.graph)
         return program.model
 
     def _named(self) -> dict[str, torch.Tensor]:
@@ -116,7 +144,7 @@ class TorchBase(Base):
             if tensor.dtype not in _DTYPES:
                 raise UnsupportedBase(
                     f"load base {self.name}, weight {name!r}",
-                    expected="float32, float16, float64, integers or booleans",
+                    expected="float32, float16, bfloat16, float64, integers or booleans",
                     got=str(tensor.dtype).removeprefix("torch."),
                     fix="Convert the module with .float() or .half().",
                 )
@@ -178,6 +206,16 @@ def _drop_made_up_biases(model: ir.Model) -> None:
         if bias is not None and bias.producer() is not None and bias.producer().op_type == "Expand":  # type: ignore[union-attr]
             node.resize_inputs(2)
     passes.RemoveUnusedNodesPass()(model)
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    own = tensor.detach().cpu()
+    array: Array = (own.float() if own.dtype == torch.bfloat16 else own).numpy()
+    return array
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in _HALVES else tensor
 
 
 def _is_dynamic(shape: object) -> bool:

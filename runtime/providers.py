@@ -15,12 +15,15 @@ from typing import Literal, get_args
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from tpeft_deploy.errors import ProviderUnavailable
 
-__all__ = ["Choice", "Provider", "choose", "open_session"]
+__all__ = ["ORT_ERRORS", "Choice", "Provider", "choose", "open_session"]
 
 Provider = Literal["auto", "cuda", "cpu"]
+
+ORT_ERRORS = (ort.Fail, ort.RuntimeException, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented)
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"

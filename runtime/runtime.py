@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -10,16 +11,18 @@ from typing import overload
 import numpy as np
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BASE_TASK, Bundle, check_task
-from tpeft_deploy.errors import InputError, UnknownTask
+from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, Bundle, check_task
+from tpeft_deploy.errors import InputError, ProviderUnavailable, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bank import Bank, Resident, build, make_resident
-from tpeft_deploy.runtime.providers import choose
+from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, choose
 from tpeft_deploy.runtime.session import Session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Runtime"]
+
+_log = logging.getLogger("tpeft_deploy.runtime")
 
 
 class Runtime:
@@ -44,14 +47,12 @@ class Runtime:
         self.provider_reason = choice.reason
         self._bundle = Bundle.open(bundle)
         self._bundle.check_file("weights.data")
-        graph = self._bundle.check_file("banked.onnx")
         residents = {BASE_TASK: make_resident(self._bundle, None, None)}
         for task, digest in self._bundle.tasks.items():
             residents[task] = make_resident(self._bundle, self._bundle.adapter(task), digest)
         self._changes = threading.Lock()
         self._bank = build(self._bundle, residents, choice.device)
-        half = any(weight.dtype == "float16" for weight in self._bundle.manifest.weights.values())
-        self._session = Session(graph, choice, threads=threads, half=half)
+        self._session = self._open(choice, threads)
 
     @property
     def name(self) -> str:
@@ -129,6 +130,26 @@ class Runtime:
                 raise UnknownTask(f"unload task {task!r}", expected=f"one of {', '.join(self.tasks)}", got=repr(task))
             del residents[task]
             self._replace(residents)
+
+    def _open(self, choice: Choice, threads: int | None) -> Session:
+        manifest = self._bundle.manifest
+        dtypes = {weight.dtype for weight in manifest.weights.values()}
+        if choice.device == "cpu" and "bfloat16" in dtypes:
+            raise ProviderUnavailable(
+                f"open bundle {manifest.name!r}, whose weights are bfloat16, on the CPU",
+                expected="CUDA: ONNX Runtime's CPU cannot compute in bfloat16",
+                got=self.provider_reason,
+                fix="Export the module with .float() or .half() for the CPU.",
+            )
+        half = "float16" in dtypes
+        if choice.device == "cpu" and BANKED_CPU in manifest.files:
+            try:
+                return Session(self._bundle.check_file(BANKED_CPU), choice, threads=threads, half=half)
+            except ORT_ERRORS as error:
+                # Internal operators of ONNX Runtime, which a build of it may lack; the portable graph says the same.
+                self.provider_reason += f"; {BANKED_CPU} not used ({str(error).splitlines()[0][:160]})"
+                _log.warning("bundle %r: %s", manifest.name, self.provider_reason)
+        return Session(self._bundle.check_file("banked.onnx"), choice, threads=threads, half=half)
 
     def _replace(self, residents: Mapping[str, Resident]) -> None:
         self._bank = build(self._bundle, residents, self.provider)

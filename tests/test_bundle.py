@@ -39,6 +39,7 @@ def test_the_layout_is_the_contract(conv_bundle: Bundle) -> None:
     assert {f.name for f in path.iterdir()} == {
         "manifest.json",
         "base.onnx",
+        "example.npz",
         "factored.onnx",
         "banked.onnx",
         "weights.data",

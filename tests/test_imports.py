@@ -61,7 +61,7 @@ ALLOWED = {
     "tucker": {"errors"},
     "algebra": {"tucker", "errors"},
     "adapter": {"tucker", "errors"},
-    "slots": {"tucker"},
+    "slots": {"errors", "tucker"},
     "manifest": {"slots", "errors"},
     "formats": {"adapter", "algebra", "tucker", "errors", "files"},
     "fitting": {"slots", "adapter", "errors", "manifest", "tucker"},

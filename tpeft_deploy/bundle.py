@@ -3,6 +3,7 @@
     bundle/
       manifest.json        what it is (see `manifest`)
       base.onnx  factored.onnx  banked.onnx  weights.data
+      factored.cpu.onnx  banked.cpu.onnx        where the CPU has a faster form that no other device can run
       example.npz          the example inputs that the base was exported with: `verify` runs on them
       adapters/<task>/current                   the digest this task is an alias for
       adapters/<task>/<digest>/adapter.safetensors  adapter.json  adapter.onnx_adapter
@@ -38,11 +39,12 @@ from tpeft_deploy.manifest import FileRecord, Manifest, check_name, is_name
 from tpeft_deploy.slots import Target
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BASE_TASK", "EXAMPLE", "MANIFEST", "Bundle", "check_task"]
+__all__ = ["BANKED_CPU", "BASE_TASK", "EXAMPLE", "FACTORED_CPU", "MANIFEST", "Bundle", "check_task"]
 
 BASE_TASK = "base"
 MANIFEST = "manifest.json"
 EXAMPLE = "example.npz"
+FACTORED_CPU, BANKED_CPU = "factored.cpu.onnx", "banked.cpu.onnx"
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,14 @@ class Bundle:
         return fitting.sizes(self.manifest, adapter)
 
     def base_value(self, name: str) -> Array:
-        """A base weight, read from weights.data into private memory: (O, I, K1, ...)."""
+        """A base weight, read from weights.data into private memory: (O, I, K1, ...); bfloat16 as float32."""
         weight = self.manifest.weights[name]
         with (self.path / "weights.data").open("rb") as stream:
             stream.seek(weight.offset)
             data = stream.read(weight.length)
+        if weight.dtype == "bfloat16":  # the upper half of a float32
+            bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
+            return bits.view(np.float32).reshape(weight.shape)
         return np.frombuffer(data, weight.dtype).reshape(weight.shape).copy()
 
     def add(self, task: str, adapter: Adapter) -> str:

@@ -111,7 +111,8 @@ def _check_weights(manifest: Manifest, adapter: Adapter, *, bundle: str) -> None
     adapter.check_shapes({name: weight.shape for name, weight in weights.items()}, base=base)
     adapter.check_digests({name: weight.digest for name, weight in weights.items()}, base=base)
     for name, array in adapter.served_overrides.items():
-        if np.dtype(weights[name].dtype).kind != array.dtype.kind:
+        own = "f" if weights[name].dtype == "bfloat16" else np.dtype(weights[name].dtype).kind
+        if own != array.dtype.kind:
             raise ShapeError(
                 f"fit {adapter.source} to {base}, override {name!r}",
                 expected=f"dtype {weights[name].dtype}",
@@ -128,7 +129,8 @@ def _check_slots(manifest: Manifest, target: Target, tensors: dict[str, Array], 
                 got=f"larger ones in its {slot}",
                 fix="Serve it with a float32 base.",
             )
-    rank = max(slots.ranks_of(target, tensors).values(), default=0) if target.part == "delta" else 0
+    ranks = slots.ranks_of(target, tensors)
+    rank = max(ranks.values(), default=0) if target.part == "delta" else 0
     if manifest.max_rank is not None and rank > manifest.max_rank:
         raise AdapterError(
             f"{doing}, weight {target.name!r}",

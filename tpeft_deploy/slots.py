@@ -21,12 +21,13 @@ rank; zero padding is exact.  Graph inputs are named `<weight>.tpeft.<slot>`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from tpeft_deploy.errors import ShapeError
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = [
@@ -146,14 +147,28 @@ def neutral(target: Target) -> dict[str, Array]:
     return {name: np.zeros(shape, target.dtype) for name, shape in sizes.items()}
 
 
-def ranks_of(target: Target, tensors: dict[str, Array]) -> dict[str, int]:
-    """The sizes that stand for the slot shapes' letters, e.g. {"R_i": 8, "R_o": 16}."""
-    return {
-        letter: size
-        for slot in slots_of(target)
-        for letter, size in zip(slot.shape, tensors[slot.name].shape, strict=True)
-        if isinstance(letter, str)
-    }
+def ranks_of(target: Target, tensors: Mapping[str, Array]) -> dict[str, int]:
+    """The sizes that stand for the slot shapes' letters, e.g. {"R_i": 8, "R_o": 16}.
+
+    Raises:
+        ShapeError: a slot is missing or has another shape, or two slots disagree about a rank: ONNX Runtime would say
+            so only from the middle of a run, or not at all.
+    """
+    letters: dict[str, tuple[int, str]] = {}
+    doing = f"fill the branch of weight {target.name!r}"
+    for slot in slots_of(target):
+        array = tensors.get(slot.name)
+        if array is None or array.ndim != len(slot.shape):
+            got = "nothing" if array is None else array.shape
+            raise ShapeError(doing, expected=f"{slot.name} of shape {slot.shape}", got=got)
+        for size, wanted in zip(array.shape, slot.shape, strict=True):
+            first, owner = (
+                (wanted, slot.name) if isinstance(wanted, int) else letters.setdefault(wanted, (size, slot.name))
+            )
+            if size != first:
+                told = f"{wanted} = {first}, as in {owner}" if isinstance(wanted, str) else f"shape {slot.shape}"
+                raise ShapeError(doing, expected=f"{slot.name} with {told}", got=array.shape)
+    return {letter: size for letter, (size, _) in letters.items()}
 
 
 def pad(array: Array, shape: Sequence[int]) -> Array:

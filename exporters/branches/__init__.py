@@ -7,16 +7,16 @@ banked(model, target, slots, index) -> Rows one bank row per batch row, or per r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import onnx_ir as ir
 
-from tpeft_deploy.exporters.branches import conv, gain, linear, override, weight
+from tpeft_deploy.exporters.branches import blocked, conv, gain, linear, override, weight
 from tpeft_deploy.manifest import Rows
 from tpeft_deploy.slots import Kind, Target
 
-__all__ = ["BRANCHES", "Branch", "in_order"]
+__all__ = ["BLOCKED_BRANCHES", "BRANCHES", "Branch", "Branches", "in_order"]
 
 Slots = dict[str, ir.Value]
 
@@ -28,7 +28,9 @@ class Branch(NamedTuple):
     banked: Callable[[ir.Model, Target, Slots, ir.Value], Rows]
 
 
-BRANCHES: dict[Kind, Branch] = {
+Branches = Mapping[Kind, Branch]
+
+BRANCHES: Branches = {
     "linear": Branch(linear.factored, linear.banked),
     "matmul": Branch(linear.factored, linear.banked),
     "conv": Branch(conv.factored, conv.banked),
@@ -38,6 +40,10 @@ BRANCHES: dict[Kind, Branch] = {
     "gain_1": Branch(gain.factored, gain.banked),
     "override": Branch(override.factored, override.banked),
 }
+
+
+BLOCKED_BRANCHES: Branches = {**BRANCHES, "weight": Branch(blocked.factored, blocked.banked)}
+"""For graphs that only the CPU runs."""
 
 
 def in_order(targets: Sequence[Target]) -> list[Target]:

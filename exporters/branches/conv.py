@@ -30,8 +30,9 @@ def factored(model: ir.Model, target: Target, slots: dict[str, ir.Value]) -> Non
 def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: ir.Value) -> Rows:
     """Attach the banked form at every consumer; equal kernels share one window constant."""
     kernel = target.shape[2:]
-    window = one_hot_window(kernel).astype(target.dtype)
-    name = f"tpeft.window.{'x'.join(map(str, kernel))}.{target.dtype}"
+    dtype = weight_value(model.graph, target.name).const_value.dtype.numpy()  # type: ignore[union-attr]
+    window = one_hot_window(kernel).astype(dtype)
+    name = f"tpeft.window.{'x'.join(map(str, kernel))}.{dtype.name}"
     taps = add_constant(model.graph, name, window)
     sites = _sites(model, target)
     for i, site in enumerate(sites):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from tpeft_deploy.exporters.branches import tiled
 from tpeft_deploy.exporters.branches.surgery import call, reroute
+from tpeft_deploy.exporters.branches.tiled import repeated
 from tpeft_deploy.exporters.sites import Site, linear_sites, weight_value
 from tpeft_deploy.manifest import Rows
 from tpeft_deploy.slots import Target
@@ -28,9 +30,13 @@ def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: i
     """Attach BankedLinear or BankedLookup, in the form that the order of the rows asks for, at every consumer."""
     rows: Rows = "each"
     for i, site in enumerate(linear_sites(weight_value(model.graph, target.name)) or []):
+        name = f"{target.name}.banked.{i}"
+        found = repeated(site) if site.order == "shared" and site.use != "lookup" else None
+        if found is not None:
+            tiled.attach(model, target, site, found, slots, index, name)
+            continue
         function, own = _form(site)
         inputs = [site.y, site.x, index, slots["down"], slots["up"]]
-        name = f"{target.name}.banked.{i}"
         reroute(site.y, call(model, function, inputs, name=name, like=site.y, after=site.node))
         rows = "each" if rows == own == "each" else "group"
     return rows

@@ -5,6 +5,7 @@ A Gemm or a conv with a bias becomes the product and an Add; a norm becomes the 
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.surgery import add_constant, apply, constant_ints, route_around
@@ -47,7 +48,7 @@ def _split_layer_norm(model: ir.Model, node: ir.Node) -> None:
     if x is None or scale is None or scale.const_value is None:
         return
     y = node.outputs[0]
-    ones = add_constant(model.graph, f"tpeft.ones.{scale.name}", scale.const_value.numpy() * 0 + 1)
+    ones = add_constant(model.graph, f"tpeft.ones.{scale.name}", np.ones_like(scale.const_value.numpy()))
     bare = apply(model, "LayerNormalization", [x, ones], like=y, after=node, attributes=node.attributes)
     total = apply(model, "Mul", [bare, scale], like=y, after=bare.producer())
     if rest and rest[0] is not None:
@@ -65,7 +66,7 @@ def _split_batch_norm(model: ir.Model, node: ir.Node) -> None:
     if dtype is None:
         return
     epsilon = add_constant(
-        model.graph, f"tpeft.epsilon.{variance.name}", dtype.type([node.attributes.get_float("epsilon", 1e-5)])
+        model.graph, f"tpeft.epsilon.{variance.name}", np.array([node.attributes.get_float("epsilon", 1e-5)], dtype)
     )
     after: ir.Node | None = node
     columns = []

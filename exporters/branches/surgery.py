@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from tpeft_deploy.exporters.branches.functions import BANKED, DOMAIN, FACTORED
+from tpeft_deploy.exporters import bfloat16
+from tpeft_deploy.exporters.branches.banked_functions import BANKED
+from tpeft_deploy.exporters.branches.factored_functions import BLOCKS, DOMAIN, FACTORED
 from tpeft_deploy.exporters.rows import same_order
 
 __all__ = ["add_constant", "add_input", "apply", "call", "call_first", "constant_ints", "reroute", "route_around"]
@@ -91,9 +93,20 @@ def call(
 def call_first(
     model: ir.Model, function: str, inputs: Sequence[ir.Value], *, name: str, like: ir.Value | None
 ) -> ir.Value:
-    """Insert a call of one of our functions, of graph inputs and initializers only, before all other nodes."""
+    """Insert a call of one of our functions, of inputs, initializers and casts of them, before all other nodes."""
     node = _node(model, function, inputs, name, like, None)
-    model.graph.insert_before(model.graph[0], node)
+    casts = {id(value.producer()) for value in inputs if value.producer() is not None}
+    after = None
+    for other in model.graph:
+        if id(other) in casts:
+            casts.remove(id(other))
+            after = other
+        if not casts:
+            break
+    if after is not None:
+        model.graph.insert_after(after, node)
+    else:
+        model.graph.insert_before(model.graph[0], node)
     return node.outputs[0]
 
 
@@ -135,7 +148,13 @@ def _node(
     key = (DOMAIN, function, "")
     if key not in model.functions:
         model.functions[key] = ir.serde.deserialize_function(definition.to_function_proto())
+        if bfloat16.holds(model.graph):
+            bfloat16.narrow_gathers(model.functions[key])
+        # Nothing that the functions use has changed since the opset they were written for.
+        model.functions[key].opset_imports[""] = model.graph.opset_imports.get("", 20)
         model.graph.opset_imports[DOMAIN] = 1
+        if BLOCKS in model.functions[key].opset_imports:
+            model.graph.opset_imports[BLOCKS] = 1
     output = _resemble(ir.Value(name=f"{name}.out"), like)
     return ir.node(function, inputs, attributes or {}, domain=DOMAIN, outputs=[output], name=name)  # type: ignore[arg-type]
 

@@ -125,7 +125,7 @@ class TestConvert:
         assert "ends in .safetensors" in fail("convert", two, tmp_path / "o", "--to", "locon", code=2)
         assert "got a gain" in fail("convert", gained, tmp_path / "o", "--to", "peft-lora")
         arguments = ("convert", gained, tmp_path / "o", "--to", "onnx-adapter", "--bundle", conv_bundle.path)
-        assert "Export it folded" in fail(*arguments)
+        assert "a branch for its gain" in fail(*arguments)
         assert not (tmp_path / "o").exists()
 
 
@@ -210,11 +210,13 @@ class TestGains:
         (got,) = session.run(None, {"pixels": inputs["pixels"].numpy()})
         assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
 
-    def test_a_bundle_refuses_them(self, tmp_path: Path, gained: Path, own_bundle: Bundle) -> None:
-        assert "Export it folded" in fail("adapter", "add", own_bundle.path, f"x={gained}")
-        assert "Export it folded" in fail("export", "bundle", BASE, "--out", tmp_path / "b", "--adapter", f"x={gained}")
-        assert not (tmp_path / "b").exists()
+    def test_a_bundle_takes_them_where_it_was_exported_for_them(
+        self, tmp_path: Path, gained: Path, own_bundle: Bundle
+    ) -> None:
+        assert "a branch for its gain" in fail("adapter", "add", own_bundle.path, f"x={gained}")
         assert "x" not in own_bundle.tasks
+        succeed("export", "bundle", BASE, "--out", tmp_path / "b", "--adapter", f"x={gained}")
+        succeed("adapter", "add", tmp_path / "b", f"y={gained}")
 
 
 def test_a_bundle_resolves_names_of_other_tools(

@@ -52,6 +52,20 @@ class Normed(nn.Module):
         return y
 
 
+class ChannelsLast(nn.Module):
+    """Depthwise convs of 16 channels, one of them in front of a change of layout, as in ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(16, 16, 5, padding=2, groups=16)
+        self.bare = nn.Conv2d(16, 16, 3, stride=2, dilation=2, groups=16, bias=False)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.norm(self.bare(torch.tanh(self.layer(x))).permute(0, 2, 3, 1))
+        return y
+
+
 class FusedQkv(nn.Module):
     """One projection whose output is cut into three."""
 
@@ -61,7 +75,8 @@ class FusedQkv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.layer(x).chunk(3, -1)
-        return torch.softmax(q @ k.transpose(1, 2), -1) @ v
+        y: torch.Tensor = torch.softmax(q @ k.transpose(1, 2), -1) @ v
+        return y
 
 
 class Attention(nn.Module):
@@ -241,6 +256,14 @@ CASES: dict[str, Case] = {
         {"layer.weight": (4, 1, 3, 3)},
         BOTH,
         ("layer.weight", "layer.bias"),
+    ),
+    "depthwise, blocked": Case(
+        ChannelsLast,
+        {"x": (2, 16, 9, 11)},
+        {"layer.weight": (4, 1, 3, 3), "bare.weight": (5, 1, 3, 2)},
+        BOTH,
+        ("layer.bias", "norm.weight"),
+        free={"x": {2: "height", 3: "width"}},
     ),
     "conv3d": Case(
         _single(lambda: nn.Conv3d(2, 5, (1, 3, 2), padding=(0, 1, 1), bias=False)),

@@ -38,7 +38,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(conv_bundle: Bundle, mon
     """What ONNX Runtime does when a CUDA library is missing: a session on the CPU, and no exception."""
     real = onnxruntime.InferenceSession
 
-    def fallen(path: str, options: onnxruntime.SessionOptions, providers: list[object]) -> object:
+    def fallen(path: str, options: onnxruntime.SessionOptions, providers: list[object], **_: object) -> object:
         return real(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", fallen)

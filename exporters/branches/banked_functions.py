@@ -1,4 +1,4 @@
-"""The Tucker branches as ONNX model-local functions of domain `tpeft`, authored with onnxscript.
+"""The banked branches as ONNX model-local functions of domain `tpeft`, authored with onnxscript.
 
 Letters: B rows at the consumer (a multiple of the batch, batch-major), N length of `adapter_index` (1: one adapter
 for all rows; or the batch: one adapter per row), T rows in a bank, m = B / N, P product of the spatial sizes.
@@ -12,64 +12,15 @@ from onnxscript import graph, script
 from onnxscript import opset20 as op
 from onnxscript.values import OnnxFunction, Opset
 
-__all__ = ["BANKED", "DOMAIN", "FACTORED"]
+from tpeft_deploy.exporters.branches.factored_functions import BLOCKS, DOMAIN
 
-DOMAIN = "tpeft"
+__all__ = ["BANKED"]
+
 _tpeft = Opset(DOMAIN, 1)
+_blocks = Opset(BLOCKS, 1)
 
 # The bodies below are onnxscript, not Python: ONNX's types are not Python's, and mypy would check the wrong ones.
 # mypy: ignore-errors
-
-
-@script(_tpeft, default_opset=op)
-def TuckerLinear(y, x, down, up):
-    """y + (x down) up; x (B, .., I), down (I, R), up (R, O)."""
-    return y + op.MatMul(op.MatMul(x, down), up)
-
-
-@script(_tpeft, default_opset=op)
-def TuckerConv(y, x, down, core, up, strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int]):
-    """1x1 conv down, core conv with the base's geometry, 1x1 conv up; zero padding commutes with the first."""
-    inner = op.Conv(op.Conv(x, down), core, strides=strides, pads=pads, dilations=dilations)
-    return y + op.Conv(inner, up)
-
-
-@script(_tpeft, default_opset=op)
-def TuckerConvTranspose(
-    y,
-    x,
-    down,
-    core,
-    up,
-    strides: Sequence[int],
-    pads: Sequence[int],
-    dilations: Sequence[int],
-    output_padding: Sequence[int],
-):
-    """As TuckerConv with a transposed core conv; core (R_i, R_o, *K)."""
-    inner = op.ConvTranspose(
-        op.Conv(x, down), core, strides=strides, pads=pads, dilations=dilations, output_padding=output_padding
-    )
-    return y + op.Conv(inner, up)
-
-
-@script(_tpeft, default_opset=op)
-def TuckerLookup(y, ids, down, up):
-    """y + (up^T)[ids] down^T; ids of any shape, down (I, R), up (R, V)."""
-    rows = op.Transpose(op.Gather(up, op.Reshape(ids, op.Constant(value_ints=[-1])), axis=1))
-    return y + op.Reshape(op.MatMul(rows, op.Transpose(down)), op.Shape(y))
-
-
-@script(_tpeft, default_opset=op)
-def TuckerGain(y, gain, shape: Sequence[int]):
-    """y * gain, whose C factors are laid out as `shape` to broadcast against y."""
-    return y * op.Reshape(gain, op.Constant(value_ints=shape))
-
-
-@script(_tpeft, default_opset=op)
-def TuckerWeight(weight, up, core):
-    """W + dW; up (O, R_o), core (R_o, I * K1 ..)."""
-    return weight + op.Reshape(op.MatMul(up, core), op.Shape(weight))
 
 
 @script(_tpeft, default_opset=op)
@@ -94,6 +45,20 @@ def BankedLinearMinor(y, x, adapter_index, downs, ups):
 def BankedLinearShared(y, x, adapter_index, downs, ups):
     """As BankedLinear for an x (1, m, I) that all rows share: the result has one row per adapter."""
     return y + op.MatMul(op.MatMul(x, op.Gather(downs, adapter_index)), op.Gather(ups, adapter_index))
+
+
+@script(_tpeft, default_opset=op)
+def BankedShared(x, adapter_index, downs, ups):
+    """The change alone for an x (1, m, I) that all rows share: (N, m, O)."""
+    return op.MatMul(op.MatMul(x, op.Gather(downs, adapter_index)), op.Gather(ups, adapter_index))
+
+
+@script(_tpeft, default_opset=op)
+def BankedRepeated(y, changes):
+    """y (B H, L, D), a shared result repeated for every row, + changes (N, H, L, D), each adapter's own."""
+    flat = op.Reshape(changes, op.Concat(op.Constant(value_ints=[-1]), op.Shape(changes, start=2), axis=0))
+    times = op.Shape(y, end=1) / op.Shape(flat, end=1)
+    return y + op.Tile(flat, op.Concat(times, op.Constant(value_ints=[1, 1]), axis=0))
 
 
 @script(_tpeft, default_opset=op)
@@ -264,6 +229,50 @@ def BankedGroupedConvTranspose(
 
 
 @script(_tpeft, default_opset=op)
+def BankedDepthwise(
+    x,
+    weight,
+    bias,
+    adapter_index,
+    ups,
+    cores,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    group: int,
+    last: int,
+):
+    """As TuckerDepthwise, row n with adapter `adapter_index[n]`: Scan over rows, one conv each."""
+    rows = op.Shape(adapter_index)
+    rest = op.Constant(value_ints=[-1])
+    change = op.MatMul(op.Gather(ups, adapter_index), op.Gather(cores, adapter_index))
+    flat = op.Reshape(weight, op.Constant(value_ints=[1, -1])) + op.Reshape(change, op.Concat(rows, rest, axis=0))
+    planes = op.Reshape(flat, op.Concat(rows, op.Shape(weight, end=1), op.Shape(weight, start=2), axis=0))
+    weights = op.Reshape(_blocks.ReorderInput(planes), op.Concat(rows, op.Shape(weight), axis=0))
+    blocked = _blocks.ReorderInput(x)
+    split = op.Reshape(blocked, op.Concat(rows, rest, op.Shape(blocked, start=1), axis=0))
+
+    @graph()
+    def one_row(x_row, w_row):
+        y_row = _blocks.Conv(
+            x_row,
+            w_row,
+            bias,
+            kernel_shape=kernel,
+            strides=strides,
+            pads=pads,
+            dilations=dilations,
+            group=group,
+        )
+        return y_row
+
+    y = op.Scan(split, weights, body=one_row, num_scan_inputs=2)
+    y = op.Reshape(y, op.Concat(rest, op.Shape(y, start=2), axis=0))
+    return _blocks.ReorderOutput(y, channels=group, channels_last=last)
+
+
+@script(_tpeft, default_opset=op)
 def BankedWholeConv(
     x,
     adapter_index,
@@ -330,21 +339,21 @@ def BankedValue(adapter_index, values):
     return op.Squeeze(op.Gather(values, adapter_index), op.Constant(value_ints=[0]))
 
 
-FACTORED: dict[str, OnnxFunction] = {
-    f.name: f for f in (TuckerLinear, TuckerLookup, TuckerConv, TuckerConvTranspose, TuckerWeight, TuckerGain)
-}
 BANKED: dict[str, OnnxFunction] = {
     f.name: f
     for f in (
         BankedLinear,
         BankedLinearMinor,
         BankedLinearShared,
+        BankedShared,
+        BankedRepeated,
         BankedLookup,
         BankedLookupShared,
         BankedConv,
         BankedConvTranspose,
         BankedGroupedConv,
         BankedGroupedConvTranspose,
+        BankedDepthwise,
         BankedWholeConv,
         BankedWeight,
         BankedDense,

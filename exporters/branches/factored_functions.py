@@ -1,0 +1,117 @@
+"""The factored branches as ONNX model-local functions of domain `tpeft`, authored with onnxscript.
+
+`y` is what the base computes at the consumer; every function returns what the adapted base computes there.
+ONNX Runtime inlines the functions when it loads the model.
+"""
+
+from collections.abc import Sequence
+
+from onnxscript import opset20 as op
+from onnxscript import script
+from onnxscript.values import OnnxFunction, Opset
+
+__all__ = ["BLOCKS", "DOMAIN", "FACTORED"]
+
+DOMAIN = "tpeft"
+BLOCKS = "com.microsoft.nchwc"  # ONNX Runtime's internal operators, on the CPU only
+_tpeft = Opset(DOMAIN, 1)
+_blocks = Opset(BLOCKS, 1)
+
+# The bodies below are onnxscript, not Python: ONNX's types are not Python's, and mypy would check the wrong ones.
+# mypy: ignore-errors
+
+
+@script(_tpeft, default_opset=op)
+def TuckerLinear(y, x, down, up):
+    """y + (x down) up; x (B, .., I), down (I, R), up (R, O)."""
+    return y + op.MatMul(op.MatMul(x, down), up)
+
+
+@script(_tpeft, default_opset=op)
+def TuckerConv(y, x, down, core, up, strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int]):
+    """1x1 conv down, core conv with the base's geometry, 1x1 conv up; zero padding commutes with the first."""
+    inner = op.Conv(op.Conv(x, down), core, strides=strides, pads=pads, dilations=dilations)
+    return y + op.Conv(inner, up)
+
+
+@script(_tpeft, default_opset=op)
+def TuckerConvTranspose(
+    y,
+    x,
+    down,
+    core,
+    up,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    output_padding: Sequence[int],
+):
+    """As TuckerConv with a transposed core conv; core (R_i, R_o, *K)."""
+    inner = op.ConvTranspose(
+        op.Conv(x, down), core, strides=strides, pads=pads, dilations=dilations, output_padding=output_padding
+    )
+    return y + op.Conv(inner, up)
+
+
+@script(_tpeft, default_opset=op)
+def TuckerLookup(y, ids, down, up):
+    """y + (up^T)[ids] down^T; ids of any shape, down (I, R), up (R, V)."""
+    rows = op.Transpose(op.Gather(up, op.Reshape(ids, op.Constant(value_ints=[-1])), axis=1))
+    return y + op.Reshape(op.MatMul(rows, op.Transpose(down)), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
+def TuckerGain(y, gain, shape: Sequence[int]):
+    """y * gain, whose C factors are laid out as `shape` to broadcast against y."""
+    return y * op.Reshape(gain, op.Constant(value_ints=shape))
+
+
+@script(_tpeft, default_opset=op)
+def TuckerWeight(weight, up, core):
+    """W + dW; up (O, R_o), core (R_o, I * K1 ..)."""
+    return weight + op.Reshape(op.MatMul(up, core), op.Shape(weight))
+
+
+@script(_tpeft, default_opset=op)
+def TuckerDepthwise(
+    x,
+    weight,
+    bias,
+    up,
+    core,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+    group: int,
+    last: int,
+):
+    """A depthwise conv whose weight is W + dW, in the CPU's channel-blocked layout; `last` asks for (B, H, W, C)."""
+    whole = weight + op.Reshape(op.MatMul(up, core), op.Shape(weight))
+    # A depthwise weight in blocked order is laid out like an image (1, C, k, k) in blocked order.
+    blocked = op.Reshape(_blocks.ReorderInput(op.Transpose(whole, perm=[1, 0, 2, 3])), op.Shape(weight))
+    y = _blocks.Conv(
+        _blocks.ReorderInput(x),
+        blocked,
+        bias,
+        kernel_shape=kernel,
+        strides=strides,
+        pads=pads,
+        dilations=dilations,
+        group=group,
+    )
+    return _blocks.ReorderOutput(y, channels=group, channels_last=last)
+
+
+FACTORED: dict[str, OnnxFunction] = {
+    f.name: f
+    for f in (
+        TuckerLinear,
+        TuckerLookup,
+        TuckerConv,
+        TuckerConvTranspose,
+        TuckerWeight,
+        TuckerDepthwise,
+        TuckerGain,
+    )
+}
