@@ -129,7 +129,7 @@ def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, tas
         ir.save(model, file, external_data=f"{path.name}.data" if large else None)
         del model
         session = gate.open_session(file)
-        limit = gate.BFLOAT16_LIMIT if bfloat16.holds(raw.graph) else 1e-5
+        limit = gate.BFLOAT16_LIMIT if bfloat16.holds(raw.graph) else gate.LIMIT
         checks = []
         for sizes, wanted in expected:
             got = gate.run(session, with_sizes(base, raw.graph, sizes), {})
@@ -159,8 +159,8 @@ def replace_weights(base: Base, model: ir.Model, adapter: Adapter) -> None:
         own = held_tensor(model.graph, held)
         shape = adapter.overrides[name].shape if name in adapter.overrides else own.shape.numpy()
         value.shape = ir.Shape(shape)
-        merged = partial(_merged, base, adapter, name, own.dtype)
-        value.const_value = ir.LazyTensor(merged, own.dtype, ir.Shape(shape), name=held)
+        merge = partial(_merged, base, adapter, name, own.dtype)
+        value.const_value = ir.LazyTensor(merge, own.dtype, ir.Shape(shape), name=held)
     if adapter.overrides:
         _infer_outputs(model)
 

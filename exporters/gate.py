@@ -26,10 +26,23 @@ from tpeft_deploy.exporters.bases import Inputs, Outputs
 from tpeft_deploy.exporters.samples import Sizes
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BFLOAT16_LIMIT", "ORT_ERRORS", "Check", "compare", "measure", "open_session", "relative_error", "run"]
+__all__ = [
+    "BFLOAT16_LIMIT",
+    "LIMIT",
+    "ORT_ERRORS",
+    "Check",
+    "compare",
+    "measure",
+    "open_session",
+    "relative_error",
+    "run",
+]
 
+LIMIT = 1e-5
 BFLOAT16_LIMIT = 1.6e-2  # for sums that are rounded to bfloat16, which has 3 bits less than float16
+
 _CPU = "CPUExecutionProvider"
+_HALF_LIMIT = 2e-3
 _FIX = "It must not be served; please report the model."
 ORT_ERRORS = (
     ort_errors.Fail,
@@ -96,21 +109,25 @@ def open_session(file: Path, *, optimized: bool = True) -> onnxruntime.Inference
     Raises:
         NotEquivalent: ONNX Runtime refuses the graph.
     """
+    found = _dtypes(file)
+    if onnx.TensorProto.BFLOAT16 not in found:
+        return _open(file, optimized=optimized, half=onnx.TensorProto.FLOAT16 in found)
+    with tempfile.TemporaryDirectory() as place:
+        wide = ir.load(file)
+        bfloat16.upcast(wide)
+        ir.save(wide, Path(place) / "model.onnx", external_data="model.data")
+        return _open(Path(place) / "model.onnx", optimized=optimized, half=False)
+
+
+def _open(file: Path, *, optimized: bool, half: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # a run that fails is reported, with its reason, by `run`
+    options.log_severity_level = 4  # what fails is reported, with its reason, by us
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_prepacking", "1")
-    found = _dtypes(file)
-    if onnx.TensorProto.BFLOAT16 in found:
-        with tempfile.TemporaryDirectory() as place:
-            wide = ir.load(file)
-            bfloat16.upcast(wide)
-            ir.save(wide, Path(place) / "model.onnx", external_data="model.data")
-            return onnxruntime.InferenceSession(str(Path(place) / "model.onnx"), options, providers=[_CPU])
     # A pass without 16-bit kernels to offer, in which ONNX Runtime 1.32 crashes on a transposed 16-bit product.
-    disabled = ["NchwcTransformer"] if onnx.TensorProto.FLOAT16 in found else []
+    disabled = ["NchwcTransformer"] if half else []
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=[_CPU], disabled_optimizers=disabled)
     except ORT_ERRORS as error:
@@ -145,17 +162,9 @@ def run(session: onnxruntime.InferenceSession, inputs: Inputs, extra: Mapping[st
 
 
 def compare(
-    form: str, task: str, sizes: Sizes, got: Mapping[str, Array], expected: Mapping[str, Array], limit: float = 1e-5
+    form: str, task: str, sizes: Sizes, got: Mapping[str, Array], expected: Mapping[str, Array], limit: float = LIMIT
 ) -> Check:
-    """Compare all outputs.
-
-    Args:
-        form: folded, factored, ...
-        task: the adapter's name.
-        sizes: the free sizes of the inputs.
-        got: output name -> array.
-        expected: the same of the reference.
-        limit: for outputs in 32 bits and more; 2e-3 for those in 16 bits.
+    """Compare all outputs; the arguments are those of `measure`.
 
     Raises:
         NotEquivalent: a shape differs, or an error is above its limit.
@@ -169,7 +178,7 @@ def measure(
     sizes: Sizes,
     answer: Callable[[], Mapping[str, Array]],
     expected: Mapping[str, Array],
-    limit: float = 1e-5,
+    limit: float = LIMIT,
 ) -> Check:
     """Compare all outputs of a run, and say what is wrong instead of raising it.
 
@@ -179,19 +188,20 @@ def measure(
         sizes: the sizes it was run at.
         answer: runs the form.
         expected: the reference's outputs.
-        limit: for outputs in 32 bits and more; 2e-3 for those in 16 bits.
+        limit: for outputs in 32 bits and more; those in 16 bits have 2e-3.
     """
     doing = f"check the {form} export of task {task!r} at " + ", ".join(f"{n} {size}" for n, size in sizes.items())
+    halves = any(reference.dtype.itemsize == 2 for reference in expected.values())
     try:
         got = answer()
     except NotEquivalent as error:
         nothing = dict.fromkeys(expected, math.inf)
-        return Check(form, task, sizes, math.inf, limit, nothing, error)
+        return Check(form, task, sizes, math.inf, max(limit, _HALF_LIMIT if halves else 0.0), nothing, error)
     errors, failure = {}, None
     for name, reference in expected.items():
         shape = got[name].shape if name in got else None
         if shape == reference.shape:
-            limit = max(limit, 2e-3 if got[name].dtype.itemsize == 2 else 0.0)
+            limit = max(limit, _HALF_LIMIT if got[name].dtype.itemsize == 2 else 0.0)
             errors[name] = relative_error(got[name], reference)
             continue
         errors[name] = math.inf

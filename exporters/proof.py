@@ -72,16 +72,10 @@ def check_forms(
     names = [str(value.name) for value in graph.outputs]
     shapes = shapes_to_prove(base, graph)
     progress(Stage("check the base", 0, len(tasks)))
-    session = gate.open_session(bundle.path / "base.onnx")
-    limit, rounded = 1e-5, bfloat16.holds(graph)
-    for sizes in shapes:
-        inputs = with_sizes(base, graph, sizes)
-        expected = base.reference(None, inputs, names)
-        own = gate.BFLOAT16_LIMIT if rounded else 1e-5
-        check = gate.measure("base", BASE_TASK, sizes, partial(gate.run, session, inputs, {}), expected, own)
-        limit = max(limit, _slack(check)) if rounded else limit
-        yield check
-    sessions = {file: gate.open_session(bundle.path / file) for file in _graphs(bundle)}
+    own = [_check_base(base, graph, bundle, sizes) for sizes in shapes]
+    yield from own
+    limit = _limit(graph, own)
+    sessions = {file.removesuffix(".onnx"): gate.open_session(bundle.path / file) for file in _graphs(bundle)}
     banks = _banks(bundle, tasks)
     for position, (task, adapter) in enumerate(tasks.items()):
         progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
@@ -90,29 +84,30 @@ def check_forms(
         for sizes in shapes:
             inputs = with_sizes(base, graph, sizes)
             expected = base.reference(adapter, inputs, names)
-            for file, session in sessions.items():
-                form = file.removesuffix(".onnx")
-                if form.startswith("factored"):
-                    answer = partial(gate.run, session, inputs, factors)
-                else:
+            for form, session in sessions.items():
+                answer = partial(gate.run, session, inputs, factors)
+                if form.startswith("banked"):
                     answer = partial(_run_banked, session, inputs, rows, bundle, adapter)
                 yield gate.measure(form, task, sizes, answer, expected, limit)
 
 
-def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle) -> float:
-    """What the error of a graph with branches must stay under: in bfloat16, little more than base.onnx's own."""
-    if not bfloat16.holds(graph):
-        return 1e-5
-    names = [str(value.name) for value in graph.outputs]
-    sizes = shapes_to_prove(base, graph)[0]
+def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> float:
+    """What a form with branches must stay under: in bfloat16, little more than the error of base.onnx at `sizes`."""
+    return _limit(graph, [_check_base(base, graph, bundle, sizes)] if bfloat16.holds(graph) else [])
+
+
+def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> Check:
+    session = gate.open_session(bundle.path / "base.onnx")
     inputs = with_sizes(base, graph, sizes)
-    plain = partial(gate.run, gate.open_session(bundle.path / "base.onnx"), inputs, {})
-    expected = base.reference(None, inputs, names)
-    return max(1e-5, _slack(gate.measure("base", BASE_TASK, sizes, plain, expected, gate.BFLOAT16_LIMIT)))
+    expected = base.reference(None, inputs, [str(value.name) for value in graph.outputs])
+    limit = gate.BFLOAT16_LIMIT if bfloat16.holds(graph) else gate.LIMIT
+    return gate.measure("base", BASE_TASK, sizes, partial(gate.run, session, inputs, {}), expected, limit)
 
 
-def _slack(check: Check) -> float:
-    return _SLACK * check.error if check.failure is None else 0.0
+def _limit(graph: ir.Graph, own: Iterable[Check]) -> float:
+    """What forms with branches must stay under, given the checks of the base."""
+    worst = max((check.error for check in own), default=0.0)
+    return max(gate.LIMIT, min(_SLACK * worst, gate.BFLOAT16_LIMIT)) if bfloat16.holds(graph) else gate.LIMIT
 
 
 def _graphs(bundle: Bundle) -> list[str]:
@@ -131,16 +126,17 @@ def check_rows(
     that failed are among those that come back.
     """
     batch = batch_axis(graph)
+    shapes = shapes_to_prove(base, graph)
+    limit = branch_limit(base, graph, bundle, shapes[0])
     files = [file for file in _graphs(bundle) if file.startswith("banked")]
     sessions = [gate.open_session(bundle.path / file) for file in files]
-    limit = branch_limit(base, graph, bundle)
     names = list(adapters)
     for start in range(0, max(len(names), 1), _MIXED):
         progress(Stage("check rows of different adapters", start, max(len(names), 1)))
         chosen: Tasks = {name: adapters[name] for name in names[start : start + _MIXED]}
         tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": probe(bundle, 0), "probe 1": probe(bundle, 1)}
         # Twice each task at the example's sizes; at the others once, and one row more.
-        for sizes, count in zip(shapes_to_prove(base, graph), (2 * len(tasks), len(tasks) + 1), strict=False):
+        for sizes, count in zip(shapes, (2 * len(tasks), len(tasks) + 1), strict=False):
             rows = sizes | ({batch: count} if batch is not None else {})
             for session in sessions:
                 yield from _check_batch(base, graph, bundle, session, tasks, rows, count, limit)

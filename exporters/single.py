@@ -59,7 +59,7 @@ def check_targets(
     names = [str(value.name) for value in graph.outputs]
     sizes = shapes_to_prove(base, graph)[0]
     inputs = with_sizes(base, graph, sizes)
-    session, limit = gate.open_session(bundle.path / "factored.onnx"), branch_limit(base, graph, bundle)
+    session, limit = gate.open_session(bundle.path / "factored.onnx"), branch_limit(base, graph, bundle, sizes)
     for position, (task, adapter) in enumerate(adapters.items()):
         progress(Stage(f"check each target of {task}", position, len(adapters)))
         parts = parts_of(bundle, adapter)

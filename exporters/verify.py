@@ -225,7 +225,7 @@ def _check_folded(
 ) -> Iterator[Check]:
     names = [str(value.name) for value in graph.outputs]
     shapes = shapes_to_prove(base, graph)
-    limit = gate.BFLOAT16_LIMIT if bfloat16.holds(graph) else 1e-5
+    limit = gate.BFLOAT16_LIMIT if bfloat16.holds(graph) else gate.LIMIT
     for position, (task, adapter) in enumerate(tasks.items()):
         file = bundle.path / "folded" / f"{task}.onnx"
         if not file.is_file():
