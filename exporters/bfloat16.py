@@ -7,7 +7,7 @@ graph that holds the same bfloat16 weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -67,38 +67,39 @@ def narrow_gathers(function: ir.Function) -> None:
                 user.replace_input_with(index, inner)
 
 
-def upcast(model: ir.Model) -> None:
-    """Turn a model into one that computes in float32 with the same weights, in place."""
+def upcast(model: ir.Model, narrow: Collection[ir.DataType] = (ir.DataType.BFLOAT16,)) -> None:
+    """Turn a model into one that computes in float32 with the same weights, in place.
+
+    Args:
+        model: changed, its inputs and outputs included.
+        narrow: the dtypes that become float32.
+    """
     parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for graph in parts:
         for node in ir.traversal.RecursiveGraphIterator(graph):
-            _upcast_node(node)
+            _upcast_node(node, narrow)
         for value in graph.inputs:
-            _upcast_value(value)
+            _upcast_value(value, narrow)
     for value in model.graph.initializers.values():
         own = value.const_value
-        if own is not None and own.dtype == ir.DataType.BFLOAT16:
-            value.const_value = ir.tensor(wide(own), name=value.name)
-        _upcast_value(value)
+        if own is not None and own.dtype in narrow:
+            value.const_value = ir.tensor(own.numpy().astype(np.float32), name=value.name)
+        _upcast_value(value, narrow)
 
 
-def _upcast_node(node: ir.Node) -> None:
+def _upcast_node(node: ir.Node, narrow: Collection[ir.DataType]) -> None:
     to = node.attributes.get("to")
-    if node.op_type == "Cast" and to is not None and to.value == ir.DataType.BFLOAT16:
+    if node.op_type == "Cast" and to is not None and to.value in narrow:
         node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
     constant = node.attributes.get("value")
-    if node.op_type == "Constant" and constant is not None and constant.value.dtype == ir.DataType.BFLOAT16:
-        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(wide(constant.value)))
-    _each(node.outputs)
+    if node.op_type in ("Constant", "ConstantOfShape") and constant is not None and constant.value.dtype in narrow:
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(constant.value.numpy().astype(np.float32)))
+    for value in node.outputs:
+        _upcast_value(value, narrow)
 
 
-def _each(values: Iterable[ir.Value]) -> None:
-    for value in values:
-        _upcast_value(value)
-
-
-def _upcast_value(value: ir.Value) -> None:
-    if value.dtype == ir.DataType.BFLOAT16:
+def _upcast_value(value: ir.Value, narrow: Collection[ir.DataType]) -> None:
+    if value.dtype in narrow:
         value.dtype = ir.DataType.FLOAT
 
 

@@ -22,7 +22,7 @@ from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["check_forms", "check_rows", "probe", "prove", "with_checks"]
+__all__ = ["branch_limit", "check_forms", "check_rows", "probe", "prove", "with_checks"]
 
 Tasks = dict[str, Adapter | None]
 # A graph in bfloat16 has its constants rounded, whatever its weights are; branches must not add to that.
@@ -91,6 +91,11 @@ def check_forms(
                 yield gate.measure(form, task, sizes, answer, expected, limit)
 
 
+def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> float:
+    """What a form with branches must stay under: in bfloat16, little more than the error of base.onnx at `sizes`."""
+    return _limit(graph, [_check_base(base, graph, bundle, sizes)] if bfloat16.holds(graph) else [])
+
+
 def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> Check:
     session = gate.open_session(bundle.path / "base.onnx")
     inputs = with_sizes(base, graph, sizes)
@@ -122,7 +127,7 @@ def check_rows(
     """
     batch = batch_axis(graph)
     shapes = shapes_to_prove(base, graph)
-    limit = _limit(graph, [_check_base(base, graph, bundle, shapes[0])] if bfloat16.holds(graph) else [])
+    limit = branch_limit(base, graph, bundle, shapes[0])
     files = [file for file in _graphs(bundle) if file.startswith("banked")]
     sessions = [gate.open_session(bundle.path / file) for file in files]
     names = list(adapters)

@@ -16,6 +16,7 @@ from tpeft_deploy.bundle import Bundle
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check
+from tpeft_deploy.exporters.proof import branch_limit
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
 from tpeft_deploy.progress import Progress, Stage
 
@@ -58,7 +59,7 @@ def check_targets(
     names = [str(value.name) for value in graph.outputs]
     sizes = shapes_to_prove(base, graph)[0]
     inputs = with_sizes(base, graph, sizes)
-    session = gate.open_session(bundle.path / "factored.onnx")
+    session, limit = gate.open_session(bundle.path / "factored.onnx"), branch_limit(base, graph, bundle, sizes)
     for position, (task, adapter) in enumerate(adapters.items()):
         progress(Stage(f"check each target of {task}", position, len(adapters)))
         parts = parts_of(bundle, adapter)
@@ -66,7 +67,7 @@ def check_targets(
         for part in (parts[place] for place in chosen):
             filled = bundle.fill(part)
             answer = partial(gate.run, session, inputs, fitting.named(bundle.manifest, filled))
-            check = gate.measure("factored", task, sizes, answer, base.reference(part, inputs, names))
+            check = gate.measure("factored", task, sizes, answer, base.reference(part, inputs, names), limit)
             kinds = tuple(target.kind for target in bundle.manifest.targets if target.key in filled)
             yield TargetCheck(task, tuple(_changed(part)), kinds, check)
 

@@ -17,9 +17,9 @@ import onnx_ir as ir
 
 from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter, weight_digest
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle import BANKED_CPU, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import BaseMismatch, IntegrityError
-from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.bundle_base import BundleBase, example
 from tpeft_deploy.exporters.gate import Check
@@ -149,7 +149,7 @@ def _read(bundle: Bundle, names: list[str], progress: Progress) -> dict[str, Ada
     for position, name in enumerate(bundle.manifest.files):
         progress(Stage(f"check the digest of {name}", position, len(steps)))
         bundle.check_file(name)
-    for graph in GRAPHS:
+    for graph in GRAPHS + tuple(extra for extra in (FACTORED_CPU, BANKED_CPU) if extra in bundle.manifest.files):
         if graph not in bundle.manifest.files:
             raise IntegrityError(f"open bundle {bundle.path}", expected=f"{graph} in its manifest", got="none")
         _check_ports(bundle, graph)
@@ -181,10 +181,13 @@ def _check_ports(bundle: Bundle, file: str) -> None:
     """A graph takes and gives what the manifest says."""
     graph, manifest = ir.load(bundle.path / file).graph, bundle.manifest
     fed = {slots.input_name(t, slot.name) for t in manifest.targets for slot in slots.slots_of(t)}
-    extra = {"base.onnx": set[str](), "factored.onnx": fed, "banked.onnx": fed | {slots.INDEX}}[file]
+    extra = {"base": set[str](), "factored": fed, "banked": fed | {slots.INDEX}}[file.partition(".")[0]]
     pairs = {
         "inputs": ({port.name for port in manifest.inputs} | extra, {str(value.name) for value in graph.inputs}),
-        "outputs": ({port.name for port in manifest.outputs}, {str(value.name) for value in graph.outputs}),
+        "outputs": (
+            {f"{port.name} in {port.dtype}" for port in manifest.outputs},
+            {f"{value.name} in {value.dtype.numpy().name if value.dtype else None}" for value in graph.outputs},
+        ),
     }
     for what, (wanted, found) in pairs.items():
         if wanted != found:
@@ -222,6 +225,7 @@ def _check_folded(
 ) -> Iterator[Check]:
     names = [str(value.name) for value in graph.outputs]
     shapes = shapes_to_prove(base, graph)
+    limit = gate.BFLOAT16_LIMIT if bfloat16.holds(graph) else gate.LIMIT
     for position, (task, adapter) in enumerate(tasks.items()):
         file = bundle.path / "folded" / f"{task}.onnx"
         if not file.is_file():
@@ -231,4 +235,4 @@ def _check_folded(
         for sizes in shapes:
             inputs = with_sizes(base, graph, sizes)
             answer = partial(gate.run, session, inputs, {})
-            yield gate.measure("folded", task, sizes, answer, base.reference(adapter, inputs, names))
+            yield gate.measure("folded", task, sizes, answer, base.reference(adapter, inputs, names), limit)

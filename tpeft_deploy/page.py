@@ -10,7 +10,9 @@ FORM_COLOURS = {
     "base": "#94a3b8",
     "folded": "#2563eb",
     "factored": "#0891b2",
+    "factored.cpu": "#0e7490",
     "banked": "#059669",
+    "banked.cpu": "#166534",
     "mixed rows": "#d97706",
 }
 

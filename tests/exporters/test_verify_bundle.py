@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
 from tests import nets
-from tpeft_deploy import Adapter, Bundle, verify_bundle
+from tpeft_deploy import Adapter, Bundle, export_bundle, verify_bundle
 from tpeft_deploy.bundle import EXAMPLE, MANIFEST
 from tpeft_deploy.errors import BaseMismatch, IntegrityError, NotEquivalent, TpeftError, UnknownTask
 from tpeft_deploy.exporters import gate
@@ -59,6 +61,23 @@ def test_the_bundles_own_reference_is_the_merged_torch_model(
         got = own.reference(adapter, pixels, ["logits"])["logits"]
         assert got.shape == expected.shape
         assert gate.relative_error(got, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_precision_and_the_graphs_for_the_cpu(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Flatten(2), nn.Linear(36, 5))
+    adapter = nets.adapter_for(module, {"0.weight": (2, 2, 2, 2), "1.weight": (2, 1, 3, 3), "3.weight": (2, 2)}, seed=1)
+    plain = Adapter(adapter.deltas)
+    inputs = {"input": torch.randn(2, 3, 10, 10).to(dtype)}
+    bundle = export_bundle(module.eval().to(dtype), {"a": plain}, tmp_path / "b", example_inputs=inputs, folded=True)
+    graphs = {name.removesuffix(".onnx") for name in bundle.manifest.files if name.endswith(".onnx")}
+    assert ({"factored.cpu", "banked.cpu"} <= graphs) or dtype != torch.float32
+    for base in (None, load_base(module, example_inputs=inputs)):
+        found = verify_bundle(bundle.path, base=base, report=tmp_path / "page.html")
+        forms = {check.form for check in found.checks}
+        assert forms == graphs | {"mixed rows", "folded"}
+        assert len(found.targets) == 3
 
 
 def test_one_task_alone(conv_bundle: Bundle) -> None:
@@ -223,7 +242,11 @@ ALTERED: dict[str, tuple[Change, type[TpeftError], str]] = {
     "no native adapter": (broken_native, IntegrityError, "an .onnx_adapter file"),
     "manifest": (manifest_digest, IntegrityError, "its own digest"),
     "example": (other_example, IntegrityError, "one array for each of pixels"),
-    "outputs": (lambda b: edit(b, "banked.onnx", rename_output), IntegrityError, "outputs of banked.onnx, 'answers'"),
+    "outputs": (
+        lambda b: edit(b, "banked.onnx", rename_output),
+        IntegrityError,
+        "outputs of banked.onnx, 'answers in float32'",
+    ),
     "factored": (lambda b: edit(b, "factored.onnx", minus("TuckerLinear")), NotEquivalent, "factored export of task"),
     "banked": (lambda b: edit(b, "banked.onnx", minus("BankedConv")), NotEquivalent, "banked export of task 'plain'"),
     "base": (lambda b: edit(b, "base.onnx", epsilon), NotEquivalent, "factored export of task 'base'"),
