@@ -55,9 +55,10 @@ def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: i
 
 def _sites(graph: ir.Graph, target: Target) -> list[Site]:
     channels, inputs, *kernel = target.shape
-    if len(kernel) != 2 or inputs != 1 or channels % _BLOCK or target.dtype != "float32":
+    weight = weight_value(graph, target.name)
+    if len(kernel) != 2 or inputs != 1 or channels % _BLOCK or weight.dtype != ir.DataType.FLOAT:
         return []
-    sites = conv_sites(weight_value(graph, target.name), grouped=True) or []
+    sites = conv_sites(weight, grouped=True) or []
     return sites if all(site.node.attributes.get_int("group", 1) == channels for site in sites) else []
 
 
