@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check
@@ -145,6 +146,14 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
     Raises:
         UnknownTarget: the graph does not use a weight that the adapter changes.
     """
+    for name, held in held_weights(base, raw.graph, adapter).items():
+        if held not in raw.graph.initializers:
+            raise UnsupportedTarget(
+                f"fold {adapter.source} into {base.name}, weight {name!r}",
+                expected="a weight in floating point",
+                got="a quantised one, whose few bits would lose the change",
+                fix="Export a bundle, whose branches stand beside it, or fold first and quantise the result.",
+            )
     model = raw.clone()
     replace_weights(base, model, adapter)
     # Of large weights the optimiser would only make further copies, and have each merged again for every one.

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
+from tpeft_deploy.exporters import quantised
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.manifest import Weight
 
@@ -42,7 +43,7 @@ def optimize(model: ir.Model, keep: Iterable[str] = (), *, inline: bool = False)
         keep: initializers whose names and values must survive, those that can be overridden included.
         inline: whether model-local functions are inlined.
     """
-    with _hidden(model.graph, keep), quiet():
+    with _hidden(model.graph, [*keep, *quantised.operands(model.graph)]), quiet():
         optimizer.optimize(model, inline=inline)
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
@@ -142,6 +143,10 @@ def lay_out(graph: ir.Graph, digests: Mapping[str, str]) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     end = 0
     for name, digest in digests.items():
+        if name not in graph.initializers:  # quantised: its bytes stay in the graphs
+            shape = quantised.stand_in(graph, name).shape
+            weights[name] = Weight(shape.numpy() if shape is not None else (), "float32", digest, 0, 0)
+            continue
         value = held_tensor(graph, name)
         start = end + -end % ALIGNMENT
         end = start + value.nbytes
@@ -153,6 +158,8 @@ def write_weights(graph: ir.Graph, weights: Mapping[str, Weight], path: Path) ->
     """Write initializers of a graph to the places that `lay_out` gave them."""
     with path.open("wb") as stream:
         for name, weight in weights.items():
+            if not weight.length:
+                continue
             stream.write(bytes(weight.offset - stream.tell()))
             stream.write(held_tensor(graph, name).tobytes())
 

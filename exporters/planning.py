@@ -12,7 +12,7 @@ from tpeft_deploy import __version__, fitting, slots
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.bundle import check_task
 from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
-from tpeft_deploy.exporters import banked
+from tpeft_deploy.exporters import banked, quantised
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out
@@ -195,7 +195,8 @@ def _draft(
 
 def _digests(graph: ir.Graph, resolved: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name in sorted(set(resolved.values())):
-        yield name, weight_digest(wide(held_tensor(graph, name)))
+        held = name in graph.initializers
+        yield name, weight_digest(wide(held_tensor(graph, name))) if held else quantised.held_digest(graph, name)
 
 
 def _check_batch(base: Base) -> None:

@@ -183,7 +183,8 @@ def probe(bundle: Bundle, seed: int) -> Adapter:
     deltas, overrides, gains = {}, {}, {}
     for target in bundle.manifest.targets:
         own = bundle.base_value(target.name)
-        size = 0.1 * float(np.linalg.norm(own.astype(np.float64))) or 0.1
+        norm = float(np.linalg.norm(own.astype(np.float64)))
+        size = 0.1 * (norm if np.isfinite(norm) else own.shape[0] ** 0.5) or 0.1  # a quantised weight does not tell
         if target.part == "override":
             noise = np.abs(random.standard_normal(own.shape))  # a variance stays positive
             overrides[target.name] = (own + size / np.linalg.norm(noise) * noise).astype(own.dtype)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.exporters import quantised
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.graphs import forget_shapes, held_tensor
 from tpeft_deploy.exporters.targets import held_by, resolve
@@ -18,6 +19,10 @@ __all__ = ["held_weights", "replace_weights"]
 def replace_weights(base: Base, model: ir.Model, adapter: Adapter) -> None:
     """Put an adapter's merged tensors in place of a graph's own, each computed when it is written."""
     for name, held in held_weights(base, model.graph, adapter).items():
+        if held not in model.graph.initializers:
+            for node in quantised.nodes_of(quantised.stand_in(model.graph, held)):
+                quantised.replace(node, adapter.merged(name, quantised.dequantise(node)))
+            continue
         value = model.graph.initializers[held]
         own = held_tensor(model.graph, held)
         shape = adapter.overrides[name].shape if name in adapter.overrides else own.shape.numpy()

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.errors import UnsupportedTarget
+from tpeft_deploy.exporters import quantised
 from tpeft_deploy.exporters.rows import Order, order_of
 
 __all__ = [
@@ -55,8 +56,8 @@ class Site:
 
 
 def weight_value(graph: ir.Graph, name: str) -> ir.Value:
-    """The initializer that holds a resolved weight."""
-    return graph.initializers[name]
+    """The initializer that holds a resolved weight; a value that stands for it where the weight is quantised."""
+    return graph.initializers[name] if name in graph.initializers else quantised.stand_in(graph, name)
 
 
 def value_uses(weight: ir.Value) -> list[tuple[ir.Node, int]]:
@@ -66,7 +67,7 @@ def value_uses(weight: ir.Value) -> list[tuple[ir.Node, int]]:
 
 def linear_sites(weight: ir.Value) -> list[Site] | None:
     """The uses of a matrix in products and lookups, or None when it has any other use."""
-    sites = []
+    sites = [_site(node, "linear") for node in quantised.nodes_of(weight)]
     for node, index in value_uses(weight):
         found = _matrix_sites(node, index)
         if found is None:

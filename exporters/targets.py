@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter, gain_mode
 from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
+from tpeft_deploy.exporters import quantised
 from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.branches import gain
 from tpeft_deploy.exporters.sites import conv_sites, linear_sites, transposed_conv_sites, value_uses, weight_value
@@ -51,6 +52,8 @@ def resolve(graph: ir.Graph, weights: Mapping[str, Array], aliases: Mapping[str,
                 fix="Give the module itself or a raw export (optimize=False).",
             )
         held[aliases[name]] = name
+    for name in filter(None, map(quantised.name_of, graph)):
+        held[aliases.get(name, name)] = name
     return {name: held[alias] for name, alias in aliases.items() if alias in held}
 
 
@@ -121,6 +124,7 @@ def activations(graph: ir.Graph, targets: Iterable[Target]) -> dict[str, int]:
 
 
 def _consumers(weight: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    yield from ((node, 1) for node in quantised.nodes_of(weight))
     for node, position in value_uses(weight):
         if node.op_type == "Transpose":
             yield from node.outputs[0].uses()
@@ -133,12 +137,12 @@ def _is_activation(value: ir.Value) -> bool:
 
 
 def _target(graph: ir.Graph, name: str, kind: Kind) -> Target:
-    tensor = weight_value(graph, name).const_value
-    if tensor is None:
+    weight = weight_value(graph, name)
+    if weight.shape is None or weight.dtype is None:
         raise ValueError(f"initializer {name!r} has no value")
     # The tensors of adapters stay float32 where the graph computes in bfloat16, see `bfloat16`.
-    dtype = "float32" if tensor.dtype == ir.DataType.BFLOAT16 else tensor.dtype.numpy().name
-    return Target(name, kind, tuple(tensor.shape.numpy()), dtype)
+    dtype = "float32" if weight.dtype == ir.DataType.BFLOAT16 else weight.dtype.numpy().name
+    return Target(name, kind, tuple(weight.shape.numpy()), dtype)
 
 
 def _kind(graph: ir.Graph, name: str) -> Kind:

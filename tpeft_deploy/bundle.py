@@ -183,8 +183,14 @@ class Bundle:
         return fitting.sizes(self.manifest, adapter)
 
     def base_value(self, name: str) -> Array:
-        """A base weight, read from weights.data into private memory: (O, I, K1, ...); bfloat16 as float32."""
+        """A base weight, read from weights.data into private memory: (O, I, K1, ...); bfloat16 as float32.
+
+        A weight that the graphs hold quantised is not a number, everywhere.
+        """
         weight = self.manifest.weights[name]
+        if not weight.length:
+            # The graphs hold it quantised.  Who only asks for its shape is right; what is computed of it is refused.
+            return np.full(weight.shape, np.nan, np.float32)
         with (self.path / "weights.data").open("rb") as stream:
             stream.seek(weight.offset)
             data = stream.read(weight.length)

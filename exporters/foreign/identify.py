@@ -16,8 +16,9 @@ import onnx_ir as ir
 from tpeft_deploy.exporters.foreign import problems
 from tpeft_deploy.exporters.foreign.known import Known
 from tpeft_deploy.exporters.foreign.problems import Problem
+from tpeft_deploy.exporters.foreign.rough import find_quantised
 from tpeft_deploy.exporters.foreign.unfuse import can_unfuse, row_factors
-from tpeft_deploy.exporters.foreign.uses import QUANTISED, Use, modules_of, renaming, uses_of
+from tpeft_deploy.exporters.foreign.uses import QUANTISED, Use, renaming, uses_of
 from tpeft_deploy.exporters.foreign.values import Layout, Values, is_plain, shape_of, stored
 from tpeft_deploy.tucker import Array
 
@@ -59,6 +60,7 @@ class Found:
 
     Args:
         places: every use whose weight is certain.
+        quantised: every product whose quantised weight is certain, and that weight.
         problems: weight -> why an adapter must not change it.
         aliases: name that only the file has for a weight -> the weight's known name.
         rename: from names of the file to names of the base.
@@ -66,6 +68,7 @@ class Found:
 
     rename: Callable[[str], str]
     places: list[Place] = field(default_factory=list)
+    quantised: list[tuple[ir.Node, str]] = field(default_factory=list)
     problems: dict[str, Problem] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
@@ -90,7 +93,8 @@ class _Identifier:
         self.known = known
         self._full = known.arrays is not None
         self.graph = graph
-        self.uses = list(uses_of(graph))
+        # Scales and zero points are no weights, and what they belong to is found by other means.
+        self.uses = [use for use in uses_of(graph) if use.node.op_type not in QUANTISED]
         paths = {str(use.value.name) for use in self.uses} | {m for use in self.uses for m in use.claims.values()}
         self.found = Found(renaming(paths, known.modules | frozenset(known.shapes)))
         self.by_shape: dict[tuple[int, ...], set[str]] = defaultdict(set)
@@ -115,7 +119,12 @@ class _Identifier:
             if not entry.values and id(entry.use.node) not in unfused:
                 self._differs(entry)
                 self._computed(entry)
-        self._quantised()
+        self.found.quantised, obstacles = find_quantised(self.graph, self.known, self.found.rename)
+        self.found.problems |= obstacles
+        placed = {place.name for place in self.found.places}
+        for node, name in self.found.quantised:
+            if name in placed:  # tied, and quantised at one of its uses only
+                self.found.problems[name] = problems.quantised(node.op_type, str(node.name), full=True)
         return self.found
 
     def _evidence(self, use: Use) -> _Evidence:
@@ -259,18 +268,6 @@ class _Identifier:
 
     def _ambiguous(self, names: set[str], use: Use, why: str) -> None:
         self.found.problems |= dict.fromkeys(names, problems.ambiguous(use, names, why, full=self._full))
-
-    def _quantised(self) -> None:
-        for node in self.graph:
-            if node.op_type not in QUANTISED:
-                continue
-            modules = {self.found.rename(module) for _, module in modules_of(node)}
-            held = [str(value.name) for value in node.inputs if value is not None and value.is_initializer()]
-            for name in self.known.shapes:
-                module, _, part = name.rpartition(".")
-                if (module in modules and part == "weight") or any(other.startswith(name) for other in held):
-                    problem = problems.quantised(node.op_type, str(node.name))
-                    self.found.problems[self._first(name)] = problem
 
 
 def _products(shape: tuple[int, ...]) -> set[float]:

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from tpeft_deploy.exporters import quantised
 from tpeft_deploy.exporters.branches.surgery import add_constant, apply, route_around
 from tpeft_deploy.exporters.foreign.identify import Found, Place
 from tpeft_deploy.exporters.foreign.known import Known
@@ -47,7 +48,16 @@ def normalise(model: ir.Model, found: Found, known: Known) -> set[str]:
     for value in list(graph.initializers.values()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[str(value.name)]
-    return {name for name in graph.initializers if name in places or name in biases}
+    return {name for name in graph.initializers if name in places or name in biases} | _tag(graph, found, known)
+
+
+def _tag(graph: ir.Graph, found: Found, known: Known) -> set[str]:
+    """Let quantised products say which weight they hold."""
+    held = {name for _, name in found.quantised if name not in found.problems and name not in graph.initializers}
+    for node, name in found.quantised:
+        if name in held:
+            quantised.tag(node, name, known.shapes[name], known.digests[name])
+    return held
 
 
 def _set_aside(graph: ir.Graph, found: Found, known: Known, used: set[str | None]) -> None:

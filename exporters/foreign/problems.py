@@ -83,13 +83,12 @@ def computed(use: Use, *, full: bool) -> Problem:
     )
 
 
-def quantised(op_type: str, node: str) -> Problem:
+def quantised(op_type: str, node: str, *, full: bool) -> Problem:
     """The weight is held in fewer bits."""
     return Problem(
-        expected="a weight in floating point",
-        got=f"one that {op_type} {node!r} holds quantised",
-        fix="Nothing can be folded into a quantised weight, and there is no branch for one yet: give the file from "
-        "before it was quantised.",
+        expected="a weight in floating point, or a quantised one that its original values identify",
+        got=f"one that {op_type} {node!r} holds quantised" + (", unlike any" if full else ""),
+        fix="Give the file from before it was quantised." if full else GIVE_WEIGHTS,
     )
 
 

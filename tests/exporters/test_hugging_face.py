@@ -298,7 +298,10 @@ def clip(path: Path) -> Path:
             lambda path: saved(path, "LlamaForSequenceClassification", **TEXT),
             r"does not run on inputs of shapes \(2, 7\).*padding token",
         ),
-        (lambda path: path / "no" / "such", "expected package.module:factory, or a Hugging Face model directory"),
+        (
+            lambda path: path / "no" / "such",
+            "expected package.module:factory, an .onnx file, or a Hugging Face model directory",
+        ),
     ],
 )
 def test_directories_that_are_refused(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
