@@ -15,7 +15,7 @@ quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
 
 test: $(VENV)/dev-$(PROVIDER)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/ruff check .
