@@ -29,6 +29,7 @@ class Base(ABC):
     def __init__(self, name: str, inputs: Inputs) -> None:
         self.name = name
         self.inputs = inputs
+        self.proved_at: list[dict[str, int]] | None = None  # what `samples.shapes_to_prove` found, which runs the model
 
     @property
     @abstractmethod

@@ -32,6 +32,12 @@ def shapes_to_prove(base: Base, graph: ir.Graph) -> list[Sizes]:
         base: gives the example and is tried at the other sizes.
         graph: its raw graph, whose inputs name the free sizes.
     """
+    if base.proved_at is None:
+        base.proved_at = _find_shapes(base, graph)
+    return [dict(sizes) for sizes in base.proved_at]
+
+
+def _find_shapes(base: Base, graph: ir.Graph) -> list[Sizes]:
     own = _own_sizes(base, graph)
     batch = batch_axis(graph)
     first = own | ({batch: ROWS[0]} if batch is not None else {})
