@@ -6,8 +6,6 @@ and lookups, conv kernels, biases and the parameters of norms are read per row; 
 
 from __future__ import annotations
 
-import math
-
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.split import split_bias, split_norm
@@ -44,10 +42,8 @@ def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: i
         split_bias(model, node)
         if position > 0:
             split_norm(model, node)
-    attach = _vector if math.prod(target.shape) == max(target.shape, default=1) else _matrix
-    if len(target.shape) > 2 and attach is _matrix:
-        attach = _conv
-    if attach(model, target, slots["value"], index):
+    ways = [_matrix, _vector] if len(target.shape) == 2 else [_conv, _vector] if len(target.shape) > 2 else [_vector]
+    if any(attach(model, target, slots["value"], index) for attach in ways):
         return "each"
     inputs = [index, slots["value"]]
     reroute(weight, call_first(model, "BankedValue", inputs, name=f"{target.name}.banked", like=_shapeless(weight)))

@@ -223,6 +223,9 @@ CASES: dict[str, Case] = {
     "linear, 2-D": Case(
         _single(lambda: nn.Linear(6, 5)), {"x": (2, 6)}, {"layer.weight": (3, 2)}, BOTH, ("layer.weight", "layer.bias")
     ),
+    "linear, one output": Case(
+        _single(lambda: nn.Linear(6, 1)), {"x": (2, 6)}, {"layer.weight": (1, 2)}, BOTH, ("layer.weight", "layer.bias")
+    ),
     "linear, 3-D": Case(
         _single(lambda: nn.Linear(6, 5)),
         SEQUENCE,

@@ -306,3 +306,44 @@ def test_convolutions_of_other_dimensions(tmp_path: Path, transposed: bool) -> N
             expected = functional_call(module, changed, (), own)
         for name in ("waves", "blocks"):
             assert error(np.asarray(mixed[name][row]), expected[name][0].numpy()) <= LIMIT
+
+
+class Tagger(nn.Module):
+    """A head on every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.tanh(self.mix(self.embedding(ids))))
+        return logits
+
+
+def test_heads_of_other_sizes_on_every_token(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    module, inputs = Tagger().eval(), {"ids": torch.randint(0, 20, (2, 5))}
+    adapters = {
+        f"c{size}": nets.adapter_for(
+            module, {"mix.weight": (2, 2)}, seed=size, overrides={"head.weight": (size, 8), "head.bias": (size,)}
+        )
+        for size in (1, 3, 9)
+    }
+    shapes = {"ids": {0: "batch", 1: "sequence"}}
+    bundle = export_bundle(
+        module, adapters, tmp_path / "bundle", example_inputs=inputs, dynamic_shapes=shapes, folded=True
+    )
+    assert bundle.manifest.rows == "each"
+    (port,) = bundle.manifest.outputs
+    assert (port.varies.axis, port.varies.override) == (2, "head.weight") if port.varies else False
+    runtime = Runtime(bundle.path, provider="cpu")
+    tasks = ["c9", "base", "c1", "c3", "c9"]
+    batch = {"ids": torch.randint(0, 20, (len(tasks), 7), generator=torch.Generator().manual_seed(1))}
+    answers = runtime.run(arrays(batch), tasks=tasks)["output"]
+    for row, task in enumerate(tasks):
+        expected = merged(module, adapters.get(task), {"ids": batch["ids"][row : row + 1]})[0]
+        assert error(np.asarray(answers[row]), expected) <= LIMIT, task
+    for task, adapter in adapters.items():
+        (folded,) = session(bundle.path / "folded" / f"{task}.onnx").run(None, arrays(batch))
+        assert error(folded, merged(module, adapter, batch)) <= LIMIT
