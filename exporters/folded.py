@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedTarget
-from tpeft_deploy.exporters import bfloat16, gate
+from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.graphs import held_tensor, optimize, turn_weights
@@ -130,7 +130,7 @@ def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, tas
         ir.save(model, file, external_data=f"{path.name}.data" if large else None)
         del model
         session = gate.open_session(file)
-        limit = gate.BFLOAT16_LIMIT if bfloat16.holds(raw.graph) else gate.LIMIT
+        limit = gate.limit_of(raw.graph)
         checks = []
         for sizes, wanted in expected:
             got = gate.run(session, with_sizes(base, raw.graph, sizes), {})

@@ -32,6 +32,7 @@ __all__ = [
     "ORT_ERRORS",
     "Check",
     "compare",
+    "limit_of",
     "measure",
     "open_session",
     "relative_error",
@@ -95,6 +96,14 @@ class Check:
         if self.failure is not None:
             raise self.failure
         return self
+
+
+def limit_of(graph: ir.Graph) -> float:
+    """What an export must stay under, by the dtype of its weights: outputs may be wider than what they come from."""
+    dtypes = {value.dtype for value in graph.initializers.values()}
+    if ir.DataType.BFLOAT16 in dtypes:
+        return BFLOAT16_LIMIT
+    return _HALF_LIMIT if ir.DataType.FLOAT16 in dtypes else LIMIT
 
 
 def open_session(file: Path, *, optimized: bool = True) -> onnxruntime.InferenceSession:

@@ -201,7 +201,7 @@ class OnnxBase(Base):
             expected = gate.run(session, inputs, {})
             got = self.reference(None, inputs, names)
             for (name, own), other in zip(got.items(), expected.values(), strict=True):
-                limit = 2e-3 if own.dtype.itemsize == 2 else 1e-5
+                limit = gate.limit_of(model.graph)
                 error = gate.relative_error(own, other) if own.shape == other.shape else float("inf")
                 if not error <= limit:
                     raise NotEquivalent(

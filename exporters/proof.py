@@ -100,14 +100,16 @@ def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> Ch
     session = gate.open_session(bundle.path / "base.onnx")
     inputs = with_sizes(base, graph, sizes)
     expected = base.reference(None, inputs, [str(value.name) for value in graph.outputs])
-    limit = gate.BFLOAT16_LIMIT if bfloat16.holds(graph) else gate.LIMIT
-    return gate.measure("base", BASE_TASK, sizes, partial(gate.run, session, inputs, {}), expected, limit)
+    answer = partial(gate.run, session, inputs, {})
+    return gate.measure("base", BASE_TASK, sizes, answer, expected, gate.limit_of(graph))
 
 
 def _limit(graph: ir.Graph, own: Iterable[Check]) -> float:
     """What forms with branches must stay under, given the checks of the base."""
+    if not bfloat16.holds(graph):
+        return gate.limit_of(graph)
     worst = max((check.error for check in own), default=0.0)
-    return max(gate.LIMIT, min(_SLACK * worst, gate.BFLOAT16_LIMIT)) if bfloat16.holds(graph) else gate.LIMIT
+    return max(gate.LIMIT, min(_SLACK * worst, gate.BFLOAT16_LIMIT))
 
 
 def _graphs(bundle: Bundle) -> list[str]:

@@ -19,7 +19,7 @@ from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.bundle import BANKED_CPU, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import BaseMismatch, IntegrityError
-from tpeft_deploy.exporters import bfloat16, gate
+from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.bundle_base import BundleBase, example
 from tpeft_deploy.exporters.gate import Check
@@ -227,7 +227,7 @@ def _check_folded(
 ) -> Iterator[Check]:
     names = [str(value.name) for value in graph.outputs]
     shapes = shapes_to_prove(base, graph)
-    limit = gate.BFLOAT16_LIMIT if bfloat16.holds(graph) else gate.LIMIT
+    limit = gate.limit_of(graph)
     for position, (task, adapter) in enumerate(tasks.items()):
         file = bundle.path / "folded" / f"{task}.onnx"
         if not file.is_file():

@@ -347,3 +347,25 @@ def test_heads_of_other_sizes_on_every_token(tmp_path: Path) -> None:
     for task, adapter in adapters.items():
         (folded,) = session(bundle.path / "folded" / f"{task}.onnx").run(None, arrays(batch))
         assert error(folded, merged(module, adapter, batch)) <= LIMIT
+
+
+class WideOutput(nn.Module):
+    """Computes in 16 bits and answers in 32, as many heads do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x))).float()  # type: ignore[no-any-return]
+
+
+def test_a_half_model_with_wide_outputs(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    module = WideOutput().eval()
+    adapter = nets.adapter_for(module, {"first.weight": (4, 4), "second.weight": (2, 2)}, seed=1)
+    inputs = {"x": torch.randn(3, 64).half()}
+    bundle = export_bundle(module.half(), {"a": adapter}, tmp_path / "b", example_inputs=inputs, folded=True)
+    worst = {check["form"]: check["error"] for check in bundle.manifest.gate}
+    assert max(worst.values()) > 1e-5
+    assert {check["limit"] for check in bundle.manifest.gate} == {2e-3}
