@@ -73,6 +73,7 @@ class Base(ABC):
         """This base with other example inputs."""
         other = copy(self)
         other.inputs = inputs
+        other.proved_at = None
         return other
 
     def knowing(self, adapters: Iterable[Adapter]) -> Base:

@@ -72,7 +72,7 @@ def check_forms(
     names = [str(value.name) for value in graph.outputs]
     shapes = shapes_to_prove(base, graph)
     progress(Stage("check the base", 0, len(tasks)))
-    own = [_check_base(base, graph, bundle, sizes) for sizes in shapes]
+    own = list(_check_base(base, graph, bundle, shapes))
     yield from own
     limit = _limit(graph, own)
     sessions = {file.removesuffix(".onnx"): gate.open_session(bundle.path / file) for file in _graphs(bundle)}
@@ -93,15 +93,17 @@ def check_forms(
 
 def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> float:
     """What a form with branches must stay under: in bfloat16, little more than the error of base.onnx at `sizes`."""
-    return _limit(graph, [_check_base(base, graph, bundle, sizes)] if bfloat16.holds(graph) else [])
+    return _limit(graph, _check_base(base, graph, bundle, [sizes]) if bfloat16.holds(graph) else [])
 
 
-def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> Check:
+def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, shapes: Iterable[Sizes]) -> Iterator[Check]:
     session = gate.open_session(bundle.path / "base.onnx")
-    inputs = with_sizes(base, graph, sizes)
-    expected = base.reference(None, inputs, [str(value.name) for value in graph.outputs])
-    answer = partial(gate.run, session, inputs, {})
-    return gate.measure("base", BASE_TASK, sizes, answer, expected, gate.limit_of(graph))
+    names = [str(value.name) for value in graph.outputs]
+    for sizes in shapes:
+        inputs = with_sizes(base, graph, sizes)
+        expected = base.reference(None, inputs, names)
+        answer = partial(gate.run, session, inputs, {})
+        yield gate.measure("base", BASE_TASK, sizes, answer, expected, gate.limit_of(graph))
 
 
 def _limit(graph: ir.Graph, own: Iterable[Check]) -> float:
@@ -140,15 +142,14 @@ def check_rows(
         # Twice each task at the example's sizes; at the others once, and one row more.
         for sizes, count in zip(shapes, (2 * len(tasks), len(tasks) + 1), strict=False):
             rows = sizes | ({batch: count} if batch is not None else {})
-            for session in sessions:
-                yield from _check_batch(base, graph, bundle, session, tasks, rows, count, limit)
+            yield from _check_batch(base, graph, bundle, sessions, tasks, rows, count, limit)
 
 
 def _check_batch(
     base: Base,
     graph: ir.Graph,
     bundle: Bundle,
-    session: onnxruntime.InferenceSession,
+    sessions: Iterable[onnxruntime.InferenceSession],
     tasks: Tasks,
     sizes: Sizes,
     count: int,
@@ -156,13 +157,15 @@ def _check_batch(
 ) -> Iterator[Check]:
     inputs = with_sizes(base, graph, sizes)
     index = np.arange(count) % len(tasks)
-    run = cache(partial(gate.run, session, inputs, _banks(bundle, tasks) | {slots.INDEX: index}))
+    feeds = _banks(bundle, tasks) | {slots.INDEX: index}
+    runs = [cache(partial(gate.run, session, inputs, feeds)) for session in sessions]
     names = [str(value.name) for value in graph.outputs]
     for position, (task, adapter) in enumerate(tasks.items()):
         mine = index == position
         expected = {name: array[mine] for name, array in base.reference(adapter, inputs, names).items()}
-        answer = partial(_own_rows, run, mine, bundle, adapter)
-        yield gate.measure("mixed rows", task, sizes, answer, expected, limit)
+        for run in runs:
+            answer = partial(_own_rows, run, mine, bundle, adapter)
+            yield gate.measure("mixed rows", task, sizes, answer, expected, limit)
 
 
 def _own_rows(run: Callable[[], Outputs], mine: Array, bundle: Bundle, adapter: Adapter | None) -> Outputs:

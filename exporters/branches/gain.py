@@ -49,7 +49,8 @@ def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: i
         attributes = {"tail": own}
         first = after or model.graph[0]
         vector = call(model, "BankedVector", inputs, name=name, like=None, after=first, attributes=attributes)
-        _use(site, side, apply(model, "Mul", [value, vector], like=value, after=vector.producer()))
+        scaled = apply(model, "Mul", [value, vector], like=value, after=vector.producer())
+        _use(site, side, scaled, keep=vector.producer())
         if site.order != "major":
             rows = "group"
     return rows
@@ -88,16 +89,8 @@ def _rank(site: Site, mode: int) -> bool:
     return value.shape is not None
 
 
-def _use(site: Site, side: Side, new: ir.Value) -> None:
+def _use(site: Site, side: Side, new: ir.Value, *, keep: ir.Node | None = None) -> None:
     if side == "y":
-        reroute_scaled(site.y, new)
+        reroute(site.y, new, keep=keep)
     else:
         site.node.replace_input_with(0, new)
-
-
-def reroute_scaled(old: ir.Value, new: ir.Value) -> None:
-    """Let every user of `old` use `new`, except what computes `new` from it."""
-    vector = new.producer().inputs[1].producer() if new.producer() is not None else None  # type: ignore[union-attr]
-    reroute(old, new)
-    if vector is not None and vector.op_type == "BankedVector":
-        vector.replace_input_with(0, old)

@@ -110,11 +110,11 @@ def call_first(
     return node.outputs[0]
 
 
-def reroute(old: ir.Value, new: ir.Value) -> None:
-    """Let every user of `old` except the producer of `new` use `new`; a graph output keeps its name."""
+def reroute(old: ir.Value, new: ir.Value, *, keep: ir.Node | None = None) -> None:
+    """Let every user of `old` except the producer of `new`, and `keep`, use `new`; a graph output keeps its name."""
     producer = new.producer()
     for node, index in list(old.uses()):
-        if node is not producer:
+        if node is not producer and node is not keep:
             node.replace_input_with(index, new)
     graph = producer.graph if producer is not None else None
     if graph is None:

@@ -91,9 +91,7 @@ class TaskAdapter(click.ParamType[tuple[str, Path]]):
         """Split at the first '='."""
         if isinstance(value, tuple):
             return value
-        task, sign, path = str(value).partition("=")
-        if not (task and sign and path):
-            self.fail(f"{value!r} is not of the form TASK=ADAPTER, as in sst2=adapters/sst2.", param, ctx)
+        task, path = _pair(self, str(value), "sst2=adapters/sst2", param, ctx)
         return task, Path(path)
 
 
@@ -106,10 +104,16 @@ class Renaming(click.ParamType[tuple[str, str]]):
         """Split at the first '='."""
         if isinstance(value, tuple):
             return value
-        old, sign, new = str(value).partition("=")
-        if not (old and sign and new):
-            self.fail(f"{value!r} is not of the form OLD=NEW, as in output=logits.", param, ctx)
-        return old, new
+        return _pair(self, str(value), "output=logits", param, ctx)
+
+
+def _pair(
+    kind: click.ParamType[Any], text: str, example: str, param: click.Parameter | None, ctx: click.Context | None
+) -> tuple[str, str]:
+    first, sign, second = text.partition("=")
+    if not (first and sign and second):
+        kind.fail(f"{text!r} is not of the form {kind.name}, as in {example}.", param, ctx)
+    return first, second
 
 
 def emit(document: dict[str, Any], *, key: str, columns: Sequence[str], as_json: bool) -> None:
