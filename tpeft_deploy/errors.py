@@ -17,7 +17,11 @@
     └── RunError
         ├── UnknownTask         the runtime serves no task of that name
         ├── InputError          an input is missing, unknown, or has the wrong dtype, shape or rows
-        └── ProviderUnavailable the execution provider that was asked for cannot be used
+        ├── ProviderUnavailable the execution provider that was asked for cannot be used
+        ├── CapacityError       adapters need more memory than the runtime's budget, and none may leave
+        ├── CompositionError    adapters that cannot be combined exactly, or not at the strengths given
+        ├── QueueFull           more requests are waiting than the queue takes
+        └── DeadlineExceeded    a request's time was over before its answer was there
 
 An error carries what was being done, what was wrong, what was expected against what was found, and what to do
 about it; `str(error)` is that on one line.  Only the command line prints or exits.
@@ -27,6 +31,9 @@ __all__ = [
     "AdapterError",
     "BaseMismatch",
     "BundleError",
+    "CapacityError",
+    "CompositionError",
+    "DeadlineExceeded",
     "ExportError",
     "FormatError",
     "InputError",
@@ -34,6 +41,7 @@ __all__ = [
     "MissingExtra",
     "NotEquivalent",
     "ProviderUnavailable",
+    "QueueFull",
     "RunError",
     "ShapeError",
     "TpeftError",
@@ -152,3 +160,19 @@ class InputError(RunError):
 
 class ProviderUnavailable(RunError):
     """Raised when an execution provider was asked for by name and cannot be used on this machine."""
+
+
+class CapacityError(RunError):
+    """Raised when adapters need more memory than a budget has, and those that hold it are pinned or running."""
+
+
+class CompositionError(RunError):
+    """Raised when a weighted set of adapters has no exact sum."""
+
+
+class QueueFull(RunError):
+    """Raised when a request would wait behind more rows than the queue takes."""
+
+
+class DeadlineExceeded(RunError):
+    """Raised when a request's time is over while it waits or runs."""
