@@ -113,9 +113,9 @@ class Bank:
             if old is not None and moves:
                 own = old.values[name].numpy()
                 common = tuple(slice(min(sizes)) for sizes in zip(shape, own.shape[1:], strict=True))
-                to, of = list(moves.values()), list(moves)
-                array[to] = 0
-                array[(to, *common)] = own[(of, *common)]
+                for of, to in moves.items():
+                    array[to] = 0
+                    array[to][common] = own[of][common]
             values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
         return cls(layout, shapes, rows, values)
 

@@ -83,8 +83,15 @@ class Engine:
             AdapterError, BundleError, CapacityError: it cannot be brought to the device.
         """
         whole = self._own.find(version, requests.rows(self._manifest, inputs))
-        if whole is not None:
-            return whole.run(inputs, options)
+        return whole.run(inputs, options) if whole is not None else self.run_banked(inputs, version, options)
+
+    def run_banked(
+        self,
+        inputs: Mapping[str, Array],
+        version: Version | None,
+        options: onnxruntime.RunOptions | None = None,
+    ) -> dict[str, Array]:
+        """As `run_one`, on the bank even where there is a session of its own."""
         with self._tiers.using([] if version is None else [version]):
             bank, rows = self._tiers.rows([version])
             outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
@@ -146,7 +153,7 @@ class Engine:
         for part in parts:
             chosen = np.flatnonzero([version in part for version in versions])
             own = requests.take_rows(self._manifest, inputs, chosen)
-            outputs = self.run_rows(own, [versions[row] for row in chosen], options)
+            outputs = self.run_rows(own, [version for version in versions if version in part], options)
             for name, array in outputs.items():
                 for place, row in zip(chosen, array, strict=True):
                     rows[name][place] = row

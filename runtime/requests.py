@@ -95,7 +95,7 @@ def cut_rows(port: Port, array: Array, sizes: Sequence[int]) -> Array | list[Arr
 
 def rows(manifest: Manifest, inputs: Mapping[str, Array]) -> int:
     """How many rows a batch has."""
-    return inputs[batched(manifest, manifest.inputs)[0].name].shape[0]
+    return len(inputs[batched(manifest, manifest.inputs)[0].name])
 
 
 def _check_port(manifest: Manifest, port: Port, array: Array, sizes: dict[str, tuple[int, str]]) -> None:

@@ -7,7 +7,7 @@ runs of resident tasks go on meanwhile.  A row is given to another adapter only 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tpeft_deploy.adapter import Adapter
