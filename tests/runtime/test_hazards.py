@@ -2,6 +2,7 @@
 
 "The matrix" below is what ONNX Runtime's own adapters (LoraAdapter, RunOptions.add_active_adapter) were found to do.
 `test_hazards_of_files`, `test_hazards_of_inputs` and `test_hazards_on_disk` have the rest.
+Sections of research, as in (research, 1.3), are those of research/onnxruntime-adapters.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Files that are no adapters, or damaged ones: refused by name, while the old adapter is served on."""
+"""Files that are no adapters, or damaged ones: refused by name, while the old adapter is served on.
+
+Sections of research, as in (research, 1.3), are those of research/onnxruntime-adapters.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Inputs that ONNX Runtime, or numpy, would take for something else; and what sessions must never do by themselves."""
+"""Inputs that ONNX Runtime, or numpy, would take for something else; and what sessions must never do by themselves.
+
+Sections of research, as in (research, 1.3), are those of research/onnxruntime-adapters.md.
+"""
 
 from __future__ import annotations
 

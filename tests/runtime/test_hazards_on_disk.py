@@ -2,6 +2,7 @@
 
 ONNX Runtime maps adapter files and external weights into memory: a file cut short kills the process that serves it
 with SIGBUS, one written in place changes its answers.  So those tests run in processes of their own.
+Sections of research, as in (research, 1.3), are those of research/onnxruntime-adapters.md.
 """
 
 from __future__ import annotations
