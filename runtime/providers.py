@@ -20,11 +20,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from tpeft_deploy.errors import ProviderUnavailable
 
-__all__ = ["ORT_ERRORS", "Choice", "Provider", "choose", "open_session"]
+__all__ = ["ORT_ERRORS", "ORT_REFUSALS", "Choice", "Provider", "choose", "open_session"]
 
 Provider = Literal["auto", "cuda", "cpu"]
 
 ORT_ERRORS = (ort.Fail, ort.RuntimeException, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented)
+ORT_REFUSALS = (ort.InvalidArgument,)
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
