@@ -52,14 +52,17 @@ class Plain:
         # ONNX Runtime reads from these arrays without holding on to them.
         self._kept = {name: np.asarray(a, order="C") for name, a in (initializers or {}).items()}
         self._values = {n: _value(a, _check(model, n, a, found.get(n))) for n, a in self._kept.items()}
+        options = onnxruntime.SessionOptions()
+        if self._values:
+            options.add_external_initializers(list(self._values), list(self._values.values()))
         shapes = {name: a.shape for name, a in self._kept.items() if a.shape != found[name].shape}
         self._session = open_session(
             model,
             choice,
             threads=threads,
             half=half,
-            initializers=self._values,
             content=graph_file.resized(content, shapes) if shapes else None,
+            options=options,
         )
         self._device = choice.device
         self._outputs = [output.name for output in self._session.get_outputs()]
