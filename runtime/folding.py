@@ -84,16 +84,23 @@ def fold(
     return Plain(model, choice, threads=threads, half=half, initializers=changed)
 
 
-def cost(bundle: Bundle, adapter: Adapter) -> int:
-    """Bytes of memory, at most, that one folded session takes beside the pages of weights.data.
+def cost(bundle: Bundle, adapter: Adapter, *, shared: bool) -> int:
+    """Bytes, at most, that one folded session adds to the process, activations apart; for budgets.
 
-    ONNX Runtime packs products' and convolutions' weights, each session its own; the changed ones are held unpacked
-    too, and so are all of the base's that are not mapped from the file.
+    What the adapter changes is held as it is and packed.  Convolutions' weights are blocked by every session for
+    itself, from a copy; the others are packed by every session, or with `shared` by none.
+
+    Args:
+        bundle: holds the base.
+        adapter: to be folded.
+        shared: whether `fold` is given a place for packed copies, and the device is the CPU.
     """
     changed = {bundle.manifest.canonical(n) for n in (*adapter.deltas, *adapter.gains, *adapter.served_overrides)}
-    whole = sum(weight.length for weight in bundle.manifest.weights.values())
-    own = sum(weight.length for name, weight in bundle.manifest.weights.items() if name in changed)
-    return whole + own + sum(array.nbytes for array in adapter.served_overrides.values())
+    total = sum(array.nbytes for array in adapter.served_overrides.values())
+    for name, weight in bundle.manifest.weights.items():
+        blocked = len(weight.shape) > 2
+        total += weight.length * (2 if blocked or name in changed else 0 if shared else 1)
+    return total
 
 
 def example(bundle: Bundle) -> dict[str, Array]:

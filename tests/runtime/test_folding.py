@@ -354,3 +354,15 @@ def test_a_run_is_stopped_by_its_options(conv_bundle: Bundle) -> None:
     options.terminate = True
     with pytest.raises(Exception, match="terminate"):
         plain.run(images(2), options)
+
+
+def test_the_cost_of_a_session(conv_bundle: Bundle, conv_adapters: dict[str, Adapter]) -> None:
+    weights = conv_bundle.manifest.weights
+    convs = sum(weight.length for weight in weights.values() if len(weight.shape) > 2)
+    whole = sum(weight.length for weight in weights.values())
+    partial = conv_adapters["partial"]  # a conv alone
+    assert folding.cost(conv_bundle, partial, shared=True) == 2 * convs
+    assert folding.cost(conv_bundle, partial, shared=False) == whole + convs
+    head = sum(weights[name].length for name in ("head.weight", "head.bias"))
+    own = sum(array.nbytes for array in conv_adapters["wide"].overrides.values())
+    assert folding.cost(conv_bundle, conv_adapters["wide"], shared=True) == 2 * convs + 2 * head + own
