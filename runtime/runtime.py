@@ -48,6 +48,8 @@ class Runtime:
             While the bank grows, the old one lives until its runs are done.
         host_bytes: what copies of adapters may take in host memory, so that those that had to leave the device
             return without being read again; by default 1 GiB on CUDA, none on the CPU.
+        folded_bytes: what sessions of hot tasks may take: the tasks that most rows ask for are folded in the background
+            as far as this goes, and unfolded when others are hotter.  `pin(task, folded=True)` needs no budget.
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
@@ -67,6 +69,7 @@ class Runtime:
         threads: int | None = None,
         device_bytes: int = GIB,
         host_bytes: int | None = None,
+        folded_bytes: int = 0,
         preload: bool = True,
         own_copy: bool = True,
     ) -> None:
@@ -77,14 +80,11 @@ class Runtime:
         self._bundle = Bundle.open(Path(bundle).resolve())
         self._manifest = self._bundle.manifest
         half = self._half(choice)
-        if own_copy:
-            copy = PrivateCopy(self._bundle, self._graphs(choice))
-            self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
-            self._base = copy.bundle
-        else:
+        copy = PrivateCopy(self._bundle, self._graphs(choice) if own_copy else [])
+        self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
+        if not own_copy:
             self._bundle.check_file("weights.data")
-            self._release = weakref.finalize(self, lambda: None)
-            self._base = self._bundle
+        self._base = copy.bundle if own_copy else self._bundle
         self._tiers = Tiers(
             Layout.of(self._base),
             self._lay_out,
@@ -93,7 +93,9 @@ class Runtime:
             host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
         )
         self._catalogue = Catalogue(self._bundle, self._retire)
-        self._folds = Folds(self._base, choice, threads, half, self._banked_answer)
+        self._folds = Folds(
+            self._base, choice, threads, half, self._banked_answer, place=copy.path, budget=folded_bytes
+        )
         session = self._open(choice, threads, half)
         self._engine = Engine(self._manifest, session, self._tiers, self._folds, self._bundle.sizes(None))
         self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
@@ -275,7 +277,7 @@ class Runtime:
     def _keep(self, version: Version, *, folded: bool) -> None:
         self._tiers.pin(version, True)
         if folded:
-            self._folds.begin(version).result()
+            self._folds.keep(version).result()
 
     def _retire(self, version: Version) -> None:
         self._folds.drop(version)
