@@ -30,6 +30,7 @@ class Base(ABC):
         self.name = name
         self.inputs = inputs
         self.proved_at: list[dict[str, int]] | None = None  # what `samples.shapes_to_prove` found, which runs the model
+        self.padding: Mapping[str, int | float] = {}  # input -> what it may be filled up with, if the proof agrees
 
     @property
     @abstractmethod

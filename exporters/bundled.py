@@ -20,6 +20,7 @@ from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
+from tpeft_deploy.exporters.padding import prove_padding
 from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
 from tpeft_deploy.exporters.proof import prove, with_checks
 from tpeft_deploy.exporters.targets import activations
@@ -44,6 +45,7 @@ def export_bundle(
     folded: bool = False,
     weights: object = None,
     rename: Mapping[str, str] | None = None,
+    padding: Mapping[str, int | float] | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
@@ -59,6 +61,9 @@ def export_bundle(
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
         weights: the original weights of an ONNX file, as `load_base` takes them.
         rename: other names for inputs and outputs: the base's own -> the bundle's.
+        padding: by input name, what rows may be filled up with along free axes but the batch, so that requests of
+            other lengths share a run; refused unless every answer stays as it was.  By default what a Hugging Face
+            text model itself says, where that is proved; {} for none.
         folded: also write folded/<task>.onnx for every adapter.
         progress: told each stage.
 
@@ -86,6 +91,7 @@ def export_bundle(
         dynamic_shapes=dynamic_shapes,
         weights=weights,
         rename=rename,
+        padding=padding,
         progress=progress,
     )
     with new_directory(path) as new:
@@ -96,6 +102,7 @@ def export_bundle(
             progress(Stage(f"store {task}", position, len(adapters)))
             bundle.add(task, adapter)
         manifest = prove(plan.base, plan.raw.graph, bundle, adapters, progress)
+        manifest = prove_padding(plan.base, plan.raw.graph, bundle, manifest, adapters, plan.padding, progress)
         for position, (task, adapter) in enumerate(adapters.items() if folded else ()):
             progress(Stage(f"fold {task}", position, len(adapters)))
             checks = write_folded(plan.base, plan.raw, adapter, new / "folded" / f"{task}.onnx", task=task)

@@ -14,7 +14,7 @@ from torch import nn
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.cached import PAST, with_cache
 
-__all__ = ["FACTORY", "Tensors", "cached_text", "images", "parameters", "run", "text"]
+__all__ = ["FACTORY", "Tensors", "cached_text", "images", "parameters", "run", "text", "text_padding"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -62,6 +62,14 @@ def text(model: Any, doing: str) -> tuple[Tensors, dict[str, Any]]:
     if "token_type_ids" in parameters(type(model)) and getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = (torch.arange(SEQUENCE) >= SEQUENCE // 2).long().expand(BATCH, -1).clone()
     return inputs, {name: {0: "batch", 1: "sequence"} for name in inputs}
+
+
+def text_padding(model: Any) -> dict[str, int]:
+    """What the inputs of `text` are filled up with at their end: the config's padding token, hidden by a mask of 0."""
+    token = getattr(model.config, "pad_token_id", None)
+    if not isinstance(token, int) or not 0 <= token < model.config.vocab_size:
+        token = 0
+    return {"input_ids": token, "attention_mask": 0, "token_type_ids": 0}
 
 
 def cached_text(model: Any, doing: str) -> tuple[Tensors, dict[str, Any]]:

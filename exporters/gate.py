@@ -59,7 +59,7 @@ class Check:
     """One comparison.
 
     Args:
-        form: base, folded, factored, banked, or "mixed rows".
+        form: base, folded, factored, banked, "mixed rows", or "padded".
         task: the task it was made for.
         sizes: the free sizes of the inputs, e.g. {"batch": 5, "sequence": 14}.
         error: relative error, the worst over outputs; infinite where there is nothing to compare.

@@ -18,7 +18,16 @@ from typing import Any
 from torch import nn
 
 from tpeft_deploy.errors import MissingExtra, UnsupportedBase
-from tpeft_deploy.exporters.example_inputs import FACTORY, Tensors, cached_text, images, parameters, run, text
+from tpeft_deploy.exporters.example_inputs import (
+    FACTORY,
+    Tensors,
+    cached_text,
+    images,
+    parameters,
+    run,
+    text,
+    text_padding,
+)
 
 __all__ = ["load_directory"]
 
@@ -28,8 +37,8 @@ _MODAL = ("input_ids", "pixel_values", "pixel_values_videos", "input_features", 
 _COMPUTED = ("position_ids", "rotary_emb.inv_freq")  # older checkpoints hold these, newer models compute them
 
 
-def load_directory(path: str | os.PathLike[str]) -> tuple[nn.Module, Tensors, dict[str, Any]]:
-    """A model in evaluation mode with example inputs and dynamic shapes, from a Hugging Face model directory.
+def load_directory(path: str | os.PathLike[str]) -> tuple[nn.Module, Tensors, dict[str, Any], dict[str, int]]:
+    """A model in evaluation mode with example inputs, dynamic shapes and padding, from a Hugging Face model directory.
 
     Text models take input_ids and attention_mask, and token_type_ids where they have them, of dynamic batch and
     sequence; causal ones take and return keys and values too (`CachedDecoder`).  Image models take pixel_values of
@@ -39,7 +48,8 @@ def load_directory(path: str | os.PathLike[str]) -> tuple[nn.Module, Tensors, di
         path: holds config.json and model.safetensors, or its shards and their index.
 
     Returns:
-        Module, example inputs by name, dynamic shapes by input name as `torch.export` takes them.
+        Module, example inputs by name, dynamic shapes by input name as `torch.export` takes them, and what inputs may
+        be filled up with: nothing but for text models without a cache, and not proved yet.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -49,14 +59,16 @@ def load_directory(path: str | os.PathLike[str]) -> tuple[nn.Module, Tensors, di
     architecture = _architecture(path)
     model = _load(path, _model_class(path, architecture))
     doing = f"load base {path}"
+    padding: dict[str, int] = {}
     if _modality(path, type(model)) == "pixel_values":
         inputs, shapes = images(model, doing)
     elif _is_causal(architecture):
         inputs, shapes = cached_text(model, doing)
     else:
         inputs, shapes = text(model, doing)
+        padding = {name: value for name, value in text_padding(model).items() if name in inputs}
     run(model, inputs, doing)
-    return model, inputs, shapes
+    return model, inputs, shapes, padding
 
 
 def _transformers(path: Path) -> ModuleType:

@@ -63,10 +63,10 @@ def _load(
             got="some",
             fix="Leave weights out; they are for ONNX files.",
         )
-    name = type(base).__name__
+    name, padding = type(base).__name__, dict[str, int]()
     if isinstance(base, str | os.PathLike):
         name = os.fspath(base)
-        base, example_inputs, dynamic_shapes = _call_factory(name, example_inputs, dynamic_shapes)
+        base, example_inputs, dynamic_shapes, padding = _call_factory(name, example_inputs, dynamic_shapes)
     if not isinstance(base, nn.Module):
         raise UnsupportedBase(f"load base {name}", expected="a torch.nn.Module", got=type(base).__name__)
     if hasattr(base, "peft_config"):
@@ -80,7 +80,9 @@ def _load(
     if dynamic_shapes is None:
         inputs = _two_rows(inputs)
         dynamic_shapes = {key: {0: "batch"} if value.ndim else None for key, value in inputs.items()}
-    return TorchBase(name.rpartition(":")[2], base, inputs, dynamic_shapes)
+    made = TorchBase(name.rpartition(":")[2], base, inputs, dynamic_shapes)
+    made.padding = {name: value for name, value in padding.items() if name in inputs}
+    return made
 
 
 def _open_file(path: Path, inputs: Mapping[str, Any] | None, shapes: object, weights: object) -> OnnxBase:
@@ -93,12 +95,12 @@ def _open_file(path: Path, inputs: Mapping[str, Any] | None, shapes: object, wei
 
 def _call_factory(
     name: str, inputs: Mapping[str, torch.Tensor] | None, shapes: Mapping[str, Any] | None
-) -> tuple[object, Mapping[str, torch.Tensor] | None, Mapping[str, Any] | None]:
+) -> tuple[object, Mapping[str, torch.Tensor] | None, Mapping[str, Any] | None, dict[str, int]]:
     if os.path.isdir(name):
         from tpeft_deploy.exporters.hugging_face import load_directory
 
-        module, own_inputs, own_shapes = load_directory(name)
-        return module, inputs or own_inputs, shapes or own_shapes
+        module, own_inputs, own_shapes, padding = load_directory(name)
+        return module, inputs or own_inputs, shapes or own_shapes, padding
     module_name, _, function_name = name.partition(":")
     if not function_name or os.path.sep in name:
         raise UnsupportedBase(
@@ -109,7 +111,7 @@ def _call_factory(
         )
     result = _factory(name, module_name, function_name)()
     if isinstance(result, nn.Module):
-        return result, inputs, shapes
+        return result, inputs, shapes, {}
     if not isinstance(result, tuple) or len(result) not in (2, 3):
         raise UnsupportedBase(
             f"load base {name}",
@@ -117,7 +119,7 @@ def _call_factory(
             got=type(result).__name__,
         )
     module, own_inputs, own_shapes = (*result, None)[:3]
-    return module, inputs or own_inputs, shapes or own_shapes
+    return module, inputs or own_inputs, shapes or own_shapes, {}
 
 
 def _factory(name: str, module_name: str, function_name: str) -> Callable[[], object]:

@@ -17,6 +17,7 @@ from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out
 from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.padding import declare
 from tpeft_deploy.exporters.rows import Order
 from tpeft_deploy.exporters.targets import activations, plan, plan_all, resolve
 from tpeft_deploy.manifest import Manifest, Port, Varies, check_name
@@ -46,7 +47,8 @@ class Plan:
         raw: its graph, every product with its shape.
         resolved: weight -> initializer that holds it.
         adapters: task -> adapter.
-        draft: the manifest, without files, and without what only the graphs tell: how outputs vary, and rows.
+        draft: the manifest, without files, and without what only the graphs tell: how outputs vary, rows, padding.
+        padding: what the user says inputs may be filled up with, not proved yet; None leaves it to the base.
     """
 
     base: Base
@@ -54,6 +56,7 @@ class Plan:
     resolved: Mapping[str, str]
     adapters: Mapping[str, Adapter]
     draft: Manifest
+    padding: Mapping[str, int | float] | None = None
 
     @property
     def base_bytes(self) -> int:
@@ -129,14 +132,15 @@ def plan_bundle(
     dynamic_shapes: Mapping[str, Any] | None = None,
     weights: object = None,
     rename: Mapping[str, str] | None = None,
+    padding: Mapping[str, int | float] | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Everything of `export_bundle`, whose arguments these are, up to writing.
 
     Raises:
         BundleError: a name is not allowed.
-        UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch: the base cannot be exported, or an adapter does not
-            fit it.
+        UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch: the base cannot be exported, an adapter does not
+            fit it, or an input cannot be padded.
     """
     check_name(name, "bundle")
     for task in adapters:
@@ -156,7 +160,8 @@ def plan_bundle(
     certain = {weight: held for weight, held in resolved.items() if loaded.proves(weight)}
     targets = plan(raw.graph, adapters, certain, base=loaded.name) if adapters else plan_all(raw.graph, certain)
     draft = _draft(raw.graph, resolved, targets, name=name, max_rank=max_rank)
-    return Plan(loaded, raw, resolved, adapters, draft)
+    declare(draft, padding or {}, loaded.name)
+    return Plan(loaded, raw, resolved, adapters, draft, padding)
 
 
 def port(value: ir.Value, varies: Varies | None) -> Port:

@@ -22,7 +22,7 @@ from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["branch_limit", "check_forms", "check_rows", "probe", "prove", "with_checks"]
+__all__ = ["banks", "branch_limit", "check_forms", "check_rows", "cut", "probe", "prove", "with_checks"]
 
 Tasks = dict[str, Adapter | None]
 # A graph in bfloat16 has its constants rounded, whatever its weights are; branches must not add to that.
@@ -76,11 +76,11 @@ def check_forms(
     yield from own
     limit = _limit(graph, own)
     sessions = {file.removesuffix(".onnx"): gate.open_session(bundle.path / file) for file in _graphs(bundle)}
-    banks = _banks(bundle, tasks)
+    filled = banks(bundle, tasks)
     for position, (task, adapter) in enumerate(tasks.items()):
         progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
         factors = bundle.factors(task) if adapter is not None else {}
-        rows = banks | {slots.INDEX: np.array([position])}
+        rows = filled | {slots.INDEX: np.array([position])}
         for sizes in shapes:
             inputs = with_sizes(base, graph, sizes)
             expected = base.reference(adapter, inputs, names)
@@ -157,7 +157,7 @@ def _check_batch(
 ) -> Iterator[Check]:
     inputs = with_sizes(base, graph, sizes)
     index = np.arange(count) % len(tasks)
-    feeds = _banks(bundle, tasks) | {slots.INDEX: index}
+    feeds = banks(bundle, tasks) | {slots.INDEX: index}
     runs = [cache(partial(gate.run, session, inputs, feeds)) for session in sessions]
     names = [str(value.name) for value in graph.outputs]
     for position, (task, adapter) in enumerate(tasks.items()):
@@ -171,7 +171,7 @@ def _check_batch(
 def _own_rows(run: Callable[[], Outputs], mine: Array, bundle: Bundle, adapter: Adapter | None) -> Outputs:
     got = run()
     # An answer without these rows has a wrong shape, which the comparison says.
-    return _cut(
+    return cut(
         {n: array[mine] if array.shape[:1] == mine.shape else array for n, array in got.items()}, bundle, adapter
     )
 
@@ -179,7 +179,7 @@ def _own_rows(run: Callable[[], Outputs], mine: Array, bundle: Bundle, adapter: 
 def _run_banked(
     session: onnxruntime.InferenceSession, inputs: Inputs, rows: Outputs, bundle: Bundle, adapter: Adapter | None
 ) -> Outputs:
-    return _cut(gate.run(session, inputs, rows), bundle, adapter)
+    return cut(gate.run(session, inputs, rows), bundle, adapter)
 
 
 def probe(bundle: Bundle, seed: int) -> Adapter:
@@ -205,18 +205,19 @@ def probe(bundle: Bundle, seed: int) -> Adapter:
     return Adapter(deltas, kept, source=f"probe {seed}", gains=gains)
 
 
-def _banks(bundle: Bundle, tasks: Tasks) -> dict[str, Array]:
+def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None]) -> dict[str, Array]:
+    """What a banked graph takes beside inputs and index: the factors of every task, in their order."""
     filled = [bundle.fill(adapter) if adapter is not None else {} for adapter in tasks.values()]
-    banks = {}
+    stacked = {}
     for target in bundle.manifest.targets:
         default = bundle.default(target)
         for slot in slots.slots_of(target):
             rows = [own.get(target.key, default)[slot.name] for own in filled]
-            banks[slots.input_name(target, slot.name)] = slots.stack(rows)
-    return banks
+            stacked[slots.input_name(target, slot.name)] = slots.stack(rows)
+    return stacked
 
 
-def _cut(outputs: Outputs, bundle: Bundle, adapter: Adapter | None) -> Outputs:
+def cut(outputs: Outputs, bundle: Bundle, adapter: Adapter | None) -> Outputs:
     """Take a task's own columns of outputs that were padded to the widest head of the bank."""
     sizes = bundle.sizes(adapter)
     axes = {port.name: port.varies.axis for port in bundle.manifest.outputs if port.varies}

@@ -27,6 +27,7 @@ class Renamed(Base):
 
     def __init__(self, base: Base, names: Mapping[str, str]) -> None:
         super().__init__(base.name, {names.get(name, name): array for name, array in base.inputs.items()})
+        self.padding = {names.get(name, name): value for name, value in base.padding.items()}
         self._base = base
         self._names = dict(names)
 

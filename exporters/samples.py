@@ -10,7 +10,7 @@ import onnx_ir as ir
 from tpeft_deploy.exporters.bases import Base, Inputs
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Sizes", "batch_axis", "shapes_to_prove", "with_sizes"]
+__all__ = ["Sizes", "batch_axis", "own_sizes", "shapes_to_prove", "takes", "with_sizes"]
 
 Sizes = dict[str, int]
 ROWS = (2, 5)
@@ -38,7 +38,7 @@ def shapes_to_prove(base: Base, graph: ir.Graph) -> list[Sizes]:
 
 
 def _find_shapes(base: Base, graph: ir.Graph) -> list[Sizes]:
-    own = _own_sizes(base, graph)
+    own = own_sizes(base, graph)
     batch = batch_axis(graph)
     first = own | ({batch: ROWS[0]} if batch is not None else {})
     rows = {batch: ROWS[1]} if batch is not None else {}
@@ -46,7 +46,7 @@ def _find_shapes(base: Base, graph: ir.Graph) -> list[Sizes]:
     # Doubling keeps every divisor that a model may ask of a size; limits on length are met by one more or one less.
     for factor, step in ((2, 0), (1, 1), (1, -1)) if others else ():
         sizes = own | {name: factor * own[name] + step for name in others} | rows
-        if min(sizes.values()) >= 1 and _takes(base, graph, sizes):
+        if min(sizes.values()) >= 1 and takes(base, graph, sizes):
             return [first, sizes]
     return [first, own | rows] if batch is not None else [first]
 
@@ -66,7 +66,8 @@ def with_sizes(base: Base, graph: ir.Graph, sizes: Sizes) -> Inputs:
     return inputs
 
 
-def _own_sizes(base: Base, graph: ir.Graph) -> Sizes:
+def own_sizes(base: Base, graph: ir.Graph) -> Sizes:
+    """The free sizes of a base's example inputs."""
     dims = [
         (dim, size)
         for value in graph.inputs
@@ -88,7 +89,8 @@ def _evaluate(dim: ir.SymbolicDim, sizes: Mapping[str, int]) -> int:
     return value
 
 
-def _takes(base: Base, graph: ir.Graph, sizes: Sizes) -> bool:
+def takes(base: Base, graph: ir.Graph, sizes: Sizes) -> bool:
+    """Whether a base itself runs at some sizes."""
     names = [str(output.name) for output in graph.outputs]
     try:
         base.reference(None, with_sizes(base, graph, sizes), names)

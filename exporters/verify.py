@@ -24,6 +24,7 @@ from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.bundle_base import BundleBase, example
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.padding import check_padding
 from tpeft_deploy.exporters.proof import check_forms, check_rows
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
 from tpeft_deploy.exporters.single import TargetCheck, check_targets
@@ -43,7 +44,7 @@ class Verification:
         bundle: it.
         reference: what the forms were compared with.
         tasks: the tasks that were checked -> adapter.
-        checks: every form of every task, and rows of different tasks.
+        checks: every form of every task, rows of different tasks, and rows filled up to one length.
         targets: each target alone, when a report was asked for.
         left_out: what was not checked -> why.
     """
@@ -130,6 +131,9 @@ def verify_bundle(
         checks += check_rows(chosen, graph, bundle, tasks, progress)
     else:
         left_out.append(("mixed rows", f"one adapter per run: {bundle.manifest.rows_reason}"))
+    if bundle.manifest.paddable:
+        progress("check rows that are filled up")
+        checks += check_padding(chosen, graph, bundle, bundle.manifest, tasks)
     checks += _check_folded(chosen, graph, bundle, tasks, progress)
     targets: tuple[TargetCheck, ...] = ()
     if report is not None:

@@ -1,99 +1,148 @@
-"""The adapters resident on the device, stacked: one row each, row 0 the base.
+"""Adapters stacked on the device: one row each, row 0 the base.
 
-A `Bank` never changes: loading or unloading a task makes a new one, and runs that hold the old one finish on it.
+A `Bank` keeps its addresses as long as it lives; a row is written while runs read the others.  What no longer fits,
+more rows or larger ranks, goes into a new bank, and runs that hold the old one finish on it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnxruntime
 
 from tpeft_deploy import slots
-from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BASE_TASK, Bundle
-from tpeft_deploy.errors import UnknownTask
+from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.runtime import views
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Bank", "Resident", "build", "make_resident"]
+__all__ = ["Bank", "Layout", "Rows", "Shape", "row_bytes", "widened"]
+
+Shape = tuple[int, ...]
+Rows = Mapping[str, Array]  # graph input -> one row of its bank
 
 
-@dataclass(frozen=True)
-class Resident:
-    """One adapter in host memory, in the layout of the graph.
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How adapters of a bundle become rows.
 
     Args:
-        digest: of the adapter, or None for one loaded from outside the bundle.
-        tensors: target key -> slot -> array, from `Bundle.fill`.
-        sizes: output -> size of its varying axis for this task, from `Bundle.sizes`.
+        defaults: graph input -> the row of the base: no change, or the base's own tensor.
     """
 
-    digest: str | None
-    tensors: Mapping[str, Mapping[str, Array]]
-    sizes: Mapping[str, int]
+    defaults: Rows
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Layout:
+        """The layout of a bundle's banked graph; reads the base's own tensors where tasks replace them."""
+        return cls(
+            {
+                slots.input_name(target, slot): array
+                for target in bundle.manifest.targets
+                for slot, array in bundle.default(target).items()
+            }
+        )
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Graph input -> the smallest row it can have."""
+        return {name: array.shape for name, array in self.defaults.items()}
 
 
-@dataclass(frozen=True)
+def widened(shapes: Mapping[str, Shape], others: Iterable[Mapping[str, Shape]]) -> dict[str, Shape]:
+    """The row shapes that hold what `shapes` hold and all the others too."""
+    wide = dict(shapes)
+    for other in others:
+        for name, shape in other.items():
+            if shape != wide[name]:
+                wide[name] = tuple(map(max, wide[name], shape))
+    return wide
+
+
+def row_bytes(layout: Layout, shapes: Mapping[str, Shape]) -> int:
+    """Bytes of one row over all banks."""
+    return sum(math.prod(shape) * layout.defaults[name].itemsize for name, shape in shapes.items())
+
+
+@dataclass(frozen=True, eq=False)
 class Bank:
-    """All resident adapters on the device.
+    """Rows on the device.
 
     Args:
-        residents: task -> adapter, `base` first.
-        rows: task -> its row, in the order of the residents.
+        layout: of the bundle.
+        shapes: graph input -> shape of its rows.
+        rows: how many there are, the base's included.
         values: graph input -> bank (T, ...) on the device.
         bindings: free IO bindings that have the banks bound; a run takes one and puts it back.
     """
 
-    residents: Mapping[str, Resident]
-    rows: Mapping[str, int]
+    layout: Layout
+    shapes: Mapping[str, Shape]
+    rows: int
     values: Mapping[str, onnxruntime.OrtValue]
     bindings: deque[onnxruntime.IOBinding] = field(default_factory=deque)
 
-    def row(self, task: str) -> int:
-        """The bank row of a task.
+    @classmethod
+    def allocate(
+        cls,
+        layout: Layout,
+        shapes: Mapping[str, Shape],
+        rows: int,
+        device: str,
+        *,
+        old: Bank | None = None,
+        moves: Mapping[int, int] | None = None,
+    ) -> Bank:
+        """A bank with rows of another one, padded or cut, and the base in all others.
 
-        Raises:
-            UnknownTask: it is not resident.
+        Args:
+            layout: of the bundle.
+            shapes: of its rows; they must hold what the rows that move hold.
+            rows: how many.
+            device: "cpu" or "cuda".
+            old: the other one; it stays as it is.
+            moves: row in `old` -> row here.
         """
-        row = self.rows.get(task)
-        if row is not None:
-            return row
-        raise UnknownTask(
-            f"run task {task!r}",
-            expected=f"one of {', '.join(self.residents)}",
-            got=repr(task),
-            fix="Load it with Runtime.load, or add it to the bundle with 'tpeft-deploy adapter add'.",
-        )
+        values = {}
+        for name, shape in shapes.items():
+            array = np.empty((rows, *shape), layout.defaults[name].dtype)
+            array[:] = slots.pad(layout.defaults[name], shape)
+            if old is not None and moves:
+                own = old.values[name].numpy()
+                common = tuple(slice(min(sizes)) for sizes in zip(shape, own.shape[1:], strict=True))
+                for of, to in moves.items():
+                    array[to] = 0
+                    array[to][common] = own[of][common]
+            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+        return cls(layout, shapes, rows, values)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.rows * self.row_bytes
 
-def make_resident(bundle: Bundle, adapter: Adapter | None, digest: str | None) -> Resident:
-    """An adapter laid out for the bundle's graphs; None is the base.
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row over all banks."""
+        return row_bytes(self.layout, self.shapes)
 
-    Raises:
-        UnknownTarget, ShapeError, BaseMismatch: it does not fit the bundle.
-    """
-    tensors = bundle.fill(adapter) if adapter is not None else {}
-    return Resident(digest, tensors, bundle.sizes(adapter))
+    def write(self, row: int, rows: Rows) -> None:
+        """Put an adapter into a row that no run reads; what it leaves alone becomes the base's.
 
-
-def build(bundle: Bundle, residents: Mapping[str, Resident], device: str) -> Bank:
-    """Stack adapters and place the banks on a device.
-
-    Args:
-        bundle: gives the targets and the base's own tensors.
-        residents: task -> adapter; `base` must come first.
-        device: "cpu" or "cuda".
-    """
-    if next(iter(residents)) != BASE_TASK:
-        raise ValueError(f"the first row of a bank is {BASE_TASK!r}")
-    values = {}
-    for target in bundle.manifest.targets:
-        key, default = target.key, bundle.default(target)
-        for slot in slots.slots_of(target):
-            rows = [resident.tensors.get(key, default)[slot.name] for resident in residents.values()]
-            name = slots.input_name(target, slot.name)
-            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(slots.stack(rows)), device, 0)
-    return Bank(dict(residents), {task: row for row, task in enumerate(residents)}, values)
+        Args:
+            row: from 1.
+            rows: graph input -> array no larger than a row; sizes are checked for all before a byte moves.
+        """
+        if not 0 < row < self.rows:
+            raise IndexError(f"row {row} of a bank with {self.rows}, whose row 0 is the base")
+        unknown = set(rows) - set(self.shapes)
+        if unknown:
+            raise KeyError(f"no bank for {sorted(unknown)[0]!r}")
+        padded = {
+            name: slots.pad(rows.get(name, self.layout.defaults[name]), shape) for name, shape in self.shapes.items()
+        }
+        for name, array in padded.items():
+            views.write(views.row_view(self.values[name], row), array)

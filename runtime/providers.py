@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -27,6 +28,7 @@ ORT_ERRORS = (ort.Fail, ort.RuntimeException, ort.InvalidArgument, ort.InvalidGr
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+_FOLDER = "session.model_external_initializers_file_folder_path"
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 
@@ -73,7 +75,13 @@ def choose(provider: str) -> Choice:
 
 
 def open_session(
-    model: Path, choice: Choice, *, threads: int | None = None, half: bool = False
+    model: Path,
+    choice: Choice,
+    *,
+    threads: int | None = None,
+    half: bool = False,
+    initializers: Mapping[str, onnxruntime.OrtValue] | None = None,
+    content: bytes | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session on the chosen device, and nowhere else.
 
@@ -82,6 +90,9 @@ def open_session(
         choice: from `choose`.
         threads: intra-op threads; by default one per core.
         half: whether the model computes in 16 bits.
+        initializers: values in place of the file's external initializers of those names; the caller keeps them alive
+            as long as the session.
+        content: bytes in place of the file's own, whose external data is beside the file.
 
     Raises:
         ProviderUnavailable: the session came up without CUDA although CUDA was chosen.
@@ -94,11 +105,17 @@ def open_session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    if initializers:
+        options.add_external_initializers(list(initializers), list(initializers.values()))
+    if content is not None:
+        options.add_session_config_entry(_FOLDER, str(model.parent.resolve()))
     # TF32 keeps 10 bits of the mantissa: folded and banked answers would differ by 1e-3.
     providers = [(_CUDA, {"use_tf32": "0"}), _CPU] if choice.device == "cuda" else [_CPU]
     # A pass without 16-bit kernels to offer, in which ONNX Runtime 1.32 crashes on a transposed 16-bit product.
     disabled = ["NchwcTransformer"] if half else []
-    session = onnxruntime.InferenceSession(str(model), options, providers=providers, disabled_optimizers=disabled)
+    session = onnxruntime.InferenceSession(
+        str(model) if content is None else content, options, providers=providers, disabled_optimizers=disabled
+    )
     session.disable_fallback()
     if choice.device == "cuda" and session.get_providers()[0] != _CUDA:
         raise ProviderUnavailable(

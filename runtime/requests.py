@@ -10,7 +10,7 @@ from tpeft_deploy.errors import InputError
 from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.tucker import Array
 
-__all__ = ["check_inputs", "check_tasks", "cut", "take_rows"]
+__all__ = ["as_rows", "batched", "check_inputs", "check_tasks", "cut", "cut_rows", "rows", "take_rows"]
 
 
 def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, Array]:
@@ -38,7 +38,7 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
     return arrays
 
 
-def check_tasks(manifest: Manifest, tasks: Sequence[str], inputs: Mapping[str, Array]) -> None:
+def check_tasks(manifest: Manifest, tasks: Sequence[object], inputs: Mapping[str, Array]) -> None:
     """Refuse a list of tasks that does not name one task per row.
 
     Raises:
@@ -51,12 +51,11 @@ def check_tasks(manifest: Manifest, tasks: Sequence[str], inputs: Mapping[str, A
             got=f"the string {tasks!r}",
             fix=f"Use task={tasks!r} for one task over the whole batch.",
         )
-    port = batched(manifest, manifest.inputs)[0]
-    rows = inputs[port.name].shape[0]
-    if len(tasks) != rows:
+    count = rows(manifest, inputs)
+    if len(tasks) != count:
         raise InputError(
-            f"run bundle {manifest.name!r}, input {port.name!r}",
-            expected=f"one task per row, {rows} for its {rows} rows",
+            f"run bundle {manifest.name!r}, input {batched(manifest, manifest.inputs)[0].name!r}",
+            expected=f"one task per row, {count} for its {count} rows",
             got=f"{len(tasks)} tasks",
         )
 
@@ -78,6 +77,25 @@ def cut(port: Port, array: Array, size: int) -> Array:
     if port.varies is None or array.shape[port.varies.axis] == size:
         return array
     return array.take(range(size), axis=port.varies.axis)
+
+
+def as_rows(port: Port, array: Array) -> Array | list[Array]:
+    """An output as a batch of rows with tasks of their own has it: a list where its size varies per task."""
+    return array if port.varies is None else list(array)
+
+
+def cut_rows(port: Port, array: Array, sizes: Sequence[int]) -> Array | list[Array]:
+    """Each row of an output cut to its own size, as `as_rows`."""
+    if port.varies is None:
+        return array
+    # Axis 0 is the batch; a row on its own has one axis less.
+    axis = port.varies.axis - 1
+    return [row.take(range(size), axis=axis) for row, size in zip(array, sizes, strict=True)]
+
+
+def rows(manifest: Manifest, inputs: Mapping[str, Array]) -> int:
+    """How many rows a batch has."""
+    return len(inputs[batched(manifest, manifest.inputs)[0].name])
 
 
 def _check_port(manifest: Manifest, port: Port, array: Array, sizes: dict[str, tuple[int, str]]) -> None:

@@ -4,195 +4,295 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-from collections.abc import Mapping, Sequence
-from typing import overload
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self, overload
 
-import numpy as np
-
+from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, Bundle, check_task
 from tpeft_deploy.errors import InputError, ProviderUnavailable, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
-from tpeft_deploy.runtime.bank import Bank, Resident, build, make_resident
+from tpeft_deploy.runtime.bank import Layout
+from tpeft_deploy.runtime.catalogue import Catalogue, Task
+from tpeft_deploy.runtime.engine import Engine, Outputs
+from tpeft_deploy.runtime.folds import Folds
 from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, choose
 from tpeft_deploy.runtime.session import Session
+from tpeft_deploy.runtime.tiers import Tiers
+from tpeft_deploy.runtime.versions import Content, Tier, Version
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Runtime"]
 
+GIB = 2**30
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 
 class Runtime:
     """Serves the tasks of a bundle; safe to call from several threads.
 
-    Every digest is checked before anything is served.  All tasks of the bundle are resident from the start.
+    Every digest is checked before anything is served.
 
     Args:
         bundle: a bundle's directory.
         provider: "cuda", "cpu", or "auto": CUDA where it works, else the CPU; `provider` and `provider_reason` say
             which and why.
-        threads: intra-op threads of the session; by default one per core.
+        threads: intra-op threads of each session; by default one per core.
+        device_bytes: what adapters may take on the device.  The least recently used give way; pinned ones stay.
+            While the bank grows, the old one lives until its runs are done.
+        host_bytes: what copies of adapters may take in host memory, so that those that had to leave the device
+            return without being read again; by default 1 GiB on CUDA, none on the CPU.
+        preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
+            first asked for.
 
     Raises:
         BundleError: the directory is not a bundle, or something in it was altered.
         ProviderUnavailable: CUDA was asked for by name and cannot be used.
     """
 
-    def __init__(self, bundle: str | os.PathLike[str], *, provider: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        *,
+        provider: str = "auto",
+        threads: int | None = None,
+        device_bytes: int = GIB,
+        host_bytes: int | None = None,
+        preload: bool = True,
+    ) -> None:
         choice = choose(provider)
         self.provider = choice.device
         self.provider_reason = choice.reason
         self._bundle = Bundle.open(bundle)
+        self._manifest = self._bundle.manifest
         self._bundle.check_file("weights.data")
-        residents = {BASE_TASK: make_resident(self._bundle, None, None)}
-        for task, digest in self._bundle.tasks.items():
-            residents[task] = make_resident(self._bundle, self._bundle.adapter(task), digest)
-        self._changes = threading.Lock()
-        self._bank = build(self._bundle, residents, choice.device)
-        self._session = self._open(choice, threads)
+        half = self._half(choice)
+        self._tiers = Tiers(
+            Layout.of(self._bundle),
+            self._lay_out,
+            choice.device,
+            device_bytes=device_bytes,
+            host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
+        )
+        self._catalogue = Catalogue(self._bundle, self._retire)
+        self._folds = Folds(self._bundle, choice, threads, half, self._banked_answer)
+        session = self._open(choice, threads, half)
+        self._engine = Engine(self._manifest, session, self._tiers, self._folds, self._bundle.sizes(None))
+        self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
+        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="tpeft-load")
+        if preload:
+            self._preload()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def name(self) -> str:
         """The bundle's name."""
-        return self._bundle.manifest.name
+        return self._manifest.name
 
     @property
     def tasks(self) -> list[str]:
         """The tasks that can be run, without `base`."""
-        return sorted(set(self._bank.residents) - {BASE_TASK})
+        return self._catalogue.tasks
+
+    def residency(self) -> dict[str, Tier]:
+        """Where each task is: "disk", "host", "device" (a row of the bank), or "folded" (a session of its own)."""
+        found: dict[str, Tier] = {}
+        for task in self.tasks:
+            version = self._catalogue.find(task)
+            if version is not None:
+                found[task] = "folded" if self._folds.has(version) else self._tiers.tier(version)
+        return found
+
+    def usage(self) -> dict[str, int]:
+        """Bytes that adapters take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`."""
+        return self._tiers.usage() | {"folded_bytes": self._folds.nbytes}
 
     @overload
-    def run(self, inputs: Mapping[str, object], task: str = BASE_TASK) -> dict[str, Array]: ...
+    def run(self, inputs: Mapping[str, object], task: Task = BASE_TASK) -> dict[str, Array]: ...
 
     @overload
-    def run(self, inputs: Mapping[str, object], *, tasks: Sequence[str]) -> dict[str, Array | list[Array]]: ...
+    def run(self, inputs: Mapping[str, object], *, tasks: Sequence[Task]) -> Outputs: ...
 
     def run(
-        self, inputs: Mapping[str, object], task: str | None = None, *, tasks: Sequence[str] | None = None
-    ) -> dict[str, Array] | dict[str, Array | list[Array]]:
+        self, inputs: Mapping[str, object], task: Task | None = None, *, tasks: Sequence[Task] | None = None
+    ) -> dict[str, Array] | Outputs:
         """Run a batch.
 
         Args:
             inputs: input name -> array; the first axis is the batch.
-            task: one task for all rows; the base when neither `task` nor `tasks` is given.
-            tasks: one task per row; `base` is a task too.
+            task: one task for all rows, or a weighted set of tasks, {"style": 0.7, "domain": 1.0}; the base when
+                neither `task` nor `tasks` is given.
+            tasks: one task (or set) per row; `base` is a task too.
 
         Returns:
             Output name -> array.  With `tasks`, an output whose size varies per task is a list of arrays, one a
             row, each with its own task's size.
 
         Raises:
-            UnknownTask: a task is not resident; the message names its row.
+            UnknownTask: there is no such task; the message names its row.
             InputError: an input does not fit the model, or tasks do not fit the rows; nothing has run.
+            CompositionError: a set has no exact sum.
+            AdapterError, BundleError: a task that was not resident cannot be read.
+            CapacityError: a task does not fit into the budget beside those that are pinned.
         """
-        bank = self._bank  # one snapshot for the whole call: a load or unload meanwhile does not touch it
-        arrays = requests.check_inputs(self._bundle.manifest, inputs)
+        arrays = requests.check_inputs(self._manifest, inputs)
         if tasks is None:
-            return self._run_one(bank, arrays, BASE_TASK if task is None else task)
+            return self._engine.run_one(arrays, self._catalogue.find(BASE_TASK if task is None else task))
         if task is not None:
             raise InputError("run a batch", expected="task or tasks", got="both")
-        requests.check_tasks(self._bundle.manifest, tasks, arrays)
-        index = np.array([self._row(bank, name, row) for row, name in enumerate(tasks)], np.int64)
-        if self._bundle.manifest.rows == "group":
-            return self._run_groups(bank, arrays, tasks)
-        outputs = self._session.run(bank, arrays, index)
-        return self._split(bank, outputs, tasks)
+        requests.check_tasks(self._manifest, tasks, arrays)
+        # Found before anything runs, so that a load or unload meanwhile does not touch this call.
+        versions = [self._catalogue.find(own, doing=f"run task {own!r} for row {row}") for row, own in enumerate(tasks)]
+        return self._engine.run_rows(arrays, versions)
 
-    def load(self, task: str, adapter: str | os.PathLike[str] | Adapter) -> None:
-        """Make an adapter resident, in place of an earlier one of that name; the bundle on disk stays as it is.
+    def load(self, task: str, adapter: str | os.PathLike[str] | Adapter | None = None) -> None:
+        """Serve an adapter, in place of an earlier one of that name; the bundle on disk stays as it is.
+
+        It is read, checked and on the device when this returns.  Runs in flight finish on the earlier one.
 
         Args:
             task: the name to serve it under.
-            adapter: what `load_adapter` takes, or an adapter.
+            adapter: what `load_adapter` takes, or an adapter, which is copied; None: what the bundle now has on disk
+                under that name.
 
         Raises:
             AdapterError: it cannot be read or does not fit; the old one goes on being served.
             BundleError: the name is not allowed.
+            CapacityError: it does not fit into the budget.
         """
         check_task(task, self.name)
-        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._bundle.base_view)
-        resident = make_resident(self._bundle, loaded, None)
-        with self._changes:
-            self._replace({**self._bank.residents, task: resident})
+        if adapter is None:
+            version = self._catalogue.stored(task)
+        else:
+            loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._bundle.base_view)
+            version = self._catalogue.held(task, loaded)
+        with self._tiers.using([version]):
+            if task in self._pinned:
+                self._keep(version, folded=self._pinned[task])
+            self._catalogue.put(task, version)
 
     def unload(self, task: str) -> None:
         """Stop serving a task; runs in flight finish on it.
 
         Raises:
-            UnknownTask: it is not resident, or it is the base.
+            UnknownTask: there is no such task, or it is the base.
         """
-        with self._changes:
-            residents = dict(self._bank.residents)
-            if task == BASE_TASK or task not in residents:
-                raise UnknownTask(f"unload task {task!r}", expected=f"one of {', '.join(self.tasks)}", got=repr(task))
-            del residents[task]
-            self._replace(residents)
+        self._catalogue.remove(task)
+        self._pinned.pop(task, None)
 
-    def _open(self, choice: Choice, threads: int | None) -> Session:
-        manifest = self._bundle.manifest
-        dtypes = {weight.dtype for weight in manifest.weights.values()}
+    def pin(self, task: str, *, folded: bool = False) -> None:
+        """Keep a task resident until `unpin`, whoever else needs room.
+
+        Args:
+            task: which.
+            folded: also fold it into a session of its own, which costs what the base costs and holds weights of its
+                own.  Made in the background; runs go on from the bank and change over when it is ready, which is when
+                this returns.
+
+        Raises:
+            UnknownTask: there is no such task, or it is the base.
+            CapacityError: it does not fit into the budget beside those that are pinned.
+            AdapterError, RunError: it cannot be folded; it stays pinned on the bank.
+        """
+        version = self._version(task, "pin")
+        with self._tiers.using([version]):
+            self._keep(version, folded=folded)
+        self._pinned[task] = folded
+
+    def unpin(self, task: str) -> None:
+        """Let a task leave the device again when others need room, and its own session at once.
+
+        Raises:
+            UnknownTask: there is no such task, or it is the base.
+        """
+        version = self._version(task, "unpin")
+        self._tiers.pin(version, False)
+        self._pinned.pop(task, None)
+        self._folds.drop(version)
+
+    def prefetch(self, tasks: Iterable[Task]) -> Future[None]:
+        """Begin to bring tasks to the device in the background.
+
+        Returns:
+            Done once they are there; its exception says which could not be brought.
+
+        Raises:
+            UnknownTask: there is no such task.
+        """
+        versions = [self._catalogue.find(task, doing=f"prefetch task {task!r}") for task in tasks]
+        return self._loaders.submit(self._bring, [version for version in versions if version is not None])
+
+    def close(self) -> None:
+        """Let go of sessions and threads, once the runs in flight are done."""
+        self._loaders.shutdown()
+        self._folds.close()
+
+    def _bring(self, versions: Sequence[Version]) -> None:
+        for version in versions:
+            with self._tiers.using([version]):
+                pass
+
+    def _preload(self) -> None:
+        for task in self.tasks:
+            if self._tiers.full:
+                _log.info("%d of %d tasks fit on the device at once", self.usage()["rows_taken"], len(self.tasks))
+                return
+            self._bring([self._version(task, "load")])
+
+    def _version(self, task: str, verb: str) -> Version:
+        version = self._catalogue.find(task, doing=f"{verb} task {task!r}")
+        if version is None:
+            raise UnknownTask(f"{verb} task {task!r}", expected="a task with an adapter", got="the base, always there")
+        return version
+
+    def _keep(self, version: Version, *, folded: bool) -> None:
+        self._tiers.pin(version, True)
+        if folded:
+            self._folds.begin(version).result()
+
+    def _retire(self, version: Version) -> None:
+        self._folds.drop(version)
+        self._tiers.retire(version)
+
+    def _lay_out(self, adapter: Adapter) -> Content:
+        rows = fitting.named(self._manifest, self._bundle.fill(adapter))
+        return Content(rows, self._bundle.sizes(adapter))
+
+    def _banked_answer(self, inputs: Mapping[str, Array], version: Version | None) -> dict[str, Array]:
+        return self._engine.run_banked(inputs, version)
+
+    def _half(self, choice: Choice) -> bool:
+        """Whether the model computes in 16 bits.
+
+        Raises:
+            ProviderUnavailable: in a format that the device does not have.
+        """
+        dtypes = {weight.dtype for weight in self._manifest.weights.values()}
         if choice.device == "cpu" and "bfloat16" in dtypes:
             raise ProviderUnavailable(
-                f"open bundle {manifest.name!r}, whose weights are bfloat16, on the CPU",
+                f"open bundle {self.name!r}, whose weights are bfloat16, on the CPU",
                 expected="CUDA: ONNX Runtime's CPU cannot compute in bfloat16",
                 got=self.provider_reason,
                 fix="Export the module with .float() or .half() for the CPU.",
             )
-        half = "float16" in dtypes
-        if choice.device == "cpu" and BANKED_CPU in manifest.files:
+        return "float16" in dtypes
+
+    def _open(self, choice: Choice, threads: int | None, half: bool) -> Session:
+        if choice.device == "cpu" and BANKED_CPU in self._manifest.files:
             try:
                 return Session(self._bundle.check_file(BANKED_CPU), choice, threads=threads, half=half)
             except ORT_ERRORS as error:
                 # Internal operators of ONNX Runtime, which a build of it may lack; the portable graph says the same.
                 self.provider_reason += f"; {BANKED_CPU} not used ({str(error).splitlines()[0][:160]})"
-                _log.warning("bundle %r: %s", manifest.name, self.provider_reason)
+                _log.warning("bundle %r: %s", self.name, self.provider_reason)
         return Session(self._bundle.check_file("banked.onnx"), choice, threads=threads, half=half)
-
-    def _replace(self, residents: Mapping[str, Resident]) -> None:
-        self._bank = build(self._bundle, residents, self.provider)
-
-    def _row(self, bank: Bank, task: str, row: int) -> int:
-        try:
-            return bank.row(task)
-        except UnknownTask as error:
-            error.doing = f"run task {task!r} for row {row}"
-            raise
-
-    def _run_one(self, bank: Bank, arrays: Mapping[str, Array], task: str) -> dict[str, Array]:
-        outputs = self._session.run(bank, arrays, np.array([bank.row(task)]))
-        sizes = bank.residents[task].sizes
-        ports = self._bundle.manifest.outputs
-        return {port.name: requests.cut(port, outputs[port.name], sizes.get(port.name, 0)) for port in ports}
-
-    def _run_groups(
-        self, bank: Bank, arrays: Mapping[str, Array], tasks: Sequence[str]
-    ) -> dict[str, Array | list[Array]]:
-        """One run per task, for models that cannot serve rows of different adapters in one."""
-        manifest = self._bundle.manifest
-        rows: dict[str, list[Array | None]] = {port.name: [None] * len(tasks) for port in manifest.outputs}
-        for task in dict.fromkeys(tasks):
-            chosen = np.flatnonzero([name == task for name in tasks])
-            outputs = self._run_one(bank, requests.take_rows(manifest, arrays, chosen), task)
-            for name, array in outputs.items():
-                for place, own in zip(chosen, array, strict=True):
-                    rows[name][place] = own
-        return {
-            port.name: list(rows[port.name]) if port.varies else np.stack(rows[port.name])  # type: ignore[arg-type]
-            for port in manifest.outputs
-        }
-
-    def _split(self, bank: Bank, outputs: Mapping[str, Array], tasks: Sequence[str]) -> dict[str, Array | list[Array]]:
-        split: dict[str, Array | list[Array]] = {}
-        for port in self._bundle.manifest.outputs:
-            array = outputs[port.name]
-            if port.varies is None:
-                split[port.name] = array
-                continue
-            sizes = [bank.residents[task].sizes[port.name] for task in tasks]
-            # Axis 0 is the batch; a row on its own has one axis less.
-            row_axis = port.varies.axis - 1
-            split[port.name] = [own.take(range(size), axis=row_axis) for own, size in zip(array, sizes, strict=True)]
-        return split

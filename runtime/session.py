@@ -31,13 +31,20 @@ class Session:
         self._device = choice.device
         self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def run(self, bank: Bank, inputs: Mapping[str, Array], index: Array) -> dict[str, Array]:
+    def run(
+        self,
+        bank: Bank,
+        inputs: Mapping[str, Array],
+        index: Array,
+        options: onnxruntime.RunOptions | None = None,
+    ) -> dict[str, Array]:
         """Run rows of a batch on rows of a bank.
 
         Args:
             bank: what to serve from; safe to use from several threads.
             inputs: contiguous arrays by input name.
             index: int64 (1,) or (batch,): the bank row of the batch, or of each of its rows.
+            options: of this run; setting its `terminate` stops it.
 
         Returns:
             Output name -> array of its own.
@@ -54,7 +61,7 @@ class Session:
         binding.clear_binding_outputs()  # else the last run's buffers would be written again, at their old shapes
         for name in self._outputs:
             binding.bind_output(name, self._device)
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, options)
         outputs = dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
         bank.bindings.append(binding)
         return outputs

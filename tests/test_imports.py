@@ -61,6 +61,7 @@ ALLOWED = {
     "tucker": {"errors"},
     "algebra": {"tucker", "errors"},
     "adapter": {"tucker", "errors"},
+    "composition": {"adapter", "algebra", "errors", "tucker"},
     "slots": {"errors", "tucker"},
     "manifest": {"slots", "errors"},
     "formats": {"adapter", "algebra", "tucker", "errors", "files"},
@@ -71,7 +72,7 @@ ALLOWED = {
         *{"adapter", "bundle", "errors", "files", "fitting", "formats"},
         *{"manifest", "page", "progress", "slots", "tucker"},
     },
-    "runtime": {"adapter", "bundle", "errors", "fitting", "formats", "manifest", "slots", "tucker"},
+    "runtime": {"adapter", "bundle", "composition", "errors", "fitting", "formats", "manifest", "slots", "tucker"},
 }
 
 

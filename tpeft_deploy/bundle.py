@@ -117,7 +117,7 @@ class Bundle:
             UnknownTask: the bundle has no such task.
             IntegrityError: a file is missing or differs from its digest.
         """
-        return self._read(task, self.digest(task))
+        return self.version(task, self.digest(task))
 
     def digest(self, task: str) -> str:
         """The digest that a task stands for.
@@ -260,7 +260,12 @@ class Bundle:
         }
         (place / "adapter.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
-    def _read(self, task: str, digest: str) -> Adapter:
+    def version(self, task: str, digest: str) -> Adapter:
+        """Read an adapter that a task stands for or stood for.
+
+        Raises:
+            IntegrityError: a file is missing or differs from its digest.
+        """
         place = self.path / "adapters" / task / digest
         doing = f"open task {task!r} of bundle {self.path}"
         try:
@@ -288,7 +293,7 @@ class Bundle:
 
     def _intact(self, task: str, digest: str) -> bool:
         try:
-            self._read(task, digest)
+            self.version(task, digest)
         except IntegrityError:
             return False
         return True

@@ -38,6 +38,7 @@ SCHEMA = 1
 Rows = Literal["each", "group"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_FREE = re.compile(r"[A-Za-z_]\w*")  # a name in a size, which may be a sum: past + sequence
 
 
 def is_name(name: str) -> bool:
@@ -70,12 +71,22 @@ class Varies:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of the model; a size that is a string is free, and equal wherever it has the same name."""
+    """An input or output of the model; a size that is a string is free, and equal wherever it has the same name.
+
+    Args:
+        name: of the input or output.
+        dtype: as numpy names it.
+        shape: the sizes of its axes.
+        varies: for an output with an axis of a task's own size.
+        pad: for an input, what a free axis other than the batch may be filled up with at its end, or None: rows of
+            other lengths cannot share a run.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
     varies: Varies | None = None
+    pad: int | float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,24 @@ class Manifest:
         """Name of the free size that stands for the batch: the first axis of the first input that has one."""
         firsts = [port.shape[0] for port in self.inputs if port.shape]
         return next((size for size in firsts if isinstance(size, str)), None)
+
+    @property
+    def paddable(self) -> frozenset[str]:
+        """Names of the free sizes along which rows of other lengths may be filled up to one, never the batch.
+
+        Every input that has such a size says with what (`Port.pad`), and has it as it is: the end of `past + sequence`
+        is not that of `past`.  An output is cut back along those of its sizes that are among the names.
+        """
+        found, others = set[str](), {self.batch_axis}
+        for port in self.inputs:
+            for size in port.shape:
+                if not isinstance(size, str):
+                    continue
+                if port.pad is not None and _FREE.fullmatch(size):
+                    found.add(size)
+                else:
+                    others |= {size, *_FREE.findall(size)}
+        return frozenset(found - others)
 
     def canonical(self, name: str) -> str:
         """The name under which a weight is stored; tied weights have several names."""
@@ -227,4 +256,4 @@ def _target(entry: Mapping[str, Any]) -> Target:
 
 def _port(entry: Mapping[str, Any]) -> Port:
     varies = Varies(**entry["varies"]) if entry["varies"] is not None else None
-    return Port(entry["name"], entry["dtype"], tuple(entry["shape"]), varies)
+    return Port(entry["name"], entry["dtype"], tuple(entry["shape"]), varies, entry.get("pad"))

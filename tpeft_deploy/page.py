@@ -14,6 +14,7 @@ FORM_COLOURS = {
     "banked": "#059669",
     "banked.cpu": "#166534",
     "mixed rows": "#d97706",
+    "padded": "#db2777",
 }
 
 _STYLE = """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from tests import nets
@@ -135,6 +136,27 @@ def test_help_and_wrong_usage() -> None:
     assert "exclude" in fail("run", "b", "--input", "i", "--output", "o", "--task", "a", "--tasks", "a,b", code=2)
     assert "twice" in fail("export", "bundle", BASE, "--out", "b", "--adapter", "a=x", "--adapter", "a=y", code=2)
     assert fail("no-such-command", code=2)
+
+
+def per_pixel() -> tuple[torch.nn.Module, dict[str, torch.Tensor], dict[str, object]]:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 1), torch.nn.ReLU(), torch.nn.Conv1d(4, 2, 1))
+    return module.eval(), {"input": torch.randn(2, 3, 6)}, {"input": {0: "batch", 2: "time"}}
+
+
+def test_inputs_that_may_be_padded(tmp_path: Path) -> None:
+    export = ("export", "bundle", "tests.cli.test_commands:per_pixel", "--out", tmp_path / "b")
+    assert "twice" in fail(*export, "--pad", "input=0", "--pad", "input=1", code=2)
+    for wrong in ("input", "input=zero", "=1"):
+        assert "--pad" in fail(*export, "--pad", wrong, code=2)
+    for rest in ([], ["--dry-run"]):
+        assert "pad input 'x' of base per_pixel: expected one of input" in fail(*export, "--pad", "x=0", *rest)
+    document = json.loads(succeed(*export, "--pad", "input=-1.5", "--json"))
+    assert "padded" in {check["form"] for check in document["gate"]}
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert manifest.inputs[0].pad == -1.5
+    assert manifest.paddable == {"time"}
+    assert "padded" in succeed("verify", tmp_path / "b")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -13,7 +13,18 @@ import click
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.progress import Progress, Stage, silent
 
-__all__ = ["Group", "Renaming", "TaskAdapter", "Tool", "emit", "json_option", "note", "provider_option", "stages"]
+__all__ = [
+    "Filling",
+    "Group",
+    "Renaming",
+    "TaskAdapter",
+    "Tool",
+    "emit",
+    "json_option",
+    "note",
+    "provider_option",
+    "stages",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -105,6 +116,22 @@ class Renaming(click.ParamType[tuple[str, str]]):
         if isinstance(value, tuple):
             return value
         return _pair(self, str(value), "output=logits", param, ctx)
+
+
+class Filling(click.ParamType[tuple[str, int | float]]):
+    """NAME=VALUE."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int | float]:
+        """Split at the first '='; a number without point or exponent is an integer."""
+        if isinstance(value, tuple):
+            return value
+        name, text = _pair(self, str(value), "attention_mask=0", param, ctx)
+        try:
+            return name, float(text) if set(text.lower()) & set(".einf") else int(text)
+        except ValueError:
+            self.fail(f"{text!r} in {value!r} is not a number.", param, ctx)
 
 
 def _pair(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tpeft_deploy.cli.bases import inputs_option, read_inputs, rename_option, scale_option, weights_option
-from tpeft_deploy.cli.console import Group, TaskAdapter, emit, json_option, stages
+from tpeft_deploy.cli.console import Filling, Group, TaskAdapter, emit, json_option, stages
 from tpeft_deploy.progress import Stage
 
 __all__ = ["export"]
@@ -88,6 +88,13 @@ def folded(
 )
 @click.option("--max-rank", type=click.IntRange(min=1), help="Refuse adapters of a larger rank, now and later.")
 @click.option("--name", help="The bundle's name; by default the directory's.")
+@click.option(
+    "--pad",
+    "padding",
+    type=Filling(),
+    multiple=True,
+    help="What input NAME may be filled up with, so that requests of other lengths share a run; proved; repeatable.",
+)
 @click.option("--folded", "with_folded", is_flag=True, help="Also write folded/TASK.onnx for every adapter.")
 @weights_option
 @inputs_option
@@ -100,6 +107,7 @@ def bundle(
     adapters: Sequence[tuple[str, Path]],
     max_rank: int | None,
     name: str | None,
+    padding: Sequence[tuple[str, int | float]],
     with_folded: bool,
     weights: Path | None,
     inputs: Path | None,
@@ -113,9 +121,9 @@ def bundle(
     from tpeft_deploy.exporters.planning import plan_bundle
     from tpeft_deploy.formats import load_adapter
 
-    repeated = {task for task, _ in adapters if sum(task == other for other, _ in adapters) > 1}
-    if repeated:
-        raise click.UsageError(f"--adapter names task {min(repeated)!r} twice.")
+    _refuse_twice("--adapter names task", [task for task, _ in adapters])
+    _refuse_twice("--pad names input", [name for name, _ in padding])
+    pads = dict(padding) or None
     place = None if dry_run else _place(out)
     with stages() as begin:
         begin("load the base")
@@ -126,10 +134,17 @@ def bundle(
             loaded[task] = load_adapter(path, base=opened.view)
         if place is None:
             own = name or (out.resolve().name if out is not None else "bundle")
-            plan = plan_bundle(opened, loaded, name=own, max_rank=max_rank, progress=begin).to_json()
+            plan = plan_bundle(opened, loaded, name=own, max_rank=max_rank, padding=pads, progress=begin).to_json()
         else:
             written = export_bundle(
-                opened, loaded, place, name=name, max_rank=max_rank, folded=with_folded, progress=begin
+                opened,
+                loaded,
+                place,
+                name=name,
+                max_rank=max_rank,
+                padding=pads,
+                folded=with_folded,
+                progress=begin,
             )
     if place is None:
         _show_plan(plan, as_json)
@@ -143,6 +158,12 @@ def bundle(
         "gate": list(manifest.gate),
     }
     emit(document, key="gate", columns=_COLUMNS, as_json=as_json)
+
+
+def _refuse_twice(what: str, names: Sequence[str]) -> None:
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise click.UsageError(f"{what} {min(repeated)!r} twice.")
 
 
 def _place(out: Path | None) -> Path:

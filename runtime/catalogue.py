@@ -1,0 +1,153 @@
+"""Which version each task stands for, and each weighted set of tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle import BASE_TASK, Bundle
+from tpeft_deploy.composition import compose
+from tpeft_deploy.errors import CompositionError, UnknownTask
+from tpeft_deploy.formats import canonical
+from tpeft_deploy.runtime.versions import Version
+
+__all__ = ["Catalogue", "Task"]
+
+Task = str | Mapping[str, float]
+
+_SETS = 1024  # weighted sets that are remembered
+
+
+class Catalogue:
+    """Task -> version, swapped atomically; safe to use from several threads.
+
+    Args:
+        bundle: its tasks are known from the start, and nothing of them is read yet.
+        retire: called with every version that nothing stands for any more.
+    """
+
+    def __init__(self, bundle: Bundle, retire: Callable[[Version], None]) -> None:
+        self._bundle = bundle
+        self._retire = retire
+        self._lock = threading.Lock()
+        self._versions = {task: self._stored(task, digest) for task, digest in bundle.tasks.items()}
+        self._sets: OrderedDict[tuple[tuple[Version, float], ...], Version] = OrderedDict()
+
+    @property
+    def tasks(self) -> list[str]:
+        """All tasks, sorted."""
+        return sorted(self._versions)
+
+    def find(self, task: Task, *, doing: str | None = None) -> Version | None:
+        """What a task stands for now; None for the base.
+
+        Args:
+            task: a name, or name -> strength of a weighted set.
+            doing: begins the message of errors.
+
+        Raises:
+            UnknownTask: there is no such task.
+            CompositionError: the set is empty, or names the base.
+        """
+        if isinstance(task, str):
+            return None if task == BASE_TASK else self._known(task, doing or f"run task {task!r}")
+        return self._set(task, doing or f"run the weighted set {dict(task)}")
+
+    def put(self, task: str, version: Version) -> None:
+        """Let a task stand for a version; an earlier one goes when nobody uses it."""
+        with self._lock:
+            versions = dict(self._versions)
+            old = versions.get(task)
+            versions[task] = version
+            self._versions = versions
+        self._replaced(old)
+
+    def remove(self, task: str) -> None:
+        """Forget a task.
+
+        Raises:
+            UnknownTask: there is no such task, or it is the base.
+        """
+        with self._lock:
+            versions = dict(self._versions)
+            old = versions.pop(task, None)
+            if old is None:
+                raise self._unknown(f"unload task {task!r}", task)
+            self._versions = versions
+        self._replaced(old)
+
+    def stored(self, task: str) -> Version:
+        """A new version of what the bundle on disk has under a name.
+
+        Raises:
+            UnknownTask, IntegrityError: it has none, or a damaged one.
+        """
+        return self._stored(task, self._bundle.digest(task))
+
+    def held(self, task: str, adapter: Adapter) -> Version:
+        """A new version of an adapter from outside the bundle, in a copy that nobody else can change."""
+        data = adapter.to_bytes()
+        source = f"task {task!r}, loaded from {adapter.source}"
+        own = canonical.from_bytes(data, source=source)
+        return Version(task, hashlib.sha256(data).hexdigest(), lambda: own)
+
+    def _stored(self, task: str, digest: str) -> Version:
+        return Version(task, digest, partial(self._bundle.version, task, digest))
+
+    def _known(self, task: str, doing: str) -> Version:
+        version = self._versions.get(task)
+        if version is None:
+            raise self._unknown(doing, task)
+        return version
+
+    def _set(self, strengths: Mapping[str, float], doing: str) -> Version:
+        if not strengths or BASE_TASK in strengths:
+            raise CompositionError(
+                doing,
+                expected="one task or more, each with its strength",
+                got="none" if not strengths else "the base, which changes nothing",
+                fix="Name tasks only; the base is in every answer already.",
+            )
+        parts = [(self._known(name, doing), strength) for name, strength in sorted(strengths.items())]
+        if len(parts) == 1 and parts[0][1] == 1:
+            return parts[0][0]
+        key = tuple(parts)
+        with self._lock:
+            found = self._sets.get(key)
+            if found is not None:
+                self._sets.move_to_end(key)
+                return found
+        shown = ", ".join(f"{name}: {strength:g}" for name, strength in sorted(strengths.items()))
+        digest = hashlib.sha256(repr([(v.digest, s) for v, s in parts]).encode()).hexdigest()
+        made = Version(f"{{{shown}}}", digest, lambda: compose({v.name: (v.read(), s) for v, s in parts}))
+        old = []
+        with self._lock:
+            found = self._sets.setdefault(key, made)
+            while len(self._sets) > _SETS:
+                old.append(self._sets.popitem(last=False)[1])
+        for version in old:
+            self._retire(version)
+        return found
+
+    def _replaced(self, old: Version | None) -> None:
+        if old is None:
+            return
+        with self._lock:
+            stale = [key for key in self._sets if any(part is old for part, _ in key)]
+            gone = [self._sets.pop(key) for key in stale]
+        for version in [old, *gone]:
+            self._retire(version)
+
+    def _unknown(self, doing: str, task: str) -> UnknownTask:
+        known = [BASE_TASK, *self.tasks]
+        shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+        return UnknownTask(
+            doing,
+            expected=f"one of {shown}",
+            got=repr(task),
+            fix="Load it with Runtime.load, or add it to the bundle with 'tpeft-deploy adapter add'.",
+        )

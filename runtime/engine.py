@@ -1,0 +1,163 @@
+"""Running rows on versions: on a session of their own where there is one, else together on the bank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import onnxruntime
+
+from tpeft_deploy.errors import CapacityError
+from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.runtime import requests
+from tpeft_deploy.runtime.bank import Bank
+from tpeft_deploy.runtime.tiers import Tiers
+from tpeft_deploy.runtime.versions import Version
+from tpeft_deploy.tucker import Array
+
+__all__ = ["Engine", "Outputs"]
+
+Outputs = dict[str, Array | list[Array]]
+
+
+class Banked(Protocol):
+    """A session of the banked graph."""
+
+    def run(
+        self,
+        bank: Bank,
+        inputs: Mapping[str, Array],
+        index: Array,
+        options: onnxruntime.RunOptions | None = None,
+    ) -> dict[str, Array]:
+        """Run rows of a batch on rows of a bank."""
+        ...
+
+
+class Whole(Protocol):
+    """A session whose weights are one version's."""
+
+    def run(self, inputs: Mapping[str, Array], options: onnxruntime.RunOptions | None = None) -> dict[str, Array]:
+        """Run a batch."""
+        ...
+
+
+class Sessions(Protocol):
+    """Who has a session of its own; None is the base."""
+
+    def find(self, version: Version | None, rows: int) -> Whole | None:
+        """The session for this many rows of a version, if it has one."""
+        ...
+
+
+class Engine:
+    """Answers batches; safe to use from several threads.
+
+    Args:
+        manifest: of the bundle.
+        banked: the session that serves all.
+        tiers: where the versions are.
+        own: the sessions of the base and of hot versions.
+        sizes: output -> size of its varying axis for the base.
+    """
+
+    def __init__(
+        self, manifest: Manifest, banked: Banked, tiers: Tiers, own: Sessions, sizes: Mapping[str, int]
+    ) -> None:
+        self._manifest = manifest
+        self._banked = banked
+        self._tiers = tiers
+        self._own = own
+        self._sizes = sizes
+
+    def run_one(
+        self,
+        inputs: Mapping[str, Array],
+        version: Version | None,
+        options: onnxruntime.RunOptions | None = None,
+    ) -> dict[str, Array]:
+        """All rows on one version; None is the base.
+
+        Raises:
+            AdapterError, BundleError, CapacityError: it cannot be brought to the device.
+        """
+        whole = self._own.find(version, requests.rows(self._manifest, inputs))
+        return whole.run(inputs, options) if whole is not None else self.run_banked(inputs, version, options)
+
+    def run_banked(
+        self,
+        inputs: Mapping[str, Array],
+        version: Version | None,
+        options: onnxruntime.RunOptions | None = None,
+    ) -> dict[str, Array]:
+        """As `run_one`, on the bank even where there is a session of its own."""
+        with self._tiers.using([] if version is None else [version]):
+            bank, rows = self._tiers.rows([version])
+            outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
+            sizes = self._sizes if version is None else version.sizes
+        ports = self._manifest.outputs
+        return {port.name: requests.cut(port, outputs[port.name], sizes.get(port.name, 0)) for port in ports}
+
+    def run_rows(
+        self,
+        inputs: Mapping[str, Array],
+        versions: Sequence[Version | None],
+        options: onnxruntime.RunOptions | None = None,
+    ) -> Outputs:
+        """Each row on its own version; None is the base.
+
+        Returns:
+            Output name -> array, or a list with one array a row where the output's size varies per task.
+
+        Raises:
+            AdapterError, BundleError, CapacityError: one of them cannot be brought to the device.
+        """
+        distinct = list(dict.fromkeys(versions))
+        if len(distinct) == 1:
+            outputs = self.run_one(inputs, distinct[0], options)
+            return {port.name: requests.as_rows(port, outputs[port.name]) for port in self._manifest.outputs}
+        if self._manifest.rows == "group":
+            return self._in_parts(inputs, versions, [[version] for version in distinct], options)
+        try:
+            return self._mixed(inputs, versions, options)
+        except CapacityError:
+            # Fewer at a time may fit; one that does not fit alone raises again.
+            half = (len(distinct) + 1) // 2
+            return self._in_parts(inputs, versions, [distinct[:half], distinct[half:]], options)
+
+    def _mixed(
+        self,
+        inputs: Mapping[str, Array],
+        versions: Sequence[Version | None],
+        options: onnxruntime.RunOptions | None,
+    ) -> Outputs:
+        with self._tiers.using(version for version in versions if version is not None):
+            bank, rows = self._tiers.rows(versions)
+            outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
+            sizes = [self._sizes if version is None else version.sizes for version in versions]
+        return {
+            port.name: requests.cut_rows(port, outputs[port.name], [own.get(port.name, 0) for own in sizes])
+            for port in self._manifest.outputs
+        }
+
+    def _in_parts(
+        self,
+        inputs: Mapping[str, Array],
+        versions: Sequence[Version | None],
+        parts: Sequence[Sequence[Version | None]],
+        options: onnxruntime.RunOptions | None,
+    ) -> Outputs:
+        """One run for each part of the versions, and the rows put back into their order."""
+        rows: dict[str, list[Array | None]] = {port.name: [None] * len(versions) for port in self._manifest.outputs}
+        for part in parts:
+            chosen = np.flatnonzero([version in part for version in versions])
+            own = requests.take_rows(self._manifest, inputs, chosen)
+            outputs = self.run_rows(own, [version for version in versions if version in part], options)
+            for name, array in outputs.items():
+                for place, row in zip(chosen, array, strict=True):
+                    rows[name][place] = row
+        return {
+            port.name: list(rows[port.name]) if port.varies else np.stack(rows[port.name])  # type: ignore[arg-type]
+            for port in self._manifest.outputs
+        }

@@ -1,0 +1,227 @@
+"""Folded sessions: W + dW in place of base.onnx's own weights, so that a hot task costs what the base costs.
+
+Folding needs no onnx package: ONNX Runtime takes other values for external initializers when a session is made, before
+it optimises the graph.  (Values given by `add_initializer` come too late: a weight behind a Transpose was folded away
+by then, and the base would answer.)  Every fold starts from the bytes of weights.data, never from another fold.
+
+One folded session holds the changed weights, and what ONNX Runtime packs of all weights: see `cost`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import numpy as np
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle import EXAMPLE, Bundle
+from tpeft_deploy.errors import AdapterError, IntegrityError, RunError, ShapeError, UnknownTarget
+from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.runtime.plain import Plain
+from tpeft_deploy.runtime.providers import Choice
+from tpeft_deploy.tucker import Array
+
+__all__ = ["agree", "cost", "example", "fold", "limit_of", "prove", "to_bfloat16", "weights"]
+
+BASE = "base.onnx"
+_LIMITS = {"bfloat16": 1.6e-2, "float16": 2e-3}  # what an export is held to; see the exporters' gate
+_LIMIT = 1e-5
+_T = TypeVar("_T")
+
+
+def weights(bundle: Bundle, adapter: Adapter) -> dict[str, Array]:
+    """The tensors that an adapter puts in place of the base's.
+
+    Args:
+        bundle: holds the base.
+        adapter: for it; it need not be one of the bundle's.
+
+    Returns:
+        Canonical weight name -> gain * (W + dW), computed in float64 and cast to the weight's dtype, or the override;
+        bfloat16 as its bits, in uint16.
+
+    Raises:
+        UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit the bundle.
+        AdapterError: it changes a weight that the graphs hold quantised, or a result is more than the dtype holds.
+    """
+    return dict(_merged(bundle, _checked(bundle, adapter)))
+
+
+def fold(
+    bundle: Bundle, adapter: Adapter, choice: Choice, *, threads: int | None = None, half: bool | None = None
+) -> Plain:
+    """A session of the base with an adapter merged into its weights.
+
+    Args:
+        bundle: its base.onnx and weights.data, whose digests the caller has checked.
+        adapter: for it.
+        choice: the device, from `providers.choose`.
+        threads: intra-op threads; by default one per core.
+        half: whether the model computes in 16 bits; by default, by the dtypes of the base's weights.
+
+    Raises:
+        AdapterError: as `weights`.
+        ProviderUnavailable: as `Plain`.
+    """
+    if half is None:
+        half = any(weight.dtype == "float16" for weight in bundle.manifest.weights.values())
+    return Plain(bundle.path / BASE, choice, threads=threads, half=half, initializers=weights(bundle, adapter))
+
+
+def cost(bundle: Bundle, adapter: Adapter) -> int:
+    """Bytes of memory, at most, that one folded session takes beside the pages of weights.data.
+
+    ONNX Runtime packs products' and convolutions' weights, each session its own; the changed ones are held unpacked
+    too, and so are all of the base's that are not mapped from the file.
+    """
+    changed = {bundle.manifest.canonical(n) for n in (*adapter.deltas, *adapter.gains, *adapter.served_overrides)}
+    whole = sum(weight.length for weight in bundle.manifest.weights.values())
+    own = sum(weight.length for name, weight in bundle.manifest.weights.items() if name in changed)
+    return whole + own + sum(array.nbytes for array in adapter.served_overrides.values())
+
+
+def example(bundle: Bundle) -> dict[str, Array]:
+    """The example inputs that a bundle was exported with, for `prove`.
+
+    Raises:
+        IntegrityError: they cannot be read, or were altered.
+    """
+    file = bundle.check_file(EXAMPLE)
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {port.name: np.ascontiguousarray(archive[port.name]) for port in bundle.manifest.inputs}
+    except (OSError, ValueError, KeyError) as error:
+        raise IntegrityError(f"read {file}", expected="one array per input", got=str(error)) from error
+
+
+def limit_of(manifest: Manifest) -> float:
+    """How far two forms of one task may be apart: each is held to half of it against the merged model."""
+    dtypes = {weight.dtype for weight in manifest.weights.values()}
+    return 2 * max((limit for dtype, limit in _LIMITS.items() if dtype in dtypes), default=_LIMIT)
+
+
+def agree(answer: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
+    """The relative L2 error ||answer - expected|| / ||expected|| of the worst output.
+
+    Infinite where an output is missing, has another shape, or holds what is no number in one answer alone.
+    """
+    worst = 0.0 if set(answer) == set(expected) else math.inf
+    for name in set(answer) & set(expected):
+        worst = max(worst, _error(answer[name], expected[name]))
+    return worst
+
+
+def prove(
+    plain: Plain, manifest: Manifest, inputs: Mapping[str, Array], expected: Mapping[str, Array], *, task: str
+) -> float:
+    """Compare a folded session with another form's answer before it takes over.
+
+    Args:
+        plain: from `fold`.
+        manifest: of its bundle.
+        inputs: `example`, or others.
+        expected: output name -> the task's answer to `inputs`, at the task's own sizes.
+        task: for the message.
+
+    Returns:
+        The relative error.
+
+    Raises:
+        RunError: they differ by more than `limit_of` the bundle; the session must not be used.
+    """
+    error, limit = agree(plain.run(inputs), expected), limit_of(manifest)
+    if not error <= limit:
+        raise RunError(
+            f"fold task {task!r}",
+            expected=f"the answer of the banked graph, up to a relative error of {limit:g}",
+            got=f"one with {error:.2e}",
+            fix="It goes on being served from the bank; please report the model.",
+        )
+    return error
+
+
+def to_bfloat16(array: Array) -> Array:
+    """The bits of an array rounded to bfloat16, ties to even, as uint16 of its shape."""
+    bits = np.asarray(array, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    # Rounding would carry a NaN's mantissa into its exponent.
+    return np.where(np.isnan(np.asarray(array)), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def _checked(bundle: Bundle, adapter: Adapter) -> Adapter:
+    """The adapter by canonical names, once it fits; no weight has been read."""
+    manifest, base = bundle.manifest, f"bundle {bundle.path}"
+    stored = {name: manifest.weights[manifest.canonical(name)] for name in [*manifest.weights, *manifest.aliases]}
+    adapter.check_shapes({name: weight.shape for name, weight in stored.items()}, base=base)
+    adapter.check_digests({name: weight.digest for name, weight in stored.items()}, base=base)
+    doing = f"fold {adapter.source} into {base}"
+    for name in (*adapter.deltas, *adapter.gains, *adapter.served_overrides):
+        if not stored[name].length and 0 not in stored[name].shape:
+            raise AdapterError(
+                f"{doing}, weight {name!r}",
+                expected="a weight in floating point",
+                got="a quantised one, whose few bits would lose the change",
+                fix="Serve the task from the bank.",
+            )
+    for name, array in adapter.served_overrides.items():
+        own = stored[name].dtype
+        if array.dtype.kind != ("f" if own == "bfloat16" else np.dtype(own).kind):
+            raise ShapeError(f"{doing}, override {name!r}", expected=f"dtype {own}", got=array.dtype)
+    return Adapter(
+        _canonical(manifest, adapter.deltas, doing),
+        _canonical(manifest, adapter.served_overrides, doing),
+        source=adapter.source,
+        gains=_canonical(manifest, adapter.gains, doing),
+    )
+
+
+def _canonical(manifest: Manifest, changes: Mapping[str, _T], doing: str) -> dict[str, _T]:
+    renamed: dict[str, _T] = {}
+    for name, change in changes.items():
+        own = manifest.canonical(name)
+        if own in renamed:
+            raise UnknownTarget(f"{doing}, weight {name!r}", problem=f"it is tied to {own!r}, changed too")
+        renamed[own] = change
+    return renamed
+
+
+def _merged(bundle: Bundle, adapter: Adapter) -> Iterator[tuple[str, Array]]:
+    """One weight after another, so that no more than one is held in float64."""
+    for name in dict.fromkeys([*adapter.deltas, *adapter.gains]):
+        yield name, _cast(bundle, adapter, name, adapter.merged(name, bundle.base_value(name)))
+    for name, array in adapter.served_overrides.items():
+        yield name, _cast(bundle, adapter, name, array)
+
+
+def _cast(bundle: Bundle, adapter: Adapter, name: str, value: Array) -> Array:
+    dtype = bundle.manifest.weights[name].dtype
+    with np.errstate(over="ignore"):
+        cast = value.astype(np.float32 if dtype == "bfloat16" else dtype)
+        result = to_bfloat16(cast) if dtype == "bfloat16" else np.asarray(cast, order="C")
+    finite = (result & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(result)
+    if not finite.all():
+        raise AdapterError(
+            f"fold {adapter.source} into bundle {bundle.path}, weight {name!r}",
+            expected=f"values that {dtype} holds",
+            got="larger ones, or none at all",
+            fix="Serve it with a float32 base.",
+        )
+    return result
+
+
+def _error(answer: Array, expected: Array) -> float:
+    if answer.shape != expected.shape:
+        return math.inf
+    if expected.dtype.kind != "f":
+        return 0.0 if np.array_equal(answer, expected) else math.inf
+    # What is infinite or NaN in both, such as a mask's, must be so at the same places.
+    finite = np.isfinite(expected)
+    if not np.array_equal(answer[~finite], expected[~finite], equal_nan=True):
+        return math.inf
+    wanted = expected[finite].astype(np.float64)
+    difference = float(np.linalg.norm(answer[finite].astype(np.float64) - wanted))
+    size = float(np.linalg.norm(wanted))
+    error = difference / size if size else difference
+    return error if math.isfinite(error) else math.inf

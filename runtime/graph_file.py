@@ -1,0 +1,169 @@
+"""Reading and editing an ONNX file's initializers without the onnx package: just enough of protobuf's wire format.
+
+ONNX Runtime takes other values for external initializers, but none of another shape than the file declares.  So a
+head with another number of classes is declared in the file's bytes first; weights are not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Declared", "declared", "resized"]
+
+# Field numbers of onnx.proto.
+_GRAPH = 7
+_INITIALIZER, _OUTPUT, _VALUE_INFO = 5, 12, 13
+_DIMS, _DATA_TYPE, _NAME, _LOCATION = 1, 2, 8, 14
+_TYPE, _TENSOR_TYPE, _SHAPE = 2, 1, 2
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a file says of an initializer.
+
+    Args:
+        shape: its sizes.
+        data_type: ONNX's number of its dtype.
+        external: whether its bytes are in another file.
+    """
+
+    shape: tuple[int, ...]
+    data_type: int
+    external: bool
+
+
+class _Field(NamedTuple):
+    """A field of a message: its number, where its tag begins, and where its value lies."""
+
+    number: int
+    begin: int
+    start: int
+    end: int
+
+
+_Edits = Mapping[int, Callable[[_Field], bytes] | None]
+
+
+def declared(model: bytes) -> dict[str, Declared]:
+    """The initializers of a model's main graph, by name.
+
+    Args:
+        model: the content of an ONNX file.
+    """
+    found = {}
+    for graph in _fields(model, 0, len(model)):
+        for field in _fields(model, graph.start, graph.end) if graph.number == _GRAPH else ():
+            if field.number == _INITIALIZER:
+                name, tensor = _tensor(model, field)
+                found[name] = tensor
+    return found
+
+
+def resized(model: bytes, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """A model with other shapes declared for some initializers, and none for what is computed from them.
+
+    Args:
+        model: the content of an ONNX file.
+        shapes: initializer -> its new shape; its bytes must come from elsewhere.
+    """
+    return _edited(model, 0, len(model), {_GRAPH: lambda field: _graph(model, field, shapes)})
+
+
+def _graph(model: bytes, graph: _Field, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    def initializer(field: _Field) -> bytes:
+        name, _ = _tensor(model, field)
+        if name not in shapes:
+            return model[field.start : field.end]
+        dims = b"".join(_varint(size) for size in shapes[name])
+        rest = _edited(model, field.start, field.end, {_DIMS: None})
+        return _message(_DIMS, dims) + rest
+
+    def output(field: _Field) -> bytes:
+        return _edited(model, field.start, field.end, {_TYPE: port})
+
+    def port(field: _Field) -> bytes:
+        return _edited(model, field.start, field.end, {_TENSOR_TYPE: tensor_type})
+
+    def tensor_type(field: _Field) -> bytes:
+        return _edited(model, field.start, field.end, {_SHAPE: None})
+
+    edits: _Edits = {_INITIALIZER: initializer, _OUTPUT: output, _VALUE_INFO: None}
+    return _edited(model, graph.start, graph.end, edits)
+
+
+def _tensor(model: bytes, tensor: _Field) -> tuple[str, Declared]:
+    name, shape, data_type, external = "", [], 0, False
+    for field in _fields(model, tensor.start, tensor.end):
+        if field.number == _NAME:
+            name = model[field.start : field.end].decode()
+        elif field.number == _DIMS:
+            place = field.start
+            while place < field.end:
+                size, place = _read_varint(model, place)
+                shape.append(size)
+        elif field.number == _DATA_TYPE:
+            data_type, _ = _read_varint(model, field.start)
+        elif field.number == _LOCATION:
+            external = _read_varint(model, field.start)[0] == 1
+    return name, Declared(tuple(shape), data_type, external)
+
+
+def _fields(data: bytes, start: int, end: int) -> Iterator[_Field]:
+    """The fields of the message between two places."""
+    while start < end:
+        begin = start
+        tag, start = _read_varint(data, start)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            _, stop = _read_varint(data, start)
+        elif wire == 2:
+            length, start = _read_varint(data, start)
+            stop = start + length
+        elif wire in (1, 5):
+            stop = start + (8 if wire == 1 else 4)
+        else:
+            raise ValueError(f"protobuf wire type {wire} at byte {begin}")
+        if stop > end:
+            raise ValueError(f"a protobuf field at byte {begin} ends beyond its message")
+        yield _Field(number, begin, start, stop)
+        start = stop
+
+
+def _edited(data: bytes, start: int, end: int, edits: _Edits) -> bytes:
+    """A message with some fields rewritten, or left out where their edit is None."""
+    parts, kept = [], start
+    for field in _fields(data, start, end):
+        if field.number in edits:
+            parts.append(data[kept : field.begin])
+            kept = field.end
+            edit = edits[field.number]
+            if edit is not None:
+                parts.append(_message(field.number, edit(field)))
+    return b"".join([*parts, data[kept:end]])
+
+
+def _message(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(data: bytes, place: int) -> tuple[int, int]:
+    """A number, and the place behind it."""
+    value = shift = 0
+    while True:
+        byte = data[place]
+        value |= (byte & 0x7F) << shift
+        place += 1
+        if byte < 0x80:
+            return value, place
+        shift += 7

@@ -1,0 +1,114 @@
+"""One session of a graph without banks: a base as it is, or with other weights in place of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from tpeft_deploy.errors import RunError
+from tpeft_deploy.runtime import graph_file
+from tpeft_deploy.runtime.graph_file import Declared
+from tpeft_deploy.runtime.providers import Choice, open_session
+from tpeft_deploy.tucker import Array
+
+__all__ = ["Plain"]
+
+_BFLOAT16 = 16  # ONNX's number of the dtype, which numpy does not have
+
+
+class Plain:
+    """A session of a graph whose weights are its own; safe to use from several threads.
+
+    Args:
+        model: the ONNX file, with its weights in an external file.
+        choice: the device, from `providers.choose`.
+        threads: intra-op threads; by default one per core.
+        half: whether the model computes in 16 bits.
+        initializers: name of an external initializer -> array in its place, of another shape where the graph allows
+            it; bfloat16 as uint16.
+
+    Raises:
+        RunError: an initializer is not one of the model's, or has another dtype.
+        ProviderUnavailable: the session came up without CUDA although CUDA was chosen.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        choice: Choice,
+        *,
+        threads: int | None = None,
+        half: bool = False,
+        initializers: Mapping[str, Array] | None = None,
+    ) -> None:
+        content = model.read_bytes() if initializers else b""
+        found = graph_file.declared(content)
+        # ONNX Runtime reads from these arrays without holding on to them.
+        self._kept = {name: np.asarray(a, order="C") for name, a in (initializers or {}).items()}
+        self._values = {n: _value(a, _check(model, n, a, found.get(n))) for n, a in self._kept.items()}
+        shapes = {name: a.shape for name, a in self._kept.items() if a.shape != found[name].shape}
+        self._session = open_session(
+            model,
+            choice,
+            threads=threads,
+            half=half,
+            initializers=self._values,
+            content=graph_file.resized(content, shapes) if shapes else None,
+        )
+        self._device = choice.device
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._bindings: deque[onnxruntime.IOBinding] = deque()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that stand in place of the model's own."""
+        return sum(array.nbytes for array in self._kept.values())
+
+    def run(self, inputs: Mapping[str, Array], options: onnxruntime.RunOptions | None = None) -> dict[str, Array]:
+        """Run a batch.
+
+        Args:
+            inputs: contiguous arrays by input name.
+            options: of this run; its `terminate` stops the run.
+
+        Returns:
+            Output name -> array of its own.
+        """
+        if self._device == "cpu":  # where IO binding copies outputs once more
+            return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs), options), strict=True))
+        try:
+            binding = self._bindings.pop()
+        except IndexError:
+            binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        binding.clear_binding_outputs()  # else the last run's buffers would be written again, at their old shapes
+        for name in self._outputs:
+            binding.bind_output(name, self._device)
+        self._session.run_with_iobinding(binding, options)
+        outputs = dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
+        self._bindings.append(binding)
+        return outputs
+
+
+def _check(model: Path, name: str, array: Array, own: Declared | None) -> Declared:
+    doing = f"open {model.name} with another {name!r}"
+    if own is None or not own.external:
+        raise RunError(
+            doing, expected="a weight that the graph reads from weights.data", got="none" if own is None else "another"
+        )
+    if own.data_type == _BFLOAT16 and array.dtype != np.uint16:
+        raise RunError(doing, expected="bfloat16 as uint16", got=array.dtype)
+    if len(own.shape) != array.ndim:
+        raise RunError(doing, expected=f"{len(own.shape)} axes", got=f"shape {array.shape}")
+    return own
+
+
+def _value(array: Array, own: Declared) -> onnxruntime.OrtValue:
+    if own.data_type == _BFLOAT16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)

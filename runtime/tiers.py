@@ -1,0 +1,265 @@
+"""Where adapters are: on disk, in host memory, in a row on the device; and who goes when memory is short.
+
+Choosing among resident adapters takes one short lock.  Reading, laying out and writing happen outside it, so that
+runs of resident tasks go on meanwhile.  A row is given to another adapter only when nobody uses it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.errors import CapacityError
+from tpeft_deploy.runtime.bank import Bank, Layout, Shape, row_bytes, widened
+from tpeft_deploy.runtime.versions import Content, Tier, Version
+
+__all__ = ["Tiers"]
+
+_FIRST_ROWS = 8
+
+
+class Tiers:
+    """The bank and who is in it, under byte budgets; safe to use from several threads.
+
+    Args:
+        layout: of the bundle's banked graph.
+        lay_out: an adapter as rows; raises where it does not fit the bundle.
+        device: "cpu" or "cuda".
+        device_bytes: what the bank may take; while it is replaced by a larger one, both live.
+        host_bytes: what copies of adapters in host memory may take, so that they return to the device without being
+            read again.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        lay_out: Callable[[Adapter], Content],
+        device: str,
+        *,
+        device_bytes: int,
+        host_bytes: int,
+    ) -> None:
+        self._layout = layout
+        self._lay_out = lay_out
+        self._device = device
+        self._device_bytes = device_bytes
+        self._host_bytes = host_bytes
+        self._writer = threading.Lock()  # held by the one that fills rows or replaces the bank
+        self._state = threading.Condition()  # guards all that follows, and what changes in a version
+        self._bank = Bank.allocate(layout, layout.shapes, 1, device)
+        self._free: list[int] = []
+        self._resident: dict[Version, None] = {}  # those on a row, the least recently used first
+        self._copies: dict[Version, int] = {}  # those in host memory and their bytes, likewise
+        self._copied = 0
+        self._alike: dict[frozenset[tuple[str, Shape]], dict[str, Shape]] = {}  # one dict for all of the same ranks
+
+    @contextmanager
+    def using(self, versions: Iterable[Version]) -> Iterator[None]:
+        """Have versions on the device for as long as the block lasts.
+
+        Raises:
+            AdapterError, BundleError: one cannot be read or does not fit.
+            CapacityError: they do not fit on the device together, however long one waits.
+        """
+        wanted = list(dict.fromkeys(versions))
+        self.take(wanted)
+        try:
+            yield
+        finally:
+            self.give_back(wanted)
+
+    def take(self, wanted: Sequence[Version]) -> None:
+        """Begin to use versions, each once; see `using`."""
+        with self._state:
+            if all(version.row is not None for version in wanted):
+                self._count(wanted)
+                return
+        contents = {version: self._content(version) for version in wanted if version.row is None}
+        # One at a time, and only the one that holds no row yet: two that wait for each other's would wait forever.
+        with self._writer:
+            with self._state:
+                self._count(wanted)
+            try:
+                for version in wanted:
+                    if version.row is None:
+                        self._place(version, contents.get(version) or self._content(version), wanted)
+            except BaseException:
+                self.give_back(wanted)
+                raise
+
+    def give_back(self, versions: Iterable[Version]) -> None:
+        """End the use of versions."""
+        with self._state:
+            for version in versions:
+                version.users -= 1
+                if not version.users and not version.current:
+                    self._forget(version)
+            self._state.notify_all()
+
+    def rows(self, versions: Iterable[Version | None]) -> tuple[Bank, list[int]]:
+        """The bank and the row of each version, all in use; None is the base."""
+        with self._state:
+            return self._bank, [0 if version is None else self._row(version) for version in versions]
+
+    def prepare(self, version: Version) -> None:
+        """Read a version into host memory, unless it is there or on the device.
+
+        Raises:
+            AdapterError, BundleError: it cannot be read or does not fit.
+        """
+        if version.row is None:
+            self._content(version)
+
+    def retire(self, version: Version) -> None:
+        """A task no longer stands for a version: it goes as soon as nobody uses it."""
+        with self._state:
+            version.current = version.pinned = False
+            if not version.users:
+                self._forget(version)
+            self._state.notify_all()
+
+    def pin(self, version: Version, pinned: bool) -> None:
+        """Keep a version on its row once it has one, or let it go again when others need the room."""
+        with self._state:
+            version.pinned = pinned
+            self._state.notify_all()
+
+    def tier(self, version: Version) -> Tier:
+        """Where a version is."""
+        with self._state:
+            if version.row is not None:
+                return "device"
+            return "disk" if version.content is None else "host"
+
+    @property
+    def full(self) -> bool:
+        """Whether one more adapter of the present ranks would push another out."""
+        with self._state:
+            return not self._free and (self._bank.rows + 1) * self._bank.row_bytes > self._device_bytes
+
+    def usage(self) -> dict[str, int]:
+        """Bytes on the device and in host memory; rows taken and rows there are, without the base's."""
+        with self._state:
+            return {
+                "device_bytes": self._bank.nbytes,
+                "host_bytes": self._copied,
+                "rows_taken": len(self._resident),
+                "rows": self._bank.rows - 1,
+            }
+
+    def _count(self, versions: Iterable[Version]) -> None:
+        for version in versions:
+            version.users += 1
+            if version.row is not None:
+                self._resident[version] = self._resident.pop(version)
+
+    def _row(self, version: Version) -> int:
+        if version.row is None or not version.users:
+            raise RuntimeError(f"{version.name!r} is asked for its row, and nobody holds it there")
+        return version.row
+
+    def _content(self, version: Version) -> Content:
+        content = version.content
+        if content is not None:
+            return content
+        with version.reading:  # several requests for one cold task read it once
+            content = version.content
+            if content is None:
+                content = self._lay_out(version.read())
+                shapes = content.shapes
+                with self._state:
+                    version.sizes = content.sizes
+                    version.shapes = self._alike.setdefault(frozenset(shapes.items()), shapes)
+                    self._keep(version, content)
+        return content
+
+    def _keep(self, version: Version, content: Content) -> None:
+        if content.nbytes > self._host_bytes:
+            return
+        version.content = content
+        self._copies[version] = content.nbytes
+        self._copied += content.nbytes
+        while self._copied > self._host_bytes:
+            self._drop(next(iter(self._copies)))
+
+    def _drop(self, version: Version) -> None:
+        self._copied -= self._copies.pop(version, 0)
+        version.content = None
+
+    def _forget(self, version: Version) -> None:
+        self._drop(version)
+        if version.row is not None:
+            self._evict(version)
+
+    def _evict(self, version: Version) -> None:
+        if version.row is None:
+            raise RuntimeError(f"{version.name!r} is on no row")
+        self._free.append(version.row)
+        version.row = None
+        del self._resident[version]
+
+    def _place(self, version: Version, content: Content, wanted: Sequence[Version]) -> None:
+        """Write a version to a row; only the holder of the writer's lock comes here."""
+        while (row := self._make_room(version, wanted)) is None:
+            self._replace_bank(version)
+        self._bank.write(row, content.rows)
+        with self._state:
+            self._free.remove(row)
+            version.row = row
+            self._resident[version] = None
+
+    def _make_room(self, version: Version, wanted: Sequence[Version]) -> int | None:
+        """A free row that holds a version, once there is one; None: the bank has to be replaced."""
+        with self._state:
+            while True:
+                if self._free and widened(self._bank.shapes, [version.shapes]) == self._bank.shapes:
+                    return self._free[-1]
+                staying = {*wanted, *(other for other in self._resident if other.pinned)} - {version}
+                self._check_budget(version, staying)
+                size = row_bytes(self._layout, self._shapes([*self._resident, version]))
+                if (len(self._resident) + 2) * size <= self._device_bytes:  # the base, all residents, and this one
+                    return None
+                victim = next((v for v in self._resident if not v.users and v not in staying), None)
+                if victim is not None:
+                    self._evict(victim)
+                else:
+                    self._state.wait()  # runs in flight give their rows back, and nobody else may take them
+
+    def _check_budget(self, version: Version, staying: Iterable[Version]) -> None:
+        together = [*staying, version]
+        size = row_bytes(self._layout, self._shapes(together))
+        if (len(together) + 1) * size > self._device_bytes:
+            pinned = sum(other.pinned for other in together)
+            raise CapacityError(
+                f"bring {version.name!r} to the device",
+                expected=f"room for it, the base and {len(together) - 1} that have to stay ({pinned} pinned), "
+                f"{(len(together) + 1) * size:,} bytes",
+                got=f"a budget of {self._device_bytes:,} bytes",
+                fix="Give the runtime more device_bytes, unpin tasks, or ask for fewer tasks in one batch.",
+            )
+
+    def _shapes(self, versions: Iterable[Version]) -> dict[str, Shape]:
+        distinct = {id(version.shapes): version.shapes for version in versions}
+        return widened(self._layout.shapes, distinct.values())
+
+    def _replace_bank(self, version: Version) -> None:
+        """A bank with more, wider or narrower rows, with all residents in it."""
+        with self._state:
+            staying = {other: row for row, other in enumerate(self._resident, 1)}
+            moves = {self._row_of(other): row for other, row in staying.items()}
+            shapes = self._shapes([*staying, version])
+        most = self._device_bytes // row_bytes(self._layout, shapes)
+        rows = min(most, max(_FIRST_ROWS, 2 * (len(staying) + 2)))
+        bank = Bank.allocate(self._layout, shapes, rows, self._device, old=self._bank, moves=moves)
+        with self._state:
+            self._bank = bank
+            for other, row in staying.items():
+                if other.row is not None:  # it may have been forgotten meanwhile
+                    other.row = row
+            taken = {other.row for other in self._resident}
+            self._free = [row for row in range(rows - 1, 0, -1) if row not in taken]
+
+    def _row_of(self, version: Version) -> int:
+        return version.row or 0

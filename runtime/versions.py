@@ -1,0 +1,63 @@
+"""What a task stands for at one moment: a version, counted by those who use it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.runtime.bank import Rows, Shape
+
+__all__ = ["Content", "Tier", "Version"]
+
+Tier = Literal["disk", "host", "device", "folded"]
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """An adapter in host memory, laid out for the graphs.
+
+    Args:
+        rows: graph input -> array with the adapter's own ranks.
+        sizes: output -> size of its varying axis for this adapter.
+    """
+
+    rows: Rows
+    sizes: Mapping[str, int]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Graph input -> shape."""
+        return {name: array.shape for name, array in self.rows.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in host memory."""
+        return sum(array.nbytes for array in self.rows.values())
+
+
+@dataclass(eq=False)
+class Version:
+    """One content that a task stands for, or stood for: whoever began on it ends on it.
+
+    What changes is guarded by the lock of the `Tiers` that it belongs to.
+
+    Args:
+        name: of the task, or of a weighted set, for messages.
+        digest: of the adapter's content.
+        read: reads the adapter again, from disk or from memory.
+    """
+
+    name: str
+    digest: str
+    read: Callable[[], Adapter]
+    sizes: Mapping[str, int] = field(default_factory=dict)  # known once it was read
+    shapes: Mapping[str, Shape] = field(default_factory=dict)  # of its rows, likewise
+    content: Content | None = None  # while it is in host memory
+    row: int | None = None  # while it is on the device
+    users: int = 0
+    pinned: bool = False
+    current: bool = True  # whether the task still stands for it
+    reading: threading.Lock = field(default_factory=threading.Lock)
