@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 import operator
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import onnxruntime
 from tpeft_deploy.errors import RunError
 from tpeft_deploy.tucker import Array
 
-__all__ = ["DTYPES", "allocate", "dtype_of", "row_view", "write"]
+__all__ = ["DTYPES", "allocate", "allocate_as", "dtype_of", "exclusive", "row_view", "write"]
 
 # Numpy has no bfloat16: its bits travel as uint16.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -37,6 +38,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(uint64)": np.dtype(np.uint64),
     "tensor(bool)": np.dtype(np.bool_),
 }
+# Held while a CUDA graph is captured, and by whatever allocates or copies on the device meanwhile: CUDA refuses such
+# calls from any thread during a capture, and spoils the capture.
+exclusive = threading.RLock()
+
 _BFLOAT16 = 16  # ONNX's number of the type
 
 
@@ -70,8 +75,13 @@ def allocate(shape: Sequence[int], dtype: str, device: str) -> onnxruntime.OrtVa
         dtype: numpy's name, or "bfloat16".
         device: "cpu" or "cuda".
     """
-    kind = _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
-    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, device, 0)
+    return allocate_as(shape, _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type, device)
+
+
+def allocate_as(shape: Sequence[int], kind: int | type, device: str) -> onnxruntime.OrtValue:
+    """As `allocate`, of what `OrtValue.element_type` gives, or of a numpy type."""
+    with exclusive:
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, device, 0)
 
 
 def row_view(bank: onnxruntime.OrtValue, row: int) -> onnxruntime.OrtValue:
@@ -140,7 +150,8 @@ def write(view: onnxruntime.OrtValue, array: Array) -> None:
             got=f"{array.dtype} {list(array.shape)}, {layout}",
         )
     if array.size:
-        view.update_inplace(array)
+        with exclusive:
+            view.update_inplace(array)
 
 
 def _rest(numbers: ctypes._Pointer[ctypes.c_int64]) -> ctypes._Pointer[ctypes.c_int64]:
