@@ -206,8 +206,9 @@ class Runtime:
         """
         version = self._version(task, "pin")
         with self._tiers.using([version]):
+            self._pinned[task] = False
             self._keep(version, folded=folded)
-        self._pinned[task] = folded
+            self._pinned[task] = folded
 
     def unpin(self, task: str) -> None:
         """Let a task leave the device again when others need room, and its own session at once.

@@ -53,6 +53,13 @@ class Tiers:
         self._resident: dict[Version, None] = {}  # those on a row, the least recently used first
         self._copies: dict[Version, int] = {}  # those in host memory and their bytes, likewise
         self._copied = 0
+        if self._bank.nbytes > device_bytes:
+            raise CapacityError(
+                "open the bank",
+                expected=f"room for the base's own row, {self._bank.nbytes:,} bytes",
+                got=f"a budget of {device_bytes:,} bytes",
+                fix="Give the runtime more device_bytes.",
+            )
         self._alike: dict[frozenset[tuple[str, Shape]], dict[str, Shape]] = {}  # one dict for all of the same ranks
 
     @contextmanager
