@@ -8,11 +8,10 @@ bank needs other recordings.  On the CPU the same code runs without recording.
 from __future__ import annotations
 
 import itertools
-import logging
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +29,6 @@ __all__ = ["Captured", "Policy"]
 
 _GRAPH_ID = "gpu_graph_id"
 _NOT_CAPTURED = "-1"
-_log = logging.getLogger("tpeft_deploy.runtime")
 
 
 class HasValues(Protocol):
@@ -48,8 +46,7 @@ class Policy:
 
     Args:
         buckets: shapes with buffers; the least recently used give way.
-        graphs: recordings until the session is opened afresh, as ONNX Runtime keeps those of shapes and banks that are
-            gone.
+        graphs: recordings until the session is opened afresh: not all of ONNX Runtime lets go of them before.
     """
 
     buckets: int = 16
@@ -70,7 +67,7 @@ class _Buffers:
     inputs: Mapping[str, onnxruntime.OrtValue]
     outputs: Mapping[str, onnxruntime.OrtValue]
     options: onnxruntime.RunOptions
-    recorded: bool = field(default=False)
+    recorded: bool = False
 
 
 class Captured:
@@ -111,7 +108,7 @@ class Captured:
         self._policy = Policy() if policy is None else policy
         self._records = choice.device == "cuda"
         self._cuda = Cuda(memory_bytes=memory_bytes, graphs=self._records)
-        self._shapes: Recent[Bucket, _Shape] = Recent(self._policy.buckets)
+        self._shapes: Recent[Bucket, _Shape] = Recent(self._policy.buckets, self._release)
         self._bank: HasValues | None = None
         self._replaced: weakref.WeakSet[HasValues] = weakref.WeakSet()
         self._ids = itertools.count(1)
@@ -159,7 +156,7 @@ class Captured:
     def _open(self) -> onnxruntime.InferenceSession:
         try:
             session = self._opened(self._choice, self._cuda)
-        except ORT_ERRORS as error:
+        except (RuntimeError, *ORT_ERRORS) as error:
             if not self._records:
                 raise
             found = control_flow(self._opened(Choice("cpu", "to look at its nodes"), self._cuda))
@@ -186,6 +183,12 @@ class Captured:
         self._shapes.clear()
         self._bank = None
         self._session = None
+
+    def _release(self, shape: _Shape) -> None:
+        # New in ONNX Runtime 1.32; providers without it do nothing, which is why recordings are counted.
+        release = getattr(self._session, "release_captured_graph", None)
+        if shape.buffers is not None and shape.buffers.recorded and release is not None:
+            release(int(shape.buffers.options.get_run_config_entry(_GRAPH_ID)))
 
     def _run(
         self,
@@ -257,7 +260,7 @@ class Captured:
         try:
             with views.exclusive:
                 session.run_with_iobinding(buffers.binding, buffers.options)
-        except ORT_ERRORS as error:
+        except (RuntimeError, *ORT_ERRORS) as error:  # the former is what a bound run raises
             self._drop()  # nothing says what state a failed recording leaves
             raise RunError(
                 f"record {self._model.name} as a CUDA graph",
@@ -266,7 +269,6 @@ class Captured:
             ) from error
         buffers.recorded = True
         self._recordings += 1
-        _log.debug("recorded graph %s of %s", buffers.options.get_run_config_entry(_GRAPH_ID), self._model.name)
 
     def _make_buffers(self, bank: HasValues, shape: _Shape, filled: Mapping[str, Array]) -> _Buffers:
         assert self._session is not None
