@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tpeft_deploy.bundle import BASE_TASK, Bundle
@@ -18,7 +19,7 @@ from tpeft_deploy.errors import RunError, TpeftError
 from tpeft_deploy.runtime import folding
 from tpeft_deploy.runtime.heat import Heat
 from tpeft_deploy.runtime.plain import Plain
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice
+from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda
 from tpeft_deploy.runtime.versions import Version
 from tpeft_deploy.tucker import Array
 
@@ -40,6 +41,7 @@ class Folds:
         threads: intra-op threads of each session.
         half: whether the model computes in 16 bits.
         answer: what the bank answers to inputs for a version.
+        cuda: what each session may do on CUDA; none of them is recorded as a graph.
         place: a directory of this process for packed copies of the base, which folds on the CPU share.
         budget: bytes of memory for the sessions of versions that nobody asked to fold, those that most rows go to.
     """
@@ -52,6 +54,7 @@ class Folds:
         half: bool,
         answer: Answer,
         *,
+        cuda: Cuda,
         place: Path,
         budget: int = 0,
     ) -> None:
@@ -64,6 +67,7 @@ class Folds:
         self._jobs: dict[Version | None, Future[None]] = {}
         self._sessions: Mapping[Version | None, Plain] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tpeft-fold")
+        self._cuda = replace(cuda, graphs=False)
         self._place = place
         # Two of every weight, as it is and packed, until a version's adapter was read and says it better.
         most = 2 * sum(weight.length for weight in bundle.manifest.weights.values())
@@ -160,11 +164,17 @@ class Folds:
     def _open(self, version: Version | None) -> Plain:
         if version is None:
             file = self._bundle.check_file("base.onnx")
-            return Plain(file, self._choice, threads=self._threads, half=self._half)
+            return Plain(file, self._choice, threads=self._threads, half=self._half, cuda=self._cuda)
         adapter = version.read()
         self._costs[version] = folding.cost(self._bundle, adapter, shared=self._choice.device == "cpu")
         return folding.fold(
-            self._bundle, adapter, self._choice, threads=self._threads, half=self._half, place=self._place
+            self._bundle,
+            adapter,
+            self._choice,
+            threads=self._threads,
+            half=self._half,
+            place=self._place,
+            cuda=self._cuda,
         )
 
     def _report(self, version: Version | None, job: Future[None]) -> None:

@@ -19,7 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from tpeft_deploy.errors import ProviderUnavailable
 
-__all__ = ["ORT_ERRORS", "ORT_REFUSALS", "Choice", "Provider", "choose", "open_session"]
+__all__ = ["ORT_ERRORS", "ORT_REFUSALS", "Choice", "Cuda", "Provider", "choose", "control_flow", "open_session"]
 
 Provider = Literal["auto", "cuda", "cpu"]
 
@@ -29,6 +29,7 @@ ORT_REFUSALS = (ort.InvalidArgument,)
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
 _FOLDER = "session.model_external_initializers_file_folder_path"
+_CONTROL_FLOW = ("If", "Loop", "Scan")
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 
@@ -45,6 +46,41 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True)
+class Cuda:
+    """What a session on CUDA may do; on the CPU it means nothing.
+
+    Args:
+        memory_bytes: what the session's own arena may take: its weights and intermediate results, not the tensors that
+            are bound to it.  By default all there is.
+        graphs: whether runs may be captured as CUDA graphs (see `captured`).
+    """
+
+    memory_bytes: int | None = None
+    graphs: bool = False
+
+    def options(self) -> dict[str, str]:
+        """As ONNX Runtime takes them."""
+        options = {
+            # TF32 keeps 10 bits of the mantissa: folded and banked answers would differ by 1e-3.
+            "use_tf32": "0",
+            # The default times every algorithm again for each new shape, also of a weight that is fed: a first adapter
+            # of another rank would hold up every conv of the model.
+            "cudnn_conv_algo_search": "HEURISTIC",
+            # The default doubles, which no limit shared by several sessions has room for.
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        if self.memory_bytes is not None:
+            options["gpu_mem_limit"] = str(self.memory_bytes)
+        if self.graphs:
+            options["enable_cuda_graph"] = "1"
+        return options
+
+
+_BOTH = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
+_DEFAULT = Cuda()
+
+
 def choose(provider: str) -> Choice:
     """Turn what was asked for into a device.
 
@@ -59,6 +95,8 @@ def choose(provider: str) -> Choice:
             "choose an execution provider", expected=f"one of {', '.join(get_args(Provider))}", got=repr(provider)
         )
     if provider == "cpu":
+        if _both_installed():
+            _log.warning("%s: uninstall both and install one", _BOTH)
         return Choice("cpu", "the CPU was asked for")
     obstacle = _cuda_obstacle()
     if obstacle is None:
@@ -82,6 +120,7 @@ def open_session(
     half: bool = False,
     content: bytes | None = None,
     options: onnxruntime.SessionOptions | None = None,
+    cuda: Cuda = _DEFAULT,
 ) -> onnxruntime.InferenceSession:
     """A session on the chosen device, and nowhere else.
 
@@ -92,6 +131,7 @@ def open_session(
         half: whether the model computes in 16 bits.
         content: bytes in place of the file's own, whose external data is beside the file.
         options: what the caller has set already; the rest is added to it.
+        cuda: what it may do on CUDA.
 
     Raises:
         ProviderUnavailable: the session came up without CUDA although CUDA was chosen.
@@ -106,8 +146,9 @@ def open_session(
         options.intra_op_num_threads = threads
     if content is not None:
         options.add_session_config_entry(_FOLDER, str(model.parent.resolve()))
-    # TF32 keeps 10 bits of the mantissa: folded and banked answers would differ by 1e-3.
-    providers = [(_CUDA, {"use_tf32": "0"}), _CPU] if choice.device == "cuda" else [_CPU]
+    # What `control_flow` reads.
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1" if cuda.graphs else "0")
+    providers = [(_CUDA, cuda.options()), _CPU] if choice.device == "cuda" else [_CPU]
     # A pass without 16-bit kernels to offer, in which ONNX Runtime 1.32 crashes on a transposed 16-bit product.
     disabled = ["NchwcTransformer"] if half else []
     session = onnxruntime.InferenceSession(
@@ -124,11 +165,24 @@ def open_session(
     return session
 
 
+def control_flow(session: onnxruntime.InferenceSession) -> list[str]:
+    """The nodes that no CUDA graph can hold, as "operator name".
+
+    Args:
+        session: opened with `Cuda(graphs=True)`, on any device.
+    """
+    return [
+        f"{node.op_type} {node.name}"
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+        if node.op_type in _CONTROL_FLOW
+    ]
+
+
 def _cuda_obstacle() -> str | None:
     """Why CUDA cannot be used, or None."""
-    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
-    if len(both) == 2:
-        return "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
+    if _both_installed():
+        return _BOTH
     if _CUDA not in onnxruntime.get_available_providers():
         return "this onnxruntime was built without CUDA"
     onnxruntime.preload_dlls()
@@ -137,6 +191,10 @@ def _cuda_obstacle() -> str | None:
     except Exception as error:  # ONNX Runtime raises its own unexported classes and RuntimeError alike
         return f"no tensor could be placed on device 0 ({str(error).strip().splitlines()[0][:160]})"
     return None
+
+
+def _both_installed() -> bool:
+    return _installed("onnxruntime") and _installed("onnxruntime-gpu")
 
 
 def _installed(distribution: str) -> bool:

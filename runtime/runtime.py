@@ -18,11 +18,12 @@ from tpeft_deploy.errors import InputError, ProviderUnavailable, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bank import Layout
+from tpeft_deploy.runtime.captured import Captured
 from tpeft_deploy.runtime.catalogue import Catalogue, Task
 from tpeft_deploy.runtime.engine import Engine, Outputs
 from tpeft_deploy.runtime.folds import Folds
 from tpeft_deploy.runtime.private import PrivateCopy
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, choose
+from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda, choose
 from tpeft_deploy.runtime.session import Session
 from tpeft_deploy.runtime.tiers import Tiers
 from tpeft_deploy.runtime.versions import Content, Tier, Version
@@ -50,6 +51,9 @@ class Runtime:
             return without being read again; by default 1 GiB on CUDA, none on the CPU.
         folded_bytes: what sessions of hot tasks may take: the tasks that most rows ask for are folded in the background
             as far as this goes, and unfolded when others are hotter.  `pin(task, folded=True)` needs no budget.
+        session_bytes: what each session's weights and intermediate results may take on CUDA; by default all there is.
+        cuda_graphs: on CUDA, record runs of the bank as CUDA graphs, one for each shape that comes again; inputs are
+            filled up to a few shapes for it (see `captured`).
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
@@ -70,6 +74,8 @@ class Runtime:
         device_bytes: int = GIB,
         host_bytes: int | None = None,
         folded_bytes: int = 0,
+        session_bytes: int | None = None,
+        cuda_graphs: bool = False,
         preload: bool = True,
         own_copy: bool = True,
     ) -> None:
@@ -80,6 +86,11 @@ class Runtime:
         self._bundle = Bundle.open(Path(bundle).resolve())
         self._manifest = self._bundle.manifest
         half = self._half(choice)
+        cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs)
+        if cuda_graphs and choice.device != "cuda":
+            raise ProviderUnavailable(
+                f"open bundle {self.name!r} with CUDA graphs", expected="the CUDA provider", got=choice.reason
+            )
         copy = PrivateCopy(self._bundle, self._graphs(choice) if own_copy else [])
         self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
         if not own_copy:
@@ -94,10 +105,10 @@ class Runtime:
         )
         self._catalogue = Catalogue(self._bundle, self._retire)
         self._folds = Folds(
-            self._base, choice, threads, half, self._banked_answer, place=copy.path, budget=folded_bytes
+            self._base, choice, threads, half, self._banked_answer, cuda=cuda, place=copy.path, budget=folded_bytes
         )
-        session = self._open(choice, threads, half)
-        self._engine = Engine(self._manifest, session, self._tiers, self._folds, self._bundle.sizes(None))
+        self._session = self._open(choice, threads, half, cuda)
+        self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
         self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="tpeft-load")
         if preload:
@@ -254,6 +265,8 @@ class Runtime:
         """Let go of sessions and threads, once the runs in flight are done."""
         self._loaders.shutdown()
         self._folds.close()
+        if isinstance(self._session, Captured):
+            self._session.close()
         self._release()
 
     def _bring(self, versions: Sequence[Version]) -> None:
@@ -311,7 +324,11 @@ class Runtime:
         banked = [BANKED_CPU] if choice.device == "cpu" and BANKED_CPU in self._manifest.files else []
         return ["weights.data", "base.onnx", "banked.onnx", *banked, EXAMPLE]
 
-    def _open(self, choice: Choice, threads: int | None, half: bool) -> Session:
+    def _open(self, choice: Choice, threads: int | None, half: bool, cuda: Cuda) -> Session | Captured:
+        if cuda.graphs:
+            model = self._base.check_file("banked.onnx")
+            memory = cuda.memory_bytes
+            return Captured(model, choice, self._manifest, threads=threads, half=half, memory_bytes=memory)
         if choice.device == "cpu" and BANKED_CPU in self._manifest.files:
             try:
                 return Session(self._base.check_file(BANKED_CPU), choice, threads=threads, half=half)
@@ -319,4 +336,4 @@ class Runtime:
                 # Internal operators of ONNX Runtime, which a build of it may lack; the portable graph says the same.
                 self.provider_reason += f"; {BANKED_CPU} not used ({str(error).splitlines()[0][:160]})"
                 _log.warning("bundle %r: %s", self.name, self.provider_reason)
-        return Session(self._base.check_file("banked.onnx"), choice, threads=threads, half=half)
+        return Session(self._base.check_file("banked.onnx"), choice, threads=threads, half=half, cuda=cuda)

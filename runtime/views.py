@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import math
 import operator
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -18,10 +20,10 @@ import onnxruntime
 from tpeft_deploy.errors import RunError
 from tpeft_deploy.tucker import Array
 
-__all__ = ["DTYPES", "allocate", "dtype_of", "row_view", "write"]
+__all__ = ["DTYPES", "allocate", "allocate_as", "dtype_of", "exclusive", "row_view", "write"]
 
 # Numpy has no bfloat16: its bits travel as uint16.
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(double)": np.dtype(np.float64),
     "tensor(float16)": np.dtype(np.float16),
@@ -36,6 +38,10 @@ DTYPES = {
     "tensor(uint64)": np.dtype(np.uint64),
     "tensor(bool)": np.dtype(np.bool_),
 }
+# Held while a CUDA graph is captured, and by whatever allocates or copies on the device meanwhile: CUDA refuses such
+# calls from any thread during a capture, and spoils the capture.
+exclusive = threading.RLock()
+
 _BFLOAT16 = 16  # ONNX's number of the type
 
 
@@ -69,8 +75,13 @@ def allocate(shape: Sequence[int], dtype: str, device: str) -> onnxruntime.OrtVa
         dtype: numpy's name, or "bfloat16".
         device: "cpu" or "cuda".
     """
-    kind = _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
-    return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, device, 0)
+    return allocate_as(shape, _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type, device)
+
+
+def allocate_as(shape: Sequence[int], kind: int | type, device: str) -> onnxruntime.OrtValue:
+    """As `allocate`, of what `OrtValue.element_type` gives, or of a numpy type."""
+    with exclusive:
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, device, 0)
 
 
 def row_view(bank: onnxruntime.OrtValue, row: int) -> onnxruntime.OrtValue:
@@ -93,7 +104,7 @@ def row_view(bank: onnxruntime.OrtValue, row: int) -> onnxruntime.OrtValue:
         raise RunError("view a row of a bank", expected=rows, got=f"row {row} of shape {list(shape)}")
     capsule = bank.__dlpack__()
     tensor = _Tensor.from_address(_pointer_in(capsule, b"dltensor"))
-    tensor.data = bank.data_ptr() + row * math.prod(shape[1:]) * _itemsize(bank)
+    tensor.data = bank.data_ptr() + row * math.prod(shape[1:]) * dtype_of(bank).itemsize
     tensor.ndim -= 1
     # The sizes stay where ONNX Runtime keeps them, in the bank's own value, which the capsule holds.
     tensor.shape = _rest(tensor.shape)
@@ -105,7 +116,7 @@ def row_view(bank: onnxruntime.OrtValue, row: int) -> onnxruntime.OrtValue:
     return view
 
 
-def dtype_of(value: onnxruntime.OrtValue) -> np.dtype[np.generic]:
+def dtype_of(value: onnxruntime.OrtValue) -> np.dtype[Any]:
     """The numpy dtype that a value is written from; uint16 for bfloat16.
 
     Raises:
@@ -139,11 +150,8 @@ def write(view: onnxruntime.OrtValue, array: Array) -> None:
             got=f"{array.dtype} {list(array.shape)}, {layout}",
         )
     if array.size:
-        view.update_inplace(array)
-
-
-def _itemsize(value: onnxruntime.OrtValue) -> int:
-    return dtype_of(value).itemsize
+        with exclusive:
+            view.update_inplace(array)
 
 
 def _rest(numbers: ctypes._Pointer[ctypes.c_int64]) -> ctypes._Pointer[ctypes.c_int64]:

@@ -71,7 +71,8 @@ def test_tasks_of_similar_rate_do_not_take_turns() -> None:
 
 
 def test_costs_in_bytes() -> None:
-    heat = Heat[Hashable](100, cost={"large": 90, "small": 30, "tiny": 10, "huge": 101}.__getitem__)
+    costs: dict[Hashable, int] = {"large": 90, "small": 30, "tiny": 10, "huge": 101}
+    heat = Heat[Hashable](100, cost=costs.__getitem__)
     drive(heat, {"huge": 90, "large": 40, "small": 20, "tiny": 10}, 0, 300)
     assert heat.folded == {"large", "tiny"}
 
@@ -118,7 +119,7 @@ def test_memory_is_bounded_and_the_hot_are_remembered() -> None:
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"minimum": 0}, {"margin": 0.5}, {"most": 1}, {"budget": -1}])
 def test_arguments_out_of_range(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="budget >= 0"):
-        Heat[Hashable](**{"budget": 1, **wrong})
+        Heat[Hashable](**{"budget": 1, **wrong})  # type: ignore[arg-type]
 
 
 KEYS = st.integers(0, 9)
@@ -136,7 +137,7 @@ EVENTS = st.lists(
 def test_automatic_choices_stay_within_what_pinned_ones_leave(
     events: list[tuple[str, int, int]], budget: int, costs: list[int]
 ) -> None:
-    heat = Heat[Hashable](budget, cost=costs.__getitem__, minimum=0.1)
+    heat = Heat[Hashable](budget, cost=lambda key: costs[int(str(key))], minimum=0.1)
     pinned: set[Hashable] = set()
     applied: set[Hashable] = set()
     for now, (what, key, rows) in enumerate([*events, ("decide", 0, 0)]):
