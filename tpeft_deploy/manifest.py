@@ -70,12 +70,16 @@ class Varies:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of the model; a size that is a string is free, and equal wherever it has the same name."""
+    """An input or output of the model; a size that is a string is free, and equal wherever it has the same name.
+
+    An input with a `pad` may be filled up with it at the end of every free axis but the batch.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
     varies: Varies | None = None
+    pad: int | float | None = None
 
 
 @dataclass(frozen=True)
@@ -227,4 +231,4 @@ def _target(entry: Mapping[str, Any]) -> Target:
 
 def _port(entry: Mapping[str, Any]) -> Port:
     varies = Varies(**entry["varies"]) if entry["varies"] is not None else None
-    return Port(entry["name"], entry["dtype"], tuple(entry["shape"]), varies)
+    return Port(entry["name"], entry["dtype"], tuple(entry["shape"]), varies, entry.get("pad"))
