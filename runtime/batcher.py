@@ -10,14 +10,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import onnxruntime
 
-from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError
+from tpeft_deploy.errors import QueueFull, RunError
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.batching import Limits, Order, Queue, Request
+from tpeft_deploy.runtime.calls import Answer, Call, Run, answer
 from tpeft_deploy.runtime.joining import Form, Joiner, Outputs, Task
 from tpeft_deploy.tucker import Array
 
@@ -72,37 +73,6 @@ class Figures:
     stopped: int
 
 
-@dataclass(eq=False)
-class _Call:
-    """One request of one caller; `gone` once the caller does not wait any more, or has its answer."""
-
-    request: Request[Form]
-    inputs: Mapping[str, Array]
-    task: Task
-    timeout: float | None
-    future: asyncio.Future[dict[str, Array]]
-    gone: bool = False
-
-    def overdue(self) -> DeadlineExceeded:
-        return DeadlineExceeded(
-            f"run task {self.task!r} on {self.request.rows} rows",
-            expected=f"an answer within {self.timeout} s",
-            got="none by then",
-            fix="Allow more time, or send less at once.",
-        )
-
-
-@dataclass
-class _Run:
-    """The batch on the engine."""
-
-    calls: list[_Call]
-    options: onnxruntime.RunOptions = field(default_factory=onnxruntime.RunOptions)
-
-
-_Answer = tuple[_Call, dict[str, Array] | Exception]
-
-
 class Batcher:
     """Joins requests into batches; any number of event loops, in any threads, may send them.
 
@@ -131,8 +101,8 @@ class Batcher:
         # Guards everything below and the queue; notified when the worker should look again.
         self._changed = threading.Condition()
         self._ids = itertools.count()
-        self._calls: dict[int, _Call] = {}  # those in the queue
-        self._run: _Run | None = None
+        self._calls: dict[int, Call] = {}  # those in the queue
+        self._run: Run | None = None
         self._worker: threading.Thread | None = None
         self._closed = False
         self._joined: Counter[int] = Counter()
@@ -197,13 +167,13 @@ class Batcher:
             self._calls.clear()
             for call in waiting:
                 self._queue.cancel(call.request.id)
-            self._answer([(call, self._closed_error(call.task)) for call in waiting])
+            answer([(call, self._closed_error(call.task)) for call in waiting])
             self._changed.notify()
             worker = self._worker
         if worker is not None and worker is not threading.current_thread():
             worker.join()
 
-    def _admit(self, inputs: Mapping[str, Array], task: Task, timeout: float | None, tenant: str) -> _Call:
+    def _admit(self, inputs: Mapping[str, Array], task: Task, timeout: float | None, tenant: str) -> Call:
         form = self._joiner.form(inputs, task)
         rows = self._joiner.rows(inputs)
         future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
@@ -216,7 +186,7 @@ class Batcher:
                 self._worker = worker
             now = self._clock()
             deadline = math.inf if timeout is None else now + timeout
-            call = _Call(Request(next(self._ids), rows, form, deadline, tenant), inputs, task, timeout, future)
+            call = Call(Request(next(self._ids), rows, form, deadline, tenant), inputs, task, timeout, future)
             if deadline <= now:
                 self._counts["overdue"] += 1
                 raise call.overdue()
@@ -229,11 +199,11 @@ class Batcher:
             self._changed.notify()
         return call
 
-    def _expire(self, call: _Call) -> None:
+    def _expire(self, call: Call) -> None:
         if self._leave(call, "overdue") and not call.future.done():
             call.future.set_exception(call.overdue())
 
-    def _leave(self, call: _Call, why: str) -> bool:
+    def _leave(self, call: Call, why: str) -> bool:
         """A caller does not wait any more; False if it has its answer, or left before."""
         with self._changed:
             if call.gone:
@@ -262,13 +232,13 @@ class Batcher:
                 self._attempt([call])
         return True
 
-    def _take(self) -> list[_Call] | None:
+    def _take(self) -> list[Call] | None:
         with self._changed:
             while not self._closed:
                 now = self._clock()
                 over = [self._calls.pop(request.id) for request in self._queue.expire(now)]
                 self._counts["overdue"] += len(over)
-                self._answer([(call, call.overdue()) for call in over])
+                answer([(call, call.overdue()) for call in over])
                 found = self._queue.next(now)
                 if isinstance(found, list):
                     return [self._calls.pop(request.id) for request in found]
@@ -278,14 +248,14 @@ class Batcher:
             self._worker = None
             return None
 
-    def _attempt(self, calls: Sequence[_Call]) -> bool:
+    def _attempt(self, calls: Sequence[Call]) -> bool:
         """Run requests as one batch and answer them; False, with nothing answered, if a batch of several failed."""
         run = self._begin(calls)
         if run is None:
             return True
         parts = [call.inputs for call in run.calls]
         tasks = [call.task for call in run.calls for _ in range(call.request.rows)]
-        answers: list[_Answer] = []
+        answers: list[Answer] = []
         try:
             outputs = self._engine(self._joiner.join(parts), tasks, run.options)
             answers.extend(zip(run.calls, self._joiner.cut(outputs, parts), strict=True))
@@ -297,31 +267,18 @@ class Batcher:
         finally:
             with self._changed:
                 self._run = None
-                self._answer(answers)
+                answer(answers)
         return True
 
-    def _begin(self, calls: Iterable[_Call]) -> _Run | None:
+    def _begin(self, calls: Iterable[Call]) -> Run | None:
         with self._changed:
             wanted = [call for call in calls if not call.gone]
             if not wanted:
                 return None
-            self._run = _Run(wanted)
+            self._run = Run(wanted)
             self._joined[len(wanted)] += 1
             self._counts["rows"] += sum(call.request.rows for call in wanted)
             return self._run
-
-    def _answer(self, answers: Iterable[_Answer]) -> None:
-        """Hand answers to the callers that still wait, with one wake-up per event loop."""
-        loops: dict[asyncio.AbstractEventLoop, list[_Answer]] = {}
-        for call, answer in answers:
-            if not call.gone:
-                call.gone = True
-                loops.setdefault(call.future.get_loop(), []).append((call, answer))
-        for loop, own in loops.items():
-            try:
-                loop.call_soon_threadsafe(_deliver, own)
-            except RuntimeError:
-                _log.debug("%d answers have no taker: their event loop was closed without ending its tasks", len(own))
 
     def _closed_error(self, task: Task) -> RunError:
         return RunError(
@@ -329,13 +286,3 @@ class Batcher:
             problem="the runtime is closed",
             fix="Open the bundle again.",
         )
-
-
-def _deliver(answers: Iterable[_Answer]) -> None:
-    for call, answer in answers:
-        if call.future.done():
-            continue
-        if isinstance(answer, Exception):
-            call.future.set_exception(answer)
-        else:
-            call.future.set_result(answer)

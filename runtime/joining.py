@@ -165,7 +165,9 @@ class Joiner:
     def _check(self, port: Port, output: Array | list[Array], rows: int, padded: Mapping[str, int]) -> None:
         """Refuse what would be cut in the wrong places: a wrong answer is worse than none."""
         got = [len(output), *output[0].shape] if isinstance(output, list) else list(output.shape)
-        wanted = {axis: padded[name] for axis, name in enumerate(port.shape) if name in padded}
+        wanted = {
+            axis: padded[name] for axis, name in enumerate(port.shape) if isinstance(name, str) and name in padded
+        }
         wanted[0] = rows
         if len(got) != len(port.shape) or any(got[axis] != size for axis, size in wanted.items()):
             raise RunError(
