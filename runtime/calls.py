@@ -40,12 +40,19 @@ class Call:
         )
 
 
+def _options() -> onnxruntime.RunOptions:
+    options = onnxruntime.RunOptions()
+    # ONNX Runtime would print an error for every run that is stopped on purpose; it raises all of them anyway.
+    options.log_severity_level = 4
+    return options
+
+
 @dataclass
 class Run:
     """The batch on the engine."""
 
     calls: list[Call]
-    options: onnxruntime.RunOptions = field(default_factory=onnxruntime.RunOptions)
+    options: onnxruntime.RunOptions = field(default_factory=_options)
 
 
 Answer = tuple[Call, dict[str, Array] | Exception]

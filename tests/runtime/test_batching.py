@@ -195,59 +195,68 @@ steps = st.lists(
 )
 
 
+class Watched:
+    """A queue beside a plain list of what waits, which it is compared with after every step."""
+
+    def __init__(self) -> None:
+        self.limits = Limits(max_rows=8, max_delay=0.002, max_queue_rows=40)
+        self.queue: Queue[str] = Queue(self.limits, same)
+        self.now = 0.0
+        self.known = 0
+        self.waiting: dict[int, Key] = {}
+        self.patience: dict[int, int] = {}  # batches after which a request has left: those before it, and itself
+        self.left: list[int] = []
+
+    def add(self, rows: int, form: str | None, time: float) -> None:
+        request = Request(self.known, rows, form, self.now + time)
+        try:
+            self.queue.add(request, self.now)
+        except QueueFull:
+            assert self.queue.rows + rows > 40
+            return
+        self.waiting[self.known] = request
+        self.patience[self.known] = len(self.waiting)
+        self.known += 1
+
+    def cancel(self, id: int) -> None:
+        assert self.queue.cancel(id) == (id in self.waiting)
+        if self.waiting.pop(id, None) is not None:
+            self.left.append(id)
+
+    def turn(self, time: float) -> None:
+        self.now += time
+        for request in self.queue.expire(self.now):
+            assert request.deadline <= self.now
+            self.left.append(self.waiting.pop(request.id).id)
+        assert all(request.deadline > self.now for request in self.waiting.values())
+        oldest = next(iter(self.waiting), None)
+        found = self.queue.next(self.now)
+        if isinstance(found, float):
+            assert found == math.inf if oldest is None else self.now < found <= self.now + self.limits.max_delay
+            return
+        assert found[0].id == oldest
+        assert len({request.form for request in found}) == 1
+        assert len(found) == 1 or (sum(request.rows for request in found) <= 8 and found[0].form is not None)
+        self.left.extend(self.waiting.pop(request.id).id for request in found)
+        for id in self.waiting:
+            self.patience[id] -= 1
+            assert self.patience[id] > 0
+
+
 @settings(max_examples=300, deadline=None)
 @given(steps)
 def test_every_request_leaves_exactly_once_in_bounded_batches_and_none_is_overtaken_for_long(
     script: list[tuple[Any, ...]],
 ) -> None:
-    limits = Limits(max_rows=8, max_delay=0.002, max_queue_rows=40)
-    own: Queue[str] = Queue(limits, same)
-    now, waiting, left = 0.0, dict[int, Key](), list[int]()
-    patience: dict[int, int] = {}  # batches after which a request is first at the latest: those before it, and itself
-    known = 0
-
-    def turn() -> bool:
-        for request in own.expire(now):
-            assert request.deadline <= now
-            left.append(waiting.pop(request.id).id)
-        oldest = next(iter(waiting), None)
-        found = own.next(now)
-        if isinstance(found, float):
-            assert found == math.inf if oldest is None else now < found <= now + limits.max_delay
-            return False
-        assert found[0].id == oldest
-        assert len({request.form for request in found}) == 1
-        assert len(found) == 1 or (sum(request.rows for request in found) <= 8 and found[0].form is not None)
-        left.extend(waiting.pop(request.id).id for request in found)
-        for id in waiting:
-            patience[id] -= 1
-            assert patience[id] > 0
-        return True
-
-    for step in script:
-        if step[0] == "add":
-            request = Request(known, step[1], step[2], now + step[3])
-            try:
-                own.add(request, now)
-            except QueueFull:
-                assert own.rows + request.rows > 40
-                continue
-            waiting[known] = request
-            patience[known] = len(waiting)
-            known += 1
-        elif step[0] == "cancel":
-            assert own.cancel(step[1]) == (step[1] in waiting)
-            if waiting.pop(step[1], None) is not None:
-                left.append(step[1])
-        else:
-            now += step[1]
-            turn()
-        assert own.rows == sum(request.rows for request in waiting.values())
-        assert own.rows <= 40 or len(own) == 1
-    while waiting:
-        now += limits.max_delay
-        assert turn() or not waiting
-    assert sorted(left) == list(range(known))
+    watched = Watched()
+    for name, *arguments in script:
+        getattr(watched, name)(*arguments)
+        assert watched.queue.rows == sum(request.rows for request in watched.waiting.values())
+        assert len(watched.queue) == len(watched.waiting)
+        assert watched.queue.rows <= 40 or len(watched.queue) == 1
+    for _ in range(2 * len(watched.waiting)):
+        watched.turn(watched.limits.max_delay)
+    assert sorted(watched.left) == list(range(watched.known))
 
 
 @settings(max_examples=100, deadline=None)
