@@ -267,6 +267,7 @@ class Batcher:
         finally:
             with self._changed:
                 self._run = None
+                self._queue.ended(self._clock())
                 answer(answers)
         return True
 
@@ -274,6 +275,7 @@ class Batcher:
         with self._changed:
             wanted = [call for call in calls if not call.gone]
             if not wanted:
+                self._queue.ended(self._clock())
                 return None
             self._run = Run(wanted)
             self._joined[len(wanted)] += 1

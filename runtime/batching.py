@@ -195,15 +195,11 @@ class Queue(Generic[Form]):
         return over
 
     def next(self, now: float) -> list[Request[Form]] | float:
-        """What a free worker does next; call `expire` first, and this only while nothing runs.
+        """What a free worker does next; call `expire` first, and this only after `ended` said that nothing runs.
 
         Returns:
             A batch to run now, or the time to ask again if nothing is added before; infinity when nothing waits.
         """
-        if self._running:
-            self._free_since = now
-            self._around = self._running + len(self._waiting)
-            self._running = 0
         if not self._waiting:
             return math.inf
         batch = self._gather()
@@ -216,6 +212,15 @@ class Queue(Generic[Form]):
             self._rows -= request.rows
         self._running = len(batch)
         return batch
+
+    def ended(self, now: float) -> None:
+        """The batch has run.  To be said before its requests are answered, as clients who send again would be counted
+        twice; nothing happens if no batch was running.
+        """
+        if self._running:
+            self._free_since = now
+            self._around = self._running + len(self._waiting)
+            self._running = 0
 
     def _gather(self) -> list[Request[Form]]:
         """The first request of the order, and all that can join it, up to max_rows."""

@@ -102,6 +102,19 @@ def test_what_comes_during_a_run_is_joined_and_everyone_gets_the_own_answer(make
     assert (figures.waiting_requests, figures.waiting_rows, figures.cancelled) == (0, 0, 0)
 
 
+def test_a_single_client_never_waits_for_company_that_does_not_come(make: Callable[..., Batcher]) -> None:
+    own = make(Gate(), max_delay=0.5)
+
+    async def main() -> float:
+        start = time.monotonic()
+        for _ in range(50):
+            await own.infer(rows(1), "a")
+        return time.monotonic() - start
+
+    assert asyncio.run(main()) < 5  # 25 seconds if each request waited
+    assert own.figures().joined == {1: 50}
+
+
 def test_only_the_bad_requests_of_a_batch_fail(make: Callable[..., Batcher]) -> None:
     gate = Gate(is_open=False)
     own = make(gate)
