@@ -12,6 +12,7 @@ except ImportError as error:
         fix="pip install 'tpeft-deploy[cpu]', or [gpu] on a CUDA machine.",
     ) from error
 
+from tpeft_deploy.runtime.batching import Limits
 from tpeft_deploy.runtime.runtime import Runtime
 
-__all__ = ["Runtime"]
+__all__ = ["Limits", "Runtime"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,13 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, overload
 
+import onnxruntime
+
 from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, EXAMPLE, Bundle, check_task
-from tpeft_deploy.errors import InputError, ProviderUnavailable, UnknownTask
+from tpeft_deploy.errors import DeadlineExceeded, InputError, ProviderUnavailable, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bank import Layout
+from tpeft_deploy.runtime.batcher import Batcher
+from tpeft_deploy.runtime.batching import Limits
 from tpeft_deploy.runtime.captured import Captured
 from tpeft_deploy.runtime.catalogue import Catalogue, Task
 from tpeft_deploy.runtime.engine import Engine, Outputs
@@ -54,6 +60,7 @@ class Runtime:
         session_bytes: what each session's weights and intermediate results may take on CUDA; by default all there is.
         cuda_graphs: on CUDA, record runs of the bank as CUDA graphs, one for each shape that comes again; inputs are
             filled up to a few shapes for it (see `captured`).
+        limits: how requests of `infer` are joined and how many may wait; 32 rows and 2 ms by default.
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
@@ -76,6 +83,7 @@ class Runtime:
         folded_bytes: int = 0,
         session_bytes: int | None = None,
         cuda_graphs: bool = False,
+        limits: Limits | None = None,
         preload: bool = True,
         own_copy: bool = True,
     ) -> None:
@@ -110,6 +118,7 @@ class Runtime:
         self._session = self._open(choice, threads, half, cuda)
         self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
         self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
+        self._batcher = Batcher(self._manifest, self._run_batch, Limits() if limits is None else limits)
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="tpeft-load")
         if preload:
             self._preload()
@@ -182,6 +191,37 @@ class Runtime:
         # Found before anything runs, so that a load or unload meanwhile does not touch this call.
         versions = [self._catalogue.find(own, doing=f"run task {own!r} for row {row}") for row, own in enumerate(tasks)]
         return self._engine.run_rows(arrays, versions)
+
+    async def infer(
+        self, inputs: Mapping[str, object], task: Task = BASE_TASK, *, timeout: float | None = None
+    ) -> dict[str, Array]:
+        """Run a request together with those of others, of any task: what `run` answers, later by a few milliseconds.
+
+        Requests are joined where their other axes are equal, or where the manifest says what they may be filled up
+        with.  Cancelling takes the request out of its batch, and stops the run once nobody waits for it.  A request
+        that cannot be answered fails alone.
+
+        Args:
+            inputs: input name -> array; the first axis is the batch.
+            task: one task for all rows, or a weighted set of tasks.
+            timeout: seconds after which the answer is of no use.
+
+        Raises:
+            UnknownTask, InputError, CompositionError, AdapterError, BundleError, CapacityError: as `run`.
+            QueueFull: too many rows wait already.
+            DeadlineExceeded: the time was over first.
+        """
+        arrays = requests.check_inputs(self._manifest, inputs)
+        version = self._catalogue.find(task)
+        if version is None:
+            return await self._batcher.infer(arrays, BASE_TASK, timeout=timeout)
+        began = time.monotonic()
+        await self._take(version, timeout)
+        try:
+            left = None if timeout is None else timeout - (time.monotonic() - began)
+            return await self._batcher.infer(arrays, version, timeout=left)
+        finally:
+            self._tiers.give_back([version])
 
     def load(self, task: str, adapter: str | os.PathLike[str] | Adapter | None = None) -> None:
         """Serve an adapter, in place of an earlier one of that name; the bundle on disk stays as it is.
@@ -263,11 +303,40 @@ class Runtime:
 
     def close(self) -> None:
         """Let go of sessions and threads, once the runs in flight are done."""
+        self._batcher.close()
         self._loaders.shutdown()
         self._folds.close()
         if isinstance(self._session, Captured):
             self._session.close()
         self._release()
+
+    async def _take(self, version: Version, timeout: float | None) -> None:
+        """`Tiers.take` without holding up the event loop."""
+        if self._tiers.take_resident([version]):
+            return
+        taking = self._loaders.submit(self._tiers.take, [version])
+        try:
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(taking)), timeout)
+        except BaseException as error:
+            taking.add_done_callback(lambda done: self._let_go(version, done))
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded(
+                    f"run task {version.name!r}",
+                    expected=f"it on the device within {timeout} s",
+                    got="one that is still being read",
+                    fix="Prefetch it, or give it more time.",
+                ) from None
+            raise
+
+    def _let_go(self, version: Version, taking: Future[None]) -> None:
+        if not taking.cancelled() and taking.exception() is None:
+            self._tiers.give_back([version])
+
+    def _run_batch(
+        self, inputs: Mapping[str, Array], tasks: Sequence[object], options: onnxruntime.RunOptions
+    ) -> Outputs:
+        """What the batcher runs: versions that are held, or the base by its name."""
+        return self._engine.run_rows(inputs, [task if isinstance(task, Version) else None for task in tasks], options)
 
     def _bring(self, versions: Sequence[Version]) -> None:
         for version in versions:

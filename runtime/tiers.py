@@ -79,10 +79,8 @@ class Tiers:
 
     def take(self, wanted: Sequence[Version]) -> None:
         """Begin to use versions, each once; see `using`."""
-        with self._state:
-            if all(version.row is not None for version in wanted):
-                self._count(wanted)
-                return
+        if self.take_resident(wanted):
+            return
         contents = {version: self._content(version) for version in wanted if version.row is None}
         # One at a time, and only the one that holds no row yet: two that wait for each other's would wait forever.
         with self._writer:
@@ -95,6 +93,14 @@ class Tiers:
             except BaseException:
                 self.give_back(wanted)
                 raise
+
+    def take_resident(self, wanted: Sequence[Version]) -> bool:
+        """As `take`, if all are on the device already; never waits."""
+        with self._state:
+            resident = all(version.row is not None for version in wanted)
+            if resident:
+                self._count(wanted)
+            return resident
 
     def give_back(self, versions: Iterable[Version]) -> None:
         """End the use of versions."""

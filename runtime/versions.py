@@ -38,7 +38,7 @@ class Content:
         return sum(array.nbytes for array in self.rows.values())
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Version:
     """One content that a task stands for, or stood for: whoever began on it ends on it.
 
@@ -61,3 +61,6 @@ class Version:
     pinned: bool = False
     current: bool = True  # whether the task still stands for it
     reading: threading.Lock = field(default_factory=threading.Lock)
+
+    def __repr__(self) -> str:
+        return repr(self.name)

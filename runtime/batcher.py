@@ -1,0 +1,290 @@
+"""Requests of many callers as batches on one worker thread."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import onnxruntime
+
+from tpeft_deploy.errors import QueueFull, RunError
+from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.runtime.batching import Limits, Order, Queue, Request
+from tpeft_deploy.runtime.calls import Answer, Call, Run, answer
+from tpeft_deploy.runtime.joining import Form, Joiner, Outputs, Task
+from tpeft_deploy.tucker import Array
+
+__all__ = ["Batcher", "Engine", "Figures"]
+
+_log = logging.getLogger("tpeft_deploy.runtime")
+
+# A worker that has had nothing to do for so many seconds ends, so that a runtime nobody closed can be collected.
+_IDLE_SECONDS = 5.0
+
+
+class Engine(Protocol):
+    """What a batcher runs on; one call at a time, from the batcher's thread."""
+
+    def __call__(self, inputs: Mapping[str, Array], tasks: Sequence[Task], options: onnxruntime.RunOptions) -> Outputs:
+        """Run a batch.
+
+        Args:
+            inputs: input name -> array, checked.
+            tasks: one task per row; a single one for a model without a batch axis.
+            options: `terminate` is set when nobody waits for the outputs any more.
+
+        Returns:
+            Output name -> array, or a list with one array a row where rows differ in size.
+        """
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a batcher has done so far, and what waits.
+
+    Attributes:
+        waiting_requests: requests in the queue.
+        waiting_rows: their rows.
+        batches: runs of the engine; a batch that failed and was run again request by request counts those too.
+        rows: rows in those runs.
+        joined: number of requests in a run -> number of such runs.
+        refused: requests that the queue did not take.
+        overdue: requests whose deadline came first.
+        cancelled: requests given up by their callers.
+        stopped: runs that were told to stop because nobody waited any more.
+    """
+
+    waiting_requests: int
+    waiting_rows: int
+    batches: int
+    rows: int
+    joined: Mapping[int, int]
+    refused: int
+    overdue: int
+    cancelled: int
+    stopped: int
+
+
+class Batcher:
+    """Joins requests into batches; any number of event loops, in any threads, may send them.
+
+    Args:
+        manifest: the model's inputs and outputs.
+        engine: runs a batch.
+        limits: bounds.
+        order: who is next; first come, first served by default.
+        clock: seconds since any moment.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: Engine,
+        limits: Limits,
+        *,
+        order: Order[Form] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = manifest.name
+        self._engine = engine
+        self._clock = clock
+        self._joiner = Joiner(manifest, max_waste=limits.max_waste)
+        self._queue: Queue[Form] = Queue(limits, self._joiner.fits, order)
+        # Guards everything below and the queue; notified when the worker should look again.
+        self._changed = threading.Condition()
+        self._ids = itertools.count()
+        self._calls: dict[int, Call] = {}  # those in the queue
+        self._run: Run | None = None
+        self._worker: threading.Thread | None = None
+        self._closed = False
+        self._joined: Counter[int] = Counter()
+        self._counts: Counter[str] = Counter()
+
+    async def infer(
+        self, inputs: Mapping[str, Array], task: Task, *, timeout: float | None = None, tenant: str = ""
+    ) -> dict[str, Array]:
+        """Run a request, in a batch with others where they fit.
+
+        Cancelling the awaiting task takes the request out of the queue, or stops its run once all others in it are
+        cancelled or overdue too.
+
+        Args:
+            inputs: as `requests.check_inputs` gives them; not to be changed before the answer is there.
+            task: one task for all rows.
+            timeout: seconds until the answer is of no use; by default it always is.
+            tenant: whom the order may charge for the rows.
+
+        Returns:
+            Output name -> array.
+
+        Raises:
+            QueueFull: too many rows wait already.
+            DeadlineExceeded: the time is over; a request that was still waiting never runs.
+            RunError: the batcher is closed.
+        """
+        loop = asyncio.get_running_loop()
+        call = self._admit(inputs, task, timeout, tenant)
+        # On the caller's loop, so that it is on time while the worker is busy with others.
+        timer = loop.call_later(timeout, self._expire, call) if timeout is not None else None
+        try:
+            return await call.future
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._leave(call, "cancelled")
+            if call.future.done() and not call.future.cancelled():
+                # A task cancelled just now does not look at its answer; asyncio would log an error nobody looked at.
+                call.future.exception()
+
+    def figures(self) -> Figures:
+        """What has been done so far, and what waits."""
+        with self._changed:
+            return Figures(
+                waiting_requests=len(self._queue),
+                waiting_rows=self._queue.rows,
+                batches=self._joined.total(),
+                rows=self._counts["rows"],
+                joined=dict(self._joined),
+                refused=self._counts["refused"],
+                overdue=self._counts["overdue"],
+                cancelled=self._counts["cancelled"],
+                stopped=self._counts["stopped"],
+            )
+
+    def close(self) -> None:
+        """Refuse new requests, fail those that wait, and return once the batch that runs is answered."""
+        with self._changed:
+            self._closed = True
+            waiting = list(self._calls.values())
+            self._calls.clear()
+            for call in waiting:
+                self._queue.cancel(call.request.id)
+            answer([(call, self._closed_error(call.task)) for call in waiting])
+            self._changed.notify()
+            worker = self._worker
+        if worker is not None and worker is not threading.current_thread():
+            worker.join()
+
+    def _admit(self, inputs: Mapping[str, Array], task: Task, timeout: float | None, tenant: str) -> Call:
+        form = self._joiner.form(inputs, task)
+        rows = self._joiner.rows(inputs)
+        future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
+        with self._changed:
+            if self._closed:
+                raise self._closed_error(task)
+            if self._worker is None:
+                worker = threading.Thread(target=self._work, name=f"batcher of {self._name}", daemon=True)
+                worker.start()
+                self._worker = worker
+            now = self._clock()
+            deadline = math.inf if timeout is None else now + timeout
+            call = Call(Request(next(self._ids), rows, form, deadline, tenant), inputs, task, timeout, future)
+            if deadline <= now:
+                self._counts["overdue"] += 1
+                raise call.overdue()
+            try:
+                self._queue.add(call.request, now)
+            except QueueFull:
+                self._counts["refused"] += 1
+                raise
+            self._calls[call.request.id] = call
+            self._changed.notify()
+        return call
+
+    def _expire(self, call: Call) -> None:
+        if self._leave(call, "overdue") and not call.future.done():
+            call.future.set_exception(call.overdue())
+
+    def _leave(self, call: Call, why: str) -> bool:
+        """A caller does not wait any more; False if it has its answer, or left before."""
+        with self._changed:
+            if call.gone:
+                return False
+            call.gone = True
+            self._counts[why] += 1
+            if self._queue.cancel(call.request.id):
+                del self._calls[call.request.id]
+            elif self._run is not None and call in self._run.calls and all(other.gone for other in self._run.calls):
+                self._run.options.terminate = True
+                self._counts["stopped"] += 1
+            return True
+
+    def _work(self) -> None:
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Wait for a batch and run it; False when the worker has to end.  A function so that it keeps nothing."""
+        calls = self._take()
+        if calls is None:
+            return False
+        if not self._attempt(calls):
+            # One request may spoil the batch for all: each on its own, only the bad ones fail.
+            for call in calls:
+                self._attempt([call])
+        return True
+
+    def _take(self) -> list[Call] | None:
+        with self._changed:
+            while not self._closed:
+                now = self._clock()
+                over = [self._calls.pop(request.id) for request in self._queue.expire(now)]
+                self._counts["overdue"] += len(over)
+                answer([(call, call.overdue()) for call in over])
+                found = self._queue.next(now)
+                if isinstance(found, list):
+                    return [self._calls.pop(request.id) for request in found]
+                woken = self._changed.wait(min(max(found - now, 0), _IDLE_SECONDS))
+                if not woken and not len(self._queue):
+                    break
+            self._worker = None
+            return None
+
+    def _attempt(self, calls: Sequence[Call]) -> bool:
+        """Run requests as one batch and answer them; False, with nothing answered, if a batch of several failed."""
+        run = self._begin(calls)
+        if run is None:
+            return True
+        parts = [call.inputs for call in run.calls]
+        tasks = [call.task for call in run.calls for _ in range(call.request.rows)]
+        answers: list[Answer] = []
+        try:
+            outputs = self._engine(self._joiner.join(parts), tasks, run.options)
+            answers.extend(zip(run.calls, self._joiner.cut(outputs, parts), strict=True))
+        except Exception as error:
+            _log.debug("a batch of %d requests on bundle %r failed", len(run.calls), self._name, exc_info=True)
+            if len(run.calls) > 1:
+                return False
+            answers.append((run.calls[0], error))
+        finally:
+            with self._changed:
+                self._run = None
+                self._queue.ended(self._clock())
+                answer(answers)
+        return True
+
+    def _begin(self, calls: Iterable[Call]) -> Run | None:
+        with self._changed:
+            wanted = [call for call in calls if not call.gone]
+            if not wanted:
+                self._queue.ended(self._clock())
+                return None
+            self._run = Run(wanted)
+            self._joined[len(wanted)] += 1
+            self._counts["rows"] += sum(call.request.rows for call in wanted)
+            return self._run
+
+    def _closed_error(self, task: Task) -> RunError:
+        return RunError(
+            f"run task {task!r} on bundle {self._name!r}",
+            problem="the runtime is closed",
+            fix="Open the bundle again.",
+        )

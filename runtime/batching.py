@@ -1,0 +1,263 @@
+"""Which waiting requests run together, and when: the policy alone, without threads, a clock or arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from tpeft_deploy.errors import QueueFull, RunError
+
+__all__ = ["FirstCome", "Limits", "Order", "Queue", "Request"]
+
+Form = TypeVar("Form")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of batching.
+
+    Attributes:
+        max_rows: rows of one run; a request of more runs alone.
+        max_delay: seconds that a request may wait for company while nothing runs.
+        max_queue_rows: rows that may wait; one more request is refused.
+        max_waste: share of a batch's elements that may be padding.  At a half, a batch computes at most twice what
+            its requests would on their own, which is less than what joining saves where a run has a fixed cost
+            (launches on a GPU, weights read from memory); 0 joins requests of equal sizes only.
+
+    Raises:
+        RunError: a bound that nothing could keep.
+    """
+
+    max_rows: int = 32
+    max_delay: float = 0.002
+    max_queue_rows: int = 1024
+    max_waste: float = 0.5
+
+    def __post_init__(self) -> None:
+        valid = {
+            "max_rows": self.max_rows >= 1,
+            "max_delay": 0 <= self.max_delay < math.inf,
+            "max_queue_rows": self.max_queue_rows >= 1,
+            "max_waste": 0 <= self.max_waste < 1,
+        }
+        for name, fine in valid.items():
+            if not fine:
+                raise RunError(
+                    "set the limits of batching",
+                    expected="max_rows and max_queue_rows from 1, max_delay from 0, max_waste from 0 to below 1",
+                    got=f"{name} = {getattr(self, name)!r}",
+                )
+
+
+@dataclass(frozen=True)
+class Request(Generic[Form]):
+    """A request as the policy sees it.
+
+    Attributes:
+        id: unique among those that wait.
+        rows: its size along the batch.
+        form: what decides which requests it can be joined with; None if it runs alone.
+        deadline: the time after which nobody wants the answer.
+        tenant: whom an order may charge for the rows.
+    """
+
+    id: int
+    rows: int
+    form: Form | None
+    deadline: float = math.inf
+    tenant: str = ""
+
+
+class Order(Protocol[Form]):
+    """Waiting requests in the order in which they are to be served.
+
+    The first of the order is in the next batch, always; the others join it, in order, where they fit.  An order that
+    puts every request first after a bounded number of batches therefore starves none.
+    """
+
+    def add(self, request: Request[Form]) -> None:
+        """Let a request wait."""
+
+    def drop(self, request: Request[Form]) -> None:
+        """Forget a request that will not run: cancelled or past its deadline."""
+
+    def serve(self, requests: Sequence[Request[Form]]) -> None:
+        """Hand out requests that run now, in one batch; an order that charges tenants does so here."""
+
+    def __iter__(self) -> Iterator[Request[Form]]:
+        """All waiting requests, the next to serve first."""
+
+    def __len__(self) -> int:
+        """How many wait."""
+
+
+class FirstCome(Generic[Form]):
+    """First come, first served."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, Request[Form]] = {}
+
+    def add(self, request: Request[Form]) -> None:
+        """Let a request wait behind all others."""
+        self._waiting[request.id] = request
+
+    def drop(self, request: Request[Form]) -> None:
+        """Forget a request that will not run."""
+        del self._waiting[request.id]
+
+    def serve(self, requests: Sequence[Request[Form]]) -> None:
+        """Hand out requests that run now."""
+        for request in requests:
+            del self._waiting[request.id]
+
+    def __iter__(self) -> Iterator[Request[Form]]:
+        """All waiting requests, the oldest first."""
+        return iter(self._waiting.values())
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+
+class Queue(Generic[Form]):
+    """Requests that wait for one worker, which runs a batch at a time.
+
+    Times are seconds of any clock that does not run backwards; every call says what time it is.  Not safe to call
+    from several threads at once.
+
+    Args:
+        limits: bounds.
+        join: the form of a batch (first) with one more request (second), or None if that does not fit; a batch starts
+            as the form of its first request.
+        order: who is next; first come, first served by default.
+    """
+
+    def __init__(
+        self, limits: Limits, join: Callable[[Form, Form], Form | None], order: Order[Form] | None = None
+    ) -> None:
+        self._limits = limits
+        self._join = join
+        self._order: Order[Form] = FirstCome() if order is None else order
+        self._waiting: dict[int, tuple[Request[Form], float]] = {}
+        self._rows = 0
+        self._earliest_deadline = math.inf
+        # What the rule of `_worth_waiting` remembers: the last batch, and what was there when it ended.
+        self._running = 0
+        self._free_since = -math.inf
+        self._around = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that wait."""
+        return self._rows
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    def add(self, request: Request[Form], now: float) -> None:
+        """Let a request wait.  A queue that is empty takes a request of any number of rows.
+
+        Raises:
+            QueueFull: too many rows wait already.
+        """
+        if self._rows and self._rows + request.rows > self._limits.max_queue_rows:
+            raise QueueFull(
+                f"queue a request of {request.rows} rows",
+                expected=f"at most {self._limits.max_queue_rows} rows waiting",
+                got=f"{self._rows} rows in {len(self._waiting)} requests before it",
+                fix="Send it again later, send less at once, or raise max_queue_rows.",
+            )
+        self._waiting[request.id] = (request, now)
+        self._order.add(request)
+        self._rows += request.rows
+        self._earliest_deadline = min(self._earliest_deadline, request.deadline)
+
+    def cancel(self, id: int) -> bool:
+        """Take a request out; False if it does not wait (any more)."""
+        if id not in self._waiting:
+            return False
+        request, _ = self._waiting.pop(id)
+        self._order.drop(request)
+        self._rows -= request.rows
+        return True
+
+    def expire(self, now: float) -> list[Request[Form]]:
+        """Take out the requests whose deadline has come, and return them."""
+        if now < self._earliest_deadline:
+            return []
+        over = [request for request, _ in self._waiting.values() if request.deadline <= now]
+        for request in over:
+            self.cancel(request.id)
+        self._earliest_deadline = min((request.deadline for request, _ in self._waiting.values()), default=math.inf)
+        return over
+
+    def next(self, now: float) -> list[Request[Form]] | float:
+        """What a free worker does next; call `expire` first, and this only after `ended` said that nothing runs.
+
+        Returns:
+            A batch to run now, or the time to ask again if nothing is added before; infinity when nothing waits.
+        """
+        if not self._waiting:
+            return math.inf
+        batch = self._gather()
+        until = self._worth_waiting(batch)
+        if now < until:
+            return until
+        self._order.serve(batch)
+        for request in batch:
+            del self._waiting[request.id]
+            self._rows -= request.rows
+        self._running = len(batch)
+        return batch
+
+    def ended(self, now: float) -> None:
+        """The batch has run.  To be said before its requests are answered, as clients who send again would be counted
+        twice; nothing happens if no batch was running.
+        """
+        if self._running:
+            self._free_since = now
+            self._around = self._running + len(self._waiting)
+            self._running = 0
+
+    def _gather(self) -> list[Request[Form]]:
+        """The first request of the order, and all that can join it, up to max_rows."""
+        waiting = iter(self._order)
+        first = next(waiting)
+        batch, rows, form = [first], first.rows, first.form
+        for request in waiting:
+            if form is None or rows >= self._limits.max_rows:
+                break
+            if request.form is None or rows + request.rows > self._limits.max_rows:
+                continue
+            joined = self._join(form, request.form)
+            if joined is not None:
+                form = joined
+                rows += request.rows
+                batch.append(request)
+        return batch
+
+    def _worth_waiting(self, batch: Sequence[Request[Form]]) -> float:
+        """Until when a batch should wait for company; minus infinity if not at all.
+
+        What comes during a run waits anyway and forms the next batch: under load, batches grow by themselves (as in
+        vLLM, or in Triton with its default delay of 0), and holding back a request on an idle worker would add
+        latency for nothing.  One case loses without a delay: clients that all send again as soon as they have their
+        answers.  The first of them would run alone, all others behind it, so half of the runs would carry one
+        request.  So a batch waits, up to max_delay, only while fewer requests are here than were around when the last
+        batch ended.  A single client, and the first request after a pause, never wait.
+        """
+        first = batch[0]
+        if first.form is None or sum(request.rows for request in batch) >= self._limits.max_rows:
+            return -math.inf
+        if len(batch) < len(self._waiting) or len(batch) >= self._around:
+            # Others cannot join this batch and would wait too; or everyone is here again.
+            return -math.inf
+        oldest = min(self._waiting[request.id][1] for request in batch)
+        if oldest - self._free_since >= self._limits.max_delay:
+            return -math.inf
+        until = oldest + self._limits.max_delay
+        # A delay must not be what costs a request its deadline.
+        return -math.inf if any(request.deadline <= until for request in batch) else until

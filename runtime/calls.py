@@ -1,0 +1,82 @@
+"""What a batcher holds of its callers: their requests, and the way back to their event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import onnxruntime
+
+from tpeft_deploy.errors import DeadlineExceeded
+from tpeft_deploy.runtime.batching import Request
+from tpeft_deploy.runtime.joining import Form, Task
+from tpeft_deploy.tucker import Array
+
+__all__ = ["Answer", "Call", "Run", "answer"]
+
+_log = logging.getLogger("tpeft_deploy.runtime")
+
+
+@dataclass(eq=False)
+class Call:
+    """One request of one caller; `gone` once the caller does not wait any more, or has its answer."""
+
+    request: Request[Form]
+    inputs: Mapping[str, Array]
+    task: Task
+    timeout: float | None
+    future: asyncio.Future[dict[str, Array]]
+    gone: bool = False
+
+    def overdue(self) -> DeadlineExceeded:
+        """The error for a call whose time is over."""
+        return DeadlineExceeded(
+            f"run task {self.task!r} on {self.request.rows} rows",
+            expected=f"an answer within {self.timeout} s",
+            got="none by then",
+            fix="Allow more time, or send less at once.",
+        )
+
+
+def _options() -> onnxruntime.RunOptions:
+    options = onnxruntime.RunOptions()
+    # ONNX Runtime would print an error for every run that is stopped on purpose; it raises all of them anyway.
+    options.log_severity_level = 4
+    return options
+
+
+@dataclass
+class Run:
+    """The batch on the engine."""
+
+    calls: list[Call]
+    options: onnxruntime.RunOptions = field(default_factory=_options)
+
+
+Answer = tuple[Call, dict[str, Array] | Exception]
+
+
+def answer(answers: Iterable[Answer]) -> None:
+    """Hand answers to the callers that still wait, with one wake-up per event loop."""
+    loops: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
+    for call, result in answers:
+        if not call.gone:
+            call.gone = True
+            loops.setdefault(call.future.get_loop(), []).append((call, result))
+    for loop, own in loops.items():
+        try:
+            loop.call_soon_threadsafe(_deliver, own)
+        except RuntimeError:
+            _log.debug("%d answers have no taker: their event loop was closed without ending its tasks", len(own))
+
+
+def _deliver(answers: Iterable[Answer]) -> None:
+    for call, result in answers:
+        if call.future.done():
+            continue
+        if isinstance(result, Exception):
+            call.future.set_exception(result)
+        else:
+            call.future.set_result(result)

@@ -1,0 +1,221 @@
+"""Joining the inputs of several requests into one batch, and cutting its outputs back: pure numpy."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from tpeft_deploy.errors import RunError
+from tpeft_deploy.manifest import Manifest, Port
+from tpeft_deploy.runtime import requests
+from tpeft_deploy.tucker import Array
+
+__all__ = ["Form", "Joiner", "Outputs", "Task", "fits"]
+
+Task = Hashable  # what a row runs on; the batcher only hands it on
+Outputs = Mapping[str, Array | list[Array]]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What decides whether requests run as one batch; a batch has a form too.
+
+    Attributes:
+        key: requests of different keys never run together.
+        rows: size along the batch.
+        sizes: size along every paddable name, in a fixed order; the largest of the requests', for a batch.
+        elements: elements of all inputs, padding not counted.
+        terms: per input, the elements of one row without its paddable axes, and the places in `sizes` of those.
+    """
+
+    key: Hashable
+    rows: int
+    sizes: tuple[int, ...]
+    elements: int
+    terms: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @property
+    def padded(self) -> int:
+        """Elements of all inputs, padded to `sizes`."""
+        return self.rows * sum(fixed * math.prod(self.sizes[place] for place in places) for fixed, places in self.terms)
+
+
+def fits(batch: Form, request: Form, *, max_waste: float) -> Form | None:
+    """The form of a batch with one more request, or None if they should not run together.
+
+    Args:
+        batch: a batch, or its first request.
+        request: what may be added to it.
+        max_waste: share of the whole batch's elements that may be padding.
+    """
+    if batch.key != request.key:
+        return None
+    sizes = tuple(map(max, batch.sizes, request.sizes))
+    joined = Form(batch.key, batch.rows + request.rows, sizes, batch.elements + request.elements, batch.terms)
+    return joined if joined.elements >= (1 - max_waste) * joined.padded else None
+
+
+class Joiner:
+    """Joins requests for one model.
+
+    A model can be batched when every input and output has the batch as its first axis and nowhere else.  Requests are
+    joined when their free sizes are equal, or paddable: every input that has a size of that name declares what to fill
+    it up with.
+
+    Args:
+        manifest: the model's inputs and outputs.
+        max_waste: share of a batch's elements that may be padding.
+    """
+
+    def __init__(self, manifest: Manifest, *, max_waste: float) -> None:
+        self._manifest = manifest
+        self._joinable = _joinable(manifest)
+        self._paddable = _paddable(manifest)
+        self.fits = partial(fits, max_waste=max_waste)
+
+    def rows(self, inputs: Mapping[str, Array]) -> int:
+        """Rows of a request; 1 for a model without a batch axis."""
+        batched = requests.batched(self._manifest, self._manifest.inputs)
+        return inputs[batched[0].name].shape[0] if batched else 1
+
+    def form(self, inputs: Mapping[str, Array], task: Task) -> Form | None:
+        """The form of a request, or None if it has to run alone.
+
+        Args:
+            inputs: as `requests.check_inputs` gives them.
+            task: its task.
+        """
+        if not self._joinable:
+            return None
+        ports = self._manifest.inputs
+        paddable = set(self._paddable)
+        fixed = []
+        terms = []
+        for port in ports:
+            own = [
+                size
+                for name, size in zip(port.shape[1:], inputs[port.name].shape[1:], strict=True)
+                if name not in paddable
+            ]
+            places = tuple(self._paddable.index(name) for name in port.shape if name in paddable)
+            fixed.append(tuple(own))
+            terms.append((math.prod(own), places))
+        # A model that serves one adapter per run gains nothing from other tasks in the batch: it would run one after
+        # the other, and all would wait for the last.
+        alike = task if self._manifest.rows == "group" else None
+        own_sizes = self._sizes(inputs)
+        return Form(
+            key=(alike, tuple(fixed)),
+            rows=self.rows(inputs),
+            sizes=tuple(own_sizes[name] for name in self._paddable),
+            elements=sum(inputs[port.name].size for port in ports),
+            terms=tuple(terms),
+        )
+
+    def join(self, parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        """One batch of the inputs of several requests; those of a single request as they are."""
+        if len(parts) == 1:
+            return dict(parts[0])
+        return {port.name: _stack(port, [part[port.name] for part in parts]) for port in self._manifest.inputs}
+
+    def cut(self, outputs: Outputs, parts: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+        """The outputs of a batch, one dict per request, with no padding and each in memory of its own.
+
+        Args:
+            outputs: output name -> array, or a list of arrays, one a row.
+            parts: the inputs of the requests, in the order in which they were joined.
+
+        Raises:
+            RunError: an output does not have the sizes that the manifest says.
+        """
+        ports = self._manifest.outputs
+        if len(parts) == 1:
+            return [{port.name: _whole(outputs[port.name]) for port in ports}]
+        own = [self._sizes(part) for part in parts]
+        ends = np.cumsum([self.rows(part) for part in parts]).tolist()
+        padded = {name: max(sizes[name] for sizes in own) for name in self._paddable}
+        answers: list[dict[str, Array]] = [{} for _ in parts]
+        for port in ports:
+            output = outputs[port.name]
+            self._check(port, output, ends[-1], padded)
+            for answer, sizes, start, end in zip(answers, own, [0, *ends], ends, strict=False):
+                row = tuple(slice(sizes.get(name)) if isinstance(name, str) else slice(None) for name in port.shape[1:])
+                if isinstance(output, list):
+                    answer[port.name] = np.stack([part[row] for part in output[start:end]])
+                else:
+                    answer[port.name] = output[(slice(start, end), *row)].copy()
+        return answers
+
+    def _sizes(self, inputs: Mapping[str, Array]) -> dict[str, int]:
+        """A request's own size along every paddable name."""
+        return {
+            name: size
+            for port in self._manifest.inputs
+            for name, size in zip(port.shape, inputs[port.name].shape, strict=True)
+            if name in self._paddable
+        }
+
+    def _check(self, port: Port, output: Array | list[Array], rows: int, padded: Mapping[str, int]) -> None:
+        """Refuse what would be cut in the wrong places: a wrong answer is worse than none."""
+        got = [len(output), *output[0].shape] if isinstance(output, list) else list(output.shape)
+        wanted = {
+            axis: padded[name] for axis, name in enumerate(port.shape) if isinstance(name, str) and name in padded
+        }
+        wanted[0] = rows
+        if len(got) != len(port.shape) or any(got[axis] != size for axis, size in wanted.items()):
+            raise RunError(
+                f"cut output {port.name!r} of bundle {self._manifest.name!r} into the answers of its requests",
+                expected=[wanted.get(axis, name) for axis, name in enumerate(port.shape)],
+                got=got,
+                fix="The model does not keep the sizes that its manifest names: send its requests to `run` instead.",
+            )
+
+
+def _joinable(manifest: Manifest) -> bool:
+    batch = manifest.batch_axis
+    if batch is None:
+        return False
+    # A size such as "2*batch" mixes rows just as "batch" in a second place does.
+    mentions = re.compile(rf"(?<!\w){re.escape(batch)}(?!\w)")
+    return all(
+        port.shape[:1] == (batch,) and not any(mentions.search(str(size)) for size in port.shape[1:])
+        for port in (*manifest.inputs, *manifest.outputs)
+    )
+
+
+def _paddable(manifest: Manifest) -> list[str]:
+    """Names of the sizes that every input having them can fill up, and every output having them can be cut back to."""
+    free = _free(manifest.inputs)
+    for port in manifest.outputs:
+        varying = port.varies.axis if port.varies else None
+        if any(isinstance(size, str) and axis != varying and size not in free for axis, size in enumerate(port.shape)):
+            # A size such as "(length - 1)//2 + 1" would grow with the padding, and nothing says by how much.
+            return []
+    return sorted(manifest.paddable)
+
+
+def _free(ports: Sequence[Port]) -> list[str]:
+    return list(dict.fromkeys(size for port in ports for size in port.shape if isinstance(size, str)))
+
+
+def _stack(port: Port, arrays: Sequence[Array]) -> Array:
+    if len({array.shape[1:] for array in arrays}) == 1:
+        return np.concatenate(arrays)
+    if port.pad is None:
+        raise ValueError(f"input {port.name!r} has no pad value, but other sizes in one batch")
+    shape = (sum(len(array) for array in arrays), *map(max, *(array.shape[1:] for array in arrays)))
+    batch = np.full(shape, port.pad, arrays[0].dtype)
+    start = 0
+    for array in arrays:
+        batch[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
+        start += len(array)
+    return batch
+
+
+def _whole(output: Array | list[Array]) -> Array:
+    return np.stack(output) if isinstance(output, list) else output
