@@ -168,16 +168,20 @@ def measure_cold(options: argparse.Namespace) -> Figures:
     place = bundle.path / "adapters" / TASKS[1] / bundle.digest(TASKS[1])
     pixels = np.zeros((1, 3, PIXELS, PIXELS), np.float32)
 
+    def load() -> None:
+        runtime.load("cold", bundle.adapter(TASKS[1]))
+
     def load_and_run() -> None:
-        runtime.load("cold", place)
+        load()
         runtime.run({"pixel_values": pixels}, "cold")
 
     cases: dict[str, Case] = {
         "read and check digests": lambda: bundle.adapter(TASKS[1]),
         "contract to slots": lambda: bundle.fill(adapter),
         "load what is read (contract, place)": lambda: runtime.load("cold", adapter),
-        "load from disk": lambda: runtime.load("cold", place),
-        "load from disk and run": load_and_run,
+        "load from the bundle": load,
+        "load by path, against the base": lambda: runtime.load("cold", place),
+        "load from the bundle and run": load_and_run,
         "run": lambda: runtime.run({"pixel_values": pixels}, TASKS[0]),
     }
     times = interleave(cases, options.seconds)
@@ -191,14 +195,13 @@ def measure_cold(options: argparse.Namespace) -> Figures:
 def measure_loading(options: argparse.Namespace) -> Figures:
     bundle = cached(options.cache, "vit", TASKS[:2])
     runtime = Runtime(bundle.path, provider="cpu", threads=options.threads)
-    place = bundle.path / "adapters" / TASKS[1] / bundle.digest(TASKS[1])
     pixels = {"pixel_values": np.zeros((1, 3, PIXELS, PIXELS), np.float32)}
     for _ in range(10):
         runtime.run(pixels, TASKS[0])
 
     def load_all() -> None:
         for number in range(LOADS):
-            runtime.load(f"loaded-{number % 10}", place)
+            runtime.load(f"loaded-{number % 10}", bundle.adapter(TASKS[1]))
 
     quiet: list[float] = []
     busy: list[float] = []

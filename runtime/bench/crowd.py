@@ -37,15 +37,14 @@ class Crowd:
         self._known = [self._task]
 
     def cold_load(self, seconds: float) -> ColdLoad:
-        """Load an adapter's file under a name of its own, run it once, and unload it, again and again."""
-        place = self._bundle.path / "adapters" / self._task / self._bundle.digest(self._task)
+        """Read an adapter, digests checked, load it under another name, run it once, and unload it, repeatedly."""
         name = self._name(0)
         loads: list[float] = []
         runs: list[float] = []
         end = time.perf_counter() + seconds
         while len(loads) < _MOST and (len(loads) < _FEWEST or time.perf_counter() < end):
             start = time.perf_counter()
-            self._runtime.load(name, place)
+            self._runtime.load(name, self._bundle.adapter(self._task))
             loaded = time.perf_counter()
             self._runtime.run(self._inputs, name)
             loads.append(1e3 * (loaded - start))

@@ -59,7 +59,7 @@ def _tiles(found: Benchmark) -> str:
         shown[f"{singles.ms.median / mixed.ms.median:.1f}"] = "times slower, each of those rows on its own"
     if found.switching:
         last = found.switching[-1]
-        shown[f"{max(last.microseconds.median, 0.0):.0f} µs"] = f"to switch among {last.adapters} adapters"
+        shown[f"{max(last.microseconds.median, 0.0):.0f} µs"] = f"to switch, with {last.adapters} known"
     if found.cold is not None:
         shown[f"{found.cold.load_ms.median:.1f} ms"] = "to load an adapter from disk"
     return tiles(shown)

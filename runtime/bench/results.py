@@ -63,7 +63,7 @@ class ColdLoad:
     Args:
         task: whose adapter it is.
         bytes: of its file.
-        load_ms: until `Runtime.load` returns.
+        load_ms: reading it with its digests checked, and until `Runtime.load` returns.
         first_run_ms: of the first run after that; what it takes above a banked run is part of the load.
         repeats: how often.
     """

@@ -83,7 +83,7 @@ def _print(document: dict[str, Any]) -> None:
     ]
     emit({"cases": cases}, key="cases", columns=list(cases[0]), as_json=False)
     others = [
-        {"what": f"switch among {own['adapters']} adapters, µs", **_columns("median", own["microseconds"])}
+        {"what": f"switch with {own['adapters']} known, µs", **_columns("median", own["microseconds"])}
         for own in document["switching"]
     ]
     if (cold := document["cold"]) is not None:
