@@ -5,7 +5,6 @@ Neither a branch nor ONNX Runtime's optimiser has a part in the reference, so it
 
 from __future__ import annotations
 
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,14 +15,13 @@ import onnx_ir as ir
 import onnxruntime
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import EXAMPLE, Bundle
-from tpeft_deploy.errors import IntegrityError
+from tpeft_deploy.bundle import Bundle
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.replacing import replace_weights
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BundleBase", "example"]
+__all__ = ["BundleBase"]
 
 _BYTES = 1 << 30  # of weights in references that are kept open; one is kept however large it is
 _MOST = 16
@@ -41,7 +39,7 @@ class BundleBase(Base):
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(f"of bundle {bundle.manifest.name}", example(bundle))
+        super().__init__(f"of bundle {bundle.manifest.name}", bundle.example())
         self._bundle = bundle
         size = sum(weight.length for weight in bundle.manifest.weights.values())
         self._room = max(1, min(_MOST, _BYTES // max(size, 1)))
@@ -97,20 +95,3 @@ class BundleBase(Base):
             file = Path(place) / "merged.onnx"
             ir.save(model, file, external_data="merged.data")
             return gate.open_session(file, optimized=False)
-
-
-def example(bundle: Bundle) -> dict[str, Array]:
-    """The example inputs that a bundle was exported with.
-
-    Raises:
-        IntegrityError: they cannot be read, or are not the inputs that the manifest names.
-    """
-    file = bundle.path / EXAMPLE
-    names = [port.name for port in bundle.manifest.inputs]
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise IntegrityError(
-            f"read {file}", expected=f"one array for each of {', '.join(names)}", got=str(error)
-        ) from error

@@ -9,14 +9,15 @@ from typing import TypeVar
 
 import numpy as np
 
+from tpeft_deploy import plots
 from tpeft_deploy.bundle import MANIFEST
-from tpeft_deploy.exporters import plots, single
+from tpeft_deploy.exporters import single
 from tpeft_deploy.exporters.gate import Check
-from tpeft_deploy.exporters.plots import Bar, Cell, Dot
 from tpeft_deploy.exporters.single import TargetCheck
 from tpeft_deploy.exporters.verify import Verification
 from tpeft_deploy.files import digest_file
 from tpeft_deploy.page import FORM_COLOURS, document, scientific, tiles
+from tpeft_deploy.plots import Bar, Cell, Dot
 from tpeft_deploy.slots import Target
 
 __all__ = ["render"]
@@ -29,12 +30,7 @@ _MOST_ROWS = 72  # of a plot
 _MOST_TASKS = 12  # columns of the ranks
 _FIRST = 5  # failures that are shown at once
 _STYLE = """
-svg text { font-size: 13px; fill: currentColor; } svg .faint { fill: var(--soft); }
-svg .rule { stroke: var(--line); stroke-width: 1; } svg .limit { stroke: var(--bad); stroke-dasharray: 5 4; }
-svg .cross { stroke: var(--bad); stroke-width: 3; fill: none; stroke-linecap: round; }
 .verdict { font-size: 18px; font-weight: 600; margin: 0 0 20px; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 0; font-size: 14px; color: var(--soft); }
-.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 6px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 22px; margin: 12px 0 0; font-size: 15px; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 code { font: 13px ui-monospace, SFMono-Regular, Menlo, monospace; }
@@ -64,7 +60,7 @@ def render(found: Verification) -> str:
 {_ranks(found)}
 <footer>Written by {escape(manifest.producer)}. The figures are ONNX Runtime's on the CPU, on the example inputs stored
 in the bundle.</footer>"""
-    return document(f"{manifest.name}: verified", body, style=_STYLE)
+    return document(f"{manifest.name}: verified", body, style=plots.STYLE + _STYLE)
 
 
 def _verdict(found: Verification) -> str:

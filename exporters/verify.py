@@ -21,7 +21,7 @@ from tpeft_deploy.bundle import BANKED_CPU, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import BaseMismatch, IntegrityError
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
-from tpeft_deploy.exporters.bundle_base import BundleBase, example
+from tpeft_deploy.exporters.bundle_base import BundleBase
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.padding import check_padding
@@ -223,7 +223,7 @@ def _own_base(bundle: Bundle, base: Base) -> Base:
                 got=f"{digest[:12]}..." if digest else "no weight of that name",
                 fix="Give the base that the bundle was exported from.",
             )
-    return base.at(example(bundle))
+    return base.at(bundle.example())
 
 
 def _check_folded(

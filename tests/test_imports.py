@@ -57,6 +57,7 @@ ALLOWED = {
     "errors": set[str](),
     "files": set[str](),
     "page": set[str](),
+    "plots": set[str](),
     "progress": set[str](),
     "tucker": {"errors"},
     "algebra": {"tucker", "errors"},
@@ -70,9 +71,12 @@ ALLOWED = {
     "training": {"errors", "tucker", "adapter"},
     "exporters": {
         *{"adapter", "bundle", "errors", "files", "fitting", "formats"},
-        *{"manifest", "page", "progress", "slots", "tucker"},
+        *{"manifest", "page", "plots", "progress", "slots", "tucker"},
     },
-    "runtime": {"adapter", "bundle", "composition", "errors", "fitting", "formats", "manifest", "slots", "tucker"},
+    "runtime": {
+        *{"adapter", "bundle", "composition", "errors", "files", "fitting", "formats", "manifest"},
+        *{"page", "plots", "progress", "slots", "tucker"},
+    },
 }
 
 

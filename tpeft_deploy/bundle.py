@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,6 +164,22 @@ class Bundle:
             IntegrityError: ONNX Runtime cannot read the file.
         """
         return onnx_adapter.read(self.path / "adapters" / task / self.digest(task) / onnx_adapter.FILE)
+
+    def example(self) -> dict[str, Array]:
+        """The inputs that the base was exported with.
+
+        Raises:
+            IntegrityError: they cannot be read, or are not the inputs that the manifest names.
+        """
+        file = self.path / EXAMPLE
+        names = [port.name for port in self.manifest.inputs]
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                return {name: archive[name] for name in names}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise IntegrityError(
+                f"read {file}", expected=f"one array for each of {', '.join(names)}", got=str(error)
+            ) from error
 
     @property
     def base_view(self) -> BaseView:

@@ -178,7 +178,7 @@ def test_a_model_of_one_adapter_per_run_joins_rows_of_one_task() -> None:
     own = joiner(rows="group")
     part = text(1, 3)
     first, again, other = (own.form(part, task) for task in ("a", "a", "b"))
-    mixed, remixed = own.form(part, {"a": 0.5, "b": 1.0}), own.form(part, {"b": 1.0, "a": 0.5})
+    mixed, remixed = own.form(part, ("a", 0.5)), own.form(part, ("a", 0.5))
     assert first is not None
     assert again is not None
     assert other is not None

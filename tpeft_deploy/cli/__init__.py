@@ -7,6 +7,7 @@ import click
 
 from tpeft_deploy import __version__
 from tpeft_deploy.cli.adapter import adapter
+from tpeft_deploy.cli.bench import bench
 from tpeft_deploy.cli.console import Tool
 from tpeft_deploy.cli.convert import convert
 from tpeft_deploy.cli.export import export
@@ -28,5 +29,5 @@ def main() -> None:
     """
 
 
-for command in (inspect, convert, export, adapter, verify, run, quickstart):
+for command in (inspect, convert, export, adapter, verify, run, bench, quickstart):
     main.add_command(command)

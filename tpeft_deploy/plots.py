@@ -7,13 +7,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Bar", "Cell", "Dot", "bars", "dots", "grid", "legend"]
+__all__ = ["Bar", "Cell", "Dot", "Interval", "STYLE", "bars", "curve", "dots", "grid", "intervals", "legend"]
 
 WIDTH = 1000  # units of the drawing; the page scales it
 _LINE = 26
 _LETTER = 7.4  # units that a letter takes, about
 _MOST_LETTERS = 54
 _ZERO = 34  # of an axis of errors, for zeros
+
+
+# What the drawings need of a page's style sheet.
+STYLE = """
+svg text { font-size: 13px; fill: currentColor; } svg .faint { fill: var(--soft); }
+svg .rule { stroke: var(--line); stroke-width: 1; } svg .limit { stroke: var(--bad); stroke-dasharray: 5 4; }
+svg .cross { stroke: var(--bad); stroke-width: 3; fill: none; stroke-linecap: round; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 0; font-size: 14px; color: var(--soft); }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 6px; }
+"""
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,18 @@ class Cell:
     text: str
     share: float
     title: str
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median with its quartiles."""
+
+    label: str
+    low: float
+    median: float
+    high: float
+    colour: str
+    text: str
 
 
 def dots(rows: Sequence[tuple[str, Sequence[Dot]]], limits: Sequence[float]) -> str:
@@ -99,6 +121,71 @@ def bars(items: Sequence[Bar]) -> str:
     return "".join([*parts, "</svg>"])
 
 
+def intervals(items: Sequence[tuple[str, Sequence[Interval]]], *, mark: float) -> str:
+    """Positive medians with their quartiles on a logarithmic axis, in groups with a heading; the mark is dashed."""
+    every = [item for _, group in items for item in group]
+    words = _LETTER * max(len(item.text) for item in every) + 16
+    left, right = _margin([item.label for item in every]), WIDTH - words
+    low = math.log(min(mark, *(item.low for item in every)) / 1.04)
+    high = math.log(max(mark, *(item.high for item in every)) * 1.04)
+    height = _LINE * (len(every) + len(items))
+
+    def place(value: float) -> float:
+        return left + (math.log(value) - low) / (high - low) * (right - left)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height + 30}" role="img">']
+    for tick in _ticks(math.exp(low), math.exp(high)):
+        x = place(tick)
+        parts += [_line(x, 0, x, height), _text(x, height + 20, f"{tick:g}", "middle", soft=True)]
+    parts.append(f'<line class="limit" x1="{place(mark):.1f}" y1="0" x2="{place(mark):.1f}" y2="{height + 4}"/>')
+    y = 0.0
+    for heading, group in items:
+        parts.append(_text(0, y + _LINE / 2 + 6, heading, "start", soft=True))
+        y += _LINE
+        for item in group:
+            middle = y + _LINE / 2
+            ends = f'x1="{place(item.low):.1f}" y1="{middle}" x2="{place(item.high):.1f}" y2="{middle}"'
+            parts += [
+                _label(item.label, left - 14, middle + 4),
+                f'<line {ends} stroke="{item.colour}" stroke-width="5" stroke-opacity="0.35" stroke-linecap="round"/>',
+                _mark(place(item.median), middle, Dot(item.median, item.colour, item.text)),
+                _text(right + 16, middle + 4, item.text, "start"),
+            ]
+            y += _LINE
+    return "".join([*parts, "</svg>"])
+
+
+def curve(points: Sequence[tuple[float, Interval]], unit: str) -> str:
+    """Medians with their quartiles over positive numbers on a logarithmic axis; upwards is linear and holds zero."""
+    left, right, top, bottom = 70, WIDTH - 40, 26, 230
+    low = min(0.0, *(item.low for _, item in points))
+    high = max(*(item.high for _, item in points), low + 1e-9)
+    first, last = math.log(points[0][0]), math.log(points[-1][0])
+
+    def across(value: float) -> float:
+        return left + 30 + (math.log(value) - first) / ((last - first) or 1.0) * (right - left - 60)
+
+    def up(value: float) -> float:
+        return bottom - (value - low) / (high - low) * (bottom - top)
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {bottom + 36}" role="img">', _text(0, 12, unit, "start", soft=True)]
+    step = _step(high - low)
+    for count in range(math.ceil(low / step), math.floor(high / step) + 1):
+        y = up(count * step)
+        parts += [_line(left, y, right, y), _text(left - 10, y + 4, f"{count * step:g}", "end", soft=True)]
+    path = "M" + "L".join(f"{across(value):.1f} {up(item.median):.1f}" for value, item in points)
+    parts.append(f'<path d="{path}" fill="none" stroke="{points[0][1].colour}" stroke-width="2"/>')
+    for value, item in points:
+        x = across(value)
+        ends = f'x1="{x:.1f}" y1="{up(item.low):.1f}" x2="{x:.1f}" y2="{up(item.high):.1f}"'
+        parts += [
+            f'<line {ends} stroke="{item.colour}" stroke-width="5" stroke-opacity="0.35" stroke-linecap="round"/>',
+            _mark(x, up(item.median), Dot(item.median, item.colour, item.text)),
+            _text(x, bottom + 24, item.label, "middle", soft=True),
+        ]
+    return "".join([*parts, "</svg>"])
+
+
 def grid(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell | None]]], colour: str) -> str:
     """Shaded fields, a row a label."""
     left = _margin([label for label, _ in rows])
@@ -119,6 +206,19 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
     """Names with their colours, as HTML."""
     items = "".join(f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in entries)
     return f'<p class="legend">{items}</p>'
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two positive ones, not too many."""
+    steps = (1, 1.25, 1.5, 2, 3, 5, 7.5) if high / low < 12 else (1, 2, 5) if high / low < 200 else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+
+
+def _step(length: float) -> float:
+    """A round number that divides a length into about five."""
+    power = 10.0 ** math.floor(math.log10(length / 5))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= length / 5)
 
 
 def _field(x: float, y: float, width: float, cell: Cell | None, letters: int, colour: str) -> Iterator[str]:

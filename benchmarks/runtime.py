@@ -1,0 +1,260 @@
+"""What the runtime costs: rows of several tasks, switching, loading from disk, and runs while others load.
+
+    python -m benchmarks.runtime --cache DIRECTORY [--threads N] [--seconds S] [--only PART] [--known 10,300] [--json]
+
+| part | model | what |
+|---|---|---|
+| encoder | BERT, 6 layers of 384, rank 8 on every linear | 16 rows of 8 tokens: plain, base, one task, mixed, singles |
+| known | the same | a switched run against a repeated one, by the number of adapters in the bundle |
+| cold | ViT-base (86 M weights) of 32 pixels, rank 8 on every linear | an adapter from disk, in parts |
+| loading | the same | the time of runs of one task while 100 adapters load, against without |
+
+Cases take turns in one process, each with its weights in the cache (`runtime.bench.measure`); ratios are medians of
+the ratios within a round.  Exported bundles are kept in the cache directory.  Nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.export import Logits, adapter_for
+from tpeft_deploy import Bundle, Runtime, export_bundle
+from tpeft_deploy.runtime.bench.measure import Case, interleave, spread
+from tpeft_deploy.runtime.providers import choose, open_session
+from tpeft_deploy.tucker import Array
+
+ROWS, TOKENS, WORDS, RANK = 16, 8, 1000, 8
+TASKS = [f"task-{number}" for number in range(8)]
+MIXED = TASKS[:4]
+PIXELS = 32
+LOADS = 100
+Figures = dict[str, float]
+
+
+class Encoder(nn.Module):
+    """A text classifier of transformers as a function of ids and mask."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+def encoder() -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, dict[int, str]]]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=WORDS, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536
+    )
+    inputs = {
+        "input_ids": torch.randint(0, WORDS, (2, TOKENS)),
+        "attention_mask": torch.ones(2, TOKENS, dtype=torch.int64),
+    }
+    free = {name: {0: "batch", 1: "length"} for name in inputs}
+    return Encoder(BertForSequenceClassification(config)).eval(), inputs, free
+
+
+def vit() -> tuple[nn.Module, dict[str, torch.Tensor], dict[str, dict[int, str]]]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    # Few pixels, so that there are many runs to take the 99th percentile of; the adapted weights are ViT-base's.
+    module = Logits(ViTForImageClassification(ViTConfig(image_size=PIXELS))).eval()
+    return module, {"pixel_values": torch.randn(2, 3, PIXELS, PIXELS)}, {"pixel_values": {0: "batch"}}
+
+
+def cached(place: Path, name: str, tasks: Sequence[str]) -> Bundle:
+    """The bundle of a model, exported when it is not there."""
+    if not (place / name / "manifest.json").is_file():
+        torch.manual_seed(0)
+        module, inputs, free = {"encoder": encoder, "vit": vit}[name]()
+        adapters = {task: adapter_for(module, seed) for seed, task in enumerate(tasks)}
+        export_bundle(
+            module, adapters, place / name, name=name, max_rank=RANK, example_inputs=inputs, dynamic_shapes=free
+        )
+    return Bundle.open(place / name)
+
+
+def knowing(bundle: Bundle, count: int, place: Path) -> Path:
+    """A copy of the bundle that knows so many tasks, the further ones under other names; files are hard links."""
+    tasks = list(bundle.tasks)
+    path = place / f"{bundle.path.name}-{count}"
+    if path.is_dir():
+        return path
+    new = path.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(bundle.path, new, copy_function=os.link, ignore=shutil.ignore_patterns("adapters"))
+    for number, task in zip(range(count), cycle(tasks), strict=False):
+        name = task if number < len(tasks) else f"alias-{number}"
+        shutil.copytree(bundle.path / "adapters" / task, new / "adapters" / name, copy_function=os.link)
+    return new.rename(path)
+
+
+def texts(rows: int) -> dict[str, Array]:
+    ids = np.random.default_rng(0).integers(0, WORDS, (rows, TOKENS))
+    return {"input_ids": ids, "attention_mask": np.ones((rows, TOKENS), np.int64)}
+
+
+def turns(runtime: Runtime, tasks: Sequence[str], inputs: Mapping[str, Array]) -> Case:
+    turn = cycle(tasks)
+    return lambda: runtime.run(inputs, next(turn))
+
+
+def ratio(times: Mapping[str, list[float]], case: str, to: str) -> Figures:
+    found = spread([a / b for a, b in zip(times[case], times[to], strict=True)])
+    return {f"{case} / {to}": found.median, f"{case} / {to}, quartiles apart": found.high - found.low}
+
+
+def measure_encoder(options: argparse.Namespace) -> Figures:
+    bundle = cached(options.cache, "encoder", TASKS)
+    runtime = Runtime(bundle.path, provider="cpu", threads=options.threads)
+    plain = open_session(bundle.path / "base.onnx", choose("cpu"), threads=options.threads)
+    inputs = texts(ROWS)
+    mixed = [task for task, _ in zip(cycle(MIXED), range(ROWS), strict=False)]
+    single = [{name: array[row : row + 1] for name, array in inputs.items()} for row in range(ROWS)]
+    cases: dict[str, Case] = {
+        "plain": lambda: plain.run(None, inputs),
+        "base": lambda: runtime.run(inputs),
+        "repeated": lambda: runtime.run(inputs, TASKS[0]),
+        "switched": turns(runtime, TASKS, inputs),
+        "mixed": lambda: runtime.run(inputs, tasks=mixed),
+        "singles": lambda: [runtime.run(row, task) for row, task in zip(single, mixed, strict=True)],
+        "plain singles": lambda: [plain.run(None, row) for row in single],
+    }
+    times = interleave(cases, options.seconds)
+    pairs = [("base", "plain"), ("repeated", "plain"), ("mixed", "plain"), ("singles", "mixed")]
+    pairs += [("plain singles", "plain"), ("switched", "repeated")]
+    figures = {"plain, ms": 1e3 * spread(times["plain"]).median, "rounds": float(len(times["plain"]))}
+    for case, to in pairs:
+        figures |= ratio(times, case, to)
+    return figures
+
+
+def measure_known(options: argparse.Namespace) -> Figures:
+    bundle = cached(options.cache, "encoder", TASKS)
+    inputs = texts(1)
+    figures: Figures = {}
+    for count in options.known:
+        started = time.perf_counter()
+        runtime = Runtime(knowing(bundle, count, options.cache), provider="cpu", threads=options.threads)
+        figures[f"{count} known: opened, s"] = time.perf_counter() - started
+        runs = {"repeated": turns(runtime, TASKS[:1], inputs), "switched": turns(runtime, TASKS, inputs)}
+        times = interleave(runs, options.seconds / len(options.known))
+        more = spread([1e6 * (b - a) for a, b in zip(times["repeated"], times["switched"], strict=True)])
+        figures[f"{count} known: repeated, ms"] = 1e3 * spread(times["repeated"]).median
+        figures |= {f"{count} known: {name}": value for name, value in ratio(times, "switched", "repeated").items()}
+        figures[f"{count} known: switched - repeated, us"] = more.median
+    return figures
+
+
+def measure_cold(options: argparse.Namespace) -> Figures:
+    bundle = cached(options.cache, "vit", TASKS[:2])
+    runtime = Runtime(bundle.path, provider="cpu", threads=options.threads)
+    adapter = bundle.adapter(TASKS[1])
+    place = bundle.path / "adapters" / TASKS[1] / bundle.digest(TASKS[1])
+    pixels = np.zeros((1, 3, PIXELS, PIXELS), np.float32)
+
+    def load() -> None:
+        runtime.load("cold", bundle.adapter(TASKS[1]))
+
+    def load_and_run() -> None:
+        load()
+        runtime.run({"pixel_values": pixels}, "cold")
+
+    cases: dict[str, Case] = {
+        "read and check digests": lambda: bundle.adapter(TASKS[1]),
+        "contract to slots": lambda: bundle.fill(adapter),
+        "load what is read (contract, place)": lambda: runtime.load("cold", adapter),
+        "load from the bundle": load,
+        "load by path, against the base": lambda: runtime.load("cold", place),
+        "load from the bundle and run": load_and_run,
+        "run": lambda: runtime.run({"pixel_values": pixels}, TASKS[0]),
+    }
+    times = interleave(cases, options.seconds)
+    figures = {"bytes of the adapter, MB": adapter.nbytes / 1e6}
+    for case, own in times.items():
+        figures[f"{case}, ms"] = 1e3 * spread(own).median
+        figures[f"{case}, third quartile, ms"] = 1e3 * spread(own).high
+    return figures
+
+
+def measure_loading(options: argparse.Namespace) -> Figures:
+    bundle = cached(options.cache, "vit", TASKS[:2])
+    runtime = Runtime(bundle.path, provider="cpu", threads=options.threads)
+    pixels = {"pixel_values": np.zeros((1, 3, PIXELS, PIXELS), np.float32)}
+    for _ in range(10):
+        runtime.run(pixels, TASKS[0])
+
+    def load_all() -> None:
+        for number in range(LOADS):
+            runtime.load(f"loaded-{number % 10}", bundle.adapter(TASKS[1]))
+
+    quiet: list[float] = []
+    busy: list[float] = []
+    end = time.perf_counter() + options.seconds
+    while not busy or time.perf_counter() < end:
+        loader = threading.Thread(target=load_all)
+        loader.start()
+        before = len(busy)
+        while loader.is_alive():
+            busy.append(seconds_of(lambda: runtime.run(pixels, TASKS[0])))
+        loader.join()
+        quiet += [seconds_of(lambda: runtime.run(pixels, TASKS[0])) for _ in range(len(busy) - before)]
+    figures: Figures = {"runs of each": float(len(busy)), "processors": float(os.cpu_count() or 0)}
+    for name, share in (("median", 0.5), ("p99", 0.99)):
+        alone, beside = float(np.quantile(quiet, share)), float(np.quantile(busy, share))
+        figures |= {f"{name} alone, ms": 1e3 * alone, f"{name} while others load, ms": 1e3 * beside}
+        figures[f"{name}, ratio"] = beside / alone
+    return figures
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
+    "encoder": measure_encoder,
+    "known": measure_known,
+    "cold": measure_cold,
+    "loading": measure_loading,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--cache", type=Path, required=True, help="Where exported bundles are kept.")
+    parser.add_argument("--threads", type=int, default=1, help="Of each session.")
+    parser.add_argument("--seconds", type=float, default=30.0, help="For each part, about.")
+    parser.add_argument("--only", choices=sorted(PARTS), action="append")
+    parser.add_argument("--known", type=lambda text: [int(count) for count in text.split(",")], default=[10, 300])
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    document = {name: PARTS[name](options) for name in options.only or PARTS}
+    if options.json:
+        print(json.dumps({"threads": options.threads, **document}, indent=1))
+        return
+    for name, figures in document.items():
+        print(name)
+        for what, value in figures.items():
+            print(f"  {what:<56} {value:10.3f}")
+
+
+if __name__ == "__main__":
+    main()

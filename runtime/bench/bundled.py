@@ -1,0 +1,108 @@
+"""The whole benchmark of one bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnxruntime
+
+from tpeft_deploy.bundle import MANIFEST, Bundle
+from tpeft_deploy.files import digest_file
+from tpeft_deploy.progress import Progress, Stage, silent
+from tpeft_deploy.runtime.bench.cases import Plain, known_tasks, served
+from tpeft_deploy.runtime.bench.crowd import Crowd
+from tpeft_deploy.runtime.bench.measure import Case, interleave, resident_bytes, spread
+from tpeft_deploy.runtime.bench.results import Benchmark, CaseCost, LeftOut, Memory, Switching
+from tpeft_deploy.runtime.providers import choose
+from tpeft_deploy.runtime.runtime import Runtime
+
+__all__ = ["bench_bundle"]
+
+_COUNTS = (1, 10, 30, 100, 300)  # adapters known
+_MOST_TASKS = 4  # that take turns
+_RUNS, _SWITCHES, _LOADS = 0.6, 0.3, 0.1  # shares of the time
+
+
+def bench_bundle(
+    bundle: Bundle,
+    *,
+    provider: str = "auto",
+    rows: Sequence[int] = (1, 8, 16),
+    seconds: float = 20.0,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Benchmark:
+    """Measure what serving a bundle costs.
+
+    Cases take turns in rounds, each in an order of its own, so that ratios hold on a busy machine too.
+
+    Args:
+        bundle: opened; nothing in it is changed.
+        provider: "cuda", "cpu" or "auto".
+        rows: batch sizes.
+        seconds: for everything, about; every case has five rounds however long they take.
+        threads: intra-op threads of the sessions; by default one per core.
+        progress: told each stage.
+
+    Raises:
+        InputError: a batch size that the model does not take.
+        BundleError, ProviderUnavailable: it cannot be served here.
+    """
+    stages = len(rows) + len(_COUNTS) + 2
+    progress(Stage("open the sessions", 0, stages))
+    memory = [Memory("at the start", resident_bytes())]
+    choice = choose(provider)
+    plain = Plain(bundle, choice, threads)
+    memory.append(Memory("with a plain session", resident_bytes()))
+    runtime = Runtime(bundle.path, provider=choice.device, threads=threads)
+    memory.append(Memory(f"with the runtime beside it, {len(runtime.tasks)} tasks", resident_bytes()))
+    tasks = known_tasks(bundle, _MOST_TASKS)
+    costs: list[CaseCost] = []
+    for place, count in enumerate(rows):
+        progress(Stage(f"batches of {count}", 1 + place, stages))
+        costs += _costs(served(bundle, runtime, plain, tasks, count), count, seconds * _RUNS / len(rows))
+    left_out: list[LeftOut] = []
+    switching: list[Switching] = []
+    cold = None
+    if bundle.tasks:
+        crowd = Crowd(bundle, runtime, min(rows))
+        progress(Stage("load from disk", 1 + len(rows), stages))
+        cold = crowd.cold_load(seconds * _LOADS)
+        for place, count in enumerate(_COUNTS):
+            progress(Stage(f"{count} adapters", 2 + len(rows) + place, stages))
+            obstacle = crowd.grow(count, seconds * _SWITCHES / 2 / len(_COUNTS))
+            if obstacle is not None:
+                left_out.append(LeftOut(f"{count} adapters", obstacle))
+                break
+            switching.append(crowd.switching(seconds * _SWITCHES / 2 / len(_COUNTS)))
+        memory.append(Memory(f"with {len(runtime.tasks)} tasks", resident_bytes()))
+    else:
+        left_out.append(LeftOut("everything but plain and base", "the bundle has no tasks"))
+    return Benchmark(
+        bundle.manifest.name,
+        digest_file(bundle.path / MANIFEST),
+        choice.device,
+        runtime.provider_reason,
+        threads,
+        onnxruntime.__version__,
+        tasks,
+        costs,
+        switching,
+        cold,
+        memory,
+        left_out,
+    )
+
+
+def _costs(cases: Mapping[str, Case], rows: int, seconds: float) -> list[CaseCost]:
+    times = interleave(cases, seconds)
+    return [
+        CaseCost(
+            name,
+            rows,
+            spread([1e3 * second for second in own]),
+            spread([a / b for a, b in zip(own, times["plain"], strict=True)]),
+            len(own),
+        )
+        for name, own in times.items()
+    ]

@@ -1,0 +1,137 @@
+"""The ways of running one batch that are measured against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+import onnxruntime
+
+from tpeft_deploy.bundle import FACTORED_CPU, Bundle
+from tpeft_deploy.errors import InputError
+from tpeft_deploy.runtime import requests
+from tpeft_deploy.runtime.bench.measure import Case
+from tpeft_deploy.runtime.providers import Choice, open_session
+from tpeft_deploy.runtime.runtime import Runtime
+from tpeft_deploy.tucker import Array
+
+__all__ = ["CASES", "Plain", "batch", "known_tasks", "served", "taking_turns"]
+
+CASES = {
+    "plain": "base.onnx in a bare session",
+    "base": "the base through the runtime",
+    "factored": "one task's factors bound to the factored graph",
+    "banked": "the same task run after run",
+    "switched": "another task every run",
+    "mixed": "rows of different tasks in one run",
+    "singles": "the rows of mixed, each in a run of its own",
+}
+
+
+class Plain:
+    """The bundle's graphs without the runtime: sessions with the same options.
+
+    Args:
+        bundle: whose files are checked against their digests.
+        choice: the device.
+        threads: intra-op threads; by default one per core.
+    """
+
+    def __init__(self, bundle: Bundle, choice: Choice, threads: int | None) -> None:
+        self._bundle, self._choice, self._threads = bundle, choice, threads
+        self._base = self._open("base.onnx")
+        self._factored: onnxruntime.InferenceSession | None = None
+
+    def base(self, inputs: Mapping[str, Array]) -> Case:
+        """A bare run of the base."""
+        return lambda: self._base.run(None, inputs)
+
+    def factored(self, task: str, inputs: Mapping[str, Array]) -> Case:
+        """A run of the factored graph with a task's factors bound beforehand."""
+        if self._factored is None:
+            on_cpu = self._choice.device == "cpu" and FACTORED_CPU in self._bundle.manifest.files
+            self._factored = self._open(FACTORED_CPU if on_cpu else "factored.onnx")
+        session, device = self._factored, self._choice.device
+        binding = session.io_binding()
+        for name, array in self._bundle.factors(task).items():
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+            binding.bind_ortvalue_input(name, value)
+        outputs = [output.name for output in session.get_outputs()]
+
+        def run() -> object:
+            for name, array in inputs.items():
+                binding.bind_cpu_input(name, array)
+            binding.clear_binding_outputs()
+            for name in outputs:
+                binding.bind_output(name, device)
+            session.run_with_iobinding(binding)
+            return binding.copy_outputs_to_cpu()
+
+        return run
+
+    def _open(self, file: str) -> onnxruntime.InferenceSession:
+        half = any(weight.dtype == "float16" for weight in self._bundle.manifest.weights.values())
+        return open_session(self._bundle.check_file(file), self._choice, threads=self._threads, half=half)
+
+
+def batch(bundle: Bundle, rows: int) -> dict[str, Array]:
+    """The bundle's example inputs, repeated and cut to a number of rows.
+
+    Raises:
+        InputError: the model takes another number of rows only.
+        IntegrityError: the example cannot be read.
+    """
+    manifest = bundle.manifest
+    free = {port.name for port in requests.batched(manifest, manifest.inputs)} if manifest.batch_axis else set()
+    inputs = {
+        name: np.ascontiguousarray(array[np.arange(rows) % len(array)] if name in free else array)
+        for name, array in bundle.example().items()
+    }
+    if not free and rows != (own := max(len(array) for array in inputs.values() if array.ndim)):
+        raise InputError(f"measure bundle {manifest.name!r}", expected=f"--rows {own}, all it takes", got=rows)
+    return inputs
+
+
+def served(bundle: Bundle, runtime: Runtime, plain: Plain, tasks: Sequence[str], rows: int) -> dict[str, Case]:
+    """The cases for a number of rows.
+
+    Args:
+        bundle: gives the example inputs.
+        runtime: serves the tasks.
+        plain: the sessions to compare with.
+        tasks: that take turns; where there is only the base, what needs a task is not among the cases.
+        rows: of a batch.
+    """
+    inputs = batch(bundle, rows)
+    cases: dict[str, Case] = {"plain": plain.base(inputs), "base": lambda: runtime.run(inputs)}
+    own = [task for task in tasks if task in bundle.tasks]
+    if not own:
+        return cases
+    cases |= {
+        "factored": plain.factored(own[0], inputs),
+        "banked": lambda: runtime.run(inputs, own[0]),
+        "switched": taking_turns(runtime, tasks, inputs),
+    }
+    if rows == 1 or not bundle.manifest.batch_axis:
+        return cases
+    mixed = [task for task, _ in zip(cycle(tasks), range(rows), strict=False)]
+    single = [requests.take_rows(bundle.manifest, inputs, np.array([row])) for row in range(rows)]
+
+    def singles() -> None:
+        for row, task in zip(single, mixed, strict=True):
+            runtime.run(row, task)
+
+    return cases | {"mixed": lambda: runtime.run(inputs, tasks=mixed), "singles": singles}
+
+
+def taking_turns(runtime: Runtime, tasks: Sequence[str], inputs: Mapping[str, Array]) -> Case:
+    """A run of the next task, every time."""
+    turns: Iterator[str] = cycle(tasks)
+    return lambda: runtime.run(inputs, next(turns))
+
+
+def known_tasks(bundle: Bundle, most: int) -> list[str]:
+    """Tasks to take turns: the bundle's first ones, the base beside them where there is one or none."""
+    tasks = list(bundle.tasks)[:most]
+    return tasks if len(tasks) > 1 else [*tasks, "base"]

@@ -1,0 +1,91 @@
+"""A runtime that comes to know more and more adapters: what one costs to load, and to switch to."""
+
+from __future__ import annotations
+
+import time
+
+from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.formats import canonical
+from tpeft_deploy.runtime.bench.cases import batch, taking_turns
+from tpeft_deploy.runtime.bench.measure import interleave, spread
+from tpeft_deploy.runtime.bench.results import ColdLoad, Switching
+from tpeft_deploy.runtime.runtime import Runtime
+
+__all__ = ["Crowd"]
+
+_BYTES = 512 << 20  # of adapters loaded for the sake of their number
+_FEWEST, _MOST = 5, 200  # loads
+
+
+class Crowd:
+    """Adapters of a bundle under many names.
+
+    Args:
+        bundle: has a task at least.
+        runtime: serves it; loads go there.
+        rows: of the batches that are run.
+    """
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, rows: int) -> None:
+        self._bundle, self._runtime = bundle, runtime
+        self._inputs = batch(bundle, rows)
+        # The largest adapter stands for all.
+        self._task = max(bundle.tasks, key=self._file_bytes)
+        self._adapter = bundle.adapter(self._task)
+        tensors = bundle.fill(self._adapter).values()
+        self._bytes = sum(array.nbytes for slots in tensors for array in slots.values())
+        self._known = [self._task]
+
+    def cold_load(self, seconds: float) -> ColdLoad:
+        """Read an adapter, digests checked, load it under another name, run it once, and unload it, repeatedly."""
+        name = self._name(0)
+        loads: list[float] = []
+        runs: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(loads) < _MOST and (len(loads) < _FEWEST or time.perf_counter() < end):
+            start = time.perf_counter()
+            self._runtime.load(name, self._bundle.adapter(self._task))
+            loaded = time.perf_counter()
+            self._runtime.run(self._inputs, name)
+            loads.append(1e3 * (loaded - start))
+            runs.append(1e3 * (time.perf_counter() - loaded))
+            self._runtime.unload(name)
+        return ColdLoad(self._task, self._file_bytes(self._task), spread(loads), spread(runs), len(loads))
+
+    def grow(self, count: int, seconds: float) -> str | None:
+        """Load copies until tasks of that number take turns, or say why not."""
+        if count * self._bytes > _BYTES:
+            return f"they take {count * self._bytes >> 20} MiB, more than the {_BYTES >> 20} that this measures with"
+        end = time.perf_counter() + seconds
+        for number in range(len(self._known), count):
+            if time.perf_counter() > end:
+                return f"loading them takes longer than {seconds:.2g} s: {number} were loaded by then"
+            name = self._name(number)
+            self._runtime.load(name, self._adapter)
+            self._known.append(name)
+        return None
+
+    def switching(self, seconds: float) -> Switching:
+        """Another task every run against the same task again."""
+        turns = self._known if len(self._known) > 1 else [self._task, "base"]
+        cases = {
+            "repeated": lambda: self._runtime.run(self._inputs, self._task),
+            "switched": taking_turns(self._runtime, turns, self._inputs),
+        }
+        times = interleave(cases, seconds)
+        pairs = list(zip(times["repeated"], times["switched"], strict=True))
+        return Switching(
+            len(self._known),
+            spread([1e3 * repeated for repeated, _ in pairs]),
+            spread([1e3 * switched for _, switched in pairs]),
+            spread([1e6 * (switched - repeated) for repeated, switched in pairs]),
+            spread([switched / repeated for repeated, switched in pairs]),
+        )
+
+    def _name(self, number: int) -> str:
+        """A name that no task of the bundle has."""
+        return next(name for end in range(10**6) if (name := f"copy-{number}-{end}") not in self._bundle.tasks)
+
+    def _file_bytes(self, task: str) -> int:
+        digest = self._bundle.digest(task)
+        return (self._bundle.path / "adapters" / task / digest / canonical.FILE).stat().st_size

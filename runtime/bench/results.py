@@ -1,0 +1,128 @@
+"""What a benchmark found, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["Benchmark", "CaseCost", "ColdLoad", "LeftOut", "Memory", "Spread", "Switching"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median between its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class CaseCost:
+    """One way of running a batch.
+
+    Args:
+        case: its name, one of `cases.CASES`.
+        rows: of the batch.
+        ms: milliseconds of a batch.
+        ratio: to the plain run of the same round.
+        repeats: rounds.
+    """
+
+    case: str
+    rows: int
+    ms: Spread
+    ratio: Spread
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Switching:
+    """Another task every run against the same task again, with a number of adapters known.
+
+    Args:
+        adapters: that the runtime knows.
+        repeated_ms: of a run of the task that ran before.
+        switched_ms: of a run of another task than the one before.
+        microseconds: what a switched run takes longer than the repeated run of the same round.
+        ratio: of the two.
+    """
+
+    adapters: int
+    repeated_ms: Spread
+    switched_ms: Spread
+    microseconds: Spread
+    ratio: Spread
+
+
+@dataclass(frozen=True)
+class ColdLoad:
+    """An adapter that comes from disk.
+
+    Args:
+        task: whose adapter it is.
+        bytes: of its file.
+        load_ms: reading it with its digests checked, and until `Runtime.load` returns.
+        first_run_ms: of the first run after that; what it takes above a banked run is part of the load.
+        repeats: how often.
+    """
+
+    task: str
+    bytes: int
+    load_ms: Spread
+    first_run_ms: Spread
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the process held at one moment; None where the system does not say."""
+
+    at: str
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What was not measured, and why."""
+
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All figures of one bundle on one provider.
+
+    Args:
+        bundle: its name.
+        digest: of its manifest.
+        provider: "cuda" or "cpu".
+        provider_reason: why that one.
+        threads: intra-op threads, None for one per core.
+        onnxruntime: its version.
+        tasks: that took turns.
+        cases: per number of rows and case.
+        switching: per number of adapters.
+        cold: None where the bundle has no task.
+        memory: in the order of time.
+        left_out: what was not measured.
+    """
+
+    bundle: str
+    digest: str
+    provider: str
+    provider_reason: str
+    threads: int | None
+    onnxruntime: str
+    tasks: Sequence[str]
+    cases: Sequence[CaseCost]
+    switching: Sequence[Switching]
+    cold: ColdLoad | None
+    memory: Sequence[Memory]
+    left_out: Sequence[LeftOut]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that --json prints."""
+        return asdict(self)

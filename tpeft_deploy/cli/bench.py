@@ -1,0 +1,110 @@
+"""`bench`: what serving a bundle costs on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tpeft_deploy.cli.console import Command, emit, json_option, note, provider_option, stages
+
+__all__ = ["bench"]
+
+
+class _Rows(click.ParamType[tuple[int, ...]]):
+    """N,N,.."""
+
+    name = "N,N,.."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Split at commas; every number once, in the order given."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is not a list of batch sizes, as in 1,8,16.", param, ctx)
+        return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@provider_option
+@click.option("--rows", type=_Rows(), default="1,8,16", show_default=True, help="Batch sizes.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of a session; one per core when left out.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=20.0,
+    show_default=True,
+    help="For everything, about; five rounds are run however long they take.",
+)
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="An HTML page to write, for people.")
+@json_option
+def bench(
+    bundle: Path,
+    provider: str,
+    rows: tuple[int, ...],
+    threads: int | None,
+    seconds: float,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what BUNDLE costs to serve, against its base in plain ONNX Runtime.
+
+    All cases take turns in one process; a ratio is the median of the ratios within each round.
+    """
+    from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.files import new_file
+    from tpeft_deploy.runtime.bench import bench_bundle, render
+
+    with stages() as begin:
+        found = bench_bundle(
+            Bundle.open(bundle), provider=provider, rows=rows, seconds=seconds, threads=threads, progress=begin
+        )
+    document = found.to_json()
+    if report is not None:
+        with new_file(report) as temporary:
+            temporary.write_text(render(found), encoding="utf-8")
+    note(f"provider: {found.provider} ({found.provider_reason})")
+    if as_json:
+        emit(document, key="cases", columns=[], as_json=True)
+    else:
+        _print(document)
+    if report is not None:
+        note(f"report: {report}")
+
+
+def _print(document: dict[str, Any]) -> None:
+    """The tables, one below the other."""
+    cases = [
+        {"rows": own["rows"], "case": own["case"], **_columns("ms", own["ms"]), **_columns("ratio", own["ratio"])}
+        for own in document["cases"]
+    ]
+    emit({"cases": cases}, key="cases", columns=list(cases[0]), as_json=False)
+    others = [
+        {"what": f"switch with {own['adapters']} known, µs", **_columns("median", own["microseconds"])}
+        for own in document["switching"]
+    ]
+    if (cold := document["cold"]) is not None:
+        others += [
+            {"what": "load from disk, ms", **_columns("median", cold["load_ms"])},
+            {"what": "its first run, ms", **_columns("median", cold["first_run_ms"])},
+        ]
+    others += [
+        {"what": f"memory {own['at']}, MB", **_columns("median", {"median": own["bytes"] / 1e6})}
+        for own in document["memory"]
+        if own["bytes"] is not None
+    ]
+    others += [{"what": f"{own['what']}: {own['reason']}", **_columns("median", {})} for own in document["left_out"]]
+    click.echo()
+    emit({"others": others}, key="others", columns=list(others[0]), as_json=False)
+
+
+def _columns(name: str, spread: dict[str, float]) -> dict[str, str]:
+    quartiles = f"{_number(spread['low'])} - {_number(spread['high'])}" if "low" in spread else "-"
+    return {name: _number(spread["median"]) if spread else "-", f"{name} quartiles": quartiles}
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
