@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+
+import numpy as np
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BASE_TASK, Bundle
 from tpeft_deploy.composition import compose
-from tpeft_deploy.errors import CompositionError, UnknownTask
+from tpeft_deploy.errors import CompositionError, InputError, UnknownTask
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.runtime.versions import Version
 
@@ -55,7 +58,14 @@ class Catalogue:
         """
         if isinstance(task, str):
             return None if task == BASE_TASK else self._known(task, doing or f"run task {task!r}")
-        return self._set(task, doing or f"run the weighted set {dict(task)}")
+        if isinstance(task, Mapping):
+            return self._set(task, doing or f"run the weighted set {dict(task)}")
+        raise InputError(
+            doing or "run a batch",
+            expected="a task's name, or a mapping of names to strengths",
+            got=repr(task),
+            fix="Use tasks=[...] for one task per row.",
+        )
 
     def put(self, task: str, version: Version) -> None:
         """Let a task stand for a version; an earlier one goes when nobody uses it."""
@@ -112,7 +122,10 @@ class Catalogue:
                 got="none" if not strengths else "the base, which changes nothing",
                 fix="Name tasks only; the base is in every answer already.",
             )
-        parts = [(self._known(name, doing), strength) for name, strength in sorted(strengths.items())]
+        for name, strength in strengths.items():
+            if not isinstance(strength, int | float | np.number) or not math.isfinite(strength):
+                raise CompositionError(f"{doing}, {name!r}", expected="a finite number as strength", got=repr(strength))
+        parts = [(self._known(name, doing), float(strength)) for name, strength in sorted(strengths.items())]
         if len(parts) == 1 and parts[0][1] == 1:
             return parts[0][0]
         key = tuple(parts)
@@ -123,7 +136,7 @@ class Catalogue:
                 return found
         shown = ", ".join(f"{name}: {strength:g}" for name, strength in sorted(strengths.items()))
         digest = hashlib.sha256(repr([(v.digest, s) for v, s in parts]).encode()).hexdigest()
-        made = Version(f"{{{shown}}}", digest, lambda: compose({v.name: (v.read(), s) for v, s in parts}))
+        made = Version(f"{{{shown}}}", digest, lambda: self._compose(parts))
         old = []
         with self._lock:
             found = self._sets.setdefault(key, made)
@@ -132,6 +145,10 @@ class Catalogue:
         for version in old:
             self._retire(version)
         return found
+
+    def _compose(self, parts: Sequence[tuple[Version, float]]) -> Adapter:
+        adapters = {version.name: (version.read(), strength) for version, strength in parts}
+        return compose(adapters, aliases=self._bundle.manifest.aliases)
 
     def _replaced(self, old: Version | None) -> None:
         if old is None:

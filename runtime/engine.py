@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 import onnxruntime
 
-from tpeft_deploy.errors import CapacityError
+from tpeft_deploy.errors import CapacityError, InputError, RunError
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bank import Bank
+from tpeft_deploy.runtime.providers import ORT_ERRORS, ORT_REFUSALS
 from tpeft_deploy.runtime.tiers import Tiers
 from tpeft_deploy.runtime.versions import Version
 from tpeft_deploy.tucker import Array
@@ -83,7 +85,10 @@ class Engine:
             AdapterError, BundleError, CapacityError: it cannot be brought to the device.
         """
         whole = self._own.find(version, requests.rows(self._manifest, inputs))
-        return whole.run(inputs, options) if whole is not None else self.run_banked(inputs, version, options)
+        if whole is None:
+            return self.run_banked(inputs, version, options)
+        with _translated(self._manifest.name):
+            return whole.run(inputs, options)
 
     def run_banked(
         self,
@@ -94,7 +99,8 @@ class Engine:
         """As `run_one`, on the bank even where there is a session of its own."""
         with self._tiers.using([] if version is None else [version]):
             bank, rows = self._tiers.rows([version])
-            outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
+            with _translated(self._manifest.name):
+                outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
             sizes = self._sizes if version is None else version.sizes
         ports = self._manifest.outputs
         return {port.name: requests.cut(port, outputs[port.name], sizes.get(port.name, 0)) for port in ports}
@@ -134,7 +140,8 @@ class Engine:
     ) -> Outputs:
         with self._tiers.using(version for version in versions if version is not None):
             bank, rows = self._tiers.rows(versions)
-            outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
+            with _translated(self._manifest.name):
+                outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
             sizes = [self._sizes if version is None else version.sizes for version in versions]
         return {
             port.name: requests.cut_rows(port, outputs[port.name], [own.get(port.name, 0) for own in sizes])
@@ -161,3 +168,14 @@ class Engine:
             port.name: list(rows[port.name]) if port.varies else np.stack(rows[port.name])  # type: ignore[arg-type]
             for port in self._manifest.outputs
         }
+
+
+@contextmanager
+def _translated(bundle: str) -> Iterator[None]:
+    """ONNX Runtime's exceptions, which share no class of their own, as errors of the toolkit."""
+    try:
+        yield
+    except ORT_ERRORS as error:
+        # What it refuses in the middle of a run is mostly an index out of range: no shape or dtype gets this far.
+        kind = InputError if isinstance(error, ORT_REFUSALS) else RunError
+        raise kind(f"run bundle {bundle!r}", problem=str(error).strip().splitlines()[0][:300]) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import EXAMPLE, Bundle
 from tpeft_deploy.errors import AdapterError, IntegrityError, RunError, ShapeError, UnknownTarget
 from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.runtime.packed import packed_copy
 from tpeft_deploy.runtime.plain import Plain
 from tpeft_deploy.runtime.providers import Choice
 from tpeft_deploy.tucker import Array
@@ -50,7 +52,13 @@ def weights(bundle: Bundle, adapter: Adapter) -> dict[str, Array]:
 
 
 def fold(
-    bundle: Bundle, adapter: Adapter, choice: Choice, *, threads: int | None = None, half: bool | None = None
+    bundle: Bundle,
+    adapter: Adapter,
+    choice: Choice,
+    *,
+    threads: int | None = None,
+    half: bool | None = None,
+    place: Path | None = None,
 ) -> Plain:
     """A session of the base with an adapter merged into its weights.
 
@@ -60,6 +68,8 @@ def fold(
         choice: the device, from `providers.choose`.
         threads: intra-op threads; by default one per core.
         half: whether the model computes in 16 bits; by default, by the dtypes of the base's weights.
+        place: a directory of this process for copies of the base with packed weights, which folds that change the same
+            weights share on the CPU (see `packed`); without one, each session packs all weights for itself.
 
     Raises:
         AdapterError: as `weights`.
@@ -67,19 +77,30 @@ def fold(
     """
     if half is None:
         half = any(weight.dtype == "float16" for weight in bundle.manifest.weights.values())
-    return Plain(bundle.path / BASE, choice, threads=threads, half=half, initializers=weights(bundle, adapter))
+    changed = weights(bundle, adapter)
+    model = bundle.path / BASE
+    if place is not None and choice.device == "cpu":
+        model = packed_copy(model, changed, place, threads=threads)
+    return Plain(model, choice, threads=threads, half=half, initializers=changed)
 
 
-def cost(bundle: Bundle, adapter: Adapter) -> int:
-    """Bytes of memory, at most, that one folded session takes beside the pages of weights.data.
+def cost(bundle: Bundle, adapter: Adapter, *, shared: bool) -> int:
+    """Bytes, at most, that one folded session adds to the process, activations apart; for budgets.
 
-    ONNX Runtime packs products' and convolutions' weights, each session its own; the changed ones are held unpacked
-    too, and so are all of the base's that are not mapped from the file.
+    What the adapter changes is held as it is and packed.  Convolutions' weights are blocked by every session for
+    itself, from a copy; the others are packed by every session, or with `shared` by none.
+
+    Args:
+        bundle: holds the base.
+        adapter: to be folded.
+        shared: whether `fold` is given a place for packed copies, and the device is the CPU.
     """
     changed = {bundle.manifest.canonical(n) for n in (*adapter.deltas, *adapter.gains, *adapter.served_overrides)}
-    whole = sum(weight.length for weight in bundle.manifest.weights.values())
-    own = sum(weight.length for name, weight in bundle.manifest.weights.items() if name in changed)
-    return whole + own + sum(array.nbytes for array in adapter.served_overrides.values())
+    total = sum(array.nbytes for array in adapter.served_overrides.values())
+    for name, weight in bundle.manifest.weights.items():
+        blocked = len(weight.shape) > 2
+        total += weight.length * (2 if blocked or name in changed else 0 if shared else 1)
+    return total
 
 
 def example(bundle: Bundle) -> dict[str, Array]:

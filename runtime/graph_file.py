@@ -6,17 +6,18 @@ head with another number of classes is declared in the file's bytes first; weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Declared", "declared", "resized"]
+__all__ = ["Declared", "declared", "hidden", "resized", "shown"]
 
 # Field numbers of onnx.proto.
 _GRAPH = 7
-_INITIALIZER, _OUTPUT, _VALUE_INFO = 5, 12, 13
-_DIMS, _DATA_TYPE, _NAME, _LOCATION = 1, 2, 8, 14
-_TYPE, _TENSOR_TYPE, _SHAPE = 2, 1, 2
+_INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 5, 11, 12, 13
+_DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _LOCATION = 1, 2, 8, 13, 14
+_PORT_NAME, _TYPE, _TENSOR_TYPE, _ELEMENT, _SHAPE = 1, 2, 1, 1, 2
+_DIM, _DIM_VALUE, _DIM_PARAM = 1, 1, 2
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,75 @@ def resized(model: bytes, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
     return _edited(model, 0, len(model), {_GRAPH: lambda field: _graph(model, field, shapes)})
 
 
-def _graph(model: bytes, graph: _Field, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    def initializer(field: _Field) -> bytes:
-        name, _ = _tensor(model, field)
-        if name not in shapes:
-            return model[field.start : field.end]
-        dims = b"".join(_varint(size) for size in shapes[name])
-        rest = _edited(model, field.start, field.end, {_DIMS: None})
-        return _message(_DIMS, dims) + rest
+def hidden(model: bytes, shapes: Mapping[str, tuple[int | str, ...]]) -> bytes:
+    """A model whose named initializers are plain inputs, so that no optimiser derives anything from their values.
+
+    Args:
+        model: the content of an ONNX file.
+        shapes: initializer -> its shape as an input; a size that is a string is free.
+    """
+    found = declared(model)
+    ports = [_message(_INPUT, _port(name, found[name].data_type, shape)) for name, shape in shapes.items()]
+
+    def graph(field: _Field) -> bytes:
+        kept = [model[f.begin : f.end] for f in _fields(model, field.start, field.end) if _stays(model, f, shapes)]
+        whole = b"".join(kept)
+        return _edited(whole, 0, len(whole), {_OUTPUT: _without_shape(whole), _VALUE_INFO: None}) + b"".join(ports)
+
+    return _edited(model, 0, len(model), {_GRAPH: graph})
+
+
+def shown(model: bytes, initializers: Mapping[str, Declared], file: str) -> bytes:
+    """The inverse of `hidden`: external initializers in place of plain inputs.
+
+    Args:
+        model: the content of an ONNX file.
+        initializers: input -> what to declare of it.
+        file: the external file they are said to be in.
+    """
+    tensors = b"".join(_message(_INITIALIZER, _external(name, own, file)) for name, own in initializers.items())
+
+    def graph(field: _Field) -> bytes:
+        kept = [
+            model[f.begin : f.end] for f in _fields(model, field.start, field.end) if _stays(model, f, initializers)
+        ]
+        return b"".join(kept) + tensors
+
+    return _edited(model, 0, len(model), {_GRAPH: graph})
+
+
+def _stays(model: bytes, field: _Field, names: Container[str]) -> bool:
+    if field.number == _INITIALIZER:
+        return _tensor(model, field)[0] not in names
+    if field.number == _INPUT:
+        own = next(f for f in _fields(model, field.start, field.end) if f.number == _PORT_NAME)
+        return model[own.start : own.end].decode() not in names
+    return True
+
+
+def _port(name: str, data_type: int, shape: tuple[int | str, ...]) -> bytes:
+    dims = b"".join(
+        _message(_DIM, _message(_DIM_PARAM, s.encode()) if isinstance(s, str) else _number(_DIM_VALUE, s))
+        for s in shape
+    )
+    tensor = _number(_ELEMENT, data_type) + _message(_SHAPE, dims)
+    return _message(_PORT_NAME, name.encode()) + _message(_TYPE, _message(_TENSOR_TYPE, tensor))
+
+
+def _external(name: str, own: Declared, file: str) -> bytes:
+    place = _message(1, b"location") + _message(2, file.encode())
+    dims = b"".join(_varint(size) for size in own.shape)
+    return (
+        _message(_DIMS, dims)
+        + _number(_DATA_TYPE, own.data_type)
+        + _message(_NAME, name.encode())
+        + _message(_EXTERNAL_DATA, place)
+        + _number(_LOCATION, 1)
+    )
+
+
+def _without_shape(model: bytes) -> Callable[[_Field], bytes]:
+    """Rewrites a graph's output so that its shape is inferred again."""
 
     def output(field: _Field) -> bytes:
         return _edited(model, field.start, field.end, {_TYPE: port})
@@ -89,7 +151,19 @@ def _graph(model: bytes, graph: _Field, shapes: Mapping[str, tuple[int, ...]]) -
     def tensor_type(field: _Field) -> bytes:
         return _edited(model, field.start, field.end, {_SHAPE: None})
 
-    edits: _Edits = {_INITIALIZER: initializer, _OUTPUT: output, _VALUE_INFO: None}
+    return output
+
+
+def _graph(model: bytes, graph: _Field, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    def initializer(field: _Field) -> bytes:
+        name, _ = _tensor(model, field)
+        if name not in shapes:
+            return model[field.start : field.end]
+        dims = b"".join(_varint(size) for size in shapes[name])
+        rest = _edited(model, field.start, field.end, {_DIMS: None})
+        return _message(_DIMS, dims) + rest
+
+    edits: _Edits = {_INITIALIZER: initializer, _OUTPUT: _without_shape(model), _VALUE_INFO: None}
     return _edited(model, graph.start, graph.end, edits)
 
 
@@ -146,6 +220,10 @@ def _edited(data: bytes, start: int, end: int, edits: _Edits) -> bytes:
 
 def _message(number: int, content: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _number(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
 
 
 def _varint(value: int) -> bytes:

@@ -17,7 +17,9 @@ from tpeft_deploy.tucker import Array
 
 __all__ = ["Plain"]
 
-_BFLOAT16 = 16  # ONNX's number of the dtype, which numpy does not have
+_BFLOAT16 = 16
+# ONNX's numbers of dtypes; numpy does not have bfloat16, whose bits are taken.
+_DTYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", _BFLOAT16: "uint16"}
 
 
 class Plain:
@@ -50,14 +52,17 @@ class Plain:
         # ONNX Runtime reads from these arrays without holding on to them.
         self._kept = {name: np.asarray(a, order="C") for name, a in (initializers or {}).items()}
         self._values = {n: _value(a, _check(model, n, a, found.get(n))) for n, a in self._kept.items()}
+        options = onnxruntime.SessionOptions()
+        if self._values:
+            options.add_external_initializers(list(self._values), list(self._values.values()))
         shapes = {name: a.shape for name, a in self._kept.items() if a.shape != found[name].shape}
         self._session = open_session(
             model,
             choice,
             threads=threads,
             half=half,
-            initializers=self._values,
             content=graph_file.resized(content, shapes) if shapes else None,
+            options=options,
         )
         self._device = choice.device
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -101,8 +106,9 @@ def _check(model: Path, name: str, array: Array, own: Declared | None) -> Declar
         raise RunError(
             doing, expected="a weight that the graph reads from weights.data", got="none" if own is None else "another"
         )
-    if own.data_type == _BFLOAT16 and array.dtype != np.uint16:
-        raise RunError(doing, expected="bfloat16 as uint16", got=array.dtype)
+    dtype = _DTYPES.get(own.data_type, "one that can be replaced")
+    if array.dtype.name != dtype:
+        raise RunError(doing, expected=dtype, got=array.dtype)
     if len(own.shape) != array.ndim:
         raise RunError(doing, expected=f"{len(own.shape)} axes", got=f"shape {array.shape}")
     return own

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,11 +19,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from tpeft_deploy.errors import ProviderUnavailable
 
-__all__ = ["ORT_ERRORS", "Choice", "Cuda", "Provider", "choose", "control_flow", "open_session"]
+__all__ = ["ORT_ERRORS", "ORT_REFUSALS", "Choice", "Cuda", "Provider", "choose", "control_flow", "open_session"]
 
 Provider = Literal["auto", "cuda", "cpu"]
 
 ORT_ERRORS = (ort.Fail, ort.RuntimeException, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented)
+ORT_REFUSALS = (ort.InvalidArgument,)
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
@@ -118,8 +118,8 @@ def open_session(
     *,
     threads: int | None = None,
     half: bool = False,
-    initializers: Mapping[str, onnxruntime.OrtValue] | None = None,
     content: bytes | None = None,
+    options: onnxruntime.SessionOptions | None = None,
     cuda: Cuda = _DEFAULT,
 ) -> onnxruntime.InferenceSession:
     """A session on the chosen device, and nowhere else.
@@ -129,15 +129,14 @@ def open_session(
         choice: from `choose`.
         threads: intra-op threads; by default one per core.
         half: whether the model computes in 16 bits.
-        initializers: values in place of the file's external initializers of those names; the caller keeps them alive
-            as long as the session.
         content: bytes in place of the file's own, whose external data is beside the file.
+        options: what the caller has set already; the rest is added to it.
         cuda: what it may do on CUDA.
 
     Raises:
         ProviderUnavailable: the session came up without CUDA although CUDA was chosen.
     """
-    options = onnxruntime.SessionOptions()
+    options = options or onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Idle pools of several sessions in one process would spin against each other.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -145,8 +144,6 @@ def open_session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
-    if initializers:
-        options.add_external_initializers(list(initializers), list(initializers.values()))
     if content is not None:
         options.add_session_config_entry(_FOLDER, str(model.parent.resolve()))
     # What `control_flow` reads.

@@ -32,7 +32,7 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
     sizes: dict[str, tuple[int, str]] = {}
     arrays = {}
     for port in manifest.inputs:
-        array = np.asarray(inputs[port.name])
+        array = _as_array(manifest, port, inputs[port.name])
         _check_port(manifest, port, array, sizes)
         arrays[port.name] = np.ascontiguousarray(array)
     return arrays
@@ -96,6 +96,17 @@ def cut_rows(port: Port, array: Array, sizes: Sequence[int]) -> Array | list[Arr
 def rows(manifest: Manifest, inputs: Mapping[str, Array]) -> int:
     """How many rows a batch has."""
     return len(inputs[batched(manifest, manifest.inputs)[0].name])
+
+
+def _as_array(manifest: Manifest, port: Port, value: object) -> Array:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"run bundle {manifest.name!r}, input {port.name!r}",
+            expected=f"an array of {port.dtype}",
+            got=f"what numpy makes none of ({str(error)[:120]})",
+        ) from error
 
 
 def _check_port(manifest: Manifest, port: Port, array: Array, sizes: dict[str, tuple[int, str]]) -> None:

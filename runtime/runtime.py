@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Self, overload
 
 from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, Bundle, check_task
+from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, EXAMPLE, Bundle, check_task
 from tpeft_deploy.errors import InputError, ProviderUnavailable, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
@@ -19,6 +21,7 @@ from tpeft_deploy.runtime.bank import Layout
 from tpeft_deploy.runtime.catalogue import Catalogue, Task
 from tpeft_deploy.runtime.engine import Engine, Outputs
 from tpeft_deploy.runtime.folds import Folds
+from tpeft_deploy.runtime.private import PrivateCopy
 from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, choose
 from tpeft_deploy.runtime.session import Session
 from tpeft_deploy.runtime.tiers import Tiers
@@ -47,6 +50,9 @@ class Runtime:
             return without being read again; by default 1 GiB on CUDA, none on the CPU.
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
+        own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
+            runtime.  Without, ONNX Runtime maps the bundle's own weights.data: whoever writes to it changes answers,
+            whoever truncates it kills the process.
 
     Raises:
         BundleError: the directory is not a bundle, or something in it was altered.
@@ -62,23 +68,32 @@ class Runtime:
         device_bytes: int = GIB,
         host_bytes: int | None = None,
         preload: bool = True,
+        own_copy: bool = True,
     ) -> None:
         choice = choose(provider)
         self.provider = choice.device
         self.provider_reason = choice.reason
-        self._bundle = Bundle.open(bundle)
+        # Resolved, as tasks are read later, wherever the process has gone.
+        self._bundle = Bundle.open(Path(bundle).resolve())
         self._manifest = self._bundle.manifest
-        self._bundle.check_file("weights.data")
         half = self._half(choice)
+        if own_copy:
+            copy = PrivateCopy(self._bundle, self._graphs(choice))
+            self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
+            self._base = copy.bundle
+        else:
+            self._bundle.check_file("weights.data")
+            self._release = weakref.finalize(self, lambda: None)
+            self._base = self._bundle
         self._tiers = Tiers(
-            Layout.of(self._bundle),
+            Layout.of(self._base),
             self._lay_out,
             choice.device,
             device_bytes=device_bytes,
             host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
         )
         self._catalogue = Catalogue(self._bundle, self._retire)
-        self._folds = Folds(self._bundle, choice, threads, half, self._banked_answer)
+        self._folds = Folds(self._base, choice, threads, half, self._banked_answer)
         session = self._open(choice, threads, half)
         self._engine = Engine(self._manifest, session, self._tiers, self._folds, self._bundle.sizes(None))
         self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
@@ -174,7 +189,7 @@ class Runtime:
         if adapter is None:
             version = self._catalogue.stored(task)
         else:
-            loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._bundle.base_view)
+            loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._base.base_view)
             version = self._catalogue.held(task, loaded)
         with self._tiers.using([version]):
             if task in self._pinned:
@@ -237,6 +252,7 @@ class Runtime:
         """Let go of sessions and threads, once the runs in flight are done."""
         self._loaders.shutdown()
         self._folds.close()
+        self._release()
 
     def _bring(self, versions: Sequence[Version]) -> None:
         for version in versions:
@@ -266,7 +282,7 @@ class Runtime:
         self._tiers.retire(version)
 
     def _lay_out(self, adapter: Adapter) -> Content:
-        rows = fitting.named(self._manifest, self._bundle.fill(adapter))
+        rows = fitting.named(self._manifest, self._base.fill(adapter))
         return Content(rows, self._bundle.sizes(adapter))
 
     def _banked_answer(self, inputs: Mapping[str, Array], version: Version | None) -> dict[str, Array]:
@@ -288,12 +304,17 @@ class Runtime:
             )
         return "float16" in dtypes
 
+    def _graphs(self, choice: Choice) -> list[str]:
+        """The files that sessions are made of, now or later."""
+        banked = [BANKED_CPU] if choice.device == "cpu" and BANKED_CPU in self._manifest.files else []
+        return ["weights.data", "base.onnx", "banked.onnx", *banked, EXAMPLE]
+
     def _open(self, choice: Choice, threads: int | None, half: bool) -> Session:
         if choice.device == "cpu" and BANKED_CPU in self._manifest.files:
             try:
-                return Session(self._bundle.check_file(BANKED_CPU), choice, threads=threads, half=half)
+                return Session(self._base.check_file(BANKED_CPU), choice, threads=threads, half=half)
             except ORT_ERRORS as error:
                 # Internal operators of ONNX Runtime, which a build of it may lack; the portable graph says the same.
                 self.provider_reason += f"; {BANKED_CPU} not used ({str(error).splitlines()[0][:160]})"
                 _log.warning("bundle %r: %s", self.name, self.provider_reason)
-        return Session(self._bundle.check_file("banked.onnx"), choice, threads=threads, half=half)
+        return Session(self._base.check_file("banked.onnx"), choice, threads=threads, half=half)

@@ -40,6 +40,13 @@ def fill(
     _check_weights(manifest, adapter, bundle=bundle)
     targets = {target.key: target for target in manifest.targets}
     filled: dict[str, dict[str, Array]] = {}
+    replaced = {manifest.canonical(name): name for name in adapter.served_overrides}
+    for name in (*adapter.deltas, *adapter.gains):
+        if manifest.canonical(name) in replaced:
+            raise UnknownTarget(
+                f"{doing}, weight {name!r}",
+                problem=f"it is tied to {replaced[manifest.canonical(name)]!r}, which the adapter replaces",
+            )
     for name, part, change in _changes(manifest, adapter, targets, base_value):
         target = targets.get(f"{manifest.canonical(name)}:{part}")
         if target is None:
@@ -110,6 +117,7 @@ def _check_weights(manifest: Manifest, adapter: Adapter, *, bundle: str) -> None
     weights = {name: manifest.weights[manifest.canonical(name)] for name in [*manifest.weights, *manifest.aliases]}
     adapter.check_shapes({name: weight.shape for name, weight in weights.items()}, base=base)
     adapter.check_digests({name: weight.digest for name, weight in weights.items()}, base=base)
+    _check_heads(manifest, adapter, base)
     for name, array in adapter.served_overrides.items():
         own = "f" if weights[name].dtype == "bfloat16" else np.dtype(weights[name].dtype).kind
         if own != array.dtype.kind:
@@ -118,6 +126,29 @@ def _check_weights(manifest: Manifest, adapter: Adapter, *, bundle: str) -> None
                 expected=f"dtype {weights[name].dtype}",
                 got=array.dtype,
             )
+
+
+def _check_heads(manifest: Manifest, adapter: Adapter, base: str) -> None:
+    """Refuse parts of one head, or one norm, that do not agree in size: padded in a bank, they would answer."""
+    firsts = {manifest.canonical(name): array.shape[:1] for name, array in adapter.served_overrides.items()}
+    for name, array in adapter.served_overrides.items():
+        own = manifest.weights[manifest.canonical(name)].shape[:1]
+        if array.shape[:1] == (0,):
+            raise ShapeError(f"fit {adapter.source} to {base}, override {name!r}", expected="a class", got=array.shape)
+        if array.shape[:1] == own:
+            continue
+        module = name.rpartition(".")[0]
+        for other, weight in manifest.weights.items():
+            if other.rpartition(".")[0] != module or weight.shape[:1] != own:
+                continue
+            size = firsts.get(other, own)
+            if size != array.shape[:1]:
+                raise ShapeError(
+                    f"fit {adapter.source} to {base}, override {name!r}",
+                    expected=f"the first size of {other!r} beside it, {size[0]}",
+                    got=array.shape[0],
+                    fix="Save all parameters of the module with the adapter (modules_to_save).",
+                )
 
 
 def _check_slots(manifest: Manifest, target: Target, tensors: dict[str, Array], doing: str) -> None:

@@ -69,9 +69,9 @@ def BankedLookup(y, ids, adapter_index, downs, ups):
     """
     one = op.Constant(value_ints=[1])
     split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), one, axis=0)
-    places = op.Reshape(op.Cast(ids, to=7), split)  # (N, m, 1)
     ranks = op.Shape(ups, start=1, end=2)
     words = op.Shape(ups, start=2)
+    places = op.Mod(op.Reshape(op.Cast(ids, to=7), split), words)  # (N, m, 1), -1 the last: never another adapter's
     first = op.Reshape(adapter_index, op.Constant(value_ints=[-1, 1, 1])) * (ranks * words)
     steps = op.Range(op.Constant(value_int=0), op.Squeeze(ranks), op.Constant(value_int=1)) * words
     rows = op.Gather(op.Reshape(ups, op.Constant(value_ints=[-1])), places + first + steps)  # (N, m, R)
@@ -82,9 +82,9 @@ def BankedLookup(y, ids, adapter_index, downs, ups):
 @script(_tpeft, default_opset=op)
 def BankedLookupShared(y, ids, adapter_index, downs, ups):
     """As BankedLookup for ids (1, m) that all rows share: the result (N, m, I) has one row per adapter."""
-    places = op.Reshape(op.Cast(ids, to=7), op.Constant(value_ints=[1, -1, 1]))
     ranks = op.Shape(ups, start=1, end=2)
     words = op.Shape(ups, start=2)
+    places = op.Mod(op.Reshape(op.Cast(ids, to=7), op.Constant(value_ints=[1, -1, 1])), words)
     first = op.Reshape(adapter_index, op.Constant(value_ints=[-1, 1, 1])) * (ranks * words)
     steps = op.Range(op.Constant(value_int=0), op.Squeeze(ranks), op.Constant(value_int=1)) * words
     rows = op.Gather(op.Reshape(ups, op.Constant(value_ints=[-1])), places + first + steps)
@@ -314,10 +314,17 @@ def BankedDense(x, adapter_index, values):
 
 @script(_tpeft, default_opset=op)
 def BankedTable(ids, adapter_index, values):
-    """values[adapter_index[n]][ids]; ids of any shape, rows first; values (T, C, I)."""
+    """values[adapter_index[n]][ids]; ids of any shape, rows first; values (T, C, I).
+
+    As Gather itself, -1 is the last entry, and an index out of range an error: never another adapter's entry.
+    """
     split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), axis=0)
-    first = op.Unsqueeze(adapter_index * op.Shape(values, start=1, end=2), op.Constant(value_ints=[1]))
-    places = op.Reshape(op.Cast(ids, to=7), split) + first
+    own = op.Reshape(op.Cast(ids, to=7), split)
+    entries = op.Shape(values, start=1, end=2)
+    first = op.Unsqueeze(adapter_index * entries, op.Constant(value_ints=[1]))
+    known = op.And(op.Less(own, entries), op.GreaterOrEqual(own, op.Neg(entries)))
+    nowhere = op.ReduceProd(op.Shape(values, end=2), keepdims=1)  # one past the last entry of all
+    places = op.Where(known, op.Mod(own, entries) + first, nowhere)
     width = op.Shape(values, start=2)
     rows = op.Gather(op.Reshape(values, op.Concat(op.Constant(value_ints=[-1]), width, axis=0)), places)
     return op.Reshape(rows, op.Concat(op.Shape(ids), width, axis=0))

@@ -141,7 +141,6 @@ class TestAdaptersThatDoNotFit:
         [head(2, bias=17), {"head.weight": head(2)["head.weight"]}, {"head.bias": head(2)["head.bias"]}, head(10, 1)],
         ids=["2 and 17", "2 and the base's 10", "the base's 10 and 2", "10 and 1"],
     )
-    @pytest.mark.xfail(strict=True, reason="fitting compares each override with the base, never with one another")
     def test_a_head_whose_parts_have_other_sizes_is_refused(self, runtime: Runtime, overrides: Arrays) -> None:
         """A lost or mixed head (DESIGN 8): torch refuses such a pair; padded, it answers."""
         with pytest.raises(AdapterError):
@@ -159,7 +158,6 @@ class TestAdaptersThatDoNotFit:
             with pytest.raises(UnknownTarget, match="tied to"):
                 runtime.load("twice", twice)
 
-    @pytest.mark.xfail(strict=True, reason="fitting compares targets by part, so a delta and an override do not meet")
     def test_a_delta_and_an_override_of_a_tied_weight_are_refused(self, tied: Bundle) -> None:
         """Under one name an Adapter refuses them itself; under two names they are one weight still."""
         runtime = Runtime(tied.path, provider="cpu", threads=1)
@@ -246,7 +244,6 @@ class TestMemoryOfTheCaller:
         self.spoil(adapter)
         np.testing.assert_array_equal(logits(runtime, "mine"), expected)
 
-    @pytest.mark.xfail(strict=True, reason="a Resident's overrides and gains are the caller's own arrays")
     def test_arrays_overwritten_after_a_load_change_nothing_when_another_task_is_loaded(self, runtime: Runtime) -> None:
         adapter = self.make()
         runtime.load("mine", adapter)

@@ -97,7 +97,6 @@ def test_what_is_no_such_array_is_refused_before_it_runs(runtime: Runtime, array
         runtime.run({"pixels": array})
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="numpy's error about ragged lists is not translated")
 def test_ragged_lists_are_refused(runtime: Runtime) -> None:
     with pytest.raises(InputError, match="'pixels'"):
         runtime.run({"pixels": [[1.0], [1.0, 2.0]]})
@@ -132,7 +131,6 @@ def test_a_row_of_nan_does_not_touch_its_neighbours(runtime: Runtime) -> None:
         np.testing.assert_array_equal(got[row], expected[row])
 
 
-@pytest.mark.xfail(strict=True, reason="BankedLookup adds the index to its row's start in a flat bank: -1 is before it")
 @pytest.mark.parametrize("row", ["task", "tasks"])
 def test_a_negative_index_does_not_read_another_task(text: Bundle, row: str) -> None:
     """An answer computed with another tenant's adapter (DESIGN 8): Gather takes -1 for the last entry of a table.
@@ -161,7 +159,6 @@ class TestIndicesThatNoTableHas:
         got = text_runtime.run({"ids": IDS}, tasks=["a", "base"])["output"]
         np.testing.assert_array_equal(got, expected)
 
-    @pytest.mark.xfail(strict=True, reason="ONNX Runtime's own exception leaves Runtime.run as it is")
     def test_the_error_is_one_of_the_toolkit(self, text_runtime: Runtime, index: int) -> None:
         with pytest.raises(RunError):
             text_runtime.run({"ids": np.full((1, 5), index)}, task="a")

@@ -53,9 +53,6 @@ def serve(bundle: Bundle, adapter: Adapter, harmed: str, how: str) -> subprocess
     )
 
 
-MAPPED = pytest.mark.xfail(strict=True, reason="the session maps weights.data: SIGBUS, or the new bytes are served")
-
-
 @pytest.mark.parametrize(
     ("harmed", "how"),
     [
@@ -76,7 +73,6 @@ def test_a_file_harmed_while_it_is_served_changes_nothing(
     assert done.stdout == "served\n"
 
 
-@MAPPED
 @pytest.mark.parametrize("how", ["truncated", "overwritten"])
 def test_weights_harmed_while_they_are_served_change_nothing(
     own_bundle: Bundle, conv_adapters: dict[str, Adapter], how: str
@@ -89,7 +85,6 @@ def test_weights_harmed_while_they_are_served_change_nothing(
 INPUTS = {"pixels": np.random.default_rng(0).standard_normal((3, 1, 12, 14)).astype(np.float32)}
 
 
-@pytest.mark.xfail(strict=True, reason="each load reads the base's own heads from weights.data again, unchecked")
 def test_weights_replaced_by_others_do_not_become_the_base(
     own_bundle: Bundle, conv_adapters: dict[str, Adapter]
 ) -> None:
@@ -117,12 +112,7 @@ def test_a_bundle_that_is_removed_is_served_on(own_bundle: Bundle) -> None:
     "what",
     [
         "runs",
-        pytest.param(
-            "loads",
-            marks=pytest.mark.xfail(
-                strict=True, reason="a load reads weights.data of a relative path", raises=FileNotFoundError
-            ),
-        ),
+        "loads",
     ],
 )
 def test_a_relative_path_means_where_it_was_given(

@@ -136,9 +136,7 @@ def test_a_budget_below_the_base_is_refused(conv_bundle: Bundle) -> None:
         Runtime(conv_bundle.path, provider="cpu", device_bytes=100)
 
 
-def test_more_tasks_in_a_batch_than_rows_are_run_in_parts(
-    conv_bundle: Bundle, expected: dict[str, np.ndarray]
-) -> None:
+def test_more_tasks_in_a_batch_than_rows_are_run_in_parts(conv_bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
     runtime = budgeted(conv_bundle, 2)
     tasks = ["wide", "two", "base", "plain", "partial"]
     answers = runtime.run(images(5), tasks=tasks)["logits"]
