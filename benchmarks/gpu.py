@@ -1,7 +1,7 @@
 """Everything that only a CUDA device shows, checked and timed in one call on a machine without network.
 
-python -m benchmarks.gpu build DIR                      # here: writes the models, some 50 MB; needs torch and onnx
-python -m benchmarks.gpu run DIR --out OUT              # there: needs numpy, onnxruntime-gpu and this repository
+python -m benchmarks.gpu build DIR                      # here: writes the models; needs torch and onnx
+python -m benchmarks.gpu run DIR --out OUT              # there: needs numpy, safetensors and onnxruntime-gpu
 
 Every check runs in a process of its own, so that one which crashes is recorded and the others go on.  OUT gets
 gpu.json and gpu.md, a table for RESULTS.md.  `--provider cpu` runs what a CPU can answer.
@@ -27,7 +27,8 @@ MARK = "RESULT "
 
 def checks() -> dict[str, Callable[[Any], Any]]:
     """All checks, those that matter most first."""
-    from benchmarks import gpu_questions as questions, gpu_serving as serving
+    from benchmarks import gpu_questions as questions
+    from benchmarks import gpu_serving as serving
 
     return {
         "answers": serving.answers,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -17,7 +17,7 @@ from tpeft_deploy.runtime import views
 from tpeft_deploy.runtime.providers import Choice, Cuda, open_session
 from tpeft_deploy.tucker import Array
 
-Value = Array | onnxruntime.OrtValue
+Value: TypeAlias = Array | onnxruntime.OrtValue
 
 
 class NeedsCuda(Exception):
@@ -35,6 +35,11 @@ class Place:
     @property
     def cuda(self) -> bool:
         return self.choice.device == "cuda"
+
+    @property
+    def ways(self) -> dict[str, bool]:
+        """How to run: as it is, and on CUDA recorded."""
+        return {"plain": False, "recorded": True} if self.cuda else {"plain": False}
 
     def need_cuda(self) -> None:
         if not self.cuda:

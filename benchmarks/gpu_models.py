@@ -5,6 +5,7 @@ Needs torch, transformers and onnx; running them needs none of these.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -66,11 +67,7 @@ def convs(path: Path, channels: int) -> Bundle:
     torch.manual_seed(0)
     sizes = [3, *[channels] * 6]
     module = nn.Sequential(
-        *[
-            layer
-            for i, o in zip(sizes, sizes[1:], strict=False)
-            for layer in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU())
-        ],
+        *[layer for i, o in itertools.pairwise(sizes) for layer in (nn.Conv2d(i, o, 3, padding=1), nn.ReLU())],
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(channels, 10),
@@ -110,12 +107,14 @@ def rank_graphs() -> dict[str, str]:
         "rank_banked": graph(
             banked,
             rows,
-            "d = Gather(down, ids) u = Gather(up, ids) a = MatMul(x, d) b = MatMul(a, u) c = MatMul(x, w) y = Add(c, b)",
+            "d = Gather(down, ids) u = Gather(up, ids)"
+            "a = MatMul(x, d) b = MatMul(a, u) c = MatMul(x, w) y = Add(c, b)",
         ),
         "rank_conv": graph(
             image,
             images,
-            f"a = Conv{ones}(x, down) b = Conv{threes}(a, core) c = Conv{ones}(b, up) d = Conv{threes}(x, w) y = Add(d, c)",
+            f"a = Conv{ones}(x, down) b = Conv{threes}(a, core) c = Conv{ones}(b, up)"
+            f"d = Conv{threes}(x, w) y = Add(d, c)",
         ),
     }
 
@@ -168,9 +167,8 @@ def _launch(form: str, layers: int, width: int, fed: dict[str, str]) -> str:
     nodes, x = [], "x"
     for i in range(layers):
         if form == "packed":
-            nodes.append(
-                f"a{i} = MatMul({x}, d{i}) b{i}q, b{i}k, b{i}v = Split<axis: int = -1, num_outputs: int = 3>(a{i})"
-            )
+            nodes.append(f"a{i} = MatMul({x}, d{i})")
+            nodes.append(f"b{i}q, b{i}k, b{i}v = Split<axis: int = -1, num_outputs: int = 3>(a{i})")
         for p in "qkv":
             own = f"{i}{p}"
             base = f"y{own}" if form == "base" else f"p{own}"

@@ -97,7 +97,7 @@ def mixed_rows(place: Place) -> Report:
     bank, _ = bank_of(bundle, ROWS, place.choice.device)
     inputs, single = tokens(ROWS), tokens(1)
     each = np.arange(1, ROWS + 1)
-    for graphs in (False, True):
+    for way, graphs in place.ways.items():
         banked, base = (place.open(bundle.path / f"{n}.onnx", graphs=graphs) for n in ("banked", "base"))
         mixed = Fixed(place, banked, {**bank.values, **inputs, "adapter_index": each}, graphs=graphs)
         rows = Fixed(
@@ -112,11 +112,13 @@ def mixed_rows(place: Place) -> Report:
             "32 rows one by one": lambda rows=rows: _one_by_one(rows, each),  # type: ignore[misc]
         }
         times = interleaved(calls, place.seconds)
-        how = "recorded" if graphs else "plain"
-        report.milliseconds({f"{name}, {how}": own for name, own in times.items()})
+        report.milliseconds({f"{name}, {way}": own for name, own in times.items()})
         base_time, mixed_time, single_time = times.values()
-        report.claim(f"throughput over the base's, {how}", base_time / mixed_time, 0.9, at_least=True)
-        report.claim(f"throughput over switched rows', {how}", single_time / mixed_time, 5, at_least=True)
+        ratios = {"base's": (base_time / mixed_time, 0.9), "switched rows'": (single_time / mixed_time, 5)}
+        for of, (ratio, limit) in ratios.items():
+            report.figures[f"throughput over the {of}, {way}"] = ratio
+            if graphs:
+                report.claim(f"throughput over the {of}, recorded", ratio, limit, at_least=True)
     return report
 
 
@@ -149,15 +151,17 @@ def factored(place: Place) -> Report:
     """One adapter through its factors against the base, 8 rows."""
     report, bundle = Report(), Bundle.open(place.path / "encoder")
     inputs, factors = tokens(8), bundle.factors("one")
-    for graphs in (False, True):
+    for way, graphs in place.ways.items():
         calls = {
             "base": Fixed(place, bundle.path / "base.onnx", inputs, graphs=graphs),
             "factored": Fixed(place, bundle.path / "factored.onnx", {**inputs, **factors}, graphs=graphs),
         }
         times = interleaved(calls, place.seconds)
-        how = "recorded" if graphs else "plain"
-        report.milliseconds({f"{name}, 8 rows, {how}": own for name, own in times.items()})
-        report.claim(f"factored / base, {how}", times["factored"] / times["base"], 1.05, at_least=False)
+        report.milliseconds({f"{name}, 8 rows, {way}": own for name, own in times.items()})
+        ratio = times["factored"] / times["base"]
+        report.figures[f"factored / base, {way}"] = ratio
+        if place.cuda:
+            report.claim(f"factored / base, {way}", ratio, 1.05, at_least=False)
     return report
 
 
