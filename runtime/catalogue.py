@@ -123,7 +123,7 @@ class Catalogue:
                 fix="Name tasks only; the base is in every answer already.",
             )
         for name, strength in strengths.items():
-            if not isinstance(strength, int | float | np.number) or not math.isfinite(strength):
+            if not _is_number(strength):
                 raise CompositionError(f"{doing}, {name!r}", expected="a finite number as strength", got=repr(strength))
         parts = [(self._known(name, doing), float(strength)) for name, strength in sorted(strengths.items())]
         if len(parts) == 1 and parts[0][1] == 1:
@@ -168,3 +168,8 @@ class Catalogue:
             got=repr(task),
             fix="Load it with Runtime.load, or add it to the bundle with 'tpeft-deploy adapter add'.",
         )
+
+
+def _is_number(strength: object) -> bool:
+    number = isinstance(strength, int | float | np.number) and not isinstance(strength, bool)
+    return number and math.isfinite(strength)  # type: ignore[arg-type]  # mypy does not follow `number`

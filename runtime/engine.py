@@ -175,7 +175,7 @@ def _translated(bundle: str) -> Iterator[None]:
     """ONNX Runtime's exceptions, which share no class of their own, as errors of the toolkit."""
     try:
         yield
-    except ORT_ERRORS as error:
+    except (*ORT_ERRORS, RuntimeError) as error:  # with IO binding it raises plain RuntimeErrors
         # What it refuses in the middle of a run is mostly an index out of range: no shape or dtype gets this far.
         kind = InputError if isinstance(error, ORT_REFUSALS) else RunError
         raise kind(f"run bundle {bundle!r}", problem=str(error).strip().splitlines()[0][:300]) from error

@@ -22,7 +22,7 @@ from tpeft_deploy.errors import AdapterError, IntegrityError, RunError, ShapeErr
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.packed import packed_copy
 from tpeft_deploy.runtime.plain import Plain
-from tpeft_deploy.runtime.providers import Choice
+from tpeft_deploy.runtime.providers import Choice, Cuda
 from tpeft_deploy.tucker import Array
 
 __all__ = ["agree", "cost", "example", "fold", "limit_of", "prove", "to_bfloat16", "weights"]
@@ -59,6 +59,7 @@ def fold(
     threads: int | None = None,
     half: bool | None = None,
     place: Path | None = None,
+    cuda: Cuda | None = None,
 ) -> Plain:
     """A session of the base with an adapter merged into its weights.
 
@@ -70,6 +71,7 @@ def fold(
         half: whether the model computes in 16 bits; by default, by the dtypes of the base's weights.
         place: a directory of this process for copies of the base with packed weights, which folds that change the same
             weights share on the CPU (see `packed`); without one, each session packs all weights for itself.
+        cuda: what the session may do on CUDA.
 
     Raises:
         AdapterError: as `weights`.
@@ -81,7 +83,7 @@ def fold(
     model = bundle.path / BASE
     if place is not None and choice.device == "cpu":
         model = packed_copy(model, changed, place, threads=threads)
-    return Plain(model, choice, threads=threads, half=half, initializers=changed)
+    return Plain(model, choice, threads=threads, half=half, initializers=changed, cuda=cuda)
 
 
 def cost(bundle: Bundle, adapter: Adapter, *, shared: bool) -> int:

@@ -11,16 +11,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 from tpeft_deploy.bundle import BASE_TASK, Bundle
 from tpeft_deploy.errors import RunError, TpeftError
 from tpeft_deploy.runtime import folding
+from tpeft_deploy.runtime.heat import Heat
 from tpeft_deploy.runtime.plain import Plain
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice
+from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda
 from tpeft_deploy.runtime.versions import Version
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Answer", "Folds"]
+
+_DECIDE = 1.0  # seconds between two looks at who is hot
 
 Answer = Callable[[Mapping[str, Array], Version | None], Mapping[str, Array]]
 
@@ -36,9 +41,23 @@ class Folds:
         threads: intra-op threads of each session.
         half: whether the model computes in 16 bits.
         answer: what the bank answers to inputs for a version.
+        cuda: what each session may do on CUDA; none of them is recorded as a graph.
+        place: a directory of this process for packed copies of the base, which folds on the CPU share.
+        budget: bytes of memory for the sessions of versions that nobody asked to fold, those that most rows go to.
     """
 
-    def __init__(self, bundle: Bundle, choice: Choice, threads: int | None, half: bool, answer: Answer) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        choice: Choice,
+        threads: int | None,
+        half: bool,
+        answer: Answer,
+        *,
+        cuda: Cuda,
+        place: Path,
+        budget: int = 0,
+    ) -> None:
         self._bundle = bundle
         self._choice = choice
         self._threads = threads
@@ -48,13 +67,33 @@ class Folds:
         self._jobs: dict[Version | None, Future[None]] = {}
         self._sessions: Mapping[Version | None, Plain] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tpeft-fold")
+        self._cuda = replace(cuda, graphs=False)
+        self._place = place
+        # Two of every weight, as it is and packed, until a version's adapter was read and says it better.
+        most = 2 * sum(weight.length for weight in bundle.manifest.weights.values())
+        self._costs: dict[Version, int] = {}
+        self._heat = Heat[Version](budget, cost=lambda version: self._costs.get(version, most)) if budget else None
+        self._decided = time.monotonic()
 
     def find(self, version: Version | None, rows: int) -> Plain | None:
-        """The session of a version, None being the base, if it has one."""
+        """The session of a version, None being the base, if it has one; its rows are counted."""
         session = self._sessions.get(version)
-        if session is None and version is None:
-            self.begin(None)  # the base's own session is opened once somebody asks for the base
+        if version is None:
+            if session is None:
+                self.begin(None)  # the base's own session is opened once somebody asks for the base
+        elif self._heat is not None:
+            now = time.monotonic()
+            self._heat.record(version, rows, now)
+            if now - self._decided > _DECIDE:
+                self._decided = now
+                self._worker.submit(self._follow, self._heat, now)
         return session
+
+    def keep(self, version: Version) -> Future[None]:
+        """As `begin`, and count it before all that are folded because they are hot."""
+        if self._heat is not None:
+            self._heat.pin(version)
+        return self.begin(version)
 
     def begin(self, version: Version | None) -> Future[None]:
         """Make a version's session in the background, unless there is one.
@@ -70,10 +109,10 @@ class Folds:
         return job
 
     def drop(self, version: Version) -> None:
-        """Serve a version from the bank again; runs in flight finish on the session."""
-        with self._lock:
-            self._jobs.pop(version, None)
-            self._sessions = {own: session for own, session in self._sessions.items() if own is not version}
+        """Serve a version from the bank again, until it is hot once more; runs in flight finish on the session."""
+        if self._heat is not None:
+            self._heat.forget(version)
+        self._let_go(version)
 
     def has(self, version: Version) -> bool:
         """Whether a version is served by a session of its own."""
@@ -88,6 +127,20 @@ class Folds:
         """Let all sessions go, after those that are being made."""
         self._worker.shutdown(cancel_futures=True)
         self._sessions = {}
+
+    def _follow(self, heat: Heat[Version], now: float) -> None:
+        fold, unfold = heat.decide(now)
+        for version in unfold:
+            self._let_go(version)
+        for version in fold:
+            if version.current:
+                self.begin(version)
+
+    def _let_go(self, version: Version) -> None:
+        with self._lock:
+            self._jobs.pop(version, None)
+            self._costs.pop(version, None)
+            self._sessions = {own: session for own, session in self._sessions.items() if own is not version}
 
     def _make(self, version: Version | None) -> None:
         name = BASE_TASK if version is None else version.name
@@ -111,8 +164,18 @@ class Folds:
     def _open(self, version: Version | None) -> Plain:
         if version is None:
             file = self._bundle.check_file("base.onnx")
-            return Plain(file, self._choice, threads=self._threads, half=self._half)
-        return folding.fold(self._bundle, version.read(), self._choice, threads=self._threads, half=self._half)
+            return Plain(file, self._choice, threads=self._threads, half=self._half, cuda=self._cuda)
+        adapter = version.read()
+        self._costs[version] = folding.cost(self._bundle, adapter, shared=self._choice.device == "cpu")
+        return folding.fold(
+            self._bundle,
+            adapter,
+            self._choice,
+            threads=self._threads,
+            half=self._half,
+            place=self._place,
+            cuda=self._cuda,
+        )
 
     def _report(self, version: Version | None, job: Future[None]) -> None:
         if job.cancelled():
@@ -123,5 +186,6 @@ class Folds:
         # Who asked for it gets it from the future; for the others this is the only sign.
         _log.warning("%s", error if isinstance(error, TpeftError) else repr(error))
         if version is not None:  # the base is asked for by every run of it: once is enough
-            with self._lock:
-                self._jobs.pop(version, None)
+            self._let_go(version)
+            if self._heat is not None:
+                self._heat.refuse(version)

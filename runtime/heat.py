@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, TypeVar
 
 __all__ = ["Heat"]
+
+K = TypeVar("K", bound=Hashable)
 
 _LARGEST = 50.0  # windows since the origin, beyond which counts are brought back to a new one
 
@@ -19,7 +22,7 @@ def _one(key: Hashable) -> float:
     return 1.0
 
 
-class Heat:
+class Heat(Generic[K]):
     """Rates of rows per key, and which keys to fold; safe to use from several threads.
 
     A run counts fully at first and e times less with every window that passes.  A key that is folded is let go only
@@ -42,7 +45,7 @@ class Heat:
         self,
         budget: float,
         *,
-        cost: Callable[[Hashable], float] = _one,
+        cost: Callable[[K], float] = _one,
         window: float = 60.0,
         minimum: float = 1.0,
         margin: float = 1.5,
@@ -53,20 +56,20 @@ class Heat:
         self._budget, self._cost, self._window = budget, cost, window
         self._minimum, self._margin, self._most = minimum, margin, most
         # Rows, weighted by exp(time since the origin in windows): later rows weigh more, so old ones need no update.
-        self._rows: dict[Hashable, float] = {}
+        self._rows: dict[K, float] = {}
         self._origin: float | None = None
-        self._folded: dict[Hashable, None] = {}
-        self._pinned: dict[Hashable, None] = {}
-        self._refused: set[Hashable] = set()
+        self._folded: dict[K, None] = {}
+        self._pinned: dict[K, None] = {}
+        self._refused: set[K] = set()
         self._lock = threading.Lock()
 
     @property
-    def folded(self) -> frozenset[Hashable]:
+    def folded(self) -> frozenset[K]:
         """The keys that the last decision wants folded, pinned ones included."""
         with self._lock:
             return frozenset(self._folded)
 
-    def record(self, key: Hashable, rows: int, now: float) -> None:
+    def record(self, key: K, rows: int, now: float) -> None:
         """Count the rows of one run.
 
         Args:
@@ -86,36 +89,36 @@ class Heat:
             if len(counts) > self._most:
                 self._shrink()
 
-    def rate(self, key: Hashable, now: float) -> float:
+    def rate(self, key: K, now: float) -> float:
         """Rows per second of a key."""
         with self._lock:
             return self._rows.get(key, 0.0) * self._scale(now)
 
-    def pin(self, key: Hashable) -> None:
+    def pin(self, key: K) -> None:
         """Keep a key folded, whatever its rate and the budget; what it costs is not there for others."""
         with self._lock:
             self._pinned[key] = None
             self._refused.discard(key)
 
-    def unpin(self, key: Hashable) -> None:
+    def unpin(self, key: K) -> None:
         """Leave a key to its rate again."""
         with self._lock:
             self._pinned.pop(key, None)
 
-    def refuse(self, key: Hashable) -> None:
+    def refuse(self, key: K) -> None:
         """Say that a key cannot be folded: it is not asked for again, until it is pinned or forgotten."""
         with self._lock:
             self._drop(key)
             self._refused.add(key)
 
-    def forget(self, key: Hashable) -> None:
+    def forget(self, key: K) -> None:
         """Drop all that is known of a key, whose adapter left or was replaced; its session is the caller's to close."""
         with self._lock:
             self._drop(key)
             self._refused.discard(key)
             self._rows.pop(key, None)
 
-    def decide(self, now: float) -> tuple[list[Hashable], list[Hashable]]:
+    def decide(self, now: float) -> tuple[list[K], list[K]]:
         """What to change; the next decision takes it for done, unless `refuse` or `forget` says otherwise.
 
         Args:
@@ -131,7 +134,7 @@ class Heat:
             self._folded = wanted
             return fold, unfold
 
-    def _choose(self, scale: float) -> dict[Hashable, None]:
+    def _choose(self, scale: float) -> dict[K, None]:
         room = self._budget - self._total(self._pinned)
         heats = []
         for place, (key, rows) in enumerate(self._rows.items()):
@@ -148,10 +151,10 @@ class Heat:
                 chosen[key] = None
         return chosen
 
-    def _total(self, keys: Iterable[Hashable]) -> float:
+    def _total(self, keys: Iterable[K]) -> float:
         return sum(self._cost(key) for key in keys)
 
-    def _drop(self, key: Hashable) -> None:
+    def _drop(self, key: K) -> None:
         self._folded.pop(key, None)
         self._pinned.pop(key, None)
 

@@ -12,7 +12,7 @@ import onnxruntime
 from tpeft_deploy.errors import RunError
 from tpeft_deploy.runtime import graph_file
 from tpeft_deploy.runtime.graph_file import Declared
-from tpeft_deploy.runtime.providers import Choice, open_session
+from tpeft_deploy.runtime.providers import Choice, Cuda, open_session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Plain"]
@@ -32,6 +32,7 @@ class Plain:
         half: whether the model computes in 16 bits.
         initializers: name of an external initializer -> array in its place, of another shape where the graph allows
             it; bfloat16 as uint16.
+        cuda: what it may do on CUDA.
 
     Raises:
         RunError: an initializer is not one of the model's, or has another dtype.
@@ -46,6 +47,7 @@ class Plain:
         threads: int | None = None,
         half: bool = False,
         initializers: Mapping[str, Array] | None = None,
+        cuda: Cuda | None = None,
     ) -> None:
         content = model.read_bytes() if initializers else b""
         found = graph_file.declared(content)
@@ -63,6 +65,7 @@ class Plain:
             half=half,
             content=graph_file.resized(content, shapes) if shapes else None,
             options=options,
+            cuda=cuda or Cuda(),
         )
         self._device = choice.device
         self._outputs = [output.name for output in self._session.get_outputs()]

@@ -30,7 +30,7 @@ class PrivateCopy:
 
     Args:
         bundle: to copy from.
-        names: of the manifest's files.
+        names: of the manifest's files; with none the directory is for others to use.
 
     Raises:
         IntegrityError: a file differs from its digest.
@@ -41,23 +41,23 @@ class PrivateCopy:
         _remove_abandoned()
         wanted = list(names)
         try:
-            self._path, self._lock = _new_directory()
+            self.path, self._lock = _new_directory()
         except OSError as error:
             raise self._unwritable(bundle, wanted, error) from error
         try:
             for name in wanted:
-                _copy(bundle, name, self._path / name)
+                _copy(bundle, name, self.path / name)
         except OSError as error:
             self.close()
             raise self._unwritable(bundle, wanted, error) from error
         except BaseException:
             self.close()
             raise
-        self.bundle = Bundle(self._path, bundle.manifest)
+        self.bundle = Bundle(self.path, bundle.manifest)
 
     def close(self) -> None:
         """Remove the copy; sessions that have it open keep what they mapped."""
-        shutil.rmtree(self._path, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
     def _unwritable(self, bundle: Bundle, names: list[str], error: OSError) -> RunError:

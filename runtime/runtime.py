@@ -18,11 +18,12 @@ from tpeft_deploy.errors import InputError, ProviderUnavailable, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bank import Layout
+from tpeft_deploy.runtime.captured import Captured
 from tpeft_deploy.runtime.catalogue import Catalogue, Task
 from tpeft_deploy.runtime.engine import Engine, Outputs
 from tpeft_deploy.runtime.folds import Folds
 from tpeft_deploy.runtime.private import PrivateCopy
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, choose
+from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda, choose
 from tpeft_deploy.runtime.session import Session
 from tpeft_deploy.runtime.tiers import Tiers
 from tpeft_deploy.runtime.versions import Content, Tier, Version
@@ -48,6 +49,11 @@ class Runtime:
             While the bank grows, the old one lives until its runs are done.
         host_bytes: what copies of adapters may take in host memory, so that those that had to leave the device
             return without being read again; by default 1 GiB on CUDA, none on the CPU.
+        folded_bytes: what sessions of hot tasks may take: the tasks that most rows ask for are folded in the background
+            as far as this goes, and unfolded when others are hotter.  `pin(task, folded=True)` needs no budget.
+        session_bytes: what each session's weights and intermediate results may take on CUDA; by default all there is.
+        cuda_graphs: on CUDA, record runs of the bank as CUDA graphs, one for each shape that comes again; inputs are
+            filled up to a few shapes for it (see `captured`).
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
@@ -67,6 +73,9 @@ class Runtime:
         threads: int | None = None,
         device_bytes: int = GIB,
         host_bytes: int | None = None,
+        folded_bytes: int = 0,
+        session_bytes: int | None = None,
+        cuda_graphs: bool = False,
         preload: bool = True,
         own_copy: bool = True,
     ) -> None:
@@ -77,14 +86,16 @@ class Runtime:
         self._bundle = Bundle.open(Path(bundle).resolve())
         self._manifest = self._bundle.manifest
         half = self._half(choice)
-        if own_copy:
-            copy = PrivateCopy(self._bundle, self._graphs(choice))
-            self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
-            self._base = copy.bundle
-        else:
+        cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs)
+        if cuda_graphs and choice.device != "cuda":
+            raise ProviderUnavailable(
+                f"open bundle {self.name!r} with CUDA graphs", expected="the CUDA provider", got=choice.reason
+            )
+        copy = PrivateCopy(self._bundle, self._graphs(choice) if own_copy else [])
+        self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
+        if not own_copy:
             self._bundle.check_file("weights.data")
-            self._release = weakref.finalize(self, lambda: None)
-            self._base = self._bundle
+        self._base = copy.bundle if own_copy else self._bundle
         self._tiers = Tiers(
             Layout.of(self._base),
             self._lay_out,
@@ -93,9 +104,11 @@ class Runtime:
             host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
         )
         self._catalogue = Catalogue(self._bundle, self._retire)
-        self._folds = Folds(self._base, choice, threads, half, self._banked_answer)
-        session = self._open(choice, threads, half)
-        self._engine = Engine(self._manifest, session, self._tiers, self._folds, self._bundle.sizes(None))
+        self._folds = Folds(
+            self._base, choice, threads, half, self._banked_answer, cuda=cuda, place=copy.path, budget=folded_bytes
+        )
+        self._session = self._open(choice, threads, half, cuda)
+        self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
         self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="tpeft-load")
         if preload:
@@ -252,6 +265,8 @@ class Runtime:
         """Let go of sessions and threads, once the runs in flight are done."""
         self._loaders.shutdown()
         self._folds.close()
+        if isinstance(self._session, Captured):
+            self._session.close()
         self._release()
 
     def _bring(self, versions: Sequence[Version]) -> None:
@@ -275,7 +290,7 @@ class Runtime:
     def _keep(self, version: Version, *, folded: bool) -> None:
         self._tiers.pin(version, True)
         if folded:
-            self._folds.begin(version).result()
+            self._folds.keep(version).result()
 
     def _retire(self, version: Version) -> None:
         self._folds.drop(version)
@@ -309,7 +324,11 @@ class Runtime:
         banked = [BANKED_CPU] if choice.device == "cpu" and BANKED_CPU in self._manifest.files else []
         return ["weights.data", "base.onnx", "banked.onnx", *banked, EXAMPLE]
 
-    def _open(self, choice: Choice, threads: int | None, half: bool) -> Session:
+    def _open(self, choice: Choice, threads: int | None, half: bool, cuda: Cuda) -> Session | Captured:
+        if cuda.graphs:
+            model = self._base.check_file("banked.onnx")
+            memory = cuda.memory_bytes
+            return Captured(model, choice, self._manifest, threads=threads, half=half, memory_bytes=memory)
         if choice.device == "cpu" and BANKED_CPU in self._manifest.files:
             try:
                 return Session(self._base.check_file(BANKED_CPU), choice, threads=threads, half=half)
@@ -317,4 +336,4 @@ class Runtime:
                 # Internal operators of ONNX Runtime, which a build of it may lack; the portable graph says the same.
                 self.provider_reason += f"; {BANKED_CPU} not used ({str(error).splitlines()[0][:160]})"
                 _log.warning("bundle %r: %s", self.name, self.provider_reason)
-        return Session(self._base.check_file("banked.onnx"), choice, threads=threads, half=half)
+        return Session(self._base.check_file("banked.onnx"), choice, threads=threads, half=half, cuda=cuda)

@@ -10,7 +10,7 @@ import onnxruntime
 
 from tpeft_deploy import slots
 from tpeft_deploy.runtime.bank import Bank
-from tpeft_deploy.runtime.providers import Choice, open_session
+from tpeft_deploy.runtime.providers import Choice, Cuda, open_session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Session"]
@@ -24,10 +24,19 @@ class Session:
         choice: the device, from `providers.choose`.
         threads: intra-op threads; by default one per core.
         half: whether the model computes in 16 bits.
+        cuda: what it may do on CUDA.
     """
 
-    def __init__(self, model: Path, choice: Choice, *, threads: int | None = None, half: bool = False) -> None:
-        self._session = open_session(model, choice, threads=threads, half=half)
+    def __init__(
+        self,
+        model: Path,
+        choice: Choice,
+        *,
+        threads: int | None = None,
+        half: bool = False,
+        cuda: Cuda | None = None,
+    ) -> None:
+        self._session = open_session(model, choice, threads=threads, half=half, cuda=cuda or Cuda())
         self._device = choice.device
         self._outputs = [output.name for output in self._session.get_outputs()]
 

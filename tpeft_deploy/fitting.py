@@ -117,7 +117,6 @@ def _check_weights(manifest: Manifest, adapter: Adapter, *, bundle: str) -> None
     weights = {name: manifest.weights[manifest.canonical(name)] for name in [*manifest.weights, *manifest.aliases]}
     adapter.check_shapes({name: weight.shape for name, weight in weights.items()}, base=base)
     adapter.check_digests({name: weight.digest for name, weight in weights.items()}, base=base)
-    _check_heads(manifest, adapter, base)
     for name, array in adapter.served_overrides.items():
         own = "f" if weights[name].dtype == "bfloat16" else np.dtype(weights[name].dtype).kind
         if own != array.dtype.kind:
@@ -126,6 +125,7 @@ def _check_weights(manifest: Manifest, adapter: Adapter, *, bundle: str) -> None
                 expected=f"dtype {weights[name].dtype}",
                 got=array.dtype,
             )
+    _check_heads(manifest, adapter, base)
 
 
 def _check_heads(manifest: Manifest, adapter: Adapter, base: str) -> None:

@@ -11,7 +11,7 @@ from tpeft_deploy.runtime.heat import Heat
 
 
 def drive(
-    heat: Heat, rates: dict[Hashable, int], start: int, seconds: int
+    heat: Heat[Hashable], rates: dict[Hashable, int], start: int, seconds: int
 ) -> list[tuple[list[Hashable], list[Hashable]]]:
     """Rows every second, a decision every ten; the decisions that changed something."""
     changed = []
@@ -26,7 +26,7 @@ def drive(
 
 
 def test_a_rate_is_rows_per_second_and_decays() -> None:
-    heat = Heat(1, window=60)
+    heat = Heat[Hashable](1, window=60)
     drive(heat, {"a": 7}, 0, 600)
     assert heat.rate("a", 600) == pytest.approx(7, rel=0.02)
     assert heat.rate("a", 660) == pytest.approx(7 / 2.71828, rel=0.02)
@@ -34,13 +34,13 @@ def test_a_rate_is_rows_per_second_and_decays() -> None:
 
 
 def test_the_rate_does_not_depend_on_how_long_it_has_run() -> None:
-    heat = Heat(1, window=1)
+    heat = Heat[Hashable](1, window=1)
     drive(heat, {"a": 7}, 0, 5_000)  # far beyond what exp of the whole age could hold
     assert heat.rate("a", 4_999) == pytest.approx(7 / (1 - 1 / 2.71828), rel=1e-3)
 
 
 def test_the_hottest_are_folded_and_what_cools_down_is_let_go() -> None:
-    heat = Heat(2, minimum=1)
+    heat = Heat[Hashable](2, minimum=1)
     drive(heat, {"a": 10, "b": 5, "c": 2}, 0, 300)
     assert heat.folded == {"a", "b"}
     drive(heat, {"c": 20}, 300, 300)
@@ -50,7 +50,7 @@ def test_the_hottest_are_folded_and_what_cools_down_is_let_go() -> None:
 
 
 def test_nothing_is_folded_below_the_minimum() -> None:
-    heat = Heat(5, minimum=3)
+    heat = Heat[Hashable](5, minimum=3)
     assert drive(heat, {"a": 2}, 0, 1_000) == []
     drive(heat, {"a": 4}, 1_000, 300)
     assert heat.folded == {"a"}
@@ -60,7 +60,7 @@ def test_nothing_is_folded_below_the_minimum() -> None:
 
 
 def test_tasks_of_similar_rate_do_not_take_turns() -> None:
-    heat = Heat(1)
+    heat = Heat[Hashable](1)
     changes = 0
     for phase in range(40):
         hot, other = ("a", "b") if phase % 2 else ("b", "a")
@@ -71,13 +71,14 @@ def test_tasks_of_similar_rate_do_not_take_turns() -> None:
 
 
 def test_costs_in_bytes() -> None:
-    heat = Heat(100, cost={"large": 90, "small": 30, "tiny": 10, "huge": 101}.__getitem__)  # type: ignore[arg-type]
+    costs: dict[Hashable, int] = {"large": 90, "small": 30, "tiny": 10, "huge": 101}
+    heat = Heat[Hashable](100, cost=costs.__getitem__)
     drive(heat, {"huge": 90, "large": 40, "small": 20, "tiny": 10}, 0, 300)
     assert heat.folded == {"large", "tiny"}
 
 
 def test_pinned_keys_are_folded_whatever_the_budget() -> None:
-    heat = Heat(2)
+    heat = Heat[Hashable](2)
     heat.pin("x")
     assert heat.decide(0) == (["x"], [])
     drive(heat, {"a": 10, "b": 20}, 0, 300)
@@ -93,7 +94,7 @@ def test_pinned_keys_are_folded_whatever_the_budget() -> None:
 
 
 def test_what_cannot_be_folded_is_not_asked_for_again() -> None:
-    heat = Heat(1)
+    heat = Heat[Hashable](1)
     drive(heat, {"a": 10, "b": 5}, 0, 100)
     assert heat.folded == {"a"}
     heat.refuse("a")
@@ -106,7 +107,7 @@ def test_what_cannot_be_folded_is_not_asked_for_again() -> None:
 
 
 def test_memory_is_bounded_and_the_hot_are_remembered() -> None:
-    heat = Heat(1, most=100)
+    heat = Heat[Hashable](1, most=100)
     for second in range(2_000):
         heat.record("hot", 5, second)
         heat.record(second, 1, second)
@@ -118,7 +119,7 @@ def test_memory_is_bounded_and_the_hot_are_remembered() -> None:
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"minimum": 0}, {"margin": 0.5}, {"most": 1}, {"budget": -1}])
 def test_arguments_out_of_range(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="budget >= 0"):
-        Heat(**{"budget": 1, **wrong})  # type: ignore[arg-type]
+        Heat[Hashable](**{"budget": 1, **wrong})  # type: ignore[arg-type]
 
 
 KEYS = st.integers(0, 9)
@@ -136,7 +137,7 @@ EVENTS = st.lists(
 def test_automatic_choices_stay_within_what_pinned_ones_leave(
     events: list[tuple[str, int, int]], budget: int, costs: list[int]
 ) -> None:
-    heat = Heat(budget, cost=costs.__getitem__, minimum=0.1)  # type: ignore[arg-type]
+    heat = Heat[Hashable](budget, cost=lambda key: costs[int(str(key))], minimum=0.1)
     pinned: set[Hashable] = set()
     applied: set[Hashable] = set()
     for now, (what, key, rows) in enumerate([*events, ("decide", 0, 0)]):
@@ -160,7 +161,7 @@ def test_automatic_choices_stay_within_what_pinned_ones_leave(
 @settings(deadline=None, max_examples=25)
 @given(rates=st.lists(st.integers(2, 50), min_size=2, max_size=8), budget=st.integers(1, 4))
 def test_steady_rates_lead_to_a_steady_choice_that_holds_the_hottest(rates: list[int], budget: int) -> None:
-    heat = Heat(budget)
+    heat = Heat[Hashable](budget)
     keys: dict[Hashable, int] = dict(enumerate(rates))
     drive(heat, keys, 0, 300)
     assert drive(heat, keys, 300, 300) == []
@@ -170,7 +171,7 @@ def test_steady_rates_lead_to_a_steady_choice_that_holds_the_hottest(rates: list
 
 
 def test_a_record_costs_about_a_microsecond_whatever_the_number_of_tasks() -> None:
-    heat = Heat(10)
+    heat = Heat[Hashable](10)
     for key in range(10_000):
         heat.record(key, 1, 0.0)
     times = timeit.repeat(lambda: heat.record(77, 4, 1.0), number=5_000, repeat=20)
