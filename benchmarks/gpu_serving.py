@@ -1,0 +1,247 @@
+"""The encoder and the conv net as they are served: answers against the CPU's, and what rows of adapters cost."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from benchmarks.gpu_fixed import Fixed, Place, Report, device_bytes, error, interleaved, normal
+from benchmarks.gpu_questions import tokens
+from tpeft_deploy import Adapter, Bundle, Runtime, TuckerDelta
+from tpeft_deploy.runtime import views
+from tpeft_deploy.runtime.bank import Bank, Layout, widened
+from tpeft_deploy.runtime.buckets import Buckets
+from tpeft_deploy.runtime.captured import Captured
+from tpeft_deploy.runtime.plain import Plain
+from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda, open_session
+from tpeft_deploy.runtime.session import Session
+from tpeft_deploy.tucker import Array
+
+ROWS = 32
+CPU = Choice("cpu", "to compare with")
+
+
+def adapter(bundle: Bundle, seed: int, rank: int = 8) -> Adapter:
+    """A random adapter of all weights that take one."""
+    deltas = {}
+    for place, target in enumerate(bundle.manifest.targets):
+        ranks = tuple(min(rank, size) for size in target.shape)
+        factors = tuple(
+            normal(size, own, seed=seed * 1000 + place, scale=size**-0.5) if own < size else None
+            for size, own in zip(target.shape, ranks, strict=True)
+        )
+        deltas[target.name] = TuckerDelta(normal(*ranks, seed=seed, scale=0.3), factors, 0.7)
+    return Adapter(deltas)
+
+
+def bank_of(bundle: Bundle, count: int, device: str, rank: int = 8) -> tuple[Bank, list[dict[str, Array]]]:
+    """A bank with this many adapters in rows 1 and on, and what is in each."""
+    layout = Layout.of(bundle)
+    rows = [bundle.feeds(adapter(bundle, seed, rank)) for seed in range(count)]
+    shapes = widened(layout.shapes, ({name: array.shape for name, array in row.items()} for row in rows))
+    bank = Bank.allocate(layout, shapes, count + 1, device)
+    for number, row in enumerate(rows, 1):
+        bank.write(number, row)
+    return bank, rows
+
+
+def answers(place: Place) -> Report:
+    """Every form on the device against the CPU."""
+    report = Report()
+    batches = {"encoder": tokens(3), "convs": {"input": normal(3, 3, 32, 32)}}
+    for name, batch in batches.items():
+        path = place.path / name
+        with Runtime(path, provider=place.choice.device) as device, Runtime(path, provider="cpu") as cpu:
+            (output,) = (port.name for port in Bundle.open(path).manifest.outputs)
+            found = {"base": error(device.run(batch)[output], cpu.run(batch)[output])}
+            found["one task"] = error(device.run(batch, "one")[output], cpu.run(batch, "one")[output])
+            mixed = [np.stack(list(r.run(batch, tasks=["two", "base", "one"])[output])) for r in (device, cpu)]
+            found["a task per row"] = error(*mixed)
+            device.pin("one", folded=True)
+            found["folded"] = error(device.run(batch, "one")[output], cpu.run(batch, "one")[output])
+        for form, worst in found.items():
+            report.claim(f"{name}, {form}, answers as on the CPU", worst, 1e-5, at_least=False)
+    return report
+
+
+def recorded_answers(place: Place) -> Report:
+    """Recorded runs at several shapes, on rows that are written and banks that change, against the CPU."""
+    report, bundle = Report(), Bundle.open(place.path / "encoder")
+    model, manifest = bundle.path / "banked.onnx", bundle.manifest
+    plain, (on_cpu, rows) = Session(model, CPU), bank_of(bundle, 3, "cpu")
+    recorded = Captured(model, place.choice, manifest, buckets=Buckets(manifest, lengths=[16, 64]))
+    worst = 0.0
+    for generation in range(2):
+        bank, _ = bank_of(bundle, 3, place.choice.device)
+        for time in range(4):
+            for count, length in ((1, 9), (3, 16), (4, 50)):
+                inputs, index = tokens(count, length, seed=time), np.array([3, 1, 0, 2][:count])
+                got, expected = recorded.run(bank, inputs, index), plain.run(on_cpu, inputs, index)
+                worst = max(worst, *(error(got[name], expected[name]) for name in expected))
+        report.figures[f"bank {generation}: worst error so far"] = worst
+    bank.write(1, rows[1])
+    inputs = tokens(1, 9)
+    got, expected = (run.run(b, inputs, np.array([i])) for run, b, i in ((recorded, bank, 1), (plain, on_cpu, 2)))
+    worst = max(worst, *(error(got[name], expected[name]) for name in expected))
+    recorded.close()
+    report.claim("recorded runs answer as the CPU", worst, 1e-5, at_least=False)
+    return report
+
+
+def mixed_rows(place: Place) -> Report:
+    """32 rows of 32 adapters against 32 rows of the base, and against 32 rows one after the other."""
+    report, bundle = Report(), Bundle.open(place.path / "encoder")
+    bank, _ = bank_of(bundle, ROWS, place.choice.device)
+    inputs, single = tokens(ROWS), tokens(1)
+    each = np.arange(1, ROWS + 1)
+    for way, graphs in place.ways.items():
+        banked, base = (place.open(bundle.path / f"{n}.onnx", graphs=graphs) for n in ("banked", "base"))
+        mixed = Fixed(place, banked, {**bank.values, **inputs, "adapter_index": each}, graphs=graphs)
+        rows = Fixed(
+            place,
+            place.open(bundle.path / "banked.onnx", graphs=graphs),
+            {**bank.values, **single, "adapter_index": each[:1]},
+            graphs=graphs,
+        )
+        calls: dict[str, Callable[[], object]] = {
+            "base, 32 rows": Fixed(place, base, inputs, graphs=graphs),
+            "32 rows of 32 adapters": mixed,
+            "32 rows one by one": lambda rows=rows: _one_by_one(rows, each),  # type: ignore[misc]
+        }
+        times = interleaved(calls, place.seconds)
+        report.milliseconds({f"{name}, {way}": own for name, own in times.items()})
+        base_time, mixed_time, single_time = times.values()
+        ratios = {"base's": (base_time / mixed_time, 0.9), "switched rows'": (single_time / mixed_time, 5)}
+        for of, (ratio, limit) in ratios.items():
+            report.figures[f"throughput over the {of}, {way}"] = ratio
+            if graphs:
+                report.claim(f"throughput over the {of}, recorded", ratio, limit, at_least=True)
+    return report
+
+
+def _one_by_one(rows: Fixed, each: Array) -> None:
+    for row in each:
+        views.write(rows.inputs["adapter_index"], np.array([row]))
+        rows()
+
+
+def served_rows(place: Place) -> Report:
+    """The same with everything that a request goes through: padding, copies to and from the device, threads."""
+    report, bundle = Report(), Bundle.open(place.path / "encoder")
+    bank, _ = bank_of(bundle, ROWS, place.choice.device)
+    inputs, each = tokens(ROWS), np.arange(1, ROWS + 1)
+    base, plain = Plain(bundle.path / "base.onnx", place.choice), Session(bundle.path / "banked.onnx", place.choice)
+    recorded = Captured(bundle.path / "banked.onnx", place.choice, bundle.manifest)
+    calls: dict[str, Callable[[], object]] = {
+        "base": lambda: base.run(inputs),
+        "32 adapters": lambda: plain.run(bank, inputs, each),
+        "32 adapters, recorded": lambda: recorded.run(bank, inputs, each),
+        "1 row": lambda: plain.run(bank, tokens(1), each[:1]),
+        "1 row, recorded": lambda: recorded.run(bank, tokens(1), each[:1]),
+    }
+    report.milliseconds(interleaved(calls, place.seconds))
+    recorded.close()
+    return report
+
+
+def factored(place: Place) -> Report:
+    """One adapter through its factors against the base, 8 rows."""
+    report, bundle = Report(), Bundle.open(place.path / "encoder")
+    inputs, factors = tokens(8), bundle.factors("one")
+    for way, graphs in place.ways.items():
+        calls = {
+            "base": Fixed(place, bundle.path / "base.onnx", inputs, graphs=graphs),
+            "factored": Fixed(place, bundle.path / "factored.onnx", {**inputs, **factors}, graphs=graphs),
+        }
+        times = interleaved(calls, place.seconds)
+        report.milliseconds({f"{name}, 8 rows, {way}": own for name, own in times.items()})
+        ratio = times["factored"] / times["base"]
+        report.figures[f"factored / base, {way}"] = ratio
+        if place.cuda:
+            report.claim(f"factored / base, {way}", ratio, 1.05, at_least=False)
+    return report
+
+
+def switching(place: Place) -> Report:
+    """Writing one adapter into a row of a bank of 33."""
+    report, bundle = Report(), Bundle.open(place.path / "encoder")
+    before = device_bytes() if place.cuda else 0
+    bank, rows = bank_of(bundle, ROWS, place.choice.device)
+    report.figures |= {"tensors": float(len(bank.values)), "bytes": float(bank.row_bytes)}
+    if place.cuda:
+        report.figures |= {"bank, MiB": bank.nbytes / 2**20, "device, MiB": (device_bytes() - before) / 2**20}
+    kept = {name: value.numpy().copy() for name, value in bank.values.items()}
+    bank.write(7, rows[3])
+    other = [row for row in range(ROWS + 1) if row != 7]
+    same = all(np.array_equal(value.numpy()[other], kept[name][other]) for name, value in bank.values.items())
+    report.claim("other rows stay as they are", float(same), 1, at_least=True)
+    report.milliseconds(interleaved({"write a row": lambda: bank.write(7, rows[3])}, place.seconds))
+    return report
+
+
+def memory_limit(place: Place) -> Report:
+    """A limit that is too low refuses, and does not take the memory."""
+    place.need_cuda()
+    report, model = Report(), place.path / "encoder" / "base.onnx"
+    before = device_bytes()
+    try:
+        session = open_session(model, place.choice, cuda=Cuda(memory_bytes=8 * 2**20))
+        session.run(None, tokens(64))
+    except (RuntimeError, *ORT_ERRORS) as found:
+        report.figures["refusal"] = str(found).strip().splitlines()[0][:160]
+    report.claim("a session above 8 MiB is refused", float("refusal" in report.figures), 1, at_least=True)
+    report.figures["taken meanwhile, MiB"] = (device_bytes() - before) / 2**20
+    session = open_session(model, place.choice, cuda=Cuda(memory_bytes=2**30))
+    got = session.get_provider_options()["CUDAExecutionProvider"]
+    same = all(got.get(name) == value for name, value in Cuda(memory_bytes=2**30).options().items())
+    report.claim("the options arrive", float(same), 1, at_least=True)
+    return report
+
+
+def recording_among_others(place: Place) -> Report:
+    """Recording while other threads write rows and run sessions of their own: does either spoil the other?"""
+    report, bundle = Report(), Bundle.open(place.path / "encoder")
+    bank, rows = bank_of(bundle, 3, place.choice.device)
+    recorded = Captured(bundle.path / "banked.onnx", place.choice, bundle.manifest)
+    failures: list[str] = []
+
+    def write() -> None:
+        bank.write(3, rows[0])
+
+    def fold() -> None:
+        Plain(bundle.path / "base.onnx", place.choice).run(tokens(2))
+
+    with _meanwhile(write, failures), _meanwhile(fold, failures):
+        for length in range(8, 24):
+            for _ in range(3):
+                try:
+                    recorded.run(bank, tokens(2, length), np.array([1, 2]))
+                except Exception as found:  # counted
+                    failures.append(f"record: {str(found).splitlines()[0][:160]}")
+    recorded.close()
+    report.figures |= {f"failure {n}": text for n, text in enumerate(dict.fromkeys(failures))}
+    report.claim("failures while recording", len(failures), 0, at_least=False)
+    return report
+
+
+@contextlib.contextmanager
+def _meanwhile(call: Callable[[], None], failures: list[str]) -> Iterator[None]:
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.is_set():
+            try:
+                call()
+            except Exception as found:  # counted
+                failures.append(f"{call.__name__}: {str(found).splitlines()[0][:160]}")
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
