@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Self, overload
@@ -17,20 +16,21 @@ import onnxruntime
 
 from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, EXAMPLE, Bundle, check_task
-from tpeft_deploy.errors import DeadlineExceeded, InputError, ProviderUnavailable, UnknownTask
+from tpeft_deploy.bundle import BASE_TASK, Bundle, check_task
+from tpeft_deploy.errors import InputError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bank import Layout
-from tpeft_deploy.runtime.batcher import Batcher
+from tpeft_deploy.runtime.batcher import Batcher, Figures
 from tpeft_deploy.runtime.batching import Limits
 from tpeft_deploy.runtime.captured import Captured
 from tpeft_deploy.runtime.catalogue import Catalogue, Task
 from tpeft_deploy.runtime.engine import Engine, Outputs
 from tpeft_deploy.runtime.folds import Folds
+from tpeft_deploy.runtime.holding import Holder
+from tpeft_deploy.runtime.opening import computes_in_half, files_to_serve, open_banked
 from tpeft_deploy.runtime.private import PrivateCopy
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda, choose
-from tpeft_deploy.runtime.session import Session
+from tpeft_deploy.runtime.providers import Cuda, choose
 from tpeft_deploy.runtime.tiers import Tiers
 from tpeft_deploy.runtime.versions import Content, Tier, Version
 from tpeft_deploy.tucker import Array
@@ -93,13 +93,9 @@ class Runtime:
         # Resolved, as tasks are read later, wherever the process has gone.
         self._bundle = Bundle.open(Path(bundle).resolve())
         self._manifest = self._bundle.manifest
-        half = self._half(choice)
+        half = computes_in_half(self._manifest, choice)
         cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs)
-        if cuda_graphs and choice.device != "cuda":
-            raise ProviderUnavailable(
-                f"open bundle {self.name!r} with CUDA graphs", expected="the CUDA provider", got=choice.reason
-            )
-        copy = PrivateCopy(self._bundle, self._graphs(choice) if own_copy else [])
+        copy = PrivateCopy(self._bundle, files_to_serve(self._manifest, choice) if own_copy else [])
         self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
         if not own_copy:
             self._bundle.check_file("weights.data")
@@ -115,11 +111,13 @@ class Runtime:
         self._folds = Folds(
             self._base, choice, threads, half, self._banked_answer, cuda=cuda, place=copy.path, budget=folded_bytes
         )
-        self._session = self._open(choice, threads, half, cuda)
+        self._session, remark = open_banked(self._base, choice, threads=threads, half=half, cuda=cuda)
+        if remark:
+            self.provider_reason += f"; {remark}"
         self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
         self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
         self._batcher = Batcher(self._manifest, self._run_batch, Limits() if limits is None else limits)
-        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="tpeft-load")
+        self._holder = Holder(self._tiers)
         if preload:
             self._preload()
 
@@ -153,6 +151,10 @@ class Runtime:
     def usage(self) -> dict[str, int]:
         """Bytes that adapters take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`."""
         return self._tiers.usage() | {"folded_bytes": self._folds.nbytes}
+
+    def batching(self) -> Figures:
+        """What `infer` has joined and refused so far, and what waits."""
+        return self._batcher.figures()
 
     @overload
     def run(self, inputs: Mapping[str, object], task: Task = BASE_TASK) -> dict[str, Array]: ...
@@ -216,7 +218,7 @@ class Runtime:
         if version is None:
             return await self._batcher.infer(arrays, BASE_TASK, timeout=timeout)
         began = time.monotonic()
-        await self._take(version, timeout)
+        await self._holder.take(version, timeout)
         try:
             left = None if timeout is None else timeout - (time.monotonic() - began)
             return await self._batcher.infer(arrays, version, timeout=left)
@@ -299,38 +301,16 @@ class Runtime:
             UnknownTask: there is no such task.
         """
         versions = [self._catalogue.find(task, doing=f"prefetch task {task!r}") for task in tasks]
-        return self._loaders.submit(self._bring, [version for version in versions if version is not None])
+        return self._holder.prefetch(version for version in versions if version is not None)
 
     def close(self) -> None:
         """Let go of sessions and threads, once the runs in flight are done."""
         self._batcher.close()
-        self._loaders.shutdown()
+        self._holder.close()
         self._folds.close()
         if isinstance(self._session, Captured):
             self._session.close()
         self._release()
-
-    async def _take(self, version: Version, timeout: float | None) -> None:
-        """`Tiers.take` without holding up the event loop."""
-        if self._tiers.take_resident([version]):
-            return
-        taking = self._loaders.submit(self._tiers.take, [version])
-        try:
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(taking)), timeout)
-        except BaseException as error:
-            taking.add_done_callback(lambda done: self._let_go(version, done))
-            if isinstance(error, TimeoutError):
-                raise DeadlineExceeded(
-                    f"run task {version.name!r}",
-                    expected=f"it on the device within {timeout} s",
-                    got="one that is still being read",
-                    fix="Prefetch it, or give it more time.",
-                ) from None
-            raise
-
-    def _let_go(self, version: Version, taking: Future[None]) -> None:
-        if not taking.cancelled() and taking.exception() is None:
-            self._tiers.give_back([version])
 
     def _run_batch(
         self, inputs: Mapping[str, Array], tasks: Sequence[object], options: onnxruntime.RunOptions
@@ -338,17 +318,12 @@ class Runtime:
         """What the batcher runs: versions that are held, or the base by its name."""
         return self._engine.run_rows(inputs, [task if isinstance(task, Version) else None for task in tasks], options)
 
-    def _bring(self, versions: Sequence[Version]) -> None:
-        for version in versions:
-            with self._tiers.using([version]):
-                pass
-
     def _preload(self) -> None:
         for task in self.tasks:
             if self._tiers.full:
                 _log.info("%d of %d tasks fit on the device at once", self.usage()["rows_taken"], len(self.tasks))
                 return
-            self._bring([self._version(task, "load")])
+            self._holder.bring([self._version(task, "load")])
 
     def _version(self, task: str, verb: str) -> Version:
         version = self._catalogue.find(task, doing=f"{verb} task {task!r}")
@@ -371,38 +346,3 @@ class Runtime:
 
     def _banked_answer(self, inputs: Mapping[str, Array], version: Version | None) -> dict[str, Array]:
         return self._engine.run_banked(inputs, version)
-
-    def _half(self, choice: Choice) -> bool:
-        """Whether the model computes in 16 bits.
-
-        Raises:
-            ProviderUnavailable: in a format that the device does not have.
-        """
-        dtypes = {weight.dtype for weight in self._manifest.weights.values()}
-        if choice.device == "cpu" and "bfloat16" in dtypes:
-            raise ProviderUnavailable(
-                f"open bundle {self.name!r}, whose weights are bfloat16, on the CPU",
-                expected="CUDA: ONNX Runtime's CPU cannot compute in bfloat16",
-                got=self.provider_reason,
-                fix="Export the module with .float() or .half() for the CPU.",
-            )
-        return "float16" in dtypes
-
-    def _graphs(self, choice: Choice) -> list[str]:
-        """The files that sessions are made of, now or later."""
-        banked = [BANKED_CPU] if choice.device == "cpu" and BANKED_CPU in self._manifest.files else []
-        return ["weights.data", "base.onnx", "banked.onnx", *banked, EXAMPLE]
-
-    def _open(self, choice: Choice, threads: int | None, half: bool, cuda: Cuda) -> Session | Captured:
-        if cuda.graphs:
-            model = self._base.check_file("banked.onnx")
-            memory = cuda.memory_bytes
-            return Captured(model, choice, self._manifest, threads=threads, half=half, memory_bytes=memory)
-        if choice.device == "cpu" and BANKED_CPU in self._manifest.files:
-            try:
-                return Session(self._base.check_file(BANKED_CPU), choice, threads=threads, half=half)
-            except ORT_ERRORS as error:
-                # Internal operators of ONNX Runtime, which a build of it may lack; the portable graph says the same.
-                self.provider_reason += f"; {BANKED_CPU} not used ({str(error).splitlines()[0][:160]})"
-                _log.warning("bundle %r: %s", self.name, self.provider_reason)
-        return Session(self._base.check_file("banked.onnx"), choice, threads=threads, half=half, cuda=cuda)
