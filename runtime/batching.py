@@ -20,7 +20,7 @@ class Limits:
 
     Attributes:
         max_rows: rows of one run; a request of more runs alone.
-        max_delay: seconds that a request may wait for company while nothing runs.
+        max_delay: seconds that a request may wait for company while nothing runs; never longer than the last run.
         max_queue_rows: rows that may wait; one more request is refused.
         max_waste: share of a batch's elements that may be padding.  At a half, a batch computes at most twice what
             its requests would on their own, which is less than what joining saves where a run has a fixed cost
@@ -145,8 +145,13 @@ class Queue(Generic[Form]):
         self._earliest_deadline = math.inf
         # What the rule of `_worth_waiting` remembers: the last batch, and what was there when it ended.
         self._running = 0
+        self._began = 0.0
         self._free_since = -math.inf
         self._around = 0
+        # And what it learns: whether the last wait was in vain, and for how many batches not to try again.
+        self._held = False
+        self._doubt = 0
+        self._skip = 0
 
     @property
     def rows(self) -> int:
@@ -205,12 +210,15 @@ class Queue(Generic[Form]):
         batch = self._gather()
         until = self._worth_waiting(batch)
         if now < until:
+            self._held = True
             return until
+        self._learn(in_vain=until > -math.inf)
         self._order.serve(batch)
         for request in batch:
             del self._waiting[request.id]
             self._rows -= request.rows
         self._running = len(batch)
+        self._began = now
         return batch
 
     def ended(self, now: float) -> None:
@@ -245,19 +253,28 @@ class Queue(Generic[Form]):
         What comes during a run waits anyway and forms the next batch: under load, batches grow by themselves (as in
         vLLM, or in Triton with its default delay of 0), and holding back a request on an idle worker would add
         latency for nothing.  One case loses without a delay: clients that all send again as soon as they have their
-        answers.  The first of them would run alone, all others behind it, so half of the runs would carry one
-        request.  So a batch waits, up to max_delay, only while fewer requests are here than were around when the last
-        batch ended.  A single client, and the first request after a pause, never wait.
+        answers.  They fall into two groups, one waiting while the other runs, and every run carries half of them.  So
+        a batch waits while fewer requests are here than were around when the last batch ended: up to max_delay, and
+        no longer than a run takes, as by then a second run would have been cheaper.  A single client, and the first
+        request after a pause, never wait.
         """
-        first = batch[0]
-        if first.form is None or sum(request.rows for request in batch) >= self._limits.max_rows:
+        if batch[0].form is None or sum(request.rows for request in batch) >= self._limits.max_rows:
             return -math.inf
-        if len(batch) < len(self._waiting) or len(batch) >= self._around:
-            # Others cannot join this batch and would wait too; or everyone is here again.
+        if len(batch) < len(self._waiting) or len(batch) >= self._around or self._skip:
+            # Others cannot join this batch and would wait too; or everyone is here again; or nobody came lately.
             return -math.inf
         oldest = min(self._waiting[request.id][1] for request in batch)
         if oldest - self._free_since >= self._limits.max_delay:
             return -math.inf
-        until = oldest + self._limits.max_delay
+        until = max(oldest, self._free_since) + min(self._limits.max_delay, self._free_since - self._began)
         # A delay must not be what costs a request its deadline.
         return -math.inf if any(request.deadline <= until for request in batch) else until
+
+    def _learn(self, *, in_vain: bool) -> None:
+        """Wait more and more rarely while nobody comes: requests that arrive at random gain nothing from a delay."""
+        if self._skip:
+            self._skip -= 1
+        elif self._held:
+            self._doubt = min(2 * self._doubt + 1, 15) if in_vain else 0
+            self._skip = self._doubt
+        self._held = False

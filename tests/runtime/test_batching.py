@@ -40,14 +40,26 @@ def test_a_single_client_never_waits_for_company(pause: float) -> None:
         now += pause
 
 
-def test_what_comes_during_a_run_is_the_next_batch_at_once() -> None:
+def test_what_comes_during_a_run_is_the_next_batch_with_those_who_send_again() -> None:
     own = queue()
     own.add(Request(0, 1, "a"), 0.0)
     assert ids(own.next(0.0)) == [0]
     for id in range(1, 6):
         own.add(Request(id, 1, "a"), 0.005)
     own.ended(0.01)
-    assert ids(own.next(0.01)) == [1, 2, 3, 4, 5]
+    assert own.next(0.01) == 0.012  # the one that has its answer now may send again
+    own.add(Request(6, 1, "a"), 0.011)
+    assert ids(own.next(0.011)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_wait_is_longer_than_the_last_run() -> None:
+    own = queue(max_delay=0.002)
+    own.add(Request(0, 1, "a"), 0.0)
+    assert ids(own.next(0.0)) == [0]
+    own.add(Request(1, 1, "a"), 0.0004)
+    own.ended(0.0005)
+    assert own.next(0.0005) == 0.001
+    assert ids(own.next(0.001)) == [1]
 
 
 def test_clients_that_send_again_after_their_answers_wait_for_one_another() -> None:
@@ -272,25 +284,50 @@ def test_every_request_leaves_exactly_once_in_bounded_batches_and_none_is_overta
     assert sorted(watched.left) == list(range(watched.known))
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.integers(2, 12), st.floats(0.0005, 0.02), st.floats(0, 0.0015))
-def test_clients_in_a_closed_loop_end_up_in_one_batch(clients: int, run: float, spread: float) -> None:
-    """Each sends again within `spread` of its answer; runs take `run` whatever their size."""
+def closed_loop(clients: int, run: float, reaction: float, batches: int) -> list[int]:
+    """Sizes of batches, where every client sends again within `reaction` of its answer and a run takes `run`."""
     own = queue(max_rows=32)
     coming = [(0.0001 * client, client) for client in range(clients)]
-    now, batches = 0.0, list[int]()
-    while len(batches) < 12:
+    now, sizes = 0.0, list[int]()
+
+    def arrive() -> None:
         while coming and coming[0][0] <= now:
             own.add(Request(coming[0][1], 1, "a"), coming.pop(0)[0])
+
+    while len(sizes) < batches:
+        arrive()
         found = own.next(now)
         if isinstance(found, float):
             now = min(found, coming[0][0] if coming else math.inf)
             continue
         now += run
-        while coming and coming[0][0] <= now:
-            own.add(Request(coming[0][1], 1, "a"), coming.pop(0)[0])
+        arrive()
         own.ended(now)
-        batches.append(len(found))
-        again = ((now + spread * place / len(found), request.id) for place, request in enumerate(found))
+        sizes.append(len(found))
+        again = ((now + reaction * (1 + place) / len(found), request.id) for place, request in enumerate(found))
         coming = sorted([*coming, *again])
-    assert batches[-4:] == [clients] * 4
+    return sizes
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 16), st.floats(0.0002, 0.02), st.floats(0, 0.9))
+def test_clients_that_send_again_at_once_end_up_in_one_batch(clients: int, run: float, part: float) -> None:
+    sizes = closed_loop(clients, run, part * min(run, 0.002), 30)
+    assert sizes[-4:] == [clients] * 4
+
+
+def test_requests_at_random_are_held_back_ever_more_rarely() -> None:
+    own, now, held = queue(), 0.0, 0
+    for id in range(0, 400, 2):
+        # One comes during each run and one before, so that one more seems to be around than comes back.
+        own.add(Request(id, 1, "a"), now)
+        found = own.next(now)
+        if isinstance(found, float):
+            held += 1
+            now = found
+            found = own.next(now)
+        assert ids(found)[-1] == id
+        own.add(Request(id + 1, 1, "a"), now + 0.004)
+        now += 0.005
+        own.ended(now)
+    assert 0 < held <= 200 / 16 + 4
