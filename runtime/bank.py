@@ -116,7 +116,8 @@ class Bank:
                 for of, to in moves.items():
                     array[to] = 0
                     array[to][common] = own[of][common]
-            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+            with views.exclusive:  # a CUDA graph that is being recorded elsewhere suffers no allocation
+                values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
         return cls(layout, shapes, rows, values)
 
     @property

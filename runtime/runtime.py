@@ -17,7 +17,7 @@ import onnxruntime
 from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BASE_TASK, Bundle, check_task
-from tpeft_deploy.errors import InputError, UnknownTask
+from tpeft_deploy.errors import InputError, TpeftError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bank import Layout
@@ -247,9 +247,9 @@ class Runtime:
             loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._base.base_view)
             version = self._catalogue.held(task, loaded)
         with self._tiers.using([version]):
-            if task in self._pinned:
-                self._keep(version, folded=self._pinned[task])
+            self._keep(task, version)
             self._catalogue.put(task, version)
+            self._keep(task, version)  # somebody may have pinned it meanwhile
 
     def unload(self, task: str) -> None:
         """Stop serving a task; runs in flight finish on it.
@@ -276,9 +276,12 @@ class Runtime:
         """
         version = self._version(task, "pin")
         with self._tiers.using([version]):
-            self._pinned[task] = False
-            self._keep(version, folded=folded)
             self._pinned[task] = folded
+            try:
+                self._keep(task, version)
+            except TpeftError:
+                self._pinned[task] = False
+                raise
 
     def unpin(self, task: str) -> None:
         """Let a task leave the device again when others need room, and its own session at once.
@@ -331,7 +334,11 @@ class Runtime:
             raise UnknownTask(f"{verb} task {task!r}", expected="a task with an adapter", got="the base, always there")
         return version
 
-    def _keep(self, version: Version, *, folded: bool) -> None:
+    def _keep(self, task: str, version: Version) -> None:
+        """Pin a version, and fold it, if that is what its task was told to be."""
+        folded = self._pinned.get(task)
+        if folded is None:
+            return
         self._tiers.pin(version, True)
         if folded:
             self._folds.keep(version).result()
