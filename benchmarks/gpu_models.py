@@ -107,8 +107,7 @@ def rank_graphs() -> dict[str, str]:
         "rank_banked": graph(
             banked,
             rows,
-            "d = Gather(down, ids) u = Gather(up, ids)"
-            "a = MatMul(x, d) b = MatMul(a, u) c = MatMul(x, w) y = Add(c, b)",
+            "d = Gather(down, ids) u = Gather(up, ids)a = MatMul(x, d) b = MatMul(a, u) c = MatMul(x, w) y = Add(c, b)",
         ),
         "rank_conv": graph(
             image,
