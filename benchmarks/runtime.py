@@ -1,6 +1,6 @@
 """What the runtime costs: rows of several tasks, switching, loading from disk, and runs while others load.
 
-    python -m benchmarks.runtime --cache DIRECTORY [--threads N] [--seconds S] [--only PART] [--known 10,300,10000] [--json]
+    python -m benchmarks.runtime --cache DIRECTORY [--threads N] [--seconds S] [--only PART] [--known 10,300] [--json]
 
 | part | model | what |
 |---|---|---|
@@ -207,13 +207,17 @@ def measure_loading(options: argparse.Namespace) -> Figures:
     def run() -> None:
         runtime.run(pixels, TASKS[0])
 
+    def load_all() -> None:
+        for task in coming:
+            runtime.load(task)
+
     quiet: list[float] = [seconds_of(run) for _ in range(20)][10:]
     busy: list[float] = []
     loads: list[float] = []
     end = time.perf_counter() + options.seconds
     while not loads or time.perf_counter() < end:
         before, started = len(busy), time.perf_counter()
-        loader = threading.Thread(target=lambda: [runtime.load(task) for task in coming])
+        loader = threading.Thread(target=load_all)
         loader.start()
         while loader.is_alive():
             busy.append(seconds_of(run))
