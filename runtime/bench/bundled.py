@@ -19,9 +19,9 @@ from tpeft_deploy.runtime.runtime import Runtime
 
 __all__ = ["bench_bundle"]
 
-_COUNTS = (1, 10, 30, 100, 300)  # adapters known
+_COUNTS = (2, 10, 30, 100, 300)  # adapters known
 _MOST_TASKS = 4  # that take turns
-_RUNS, _SWITCHES, _LOADS = 0.6, 0.3, 0.1  # shares of the time
+_RUNS, _SWITCHES, _LOADS, _GROWTH = 0.55, 0.2, 0.05, 0.2  # shares of the time
 
 
 def bench_bundle(
@@ -92,11 +92,11 @@ def _measured(
         cold = crowd.cold_load(seconds * _LOADS)
         for place, count in enumerate(_COUNTS):
             progress(Stage(f"{count} adapters", 2 + len(rows) + place, stages))
-            obstacle = crowd.grow(count, seconds * _SWITCHES / 2 / len(_COUNTS))
+            obstacle = crowd.grow(count, seconds * _GROWTH)
             if obstacle is not None:
                 left_out.append(LeftOut(f"{count} adapters", obstacle))
                 break
-            switching.append(crowd.switching(seconds * _SWITCHES / 2 / len(_COUNTS)))
+            switching.append(crowd.switching(seconds * _SWITCHES / len(_COUNTS)))
         memory.append(Memory(f"with {len(runtime.tasks)} tasks", resident_bytes()))
     else:
         left_out.append(LeftOut("everything but plain and base", "the bundle has no tasks"))

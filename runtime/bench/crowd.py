@@ -65,11 +65,10 @@ class Crowd:
         return None
 
     def switching(self, seconds: float) -> Switching:
-        """Another task every run against the same task again."""
-        turns = self._known if len(self._known) > 1 else [self._task, "base"]
+        """Another task every run against the same task again; two must have been loaded."""
         cases = {
             "repeated": lambda: self._runtime.run(self._inputs, self._task),
-            "switched": taking_turns(self._runtime, turns, self._inputs),
+            "switched": taking_turns(self._runtime, self._known, self._inputs),
         }
         times = interleave(cases, seconds)
         pairs = list(zip(times["repeated"], times["switched"], strict=True))

@@ -41,7 +41,7 @@ def test_the_document_and_the_page(conv_bundle: Bundle, tmp_path: Path) -> None:
             assert 0 < cost[field]["low"] <= cost[field]["median"] <= cost[field]["high"]
     assert measured[3, "plain"]["ratio"] == {"low": 1.0, "median": 1.0, "high": 1.0}
     counts = [own["adapters"] for own in found["switching"]]
-    assert counts == [1, 10, 30, 100, 300][: len(counts)]
+    assert counts == [2, 10, 30, 100, 300][: len(counts)]
     assert len(counts) == 5 or found["left_out"]
     assert found["cold"]["task"] in conv_bundle.tasks
     assert found["cold"]["load_ms"]["median"] > 0
@@ -71,7 +71,7 @@ def test_the_tables(conv_bundle: Bundle) -> None:
     lines = succeed("bench", conv_bundle.path, *ON_CPU, "--rows", "2", "--seconds", 0.1).splitlines()
     assert lines[0].split() == ["rows", "case", "ms", "ms", "quartiles", "ratio", "ratio", "quartiles"]
     assert [line.split()[1] for line in lines[1:9]] == list(cases.CASES)
-    assert any(line.startswith("switch with 1 known, µs") for line in lines)
+    assert any(line.startswith("switch with 2 known, µs") for line in lines)
 
 
 def test_a_bundle_without_tasks_says_what_is_missing(own_bundle: Bundle) -> None:
