@@ -126,17 +126,20 @@ def measure_encoder(options: argparse.Namespace) -> Figures:
     inputs = texts(ROWS)
     mixed = [task for task, _ in zip(cycle(MIXED), range(ROWS), strict=False)]
     single = [{name: array[row : row + 1] for name, array in inputs.items()} for row in range(ROWS)]
+    hot = TASKS[-1]
+    runtime.pin(hot, folded=True)
     cases: dict[str, Case] = {
         "plain": lambda: plain.run(None, inputs),
+        "folded": lambda: runtime.run(inputs, hot),
         "base": lambda: runtime.run(inputs),
         "repeated": lambda: runtime.run(inputs, TASKS[0]),
-        "switched": turns(runtime, TASKS, inputs),
+        "switched": turns(runtime, TASKS[:-1], inputs),
         "mixed": lambda: runtime.run(inputs, tasks=mixed),
         "singles": lambda: [runtime.run(row, task) for row, task in zip(single, mixed, strict=True)],
         "plain singles": lambda: [plain.run(None, row) for row in single],
     }
     times = interleave(cases, options.seconds)
-    pairs = [("base", "plain"), ("repeated", "plain"), ("mixed", "plain"), ("singles", "mixed")]
+    pairs = [("base", "plain"), ("folded", "plain"), ("repeated", "plain"), ("mixed", "plain"), ("singles", "mixed")]
     pairs += [("plain singles", "plain"), ("switched", "repeated")]
     figures = {"plain, ms": 1e3 * spread(times["plain"]).median, "rounds": float(len(times["plain"]))}
     for case, to in pairs:
@@ -149,8 +152,9 @@ def measure_known(options: argparse.Namespace) -> Figures:
     inputs = texts(1)
     figures: Figures = {}
     for count in options.known:
+        known = knowing(bundle, count, options.cache)
         started = time.perf_counter()
-        runtime = Runtime(knowing(bundle, count, options.cache), provider="cpu", threads=options.threads)
+        runtime = Runtime(known, provider="cpu", threads=options.threads, preload=False)
         figures[f"{count} known: opened, s"] = time.perf_counter() - started
         runs = {"repeated": turns(runtime, TASKS[:1], inputs), "switched": turns(runtime, TASKS, inputs)}
         times = interleave(runs, options.seconds / len(options.known))
@@ -158,33 +162,34 @@ def measure_known(options: argparse.Namespace) -> Figures:
         figures[f"{count} known: repeated, ms"] = 1e3 * spread(times["repeated"]).median
         figures |= {f"{count} known: {name}": value for name, value in ratio(times, "switched", "repeated").items()}
         figures[f"{count} known: switched - repeated, us"] = more.median
+        runtime.close()
     return figures
 
 
 def measure_cold(options: argparse.Namespace) -> Figures:
     bundle = cached(options.cache, "vit", TASKS[:2])
+    cold = TASKS[1]
+    adapter = bundle.adapter(cold)
+    pixels = {"pixel_values": np.zeros((1, 3, PIXELS, PIXELS), np.float32)}
     runtime = Runtime(bundle.path, provider="cpu", threads=options.threads)
-    adapter = bundle.adapter(TASKS[1])
-    place = bundle.path / "adapters" / TASKS[1] / bundle.digest(TASKS[1])
-    pixels = np.zeros((1, 3, PIXELS, PIXELS), np.float32)
 
     def load() -> None:
-        runtime.load("cold", bundle.adapter(TASKS[1]))
+        runtime.unload(cold)
+        runtime.load(cold)
 
     def load_and_run() -> None:
         load()
-        runtime.run({"pixel_values": pixels}, "cold")
+        runtime.run(pixels, cold)
 
     cases: dict[str, Case] = {
-        "read and check digests": lambda: bundle.adapter(TASKS[1]),
+        "read and check digests": lambda: bundle.adapter(cold),
         "contract to slots": lambda: bundle.fill(adapter),
-        "load what is read (contract, place)": lambda: runtime.load("cold", adapter),
         "load from the bundle": load,
-        "load by path, against the base": lambda: runtime.load("cold", place),
         "load from the bundle and run": load_and_run,
-        "run": lambda: runtime.run({"pixel_values": pixels}, TASKS[0]),
+        "run": lambda: runtime.run(pixels, TASKS[0]),
     }
     times = interleave(cases, options.seconds)
+    runtime.close()
     figures = {"bytes of the adapter, MB": adapter.nbytes / 1e6}
     for case, own in times.items():
         figures[f"{case}, ms"] = 1e3 * spread(own).median
@@ -194,27 +199,36 @@ def measure_cold(options: argparse.Namespace) -> Figures:
 
 def measure_loading(options: argparse.Namespace) -> Figures:
     bundle = cached(options.cache, "vit", TASKS[:2])
-    runtime = Runtime(bundle.path, provider="cpu", threads=options.threads)
+    known = knowing(bundle, LOADS + 2, options.cache)
     pixels = {"pixel_values": np.zeros((1, 3, PIXELS, PIXELS), np.float32)}
-    for _ in range(10):
+    runtime = Runtime(known, provider="cpu", threads=options.threads, preload=False)
+    coming = [task for task in runtime.tasks if task not in TASKS]
+
+    def run() -> None:
         runtime.run(pixels, TASKS[0])
 
     def load_all() -> None:
-        for number in range(LOADS):
-            runtime.load(f"loaded-{number % 10}", bundle.adapter(TASKS[1]))
+        for task in coming:
+            runtime.load(task)
 
-    quiet: list[float] = []
+    quiet: list[float] = [seconds_of(run) for _ in range(20)][10:]
     busy: list[float] = []
+    loads: list[float] = []
     end = time.perf_counter() + options.seconds
-    while not busy or time.perf_counter() < end:
+    while not loads or time.perf_counter() < end:
+        before, started = len(busy), time.perf_counter()
         loader = threading.Thread(target=load_all)
         loader.start()
-        before = len(busy)
         while loader.is_alive():
-            busy.append(seconds_of(lambda: runtime.run(pixels, TASKS[0])))
+            busy.append(seconds_of(run))
         loader.join()
-        quiet += [seconds_of(lambda: runtime.run(pixels, TASKS[0])) for _ in range(len(busy) - before)]
+        loads.append((time.perf_counter() - started) / len(coming))
+        quiet += [seconds_of(run) for _ in range(len(busy) - before)]
+        for task in coming:
+            runtime.unload(task)
+    runtime.close()
     figures: Figures = {"runs of each": float(len(busy)), "processors": float(os.cpu_count() or 0)}
+    figures["an adapter loaded beside runs, ms"] = 1e3 * spread(loads).median
     for name, share in (("median", 0.5), ("p99", 0.99)):
         alone, beside = float(np.quantile(quiet, share)), float(np.quantile(busy, share))
         figures |= {f"{name} alone, ms": 1e3 * alone, f"{name} while others load, ms": 1e3 * beside}
@@ -242,7 +256,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="Of each session.")
     parser.add_argument("--seconds", type=float, default=30.0, help="For each part, about.")
     parser.add_argument("--only", choices=sorted(PARTS), action="append")
-    parser.add_argument("--known", type=lambda text: [int(count) for count in text.split(",")], default=[10, 300])
+    parser.add_argument(
+        "--known", type=lambda text: [int(count) for count in text.split(",")], default=[10, 300, 10_000]
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(2)

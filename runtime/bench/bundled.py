@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import onnxruntime
 
 from tpeft_deploy.bundle import MANIFEST, Bundle
+from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.files import digest_file
 from tpeft_deploy.progress import Progress, Stage, silent
-from tpeft_deploy.runtime.bench.cases import Plain, known_tasks, served
+from tpeft_deploy.runtime.bench.cases import Plain, fold_copy, known_tasks, served
 from tpeft_deploy.runtime.bench.crowd import Crowd
 from tpeft_deploy.runtime.bench.measure import Case, interleave, resident_bytes, spread
 from tpeft_deploy.runtime.bench.results import Benchmark, CaseCost, LeftOut, Memory, Switching
@@ -18,9 +19,9 @@ from tpeft_deploy.runtime.runtime import Runtime
 
 __all__ = ["bench_bundle"]
 
-_COUNTS = (1, 10, 30, 100, 300)  # adapters known
+_COUNTS = (2, 10, 30, 100, 300)  # adapters known
 _MOST_TASKS = 4  # that take turns
-_RUNS, _SWITCHES, _LOADS = 0.6, 0.3, 0.1  # shares of the time
+_RUNS, _SWITCHES, _LOADS, _GROWTH = 0.55, 0.2, 0.05, 0.2  # shares of the time
 
 
 def bench_bundle(
@@ -48,20 +49,41 @@ def bench_bundle(
         InputError: a batch size that the model does not take.
         BundleError, ProviderUnavailable: it cannot be served here.
     """
-    stages = len(rows) + len(_COUNTS) + 2
-    progress(Stage("open the sessions", 0, stages))
+    progress(Stage("open the sessions", 0, _stages(rows)))
     memory = [Memory("at the start", resident_bytes())]
     choice = choose(provider)
     plain = Plain(bundle, choice, threads)
     memory.append(Memory("with a plain session", resident_bytes()))
-    runtime = Runtime(bundle.path, provider=choice.device, threads=threads)
-    memory.append(Memory(f"with the runtime beside it, {len(runtime.tasks)} tasks", resident_bytes()))
+    with Runtime(bundle.path, provider=choice.device, threads=threads) as runtime:
+        memory.append(Memory(f"with the runtime beside it, {len(runtime.tasks)} tasks", resident_bytes()))
+        return _measured(bundle, runtime, plain, rows, seconds, threads, memory, progress)
+
+
+def _measured(
+    bundle: Bundle,
+    runtime: Runtime,
+    plain: Plain,
+    rows: Sequence[int],
+    seconds: float,
+    threads: int | None,
+    memory: list[Memory],
+    progress: Progress,
+) -> Benchmark:
+    stages = _stages(rows)
     tasks = known_tasks(bundle, _MOST_TASKS)
+    left_out: list[LeftOut] = []
+    folded = fold_copy(bundle, runtime)
+    if isinstance(folded, TpeftError):
+        left_out.append(LeftOut("folded", str(folded)))
+        folded = None
+    if folded is not None:
+        memory.append(Memory("with a folded task", resident_bytes()))
     costs: list[CaseCost] = []
     for place, count in enumerate(rows):
         progress(Stage(f"batches of {count}", 1 + place, stages))
-        costs += _costs(served(bundle, runtime, plain, tasks, count), count, seconds * _RUNS / len(rows))
-    left_out: list[LeftOut] = []
+        costs += _costs(served(bundle, runtime, plain, tasks, folded, count), count, seconds * _RUNS / len(rows))
+    if folded is not None:
+        runtime.unload(folded)
     switching: list[Switching] = []
     cold = None
     if bundle.tasks:
@@ -70,18 +92,18 @@ def bench_bundle(
         cold = crowd.cold_load(seconds * _LOADS)
         for place, count in enumerate(_COUNTS):
             progress(Stage(f"{count} adapters", 2 + len(rows) + place, stages))
-            obstacle = crowd.grow(count, seconds * _SWITCHES / 2 / len(_COUNTS))
+            obstacle = crowd.grow(count, seconds * _GROWTH)
             if obstacle is not None:
                 left_out.append(LeftOut(f"{count} adapters", obstacle))
                 break
-            switching.append(crowd.switching(seconds * _SWITCHES / 2 / len(_COUNTS)))
+            switching.append(crowd.switching(seconds * _SWITCHES / len(_COUNTS)))
         memory.append(Memory(f"with {len(runtime.tasks)} tasks", resident_bytes()))
     else:
         left_out.append(LeftOut("everything but plain and base", "the bundle has no tasks"))
     return Benchmark(
         bundle.manifest.name,
         digest_file(bundle.path / MANIFEST),
-        choice.device,
+        runtime.provider,
         runtime.provider_reason,
         threads,
         onnxruntime.__version__,
@@ -90,8 +112,13 @@ def bench_bundle(
         switching,
         cold,
         memory,
+        runtime.usage(),
         left_out,
     )
+
+
+def _stages(rows: Sequence[int]) -> int:
+    return len(rows) + len(_COUNTS) + 2
 
 
 def _costs(cases: Mapping[str, Case], rows: int, seconds: float) -> list[CaseCost]:

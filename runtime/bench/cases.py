@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle
+from itertools import count, cycle
 
 import numpy as np
 import onnxruntime
 
 from tpeft_deploy.bundle import FACTORED_CPU, Bundle
-from tpeft_deploy.errors import InputError
+from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bench.measure import Case
 from tpeft_deploy.runtime.providers import Choice, open_session
 from tpeft_deploy.runtime.runtime import Runtime
 from tpeft_deploy.tucker import Array
 
-__all__ = ["CASES", "Plain", "batch", "known_tasks", "served", "taking_turns"]
+__all__ = ["CASES", "Plain", "batch", "fold_copy", "free_name", "known_tasks", "served", "taking_turns"]
 
 CASES = {
     "plain": "base.onnx in a bare session",
     "base": "the base through the runtime",
+    "folded": "a hot task in a session of its own",
     "factored": "one task's factors bound to the factored graph",
     "banked": "the same task run after run",
     "switched": "another task every run",
@@ -93,7 +94,34 @@ def batch(bundle: Bundle, rows: int) -> dict[str, Array]:
     return inputs
 
 
-def served(bundle: Bundle, runtime: Runtime, plain: Plain, tasks: Sequence[str], rows: int) -> dict[str, Case]:
+def fold_copy(bundle: Bundle, runtime: Runtime) -> str | TpeftError | None:
+    """Let the runtime fold a copy of the first task, which leaves the task itself on the bank.
+
+    Returns:
+        The copy's name, or why it cannot be folded; None where the bundle has no task.
+    """
+    first = next(iter(bundle.tasks), None)
+    if first is None:
+        return None
+    name = free_name(bundle, f"{first[:100]}-folded")
+    runtime.load(name, bundle.adapter(first))
+    try:
+        runtime.pin(name, folded=True)
+    except (AdapterError, RunError) as error:
+        runtime.unload(name)
+        return error
+    return name
+
+
+def free_name(bundle: Bundle, name: str) -> str:
+    """A name that no task of the bundle has, with a number where it must."""
+    taken = {*bundle.tasks, bundle.manifest.name}
+    return name if name not in taken else next(own for n in count() if (own := f"{name}-{n}") not in taken)
+
+
+def served(
+    bundle: Bundle, runtime: Runtime, plain: Plain, tasks: Sequence[str], folded: str | None, rows: int
+) -> dict[str, Case]:
     """The cases for a number of rows.
 
     Args:
@@ -101,6 +129,7 @@ def served(bundle: Bundle, runtime: Runtime, plain: Plain, tasks: Sequence[str],
         runtime: serves the tasks.
         plain: the sessions to compare with.
         tasks: that take turns; where there is only the base, what needs a task is not among the cases.
+        folded: a task with a session of its own, or None.
         rows: of a batch.
     """
     inputs = batch(bundle, rows)
@@ -108,6 +137,8 @@ def served(bundle: Bundle, runtime: Runtime, plain: Plain, tasks: Sequence[str],
     own = [task for task in tasks if task in bundle.tasks]
     if not own:
         return cases
+    if folded is not None:
+        cases["folded"] = lambda: runtime.run(inputs, folded)
     cases |= {
         "factored": plain.factored(own[0], inputs),
         "banked": lambda: runtime.run(inputs, own[0]),

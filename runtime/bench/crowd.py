@@ -6,7 +6,7 @@ import time
 
 from tpeft_deploy.bundle import Bundle
 from tpeft_deploy.formats import canonical
-from tpeft_deploy.runtime.bench.cases import batch, taking_turns
+from tpeft_deploy.runtime.bench.cases import batch, free_name, taking_turns
 from tpeft_deploy.runtime.bench.measure import interleave, spread
 from tpeft_deploy.runtime.bench.results import ColdLoad, Switching
 from tpeft_deploy.runtime.runtime import Runtime
@@ -37,19 +37,18 @@ class Crowd:
         self._known = [self._task]
 
     def cold_load(self, seconds: float) -> ColdLoad:
-        """Read an adapter, digests checked, load it under another name, run it once, and unload it, repeatedly."""
-        name = self._name(0)
+        """Unload a task, load it from the bundle again and run it once, repeatedly."""
         loads: list[float] = []
         runs: list[float] = []
         end = time.perf_counter() + seconds
         while len(loads) < _MOST and (len(loads) < _FEWEST or time.perf_counter() < end):
+            self._runtime.unload(self._task)
             start = time.perf_counter()
-            self._runtime.load(name, self._bundle.adapter(self._task))
+            self._runtime.load(self._task)
             loaded = time.perf_counter()
-            self._runtime.run(self._inputs, name)
+            self._runtime.run(self._inputs, self._task)
             loads.append(1e3 * (loaded - start))
             runs.append(1e3 * (time.perf_counter() - loaded))
-            self._runtime.unload(name)
         return ColdLoad(self._task, self._file_bytes(self._task), spread(loads), spread(runs), len(loads))
 
     def grow(self, count: int, seconds: float) -> str | None:
@@ -60,17 +59,16 @@ class Crowd:
         for number in range(len(self._known), count):
             if time.perf_counter() > end:
                 return f"loading them takes longer than {seconds:.2g} s: {number} were loaded by then"
-            name = self._name(number)
+            name = free_name(self._bundle, f"copy-{number}")
             self._runtime.load(name, self._adapter)
             self._known.append(name)
         return None
 
     def switching(self, seconds: float) -> Switching:
-        """Another task every run against the same task again."""
-        turns = self._known if len(self._known) > 1 else [self._task, "base"]
+        """Another task every run against the same task again; two must have been loaded."""
         cases = {
             "repeated": lambda: self._runtime.run(self._inputs, self._task),
-            "switched": taking_turns(self._runtime, turns, self._inputs),
+            "switched": taking_turns(self._runtime, self._known, self._inputs),
         }
         times = interleave(cases, seconds)
         pairs = list(zip(times["repeated"], times["switched"], strict=True))
@@ -81,10 +79,6 @@ class Crowd:
             spread([1e6 * (switched - repeated) for repeated, switched in pairs]),
             spread([switched / repeated for repeated, switched in pairs]),
         )
-
-    def _name(self, number: int) -> str:
-        """A name that no task of the bundle has."""
-        return next(name for end in range(10**6) if (name := f"copy-{number}-{end}") not in self._bundle.tasks)
 
     def _file_bytes(self, task: str) -> int:
         digest = self._bundle.digest(task)

@@ -127,6 +127,9 @@ def _about(found: Benchmark) -> str:
         escape(f"{own.at}: {'not told by this system' if own.bytes is None else f'{own.bytes / 1e6:,.0f} MB'}")
         for own in found.memory
     )
+    entries["the runtime's own account"] = escape(
+        ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in found.usage.items())
+    )
     entries["not measured"] = "<br>".join(escape(f"{own.what}: {own.reason}") for own in found.left_out) or "nothing"
     items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in entries.items())
     return f"<section><h2>How it was measured</h2><dl>{items}</dl></section>"

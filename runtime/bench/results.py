@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,12 +58,12 @@ class Switching:
 
 @dataclass(frozen=True)
 class ColdLoad:
-    """An adapter that comes from disk.
+    """An adapter of the bundle that comes from disk, its digests checked.
 
     Args:
         task: whose adapter it is.
         bytes: of its file.
-        load_ms: reading it with its digests checked, and until `Runtime.load` returns.
+        load_ms: until `Runtime.load` returns.
         first_run_ms: of the first run after that; what it takes above a banked run is part of the load.
         repeats: how often.
     """
@@ -106,7 +106,8 @@ class Benchmark:
         cases: per number of rows and case.
         switching: per number of adapters.
         cold: None where the bundle has no task.
-        memory: in the order of time.
+        memory: of the process, in the order of time.
+        usage: what the runtime says that its adapters take, with all of `switching` loaded.
         left_out: what was not measured.
     """
 
@@ -121,6 +122,7 @@ class Benchmark:
     switching: Sequence[Switching]
     cold: ColdLoad | None
     memory: Sequence[Memory]
+    usage: Mapping[str, int]
     left_out: Sequence[LeftOut]
 
     def to_json(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -40,11 +41,12 @@ def test_the_document_and_the_page(conv_bundle: Bundle, tmp_path: Path) -> None:
             assert 0 < cost[field]["low"] <= cost[field]["median"] <= cost[field]["high"]
     assert measured[3, "plain"]["ratio"] == {"low": 1.0, "median": 1.0, "high": 1.0}
     counts = [own["adapters"] for own in found["switching"]]
-    assert counts == [1, 10, 30, 100, 300][: len(counts)]
+    assert counts == [2, 10, 30, 100, 300][: len(counts)]
     assert len(counts) == 5 or found["left_out"]
     assert found["cold"]["task"] in conv_bundle.tasks
     assert found["cold"]["load_ms"]["median"] > 0
-    assert [own["bytes"] is None or own["bytes"] > 1 << 20 for own in found["memory"]] == [True] * 4
+    assert [own["bytes"] is None or own["bytes"] > 1 << 20 for own in found["memory"]] == [True] * 5
+    assert found["usage"]["device_bytes"] > 0
     check_page(page.read_text(encoding="utf-8"), [*cases.CASES, *map(str, counts)])
 
 
@@ -68,8 +70,8 @@ def check_page(text: str, words: list[str]) -> None:
 def test_the_tables(conv_bundle: Bundle) -> None:
     lines = succeed("bench", conv_bundle.path, *ON_CPU, "--rows", "2", "--seconds", 0.1).splitlines()
     assert lines[0].split() == ["rows", "case", "ms", "ms", "quartiles", "ratio", "ratio", "quartiles"]
-    assert [line.split()[1] for line in lines[1:8]] == list(cases.CASES)
-    assert any(line.startswith("switch with 1 known, µs") for line in lines)
+    assert [line.split()[1] for line in lines[1:9]] == list(cases.CASES)
+    assert any(line.startswith("switch with 2 known, µs") for line in lines)
 
 
 def test_a_bundle_without_tasks_says_what_is_missing(own_bundle: Bundle) -> None:
@@ -87,15 +89,25 @@ def test_errors_are_one_line(conv_bundle: Bundle, tmp_path: Path) -> None:
     assert "--seconds" in fail("bench", conv_bundle.path, "--seconds", 0, code=2)
 
 
-def test_the_cases_compute_what_they_say(conv_bundle: Bundle) -> None:
+@pytest.fixture
+def runtime(conv_bundle: Bundle) -> Iterator[Runtime]:
+    with Runtime(conv_bundle.path, provider="cpu", threads=1) as opened:
+        yield opened
+
+
+def test_the_cases_compute_what_they_say(conv_bundle: Bundle, runtime: Runtime) -> None:
     """The factored case runs with the task's factors, and a batch is the example, repeated."""
     inputs = cases.batch(conv_bundle, 5)
     example = conv_bundle.example()["pixels"]
     np.testing.assert_array_equal(inputs["pixels"], np.concatenate([example, example, example[:1]]))
-    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     plain = cases.Plain(conv_bundle, choose("cpu"), 1)
-    ways = cases.served(conv_bundle, runtime, plain, ["plain", "partial"], 5)
+    folded = cases.fold_copy(conv_bundle, runtime)
+    assert isinstance(folded, str)
+    ways = cases.served(conv_bundle, runtime, plain, ["plain", "partial"], folded, 5)
     wanted = {"plain": runtime.run(inputs), "factored": runtime.run(inputs, "plain")}
+    ran = ways["folded"]()["logits"]  # type: ignore[index]
+    np.testing.assert_allclose(ran, runtime.run(inputs, next(iter(conv_bundle.tasks)))["logits"], atol=1e-5)
+    assert runtime.residency()[folded] == "folded"
     for case, own in wanted.items():
         np.testing.assert_allclose(ways[case]()[0], own["logits"], atol=1e-5)  # type: ignore[index]
     turns = [ways["switched"]()["logits"] for _ in range(3)]  # type: ignore[index]
@@ -114,9 +126,8 @@ def test_batches_that_a_model_does_not_take_are_refused(conv_bundle: Bundle) -> 
 
 
 def test_a_crowd_that_is_too_large_or_too_slow_says_so(
-    conv_bundle: Bundle, conv_adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+    conv_bundle: Bundle, runtime: Runtime, conv_adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     many = crowd.Crowd(conv_bundle, runtime, 1)
     assert many.grow(3, 60.0) is None
     assert len(runtime.tasks) == len(conv_adapters) + 2
