@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,13 +25,17 @@ def test_the_examples_run(tmp_path: Path) -> None:
     printed = run(tmp_path, "plain_onnxruntime.py", tmp_path / "bundle", "mirrored")
     assert "base:" in printed
     assert "mirrored:" in printed
+    residency, difference = run(tmp_path, "many_tasks.py").splitlines()
+    assert ast.literal_eval(residency) == {"mirrored": "folded", "rotated": "device", "third": "device"}
+    assert float(difference.removeprefix("largest difference:")) < 1e-4
 
 
-def test_the_readme_quotes_the_example() -> None:
-    script = (ROOT / "examples" / "two_tasks.py").read_text()
+@pytest.mark.parametrize(("name", "lines"), [("two_tasks.py", 20), ("many_tasks.py", 26)])
+def test_the_readme_quotes_the_example(name: str, lines: int) -> None:
+    script = (ROOT / "examples" / name).read_text()
     quoted = script.split("# README begins\n")[1].split("# README ends")[0]
     assert quoted in (ROOT / "README.md").read_text()
-    assert len(quoted.splitlines()) <= 20
+    assert len(quoted.splitlines()) <= lines
 
 
 def test_the_readme_names_real_files_and_commands() -> None:
@@ -42,6 +49,7 @@ def test_the_readme_names_real_files_and_commands() -> None:
             words = line.split()[1:]
             names = words[:2] if words[0] in {"export", "adapter"} else words[:1]
             assert CliRunner().invoke(main, [*names, "--help"]).exit_code == 0
-    for name in ("docs/forms.svg", "examples/two_tasks.py", "examples/plain_onnxruntime.py", "CONTRIBUTING.md"):
+    examples = [f"examples/{script}" for script in ("two_tasks.py", "many_tasks.py", "plain_onnxruntime.py")]
+    for name in ("docs/forms.svg", *examples, "CONTRIBUTING.md"):
         assert name in readme
         assert (ROOT / name).is_file()

@@ -1,0 +1,43 @@
+"""Serving many tasks: budgets, pins, sessions of their own, weighted sets, and requests of many callers.
+
+Run two_tasks.py first; this runs in the same directory, on the bundle and the adapters that it wrote.
+"""
+
+import asyncio
+
+import numpy as np
+
+from tpeft_deploy import Runtime
+from tpeft_deploy.runtime import Limits
+
+pixels = np.random.rand(3, 1, 16, 16).astype(np.float32)
+
+# README begins
+runtime = Runtime("bundle", device_bytes=2**26, host_bytes=2**28, limits=Limits(max_rows=16))
+runtime.pin("rotated")  # on the device until unpin, whoever else needs room
+runtime.pin("mirrored", folded=True)  # and in a session of its own, which serves once this returns
+runtime.load("third", "adapters/mirrored")  # an adapter from anywhere; the bundle on disk stays as it is
+runtime.load("rotated")  # again, as the bundle has it on disk now; still pinned
+both = {"rotated": 0.7, "mirrored": 1.0}  # W + 0.7 dW + 1.0 dW', wherever a task may stand
+runtime.prefetch(["third", both]).result()  # without .result(), in the background
+print(runtime.residency())  # {"mirrored": "folded", "rotated": "device", "third": "device"}
+tasks: list[str | dict[str, float]] = ["rotated", both, "base"]
+mixed = runtime.run({"pixels": pixels}, tasks=tasks)
+
+
+async def ask(row: int, task: str | dict[str, float]) -> np.ndarray:
+    answers = await runtime.infer({"pixels": pixels[row : row + 1]}, task, timeout=30)
+    logits: np.ndarray = answers["logits"][0]
+    return logits
+
+
+async def ask_all() -> list[np.ndarray]:
+    return await asyncio.gather(*[ask(row, task) for row, task in enumerate(tasks)])
+
+
+together = asyncio.run(ask_all())  # joined into batches
+runtime.unpin("mirrored")
+runtime.unload("third")
+# README ends
+print("largest difference:", max(float(np.abs(a - b).max()) for a, b in zip(together, mixed["logits"], strict=True)))
+runtime.close()
