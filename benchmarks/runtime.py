@@ -16,12 +16,16 @@ the ratios within a round.  Exported bundles are kept in the cache directory.  N
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import cycle
 from pathlib import Path
 
@@ -197,43 +201,81 @@ def measure_cold(options: argparse.Namespace) -> Figures:
     return figures
 
 
+LOADER = """
+import sys
+from tpeft_deploy import Runtime
+path, *tasks = sys.argv[1:]
+runtime = Runtime(path, provider="cpu", threads=1, preload=False)
+print("loading", flush=True)
+while True:
+    for task in tasks:
+        runtime.load(task)
+    for task in tasks:
+        runtime.unload(task)
+"""
+
+
 def measure_loading(options: argparse.Namespace) -> Figures:
+    """Runs of one task: alone, while 100 adapters load, and while another process loads the same 100 for itself.
+
+    The last is what the machine's second processor costs the first; only what exceeds it is the runtime's doing.
+    """
     bundle = cached(options.cache, "vit", TASKS[:2])
     known = knowing(bundle, LOADS + 2, options.cache)
     pixels = {"pixel_values": np.zeros((1, 3, PIXELS, PIXELS), np.float32)}
     runtime = Runtime(known, provider="cpu", threads=options.threads, preload=False)
     coming = [task for task in runtime.tasks if task not in TASKS]
+    times: dict[str, list[float]] = {"alone": [], "others load": [], "another process loads": []}
+    loads: list[float] = []
 
-    def run() -> None:
-        runtime.run(pixels, TASKS[0])
+    def run_while(case: str, going_on: Callable[[], bool]) -> None:
+        while going_on():
+            start = time.perf_counter()
+            runtime.run(pixels, TASKS[0])
+            times[case].append(time.perf_counter() - start)
 
     def load_all() -> None:
+        started = time.perf_counter()
         for task in coming:
             runtime.load(task)
+        loads.append((time.perf_counter() - started) / len(coming))
 
-    quiet: list[float] = [seconds_of(run) for _ in range(20)][10:]
-    busy: list[float] = []
-    loads: list[float] = []
+    for _ in range(20):
+        runtime.run(pixels, TASKS[0])
+    gc.collect()
+    gc.freeze()  # torch's objects, which no process that serves has
     end = time.perf_counter() + options.seconds
     while not loads or time.perf_counter() < end:
-        before, started = len(busy), time.perf_counter()
         loader = threading.Thread(target=load_all)
         loader.start()
-        while loader.is_alive():
-            busy.append(seconds_of(run))
-        loader.join()
-        loads.append((time.perf_counter() - started) / len(coming))
-        quiet += [seconds_of(run) for _ in range(len(busy) - before)]
+        run_while("others load", loader.is_alive)
         for task in coming:
             runtime.unload(task)
+        for case in ("alone", "another process loads"):
+            with _loading_elsewhere(known, coming) if case != "alone" else nullcontext():
+                until = time.perf_counter() + loads[-1] * len(coming)
+                run_while(case, lambda until=until: time.perf_counter() < until)  # type: ignore[misc]
     runtime.close()
-    figures: Figures = {"runs of each": float(len(busy)), "processors": float(os.cpu_count() or 0)}
+    figures: Figures = {"runs of each": float(min(map(len, times.values()))), "processors": float(os.cpu_count() or 0)}
     figures["an adapter loaded beside runs, ms"] = 1e3 * spread(loads).median
     for name, share in (("median", 0.5), ("p99", 0.99)):
-        alone, beside = float(np.quantile(quiet, share)), float(np.quantile(busy, share))
-        figures |= {f"{name} alone, ms": 1e3 * alone, f"{name} while others load, ms": 1e3 * beside}
-        figures[f"{name}, ratio"] = beside / alone
+        own = {case: float(np.quantile(found, share)) for case, found in times.items()}
+        figures |= {f"{name}, {case}, ms": 1e3 * value for case, value in own.items()}
+        figures[f"{name}, others load / alone"] = own["others load"] / own["alone"]
+        figures[f"{name}, others load / another process loads"] = own["others load"] / own["another process loads"]
     return figures
+
+
+@contextmanager
+def _loading_elsewhere(bundle: Path, tasks: Sequence[str]) -> Iterator[None]:
+    command = [sys.executable, "-c", LOADER, str(bundle), *tasks]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def seconds_of(work: Callable[[], object]) -> float:

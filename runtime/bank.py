@@ -7,6 +7,7 @@ more rows or larger ranks, goes into a new bank, and runs that hold the old one 
 from __future__ import annotations
 
 import math
+import mmap
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class Bank:
         old: Bank | None = None,
         moves: Mapping[int, int] | None = None,
     ) -> Bank:
-        """A bank with rows of another one, padded or cut, and the base in all others.
+        """A bank with the base in its first row and rows of another one, padded or cut; the others hold nothing yet.
 
         Args:
             layout: of the bundle.
@@ -108,13 +109,12 @@ class Bank:
         """
         values = {}
         for name, shape in shapes.items():
-            array = np.empty((rows, *shape), layout.defaults[name].dtype)
-            array[:] = slots.pad(layout.defaults[name], shape)
+            array = _untouched((rows, *shape), layout.defaults[name].dtype)
+            array[0] = slots.pad(layout.defaults[name], shape)
             if old is not None and moves:
                 own = old.values[name].numpy()
                 common = tuple(slice(min(sizes)) for sizes in zip(shape, own.shape[1:], strict=True))
                 for of, to in moves.items():
-                    array[to] = 0
                     array[to][common] = own[of][common]
             with views.exclusive:  # a CUDA graph that is being recorded elsewhere suffers no allocation
                 values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
@@ -147,3 +147,12 @@ class Bank:
         }
         for name, array in padded.items():
             views.write(views.row_view(self.values[name], row), array)
+
+
+def _untouched(shape: Shape, dtype: np.dtype[np.generic]) -> Array:
+    """Zeros that take no memory until they are written: rows that nobody has yet cost nothing on the CPU."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return np.zeros(shape, dtype)
+    # Numpy's own would ask for huge pages, each of which is taken whole by the first row in it.
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)

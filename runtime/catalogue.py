@@ -106,7 +106,7 @@ class Catalogue:
         return Version(task, hashlib.sha256(data).hexdigest(), lambda: own)
 
     def _stored(self, task: str, digest: str) -> Version:
-        return Version(task, digest, partial(self._bundle.version, task, digest))
+        return Version(task, digest, partial(self._bundle.version, task, digest, native=False))
 
     def _known(self, task: str, doing: str) -> Version:
         version = self._versions.get(task)

@@ -18,6 +18,7 @@ from tpeft_deploy.runtime.versions import Content, Tier, Version
 __all__ = ["Tiers"]
 
 _FIRST_ROWS = 8
+_FIRST_BYTES = 2**30
 
 
 class Tiers:
@@ -263,8 +264,9 @@ class Tiers:
             staying = {other: row for row, other in enumerate(self._resident, 1)}
             moves = {self._row_of(other): row for other, row in staying.items()}
             shapes = self._shapes([*staying, version])
-        most = self._device_bytes // row_bytes(self._layout, shapes)
-        rows = min(most, max(_FIRST_ROWS, 2 * (len(staying) + 2)))
+        size = row_bytes(self._layout, shapes)
+        most = self._device_bytes // size
+        rows = min(most, max(self._first_rows(size), 2 * (len(staying) + 2)))
         bank = Bank.allocate(self._layout, shapes, rows, self._device, old=self._bank, moves=moves)
         with self._state:
             self._bank = bank
@@ -273,6 +275,10 @@ class Tiers:
                     other.row = row
             taken = {other.row for other in self._resident}
             self._free = [row for row in range(rows - 1, 0, -1) if row not in taken]
+
+    def _first_rows(self, size: int) -> int:
+        # On the CPU rows that nobody has cost nothing, so the bank need not be replaced to get them.
+        return _FIRST_BYTES // size if self._device == "cpu" else _FIRST_ROWS
 
     def _row_of(self, version: Version) -> int:
         return version.row or 0

@@ -120,6 +120,45 @@ class Bundle:
         """
         return self.version(task, self.digest(task))
 
+    def version(self, task: str, digest: str, *, native: bool = True) -> Adapter:
+        """Read an adapter that a task stands for or stood for.
+
+        Args:
+            task: of the bundle.
+            digest: of the adapter.
+            native: also check the .onnx_adapter file beside it, which the adapter itself is not read from.
+
+        Raises:
+            IntegrityError: a file is missing or differs from its digest.
+        """
+        place = self.path / "adapters" / task / digest
+        doing = f"open task {task!r} of bundle {self.path}"
+        try:
+            record = json.loads((place / "adapter.json").read_text(encoding="utf-8"))
+            recorded = {"adapter.json": record["digest"], **record["files"]}
+            if not native:
+                del recorded[onnx_adapter.FILE]
+            data = (place / canonical.FILE).read_bytes()
+            found = {"adapter.json": digest, canonical.FILE: hashlib.sha256(data).hexdigest()}
+            if native:
+                found[onnx_adapter.FILE] = digest_file(place / onnx_adapter.FILE)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(
+                doing,
+                expected=f"{canonical.FILE}, {onnx_adapter.FILE} and adapter.json under {digest[:12]}...",
+                got=f"one that cannot be read ({error})",
+                fix="Add the adapter again.",
+            ) from error
+        for name, value in [(canonical.FILE, digest), *recorded.items()]:
+            if found.get(name) != value:
+                raise IntegrityError(
+                    f"{doing}, file {name!r}",
+                    expected=f"digest {str(value)[:12]}...",
+                    got=f"{str(found.get(name))[:12]}...",
+                    fix="The file was altered or damaged: add the adapter again.",
+                )
+        return canonical.from_bytes(data, source=f"task {task!r} of {self.path}")
+
     def digest(self, task: str) -> str:
         """The digest that a task stands for.
 
@@ -276,37 +315,6 @@ class Bundle:
             "files": {name: digest_file(place / name) for name in (canonical.FILE, onnx_adapter.FILE)},
         }
         (place / "adapter.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-
-    def version(self, task: str, digest: str) -> Adapter:
-        """Read an adapter that a task stands for or stood for.
-
-        Raises:
-            IntegrityError: a file is missing or differs from its digest.
-        """
-        place = self.path / "adapters" / task / digest
-        doing = f"open task {task!r} of bundle {self.path}"
-        try:
-            record = json.loads((place / "adapter.json").read_text(encoding="utf-8"))
-            recorded = {"adapter.json": record["digest"], **record["files"]}
-            data = (place / canonical.FILE).read_bytes()
-            found = {"adapter.json": digest, canonical.FILE: hashlib.sha256(data).hexdigest()}
-            found[onnx_adapter.FILE] = digest_file(place / onnx_adapter.FILE)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(
-                doing,
-                expected=f"{canonical.FILE}, {onnx_adapter.FILE} and adapter.json under {digest[:12]}...",
-                got=f"one that cannot be read ({error})",
-                fix="Add the adapter again.",
-            ) from error
-        for name, value in [(canonical.FILE, digest), *recorded.items()]:
-            if found.get(name) != value:
-                raise IntegrityError(
-                    f"{doing}, file {name!r}",
-                    expected=f"digest {str(value)[:12]}...",
-                    got=f"{str(found.get(name))[:12]}...",
-                    fix="The file was altered or damaged: add the adapter again.",
-                )
-        return canonical.from_bytes(data, source=f"task {task!r} of {self.path}")
 
     def _intact(self, task: str, digest: str) -> bool:
         try:
