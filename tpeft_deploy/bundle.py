@@ -226,7 +226,10 @@ class Bundle:
         names = [*self.manifest.weights, *self.manifest.aliases]
         tied = dict(self.manifest.aliases) | {name: alias for alias, name in self.manifest.aliases.items()}
         values = Lazy(names, lambda name: self.base_value(self.manifest.canonical(name)))
-        return BaseView(f"bundle {self.path}", values, tied=tied)
+        known = {name: self.manifest.weights[self.manifest.canonical(name)] for name in names}
+        shapes = {name: weight.shape for name, weight in known.items()}
+        digests = {name: weight.digest for name, weight in known.items()}
+        return BaseView(f"bundle {self.path}", values, tied=tied, shapes=shapes, digests=digests)
 
     def default(self, target: Target) -> dict[str, Array]:
         """The slots of a target for the base itself: no change, or the base's own tensor."""

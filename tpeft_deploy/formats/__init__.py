@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpeft_deploy.adapter import Adapter, weight_digest
+from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import canonical, checkpoint, peft_tucker
 from tpeft_deploy.formats.base_view import Lazy, view
@@ -118,7 +118,6 @@ def _no_scale(adapter: Adapter, scale: float | None) -> Adapter:
 
 
 def _check_base(adapter: Adapter, base: BaseView) -> None:
-    weights = base.weights
-    adapter.check_shapes(Lazy(weights, lambda name: weights[name].shape), base=base.name)
-    digests = {name: weight_digest(weights[name]) for name in adapter.base_digests if name in weights}
+    adapter.check_shapes(Lazy(base.weights, base.shape), base=base.name)
+    digests = {name: base.digest(name) for name in adapter.base_digests if name in base.weights}
     adapter.check_digests(digests, base=base.name)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["BaseView", "Change", "Checkpoint", "Module"]
@@ -24,12 +25,23 @@ class BaseView:
         weights: name -> array; every name of a tied weight.
         kinds: module path -> class name of the layer, where it is known ("Linear", "Conv2d", "MultiheadAttention").
         tied: name of a tied weight -> another name of the same tensor, where ties are known.
+        shapes, digests: of weights, where they are known without reading them.
     """
 
     name: str
     weights: Mapping[str, Array]
     kinds: Mapping[str, str] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight."""
+        return self.shapes[name] if name in self.shapes else self.weights[name].shape
+
+    def digest(self, name: str) -> str:
+        """The `weight_digest` of a weight."""
+        return self.digests[name] if name in self.digests else weight_digest(self.weights[name])
 
 
 @dataclass(frozen=True, eq=False)

@@ -105,7 +105,7 @@ def weight_shape(name: str, checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """The shape of a base parameter; None when no base was given, or it has no such parameter."""
     if checkpoint.base is None or name not in checkpoint.base.weights:
         return None
-    return checkpoint.base.weights[name].shape
+    return checkpoint.base.shape(name)
 
 
 def base_bias(module: Module, checkpoint: Checkpoint, why: str) -> Array | None:

@@ -54,7 +54,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     if checkpoint.base is None:
         raise needs_base(module, checkpoint, "target_parameters are told apart by the base's parameters")
     name = _parameter(module, checkpoint)
-    shape = checkpoint.base.weights[name].shape
+    shape = checkpoint.base.shape(name)
     with reporting(module, checkpoint):
         experts = shape[0] if len(shape) == 3 else 1
         rank, left = divmod(down.shape[0], experts)
