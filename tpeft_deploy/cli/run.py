@@ -40,7 +40,7 @@ def run(
     if task is not None and tasks is not None:
         raise click.UsageError("--task and --tasks exclude each other.")
     inputs = _read(source)
-    runtime = Runtime(bundle, provider=provider)
+    runtime = Runtime(bundle, provider=provider, preload=False, own_copy=False)  # one batch: nothing to keep
     if tasks is not None:
         results = runtime.run(inputs, tasks=tasks.split(","))
     else:
