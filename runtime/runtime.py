@@ -344,8 +344,8 @@ class Runtime:
             self._folds.keep(version).result()
 
     def _retire(self, version: Version) -> None:
+        self._tiers.retire(version)  # first: whoever folds it looks at this last
         self._folds.drop(version)
-        self._tiers.retire(version)
 
     def _lay_out(self, adapter: Adapter) -> Content:
         rows = fitting.named(self._manifest, self._base.fill(adapter))

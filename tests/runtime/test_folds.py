@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,51 @@ def test_what_is_left_on_disk_goes_with_the_runtime(conv_bundle: Bundle) -> None
     assert place.is_dir()
     runtime.close()
     assert not place.exists()
+
+
+def test_a_fold_that_fails_at_once_holds_nobody_up(conv_bundle: Bundle) -> None:
+    """A job that is done before anybody listens reports in the thread that begins it."""
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
+    version = runtime._catalogue.find("wide")
+    assert version is not None
+
+    def refused(*_: object) -> Future[None]:
+        job: Future[None] = Future()
+        job.set_exception(RunError("fold", problem="no"))
+        return job
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime._folds._worker, "submit", refused)
+        beginning = threading.Thread(target=runtime._folds.begin, args=(version,), daemon=True)
+        beginning.start()
+        beginning.join(10)
+    assert not beginning.is_alive()
+    runtime.pin("wide", folded=True)
+
+
+def test_nothing_is_kept_of_what_is_folded_after_its_task_went(
+    conv_bundle: Bundle, conv_adapters: dict[str, Adapter]
+) -> None:
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1, folded_bytes=2**30)
+    old = runtime._catalogue.find("wide")
+    assert old is not None
+    runtime.load("wide", conv_adapters["wide"])
+    runtime._folds.keep(old).result(20)
+    runtime._folds.find(old, 1)
+    held = (runtime._folds._jobs, runtime._folds._costs, runtime._folds._sessions)
+    assert not any(old in own for own in held)
+    assert runtime._folds._heat is not None
+    assert not any(old in own for own in (runtime._folds._heat._pinned, runtime._folds._heat._rows))
+
+
+def test_a_base_that_is_asked_for_after_closing_is_served_from_the_bank(
+    conv_bundle: Bundle, expected: dict[str, np.ndarray]
+) -> None:
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
+    runtime.close()
+    close(runtime.run(INPUTS)["logits"], expected["base"])
+    with pytest.raises(RunError, match="closed"):
+        runtime.pin("wide", folded=True)
 
 
 @pytest.mark.parametrize("call", ["pin", "unpin"])
