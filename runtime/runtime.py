@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ import onnxruntime
 from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BASE_TASK, Bundle, check_task
-from tpeft_deploy.errors import InputError, TpeftError, UnknownTask
+from tpeft_deploy.errors import InputError, RunError, TpeftError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bank import Layout
@@ -116,6 +117,7 @@ class Runtime:
             self.provider_reason += f"; {remark}"
         self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
         self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
+        self._pinning = threading.Lock()  # what `_pinned` says and what is done about it change together
         self._batcher = Batcher(self._manifest, self._run_batch, Limits() if limits is None else limits)
         self._holder = Holder(self._tiers)
         if preload:
@@ -246,10 +248,17 @@ class Runtime:
         else:
             loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._base.base_view)
             version = self._catalogue.held(task, loaded)
-        with self._tiers.using([version]):
-            self._keep(task, version)
-            self._catalogue.put(task, version)
-            self._keep(task, version)  # somebody may have pinned it meanwhile
+        served = False
+        try:
+            with self._tiers.using([version]):
+                self._keep(task, version)
+                self._catalogue.put(task, version)
+                served = True
+                self._keep(task, version)  # somebody may have pinned it meanwhile, or not any more
+        except BaseException:
+            if not served:
+                self._retire(version)  # else it would stay, pinned for a task that never stood for it
+            raise
 
     def unload(self, task: str) -> None:
         """Stop serving a task; runs in flight finish on it.
@@ -275,13 +284,15 @@ class Runtime:
             AdapterError, RunError: it cannot be folded; it stays pinned on the bank.
         """
         version = self._version(task, "pin")
-        with self._tiers.using([version]):
+        with self._tiers.using([version]), self._pinning:
             self._pinned[task] = folded
-            try:
-                self._keep(task, version)
-            except TpeftError:
-                self._pinned[task] = False
-                raise
+            self._tiers.pin(version, True)
+        # Not while the row is in use: the fold may come after one that waits for rows.
+        try:
+            self._keep(task, self._version(task, "pin"))  # what the task stands for now
+        except TpeftError:
+            self._pinned[task] = False
+            raise
 
     def unpin(self, task: str) -> None:
         """Let a task leave the device again when others need room, and its own session at once.
@@ -289,10 +300,10 @@ class Runtime:
         Raises:
             UnknownTask: there is no such task, or it is the base.
         """
-        version = self._version(task, "unpin")
-        self._tiers.pin(version, False)
-        self._pinned.pop(task, None)
-        self._folds.drop(version)
+        self._version(task, "unpin")
+        with self._pinning:
+            self._pinned.pop(task, None)
+            self._let_go(self._version(task, "unpin"))
 
     def prefetch(self, tasks: Iterable[Task]) -> Future[None]:
         """Begin to bring tasks to the device in the background.
@@ -319,7 +330,15 @@ class Runtime:
         self, inputs: Mapping[str, Array], tasks: Sequence[object], options: onnxruntime.RunOptions
     ) -> Outputs:
         """What the batcher runs: versions that are held, or the base by its name."""
-        return self._engine.run_rows(inputs, [task if isinstance(task, Version) else None for task in tasks], options)
+        versions = [task if isinstance(task, Version) else None for task in tasks]
+        held = list(dict.fromkeys(version for version in versions if version is not None))
+        # Never waits for a row: those who hold rows may wait for this very thread.
+        if not self._tiers.take_resident(held):
+            raise RunError(f"run a batch on bundle {self.name!r}", problem="who asked for a task in it has left")
+        try:
+            return self._engine.run_rows(inputs, versions, options)
+        finally:
+            self._tiers.give_back(held)
 
     def _preload(self) -> None:
         for task in self.tasks:
@@ -335,13 +354,20 @@ class Runtime:
         return version
 
     def _keep(self, task: str, version: Version) -> None:
-        """Pin a version, and fold it, if that is what its task was told to be."""
-        folded = self._pinned.get(task)
-        if folded is None:
-            return
-        self._tiers.pin(version, True)
-        if folded:
-            self._folds.keep(version).result()
+        """Pin a version, and fold it, if that is what its task was told to be; else let it go."""
+        with self._pinning:
+            folded = self._pinned.get(task)
+            if folded is None:
+                self._let_go(version)
+                return
+            self._tiers.pin(version, True)
+            job = self._folds.keep(version) if folded else None
+        if job is not None:
+            job.result()
+
+    def _let_go(self, version: Version) -> None:
+        self._tiers.pin(version, False)
+        self._folds.drop(version)
 
     def _retire(self, version: Version) -> None:
         self._tiers.retire(version)  # first: whoever folds it looks at this last

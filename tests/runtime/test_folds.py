@@ -13,6 +13,7 @@ import pytest
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import RunError, UnknownTask
 from tpeft_deploy.runtime import folding, folds
+from tpeft_deploy.runtime.versions import Version
 
 INPUTS = {"pixels": np.random.default_rng(0).standard_normal((5, 1, 12, 14)).astype(np.float32)}
 ALL = ["partial", "plain", "two", "wide"]
@@ -113,6 +114,45 @@ def test_a_fold_that_answers_otherwise_is_not_served(
         runtime.pin("plain", folded=True)
     assert runtime.residency()["plain"] == "device"
     close(runtime.run(INPUTS, "plain")["logits"], expected["plain"])
+
+
+def test_a_load_that_cannot_be_folded_leaves_nothing_behind(
+    conv_bundle: Bundle,
+    conv_adapters: dict[str, Adapter],
+    expected: dict[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
+    runtime.pin("two", folded=True)
+    real, before = folding.weights, runtime.usage()
+    monkeypatch.setattr(
+        folding, "weights", lambda bundle, adapter: {n: a * np.float32(1.01) for n, a in real(bundle, adapter).items()}
+    )
+    with pytest.raises(RunError, match="fold task 'two'"):
+        runtime.load("two", conv_adapters["plain"])
+    assert runtime.usage() == before
+    assert runtime.residency()["two"] == "folded"
+    close(runtime.run(INPUTS, "two")["logits"], expected["two"])
+
+
+@pytest.mark.parametrize("between", ["unpin", "pin"])
+def test_a_task_unpinned_or_pinned_while_it_is_replaced_is_so_afterwards(
+    conv_bundle: Bundle, conv_adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch, between: str
+) -> None:
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
+    if between == "unpin":
+        runtime.pin("two")
+    put = runtime._catalogue.put
+
+    def and_meanwhile(task: str, version: Version) -> None:
+        getattr(runtime, between)(task)
+        put(task, version)
+
+    monkeypatch.setattr(runtime._catalogue, "put", and_meanwhile)
+    runtime.load("two", conv_adapters["plain"])
+    version = runtime._catalogue.find("two")
+    assert version is not None
+    assert version.pinned == (between == "pin")
 
 
 def test_runs_go_on_while_a_task_is_folded(
