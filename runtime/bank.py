@@ -111,12 +111,13 @@ class Bank:
             array = np.empty((rows, *shape), layout.defaults[name].dtype)
             array[:] = slots.pad(layout.defaults[name], shape)
             if old is not None and moves:
-                own = old.values[name].numpy()
+                with views.exclusive:  # a CUDA graph that is being recorded elsewhere suffers no copy
+                    own = old.values[name].numpy()
                 common = tuple(slice(min(sizes)) for sizes in zip(shape, own.shape[1:], strict=True))
                 for of, to in moves.items():
                     array[to] = 0
                     array[to][common] = own[of][common]
-            with views.exclusive:  # a CUDA graph that is being recorded elsewhere suffers no allocation
+            with views.exclusive:  # nor an allocation
                 values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
         return cls(layout, shapes, rows, values)
 
