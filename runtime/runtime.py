@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self, overload
@@ -98,30 +99,35 @@ class Runtime:
         cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs)
         copy = PrivateCopy(self._bundle, files_to_serve(self._manifest, choice) if own_copy else [])
         self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
-        if not own_copy:
-            self._bundle.check_file("weights.data")
-        self._base = copy.bundle if own_copy else self._bundle
-        self._tiers = Tiers(
-            Layout.of(self._base),
-            self._lay_out,
-            choice.device,
-            device_bytes=device_bytes,
-            host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
-        )
-        self._catalogue = Catalogue(self._bundle, self._retire)
-        self._folds = Folds(
-            self._base, choice, threads, half, self._banked_answer, cuda=cuda, place=copy.path, budget=folded_bytes
-        )
-        self._session, remark = open_banked(self._base, choice, threads=threads, half=half, cuda=cuda)
-        if remark:
-            self.provider_reason += f"; {remark}"
-        self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
         self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
         self._pinning = threading.Lock()  # what `_pinned` says and what is done about it change together
-        self._batcher = Batcher(self._manifest, self._run_batch, Limits() if limits is None else limits)
-        self._holder = Holder(self._tiers)
-        if preload:
-            self._preload()
+        with ExitStack() as failed:  # not left to the collector: the exception refers to this object
+            failed.callback(self._release)
+            if not own_copy:
+                self._bundle.check_file("weights.data")
+            self._base = copy.bundle if own_copy else self._bundle
+            self._tiers = Tiers(
+                Layout.of(self._base),
+                self._lay_out,
+                choice.device,
+                device_bytes=device_bytes,
+                host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
+            )
+            self._catalogue = Catalogue(self._bundle, self._retire)
+            self._folds = Folds(
+                self._base, choice, threads, half, self._banked_answer, cuda=cuda, place=copy.path, budget=folded_bytes
+            )
+            self._session, remark = open_banked(self._base, choice, threads=threads, half=half, cuda=cuda)
+            if remark:
+                self.provider_reason += f"; {remark}"
+            self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
+            self._batcher = Batcher(self._manifest, self._run_batch, Limits() if limits is None else limits)
+            self._holder = Holder(self._tiers)
+            if isinstance(self._session, Captured):
+                failed.callback(self._session.close)
+            if preload:
+                self._preload()
+            failed.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -319,6 +325,7 @@ class Runtime:
 
     def close(self) -> None:
         """Let go of sessions and threads, once the runs in flight are done."""
+        self._tiers.close()
         self._batcher.close()
         self._holder.close()
         self._folds.close()
@@ -374,8 +381,9 @@ class Runtime:
         self._folds.drop(version)
 
     def _lay_out(self, adapter: Adapter) -> Content:
-        rows = fitting.named(self._manifest, self._base.fill(adapter))
-        return Content(rows, self._bundle.sizes(adapter))
+        # Errors name the bundle that was opened, not the copy.
+        filled = fitting.fill(self._manifest, adapter, bundle=str(self._bundle.path), base_value=self._base.base_value)
+        return Content(fitting.named(self._manifest, filled), fitting.sizes(self._manifest, adapter))
 
     def _banked_answer(self, inputs: Mapping[str, Array], version: Version | None) -> dict[str, Array]:
         return self._engine.run_banked(inputs, version)
