@@ -170,7 +170,7 @@ class Folds:
                 got=str(error).splitlines()[0][:200],
                 fix="It goes on being served from the bank.",
             ) from error
-        inputs = folding.example(self._bundle)
+        inputs = self._bundle.example()
         off = folding.prove(session, self._bundle.manifest, inputs, self._answer(inputs, version), task=name)
         with self._lock:
             if version in self._jobs and (version is None or version.current):

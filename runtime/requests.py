@@ -34,7 +34,7 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
     for port in manifest.inputs:
         array = _as_array(manifest, port, inputs[port.name])
         _check_port(manifest, port, array, sizes)
-        arrays[port.name] = np.ascontiguousarray(array)
+        arrays[port.name] = np.asarray(array, order="C")  # not ascontiguousarray, which gives a scalar an axis
     return arrays
 
 

@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from tests import nets
+from tests.runtime.manifests import manifest
 from tpeft_deploy import Bundle, Runtime, export_bundle
 from tpeft_deploy.errors import InputError, RunError, UnknownTask
+from tpeft_deploy.manifest import Port
+from tpeft_deploy.runtime import requests
 
 PIXELS = np.random.default_rng(0).standard_normal((3, 1, 12, 14)).astype(np.float32)
 TARGETS = {"embedding.weight": (2, 2), "mix.weight": (2, 2)}
@@ -95,6 +98,12 @@ def test_what_is_no_such_array_is_refused_before_it_runs(runtime: Runtime, array
     """Wrong dtypes were reinterpreted, and read past the end of a smaller array (research, 0.5)."""
     with pytest.raises(InputError, match="'pixels': expected"):
         runtime.run({"pixels": array})
+
+
+def test_a_scalar_stays_one() -> None:
+    model = manifest((Port("x", "float32", ("batch", 3)), Port("scale", "float32", ())), ())
+    arrays = requests.check_inputs(model, {"x": np.zeros((2, 3), np.float32), "scale": np.float32(2)})
+    assert arrays["scale"].shape == ()
 
 
 def test_ragged_lists_are_refused(runtime: Runtime) -> None:
