@@ -144,7 +144,7 @@ def memory() -> tuple[float, float]:
 
 def measure(way: str, path: Path, tasks: list[str], place: Path) -> dict[str, float]:
     bundle = Bundle.open(path)
-    inputs = folding.example(bundle)
+    inputs = bundle.example()
     held: list[object] = []
     opening, anonymous, mapped = [], [], []
     run: Run | None = None

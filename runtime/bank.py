@@ -112,11 +112,12 @@ class Bank:
             array = _untouched((rows, *shape), layout.defaults[name].dtype)
             array[0] = slots.pad(layout.defaults[name], shape)
             if old is not None and moves:
-                own = old.values[name].numpy()
+                with views.exclusive:  # a CUDA graph that is being recorded elsewhere suffers no copy
+                    own = old.values[name].numpy()
                 common = tuple(slice(min(sizes)) for sizes in zip(shape, own.shape[1:], strict=True))
                 for of, to in moves.items():
                     array[to][common] = own[of][common]
-            with views.exclusive:  # a CUDA graph that is being recorded elsewhere suffers no allocation
+            with views.exclusive:  # nor an allocation
                 values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
         return cls(layout, shapes, rows, values)
 

@@ -150,7 +150,11 @@ class Captured:
 
     def close(self) -> None:
         """Let go of the session and its thread, once the runs in flight are done."""
-        self._worker.submit(self._drop).result()
+        try:
+            dropping = self._worker.submit(self._drop)
+        except RuntimeError:
+            return  # closed already
+        dropping.result()
         self._worker.shutdown()
 
     def _open(self) -> onnxruntime.InferenceSession:

@@ -139,6 +139,9 @@ class Catalogue:
         made = Version(f"{{{shown}}}", digest, lambda: self._compose(parts))
         old = []
         with self._lock:
+            if any(self._versions.get(part.name) is not part for part, _ in parts):
+                made.current = False  # a part was replaced just now, and nobody would retire it later
+                return made
             found = self._sets.setdefault(key, made)
             while len(self._sets) > _SETS:
                 old.append(self._sets.popitem(last=False)[1])

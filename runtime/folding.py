@@ -17,15 +17,15 @@ from typing import TypeVar
 import numpy as np
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import EXAMPLE, Bundle
-from tpeft_deploy.errors import AdapterError, IntegrityError, RunError, ShapeError, UnknownTarget
+from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.errors import AdapterError, RunError, ShapeError, UnknownTarget
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.packed import packed_copy
 from tpeft_deploy.runtime.plain import Plain
 from tpeft_deploy.runtime.providers import Choice, Cuda
 from tpeft_deploy.tucker import Array
 
-__all__ = ["agree", "cost", "example", "fold", "limit_of", "prove", "to_bfloat16", "weights"]
+__all__ = ["agree", "cost", "fold", "limit_of", "prove", "to_bfloat16", "weights"]
 
 BASE = "base.onnx"
 _LIMITS = {"bfloat16": 1.6e-2, "float16": 2e-3}  # what an export is held to; see the exporters' gate
@@ -105,20 +105,6 @@ def cost(bundle: Bundle, adapter: Adapter, *, shared: bool) -> int:
     return total
 
 
-def example(bundle: Bundle) -> dict[str, Array]:
-    """The example inputs that a bundle was exported with, for `prove`.
-
-    Raises:
-        IntegrityError: they cannot be read, or were altered.
-    """
-    file = bundle.check_file(EXAMPLE)
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {port.name: np.ascontiguousarray(archive[port.name]) for port in bundle.manifest.inputs}
-    except (OSError, ValueError, KeyError) as error:
-        raise IntegrityError(f"read {file}", expected="one array per input", got=str(error)) from error
-
-
 def limit_of(manifest: Manifest) -> float:
     """How far two forms of one task may be apart: each is held to half of it against the merged model."""
     dtypes = {weight.dtype for weight in manifest.weights.values()}
@@ -144,7 +130,7 @@ def prove(
     Args:
         plain: from `fold`.
         manifest: of its bundle.
-        inputs: `example`, or others.
+        inputs: of `Bundle.example`, or others.
         expected: output name -> the task's answer to `inputs`, at the task's own sizes.
         task: for the message.
 

@@ -71,22 +71,25 @@ class Folds:
         self._place = place
         # Two of every weight, as it is and packed, until a version's adapter was read and says it better.
         most = 2 * sum(weight.length for weight in bundle.manifest.weights.values())
-        self._costs: dict[Version, int] = {}
+        self._costs: dict[Version | None, int] = {}
         self._heat = Heat[Version](budget, cost=lambda version: self._costs.get(version, most)) if budget else None
         self._decided = time.monotonic()
+        self._closed = False
 
     def find(self, version: Version | None, rows: int) -> Plain | None:
         """The session of a version, None being the base, if it has one; its rows are counted."""
         session = self._sessions.get(version)
         if version is None:
-            if session is None:
+            if session is None and not self._closed:
                 self.begin(None)  # the base's own session is opened once somebody asks for the base
-        elif self._heat is not None:
+        elif self._heat is not None and version.current:
             now = time.monotonic()
             self._heat.record(version, rows, now)
             if now - self._decided > _DECIDE:
                 self._decided = now
-                self._worker.submit(self._follow, self._heat, now)
+                with self._lock:
+                    if not self._closed:
+                        self._worker.submit(self._follow, self._heat, now)
         return session
 
     def keep(self, version: Version) -> Future[None]:
@@ -103,9 +106,15 @@ class Folds:
         """
         with self._lock:
             job = self._jobs.get(version)
-            if job is None:
-                job = self._jobs[version] = self._worker.submit(self._make, version)
-                job.add_done_callback(lambda done: self._report(version, done))
+            if job is not None:
+                return job
+            if self._closed:
+                refused: Future[None] = Future()
+                refused.set_exception(RunError(f"fold task {_name(version)!r}", problem="the runtime is closed"))
+                return refused
+            job = self._jobs[version] = self._worker.submit(self._make, version)
+        # Without the lock, which `_report` takes: a job that has failed by now reports here, in this thread.
+        job.add_done_callback(lambda done: self._report(version, done))
         return job
 
     def drop(self, version: Version) -> None:
@@ -125,6 +134,8 @@ class Folds:
 
     def close(self) -> None:
         """Let all sessions go, after those that are being made."""
+        with self._lock:
+            self._closed = True
         self._worker.shutdown(cancel_futures=True)
         self._sessions = {}
 
@@ -135,6 +146,8 @@ class Folds:
         for version in fold:
             if version.current:
                 self.begin(version)
+            else:
+                heat.forget(version)
 
     def _let_go(self, version: Version) -> None:
         with self._lock:
@@ -143,8 +156,11 @@ class Folds:
             self._sessions = {own: session for own, session in self._sessions.items() if own is not version}
 
     def _make(self, version: Version | None) -> None:
-        name = BASE_TASK if version is None else version.name
+        name = _name(version)
         began = time.perf_counter()
+        with self._lock:
+            if version not in self._jobs:
+                return  # dropped before its turn came
         try:
             session = self._open(version)
         except ORT_ERRORS as error:
@@ -154,11 +170,16 @@ class Folds:
                 got=str(error).splitlines()[0][:200],
                 fix="It goes on being served from the bank.",
             ) from error
-        inputs = folding.example(self._bundle)
+        inputs = self._bundle.example()
         off = folding.prove(session, self._bundle.manifest, inputs, self._answer(inputs, version), task=name)
         with self._lock:
-            if version in self._jobs:  # else it was dropped while it was made
+            if version in self._jobs and (version is None or version.current):
                 self._sessions = {**self._sessions, version: session}
+            else:  # dropped while it was made, or asked for when no task stood for it any more
+                self._jobs.pop(version, None)
+                self._costs.pop(version, None)
+        if version is not None and not version.current and self._heat is not None:
+            self._heat.forget(version)
         _log.info("task %r has a session of its own after %.2f s (error %.1e)", name, time.perf_counter() - began, off)
 
     def _open(self, version: Version | None) -> Plain:
@@ -186,6 +207,11 @@ class Folds:
         # Who asked for it gets it from the future; for the others this is the only sign.
         _log.warning("%s", error if isinstance(error, TpeftError) else repr(error))
         if version is not None:  # the base is asked for by every run of it: once is enough
-            self._let_go(version)
+            if self._jobs.get(version, job) is job:  # else it was dropped, and is being made once more
+                self._let_go(version)
             if self._heat is not None:
-                self._heat.refuse(version)
+                (self._heat.refuse if version.current else self._heat.forget)(version)
+
+
+def _name(version: Version | None) -> str:
+    return BASE_TASK if version is None else version.name

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -40,6 +41,7 @@ class PrivateCopy:
     def __init__(self, bundle: Bundle, names: Iterable[str]) -> None:
         _remove_abandoned()
         wanted = list(names)
+        self._owner = os.getpid()
         try:
             self.path, self._lock = _new_directory()
         except OSError as error:
@@ -56,8 +58,12 @@ class PrivateCopy:
         self.bundle = Bundle(self.path, bundle.manifest)
 
     def close(self) -> None:
-        """Remove the copy; sessions that have it open keep what they mapped."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the copy; sessions that have it open keep what they mapped.
+
+        A forked process only lets go of it: whoever made it goes on reading it.
+        """
+        if os.getpid() == self._owner:
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
     def _unwritable(self, bundle: Bundle, names: list[str], error: OSError) -> RunError:

@@ -14,7 +14,7 @@ __all__ = ["as_rows", "batched", "check_inputs", "check_tasks", "cut", "cut_rows
 
 
 def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, Array]:
-    """The inputs as contiguous arrays, once names, dtypes and shapes fit the model.
+    """The inputs as contiguous, aligned arrays, once names, dtypes and shapes fit the model.
 
     Raises:
         InputError: naming the input, what was expected and what came.
@@ -34,7 +34,8 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
     for port in manifest.inputs:
         array = _as_array(manifest, port, inputs[port.name])
         _check_port(manifest, port, array, sizes)
-        arrays[port.name] = np.ascontiguousarray(array)
+        # not ascontiguousarray, which gives a scalar an axis and leaves a cut of a network buffer unaligned
+        arrays[port.name] = np.require(array, requirements=("C", "A"))
     return arrays
 
 

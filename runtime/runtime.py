@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self, overload
@@ -17,7 +19,7 @@ import onnxruntime
 from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BASE_TASK, Bundle, check_task
-from tpeft_deploy.errors import InputError, TpeftError, UnknownTask
+from tpeft_deploy.errors import InputError, RunError, TpeftError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.bank import Layout
@@ -97,29 +99,35 @@ class Runtime:
         cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs)
         copy = PrivateCopy(self._bundle, files_to_serve(self._manifest, choice) if own_copy else [])
         self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
-        if not own_copy:
-            self._bundle.check_file("weights.data")
-        self._base = copy.bundle if own_copy else self._bundle
-        self._tiers = Tiers(
-            Layout.of(self._base),
-            self._lay_out,
-            choice.device,
-            device_bytes=device_bytes,
-            host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
-        )
-        self._catalogue = Catalogue(self._bundle, self._retire)
-        self._folds = Folds(
-            self._base, choice, threads, half, self._banked_answer, cuda=cuda, place=copy.path, budget=folded_bytes
-        )
-        self._session, remark = open_banked(self._base, choice, threads=threads, half=half, cuda=cuda)
-        if remark:
-            self.provider_reason += f"; {remark}"
-        self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
         self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
-        self._batcher = Batcher(self._manifest, self._run_batch, Limits() if limits is None else limits)
-        self._holder = Holder(self._tiers)
-        if preload:
-            self._preload()
+        self._pinning = threading.Lock()  # what `_pinned` says and what is done about it change together
+        with ExitStack() as failed:  # not left to the collector: the exception refers to this object
+            failed.callback(self._release)
+            if not own_copy:
+                self._bundle.check_file("weights.data")
+            self._base = copy.bundle if own_copy else self._bundle
+            self._tiers = Tiers(
+                Layout.of(self._base),
+                self._lay_out,
+                choice.device,
+                device_bytes=device_bytes,
+                host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
+            )
+            self._catalogue = Catalogue(self._bundle, self._retire)
+            self._folds = Folds(
+                self._base, choice, threads, half, self._banked_answer, cuda=cuda, place=copy.path, budget=folded_bytes
+            )
+            self._session, remark = open_banked(self._base, choice, threads=threads, half=half, cuda=cuda)
+            if remark:
+                self.provider_reason += f"; {remark}"
+            self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
+            self._batcher = Batcher(self._manifest, self._run_batch, Limits() if limits is None else limits)
+            self._holder = Holder(self._tiers)
+            if isinstance(self._session, Captured):
+                failed.callback(self._session.close)
+            if preload:
+                self._preload()
+            failed.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -246,10 +254,17 @@ class Runtime:
         else:
             loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._base.base_view)
             version = self._catalogue.held(task, loaded)
-        with self._tiers.using([version]):
-            self._keep(task, version)
-            self._catalogue.put(task, version)
-            self._keep(task, version)  # somebody may have pinned it meanwhile
+        served = False
+        try:
+            with self._tiers.using([version]):
+                self._keep(task, version)
+                self._catalogue.put(task, version)
+                served = True
+                self._keep(task, version)  # somebody may have pinned it meanwhile, or not any more
+        except BaseException:
+            if not served:
+                self._retire(version)  # else it would stay, pinned for a task that never stood for it
+            raise
 
     def unload(self, task: str) -> None:
         """Stop serving a task; runs in flight finish on it.
@@ -275,13 +290,15 @@ class Runtime:
             AdapterError, RunError: it cannot be folded; it stays pinned on the bank.
         """
         version = self._version(task, "pin")
-        with self._tiers.using([version]):
+        with self._tiers.using([version]), self._pinning:
             self._pinned[task] = folded
-            try:
-                self._keep(task, version)
-            except TpeftError:
-                self._pinned[task] = False
-                raise
+            self._tiers.pin(version, True)
+        # Not while the row is in use: the fold may come after one that waits for rows.
+        try:
+            self._keep(task, self._version(task, "pin"))  # what the task stands for now
+        except TpeftError:
+            self._pinned[task] = False
+            raise
 
     def unpin(self, task: str) -> None:
         """Let a task leave the device again when others need room, and its own session at once.
@@ -289,10 +306,10 @@ class Runtime:
         Raises:
             UnknownTask: there is no such task, or it is the base.
         """
-        version = self._version(task, "unpin")
-        self._tiers.pin(version, False)
-        self._pinned.pop(task, None)
-        self._folds.drop(version)
+        self._version(task, "unpin")
+        with self._pinning:
+            self._pinned.pop(task, None)
+            self._let_go(self._version(task, "unpin"))
 
     def prefetch(self, tasks: Iterable[Task]) -> Future[None]:
         """Begin to bring tasks to the device in the background.
@@ -308,6 +325,7 @@ class Runtime:
 
     def close(self) -> None:
         """Let go of sessions and threads, once the runs in flight are done."""
+        self._tiers.close()
         self._batcher.close()
         self._holder.close()
         self._folds.close()
@@ -319,7 +337,15 @@ class Runtime:
         self, inputs: Mapping[str, Array], tasks: Sequence[object], options: onnxruntime.RunOptions
     ) -> Outputs:
         """What the batcher runs: versions that are held, or the base by its name."""
-        return self._engine.run_rows(inputs, [task if isinstance(task, Version) else None for task in tasks], options)
+        versions = [task if isinstance(task, Version) else None for task in tasks]
+        held = list(dict.fromkeys(version for version in versions if version is not None))
+        # Never waits for a row: those who hold rows may wait for this very thread.
+        if not self._tiers.take_resident(held):
+            raise RunError(f"run a batch on bundle {self.name!r}", problem="who asked for a task in it has left")
+        try:
+            return self._engine.run_rows(inputs, versions, options)
+        finally:
+            self._tiers.give_back(held)
 
     def _preload(self) -> None:
         for task in self.tasks:
@@ -335,21 +361,29 @@ class Runtime:
         return version
 
     def _keep(self, task: str, version: Version) -> None:
-        """Pin a version, and fold it, if that is what its task was told to be."""
-        folded = self._pinned.get(task)
-        if folded is None:
-            return
-        self._tiers.pin(version, True)
-        if folded:
-            self._folds.keep(version).result()
+        """Pin a version, and fold it, if that is what its task was told to be; else let it go."""
+        with self._pinning:
+            folded = self._pinned.get(task)
+            if folded is None:
+                self._let_go(version)
+                return
+            self._tiers.pin(version, True)
+            job = self._folds.keep(version) if folded else None
+        if job is not None:
+            job.result()
+
+    def _let_go(self, version: Version) -> None:
+        self._tiers.pin(version, False)
+        self._folds.drop(version)
 
     def _retire(self, version: Version) -> None:
+        self._tiers.retire(version)  # first: whoever folds it looks at this last
         self._folds.drop(version)
-        self._tiers.retire(version)
 
     def _lay_out(self, adapter: Adapter) -> Content:
-        rows = fitting.named(self._manifest, self._base.fill(adapter))
-        return Content(rows, self._bundle.sizes(adapter))
+        # Errors name the bundle that was opened, not the copy.
+        filled = fitting.fill(self._manifest, adapter, bundle=str(self._bundle.path), base_value=self._base.base_value)
+        return Content(fitting.named(self._manifest, filled), fitting.sizes(self._manifest, adapter))
 
     def _banked_answer(self, inputs: Mapping[str, Array], version: Version | None) -> dict[str, Array]:
         return self._engine.run_banked(inputs, version)

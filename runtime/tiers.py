@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.errors import CapacityError
+from tpeft_deploy.errors import CapacityError, RunError
 from tpeft_deploy.runtime.bank import Bank, Layout, Shape, row_bytes, widened
 from tpeft_deploy.runtime.versions import Content, Tier, Version
 
@@ -19,6 +20,10 @@ __all__ = ["Tiers"]
 
 _FIRST_ROWS = 8
 _FIRST_BYTES = 2**30
+
+
+class _Shapes(dict[str, Shape]):
+    """The shapes of a version's rows: a dict that can be referred to weakly."""
 
 
 class Tiers:
@@ -61,7 +66,9 @@ class Tiers:
                 got=f"a budget of {device_bytes:,} bytes",
                 fix="Give the runtime more device_bytes.",
             )
-        self._alike: dict[frozenset[tuple[str, Shape]], dict[str, Shape]] = {}  # one dict for all of the same ranks
+        # One object for all of the same ranks, as long as one of them is known.
+        self._alike: WeakValueDictionary[frozenset[tuple[str, Shape]], _Shapes] = WeakValueDictionary()
+        self._closed = False
 
     @contextmanager
     def using(self, versions: Iterable[Version]) -> Iterator[None]:
@@ -117,15 +124,6 @@ class Tiers:
         with self._state:
             return self._bank, [0 if version is None else self._row(version) for version in versions]
 
-    def prepare(self, version: Version) -> None:
-        """Read a version into host memory, unless it is there or on the device.
-
-        Raises:
-            AdapterError, BundleError: it cannot be read or does not fit.
-        """
-        if version.row is None:
-            self._content(version)
-
     def retire(self, version: Version) -> None:
         """A task no longer stands for a version: it goes as soon as nobody uses it."""
         with self._state:
@@ -163,11 +161,19 @@ class Tiers:
                 "rows": self._bank.rows - 1,
             }
 
+    def close(self) -> None:
+        """Let nobody wait for a row any more: those who hold rows may be waiting for the closing to end."""
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+
     def _count(self, versions: Iterable[Version]) -> None:
         for version in versions:
             version.users += 1
             if version.row is not None:
                 self._resident[version] = self._resident.pop(version)
+            if version.content is not None:
+                self._copies[version] = self._copies.pop(version)
 
     def _row(self, version: Version) -> int:
         if version.row is None or not version.users:
@@ -182,7 +188,7 @@ class Tiers:
             content = version.content
             if content is None:
                 content = self._lay_out(version.read())
-                shapes = content.shapes
+                shapes = _Shapes(content.shapes)
                 with self._state:
                     version.sizes = content.sizes
                     version.shapes = self._alike.setdefault(frozenset(shapes.items()), shapes)
@@ -190,7 +196,8 @@ class Tiers:
         return content
 
     def _keep(self, version: Version, content: Content) -> None:
-        if content.nbytes > self._host_bytes:
+        # What is retired by now may have nobody left to forget it.
+        if content.nbytes > self._host_bytes or not version.current:
             return
         version.content = content
         self._copies[version] = content.nbytes
@@ -238,6 +245,8 @@ class Tiers:
                 victim = next((v for v in self._resident if not v.users and v not in staying), None)
                 if victim is not None:
                     self._evict(victim)
+                elif self._closed:
+                    raise RunError(f"bring {version.name!r} to the device", problem="the runtime is closed")
                 else:
                     self._state.wait()  # runs in flight give their rows back, and nobody else may take them
 
@@ -262,7 +271,7 @@ class Tiers:
         """A bank with more, wider or narrower rows, with all residents in it."""
         with self._state:
             staying = {other: row for row, other in enumerate(self._resident, 1)}
-            moves = {self._row_of(other): row for other, row in staying.items()}
+            moves = {other.row: row for other, row in staying.items() if other.row is not None}
             shapes = self._shapes([*staying, version])
         size = row_bytes(self._layout, shapes)
         most = self._device_bytes // size
@@ -279,6 +288,3 @@ class Tiers:
     def _first_rows(self, size: int) -> int:
         # On the CPU rows that nobody has cost nothing, so the bank need not be replaced to get them.
         return _FIRST_BYTES // size if self._device == "cpu" else _FIRST_ROWS
-
-    def _row_of(self, version: Version) -> int:
-        return version.row or 0

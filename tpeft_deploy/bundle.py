@@ -205,16 +205,16 @@ class Bundle:
         return onnx_adapter.read(self.path / "adapters" / task / self.digest(task) / onnx_adapter.FILE)
 
     def example(self) -> dict[str, Array]:
-        """The inputs that the base was exported with.
+        """The inputs that the base was exported with, as contiguous arrays.
 
         Raises:
-            IntegrityError: they cannot be read, or are not the inputs that the manifest names.
+            IntegrityError: they were altered, cannot be read, or are not the inputs that the manifest names.
         """
-        file = self.path / EXAMPLE
+        file = self.check_file(EXAMPLE)
         names = [port.name for port in self.manifest.inputs]
         try:
             with np.load(file, allow_pickle=False) as archive:
-                return {name: archive[name] for name in names}
+                return {name: np.asarray(archive[name], order="C") for name in names}
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise IntegrityError(
                 f"read {file}", expected=f"one array for each of {', '.join(names)}", got=str(error)

@@ -133,7 +133,7 @@ def fill(target: Target, change: TuckerDelta | Array) -> dict[str, Array]:
         Slot name -> contiguous array of the slot's shape with the adapter's own ranks.
     """
     tensors = _FILL[target.kind](change) if isinstance(change, TuckerDelta) else {"value": change}
-    return {name: np.ascontiguousarray(array, dtype=target.dtype) for name, array in tensors.items()}
+    return {name: np.asarray(array, dtype=target.dtype, order="C") for name, array in tensors.items()}
 
 
 def neutral(target: Target) -> dict[str, Array]:

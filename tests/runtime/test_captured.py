@@ -72,6 +72,12 @@ def open_captured(bundle: Bundle, buckets: Buckets | None = None, policy: Policy
     return Captured(bundle.path / "banked.onnx", CPU, bundle.manifest, buckets=buckets, policy=policy, threads=1)
 
 
+def test_closing_twice_is_closing_once(conv_bundle: Bundle) -> None:
+    runs = open_captured(conv_bundle)
+    runs.close()
+    runs.close()
+
+
 def test_every_number_of_rows_and_every_time_of_asking(runs: Captured, conv: tuple[Bank, Session]) -> None:
     bank, session = conv
     for time in range(4):  # as it is, with buffers, and again

@@ -84,7 +84,7 @@ def test_heads_of_other_sizes(
         expected = torch.func.functional_call(module, changed, (torch.from_numpy(batch["pixels"]),))["logits"]
     assert error(logits, expected.numpy()) <= 1e-5
     banked = Runtime(conv_bundle.path, provider="cpu", threads=1)
-    own = folding.example(conv_bundle)
+    own = conv_bundle.example()
     answer = {name: np.asarray(array) for name, array in banked.run(own, task=task).items()}
     assert folding.prove(plain, conv_bundle.manifest, own, answer, task=task) <= 1e-6
 
@@ -315,7 +315,7 @@ def test_the_proof_finds_what_is_wrong(conv_bundle: Bundle, conv_adapters: dict[
     assert folding.agree({"y": mask}, {"y": mask}) == 0
     assert folding.agree({"y": x}, {"y": mask}) == np.inf
     other = fold(conv_bundle, conv_adapters["partial"])
-    own = folding.example(conv_bundle)
+    own = conv_bundle.example()
     expected = fold(conv_bundle, conv_adapters["plain"]).run(own)
     with pytest.raises(RunError, match=r"fold task 'plain': expected the answer of the banked graph"):
         folding.prove(other, conv_bundle.manifest, own, expected, task="plain")
@@ -327,7 +327,7 @@ def test_altered_examples_are_found(own_bundle: Bundle) -> None:
     content[200] ^= 1
     file.write_bytes(bytes(content))
     with pytest.raises(IntegrityError):
-        folding.example(own_bundle)
+        own_bundle.example()
 
 
 def test_threads_get_their_own_answers(conv_bundle: Bundle, conv_adapters: dict[str, Adapter]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import RunError, UnknownTask
 from tpeft_deploy.runtime import folding, folds
+from tpeft_deploy.runtime.versions import Version
 
 INPUTS = {"pixels": np.random.default_rng(0).standard_normal((5, 1, 12, 14)).astype(np.float32)}
 ALL = ["partial", "plain", "two", "wide"]
@@ -114,6 +116,45 @@ def test_a_fold_that_answers_otherwise_is_not_served(
     close(runtime.run(INPUTS, "plain")["logits"], expected["plain"])
 
 
+def test_a_load_that_cannot_be_folded_leaves_nothing_behind(
+    conv_bundle: Bundle,
+    conv_adapters: dict[str, Adapter],
+    expected: dict[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
+    runtime.pin("two", folded=True)
+    real, before = folding.weights, runtime.usage()
+    monkeypatch.setattr(
+        folding, "weights", lambda bundle, adapter: {n: a * np.float32(1.01) for n, a in real(bundle, adapter).items()}
+    )
+    with pytest.raises(RunError, match="fold task 'two'"):
+        runtime.load("two", conv_adapters["plain"])
+    assert runtime.usage() == before
+    assert runtime.residency()["two"] == "folded"
+    close(runtime.run(INPUTS, "two")["logits"], expected["two"])
+
+
+@pytest.mark.parametrize("between", ["unpin", "pin"])
+def test_a_task_unpinned_or_pinned_while_it_is_replaced_is_so_afterwards(
+    conv_bundle: Bundle, conv_adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch, between: str
+) -> None:
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
+    if between == "unpin":
+        runtime.pin("two")
+    put = runtime._catalogue.put
+
+    def and_meanwhile(task: str, version: Version) -> None:
+        getattr(runtime, between)(task)
+        put(task, version)
+
+    monkeypatch.setattr(runtime._catalogue, "put", and_meanwhile)
+    runtime.load("two", conv_adapters["plain"])
+    version = runtime._catalogue.find("two")
+    assert version is not None
+    assert version.pinned == (between == "pin")
+
+
 def test_runs_go_on_while_a_task_is_folded(
     conv_bundle: Bundle, expected: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +186,51 @@ def test_what_is_left_on_disk_goes_with_the_runtime(conv_bundle: Bundle) -> None
     assert place.is_dir()
     runtime.close()
     assert not place.exists()
+
+
+def test_a_fold_that_fails_at_once_holds_nobody_up(conv_bundle: Bundle) -> None:
+    """A job that is done before anybody listens reports in the thread that begins it."""
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
+    version = runtime._catalogue.find("wide")
+    assert version is not None
+
+    def refused(*_: object) -> Future[None]:
+        job: Future[None] = Future()
+        job.set_exception(RunError("fold", problem="no"))
+        return job
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime._folds._worker, "submit", refused)
+        beginning = threading.Thread(target=runtime._folds.begin, args=(version,), daemon=True)
+        beginning.start()
+        beginning.join(10)
+    assert not beginning.is_alive()
+    runtime.pin("wide", folded=True)
+
+
+def test_nothing_is_kept_of_what_is_folded_after_its_task_went(
+    conv_bundle: Bundle, conv_adapters: dict[str, Adapter]
+) -> None:
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1, folded_bytes=2**30)
+    old = runtime._catalogue.find("wide")
+    assert old is not None
+    runtime.load("wide", conv_adapters["wide"])
+    runtime._folds.keep(old).result(20)
+    runtime._folds.find(old, 1)
+    held = (runtime._folds._jobs, runtime._folds._costs, runtime._folds._sessions)
+    assert not any(old in own for own in held)
+    assert runtime._folds._heat is not None
+    assert not any(old in own for own in (runtime._folds._heat._pinned, runtime._folds._heat._rows))
+
+
+def test_a_base_that_is_asked_for_after_closing_is_served_from_the_bank(
+    conv_bundle: Bundle, expected: dict[str, np.ndarray]
+) -> None:
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
+    runtime.close()
+    close(runtime.run(INPUTS)["logits"], expected["base"])
+    with pytest.raises(RunError, match="closed"):
+        runtime.pin("wide", folded=True)
 
 
 @pytest.mark.parametrize("call", ["pin", "unpin"])

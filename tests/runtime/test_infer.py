@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -195,6 +196,14 @@ def test_no_room_is_said_to_the_one_who_asked(conv_bundle: Bundle) -> None:
         good, bad = asyncio.run(ask())
         assert good["logits"].shape == (1, 2)
         assert isinstance(bad, CapacityError)
+
+
+def test_a_batch_never_waits_for_a_row_that_a_waiting_request_holds(conv_bundle: Bundle) -> None:
+    """Its own request was cancelled just before it ran, and the row given to a request that waits for the next run."""
+    with open_runtime(conv_bundle, preload=False) as runtime:
+        gone = runtime._catalogue.find("two")
+        with pytest.raises(RunError, match="has left"):
+            runtime._run_batch(images(1), [gone], onnxruntime.RunOptions())
 
 
 def test_a_closed_runtime_says_so(conv_bundle: Bundle) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests import nets
 from tpeft_deploy import Adapter, Bundle, Runtime
-from tpeft_deploy.errors import CapacityError, IntegrityError, UnknownTask
+from tpeft_deploy.errors import CapacityError, IntegrityError, RunError, UnknownTask
 from tpeft_deploy.runtime.tiers import Tiers
 from tpeft_deploy.runtime.versions import Version
 
@@ -192,6 +192,61 @@ def test_rows_in_use_are_waited_for(conv_bundle: Bundle, expected: dict[str, np.
         assert runtime.residency()["two"] == "device"
     waiting.join(timeout=20)
     close(answers[0], expected["wide"])
+
+
+def test_closing_waits_for_nobody_who_waits_for_a_row(conv_bundle: Bundle) -> None:
+    runtime = budgeted(conv_bundle, 1)
+    version = runtime._catalogue.find("two")
+    assert version is not None
+    with runtime._tiers.using([version]):
+        bringing = runtime.prefetch(["wide"])
+        time.sleep(0.1)
+        closing = threading.Thread(target=runtime.close, daemon=True)
+        closing.start()
+        closing.join(timeout=20)
+        assert not closing.is_alive()
+    with pytest.raises(RunError, match="bring 'wide' to the device: the runtime is closed"):
+        bringing.result(timeout=20)
+
+
+def test_the_copy_least_recently_used_is_dropped(conv_bundle: Bundle) -> None:
+    runtime = budgeted(conv_bundle, 4, host_bytes=2**30)
+    for task in ("two", "wide"):
+        runtime.run(images(1), task)
+    runtime._tiers._host_bytes = runtime.usage()["host_bytes"]
+    for task in ("two", "plain"):
+        runtime.run(images(1), task)
+    known = {task: runtime._catalogue.find(task) for task in ("two", "wide", "plain")}
+    assert {task for task, version in known.items() if version is not None and version.content} == {"two", "plain"}
+
+
+def test_nothing_is_remembered_of_tasks_that_went(conv_bundle: Bundle) -> None:
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1, host_bytes=2**30)
+    before = runtime.usage(), len(runtime._tiers._alike)
+    for rank in range(1, 5):
+        runtime.load("other", Adapter({"stem.weight": nets.delta((12, 1, 4, 4), (rank, 1, 4, 4), 7)}))
+    read = runtime._catalogue.find("other")
+    assert read is not None
+    runtime.unload("other")
+    runtime._tiers._content(read)  # by someone who was about to run it
+    del read
+    after = runtime.usage(), len(runtime._tiers._alike)
+    assert after[0]["host_bytes"] == before[0]["host_bytes"]
+    assert after[1] == before[1]
+
+
+def test_a_set_of_a_task_replaced_just_now_is_not_remembered(
+    conv_bundle: Bundle, conv_adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
+    wanted = runtime.run(images(5), {"plain": 0.5})["logits"]
+    old = runtime._catalogue.find("plain")
+    runtime.load("plain", conv_adapters["partial"])
+    monkeypatch.setattr(runtime._catalogue, "_known", lambda *_: old)
+    before = runtime.usage()
+    close(runtime.run(images(5), {"plain": 0.5})["logits"], wanted)
+    assert runtime.usage() == before
+    assert not runtime._catalogue._sets
 
 
 def test_a_replaced_version_serves_whoever_began_on_it(
