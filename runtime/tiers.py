@@ -20,6 +20,7 @@ __all__ = ["Tiers"]
 
 _FIRST_ROWS = 8
 _FIRST_BYTES = 2**30
+_MOST_FIRST_ROWS = 2**14  # a list of the free ones is kept, and rows of small adapters are a few hundred bytes
 
 
 class _Shapes(dict[str, Shape]):
@@ -287,4 +288,4 @@ class Tiers:
 
     def _first_rows(self, size: int) -> int:
         # On the CPU rows that nobody has cost nothing, so the bank need not be replaced to get them.
-        return _FIRST_BYTES // size if self._device == "cpu" else _FIRST_ROWS
+        return min(_FIRST_BYTES // size, _MOST_FIRST_ROWS) if self._device == "cpu" else _FIRST_ROWS

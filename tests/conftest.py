@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from onnxscript._framework_apis import torch_2_11
 
 from tests import nets
 from tpeft_deploy import Adapter, Bundle, export_bundle
@@ -17,6 +19,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _torch_operators_are_read_once() -> Iterator[None]:
+    # Each export parses the source of some 500 of onnxscript's functions anew: a third of the time of a small one.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_2_11, "get_torchlib_ops", functools.cache(torch_2_11.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture(scope="session")

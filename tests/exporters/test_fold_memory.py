@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 )
 def test_the_peak_stays_below_2_2_times_the_weights(megabytes: int) -> None:
     command = [sys.executable, "benchmarks/fold_memory.py", "--megabytes", str(megabytes), "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert measured["weights, MB"] >= 0.9 * megabytes
     assert measured["peak / weights"] < 2.2, measured

@@ -89,6 +89,7 @@ def test_heads_of_other_sizes(
     assert folding.prove(plain, conv_bundle.manifest, own, answer, task=task) <= 1e-6
 
 
+@pytest.mark.soak  # the parts of these models are folded above; these take half a minute
 @pytest.mark.parametrize("name", ["bert", "resnet"])
 def test_real_architectures(tmp_path: Path, name: str) -> None:
     module, inputs, shapes = getattr(architectures, name)()
