@@ -14,14 +14,24 @@
     │   ├── UnsupportedBase     the base cannot be loaded or exported
     │   ├── UnsupportedTarget   a weight is used in a way that the asked form cannot express
     │   └── NotEquivalent       the exported model does not reproduce the merged torch model
-    └── RunError
-        ├── UnknownTask         the runtime serves no task of that name
-        ├── InputError          an input is missing, unknown, or has the wrong dtype, shape or rows
-        ├── ProviderUnavailable the execution provider that was asked for cannot be used
-        ├── CapacityError       adapters need more memory than the runtime's budget, and none may leave
-        ├── CompositionError    adapters that cannot be combined exactly, or not at the strengths given
-        ├── QueueFull           more requests are waiting than the queue takes
-        └── DeadlineExceeded    a request's time was over before its answer was there
+    ├── RunError
+    │   ├── UnknownTask         the runtime serves no task of that name
+    │   ├── InputError          an input is missing, unknown, or has the wrong dtype, shape or rows
+    │   ├── ProviderUnavailable the execution provider that was asked for cannot be used
+    │   ├── CapacityError       adapters need more memory than the runtime's budget, and none may leave
+    │   ├── CompositionError    adapters that cannot be combined exactly, or not at the strengths given
+    │   ├── QueueFull           more requests are waiting than the queue takes
+    │   └── DeadlineExceeded    a request's time was over before its answer was there
+    └── ServerError
+        ├── ProtocolError       a request that is not what the protocol says
+        ├── TooLarge            a body, tensor or name beyond a limit of the server
+        ├── Unauthenticated     no key, or one that is unknown, expired or revoked
+        ├── Forbidden           the key's role does not allow it
+        ├── NotFound            no such route, model, version, alias, key or tenant, or none that the key may see
+        ├── Conflict            the name is taken, or the thing is in a state that does not allow it
+        ├── QuotaExceeded       the tenant has used up what it is allowed; says when to come again
+        ├── Unsupported         a part of the protocol that this server does not speak
+        └── Unavailable         the server is starting or draining
 
 An error carries what was being done, what was wrong, what was expected against what was found, and what to do
 about it; `str(error)` is that on one line.  Only the command line prints or exits.
@@ -33,20 +43,30 @@ __all__ = [
     "BundleError",
     "CapacityError",
     "CompositionError",
+    "Conflict",
     "DeadlineExceeded",
     "ExportError",
+    "Forbidden",
     "FormatError",
     "InputError",
     "IntegrityError",
     "MissingExtra",
     "NotEquivalent",
+    "NotFound",
+    "ProtocolError",
     "ProviderUnavailable",
     "QueueFull",
+    "QuotaExceeded",
     "RunError",
+    "ServerError",
     "ShapeError",
+    "TooLarge",
     "TpeftError",
+    "Unauthenticated",
+    "Unavailable",
     "UnknownTarget",
     "UnknownTask",
+    "Unsupported",
     "UnsupportedBase",
     "UnsupportedTarget",
     "VersionError",
@@ -176,3 +196,61 @@ class QueueFull(RunError):
 
 class DeadlineExceeded(RunError):
     """Raised when a request's time is over while it waits or runs."""
+
+
+class ServerError(TpeftError):
+    """A request that the server does not answer, or answers with a refusal."""
+
+
+class ProtocolError(ServerError):
+    """Raised when a request's framing, JSON or fields are not what the protocol says."""
+
+
+class TooLarge(ServerError):
+    """Raised when a body, tensor, header or name is beyond a limit, before memory is taken for it."""
+
+
+class Unauthenticated(ServerError):
+    """Raised when a request has no key, or one that is unknown, expired or revoked."""
+
+
+class Forbidden(ServerError):
+    """Raised when a key is valid and its role does not allow the request."""
+
+
+class NotFound(ServerError):
+    """Raised when nothing of a name exists, or nothing that the key may see."""
+
+
+class Conflict(ServerError):
+    """Raised when a name is taken, or what it names is in a state that does not allow the change."""
+
+
+class QuotaExceeded(ServerError):
+    """Raised when a tenant has used up what it is allowed.
+
+    Args:
+        doing, problem, expected, got, fix: as for `TpeftError`.
+        retry_after: seconds after which the same request may be allowed; None: not before something is deleted.
+    """
+
+    def __init__(
+        self,
+        doing: str,
+        *,
+        problem: str | None = None,
+        expected: object = None,
+        got: object = None,
+        fix: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(doing, problem=problem, expected=expected, got=got, fix=fix)
+        self.retry_after = retry_after
+
+
+class Unsupported(ServerError):
+    """Raised for a part of the protocol that this server does not speak."""
+
+
+class Unavailable(ServerError):
+    """Raised while the server is starting or draining."""
