@@ -146,3 +146,7 @@ class Fair(Generic[Form]):
             del self._tenants[name]
             del self._rows[name]
             self._away[name] = tenant.served
+        if not self._tenants:
+            # Nobody waits: nobody was kept from anything, and all begin again as equals.
+            self._floor = max(self._floor, *self._away.values())
+            self._away.clear()
