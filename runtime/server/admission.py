@@ -43,13 +43,15 @@ class Admission:
         self._bundle.fill(adapter)
         self._runtime.register({record.key: Source(record.digest, partial(self._read, record))})
         try:
-            if not self._runtime.probe(record.key):
-                raise AdapterError(
-                    f"register task {record.task!r}",
-                    expected="outputs that differ from the base's",
-                    got="the base's own, exactly",
-                    fix="Its change is zero, or too small to be seen: was it saved before training?",
-                )
+            acts = self._runtime.probe(record.key)
         except BaseException:
             self._runtime.forget([record.key])
             raise
+        if not acts:
+            self._runtime.forget([record.key])
+            raise AdapterError(
+                f"register task {record.task!r}",
+                expected="outputs that differ from the base's",
+                got="the base's own, exactly",
+                fix="Its change is zero, or too small to be seen: was it saved before training?",
+            )

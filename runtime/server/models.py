@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tpeft_deploy.bundle import BASE_TASK, Bundle
 from tpeft_deploy.errors import NotFound, Unavailable
 from tpeft_deploy.runtime.server.access import SHARED
-from tpeft_deploy.runtime.server.registry import CURRENT, State, VersionRecord
+from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.resolving import Target
 
 __all__ = ["Model", "Models"]
@@ -81,11 +81,11 @@ class Models:
                 raise NotFound(f"find model {name!r}", expected=f"version {', '.join(model.versions)}", got=version)
             return model
         snapshot = self._state.tasks.snapshot()
-        record = snapshot.find(tenant, name, version)
-        model = next(model for model in self._registered(record.tenant) if model.name == name)
+        task = snapshot.task(tenant, name)
         if not version:
-            return model
-        return Model(model.tenant, name, {str(record.number): target_of(record)}, model.aliases)
+            return _model_of(task)
+        record = task.version(version)
+        return replace(_model_of(task), versions={str(record.number): target_of(record)})
 
     def visible(self, tenant: str | None) -> Iterator[Model]:
         """All models that a tenant sees, or all there are."""
@@ -113,9 +113,12 @@ class Models:
         return Model(SHARED, name, {"1": base}, {CURRENT: "1"}, mixed=name == self.bundle)
 
     def _registered(self, tenant: str | None) -> Iterator[Model]:
-        for task in self._state.tasks.snapshot().visible(tenant):
-            versions = {str(record.number): target_of(record) for record in task.versions}
-            yield Model(task.tenant, task.name, versions, {alias: str(n) for alias, n in task.aliases.items()})
+        yield from map(_model_of, self._state.tasks.snapshot().visible(tenant))
+
+
+def _model_of(task: TaskRecord) -> Model:
+    versions = {str(number): target_of(task.versions[number]) for number in sorted(task.versions)}
+    return Model(task.tenant, task.name, versions, {alias: str(number) for alias, number in task.aliases.items()})
 
 
 def target_of(record: VersionRecord) -> Target:
