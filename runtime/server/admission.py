@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import Bundle
 from tpeft_deploy.errors import AdapterError
@@ -40,7 +41,9 @@ class Admission:
             AdapterError: it changes no output.
             RunError, CapacityError: the probe's outputs are not finite, or it has no room.
         """
-        self._bundle.fill(adapter)
+        # Named as clients know it: Bundle.fill would tell them where it lies.
+        bundle = self._bundle
+        fitting.fill(bundle.manifest, adapter, bundle=repr(bundle.manifest.name), base_value=bundle.base_value)
         self._runtime.register({record.key: Source(record.digest, partial(self._read, record))})
         try:
             acts = self._runtime.probe(record.key)

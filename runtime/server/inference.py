@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tpeft_deploy.errors import InputError, TpeftError, Unavailable
+from tpeft_deploy.errors import InputError, NotFound, TpeftError, Unavailable, UnknownTask
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.server.access import Action, Principal, allow
@@ -95,6 +95,10 @@ class Inference:
         timing = Timing(time.monotonic())
         try:
             outputs = await self._run(principal, request, inputs, resolved, timing)
+        except UnknownTask:
+            # The runtime's own message names what others have.
+            self._told(principal, request, resolved, rows, timing, failed=True)
+            raise NotFound(f"run model {request.model!r}", problem="a task of it was deleted meanwhile") from None
         except TpeftError:
             self._told(principal, request, resolved, rows, timing, failed=True)
             raise

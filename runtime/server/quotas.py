@@ -107,6 +107,27 @@ class Meter:
         if requests is not None:
             requests.tokens -= 1
 
+    def check_share(self, tenant: str, waiting: int, rows: int, most: float) -> None:
+        """Refuse a request that would let a tenant take more of the queue than its share; an empty share takes any.
+
+        Args:
+            tenant: whose.
+            waiting: rows of it that wait.
+            rows: of the request.
+            most: rows of it that may wait.
+
+        Raises:
+            QuotaExceeded: to be tried again once some have been served.
+        """
+        if waiting and waiting + rows > most:
+            raise QuotaExceeded(
+                f"queue a request of tenant {tenant!r}",
+                expected=f"at most {most:g} rows of it waiting",
+                got=f"{waiting} waiting and {rows} more",
+                fix="Send less at once, or later.",
+                retry_after=1.0,
+            )
+
     def _bucket(self, buckets: dict[str, _Bucket], tenant: str, rate: float | None, now: float) -> _Bucket | None:
         if rate is None:
             buckets.pop(tenant, None)
