@@ -1,6 +1,7 @@
 # make quickstart   a virtual environment, the main job, a report: the fastest way to see what this is
 # make test         the test suite           make check   ruff and mypy
-# make soak         the long tests           make clean   remove what the above made
+# make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
+# make clean        remove what the above made
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ PROVIDER := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 OUT ?= quickstart
 
-.PHONY: quickstart test check soak clean
+.PHONY: quickstart test check soak proto clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -24,6 +25,9 @@ check: $(VENV)/dev-$(PROVIDER)
 
 soak: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python -m pytest -m soak $(ARGS)
+
+proto: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/python .ci/compile_proto.py
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

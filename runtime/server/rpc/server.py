@@ -1,0 +1,73 @@
+"""The server that listens for gRPC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+
+from tpeft_deploy.errors import Conflict
+from tpeft_deploy.runtime.server.rpc.limits import Limits
+from tpeft_deploy.runtime.server.rpc.servicer import Servicer
+
+__all__ = ["RpcServer", "Tls"]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """What a server shows its clients.
+
+    Attributes:
+        certificate: chain in PEM.
+        key: in PEM.
+    """
+
+    certificate: bytes
+    key: bytes
+
+
+class RpcServer:
+    """A gRPC server on one port; made, started and stopped on the event loop that it answers on.
+
+    Args:
+        servicer: what answers.
+        limits: the same that the servicer has.
+        host: name or address to listen on; IPv6 without brackets.
+        port: 0 for any that is free.
+        tls: None for plain text.
+
+    Attributes:
+        port: that it listens on.
+
+    Raises:
+        Conflict: the port is taken, or certificate and key are unusable.
+    """
+
+    def __init__(self, servicer: Servicer, limits: Limits, *, host: str, port: int, tls: Tls | None = None) -> None:
+        options = [
+            ("grpc.max_receive_message_length", limits.message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),  # else a second server on the port takes half of the calls
+        ]
+        self._server = grpc.aio.server(handlers=(servicer,), options=options)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if tls is None:
+                self.port: int = self._server.add_insecure_port(address)
+            else:
+                credentials = grpc.ssl_server_credentials([(tls.key, tls.certificate)])
+                self.port = self._server.add_secure_port(address, credentials)
+        except RuntimeError:  # whose text says no more
+            raise Conflict(
+                f"gRPC on {address}",
+                problem="cannot listen there",
+                fix="Take another port, or look at the certificate and its key.",
+            ) from None
+
+    async def start(self) -> None:
+        """Take calls from now on."""
+        await self._server.start()
+
+    async def stop(self, grace: float) -> None:
+        """Take no more calls, and end those that still run after `grace` seconds."""
+        await self._server.stop(grace)

@@ -1,0 +1,185 @@
+"""The calls of gRPC: who may make them, how they end, and what is told about them."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from tpeft_deploy.errors import Unauthenticated, Unsupported
+from tpeft_deploy.runtime.server.access import Action, Principal, allow
+from tpeft_deploy.runtime.server.core import Core
+from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
+from tpeft_deploy.runtime.server.rpc.limits import Limits
+from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Call, Method
+from tpeft_deploy.runtime.server.rpc.streaming import in_order
+from tpeft_deploy.runtime.server.rpc.tensors import quoted
+from tpeft_deploy.runtime.server.rpc.wire import parse
+from tpeft_deploy.runtime.server.statuses import Status, status_of
+
+__all__ = ["Observer", "Servicer"]
+
+Observer = Callable[[Exchange], None]
+_LOG = logging.getLogger(__name__)
+_GONE = 499
+_TEXT_BYTES = 1000  # clients take 8 KiB of trailers, in which each byte may become three
+
+
+class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type information
+    """Answers the rpcs of `METHODS` by asking a core.
+
+    The key is looked at before a message is received, so that nobody without one makes the server read; rpcs that
+    there are not are told from those that there are only with a key.
+
+    Args:
+        core: what is asked.
+        limits: on messages.
+        observe: told of every request that was answered, each of a stream's among them; must not block or raise.
+    """
+
+    def __init__(self, core: Core, limits: Limits, observe: Observer | None = None) -> None:
+        self._core = core
+        self._limits = limits
+        self._observe = observe
+
+    def service(self, handler_call_details: Any) -> Any:
+        """How to answer a call, from its name and metadata."""
+        began = time.perf_counter()
+        path: str = handler_call_details.method
+        name = path.removeprefix(f"/{SERVICE}/")
+        method = METHODS.get(name)
+        metadata = _texts(handler_call_details.invocation_metadata)
+        exchange = Exchange(
+            protocol="grpc",
+            method=name if method else "unknown",
+            route=path if method else "unknown",
+            status=200,
+            request_id=metadata.get("x-request-id", ""),
+            traceparent=metadata.get("traceparent", ""),
+        )
+        try:
+            caller = self._caller(method, handler_call_details.invocation_metadata)
+            exchange = _of(exchange, caller)
+            method = _allowed(path, method, caller)
+        except Exception as error:
+            # A stream's handler, as it answers without receiving a message.
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, error, exchange, began))
+        call = Call(self._core, self._limits, caller, metadata)
+        if method.stream:
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, method, call, exchange))
+        return grpc.unary_unary_rpc_method_handler(functools.partial(self._unary, method, call, exchange, began))
+
+    def _caller(self, method: Method | None, metadata: Sequence[tuple[str, str | bytes]]) -> Principal | None:
+        if method is not None and method.action is Action.HEALTH:
+            return None
+        found = [value for key, value in metadata if key == "authorization"]
+        if len(found) > 1 or any(isinstance(value, bytes) for value in found):
+            raise Unauthenticated("authorization", expected="one text", got=f"{len(found)} values")
+        return self._core.authenticate(str(found[0]) if found else None)
+
+    async def _refuse(self, error: Exception, exchange: Exchange, began: float, _: Any, context: Any) -> None:
+        status = _status(error)
+        self._tell(replace(exchange, status=status.http), began)
+        await _abort(context, status)
+
+    async def _unary(
+        self, method: Method, call: Call, exchange: Exchange, began: float, data: bytes, context: Any
+    ) -> bytes:
+        call = replace(call, timeout=context.time_remaining())
+        exchange = replace(exchange, bytes_in=len(data))
+        try:
+            request = parse(method.request, data, self._limits)
+            exchange = _asked(exchange, request)
+            answer = (await method.answer(call, request)).SerializeToString()
+        except asyncio.CancelledError:
+            self._tell(replace(exchange, status=_GONE), began)
+            raise
+        except Exception as error:
+            status = _status(error)
+            self._tell(replace(exchange, status=status.http), began)
+            await _abort(context, status)
+            raise  # never comes here, as abort raises what ends the call
+        self._tell(replace(exchange, bytes_out=len(answer)), began)
+        return bytes(answer)
+
+    async def _stream(self, method: Method, call: Call, exchange: Exchange, _: Any, context: Any) -> None:
+        async def answer(data: bytes) -> bytes:
+            left = replace(call, timeout=context.time_remaining(), streamed=True)
+            return await self._one_of_stream(method, left, exchange, data)
+
+        await in_order(context, answer, self._limits.in_flight)
+
+    async def _one_of_stream(self, method: Method, call: Call, exchange: Exchange, data: bytes) -> bytes:
+        began = time.perf_counter()
+        exchange = replace(exchange, bytes_in=len(data))
+        request = None
+        try:
+            # Streams last: a key may be revoked meanwhile.
+            caller = self._core.authenticate(call.metadata.get("authorization"))
+            allow(caller, method.action)
+            request = parse(method.request, data, self._limits)
+            exchange = _asked(exchange, request)
+            message = await method.answer(replace(call, caller=caller), request)
+        except asyncio.CancelledError:
+            self._tell(replace(exchange, status=_GONE), began)
+            raise
+        except Exception as error:
+            status = _status(error)
+            exchange = replace(exchange, status=status.http)
+            asked = {} if request is None else {"id": request.id, "model_name": request.model_name}
+            message = pb.ModelStreamInferResponse(error_message=_clipped(status.text), infer_response=asked)
+        answer: bytes = message.SerializeToString()
+        self._tell(replace(exchange, bytes_out=len(answer)), began)
+        return answer
+
+    def _tell(self, exchange: Exchange, began: float) -> None:
+        if self._observe is not None:
+            self._observe(replace(exchange, seconds=time.perf_counter() - began))
+
+
+def _allowed(path: str, method: Method | None, caller: Principal | None) -> Method:
+    if method is None:
+        raise Unsupported(f"rpc {quoted(path)}", problem="this server has no such rpc")
+    if caller is not None:
+        allow(caller, method.action)
+    return method
+
+
+def _texts(metadata: Sequence[tuple[str, str | bytes]]) -> Mapping[str, str]:
+    return {key: value for key, value in metadata if isinstance(value, str)}
+
+
+def _of(exchange: Exchange, caller: Principal | None) -> Exchange:
+    if caller is None:
+        return exchange
+    return replace(exchange, tenant=caller.tenant, role=caller.role.value, key=caller.key)
+
+
+def _asked(exchange: Exchange, request: Message) -> Exchange:
+    task = getattr(request, "model_name", "") or getattr(request, "name", "")
+    return replace(exchange, task=task, request_id=getattr(request, "id", "") or exchange.request_id)
+
+
+def _status(error: Exception) -> Status:
+    status = status_of(error)
+    if status.http == 500:
+        _LOG.error("a call over gRPC failed", exc_info=error)
+    return status
+
+
+async def _abort(context: Any, status: Status) -> None:
+    trailers = () if status.retry_after is None else (("retry-after", str(status.retry_after)),)
+    await context.abort(grpc.StatusCode[status.grpc], _clipped(status.text), trailers)
+
+
+def _clipped(text: str) -> str:
+    data = text.encode()
+    return text if len(data) <= _TEXT_BYTES else data[:_TEXT_BYTES].decode(errors="ignore") + "..."
