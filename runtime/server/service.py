@@ -126,7 +126,12 @@ class Service:
     def server_metadata(self, principal: Principal) -> Document:
         """Name, version, extensions."""
         allow(principal, Action.READ)
-        return {"name": "tpeft-deploy", "version": tpeft_deploy.__version__, "extensions": list(EXTENSIONS)}
+        return {
+            "name": "tpeft-deploy",
+            "version": tpeft_deploy.__version__,
+            "extensions": list(EXTENSIONS),
+            "bundle": self._manifest.name,
+        }
 
     def model_metadata(self, principal: Principal, name: str, version: str = "") -> Document:
         """Name, versions, platform, inputs, outputs."""
