@@ -109,6 +109,12 @@ class Service:
         """Take no more requests; those that came are answered."""
         self._accepting = False
 
+    async def sweep(self, seconds: float) -> None:
+        """Remove the files of deleted adapters every so many seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(seconds)
+            await asyncio.to_thread(self._state.tasks.sweep)
+
     def authenticate(self, authorization: str | None) -> Principal:
         """Who sent `Authorization: Bearer KEY`."""
         if not self._options.authenticate:

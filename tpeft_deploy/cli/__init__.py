@@ -12,8 +12,10 @@ from tpeft_deploy.cli.console import Tool
 from tpeft_deploy.cli.convert import convert
 from tpeft_deploy.cli.export import export
 from tpeft_deploy.cli.inspect import inspect
+from tpeft_deploy.cli.keys import keys
 from tpeft_deploy.cli.quickstart import quickstart
 from tpeft_deploy.cli.run import run
+from tpeft_deploy.cli.serve import serve
 from tpeft_deploy.cli.verify import verify
 
 __all__ = ["main"]
@@ -29,5 +31,5 @@ def main() -> None:
     """
 
 
-for command in (inspect, convert, export, adapter, verify, run, bench, quickstart):
+for command in (inspect, convert, export, adapter, verify, run, bench, serve, keys, quickstart):
     main.add_command(command)

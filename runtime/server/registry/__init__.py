@@ -8,7 +8,7 @@ from tpeft_deploy.runtime.server.registry.audit import Audit, AuditRecord
 from tpeft_deploy.runtime.server.registry.catalog import CURRENT, Catalog, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.registry.keys import KeyRecord, Keys
 from tpeft_deploy.runtime.server.registry.staged import Staged
-from tpeft_deploy.runtime.server.registry.state import State, open_state
+from tpeft_deploy.runtime.server.registry.state import State, open_keys, open_state
 from tpeft_deploy.runtime.server.registry.tasks import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import TenantRecord, Tenants
 
@@ -26,5 +26,6 @@ __all__ = [
     "TenantRecord",
     "Tenants",
     "VersionRecord",
+    "open_keys",
     "open_state",
 ]

@@ -1,0 +1,209 @@
+"""A server's life: open, listen, answer, and on SIGTERM stop taking requests, finish, and go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.errors import ServerError
+from tpeft_deploy.runtime import Runtime
+from tpeft_deploy.runtime.providers import choose
+from tpeft_deploy.runtime.server.access_log import AccessLog
+from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.fairness import Fair
+from tpeft_deploy.runtime.server.metrics import Metrics
+from tpeft_deploy.runtime.server.registry import open_state
+from tpeft_deploy.runtime.server.rest import framing
+from tpeft_deploy.runtime.server.rest.app import application
+from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
+from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
+from tpeft_deploy.runtime.server.rpc.servicer import Servicer
+from tpeft_deploy.runtime.server.service import Options, Service
+from tpeft_deploy.runtime.server.settings import Settings
+
+__all__ = ["serve"]
+
+_log = logging.getLogger("tpeft_deploy.server")
+_SWEEP_SECONDS = 300.0
+
+
+def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
+    """Serve a bundle until SIGTERM or SIGINT; a second one ends the process at once.
+
+    Args:
+        bundle: its directory.
+        settings: everything else.
+        say: told in one line each where the server listens, on which provider, and that it stops.
+
+    Raises:
+        BundleError, ProviderUnavailable, ServerError, Conflict: it cannot start.
+    """
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with _listening(settings.host, settings.port) as listener, ExitStack() as stack:
+        service, metrics, runtime = _open(bundle, settings, stack)
+        log = AccessLog() if settings.access_log else None
+        if log is not None:
+            stack.callback(log.close)
+
+        def observe(exchange: Exchange) -> None:
+            metrics.request(exchange)
+            if log is not None:
+                log.write(exchange)
+
+        say(f"provider: {runtime.provider} ({runtime.provider_reason})")
+        with asyncio.Runner(loop_factory=_loop()) as runner:
+            runner.run(_run(service, settings, listener, observe, say))
+    say("stopped")
+
+
+def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Metrics, Runtime]:
+    bundle = Bundle.open(path.resolve())
+    state = stack.enter_context(open_state(settings.state, settings.database_url, default=settings.quota))
+    order: Fair[Any] = Fair(lambda tenant: state.tenants.quota(tenant).weight)
+    limits = settings.batching(choose(settings.provider).device)
+    runtime = stack.enter_context(
+        Runtime(
+            path,
+            provider=settings.provider,
+            threads=settings.threads,
+            device_bytes=settings.device_bytes,
+            host_bytes=settings.host_bytes,
+            folded_bytes=settings.folded_bytes,
+            cuda_graphs=settings.cuda_graphs,
+            limits=limits,
+            order=order,
+        )
+    )
+    metrics = Metrics(
+        settings.max_task_series, runtime.residency, runtime.usage, lambda: runtime.batching().waiting_rows
+    )
+    options = Options(
+        limits=limits,
+        authenticate=not settings.no_auth,
+        max_upload_bytes=settings.max_upload_bytes,
+        metrics=metrics.render,
+        metrics_for_all=settings.metrics_for_all_keys,
+        observe=metrics.inference,
+        forget=metrics.drop,
+    )
+    return Service(runtime, bundle, state, order, options), metrics, runtime
+
+
+async def _run(
+    service: Service,
+    settings: Settings,
+    listener: socket.socket,
+    observe: Callable[[Exchange], None],
+    say: Callable[[str], None],
+) -> None:
+    http = _http(service, settings, observe)
+    grpc = _grpc(service, settings, observe)
+    stop = asyncio.Event()
+    _on_signals(stop)
+    serving = asyncio.create_task(http.serve([listener]))
+    if grpc is not None:
+        await grpc.start()
+    while not http.started and not serving.done():
+        await asyncio.sleep(0.01)
+    scheme = "https" if settings.tls_cert is not None else "http"
+    say(f"serving on {scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}")
+    if grpc is not None:
+        say(f"serving gRPC on {_shown(settings.host)}:{grpc.port}")
+    sweeping = asyncio.create_task(service.sweep(_SWEEP_SECONDS))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
+    service.drain()
+    say("draining: requests that came are answered, no others are taken")
+    await asyncio.sleep(settings.drain_grace)
+    http.should_exit = True
+    await asyncio.gather(serving, *([grpc.stop(settings.drain_seconds)] if grpc is not None else []))
+    sweeping.cancel()
+    stopping.cancel()
+
+
+def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None]) -> uvicorn.Server:
+    limits = framing.Limits(
+        elements=settings.max_elements,
+        body_bytes=settings.max_body_bytes,
+        upload_bytes=settings.max_upload_bytes,
+    )
+    config = uvicorn.Config(
+        application(service, limits, observe),
+        http="httptools",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=20,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone: this module has its own order of stopping."""
+        yield
+
+
+def _grpc(service: Service, settings: Settings, observe: Callable[[Exchange], None]) -> RpcServer | None:
+    if settings.grpc_port is None:
+        return None
+    limits = RpcLimits(elements=settings.max_elements, message_bytes=settings.max_body_bytes)
+    tls = None
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        tls = Tls(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes())
+    servicer = Servicer(service, limits, observe)
+    return RpcServer(servicer, limits, host=settings.host, port=settings.grpc_port, tls=tls)
+
+
+def _on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+
+        def asked(number: signal.Signals = number) -> None:
+            stop.set()
+            for other in (signal.SIGTERM, signal.SIGINT):  # the second time it is not asked but told
+                loop.remove_signal_handler(other)
+                signal.signal(other, signal.SIG_DFL)
+
+        loop.add_signal_handler(number, asked)
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ServerError(
+            f"listen on {_shown(host)}:{port}",
+            problem=error.strerror or str(error),
+            fix="Take another --port, or stop what listens there.",
+        ) from None
+    with listener:
+        yield listener
+
+
+def _loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        return None
+    return uvloop.new_event_loop
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

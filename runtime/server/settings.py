@@ -1,0 +1,179 @@
+"""What can be set: by flags, by the environment (TPEFT_...), by a file; each before the next."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from tpeft_deploy.errors import ServerError
+from tpeft_deploy.runtime.batching import Limits as Batching
+from tpeft_deploy.runtime.server.quotas import Quota
+
+__all__ = ["Settings", "read"]
+
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+_MIB, _GIB = 2**20, 2**30
+
+
+def _seconds(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value)
+    if match is None:
+        raise ValueError("a duration such as 30s, 500ms or 2m")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
+
+
+def _bytes(size: int) -> Any:
+    return Field(default=ByteSize(size))
+
+
+class Settings(BaseSettings):
+    """Everything that can be set; names are those of the file's keys, of flags, and of TPEFT_ variables."""
+
+    model_config = SettingsConfigDict(env_prefix="TPEFT_", extra="forbid", frozen=True)
+
+    state: Path = Path("tpeft-state")
+    """Directory of keys, tenants and registered adapters."""
+    database_url: str | None = Field(default=None, repr=False)
+    """SQLAlchemy URL of the database; SQLite in `state` by default."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=8080, ge=0, le=65535)
+    """Of HTTP; 0 takes a free one and prints it."""
+    grpc_port: int | None = Field(default=None, ge=0, le=65535)
+    """Of gRPC; no gRPC by default."""
+    tls_cert: Path | None = None
+    """Certificate chain, PEM."""
+    tls_key: Path | None = None
+    """Its private key, PEM."""
+    no_auth: bool = False
+    """Ask for no keys; only where `host` is a loopback address."""
+    provider: Literal["auto", "cuda", "cpu"] = "auto"
+    """Execution provider."""
+    threads: int | None = Field(default=None, ge=1)
+    """Of each session; one per core by default."""
+    device_bytes: ByteSize = _bytes(_GIB)
+    """What adapters may take on the device."""
+    host_bytes: ByteSize | None = None
+    """What copies of adapters may take in host memory."""
+    folded_bytes: ByteSize = _bytes(0)
+    """What sessions of hot tasks may take."""
+    cuda_graphs: bool = False
+    """Record runs as CUDA graphs."""
+    max_rows: int | None = Field(default=None, ge=1)
+    """Rows of one run; 8 on the CPU, where more gains little and delays others, and 32 on CUDA by default."""
+    max_delay: Seconds = 0.002
+    """How long a request may wait for company while nothing runs."""
+    max_queue_rows: int = Field(default=1024, ge=1)
+    """Rows that may wait."""
+    max_body_bytes: ByteSize = _bytes(64 * _MIB)
+    """Of a request, after decompression."""
+    max_upload_bytes: ByteSize = _bytes(_GIB)
+    """Of an uploaded adapter."""
+    max_elements: int = Field(default=1 << 26, ge=1)
+    """Of a tensor."""
+    requests_per_s: float | None = None
+    """Default quota of a tenant; none by default, as for the next three."""
+    rows_per_s: float | None = None
+    """Default quota of a tenant."""
+    queue_share: float | None = 0.5
+    """Share of the queue that a tenant may take."""
+    max_adapters: int | None = None
+    """Default quota of registered versions."""
+    max_adapter_bytes: ByteSize | None = None
+    """Default quota of bytes stored."""
+    drain_seconds: Seconds = 30.0
+    """How long requests may take to finish once the server is told to stop."""
+    drain_grace: Seconds = 0.0
+    """How long the server goes on answering after it says that it is not ready, so that load balancers notice."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of the log on stderr."""
+    access_log: bool = True
+    """A line of JSON on stderr for each request."""
+    metrics_for_all_keys: bool = False
+    """Whether keys without the role admin may read /metrics."""
+    max_task_series: int = Field(default=1000, ge=1)
+    """Tasks with metrics of their own; others are counted together."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, file; nothing else is read."""
+        found: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        if settings_cls.model_config.get("toml_file"):
+            found.append(TomlConfigSettingsSource(settings_cls))
+        return tuple(found)
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key are set together")
+        if self.no_auth and not _is_loopback(self.host):
+            raise ValueError(f"no_auth is for a loopback address only, and host is {self.host}")
+        return self
+
+    @property
+    def quota(self) -> Quota:
+        """Of tenants that have none of their own."""
+        return Quota(self.requests_per_s, self.rows_per_s, self.queue_share, self.max_adapters, self.max_adapter_bytes)
+
+    def batching(self, device: str) -> Batching:
+        """Limits of batching on a device."""
+        rows = self.max_rows or (32 if device == "cuda" else 8)
+        return Batching(max_rows=rows, max_delay=self.max_delay, max_queue_rows=self.max_queue_rows)
+
+
+def read(file: Path | None, flags: Mapping[str, object]) -> Settings:
+    """The settings of a run.
+
+    Args:
+        file: TOML, or None.
+        flags: those that were given.
+
+    Raises:
+        ServerError: something unknown, or of the wrong kind; one line that names it, without its value.
+    """
+    kind = Settings
+    if file is not None:
+        if not file.is_file():
+            raise ServerError(f"read settings from {file}", expected="a TOML file", got="none")
+
+        class WithFile(Settings):
+            model_config = SettingsConfigDict(toml_file=file)
+
+        kind = WithFile
+    try:
+        return kind(**flags)  # type: ignore[arg-type]  # pydantic checks them
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        name = ".".join(map(str, first["loc"])) or "together"
+        where = f" from {file}, the environment and flags" if file is not None else ""
+        raise ServerError(f"read settings{where}, {name!r}", problem=first["msg"]) from None
+    except ValueError as error:  # TOML that is none
+        raise ServerError(f"read settings from {file}", problem=str(error).splitlines()[0]) from None
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
