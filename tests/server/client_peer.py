@@ -1,4 +1,4 @@
-"""A server for tests of the client: V2's binary tensors by `struct` alone, so that nothing is shared with the client."""
+"""A server for tests of the client: V2's binary tensors by `struct` alone: nothing is shared with the client."""
 
 from __future__ import annotations
 
@@ -18,10 +18,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 KEY = "tpk_a_b"
-LETTERS = {
-    **{"BOOL": "?", "UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q", "BF16": "H"},
-    **{"INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q", "FP16": "e", "FP32": "f", "FP64": "d"},
-}
+LETTERS = dict(
+    zip(
+        [
+            "BOOL",
+            *(f"{sign}INT{bits}" for bits in (8, 16, 32, 64) for sign in ("", "U")),
+            "BF16",
+            "FP16",
+            "FP32",
+            "FP64",
+        ],
+        "?bBhHiIqQHefd",
+        strict=True,
+    )
+)
 TOY = {
     "name": "toy",
     "versions": ["1"],
