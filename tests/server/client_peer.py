@@ -46,6 +46,12 @@ TOY = {
         {"name": "hidden.0", "datatype": "FP32", "shape": [-1]},
     ],
 }
+DIGITS = {
+    "name": "digits",
+    "versions": ["1"],
+    "inputs": [{"name": "pixels", "datatype": "FP32", "shape": [-1, 1, 16, 16]}],
+    "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, -1]}],
+}
 
 
 @dataclass
@@ -53,6 +59,7 @@ class Peer:
     """What came in, newest last."""
 
     url: str = ""
+    bundle: str = "toy"
     heads: list[dict[str, Any]] = field(default_factory=list)
     values: list[dict[str, list[Any]]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
@@ -63,6 +70,9 @@ class Peer:
 def parse(body: bytes, length: int) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     head, at, values = json.loads(body[:length]), length, {}
     for tensor in head["inputs"]:
+        if "data" in tensor:
+            values[tensor["name"]] = tensor["data"]
+            continue
         end = at + tensor["parameters"]["binary_data_size"]
         piece, at = body[at:end], end
         assert len(piece) == tensor["parameters"]["binary_data_size"]
@@ -103,28 +113,39 @@ def pack(outputs: list[tuple[str, str, list[int], list[Any]]], *, binary: bool =
     return Response(first + tail, headers=headers)
 
 
+def rows(values: dict[str, list[Any]]) -> Response:
+    # A row's logits are its x, as often as the letters of its task.
+    logits = [[x] * len(task) for x, task in zip(values["x"], values["adapter"], strict=True)]
+    hidden = ("hidden.0", "FP32", [len(logits)], values["x"])
+    if len({len(row) for row in logits}) == 1:
+        flat = [value for row in logits for value in row]
+        return pack([("logits", "FP32", [len(logits), len(logits[0])], flat), hidden])
+    return pack([*((f"logits.{at}", "FP32", [len(row)], row) for at, row in enumerate(logits)), hidden])
+
+
+def digits(values: dict[str, list[Any]], binary: bool) -> Response:
+    # The first logit of a row is the sum of its pixels, the second the length of its task's name.
+    images = [values["pixels"][start : start + 256] for start in range(0, len(values["pixels"]), 256)]
+    tasks = values.get("adapter", ["rotated"] * len(images))
+    flat = [float(value) for image, task in zip(images, tasks, strict=True) for value in (sum(image), len(task))]
+    return pack([("logits", "FP32", [len(images), 2], flat)], binary=binary)
+
+
 def application(peer: Peer) -> Starlette:
     async def infer(request: Request) -> Response:
         if request.headers.get("authorization") != f"Bearer {KEY}":
             return JSONResponse({"error": "infer: no key"}, 401)
         body = await request.body()
-        head, values = parse(body, int(request.headers["inference-header-content-length"]))
+        head, values = parse(body, int(request.headers.get("inference-header-content-length", len(body))))
         peer.heads.append(head)
         peer.values.append(values)
         peer.paths.append(request.url.path)
         if request.path_params["name"] == "toy":
             return rows(values)
+        if "pixels" in values:
+            return digits(values, "inference-header-content-length" in request.headers)
         echoed = [(t["name"], t["datatype"], t["shape"], values[t["name"]]) for t in head["inputs"]]
         return pack(echoed, binary=peer.binary)
-
-    def rows(values: dict[str, list[Any]]) -> Response:
-        # A row's logits are its x, as often as the letters of its task.
-        logits = [[x] * len(task) for x, task in zip(values["x"], values["adapter"], strict=True)]
-        hidden = ("hidden.0", "FP32", [len(logits)], values["x"])
-        if len({len(row) for row in logits}) == 1:
-            flat = [value for row in logits for value in row]
-            return pack([("logits", "FP32", [len(logits), len(logits[0])], flat), hidden])
-        return pack([*((f"logits.{at}", "FP32", [len(row)], row) for at, row in enumerate(logits)), hidden])
 
     async def register(request: Request) -> Response:
         async with request.form() as form:
@@ -140,12 +161,15 @@ def application(peer: Peer) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/v2", document({"name": "tpeft_deploy", "bundle": "toy", "version": "1"})),
+            Route("/v2", document({"name": "tpeft_deploy", "bundle": peer.bundle, "version": "1"})),
             Route("/v2/models/toy", document(TOY)),
+            Route("/v2/models/digits", document(DIGITS)),
             Route("/v2/health/ready", document({"ready": True})),
             Route("/v2/models/{name}/infer", infer, methods=["POST"]),
             Route("/v2/models/{name}/versions/{version}/infer", infer, methods=["POST"]),
             Route("/v2/registry/tasks", document([{"name": "sst2"}])),
+            Route("/v2/registry/tasks/{name}/aliases/{alias}", document({"version": "1"}), methods=["PUT"]),
+            Route("/v2/registry/tasks/{name}/aliases/{alias}/rollback", document({"version": "1"}), methods=["POST"]),
             Route("/v2/registry/tasks/{name}/versions", register, methods=["POST"]),
         ]
     )
