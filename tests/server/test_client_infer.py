@@ -84,8 +84,8 @@ def test_every_kind_of_array_arrives_and_returns(
 
 def test_a_large_tensor_is_sent_in_pieces_and_comes_back_whole(call: Calling, peer: Peer) -> None:
     pixels = np.random.default_rng(0).standard_normal((4, 3, 200, 100)).astype(np.float32)
-    (answer,) = call(peer.url, [lambda client: client.infer({"pixels": pixels}, "t")], key=KEY)
-    np.testing.assert_array_equal(answer["pixels"], pixels, strict=True)
+    (answer,) = call(peer.url, [lambda client: client.infer({"image": pixels}, "t")], key=KEY)
+    np.testing.assert_array_equal(answer["image"], pixels, strict=True)
 
 
 @pytest.mark.parametrize("shift", range(8))
