@@ -26,6 +26,7 @@ def imported_by(code: str) -> set[str]:
     [
         "import tpeft_deploy",
         "from tpeft_deploy import Adapter, Bundle, TuckerDelta, load_adapter",
+        "from tpeft_deploy import AsyncClient, Client",
         "import tpeft_deploy.cli",
         "from click.testing import CliRunner; from tpeft_deploy.cli import main; CliRunner().invoke(main, ['--help'])",
     ],
@@ -60,6 +61,7 @@ ALLOWED = {
     "plots": set[str](),
     "progress": set[str](),
     "tucker": {"errors"},
+    "client": {"errors", "tucker"},
     "algebra": {"tucker", "errors"},
     "adapter": {"tucker", "errors"},
     "composition": {"adapter", "algebra", "errors", "tucker"},

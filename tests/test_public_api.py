@@ -7,7 +7,9 @@ import tpeft_deploy
 DOCUMENTED = {
     "tpeft_deploy": [
         "Adapter",
+        "AsyncClient",
         "Bundle",
+        "Client",
         "Runtime",
         "TpeftError",
         "TuckerDelta",
@@ -16,6 +18,7 @@ DOCUMENTED = {
         "load_adapter",
         "verify_bundle",
     ],
+    "tpeft_deploy.client": ["AsyncClient", "Client"],
     "tpeft_deploy.exporters": ["export_bundle", "export_folded", "verify_bundle"],
     "tpeft_deploy.runtime": ["Limits", "Runtime", "Source"],
     "tpeft_deploy.training": [

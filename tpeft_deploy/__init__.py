@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
     from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.client import AsyncClient, Client
     from tpeft_deploy.errors import TpeftError
     from tpeft_deploy.exporters import export_bundle, export_folded, verify_bundle
     from tpeft_deploy.formats import load_adapter
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "AsyncClient",
     "Bundle",
+    "Client",
     "Runtime",
     "TpeftError",
     "TuckerDelta",
@@ -31,7 +34,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "tpeft_deploy.adapter",
+    "AsyncClient": "tpeft_deploy.client",
     "Bundle": "tpeft_deploy.bundle",
+    "Client": "tpeft_deploy.client",
     "Runtime": "tpeft_deploy.runtime",
     "TpeftError": "tpeft_deploy.errors",
     "TuckerDelta": "tpeft_deploy.tucker",

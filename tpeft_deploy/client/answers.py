@@ -1,0 +1,164 @@
+"""What a server answers: bytes as they come in, JSON documents, and refusals as the errors they stand for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from tpeft_deploy import errors
+
+__all__ = [
+    "HEADER_LENGTH",
+    "Answer",
+    "Document",
+    "Landing",
+    "document",
+    "documents",
+    "nothing",
+    "refusal",
+    "retry_after",
+]
+
+Document = dict[str, Any]
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+_KINDS: dict[int, type[errors.TpeftError]] = {
+    400: errors.InputError,
+    401: errors.Unauthenticated,
+    403: errors.Forbidden,
+    404: errors.NotFound,
+    409: errors.Conflict,
+    413: errors.TooLarge,
+    501: errors.Unsupported,
+    503: errors.Unavailable,
+    504: errors.DeadlineExceeded,
+}
+_ALIGNMENT = 16  # what memory of a bytearray has, and no numpy dtype needs more
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A complete answer.
+
+    Attributes:
+        status: of HTTP.
+        headers: by name, in any case.
+        body: decompressed.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: memoryview
+
+
+class Landing:
+    """Collects the body of an answer so that its tensors can be used where they lie, writable and aligned.
+
+    Args:
+        headers: of the answer; they say how long the JSON before the tensors is.
+    """
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        length = headers.get(HEADER_LENGTH, "")
+        self._padding = -int(length) % _ALIGNMENT if length.isascii() and length.isdigit() else 0
+        self._buffer = bytearray(self._padding)
+
+    def add(self, chunk: bytes) -> None:
+        """What came in."""
+        self._buffer += chunk
+
+    def body(self) -> memoryview:
+        """All of it."""
+        return memoryview(self._buffer)[self._padding :]
+
+
+def document(answer: Answer) -> Document:
+    """A JSON object.
+
+    Raises:
+        ServerError: it is none.
+    """
+    found = _json(answer)
+    if not isinstance(found, dict):
+        raise errors.ServerError("read the answer", expected="a JSON object", got=type(found).__name__)
+    return found
+
+
+def documents(answer: Answer) -> list[Document]:
+    """A JSON array of objects.
+
+    Raises:
+        ServerError: it is none.
+    """
+    found = _json(answer)
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise errors.ServerError("read the answer", expected="a JSON array of objects", got=type(found).__name__)
+    return found
+
+
+def nothing(answer: Answer) -> None:
+    """Nothing but that it was done."""
+
+
+def _json(answer: Answer) -> object:
+    try:
+        return json.loads(bytes(answer.body))
+    except ValueError as error:
+        raise errors.ServerError("read the answer", expected="JSON", got=_shown(answer.body)) from error
+
+
+def refusal(answer: Answer, doing: str) -> errors.TpeftError:
+    """The error that a status other than 200 stands for, with the server's own text.
+
+    Both a full queue and a server that starts or drains are 503; the queue's text says so.
+    """
+    text = _error_text(answer.body)
+    if text is None:
+        own = f"status {answer.status} with {_shown(answer.body)}"
+        return _error(answer, doing, "")(doing, expected="a server of tpeft_deploy to answer", got=own)
+    if answer.status == 429:
+        return errors.QuotaExceeded(text, retry_after=retry_after(answer.headers))
+    return _error(answer, doing, text)(text)
+
+
+def _error(answer: Answer, doing: str, text: str) -> type[errors.TpeftError]:
+    if answer.status == 503 and text.startswith("queue "):
+        return errors.QueueFull
+    return _KINDS.get(answer.status, errors.ServerError)
+
+
+def _error_text(body: memoryview) -> str | None:
+    try:
+        found = json.loads(bytes(body))
+    except ValueError:
+        return None
+    text = found.get("error") if isinstance(found, dict) else None
+    return text if isinstance(text, str) and text else None
+
+
+def _shown(body: memoryview) -> str:
+    return repr(bytes(body[:120]).decode(errors="replace"))
+
+
+def retry_after(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
+    """Seconds after which a server wants to be asked again; None where it does not say, or says it unreadably."""
+    stated = headers.get("Retry-After", "").strip()
+    if not stated:
+        return None
+    try:
+        seconds = float(stated)
+    except ValueError:
+        try:
+            until = parsedate_to_datetime(stated)
+        except ValueError:
+            return None
+        # Dates without a zone are UTC in HTTP.
+        until = until if until.tzinfo else until.replace(tzinfo=UTC)
+        seconds = (until - (now or datetime.now(UTC))).total_seconds()
+    return max(0.0, seconds) if math.isfinite(seconds) else None

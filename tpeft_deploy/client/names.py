@@ -1,0 +1,34 @@
+"""Names in URLs."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote
+
+from tpeft_deploy.errors import InputError
+
+__all__ = ["model_path", "part"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+
+
+def part(name: str, what: str) -> str:
+    """A name as part of a path: names that the server cannot have, such as "..", would lead elsewhere.
+
+    Raises:
+        InputError: naming what it was for.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"ask for {what} {name!r}",
+            expected="a name of at most 128 letters, digits, '.', '_', ':' and '-', the first a letter or digit",
+            got=repr(name),
+        )
+    return quote(name, safe="")
+
+
+def model_path(name: str) -> str:
+    """Where the model `name` or `name@version` is."""
+    task, at, version = name.partition("@")
+    path = f"/v2/models/{part(task, 'task')}"
+    return f"{path}/versions/{part(version, 'version')}" if at else path
