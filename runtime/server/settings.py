@@ -163,9 +163,10 @@ def read(file: Path | None, flags: Mapping[str, object]) -> Settings:
         return kind(**flags)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        name = ".".join(map(str, first["loc"])) or "together"
+        name = ".".join(map(str, first["loc"]))
         where = f" from {file}, the environment and flags" if file is not None else ""
-        raise ServerError(f"read settings{where}, {name!r}", problem=first["msg"]) from None
+        doing = f"read settings{where}" + (f", {name!r}" if name else "")
+        raise ServerError(doing, problem=first["msg"].removeprefix("Value error, ")) from None
     except ValueError as error:  # TOML that is none
         raise ServerError(f"read settings from {file}", problem=str(error).splitlines()[0]) from None
 
