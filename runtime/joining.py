@@ -88,7 +88,7 @@ class Joiner:
 
         Args:
             inputs: as `requests.check_inputs` gives them.
-            task: its task, or a tuple with one a row.
+            task: what all its rows run on, or a tuple with one task a row.
         """
         if not self._joinable:
             return None

@@ -11,6 +11,7 @@ from tpeft_deploy.errors import ProtocolError, QuotaExceeded
 
 __all__ = ["Meter", "Quota"]
 
+
 @dataclass(frozen=True)
 class Quota:
     """What a tenant is allowed; None is no limit.
