@@ -127,7 +127,7 @@ class Batcher:
             form,
             deadline=math.inf if timeout is None else self._clock() + timeout,
             tenant=tenant,
-            cost=float(sum(array.size for array in inputs.values()) if form is None else form.elements),
+            cost=sum(array.size for array in inputs.values()) if form is None else form.elements,
             lane=lane,
             priority=priority,
         )

@@ -45,7 +45,7 @@ class Holder:
         patience = asyncio.timeout(timeout)
         try:
             async with patience:
-                await asyncio.shield(asyncio.wrap_future(taking))
+                await asyncio.wrap_future(taking)
         except BaseException:
             self._step_back(taking, tenant)
             taking.add_done_callback(lambda done: self._let_go(versions, done))
