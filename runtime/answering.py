@@ -68,7 +68,7 @@ class Answering:
         began = time.monotonic()
         if held:
             try:
-                await self._holder.take(held, timeout)
+                await self._holder.take(held, timeout, tenant)
             except CapacityError:
                 if len(held) < 2:
                     raise

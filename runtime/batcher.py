@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Protocol
 
 import onnxruntime
 
-from tpeft_deploy.errors import QueueFull, RunError
+from tpeft_deploy.errors import RunError, TpeftError
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.batching import Limits, Order, Queue, Request
 from tpeft_deploy.runtime.calls import Answer, Answered, Call, Run, answer
+from tpeft_deploy.runtime.figures import Figures
 from tpeft_deploy.runtime.joining import Form, Joiner, Outputs, Task
 from tpeft_deploy.runtime.timing import Timing
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Batcher", "Engine", "Figures"]
+__all__ = ["Batcher", "Engine"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
@@ -44,33 +45,6 @@ class Engine(Protocol):
         Returns:
             Output name -> array, or a list with one array a row where rows differ in size.
         """
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What a batcher has done so far, and what waits.
-
-    Attributes:
-        waiting_requests: requests in the queue.
-        waiting_rows: their rows.
-        batches: runs of the engine; a batch that failed and was run again request by request counts those too.
-        rows: rows in those runs.
-        joined: number of requests in a run -> number of such runs.
-        refused: requests that the queue did not take.
-        overdue: requests whose deadline came first.
-        cancelled: requests given up by their callers.
-        stopped: runs that were told to stop because nobody waited any more.
-    """
-
-    waiting_requests: int
-    waiting_rows: int
-    batches: int
-    rows: int
-    joined: Mapping[int, int]
-    refused: int
-    overdue: int
-    cancelled: int
-    stopped: int
 
 
 class Batcher:
@@ -140,11 +114,24 @@ class Batcher:
             QueueFull: too many rows wait already.
             DeadlineExceeded: the time is over; a request that was still waiting never runs.
             RunError: the batcher is closed.
+            TpeftError: what the order raises that does not take it.
         """
         loop = asyncio.get_running_loop()
-        call = self._call(inputs, [task] if tasks is None else tasks, apart=tasks is not None, timeout=timeout)
-        call.request = replace(call.request, tenant=tenant, priority=priority)
-        call.timing = timing
+        rows = [task] if tasks is None else tasks
+        # Rows that are all on one task are in the lane of that task, and join its other requests.
+        lane = rows[0] if len(rows) == 1 or len(set(rows)) == 1 else tuple(rows)
+        form = self._joiner.form(inputs, lane)
+        request = Request(
+            next(self._ids),
+            self._joiner.rows(inputs),
+            form,
+            deadline=math.inf if timeout is None else self._clock() + timeout,
+            tenant=tenant,
+            cost=sum(array.size for array in inputs.values()) if form is None else form.elements,
+            lane=lane,
+            priority=priority,
+        )
+        call = Call(request, inputs, rows, tasks is not None, timeout, loop.create_future(), timing)
         self._admit(call)
         # On the caller's loop, so that it is on time while the worker is busy with others.
         timer = loop.call_later(timeout, self._expire, call) if timeout is not None else None
@@ -187,13 +174,6 @@ class Batcher:
         if worker is not None and worker is not threading.current_thread():
             worker.join()
 
-    def _call(self, inputs: Mapping[str, Array], tasks: Sequence[Task], *, apart: bool, timeout: float | None) -> Call:
-        lane = tuple(tasks) if apart else tasks[0]
-        form = self._joiner.form(inputs, lane)
-        elements = sum(array.size for array in inputs.values()) if form is None else form.elements
-        request = Request(next(self._ids), self._joiner.rows(inputs), form, cost=float(elements), lane=lane)
-        return Call(request, inputs, tasks, apart, timeout, asyncio.get_running_loop().create_future())
-
     def _admit(self, call: Call) -> None:
         with self._changed:
             if self._closed:
@@ -203,14 +183,12 @@ class Batcher:
                 worker.start()
                 self._worker = worker
             now = self._clock()
-            if call.timeout is not None:
-                call.request = replace(call.request, deadline=now + call.timeout)
             if call.request.deadline <= now:
                 self._counts["overdue"] += 1
                 raise call.overdue()
             try:
                 self._queue.add(call.request, now)
-            except QueueFull:
+            except TpeftError:
                 self._counts["refused"] += 1
                 raise
             self._calls[call.request.id] = call

@@ -13,6 +13,10 @@ __all__ = ["FirstCome", "Limits", "Order", "Queue", "Request"]
 
 Form = TypeVar("Form")
 
+# Requests in a row that did not fit into a batch, after which no other is looked for: looking at a thousand takes
+# longer than many a run.
+_MOST_PASSED = 256
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -62,8 +66,8 @@ class Request(Generic[Form]):
         deadline: the time after which nobody wants the answer.
         tenant: whom an order may charge for the rows.
         cost: what an order may charge: the elements of its inputs, padding not counted.
-        lane: what it runs on; an order may take turns between the lanes of a tenant.
         priority: among the requests of a tenant and lane, the smaller first.
+        lane: what it runs on; an order may take turns between the lanes of a tenant.
     """
 
     id: int
@@ -84,7 +88,11 @@ class Order(Protocol[Form]):
     """
 
     def add(self, request: Request[Form]) -> None:
-        """Let a request wait."""
+        """Let a request wait.
+
+        Raises:
+            TpeftError: it may not; nothing has changed then.
+        """
 
     def drop(self, request: Request[Form]) -> None:
         """Forget a request that will not run: cancelled or past its deadline."""
@@ -173,6 +181,7 @@ class Queue(Generic[Form]):
 
         Raises:
             QueueFull: too many rows wait already.
+            TpeftError: the order does not take it.
         """
         if self._rows and self._rows + request.rows > self._limits.max_queue_rows:
             raise QueueFull(
@@ -181,8 +190,8 @@ class Queue(Generic[Form]):
                 got=f"{self._rows} rows in {len(self._waiting)} requests before it",
                 fix="Send it again later, send less at once, or raise max_queue_rows.",
             )
-        self._waiting[request.id] = (request, now)
         self._order.add(request)
+        self._waiting[request.id] = (request, now)
         self._rows += request.rows
         self._earliest_deadline = min(self._earliest_deadline, request.deadline)
 
@@ -237,18 +246,19 @@ class Queue(Generic[Form]):
             self._running = 0
 
     def _gather(self) -> list[Request[Form]]:
-        """The first request of the order, and all that can join it, up to max_rows."""
+        """The first request of the order, and what can join it, up to max_rows."""
         waiting = iter(self._order)
         first = next(waiting)
-        batch, rows, form = [first], first.rows, first.form
+        batch, rows, form, passed = [first], first.rows, first.form, 0
         for request in waiting:
-            if form is None or rows >= self._limits.max_rows:
+            if form is None or rows >= self._limits.max_rows or passed >= _MOST_PASSED:
                 break
-            if request.form is None or rows + request.rows > self._limits.max_rows:
-                continue
-            joined = self._join(form, request.form)
-            if joined is not None:
-                form = joined
+            fits = request.form is not None and rows + request.rows <= self._limits.max_rows
+            joined = self._join(form, request.form) if fits and request.form is not None else None
+            if joined is None:
+                passed += 1
+            else:
+                form, passed = joined, 0
                 rows += request.rows
                 batch.append(request)
         return batch

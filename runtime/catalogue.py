@@ -74,6 +74,15 @@ class Catalogue:
             self._versions = {**self._versions, **versions}
         self._replaced(old)
 
+    def changed(self, versions: Mapping[str, Version]) -> dict[str, Version]:
+        """Those whose content is not what their tasks stand for now."""
+        now = self._versions
+        return {
+            task: version
+            for task, version in versions.items()
+            if (known := now.get(task)) is None or known.digest != version.digest
+        }
+
     def remove(self, tasks: Sequence[str]) -> None:
         """Forget tasks.
 
@@ -155,14 +164,16 @@ class Catalogue:
     def _replaced(self, old: Sequence[Version]) -> None:
         if not old:
             return
+        replaced = set(old)
         with self._lock:
-            stale = [key for key in self._sets if any(part in old for part, _ in key)]
+            stale = [key for key in self._sets if any(part in replaced for part, _ in key)]
             gone = [self._sets.pop(key) for key in stale]
         for version in [*old, *gone]:
             self._retire(version)
 
     def _unknown(self, doing: str, task: str) -> UnknownTask:
-        known = [BASE_TASK, *self.tasks]
+        # Those of tenants are nobody else's business.
+        known = [BASE_TASK, *sorted(name for name in self._versions if "/" not in name)]
         shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
         return UnknownTask(
             doing,

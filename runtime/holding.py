@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from tpeft_deploy.errors import DeadlineExceeded
+from tpeft_deploy.errors import DeadlineExceeded, QueueFull
 from tpeft_deploy.runtime.tiers import Tiers
 from tpeft_deploy.runtime.versions import Version
 
@@ -14,31 +16,40 @@ __all__ = ["Holder"]
 
 
 class Holder:
-    """Threads that wait for disks and rows in the place of event loops.
+    """Threads that wait for disks and rows in the place of event loops, for one tenant after the other.
 
     Args:
         tiers: where the versions are.
+        most: requests of one tenant that may wait for adapters.
     """
 
-    def __init__(self, tiers: Tiers) -> None:
+    def __init__(self, tiers: Tiers, most: int = 1024) -> None:
         self._tiers = tiers
+        self._most = most
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tpeft-load")
+        self._lock = threading.Lock()
+        # Whose turn it is; the oldest of a tenant first.
+        self._waiting: OrderedDict[str, OrderedDict[Future[None], Sequence[Version]]] = OrderedDict()
 
-    async def take(self, versions: Sequence[Version], timeout: float | None) -> None:
+    async def take(self, versions: Sequence[Version], timeout: float | None, tenant: str = "") -> None:
         """`Tiers.take`; who awaits it gives them back.
 
         Raises:
             AdapterError, BundleError, CapacityError: as there.
+            QueueFull: too many requests of the tenant wait for adapters already.
             DeadlineExceeded: they were not there after `timeout` seconds.
         """
         if self._tiers.take_resident(versions):
             return
-        taking = self._threads.submit(self._tiers.take, versions)
+        taking = self._line_up(versions, tenant)
+        patience = asyncio.timeout(timeout)
         try:
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(taking)), timeout)
-        except BaseException as error:
+            async with patience:
+                await asyncio.wrap_future(taking)
+        except BaseException:
+            self._step_back(taking, tenant)
             taking.add_done_callback(lambda done: self._let_go(versions, done))
-            if isinstance(error, TimeoutError):
+            if patience.expired():
                 raise DeadlineExceeded(
                     f"run {_named(versions)}",
                     expected=f"what it needs on the device within {timeout:g} s",
@@ -60,6 +71,46 @@ class Holder:
     def close(self) -> None:
         """End the threads, once what they do is done."""
         self._threads.shutdown()
+
+    def _line_up(self, versions: Sequence[Version], tenant: str) -> Future[None]:
+        taking: Future[None] = Future()
+        with self._lock:
+            own = self._waiting.setdefault(tenant, OrderedDict())
+            if len(own) >= self._most:
+                raise QueueFull(
+                    f"bring {_named(versions)} to the device",
+                    expected=f"at most {self._most} requests of one tenant that wait for adapters",
+                    got=f"{len(own)} before it",
+                    fix="Send it again later, or prefetch what will be asked for.",
+                )
+            own[taking] = versions
+        self._threads.submit(self._take_next)
+        return taking
+
+    def _step_back(self, taking: Future[None], tenant: str) -> None:
+        """Read nothing for a request that is given up before its turn came."""
+        with self._lock:
+            own = self._waiting.get(tenant)
+            if own is not None and own.pop(taking, None) is not None and not own:
+                del self._waiting[tenant]
+        taking.cancel()
+
+    def _take_next(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                return  # somebody stepped back
+            tenant, own = self._waiting.popitem(last=False)
+            taking, versions = own.popitem(last=False)
+            if own:
+                self._waiting[tenant] = own
+        if not taking.set_running_or_notify_cancel():
+            return
+        try:
+            self._tiers.take(versions)
+        except BaseException as error:  # whoever awaits it gets it
+            taking.set_exception(error)
+        else:
+            taking.set_result(None)
 
     def _let_go(self, versions: Sequence[Version], taking: Future[None]) -> None:
         if not taking.cancelled() and taking.exception() is None:

@@ -76,44 +76,51 @@ class Joiner:
         self._manifest = manifest
         self._joinable = _joinable(manifest)
         self._paddable = _paddable(manifest)
+        self._first = next((port.name for port in requests.batched(manifest, manifest.inputs)), None)
+        # What `form` and `_sizes` look at, found once: per input, its axes that cannot be filled up and the places of
+        # the sizes that can; and where to read each of those.
+        self._axes = [
+            (
+                port.name,
+                tuple(axis for axis, size in enumerate(port.shape) if axis and size not in self._paddable),
+                tuple(self._paddable.index(size) for size in port.shape if size in self._paddable),
+            )
+            for port in manifest.inputs
+        ]
+        found = {size: (port.name, axis) for port in manifest.inputs for axis, size in enumerate(port.shape)}
+        self._places = {name: found[name] for name in self._paddable}
         self.fits = partial(fits, max_waste=max_waste)
 
     def rows(self, inputs: Mapping[str, Array]) -> int:
         """Rows of a request; 1 for a model without a batch axis."""
-        batched = requests.batched(self._manifest, self._manifest.inputs)
-        return inputs[batched[0].name].shape[0] if batched else 1
+        return 1 if self._first is None else inputs[self._first].shape[0]
 
     def form(self, inputs: Mapping[str, Array], task: Task) -> Form | None:
         """The form of a request, or None if it has to run alone.
 
         Args:
             inputs: as `requests.check_inputs` gives them.
-            task: its task, or a tuple with one a row.
+            task: what all its rows run on, or a tuple with one task a row.
         """
         if not self._joinable:
             return None
-        ports = self._manifest.inputs
-        paddable = set(self._paddable)
-        fixed = []
-        terms = []
-        for port in ports:
-            own = [
-                size
-                for name, size in zip(port.shape[1:], inputs[port.name].shape[1:], strict=True)
-                if name not in paddable
-            ]
-            places = tuple(self._paddable.index(name) for name in port.shape if name in paddable)
-            fixed.append(tuple(own))
-            terms.append((math.prod(own), places))
         # A model that serves one adapter per run gains nothing from other tasks in the batch: it would run one after
         # the other, and all would wait for the last.
         alike = task if self._manifest.rows == "group" else None
-        own_sizes = self._sizes(inputs)
+        fixed = []
+        terms = []
+        elements = 0
+        for name, axes, places in self._axes:
+            array = inputs[name]
+            own = tuple([array.shape[axis] for axis in axes])
+            fixed.append(own)
+            terms.append((math.prod(own), places))
+            elements += array.size
         return Form(
             key=(alike, tuple(fixed)),
             rows=self.rows(inputs),
-            sizes=tuple(own_sizes[name] for name in self._paddable),
-            elements=sum(inputs[port.name].size for port in ports),
+            sizes=tuple([inputs[name].shape[axis] for name, axis in self._places.values()]),
+            elements=elements,
             terms=tuple(terms),
         )
 
@@ -159,12 +166,7 @@ class Joiner:
 
     def _sizes(self, inputs: Mapping[str, Array]) -> dict[str, int]:
         """A request's own size along every paddable name."""
-        return {
-            name: size
-            for port in self._manifest.inputs
-            for name, size in zip(port.shape, inputs[port.name].shape, strict=True)
-            if name in self._paddable
-        }
+        return {size: inputs[name].shape[axis] for size, (name, axis) in self._places.items()}
 
     def _check(self, port: Port, output: Array | list[Array], rows: int, padded: Mapping[str, int]) -> None:
         """Refuse what would be cut in the wrong places: a wrong answer is worse than none."""

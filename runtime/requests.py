@@ -43,7 +43,7 @@ def check_tasks(manifest: Manifest, tasks: Sequence[object], inputs: Mapping[str
     """Refuse a list of tasks that does not name one task per row.
 
     Raises:
-        InputError: another number of tasks than rows, or a string instead of a list.
+        InputError: another number of tasks than rows, no rows at all, or a string instead of a list.
     """
     if isinstance(tasks, str):
         raise InputError(
@@ -51,6 +51,12 @@ def check_tasks(manifest: Manifest, tasks: Sequence[object], inputs: Mapping[str
             expected="tasks as a list with one task per row",
             got=f"the string {tasks!r}",
             fix=f"Use task={tasks!r} for one task over the whole batch.",
+        )
+    if not batched(manifest, manifest.inputs):
+        raise InputError(
+            f"run bundle {manifest.name!r}",
+            expected="task, as it has no batch axis and so no rows",
+            got="tasks",
         )
     count = rows(manifest, inputs)
     if len(tasks) != count:

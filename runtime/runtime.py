@@ -24,11 +24,12 @@ from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.answering import Answering
 from tpeft_deploy.runtime.bank import Layout
-from tpeft_deploy.runtime.batcher import Batcher, Figures
+from tpeft_deploy.runtime.batcher import Batcher
 from tpeft_deploy.runtime.batching import Limits, Order
 from tpeft_deploy.runtime.captured import Captured
 from tpeft_deploy.runtime.catalogue import Catalogue, Task
 from tpeft_deploy.runtime.engine import Engine, Outputs
+from tpeft_deploy.runtime.figures import Figures
 from tpeft_deploy.runtime.folds import Folds
 from tpeft_deploy.runtime.holding import Holder
 from tpeft_deploy.runtime.joining import Form
@@ -130,7 +131,7 @@ class Runtime:
             self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
             limits = Limits() if limits is None else limits
             self._batcher = Batcher(self._manifest, self._run_batch, limits, order=order)
-            self._holder = Holder(self._tiers)
+            self._holder = Holder(self._tiers, limits.max_queue_rows)
             self._answering = Answering(self._manifest, self._tiers, self._holder, self._batcher)
             if isinstance(self._session, Captured):
                 failed.callback(self._session.close)
@@ -261,6 +262,7 @@ class Runtime:
             UnknownTask, InputError, CompositionError, AdapterError, BundleError, CapacityError: as `run`.
             QueueFull: too many rows wait already.
             DeadlineExceeded: the time was over first.
+            TpeftError: what the order of the queue raises that does not take it.
         """
         arrays = requests.check_inputs(self._manifest, inputs)
         versions = self._found(arrays, task, tasks)
@@ -310,17 +312,25 @@ class Runtime:
     def register(self, sources: Mapping[str, Source]) -> None:
         """Know adapters from outside the bundle without reading them: each is read when it is first asked for.
 
+        A task that stands for the same content already goes on as it is; one that is pinned is brought and folded as
+        by `load`.
+
         Args:
             sources: task -> where its adapter is.  A name may also be "TENANT/TASK@VERSION", as the server has them.
 
         Raises:
             BundleError: a name is not allowed; none is known then.
+            AdapterError, CapacityError: one that is pinned cannot be brought; all are known.
         """
         for task in sources:
             if not _REGISTERED.fullmatch(task):
                 check_task(task, self.name)
         found = {task: Version(task, source.digest, source.read) for task, source in sources.items()}
-        self._catalogue.put(found)
+        changed = self._catalogue.changed(found)
+        self._catalogue.put(changed)
+        for task in self._pinned.keys() & changed.keys():
+            with self._tiers.using([changed[task]]):
+                self._keep(task, changed[task])
 
     def forget(self, tasks: Iterable[str]) -> None:
         """`unload` of several: all of them or, where one is unknown, none.
@@ -341,8 +351,11 @@ class Runtime:
             AdapterError, BundleError, CapacityError: it cannot be served.
             RunError: an output is not finite.
         """
-        example = self._base.example()
-        return differs(self.run(example, BASE_TASK), self.run(example, task), task=task)
+        version = self._version(task, "probe")
+        example = requests.check_inputs(self._manifest, self._base.example())
+        # Both from the bank: a session of its own rounds otherwise.
+        base, own = self._engine.run_banked(example, None), self._engine.run_banked(example, version)
+        return differs(base, own, task=task)
 
     def unload(self, task: str) -> None:
         """Stop serving a task; runs in flight finish on it.

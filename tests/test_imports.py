@@ -92,9 +92,10 @@ def test_imports_run_one_way(room: str) -> None:
         assert found <= ALLOWED[room], f"{file} imports {sorted(found - ALLOWED[room])}"
 
 
-def _modules(file: Path) -> set[str]:
+def _modules(file: Path, *, nested: bool = True) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree) if nested else tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{file} has a relative import"
             if node.module == "tpeft_deploy":
@@ -103,3 +104,19 @@ def _modules(file: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             names |= {a.name for a in node.names}
     return names
+
+
+def test_nothing_but_the_command_line_imports_the_server_and_that_inside_functions() -> None:
+    server = "tpeft_deploy.runtime.server"
+    for room in (ROOT / "tpeft_deploy", ROOT / "runtime", ROOT / "exporters"):
+        for file in sorted(room.rglob("*.py")):
+            inside = file.relative_to(room).parts
+            if inside[0] == "server" or not any(name.startswith(server) for name in _modules(file)):
+                continue
+            assert inside[0] == "cli", f"{file} imports the server"
+            assert not any(name.startswith(server) for name in _modules(file, nested=False)), f"{file}, at its top"
+
+
+def test_the_order_and_the_quotas_of_the_server_need_neither_torch_nor_onnx() -> None:
+    code = "import tpeft_deploy.runtime.server.fairness, tpeft_deploy.runtime.server.quotas"
+    assert imported_by(code) == {"onnxruntime"}

@@ -11,142 +11,153 @@ from __future__ import annotations
 
 import bisect
 import heapq
-import itertools
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from tpeft_deploy.runtime.batching import Request
+from tpeft_deploy.runtime.server.counters import Counted, Counters
 
 __all__ = ["Fair"]
 
 Form = TypeVar("Form")
-_Entry = tuple[int, int]  # priority, and when it came
+
+# How many later requests of its lane may overtake a request for each step of priority: more than a queue usually
+# holds, so that priorities decide, and a bound, so that the least urgent is served too.
+_PATIENCE = 1024
 
 
-@dataclass(eq=False)
-class _Lane(Generic[Form]):
+class _Lane(Counted, Generic[Form]):
     """Requests on one task, in the order in which they are served."""
 
-    served: float = 0.0
-    entries: list[_Entry] = field(default_factory=list)
-    requests: dict[_Entry, Request[Form]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[Request[Form]] = []
+        self._places: list[tuple[int, int]] = []  # of those, and when they came
+        self._arrivals = 0
+
+    def add(self, request: Request[Form]) -> tuple[int, int]:
+        self._arrivals += 1
+        place = (self._arrivals + request.priority * _PATIENCE, self._arrivals)
+        index = bisect.bisect(self._places, place)
+        self._places.insert(index, place)
+        self.requests.insert(index, request)
+        return place
+
+    def take(self, place: tuple[int, int]) -> None:
+        index = bisect.bisect_left(self._places, place)
+        del self._places[index], self.requests[index]
 
 
-@dataclass(eq=False)
-class _Tenant(Generic[Form]):
-    """What one tenant has waiting, and what it was served."""
+class _Tenant(Counted, Generic[Form]):
+    """What one tenant has waiting."""
 
-    served: float = 0.0
-    lanes: dict[Hashable, _Lane[Form]] = field(default_factory=dict)
-    floor: float = 0.0  # what the lane that was served last had: a new lane starts there
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight  # as it was when the tenant came, or was served last
+        self.rows = 0
+        self.lanes: Counters[Hashable, _Lane[Form]] = Counters()
 
     def __iter__(self) -> Iterator[Request[Form]]:
         """Its requests, as they would be served if all were its own."""
-        ties = itertools.count()
-        turns = [(lane.served, next(ties), lane, 0) for lane in self.lanes.values()]
-        heapq.heapify(turns)
-        while turns:
-            served, tie, lane, place = turns[0]
-            request = lane.requests[lane.entries[place]]
-            yield request
-            if place + 1 < len(lane.entries):
-                heapq.heapreplace(turns, (served + request.cost, tie, lane, place + 1))
-            else:
-                heapq.heappop(turns)
+        lanes = self.lanes.waiting.values()
+        turns = [(lane.served, tie, 1.0, iter(lane.requests)) for tie, lane in enumerate(lanes)]
+        yield from _merged(turns) if len(turns) > 1 else turns[0][3]
+
+
+def _merged(turns: list[tuple[float, int, float, Iterator[Request[Form]]]]) -> Iterator[Request[Form]]:
+    """One request after the other of whoever has the smallest counter, the first of equals.
+
+    Args:
+        turns: for each: its counter, a number of its own, its weight, and its requests.
+    """
+    heapq.heapify(turns)
+    while turns:
+        served, tie, weight, own = turns[0]
+        request = next(own, None)
+        if request is None:
+            heapq.heappop(turns)
+            continue
+        yield request
+        heapq.heapreplace(turns, (served + request.cost / weight, tie, weight, own))
 
 
 class Fair(Generic[Form]):
     """An order for `batching.Queue` that is fair to tenants, and to the tasks of a tenant.
 
-    While two tenants have requests waiting, what they are served differs from the ratio of their weights by less than
-    the cost of one batch.  Every request is served: what waits keeps its counter, and the others' grow.
+    While two tenants have requests waiting that may share a batch, what they are served differs from the ratio of
+    their weights by less than the cost of one batch.  What is served because it fits into a batch that nobody else
+    can fill is charged like all else, and the others catch up later.  Every request is served: what waits keeps its
+    counter, and the others' grow.
 
     Args:
         weight: a tenant's weight, above 0.
+        admit: told before each request whose it is, how many rows that tenant has waiting and how many more would;
+            raises what refuses it.  Called under the queue's lock: it must be quick and call neither queue nor order.
     """
 
-    def __init__(self, weight: Callable[[str], float]) -> None:
+    def __init__(self, weight: Callable[[str], float], admit: Callable[[str, int, int], None] | None = None) -> None:
         self._weight = weight
-        self._tenants: dict[str, _Tenant[Form]] = {}  # those with requests waiting
-        self._away: dict[str, float] = {}  # what the others were served
-        self._floor = 0.0  # the smallest counter when something was served last
-        self._places: dict[int, tuple[str, Hashable, _Entry]] = {}
-        self._arrivals = itertools.count()
-        self._rows: Counter[str] = Counter()
+        self._admit = admit
+        self._tenants: Counters[str, _Tenant[Form]] = Counters()
+        self._places: dict[int, tuple[_Tenant[Form], _Lane[Form], tuple[int, int]]] = {}
 
     def add(self, request: Request[Form]) -> None:
-        """Let a request wait."""
-        tenant = self._tenants.get(request.tenant)
+        """Let a request wait.
+
+        Raises:
+            TpeftError: what `admit` raised; nothing has changed then.
+        """
+        if self._admit is not None:
+            self._admit(request.tenant, self.waiting_rows(request.tenant), request.rows)
+        tenant = self._tenants.waiting.get(request.tenant)
         if tenant is None:
-            floor = min((other.served for other in self._tenants.values()), default=self._floor)
-            tenant = _Tenant(max(self._away.pop(request.tenant, 0.0), floor))
-            self._tenants[request.tenant] = tenant
-        lane = tenant.lanes.get(request.lane)
+            tenant = self._tenants.enter(request.tenant, _Tenant(self._weight(request.tenant)))
+        lane = tenant.lanes.waiting.get(request.lane)
         if lane is None:
-            lane = _Lane(min((other.served for other in tenant.lanes.values()), default=tenant.floor))
-            tenant.lanes[request.lane] = lane
-        entry = (request.priority, next(self._arrivals))
-        bisect.insort(lane.entries, entry)
-        lane.requests[entry] = request
-        self._places[request.id] = (request.tenant, request.lane, entry)
-        self._rows[request.tenant] += request.rows
+            lane = tenant.lanes.enter(request.lane, _Lane())
+        self._places[request.id] = (tenant, lane, lane.add(request))
+        tenant.rows += request.rows
 
     def drop(self, request: Request[Form]) -> None:
         """Forget a request that will not run; nobody is charged."""
-        self._take(request, 0.0)
+        self._take([request], charge=False)
 
     def serve(self, requests: Sequence[Request[Form]]) -> None:
         """Charge tenants and lanes for requests that run now."""
-        for request in requests:
-            self._take(request, request.cost)
-        self._floor = max(self._floor, min((other.served for other in self._tenants.values()), default=self._floor))
-        # Whoever was served less than that is lifted to it on return: nothing to remember.
-        if len(self._away) > 2 * len(self._tenants) + 64:
-            self._away = {name: served for name, served in self._away.items() if served > self._floor}
+        for name in {request.tenant for request in requests}:
+            self._tenants.waiting[name].weight = self._weight(name)
+        self._take(requests, charge=True)
 
     def waiting_rows(self, tenant: str) -> int:
         """Rows of a tenant that wait; may be asked from any thread."""
-        return self._rows.get(tenant, 0)
+        own = self._tenants.waiting.get(tenant)
+        return 0 if own is None else own.rows
 
     def __iter__(self) -> Iterator[Request[Form]]:
         """All waiting requests, the next to serve first; each step as if those before it had been served."""
-        turns = [
-            (tenant.served, order, 1 / self._weight(name), tenant, iter(tenant))
-            for order, (name, tenant) in enumerate(self._tenants.items())
-        ]
-        heapq.heapify(turns)
-        while turns:
-            served, order, share, tenant, own = turns[0]
-            request = next(own, None)
-            if request is None:
-                heapq.heappop(turns)
-                continue
-            yield request
-            heapq.heapreplace(turns, (served + request.cost * share, order, share, tenant, own))
+        tenants = self._tenants.waiting.values()
+        return _merged([(own.served, tie, own.weight, iter(own)) for tie, own in enumerate(tenants)])
 
     def __len__(self) -> int:
         """How many wait."""
         return len(self._places)
 
-    def _take(self, request: Request[Form], cost: float) -> None:
-        name, key, entry = self._places.pop(request.id)
-        tenant = self._tenants[name]
-        lane = tenant.lanes[key]
-        del lane.requests[entry]
-        del lane.entries[bisect.bisect_left(lane.entries, entry)]
-        tenant.served += cost / self._weight(name)
-        tenant.floor = max(tenant.floor, lane.served)
-        lane.served += cost
-        self._rows[name] -= request.rows
-        if not lane.entries:
-            del tenant.lanes[key]
-        if not tenant.lanes:
-            del self._tenants[name]
-            del self._rows[name]
-            self._away[name] = tenant.served
-        if not self._tenants:
-            # Nobody waits: nobody was kept from anything, and all begin again as equals.
-            self._floor = max(self._floor, *self._away.values())
-            self._away.clear()
+    def _take(self, requests: Sequence[Request[Form]], *, charge: bool) -> None:
+        touched: dict[str, _Tenant[Form]] = {}
+        for request in requests:
+            tenant, lane, place = self._places.pop(request.id)
+            touched[request.tenant] = tenant
+            lane.take(place)
+            tenant.rows -= request.rows
+            if charge:
+                self._tenants.charge(tenant, request.cost / tenant.weight)
+                tenant.lanes.charge(lane, request.cost)
+            if not lane.requests:
+                tenant.lanes.leave(request.lane)
+        for name, tenant in touched.items():
+            if not tenant.lanes.waiting:
+                self._tenants.leave(name)
+            elif charge:  # who is dropped may be one of many that are, and moves no counter
+                tenant.lanes.settle()
+        if charge or not self._tenants.waiting:
+            self._tenants.settle()

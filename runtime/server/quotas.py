@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded
 
 __all__ = ["Meter", "Quota"]
-
-_KEPT = 4096  # tenants whose buckets are remembered before full ones are forgotten
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,24 @@ class Quota:
 
 
 @dataclass(slots=True)
-class _Bucket:
-    """Tokens that come at a rate, as many as one second brings at most."""
+class _Account:
+    """What a tenant has left: tokens come at a rate, and as many are kept as one second brings, or 1."""
 
-    tokens: float
+    quota: Quota
     at: float
+    requests: float = math.inf
+    rows: float = math.inf
 
-    def fill(self, rate: float, now: float) -> None:
-        self.tokens = min(max(rate, 1.0), self.tokens + rate * (now - self.at))
-        self.at = now
+    def fill(self, quota: Quota, now: float) -> None:
+        passed = max(0.0, now - self.at)
+        self.requests = _filled(self.requests, quota.requests_per_s, passed)
+        self.rows = _filled(self.rows, quota.rows_per_s, passed)
+        self.quota, self.at = quota, max(now, self.at)
+
+    def is_full(self, now: float) -> bool:
+        """Whether it would be the same to have none."""
+        self.fill(self.quota, now)
+        return self.requests >= _burst(self.quota.requests_per_s) and self.rows >= _burst(self.quota.rows_per_s)
 
 
 class Meter:
@@ -77,8 +85,11 @@ class Meter:
 
     def __init__(self, quota: Callable[[str], Quota]) -> None:
         self._quota = quota
-        self._requests: dict[str, _Bucket] = {}
-        self._rows: dict[str, _Bucket] = {}
+        self._accounts: OrderedDict[str, _Account] = OrderedDict()  # only of tenants that have limits
+
+    def __len__(self) -> int:
+        """Tenants of whom something is remembered."""
+        return len(self._accounts)
 
     def spend(self, tenant: str, rows: int, now: float) -> None:
         """Take a request of so many rows from a tenant's quota, or nothing at all.
@@ -94,18 +105,25 @@ class Meter:
         quota = self._quota(tenant)
         if quota.requests_per_s is None and quota.rows_per_s is None:
             return
-        requests = self._bucket(self._requests, tenant, quota.requests_per_s, now)
-        own = self._bucket(self._rows, tenant, quota.rows_per_s, now)
-        if requests is not None and requests.tokens < 1:
-            raise _exceeded(tenant, "requests", quota.requests_per_s, 1 - requests.tokens)
-        if own is not None:
-            # What is larger than the bucket waits for a full one and leaves a debt.
-            needed = min(rows, max(1.0, quota.rows_per_s or 1.0))
-            if own.tokens < needed:
-                raise _exceeded(tenant, "rows", quota.rows_per_s, needed - own.tokens)
-            own.tokens -= rows
-        if requests is not None:
-            requests.tokens -= 1
+        account = self._accounts.get(tenant)
+        if account is None:
+            self._forget(now)
+            account = self._accounts[tenant] = _Account(quota, now)
+        account.fill(quota, now)
+        # What is larger than a burst waits for a full bucket and leaves a debt.
+        needed = min(rows, _burst(quota.rows_per_s))
+        waits = [
+            (missing / rate, rate, what)
+            for what, rate, missing in (
+                ("requests", quota.requests_per_s, 1 - account.requests),
+                ("rows", quota.rows_per_s, needed - account.rows),
+            )
+            if rate is not None and missing > 0
+        ]
+        if waits:
+            raise _exceeded(tenant, *max(waits))
+        account.requests -= 1
+        account.rows -= rows
 
     def check_share(self, tenant: str, waiting: int, rows: int, most: float) -> None:
         """Refuse a request that would let a tenant take more of the queue than its share; an empty share takes any.
@@ -128,27 +146,23 @@ class Meter:
                 retry_after=1.0,
             )
 
-    def _bucket(self, buckets: dict[str, _Bucket], tenant: str, rate: float | None, now: float) -> _Bucket | None:
-        if rate is None:
-            buckets.pop(tenant, None)
-            return None
-        bucket = buckets.get(tenant)
-        if bucket is None:
-            if len(buckets) >= _KEPT:
-                self._forget(buckets, now)
-            bucket = buckets[tenant] = _Bucket(max(rate, 1.0), now)
-        else:
-            bucket.fill(rate, now)
-        return bucket
-
-    def _forget(self, buckets: dict[str, _Bucket], now: float) -> None:
-        # A bucket that nobody took from for a minute is as good as new, unless a huge request left it in debt.
-        for tenant in [tenant for tenant, own in buckets.items() if now - own.at > 60 and own.tokens >= 0]:
-            del buckets[tenant]
+    def _forget(self, now: float) -> None:
+        # Two for each that comes, in turn: what is full goes, and no request pays for all.
+        for _ in range(min(2, len(self._accounts))):
+            tenant, account = self._accounts.popitem(last=False)
+            if not account.is_full(now):
+                self._accounts[tenant] = account
 
 
-def _exceeded(tenant: str, what: str, rate: float | None, missing: float) -> QuotaExceeded:
-    wait = missing / rate if rate else 1.0
+def _burst(rate: float | None) -> float:
+    return math.inf if rate is None else max(rate, 1.0)
+
+
+def _filled(tokens: float, rate: float | None, passed: float) -> float:
+    return math.inf if rate is None else min(_burst(rate), tokens + rate * passed)
+
+
+def _exceeded(tenant: str, wait: float, rate: float, what: str) -> QuotaExceeded:
     return QuotaExceeded(
         f"run a request of tenant {tenant!r}",
         expected=f"at most {rate:g} {what} a second",

@@ -132,3 +132,55 @@ def test_more_tasks_than_fit_at_once_are_answered_in_parts(conv_bundle: Bundle) 
     none = Runtime(conv_bundle.path, provider="cpu", threads=1, device_bytes=size, preload=False)
     with pytest.raises(CapacityError):
         asyncio.run(none.infer(INPUTS, tasks=tasks))
+
+
+def test_a_probe_is_not_misled_by_the_session_that_the_base_has_of_its_own(
+    runtime: Runtime, conv_adapters: dict[str, Adapter]
+) -> None:
+    bias = nets.conv_net()[0].get_parameter("head.bias").detach().numpy()
+    runtime.register({"nothing": source(Adapter({}, overrides={"head.bias": bias}))})
+    runtime._folds.begin(None).result()
+    runtime.run(INPUTS)
+    assert not runtime.probe("nothing")
+    assert runtime.probe("two")
+    with pytest.raises(UnknownTask):
+        runtime.probe("other")
+
+
+def test_nobody_is_told_the_names_of_tasks_that_belong_to_tenants(
+    runtime: Runtime, conv_adapters: dict[str, Adapter]
+) -> None:
+    runtime.register({"acme/secret@1": source(conv_adapters["two"])})
+    with pytest.raises(UnknownTask) as caught:
+        runtime.run(INPUTS, "other")
+    assert "two" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_what_is_registered_again_unchanged_goes_on_as_it_is(
+    runtime: Runtime, conv_adapters: dict[str, Adapter]
+) -> None:
+    reads: list[int] = []
+    own = source(conv_adapters["two"], lambda: reads.append(1))
+    for _ in range(2):
+        runtime.register({"acme/mood@1": own})
+        runtime.run(INPUTS, "acme/mood@1")
+    assert reads == [1]
+    runtime.pin("acme/mood@1")
+    runtime.register({"acme/mood@1": source(conv_adapters["wide"])})
+    same(runtime.run(INPUTS, "acme/mood@1")["logits"], runtime.run(INPUTS, "wide")["logits"])
+    version = runtime._catalogue.find("acme/mood@1")
+    assert version is not None
+    assert version.pinned
+
+
+def test_ten_thousand_are_forgotten_in_a_moment(runtime: Runtime, conv_adapters: dict[str, Adapter]) -> None:
+    own = source(conv_adapters["two"])
+    names = [f"acme/task-{number}@1" for number in range(10_000)]
+    runtime.register(dict.fromkeys(names, own))
+    for strength in range(1, 200):
+        runtime._catalogue.find({"two": strength / 1000})
+    began = time.process_time()
+    runtime.forget(names)
+    assert time.process_time() - began < 0.5
+    assert runtime.tasks == ["partial", "plain", "two", "wide"]

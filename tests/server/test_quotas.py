@@ -81,7 +81,45 @@ def test_many_tenants_that_come_once_are_forgotten() -> None:
     own = meter(requests_per_s=1)
     for number in range(10_000):
         assert allowed(own, float(number), tenant=f"tenant {number}")
-    assert len(own._requests) <= 4096 + 1
+    assert len(own) <= 3
+
+
+def test_who_still_owes_is_not_forgotten() -> None:
+    own = meter(rows_per_s=1)
+    assert allowed(own, 0.0, rows=5000)
+    for number in range(2000):
+        assert allowed(own, float(number), tenant=f"tenant {number}")
+    assert not allowed(own, 2000.0)
+    assert allowed(own, 5001.0)
+
+
+def test_both_limits_hold_and_the_longer_wait_is_told() -> None:
+    own = meter(requests_per_s=2, rows_per_s=10)
+    assert allowed(own, 0.0, rows=10)
+    assert allowed(own, 0.1, rows=1)
+    with pytest.raises(QuotaExceeded, match="10 rows a second") as caught:
+        own.spend("a", 10, 0.1)
+    assert caught.value.retry_after == pytest.approx(1.0)
+
+
+def test_a_quota_may_change_at_any_time() -> None:
+    quotas = [Quota()]
+    own = Meter(lambda _: quotas[-1])
+    assert all(allowed(own, 0.0) for _ in range(100))
+    quotas.append(Quota(requests_per_s=5))
+    assert sum(allowed(own, 1.0) for _ in range(50)) == 5
+    quotas.append(Quota(requests_per_s=100))
+    assert sum(allowed(own, 1.5) for _ in range(100)) == 50
+    quotas.append(Quota())
+    assert all(allowed(own, 1.5) for _ in range(100))
+
+
+def test_a_clock_that_stands_still_or_goes_back_gives_nothing_away() -> None:
+    own = meter(requests_per_s=1)
+    assert allowed(own, 10.0)
+    assert not allowed(own, 5.0)
+    assert not allowed(own, 10.5)
+    assert allowed(own, 11.0)
 
 
 @pytest.mark.parametrize(
