@@ -35,11 +35,10 @@ from benchmarks.runtime import TASKS, cached, texts
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.access import Principal, Role
-from tpeft_deploy.runtime.server.fairness import Fair
 from tpeft_deploy.runtime.server.messages import InferRequest
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import State, database, open_state
-from tpeft_deploy.runtime.server.service import Options, Service
+from tpeft_deploy.runtime.server.service import Options, Service, order_of
 
 Figures = dict[str, float]
 Ask = Callable[[str, str], Awaitable[object]]
@@ -53,7 +52,7 @@ def serving(bundle: Bundle, place: Path, options: argparse.Namespace, **limits: 
     """A service on a runtime and a registry of its own."""
     own = Limits(**limits)
     with open_state(place, default=QUOTA) as state:
-        order: Fair[Any] = Fair(lambda tenant: state.tenants.quota(tenant).weight)
+        order = order_of(state, own)
         with Runtime(bundle.path, provider="cpu", threads=options.threads, order=order, limits=own) as runtime:
             yield Service(runtime, bundle, state, order, Options(limits=own))
 
@@ -160,7 +159,7 @@ def measure_known(options: argparse.Namespace) -> Figures:
                 began = time.perf_counter()
                 with open_state(Path(place) / str(count), default=QUOTA) as state:
                     opened = time.perf_counter() - began
-                    order: Fair[Any] = Fair(lambda _: 1.0)
+                    order = order_of(state, Limits())
                     with Runtime(bundle.path, provider="cpu", threads=1, order=order, preload=False) as runtime:
                         began = time.perf_counter()
                         service = Service(runtime, bundle, state, order)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded
 
-__all__ = ["Meter", "Quota"]
+__all__ = ["Meter", "Quota", "queue_shares"]
 
 
 @dataclass(frozen=True)
@@ -125,27 +125,6 @@ class Meter:
         account.requests -= 1
         account.rows -= rows
 
-    def check_share(self, tenant: str, waiting: int, rows: int, most: float) -> None:
-        """Refuse a request that would let a tenant take more of the queue than its share; an empty share takes any.
-
-        Args:
-            tenant: whose.
-            waiting: rows of it that wait.
-            rows: of the request.
-            most: rows of it that may wait.
-
-        Raises:
-            QuotaExceeded: to be tried again once some have been served.
-        """
-        if waiting and waiting + rows > most:
-            raise QuotaExceeded(
-                f"queue a request of tenant {tenant!r}",
-                expected=f"at most {most:g} rows of it waiting",
-                got=f"{waiting} waiting and {rows} more",
-                fix="Send less at once, or later.",
-                retry_after=1.0,
-            )
-
     def _forget(self, now: float) -> None:
         # Two for each that comes, in turn: what is full goes, and no request pays for all.
         for _ in range(min(2, len(self._accounts))):
@@ -170,3 +149,30 @@ def _exceeded(tenant: str, wait: float, rate: float, what: str) -> QuotaExceeded
         fix=f"Send it again in {wait:.3g} s.",
         retry_after=wait,
     )
+
+
+def queue_shares(quota: Callable[[str], Quota], max_queue_rows: int) -> Callable[[str, int, int], None]:
+    """What refuses a request that would let a tenant take more of the queue than its share; see `Fair`.
+
+    A tenant with nothing waiting may always queue a request.
+
+    Args:
+        quota: a tenant's quota now.
+        max_queue_rows: of the whole queue.
+
+    Returns:
+        Raises QuotaExceeded for a tenant, its rows that wait, and those of the request.
+    """
+
+    def admit(tenant: str, waiting: int, rows: int) -> None:
+        share = quota(tenant).queue_share
+        if share is not None and waiting and waiting + rows > share * max_queue_rows:
+            raise QuotaExceeded(
+                f"queue a request of tenant {tenant!r}",
+                expected=f"at most {share * max_queue_rows:g} rows of it waiting",
+                got=f"{waiting} waiting and {rows} more",
+                fix="Send less at once, or later.",
+                retry_after=1.0,
+            )
+
+    return admit

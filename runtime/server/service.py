@@ -8,6 +8,7 @@ import binascii
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import tpeft_deploy
 from tpeft_deploy.bundle import Bundle
@@ -22,11 +23,11 @@ from tpeft_deploy.runtime.server.inference import Inference, Observed
 from tpeft_deploy.runtime.server.management import Management, owner
 from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse, Parameter
 from tpeft_deploy.runtime.server.models import Model, Models
-from tpeft_deploy.runtime.server.quotas import Meter, Quota
+from tpeft_deploy.runtime.server.quotas import Meter, Quota, queue_shares
 from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
 
-__all__ = ["Options", "Service"]
+__all__ = ["Options", "Service", "order_of"]
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
 
@@ -66,7 +67,7 @@ class Service:
     """
 
     def __init__(
-        self, runtime: Runtime, bundle: Bundle, state: State, order: Fair[object], options: Options | None = None
+        self, runtime: Runtime, bundle: Bundle, state: State, order: Fair[Any], options: Options | None = None
     ) -> None:
         self._options = options or Options()
         self._manifest = bundle.manifest
@@ -325,10 +326,6 @@ class Service:
 
     def _spend(self, tenant: str, rows: int) -> None:
         self._meter.spend(tenant, rows, time.monotonic())
-        share = self._state.tenants.quota(tenant).queue_share
-        if share is not None:
-            waiting = self._order.waiting_rows(tenant)
-            self._meter.check_share(tenant, waiting, rows, share * self._options.limits.max_queue_rows)
 
     def _model(self, principal: Principal, name: str, version: str) -> Model:
         allow(principal, Action.READ)
@@ -370,6 +367,13 @@ class Service:
             "created": record.created,
             "used": {"adapters": adapters, "bytes": size, "queued_rows": self._order.waiting_rows(record.name)},
         }
+
+
+def order_of(state: State, limits: Limits) -> Fair[Any]:
+    """The order of a queue with such limits: fair by the tenants' weights, each within its share."""
+    return Fair(
+        lambda tenant: state.tenants.quota(tenant).weight, queue_shares(state.tenants.quota, limits.max_queue_rows)
+    )
 
 
 def _key(record: KeyRecord) -> Document:

@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 
@@ -19,7 +18,6 @@ from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.providers import choose
 from tpeft_deploy.runtime.server.access_log import AccessLog
 from tpeft_deploy.runtime.server.exchange import Exchange
-from tpeft_deploy.runtime.server.fairness import Fair
 from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest import framing
@@ -27,7 +25,7 @@ from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
-from tpeft_deploy.runtime.server.service import Options, Service
+from tpeft_deploy.runtime.server.service import Options, Service, order_of
 from tpeft_deploy.runtime.server.settings import Settings
 
 __all__ = ["serve"]
@@ -68,8 +66,8 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
 def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Metrics, Runtime]:
     bundle = Bundle.open(path.resolve())
     state = stack.enter_context(open_state(settings.state, settings.database_url, default=settings.quota))
-    order: Fair[Any] = Fair(lambda tenant: state.tenants.quota(tenant).weight)
     limits = settings.batching(choose(settings.provider).device)
+    order = order_of(state, limits)
     runtime = stack.enter_context(
         Runtime(
             path,

@@ -13,10 +13,9 @@ from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.access import Principal, Role
 from tpeft_deploy.runtime.server.core import Part
-from tpeft_deploy.runtime.server.fairness import Fair
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import State, open_state
-from tpeft_deploy.runtime.server.service import Options, Service
+from tpeft_deploy.runtime.server.service import Options, Service, order_of
 
 PIXELS = np.random.default_rng(0).standard_normal((4, 1, 12, 14)).astype(np.float32)
 
@@ -48,7 +47,7 @@ class Served:
 
 def serve(bundle: Bundle, place: Path, **runtime: Any) -> Served:
     state = open_state(place, default=Quota())
-    order: Fair[Any] = Fair(lambda tenant: state.tenants.quota(tenant).weight)
+    order = order_of(state, Limits())
     own = Runtime(bundle.path, provider="cpu", threads=1, order=order, limits=Limits(), **runtime)
     forgotten: list[tuple[str, str]] = []
     options = Options(forget=lambda tenant, task: forgotten.append((tenant, task)))
