@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,14 @@ def test_a_flood_neither_fills_the_queue_nor_delays_another_tenant(conv_bundle: 
     with Runtime(conv_bundle.path, provider="cpu", threads=1, limits=limits, order=order) as runtime:
         wanted = runtime.run(IMAGES, "two")["logits"]
         done: list[str] = []
+        everyone_waits = threading.Event()  # else a fast machine serves the flood before the others have come
+        run = runtime._batcher._engine
+
+        def run_later(*batch: Any) -> Any:
+            assert everyone_waits.wait(30)
+            return run(*batch)
+
+        runtime._batcher._engine = run_later  # type: ignore[assignment]
 
         async def ask(tenant: str) -> Any:
             answer = await runtime.infer(IMAGES, tasks=["two"], tenant=tenant)
@@ -37,6 +46,9 @@ def test_a_flood_neither_fills_the_queue_nor_delays_another_tenant(conv_bundle: 
             flood = [asyncio.create_task(ask("flood")) for _ in range(200)]
             await asyncio.sleep(0)
             modest = [asyncio.create_task(ask("modest")) for _ in range(4)]
+            while order.waiting_rows("modest") < 4:
+                await asyncio.sleep(0.001)
+            everyone_waits.set()
             return await asyncio.gather(*modest, *flood, return_exceptions=True)
 
         answers = asyncio.run(main())
