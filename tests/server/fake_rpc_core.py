@@ -138,7 +138,7 @@ class FakeCore:
             "last_inference": 1,
             "inference_count": count,
             "execution_count": count,
-            "inference_stats": {key: spent for key in ("success", "queue", "compute_infer")},
+            "inference_stats": dict.fromkeys(("success", "queue", "compute_infer"), spent),
             "batch_stats": [{"batch_size": 1, "compute_infer": spent}],
         }
 

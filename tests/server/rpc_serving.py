@@ -1,16 +1,21 @@
-"""A gRPC server on an event loop in a thread of its own, for tests."""
+"""gRPC servers for tests: on an event loop in a thread of its own, or on the test's."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
 
 from tests.server.fake_rpc_core import FakeCore
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rpc.limits import Limits
+from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 
@@ -53,3 +58,60 @@ def serving(limits: Limits | None = None, tls: Tls | None = None) -> Iterator[Se
         loop.call_soon_threadsafe(done.set)
         thread.join(20)
         assert not thread.is_alive()
+
+
+def key_of(key: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {key}"),)
+
+
+@dataclass(frozen=True)
+class Talking:
+    """A server and a channel to it, on one event loop."""
+
+    channel: Any
+    core: FakeCore
+    exchanges: list[Exchange]
+    server: RpcServer
+
+    def begin(
+        self,
+        rpc: str,
+        message: Message | bytes,
+        key: str | None = "acme-deploy",
+        metadata: Sequence[tuple[str, str]] = (),
+        timeout: float | None = 20,
+    ) -> Any:
+        """A call that has begun; its answer is bytes."""
+        data = message if isinstance(message, bytes) else message.SerializeToString()
+        path = rpc if rpc.startswith("/") else f"/{SERVICE}/{rpc}"
+        keys = () if key is None else key_of(key)
+        return self.channel.unary_unary(path)(data, metadata=(*keys, *metadata), timeout=timeout)
+
+    def stream(self, key: str | None = "acme-deploy", timeout: float | None = 20) -> Any:
+        keys = () if key is None else key_of(key)
+        return self.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(metadata=keys, timeout=timeout)
+
+    async def status(
+        self,
+        rpc: str,
+        message: Message | bytes = b"",
+        key: str | None = "acme-deploy",
+        metadata: Sequence[tuple[str, str]] = (),
+        timeout: float | None = 20,
+    ) -> str:
+        """Name of the status that a call ends with."""
+        return str((await self.begin(rpc, message, key, metadata, timeout).code()).name)
+
+
+@contextlib.asynccontextmanager
+async def talking(limits: Limits | None = None) -> AsyncIterator[Talking]:
+    limits = limits or Limits()
+    core = FakeCore()
+    exchanges: list[Exchange] = []
+    server = RpcServer(Servicer(core, limits, exchanges.append), limits, host="127.0.0.1", port=0)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield Talking(channel, core, exchanges, server)
+    finally:
+        await server.stop(0)
