@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import numpy as np
 from google.protobuf.message import Message
 
-from tests.server.fake_rpc_core import FakeCore
+from tests.server.fake_rpc_core import FakeCore, X
 from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
+from tpeft_deploy.tucker import Array
 
 
 @dataclass(frozen=True)
@@ -115,3 +118,19 @@ async def talking(limits: Limits | None = None) -> AsyncIterator[Talking]:
             yield Talking(channel, core, exchanges, server)
     finally:
         await server.stop(0)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+def infer(model: str = "alpha", rows: int = 4, **fields: Any) -> pb.ModelInferRequest:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [rows, 3]}
+    raw = [X[:rows].tobytes()]
+    return pb.ModelInferRequest(model_name=model, inputs=[tensor], raw_input_contents=raw, **fields)
+
+
+def scores(answer: bytes) -> Array:
+    message = pb.ModelInferResponse.FromString(answer)
+    assert [one.name for one in message.outputs] == ["scores", "label"]
+    return np.frombuffer(message.raw_output_contents[0], np.float32).reshape(message.outputs[0].shape)

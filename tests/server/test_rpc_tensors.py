@@ -205,7 +205,7 @@ def test_deadlines_the_smaller_counts_and_words_of_the_request() -> None:
 
 
 def test_answers_in_the_form_of_the_request() -> None:
-    outputs = {"y": np.array([[1, 2]], np.float32), "n": np.array([7], np.int64)}
+    outputs: dict[str, Array] = {"y": np.array([[1, 2]], np.float32), "n": np.array([7], np.int64)}
     parameters = {"adapter_digest": "ab", "rows": 1, "share": 0.5, "warm": True}
     response = InferResponse("m", "2", "mine", outputs, ["FP32", "INT64"], parameters)  # type: ignore[arg-type]
     raw = response_of(response, raw=True)
