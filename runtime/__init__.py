@@ -14,5 +14,6 @@ except ImportError as error:
 
 from tpeft_deploy.runtime.batching import Limits
 from tpeft_deploy.runtime.runtime import Runtime
+from tpeft_deploy.runtime.versions import Source
 
-__all__ = ["Limits", "Runtime"]
+__all__ = ["Limits", "Runtime", "Source"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import onnxruntime
@@ -18,8 +17,9 @@ import onnxruntime
 from tpeft_deploy.errors import QueueFull, RunError
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.batching import Limits, Order, Queue, Request
-from tpeft_deploy.runtime.calls import Answer, Call, Run, answer
+from tpeft_deploy.runtime.calls import Answer, Answered, Call, Run, answer
 from tpeft_deploy.runtime.joining import Form, Joiner, Outputs, Task
+from tpeft_deploy.runtime.timing import Timing
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Batcher", "Engine", "Figures"]
@@ -109,8 +109,16 @@ class Batcher:
         self._counts: Counter[str] = Counter()
 
     async def infer(
-        self, inputs: Mapping[str, Array], task: Task, *, timeout: float | None = None, tenant: str = ""
-    ) -> dict[str, Array]:
+        self,
+        inputs: Mapping[str, Array],
+        task: Task | None = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        timeout: float | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        timing: Timing | None = None,
+    ) -> Answered:
         """Run a request, in a batch with others where they fit.
 
         Cancelling the awaiting task takes the request out of the queue, or stops its run once all others in it are
@@ -118,9 +126,12 @@ class Batcher:
 
         Args:
             inputs: as `requests.check_inputs` gives them; not to be changed before the answer is there.
-            task: one task for all rows.
+            task: one task for all rows, unless `tasks` says one for each.
+            tasks: one task per row; outputs whose size varies per task are then lists with one array a row.
             timeout: seconds until the answer is of no use; by default it always is.
             tenant: whom the order may charge for the rows.
+            priority: among the tenant's own requests on the same task, the smaller first.
+            timing: is told when the request's run began and ended.
 
         Returns:
             Output name -> array.
@@ -131,7 +142,10 @@ class Batcher:
             RunError: the batcher is closed.
         """
         loop = asyncio.get_running_loop()
-        call = self._admit(inputs, task, timeout, tenant)
+        call = self._call(inputs, [task] if tasks is None else tasks, apart=tasks is not None, timeout=timeout)
+        call.request = replace(call.request, tenant=tenant, priority=priority)
+        call.timing = timing
+        self._admit(call)
         # On the caller's loop, so that it is on time while the worker is busy with others.
         timer = loop.call_later(timeout, self._expire, call) if timeout is not None else None
         try:
@@ -167,27 +181,31 @@ class Batcher:
             self._calls.clear()
             for call in waiting:
                 self._queue.cancel(call.request.id)
-            answer([(call, self._closed_error(call.task)) for call in waiting])
+            answer([(call, self._closed_error(call.name)) for call in waiting])
             self._changed.notify()
             worker = self._worker
         if worker is not None and worker is not threading.current_thread():
             worker.join()
 
-    def _admit(self, inputs: Mapping[str, Array], task: Task, timeout: float | None, tenant: str) -> Call:
-        form = self._joiner.form(inputs, task)
-        rows = self._joiner.rows(inputs)
-        future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
+    def _call(self, inputs: Mapping[str, Array], tasks: Sequence[Task], *, apart: bool, timeout: float | None) -> Call:
+        lane = tuple(tasks) if apart else tasks[0]
+        form = self._joiner.form(inputs, lane)
+        elements = sum(array.size for array in inputs.values()) if form is None else form.elements
+        request = Request(next(self._ids), self._joiner.rows(inputs), form, cost=float(elements), lane=lane)
+        return Call(request, inputs, tasks, apart, timeout, asyncio.get_running_loop().create_future())
+
+    def _admit(self, call: Call) -> None:
         with self._changed:
             if self._closed:
-                raise self._closed_error(task)
+                raise self._closed_error(call.name)
             if self._worker is None:
                 worker = threading.Thread(target=self._work, name=f"batcher of {self._name}", daemon=True)
                 worker.start()
                 self._worker = worker
             now = self._clock()
-            deadline = math.inf if timeout is None else now + timeout
-            call = Call(Request(next(self._ids), rows, form, deadline, tenant), inputs, task, timeout, future)
-            if deadline <= now:
+            if call.timeout is not None:
+                call.request = replace(call.request, deadline=now + call.timeout)
+            if call.request.deadline <= now:
                 self._counts["overdue"] += 1
                 raise call.overdue()
             try:
@@ -197,7 +215,6 @@ class Batcher:
                 raise
             self._calls[call.request.id] = call
             self._changed.notify()
-        return call
 
     def _expire(self, call: Call) -> None:
         if self._leave(call, "overdue") and not call.future.done():
@@ -254,11 +271,13 @@ class Batcher:
         if run is None:
             return True
         parts = [call.inputs for call in run.calls]
-        tasks = [call.task for call in run.calls for _ in range(call.request.rows)]
+        tasks = [task for call in run.calls for task in call.per_row]
+        apart = [call.apart for call in run.calls]
         answers: list[Answer] = []
+        began = self._clock()
         try:
             outputs = self._engine(self._joiner.join(parts), tasks, run.options)
-            answers.extend(zip(run.calls, self._joiner.cut(outputs, parts), strict=True))
+            answers.extend(zip(run.calls, self._joiner.cut(outputs, parts, apart=apart), strict=True))
         except Exception as error:
             _log.debug("a batch of %d requests on bundle %r failed", len(run.calls), self._name, exc_info=True)
             if len(run.calls) > 1:
@@ -267,7 +286,9 @@ class Batcher:
         finally:
             with self._changed:
                 self._run = None
-                self._queue.ended(self._clock())
+                now = self._clock()
+                self._queue.ended(now)
+                _time(run.calls, began, now)
                 answer(answers)
         return True
 
@@ -282,9 +303,16 @@ class Batcher:
             self._counts["rows"] += sum(call.request.rows for call in wanted)
             return self._run
 
-    def _closed_error(self, task: Task) -> RunError:
+    def _closed_error(self, name: str) -> RunError:
         return RunError(
-            f"run task {task!r} on bundle {self._name!r}",
+            f"run {name} on bundle {self._name!r}",
             problem="the runtime is closed",
             fix="Open the bundle again.",
         )
+
+
+def _time(calls: Sequence[Call], began: float, ended: float) -> None:
+    rows = sum(call.request.rows for call in calls)
+    for call in calls:
+        if call.timing is not None:
+            call.timing.began, call.timing.ended, call.timing.rows = began, ended, rows

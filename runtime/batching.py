@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -61,6 +61,9 @@ class Request(Generic[Form]):
         form: what decides which requests it can be joined with; None if it runs alone.
         deadline: the time after which nobody wants the answer.
         tenant: whom an order may charge for the rows.
+        cost: what an order may charge: the elements of its inputs, padding not counted.
+        lane: what it runs on; an order may take turns between the lanes of a tenant.
+        priority: among the requests of a tenant and lane, the smaller first.
     """
 
     id: int
@@ -68,6 +71,9 @@ class Request(Generic[Form]):
     form: Form | None
     deadline: float = math.inf
     tenant: str = ""
+    cost: float = 1.0
+    lane: Hashable = None
+    priority: int = 0
 
 
 class Order(Protocol[Form]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnxruntime
@@ -12,11 +12,14 @@ import onnxruntime
 from tpeft_deploy.errors import DeadlineExceeded
 from tpeft_deploy.runtime.batching import Request
 from tpeft_deploy.runtime.joining import Form, Task
+from tpeft_deploy.runtime.timing import Timing
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Answer", "Call", "Run", "answer"]
+__all__ = ["Answer", "Answered", "Call", "Run", "answer"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
+
+Answered = dict[str, Array | list[Array]]
 
 
 @dataclass(eq=False)
@@ -25,15 +28,28 @@ class Call:
 
     request: Request[Form]
     inputs: Mapping[str, Array]
-    task: Task
+    tasks: Sequence[Task]  # one for all rows, or, with `apart`, one a row
+    apart: bool
     timeout: float | None
-    future: asyncio.Future[dict[str, Array]]
+    future: asyncio.Future[Answered]
+    timing: Timing | None = None
     gone: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it runs on, for messages."""
+        first = f"task {self.tasks[0]!r}"
+        return first if len(set(self.tasks)) == 1 else f"{len(set(self.tasks))} tasks, {first} first,"
+
+    @property
+    def per_row(self) -> list[Task]:
+        """A task for each row."""
+        return list(self.tasks) if self.apart else self.request.rows * list(self.tasks)
 
     def overdue(self) -> DeadlineExceeded:
         """The error for a call whose time is over."""
         return DeadlineExceeded(
-            f"run task {self.task!r} on {self.request.rows} rows",
+            f"run {self.name} on {self.request.rows} rows",
             expected=f"an answer within {self.timeout} s",
             got="none by then",
             fix="Allow more time, or send less at once.",
@@ -55,7 +71,7 @@ class Run:
     options: onnxruntime.RunOptions = field(default_factory=_options)
 
 
-Answer = tuple[Call, dict[str, Array] | Exception]
+Answer = tuple[Call, Answered | Exception]
 
 
 def answer(answers: Iterable[Answer]) -> None:

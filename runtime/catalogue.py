@@ -67,27 +67,26 @@ class Catalogue:
             fix="Use tasks=[...] for one task per row.",
         )
 
-    def put(self, task: str, version: Version) -> None:
-        """Let a task stand for a version; an earlier one goes when nobody uses it."""
+    def put(self, versions: Mapping[str, Version]) -> None:
+        """Let tasks stand for versions; earlier ones go when nobody uses them."""
         with self._lock:
-            versions = dict(self._versions)
-            old = versions.get(task)
-            versions[task] = version
-            self._versions = versions
+            old = [self._versions[task] for task in versions if task in self._versions]
+            self._versions = {**self._versions, **versions}
         self._replaced(old)
 
-    def remove(self, task: str) -> None:
-        """Forget a task.
+    def remove(self, tasks: Sequence[str]) -> None:
+        """Forget tasks.
 
         Raises:
-            UnknownTask: there is no such task, or it is the base.
+            UnknownTask: there is no such task, or it is the base; none is forgotten then.
         """
         with self._lock:
-            versions = dict(self._versions)
-            old = versions.pop(task, None)
-            if old is None:
-                raise self._unknown(f"unload task {task!r}", task)
-            self._versions = versions
+            for task in tasks:
+                if task not in self._versions:
+                    raise self._unknown(f"unload task {task!r}", task)
+            old = [self._versions[task] for task in tasks]
+            gone = set(tasks)
+            self._versions = {task: version for task, version in self._versions.items() if task not in gone}
         self._replaced(old)
 
     def stored(self, task: str) -> Version:
@@ -153,13 +152,13 @@ class Catalogue:
         adapters = {version.name: (version.read(), strength) for version, strength in parts}
         return compose(adapters, aliases=self._bundle.manifest.aliases)
 
-    def _replaced(self, old: Version | None) -> None:
-        if old is None:
+    def _replaced(self, old: Sequence[Version]) -> None:
+        if not old:
             return
         with self._lock:
-            stale = [key for key in self._sets if any(part is old for part, _ in key)]
+            stale = [key for key in self._sets if any(part in old for part, _ in key)]
             gone = [self._sets.pop(key) for key in stale]
-        for version in [old, *gone]:
+        for version in [*old, *gone]:
             self._retire(version)
 
     def _unknown(self, doing: str, task: str) -> UnknownTask:

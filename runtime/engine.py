@@ -164,10 +164,7 @@ class Engine:
             for name, array in outputs.items():
                 for place, row in zip(chosen, array, strict=True):
                     rows[name][place] = row
-        return {
-            port.name: list(rows[port.name]) if port.varies else np.stack(rows[port.name])  # type: ignore[arg-type]
-            for port in self._manifest.outputs
-        }
+        return requests.as_one(self._manifest, rows)
 
 
 @contextmanager

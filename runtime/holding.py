@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from tpeft_deploy.errors import DeadlineExceeded
@@ -24,26 +24,26 @@ class Holder:
         self._tiers = tiers
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tpeft-load")
 
-    async def take(self, version: Version, timeout: float | None) -> None:
-        """`Tiers.take` of one version; who awaits it gives it back.
+    async def take(self, versions: Sequence[Version], timeout: float | None) -> None:
+        """`Tiers.take`; who awaits it gives them back.
 
         Raises:
             AdapterError, BundleError, CapacityError: as there.
-            DeadlineExceeded: it was not there after `timeout` seconds.
+            DeadlineExceeded: they were not there after `timeout` seconds.
         """
-        if self._tiers.take_resident([version]):
+        if self._tiers.take_resident(versions):
             return
-        taking = self._threads.submit(self._tiers.take, [version])
+        taking = self._threads.submit(self._tiers.take, versions)
         try:
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(taking)), timeout)
         except BaseException as error:
-            taking.add_done_callback(lambda done: self._let_go(version, done))
+            taking.add_done_callback(lambda done: self._let_go(versions, done))
             if isinstance(error, TimeoutError):
                 raise DeadlineExceeded(
-                    f"run task {version.name!r}",
-                    expected=f"it on the device within {timeout:g} s",
-                    got="one that is still being read",
-                    fix="Prefetch it, or give it more time.",
+                    f"run {_named(versions)}",
+                    expected=f"what it needs on the device within {timeout:g} s",
+                    got="adapters that are still being read",
+                    fix="Prefetch them, or give it more time.",
                 ) from None
             raise
 
@@ -61,6 +61,12 @@ class Holder:
         """End the threads, once what they do is done."""
         self._threads.shutdown()
 
-    def _let_go(self, version: Version, taking: Future[None]) -> None:
+    def _let_go(self, versions: Sequence[Version], taking: Future[None]) -> None:
         if not taking.cancelled() and taking.exception() is None:
-            self._tiers.give_back([version])
+            self._tiers.give_back(versions)
+
+
+def _named(versions: Sequence[Version]) -> str:
+    if len(versions) == 1:
+        return f"task {versions[0].name!r}"
+    return f"{len(versions)} tasks, {versions[0].name!r} among them"

@@ -88,7 +88,7 @@ class Joiner:
 
         Args:
             inputs: as `requests.check_inputs` gives them.
-            task: its task.
+            task: its task, or a tuple with one a row.
         """
         if not self._joinable:
             return None
@@ -123,30 +123,36 @@ class Joiner:
             return dict(parts[0])
         return {port.name: _stack(port, [part[port.name] for part in parts]) for port in self._manifest.inputs}
 
-    def cut(self, outputs: Outputs, parts: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    def cut(
+        self, outputs: Outputs, parts: Sequence[Mapping[str, Array]], *, apart: Sequence[bool] | None = None
+    ) -> list[dict[str, Array | list[Array]]]:
         """The outputs of a batch, one dict per request, with no padding and each in memory of its own.
 
         Args:
             outputs: output name -> array, or a list of arrays, one a row.
             parts: the inputs of the requests, in the order in which they were joined.
+            apart: for each request, whether outputs whose size varies per task stay a list with one array a row; no
+                request's by default.
 
         Raises:
             RunError: an output does not have the sizes that the manifest says.
         """
         ports = self._manifest.outputs
+        kept = apart or [False] * len(parts)
         if len(parts) == 1:
-            return [{port.name: _whole(outputs[port.name]) for port in ports}]
+            return [{port.name: outputs[port.name] if kept[0] else _whole(outputs[port.name]) for port in ports}]
         own = [self._sizes(part) for part in parts]
         ends = np.cumsum([self.rows(part) for part in parts]).tolist()
         padded = {name: max(sizes[name] for sizes in own) for name in self._paddable}
-        answers: list[dict[str, Array]] = [{} for _ in parts]
+        answers: list[dict[str, Array | list[Array]]] = [{} for _ in parts]
         for port in ports:
             output = outputs[port.name]
             self._check(port, output, ends[-1], padded)
-            for answer, sizes, start, end in zip(answers, own, [0, *ends], ends, strict=False):
+            for answer, sizes, keep, start, end in zip(answers, own, kept, [0, *ends], ends, strict=False):
                 row = tuple(slice(sizes.get(name)) if isinstance(name, str) else slice(None) for name in port.shape[1:])
                 if isinstance(output, list):
-                    answer[port.name] = np.stack([part[row] for part in output[start:end]])
+                    rows = [part[row].copy() for part in output[start:end]] if keep else None
+                    answer[port.name] = np.stack([part[row] for part in output[start:end]]) if rows is None else rows
                 else:
                     answer[port.name] = output[(slice(start, end), *row)].copy()
         return answers

@@ -10,7 +10,7 @@ from tpeft_deploy.errors import InputError
 from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.tucker import Array
 
-__all__ = ["as_rows", "batched", "check_inputs", "check_tasks", "cut", "cut_rows", "rows", "take_rows"]
+__all__ = ["as_one", "as_rows", "batched", "check_inputs", "check_tasks", "cut", "cut_rows", "rows", "take_rows"]
 
 
 def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, Array]:
@@ -130,3 +130,12 @@ def _check_port(manifest: Manifest, port: Port, array: Array, sizes: dict[str, t
                 )
     if 0 in array.shape:
         raise InputError(doing, expected="at least one row and no empty axis", got=list(array.shape))
+
+
+def as_one(manifest: Manifest, rows: Mapping[str, Sequence[Array | None]]) -> dict[str, Array | list[Array]]:
+    """Outputs put together from rows that ran apart: a list where rows differ in size, as a mixed run gives them."""
+    found: dict[str, Array | list[Array]] = {}
+    for port in manifest.outputs:
+        own = [row for row in rows[port.name] if row is not None]
+        found[port.name] = own if port.varies else np.stack(own)
+    return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
-import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -22,24 +22,29 @@ from tpeft_deploy.bundle import BASE_TASK, Bundle, check_task
 from tpeft_deploy.errors import InputError, RunError, TpeftError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import requests
+from tpeft_deploy.runtime.answering import Answering
 from tpeft_deploy.runtime.bank import Layout
 from tpeft_deploy.runtime.batcher import Batcher, Figures
-from tpeft_deploy.runtime.batching import Limits
+from tpeft_deploy.runtime.batching import Limits, Order
 from tpeft_deploy.runtime.captured import Captured
 from tpeft_deploy.runtime.catalogue import Catalogue, Task
 from tpeft_deploy.runtime.engine import Engine, Outputs
 from tpeft_deploy.runtime.folds import Folds
 from tpeft_deploy.runtime.holding import Holder
+from tpeft_deploy.runtime.joining import Form
 from tpeft_deploy.runtime.opening import computes_in_half, files_to_serve, open_banked
 from tpeft_deploy.runtime.private import PrivateCopy
+from tpeft_deploy.runtime.probing import differs
 from tpeft_deploy.runtime.providers import Cuda, choose
 from tpeft_deploy.runtime.tiers import Tiers
-from tpeft_deploy.runtime.versions import Content, Tier, Version
+from tpeft_deploy.runtime.timing import Timing
+from tpeft_deploy.runtime.versions import Content, Source, Tier, Version
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Runtime"]
 
 GIB = 2**30
+_REGISTERED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._:-]{0,127})?/[A-Za-z0-9][A-Za-z0-9._:-]{0,127}@[1-9][0-9]{0,17}")
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 
@@ -63,6 +68,7 @@ class Runtime:
         cuda_graphs: on CUDA, record runs of the bank as CUDA graphs, one for each shape that comes again; inputs are
             filled up to a few shapes for it (see `captured`).
         limits: how requests of `infer` are joined and how many may wait; 32 rows and 2 ms by default.
+        order: which of the requests that wait is next; first come, first served by default.
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
@@ -86,6 +92,7 @@ class Runtime:
         session_bytes: int | None = None,
         cuda_graphs: bool = False,
         limits: Limits | None = None,
+        order: Order[Form] | None = None,
         preload: bool = True,
         own_copy: bool = True,
     ) -> None:
@@ -121,8 +128,10 @@ class Runtime:
             if remark:
                 self.provider_reason += f"; {remark}"
             self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
-            self._batcher = Batcher(self._manifest, self._run_batch, Limits() if limits is None else limits)
+            limits = Limits() if limits is None else limits
+            self._batcher = Batcher(self._manifest, self._run_batch, limits, order=order)
             self._holder = Holder(self._tiers)
+            self._answering = Answering(self._manifest, self._tiers, self._holder, self._batcher)
             if isinstance(self._session, Captured):
                 failed.callback(self._session.close)
             if preload:
@@ -193,18 +202,46 @@ class Runtime:
             CapacityError: a task does not fit into the budget beside those that are pinned.
         """
         arrays = requests.check_inputs(self._manifest, inputs)
+        versions = self._found(arrays, task, tasks)
         if tasks is None:
-            return self._engine.run_one(arrays, self._catalogue.find(BASE_TASK if task is None else task))
-        if task is not None:
-            raise InputError("run a batch", expected="task or tasks", got="both")
-        requests.check_tasks(self._manifest, tasks, arrays)
-        # Found before anything runs, so that a load or unload meanwhile does not touch this call.
-        versions = [self._catalogue.find(own, doing=f"run task {own!r} for row {row}") for row, own in enumerate(tasks)]
+            return self._engine.run_one(arrays, versions[0])
         return self._engine.run_rows(arrays, versions)
 
+    @overload
     async def infer(
-        self, inputs: Mapping[str, object], task: Task = BASE_TASK, *, timeout: float | None = None
-    ) -> dict[str, Array]:
+        self,
+        inputs: Mapping[str, object],
+        task: Task = BASE_TASK,
+        *,
+        timeout: float | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        timing: Timing | None = None,
+    ) -> dict[str, Array]: ...
+
+    @overload
+    async def infer(
+        self,
+        inputs: Mapping[str, object],
+        *,
+        tasks: Sequence[Task],
+        timeout: float | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        timing: Timing | None = None,
+    ) -> Outputs: ...
+
+    async def infer(
+        self,
+        inputs: Mapping[str, object],
+        task: Task | None = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        timeout: float | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        timing: Timing | None = None,
+    ) -> dict[str, Array] | Outputs:
         """Run a request together with those of others, of any task: what `run` answers, later by a few milliseconds.
 
         Requests are joined where their other axes are equal, or where the manifest says what they may be filled up
@@ -214,7 +251,11 @@ class Runtime:
         Args:
             inputs: input name -> array; the first axis is the batch.
             task: one task for all rows, or a weighted set of tasks.
+            tasks: one task (or set) per row, as for `run`.
             timeout: seconds after which the answer is of no use.
+            tenant: whom the order of the queue may charge for the request.
+            priority: for that order; the smaller first.
+            timing: is told when the request's run began and ended.
 
         Raises:
             UnknownTask, InputError, CompositionError, AdapterError, BundleError, CapacityError: as `run`.
@@ -222,16 +263,16 @@ class Runtime:
             DeadlineExceeded: the time was over first.
         """
         arrays = requests.check_inputs(self._manifest, inputs)
-        version = self._catalogue.find(task)
-        if version is None:
-            return await self._batcher.infer(arrays, BASE_TASK, timeout=timeout)
-        began = time.monotonic()
-        await self._holder.take(version, timeout)
-        try:
-            left = None if timeout is None else timeout - (time.monotonic() - began)
-            return await self._batcher.infer(arrays, version, timeout=left)
-        finally:
-            self._tiers.give_back([version])
+        versions = self._found(arrays, task, tasks)
+        return await self._answering.infer(
+            arrays,
+            versions,
+            apart=tasks is not None,
+            timeout=timeout,
+            tenant=tenant,
+            priority=priority,
+            timing=timing,
+        )
 
     def load(self, task: str, adapter: str | os.PathLike[str] | Adapter | None = None) -> None:
         """Serve an adapter, in place of an earlier one of that name; the bundle on disk stays as it is.
@@ -258,7 +299,7 @@ class Runtime:
         try:
             with self._tiers.using([version]):
                 self._keep(task, version)
-                self._catalogue.put(task, version)
+                self._catalogue.put({task: version})
                 served = True
                 self._keep(task, version)  # somebody may have pinned it meanwhile, or not any more
         except BaseException:
@@ -266,14 +307,50 @@ class Runtime:
                 self._retire(version)  # else it would stay, pinned for a task that never stood for it
             raise
 
+    def register(self, sources: Mapping[str, Source]) -> None:
+        """Know adapters from outside the bundle without reading them: each is read when it is first asked for.
+
+        Args:
+            sources: task -> where its adapter is.  A name may also be "TENANT/TASK@VERSION", as the server has them.
+
+        Raises:
+            BundleError: a name is not allowed; none is known then.
+        """
+        for task in sources:
+            if not _REGISTERED.fullmatch(task):
+                check_task(task, self.name)
+        found = {task: Version(task, source.digest, source.read) for task, source in sources.items()}
+        self._catalogue.put(found)
+
+    def forget(self, tasks: Iterable[str]) -> None:
+        """`unload` of several: all of them or, where one is unknown, none.
+
+        Raises:
+            UnknownTask: there is no such task, or it is the base.
+        """
+        names = list(tasks)
+        self._catalogue.remove(names)
+        for task in names:
+            self._pinned.pop(task, None)
+
+    def probe(self, task: str) -> bool:
+        """Whether a task answers differently from the base on the bundle's own example.
+
+        Raises:
+            UnknownTask: there is no such task.
+            AdapterError, BundleError, CapacityError: it cannot be served.
+            RunError: an output is not finite.
+        """
+        example = self._base.example()
+        return differs(self.run(example, BASE_TASK), self.run(example, task), task=task)
+
     def unload(self, task: str) -> None:
         """Stop serving a task; runs in flight finish on it.
 
         Raises:
             UnknownTask: there is no such task, or it is the base.
         """
-        self._catalogue.remove(task)
-        self._pinned.pop(task, None)
+        self.forget([task])
 
     def pin(self, task: str, *, folded: bool = False) -> None:
         """Keep a task resident until `unpin`, whoever else needs room.
@@ -332,6 +409,17 @@ class Runtime:
         if isinstance(self._session, Captured):
             self._session.close()
         self._release()
+
+    def _found(
+        self, inputs: Mapping[str, Array], task: Task | None, tasks: Sequence[Task] | None
+    ) -> list[Version | None]:
+        """One version for all rows, or one a row: found before anything runs, so that changes do not touch the call."""
+        if tasks is None:
+            return [self._catalogue.find(BASE_TASK if task is None else task)]
+        if task is not None:
+            raise InputError("run a batch", expected="task or tasks", got="both")
+        requests.check_tasks(self._manifest, tasks, inputs)
+        return [self._catalogue.find(own, doing=f"run task {own!r} for row {row}") for row, own in enumerate(tasks)]
 
     def _run_batch(
         self, inputs: Mapping[str, Array], tasks: Sequence[object], options: onnxruntime.RunOptions

@@ -10,7 +10,7 @@ from typing import Literal
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.runtime.bank import Rows, Shape
 
-__all__ = ["Content", "Tier", "Version"]
+__all__ = ["Content", "Source", "Tier", "Version"]
 
 Tier = Literal["disk", "host", "device", "folded"]
 
@@ -36,6 +36,19 @@ class Content:
     def nbytes(self) -> int:
         """Bytes in host memory."""
         return sum(array.nbytes for array in self.rows.values())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter is, for `Runtime.register`.
+
+    Attributes:
+        digest: SHA-256 of its content.
+        read: reads it, whenever it is needed and not in memory; called from threads of the runtime.
+    """
+
+    digest: str
+    read: Callable[[], Adapter]
 
 
 @dataclass(eq=False, repr=False)

@@ -17,7 +17,7 @@ DOCUMENTED = {
         "verify_bundle",
     ],
     "tpeft_deploy.exporters": ["export_bundle", "export_folded", "verify_bundle"],
-    "tpeft_deploy.runtime": ["Limits", "Runtime"],
+    "tpeft_deploy.runtime": ["Limits", "Runtime", "Source"],
     "tpeft_deploy.training": [
         "PEFT_TYPE",
         "TuckerConfig",

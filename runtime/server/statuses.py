@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tpeft_deploy import errors
 
-__all__ = ["Status", "status_of"]
+__all__ = ["MethodNotAllowed", "Status", "status_of"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,21 @@ class Status:
     retry_after: int | None = None
 
 
+class MethodNotAllowed(errors.ServerError):
+    """Raised for a path that exists, with a method that it does not have; `allowed` are those it has."""
+
+    def __init__(self, method: str, allowed: Iterable[str]) -> None:
+        self.allowed = ", ".join(sorted(allowed))
+        super().__init__("answer a request", expected=f"the method {self.allowed}", got=method[:20])
+
+
 # The first class that fits decides.
 _TABLE: list[tuple[type[errors.TpeftError], int, str]] = [
     (errors.ProtocolError, 400, "INVALID_ARGUMENT"),
     (errors.TooLarge, 413, "RESOURCE_EXHAUSTED"),
     (errors.Unauthenticated, 401, "UNAUTHENTICATED"),
     (errors.Forbidden, 403, "PERMISSION_DENIED"),
+    (MethodNotAllowed, 405, "UNIMPLEMENTED"),
     (errors.NotFound, 404, "NOT_FOUND"),
     (errors.UnknownTask, 404, "NOT_FOUND"),
     (errors.Conflict, 409, "FAILED_PRECONDITION"),

@@ -19,6 +19,7 @@ from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.runtime import batcher as batchers
 from tpeft_deploy.runtime.batcher import Batcher, Engine
 from tpeft_deploy.runtime.batching import Limits
+from tpeft_deploy.runtime.calls import Answered
 from tpeft_deploy.runtime.joining import Outputs, Task
 from tpeft_deploy.tucker import Array
 
@@ -85,7 +86,7 @@ def test_what_comes_during_a_run_is_joined_and_everyone_gets_the_own_answer(make
     gate = Gate(is_open=False)
     own = make(gate)
 
-    async def main() -> list[dict[str, Array]]:
+    async def main() -> list[Answered]:
         first = asyncio.create_task(own.infer(rows(1), "a"))
         await entered(gate)
         others = [asyncio.create_task(own.infer(rows(n, n), "b" * n)) for n in (1, 2, 3)]

@@ -144,9 +144,10 @@ def test_a_task_unpinned_or_pinned_while_it_is_replaced_is_so_afterwards(
         runtime.pin("two")
     put = runtime._catalogue.put
 
-    def and_meanwhile(task: str, version: Version) -> None:
-        getattr(runtime, between)(task)
-        put(task, version)
+    def and_meanwhile(versions: dict[str, Version]) -> None:
+        for task in versions:
+            getattr(runtime, between)(task)
+        put(versions)
 
     monkeypatch.setattr(runtime._catalogue, "put", and_meanwhile)
     runtime.load("two", conv_adapters["plain"])

@@ -98,6 +98,7 @@ def test_every_request_gets_back_exactly_what_its_rows_gave(sizes: list[tuple[in
         expected = model(part, [head] * len(part["ids"]))
         assert list(answer) == ["tokens", "scores", "tags"]
         for name, array in answer.items():
+            assert isinstance(array, np.ndarray)
             assert array.dtype == expected[name][0].dtype
             assert array.flags.c_contiguous
             np.testing.assert_array_equal(array, expected[name])
@@ -107,10 +108,26 @@ def test_answers_hold_no_memory_of_others() -> None:
     own = joiner()
     parts = [text(2, 3, 0), text(1, 3, 1)]
     tokens = np.zeros((3, 3, 3), np.float16)
-    first, second = own.cut({"tokens": tokens}, parts)
-    assert not np.shares_memory(first["tokens"], tokens)
-    assert first["tokens"].base is None
-    assert second["tokens"].base is None
+    for answer in own.cut({"tokens": tokens}, parts):
+        array = answer["tokens"]
+        assert isinstance(array, np.ndarray)
+        assert not np.shares_memory(array, tokens)
+        assert array.base is None
+
+
+def test_rows_of_different_tasks_stay_apart_where_it_was_asked_for() -> None:
+    own = joiner((TOKENS, TAGS))
+    parts = [text(2, 3, 0), text(1, 3, 1)]
+    tags = [np.full((3, size), size, np.float32) for size in (2, 4, 4)]
+    tokens = np.arange(27, dtype=np.float16).reshape(3, 3, 3)
+    first, second = own.cut({"tokens": tokens, "tags": tags}, parts, apart=[True, False])
+    assert isinstance(first["tags"], list)
+    assert [row.shape for row in first["tags"]] == [(3, 2), (3, 4)]
+    assert isinstance(second["tags"], np.ndarray)
+    assert second["tags"].shape == (1, 3, 4)
+    assert isinstance(first["tokens"], np.ndarray)
+    alone = own.cut({"tokens": tokens[:2], "tags": tags[:2]}, parts[:1], apart=[True])
+    assert isinstance(alone[0]["tags"], list)
 
 
 @pytest.mark.parametrize("given_", [np.zeros((4, 3, 3)), np.zeros((3, 2, 3)), np.zeros((3, 3)), [np.zeros((3, 3))] * 2])

@@ -12,10 +12,10 @@ from google.protobuf.message import Message
 from tpeft_deploy.errors import ProtocolError, Unauthenticated
 from tpeft_deploy.runtime.server.access import Action, Principal
 from tpeft_deploy.runtime.server.core import Core
+from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.messages import Parameter
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
-from tpeft_deploy.runtime.server.rpc.tensors import quoted
 from tpeft_deploy.runtime.server.rpc.translation import adapter_of, request_of, response_of
 
 __all__ = ["METHODS", "SERVICE", "Call", "Method"]

@@ -16,12 +16,12 @@ from google.protobuf.message import Message
 from tpeft_deploy.errors import Unauthenticated, Unsupported
 from tpeft_deploy.runtime.server.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.core import Core
+from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Call, Method
 from tpeft_deploy.runtime.server.rpc.streaming import in_order
-from tpeft_deploy.runtime.server.rpc.tensors import quoted
 from tpeft_deploy.runtime.server.rpc.wire import parse
 from tpeft_deploy.runtime.server.statuses import Status, status_of
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
+from tpeft_deploy.runtime.server.elements import encode_raw, quoted
 from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse, Parameter
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
-from tpeft_deploy.runtime.server.rpc.tensors import decode, encode_contents, encode_raw, has_contents, quoted
+from tpeft_deploy.runtime.server.rpc.tensors import decode, encode_contents, has_contents
 from tpeft_deploy.tucker import Array
 
 __all__ = ["adapter_of", "request_of", "response_of"]

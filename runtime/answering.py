@@ -1,0 +1,119 @@
+"""One request of `infer`: its versions are held while it waits, and joined with those of others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tpeft_deploy.bundle import BASE_TASK
+from tpeft_deploy.errors import CapacityError
+from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.runtime import requests
+from tpeft_deploy.runtime.batcher import Batcher
+from tpeft_deploy.runtime.calls import Answered
+from tpeft_deploy.runtime.holding import Holder
+from tpeft_deploy.runtime.tiers import Tiers
+from tpeft_deploy.runtime.timing import Timing
+from tpeft_deploy.runtime.versions import Version
+from tpeft_deploy.tucker import Array
+
+__all__ = ["Answering"]
+
+
+class Answering:
+    """Sends requests to the batcher with their versions on the device.
+
+    Args:
+        manifest: of the bundle.
+        tiers: where the versions are.
+        holder: waits for them.
+        batcher: joins and runs.
+    """
+
+    def __init__(self, manifest: Manifest, tiers: Tiers, holder: Holder, batcher: Batcher) -> None:
+        self._manifest = manifest
+        self._tiers = tiers
+        self._holder = holder
+        self._batcher = batcher
+
+    async def infer(
+        self,
+        inputs: Mapping[str, Array],
+        versions: Sequence[Version | None],
+        *,
+        apart: bool,
+        timeout: float | None,
+        tenant: str,
+        priority: int,
+        timing: Timing | None,
+    ) -> Answered:
+        """Answer a request.
+
+        Args:
+            inputs: as `requests.check_inputs` gives them.
+            versions: one for all rows, or, with `apart`, one a row; None is the base.
+            apart: as `Joiner.cut`.
+            timeout: seconds until the answer is of no use.
+            tenant: whom the queue's order may charge.
+            priority: as `batching.Request`.
+            timing: is told when the run began and ended.
+
+        Raises:
+            AdapterError, BundleError, CapacityError: a version cannot be brought to the device.
+            QueueFull, DeadlineExceeded: as the batcher.
+        """
+        held = list(dict.fromkeys(version for version in versions if version is not None))
+        began = time.monotonic()
+        if held:
+            try:
+                await self._holder.take(held, timeout)
+            except CapacityError:
+                if len(held) < 2:
+                    raise
+                left = None if timeout is None else timeout - (time.monotonic() - began)
+                return await self._in_parts(inputs, versions, held, left, tenant, priority, timing)
+        try:
+            left = timeout
+            if held and timeout is not None:
+                left = timeout - (time.monotonic() - began)
+            tasks = [BASE_TASK if version is None else version for version in versions]
+            one, each = (None, tasks) if apart else (tasks[0], None)
+            return await self._batcher.infer(
+                inputs, one, tasks=each, timeout=left, tenant=tenant, priority=priority, timing=timing
+            )
+        finally:
+            if held:
+                self._tiers.give_back(held)
+
+    async def _in_parts(
+        self,
+        inputs: Mapping[str, Array],
+        versions: Sequence[Version | None],
+        held: Sequence[Version],
+        timeout: float | None,
+        tenant: str,
+        priority: int,
+        timing: Timing | None,
+    ) -> Answered:
+        """Half of the versions after the other, as they do not fit on the device together."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        first = set(held[: (len(held) + 1) // 2])
+        chosen = np.array([version in first for version in versions])
+        rows: dict[str, list[Array | None]] = {port.name: [None] * len(versions) for port in self._manifest.outputs}
+        for part in (chosen, ~chosen):
+            places = np.flatnonzero(part)
+            outputs = await self.infer(
+                requests.take_rows(self._manifest, inputs, places),
+                [versions[place] for place in places.tolist()],
+                apart=True,
+                timeout=None if deadline is None else deadline - time.monotonic(),
+                tenant=tenant,
+                priority=priority,
+                timing=timing,
+            )
+            for name, array in outputs.items():
+                for place, row in zip(places, array, strict=True):
+                    rows[name][place] = row
+        return requests.as_one(self._manifest, rows)

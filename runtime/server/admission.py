@@ -1,0 +1,60 @@
+"""What an upload must prove before anybody can call it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from tpeft_deploy import fitting
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.errors import AdapterError
+from tpeft_deploy.runtime import Runtime, Source
+from tpeft_deploy.runtime.server.registry import VersionRecord
+
+__all__ = ["Admission"]
+
+
+class Admission:
+    """Checks adapters end to end on the runtime that is to serve them.
+
+    Args:
+        bundle: whose targets they have to fit.
+        runtime: runs the probe, as it would any request.
+        read: a version's adapter, from where it is stored.
+    """
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, read: Callable[[VersionRecord], Adapter]) -> None:
+        self._bundle = bundle
+        self._runtime = runtime
+        self._read = read
+
+    def check(self, record: VersionRecord, adapter: Adapter) -> None:
+        """Refuse an adapter that does not fit the base, or answers as the base does.
+
+        Targets, shapes, ranks and finiteness first; then a run on the bundle's example under the runtime's own name
+        for it, whose outputs have to be finite and to differ from the base's.  It stays known to the runtime when this
+        returns.  Blocks; not for the event loop.
+
+        Raises:
+            UnknownTarget, ShapeError, BaseMismatch: it does not fit.
+            AdapterError: it changes no output.
+            RunError, CapacityError: the probe's outputs are not finite, or it has no room.
+        """
+        # Named as clients know it: Bundle.fill would tell them where it lies.
+        bundle = self._bundle
+        fitting.fill(bundle.manifest, adapter, bundle=repr(bundle.manifest.name), base_value=bundle.base_value)
+        self._runtime.register({record.key: Source(record.digest, partial(self._read, record))})
+        try:
+            acts = self._runtime.probe(record.key)
+        except BaseException:
+            self._runtime.forget([record.key])
+            raise
+        if not acts:
+            self._runtime.forget([record.key])
+            raise AdapterError(
+                f"register task {record.task!r}",
+                expected="outputs that differ from the base's",
+                got="the base's own, exactly",
+                fix="Its change is zero, or too small to be seen: was it saved before training?",
+            )

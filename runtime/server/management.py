@@ -1,0 +1,182 @@
+"""Changes: registering, pointing, pinning, deleting.  Each is done, and durable, before it is acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.errors import Conflict, ProtocolError
+from tpeft_deploy.runtime import Runtime, Source
+from tpeft_deploy.runtime.server.access import SHARED, Action, Principal, allow
+from tpeft_deploy.runtime.server.core import Part
+from tpeft_deploy.runtime.server.models import Models
+from tpeft_deploy.runtime.server.registry import CURRENT, Staged, State, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.statistics import Statistics
+
+__all__ = ["Management", "owner"]
+
+
+class Management:
+    """Changes what is served.
+
+    Args:
+        runtime: what serves.
+        models: what tenants see.
+        state: the registry.
+        statistics: forgotten with what they count.
+        admit: refuses an adapter that is not fit to serve; blocks.
+        base: what the names in uploads are resolved against.
+        max_upload_bytes: of one upload, all files together.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        models: Models,
+        state: State,
+        statistics: Statistics,
+        admit: Callable[[VersionRecord, Adapter], None],
+        base: object,
+        *,
+        max_upload_bytes: int,
+    ) -> None:
+        self._runtime = runtime
+        self._models = models
+        self._state = state
+        self._statistics = statistics
+        self._admit = admit
+        self._base = base
+        self._max_upload_bytes = max_upload_bytes
+
+    def announce(self, records: list[VersionRecord]) -> None:
+        """Let the runtime know versions, without reading them."""
+        read = self._state.tasks.read
+        self._runtime.register({record.key: Source(record.digest, partial(read, record)) for record in records})
+
+    async def register(
+        self,
+        principal: Principal,
+        name: str,
+        parts: AsyncIterator[Part],
+        *,
+        alias: str = CURRENT,
+        tenant: str | None = None,
+    ) -> TaskRecord:
+        """A new version of a task from an upload, checked and ready when this returns."""
+        whose = owner(principal, tenant)
+        self._check_free(name)
+        async with self._state.tasks.staging(self._max_upload_bytes) as staged:
+            async for part, stream in parts:
+                await staged.write(part, stream)
+            # Not cancelled half-way: whoever hangs up now finds the version registered, or not, but nothing between.
+            await asyncio.shield(asyncio.to_thread(self._add, whose, name, staged, alias, principal.key))
+        return self.task(whose, name)
+
+    async def point(
+        self, principal: Principal, name: str, alias: str, version: str, tenant: str | None = None
+    ) -> TaskRecord:
+        """Let an alias stand for another version."""
+        whose = owner(principal, tenant)
+        return await asyncio.to_thread(self._state.tasks.point, whose, name, alias, version, by=principal.key)
+
+    async def rollback(self, principal: Principal, name: str, alias: str, tenant: str | None = None) -> TaskRecord:
+        """Let an alias stand again for what it stood for before."""
+        whose = owner(principal, tenant)
+        return await asyncio.to_thread(self._state.tasks.rollback, whose, name, alias, by=principal.key)
+
+    async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
+        """Delete a task, or one version that no alias stands for; requests in flight finish."""
+        whose = owner(principal, tenant)
+        if version and not (version.isascii() and version.isdigit() and len(version) < 10):
+            raise ProtocolError(f"delete version {version!r} of task {name!r}", expected="a number", got="another name")
+        await asyncio.shield(asyncio.to_thread(self._delete, whose, name, version, principal.key))
+        if not version:
+            self._statistics.drop(whose, name)
+
+    async def publish(self, principal: Principal, name: str, tenant: str) -> TaskRecord:
+        """Give a tenant's task to all tenants."""
+        allow(principal, Action.ADMIN)
+        self._check_free(name)
+        before = self.task(tenant, name)
+        published = await asyncio.to_thread(
+            self._state.tasks.publish,
+            tenant,
+            name,
+            lambda task: self.announce(list(task.versions.values())),
+            by=principal.key,
+        )
+        self._runtime.forget(record.key for record in before.versions.values())
+        self._statistics.drop(tenant, name)
+        return published
+
+    async def pin(self, principal: Principal, name: str, *, folded: bool, tenant: str | None = None) -> TaskRecord:
+        """Keep a task's current version on the device, or in a session of its own."""
+        whose = owner(principal, tenant)
+        target = self._models.target(whose, name)
+        self._check_own(whose, target.tenant, name)
+        await asyncio.to_thread(self._runtime.pin, target.key, folded=folded)
+        return self.task(whose, name)
+
+    async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:
+        """Let it leave the device again."""
+        whose = owner(principal, tenant)
+        target = self._models.target(whose, name)
+        self._check_own(whose, target.tenant, name)
+        await asyncio.to_thread(self._runtime.unpin, target.key)
+
+    def task(self, tenant: str, name: str) -> TaskRecord:
+        """A task as a tenant sees it.
+
+        Raises:
+            NotFound: there is none that it may see.
+        """
+        return self._state.tasks.snapshot().task(tenant, name)
+
+    def _add(self, tenant: str, name: str, staged: Staged, alias: str, by: str) -> None:
+        adapter = staged.read(self._base, of=f"the upload for task {name!r}")
+        known: list[VersionRecord] = []
+
+        def check(record: VersionRecord, adapter: Adapter) -> None:
+            self._admit(record, adapter)
+            known.append(record)
+
+        try:
+            self._state.tasks.add(tenant, name, adapter, check, by=by, alias=alias)
+        except BaseException:
+            self._runtime.forget(record.key for record in known)
+            raise
+
+    def _delete(self, tenant: str, name: str, version: str, by: str) -> None:
+        if version:
+            gone = [self._state.tasks.remove_version(tenant, name, int(version), by=by)]
+        else:
+            gone = self._state.tasks.remove(tenant, name, by=by)
+        self._runtime.forget(record.key for record in gone)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._models.reserved:
+            raise Conflict(
+                f"register task {name!r}",
+                expected="a name of its own",
+                got="the name of a model of the bundle",
+                fix="Choose another name.",
+            )
+
+    def _check_own(self, tenant: str, found: str, name: str) -> None:
+        if found != tenant:
+            raise Conflict(f"pin task {name!r}", expected="a task of the tenant's own", got="a shared one")
+
+
+def owner(principal: Principal, tenant: str | None) -> str:
+    """Whose tasks a change is for: the principal's own, or, for an admin, anybody's ("shared" for everybody's).
+
+    Raises:
+        Forbidden: the role does not allow changes, or not those of others.
+    """
+    allow(principal, Action.DEPLOY)
+    if tenant is None or tenant == principal.tenant:
+        return principal.tenant
+    allow(principal, Action.ADMIN)
+    return SHARED if tenant == "shared" else tenant

@@ -1,0 +1,126 @@
+"""The models that a tenant sees: the base, the bundle, its tasks, and the registry's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from tpeft_deploy.bundle import BASE_TASK, Bundle
+from tpeft_deploy.errors import NotFound, Unavailable
+from tpeft_deploy.runtime.server.access import SHARED
+from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.resolving import Target
+
+__all__ = ["Model", "Models"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model as a tenant sees it.
+
+    Attributes:
+        tenant: whose it is.
+        name: its name.
+        versions: number -> what it runs on, the lowest first; the bundle's own model runs on nothing by itself.
+        aliases: name -> number.
+        mixed: rows choose their tasks: the bundle's own model.
+    """
+
+    tenant: str
+    name: str
+    versions: dict[str, Target]
+    aliases: dict[str, str] = field(default_factory=dict)
+    mixed: bool = False
+
+
+class Models:
+    """Finds models by name; reads immutable snapshots only, so it never waits.
+
+    Args:
+        bundle: its tasks are shared by all tenants.
+        state: the registry.
+    """
+
+    def __init__(self, bundle: Bundle, state: State) -> None:
+        self.bundle = bundle.manifest.name
+        self._state = state
+        self._own = {task: Target(task, SHARED, task, "1", digest) for task, digest in bundle.tasks.items()}
+        self._unloaded: set[tuple[str, str]] = set()
+
+    @property
+    def reserved(self) -> frozenset[str]:
+        """Names that no registered task may have."""
+        return frozenset({BASE_TASK, self.bundle, *self._own})
+
+    def target(self, tenant: str, name: str, version: str = "") -> Target:
+        """What a tenant's request for a name runs on.
+
+        Raises:
+            NotFound: there is none of that name or version that the tenant may see.
+            Unavailable: it was unloaded.
+        """
+        found = self._own.get(name)
+        if found is not None:
+            if version not in {"", found.version, CURRENT}:
+                raise NotFound(f"find model {name!r}", expected=f"version {found.version}", got=repr(version))
+        else:
+            found = target_of(self._state.tasks.snapshot().find(tenant, name, version))
+        if self._unloaded and (found.tenant, name) in self._unloaded:
+            raise Unavailable(f"run model {name!r}", problem="it was unloaded", fix="Load it again.")
+        return found
+
+    def model(self, tenant: str, name: str, version: str = "") -> Model:
+        """The model of a name, with the one version or all of them.
+
+        Raises:
+            NotFound: there is none of that name or version that the tenant may see.
+        """
+        if name in {BASE_TASK, self.bundle} or name in self._own:
+            model = self._fixed(name)
+            if version not in {"", CURRENT, *model.versions}:
+                raise NotFound(f"find model {name!r}", expected=f"version {', '.join(model.versions)}", got=version)
+            return model
+        snapshot = self._state.tasks.snapshot()
+        task = snapshot.task(tenant, name)
+        if not version:
+            return _model_of(task)
+        record = task.version(version)
+        return replace(_model_of(task), versions={str(record.number): target_of(record)})
+
+    def visible(self, tenant: str | None) -> Iterator[Model]:
+        """All models that a tenant sees, or all there are."""
+        for name in (BASE_TASK, self.bundle, *self._own):
+            yield self._fixed(name)
+        yield from self._registered(tenant)
+
+    def is_ready(self, model: Model) -> bool:
+        """Whether it has not been unloaded."""
+        return (model.tenant, model.name) not in self._unloaded
+
+    def unload(self, model: Model) -> None:
+        """Refuse requests for it until `reload`."""
+        self._unloaded = self._unloaded | {(model.tenant, model.name)}
+
+    def reload(self, model: Model) -> None:
+        """Take requests for it again."""
+        self._unloaded = self._unloaded - {(model.tenant, model.name)}
+
+    def _fixed(self, name: str) -> Model:
+        if name in self._own:
+            own = self._own[name]
+            return Model(SHARED, name, {own.version: own}, {CURRENT: own.version})
+        base = Target(BASE_TASK, SHARED, BASE_TASK, "1", BASE_TASK)
+        return Model(SHARED, name, {"1": base}, {CURRENT: "1"}, mixed=name == self.bundle)
+
+    def _registered(self, tenant: str | None) -> Iterator[Model]:
+        yield from map(_model_of, self._state.tasks.snapshot().visible(tenant))
+
+
+def _model_of(task: TaskRecord) -> Model:
+    versions = {str(number): target_of(task.versions[number]) for number in sorted(task.versions)}
+    return Model(task.tenant, task.name, versions, {alias: str(number) for alias, number in task.aliases.items()})
+
+
+def target_of(record: VersionRecord) -> Target:
+    """What a registered version runs on."""
+    return Target(record.key, record.tenant, record.task, str(record.number), record.digest)

@@ -1,0 +1,149 @@
+"""API keys.  Only their digests are kept, and compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, insert, select, update
+
+from tpeft_deploy.errors import NotFound, ProtocolError, Unauthenticated
+from tpeft_deploy.manifest import check_name
+from tpeft_deploy.runtime.server.access import Principal, Role
+from tpeft_deploy.runtime.server.registry import audit, database
+from tpeft_deploy.runtime.server.registry.database import Database
+from tpeft_deploy.runtime.server.registry.tenants import Tenants, ensure
+
+__all__ = ["KeyRecord", "Keys"]
+
+_KEY = re.compile(r"tpk_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
+_NOBODY = hashlib.sha256(b"no key has this digest").hexdigest()
+
+
+@dataclass(frozen=True)
+class KeyRecord:
+    """A key without its secret; times are seconds since 1970."""
+
+    id: str
+    digest: str
+    tenant: str
+    role: Role
+    created: float
+    expires: float | None = None
+    revoked: float | None = None
+
+
+class Keys:
+    """Keys by id; asked from memory, which `refresh` brings up to date.
+
+    Args:
+        database: where they are.
+        tenants: a key's tenant is made with it.
+    """
+
+    def __init__(self, database: Database, tenants: Tenants) -> None:
+        self._database = database
+        self._tenants = tenants
+        self._known: dict[str, tuple[KeyRecord, Principal]] = {}
+
+    def create(self, tenant: str, role: str, *, by: str, expires: float | None = None) -> tuple[KeyRecord, str]:
+        """A new key.
+
+        Args:
+            tenant: whose; made where there is none.
+            role: "infer", "deploy" or "admin".
+            by: id of the key that asked for it, or "command line".
+            expires: seconds since 1970; None: never.
+
+        Returns:
+            Its record, and the key itself, which is kept nowhere.
+
+        Raises:
+            BundleError: the tenant's name is not allowed.
+            ProtocolError: there is no such role, or the time is over already.
+        """
+        check_name(tenant, "tenant")
+        if role not in set(Role):
+            raise ProtocolError(
+                f"create a key for tenant {tenant!r}", expected=f"a role among {', '.join(Role)}", got=repr(role)
+            )
+        now = time.time()
+        if expires is not None and not expires > now:
+            raise ProtocolError(f"create a key for tenant {tenant!r}", problem="it would have expired already")
+        own = secrets.token_hex(6)
+        key = f"tpk_{own}_{secrets.token_urlsafe(32)}"
+        record = KeyRecord(own, _digest(key), tenant, Role(role), now, expires)
+        with self._database.writing() as connection:
+            ensure(connection, tenant)
+            connection.execute(
+                insert(database.keys).values(
+                    id=own, digest=record.digest, tenant=tenant, role=role, created=now, expires=expires
+                )
+            )
+            audit.write(connection, by, tenant, "create key", own, role=role, expires=expires)
+            self._database.changed(connection)
+            self._tenants.refresh(connection)
+            known = self._read(connection)
+        self._known = known
+        return record, key
+
+    def list(self, tenant: str | None = None) -> list[KeyRecord]:
+        """Keys, of one tenant or all, the oldest first; revoked ones too."""
+        found = [record for record, _ in self._known.values() if tenant is None or record.tenant == tenant]
+        return sorted(found, key=lambda record: (record.created, record.id))
+
+    def revoke(self, id: str, *, by: str) -> KeyRecord:
+        """Refuse a key from now on.
+
+        Raises:
+            NotFound: there is none of that id.
+        """
+        with self._database.writing() as connection:
+            tenant = connection.scalar(select(database.keys.c.tenant).where(database.keys.c.id == id))
+            if tenant is None:
+                raise NotFound(f"revoke key {id!r}", expected="the id of a key", got="one that no key has")
+            own = (database.keys.c.id == id) & database.keys.c.revoked.is_(None)
+            connection.execute(update(database.keys).where(own).values(revoked=time.time()))
+            audit.write(connection, by, tenant, "revoke key", id)
+            self._database.changed(connection)
+            known = self._read(connection)
+        self._known = known
+        return self._known[id][0]
+
+    def authenticate(self, key: str) -> Principal:
+        """Whose key it is.
+
+        Raises:
+            Unauthenticated: it is malformed, unknown, expired or revoked; the message does not say which of the
+                last three to those who do not have it.
+        """
+        match = _KEY.fullmatch(key)
+        record, principal = self._known.get(match[1], (None, None)) if match else (None, None)
+        same = hmac.compare_digest(_digest(key), record.digest if record is not None else _NOBODY)
+        if not same or record is None or principal is None:
+            raise Unauthenticated("authenticate", expected="a key of this server", got="another")
+        if record.revoked is not None:
+            raise Unauthenticated("authenticate", problem=f"key {record.id} was revoked")
+        if record.expires is not None and record.expires <= time.time():
+            raise Unauthenticated("authenticate", problem=f"key {record.id} has expired")
+        return principal
+
+    def refresh(self, connection: Connection) -> None:
+        """Read what is there now."""
+        self._known = self._read(connection)
+
+    def _read(self, connection: Connection) -> dict[str, tuple[KeyRecord, Principal]]:
+        found = {}
+        for row in connection.execute(select(database.keys)).mappings():
+            record = KeyRecord(**{**row, "role": Role(row["role"])})
+            found[record.id] = (record, Principal(record.tenant, record.role, record.id))
+        return found
+
+
+def _digest(key: str) -> str:
+    # The keys are 256 random bits: a slow hash would protect nothing more.
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

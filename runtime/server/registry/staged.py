@@ -1,0 +1,104 @@
+"""Files of an upload on their way in: in a directory of their own, under names of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.errors import ProtocolError, TooLarge, TpeftError
+from tpeft_deploy.formats import load_adapter
+
+__all__ = ["CONFIG", "Staged", "WEIGHTS", "clean", "staging"]
+
+WEIGHTS, CONFIG = "weights", "config"
+_NAMES = {WEIGHTS: "adapter_model.safetensors", CONFIG: "adapter_config.json"}
+_CONFIG_BYTES = 2**20
+
+
+class Staged:
+    """An upload: one file of weights, and for formats that have one its configuration.
+
+    Args:
+        directory: for it alone.
+        limit: bytes of all its files.
+    """
+
+    def __init__(self, directory: Path, limit: int) -> None:
+        self._directory = directory
+        self._limit = limit
+        self._written = 0
+
+    async def write(self, part: str, stream: AsyncIterator[bytes]) -> None:
+        """Take one file.
+
+        Args:
+            part: "weights" (safetensors) or "config" (adapter_config.json).
+            stream: its bytes as they come.
+
+        Raises:
+            ProtocolError: another part, or one that came before.
+            TooLarge: more bytes than allowed; nothing more is read.
+        """
+        if part not in _NAMES:
+            raise ProtocolError("take an upload", expected=f"parts named {' and '.join(_NAMES)}", got=repr(part))
+        place = self._directory / _NAMES[part]
+        if place.exists():
+            raise ProtocolError("take an upload", expected=f"one part {part!r}", got="another one")
+        limit = min(self._limit - self._written, _CONFIG_BYTES if part == CONFIG else self._limit)
+        with place.open("xb") as file:
+            await self._copy(part, stream, file, limit)
+
+    def read(self, base: object, *, of: str) -> Adapter:
+        """The adapter in it, whatever its format; blocks.
+
+        Args:
+            base: what names are resolved against.
+            of: what it is, for messages, which name no files of ours.
+
+        Raises:
+            ProtocolError: it has no weights.
+            AdapterError: it cannot be read, or does not fit the base.
+        """
+        weights = self._directory / _NAMES[WEIGHTS]
+        if not weights.exists():
+            raise ProtocolError(f"read {of}", expected=f"a part {WEIGHTS!r} with the adapter", got="none")
+        place = self._directory if (self._directory / _NAMES[CONFIG]).exists() else weights
+        try:
+            return load_adapter(place, base=base)
+        except TpeftError as error:
+            text = str(error).replace(str(weights), of).replace(str(self._directory), of)
+            raise type(error)(text) from error
+
+    async def _copy(self, part: str, stream: AsyncIterator[bytes], file: BinaryIO, limit: int) -> None:
+        own = 0
+        async for data in stream:
+            own += len(data)
+            self._written += len(data)
+            if own > limit:
+                raise TooLarge(
+                    f"take an upload, part {part!r}", expected=f"at most {limit:,} bytes", got=f"{own:,} and more"
+                )
+            await asyncio.to_thread(file.write, data)
+
+
+@asynccontextmanager
+async def staging(directory: Path, limit: int) -> AsyncIterator[Staged]:
+    """An upload's own directory, gone with what is in it at the end."""
+    own = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=directory, prefix="upload."))
+    try:
+        yield Staged(own, limit)
+    finally:
+        await asyncio.shield(asyncio.to_thread(shutil.rmtree, own, ignore_errors=True))
+
+
+def clean(directory: Path) -> None:
+    """Make the directory of uploads, without what a server that was killed left in it."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)

@@ -1,0 +1,120 @@
+"""A server's state: one directory, one server at a time; keys may be made beside it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tpeft_deploy.errors import ServerError
+from tpeft_deploy.runtime.server.quotas import Quota
+from tpeft_deploy.runtime.server.registry.audit import Audit
+from tpeft_deploy.runtime.server.registry.blobs import Blobs
+from tpeft_deploy.runtime.server.registry.database import Database, sqlite_url
+from tpeft_deploy.runtime.server.registry.keys import Keys
+from tpeft_deploy.runtime.server.registry.staged import clean
+from tpeft_deploy.runtime.server.registry.tasks import Tasks
+from tpeft_deploy.runtime.server.registry.tenants import Tenants
+
+__all__ = ["State", "open_keys", "open_state"]
+
+_log = logging.getLogger("tpeft_deploy.server")
+_SECONDS = 0.5  # between two looks at what other processes changed
+
+
+class State:
+    """Keys, tenants, tasks and the audit log.
+
+    Args:
+        directory: where files are, taken for this process alone.
+        url: of the database; SQLite in the directory by default.
+        default: the quota of tenants that have none of their own.
+
+    Raises:
+        ServerError: another server has the directory, or the database cannot be opened.
+    """
+
+    def __init__(self, directory: Path, url: str | None = None, *, default: Quota | None = None) -> None:
+        self._lock = _take(directory)
+        try:
+            self._database = Database(url or sqlite_url(directory / "state.db"))
+            self.tenants = Tenants(self._database, default or Quota())
+            self.keys = Keys(self._database, self.tenants)
+            self.audit = Audit(self._database)
+            self._changes = -1
+            self.refresh()
+            clean(directory / "incoming")
+            self.tasks = Tasks(self._database, Blobs(directory / "blobs"), directory / "incoming", self.tenants.quota)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="tpeft-keys", daemon=True)
+        self._watcher.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def refresh(self) -> None:
+        """See what other processes changed of keys and tenants."""
+        with self._database.reading() as connection:
+            changes = self._database.changes(connection)
+            if changes != self._changes:
+                self.tenants.refresh(connection)
+                self.keys.refresh(connection)
+                self._changes = changes
+
+    def close(self) -> None:
+        """Let another server have the directory."""
+        self._stop.set()
+        self._watcher.join()
+        self._database.close()
+        os.close(self._lock)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_SECONDS):
+            try:
+                self.refresh()
+            except Exception:
+                # Keys that were known stay known; a revocation is seen as soon as the database answers again.
+                _log.exception("cannot look for changed keys")
+
+
+def open_state(directory: Path, url: str | None = None, *, default: Quota | None = None) -> State:
+    """See `State`."""
+    return State(directory, url, default=default)
+
+
+def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:
+    """Keys alone, beside a server that may be running; close the database when done."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    database = Database(url or sqlite_url(directory / "state.db"))
+    keys = Keys(database, Tenants(database, Quota()))
+    with database.reading() as connection:
+        keys.refresh(connection)
+    return keys, database
+
+
+def _take(directory: Path) -> int:
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ServerError(
+            f"open the state in {directory}",
+            expected="a directory that no other server uses",
+            got="one in use",
+            fix="Stop that server, or give this one another --state.",
+        ) from error
+    return handle

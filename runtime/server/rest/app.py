@@ -1,0 +1,132 @@
+"""The HTTP application: inference first, then the table of routes; every error is {"error": text}."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import compile_path
+
+from tpeft_deploy.errors import NotFound, ServerError, Unsupported
+from tpeft_deploy.runtime.server.access import Action, allow
+from tpeft_deploy.runtime.server.core import Core
+from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.rest import openapi
+from tpeft_deploy.runtime.server.rest.answering import Exchanged, send_error
+from tpeft_deploy.runtime.server.rest.asked import Asked, Route
+from tpeft_deploy.runtime.server.rest.compression import compress
+from tpeft_deploy.runtime.server.rest.framing import Limits
+from tpeft_deploy.runtime.server.rest.inferring import Inferring, Receive, Scope, Send, model_of
+from tpeft_deploy.runtime.server.rest.routes import ROUTES
+from tpeft_deploy.runtime.server.statuses import MethodNotAllowed
+
+__all__ = ["Application", "application"]
+
+_INFER = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
+_GONE = 499
+
+
+class Application:
+    """An ASGI application.
+
+    Args:
+        core: the operations.
+        limits: on bodies and tensors.
+        observe: told of each request once it was answered; on the event loop, so it must not block.
+    """
+
+    def __init__(self, core: Core, limits: Limits, observe: Callable[[Exchange], None] | None = None) -> None:
+        self._core = core
+        self._limits = limits
+        self._observe = observe
+        self._infer = Inferring(core, limits)
+        self._table: list[tuple[re.Pattern[str], Route]] = [(compile_path(own.path)[0], own) for own in ROUTES]
+        self._table.append((compile_path(openapi.ROUTE.path)[0], openapi.ROUTE))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        exchanged = Exchanged(scope["method"], scope["headers"])
+        try:
+            asked = model_of(scope["path"])
+            if asked is not None and scope["method"] == "POST":
+                exchanged.route = _INFER[bool(asked[1])]
+                await self._infer(*asked, exchanged, receive, send)
+            else:
+                await self._other(asked is not None, exchanged, scope, receive, send)
+        finally:
+            if self._observe is not None:
+                self._observe(exchanged.exchange())
+
+    async def _other(self, inference: bool, exchanged: Exchanged, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            document = await self._document(inference, exchanged, scope, receive)
+        except ClientDisconnect:
+            exchanged.status = _GONE
+            return
+        except Exception as error:
+            await send_error(error, exchanged, send)
+            return
+        await _answer(document, exchanged, send)
+
+    async def _document(self, inference: bool, exchanged: Exchanged, scope: Scope, receive: Receive) -> object:
+        route, parameters = self._find(scope, inference)
+        if isinstance(route, Route) and route.action is Action.HEALTH:
+            exchanged.route = route.path
+            return await route.handler(Asked(self._core, self._limits, Request(scope, receive), None))
+        # Before anything is said of the path: what there is, is for those with a key.
+        principal = exchanged.principal = self._core.authenticate(exchanged.authorization)
+        if not isinstance(route, Route):
+            raise route
+        exchanged.route = route.path
+        exchanged.task = parameters.get("model") or parameters.get("task") or ""
+        allow(principal, route.action)
+        if route.upload and exchanged.headers.get(b"content-encoding", b"identity") not in {b"identity", b""}:
+            raise Unsupported("read an upload", expected="no Content-Encoding", got="one")
+        request = Request({**scope, "path_params": parameters}, receive)
+        return await route.handler(Asked(self._core, self._limits, request, principal))
+
+    def _find(self, scope: Scope, inference: bool) -> tuple[Route | ServerError, dict[str, str]]:
+        methods = {"POST"} if inference else set[str]()
+        for pattern, route in self._table:
+            match = pattern.match(scope["path"])
+            if match is not None:
+                if route.method == scope["method"]:
+                    return route, match.groupdict()
+                methods.add(route.method)
+        if methods:
+            return MethodNotAllowed(scope["method"], methods), {}
+        return NotFound("answer a request", problem="there is no such route", fix="GET /openapi.json lists them."), {}
+
+
+def application(
+    core: Core, limits: Limits | None = None, observe: Callable[[Exchange], None] | None = None
+) -> Application:
+    """See `Application`."""
+    return Application(core, limits or Limits(), observe)
+
+
+async def _answer(document: object, exchanged: Exchanged, send: Send) -> None:
+    if isinstance(document, bytes):
+        headers, body = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], document
+    else:
+        headers, body = [(b"content-type", b"application/json")], orjson.dumps({} if document is None else document)
+    encoding, body = compress(exchanged.headers, body)
+    if encoding is not None:
+        headers.append((b"content-encoding", encoding))
+    await exchanged.send(send, 200, headers, body)
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message: Any = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

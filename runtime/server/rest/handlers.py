@@ -1,0 +1,170 @@
+"""What each route does: read the request, call the core, give back the document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpeft_deploy.errors import ProtocolError, Unavailable
+from tpeft_deploy.runtime.server.elements import quoted
+from tpeft_deploy.runtime.server.rest.asked import Asked
+from tpeft_deploy.runtime.server.rest.uploads import parts
+
+
+async def live(asked: Asked) -> object:
+    if not asked.core.live():
+        raise Unavailable("be live", problem="the server does not work")
+    return {"live": True}
+
+
+async def ready(asked: Asked) -> object:
+    if not asked.core.ready():
+        raise Unavailable("be ready", problem="the server is starting or draining")
+    return {"ready": True}
+
+
+async def server(asked: Asked) -> object:
+    return asked.core.server_metadata(asked.principal)
+
+
+async def model(asked: Asked) -> object:
+    return asked.core.model_metadata(asked.principal, asked.path("model"), asked.path("version"))
+
+
+async def model_ready(asked: Asked) -> object:
+    name = asked.path("model")
+    if not asked.core.model_ready(asked.principal, name, asked.path("version")):
+        raise Unavailable(f"be ready with model {quoted(name)}", problem="it was unloaded, or the server drains")
+    return {"name": name, "ready": True}
+
+
+async def config(asked: Asked) -> object:
+    return asked.core.model_config(asked.principal, asked.path("model"), asked.path("version"))
+
+
+async def statistics(asked: Asked) -> object:
+    return asked.core.statistics(asked.principal, asked.path("model"), asked.path("version"))
+
+
+async def index(asked: Asked) -> object:
+    wanted = await asked.fields(ready=bool)
+    return asked.core.index(asked.principal, ready=wanted.get("ready", False))
+
+
+async def load(asked: Asked) -> object:
+    document = await asked.json(4 * asked.limits.upload_bytes // 3 + asked.limits.document_bytes)
+    await asked.core.load(asked.principal, asked.path("model"), _parameters(document))
+    return None
+
+
+async def unload(asked: Asked) -> object:
+    await asked.core.unload(asked.principal, asked.path("model"), _parameters(await asked.json()))
+    return None
+
+
+async def openai(asked: Asked) -> object:
+    found = []
+    for task in asked.core.tasks(asked.principal):
+        current = task["aliases"].get("current")
+        digest = next((one["digest"] for one in task["versions"] if one["version"] == current), None)
+        parent = None if digest in {None, "base"} else "base"
+        found.append({"id": task["name"], "object": "model", "owned_by": task["tenant"] or "shared", "root": digest})
+        found[-1]["parent"] = parent
+    return {"object": "list", "data": found}
+
+
+async def tasks(asked: Asked) -> object:
+    return asked.core.tasks(asked.principal, asked.tenant)
+
+
+async def task(asked: Asked) -> object:
+    return asked.core.task(asked.principal, asked.path("task"), asked.tenant)
+
+
+async def register(asked: Asked) -> object:
+    alias = asked.query("alias") or "current"
+    return await asked.core.register(
+        asked.principal, asked.path("task"), parts(asked), alias=alias, tenant=asked.tenant
+    )
+
+
+async def point(asked: Asked) -> object:
+    wanted = await asked.fields(version=(str, int))
+    if "version" not in wanted:
+        raise ProtocolError("read a body", expected="a field 'version'", got="none")
+    task, alias = asked.path("task"), asked.path("alias")
+    return await asked.core.point(asked.principal, task, alias, str(wanted["version"]), asked.tenant)
+
+
+async def rollback(asked: Asked) -> object:
+    return await asked.core.rollback(asked.principal, asked.path("task"), asked.path("alias"), asked.tenant)
+
+
+async def delete(asked: Asked) -> object:
+    await asked.core.delete(asked.principal, asked.path("task"), asked.path("version"), asked.tenant)
+    return None
+
+
+async def publish(asked: Asked) -> object:
+    if asked.tenant is None:
+        raise ProtocolError("publish a task", expected="the query parameter 'tenant'", got="none")
+    return await asked.core.publish(asked.principal, asked.path("task"), asked.tenant)
+
+
+async def pin(asked: Asked) -> object:
+    wanted = await asked.fields(folded=bool)
+    return await asked.core.pin(
+        asked.principal, asked.path("task"), folded=wanted.get("folded", False), tenant=asked.tenant
+    )
+
+
+async def unpin(asked: Asked) -> object:
+    await asked.core.unpin(asked.principal, asked.path("task"), asked.tenant)
+    return None
+
+
+async def keys(asked: Asked) -> object:
+    return await asked.core.keys(asked.principal, asked.tenant)
+
+
+async def create_key(asked: Asked) -> object:
+    wanted = await asked.fields(tenant=str, role=str, expires_in=(int, float))
+    if not {"tenant", "role"} <= set(wanted):
+        raise ProtocolError("read a body", expected="fields 'tenant' and 'role'", got=", ".join(wanted) or "none")
+    return await asked.core.create_key(asked.principal, wanted["tenant"], wanted["role"], wanted.get("expires_in"))
+
+
+async def revoke_key(asked: Asked) -> object:
+    await asked.core.revoke_key(asked.principal, asked.path("key"))
+    return None
+
+
+async def tenants(asked: Asked) -> object:
+    return await asked.core.tenants(asked.principal)
+
+
+async def set_tenant(asked: Asked) -> object:
+    number = (int, float, type(None))
+    names = ("requests_per_s", "rows_per_s", "queue_share", "adapters", "bytes", "weight")
+    return await asked.core.set_tenant(
+        asked.principal, asked.path("tenant"), await asked.fields(**dict.fromkeys(names, number))
+    )
+
+
+async def audit(asked: Asked) -> object:
+    limit = asked.number("limit")
+    found = await asked.core.audit(asked.principal, 100 if limit is None else limit, asked.number("before"))
+    return list(found)
+
+
+async def metrics(asked: Asked) -> object:
+    return await asked.core.metrics(asked.principal)
+
+
+def _parameters(document: Mapping[str, Any]) -> dict[str, Any]:
+    if not set(document) <= {"parameters"}:
+        raise ProtocolError("read a body", expected="a field 'parameters'", got=", ".join(map(quoted, document)))
+    found = document.get("parameters") or {}
+    if not isinstance(found, dict) or not all(isinstance(one, str | int | float) for one in found.values()):
+        raise ProtocolError("read 'parameters'", expected="an object of strings, numbers and booleans", got="others")
+    return found

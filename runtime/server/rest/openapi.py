@@ -1,0 +1,161 @@
+"""The OpenAPI document, made from the table of routes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import tpeft_deploy
+from tpeft_deploy.runtime.server.access import Action
+from tpeft_deploy.runtime.server.rest.asked import Asked, Route
+from tpeft_deploy.runtime.server.rest.routes import ROUTES
+
+__all__ = ["ROUTE", "document"]
+
+_ERRORS = {
+    "400": "the request is not what the protocol or the model says",
+    "401": "no key, or one that is unknown, expired or revoked",
+    "403": "the key's role does not allow it",
+    "404": "there is nothing of that name that the key may see",
+    "405": "the path has other methods",
+    "409": "the name is taken, or its state does not allow the change",
+    "413": "a body or tensor beyond a limit",
+    "429": "the tenant's quota is used up; Retry-After says for how long",
+    "501": "a part of the protocol that this server does not speak",
+    "503": "overload, or the server starts or drains; Retry-After says when to come again",
+    "504": "the request's time was over first",
+}
+_PARAMETERS = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
+_TENSOR = {
+    "type": "object",
+    "required": ["name", "shape", "datatype"],
+    "properties": {
+        "name": {"type": "string", "minLength": 1},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+        "datatype": {
+            "enum": [
+                *("BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64"),
+                *("FP16", "BF16", "FP32", "FP64", "BYTES"),
+            ]
+        },
+        "parameters": _PARAMETERS,
+        "data": {"type": "array"},
+    },
+    "additionalProperties": False,
+}
+_INFER = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "parameters": _PARAMETERS,
+        "inputs": {"type": "array", "items": _TENSOR},
+        "outputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {"name": {"type": "string", "minLength": 1}, "parameters": _PARAMETERS},
+                "additionalProperties": False,
+            },
+        },
+    },
+    "additionalProperties": False,
+}
+
+
+async def _openapi(_: Asked) -> object:
+    return document()
+
+
+async def _never(_: Asked) -> object:
+    raise RuntimeError("inference is answered before the table is asked")
+
+
+ROUTE = Route("GET", "/openapi.json", Action.READ, _openapi, "This document")
+_INFERENCE = tuple(
+    Route("POST", path, Action.INFER, _never, "Run a model on inputs; raw tensors may follow the JSON", body=_INFER)
+    for path in ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
+)
+
+
+def document() -> dict[str, Any]:
+    """The document, in OpenAPI 3.1."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in (*_INFERENCE, *ROUTES, ROUTE):
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "tpeft-deploy",
+            "version": tpeft_deploy.__version__,
+            "description": "The Open Inference Protocol V2, and what many tasks and tenants need beside it.",
+        },
+        "paths": paths,
+        "components": {
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "schemas": {
+                "Error": {
+                    "type": "object",
+                    "required": ["error"],
+                    "properties": {"error": {"type": "string"}},
+                    "additionalProperties": False,
+                }
+            },
+        },
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    answer: dict[str, Any] = {"application/json": {}}
+    if route.path == "/metrics":
+        answer = {"text/plain": {"schema": {"type": "string"}}}
+    elif route.action is Action.INFER:
+        answer["application/octet-stream"] = {}
+    error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    own: dict[str, Any] = {
+        "operationId": _id(route),
+        "summary": route.summary,
+        "parameters": _parameters(route),
+        "responses": {
+            "200": {"description": "done", "content": answer},
+            **{code: {"description": text, **error} for code, text in _ERRORS.items()},
+        },
+        "security": [] if route.action is Action.HEALTH else [{"key": []}],
+        "x-role": _role(route.action),
+    }
+    if route.body is not None:
+        content = {"application/json": {"schema": route.body}}
+        own["requestBody"] = {"required": "required" in route.body, "content": content}
+    if route.upload:
+        own["requestBody"] = {"required": True, "content": _upload()}
+    return own
+
+
+def _upload() -> dict[str, Any]:
+    file = {"type": "string", "contentMediaType": "application/octet-stream"}
+    form = {
+        "type": "object",
+        "required": ["weights"],
+        "properties": {"weights": file, "config": {"type": "string", "contentMediaType": "application/json"}},
+        "additionalProperties": False,
+    }
+    return {"multipart/form-data": {"schema": form}, "application/octet-stream": {}}
+
+
+def _parameters(route: Route) -> list[dict[str, Any]]:
+    names = re.findall(r"{(\w+)}", route.path)
+    found = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    for name, text in route.query.items():
+        schema = {"type": "integer", "minimum": 0} if name in {"limit", "before"} else {"type": "string"}
+        found.append({"name": name, "in": "query", "required": False, "schema": schema, "description": text})
+    return found
+
+
+def _role(action: Action) -> str:
+    return {Action.HEALTH: "none", Action.READ: "infer", Action.INFER: "infer"}.get(action, action.value)
+
+
+def _id(route: Route) -> str:
+    words = re.findall(r"\w+", route.path)
+    return "_".join([route.method.lower(), *words])

@@ -1,0 +1,400 @@
+"""The server's operations, as REST and gRPC call them: who may do it, then the part that does it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import tpeft_deploy
+from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.errors import ProtocolError, TooLarge, Unauthenticated, Unsupported
+from tpeft_deploy.runtime import Limits, Runtime
+from tpeft_deploy.runtime.server import documents
+from tpeft_deploy.runtime.server.access import LOCAL, SHARED, Action, Principal, allow
+from tpeft_deploy.runtime.server.admission import Admission
+from tpeft_deploy.runtime.server.core import Document, Part
+from tpeft_deploy.runtime.server.fairness import Fair
+from tpeft_deploy.runtime.server.inference import Inference, Observed
+from tpeft_deploy.runtime.server.management import Management, owner
+from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse, Parameter
+from tpeft_deploy.runtime.server.models import Model, Models
+from tpeft_deploy.runtime.server.quotas import Meter, Quota
+from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
+from tpeft_deploy.runtime.server.statistics import Statistics
+
+__all__ = ["Options", "Service"]
+
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the operations need to know of the configuration.
+
+    Attributes:
+        limits: of batching.
+        authenticate: whether keys are asked for.
+        max_upload_bytes: of one upload.
+        metrics: renders the metrics; blocks.
+        metrics_for_all: whether any key may read them.
+        observe: told of each inference, on the event loop.
+        forget: told of tasks that are gone: tenant and name.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    authenticate: bool = True
+    max_upload_bytes: int = 2**30
+    metrics: Callable[[], bytes] = lambda: b""
+    metrics_for_all: bool = False
+    observe: Callable[[Observed], None] = lambda _: None
+    forget: Callable[[str, str], None] = lambda _tenant, _task: None
+
+
+class Service:
+    """One bundle served to many tenants; implements `core.Core`.
+
+    Args:
+        runtime: serves the bundle, with `order` as its queue's order.
+        bundle: what is served.
+        state: the registry.
+        order: of the runtime's queue.
+        options: the rest.
+    """
+
+    def __init__(
+        self, runtime: Runtime, bundle: Bundle, state: State, order: Fair[object], options: Options | None = None
+    ) -> None:
+        self._options = options or Options()
+        self._manifest = bundle.manifest
+        self._runtime = runtime
+        self._state = state
+        self._order = order
+        self._accepting = True
+        self._meter = Meter(state.tenants.quota)
+        self._statistics = Statistics()
+        self._models = Models(bundle, state)
+        self._inference = Inference(
+            runtime,
+            bundle.manifest,
+            self._models.target,
+            self._spend,
+            self._statistics,
+            self.ready,
+            self._options.observe,
+        )
+        self._management = Management(
+            runtime,
+            self._models,
+            state,
+            self._statistics,
+            Admission(bundle, runtime, state.tasks.read).check,
+            replace(bundle.base_view, name=f"bundle {self._manifest.name!r}"),  # not where it lies
+            max_upload_bytes=self._options.max_upload_bytes,
+        )
+        self._management.announce(list(state.tasks.snapshot().versions()))
+
+    def live(self) -> bool:
+        """Whether the process works at all."""
+        return True
+
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._accepting
+
+    def drain(self) -> None:
+        """Take no more requests; those that came are answered."""
+        self._accepting = False
+
+    def authenticate(self, authorization: str | None) -> Principal:
+        """Who sent `Authorization: Bearer KEY`."""
+        if not self._options.authenticate:
+            return LOCAL
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise Unauthenticated(
+                "authenticate",
+                expected="a header Authorization: Bearer KEY",
+                got="none" if not authorization else "another scheme",
+                fix="tpeft-deploy keys create makes keys.",
+            )
+        return self._state.keys.authenticate(key.strip())
+
+    def server_metadata(self, principal: Principal) -> Document:
+        """Name, version, extensions."""
+        allow(principal, Action.READ)
+        return {
+            "name": "tpeft-deploy",
+            "version": tpeft_deploy.__version__,
+            "extensions": list(EXTENSIONS),
+            "bundle": self._manifest.name,
+        }
+
+    def model_metadata(self, principal: Principal, name: str, version: str = "") -> Document:
+        """Name, versions, platform, inputs, outputs."""
+        model = self._model(principal, name, version)
+        return documents.metadata(self._manifest, name, list(model.versions), mixed=model.mixed)
+
+    def model_config(self, principal: Principal, name: str, version: str = "") -> Document:
+        """Triton's ModelConfig as JSON."""
+        model = self._model(principal, name, version)
+        limits = self._options.limits
+        return documents.config(
+            self._manifest,
+            name,
+            list(model.versions),
+            max_rows=limits.max_rows,
+            max_delay=limits.max_delay,
+            mixed=model.mixed,
+        )
+
+    def model_ready(self, principal: Principal, name: str, version: str = "") -> bool:
+        """Whether a request for the model would be served."""
+        return self._accepting and self._models.is_ready(self._model(principal, name, version))
+
+    def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
+        """What models have answered so far."""
+        if name:
+            models = [self._model(principal, name, version)]
+        else:
+            allow(principal, Action.READ)
+            models = list(self._models.visible(principal.tenant))
+        found = [
+            self._statistics.document(model.tenant, model.name, number) for model in models for number in model.versions
+        ]
+        return {"model_stats": found}
+
+    def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
+        """Models and whether they are ready."""
+        allow(principal, Action.READ)
+        found = []
+        for model in self._models.visible(principal.tenant):
+            is_ready = self._models.is_ready(model)
+            if is_ready or not ready:
+                state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "unloaded")
+                found += [
+                    {"name": model.name, "version": number, "state": state, "reason": reason}
+                    for number in model.versions
+                ]
+        return found
+
+    async def load(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
+        """Make a model ready; with "file:..." parameters, register a new version first."""
+        allow(principal, Action.DEPLOY)
+        files = {key: value for key, value in parameters.items() if key.startswith("file:")}
+        unknown = sorted(set(parameters) - set(files) - {"pin"})
+        if unknown:
+            raise Unsupported(
+                f"load model {name!r}",
+                expected="parameters 'file:...' and 'pin'",
+                got=", ".join(unknown),
+                fix="A model's configuration follows from its bundle.",
+            )
+        if files:
+            await self._management.register(principal, name, _parts(name, files, self._options.max_upload_bytes))
+        model = self._changeable(principal, name)
+        self._models.reload(model)
+        if not model.mixed and model.name != "base":
+            target = self._models.target(principal.tenant, name)
+            await asyncio.wrap_future(self._runtime.prefetch([target.key]))
+            if parameters.get("pin"):
+                await asyncio.to_thread(self._runtime.pin, target.key)
+
+    async def unload(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
+        """Refuse requests for a model until it is loaded again."""
+        allow(principal, Action.DEPLOY)
+        unknown = sorted(set(parameters) - {"unload_dependents"})
+        if unknown:
+            raise Unsupported(f"unload model {name!r}", expected="no such parameters", got=", ".join(unknown))
+        model = self._changeable(principal, name)
+        self._models.unload(model)
+        self._statistics.drop(model.tenant, model.name)
+        self._options.forget(model.tenant, model.name)
+
+    async def infer(self, principal: Principal, request: InferRequest) -> InferResponse:
+        """Answer a request; cancelling stops it."""
+        return await self._inference.infer(principal, request)
+
+    async def register(
+        self,
+        principal: Principal,
+        name: str,
+        parts: AsyncIterator[Part],
+        *,
+        alias: str = CURRENT,
+        tenant: str | None = None,
+    ) -> Document:
+        """A new version of a task from an upload; checked and ready when this returns."""
+        return self._shown(await self._management.register(principal, name, parts, alias=alias, tenant=tenant))
+
+    def tasks(self, principal: Principal, tenant: str | None = None) -> list[Document]:
+        """The tasks that the principal sees."""
+        residency = self._runtime.residency()
+        whose = self._reader(principal, tenant)
+        return [self._document(model, residency) for model in self._models.visible(whose)]
+
+    def task(self, principal: Principal, name: str, tenant: str | None = None) -> Document:
+        """One of them."""
+        model = self._models.model(self._reader(principal, tenant), name)
+        return self._document(model, self._runtime.residency())
+
+    async def point(
+        self, principal: Principal, name: str, alias: str, version: str, tenant: str | None = None
+    ) -> Document:
+        """Let an alias stand for another version."""
+        return self._shown(await self._management.point(principal, name, alias, version, tenant))
+
+    async def rollback(self, principal: Principal, name: str, alias: str, tenant: str | None = None) -> Document:
+        """Let an alias stand again for what it stood for before."""
+        return self._shown(await self._management.rollback(principal, name, alias, tenant))
+
+    async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
+        """Delete a task, or one version that no alias stands for."""
+        await self._management.delete(principal, name, version, tenant)
+        if not version:
+            self._options.forget(owner(principal, tenant), name)
+
+    async def publish(self, principal: Principal, name: str, tenant: str) -> Document:
+        """Give a tenant's task to all tenants."""
+        return self._shown(await self._management.publish(principal, name, tenant))
+
+    async def pin(self, principal: Principal, name: str, *, folded: bool, tenant: str | None = None) -> Document:
+        """Keep a task's current version on the device, or in a session of its own."""
+        return self._shown(await self._management.pin(principal, name, folded=folded, tenant=tenant))
+
+    async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:
+        """Let it leave the device again."""
+        await self._management.unpin(principal, name, tenant)
+
+    async def create_key(
+        self, principal: Principal, tenant: str, role: str, expires_in: float | None = None
+    ) -> Document:
+        """A new key, shown this once."""
+        allow(principal, Action.ADMIN)
+        expires = None if expires_in is None else time.time() + expires_in
+        record, key = await asyncio.to_thread(self._state.keys.create, tenant, role, by=principal.key, expires=expires)
+        return {**_key(record), "key": key}
+
+    async def keys(self, principal: Principal, tenant: str | None = None) -> list[Document]:
+        """Keys without their secrets."""
+        allow(principal, Action.ADMIN)
+        return [_key(record) for record in self._state.keys.list(tenant)]
+
+    async def revoke_key(self, principal: Principal, id: str) -> None:
+        """Refuse a key from now on."""
+        allow(principal, Action.ADMIN)
+        await asyncio.to_thread(self._state.keys.revoke, id, by=principal.key)
+
+    async def tenants(self, principal: Principal) -> list[Document]:
+        """Tenants, their quotas and what they use."""
+        allow(principal, Action.ADMIN)
+        return [self._tenant(record) for record in self._state.tenants.list()]
+
+    async def set_tenant(self, principal: Principal, tenant: str, quota: Mapping[str, float | None]) -> Document:
+        """Set a tenant's quotas and weight."""
+        allow(principal, Action.ADMIN)
+        known = set(asdict(Quota()))
+        if not set(quota) <= known:
+            raise ProtocolError(
+                f"set the quota of tenant {tenant!r}",
+                expected=f"fields among {', '.join(sorted(known))}",
+                got=", ".join(sorted(set(quota) - known)),
+            )
+        own = Quota(**quota)  # type: ignore[arg-type]  # it checks its fields itself
+        return self._tenant(await asyncio.to_thread(self._state.tenants.put, tenant, own, by=principal.key))
+
+    async def audit(self, principal: Principal, limit: int = 100, before: int | None = None) -> Sequence[Document]:
+        """The newest changes first."""
+        allow(principal, Action.ADMIN)
+        found = await asyncio.to_thread(self._state.audit.list, max(1, min(limit, 1000)), before)
+        return [asdict(record) for record in found]
+
+    async def metrics(self, principal: Principal) -> bytes:
+        """In the text format of Prometheus."""
+        allow(principal, Action.READ if self._options.metrics_for_all else Action.ADMIN)
+        return await asyncio.to_thread(self._options.metrics)
+
+    def _spend(self, tenant: str, rows: int) -> None:
+        self._meter.spend(tenant, rows, time.monotonic())
+        share = self._state.tenants.quota(tenant).queue_share
+        if share is not None:
+            waiting = self._order.waiting_rows(tenant)
+            self._meter.check_share(tenant, waiting, rows, share * self._options.limits.max_queue_rows)
+
+    def _model(self, principal: Principal, name: str, version: str) -> Model:
+        allow(principal, Action.READ)
+        return self._models.model(principal.tenant, name, version)
+
+    def _changeable(self, principal: Principal, name: str) -> Model:
+        model = self._models.model(principal.tenant, name)
+        if model.tenant != principal.tenant:
+            allow(principal, Action.ADMIN)  # what all tenants share
+        return model
+
+    def _reader(self, principal: Principal, tenant: str | None) -> str:
+        allow(principal, Action.READ)
+        if tenant is None or tenant == principal.tenant:
+            return principal.tenant
+        allow(principal, Action.ADMIN)
+        return SHARED if tenant == "shared" else tenant
+
+    def _shown(self, task: TaskRecord) -> Document:
+        return self._document(self._models.model(task.tenant, task.name), self._runtime.residency())
+
+    def _document(self, model: Model, residency: Mapping[str, str]) -> Document:
+        return {
+            "name": model.name,
+            "tenant": model.tenant or None,
+            "aliases": dict(model.aliases),
+            "versions": [
+                {"version": number, "digest": target.digest, "tier": residency.get(target.key, "device")}
+                for number, target in model.versions.items()
+            ],
+            "ready": self._accepting and self._models.is_ready(model),
+        }
+
+    def _tenant(self, record: TenantRecord) -> Document:
+        adapters, size = self._state.tasks.usage(record.name)
+        return {
+            "name": record.name,
+            "quota": asdict(record.quota),
+            "created": record.created,
+            "used": {"adapters": adapters, "bytes": size, "queued_rows": self._order.waiting_rows(record.name)},
+        }
+
+
+def _key(record: KeyRecord) -> Document:
+    return {
+        "id": record.id,
+        "tenant": record.tenant,
+        "role": record.role.value,
+        "created": record.created,
+        "expires": record.expires,
+        "revoked": record.revoked,
+    }
+
+
+async def _parts(name: str, files: Mapping[str, Parameter], limit: int) -> AsyncIterator[Part]:
+    """The files of Triton's load call, in base64; told apart by how their names end, which go no further."""
+    for key, value in files.items():
+        part = "config" if key.endswith("adapter_config.json") else "weights"
+        if not key.endswith((".safetensors", "adapter_config.json")):
+            raise ProtocolError(
+                f"load model {name!r}", expected="files *.safetensors and adapter_config.json", got=repr(key[:100])
+            )
+        if not isinstance(value, str):
+            raise ProtocolError(f"load model {name!r}, {key!r}", expected="base64", got=type(value).__name__)
+        if len(value) > 4 * limit // 3 + 4:
+            raise TooLarge(f"load model {name!r}, {key!r}", expected=f"at most {limit:,} bytes", got="more")
+        try:
+            data = await asyncio.to_thread(base64.b64decode, value, None, True)
+        except (binascii.Error, ValueError) as error:
+            raise ProtocolError(f"load model {name!r}, {key!r}", expected="base64", got=str(error)) from None
+        yield part, _once(data)
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import nets
+from tpeft_deploy import Adapter, Bundle, Runtime
+from tpeft_deploy.runtime import Limits
+from tpeft_deploy.runtime.server.access import Principal, Role
+from tpeft_deploy.runtime.server.core import Part
+from tpeft_deploy.runtime.server.fairness import Fair
+from tpeft_deploy.runtime.server.quotas import Quota
+from tpeft_deploy.runtime.server.registry import State, open_state
+from tpeft_deploy.runtime.server.service import Options, Service
+
+PIXELS = np.random.default_rng(0).standard_normal((4, 1, 12, 14)).astype(np.float32)
+
+
+async def upload(**files: bytes) -> AsyncIterator[Part]:
+    """The parts of an upload, in small pieces."""
+
+    async def pieces(data: bytes) -> AsyncIterator[bytes]:
+        for start in range(0, len(data), 1000):
+            yield data[start : start + 1000]
+
+    for name, data in files.items():
+        yield name, pieces(data)
+
+
+@dataclass
+class Served:
+    """A service on a runtime of its own."""
+
+    service: Service
+    runtime: Runtime
+    state: State
+    bundle: Bundle
+    forgotten: list[tuple[str, str]] = field(default_factory=list)
+
+    def who(self, tenant: str = "acme", role: str = "deploy") -> Principal:
+        return Principal(tenant, Role(role), f"a key of {tenant}")
+
+
+def serve(bundle: Bundle, place: Path, **runtime: Any) -> Served:
+    state = open_state(place, default=Quota())
+    order: Fair[Any] = Fair(lambda tenant: state.tenants.quota(tenant).weight)
+    own = Runtime(bundle.path, provider="cpu", threads=1, order=order, limits=Limits(), **runtime)
+    forgotten: list[tuple[str, str]] = []
+    options = Options(forget=lambda tenant, task: forgotten.append((tenant, task)))
+    return Served(Service(own, bundle, state, order, options), own, state, bundle, forgotten)
+
+
+@pytest.fixture
+def served(conv_bundle: Bundle, tmp_path: Path) -> Iterator[Served]:
+    own = serve(conv_bundle, tmp_path / "state")
+    yield own
+    own.runtime.close()
+    own.state.close()
+
+
+@pytest.fixture(scope="session")
+def others() -> list[Adapter]:
+    """Adapters that the bundle does not have."""
+    module = nets.conv_net()[0]
+    return [
+        nets.adapter_for(module, {"up.weight": (2, 2), "stem.weight": (2, 1, 2, 2)}, seed=seed) for seed in range(3)
+    ]

@@ -1,0 +1,166 @@
+"""Tenants share what a queue serves by their weights, whoever asks how much."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpeft_deploy.runtime.batching import Limits, Queue, Request
+from tpeft_deploy.runtime.server.fairness import Fair
+
+_ids = itertools.count()
+
+
+def ask(tenant: str = "a", cost: float = 1.0, lane: str = "task", priority: int = 0, rows: int = 1) -> Request[str]:
+    return Request(next(_ids), rows, "form", tenant=tenant, cost=cost, lane=lane, priority=priority)
+
+
+def fair(weights: dict[str, float] | None = None, waiting: Iterable[Request[str]] = ()) -> Fair[str]:
+    own: Fair[str] = Fair(lambda tenant: (weights or {}).get(tenant, 1.0))
+    for request in waiting:
+        own.add(request)
+    return own
+
+
+def serve(own: Fair[str], count: int = 1) -> list[Request[str]]:
+    batch = list(itertools.islice(own, count))
+    own.serve(batch)
+    return batch
+
+
+def test_a_flood_does_not_delay_a_tenant_that_asks_for_little() -> None:
+    own = fair(waiting=[ask("flood") for _ in range(100)])
+    own.add(ask("modest"))
+    assert "modest" in [request.tenant for request in serve(own, 2)]
+
+
+def test_lanes_of_a_tenant_take_turns_and_priorities_count_inside_them_only() -> None:
+    waiting = [*(ask(lane="hot") for _ in range(6)), ask(lane="rare"), ask(lane="hot", priority=-1)]
+    own = fair(waiting=waiting)
+    order = list(own)
+    assert order[0] is waiting[-1]
+    assert order[1] is waiting[6]
+    assert order[2:] == waiting[:6]
+
+
+def test_being_away_saves_nothing_up() -> None:
+    own = fair(waiting=[ask("a") for _ in range(500)])
+    serve(own, 300)
+    for _ in range(100):
+        own.add(ask("b"))
+    served = Counter(request.tenant for request in serve(own, 100))
+    assert served == {"a": 50, "b": 50}
+
+
+def test_leaving_and_coming_back_is_no_way_to_get_more() -> None:
+    """A tenant whose queue is empty after each of its requests is served as often as one that always waits."""
+    own = fair(waiting=[ask("steady") for _ in range(400)])
+    served: Counter[str] = Counter()
+    for _ in range(200):
+        if own.waiting_rows("come and go") == 0:
+            own.add(ask("come and go"))
+        served.update(request.tenant for request in serve(own))
+    assert abs(served["steady"] - served["come and go"]) <= 1
+
+
+def test_requests_that_leave_are_not_charged() -> None:
+    own = fair(waiting=[ask("a", cost=100.0), ask("b")])
+    first = next(iter(own))
+    own.drop(first)
+    assert len(own) == 1
+    assert own.waiting_rows(first.tenant) == 0
+    own.add(ask("a"))
+    assert Counter(request.tenant for request in serve(own, 2)) == {"a": 1, "b": 1}
+
+
+REQUESTS = st.lists(
+    st.tuples(st.sampled_from("abc"), st.integers(1, 50), st.sampled_from(["x", "y"]), st.integers(-2, 2)), max_size=60
+)
+
+
+@given(REQUESTS, st.lists(st.integers(1, 5), max_size=60))
+def test_everything_is_served_once_and_the_order_is_what_is_served(
+    given: list[tuple[str, int, str, int]], batches: list[int]
+) -> None:
+    waiting = [ask(tenant, cost, lane, priority) for tenant, cost, lane, priority in given]
+    own = fair(waiting=waiting)
+    promised = list(own)
+    served: list[Request[str]] = []
+    for count in [*batches, len(waiting)]:
+        served += serve(own, count)
+    assert served == promised
+    assert sorted(request.id for request in served) == [request.id for request in waiting]
+    assert not len(own)
+    assert not list(own)
+
+
+@given(
+    st.floats(0.1, 10), st.floats(0.1, 10), st.lists(st.integers(1, 30), min_size=80, max_size=80), st.integers(1, 4)
+)
+def test_two_that_always_wait_are_served_by_their_weights(a: float, b: float, costs: list[int], batch: int) -> None:
+    weights = {"a": a, "b": b}
+    own = fair(weights, [ask(tenant, cost) for cost in costs for tenant in "ab"])
+    shares = {"a": 0.0, "b": 0.0}
+    while own.waiting_rows("a") and own.waiting_rows("b"):
+        for request in serve(own, batch):
+            shares[request.tenant] += request.cost / weights[request.tenant]
+        if own.waiting_rows("a") and own.waiting_rows("b"):
+            assert abs(shares["a"] - shares["b"]) <= max(costs) / min(a, b) + 1e-6
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=200))
+def test_nobody_starves(others: list[str]) -> None:
+    """One request waits while those of others keep coming: it is served before each of them twice."""
+    own = fair()
+    patient = ask("patient")
+    own.add(patient)
+    later: Counter[str] = Counter()
+    for tenant in others:
+        own.add(ask(tenant))
+        (request,) = serve(own)
+        if request is patient:
+            return
+        later[request.tenant] += 1
+        assert max(later.values()) <= 2
+
+
+def test_a_thousand_requests_of_a_hundred_tenants_cost_less_than_a_millisecond_a_batch() -> None:
+    own = fair()
+    queue: Queue[str] = Queue(Limits(max_queue_rows=5000), lambda form, _: form, own)
+    for number in range(1000):
+        queue.add(ask(f"tenant {number % 100}", lane=f"lane {number % 7}"), 0.0)
+    times = []
+    for _ in range(20):
+        began = time.process_time()
+        batch = queue.next(0.0)
+        times.append(time.process_time() - began)
+        queue.ended(0.0)
+        assert isinstance(batch, list)
+        assert len({request.tenant for request in batch}) == len(batch) == 32
+    assert sorted(times)[10] < 0.001
+
+
+def test_a_weight_must_not_be_needed_for_tenants_that_are_gone() -> None:
+    own = fair(waiting=[ask(f"tenant {number}") for number in range(1000)])
+    while len(own):
+        serve(own, 10)
+    for number in range(200):
+        own.add(ask(f"new {number}"))
+        serve(own)
+    assert len(own._away) < 300
+
+
+@pytest.mark.parametrize("weight", [0.5, 4.0])
+def test_weights_change_while_requests_wait(weight: float) -> None:
+    weights = {"a": 1.0}
+    own = fair(weights, [ask(tenant) for _ in range(100) for tenant in "ab"])
+    serve(own, 20)
+    weights["a"] = weight
+    served = Counter(request.tenant for request in serve(own, 60))
+    assert served["a"] / served["b"] == pytest.approx(weight, rel=0.1)

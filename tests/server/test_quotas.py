@@ -1,0 +1,99 @@
+"""Quotas let through what they say, and tell when to come again."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpeft_deploy.errors import ProtocolError, QuotaExceeded
+from tpeft_deploy.runtime.server.quotas import Meter, Quota
+
+
+def meter(**limits: float) -> Meter:
+    quota = Quota(**limits)  # type: ignore[arg-type]
+    return Meter(lambda _: quota)
+
+
+def allowed(own: Meter, now: float, rows: int = 1, tenant: str = "a") -> bool:
+    try:
+        own.spend(tenant, rows, now)
+    except QuotaExceeded:
+        return False
+    return True
+
+
+def test_a_burst_of_a_second_and_then_the_rate() -> None:
+    own = meter(requests_per_s=10)
+    assert sum(allowed(own, 0.0) for _ in range(50)) == 10
+    assert not allowed(own, 0.05)
+    assert allowed(own, 0.101)
+    assert sum(allowed(own, 100.0) for _ in range(50)) == 10
+
+
+def test_tenants_do_not_share() -> None:
+    own = meter(requests_per_s=1)
+    assert allowed(own, 0.0, tenant="a")
+    assert allowed(own, 0.0, tenant="b")
+    assert not allowed(own, 0.0, tenant="a")
+
+
+def test_nothing_is_taken_by_a_request_that_is_refused() -> None:
+    own = meter(requests_per_s=100, rows_per_s=10)
+    assert allowed(own, 0.0, rows=10)
+    for _ in range(500):
+        assert not allowed(own, 0.0, rows=1)
+    assert allowed(own, 0.1, rows=1)
+
+
+def test_a_request_larger_than_a_burst_waits_for_a_full_bucket_and_is_paid_for() -> None:
+    own = meter(rows_per_s=10)
+    assert allowed(own, 0.0, rows=35)
+    assert not allowed(own, 2.5, rows=1)
+    assert allowed(own, 2.7, rows=1)
+
+
+@given(st.floats(0.1, 1e4), st.integers(1, 500), st.floats(0, 10))
+def test_who_waits_as_long_as_told_is_let_through(rate: float, rows: int, later: float) -> None:
+    own = meter(rows_per_s=rate)
+    while allowed(own, later, rows):
+        pass
+    with pytest.raises(QuotaExceeded) as caught:
+        own.spend("a", rows, later)
+    wait = caught.value.retry_after
+    assert wait is not None
+    assert allowed(own, math.nextafter(later + wait, math.inf) + 1e-6 * (1 + wait), rows)
+
+
+@given(st.floats(1, 100), st.lists(st.tuples(st.floats(0, 0.5), st.integers(1, 5)), max_size=200))
+def test_never_more_than_the_rate_and_one_burst(rate: float, steps: list[tuple[float, int]]) -> None:
+    own = meter(rows_per_s=rate)
+    now = passed = 0.0
+    for wait, rows in steps:
+        now += wait
+        passed += rows if allowed(own, now, rows) else 0
+    assert passed <= rate * now + max(rate, 1) + 5
+
+
+def test_many_tenants_that_come_once_are_forgotten() -> None:
+    own = meter(requests_per_s=1)
+    for number in range(10_000):
+        assert allowed(own, float(number), tenant=f"tenant {number}")
+    assert len(own._requests) <= 4096 + 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("requests_per_s", value) for value in (0, -1, math.nan, math.inf, "many", True)),
+        ("queue_share", 1.5),
+        ("weight", 0),
+        ("weight", None),
+        ("adapters", -1),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ProtocolError, match=field):
+        Quota(**{field: value})  # type: ignore[arg-type]
