@@ -116,7 +116,7 @@ def test_no_message_is_an_internal_error_and_the_server_lives() -> None:
         messages()
         raw_bytes()
         streams()
-        assert seen >= {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED"}
+        assert seen >= {"OK", "INVALID_ARGUMENT", "NOT_FOUND"}
         assert status("ServerLive", b"") == status("ModelInfer", infer().SerializeToString()) == "OK"
         assert server.core.running == 0
         assert not [one for one in server.exchanges if one.status == 500]
