@@ -83,6 +83,7 @@ def test_fields_are_counted_before_a_message_is_parsed() -> None:
     limits = Limits(fields=10)
     whole = infer()
     assert parse(pb.ModelInferRequest, whole.SerializeToString(), limits) == whole
+    assert len(whole.SerializeToString()) > 20
     for many in (b"\x2a\x00" * 11, b"\x2a\x14" + b"\x22\x00" * 10, b"\x0a\x01a" * 11, b"\x38\x01" * 11):
         with pytest.raises(TooLarge, match="at most 10 fields"):
             parse(pb.ModelInferRequest, many, limits)
@@ -90,9 +91,13 @@ def test_fields_are_counted_before_a_message_is_parsed() -> None:
     with pytest.raises(TooLarge):
         parse(pb.ModelInferRequest, b"\x2a\x00" * (32 << 20), Limits())
     assert time.perf_counter() - began < 1
-    for wrong in (b"\x0b\x0c", b"\x0a\x05abc", b"\xff" * 11, b"\x0a", b"\x08", b"\x2d\x00", b"\x0a\x01\xff"):
-        with pytest.raises(ProtocolError, match="message"):
-            parse(pb.ModelInferRequest, wrong, limits)
+    long = b"\x0a\x14" + b"a" * 20
+    for wrong in (b"\x0a\x05abc", b"\xff" * 11, b"\x0a", b"\x08", b"\x2d\x00", b"\x0a\x01\xff"):
+        for data in (wrong, long + wrong):
+            with pytest.raises(ProtocolError, match="message"):
+                parse(pb.ModelInferRequest, data, limits)
+    with pytest.raises(ProtocolError, match="groups"):
+        parse(pb.ModelInferRequest, long + b"\x0b\x0c", limits)
 
 
 def test_a_stop_lets_running_calls_finish_and_takes_no_new_ones() -> None:
