@@ -24,7 +24,7 @@ SERVICE = "inference.GRPCInferenceService"
 _FINAL = "triton_enable_empty_final_response"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """What a method knows beside its message.
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import grpc
-from google.protobuf.message import Message
 
 from tpeft_deploy.errors import Unauthenticated, Unsupported
 from tpeft_deploy.runtime.server.access import Action, Principal, allow
@@ -19,6 +17,7 @@ from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
+from tpeft_deploy.runtime.server.rpc.account import Account
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Call, Method
 from tpeft_deploy.runtime.server.rpc.streaming import in_order
@@ -52,30 +51,21 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 
     def service(self, handler_call_details: Any) -> Any:
         """How to answer a call, from its name and metadata."""
-        began = time.perf_counter()
         path: str = handler_call_details.method
         name = path.removeprefix(f"/{SERVICE}/")
         method = METHODS.get(name)
         metadata = _texts(handler_call_details.invocation_metadata)
-        exchange = Exchange(
-            protocol="grpc",
-            method=name if method else "unknown",
-            route=path if method else "unknown",
-            status=200,
-            request_id=metadata.get("x-request-id", ""),
-            traceparent=metadata.get("traceparent", ""),
-        )
+        account = Account(name, path, metadata) if method else Account("unknown", "unknown", metadata)
         try:
-            caller = self._caller(method, handler_call_details.invocation_metadata)
-            exchange = _of(exchange, caller)
-            method = _allowed(path, method, caller)
+            account.caller = self._caller(method, handler_call_details.invocation_metadata)
+            method = _allowed(path, method, account.caller)
         except Exception as error:
             # A stream's handler, as it answers without receiving a message.
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, error, exchange, began))
-        call = Call(self._core, self._limits, caller, metadata)
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, error, account))
+        call = Call(self._core, self._limits, account.caller, metadata)
         if method.stream:
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, method, call, exchange))
-        return grpc.unary_unary_rpc_method_handler(functools.partial(self._unary, method, call, exchange, began))
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, name, method, call))
+        return grpc.unary_unary_rpc_method_handler(functools.partial(self._unary, method, call, account))
 
     def _caller(self, method: Method | None, metadata: Sequence[tuple[str, str | bytes]]) -> Principal | None:
         if method is not None and method.action is Action.HEALTH:
@@ -85,64 +75,64 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             raise Unauthenticated("authorization", expected="one text", got=f"{len(found)} values")
         return self._core.authenticate(str(found[0]) if found else None)
 
-    async def _refuse(self, error: Exception, exchange: Exchange, began: float, _: Any, context: Any) -> None:
+    async def _refuse(self, error: Exception, account: Account, _: Any, context: Any) -> None:
         status = _status(error)
-        self._tell(replace(exchange, status=status.http), began)
+        account.status = status.http
+        self._tell(account)
         await _abort(context, status)
 
-    async def _unary(
-        self, method: Method, call: Call, exchange: Exchange, began: float, data: bytes, context: Any
-    ) -> bytes:
-        call = replace(call, timeout=context.time_remaining())
-        exchange = replace(exchange, bytes_in=len(data))
+    async def _unary(self, method: Method, call: Call, account: Account, data: bytes, context: Any) -> bytes:
+        call.timeout = context.time_remaining()
+        account.bytes_in = len(data)
         try:
             request = parse(method.request, data, self._limits)
-            exchange = _asked(exchange, request)
-            answer = (await method.answer(call, request)).SerializeToString()
+            account.asked(request)
+            answer: bytes = (await method.answer(call, request)).SerializeToString()
         except asyncio.CancelledError:
-            self._tell(replace(exchange, status=_GONE), began)
+            account.status = _GONE
+            self._tell(account)
             raise
         except Exception as error:
-            status = _status(error)
-            self._tell(replace(exchange, status=status.http), began)
-            await _abort(context, status)
-            raise  # never comes here, as abort raises what ends the call
-        self._tell(replace(exchange, bytes_out=len(answer)), began)
-        return bytes(answer)
+            await self._refuse(error, account, data, context)
+            raise  # never comes here, as a refusal raises what ends the call
+        account.bytes_out = len(answer)
+        self._tell(account)
+        return answer
 
-    async def _stream(self, method: Method, call: Call, exchange: Exchange, _: Any, context: Any) -> None:
+    async def _stream(self, name: str, method: Method, call: Call, _: Any, context: Any) -> None:
         async def answer(data: bytes) -> bytes:
-            left = replace(call, timeout=context.time_remaining(), streamed=True)
-            return await self._one_of_stream(method, left, exchange, data)
+            account = Account(name, f"/{SERVICE}/{name}", call.metadata, call.caller, len(data))
+            one = replace(call, timeout=context.time_remaining(), streamed=True)
+            return await self._one_of_stream(method, one, account, data)
 
         await in_order(context, answer, self._limits.in_flight)
 
-    async def _one_of_stream(self, method: Method, call: Call, exchange: Exchange, data: bytes) -> bytes:
-        began = time.perf_counter()
-        exchange = replace(exchange, bytes_in=len(data))
+    async def _one_of_stream(self, method: Method, call: Call, account: Account, data: bytes) -> bytes:
         request = None
         try:
             # Streams last: a key may be revoked meanwhile.
-            caller = self._core.authenticate(call.metadata.get("authorization"))
-            allow(caller, method.action)
+            call.caller = account.caller = self._core.authenticate(call.metadata.get("authorization"))
+            allow(call.caller, method.action)
             request = parse(method.request, data, self._limits)
-            exchange = _asked(exchange, request)
-            message = await method.answer(replace(call, caller=caller), request)
+            account.asked(request)
+            message = await method.answer(call, request)
         except asyncio.CancelledError:
-            self._tell(replace(exchange, status=_GONE), began)
+            account.status = _GONE
+            self._tell(account)
             raise
         except Exception as error:
             status = _status(error)
-            exchange = replace(exchange, status=status.http)
+            account.status = status.http
             asked = {} if request is None else {"id": request.id, "model_name": request.model_name}
             message = pb.ModelStreamInferResponse(error_message=_clipped(status.text), infer_response=asked)
         answer: bytes = message.SerializeToString()
-        self._tell(replace(exchange, bytes_out=len(answer)), began)
+        account.bytes_out = len(answer)
+        self._tell(account)
         return answer
 
-    def _tell(self, exchange: Exchange, began: float) -> None:
+    def _tell(self, account: Account) -> None:
         if self._observe is not None:
-            self._observe(replace(exchange, seconds=time.perf_counter() - began))
+            self._observe(account.exchange())
 
 
 def _allowed(path: str, method: Method | None, caller: Principal | None) -> Method:
@@ -155,17 +145,6 @@ def _allowed(path: str, method: Method | None, caller: Principal | None) -> Meth
 
 def _texts(metadata: Sequence[tuple[str, str | bytes]]) -> Mapping[str, str]:
     return {key: value for key, value in metadata if isinstance(value, str)}
-
-
-def _of(exchange: Exchange, caller: Principal | None) -> Exchange:
-    if caller is None:
-        return exchange
-    return replace(exchange, tenant=caller.tenant, role=caller.role.value, key=caller.key)
-
-
-def _asked(exchange: Exchange, request: Message) -> Exchange:
-    task = getattr(request, "model_name", "") or getattr(request, "name", "")
-    return replace(exchange, task=task, request_id=getattr(request, "id", "") or exchange.request_id)
 
 
 def _status(error: Exception) -> Status:

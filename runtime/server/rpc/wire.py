@@ -26,7 +26,8 @@ def parse(kind: type[M], data: bytes, limits: Limits) -> M:
         TooLarge: it has more fields than `limits.fields`.
         ProtocolError: it is not a message of that kind.
     """
-    _count(memoryview(data), limits.fields)
+    if len(data) > 2 * limits.fields:  # a field takes two bytes at least
+        _count(memoryview(data), limits.fields)
     try:
         message: M = kind.FromString(data)
     except DecodeError:  # whose text says nothing more
