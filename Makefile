@@ -40,10 +40,10 @@ $(BIN)/python:
 # Installed again whenever the dependencies change.
 $(VENV)/run-$(PROVIDER): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing tpeft-deploy for $(PROVIDER) into $(VENV) (a few minutes the first time)"
-	$(PIP) --editable '.[$(PROVIDER),export,train,examples]'
+	$(PIP) --editable '.[$(PROVIDER),export,train,examples,server,client]'
 	@touch $@
 
 $(VENV)/dev-$(PROVIDER): $(VENV)/run-$(PROVIDER)
 	@echo "installing the test tools into $(VENV)"
-	$(PIP) --editable '.[$(PROVIDER),export,hf,train,examples,dev]'
+	$(PIP) --editable '.[$(PROVIDER),export,hf,train,examples,server,client,dev]'
 	@touch $@

@@ -17,7 +17,6 @@ from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rest import openapi
 from tpeft_deploy.runtime.server.rest.answering import Exchanged, send_error
 from tpeft_deploy.runtime.server.rest.asked import Asked, Route
-from tpeft_deploy.runtime.server.rest.compression import compress
 from tpeft_deploy.runtime.server.rest.framing import Limits
 from tpeft_deploy.runtime.server.rest.inferring import Inferring, Receive, Scope, Send, model_of
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
@@ -118,9 +117,7 @@ async def _answer(document: object, exchanged: Exchanged, send: Send) -> None:
         headers, body = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], document
     else:
         headers, body = [(b"content-type", b"application/json")], orjson.dumps({} if document is None else document)
-    encoding, body = compress(exchanged.headers, body)
-    if encoding is not None:
-        headers.append((b"content-encoding", encoding))
+    # Not compressed: tritonclient's client for asyncio always says that it takes gzip, and reads it for tensors only.
     await exchanged.send(send, 200, headers, body)
 
 

@@ -62,6 +62,7 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
     id: str | None = None
     parameters: dict[str, Parameter] | None = None
     outputs: list[_Output] | None = None
+    model_name: str | None = None  # kserve's client repeats the path here
 
 
 _decoder = msgspec.json.Decoder(_Request)
@@ -101,6 +102,12 @@ def decode(
         raise ProtocolError(f"read a request for model {quoted(model)}", problem=_clipped(str(error))) from None
     except RecursionError:
         raise ProtocolError(f"read a request for model {quoted(model)}", problem="it is nested too deeply") from None
+    if parsed.model_name not in {None, model}:
+        raise ProtocolError(
+            f"read a request for model {quoted(model)}",
+            expected="the same model_name, or none",
+            got=quoted(parsed.model_name or ""),
+        )
     outputs = parsed.outputs or []
     if len(parsed.inputs) + len(outputs) > limits.tensors:
         raise TooLarge(

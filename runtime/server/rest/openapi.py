@@ -48,6 +48,7 @@ _INFER = {
     "required": ["inputs"],
     "properties": {
         "id": {"type": "string"},
+        "model_name": {"type": "string"},
         "parameters": _PARAMETERS,
         "inputs": {"type": "array", "items": _TENSOR},
         "outputs": {

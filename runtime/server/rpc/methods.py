@@ -82,7 +82,8 @@ async def _server_ready(call: Call, _: pb.ServerReadyRequest) -> Message:
 
 
 async def _server_metadata(call: Call, _: pb.ServerMetadataRequest) -> Message:
-    return pb.ServerMetadataResponse(**call.core.server_metadata(call.principal))
+    document = call.core.server_metadata(call.principal)
+    return pb.ServerMetadataResponse(**{field: document[field] for field in ("name", "version", "extensions")})
 
 
 async def _model_ready(call: Call, request: pb.ModelReadyRequest) -> Message:
