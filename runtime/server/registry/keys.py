@@ -23,6 +23,7 @@ __all__ = ["KeyRecord", "Keys"]
 
 _KEY = re.compile(r"tpk_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 _ID = re.compile(r"[0-9a-f]{12}")
+_LAST = 253_402_300_800.0  # the end of the year 9999, the last that dates are written in
 _NOBODY = hashlib.sha256(b"no key has this digest").hexdigest()
 
 
@@ -76,8 +77,9 @@ class Keys:
                 f"create a key for tenant {tenant!r}", expected=f"a role among {', '.join(Role)}", got=repr(role)
             )
         now = time.time()
-        if expires is not None and not expires > now:
-            raise ProtocolError(f"create a key for tenant {tenant!r}", problem="it would have expired already")
+        if expires is not None and not now < expires < _LAST:
+            problem = "it would expire after the year 9999" if expires >= _LAST else "it would have expired already"
+            raise ProtocolError(f"create a key for tenant {tenant!r}", problem=problem)
         own = secrets.token_hex(6)
         key = f"tpk_{own}_{secrets.token_urlsafe(32)}"
         record = KeyRecord(own, _digest(key), tenant, Role(role), now, expires)
