@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 import time
-from collections.abc import Iterator, Set
+from collections import Counter
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 
 from tpeft_deploy.errors import IntegrityError
@@ -25,13 +28,23 @@ class Blobs:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._lock = threading.Lock()  # of sweeping, and of saying what a sweep must leave
+        self._coming: Counter[str] = Counter()  # digests of what is being written, or has no reference yet
+        self._freed: dict[str, float] = {}  # digest -> when (monotonic) a reference to it was dropped
         directory.mkdir(parents=True, exist_ok=True)
 
+    @staticmethod
+    def digest(data: bytes) -> str:
+        """What bytes are kept under."""
+        return hashlib.sha256(data).hexdigest()
+
     def write(self, data: bytes) -> str:
-        """Keep bytes durably, and return their digest."""
-        digest = hashlib.sha256(data).hexdigest()
+        """Keep bytes durably, and return their digest; a file that was altered is mended."""
+        digest = self.digest(data)
         place = self._place(digest)
         if not self._intact(place, digest):
+            if place.parent.is_symlink():
+                place.parent.unlink()
             place.parent.mkdir(exist_ok=True)
             with new_file(place) as temporary:
                 temporary.write_bytes(data)
@@ -51,10 +64,10 @@ class Blobs:
         place = self._place(digest)
         try:
             # Not through a link: the store holds files that it wrote itself.
-            data = place.read_bytes() if not place.is_symlink() else None
+            data = None if _linked(place) else place.read_bytes()
         except OSError:
             data = None
-        if data is None or hashlib.sha256(data).hexdigest() != digest:
+        if data is None or self.digest(data) != digest:
             raise IntegrityError(
                 f"read {of}",
                 expected=f"its file, with digest {digest[:12]}...",
@@ -63,22 +76,63 @@ class Blobs:
             )
         return data
 
-    def sweep(self, kept: Set[str], *, older_than: float = 0.0) -> int:
-        """Remove files that nothing refers to, if they are older than so many seconds; how many there were."""
-        gone = 0
-        before = time.time() - older_than
-        for place in self._files():
-            if place.stem in kept and _DIGEST.fullmatch(place.stem):
-                continue
-            if older_than == 0.0 or place.lstat().st_mtime <= before:
+    def any(self) -> bool:
+        """Whether there are files."""
+        return next(self._files(), None) is not None
+
+    @contextmanager
+    def coming(self, data: bytes) -> Iterator[str]:
+        """Keep bytes, which no sweep removes before the block ends: by then something refers to them, or nothing will.
+
+        Returns:
+            Their digest.
+        """
+        digest = self.digest(data)
+        with self._lock:
+            self._coming[digest] += 1
+        try:
+            self.write(data)
+            yield digest
+        finally:
+            with self._lock:
+                self._coming[digest] -= 1
+                self._coming = +self._coming
+
+    def free(self, digests: Iterable[str]) -> None:
+        """Note that something which referred to these does so no longer; a sweep leaves them for its grace."""
+        now = time.monotonic()
+        with self._lock:
+            self._freed |= dict.fromkeys(digests, now)
+
+    def sweep(self, referred: Set[str], *, grace: float) -> int:
+        """Remove what nothing refers to; how many files there were.
+
+        Args:
+            referred: digests of what stays.
+            grace: seconds for which what was freed stays too, as somebody may be about to read it.
+        """
+        with self._lock:
+            late = time.monotonic() - grace
+            self._freed = {digest: at for digest, at in self._freed.items() if at > late}
+            kept = {*referred, *self._freed, *self._coming}
+            gone = [place for place in self._files() if not self._stays(place, kept)]
+            for place in gone:
                 place.unlink(missing_ok=True)
-                gone += 1
-        return gone
+            return len(gone)
+
+    def _stays(self, place: Path, kept: Set[str]) -> bool:
+        digest = place.stem
+        if digest in kept and place.name == f"{digest}.safetensors" and place.parent.name == digest[:2]:
+            return True
+        return place.name.lstrip(".")[:64] in self._coming  # the file beside it that is to become it
 
     def _files(self) -> Iterator[Path]:
         for folder in self._directory.iterdir():
+            # Not through a link: what is behind it is somebody else's.
             if folder.is_dir() and not folder.is_symlink():
                 yield from folder.iterdir()
+            else:
+                yield folder
 
     def _place(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):
@@ -86,7 +140,11 @@ class Blobs:
         return self._directory / digest[:2] / f"{digest}.safetensors"
 
     def _intact(self, place: Path, digest: str) -> bool:
-        if place.is_symlink() or not place.is_file():
+        if _linked(place) or not place.is_file():
             return False
         with place.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest() == digest
+
+
+def _linked(place: Path) -> bool:
+    return place.is_symlink() or place.parent.is_symlink()

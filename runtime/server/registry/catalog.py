@@ -108,10 +108,14 @@ class Catalog:
         tasks = self._tasks.get(tenant)
         return None if tasks is None else tasks.get(name)
 
+    def owned(self, tenant: str) -> Iterable[TaskRecord]:
+        """A tenant's own tasks."""
+        return self._tasks.get(tenant, {}).values()
+
     def visible(self, tenant: str | None) -> list[TaskRecord]:
         """A tenant's own tasks and the shared ones, by name; all there are for None."""
         owners: Iterable[str] = self._tasks if tenant is None else dict.fromkeys((tenant, SHARED))
-        found = [task for owner in owners for task in self._tasks.get(owner, {}).values()]
+        found = [task for owner in owners for task in self.owned(owner)]
         return sorted(found, key=lambda task: (task.name, task.tenant))
 
     def owners(self, name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    URL,
     BigInteger,
     Boolean,
     Column,
@@ -22,8 +24,10 @@ from sqlalchemy import (
     Table,
     UniqueConstraint,
     create_engine,
+    delete,
     event,
     insert,
+    inspect,
     select,
     update,
 )
@@ -109,58 +113,105 @@ class Database:
         VersionError: it was written by another version of the server.
     """
 
-    def __init__(self, url: str) -> None:
-        try:
+    def __init__(self, url: str | URL) -> None:
+        with _said("open the server's database"):
             self._engine = create_engine(url)
-            if self._engine.dialect.name == "sqlite":
-                _prepare_sqlite(self._engine)
-            with self._engine.begin() as connection:
+        if self._engine.dialect.name == "sqlite":
+            _prepare_sqlite(self._engine)
+        try:
+            with self.writing("open the server's database") as connection:
+                _check_schema(connection)
                 _metadata.create_all(connection)
-                found = connection.scalar(select(_meta.c.value).where(_meta.c.name == "schema"))
-                if found is None:
-                    connection.execute(
-                        insert(_meta), [{"name": "schema", "value": SCHEMA}, {"name": "changes", "value": 0}]
-                    )
-        except SQLAlchemyError as error:
-            raise ServerError("open the server's database", problem=_reason(error)) from error
-        if found not in {None, SCHEMA}:
-            raise VersionError("open the server's database", expected=f"schema {SCHEMA}", got=found)
+                if self._meta(connection, "schema") is None:
+                    for name, value in (("schema", SCHEMA), ("changes", 0)):
+                        connection.execute(insert(_meta).values(name=name, value=value))
+        except BaseException:
+            self.close()
+            raise
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """One transaction that may write: all of it is durable when the block ends, or nothing of it is done."""
-        with self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+    def writing(self, doing: str = "write to the server's database") -> Iterator[Connection]:
+        """One transaction that may write: all of it is durable when the block ends, or nothing of it is done.
+
+        Raises:
+            ServerError: the database refuses or cannot be reached.
+        """
+        with _said(doing), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """One transaction that sees one moment."""
-        with self._engine.connect().execution_options(writes=False) as connection, connection.begin():
+        """One transaction that only reads; with SQLite it sees one moment, and waits for nobody.
+
+        Raises:
+            ServerError: the database refuses or cannot be reached.
+        """
+        doing = "read the server's database"
+        with _said(doing), self._engine.connect().execution_options(writes=False) as connection, connection.begin():
             yield connection
 
-    def changed(self, connection: Connection) -> None:
-        """Say, as part of a transaction, that keys or tenants change: other processes look at this."""
+    def changed(self, connection: Connection) -> int:
+        """Say, as part of a transaction, that keys or tenants change: other processes look at this.
+
+        Returns:
+            How often they have changed, with this time.
+        """
         connection.execute(update(_meta).where(_meta.c.name == "changes").values(value=_meta.c.value + 1))
+        return self.changes(connection)
 
     def changes(self, connection: Connection) -> int:
         """How often keys or tenants have changed."""
-        return int(connection.scalar(select(_meta.c.value).where(_meta.c.name == "changes")) or 0)
+        return self._meta(connection, "changes") or 0
+
+    def directory(self, connection: Connection) -> int | None:
+        """The number of the directory that the adapters of this database are in, if it has one."""
+        return self._meta(connection, "directory")
+
+    def bind(self, connection: Connection, directory: int) -> None:
+        """Note, as part of a transaction, the number of the directory that the adapters are in."""
+        connection.execute(delete(_meta).where(_meta.c.name == "directory"))
+        connection.execute(insert(_meta).values(name="directory", value=directory))
 
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
 
+    def _meta(self, connection: Connection, name: str) -> int | None:
+        return connection.scalar(select(_meta.c.value).where(_meta.c.name == name))
 
-def sqlite_url(path: Path) -> str:
-    """The URL of a database in a file."""
-    return f"sqlite:///{path.resolve()}"
+
+def sqlite_url(path: Path) -> URL:
+    """The URL of a database in a file, whatever characters its path has."""
+    return URL.create("sqlite", database=str(path.resolve()))
+
+
+def _check_schema(connection: Connection) -> None:
+    # Before a table is made: a newer server's database stays as it is.
+    if not inspect(connection).has_table(_meta.name):
+        return
+    found = connection.scalar(select(_meta.c.value).where(_meta.c.name == "schema"))
+    if found != SCHEMA:
+        raise VersionError(
+            "open the server's database",
+            expected=f"schema {SCHEMA}",
+            got=found,
+            fix="Start the version of tpeft-deploy that wrote it.",
+        )
+
+
+@contextmanager
+def _said(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        raise ServerError(doing, problem=_reason(error)) from error
 
 
 def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # the driver would begin transactions in its own way, too late to be safe
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
+        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
@@ -170,6 +221,7 @@ def _prepare_sqlite(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _reason(error: SQLAlchemyError) -> str:
+def _reason(error: Exception) -> str:
+    # What the driver says, without the statement and its values.
     own = getattr(error, "orig", None)
     return str(own or error).splitlines()[0]

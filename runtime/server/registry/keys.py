@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, insert, select, update
 
 from tpeft_deploy.errors import NotFound, ProtocolError, Unauthenticated
-from tpeft_deploy.manifest import check_name
 from tpeft_deploy.runtime.server.access import Principal, Role
 from tpeft_deploy.runtime.server.registry import audit, database
 from tpeft_deploy.runtime.server.registry.database import Database
+from tpeft_deploy.runtime.server.registry.latest import Latest
+from tpeft_deploy.runtime.server.registry.names import check_tenant
 from tpeft_deploy.runtime.server.registry.tenants import Tenants, ensure
 
 __all__ = ["KeyRecord", "Keys"]
 
 _KEY = re.compile(r"tpk_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
+_ID = re.compile(r"[0-9a-f]{12}")
+_LAST = 253_402_300_800.0  # the end of the year 9999, the last that dates are written in
 _NOBODY = hashlib.sha256(b"no key has this digest").hexdigest()
 
 
@@ -37,8 +40,11 @@ class KeyRecord:
     revoked: float | None = None
 
 
+_Known = dict[str, tuple[KeyRecord, Principal]]
+
+
 class Keys:
-    """Keys by id; asked from memory, which `refresh` brings up to date.
+    """Keys by id; asked from memory, which `see` brings up to date.
 
     Args:
         database: where they are.
@@ -48,7 +54,7 @@ class Keys:
     def __init__(self, database: Database, tenants: Tenants) -> None:
         self._database = database
         self._tenants = tenants
-        self._known: dict[str, tuple[KeyRecord, Principal]] = {}
+        self._latest: Latest[_Known] = Latest({})
 
     def create(self, tenant: str, role: str, *, by: str, expires: float | None = None) -> tuple[KeyRecord, str]:
         """A new key.
@@ -63,37 +69,37 @@ class Keys:
             Its record, and the key itself, which is kept nowhere.
 
         Raises:
-            BundleError: the tenant's name is not allowed.
-            ProtocolError: there is no such role, or the time is over already.
+            ProtocolError: the tenant's name is not allowed, there is no such role, or the time is over already.
         """
-        check_name(tenant, "tenant")
+        check_tenant(tenant)
         if role not in set(Role):
             raise ProtocolError(
                 f"create a key for tenant {tenant!r}", expected=f"a role among {', '.join(Role)}", got=repr(role)
             )
         now = time.time()
-        if expires is not None and not expires > now:
-            raise ProtocolError(f"create a key for tenant {tenant!r}", problem="it would have expired already")
+        if expires is not None and not now < expires < _LAST:
+            problem = "it would expire after the year 9999" if expires >= _LAST else "it would have expired already"
+            raise ProtocolError(f"create a key for tenant {tenant!r}", problem=problem)
         own = secrets.token_hex(6)
         key = f"tpk_{own}_{secrets.token_urlsafe(32)}"
         record = KeyRecord(own, _digest(key), tenant, Role(role), now, expires)
         with self._database.writing() as connection:
-            ensure(connection, tenant)
+            ensure(self._database, connection, tenant)
             connection.execute(
                 insert(database.keys).values(
                     id=own, digest=record.digest, tenant=tenant, role=role, created=now, expires=expires
                 )
             )
             audit.write(connection, by, tenant, "create key", own, role=role, expires=expires)
-            self._database.changed(connection)
-            self._tenants.refresh(connection)
-            known = self._read(connection)
-        self._known = known
+            changes = self._database.changed(connection)
+            tenants, known = self._tenants.read(connection), self.read(connection)
+        self._tenants.see(changes, tenants)
+        self.see(changes, known)
         return record, key
 
     def list(self, tenant: str | None = None) -> list[KeyRecord]:
         """Keys, of one tenant or all, the oldest first; revoked ones too."""
-        found = [record for record, _ in self._known.values() if tenant is None or record.tenant == tenant]
+        found = [record for record, _ in self._latest.value.values() if tenant is None or record.tenant == tenant]
         return sorted(found, key=lambda record: (record.created, record.id))
 
     def revoke(self, id: str, *, by: str) -> KeyRecord:
@@ -102,17 +108,20 @@ class Keys:
         Raises:
             NotFound: there is none of that id.
         """
+        if not _ID.fullmatch(id):
+            raise NotFound(f"revoke key {id[:100]!r}", expected="the id of a key", got="another text")
+        own = database.keys.c.id == id
         with self._database.writing() as connection:
-            tenant = connection.scalar(select(database.keys.c.tenant).where(database.keys.c.id == id))
-            if tenant is None:
+            row = connection.execute(select(database.keys.c.tenant, database.keys.c.revoked).where(own)).one_or_none()
+            if row is None:
                 raise NotFound(f"revoke key {id!r}", expected="the id of a key", got="one that no key has")
-            own = (database.keys.c.id == id) & database.keys.c.revoked.is_(None)
-            connection.execute(update(database.keys).where(own).values(revoked=time.time()))
-            audit.write(connection, by, tenant, "revoke key", id)
-            self._database.changed(connection)
-            known = self._read(connection)
-        self._known = known
-        return self._known[id][0]
+            if row.revoked is None:
+                connection.execute(update(database.keys).where(own).values(revoked=time.time()))
+                audit.write(connection, by, row.tenant, "revoke key", id)
+                self._database.changed(connection)
+            changes, known = self._database.changes(connection), self.read(connection)
+        self.see(changes, known)
+        return known[id][0]
 
     def authenticate(self, key: str) -> Principal:
         """Whose key it is.
@@ -122,7 +131,7 @@ class Keys:
                 last three to those who do not have it.
         """
         match = _KEY.fullmatch(key)
-        record, principal = self._known.get(match[1], (None, None)) if match else (None, None)
+        record, principal = self._latest.value.get(match[1], (None, None)) if match else (None, None)
         same = hmac.compare_digest(_digest(key), record.digest if record is not None else _NOBODY)
         if not same or record is None or principal is None:
             raise Unauthenticated("authenticate", expected="a key of this server", got="another")
@@ -132,16 +141,17 @@ class Keys:
             raise Unauthenticated("authenticate", problem=f"key {record.id} has expired")
         return principal
 
-    def refresh(self, connection: Connection) -> None:
-        """Read what is there now."""
-        self._known = self._read(connection)
-
-    def _read(self, connection: Connection) -> dict[str, tuple[KeyRecord, Principal]]:
+    def read(self, connection: Connection) -> _Known:
+        """What a transaction sees."""
         found = {}
         for row in connection.execute(select(database.keys)).mappings():
             record = KeyRecord(**{**row, "role": Role(row["role"])})
             found[record.id] = (record, Principal(record.tenant, record.role, record.id))
         return found
+
+    def see(self, changes: int, known: _Known) -> None:
+        """Take what was read when the database had seen so many changes, and is durable."""
+        self._latest.put(changes, known)
 
 
 def _digest(key: str) -> str:

@@ -99,6 +99,8 @@ async def staging(directory: Path, limit: int) -> AsyncIterator[Staged]:
 
 def clean(directory: Path) -> None:
     """Make the directory of uploads, without what a server that was killed left in it."""
+    if directory.is_symlink() or directory.is_file():
+        directory.unlink()
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(parents=True)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import secrets
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from tpeft_deploy.errors import ServerError
+from tpeft_deploy.files import replace_text
 from tpeft_deploy.runtime.server.quotas import Quota
+from tpeft_deploy.runtime.server.registry import rows
 from tpeft_deploy.runtime.server.registry.audit import Audit
 from tpeft_deploy.runtime.server.registry.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.database import Database, sqlite_url
@@ -35,23 +39,25 @@ class State:
         default: the quota of tenants that have none of their own.
 
     Raises:
-        ServerError: another server has the directory, or the database cannot be opened.
+        ServerError: another server has the directory, the database cannot be opened, or is not that of the directory.
+        VersionError: the database was written by another version of the server.
     """
 
     def __init__(self, directory: Path, url: str | None = None, *, default: Quota | None = None) -> None:
-        self._lock = _take(directory)
-        try:
-            self._database = Database(url or sqlite_url(directory / "state.db"))
-            self.tenants = Tenants(self._database, default or Quota())
-            self.keys = Keys(self._database, self.tenants)
-            self.audit = Audit(self._database)
+        with ExitStack() as stack:
+            stack.callback(os.close, _take(directory))
+            self._database = database = Database(url or sqlite_url(directory / "state.db"))
+            stack.callback(database.close)
+            self.tenants = Tenants(database, default or Quota())
+            self.keys = Keys(database, self.tenants)
+            self.audit = Audit(database)
             self._changes = -1
             self.refresh()
-            clean(directory / "incoming")
-            self.tasks = Tasks(self._database, Blobs(directory / "blobs"), directory / "incoming", self.tenants.quota)
-        except BaseException:
-            os.close(self._lock)
-            raise
+            incoming, blobs = directory / "incoming", Blobs(directory / "blobs")
+            _bind(directory, database, blobs)
+            clean(incoming)
+            self.tasks = Tasks(database, blobs, incoming, self.tenants.quota)
+            self._held = stack.pop_all()
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="tpeft-keys", daemon=True)
         self._watcher.start()
@@ -68,17 +74,18 @@ class State:
         """See what other processes changed of keys and tenants."""
         with self._database.reading() as connection:
             changes = self._database.changes(connection)
-            if changes != self._changes:
-                self.tenants.refresh(connection)
-                self.keys.refresh(connection)
-                self._changes = changes
+            if changes == self._changes:
+                return
+            tenants, keys = self.tenants.read(connection), self.keys.read(connection)
+        self.tenants.see(changes, tenants)
+        self.keys.see(changes, keys)
+        self._changes = changes
 
     def close(self) -> None:
-        """Let another server have the directory."""
+        """Let another server have the directory; a second time does nothing."""
         self._stop.set()
         self._watcher.join()
-        self._database.close()
-        os.close(self._lock)
+        self._held.close()
 
     def _watch(self) -> None:
         while not self._stop.wait(_SECONDS):
@@ -99,9 +106,39 @@ def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     database = Database(url or sqlite_url(directory / "state.db"))
     keys = Keys(database, Tenants(database, Quota()))
-    with database.reading() as connection:
-        keys.refresh(connection)
+    try:
+        with database.reading() as connection:
+            keys.see(database.changes(connection), keys.read(connection))
+    except BaseException:
+        database.close()
+        raise
     return keys, database
+
+
+def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
+    """Refuse a directory and a database that are not each other's.
+
+    What no row of the database refers to is removed from the directory: with the wrong one that would be everything.
+
+    Raises:
+        ServerError: one of them has adapters, and they do not name each other.
+    """
+    file = directory / "identity"
+    own = int(file.read_text()) if file.exists() else None
+    with database.writing() as connection:
+        known = database.directory(connection)
+        if own is not None and own == known:
+            return
+        if blobs.any() or rows.any_version(connection):
+            raise ServerError(
+                f"open the state in {directory}",
+                expected="the database that its adapters are registered in",
+                got="another one" if known is not None else "an empty one",
+                fix="Give the --state and the --database-url that were used together before.",
+            )
+        own = secrets.randbelow(2**31)
+        replace_text(file, str(own))
+        database.bind(connection, own)
 
 
 def _take(directory: Path) -> int:

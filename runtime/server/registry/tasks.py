@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
-from typing import Any, cast
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.errors import Conflict, NotFound, ProtocolError, QuotaExceeded
+from tpeft_deploy.errors import Conflict, NotFound, QuotaExceeded
 from tpeft_deploy.formats import canonical
-from tpeft_deploy.manifest import is_name
 from tpeft_deploy.runtime.server.access import SHARED
 from tpeft_deploy.runtime.server.quotas import Quota
-from tpeft_deploy.runtime.server.registry import audit, database
+from tpeft_deploy.runtime.server.registry import audit, rows
 from tpeft_deploy.runtime.server.registry.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.catalog import CURRENT, Catalog, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.registry.database import Database
+from tpeft_deploy.runtime.server.registry.names import check_alias, check_task, check_tenant
 from tpeft_deploy.runtime.server.registry.staged import Staged, staging
 from tpeft_deploy.runtime.server.registry.tenants import ensure
 
@@ -29,12 +28,12 @@ __all__ = ["Check", "Tasks"]
 Check = Callable[[VersionRecord, Adapter], None]
 """Refuses an adapter that is not fit to serve, by raising."""
 
-_T, _V, _A = database.tasks, database.versions, database.aliases
 _GRACE = 600.0  # seconds for which a deleted adapter's file stays: requests in flight may still read it
+_TURNS = 64  # tasks that share a lock wait for each other's probes; so many rarely do
 
 
 class Tasks:
-    """What is registered.  Changes block, one after the other; `snapshot` never does.
+    """What is registered.  Changes block; `snapshot` never does.
 
     Args:
         database: where it is.
@@ -48,10 +47,12 @@ class Tasks:
         self._blobs = blobs
         self._incoming = incoming
         self._quota = quota
-        self._lock = threading.Lock()  # of changes: the snapshot follows the database in their order
+        # Taken first: versions of one task are numbered in their order, and a probe holds up no other task.
+        self._turns = [threading.Lock() for _ in range(_TURNS)]
+        self._lock = threading.Lock()  # of changes, each short: the snapshot follows the database in their order
         with database.reading() as connection:
-            self._catalog = _read(connection)
-        self._blobs.sweep({version.digest for version in self._catalog.versions()})
+            self._catalog = rows.catalog(connection)
+        blobs.sweep({version.digest for version in self._catalog.versions()}, grace=0)
 
     def snapshot(self) -> Catalog:
         """What is registered now."""
@@ -70,7 +71,7 @@ class Tasks:
             tenant: whose task; `SHARED` for everybody's.
             name: of the task, made where there is none.
             adapter: its content.
-            check: called before anybody can see it, when its file is durable already.
+            check: called before anybody can see it, when its file is durable already; may take its time.
             by: id of the key that does it.
             alias: what is to stand for it.
 
@@ -79,28 +80,21 @@ class Tasks:
             Conflict: the name is another's: shared, or, for a shared task, a tenant's.
             QuotaExceeded: the tenant has as many adapters, or bytes, as it may.
         """
-        _check_names(name, alias)
+        check_task(name)
+        check_alias(alias)
+        if tenant != SHARED:
+            check_tenant(tenant)
         data = adapter.to_bytes()
-        with self._lock:
+        with self._turns[hash((tenant, name)) % _TURNS]:
+            # Refused before it is written or run, where that is known already; decided in the transaction below.
             self._check_owner(tenant, name)
-            digest = self._blobs.write(data)
-            with self._database.writing() as connection:
-                task, number = _next(connection, tenant, name)
-                record = VersionRecord(tenant, name, number, digest, len(data), time.time(), by)
+            with self._database.reading() as connection:
+                number = rows.next_number(connection, tenant, name)
                 self._check_quota(connection, tenant, len(data))
-            # Not within the transaction: a probe takes long, and other processes make keys meanwhile.
-            check(record, adapter)
-            with self._database.writing() as connection:
-                task, _ = _next(connection, tenant, name, taken=number)
-                connection.execute(
-                    insert(_V).values(
-                        task=task, number=number, digest=digest, bytes=len(data), created=record.created, by=by
-                    )
-                )
-                _point(connection, task, alias, number)
-                audit.write(connection, by, tenant, "register", name, version=number, digest=digest, alias=alias)
-                found = _task(connection, tenant, name)
-            self._catalog = self._catalog.replaced(tenant, name, found)
+            with self._blobs.coming(data) as digest:
+                record = VersionRecord(tenant, name, number, digest, len(data), time.time(), by)
+                check(record, adapter)
+                self._add(record, alias)
         return record
 
     def point(self, tenant: str, name: str, alias: str, version: str, *, by: str) -> TaskRecord:
@@ -110,13 +104,11 @@ class Tasks:
             ProtocolError: a name that is not allowed.
             NotFound: the tenant has no such task or version of its own.
         """
-        _check_names(name, alias)
+        check_task(name)
+        check_alias(alias)
         with self._lock:
             number = self._own(tenant, name).version(version).number
-            return self._change(
-                tenant, name, by, "point", lambda connection, task: _point(connection, task, alias, number),
-                alias=alias, version=number,
-            )  # fmt: skip
+            return self._point(tenant, name, alias, number, by, "point")
 
     def rollback(self, tenant: str, name: str, alias: str, *, by: str) -> TaskRecord:
         """Let an alias stand again for what it stood for before; a second time undoes that.
@@ -130,14 +122,11 @@ class Tasks:
             number = own.previous.get(alias)
             if number is None or number not in own.versions:
                 raise Conflict(
-                    f"roll back alias {alias!r} of task {name!r}",
+                    f"roll back alias {alias[:128]!r} of task {name!r}",
                     expected="a version that it stood for before",
                     got="none" if number is None else f"version {number}, which was deleted",
                 )
-            return self._change(
-                tenant, name, by, "roll back", lambda connection, task: _point(connection, task, alias, number),
-                alias=alias, version=number,
-            )  # fmt: skip
+            return self._point(tenant, name, alias, number, by, "roll back")
 
     def remove(self, tenant: str, name: str, *, by: str) -> list[VersionRecord]:
         """Delete a task with all its versions, which are returned; the numbers are never given again.
@@ -146,15 +135,13 @@ class Tasks:
             NotFound: the tenant has no such task of its own.
         """
         with self._lock:
-            own = self._own(tenant, name)
-
-            def gone(connection: Connection, task: int) -> None:
-                connection.execute(delete(_A).where(_A.c.task == task))
-                connection.execute(delete(_V).where(_V.c.task == task))
-                connection.execute(update(_T).where(_T.c.id == task).values(deleted=True))
-
-            self._change(tenant, name, by, "delete", gone, versions=sorted(own.versions))
-            return list(own.versions.values())
+            gone = list(self._own(tenant, name).versions.values())
+            with self._changing(tenant, name) as (connection, task):
+                rows.drop_task(connection, task)
+                numbers = sorted(version.number for version in gone)
+                audit.write(connection, by, tenant, "delete", name, versions=numbers)
+            self._blobs.free(version.digest for version in gone)
+            return gone
 
     def remove_version(self, tenant: str, name: str, number: int, *, by: str) -> VersionRecord:
         """Delete a version that no alias stands for.
@@ -174,12 +161,10 @@ class Tasks:
                     got=f"what {', '.join(using)} stands for",
                     fix="Point the alias elsewhere first.",
                 )
-            chosen = (_V.c.number == number,)
-            self._change(
-                tenant, name, by, "delete version",
-                lambda connection, task: connection.execute(delete(_V).where(_V.c.task == task, *chosen)),
-                version=number,
-            )  # fmt: skip
+            with self._changing(tenant, name) as (connection, task):
+                rows.drop_version(connection, task, number)
+                audit.write(connection, by, tenant, "delete version", name, version=number)
+            self._blobs.free([record.digest])
             return record
 
     def publish(self, tenant: str, name: str, announce: Callable[[TaskRecord], None], *, by: str) -> TaskRecord:
@@ -199,15 +184,13 @@ class Tasks:
             self._own(tenant, name)
             others = [owner for owner in self._catalog.owners(name) if owner != tenant]
             with self._database.writing() as connection:
-                if others or _row(connection, SHARED, name) is not None:
+                if others or rows.row(connection, SHARED, name) is not None:
                     raise Conflict(
                         f"publish task {name!r}", expected="a name that nobody else has", got="one that others know"
                     )
-                ensure(connection, SHARED)
-                own = (_T.c.tenant == tenant) & (_T.c.name == name)
-                connection.execute(update(_T).where(own).values(tenant=SHARED))
+                rows.move(connection, _id(connection, tenant, name), SHARED)
                 audit.write(connection, by, tenant, "publish", name)
-                published = _found(_task(connection, SHARED, name), name)
+                published = _found(rows.task(connection, SHARED, name), name)
             announce(published)
             self._catalog = self._catalog.replaced(tenant, name, None).replaced(SHARED, name, published)
         return published
@@ -223,36 +206,46 @@ class Tasks:
 
     def usage(self, tenant: str) -> tuple[int, int]:
         """How many versions a tenant has, and their bytes."""
-        own = [version for version in self._catalog.versions() if version.tenant == tenant]
+        own = [version for task in self._catalog.owned(tenant) for version in task.versions.values()]
         return len(own), sum(version.bytes for version in own)
 
-    def sweep(self) -> int:
-        """Remove the files of adapters deleted some time ago; how many there were."""
+    def sweep(self, *, grace: float = _GRACE) -> int:
+        """Remove the files of adapters deleted `grace` seconds ago or before; how many there were."""
         with self._lock:
-            return self._blobs.sweep({version.digest for version in self._catalog.versions()}, older_than=_GRACE)
+            return self._blobs.sweep({version.digest for version in self._catalog.versions()}, grace=grace)
+
+    def _add(self, record: VersionRecord, alias: str) -> None:
+        tenant, name = record.tenant, record.task
+        with self._lock:
+            self._check_owner(tenant, name)
+            with self._database.writing() as connection:
+                self._check_quota(connection, tenant, record.bytes)
+                if tenant != SHARED:
+                    ensure(self._database, connection, tenant)
+                rows.point(connection, rows.add_version(connection, record), alias, record.number)
+                audit.write(
+                    connection, record.by, tenant, "register", name,
+                    version=record.number, digest=record.digest, alias=alias,
+                )  # fmt: skip
+                found = rows.task(connection, tenant, name)
+            self._catalog = self._catalog.replaced(tenant, name, found)
+
+    def _point(self, tenant: str, name: str, alias: str, number: int, by: str, action: str) -> TaskRecord:
+        with self._changing(tenant, name) as (connection, task):
+            rows.point(connection, task, alias, number)
+            audit.write(connection, by, tenant, action, name, alias=alias, version=number)
+        return self._own(tenant, name)
+
+    @contextmanager
+    def _changing(self, tenant: str, name: str) -> Iterator[tuple[Connection, int]]:
+        """A transaction on one task; what it leaves is seen when it is durable."""
+        with self._database.writing() as connection:
+            yield connection, _id(connection, tenant, name)
+            found = rows.task(connection, tenant, name)
+        self._catalog = self._catalog.replaced(tenant, name, found)
 
     def _own(self, tenant: str, name: str) -> TaskRecord:
         return _found(self._catalog.own(tenant, name), name)
-
-    def _change(
-        self,
-        tenant: str,
-        name: str,
-        by: str,
-        action: str,
-        change: Callable[[Connection, int], Any],
-        **detail: Any,
-    ) -> TaskRecord:
-        before = self._own(tenant, name)
-        with self._database.writing() as connection:
-            row = _row(connection, tenant, name)
-            if row is None:
-                raise NotFound(f"{action} task {name!r}", problem="it was deleted meanwhile")
-            change(connection, row["id"])
-            audit.write(connection, by, tenant, action, name, **detail)
-            found = _task(connection, tenant, name)
-        self._catalog = self._catalog.replaced(tenant, name, found)
-        return found or before
 
     def _check_owner(self, tenant: str, name: str) -> None:
         others = [owner for owner in self._catalog.owners(name) if owner != tenant]
@@ -264,11 +257,10 @@ class Tasks:
             )
 
     def _check_quota(self, connection: Connection, tenant: str, size: int) -> None:
-        quota = self._quota(tenant)
+        quota = Quota() if tenant == SHARED else self._quota(tenant)  # what is everybody's is the administrators'
         if quota.adapters is None and quota.bytes is None:
             return
-        own = select(func.count(), func.coalesce(func.sum(_V.c.bytes), 0)).join(_T, _T.c.id == _V.c.task)
-        count, total = connection.execute(own.where(_T.c.tenant == tenant)).one()
+        count, total = rows.usage(connection, tenant)
         for what, limit, would in (("adapters", quota.adapters, count + 1), ("bytes", quota.bytes, total + size)):
             if limit is not None and would > limit:
                 raise QuotaExceeded(
@@ -279,75 +271,14 @@ class Tasks:
                 )
 
 
-def _check_names(name: str, alias: str) -> None:
-    for what, given in (("task", name), ("alias", alias)):
-        if not is_name(given) or (what == "alias" and given.isdigit()):
-            raise ProtocolError(
-                f"name a {what}",
-                expected="1 to 128 letters, digits, '.', '_', ':' or '-', starting with a letter or digit"
-                + (", and not a number" if what == "alias" else ""),
-                got=repr(given),
-            )
-
-
 def _found(task: TaskRecord | None, name: str) -> TaskRecord:
     if task is None:
-        raise NotFound(f"find task {name!r}", problem="there is none of that name that is the tenant's own")
+        raise NotFound(f"find task {name[:128]!r}", problem="there is none of that name that is the tenant's own")
     return task
 
 
-def _row(connection: Connection, tenant: str, name: str) -> Mapping[str, Any] | None:
-    # Locked where the database has such locks; SQLite's writers wait for each other anyway.
-    own = select(_T).where(_T.c.tenant == tenant, _T.c.name == name).with_for_update()
-    return cast("Mapping[str, Any] | None", connection.execute(own).mappings().one_or_none())
-
-
-def _next(connection: Connection, tenant: str, name: str, *, taken: int | None = None) -> tuple[int, int]:
-    """The task's id, made where there is none, and its next version's number, taken if it is given."""
-    ensure(connection, tenant)
-    row = _row(connection, tenant, name)
+def _id(connection: Connection, tenant: str, name: str) -> int:
+    row = rows.row(connection, tenant, name)
     if row is None:
-        if taken is None:
-            return 0, 1
-        connection.execute(insert(_T).values(tenant=tenant, name=name, next_number=taken, deleted=False))
-        row = _row(connection, tenant, name)
-    if row is None:
-        raise RuntimeError("a row that was written just now is not there")
-    if taken is not None:
-        connection.execute(update(_T).where(_T.c.id == row["id"]).values(next_number=taken + 1, deleted=False))
-    return row["id"], row["next_number"]
-
-
-def _point(connection: Connection, task: int, alias: str, number: int) -> None:
-    own = (_A.c.task == task) & (_A.c.alias == alias)
-    old = connection.scalar(select(_A.c.number).where(own))
-    if old is None:
-        connection.execute(insert(_A).values(task=task, alias=alias, number=number, previous=None))
-    elif old != number:
-        connection.execute(update(_A).where(own).values(number=number, previous=old))
-
-
-def _task(connection: Connection, tenant: str, name: str) -> TaskRecord | None:
-    return _read(connection, (_T.c.tenant == tenant) & (_T.c.name == name)).own(tenant, name)
-
-
-def _read(connection: Connection, which: Any = None) -> Catalog:
-    condition = _T.c.deleted.is_(False) if which is None else which & _T.c.deleted.is_(False)
-    owners = {row.id: (row.tenant, row.name) for row in connection.execute(select(_T).where(condition))}
-    versions: dict[int, dict[int, VersionRecord]] = {task: {} for task in owners}
-    aliases: dict[int, dict[str, int]] = {task: {} for task in owners}
-    previous: dict[int, dict[str, int]] = {task: {} for task in owners}
-    for row in connection.execute(select(_V).join(_T, _T.c.id == _V.c.task).where(condition)):
-        tenant, name = owners[row.task]
-        versions[row.task][row.number] = VersionRecord(
-            tenant, name, row.number, row.digest, row.bytes, row.created, row.by
-        )
-    for row in connection.execute(select(_A).join(_T, _T.c.id == _A.c.task).where(condition)):
-        aliases[row.task][row.alias] = row.number
-        if row.previous is not None:
-            previous[row.task][row.alias] = row.previous
-    tasks: dict[str, dict[str, TaskRecord]] = {}
-    for task, (tenant, name) in owners.items():
-        record = TaskRecord(tenant, name, versions[task], aliases[task], previous[task])
-        tasks.setdefault(tenant, {})[name] = record
-    return Catalog(tasks)
+        raise NotFound(f"find task {name!r}", problem="it was deleted meanwhile")
+    return int(row["id"])

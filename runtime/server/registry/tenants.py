@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 
 from sqlalchemy import Connection, insert, select, update
 
-from tpeft_deploy.manifest import check_name
+from tpeft_deploy.errors import NotFound
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import audit, database
 from tpeft_deploy.runtime.server.registry.database import Database
+from tpeft_deploy.runtime.server.registry.latest import Latest
+from tpeft_deploy.runtime.server.registry.names import check_tenant
 
 __all__ = ["TenantRecord", "Tenants", "ensure"]
 
@@ -25,7 +27,7 @@ class TenantRecord:
 
 
 class Tenants:
-    """Tenants by name; read from memory, which `refresh` brings up to date.
+    """Tenants by name; asked from memory, which `see` brings up to date.
 
     Args:
         database: where they are.
@@ -35,43 +37,59 @@ class Tenants:
     def __init__(self, database: Database, default: Quota) -> None:
         self._database = database
         self._default = default
-        self._known: dict[str, TenantRecord] = {}
+        self._latest: Latest[dict[str, TenantRecord]] = Latest({})
 
     def quota(self, tenant: str) -> Quota:
         """A tenant's quota now; the default for one that was never seen."""
-        found = self._known.get(tenant)
+        found = self._latest.value.get(tenant)
         return self._default if found is None else found.quota
+
+    def get(self, name: str) -> TenantRecord:
+        """A tenant.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        found = self._latest.value.get(name)
+        if found is None:
+            raise NotFound(f"find tenant {name!r}", problem="there is none of that name")
+        return found
 
     def list(self) -> list[TenantRecord]:
         """All tenants, by name."""
-        return sorted(self._known.values(), key=lambda record: record.name)
+        return sorted(self._latest.value.values(), key=lambda record: record.name)
 
     def put(self, tenant: str, quota: Quota, *, by: str) -> TenantRecord:
         """Set a tenant's quota, making the tenant where there is none.
 
         Raises:
-            BundleError: the name is not allowed.
+            ProtocolError: the name is not allowed.
         """
-        check_name(tenant, "tenant")
+        check_tenant(tenant)
         with self._database.writing() as connection:
-            ensure(connection, tenant)
+            ensure(self._database, connection, tenant)
             own = update(database.tenants).where(database.tenants.c.name == tenant)
             connection.execute(own.values(quota=asdict(quota)))
             audit.write(connection, by, tenant, "set quota", tenant, **asdict(quota))
-            self._database.changed(connection)
-            self.refresh(connection)
-        return self._known[tenant]
+            changes, known = self._database.changed(connection), self.read(connection)
+        self.see(changes, known)
+        return known[tenant]
 
-    def refresh(self, connection: Connection) -> None:
-        """Read what is there now."""
+    def read(self, connection: Connection) -> dict[str, TenantRecord]:
+        """What a transaction sees."""
         found = connection.execute(select(database.tenants)).mappings()
-        self._known = {row["name"]: self._record(row["name"], row["quota"], row["created"]) for row in found}
+        return {row["name"]: self._record(row["name"], row["quota"], row["created"]) for row in found}
+
+    def see(self, changes: int, known: dict[str, TenantRecord]) -> None:
+        """Take what was read when the database had seen so many changes, and is durable."""
+        self._latest.put(changes, known)
 
     def _record(self, name: str, quota: dict[str, float | None], created: float) -> TenantRecord:
         return TenantRecord(name, Quota(**quota) if quota else self._default, created)  # type: ignore[arg-type]
 
 
-def ensure(connection: Connection, tenant: str) -> None:
+def ensure(own: Database, connection: Connection, tenant: str) -> None:
     """Make a tenant where there is none, as part of a transaction."""
     if connection.scalar(select(database.tenants.c.name).where(database.tenants.c.name == tenant)) is None:
         connection.execute(insert(database.tenants).values(name=tenant, quota={}, created=time.time()))
+        own.changed(connection)
