@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tpeft_deploy.errors import NotFound, ProtocolError, Unauthenticated
 from tpeft_deploy.runtime.server.access import Role
 from tpeft_deploy.runtime.server.quotas import Quota
-from tpeft_deploy.runtime.server.registry import State, keys, open_keys, open_state
+from tpeft_deploy.runtime.server.registry import State, open_keys, open_state
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,8 +69,8 @@ def test_digests_are_compared_in_constant_time_also_for_unknown_keys(
         compared.append((one, other))
         return one == other
 
-    monkeypatch.setattr(keys.hmac, "compare_digest", compare)  # type: ignore[attr-defined]
-    assert hmac.compare_digest is compare  # type: ignore[comparison-overlap]
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    assert hmac.compare_digest is compare
     known = shared_state.keys.list()[0]
     for wrong in (f"tpk_{known.id}_{'A' * 43}", f"tpk_{'0' * 12}_{'A' * 43}", "x", ""):
         with pytest.raises(Unauthenticated):
@@ -151,7 +151,8 @@ def run(place: Path, *arguments: str) -> dict[str, object]:
     code = "from tpeft_deploy.cli import main; main()"
     command = [sys.executable, "-c", code, "keys", *arguments, "--state", str(place), "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
-    assert isinstance(found := json.loads(done.stdout), dict)
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
     return found
 
 
@@ -199,7 +200,7 @@ def test_a_change_that_fails_is_not_seen(state: State, monkeypatch: pytest.Monke
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no log")
 
-    monkeypatch.setattr(keys.audit, "write", fail)
+    monkeypatch.setattr("tpeft_deploy.runtime.server.registry.audit.write", fail)
     with pytest.raises(RuntimeError):
         state.keys.revoke(record.id, by="a test")
     with pytest.raises(RuntimeError):

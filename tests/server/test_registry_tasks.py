@@ -388,7 +388,7 @@ def test_a_change_without_its_entry_in_the_log_is_none(
             raise RuntimeError("no log")
 
         with monkeypatch.context() as patch:
-            patch.setattr(tasks.audit, "write", fail)
+            patch.setattr("tpeft_deploy.runtime.server.registry.audit.write", fail)
             with pytest.raises(RuntimeError, match="no log"):
                 CHANGES[change](state)
         assert state.tasks.snapshot().visible(None) == before
