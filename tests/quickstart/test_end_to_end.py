@@ -66,7 +66,18 @@ def test_the_next_commands_work(quick: tuple[Path, str]) -> None:
     results = json.loads((out / "results.json").read_text())
     with np.load(out / "answers.npz") as answers:
         rows = [answers[f"logits.{i}"] for i in range(len(results["sample"]["tasks"]))]
-    assert {len(row) for row in rows} == {2, 10}
+        assert {len(row) for row in rows} == {2, 10}
+        check_request(out, rows, results["sample"]["tasks"])
+
+
+def check_request(out: Path, rows: list[np.ndarray], tasks: list[str]) -> None:
+    """The request that lies beside the sample is the sample."""
+    pixels, adapter = json.loads((out / "request.json").read_text())["inputs"]
+    with np.load(out / "sample.npz") as sample:
+        sent = np.array(pixels["data"], np.float32).reshape(pixels["shape"])
+        np.testing.assert_array_equal(sent, sample["pixels"])
+    assert adapter["data"] == tasks
+    assert adapter["shape"] == [len(rows)]
 
 
 def test_its_base_can_be_exported_from_where_it_lies(

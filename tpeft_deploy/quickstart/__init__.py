@@ -35,8 +35,8 @@ def run_quickstart(
     """Train a base and five adapters on handwritten digits, export them, run every form, and report.
 
     Args:
-        out: the directory to write: bundle/, adapters/, base.safetensors, digits_base.py, sample.npz, results.json
-            and report.html.  An earlier quickstart there is replaced; what its user added is kept.
+        out: the directory to write: bundle/, adapters/, base.safetensors, digits_base.py, sample.npz, request.json,
+            results.json and report.html.  An earlier quickstart there is replaced; what its user added is kept.
         provider: where ONNX Runtime runs: "auto", "cuda" or "cpu".
         seed: of the split into train and test, and of all training.
         effort: multiplies the number of training steps; accuracies are what they should be from 1.

@@ -105,11 +105,16 @@ def _export(trained: Trained, place: Path, on_stage: Stage) -> Bundle:
 
 
 def _write_sample(place: Path, tests: Mapping[str, Examples]) -> Sample:
-    """A small mixed batch to try `tpeft-deploy run` with."""
+    """A small mixed batch to try `tpeft-deploy run` with, and the same as a request to a server."""
     # Two digits, one that is upright in the task of that name and one that is not.
     _, chosen = np.unique(tests["upright"].labels, return_index=True)
     rows = [(task, row) for row in chosen for task in TASKS]
-    np.savez(place / "sample.npz", pixels=np.stack([tests[task.name].pixels[row] for task, row in rows]))
+    pixels = np.stack([tests[task.name].pixels[row] for task, row in rows])
+    np.savez(place / "sample.npz", pixels=pixels)
+    given = {"name": "pixels", "datatype": "FP32", "shape": pixels.shape, "data": pixels.ravel().tolist()}
+    names = [task.name for task, _ in rows]
+    adapter = {"name": "adapter", "datatype": "BYTES", "shape": [len(names)], "data": names}
+    (place / "request.json").write_text(json.dumps({"inputs": [given, adapter]}) + "\n")
     return Sample(
         tasks=tuple(task.name for task, _ in rows),
         answers=tuple(task.answers[tests[task.name].labels[row]] for task, row in rows),
