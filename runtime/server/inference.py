@@ -34,6 +34,7 @@ class Observed:
         rows: of the request.
         timing: when it waited and ran.
         failed: whether it has no answer.
+        traceparent: the caller's W3C trace context; empty: none.
     """
 
     tenant: str
@@ -41,6 +42,7 @@ class Observed:
     rows: int
     timing: Timing
     failed: bool
+    traceparent: str = ""
 
 
 class Inference:
@@ -176,7 +178,7 @@ class Inference:
             else:
                 own = resolved.targets.count(target) if resolved.per_row else rows
                 tally.succeeded(own, total=total, queue=timing.queued, run=timing.ran, batch=timing.rows)
-        self._observe(Observed(principal.tenant, request.model, rows, timing, failed))
+        self._observe(Observed(principal.tenant, request.model, rows, timing, failed, request.traceparent))
 
 
 def _named(name: str, output: Array | Sequence[Array]) -> list[tuple[str, Array]]:

@@ -26,6 +26,7 @@ class InferRequest:
         adapter: a task for the whole batch named outside the inputs, by parameter or header; None: not so.
         timeout: seconds within which an answer is of use; None: always.
         priority: 0 unless given; requests of a tenant with a smaller one are served first.
+        traceparent: of W3C trace context, as it came; empty: none.
     """
 
     model: str
@@ -36,6 +37,7 @@ class InferRequest:
     adapter: str | None = None
     timeout: float | None = None
     priority: int = 0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.providers import choose
 from tpeft_deploy.runtime.server.access_log import AccessLog
 from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.inference import Observed
 from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest import framing
@@ -27,6 +28,7 @@ from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.service import Options, Service, order_of
 from tpeft_deploy.runtime.server.settings import Settings
+from tpeft_deploy.runtime.server.tracing import tracing
 
 __all__ = ["serve"]
 
@@ -84,13 +86,20 @@ def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Me
     metrics = Metrics(
         settings.max_task_series, runtime.residency, runtime.usage, lambda: runtime.batching().waiting_rows
     )
+    traced = tracing()
+
+    def observe(observed: Observed) -> None:
+        metrics.inference(observed)
+        if traced is not None:
+            traced.inference(observed)
+
     options = Options(
         limits=limits,
         authenticate=not settings.no_auth,
         max_upload_bytes=settings.max_upload_bytes,
         metrics=metrics.render,
         metrics_for_all=settings.metrics_for_all_keys,
-        observe=metrics.inference,
+        observe=observe,
         forget=metrics.drop,
     )
     return Service(runtime, bundle, state, order, options), metrics, runtime

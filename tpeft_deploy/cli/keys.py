@@ -38,7 +38,7 @@ class Duration(click.ParamType[float]):
 
 
 _state = click.option(
-    "--state", type=click.Path(path_type=Path), default=Path("tpeft-state"), show_default=True,
+    "--state", type=click.Path(path_type=Path), default=Path("tpeft-state"), show_default=True, envvar="TPEFT_STATE",
     help="The server's directory; it may be running.",
 )  # fmt: skip
 _database = click.option("--database-url", envvar="TPEFT_DATABASE_URL", help="Where the server keeps it elsewhere.")

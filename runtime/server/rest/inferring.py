@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
@@ -58,7 +59,10 @@ class Inferring:
             body = decompress(headers, body, self._limits.body_bytes)
             framed = decode(model, version, headers, body, self._limits, _adapter(headers))
             del body
-            response = await _unless_left(self._core.infer(principal, framed.request), receive)
+            request = framed.request
+            if b"traceparent" in headers:
+                request = replace(request, traceparent=headers[b"traceparent"].decode("latin-1"))
+            response = await _unless_left(self._core.infer(principal, request), receive)
             own, answer = encode(response, framed)
         except _Left:
             exchanged.status = _GONE
