@@ -1,0 +1,96 @@
+"""What docs/server.md and the Dockerfile say, against the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from tpeft_deploy.cli import main
+from tpeft_deploy.runtime.server.metrics import Metrics
+from tpeft_deploy.runtime.server.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "server.md").read_text()
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the table beneath a heading, without its own."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip().strip("`") for cell in row] for row in rows]
+
+
+def test_every_setting_is_described_as_it_is() -> None:
+    described = {row[0]: row[1] for row in table("Settings")}
+    assert list(described) == list(Settings.model_fields)
+    for name, field in Settings.model_fields.items():
+        default = field.default
+        if isinstance(default, bool):
+            assert described[name] == str(default).lower()
+        elif isinstance(default, int) and described[name].endswith("iB"):
+            number, unit = re.fullmatch(r"(\d+)([MG])iB", described[name]).groups()  # type: ignore[union-attr]
+            assert int(number) * {"M": 2**20, "G": 2**30}[unit] == default
+        elif isinstance(default, int | float):
+            assert float(described[name]) == default
+        else:
+            assert described[name] == ("" if default is None else str(default))
+
+
+def test_every_metric_is_described() -> None:
+    metrics = Metrics(1, dict, dict, lambda: 0)
+    text = metrics.render().decode()
+    names = re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE)
+    shown = {name for name in names if not name.endswith("_created")}
+    assert {row[0] for row in table("Metrics")} == shown
+
+
+def test_the_image_has_neither_torch_nor_root() -> None:
+    build, final = DOCKERFILE.split("FROM python:3.11-slim\n")
+    assert "[server,${PROVIDER}]" in build
+    for extra in ("export", "train", "hf", "dev"):
+        assert not re.search(rf"[\[,]{extra}[\],]", DOCKERFILE)
+    assert re.search(r"^USER tpeft$", final, re.MULTILINE)
+    assert final.index("USER tpeft") < final.index("ENTRYPOINT")
+    assert "HEALTHCHECK" in final
+    for name in re.findall(r"TPEFT_([A-Z_]+)=", final):
+        assert name.lower() in Settings.model_fields
+
+
+def test_what_the_image_runs_imports_neither_torch_nor_onnx_nor_pickles_reader() -> None:
+    code = (
+        "import sys\n"
+        "import tpeft_deploy.cli.serve, tpeft_deploy.runtime.server.serving\n"
+        "print([name for name in ('torch', 'onnx', 'onnxscript', 'transformers', 'peft') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+    for file in (ROOT / "runtime" / "server").rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) (pickle|torch|marshal|shelve|dill)\b", file.read_text(), re.MULTILINE)
+
+
+def test_keys_finds_the_image_s_state_by_itself(tmp_path: Path) -> None:
+    own = {"TPEFT_STATE": str(tmp_path / "state")}
+    runner = CliRunner()
+    made = runner.invoke(main, ["keys", "create", "--tenant", "acme", "--role", "infer"], env=own)
+    assert made.exit_code == 0, made.output
+    listed = runner.invoke(main, ["keys", "list", "--state", str(tmp_path / "state")])
+    assert "acme" in listed.output
+
+
+def test_series_are_capped_and_dropped() -> None:
+    from tpeft_deploy.runtime.server.inference import Observed
+    from tpeft_deploy.runtime.timing import Timing
+
+    metrics = Metrics(2, dict, dict, lambda: 0)
+    for number in range(50):
+        metrics.inference(Observed("acme", f"task-{number}", 1, Timing(0.0), failed=False))
+    text = metrics.render().decode()
+    rows = re.findall(r'^tpeft_rows_total\{task="(\S*)",tenant="\S*"\} (\S+)', text, re.MULTILINE)
+    assert dict(rows) == {"task-0": "1.0", "task-1": "1.0", "other": "48.0"}
+    metrics.drop("acme", "task-0")
+    assert "task-0" not in metrics.render().decode()
