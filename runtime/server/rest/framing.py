@@ -98,7 +98,7 @@ def decode(
     end = _header_length(headers, len(body))
     try:
         parsed = _decoder.decode(memoryview(body)[:end])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"read a request for model {quoted(model)}", problem=_clipped(str(error))) from None
     except RecursionError:
         raise ProtocolError(f"read a request for model {quoted(model)}", problem="it is nested too deeply") from None
@@ -219,7 +219,7 @@ def _from_json(doing: str, tensor: _Tensor, data: bytes, count: int) -> Array:
     datatype = tensor.datatype
     try:
         values = msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ProtocolError(f"{doing}: data", expected="a list", got="something else") from None
     flat = _flat(doing, values, tensor.shape)
     if len(flat) != count:

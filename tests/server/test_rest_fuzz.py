@@ -1,0 +1,181 @@
+"""Requests that nobody would send, over HTTP: none is an internal error, and the event loop goes on.
+
+A small number in every run of the tests; 10,000 with `make soak`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.server.conftest import PIXELS, serve
+from tests.server.test_rest import Live, running
+from tpeft_deploy import Adapter, Bundle
+
+NAMES = ["mood", "base", "conv", "secret", "two", "", "..", "%2e%2e", "..%2f..%2fetc", "%00", "é", "a" * 300, "mood@9"]
+SIZES = [0, 1, -1, 2, 4, 12, 14, 1 << 31, 1 << 63, 1 << 70, None, "4", 1.5, True]
+DATATYPES = ["FP32", "FP64", "INT64", "BOOL", "BYTES", "BF16", "FP16", "FP99", "", None, 7]
+ODD: list[Any] = [None, True, -1, 1.5, "x", [], {}, [[]], {"a": 1}, "\ud800", 1 << 70]
+
+
+@pytest.fixture(scope="module")
+def live(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, others: list[Adapter]) -> Iterator[Live]:
+    own = serve(conv_bundle, tmp_path_factory.mktemp("fuzz") / "state")
+    with running(own) as found:
+        assert found.register(others[0]).status_code == 200
+        assert found.register(others[1], "secret", "rival").status_code == 200
+        yield found
+    own.runtime.close()
+    own.state.close()
+
+
+@contextmanager
+def watched(live: Live) -> Iterator[list[float]]:
+    """Seconds that calls of the server's health took meanwhile."""
+    found: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        with httpx.Client() as client:
+            while not over.wait(0.02):
+                began = time.perf_counter()
+                assert client.get(live.url + "/v2/health/live", timeout=30).status_code == 200
+                found.append(time.perf_counter() - began)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
+def mutated(choice: random.Random) -> tuple[bytes, dict[str, str]]:
+    """A request with binary framing, with some of it wrong."""
+    raw = PIXELS.tobytes()
+    tensor: dict[str, Any] = {
+        "name": "pixels",
+        "shape": list(PIXELS.shape),
+        "datatype": "FP32",
+        "parameters": {"binary_data_size": len(raw)},
+    }
+    document: dict[str, Any] = {"inputs": [tensor], "outputs": [{"name": "logits", "parameters": {"binary_data": True}}]}
+    for _ in range(choice.choice([0, 1, 1, 2, 3])):
+        kind = choice.randrange(10)
+        if kind == 0:
+            tensor["shape"] = [choice.choice(SIZES) for _ in range(choice.randrange(6))]
+        elif kind == 1:
+            tensor["datatype"] = choice.choice(DATATYPES)
+        elif kind == 2:
+            tensor["parameters"] = {"binary_data_size": choice.choice([*SIZES, len(raw) + 4, len(raw) - 4])}
+        elif kind == 3:
+            tensor["data"] = choice.choice([*ODD, PIXELS.tolist(), PIXELS.ravel().tolist()])
+            if choice.random() < 0.5:
+                tensor.pop("parameters", None)
+        elif kind == 4:
+            document[choice.choice(["id", "parameters", "outputs", "inputs", "more", "model_name"])] = choice.choice(ODD)
+        elif kind == 5:
+            parameter = choice.choice(["adapter", "timeout", "priority", "binary_data_output", "sequence_id", "x"])
+            document["parameters"] = {parameter: choice.choice([*ODD, "two", "secret", 1, 0])}
+        elif kind == 6:
+            names = {"name": "adapter", "shape": [choice.choice(SIZES)], "datatype": "BYTES", "data": choice.choice([["two"], ["mood", "x", "two", "base"], [b"".decode()], [1]])}  # fmt: skip
+            document["inputs"] = [tensor, names]
+        elif kind == 7:
+            document["inputs"] = [tensor] * choice.choice([0, 2, 300])
+        elif kind == 8:
+            raw = choice.choice([b"", raw[:-1], raw + b"\0", bytes(len(raw)), b"\xff" * len(raw)])
+        else:
+            document["outputs"] = [{"name": choice.choice(["logits", "none", "", "logits.0"])}] * choice.choice([1, 2])
+    return framed(document, raw, choice)
+
+
+def framed(document: dict[str, Any], raw: bytes, choice: random.Random) -> tuple[bytes, dict[str, str]]:
+    """Its bytes and headers, which may be wrong too."""
+    text = json.dumps(document).encode()
+    length: object = len(text)
+    if choice.random() < 0.15:
+        length = choice.choice([0, -1, len(text) - 1, len(text) + 1, 1 << 40, "x", "", "1e3", "0x10"])
+    headers = {"Inference-Header-Content-Length": str(length)}
+    body = text + raw
+    if choice.random() < 0.2:
+        at = choice.randrange(len(body))
+        body = body[:at] + choice.randbytes(choice.randrange(8)) + body[at + choice.randrange(8) :]
+    if choice.random() < 0.15:
+        kind = choice.choice(["gzip", "deflate", "br", "gzip, gzip", "identity"])
+        body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(kind, bytes)(body)
+        body = body[: choice.choice([len(body), len(body) // 2])]
+        headers["Content-Encoding"] = kind
+    if choice.random() < 0.1:
+        headers[choice.choice(["X-Adapter", "traceparent", "X-Request-Id"])] = choice.choice(["two", "secret", "x" * 4000])
+    return body, headers
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+def test_no_request_with_binary_framing_is_an_internal_error(live: Live, count: int) -> None:
+    choice = random.Random(count)
+    seen: Counter[int] = Counter()
+    own = live.headers("acme", "infer")
+    with watched(live) as lags, httpx.Client(base_url=live.url, timeout=30) as client:
+        for _ in range(count):
+            body, headers = mutated(choice)
+            path = f"/v2/models/{choice.choice(['mood'] * 12 + NAMES)}"
+            path += choice.choice(["", "", "", "/versions/1", "/versions/9", "/versions/%2e"]) + "/infer"
+            answer = client.post(path, content=body, headers=own | headers)
+            seen[answer.status_code] += 1
+            assert answer.status_code < 500 or answer.status_code == 501, (body[:500], headers, answer.text)
+            if answer.status_code != 200:
+                assert set(answer.json()) == {"error"}
+                assert "rival" not in answer.text
+                assert "\n" not in answer.json()["error"]
+    assert {200, 400, 404, 413} <= set(seen), seen
+    assert max(lags) < 2, sorted(lags)[-5:]
+    assert live.served.runtime.batching().waiting_rows == 0
+
+
+def _described(live: Live) -> list[Any]:
+    schemathesis = pytest.importorskip("schemathesis")
+    document = live.ask("GET", "/openapi.json").json()
+    schema = schemathesis.openapi.from_dict(document)
+    schema.config.update(base_url=live.url)
+    return [found.ok() for found in schema.get_all_operations()]
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(400, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+def test_what_the_document_describes_is_answered_as_it_says(live: Live, count: int) -> None:
+    """Requests that schemathesis makes from the document, with each role that may do most."""
+    operations = _described(live)
+    assert len(operations) > 20
+    sent = Counter[str]()
+    own = live.headers("operator", "admin")
+    with watched(live) as lags:
+        for operation in operations:
+
+            @settings(
+                max_examples=count, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )  # fmt: skip
+            @given(case=operation.as_strategy() | st.nothing())
+            def ask(case: Any, label: str = operation.label) -> None:
+                answer = case.call(headers=own)
+                sent[label] += 1
+                case.validate_response(answer)
+
+            ask()
+    assert live.ask("GET", "/v2").status_code == 200
+    assert max(lags) < 2
+    if count > 6:
+        assert sent.total() > 5_000
