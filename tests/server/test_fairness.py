@@ -138,9 +138,9 @@ def test_a_thousand_requests_of_a_hundred_tenants_cost_less_than_a_millisecond_a
         queue.add(ask(f"tenant {number % 100}", lane=f"lane {number % 7}"), 0.0)
     times = []
     for _ in range(20):
-        began = time.process_time()
+        began = time.thread_time()
         batch = queue.next(0.0)
-        times.append(time.process_time() - began)
+        times.append(time.thread_time() - began)
         queue.ended(0.0)
         assert isinstance(batch, list)
         assert len({request.tenant for request in batch}) == len(batch) == 32
@@ -290,8 +290,8 @@ def test_nothing_joins_and_a_batch_is_still_found_in_a_millisecond() -> None:
         queue.add(ask(f"tenant {number % 100}", lane=f"lane {number % 7}"), 0.0)
     times = []
     for _ in range(20):
-        began = time.process_time()
+        began = time.thread_time()
         assert isinstance(queue.next(0.0), list)
-        times.append(time.process_time() - began)
+        times.append(time.thread_time() - began)
         queue.ended(0.0)
     assert min(times) < 0.001

@@ -223,17 +223,17 @@ def test_a_probe_that_takes_long_holds_up_no_other_task_nor_loses_its_file(state
 
     def wait(_record: VersionRecord, _adapter: Adapter) -> None:
         began.set()
-        assert go.wait(20)
+        assert go.wait(100)
 
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(state.tasks.add, "acme", "mood", adapter(1), wait, by="a key")
-        assert began.wait(20)
+        assert began.wait(100)
         state.tasks.point("acme", "other", "canary", "1", by="a key")
         add(state, "third", "mood", seed=2)
         state.tasks.sweep(grace=0)
         assert state.tasks.snapshot().own("acme", "mood") is None
         go.set()
-        record = slow.result(20)
+        record = slow.result(100)
     assert state.tasks.read(record).to_bytes() == adapter(1).to_bytes()
 
 

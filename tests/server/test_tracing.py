@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tpeft_deploy.runtime.server.inference import Observed
 from tpeft_deploy.runtime.server.tracing import Tracing, tracing
 from tpeft_deploy.runtime.timing import Timing
-
-sdk = pytest.importorskip("opentelemetry.sdk.trace")
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SPAN = "b7ad6b7169203331"
 
 
 def spans(observed: Observed) -> dict[str, object]:
-    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-
     exporter = InMemorySpanExporter()
-    provider = sdk.TracerProvider()
+    provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     Tracing(provider.get_tracer("a test")).inference(observed)
     return {span.name: span for span in exporter.get_finished_spans()}
