@@ -60,7 +60,7 @@ def small(place: Path) -> Bundle:
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(PIXELS, HIDDEN), torch.nn.ReLU(), torch.nn.Linear(HIDDEN, 10)).eval()
     adapters = {f"task-{seed}": adapter_for(module, seed) for seed in range(TASKS)}
-    batch = {"input": torch.zeros(2, PIXELS)}
+    batch = {"input": torch.randn(2, PIXELS)}  # rows that differ, else nothing tells that they can be mixed
     return export_bundle(
         module, adapters, place, name="small", max_rank=8, example_inputs=batch, dynamic_shapes={"input": {0: "batch"}}
     )

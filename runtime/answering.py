@@ -64,9 +64,9 @@ class Answering:
             AdapterError, BundleError, CapacityError: a version cannot be brought to the device.
             QueueFull, DeadlineExceeded: as the batcher.
         """
-        held = list(dict.fromkeys(version for version in versions if version is not None))
+        held = [version for version in dict.fromkeys(versions) if version is not None]
         began = time.monotonic()
-        if held:
+        if held and not self._tiers.take_resident(held):
             try:
                 await self._holder.take(held, timeout, tenant)
             except CapacityError:

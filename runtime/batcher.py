@@ -72,8 +72,10 @@ class Batcher:
         self._clock = clock
         self._joiner = Joiner(manifest, max_waste=limits.max_waste)
         self._queue: Queue[Form] = Queue(limits, self._joiner.fits, order)
-        # Guards everything below and the queue; notified when the worker should look again.
-        self._changed = threading.Condition()
+        # Guards everything below and the queue.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # notified when the worker should look again
+        self._asleep = False
         self._ids = itertools.count()
         self._calls: dict[int, Call] = {}  # those in the queue
         self._run: Run | None = None
@@ -140,14 +142,15 @@ class Batcher:
         finally:
             if timer is not None:
                 timer.cancel()
-            self._leave(call, "cancelled")
+            if not call.gone:
+                self._leave(call, "cancelled")
             if call.future.done() and not call.future.cancelled():
                 # A task cancelled just now does not look at its answer; asyncio would log an error nobody looked at.
                 call.future.exception()
 
     def figures(self) -> Figures:
         """What has been done so far, and what waits."""
-        with self._changed:
+        with self._lock:
             return Figures(
                 waiting_requests=len(self._queue),
                 waiting_rows=self._queue.rows,
@@ -162,7 +165,7 @@ class Batcher:
 
     def close(self) -> None:
         """Refuse new requests, fail those that wait, and return once the batch that runs is answered."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             waiting = list(self._calls.values())
             self._calls.clear()
@@ -175,7 +178,7 @@ class Batcher:
             worker.join()
 
     def _admit(self, call: Call) -> None:
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise self._closed_error(call.name)
             if self._worker is None:
@@ -187,12 +190,14 @@ class Batcher:
                 self._counts["overdue"] += 1
                 raise call.overdue()
             try:
-                self._queue.add(call.request, now)
+                due = self._queue.add(call.request, now)
             except TpeftError:
                 self._counts["refused"] += 1
                 raise
             self._calls[call.request.id] = call
-            self._changed.notify()
+            if due and self._asleep:  # a worker that is woken for nothing costs as much as a request
+                self._asleep = False
+                self._changed.notify()
 
     def _expire(self, call: Call) -> None:
         if self._leave(call, "overdue") and not call.future.done():
@@ -200,7 +205,7 @@ class Batcher:
 
     def _leave(self, call: Call, why: str) -> bool:
         """A caller does not wait any more; False if it has its answer, or left before."""
-        with self._changed:
+        with self._lock:
             if call.gone:
                 return False
             call.gone = True
@@ -228,7 +233,7 @@ class Batcher:
         return True
 
     def _take(self) -> list[Call] | None:
-        with self._changed:
+        with self._lock:
             while not self._closed:
                 now = self._clock()
                 over = [self._calls.pop(request.id) for request in self._queue.expire(now)]
@@ -237,7 +242,9 @@ class Batcher:
                 found = self._queue.next(now)
                 if isinstance(found, list):
                     return [self._calls.pop(request.id) for request in found]
+                self._asleep = True
                 woken = self._changed.wait(min(max(found - now, 0), _IDLE_SECONDS))
+                self._asleep = False
                 if not woken and not len(self._queue):
                     break
             self._worker = None
@@ -262,7 +269,7 @@ class Batcher:
                 return False
             answers.append((run.calls[0], error))
         finally:
-            with self._changed:
+            with self._lock:
                 self._run = None
                 now = self._clock()
                 self._queue.ended(now)
@@ -271,7 +278,7 @@ class Batcher:
         return True
 
     def _begin(self, calls: Iterable[Call]) -> Run | None:
-        with self._changed:
+        with self._lock:
             wanted = [call for call in calls if not call.gone]
             if not wanted:
                 self._queue.ended(self._clock())

@@ -55,9 +55,9 @@ class Limits:
                 )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen, which makes one cost four times as much
 class Request(Generic[Form]):
-    """A request as the policy sees it.
+    """A request as the policy sees it; nobody changes it.
 
     Attributes:
         id: unique among those that wait.
@@ -166,6 +166,8 @@ class Queue(Generic[Form]):
         self._held = False
         self._doubt = 0
         self._skip = 0
+        # The batch that the worker was told to wait with, and until when.
+        self._holding: tuple[Form, float] | None = None
 
     @property
     def rows(self) -> int:
@@ -176,8 +178,11 @@ class Queue(Generic[Form]):
         """Requests that wait."""
         return len(self._waiting)
 
-    def add(self, request: Request[Form], now: float) -> None:
+    def add(self, request: Request[Form], now: float) -> bool:
         """Let a request wait.  A queue that is empty takes a request of any number of rows.
+
+        Returns:
+            Whether a worker that `next` told to ask again later should ask now.
 
         Raises:
             QueueFull: too many rows wait already.
@@ -194,6 +199,17 @@ class Queue(Generic[Form]):
         self._waiting[request.id] = (request, now)
         self._rows += request.rows
         self._earliest_deadline = min(self._earliest_deadline, request.deadline)
+        return self._holding is None or self._ends_holding(*self._holding, request)
+
+    def _ends_holding(self, form: Form, until: float, request: Request[Form]) -> bool:
+        """Whether one more request may make a batch run that was worth waiting for; see `_worth_waiting`."""
+        return (
+            len(self._waiting) >= self._around
+            or self._rows >= self._limits.max_rows
+            or request.deadline <= until
+            or request.form is None
+            or self._join(form, request.form) is None
+        )
 
     def cancel(self, id: int) -> bool:
         """Take a request out; False if it does not wait (any more)."""
@@ -220,12 +236,15 @@ class Queue(Generic[Form]):
         Returns:
             A batch to run now, or the time to ask again if nothing is added before; infinity when nothing waits.
         """
+        self._holding = None
         if not self._waiting:
             return math.inf
-        batch = self._gather()
+        batch, form = self._gather()
         until = self._worth_waiting(batch)
         if now < until:
             self._held = True
+            if form is not None:
+                self._holding = form, until
             return until
         self._learn(in_vain=until > -math.inf)
         self._order.serve(batch)
@@ -245,8 +264,8 @@ class Queue(Generic[Form]):
             self._around = self._running + len(self._waiting)
             self._running = 0
 
-    def _gather(self) -> list[Request[Form]]:
-        """The first request of the order, and what can join it, up to max_rows."""
+    def _gather(self) -> tuple[list[Request[Form]], Form | None]:
+        """The first request of the order with what can join it, up to max_rows; and their form."""
         waiting = iter(self._order)
         first = next(waiting)
         batch, rows, form, passed = [first], first.rows, first.form, 0
@@ -261,7 +280,7 @@ class Queue(Generic[Form]):
                 form, passed = joined, 0
                 rows += request.rows
                 batch.append(request)
-        return batch
+        return batch, form
 
     def _worth_waiting(self, batch: Sequence[Request[Form]]) -> float:
         """Until when a batch should wait for company; minus infinity if not at all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,23 +20,19 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
     Raises:
         InputError: naming the input, what was expected and what came.
     """
-    names = [port.name for port in manifest.inputs]
-    if set(inputs) != set(names):
-        missing, unknown = sorted(set(names) - set(inputs)), sorted(set(inputs) - set(names))
-        raise InputError(
-            f"run bundle {manifest.name!r}",
-            expected=f"inputs {', '.join(names)}",
-            got=", ".join(
-                [f"no {name!r}" for name in missing] + [f"an unknown {name!r}" for name in unknown],
-            ),
-        )
+    if len(inputs) != len(manifest.inputs) or any([port.name not in inputs for port in manifest.inputs]):
+        raise _other_names(manifest, inputs)
     sizes: dict[str, tuple[int, str]] = {}
     arrays = {}
     for port in manifest.inputs:
-        array = _as_array(manifest, port, inputs[port.name])
+        value = inputs[port.name]
+        array = value if isinstance(value, np.ndarray) else _as_array(manifest, port, value)
         _check_port(manifest, port, array, sizes)
-        # not ascontiguousarray, which gives a scalar an axis and leaves a cut of a network buffer unaligned
-        arrays[port.name] = np.require(array, requirements=("C", "A"))
+        flags = array.flags
+        if not (flags.c_contiguous and flags.aligned):
+            # not ascontiguousarray, which gives a scalar an axis and leaves a cut of a network buffer unaligned
+            array = np.require(array, requirements=("C", "A"))
+        arrays[port.name] = array
     return arrays
 
 
@@ -116,26 +113,46 @@ def _as_array(manifest: Manifest, port: Port, value: object) -> Array:
         ) from error
 
 
+def _other_names(manifest: Manifest, inputs: Mapping[str, object]) -> InputError:
+    names = [port.name for port in manifest.inputs]
+    missing, unknown = sorted(set(names) - set(inputs)), sorted(set(inputs) - set(names))
+    return InputError(
+        f"run bundle {manifest.name!r}",
+        expected=f"inputs {', '.join(names)}",
+        got=", ".join(
+            [f"no {name!r}" for name in missing] + [f"an unknown {name!r}" for name in unknown],
+        ),
+    )
+
+
+_dtype = lru_cache(np.dtype)  # by its name, which numpy would look up each time
+
+
 def _check_port(manifest: Manifest, port: Port, array: Array, sizes: dict[str, tuple[int, str]]) -> None:
-    doing = f"run bundle {manifest.name!r}, input {port.name!r}"
-    if array.dtype != np.dtype(port.dtype):
-        raise InputError(
-            doing, expected=f"dtype {port.dtype}", got=array.dtype, fix=f"Convert it with .astype({port.dtype!r})."
-        )
-    shape = "[" + ", ".join(map(str, port.shape)) + "]"
-    if array.ndim != len(port.shape):
-        raise InputError(doing, expected=f"shape {shape}", got=list(array.shape))
-    for size, wanted in zip(array.shape, port.shape, strict=True):
-        if isinstance(wanted, int) and size != wanted:
-            raise InputError(doing, expected=f"shape {shape}", got=list(array.shape))
+    if array.dtype != _dtype(port.dtype):
+        fix = f"Convert it with .astype({port.dtype!r})."
+        raise _misfit(manifest, port, f"dtype {port.dtype}", array.dtype, fix)
+    own = array.shape
+    if len(own) != len(port.shape):
+        raise _misfit(manifest, port, _shape(port), list(own))
+    for size, wanted in zip(own, port.shape, strict=True):
         if isinstance(wanted, str):
             first, owner = sizes.setdefault(wanted, (size, port.name))
             if size != first:
-                raise InputError(
-                    doing, expected=f"{wanted} = {first}, as in input {owner!r}", got=f"{size} in {list(array.shape)}"
-                )
-    if 0 in array.shape:
-        raise InputError(doing, expected="at least one row and no empty axis", got=list(array.shape))
+                expected = f"{wanted} = {first}, as in input {owner!r}"
+                raise _misfit(manifest, port, expected, f"{size} in {list(own)}")
+        elif size != wanted:
+            raise _misfit(manifest, port, _shape(port), list(own))
+    if 0 in own:
+        raise _misfit(manifest, port, "at least one row and no empty axis", list(own))
+
+
+def _misfit(manifest: Manifest, port: Port, expected: str, got: object, fix: str | None = None) -> InputError:
+    return InputError(f"run bundle {manifest.name!r}, input {port.name!r}", expected=expected, got=got, fix=fix)
+
+
+def _shape(port: Port) -> str:
+    return "shape [" + ", ".join(map(str, port.shape)) + "]"
 
 
 def as_one(manifest: Manifest, rows: Mapping[str, Sequence[Array | None]]) -> dict[str, Array | list[Array]]:

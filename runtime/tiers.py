@@ -54,7 +54,9 @@ class Tiers:
         self._device_bytes = device_bytes
         self._host_bytes = host_bytes
         self._writer = threading.Lock()  # held by the one that fills rows or replaces the bank
-        self._state = threading.Condition()  # guards all that follows, and what changes in a version
+        self._state = threading.Lock()  # guards all that follows, and what changes in a version
+        self._given_back = threading.Condition(self._state)  # notified where the writer waits for a row
+        self._awaited = False
         self._bank = Bank.allocate(layout, layout.shapes, 1, device)
         self._free: list[int] = []
         self._resident: dict[Version, None] = {}  # those on a row, the least recently used first
@@ -118,7 +120,7 @@ class Tiers:
                 version.users -= 1
                 if not version.users and not version.current:
                     self._forget(version)
-            self._state.notify_all()
+            self._notify()
 
     def rows(self, versions: Iterable[Version | None]) -> tuple[Bank, list[int]]:
         """The bank and the row of each version, all in use; None is the base."""
@@ -131,13 +133,13 @@ class Tiers:
             version.current = version.pinned = False
             if not version.users:
                 self._forget(version)
-            self._state.notify_all()
+            self._notify()
 
     def pin(self, version: Version, pinned: bool) -> None:
         """Keep a version on its row once it has one, or let it go again when others need the room."""
         with self._state:
             version.pinned = pinned
-            self._state.notify_all()
+            self._notify()
 
     def tier(self, version: Version) -> Tier:
         """Where a version is."""
@@ -166,7 +168,12 @@ class Tiers:
         """Let nobody wait for a row any more: those who hold rows may be waiting for the closing to end."""
         with self._state:
             self._closed = True
-            self._state.notify_all()
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._awaited:  # telling nobody costs as much as all else that is done for a request here
+            self._awaited = False
+            self._given_back.notify_all()
 
     def _count(self, versions: Iterable[Version]) -> None:
         for version in versions:
@@ -249,7 +256,8 @@ class Tiers:
                 elif self._closed:
                     raise RunError(f"bring {version.name!r} to the device", problem="the runtime is closed")
                 else:
-                    self._state.wait()  # runs in flight give their rows back, and nobody else may take them
+                    self._awaited = True
+                    self._given_back.wait()  # runs in flight give their rows back, and nobody else may take them
 
     def _check_budget(self, version: Version, staying: Iterable[Version]) -> None:
         together = [*staying, version]

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from tpeft_deploy.errors import BundleError, IntegrityError, VersionError
@@ -130,13 +131,13 @@ class Manifest:
         """SHA-256 over the names and digests of all base weights."""
         return base_digest({name: weight.digest for name, weight in self.weights.items()})
 
-    @property
+    @cached_property
     def batch_axis(self) -> str | None:
         """Name of the free size that stands for the batch: the first axis of the first input that has one."""
         firsts = [port.shape[0] for port in self.inputs if port.shape]
         return next((size for size in firsts if isinstance(size, str)), None)
 
-    @property
+    @cached_property
     def paddable(self) -> frozenset[str]:
         """Names of the free sizes along which rows of other lengths may be filled up to one, never the batch.
 

@@ -14,7 +14,7 @@ import numpy as np
 from tpeft_deploy.errors import ProtocolError, TooLarge
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Bounds", "DTYPES", "check_shape", "checked", "encode_raw", "from_raw", "objects", "quoted", "texts"]
+__all__ = ["Bounds", "DTYPES", "check_shape", "check_size", "checked", "encode_raw", "from_raw", "objects", "quoted", "texts"]
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -83,12 +83,20 @@ def from_raw(doing: str, datatype: str, raw: bytes | memoryview, count: int) -> 
     """
     if datatype == "BYTES":
         return objects(_split(doing, bytes(raw), count))
-    dtype = DTYPES[datatype]
-    if len(raw) != count * dtype.itemsize:
-        raise ProtocolError(f"{doing}: raw contents", expected=f"{count * dtype.itemsize} bytes", got=len(raw))
+    check_size(doing, datatype, count, len(raw))
     if datatype == "BOOL" and bytes(raw).translate(None, b"\0\1"):
         raise ProtocolError(f"{doing}: raw contents", expected="0 or 1 for each element of BOOL", got="something else")
-    return np.frombuffer(raw, dtype)
+    return np.frombuffer(raw, DTYPES[datatype])
+
+
+def check_size(doing: str, datatype: str, count: int, size: int) -> None:
+    """Refuse a number of raw bytes that so many elements do not have; those of BYTES say their own sizes.
+
+    Raises:
+        ProtocolError: another number.
+    """
+    if datatype != "BYTES" and size != count * DTYPES[datatype].itemsize:
+        raise ProtocolError(f"{doing}: raw contents", expected=f"{count * DTYPES[datatype].itemsize} bytes", got=size)
 
 
 def objects(elements: Iterable[bytes]) -> Array:
@@ -121,6 +129,8 @@ def checked(array: Array, datatype: str) -> Array:
     Raises:
         TypeError: it is not, which is a fault of the server.
     """
+    if array.dtype == DTYPES[datatype]:
+        return array
     if array.dtype.newbyteorder("<") != DTYPES[datatype]:
         raise TypeError(f"an output of datatype {datatype} has dtype {array.dtype}")
     return array.astype(DTYPES[datatype], copy=False)

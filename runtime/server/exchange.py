@@ -1,43 +1,71 @@
-"""What is known about a request once it was answered: what metrics, access log and traces are made from."""
+"""What is known of a request: filled in while it is answered, and then what metrics, access log and traces are made from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+
+from tpeft_deploy.runtime.server.access import Principal
 
 __all__ = ["Exchange"]
 
 
-@dataclass(frozen=True, slots=True)
 class Exchange:
     """One request and its answer.
 
-    Attributes:
+    Args:
         protocol: "http" or "grpc".
         method: the HTTP method, or the name of the rpc.
+
+    Attributes:
         route: the route's template, or the rpc's full name; "unknown" where there is none, so that what clients make
             up never becomes a label.
         status: HTTP status, of gRPC the one that REST would have answered; 499 when the client went away.
-        tenant: of the key; empty when there was none.
-        role: of the key; empty when there was none.
-        key: the key's public id; empty when there was none.
+        caller: whose key it had; None when there was none.
         task: the model that was asked for, as the client wrote it; empty when the request names none.
-        seconds: from the request's arrival to its last byte handed to the transport.
+        seconds: from the request's arrival to its last byte handed to the transport; 0 until then.
         bytes_in: size of the request's body or message.
         bytes_out: size of the answer's.
-        request_id: the client's own; empty when there was none.
-        traceparent: of W3C trace context, as it came; empty when there was none.
     """
 
-    protocol: str
-    method: str
-    route: str
-    status: int
-    tenant: str = ""
-    role: str = ""
-    key: str = ""
-    task: str = ""
-    seconds: float = 0.0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    request_id: str = ""
-    traceparent: str = ""
+    __slots__ = ("_began", "bytes_in", "bytes_out", "caller", "method", "protocol", "route", "seconds", "status", "task")
+
+    def __init__(self, protocol: str, method: str) -> None:
+        self._began = time.perf_counter()
+        self.protocol = protocol
+        self.method = method
+        self.route = "unknown"
+        self.status = 0
+        self.caller: Principal | None = None
+        self.task = ""
+        self.seconds = 0.0
+        self.bytes_in = 0
+        self.bytes_out = 0
+
+    @property
+    def tenant(self) -> str:
+        """Of the key; empty when there was none."""
+        return "" if self.caller is None else self.caller.tenant
+
+    @property
+    def role(self) -> str:
+        """Of the key; empty when there was none."""
+        return "" if self.caller is None else self.caller.role.value
+
+    @property
+    def key(self) -> str:
+        """The key's public id; empty when there was none."""
+        return "" if self.caller is None else self.caller.key
+
+    @property
+    def request_id(self) -> str:
+        """The client's own; where it has none the server's, if it gives any."""
+        return ""
+
+    @property
+    def traceparent(self) -> str:
+        """Of W3C trace context, as it came; empty when there was none."""
+        return ""
+
+    def end(self) -> None:
+        """It was answered."""
+        self.seconds = time.perf_counter() - self._began

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from tpeft_deploy.errors import InputError, NotFound, TpeftError, Unavailable, UnknownTask
@@ -24,8 +24,7 @@ __all__ = ["Inference", "Observed"]
 Spend = Callable[[str, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Observed:
+class Observed(msgspec.Struct, frozen=True):
     """What one inference took, for metrics and spans.
 
     Attributes:
@@ -33,6 +32,7 @@ class Observed:
         task: what was asked for, by name; the bundle's where rows had tasks of their own.
         rows: of the request.
         timing: when it waited and ran.
+        seconds: from its arrival to its answer.
         failed: whether it has no answer.
         traceparent: the caller's W3C trace context; empty: none.
     """
@@ -41,6 +41,7 @@ class Observed:
     task: str
     rows: int
     timing: Timing
+    seconds: float
     failed: bool
     traceparent: str = ""
 
@@ -171,14 +172,14 @@ class Inference:
         failed: bool,
     ) -> None:
         total = time.monotonic() - timing.arrived
-        for target in set(resolved.targets):
+        for target in set(resolved.targets) if resolved.per_row else resolved.targets:
             tally = self._statistics.tally(target.tenant, target.task, target.version)
             if failed:
-                tally.failed(total)
+                tally.failing_after(total)
             else:
                 own = resolved.targets.count(target) if resolved.per_row else rows
                 tally.succeeded(own, total=total, queue=timing.queued, run=timing.ran, batch=timing.rows)
-        self._observe(Observed(principal.tenant, request.model, rows, timing, failed, request.traceparent))
+        self._observe(Observed(principal.tenant, request.model, rows, timing, total, failed, request.traceparent))
 
 
 def _named(name: str, output: Array | Sequence[Array]) -> list[tuple[str, Array]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from tpeft_deploy.tucker import Array
 
@@ -12,8 +13,7 @@ __all__ = ["InferRequest", "InferResponse", "Parameter"]
 Parameter = str | int | float | bool
 
 
-@dataclass(frozen=True, slots=True)
-class InferRequest:
+class InferRequest(msgspec.Struct, frozen=True):
     """A V2 inference request, decoded and checked against the protocol but not yet against the model.
 
     Attributes:
@@ -40,8 +40,7 @@ class InferRequest:
     traceparent: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class InferResponse:
+class InferResponse(msgspec.Struct, frozen=True):
     """The answer.
 
     Attributes:
@@ -59,4 +58,4 @@ class InferResponse:
     id: str
     outputs: Mapping[str, Array]
     datatypes: Sequence[str]
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    parameters: Mapping[str, Parameter] = {}

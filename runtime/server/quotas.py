@@ -63,17 +63,31 @@ class _Account:
     at: float
     requests: float = math.inf
     rows: float = math.inf
+    most_requests: float = math.inf
+    most_rows: float = math.inf
+
+    def __post_init__(self) -> None:
+        self._bound(self.quota)
 
     def fill(self, quota: Quota, now: float) -> None:
-        passed = max(0.0, now - self.at)
-        self.requests = _filled(self.requests, quota.requests_per_s, passed)
-        self.rows = _filled(self.rows, quota.rows_per_s, passed)
-        self.quota, self.at = quota, max(now, self.at)
+        if quota is not self.quota:
+            self._bound(quota)
+        passed = now - self.at
+        if passed > 0:
+            self.at = now
+            self.requests = min(self.most_requests, self.requests + passed * (quota.requests_per_s or math.inf))
+            self.rows = min(self.most_rows, self.rows + passed * (quota.rows_per_s or math.inf))
 
     def is_full(self, now: float) -> bool:
         """Whether it would be the same to have none."""
         self.fill(self.quota, now)
-        return self.requests >= _burst(self.quota.requests_per_s) and self.rows >= _burst(self.quota.rows_per_s)
+        return self.requests >= self.most_requests and self.rows >= self.most_rows
+
+    def _bound(self, quota: Quota) -> None:
+        self.quota = quota
+        self.most_requests, self.most_rows = _burst(quota.requests_per_s), _burst(quota.rows_per_s)
+        self.requests = math.inf if quota.requests_per_s is None else min(self.most_requests, self.requests)
+        self.rows = math.inf if quota.rows_per_s is None else min(self.most_rows, self.rows)
 
 
 class Meter:
@@ -111,17 +125,9 @@ class Meter:
             account = self._accounts[tenant] = _Account(quota, now)
         account.fill(quota, now)
         # What is larger than a burst waits for a full bucket and leaves a debt.
-        needed = min(rows, _burst(quota.rows_per_s))
-        waits = [
-            (missing / rate, rate, what)
-            for what, rate, missing in (
-                ("requests", quota.requests_per_s, 1 - account.requests),
-                ("rows", quota.rows_per_s, needed - account.rows),
-            )
-            if rate is not None and missing > 0
-        ]
-        if waits:
-            raise _exceeded(tenant, *max(waits))
+        needed = min(rows, account.most_rows)
+        if account.requests < 1 or account.rows < needed:
+            raise _lacking(tenant, account, needed)
         account.requests -= 1
         account.rows -= rows
 
@@ -137,8 +143,17 @@ def _burst(rate: float | None) -> float:
     return math.inf if rate is None else max(rate, 1.0)
 
 
-def _filled(tokens: float, rate: float | None, passed: float) -> float:
-    return math.inf if rate is None else min(_burst(rate), tokens + rate * passed)
+def _lacking(tenant: str, account: _Account, rows: float) -> QuotaExceeded:
+    quota = account.quota
+    waits = [
+        (missing / rate, rate, what)
+        for what, rate, missing in (
+            ("requests", quota.requests_per_s, 1 - account.requests),
+            ("rows", quota.rows_per_s, rows - account.rows),
+        )
+        if rate is not None and missing > 0
+    ]
+    return _exceeded(tenant, *max(waits))
 
 
 def _exceeded(tenant: str, wait: float, rate: float, what: str) -> QuotaExceeded:

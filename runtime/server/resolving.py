@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from tpeft_deploy.bundle import BASE_TASK
 from tpeft_deploy.errors import NotFound, ProtocolError
@@ -16,8 +17,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["Lookup", "Resolved", "Target", "resolve"]
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """What a row runs on.
 
     Attributes:
@@ -49,8 +49,7 @@ class Lookup(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(msgspec.Struct, frozen=True):
     """A request's targets: one for all rows, or one a row."""
 
     targets: Sequence[Target]

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 
 from tpeft_deploy.runtime.server.core import Document
 
 __all__ = ["Statistics", "Tally"]
 
 
-@dataclass
 class Tally:
-    """Counts and nanoseconds of one version of a task."""
+    """Counts and seconds of one version of a task."""
 
-    inferences: int = 0
-    executions: Counter[int] = field(default_factory=Counter)
-    last: float = 0.0
-    counts: Counter[str] = field(default_factory=Counter)
-    nanoseconds: Counter[str] = field(default_factory=Counter)
-    batch_nanoseconds: Counter[int] = field(default_factory=Counter)
+    __slots__ = ("answered", "batches", "failed", "failing", "inferences", "last", "queued", "ran", "took")
+
+    def __init__(self) -> None:
+        self.inferences = 0  # rows
+        self.answered = 0
+        self.took = 0.0
+        self.queued = 0.0
+        self.ran = 0.0
+        self.failed = 0
+        self.failing = 0.0
+        self.last = 0.0
+        self.batches: dict[int, list[float]] = {}  # rows of a run -> how many, and their seconds
 
     def succeeded(self, rows: int, *, total: float, queue: float, run: float, batch: int) -> None:
         """A request was answered.
@@ -33,38 +36,50 @@ class Tally:
             batch: rows of that run.
         """
         self.inferences += rows
-        self.executions[batch] += 1
-        self.batch_nanoseconds[batch] += _ns(run)
+        self.answered += 1
+        self.took += total
+        self.queued += queue
+        self.ran += run
         self.last = time.time()
-        for what, seconds in (("success", total), ("queue", queue), ("compute_infer", run)):
-            self.counts[what] += 1
-            self.nanoseconds[what] += _ns(seconds)
+        own = self.batches.get(batch)
+        if own is None:
+            self.batches[batch] = [1, run]
+        else:
+            own[0] += 1
+            own[1] += run
 
-    def failed(self, total: float) -> None:
+    def failing_after(self, total: float) -> None:
         """A request was not answered, after so many seconds."""
-        self.counts["fail"] += 1
-        self.nanoseconds["fail"] += _ns(total)
+        self.failed += 1
+        self.failing += total
 
     def document(self, name: str, version: str) -> Document:
         """In the fields of the protocol; a request that shared a run counts that run as its own."""
-        kinds = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit")
+        nothing = {"count": 0, "ns": 0}
         return {
             "name": name,
             "version": version,
             "last_inference": round(1000 * self.last),
             "inference_count": self.inferences,
-            "execution_count": self.executions.total(),
+            "execution_count": self.answered,
             "inference_stats": {
-                kind: {"count": self.counts[kind], "ns": self.nanoseconds[kind]} for kind in (*kinds, "cache_miss")
+                "success": {"count": self.answered, "ns": _ns(self.took)},
+                "fail": {"count": self.failed, "ns": _ns(self.failing)},
+                "queue": {"count": self.answered, "ns": _ns(self.queued)},
+                "compute_input": nothing,
+                "compute_infer": {"count": self.answered, "ns": _ns(self.ran)},
+                "compute_output": nothing,
+                "cache_hit": nothing,
+                "cache_miss": nothing,
             },
             "batch_stats": [
                 {
                     "batch_size": size,
-                    "compute_input": {"count": count, "ns": 0},
-                    "compute_infer": {"count": count, "ns": self.batch_nanoseconds[size]},
-                    "compute_output": {"count": count, "ns": 0},
+                    "compute_input": {"count": round(count), "ns": 0},
+                    "compute_infer": {"count": round(count), "ns": _ns(seconds)},
+                    "compute_output": {"count": round(count), "ns": 0},
                 }
-                for size, count in sorted(self.executions.items())
+                for size, (count, seconds) in sorted(self.batches.items())
             ],
             "memory_usage": [],
         }

@@ -2,53 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import orjson
 
-from tpeft_deploy.runtime.server.access import Principal
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.statuses import MethodNotAllowed, status_of
 
 __all__ = ["Exchanged", "send_error"]
 
 _log = logging.getLogger("tpeft_deploy.server")
+_PROCESS = secrets.token_hex(6).encode()  # ids of one server are not those of another, nor of its next start
+_COUNT = itertools.count(1)
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-class Exchanged:
-    """What is known of a request while it is answered; see `exchange.Exchange`."""
+class Exchanged(Exchange):
+    """An `Exchange` over HTTP, and the way its answer takes.
 
-    __slots__ = (
-        "_began",
-        "bytes_in",
-        "bytes_out",
-        "headers",
-        "method",
-        "principal",
-        "request_id",
-        "route",
-        "started",
-        "status",
-        "task",
-    )
+    Args:
+        method: of HTTP.
+        headers: of the request, names in lower case.
+    """
+
+    __slots__ = ("_id", "headers", "started")
 
     def __init__(self, method: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        self._began = time.perf_counter()
-        self.method = method
+        super().__init__("http", method)
         self.headers: Mapping[bytes, bytes] = dict(headers)
-        self.route = "unknown"
-        self.principal: Principal | None = None
-        self.task = ""
-        self.status = 0
         self.started = False
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.request_id = _request_id(self.headers.get(b"x-request-id"))
+        self._id = _request_id(self.headers.get(b"x-request-id"))
 
     @property
     def authorization(self) -> str | None:
@@ -56,34 +43,24 @@ class Exchanged:
         found = self.headers.get(b"authorization")
         return None if found is None else found.decode("latin-1")
 
+    @property
+    def request_id(self) -> str:
+        """The client's own, where it can do no harm in a log; else the server's."""
+        return self._id.decode("latin-1")
+
+    @property
+    def traceparent(self) -> str:
+        """The header of that name."""
+        return self.headers.get(b"traceparent", b"").decode("latin-1")
+
     async def send(self, send: _Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole answer."""
         self.status = status
         self.started = True
         self.bytes_out = len(body)
-        headers.append((b"content-length", b"%d" % len(body)))
-        headers.append((b"x-request-id", self.request_id))
+        headers += ((b"content-length", b"%d" % len(body)), (b"x-request-id", self._id))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
-
-    def exchange(self) -> Exchange:
-        """The request and its answer, once it was answered."""
-        own = self.principal
-        return Exchange(
-            protocol="http",
-            method=self.method,
-            route=self.route,
-            status=self.status,
-            tenant="" if own is None else own.tenant,
-            role="" if own is None else own.role.value,
-            key="" if own is None else own.key,
-            task=self.task,
-            seconds=time.perf_counter() - self._began,
-            bytes_in=self.bytes_in,
-            bytes_out=self.bytes_out,
-            request_id=self.request_id.decode("latin-1"),
-            traceparent=self.headers.get(b"traceparent", b"").decode("latin-1"),
-        )
 
 
 async def send_error(error: Exception, exchanged: Exchanged, send: _Send) -> None:
@@ -106,4 +83,4 @@ def _request_id(given: bytes | None) -> bytes:
     # A client's own goes into logs and back into a header: only if it can do no harm there.
     if given and len(given) <= 128 and all(33 <= byte < 127 for byte in given):
         return given
-    return secrets.token_hex(8).encode()
+    return b"%b-%x" % (_PROCESS, next(_COUNT))

@@ -62,7 +62,8 @@ class Application:
                 await self._other(asked is not None, exchanged, scope, receive, send)
         finally:
             if self._observe is not None:
-                self._observe(exchanged.exchange())
+                exchanged.end()
+                self._observe(exchanged)
 
     async def _other(self, inference: bool, exchanged: Exchanged, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -81,7 +82,7 @@ class Application:
             exchanged.route = route.path
             return await route.handler(Asked(self._core, self._limits, Request(scope, receive), None))
         # Before anything is said of the path: what there is, is for those with a key.
-        principal = exchanged.principal = self._core.authenticate(exchanged.authorization)
+        principal = exchanged.caller = self._core.authenticate(exchanged.authorization)
         if not isinstance(route, Route):
             raise route
         exchanged.route = route.path

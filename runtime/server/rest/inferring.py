@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import replace
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
@@ -12,7 +10,10 @@ from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.rest.answering import Exchanged, send_error
 from tpeft_deploy.runtime.server.rest.compression import compress, decompress
-from tpeft_deploy.runtime.server.rest.framing import ADAPTER_HEADERS, Limits, decode, encode
+from tpeft_deploy.runtime.server.rest.framing import ADAPTER_HEADERS, decode, encode
+from tpeft_deploy.runtime.server.rest.heads import Heads
+from tpeft_deploy.runtime.server.rest.leaving import Left, Watch
+from tpeft_deploy.runtime.server.rest.limits import Limits
 
 __all__ = ["Inferring", "Receive", "Scope", "Send", "model_of", "read_body"]
 
@@ -21,10 +22,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _GONE = 499  # the client went away: nobody sees this status but logs and metrics
-
-
-class _Left(Exception):
-    """The client went away."""
 
 
 def model_of(path: str) -> tuple[str, str] | None:
@@ -48,23 +45,22 @@ class Inferring:
     def __init__(self, core: Core, limits: Limits) -> None:
         self._core = core
         self._limits = limits
+        self._heads = Heads(limits)
+        self._watch = Watch()
 
     async def __call__(self, model: str, version: str, exchanged: Exchanged, receive: Receive, send: Send) -> None:
         """Answer one request."""
         headers = exchanged.headers
         try:
-            exchanged.principal = principal = self._core.authenticate(exchanged.authorization)
+            exchanged.caller = principal = self._core.authenticate(exchanged.authorization)
             exchanged.task = model
             body = await read_body(headers, receive, self._limits.body_bytes, exchanged)
             body = decompress(headers, body, self._limits.body_bytes)
-            framed = decode(model, version, headers, body, self._limits, _adapter(headers))
+            framed = decode(model, version, headers, body, self._heads, _adapter(headers))
             del body
-            request = framed.request
-            if b"traceparent" in headers:
-                request = replace(request, traceparent=headers[b"traceparent"].decode("latin-1"))
-            response = await _unless_left(self._core.infer(principal, request), receive)
+            response = await self._watch.unless_left(self._core.infer(principal, framed.request), receive)
             own, answer = encode(response, framed)
-        except _Left:
+        except Left:
             exchanged.status = _GONE
             return
         except Exception as error:
@@ -90,7 +86,7 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise _Left
+            raise Left
         part = message.get("body", b"")
         size += len(part)
         exchanged.bytes_in = size
@@ -99,27 +95,6 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-async def _unless_left(work: Awaitable[Any], receive: Receive) -> Any:
-    """The result of some work, which is cancelled when the client goes away."""
-    running = asyncio.ensure_future(work)
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        running.cancel()
-
-    watching = asyncio.ensure_future(watch())
-    try:
-        return await running
-    except asyncio.CancelledError:
-        if watching.done() and not watching.cancelled():
-            raise _Left from None
-        running.cancel()
-        raise
-    finally:
-        watching.cancel()
 
 
 def _adapter(headers: Mapping[bytes, bytes]) -> str | None:

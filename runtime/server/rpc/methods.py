@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from google.protobuf.message import Message
 
 from tpeft_deploy.errors import ProtocolError, Unauthenticated
@@ -106,7 +107,7 @@ async def _model_statistics(call: Call, request: pb.ModelStatisticsRequest) -> M
 async def _model_infer(call: Call, message: pb.ModelInferRequest) -> pb.ModelInferResponse:
     request = request_of(message, call.limits, adapter_of(call.metadata), call.timeout)
     if "traceparent" in call.metadata:
-        request = replace(request, traceparent=call.metadata["traceparent"])
+        request = msgspec.structs.replace(request, traceparent=call.metadata["traceparent"])
     # A client that sends raw bytes reads such; one that sent no tensor has said nothing, and raw is what all read.
     raw = bool(message.raw_input_contents) or not message.inputs
     final = call.streamed and _FINAL in message.parameters and message.parameters[_FINAL].bool_param

@@ -132,7 +132,8 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 
     def _tell(self, account: Account) -> None:
         if self._observe is not None:
-            self._observe(account.exchange())
+            account.end()
+            self._observe(account)
 
 
 def _allowed(path: str, method: Method | None, caller: Principal | None) -> Method:
