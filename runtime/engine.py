@@ -72,6 +72,7 @@ class Engine:
         self._tiers = tiers
         self._own = own
         self._sizes = sizes
+        self._varying = any(port.varies for port in manifest.outputs)
 
     def run_one(
         self,
@@ -132,6 +133,15 @@ class Engine:
             half = (len(distinct) + 1) // 2
             return self._in_parts(inputs, versions, [distinct[:half], distinct[half:]], options)
 
+    def run_held(
+        self, inputs: Mapping[str, Array], versions: Sequence[Version | None], options: onnxruntime.RunOptions
+    ) -> Outputs:
+        """As `run_rows`, of versions that are on the device and in use: never waits."""
+        first = versions[0]
+        if self._manifest.rows == "group" or versions.count(first) == len(versions):
+            return self.run_rows(inputs, versions, options)
+        return self._on_rows(inputs, versions, options)
+
     def _mixed(
         self,
         inputs: Mapping[str, Array],
@@ -139,10 +149,22 @@ class Engine:
         options: onnxruntime.RunOptions | None,
     ) -> Outputs:
         with self._tiers.using(version for version in versions if version is not None):
-            bank, rows = self._tiers.rows(versions)
-            with _translated(self._manifest.name):
-                outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
-            sizes = [self._sizes if version is None else version.sizes for version in versions]
+            return self._on_rows(inputs, versions, options)
+
+    def _on_rows(
+        self,
+        inputs: Mapping[str, Array],
+        versions: Sequence[Version | None],
+        options: onnxruntime.RunOptions | None,
+    ) -> Outputs:
+        bank, rows = self._tiers.rows(versions)
+        try:
+            outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
+        except _ERRORS as error:
+            raise _translation(self._manifest.name, error) from error
+        if not self._varying:
+            return {**outputs}
+        sizes = [self._sizes if version is None else version.sizes for version in versions]
         return {
             port.name: requests.cut_rows(port, outputs[port.name], [own.get(port.name, 0) for own in sizes])
             for port in self._manifest.outputs
@@ -167,12 +189,19 @@ class Engine:
         return requests.as_one(self._manifest, rows)
 
 
+_ERRORS = (*ORT_ERRORS, RuntimeError)  # with IO binding it raises plain RuntimeErrors
+
+
+def _translation(bundle: str, error: Exception) -> InputError | RunError:
+    """One of ONNX Runtime's exceptions, which share no class of their own, as an error of the toolkit."""
+    # What it refuses in the middle of a run is mostly an index out of range: no shape or dtype gets this far.
+    kind = InputError if isinstance(error, ORT_REFUSALS) else RunError
+    return kind(f"run bundle {bundle!r}", problem=str(error).strip().splitlines()[0][:300])
+
+
 @contextmanager
 def _translated(bundle: str) -> Iterator[None]:
-    """ONNX Runtime's exceptions, which share no class of their own, as errors of the toolkit."""
     try:
         yield
-    except (*ORT_ERRORS, RuntimeError) as error:  # with IO binding it raises plain RuntimeErrors
-        # What it refuses in the middle of a run is mostly an index out of range: no shape or dtype gets this far.
-        kind = InputError if isinstance(error, ORT_REFUSALS) else RunError
-        raise kind(f"run bundle {bundle!r}", problem=str(error).strip().splitlines()[0][:300]) from error
+    except _ERRORS as error:
+        raise _translation(bundle, error) from error

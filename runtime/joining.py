@@ -59,8 +59,8 @@ def fits(batch: Form, request: Form, *, max_waste: float) -> Form | None:
     """
     if batch.key != request.key:
         return None
-    if not batch.sizes:  # nothing can be filled up, so nothing is wasted
-        return Form(batch.key, batch.rows + request.rows, (), batch.elements + request.elements, batch.terms)
+    if not batch.sizes:  # nothing can be filled up: nothing is wasted, however many they are
+        return batch
     sizes = tuple(map(max, batch.sizes, request.sizes))
     joined = Form(batch.key, batch.rows + request.rows, sizes, batch.elements + request.elements, batch.terms)
     return joined if joined.elements >= (1 - max_waste) * joined.padded else None

@@ -20,7 +20,7 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
     Raises:
         InputError: naming the input, what was expected and what came.
     """
-    if len(inputs) != len(manifest.inputs) or any([port.name not in inputs for port in manifest.inputs]):
+    if len(inputs) != len(manifest.inputs) or not all(port.name in inputs for port in manifest.inputs):
         raise _other_names(manifest, inputs)
     sizes: dict[str, tuple[int, str]] = {}
     arrays = {}
@@ -31,7 +31,7 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
         flags = array.flags
         if not (flags.c_contiguous and flags.aligned):
             # not ascontiguousarray, which gives a scalar an axis and leaves a cut of a network buffer unaligned
-            array = np.require(array, requirements=("C", "A"))
+            array = array.copy(order="C")
         arrays[port.name] = array
     return arrays
 

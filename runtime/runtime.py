@@ -444,7 +444,7 @@ class Runtime:
         if not self._tiers.take_resident(held):
             raise RunError(f"run a batch on bundle {self.name!r}", problem="who asked for a task in it has left")
         try:
-            return self._engine.run_rows(inputs, versions, options)
+            return self._engine.run_held(inputs, versions, options)
         finally:
             self._tiers.give_back(held)
 

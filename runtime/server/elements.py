@@ -14,7 +14,18 @@ import numpy as np
 from tpeft_deploy.errors import ProtocolError, TooLarge
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Bounds", "DTYPES", "check_shape", "check_size", "checked", "encode_raw", "from_raw", "objects", "quoted", "texts"]
+__all__ = [
+    "Bounds",
+    "DTYPES",
+    "check_shape",
+    "check_size",
+    "checked",
+    "encode_raw",
+    "from_raw",
+    "objects",
+    "quoted",
+    "texts",
+]
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),

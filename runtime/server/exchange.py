@@ -1,4 +1,4 @@
-"""What is known of a request: filled in while it is answered, and then what metrics, access log and traces are made from."""
+"""What is known of a request, filled in while it is answered; metrics, access log and traces are made from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,18 @@ class Exchange:
         bytes_out: size of the answer's.
     """
 
-    __slots__ = ("_began", "bytes_in", "bytes_out", "caller", "method", "protocol", "route", "seconds", "status", "task")
+    __slots__ = (
+        "_began",
+        "bytes_in",
+        "bytes_out",
+        "caller",
+        "method",
+        "protocol",
+        "route",
+        "seconds",
+        "status",
+        "task",
+    )
 
     def __init__(self, protocol: str, method: str) -> None:
         self._began = time.perf_counter()

@@ -92,12 +92,23 @@ class Inference:
         inputs = request.inputs
         if request.model == self._manifest.name and ADAPTER_INPUT in inputs:
             inputs = {name: array for name, array in inputs.items() if name != ADAPTER_INPUT}
-        self._check_outputs(request)
+        if request.outputs:
+            self._check_outputs(request)
         rows = self._rows(inputs)
         self._spend(principal.tenant, rows)
         timing = Timing(time.monotonic())
         try:
-            outputs = await self._run(principal, request, inputs, resolved, timing)
+            if resolved.per_row:
+                keys = [target.key for target in resolved.targets]
+                outputs: Mapping[str, Array | list[Array]] = await self._runtime.infer(
+                    inputs, tasks=keys, timeout=request.timeout, tenant=principal.tenant, priority=request.priority,
+                    timing=timing,
+                )  # fmt: skip
+            else:
+                outputs = await self._runtime.infer(
+                    inputs, resolved.only.key, timeout=request.timeout, tenant=principal.tenant,
+                    priority=request.priority, timing=timing,
+                )  # fmt: skip
         except UnknownTask:
             # The runtime's own message names what others have.
             self._told(principal, request, resolved, rows, timing, failed=True)
@@ -107,32 +118,6 @@ class Inference:
             raise
         self._told(principal, request, resolved, rows, timing, failed=False)
         return self._answer(request, resolved, outputs)
-
-    async def _run(
-        self,
-        principal: Principal,
-        request: InferRequest,
-        inputs: Mapping[str, Array],
-        resolved: Resolved,
-        timing: Timing,
-    ) -> Mapping[str, Array | list[Array]]:
-        if not resolved.per_row:
-            return await self._runtime.infer(
-                inputs,
-                resolved.only.key,
-                timeout=request.timeout,
-                tenant=principal.tenant,
-                priority=request.priority,
-                timing=timing,
-            )
-        return await self._runtime.infer(
-            inputs,
-            tasks=[target.key for target in resolved.targets],
-            timeout=request.timeout,
-            tenant=principal.tenant,
-            priority=request.priority,
-            timing=timing,
-        )
 
     def _rows(self, inputs: Mapping[str, Array]) -> int:
         """For the quota, before the runtime checks the inputs: never 0, as nothing is free."""
@@ -157,8 +142,11 @@ class Inference:
             for shown, array in _named(name, outputs[name]):
                 found[shown] = array
                 datatypes.append(self._datatypes[name])
-        parameters: dict[str, Parameter] = {"adapter_digest": ",".join(target.digest for target in resolved.targets)}
-        version = "" if resolved.per_row else resolved.only.version
+        if resolved.per_row:
+            digest, version = ",".join([target.digest for target in resolved.targets]), ""
+        else:
+            digest, version = resolved.only.digest, resolved.only.version
+        parameters: dict[str, Parameter] = {"adapter_digest": digest}
         return InferResponse(request.model, version, request.id, found, datatypes, parameters)
 
     def _told(

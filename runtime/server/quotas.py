@@ -12,6 +12,9 @@ from tpeft_deploy.errors import ProtocolError, QuotaExceeded
 __all__ = ["Meter", "Quota", "queue_shares"]
 
 
+_KEPT = 64  # tenants that are remembered, whatever they have left
+
+
 @dataclass(frozen=True)
 class Quota:
     """What a tenant is allowed; None is no limit.
@@ -133,6 +136,8 @@ class Meter:
 
     def _forget(self, now: float) -> None:
         # Two for each that comes, in turn: what is full goes, and no request pays for all.
+        if len(self._accounts) < _KEPT:
+            return
         for _ in range(min(2, len(self._accounts))):
             tenant, account = self._accounts.popitem(last=False)
             if not account.is_full(now):

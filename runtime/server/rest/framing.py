@@ -128,10 +128,10 @@ def _inputs(head: Head, body: bytes, at: int) -> dict[str, Array]:
     """The tensors of a body, those that are raw as views of it."""
     inputs: dict[str, Array] = {}
     for own in head.inputs:
-        size = own.size
-        if size is None:
-            inputs[own.name] = np.reshape(own.elements, own.shape)
+        if own.elements is not None:
+            inputs[own.name] = own.elements.reshape(own.shape)
             continue
+        size = own.size
         if size > len(body) - at:
             raise ProtocolError(
                 f"input {quoted(own.name)}, binary_data_size",

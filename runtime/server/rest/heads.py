@@ -57,15 +57,15 @@ class Input(msgspec.Struct, frozen=True):
         datatype: of V2.
         shape: checked against the limits.
         count: of its elements.
-        size: bytes of it that follow the JSON; None where its elements are in the JSON.
-        elements: those, flat.
+        size: bytes of it that follow the JSON.
+        elements: flat, where they are in the JSON.
     """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     count: int
-    size: int | None = None
+    size: int = 0
     elements: Array | None = None
 
 
@@ -121,7 +121,7 @@ class Heads:
         found = self._known.get(text)
         if found is None:
             found = _head(model, text, self._limits)
-            if len(text) <= _KEPT_BYTES and not found.id and all(own.size is not None for own in found.inputs):
+            if len(text) <= _KEPT_BYTES and not found.id and all(own.elements is None for own in found.inputs):
                 if len(self._known) >= _KEPT:
                     del self._known[next(iter(self._known))]
                 self._known[text] = found
@@ -172,19 +172,20 @@ def _inputs(tensors: Sequence[_Tensor], limits: Limits) -> tuple[Input, ...]:
         _refuse(doing, parameters, "shared_memory_region", "tensors in shared memory")
         count = check_shape(doing, tensor.shape, tensor.datatype, limits)
         data = bytes(tensor.data)
+        shape = tuple(tensor.shape)
         size = parameters.get("binary_data_size")
-        flat = None
         if size is None:
             if not data:
                 raise ProtocolError(doing, expected="data, or a parameter binary_data_size", got="neither")
             flat = _from_json(doing, tensor, data, count)
-        elif data:
+            inputs[tensor.name] = Input(tensor.name, tensor.datatype, shape, count, elements=flat)
+            continue
+        if data:
             raise ProtocolError(doing, expected="data or binary_data_size", got="both")
-        elif not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise ProtocolError(f"{doing}, binary_data_size", expected="a number of bytes", got=_clipped(repr(size)))
-        else:
-            check_size(doing, tensor.datatype, count, size)
-        inputs[tensor.name] = Input(tensor.name, tensor.datatype, tuple(tensor.shape), count, size, flat)
+        check_size(doing, tensor.datatype, count, size)
+        inputs[tensor.name] = Input(tensor.name, tensor.datatype, shape, count, size)
     return tuple(inputs.values())
 
 

@@ -81,10 +81,20 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     given = headers.get(b"content-length", b"")
     if given.isdigit() and int(given) > limit:
         raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got=f"{int(given):,}")
+    message = await receive()
+    if not message.get("more_body", False) and message["type"] == "http.request":
+        body: bytes = message.get("body", b"")
+        exchanged.bytes_in = len(body)
+        if len(body) > limit:
+            raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got="more")
+        return body
+    return await _read_parts(message, receive, limit, exchanged)
+
+
+async def _read_parts(message: MutableMapping[str, Any], receive: Receive, limit: int, exchanged: Exchanged) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
         if message["type"] == "http.disconnect":
             raise Left
         part = message.get("body", b"")
@@ -94,7 +104,8 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
             raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got="more")
         parts.append(part)
         if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            return b"".join(parts)
+        message = await receive()
 
 
 def _adapter(headers: Mapping[bytes, bytes]) -> str | None:

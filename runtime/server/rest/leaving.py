@@ -56,13 +56,14 @@ class Watch:
         Raises:
             Left: it did.
         """
-        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
         if task is None:
             raise RuntimeError("nobody to cancel: this is called from a task")
         own = _Waiting(task, receive)
         self._waiting.add(own)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._patience, self._look)
+            self._timer = loop.call_later(self._patience, self._look)
         try:
             return await work
         except asyncio.CancelledError:
