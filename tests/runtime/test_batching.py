@@ -331,3 +331,25 @@ def test_requests_at_random_are_held_back_ever_more_rarely() -> None:
         now += 0.005
         own.ended(now)
     assert 0 < held <= 200 / 16 + 4
+
+
+def test_a_worker_that_waits_for_company_is_only_woken_for_what_may_end_the_wait() -> None:
+    def holding() -> Queue[str]:
+        """Three clients were around when the last batch ended, and one has come again."""
+        own = queue(max_rows=4, max_delay=1.0)
+        for id in range(3):
+            assert own.add(Request(id, 1, "a"), 0.0)  # nothing is held yet
+        own.next(0.0)
+        own.ended(2.0)
+        own.add(Request(3, 1, "a"), 2.0)
+        assert isinstance(own.next(2.0), float)
+        return own
+
+    own = holding()
+    assert not own.add(Request(4, 1, "a"), 2.1)
+    assert own.add(Request(5, 1, "a"), 2.2)  # all are here again
+    assert isinstance(own.next(2.2), list)
+    assert holding().add(Request(4, 3, "a"), 2.1)  # a full batch
+    assert holding().add(Request(4, 1, "b"), 2.1)  # would wait for nothing
+    assert holding().add(Request(4, 1, None), 2.1)
+    assert holding().add(Request(4, 1, "a", deadline=2.5), 2.1)
