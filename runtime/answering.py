@@ -64,7 +64,10 @@ class Answering:
             AdapterError, BundleError, CapacityError: a version cannot be brought to the device.
             QueueFull, DeadlineExceeded: as the batcher.
         """
-        held = [version for version in dict.fromkeys(versions) if version is not None]
+        if len(versions) == 1:
+            held = [versions[0]] if versions[0] is not None else []
+        else:
+            held = [version for version in dict.fromkeys(versions) if version is not None]
         began = time.monotonic()
         if held and not self._tiers.take_resident(held):
             try:
@@ -78,8 +81,12 @@ class Answering:
             left = timeout
             if held and timeout is not None:
                 left = timeout - (time.monotonic() - began)
-            tasks = [BASE_TASK if version is None else version for version in versions]
-            one, each = (None, tasks) if apart else (tasks[0], None)
+            one: Version | str | None = None
+            each: list[Version | str] | None = None
+            if apart:
+                each = [BASE_TASK if version is None else version for version in versions]
+            else:
+                one = BASE_TASK if versions[0] is None else versions[0]
             return await self._batcher.infer(
                 inputs, one, tasks=each, timeout=left, tenant=tenant, priority=priority, timing=timing
             )

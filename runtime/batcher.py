@@ -125,7 +125,7 @@ class Batcher:
         form = self._joiner.form(inputs, lane)
         request = Request(
             next(self._ids),
-            self._joiner.rows(inputs),
+            self._joiner.rows(inputs) if form is None else form.rows,
             form,
             deadline=math.inf if timeout is None else self._clock() + timeout,
             tenant=tenant,

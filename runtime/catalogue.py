@@ -57,7 +57,10 @@ class Catalogue:
             CompositionError: the set is empty, or names the base.
         """
         if isinstance(task, str):
-            return None if task == BASE_TASK else self._known(task, doing or f"run task {task!r}")
+            found = self._versions.get(task)
+            if found is None and task != BASE_TASK:
+                raise self._unknown(doing or f"run task {task!r}", task)
+            return found
         if isinstance(task, Mapping):
             return self._set(task, doing or f"run the weighted set {dict(task)}")
         raise InputError(

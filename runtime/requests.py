@@ -20,12 +20,12 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
     Raises:
         InputError: naming the input, what was expected and what came.
     """
-    if len(inputs) != len(manifest.inputs) or not all(port.name in inputs for port in manifest.inputs):
-        raise _other_names(manifest, inputs)
     sizes: dict[str, tuple[int, str]] = {}
     arrays = {}
     for port in manifest.inputs:
-        value = inputs[port.name]
+        value = inputs.get(port.name)
+        if value is None and port.name not in inputs:
+            raise _other_names(manifest, inputs)
         array = value if isinstance(value, np.ndarray) else _as_array(manifest, port, value)
         _check_port(manifest, port, array, sizes)
         flags = array.flags
@@ -33,6 +33,8 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
             # not ascontiguousarray, which gives a scalar an axis and leaves a cut of a network buffer unaligned
             array = array.copy(order="C")
         arrays[port.name] = array
+    if len(arrays) != len(inputs):
+        raise _other_names(manifest, inputs)
     return arrays
 
 

@@ -108,10 +108,11 @@ class Tiers:
     def take_resident(self, wanted: Sequence[Version]) -> bool:
         """As `take`, if all are on the device already; never waits."""
         with self._state:
-            resident = all(version.row is not None for version in wanted)
-            if resident:
-                self._count(wanted)
-            return resident
+            for version in wanted:
+                if version.row is None:
+                    return False
+            self._count(wanted)
+            return True
 
     def give_back(self, versions: Iterable[Version]) -> None:
         """End the use of versions."""
@@ -120,7 +121,8 @@ class Tiers:
                 version.users -= 1
                 if not version.users and not version.current:
                     self._forget(version)
-            self._notify()
+            if self._awaited:
+                self._notify()
 
     def rows(self, versions: Iterable[Version | None]) -> tuple[Bank, list[int]]:
         """The bank and the row of each version, all in use; None is the base."""

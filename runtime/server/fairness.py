@@ -38,6 +38,10 @@ class _Lane(Counted, Generic[Form]):
     def add(self, request: Request[Form]) -> tuple[int, int]:
         self._arrivals += 1
         place = (self._arrivals + request.priority * _PATIENCE, self._arrivals)
+        if not self._places or self._places[-1] < place:
+            self._places.append(place)
+            self.requests.append(request)
+            return place
         index = bisect.bisect(self._places, place)
         self._places.insert(index, place)
         self.requests.insert(index, request)
@@ -107,9 +111,9 @@ class Fair(Generic[Form]):
         Raises:
             TpeftError: what `admit` raised; nothing has changed then.
         """
-        if self._admit is not None:
-            self._admit(request.tenant, self.waiting_rows(request.tenant), request.rows)
         tenant = self._tenants.waiting.get(request.tenant)
+        if self._admit is not None:
+            self._admit(request.tenant, 0 if tenant is None else tenant.rows, request.rows)
         if tenant is None:
             tenant = self._tenants.enter(request.tenant, _Tenant(self._weight(request.tenant)))
         lane = tenant.lanes.waiting.get(request.lane)

@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from tpeft_deploy.runtime.server.exchange import Exchange
-from tpeft_deploy.runtime.server.inference import Observed
+from tpeft_deploy.runtime.server.observed import Observed
 
 __all__ = ["Metrics"]
 

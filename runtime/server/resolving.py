@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -49,16 +49,11 @@ class Lookup(Protocol):
         """
 
 
-class Resolved(msgspec.Struct, frozen=True):
+class Resolved(NamedTuple):
     """A request's targets: one for all rows, or one a row."""
 
     targets: Sequence[Target]
     per_row: bool
-
-    @property
-    def only(self) -> Target:
-        """The one target of all rows."""
-        return self.targets[0]
 
 
 def resolve(find: Lookup, bundle: str, tenant: str, request: InferRequest) -> Resolved:

@@ -19,10 +19,11 @@ from tpeft_deploy.runtime.server.access import LOCAL, SHARED, Action, Principal,
 from tpeft_deploy.runtime.server.admission import Admission
 from tpeft_deploy.runtime.server.core import Document, Part
 from tpeft_deploy.runtime.server.fairness import Fair
-from tpeft_deploy.runtime.server.inference import Inference, Observed
+from tpeft_deploy.runtime.server.inference import Inference
 from tpeft_deploy.runtime.server.management import Management, owner
-from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse, Parameter
+from tpeft_deploy.runtime.server.messages import Parameter
 from tpeft_deploy.runtime.server.models import Model, Models
+from tpeft_deploy.runtime.server.observed import Observed, Observers
 from tpeft_deploy.runtime.server.quotas import Meter, Quota, queue_shares
 from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
@@ -42,7 +43,7 @@ class Options:
         max_upload_bytes: of one upload.
         metrics: renders the metrics; blocks.
         metrics_for_all: whether any key may read them.
-        observe: told of each inference, on the event loop.
+        observe: told of each inference, on the event loop, soon after it.
         forget: told of tasks that are gone: tenant and name.
     """
 
@@ -78,15 +79,11 @@ class Service:
         self._meter = Meter(state.tenants.quota)
         self._statistics = Statistics()
         self._models = Models(bundle, state)
+        self._observers = Observers(self._statistics.inference, self._options.observe)
         self._inference = Inference(
-            runtime,
-            bundle.manifest,
-            self._models.target,
-            self._spend,
-            self._statistics,
-            self.ready,
-            self._options.observe,
+            runtime, bundle.manifest, self._models.target, self._meter.spend, self.ready, self._observers.tell
         )
+        self.infer = self._inference.infer  # as it is: what is called most is not handed on
         self._management = Management(
             runtime,
             self._models,
@@ -120,6 +117,8 @@ class Service:
         """Who sent `Authorization: Bearer KEY`."""
         if not self._options.authenticate:
             return LOCAL
+        if authorization is not None and authorization.startswith("Bearer "):  # as nearly everybody writes it
+            return self._state.keys.authenticate(authorization[7:].strip())
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise Unauthenticated(
@@ -169,6 +168,7 @@ class Service:
         else:
             allow(principal, Action.READ)
             models = list(self._models.visible(principal.tenant))
+        self._observers.settle()
         found = [
             self._statistics.document(model.tenant, model.name, number) for model in models for number in model.versions
         ]
@@ -218,12 +218,9 @@ class Service:
             raise Unsupported(f"unload model {name!r}", expected="no such parameters", got=", ".join(unknown))
         model = self._changeable(principal, name)
         self._models.unload(model)
+        self._observers.settle()
         self._statistics.drop(model.tenant, model.name)
         self._options.forget(model.tenant, model.name)
-
-    async def infer(self, principal: Principal, request: InferRequest) -> InferResponse:
-        """Answer a request; cancelling stops it."""
-        return await self._inference.infer(principal, request)
 
     async def register(
         self,
@@ -260,6 +257,7 @@ class Service:
 
     async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
         """Delete a task, or one version that no alias stands for."""
+        self._observers.settle()
         await self._management.delete(principal, name, version, tenant)
         if not version:
             self._options.forget(owner(principal, tenant), name)
@@ -322,10 +320,8 @@ class Service:
     async def metrics(self, principal: Principal) -> bytes:
         """In the text format of Prometheus."""
         allow(principal, Action.READ if self._options.metrics_for_all else Action.ADMIN)
+        self._observers.settle()
         return await asyncio.to_thread(self._options.metrics)
-
-    def _spend(self, tenant: str, rows: int) -> None:
-        self._meter.spend(tenant, rows, time.monotonic())
 
     def _model(self, principal: Principal, name: str, version: str) -> Model:
         allow(principal, Action.READ)

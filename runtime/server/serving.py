@@ -18,8 +18,8 @@ from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.providers import choose
 from tpeft_deploy.runtime.server.access_log import AccessLog
 from tpeft_deploy.runtime.server.exchange import Exchange
-from tpeft_deploy.runtime.server.inference import Observed
 from tpeft_deploy.runtime.server.metrics import Metrics
+from tpeft_deploy.runtime.server.observed import Observed
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest import framing
 from tpeft_deploy.runtime.server.rest.app import application

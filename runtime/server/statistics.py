@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from tpeft_deploy.runtime.server.core import Document
+from tpeft_deploy.runtime.server.observed import Observed
 
 __all__ = ["Statistics", "Tally"]
 
@@ -91,13 +92,16 @@ class Statistics:
     def __init__(self) -> None:
         self._tallies: dict[tuple[str, str, str], Tally] = {}
 
-    def tally(self, tenant: str, task: str, version: str) -> Tally:
-        """The tally of a version, from zero when it is new."""
-        key = (tenant, task, version)
-        found = self._tallies.get(key)
-        if found is None:
-            found = self._tallies[key] = Tally()
-        return found
+    def inference(self, observed: Observed) -> None:
+        """Count an inference for each version that it ran on."""
+        targets, timing = observed.targets, observed.timing
+        for target in set(targets) if len(targets) > 1 else targets:
+            tally = self._tally(target.tenant, target.task, target.version)
+            if observed.failed:
+                tally.failing_after(observed.seconds)
+                continue
+            own = observed.rows if len(targets) == 1 else targets.count(target)
+            tally.succeeded(own, total=observed.seconds, queue=timing.queued, run=timing.ran, batch=timing.rows)
 
     def drop(self, tenant: str, task: str) -> None:
         """Forget a task's."""
@@ -107,6 +111,13 @@ class Statistics:
     def document(self, tenant: str, task: str, version: str) -> Document:
         """What the protocol says about a version; zeros when it has answered nothing."""
         return self._tallies.get((tenant, task, version), Tally()).document(task, version)
+
+    def _tally(self, tenant: str, task: str, version: str) -> Tally:
+        key = (tenant, task, version)
+        found = self._tallies.get(key)
+        if found is None:
+            found = self._tallies[key] = Tally()
+        return found
 
 
 def _ns(seconds: float) -> int:

@@ -12,7 +12,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from tpeft_deploy.runtime.server.inference import Observed
+from tpeft_deploy.runtime.server.observed import Observed
 
 __all__ = ["Tracing", "tracing"]
 
@@ -38,7 +38,7 @@ class Tracing:
         def at(monotonic: float) -> int:
             return int((monotonic + offset) * 1e9)
 
-        now = time.monotonic()
+        over = timing.arrived + observed.seconds
         span = self._tracer.start_span(
             f"infer {observed.task[:128]}",
             context=parent,
@@ -58,8 +58,8 @@ class Tracing:
             queue.end(at(timing.began))
             attributes = {"tpeft.batch_rows": timing.rows}
             run = self._tracer.start_span("run", context=own, start_time=at(timing.began), attributes=attributes)
-            run.end(at(timing.ended or now))
-        span.end(at(now))
+            run.end(at(timing.ended or over))
+        span.end(at(over))
 
 
 def tracing() -> Tracing | None:

@@ -24,7 +24,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["ADAPTER_HEADERS", "Framed", "HEADER", "Limits", "decode", "encode"]
 
 HEADER = b"inference-header-content-length"
-ADAPTER_HEADERS = (b"x-adapter", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
+ADAPTER_HEADERS = frozenset({b"x-adapter", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id"})
 _CHECKED = {"BOOL", "BYTES"}  # not every byte is an element of these
 
 
@@ -67,7 +67,7 @@ def decode(
         version=version,
         id=head.id,
         outputs=head.outputs,
-        adapter=_agreed(head.adapter, adapter),
+        adapter=head.adapter if adapter is None else _agreed(head.adapter, adapter),
         timeout=head.timeout,
         priority=head.priority,
         traceparent=headers[b"traceparent"].decode("latin-1") if b"traceparent" in headers else "",
@@ -180,11 +180,11 @@ def _no_form(name: str, what: str) -> ProtocolError:
     )
 
 
-def _agreed(parameter: str | None, header: str | None) -> str | None:
-    if parameter is not None and header is not None and parameter != header:
+def _agreed(parameter: str | None, header: str) -> str:
+    if parameter is not None and parameter != header:
         raise ProtocolError(
             "adapter",
             expected="one task for the whole batch",
             got=f"{quoted(parameter)} as parameter and {quoted(header)} as header",
         )
-    return parameter if parameter is not None else header
+    return header

@@ -55,8 +55,10 @@ class Inferring:
             exchanged.caller = principal = self._core.authenticate(exchanged.authorization)
             exchanged.task = model
             body = await read_body(headers, receive, self._limits.body_bytes, exchanged)
-            body = decompress(headers, body, self._limits.body_bytes)
-            framed = decode(model, version, headers, body, self._heads, _adapter(headers))
+            if b"content-encoding" in headers:
+                body = decompress(headers, body, self._limits.body_bytes)
+            adapter = None if ADAPTER_HEADERS.isdisjoint(headers) else _adapter(headers)
+            framed = decode(model, version, headers, body, self._heads, adapter)
             del body
             response = await self._watch.unless_left(self._core.infer(principal, framed.request), receive)
             own, answer = encode(response, framed)
@@ -66,9 +68,10 @@ class Inferring:
         except Exception as error:
             await send_error(error, exchanged, send)
             return
-        encoding, answer = compress(headers, answer)
-        if encoding is not None:
-            own.append((b"content-encoding", encoding))
+        if b"accept-encoding" in headers:
+            encoding, answer = compress(headers, answer)
+            if encoding is not None:
+                own.append((b"content-encoding", encoding))
         await exchanged.send(send, 200, own, answer)
 
 
