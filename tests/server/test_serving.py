@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -17,33 +12,8 @@ import numpy as np
 import pytest
 
 from tests.server.conftest import PIXELS
+from tests.server.processes import command, server
 from tpeft_deploy import Adapter, Bundle, Client, Runtime
-
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-c", "from tpeft_deploy.cli import main; main()"]
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )
-
-
-@contextmanager
-def server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server, and where it listens."""
-    process = subprocess.Popen([*COMMAND, "serve", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            found = re.match(r"serving on (http\S+)", line)
-            if found:
-                yield process, found[1]
-                return
-        raise AssertionError("the server did not start")
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_key_a_request_and_a_drain(conv_bundle: Bundle, tmp_path: Path, others: list[Adapter]) -> None:
