@@ -281,18 +281,17 @@ class Load:
             self.pending_key = "create key", ""
             answer = http.post("/v2/admin/keys", json={"tenant": choice.choice(TENANTS), "role": "infer"})
             assert answer.status_code == 200, answer.text
-            document = answer.json()
-            own = document["id"]
-            self.secrets[own] = document["key"]
+            own, key = answer.json()["id"], answer.json()["key"]
+            self.secrets[own] = key
             self._key_acknowledged("create key", own)
+            assert self.known(http, key)
         else:
             own = choice.choice(list(self.secrets))
             self.pending_key = "revoke key", own
             assert http.delete(f"/v2/admin/keys/{own}").status_code == 200
+            key = self.secrets.pop(own)
             self._key_acknowledged("revoke key", own)
-        assert self.known(http, self.secrets[own]) == (self.key_log[-1][0] == "create key")
-        if self.key_log[-1][0] == "revoke key":
-            del self.secrets[own]
+            assert not self.known(http, key)
 
     def _key_acknowledged(self, action: str, own: str) -> None:
         self.key_log.append((action, own))
