@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
     Raises:
         BundleError, ProviderUnavailable, ServerError, Conflict: it cannot start.
     """
+    _check_certificate(settings)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _listening(settings.host, settings.port) as listener, ExitStack() as stack:
         service, metrics, runtime = _open(bundle, settings, stack)
@@ -121,6 +123,8 @@ async def _run(
         await grpc.start()
     while not http.started and not serving.done():
         await asyncio.sleep(0.01)
+    if serving.done():
+        await serving  # raises why it did not start
     scheme = "https" if settings.tls_cert is not None else "http"
     say(f"serving on {scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}")
     if grpc is not None:
@@ -156,6 +160,31 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
         ssl_keyfile=settings.tls_key,
     )
     return _Server(config)
+
+
+def _check_certificate(settings: Settings) -> None:
+    """Refuse a certificate and a key that could not be shown to clients.
+
+    Raises:
+        ServerError: one of them cannot be read, or they are not each other's.
+    """
+    if settings.tls_cert is None or settings.tls_key is None:
+        return
+    doing = f"use certificate {settings.tls_cert} and key {settings.tls_key}"
+
+    def password() -> str:  # else OpenSSL would ask for it on the terminal
+        raise ServerError(doing, expected="a key that is not encrypted", got="an encrypted one")
+
+    try:
+        for file in (settings.tls_cert, settings.tls_key):
+            file.read_bytes()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password)
+    except ssl.SSLError as error:
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        raise ServerError(doing, problem=f"they are not each other's, or no PEM: {reason}") from None
+    except OSError as error:
+        raise ServerError(f"read {error.filename}", problem=error.strerror or str(error)) from None
 
 
 class _Server(uvicorn.Server):

@@ -39,3 +39,11 @@ def server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     finally:
         process.kill()
         process.communicate()
+
+
+def grpc_address(process: subprocess.Popen[str]) -> str:
+    """Where a server listens for gRPC, which it says after where it listens for HTTP."""
+    assert process.stderr is not None
+    found = re.match(r"serving gRPC on (\S+)", process.stderr.readline())
+    assert found is not None
+    return found[1]
