@@ -39,7 +39,8 @@ class State:
         default: the quota of tenants that have none of their own.
 
     Raises:
-        ServerError: another server has the directory, the database cannot be opened, or is not that of the directory.
+        ServerError: another server has the directory or the database, which cannot be opened, or is not that of the
+            directory.
         VersionError: the database was written by another version of the server.
     """
 
@@ -48,6 +49,7 @@ class State:
             stack.callback(os.close, _take(directory))
             self._database = database = Database(url or sqlite_url(directory / "state.db"))
             stack.callback(database.close)
+            database.hold()
             self.tenants = Tenants(database, default or Quota())
             self.keys = Keys(database, self.tenants)
             self.audit = Audit(database)
