@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     state: Path = Path("tpeft-state")
     """Directory of keys, tenants and registered adapters."""
     database_url: str | None = Field(default=None, repr=False)
-    """SQLAlchemy URL of the database; SQLite in `state` by default."""
+    """URL of PostgreSQL or SQLite; SQLite in `state` by default."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=8080, ge=0, le=65535)

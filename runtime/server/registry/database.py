@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -34,16 +35,18 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tpeft_deploy.errors import MissingExtra, ServerError, VersionError
+from tpeft_deploy.errors import MissingExtra, ServerError, Unavailable, VersionError
 
 __all__ = ["Database", "aliases", "audit", "keys", "sqlite_url", "tasks", "tenants", "versions"]
+
+_log = logging.getLogger("tpeft_deploy.server")
 
 SCHEMA = 1
 _WRITING, _SERVING = 0x7470_6566, 0x7470_6567  # advisory locks: of one transaction that writes, and of one server
 _LOCK_SECONDS = 30
-_SERVING_SECONDS = 10.0  # for which a server that was killed may still seem to be there
 _NAME = String(128)
 
 _metadata = MetaData()
@@ -125,6 +128,7 @@ class Database:
         with _said("open the server's database"):
             self._engine = _engine(make_url(url))
         self._held: Connection | None = None
+        self._opened = False
         try:
             with self.writing("open the server's database") as connection:
                 _check_schema(connection)
@@ -132,6 +136,7 @@ class Database:
                 if self._meta(connection, "schema") is None:
                     for name, value in (("schema", SCHEMA), ("changes", 0)):
                         connection.execute(insert(_meta).values(name=name, value=value))
+            self._opened = True
         except BaseException:
             self.close()
             raise
@@ -141,9 +146,10 @@ class Database:
         """One transaction that may write: all of it is durable when the block ends, or nothing of it is done.
 
         Raises:
-            ServerError: the database refuses or cannot be reached.
+            ServerError: the database refuses.
+            Unavailable: it does not answer.
         """
-        with _said(doing), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+        with self._said(doing), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -151,34 +157,39 @@ class Database:
         """One transaction that only reads; it sees one moment, and waits for nobody.
 
         Raises:
-            ServerError: the database refuses or cannot be reached.
+            ServerError: the database refuses.
+            Unavailable: it does not answer.
         """
         doing = "read the server's database"
         options: dict[str, Any] = {"writes": False}
         if not self._is_sqlite:
             options["isolation_level"] = "REPEATABLE READ"
-        with _said(doing), self._engine.connect().execution_options(**options) as connection, connection.begin():
+        with self._said(doing), self._engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
 
-    def hold(self) -> None:
-        """Be the one server of this database until it is closed.
+    def hold(self, patience: float) -> None:
+        """Be the one server of this database until it is closed; again, where the connection that holds it broke.
 
         SQLite is in a directory, which a server takes; PostgreSQL has servers on many machines.
+
+        Args:
+            patience: seconds to wait for another server to go.
 
         Raises:
             ServerError: another server has it.
         """
-        if self._is_sqlite:
+        if self._is_sqlite or self._holds():
             return
         with _said("open the server's database"):
             self._held = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT", writes=False)
             # A machine that is gone says nothing: the database would take it to be there for hours.
             for setting, seconds in (("idle", 3), ("interval", 2), ("count", 3)):
                 self._held.execute(text(f"SET tcp_keepalives_{setting} = {seconds}"))
-            until = time.monotonic() + _SERVING_SECONDS
+            until = time.monotonic() + patience
             mine = text("SELECT pg_try_advisory_lock(:lock, hashtext(current_schema()))")
             while not self._held.scalar(mine, {"lock": _SERVING}):
                 if time.monotonic() > until:
+                    self._let_go()
                     raise ServerError(
                         "open the server's database",
                         expected="one that no other server uses",
@@ -211,10 +222,35 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
+        self._let_go()
+        self._engine.dispose()
+
+    def _holds(self) -> bool:
+        if self._held is None:
+            return False
+        try:
+            self._held.execute(text("SELECT 1"))
+        except SQLAlchemyError:
+            self._let_go()
+            return False
+        return True
+
+    def _let_go(self) -> None:
         if self._held is not None:
             self._held.invalidate()  # not back to the pool: the lock is the connection's
             self._held.close()
-        self._engine.dispose()
+            self._held = None
+
+    @contextmanager
+    def _said(self, doing: str) -> Iterator[None]:
+        try:
+            with _said(doing):
+                yield
+        except ServerError as error:
+            if not self._opened or not isinstance(error.__cause__, OperationalError | PoolTimeout):
+                raise
+            _log.error("%s", error)  # with addresses, which are not for clients
+            raise Unavailable(doing, problem="it does not answer", fix="Try again shortly.") from error.__cause__
 
     @property
     def _is_sqlite(self) -> bool:
