@@ -42,17 +42,28 @@ def expected(conv_bundle: Bundle, uploads: dict[str, bytes], tmp_path_factory: p
     return Expected(outputs, shared)
 
 
+LONG = [pytest.mark.soak, pytest.mark.timeout(1200)]
+
+
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize(
+    ("kills", "url"),
+    [(3, "sqlite"), pytest.param(50, "sqlite", marks=LONG), pytest.param(25, "postgresql", marks=LONG)],
+    indirect=["url"],
+)
 def test_a_server_killed_under_load_loses_nothing_and_never_answers_by_a_wrong_adapter(
     conv_bundle: Bundle,
     uploads: dict[str, bytes],
     expected: Expected,
     tmp_path: Path,
     kills: int,
+    url: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = tmp_path / "state"
-    load = Load(make_keys(state), uploads, expected, conv_bundle.manifest.name)
+    if url is not None:
+        monkeypatch.setenv("TPEFT_DATABASE_URL", url)
+    load = Load(make_keys(state, url), uploads, expected, conv_bundle.manifest.name)
     options = [conv_bundle.path, "--state", state, "--port", 0, "--threads", 1, "--no-access-log"]
     log = Log(load)
     for seed in range(kills):
@@ -83,8 +94,8 @@ def test_a_server_killed_under_load_loses_nothing_and_never_answers_by_a_wrong_a
     assert load.answers > 10 * kills
 
 
-def make_keys(state: Path) -> dict[str, str]:
-    keys, database = open_keys(state)
+def make_keys(state: Path, url: str | None) -> dict[str, str]:
+    keys, database = open_keys(state, url)
     roles = {**dict.fromkeys(TENANTS, "deploy"), OPERATOR: "admin"}
     made = {tenant: keys.create(tenant, role, by="a test")[1] for tenant, role in roles.items()}
     database.close()
