@@ -4,7 +4,7 @@ FROM python:3.11-slim AS build
 ARG PROVIDER=cpu
 COPY . /source
 RUN python -m venv /opt/tpeft \
-    && /opt/tpeft/bin/pip install --no-cache-dir --constraint /source/constraints.txt "/source[server,${PROVIDER}]"
+    && /opt/tpeft/bin/pip install --no-cache-dir --constraint /source/constraints.txt "/source[server,postgres,${PROVIDER}]"
 
 FROM python:3.11-slim
 COPY --from=build /opt/tpeft /opt/tpeft

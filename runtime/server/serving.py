@@ -6,14 +6,15 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import ssl
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import uvicorn
 
 from tpeft_deploy.bundle import Bundle
-from tpeft_deploy.errors import ServerError
+from tpeft_deploy.errors import ServerError, Unavailable
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.providers import choose
 from tpeft_deploy.runtime.server.access_log import AccessLog
@@ -22,7 +23,9 @@ from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.observed import Observed
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest import framing
-from tpeft_deploy.runtime.server.rest.app import application
+from tpeft_deploy.runtime.server.rest.answering import Exchanged, send_error
+from tpeft_deploy.runtime.server.rest.app import Application, application
+from tpeft_deploy.runtime.server.rest.inferring import Receive, Scope, Send
 from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
@@ -47,6 +50,7 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
     Raises:
         BundleError, ProviderUnavailable, ServerError, Conflict: it cannot start.
     """
+    _check_certificate(settings)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _listening(settings.host, settings.port) as listener, ExitStack() as stack:
         service, metrics, runtime = _open(bundle, settings, stack)
@@ -121,6 +125,8 @@ async def _run(
         await grpc.start()
     while not http.started and not serving.done():
         await asyncio.sleep(0.01)
+    if serving.done():
+        await serving  # raises why it did not start
     scheme = "https" if settings.tls_cert is not None else "http"
     say(f"serving on {scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}")
     if grpc is not None:
@@ -144,7 +150,7 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
         upload_bytes=settings.max_upload_bytes,
     )
     config = uvicorn.Config(
-        application(service, limits, observe),
+        _told_of_the_end(application(service, limits, observe)),
         http="httptools",
         lifespan="off",
         log_config=None,
@@ -156,6 +162,45 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
         ssl_keyfile=settings.tls_key,
     )
     return _Server(config)
+
+
+def _told_of_the_end(app: Application) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """The application, whose requests are refused when the time of the drain is over: uvicorn cancels them then."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            error = Unavailable("answer a request", problem="the server stops", fix="Ask another, or try again later.")
+            with suppress(RuntimeError):  # its answer had begun
+                await send_error(error, Exchanged(scope["method"], scope["headers"]), send)
+
+    return answer
+
+
+def _check_certificate(settings: Settings) -> None:
+    """Refuse a certificate and a key that could not be shown to clients.
+
+    Raises:
+        ServerError: one of them cannot be read, or they are not each other's.
+    """
+    if settings.tls_cert is None or settings.tls_key is None:
+        return
+    doing = f"use certificate {settings.tls_cert} and key {settings.tls_key}"
+
+    def password() -> str:  # else OpenSSL would ask for it on the terminal
+        raise ServerError(doing, expected="a key that is not encrypted", got="an encrypted one")
+
+    try:
+        for file in (settings.tls_cert, settings.tls_key):
+            file.read_bytes()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password)
+    except ssl.SSLError as error:
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        raise ServerError(doing, problem=f"they are not each other's, or no PEM: {reason}") from None
+    except OSError as error:
+        raise ServerError(f"read {error.filename}", problem=error.strerror or str(error)) from None
 
 
 class _Server(uvicorn.Server):

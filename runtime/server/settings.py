@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     state: Path = Path("tpeft-state")
     """Directory of keys, tenants and registered adapters."""
     database_url: str | None = Field(default=None, repr=False)
-    """SQLAlchemy URL of the database; SQLite in `state` by default."""
+    """URL of PostgreSQL or SQLite; SQLite in `state` by default."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=8080, ge=0, le=65535)
@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 30.0
     """How long requests may take to finish once the server is told to stop."""
     drain_grace: Seconds = 0.0
-    """How long the server goes on answering after it says that it is not ready, so that load balancers notice."""
+    """How long the server goes on listening, and refuses with 503, once it is told to stop: load balancers notice."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Of the log on stderr."""
     access_log: bool = True

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from tpeft_deploy.runtime.server.core import Part
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.service import Options, Service, order_of
+
+if TYPE_CHECKING:
+    from tests.server.postgres import Postgres
 
 PIXELS = np.random.default_rng(0).standard_normal((4, 1, 12, 14)).astype(np.float32)
 
@@ -69,3 +73,32 @@ def others() -> list[Adapter]:
     return [
         nets.adapter_for(module, {"up.weight": (2, 2), "stem.weight": (2, 1, 2, 2)}, seed=seed) for seed in range(3)
     ]
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with cert.pem, which signs itself for this machine's own names, and key.pem."""
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run([*command.split(), *names], cwd=folder, check=True, capture_output=True, timeout=60)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL for the whole run."""
+    pytest.importorskip("psycopg", reason="PostgreSQL's driver is not installed: pip install 'psycopg[binary]'")
+    from tests.server.postgres import running
+
+    with running() as own:
+        yield own
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str | None:
+    """Where a state's tables are: beside its files, or in a PostgreSQL, empty."""
+    if request.param == "sqlite":
+        return None
+    own: Postgres = request.getfixturevalue("postgres")
+    return own.empty()

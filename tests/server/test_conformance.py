@@ -20,7 +20,7 @@ from tests import nets
 from tests.server import conformance
 from tests.server.conformance_facts import Facts
 from tests.server.conftest import PIXELS
-from tests.server.test_serving import COMMAND, ROOT, command
+from tests.server.processes import COMMAND, ROOT, command
 from tpeft_deploy import Adapter, Bundle, Client
 from tpeft_deploy.tucker import Array
 

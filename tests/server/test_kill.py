@@ -20,12 +20,12 @@ from tpeft_deploy.runtime.server.registry import State, open_state
 ROOT = Path(__file__).parents[2]
 
 
-def change(place: Path, seed: int) -> None:
+def change(place: Path, seed: int, url: str | None) -> None:
     """What the victim does: change after change, each said once it is acknowledged."""
     module = nets.conv_net()[0]
     adapters = [nets.adapter_for(module, {"up.weight": (2, 2)}, seed=number) for number in range(4)]
     choice = random.Random(seed)
-    with open_state(place) as state:
+    with open_state(place, url) as state:
         say({"ready": True})
         while True:
             name = f"task-{choice.randrange(4)}"
@@ -63,9 +63,10 @@ def say(document: object) -> None:
     print(json.dumps(document), flush=True)
 
 
-def kill_once(place: Path, seed: int) -> tuple[dict[str, object], set[str], dict[str, Any] | None]:
+def kill_once(place: Path, seed: int, url: str | None) -> tuple[dict[str, object], set[str], dict[str, Any] | None]:
     """What was acknowledged, by task; keys; and the change that was going on."""
-    code = f"from pathlib import Path; from tests.server.test_kill import change; change(Path({str(place)!r}), {seed})"
+    code = "from pathlib import Path; from tests.server.test_kill import change; "
+    code += f"change(Path({str(place)!r}), {seed}, {url!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert json.loads(process.stdout.readline()) == {"ready": True}
@@ -96,17 +97,17 @@ def kill_once(place: Path, seed: int) -> tuple[dict[str, object], set[str], dict
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
-def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(tmp_path: Path, kills: int) -> None:
+def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(tmp_path: Path, kills: int, url: str | None) -> None:
     place = tmp_path / "state"
     known: dict[str, object] = {}
     keys: set[str] = set()
     changes = 0
     for seed in range(kills):
-        acknowledged, new, pending = kill_once(place, seed)
+        acknowledged, new, pending = kill_once(place, seed, url)
         changes += len(acknowledged) + len(new)
         known |= acknowledged
         keys |= new
-        with open_state(place) as state:
+        with open_state(place, url) as state:
             names = {f"task-{number}" for number in range(4)}
             for name in names:
                 now = shown(state, name)

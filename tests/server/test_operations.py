@@ -51,7 +51,7 @@ def test_every_metric_is_described() -> None:
 
 def test_the_image_has_neither_torch_nor_root() -> None:
     build, final = DOCKERFILE.split("FROM python:3.11-slim\n")
-    assert "[server,${PROVIDER}]" in build
+    assert "[server,postgres,${PROVIDER}]" in build
     for extra in ("export", "train", "hf", "dev"):
         assert not re.search(rf"[\[,]{extra}[\],]", DOCKERFILE)
     assert re.search(r"^USER tpeft$", final, re.MULTILINE)

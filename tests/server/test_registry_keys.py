@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Iterator[State]:
-    with open_state(tmp_path / "state") as own:
+def state(tmp_path: Path, url: str | None) -> Iterator[State]:
+    with open_state(tmp_path / "state", url) as own:
         yield own
 
 
@@ -47,9 +47,9 @@ def test_a_key_says_whose_it_is_and_what_for(state: State) -> None:
     assert [record.name for record in state.tenants.list()] == ["acme"]
 
 
-def test_only_the_digest_is_stored(state: State, tmp_path: Path) -> None:
-    record, key = state.keys.create("acme", "admin", by="a test")
-    state.close()
+def test_only_the_digest_is_stored(tmp_path: Path) -> None:
+    with open_state(tmp_path / "state") as state:
+        record, key = state.keys.create("acme", "admin", by="a test")
     secret = key.rpartition("_")[2]
     for file in (tmp_path / "state").rglob("*"):
         if file.is_file():
@@ -109,8 +109,8 @@ def test_a_key_expires(state: State) -> None:
             state.keys.create("acme", "infer", by="a test", expires=late)
 
 
-def test_a_revoked_key_is_refused_at_once_and_after_a_restart(tmp_path: Path) -> None:
-    with open_state(tmp_path) as state:
+def test_a_revoked_key_is_refused_at_once_and_after_a_restart(tmp_path: Path, url: str | None) -> None:
+    with open_state(tmp_path, url) as state:
         record, key = state.keys.create("acme", "infer", by="a test")
         other = state.keys.create("acme", "infer", by="a test")[1]
         state.keys.authenticate(key)
@@ -119,7 +119,7 @@ def test_a_revoked_key_is_refused_at_once_and_after_a_restart(tmp_path: Path) ->
             state.keys.authenticate(key)
         assert state.keys.revoke(record.id, by="a test").revoked == first, "when it was revoked stays"
         assert [entry.action for entry in state.audit.list()] == ["revoke key", "create key", "create key"]
-    with open_state(tmp_path) as state:
+    with open_state(tmp_path, url) as state:
         with pytest.raises(Unauthenticated, match="revoked"):
             state.keys.authenticate(key)
         assert state.keys.authenticate(other).tenant == "acme"
@@ -147,24 +147,27 @@ def test_roles_that_there_are_not(state: State) -> None:
             state.keys.create("acme", role, by="a test")
 
 
-def run(place: Path, *arguments: str) -> dict[str, object]:
+def run(place: Path, url: str | None, *arguments: str) -> dict[str, object]:
     code = "from tpeft_deploy.cli import main; main()"
     command = [sys.executable, "-c", code, "keys", *arguments, "--state", str(place), "--json"]
+    command += [] if url is None else ["--database-url", url]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     found = json.loads(done.stdout)
     assert isinstance(found, dict)
     return found
 
 
-def test_a_running_server_sees_what_the_command_line_changes_within_a_second(state: State, tmp_path: Path) -> None:
+def test_a_running_server_sees_what_the_command_line_changes_within_a_second(
+    state: State, tmp_path: Path, url: str | None
+) -> None:
     """Made and revoked by other processes, on the database of a server that is running."""
-    made = run(tmp_path / "state", "create", "--tenant", "acme", "--role", "deploy")
+    made = run(tmp_path / "state", url, "create", "--tenant", "acme", "--role", "deploy")
     key = str(made["key"])
     waited = until(lambda: known(state, key))
     assert waited <= 1.0
     assert state.keys.authenticate(key).key == made["id"]
     assert state.tenants.get("acme").quota == Quota()
-    run(tmp_path / "state", "revoke", str(made["id"]))
+    run(tmp_path / "state", url, "revoke", str(made["id"]))
     assert until(lambda: not known(state, key)) <= 1.0
 
 
@@ -214,14 +217,16 @@ def test_a_change_that_fails_is_not_seen(state: State, monkeypatch: pytest.Monke
     assert len(state.audit.list()) == 1
 
 
-def test_keys_are_listed_by_tenant_and_stay_after_they_are_revoked(state: State, tmp_path: Path) -> None:
+def test_keys_are_listed_by_tenant_and_stay_after_they_are_revoked(
+    state: State, tmp_path: Path, url: str | None
+) -> None:
     ours = [state.keys.create("acme", "infer", by="a test")[0] for _ in range(3)]
     theirs = state.keys.create("other", "admin", by="a test")[0]
     state.keys.revoke(ours[1].id, by="a test")
     assert {record.id for record in state.keys.list("acme")} == {record.id for record in ours}
     assert state.keys.list("other") == [theirs]
     assert len(state.keys.list()) == 4
-    beside, database = open_keys(tmp_path / "state")
+    beside, database = open_keys(tmp_path / "state", url)
     assert beside.list() == state.keys.list()
     database.close()
 

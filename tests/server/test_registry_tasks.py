@@ -25,8 +25,8 @@ from tpeft_deploy.runtime.server.registry import State, TaskRecord, VersionRecor
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Iterator[State]:
-    with open_state(tmp_path / "state") as own:
+def state(tmp_path: Path, url: str | None) -> Iterator[State]:
+    with open_state(tmp_path / "state", url) as own:
         yield own
 
 
@@ -66,8 +66,8 @@ def test_the_same_content_is_kept_once(state: State) -> None:
     assert state.tasks.read(state.tasks.snapshot().find("other", "mood")).to_bytes() == adapter(0).to_bytes()
 
 
-def test_a_restart_changes_nothing(tmp_path: Path) -> None:
-    with open_state(tmp_path) as state:
+def test_a_restart_changes_nothing(tmp_path: Path, url: str | None) -> None:
+    with open_state(tmp_path, url) as state:
         for seed in range(3):
             add(state, seed=seed)
         add(state, "other", "mood", seed=3, alias="canary")
@@ -75,7 +75,7 @@ def test_a_restart_changes_nothing(tmp_path: Path) -> None:
         state.tasks.point("acme", "mood", "canary", "1", by="a key")
         state.tasks.rollback("acme", "mood", "current", by="a key")
         before = state.tasks.snapshot().visible(None)
-    with open_state(tmp_path) as state:
+    with open_state(tmp_path, url) as state:
         assert state.tasks.snapshot().visible(None) == before
         assert aliases(state) == {"canary": 1, "current": 2}
         assert state.tasks.rollback("acme", "mood", "current", by="a key").aliases["current"] == 3
@@ -178,8 +178,8 @@ def test_aliases_are_swapped_and_rolled_back(state: State) -> None:
     assert aliases(state) == {"canary": 1, "current": 2}
 
 
-def test_numbers_are_never_given_again(tmp_path: Path) -> None:
-    with open_state(tmp_path) as state:
+def test_numbers_are_never_given_again(tmp_path: Path, url: str | None) -> None:
+    with open_state(tmp_path, url) as state:
         for seed in range(3):
             add(state, seed=seed)
         with pytest.raises(Conflict, match="what current stands for"):
@@ -192,7 +192,7 @@ def test_numbers_are_never_given_again(tmp_path: Path) -> None:
         assert [record.number for record in state.tasks.remove("acme", "mood", by="a key")] == [1, 2, 4]
         with pytest.raises(NotFound):
             state.tasks.snapshot().find("acme", "mood")
-    with open_state(tmp_path) as state:
+    with open_state(tmp_path, url) as state:
         assert state.tasks.snapshot().visible(None) == []
         assert add(state).number == 5
         assert aliases(state) == {"current": 5}, "nothing of the deleted task comes back"
@@ -377,9 +377,9 @@ CHANGES: dict[str, Callable[[State], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_without_its_entry_in_the_log_is_none(
-    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: str, tmp_path: Path, url: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open_state(tmp_path) as state:
+    with open_state(tmp_path, url) as state:
         for seed in range(2):
             add(state, seed=seed)
         before, quota = state.tasks.snapshot().visible(None), state.tenants.quota("acme")
@@ -393,7 +393,7 @@ def test_a_change_without_its_entry_in_the_log_is_none(
                 CHANGES[change](state)
         assert state.tasks.snapshot().visible(None) == before
         assert state.tenants.quota("acme") == quota
-    with open_state(tmp_path) as state:
+    with open_state(tmp_path, url) as state:
         assert state.tasks.snapshot().visible(None) == before
         assert state.tenants.quota("acme") == quota
         assert len(state.audit.list()) == 2

@@ -23,13 +23,9 @@ from tpeft_deploy.runtime.server.rpc.wire import parse
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"]
-    subprocess.run([*command.split(), *names], cwd=folder, check=True, capture_output=True)
-    return Tls((folder / "cert.pem").read_bytes(), (folder / "key.pem").read_bytes())
+@pytest.fixture
+def tls(certificate: Path) -> Tls:
+    return Tls((certificate / "cert.pem").read_bytes(), (certificate / "key.pem").read_bytes())
 
 
 def test_tls(tls: Tls) -> None:

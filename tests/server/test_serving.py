@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from sqlalchemy import insert
 
 from tests.server.conftest import PIXELS
+from tests.server.processes import command, server
 from tpeft_deploy import Adapter, Bundle, Client, Runtime
-
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-c", "from tpeft_deploy.cli import main; main()"]
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )
-
-
-@contextmanager
-def server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server, and where it listens."""
-    process = subprocess.Popen([*COMMAND, "serve", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            found = re.match(r"serving on (http\S+)", line)
-            if found:
-                yield process, found[1]
-                return
-        raise AssertionError("the server did not start")
-    finally:
-        process.kill()
-        process.communicate()
+from tpeft_deploy.runtime.server.access import LOCAL
+from tpeft_deploy.runtime.server.registry import database, open_state
 
 
 def test_a_key_a_request_and_a_drain(conv_bundle: Bundle, tmp_path: Path, others: list[Adapter]) -> None:
@@ -87,6 +61,45 @@ def test_a_key_a_request_and_a_drain(conv_bundle: Bundle, tmp_path: Path, others
     (listed,) = json.loads(again.stdout)["keys"]
     assert listed["revoked"] is not None
     assert document["key"] not in again.stdout
+
+
+def test_it_starts_as_fast_with_many_registered_adapters(
+    conv_bundle: Bundle, tmp_path: Path, others: list[Adapter]
+) -> None:
+    """Nothing is read of them; the limit is many times what listing them takes, as others use the machine."""
+    took: dict[int, float] = {}
+    for count in (10, 2000):
+        _register(tmp_path / str(count), count, others[0])
+    for _ in range(2):
+        for count in (10, 2000):
+            options = ["--state", tmp_path / str(count), "--port", 0, "--no-auth", "--threads", 1, "--no-access-log"]
+            began = time.monotonic()
+            with server(conv_bundle.path, *options) as (_process, url), Client(url) as client:
+                took[count] = min(took.get(count, 60.0), time.monotonic() - began)
+                assert sum(task["name"].startswith("task-") for task in client.tasks()) == count
+                client.infer({"pixels": PIXELS}, "mood")
+    assert took[2000] < took[10] + 1.0
+
+
+def _register(place: Path, count: int, adapter: Adapter) -> None:
+    """One task that answers, and many as `Tasks.add` leaves them, without a transaction and a probe for each."""
+    with open_state(place) as state:
+        state.tasks.add(LOCAL.tenant, "mood", adapter, lambda *_: None, by="a test")
+        digests = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(count)]
+        for digest in digests:
+            folder = place / "blobs" / digest[:2]
+            folder.mkdir(exist_ok=True)
+            (folder / f"{digest}.safetensors").write_bytes(b"never read")
+        rows = [{"id": 2 + n, "tenant": LOCAL.tenant, "name": f"task-{n}"} for n in range(count)]
+        versions = [
+            {"task": 2 + n, "number": 1, "digest": digest, "bytes": 10, "created": 0.0, "by": "a test"}
+            for n, digest in enumerate(digests)
+        ]
+        aliases = [{"task": 2 + n, "alias": "current", "number": 1, "previous": None} for n in range(count)]
+        with state._database.writing() as connection:
+            connection.execute(insert(database.tasks).values(next_number=2, deleted=False), rows)
+            connection.execute(insert(database.versions), versions)
+            connection.execute(insert(database.aliases), aliases)
 
 
 def test_without_keys_on_the_loopback_only(conv_bundle: Bundle, tmp_path: Path) -> None:

@@ -4,10 +4,114 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from tpeft_deploy.cli import main
+from tpeft_deploy.cli.serve import serve
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.server.settings import Settings, read
+
+# Another value than the default for each, as the file has it.
+OTHERS: dict[str, object] = {
+    "state": "elsewhere",
+    "database_url": "sqlite:///x.db",
+    "host": "::1",
+    "port": 1234,
+    "grpc_port": 1235,
+    "tls_cert": "cert.pem",
+    "tls_key": "key.pem",
+    "no_auth": True,
+    "provider": "cpu",
+    "threads": 3,
+    "device_bytes": "2GiB",
+    "host_bytes": "3MiB",
+    "folded_bytes": "4KiB",
+    "cuda_graphs": True,
+    "max_rows": 5,
+    "max_delay": "7ms",
+    "max_queue_rows": 9,
+    "max_body_bytes": "2MiB",
+    "max_upload_bytes": 1000,
+    "max_elements": 11,
+    "requests_per_s": 1.5,
+    "rows_per_s": 2,
+    "queue_share": 0.25,
+    "max_adapters": 13,
+    "max_adapter_bytes": "5GiB",
+    "drain_seconds": "2m",
+    "drain_grace": 1.5,
+    "log_level": "warning",
+    "access_log": False,
+    "metrics_for_all_keys": True,
+    "max_task_series": 17,
+}
+
+
+def test_each_setting_comes_from_the_file_and_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(OTHERS) == list(Settings.model_fields)
+    file = tmp_path / "server.toml"
+    written = {name: str(value).lower() if isinstance(value, bool) else repr(value) for name, value in OTHERS.items()}
+    file.write_text("".join(f"{name} = {value}\n" for name, value in written.items()))
+    from_file = read(file, {})
+    for name, value in OTHERS.items():
+        monkeypatch.setenv(f"TPEFT_{name.upper()}", str(value))
+    assert from_file.model_dump() == read(None, {}).model_dump()
+    for name, field in Settings.model_fields.items():
+        assert getattr(from_file, name) != field.default, name
+    assert (from_file.device_bytes, from_file.max_delay, from_file.drain_seconds) == (2**31, 0.007, 120)
+    assert from_file.quota.bytes == 5 * 2**30
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Settings:
+    """The settings that `tpeft-deploy serve` starts the server with."""
+    found: list[Settings] = []
+    monkeypatch.setattr(
+        "tpeft_deploy.runtime.server.serving.serve", lambda _bundle, settings, _say: found.append(settings)
+    )
+    done = CliRunner().invoke(main, ["serve", "bundle", *flags])
+    assert done.exit_code == 0, done.output
+    return found[0]
+
+
+def test_each_flag_sets_what_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [one for one in serve.params if isinstance(one, click.Option) and one.name not in {"config", "debug"}]
+    flags: list[str] = []
+    for option in options:
+        value = OTHERS[str(option.name)]
+        if option.is_flag:
+            flags += [(option.opts if value else option.secondary_opts)[0]]
+        else:
+            flags += [option.opts[0], str(value)]
+    found = run(monkeypatch, *flags)
+    expected = read(None, {str(option.name): OTHERS[str(option.name)] for option in options})
+    assert found == expected
+
+
+def test_flags_that_are_not_given_leave_the_file_and_the_environment_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text("access_log = false\nno_auth = true\nport = 1\nthreads = 1\n")
+    monkeypatch.setenv("TPEFT_THREADS", "2")
+    found = run(monkeypatch, "--config", str(file), "--port", "3")
+    assert (found.access_log, found.no_auth, found.port, found.threads) == (False, True, 3, 2)
+    assert run(monkeypatch, "--config", str(file), "--access-log").access_log
+
+
+def test_an_unknown_name_in_the_file_ends_the_command_with_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text("port = 1\ndrain_second = 3\n")
+    done = CliRunner().invoke(main, ["serve", "bundle", "--config", str(file)])
+    assert done.exit_code == 1
+    assert "'drain_second'" in done.output
+    assert done.output.count("\n") == 1
+    missing = CliRunner().invoke(main, ["serve", "bundle", "--config", str(tmp_path / "none.toml")])
+    assert missing.exit_code == 1
+    assert "none.toml" in missing.output
 
 
 def test_the_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,16 +30,23 @@ from sqlalchemy import (
     event,
     insert,
     inspect,
+    make_url,
     select,
+    text,
     update,
 )
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tpeft_deploy.errors import ServerError, VersionError
+from tpeft_deploy.errors import MissingExtra, ServerError, Unavailable, VersionError
 
 __all__ = ["Database", "aliases", "audit", "keys", "sqlite_url", "tasks", "tenants", "versions"]
 
+_log = logging.getLogger("tpeft_deploy.server")
+
 SCHEMA = 1
+_WRITING, _SERVING = 0x7470_6566, 0x7470_6567  # advisory locks: of one transaction that writes, and of one server
+_LOCK_SECONDS = 30
 _NAME = String(128)
 
 _metadata = MetaData()
@@ -106,18 +115,20 @@ class Database:
     """A database with the tables above, made where they are missing.
 
     Args:
-        url: of SQLAlchemy; of a file for SQLite, which is kept in WAL mode and synchronised at every commit.
+        url: of SQLAlchemy: of a file for SQLite, which is kept in WAL mode and synchronised at every commit, or of
+            PostgreSQL.
 
     Raises:
+        MissingExtra: its driver is not installed.
         ServerError: it cannot be opened.
         VersionError: it was written by another version of the server.
     """
 
     def __init__(self, url: str | URL) -> None:
         with _said("open the server's database"):
-            self._engine = create_engine(url)
-        if self._engine.dialect.name == "sqlite":
-            _prepare_sqlite(self._engine)
+            self._engine = _engine(make_url(url))
+        self._held: Connection | None = None
+        self._opened = False
         try:
             with self.writing("open the server's database") as connection:
                 _check_schema(connection)
@@ -125,6 +136,7 @@ class Database:
                 if self._meta(connection, "schema") is None:
                     for name, value in (("schema", SCHEMA), ("changes", 0)):
                         connection.execute(insert(_meta).values(name=name, value=value))
+            self._opened = True
         except BaseException:
             self.close()
             raise
@@ -134,21 +146,57 @@ class Database:
         """One transaction that may write: all of it is durable when the block ends, or nothing of it is done.
 
         Raises:
-            ServerError: the database refuses or cannot be reached.
+            ServerError: the database refuses.
+            Unavailable: it does not answer.
         """
-        with _said(doing), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+        with self._said(doing), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """One transaction that only reads; with SQLite it sees one moment, and waits for nobody.
+        """One transaction that only reads; it sees one moment, and waits for nobody.
 
         Raises:
-            ServerError: the database refuses or cannot be reached.
+            ServerError: the database refuses.
+            Unavailable: it does not answer.
         """
         doing = "read the server's database"
-        with _said(doing), self._engine.connect().execution_options(writes=False) as connection, connection.begin():
+        options: dict[str, Any] = {"writes": False}
+        if not self._is_sqlite:
+            options["isolation_level"] = "REPEATABLE READ"
+        with self._said(doing), self._engine.connect().execution_options(**options) as connection, connection.begin():
             yield connection
+
+    def hold(self, patience: float) -> None:
+        """Be the one server of this database until it is closed; again, where the connection that holds it broke.
+
+        SQLite is in a directory, which a server takes; PostgreSQL has servers on many machines.
+
+        Args:
+            patience: seconds to wait for another server to go.
+
+        Raises:
+            ServerError: another server has it.
+        """
+        if self._is_sqlite or self._holds():
+            return
+        with _said("open the server's database"):
+            self._held = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT", writes=False)
+            # A machine that is gone says nothing: the database would take it to be there for hours.
+            for setting, seconds in (("idle", 3), ("interval", 2), ("count", 3)):
+                self._held.execute(text(f"SET tcp_keepalives_{setting} = {seconds}"))
+            until = time.monotonic() + patience
+            mine = text("SELECT pg_try_advisory_lock(:lock, hashtext(current_schema()))")
+            while not self._held.scalar(mine, {"lock": _SERVING}):
+                if time.monotonic() > until:
+                    self._let_go()
+                    raise ServerError(
+                        "open the server's database",
+                        expected="one that no other server uses",
+                        got="one in use",
+                        fix="Stop that server, or give this one another database_url.",
+                    )
+                time.sleep(0.2)
 
     def changed(self, connection: Connection) -> int:
         """Say, as part of a transaction, that keys or tenants change: other processes look at this.
@@ -174,7 +222,39 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
+        self._let_go()
         self._engine.dispose()
+
+    def _holds(self) -> bool:
+        if self._held is None:
+            return False
+        try:
+            self._held.execute(text("SELECT 1"))
+        except SQLAlchemyError:
+            self._let_go()
+            return False
+        return True
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            self._held.invalidate()  # not back to the pool: the lock is the connection's
+            self._held.close()
+            self._held = None
+
+    @contextmanager
+    def _said(self, doing: str) -> Iterator[None]:
+        try:
+            with _said(doing):
+                yield
+        except ServerError as error:
+            if not self._opened or not isinstance(error.__cause__, OperationalError | PoolTimeout):
+                raise
+            _log.error("%s", error)  # with addresses, which are not for clients
+            raise Unavailable(doing, problem="it does not answer", fix="Try again shortly.") from error.__cause__
+
+    @property
+    def _is_sqlite(self) -> bool:
+        return self._engine.dialect.name == "sqlite"
 
     def _meta(self, connection: Connection, name: str) -> int | None:
         return connection.scalar(select(_meta.c.value).where(_meta.c.name == name))
@@ -207,11 +287,48 @@ def _said(doing: str) -> Iterator[None]:
         raise ServerError(doing, problem=_reason(error)) from error
 
 
+def _engine(url: URL) -> Engine:
+    """An engine whose writers come one after another."""
+    kind = url.get_backend_name()
+    if kind not in {"sqlite", "postgresql"}:
+        raise ServerError("open the server's database", expected="a URL of sqlite or postgresql", got=kind)
+    if kind == "postgresql" and "+" not in url.drivername:
+        url = url.set(drivername="postgresql+psycopg")
+    try:
+        engine = create_engine(url, pool_pre_ping=kind != "sqlite")
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            "open the server's database",
+            expected="a driver for it",
+            got=str(error),
+            fix="pip install 'tpeft-deploy[postgres]', and write the URL as postgresql+psycopg://...",
+        ) from error
+    if kind == "sqlite":
+        _prepare_sqlite(engine)
+    else:
+        _prepare_postgres(engine)
+    return engine
+
+
+def _prepare_postgres(engine: Engine) -> None:
+    @event.listens_for(engine, "begin")
+    def began(connection: Connection) -> None:
+        # As with SQLite: what a writer reads is what it changes, also where there is no row yet that could be locked.
+        if connection.get_execution_options().get("writes", True):
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITING}, hashtext(current_schema()))")
+
+
 def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # the driver would begin transactions in its own way, too late to be safe
-        for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in (
+            f"busy_timeout={_LOCK_SECONDS * 1000}",
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+        ):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

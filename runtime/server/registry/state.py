@@ -28,6 +28,7 @@ __all__ = ["State", "open_keys", "open_state"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 _SECONDS = 0.5  # between two looks at what other processes changed
+_PATIENCE = 10.0  # seconds for which a server that was killed may still seem to be there
 
 
 class State:
@@ -39,7 +40,8 @@ class State:
         default: the quota of tenants that have none of their own.
 
     Raises:
-        ServerError: another server has the directory, the database cannot be opened, or is not that of the directory.
+        ServerError: another server has the directory or the database, which cannot be opened, or is not that of the
+            directory.
         VersionError: the database was written by another version of the server.
     """
 
@@ -48,6 +50,7 @@ class State:
             stack.callback(os.close, _take(directory))
             self._database = database = Database(url or sqlite_url(directory / "state.db"))
             stack.callback(database.close)
+            database.hold(_PATIENCE)
             self.tenants = Tenants(database, default or Quota())
             self.keys = Keys(database, self.tenants)
             self.audit = Audit(database)
@@ -90,6 +93,7 @@ class State:
     def _watch(self) -> None:
         while not self._stop.wait(_SECONDS):
             try:
+                self._database.hold(0)
                 self.refresh()
             except Exception:
                 # Keys that were known stay known; a revocation is seen as soon as the database answers again.
@@ -134,7 +138,7 @@ def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
                 f"open the state in {directory}",
                 expected="the database that its adapters are registered in",
                 got="another one" if known is not None else "an empty one",
-                fix="Give the --state and the --database-url that were used together before.",
+                fix="Give the state and the database_url that were used together before.",
             )
         own = secrets.randbelow(2**31)
         replace_text(file, str(own))

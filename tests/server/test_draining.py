@@ -1,0 +1,160 @@
+"""SIGTERM with requests in flight: those that came are answered in full, others are told so, and it ends in time."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+
+from tests.server.processes import grpc_address, server
+from tpeft_deploy import Bundle, Client, Runtime
+from tpeft_deploy.errors import Unavailable
+from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
+from tpeft_deploy.runtime.server.rpc.methods import SERVICE
+
+ROWS = 12_000  # of a request, which runs alone: some tenths of a second
+PIXELS = np.random.default_rng(1).standard_normal((ROWS, 1, 12, 14)).astype(np.float32)
+TASKS = ("plain", "two", "partial", "base")
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass
+class Busy:
+    """A server, and requests that wait for each other."""
+
+    process: subprocess.Popen[str]
+    url: str
+    rpc: str
+    waiting: dict[Future[Array], str]
+
+    def __post_init__(self) -> None:
+        self.http = httpx.Client(base_url=self.url, timeout=20)
+
+    def ask(self, pool: ThreadPoolExecutor, count: int) -> None:
+        """Send requests over HTTP and gRPC in turn, and return when all have come and some of them wait."""
+        for number in range(count):
+            task = TASKS[number // 2 % len(TASKS)]
+            call: Callable[[str], Array] = self._over_http if number % 2 else self._over_grpc
+            self.waiting[pool.submit(call, task)] = task
+        until = time.monotonic() + 30
+        # While any wait, one runs: the others wait, or have been answered.
+        while (queued := self.queued()) + sum(future.done() for future in self.waiting) + 1 < count or not queued:
+            assert time.monotonic() < until, "the requests do not come"
+            time.sleep(0.01)
+
+    def queued(self) -> int:
+        lines = self.http.get("/metrics").text.splitlines()
+        rows = next(float(line.split()[1]) for line in lines if line.startswith("tpeft_queue_rows "))
+        return round(rows / ROWS)
+
+    def ready(self) -> int:
+        return self.http.get("/v2/health/ready").status_code
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ask for it, and return when it is seen."""
+        self.process.send_signal(number)
+        until = time.monotonic() + 10
+        while self.ready() != 503:
+            assert time.monotonic() < until, "it does not say that it stops"
+            time.sleep(0.01)
+
+    def _over_http(self, task: str) -> Array:
+        with Client(self.url, timeout=100, retries=0) as client:
+            return client.infer({"pixels": PIXELS}, task)["logits"]
+
+    def _over_grpc(self, task: str) -> Array:
+        answer = pb.ModelInferResponse.FromString(self.call(asked(task, PIXELS), timeout=100))
+        return np.frombuffer(answer.raw_output_contents[0], np.float32).reshape(answer.outputs[0].shape)
+
+    def call(self, request: pb.ModelInferRequest, timeout: float) -> bytes:
+        with grpc.insecure_channel(self.rpc) as channel:
+            data: bytes = channel.unary_unary(f"/{SERVICE}/ModelInfer")(request.SerializeToString(), timeout=timeout)
+            return data
+
+
+def asked(task: str, pixels: Array) -> pb.ModelInferRequest:
+    tensor = {"name": "pixels", "datatype": "FP32", "shape": list(pixels.shape)}
+    return pb.ModelInferRequest(model_name=task, inputs=[tensor], raw_input_contents=[pixels.tobytes()])
+
+
+@contextmanager
+def busy(bundle: Bundle, place: Path, monkeypatch: pytest.MonkeyPatch, count: int, **settings: str) -> Iterator[Busy]:
+    for name, value in {"max_queue_rows": "1000000", "queue_share": "1", **settings}.items():
+        monkeypatch.setenv(f"TPEFT_{name.upper()}", value)
+    options = ["--state", place / "state", "--port", 0, "--grpc-port", 0, "--no-auth", "--no-access-log"]
+    with ThreadPoolExecutor(count) as pool:
+        with server(bundle.path, *options, "--threads", 1) as (process, url):
+            own = Busy(process, url, grpc_address(process), {})
+            with own.http:
+                own.ask(pool, count)
+                yield own
+        for future in own.waiting:
+            future.exception(timeout=30)  # with the server they have ended
+
+
+def test_requests_in_flight_are_answered_in_full_and_others_are_told_to_come_again(
+    conv_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Runtime(conv_bundle.path, provider="cpu", threads=1) as runtime:
+        expected = {task: runtime.run({"pixels": PIXELS}, task=task)["logits"] for task in TASKS}
+    with busy(conv_bundle, tmp_path, monkeypatch, 10, drain_grace="500ms") as own:
+        own.stop()
+        in_flight = sum(not future.done() for future in own.waiting)
+        tensor = {"name": "pixels", "shape": [1, 1, 12, 14], "datatype": "FP32", "data": PIXELS[0].ravel().tolist()}
+        refused = own.http.post("/v2/models/plain/infer", json={"inputs": [tensor]})
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert own.http.get("/v2/models/plain/ready").status_code == 503
+        assert own.http.get("/v2/health/live").status_code == 200
+        with pytest.raises(grpc.RpcError) as caught:
+            own.call(asked("plain", PIXELS[:1]), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "retry-after" in dict(caught.value.trailing_metadata())
+        for future, task in own.waiting.items():
+            np.testing.assert_allclose(future.result(60), expected[task], rtol=1e-4, atol=1e-5)
+        assert own.process.wait(20) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{own.url}/v2/health/live", timeout=20)
+    assert in_flight > 2, "too few to say something"
+
+
+def test_a_drain_ends_when_its_time_is_over(
+    conv_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with busy(conv_bundle, tmp_path, monkeypatch, 20, drain_seconds="1s") as own:
+        own.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert own.process.wait(20) == 0
+        took = time.monotonic() - began
+        left = [future.exception(timeout=20) for future in own.waiting]
+        assert own.process.stderr is not None
+        assert "Traceback" not in own.process.stderr.read()
+    assert 0.9 < took < 8
+    over_http, over_grpc = ([error for error in left[kind::2] if error is not None] for kind in (1, 0))
+    assert over_http, "they were all answered in time"
+    assert over_grpc
+    assert {type(error) for error in over_http} == {Unavailable}
+    assert {error.code() for error in over_grpc if isinstance(error, grpc.RpcError)} == {grpc.StatusCode.UNAVAILABLE}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(
+    conv_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    with busy(conv_bundle, tmp_path, monkeypatch, 8, drain_grace="30s") as own:
+        own.stop()
+        own.process.send_signal(number)
+        began = time.monotonic()
+        assert own.process.wait(10) == -number
+        assert time.monotonic() - began < 2
