@@ -75,13 +75,13 @@ class Service:
         self._runtime = runtime
         self._state = state
         self._order = order
-        self._accepting = True
+        self._ready = self._accepting = True
         self._meter = Meter(state.tenants.quota)
         self._statistics = Statistics()
         self._models = Models(bundle, state)
         self._observers = Observers(self._statistics.inference, self._options.observe)
         self._inference = Inference(
-            runtime, bundle.manifest, self._models.target, self._meter.spend, self.ready, self._observers.tell
+            runtime, bundle.manifest, self._models.target, self._meter.spend, self.accepting, self._observers.tell
         )
         self.infer = self._inference.infer  # as it is: what is called most is not handed on
         self._management = Management(
@@ -100,12 +100,20 @@ class Service:
         return True
 
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests should be sent here."""
+        return self._ready
+
+    def accepting(self) -> bool:
+        """Whether inference is taken."""
         return self._accepting
 
     def drain(self) -> None:
-        """Take no more requests; those that came are answered."""
-        self._accepting = False
+        """Say that requests should be sent elsewhere; those that come all the same are answered."""
+        self._ready = False
+
+    def refuse(self) -> None:
+        """Take no more inference; what came is answered."""
+        self._ready = self._accepting = False
 
     async def sweep(self, seconds: float) -> None:
         """Remove the files of deleted adapters every so many seconds, until cancelled."""
@@ -159,7 +167,7 @@ class Service:
 
     def model_ready(self, principal: Principal, name: str, version: str = "") -> bool:
         """Whether a request for the model would be served."""
-        return self._accepting and self._models.is_ready(self._model(principal, name, version))
+        return self._ready and self._models.is_ready(self._model(principal, name, version))
 
     def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
         """What models have answered so far."""
@@ -352,7 +360,7 @@ class Service:
                 {"version": number, "digest": target.digest, "tier": residency.get(target.key, "device")}
                 for number, target in model.versions.items()
             ],
-            "ready": self._accepting and self._models.is_ready(model),
+            "ready": self._ready and self._models.is_ready(model),
         }
 
     def _tenant(self, record: TenantRecord) -> Document:

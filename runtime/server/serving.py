@@ -7,14 +7,14 @@ import logging
 import signal
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import uvicorn
 
 from tpeft_deploy.bundle import Bundle
-from tpeft_deploy.errors import ServerError, Unavailable
+from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.providers import choose
 from tpeft_deploy.runtime.server.access_log import AccessLog
@@ -23,9 +23,7 @@ from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.observed import Observed
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest import framing
-from tpeft_deploy.runtime.server.rest.answering import Exchanged, send_error
-from tpeft_deploy.runtime.server.rest.app import Application, application
-from tpeft_deploy.runtime.server.rest.inferring import Receive, Scope, Send
+from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
@@ -135,8 +133,9 @@ async def _run(
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
     service.drain()
-    say("draining: requests that came are answered, no others are taken")
+    say(f"draining: what came is answered, and what comes within {settings.drain_grace:g} s")
     await asyncio.sleep(settings.drain_grace)
+    service.refuse()
     http.should_exit = True
     await asyncio.gather(serving, *([grpc.stop(settings.drain_seconds)] if grpc is not None else []))
     sweeping.cancel()
@@ -150,7 +149,7 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
         upload_bytes=settings.max_upload_bytes,
     )
     config = uvicorn.Config(
-        _told_of_the_end(application(service, limits, observe)),
+        application(service, limits, observe),
         http="httptools",
         lifespan="off",
         log_config=None,
@@ -162,20 +161,6 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
         ssl_keyfile=settings.tls_key,
     )
     return _Server(config)
-
-
-def _told_of_the_end(app: Application) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
-    """The application, whose requests are refused when the time of the drain is over: uvicorn cancels them then."""
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await app(scope, receive, send)
-        except asyncio.CancelledError:
-            error = Unavailable("answer a request", problem="the server stops", fix="Ask another, or try again later.")
-            with suppress(RuntimeError):  # its answer had begun
-                await send_error(error, Exchanged(scope["method"], scope["headers"]), send)
-
-    return answer
 
 
 def _check_certificate(settings: Settings) -> None:

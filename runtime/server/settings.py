@@ -96,7 +96,7 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 30.0
     """How long requests may take to finish once the server is told to stop."""
     drain_grace: Seconds = 0.0
-    """How long the server goes on listening, and refuses with 503, once it is told to stop: load balancers notice."""
+    """How long the server goes on answering, no longer ready, once it is told to stop: load balancers notice."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Of the log on stderr."""
     access_log: bool = True

@@ -238,8 +238,11 @@ def test_statistics_count_what_was_answered(served: Served) -> None:
     assert own["inference_stats"]["success"]["ns"] >= own["inference_stats"]["compute_infer"]["ns"] > 0
 
 
-def test_nothing_is_taken_while_draining(served: Served) -> None:
+def test_a_drain_first_says_so_and_then_takes_nothing(served: Served) -> None:
     served.service.drain()
     assert not served.service.ready()
+    assert not served.service.model_ready(served.who(), "partial")
+    ask(served, "partial")
+    served.service.refuse()
     with pytest.raises(Unavailable):
         ask(served, "partial")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import compile_path
 
-from tpeft_deploy.errors import NotFound, ServerError, Unsupported
+from tpeft_deploy.errors import NotFound, ServerError, Unavailable, Unsupported
 from tpeft_deploy.runtime.server.access import Action, allow
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.exchange import Exchange
@@ -60,6 +61,11 @@ class Application:
                 await self._infer(*asked, exchanged, receive, send)
             else:
                 await self._other(asked is not None, exchanged, scope, receive, send)
+        except asyncio.CancelledError:
+            # The time of a drain is over: what is left is cancelled, and would be answered without our words.
+            if not exchanged.started:
+                error = Unavailable("answer a request", problem="the server stops", fix="Ask another, or come again.")
+                await send_error(error, exchanged, send)
         finally:
             if self._observe is not None:
                 exchanged.end()
