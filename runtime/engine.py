@@ -21,6 +21,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["Engine", "Outputs"]
 
 Outputs = dict[str, Array | list[Array]]
+_OUT_OF_RANGE = "out of data bounds"  # in what Gather says, whatever class its exception has
 
 
 class Banked(Protocol):
@@ -173,6 +174,7 @@ def _translated(bundle: str) -> Iterator[None]:
     try:
         yield
     except (*ORT_ERRORS, RuntimeError) as error:  # with IO binding it raises plain RuntimeErrors
+        text = str(error).strip().splitlines()[0]
         # What it refuses in the middle of a run is mostly an index out of range: no shape or dtype gets this far.
-        kind = InputError if isinstance(error, ORT_REFUSALS) else RunError
-        raise kind(f"run bundle {bundle!r}", problem=str(error).strip().splitlines()[0][:300]) from error
+        kind = InputError if isinstance(error, ORT_REFUSALS) or _OUT_OF_RANGE in text else RunError
+        raise kind(f"run bundle {bundle!r}", problem=text.rpartition("Status Message: ")[2][:300]) from error
