@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,6 +16,9 @@ from tpeft_deploy.runtime.server.core import Part
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.service import Options, Service, order_of
+
+if TYPE_CHECKING:
+    from tests.server.audited import Audited  # which imports this
 
 PIXELS = np.random.default_rng(0).standard_normal((4, 1, 12, 14)).astype(np.float32)
 
@@ -69,3 +72,16 @@ def others() -> list[Adapter]:
     return [
         nets.adapter_for(module, {"up.weight": (2, 2), "stem.weight": (2, 1, 2, 2)}, seed=seed) for seed in range(3)
     ]
+
+
+@pytest.fixture(scope="session")
+def server(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, others: list[Adapter]) -> Iterator[Audited]:
+    """One with the default settings and an adapter of each of two tenants; a module may have another of its own."""
+    from tests.server.audited import audited
+
+    with audited(conv_bundle, tmp_path_factory.mktemp("audited")) as found:
+        assert found.register(others[0]).status_code == 200
+        assert found.register(others[1], "secret", "rival").status_code == 200
+        yield found
+        assert found.ran_nothing()
+        assert found.opened_only_its_own()
