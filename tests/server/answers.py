@@ -61,7 +61,15 @@ def document(rows: Array, names: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def client_of(server: Audited, tenant: str) -> httpx.Client:
-    return httpx.Client(base_url=server.url, headers=server.headers(tenant, "infer"), verify=False, timeout=60)
+    """A client of its own, whose refusals are looked at like all others."""
+
+    def look(answer: httpx.Response) -> None:
+        if answer.is_error:
+            answer.read()
+            server.check_refusal(answer)
+
+    own = server.headers(tenant, "infer")
+    return httpx.Client(base_url=server.url, headers=own, verify=False, timeout=60, event_hooks={"response": [look]})
 
 
 def post(client: httpx.Client, model: str, rows: Array, names: Sequence[str] = ()) -> Answer:
@@ -70,7 +78,6 @@ def post(client: httpx.Client, model: str, rows: Array, names: Sequence[str] = (
     answer = client.post(f"/v2/models/{model}/infer", content=own["content"], headers=own["headers"])
     received = time.monotonic()
     if answer.is_error:
-        assert set(answer.json()) == {"error"}
         return Answer(sent, received, answer.status_code)
     size = int(answer.headers["inference-header-content-length"])
     told = json.loads(answer.content[:size])

@@ -139,6 +139,12 @@ class Audited(Asking):
         """What the process did of some kinds since it listens."""
         return [line for line in self._lines()[self._from :] if line[0] in events]
 
+    def check_conduct(self) -> None:
+        """All that holds of it whatever it was asked."""
+        assert self.ran_nothing()
+        assert self.opened_only_its_own()
+        assert not [who for who, key in self.keys.items() if key in self.log()]
+
     def ran_nothing(self) -> bool:
         """Whether it ran no other program, unpickled nothing, asked nobody and imported nothing that could."""
         others = [line for line in self._lines()[self._from :] if line[0] != "open"]

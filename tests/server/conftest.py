@@ -83,5 +83,4 @@ def server(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, others
         assert found.register(others[0]).status_code == 200
         assert found.register(others[1], "secret", "rival").status_code == 200
         yield found
-        assert found.ran_nothing()
-        assert found.opened_only_its_own()
+        found.check_conduct()

@@ -50,8 +50,7 @@ def server(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, many: 
             assert found.register(adapter, f"cold-{number}").status_code == 200
         assert found.register(many[-1], "mood", "rival").status_code == 200
         yield found
-        assert found.ran_nothing()
-        assert found.opened_only_its_own()
+        found.check_conduct()
         assert found.memory() < 1 << 30
 
 

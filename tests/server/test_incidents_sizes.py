@@ -43,8 +43,7 @@ def server(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, others
         for _ in range(3):  # what a first request leaves behind is no growth
             assert found.ask("POST", "/v2/models/mood/infer", json={"inputs": [tensor()]}).status_code == 200
         yield found
-        assert found.ran_nothing()
-        assert found.opened_only_its_own()
+        found.check_conduct()
         assert not list((found.state / "incoming").iterdir())
         assert not list((found.place / "temporary").glob("tmp*"))
 
@@ -308,13 +307,17 @@ def test_incident_14_refused_uploads_are_not_stored(server: Audited) -> None:
 
 
 def test_incident_14_names_that_clients_make_up_are_not_kept(server: Audited) -> None:
-    """Neither as series of metrics nor in memory: names of models, of requests, and keys."""
+    """Neither as series of metrics nor in memory: names of models, of requests, and keys; nor are many tenants."""
     small = {"inputs": [tensor()]}
     module = nets.conv_net()[0]
     names = [f"many-{number}" for number in range(2 * SERIES)]
     for number, name in enumerate(names):
         assert server.register(nets.adapter_for(module, {"up.weight": (1, 1)}, seed=number), name).status_code == 200
         assert server.ask("POST", f"/v2/models/{name}/infer", json=small).status_code == 200
+        own = {"tenant": f"tenant-{number}", "role": "infer"}
+        key = server.ask("POST", "/v2/admin/keys", "operator", "admin", json=own).json()["key"]
+        headers = {"Authorization": f"Bearer {key}"}
+        assert server.ask("POST", "/v2/models/base/infer", json=small, headers=headers).status_code == 200
 
     def make_up(begin: int, count: int) -> None:
         for number in range(begin, begin + count):

@@ -60,8 +60,7 @@ def altered(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> It
     with audited(conv_bundle, place) as found:
         yield found
         assert tree(outside) == kept
-        assert found.ran_nothing()
-        assert found.opened_only_its_own()
+        found.check_conduct()
 
 
 def subject(number: int) -> Adapter:
