@@ -69,7 +69,7 @@ class Answering:
         else:
             held = [version for version in dict.fromkeys(versions) if version is not None]
         began = time.monotonic()
-        if held and not self._tiers.take_resident(held):
+        if held and not self._tiers.take_resident(held, new=True):
             try:
                 await self._holder.take(held, timeout, tenant)
             except CapacityError:

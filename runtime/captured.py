@@ -222,11 +222,16 @@ class Captured:
             values = self._run_fixed(bank, shape, filled, options)
         return {name: self._own(value, cuts[name]) for name, value in values.items()}
 
+    def _running(self) -> onnxruntime.InferenceSession:
+        if self._session is None:
+            raise RuntimeError(f"a run of {self._model.name} without its session")
+        return self._session
+
     def _run_once(
         self, bank: HasValues, filled: Mapping[str, Array], options: onnxruntime.RunOptions | None
     ) -> dict[str, onnxruntime.OrtValue]:
-        assert self._session is not None
-        binding = self._session.io_binding()
+        session = self._running()
+        binding = session.io_binding()
         for name, value in bank.values.items():
             binding.bind_ortvalue_input(name, value)
         for name, array in filled.items():
@@ -236,7 +241,7 @@ class Captured:
         if self._records:
             options = onnxruntime.RunOptions() if options is None else options
             options.add_run_config_entry(_GRAPH_ID, _NOT_CAPTURED)
-        self._session.run_with_iobinding(binding, options)
+        session.run_with_iobinding(binding, options)
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
     def _run_fixed(
@@ -246,18 +251,18 @@ class Captured:
         filled: Mapping[str, Array],
         options: onnxruntime.RunOptions | None,
     ) -> Mapping[str, onnxruntime.OrtValue]:
-        assert self._session is not None
+        session = self._running()
         if shape.buffers is None:
             shape.buffers = self._make_buffers(bank, shape, filled)
         buffers = shape.buffers
         for name, array in filled.items():
             views.write(buffers.inputs[name], array)
         if not self._records:
-            self._session.run_with_iobinding(buffers.binding, options)
+            session.run_with_iobinding(buffers.binding, options)
         elif buffers.recorded:
-            self._session.run_with_iobinding(buffers.binding, buffers.options)
+            session.run_with_iobinding(buffers.binding, buffers.options)
         else:
-            self._record(self._session, buffers)
+            self._record(session, buffers)
         return buffers.outputs
 
     def _record(self, session: onnxruntime.InferenceSession, buffers: _Buffers) -> None:
@@ -275,8 +280,7 @@ class Captured:
         self._recordings += 1
 
     def _make_buffers(self, bank: HasValues, shape: _Shape, filled: Mapping[str, Array]) -> _Buffers:
-        assert self._session is not None
-        device, binding = self._choice.device, self._session.io_binding()
+        device, binding = self._choice.device, self._running().io_binding()
         inputs = {name: views.allocate(array.shape, str(array.dtype), device) for name, array in filled.items()}
         outputs = {
             name: views.allocate_as(sizes, element_type, device)

@@ -21,6 +21,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["Engine", "Outputs"]
 
 Outputs = dict[str, Array | list[Array]]
+_OUT_OF_RANGE = "out of data bounds"  # in what Gather says, whatever class its exception has
 
 
 class Banked(Protocol):
@@ -194,9 +195,10 @@ _ERRORS = (*ORT_ERRORS, RuntimeError)  # with IO binding it raises plain Runtime
 
 def _translation(bundle: str, error: Exception) -> InputError | RunError:
     """One of ONNX Runtime's exceptions, which share no class of their own, as an error of the toolkit."""
+    text = str(error).strip().splitlines()[0]
     # What it refuses in the middle of a run is mostly an index out of range: no shape or dtype gets this far.
-    kind = InputError if isinstance(error, ORT_REFUSALS) else RunError
-    return kind(f"run bundle {bundle!r}", problem=str(error).strip().splitlines()[0][:300])
+    kind = InputError if isinstance(error, ORT_REFUSALS) or _OUT_OF_RANGE in text else RunError
+    return kind(f"run bundle {bundle!r}", problem=text.rpartition("Status Message: ")[2][:300])
 
 
 @contextmanager

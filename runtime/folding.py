@@ -161,7 +161,7 @@ def to_bfloat16(array: Array) -> Array:
 
 def _checked(bundle: Bundle, adapter: Adapter) -> Adapter:
     """The adapter by canonical names, once it fits; no weight has been read."""
-    manifest, base = bundle.manifest, f"bundle {bundle.path}"
+    manifest, base = bundle.manifest, f"bundle {bundle.manifest.name!r}"
     stored = {name: manifest.weights[manifest.canonical(name)] for name in [*manifest.weights, *manifest.aliases]}
     adapter.check_shapes({name: weight.shape for name, weight in stored.items()}, base=base)
     adapter.check_digests({name: weight.digest for name, weight in stored.items()}, base=base)
@@ -212,7 +212,7 @@ def _cast(bundle: Bundle, adapter: Adapter, name: str, value: Array) -> Array:
     finite = (result & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(result)
     if not finite.all():
         raise AdapterError(
-            f"fold {adapter.source} into bundle {bundle.path}, weight {name!r}",
+            f"fold {adapter.source} into bundle {bundle.manifest.name!r}, weight {name!r}",
             expected=f"values that {dtype} holds",
             got="larger ones, or none at all",
             fix="Serve it with a float32 base.",

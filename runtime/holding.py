@@ -39,7 +39,7 @@ class Holder:
             QueueFull: too many requests of the tenant wait for adapters already.
             DeadlineExceeded: they were not there after `timeout` seconds.
         """
-        if self._tiers.take_resident(versions):
+        if self._tiers.take_resident(versions, new=True):
             return
         taking = self._line_up(versions, tenant)
         patience = asyncio.timeout(timeout)
@@ -106,7 +106,7 @@ class Holder:
         if not taking.set_running_or_notify_cancel():
             return
         try:
-            self._tiers.take(versions)
+            self._tiers.take(versions, new=True)
         except BaseException as error:  # whoever awaits it gets it
             taking.set_exception(error)
         else:

@@ -483,7 +483,9 @@ class Runtime:
 
     def _lay_out(self, adapter: Adapter) -> Content:
         # Errors name the bundle that was opened, not the copy.
-        filled = fitting.fill(self._manifest, adapter, bundle=str(self._bundle.path), base_value=self._base.base_value)
+        # By name: a server's clients read what is wrong with their adapters, and where a bundle lies is not theirs.
+        name = repr(self._manifest.name)
+        filled = fitting.fill(self._manifest, adapter, bundle=name, base_value=self._base.base_value)
         return Content(fitting.named(self._manifest, filled), fitting.sizes(self._manifest, adapter))
 
     def _banked_answer(self, inputs: Mapping[str, Array], version: Version | None) -> dict[str, Array]:

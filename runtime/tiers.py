@@ -62,6 +62,7 @@ class Tiers:
         self._resident: dict[Version, None] = {}  # those on a row, the least recently used first
         self._copies: dict[Version, int] = {}  # those in host memory and their bytes, likewise
         self._copied = 0
+        self._leaving: Version | None = None  # whom nobody begins to use, so that its row becomes free
         if self._bank.nbytes > device_bytes:
             raise CapacityError(
                 "open the bank",
@@ -88,9 +89,9 @@ class Tiers:
         finally:
             self.give_back(wanted)
 
-    def take(self, wanted: Sequence[Version]) -> None:
-        """Begin to use versions, each once; see `using`."""
-        if self.take_resident(wanted):
+    def take(self, wanted: Sequence[Version], *, new: bool = False) -> None:
+        """Begin to use versions, each once; see `using`, and for `new` `take_resident`."""
+        if self.take_resident(wanted, new=new):
             return
         contents = {version: self._content(version) for version in wanted if version.row is None}
         # One at a time, and only the one that holds no row yet: two that wait for each other's would wait forever.
@@ -105,11 +106,16 @@ class Tiers:
                 self.give_back(wanted)
                 raise
 
-    def take_resident(self, wanted: Sequence[Version]) -> bool:
-        """As `take`, if all are on the device already; never waits."""
+    def take_resident(self, wanted: Sequence[Version], *, new: bool = False) -> bool:
+        """As `take`, if all are on the device already; never waits.
+
+        Args:
+            wanted: versions.
+            new: whoever asks holds none of them yet, so that it may be kept waiting for one whose row another needs.
+        """
         with self._state:
             for version in wanted:
-                if version.row is None:
+                if version.row is None or (new and version is self._leaving):
                     return False
             self._count(wanted)
             return True
@@ -244,22 +250,33 @@ class Tiers:
     def _make_room(self, version: Version, wanted: Sequence[Version]) -> int | None:
         """A free row that holds a version, once there is one; None: the bank has to be replaced."""
         with self._state:
-            while True:
-                if self._free and widened(self._bank.shapes, [version.shapes]) == self._bank.shapes:
-                    return self._free[-1]
-                staying = {*wanted, *(other for other in self._resident if other.pinned)} - {version}
-                self._check_budget(version, staying)
-                size = row_bytes(self._layout, self._shapes([*self._resident, version]))
-                if (len(self._resident) + 2) * size <= self._device_bytes:  # the base, all residents, and this one
-                    return None
-                victim = next((v for v in self._resident if not v.users and v not in staying), None)
-                if victim is not None:
-                    self._evict(victim)
-                elif self._closed:
-                    raise RunError(f"bring {version.name!r} to the device", problem="the runtime is closed")
-                else:
-                    self._awaited = True
-                    self._given_back.wait()  # runs in flight give their rows back, and nobody else may take them
+            try:
+                while True:
+                    if self._free and widened(self._bank.shapes, [version.shapes]) == self._bank.shapes:
+                        return self._free[-1]
+                    staying = {*wanted, *(other for other in self._resident if other.pinned)} - {version}
+                    self._check_budget(version, staying)
+                    size = row_bytes(self._layout, self._shapes([*self._resident, version]))
+                    if (len(self._resident) + 2) * size <= self._device_bytes:  # the base, all residents, and this one
+                        return None
+                    self._free_a_row(version, [other for other in self._resident if other not in staying])
+            finally:
+                self._leaving = None
+
+    def _free_a_row(self, version: Version, others: Sequence[Version]) -> None:
+        """Evict one of others that nobody uses, or wait a while for one."""
+        victim = next((other for other in others if not other.users), None)
+        if victim is not None:
+            self._evict(victim)
+        elif self._closed:
+            raise RunError(f"bring {version.name!r} to the device", problem="the runtime is closed")
+        else:
+            # Runs in flight give their rows back, and nobody else may take them.  Those that are asked for without a
+            # pause would never be free: so one of them is used by nobody new, the one with the fewest to wait for.
+            if self._leaving not in others:
+                self._leaving = min(others, key=lambda other: other.users, default=None)
+            self._awaited = True
+            self._given_back.wait()
 
     def _check_budget(self, version: Version, staying: Iterable[Version]) -> None:
         together = [*staying, version]

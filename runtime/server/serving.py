@@ -24,6 +24,7 @@ from tpeft_deploy.runtime.server.observed import Observed
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest import framing
 from tpeft_deploy.runtime.server.rest.app import application
+from tpeft_deploy.runtime.server.rest.connection import Connection
 from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
@@ -150,7 +151,8 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
     )
     config = uvicorn.Config(
         application(service, limits, observe),
-        http="httptools",
+        http=Connection,
+        ws="none",  # else a library for it answers before keys are looked at, wherever one is installed
         lifespan="off",
         log_config=None,
         access_log=False,

@@ -56,6 +56,7 @@ _TABLE: list[tuple[type[errors.TpeftError], int, str]] = [
     (errors.CompositionError, 400, "INVALID_ARGUMENT"),
     (errors.AdapterError, 400, "INVALID_ARGUMENT"),
 ]
+_LONGEST = 1500  # some texts repeat what the client called something, which may be as long as a body
 _OVERLOAD_SECONDS = 1  # queues hold a second of work at most; who comes again by then finds room or another answer
 
 
@@ -66,8 +67,12 @@ def status_of(error: BaseException) -> Status:
     """
     for kind, http, grpc in _TABLE:
         if isinstance(error, kind):
-            return Status(http, grpc, str(error), _retry_after(error, http))
+            return Status(http, grpc, _clipped(str(error)), _retry_after(error, http))
     return Status(500, "INTERNAL", "internal error: the server's log says what happened")
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def _retry_after(error: errors.TpeftError, http: int) -> int | None:

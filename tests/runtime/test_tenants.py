@@ -95,10 +95,10 @@ class Slow:
         self.taken: list[str] = []
         self.given_back: list[str] = []
 
-    def take_resident(self, _versions: Sequence[Version]) -> bool:
+    def take_resident(self, _versions: Sequence[Version], *, new: bool) -> bool:
         return False
 
-    def take(self, versions: Sequence[Version]) -> None:
+    def take(self, versions: Sequence[Version], *, new: bool) -> None:
         assert self.open.acquire(timeout=20)
         self.taken += [version.name for version in versions]
 
@@ -166,7 +166,7 @@ def test_who_gives_up_before_its_turn_is_not_read_for_and_a_tenant_has_so_many_w
 
 def test_a_reader_that_times_out_itself_is_not_taken_for_a_deadline() -> None:
     class Broken(Slow):
-        def take(self, versions: Sequence[Version]) -> None:
+        def take(self, versions: Sequence[Version], *, new: bool) -> None:
             raise TimeoutError("the disk")
 
     own = Holder(Broken())  # type: ignore[arg-type]

@@ -60,6 +60,33 @@ def test_the_least_recently_used_gives_way(conv_bundle: Bundle, expected: dict[s
     assert runtime.usage()["device_bytes"] <= 3 * row_bytes(conv_bundle)
 
 
+def test_what_is_asked_for_without_a_pause_gives_way_too(conv_bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
+    """Nobody begins to use it while another waits for its row; who uses it already may, or its row is never free."""
+    runtime = budgeted(conv_bundle, 2)
+    tiers = runtime._tiers
+    two, plain = (found for task in ("two", "plain") if (found := runtime._catalogue.find(task)))
+    for held in ([two], [plain], [plain]):
+        tiers.take(held)
+    waiting = threading.Thread(target=lambda: close(runtime.run(images(5), "wide")["logits"], expected["wide"]))
+    waiting.start()
+    until = time.monotonic() + 20
+    while tiers._leaving is not two:  # the one with fewer users
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    assert not tiers.take_resident([two], new=True)
+    assert not tiers.take_resident([plain, two], new=True)
+    assert tiers.take_resident([plain], new=True)
+    assert tiers.take_resident([two])
+    for _ in range(2):
+        tiers.give_back([two])
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert runtime.residency() == {"partial": "disk", "plain": "device", "two": "disk", "wide": "device"}
+    for _ in range(3):
+        tiers.give_back([plain])
+    close(runtime.run(images(5), "two")["logits"], expected["two"])
+
+
 def test_what_had_to_leave_returns_from_host_memory(conv_bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
     runtime = budgeted(conv_bundle, 1, host_bytes=2**30)
     for task in ALL:

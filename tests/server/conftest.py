@@ -19,6 +19,7 @@ from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.service import Options, Service, order_of
 
 if TYPE_CHECKING:
+    from tests.server.audited import Audited  # which imports this
     from tests.server.postgres import Postgres
 
 PIXELS = np.random.default_rng(0).standard_normal((4, 1, 12, 14)).astype(np.float32)
@@ -102,3 +103,14 @@ def url(request: pytest.FixtureRequest) -> str | None:
         return None
     own: Postgres = request.getfixturevalue("postgres")
     return own.empty()
+
+
+def server(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, others: list[Adapter]) -> Iterator[Audited]:
+    """One with the default settings and an adapter of each of two tenants; a module may have another of its own."""
+    from tests.server.audited import audited
+
+    with audited(conv_bundle, tmp_path_factory.mktemp("audited")) as found:
+        assert found.register(others[0]).status_code == 200
+        assert found.register(others[1], "secret", "rival").status_code == 200
+        yield found
+        found.check_conduct()

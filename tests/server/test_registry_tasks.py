@@ -213,8 +213,21 @@ def test_what_does_not_pass_its_check_is_not_there(state: State) -> None:
         state.tasks.add("acme", "mood", adapter(1), refuse, by="a key")
     assert state.tasks.snapshot() is before
     assert len(state.audit.list()) == 1
-    assert state.tasks.sweep() == 1, "its file has no grace: nobody ever saw it"
+    assert len(blobs(state)) == 1, "its file has no grace: nobody ever saw it"
     assert add(state, seed=1).number == 2
+
+
+def test_what_is_refused_takes_nobody_else_s_file(state: State) -> None:
+    def refuse(_record: VersionRecord, _adapter: Adapter) -> None:
+        raise TpeftError("no")
+
+    kept, freed = add(state, seed=0), add(state, name="freed", seed=1)
+    state.tasks.remove("acme", "freed", by="a key")
+    for seed in range(3):
+        with pytest.raises(TpeftError, match="no"):
+            state.tasks.add("other", "mood", adapter(seed), refuse, by="a key")
+    assert blobs(state) == {kept.digest, freed.digest}
+    assert state.tasks.read(freed).to_bytes() == adapter(1).to_bytes()
 
 
 def test_a_probe_that_takes_long_holds_up_no_other_task_nor_loses_its_file(state: State) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import uvicorn
 
+from tests.server.asking import Asking
 from tests.server.conftest import PIXELS, Served, serve
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.runtime.server.access import Action
@@ -27,31 +28,14 @@ from tpeft_deploy.runtime.server.rest.openapi import ROUTE, document
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
 
 
-class Live:
+class Live(Asking):
     """A server on a port of its own, and keys to it."""
 
     def __init__(self, own: Served, port: int) -> None:
+        who = [("acme", "infer"), ("acme", "deploy"), ("rival", "infer"), ("rival", "deploy"), ("operator", "admin")]
+        super().__init__(port, {(one, role): own.state.keys.create(one, role, by="a test")[1] for one, role in who})
         self.served = own
-        self.url = f"http://127.0.0.1:{port}"
-        self.port = port
         self.exchanges: list[Exchange] = []
-        self.keys = {
-            (tenant, role): own.state.keys.create(tenant, role, by="a test")[1]
-            for tenant, role in [
-                ("acme", "infer"), ("acme", "deploy"), ("rival", "infer"), ("rival", "deploy"), ("operator", "admin")
-            ]
-        }  # fmt: skip
-
-    def headers(self, tenant: str = "acme", role: str = "deploy") -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.keys[tenant, role]}"}
-
-    def ask(self, method: str, path: str, tenant: str = "acme", role: str = "deploy", **more: Any) -> httpx.Response:
-        headers = self.headers(tenant, role) | more.pop("headers", {})
-        return httpx.request(method, self.url + path, headers=headers, timeout=30, **more)
-
-    def register(self, adapter: Adapter, name: str = "mood", tenant: str = "acme") -> httpx.Response:
-        path = f"/v2/registry/tasks/{name}/versions"
-        return self.ask("POST", path, tenant, files={"weights": adapter.to_bytes()})
 
 
 @contextmanager
@@ -66,7 +50,8 @@ def running(own: Served) -> Iterator[Live]:
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield live
+        with live.client:
+            yield live
         server.should_exit = True
         thread.join()
 

@@ -92,8 +92,8 @@ def _parameter(module: Module, checkpoint: Checkpoint) -> str:
 
 def _own_parameters(module: Module, checkpoint: Checkpoint) -> list[str]:
     """The parameters that the module holds itself, in the base's order."""
-    assert checkpoint.base is not None
-    return [name for name in checkpoint.base.weights if name.rpartition(".")[0] == module.name]
+    names = checkpoint.base.weights.keys() if checkpoint.base is not None else ()
+    return [name for name in names if name.rpartition(".")[0] == module.name]
 
 
 def _ends_with(name: str, target: str) -> bool:

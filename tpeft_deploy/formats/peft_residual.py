@@ -48,8 +48,8 @@ def subtract_initial(module: Module, checkpoint: Checkpoint, delta: TuckerDelta,
     core[:rank, :rank] = delta.core
     core[rank:, rank:] = -factor * np.eye(left.shape[1])
     up, down = delta.factors
-    assert up is not None
-    assert down is not None
+    if up is None or down is None:
+        raise FormatError(doing(module, checkpoint), expected="two factors", got="one")
     factors = (np.hstack([up, left.astype(up.dtype)]), np.hstack([down, right.astype(down.dtype)]))
     return TuckerDelta(core, factors, delta.scale)
 

@@ -104,6 +104,17 @@ class Blobs:
         with self._lock:
             self._freed |= dict.fromkeys(digests, now)
 
+    def discard(self, digest: str, referred: Set[str]) -> None:
+        """Remove the file of something that was refused, unless another needs it.
+
+        Args:
+            digest: of it.
+            referred: digests of what stays.
+        """
+        with self._lock:
+            if digest not in {*referred, *self._freed, *self._coming}:
+                self._place(digest).unlink(missing_ok=True)
+
     def sweep(self, referred: Set[str], *, grace: float) -> int:
         """Remove what nothing refers to; how many files there were.
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -70,10 +71,11 @@ class Staged:
             raise ProtocolError(f"read {of}", expected=f"a part {WEIGHTS!r} with the adapter", got="none")
         place = self._directory if (self._directory / _NAMES[CONFIG]).exists() else weights
         try:
-            return load_adapter(place, base=base)
+            found = load_adapter(place, base=base)
         except TpeftError as error:
             text = str(error).replace(str(weights), of).replace(str(self._directory), of)
             raise type(error)(text) from error
+        return replace(found, source=of)  # what comes after names it in messages too
 
     async def _copy(self, part: str, stream: AsyncIterator[bytes], file: BinaryIO, limit: int) -> None:
         own = 0

@@ -91,10 +91,15 @@ class Tasks:
             with self._database.reading() as connection:
                 number = rows.next_number(connection, tenant, name)
                 self._check_quota(connection, tenant, len(data))
-            with self._blobs.coming(data) as digest:
-                record = VersionRecord(tenant, name, number, digest, len(data), time.time(), by)
-                check(record, adapter)
-                self._add(record, alias)
+            try:
+                with self._blobs.coming(data) as digest:
+                    record = VersionRecord(tenant, name, number, digest, len(data), time.time(), by)
+                    check(record, adapter)
+                    self._add(record, alias)
+            except BaseException:
+                # Not left to a sweep: until then, refused uploads would fill the disk.
+                self._discard(Blobs.digest(data))
+                raise
         return record
 
     def point(self, tenant: str, name: str, alias: str, version: str, *, by: str) -> TaskRecord:
@@ -213,6 +218,10 @@ class Tasks:
         """Remove the files of adapters deleted `grace` seconds ago or before; how many there were."""
         with self._lock:
             return self._blobs.sweep({version.digest for version in self._catalog.versions()}, grace=grace)
+
+    def _discard(self, digest: str) -> None:
+        with self._lock:
+            self._blobs.discard(digest, {version.digest for version in self._catalog.versions()})
 
     def _add(self, record: VersionRecord, alias: str) -> None:
         tenant, name = record.tenant, record.task
