@@ -105,6 +105,7 @@ def url(request: pytest.FixtureRequest) -> str | None:
     return own.empty()
 
 
+@pytest.fixture(scope="session")
 def server(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, others: list[Adapter]) -> Iterator[Audited]:
     """One with the default settings and an adapter of each of two tenants; a module may have another of its own."""
     from tests.server.audited import audited
