@@ -154,6 +154,7 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
         http=Connection,
         ws="none",  # else a library for it answers before keys are looked at, wherever one is installed
         lifespan="off",
+        proxy_headers=False,  # nothing here asks where a request comes from
         log_config=None,
         access_log=False,
         server_header=False,

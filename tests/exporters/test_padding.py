@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -333,7 +334,7 @@ def test_verify_proves_the_padding_again(tmp_path: Path) -> None:
     ]
     manifest = bundle.manifest
     wrong = tuple(Port(p.name, p.dtype, p.shape, pad=1) for p in manifest.inputs)
-    text = Manifest(**{**manifest.__dict__, "inputs": wrong}).to_json()
+    text = replace(manifest, inputs=wrong).to_json()
     (bundle.path / "manifest.json").write_text(text)
     with pytest.raises(NotEquivalent, match="check the padded export of task 'base'"):
         verify_bundle(bundle.path)
@@ -342,7 +343,7 @@ def test_verify_proves_the_padding_again(tmp_path: Path) -> None:
 def test_which_names_of_a_manifest_may_be_filled_up(conv_bundle: Bundle) -> None:
     def paddable(*ports: tuple[tuple[int | str, ...], int | None]) -> set[str]:
         inputs = tuple(Port(f"i{n}", "float32", shape, pad=pad) for n, (shape, pad) in enumerate(ports))
-        return set(Manifest(**{**conv_bundle.manifest.__dict__, "inputs": inputs}).paddable)
+        return set(replace(conv_bundle.manifest, inputs=inputs).paddable)
 
     assert paddable((("batch", "a", 3, "b"), 0)) == {"a", "b"}
     assert paddable((("batch", "a", "b"), 0), (("batch", "b"), None)) == {"a"}

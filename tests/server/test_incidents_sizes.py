@@ -134,10 +134,20 @@ def endless(server: Audited, head: str, piece: bytes, most: int) -> tuple[bytes,
                 sent += client.send(piece)
         except OSError:
             pass
+        client.settimeout(10)
+        answer = b""
         try:
-            return client.recv(65536), sent
+            while not _is_whole(answer) and (part := client.recv(65536)):
+                answer += part
         except OSError:
-            return b"", sent
+            pass
+        return answer, sent
+
+
+def _is_whole(answer: bytes) -> bool:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    return length is not None and len(body) >= int(length[1])
 
 
 def chunked(method: str, path: str, more: str) -> str:
