@@ -48,6 +48,7 @@ class Answering:
         tenant: str,
         priority: int,
         timing: Timing | None,
+        since: float | None = None,
     ) -> Answered:
         """Answer a request.
 
@@ -59,6 +60,7 @@ class Answering:
             tenant: whom the queue's order may charge.
             priority: as `batching.Request`.
             timing: is told when the run began and ended.
+            since: when the timeout began, by `time.monotonic`; by default now.
 
         Raises:
             AdapterError, BundleError, CapacityError: a version cannot be brought to the device.
@@ -68,19 +70,16 @@ class Answering:
             held = [versions[0]] if versions[0] is not None else []
         else:
             held = [version for version in dict.fromkeys(versions) if version is not None]
-        began = time.monotonic()
+        began = time.monotonic() if since is None else since
         if held and not self._tiers.take_resident(held, new=True):
             try:
-                await self._holder.take(held, timeout, tenant)
+                left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
+                await self._holder.take(held, left, tenant)
             except CapacityError:
                 if len(held) < 2:
                     raise
-                left = None if timeout is None else timeout - (time.monotonic() - began)
-                return await self._in_parts(inputs, versions, held, left, tenant, priority, timing)
+                return await self._in_parts(inputs, versions, held, timeout, began, tenant, priority, timing)
         try:
-            left = timeout
-            if held and timeout is not None:
-                left = timeout - (time.monotonic() - began)
             one: Version | str | None = None
             each: list[Version | str] | None = None
             if apart:
@@ -88,7 +87,7 @@ class Answering:
             else:
                 one = BASE_TASK if versions[0] is None else versions[0]
             return await self._batcher.infer(
-                inputs, one, tasks=each, timeout=left, tenant=tenant, priority=priority, timing=timing
+                inputs, one, tasks=each, timeout=timeout, since=began, tenant=tenant, priority=priority, timing=timing
             )
         finally:
             if held:
@@ -100,12 +99,12 @@ class Answering:
         versions: Sequence[Version | None],
         held: Sequence[Version],
         timeout: float | None,
+        since: float,
         tenant: str,
         priority: int,
         timing: Timing | None,
     ) -> Answered:
         """Half of the versions after the other, as they do not fit on the device together."""
-        deadline = None if timeout is None else time.monotonic() + timeout
         first = set(held[: (len(held) + 1) // 2])
         chosen = np.array([version in first for version in versions])
         rows: dict[str, list[Array | None]] = {port.name: [None] * len(versions) for port in self._manifest.outputs}
@@ -115,7 +114,8 @@ class Answering:
                 requests.take_rows(self._manifest, inputs, places),
                 [versions[place] for place in places.tolist()],
                 apart=True,
-                timeout=None if deadline is None else deadline - time.monotonic(),
+                timeout=timeout,
+                since=since,
                 tenant=tenant,
                 priority=priority,
                 timing=timing,

@@ -91,6 +91,7 @@ class Batcher:
         *,
         tasks: Sequence[Task] | None = None,
         timeout: float | None = None,
+        since: float | None = None,
         tenant: str = "",
         priority: int = 0,
         timing: Timing | None = None,
@@ -105,6 +106,7 @@ class Batcher:
             task: one task for all rows, unless `tasks` says one for each.
             tasks: one task per row; outputs whose size varies per task are then lists with one array a row.
             timeout: seconds until the answer is of no use; by default it always is.
+            since: when those began, by the batcher's clock; by default now.
             tenant: whom the order may charge for the rows.
             priority: among the tenant's own requests on the same task, the smaller first.
             timing: is told when the request's run began and ended.
@@ -123,11 +125,13 @@ class Batcher:
         # Rows that are all on one task are in the lane of that task, and join its other requests.
         lane = rows[0] if len(rows) == 1 or len(set(rows)) == 1 else tuple(rows)
         form = self._joiner.form(inputs, lane)
+        now = self._clock()
+        deadline = math.inf if timeout is None else (now if since is None else since) + timeout
         request = Request(
             next(self._ids),
             self._joiner.rows(inputs) if form is None else form.rows,
             form,
-            deadline=math.inf if timeout is None else self._clock() + timeout,
+            deadline=deadline,
             tenant=tenant,
             cost=sum(array.size for array in inputs.values()) if form is None else form.elements,
             lane=lane,
@@ -136,7 +140,7 @@ class Batcher:
         call = Call(request, inputs, rows, tasks is not None, timeout, loop.create_future(), timing)
         self._admit(call)
         # On the caller's loop, so that it is on time while the worker is busy with others.
-        timer = loop.call_later(timeout, self._expire, call) if timeout is not None else None
+        timer = loop.call_later(deadline - now, self._expire, call) if timeout is not None else None
         try:
             return await call.future
         finally:

@@ -18,6 +18,7 @@ from tpeft_deploy.runtime.server import documents
 from tpeft_deploy.runtime.server.access import LOCAL, SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.admission import Admission
 from tpeft_deploy.runtime.server.core import Document, Part
+from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.fairness import Fair
 from tpeft_deploy.runtime.server.inference import Inference
 from tpeft_deploy.runtime.server.management import Management, owner
@@ -201,12 +202,15 @@ class Service:
         allow(principal, Action.DEPLOY)
         files = {key: value for key, value in parameters.items() if key.startswith("file:")}
         unknown = sorted(set(parameters) - set(files) - {"pin"})
-        if unknown:
+        if "config" in unknown:
             raise Unsupported(
+                f"load model {name!r}", problem="a model's configuration follows from its bundle", fix="Send no config."
+            )
+        if unknown:
+            raise ProtocolError(
                 f"load model {name!r}",
                 expected="parameters 'file:...' and 'pin'",
-                got=", ".join(unknown),
-                fix="A model's configuration follows from its bundle.",
+                got=", ".join(map(quoted, unknown)),
             )
         if files:
             await self._management.register(principal, name, _parts(name, files, self._options.max_upload_bytes))
@@ -223,7 +227,8 @@ class Service:
         allow(principal, Action.DEPLOY)
         unknown = sorted(set(parameters) - {"unload_dependents"})
         if unknown:
-            raise Unsupported(f"unload model {name!r}", expected="no such parameters", got=", ".join(unknown))
+            got = ", ".join(map(quoted, unknown))
+            raise ProtocolError(f"unload model {name!r}", expected="no parameters but 'unload_dependents'", got=got)
         model = self._changeable(principal, name)
         self._models.unload(model)
         self._observers.settle()

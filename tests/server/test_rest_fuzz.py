@@ -152,7 +152,8 @@ def test_no_request_with_binary_framing_is_an_internal_error(live: Live, count: 
             path += choice.choice(["", "", "", "/versions/1", "/versions/9", "/versions/%2e"]) + "/infer"
             answer = client.post(path, content=body, headers=own | headers)
             seen[answer.status_code] += 1
-            assert answer.status_code < 500 or answer.status_code == 501, (body[:500], headers, answer.text)
+            # 504: some ask for their answer within microseconds.
+            assert answer.status_code < 500 or answer.status_code in {501, 504}, (body[:500], headers, answer.text)
             if answer.status_code != 200:
                 assert set(answer.json()) == {"error"}
                 assert "rival" not in answer.text
@@ -160,6 +161,11 @@ def test_no_request_with_binary_framing_is_an_internal_error(live: Live, count: 
     assert {200, 400, 404, 413} <= set(seen), seen
     assert max(lags) < 2, sorted(lags)[-5:]
     assert live.served.runtime.batching().waiting_rows == 0
+
+
+def no_internal_error(ctx: Any, answer: Any, case: Any) -> bool | None:
+    """As schemathesis has it, but for what a server may say of a part of the protocol that it has not."""
+    return None if answer.status_code == 501 else not_a_server_error(ctx, answer, case)
 
 
 def _described(live: Live) -> list[Any]:
@@ -173,7 +179,7 @@ def _described(live: Live) -> list[Any]:
 def test_what_the_document_describes_is_answered_as_it_says(live: Live, count: int) -> None:
     """Requests that schemathesis makes from the document, with each role that may do most."""
     checked = [
-        not_a_server_error,
+        no_internal_error,
         checks.status_code_conformance,
         checks.content_type_conformance,
         checks.response_schema_conformance,
