@@ -23,6 +23,7 @@ from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
 from tpeft_deploy.exporters.padding import prove_padding
 from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
 from tpeft_deploy.exporters.proof import prove, with_checks
+from tpeft_deploy.exporters.samples import rows_differ
 from tpeft_deploy.exporters.targets import activations
 from tpeft_deploy.files import digest_file, new_directory
 from tpeft_deploy.manifest import FileRecord, Manifest, Varies
@@ -132,10 +133,13 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
         model.metadata_props["tpeft.form"] = file.partition(".")[0]
         ir.save(model, place / file)
     np.savez(place / EXAMPLE, **dict(base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
+    reason = f"one adapter per run at {', '.join(single)}" if single else ""
+    if single and not rows_differ(base, raw.graph):
+        reason = "the rows of the example inputs are all alike, so nothing tells where rows are: give some that differ"
     return replace(
         draft,
         rows="group" if single else "each",
-        rows_reason=f"one adapter per run at {', '.join(single)}" if single else "",
+        rows_reason=reason,
         outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
         files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
     )

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from tpeft_deploy.exporters.bases import Base, Inputs
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Sizes", "batch_axis", "own_sizes", "shapes_to_prove", "takes", "with_sizes"]
+__all__ = ["Sizes", "batch_axis", "own_sizes", "rows_differ", "shapes_to_prove", "takes", "with_sizes"]
 
 Sizes = dict[str, int]
 ROWS = (2, 5)
@@ -64,6 +64,16 @@ def with_sizes(base: Base, graph: ir.Graph, sizes: Sizes) -> Inputs:
                 array = _repeat(array, axis, _evaluate(dim, sizes))
         inputs[str(value.name)] = np.ascontiguousarray(array)
     return inputs
+
+
+def rows_differ(base: Base, graph: ir.Graph) -> bool:
+    """Whether a base's example has rows that differ: where all are alike, nothing tells them apart in a model."""
+    batch = batch_axis(graph)
+    if batch is None:
+        return False
+    inputs = with_sizes(base, graph, own_sizes(base, graph) | {batch: ROWS[0]})
+    batched = [str(value.name) for value in graph.inputs if value.shape and str(value.shape[0]) == batch]
+    return any(not np.array_equal(inputs[name][0], inputs[name][1]) for name in batched)
 
 
 def own_sizes(base: Base, graph: ir.Graph) -> Sizes:

@@ -56,5 +56,5 @@ class Admission:
                 f"register task {record.task!r}",
                 expected="outputs that differ from the base's",
                 got="the base's own, exactly",
-                fix="Its change is zero, or too small to be seen: was it saved before training?",
+                fix="Its change is zero, or not seen on the bundle's example: was it saved before training?",
             )
