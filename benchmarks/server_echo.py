@@ -187,7 +187,7 @@ def with_asyncio(target: Target, seconds: float, connections: int, place: Path) 
             head = await reader.readuntil(b"\r\n\r\n")
             if not head.startswith(b"HTTP/1.1 200"):
                 raise SystemExit(head.decode())
-            length = re.search(rb"(?i)content-length: (\d+)", head)
+            length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
             assert length is not None
             await reader.readexactly(int(length[1]))
             count += 1

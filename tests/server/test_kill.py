@@ -96,7 +96,7 @@ def kill_once(place: Path, seed: int, url: str | None) -> tuple[dict[str, object
     return acknowledged, keys, pending
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
 def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(tmp_path: Path, kills: int, url: str | None) -> None:
     place = tmp_path / "state"
     known: dict[str, object] = {}

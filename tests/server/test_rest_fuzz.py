@@ -140,7 +140,7 @@ def framed(document: dict[str, Any], raw: bytes, choice: random.Random) -> tuple
     return body, headers
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
 def test_no_request_with_binary_framing_is_an_internal_error(live: Live, count: int) -> None:
     choice = random.Random(count)
     seen: Counter[int] = Counter()
