@@ -131,9 +131,9 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, float]:
                         if turn:
                             found[name].append(costs)
     figures = {}
-    for name, costs in found.items():
-        figures[f"{name}, us of processor time"] = statistics.median(whole for whole, _ in costs)
-        figures[f"{name}, of it on the event loop"] = statistics.median(loop for _, loop in costs)
+    for name, both in found.items():
+        figures[f"{name}, us of processor time"] = statistics.median(whole for whole, _ in both)
+        figures[f"{name}, of it on the event loop"] = statistics.median(loop for _, loop in both)
     return figures
 
 
