@@ -134,7 +134,8 @@ async def _run(
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
     service.drain()
-    say(f"draining: what came is answered, and what comes within {settings.drain_grace:g} s")
+    late = f", and what comes within {settings.drain_grace:g} s" if settings.drain_grace else ""
+    say(f"draining: what came is answered{late}")
     await asyncio.sleep(settings.drain_grace)
     service.refuse()
     http.should_exit = True
