@@ -266,6 +266,14 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, float]:
     }
 
 
+def show(figures: dict[str, float], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures, indent=1))
+        return
+    for what, value in figures.items():
+        print(f"{what:50} {value:10.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
@@ -277,11 +285,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         figures = measure(options, Path(place))
-    if options.json:
-        print(json.dumps(figures, indent=1))
-        return
-    for what, value in figures.items():
-        print(f"{what:50} {value:10.3f}")
+    show(figures, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import os
 import statistics
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from benchmarks.server_echo import PIXELS, TASKS, TENANTS, infer_request, small
+from benchmarks.server_echo import PIXELS, TASKS, TENANTS, infer_request, show, small
 from tpeft_deploy import Runtime
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.access import Principal, Role
@@ -147,11 +146,7 @@ def main() -> None:
     os.sched_setaffinity(0, {0})
     with tempfile.TemporaryDirectory() as place:
         figures = measure(options, Path(place))
-    if options.json:
-        print(json.dumps(figures, indent=1))
-        return
-    for what, value in figures.items():
-        print(f"{what:50} {value:10.1f}")
+    show(figures, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import onnxruntime
 from tpeft_deploy.errors import DeadlineExceeded
 from tpeft_deploy.runtime.batching import Request
 from tpeft_deploy.runtime.joining import Form, Task
+from tpeft_deploy.runtime.providers import GRAPH_ID
 from tpeft_deploy.runtime.timing import Timing
 from tpeft_deploy.tucker import Array
 
@@ -62,7 +63,7 @@ def _options() -> onnxruntime.RunOptions:
     options.log_severity_level = 4
     # Its default.  Where it is missing, ONNX Runtime's Python asks for it by an exception, which costs twice the run of
     # a small model.
-    options.add_run_config_entry("gpu_graph_id", "0")
+    options.add_run_config_entry(GRAPH_ID, "0")
     return options
 
 

@@ -22,12 +22,11 @@ from tpeft_deploy.errors import RunError
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime import views
 from tpeft_deploy.runtime.buckets import Bucket, Buckets, Recent
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda, control_flow, open_session
+from tpeft_deploy.runtime.providers import GRAPH_ID, ORT_ERRORS, Choice, Cuda, control_flow, open_session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Captured", "Policy"]
 
-_GRAPH_ID = "gpu_graph_id"
 _NOT_CAPTURED = "-1"
 
 
@@ -192,7 +191,7 @@ class Captured:
         # New in ONNX Runtime 1.32; providers without it do nothing, which is why recordings are counted.
         release = getattr(self._session, "release_captured_graph", None)
         if shape.buffers is not None and shape.buffers.recorded and release is not None:
-            release(int(shape.buffers.options.get_run_config_entry(_GRAPH_ID)))
+            release(int(shape.buffers.options.get_run_config_entry(GRAPH_ID)))
 
     def _run(
         self,
@@ -240,7 +239,7 @@ class Captured:
             binding.bind_output(name, self._choice.device)
         if self._records:
             options = onnxruntime.RunOptions() if options is None else options
-            options.add_run_config_entry(_GRAPH_ID, _NOT_CAPTURED)
+            options.add_run_config_entry(GRAPH_ID, _NOT_CAPTURED)
         session.run_with_iobinding(binding, options)
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
@@ -292,7 +291,7 @@ class Captured:
             binding.bind_ortvalue_output(name, value)
         options = onnxruntime.RunOptions()
         if self._records:
-            options.add_run_config_entry(_GRAPH_ID, str(next(self._ids)))
+            options.add_run_config_entry(GRAPH_ID, str(next(self._ids)))
         return _Buffers(binding, inputs, outputs, options)
 
     def _own(self, value: onnxruntime.OrtValue, cut: tuple[slice, ...]) -> Array:

@@ -57,10 +57,7 @@ class Catalogue:
             CompositionError: the set is empty, or names the base.
         """
         if isinstance(task, str):
-            found = self._versions.get(task)
-            if found is None and task != BASE_TASK:
-                raise self._unknown(doing or f"run task {task!r}", task)
-            return found
+            return None if task == BASE_TASK else self._known(task, doing)
         if isinstance(task, Mapping):
             return self._set(task, doing or f"run the weighted set {dict(task)}")
         raise InputError(
@@ -119,10 +116,10 @@ class Catalogue:
     def _stored(self, task: str, digest: str) -> Version:
         return Version(task, digest, partial(self._bundle.version, task, digest, native=False))
 
-    def _known(self, task: str, doing: str) -> Version:
+    def _known(self, task: str, doing: str | None) -> Version:
         version = self._versions.get(task)
         if version is None:
-            raise self._unknown(doing, task)
+            raise self._unknown(doing or f"run task {task!r}", task)
         return version
 
     def _set(self, strengths: Mapping[str, float], doing: str) -> Version:

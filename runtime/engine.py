@@ -73,7 +73,6 @@ class Engine:
         self._tiers = tiers
         self._own = own
         self._sizes = sizes
-        self._varying = any(port.varies for port in manifest.outputs)
 
     def run_one(
         self,
@@ -128,7 +127,8 @@ class Engine:
         if self._manifest.rows == "group":
             return self._in_parts(inputs, versions, [[version] for version in distinct], options)
         try:
-            return self._mixed(inputs, versions, options)
+            with self._tiers.using(version for version in distinct if version is not None):
+                return self._on_rows(inputs, versions, options)
         except CapacityError:
             # Fewer at a time may fit; one that does not fit alone raises again.
             half = (len(distinct) + 1) // 2
@@ -143,28 +143,16 @@ class Engine:
             return self.run_rows(inputs, versions, options)
         return self._on_rows(inputs, versions, options)
 
-    def _mixed(
-        self,
-        inputs: Mapping[str, Array],
-        versions: Sequence[Version | None],
-        options: onnxruntime.RunOptions | None,
-    ) -> Outputs:
-        with self._tiers.using(version for version in versions if version is not None):
-            return self._on_rows(inputs, versions, options)
-
     def _on_rows(
         self,
         inputs: Mapping[str, Array],
         versions: Sequence[Version | None],
         options: onnxruntime.RunOptions | None,
     ) -> Outputs:
+        """Versions that are in use, together on the bank."""
         bank, rows = self._tiers.rows(versions)
-        try:
+        with _translated(self._manifest.name):
             outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
-        except _ERRORS as error:
-            raise _translation(self._manifest.name, error) from error
-        if not self._varying:
-            return {**outputs}
         sizes = [self._sizes if version is None else version.sizes for version in versions]
         return {
             port.name: requests.cut_rows(port, outputs[port.name], [own.get(port.name, 0) for own in sizes])
@@ -190,20 +178,13 @@ class Engine:
         return requests.as_one(self._manifest, rows)
 
 
-_ERRORS = (*ORT_ERRORS, RuntimeError)  # with IO binding it raises plain RuntimeErrors
-
-
-def _translation(bundle: str, error: Exception) -> InputError | RunError:
-    """One of ONNX Runtime's exceptions, which share no class of their own, as an error of the toolkit."""
-    text = str(error).strip().splitlines()[0]
-    # What it refuses in the middle of a run is mostly an index out of range: no shape or dtype gets this far.
-    kind = InputError if isinstance(error, ORT_REFUSALS) or _OUT_OF_RANGE in text else RunError
-    return kind(f"run bundle {bundle!r}", problem=text.rpartition("Status Message: ")[2][:300])
-
-
 @contextmanager
 def _translated(bundle: str) -> Iterator[None]:
+    """ONNX Runtime's exceptions, which share no class of their own, as errors of the toolkit."""
     try:
         yield
-    except _ERRORS as error:
-        raise _translation(bundle, error) from error
+    except (*ORT_ERRORS, RuntimeError) as error:  # with IO binding it raises plain RuntimeErrors
+        text = str(error).strip().splitlines()[0]
+        # What it refuses in the middle of a run is mostly an index out of range: no shape or dtype gets this far.
+        kind = InputError if isinstance(error, ORT_REFUSALS) or _OUT_OF_RANGE in text else RunError
+        raise kind(f"run bundle {bundle!r}", problem=text.rpartition("Status Message: ")[2][:300]) from error

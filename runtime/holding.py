@@ -39,8 +39,6 @@ class Holder:
             QueueFull: too many requests of the tenant wait for adapters already.
             DeadlineExceeded: they were not there after `timeout` seconds.
         """
-        if self._tiers.take_resident(versions, new=True):
-            return
         taking = self._line_up(versions, tenant)
         patience = asyncio.timeout(timeout)
         try:

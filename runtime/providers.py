@@ -19,12 +19,23 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from tpeft_deploy.errors import ProviderUnavailable
 
-__all__ = ["ORT_ERRORS", "ORT_REFUSALS", "Choice", "Cuda", "Provider", "choose", "control_flow", "open_session"]
+__all__ = [
+    "GRAPH_ID",
+    "ORT_ERRORS",
+    "ORT_REFUSALS",
+    "Choice",
+    "Cuda",
+    "Provider",
+    "choose",
+    "control_flow",
+    "open_session",
+]
 
 Provider = Literal["auto", "cuda", "cpu"]
 
 ORT_ERRORS = (ort.Fail, ort.RuntimeException, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented)
 ORT_REFUSALS = (ort.InvalidArgument,)
+GRAPH_ID = "gpu_graph_id"  # the entry of RunOptions that says which CUDA graph a run is
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"

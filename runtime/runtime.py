@@ -482,7 +482,6 @@ class Runtime:
         self._folds.drop(version)
 
     def _lay_out(self, adapter: Adapter) -> Content:
-        # Errors name the bundle that was opened, not the copy.
         # By name: a server's clients read what is wrong with their adapters, and where a bundle lies is not theirs.
         name = repr(self._manifest.name)
         filled = fitting.fill(self._manifest, adapter, bundle=name, base_value=self._base.base_value)

@@ -127,8 +127,7 @@ class Tiers:
                 version.users -= 1
                 if not version.users and not version.current:
                     self._forget(version)
-            if self._awaited:
-                self._notify()
+            self._notify()
 
     def rows(self, versions: Iterable[Version | None]) -> tuple[Bank, list[int]]:
         """The bank and the row of each version, all in use; None is the base."""

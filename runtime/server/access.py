@@ -12,7 +12,8 @@ Every route and every rpc names its action; what names none is refused.  Health 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 from tpeft_deploy.errors import Forbidden
 
@@ -56,16 +57,16 @@ class Principal:
         tenant: whose tasks and quotas these are.
         role: of the key.
         key: its public id, for logs and the audit.
-        actions: what the role allows.
     """
 
     tenant: str
     role: Role
     key: str
-    actions: tuple[Action, ...] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "actions", _ALLOWED[self.role])
+    @cached_property
+    def actions(self) -> tuple[Action, ...]:
+        """What the role allows."""
+        return _ALLOWED[self.role]
 
 
 LOCAL = Principal(tenant="local", role=Role.ADMIN, key="no-auth")

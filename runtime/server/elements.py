@@ -124,9 +124,6 @@ def encode_raw(array: Array, datatype: str) -> bytes:
     Raises:
         TypeError: the array is not of that datatype, which is a fault of the server.
     """
-    wanted = DTYPES.get(datatype)
-    if wanted is not None and array.dtype == wanted:
-        return array.tobytes()
     if datatype == "BYTES":
         return b"".join(len(one).to_bytes(4, "little") + one for one in texts(array))
     return checked(array, datatype).tobytes()
@@ -143,6 +140,8 @@ def checked(array: Array, datatype: str) -> Array:
     Raises:
         TypeError: it is not, which is a fault of the server.
     """
+    if array.dtype == DTYPES[datatype]:
+        return array
     if array.dtype.newbyteorder("<") != DTYPES[datatype]:
         raise TypeError(f"an output of datatype {datatype} has dtype {array.dtype}")
     return array.astype(DTYPES[datatype], copy=False)

@@ -38,10 +38,6 @@ class _Lane(Counted, Generic[Form]):
     def add(self, request: Request[Form]) -> tuple[int, int]:
         self._arrivals += 1
         place = (self._arrivals + request.priority * _PATIENCE, self._arrivals)
-        if not self._places or self._places[-1] < place:
-            self._places.append(place)
-            self.requests.append(request)
-            return place
         index = bisect.bisect(self._places, place)
         self._places.insert(index, place)
         self.requests.insert(index, request)

@@ -67,8 +67,7 @@ class Inference:
         inputs = request.inputs
         if request.model == self._bundle and ADAPTER_INPUT in inputs:
             inputs = {name: array for name, array in inputs.items() if name != ADAPTER_INPUT}
-        if request.outputs:
-            self._check_outputs(request)
+        self._check_outputs(request)
         rows = self._rows(inputs)
         timing = Timing(time.monotonic())
         self._spend(principal.tenant, rows, timing.arrived)

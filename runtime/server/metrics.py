@@ -10,6 +10,7 @@ are made of them when somebody asks.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.observed import Observed
@@ -46,7 +48,7 @@ class _Bins:
 
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         counts = itertools.accumulate(self._counts.copy())
-        names = [*(f"{bound:g}" if bound % 1 else f"{bound:.1f}" for bound in self._bounds), "+Inf"]
+        names = [floatToGoString(bound) for bound in (*self._bounds, math.inf)]  # type: ignore[no-untyped-call]
         family.add_metric(labels, list(zip(names, counts, strict=True)), self._sum)
 
 

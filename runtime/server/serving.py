@@ -22,9 +22,9 @@ from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.observed import Observed
 from tpeft_deploy.runtime.server.registry import open_state
-from tpeft_deploy.runtime.server.rest import framing
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.connection import Connection
+from tpeft_deploy.runtime.server.rest.limits import Limits as RestLimits
 from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
@@ -145,7 +145,7 @@ async def _run(
 
 
 def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None]) -> uvicorn.Server:
-    limits = framing.Limits(
+    limits = RestLimits(
         elements=settings.max_elements,
         body_bytes=settings.max_body_bytes,
         upload_bytes=settings.max_upload_bytes,

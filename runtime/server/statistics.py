@@ -24,7 +24,7 @@ class Tally:
         self.failed = 0
         self.failing = 0.0
         self.last = 0.0
-        self.batches: dict[int, list[float]] = {}  # rows of a run -> how many, and their seconds
+        self.batches: dict[int, tuple[int, float]] = {}  # rows of a run -> how many, and their seconds
 
     def succeeded(self, rows: int, *, total: float, queue: float, run: float, batch: int) -> None:
         """A request was answered.
@@ -42,12 +42,8 @@ class Tally:
         self.queued += queue
         self.ran += run
         self.last = time.time()
-        own = self.batches.get(batch)
-        if own is None:
-            self.batches[batch] = [1, run]
-        else:
-            own[0] += 1
-            own[1] += run
+        count, seconds = self.batches.get(batch, (0, 0.0))
+        self.batches[batch] = (count + 1, seconds + run)
 
     def failing_after(self, total: float) -> None:
         """A request was not answered, after so many seconds."""
@@ -76,9 +72,9 @@ class Tally:
             "batch_stats": [
                 {
                     "batch_size": size,
-                    "compute_input": {"count": round(count), "ns": 0},
-                    "compute_infer": {"count": round(count), "ns": _ns(seconds)},
-                    "compute_output": {"count": round(count), "ns": 0},
+                    "compute_input": {"count": count, "ns": 0},
+                    "compute_infer": {"count": count, "ns": _ns(seconds)},
+                    "compute_output": {"count": count, "ns": 0},
                 }
                 for size, (count, seconds) in sorted(self.batches.items())
             ],

@@ -23,7 +23,7 @@ from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.runtime.server.access import Action
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rest.app import application
-from tpeft_deploy.runtime.server.rest.framing import Limits
+from tpeft_deploy.runtime.server.rest.limits import Limits
 from tpeft_deploy.runtime.server.rest.openapi import ROUTE, document
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
 
@@ -287,6 +287,9 @@ def test_exchanges_say_who_asked_for_what(live: Live) -> None:
     own = {"X-Request-Id": "abc"}
     live.ask("POST", "/v2/models/mood/infer", "acme", "infer", json={"inputs": [tensor()]}, headers=own)
     live.ask("GET", "/made/up/by/a/client")
+    until = time.monotonic() + 10
+    while len(live.exchanges) < 2 and time.monotonic() < until:  # told once the client has its answer
+        time.sleep(0.01)
     first, second = live.exchanges
     assert (first.route, first.status, first.tenant, first.task) == ("/v2/models/{model}/infer", 200, "acme", "mood")
     assert first.request_id == "abc"

@@ -18,8 +18,8 @@ from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rest import openapi
 from tpeft_deploy.runtime.server.rest.answering import Exchanged, send_error
 from tpeft_deploy.runtime.server.rest.asked import Asked, Route
-from tpeft_deploy.runtime.server.rest.framing import Limits
 from tpeft_deploy.runtime.server.rest.inferring import Inferring, Receive, Scope, Send, model_of
+from tpeft_deploy.runtime.server.rest.limits import Limits
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
 from tpeft_deploy.runtime.server.statuses import MethodNotAllowed
 

@@ -15,7 +15,7 @@ from tpeft_deploy.runtime.server.access import Action, Principal
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.rest.compression import decompress
-from tpeft_deploy.runtime.server.rest.framing import Limits
+from tpeft_deploy.runtime.server.rest.limits import Limits
 
 __all__ = ["Asked", "Handler", "Route"]
 

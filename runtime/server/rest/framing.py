@@ -18,10 +18,9 @@ from tpeft_deploy.errors import ProtocolError, Unsupported
 from tpeft_deploy.runtime.server.elements import DTYPES, encode_raw, from_raw, quoted
 from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse
 from tpeft_deploy.runtime.server.rest.heads import FLOATS, Head, Heads
-from tpeft_deploy.runtime.server.rest.limits import Limits
 from tpeft_deploy.tucker import Array
 
-__all__ = ["ADAPTER_HEADERS", "Framed", "HEADER", "Limits", "decode", "encode"]
+__all__ = ["ADAPTER_HEADERS", "Framed", "HEADER", "decode", "encode"]
 
 HEADER = b"inference-header-content-length"
 ADAPTER_HEADERS = frozenset({b"x-adapter", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id"})

@@ -55,10 +55,8 @@ class Inferring:
             exchanged.caller = principal = self._core.authenticate(exchanged.authorization)
             exchanged.task = model
             body = await read_body(headers, receive, self._limits.body_bytes, exchanged)
-            if b"content-encoding" in headers:
-                body = decompress(headers, body, self._limits.body_bytes)
-            adapter = None if ADAPTER_HEADERS.isdisjoint(headers) else _adapter(headers)
-            framed = decode(model, version, headers, body, self._heads, adapter)
+            body = decompress(headers, body, self._limits.body_bytes)
+            framed = decode(model, version, headers, body, self._heads, _adapter(headers))
             del body
             response = await self._watch.unless_left(self._core.infer(principal, framed.request), receive)
             own, answer = encode(response, framed)
@@ -68,10 +66,9 @@ class Inferring:
         except Exception as error:
             await send_error(error, exchanged, send)
             return
-        if b"accept-encoding" in headers:
-            encoding, answer = compress(headers, answer)
-            if encoding is not None:
-                own.append((b"content-encoding", encoding))
+        encoding, answer = compress(headers, answer)
+        if encoding is not None:
+            own.append((b"content-encoding", encoding))
         await exchanged.send(send, 200, own, answer)
 
 
@@ -84,20 +81,10 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
     given = headers.get(b"content-length", b"")
     if given.isdigit() and int(given) > limit:
         raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got=f"{int(given):,}")
-    message = await receive()
-    if not message.get("more_body", False) and message["type"] == "http.request":
-        body: bytes = message.get("body", b"")
-        exchanged.bytes_in = len(body)
-        if len(body) > limit:
-            raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got="more")
-        return body
-    return await _read_parts(message, receive, limit, exchanged)
-
-
-async def _read_parts(message: MutableMapping[str, Any], receive: Receive, limit: int, exchanged: Exchanged) -> bytes:
     parts: list[bytes] = []
     size = 0
     while True:
+        message = await receive()
         if message["type"] == "http.disconnect":
             raise Left
         part = message.get("body", b"")
@@ -107,13 +94,14 @@ async def _read_parts(message: MutableMapping[str, Any], receive: Receive, limit
             raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got="more")
         parts.append(part)
         if not message.get("more_body", False):
-            return b"".join(parts)
-        message = await receive()
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _adapter(headers: Mapping[bytes, bytes]) -> str | None:
+    if ADAPTER_HEADERS.isdisjoint(headers):
+        return None
     found = {headers[name] for name in ADAPTER_HEADERS if name in headers}
     if len(found) > 1:
         names = ", ".join(quoted(name.decode("latin-1")) for name in sorted(found))
         raise ProtocolError("adapter", expected="one task for the whole batch", got=f"{names} in headers")
-    return found.pop().decode("latin-1") if found else None
+    return found.pop().decode("latin-1")
