@@ -55,7 +55,7 @@ class Limits:
                 )
 
 
-@dataclass(slots=True, eq=False)  # not frozen, which makes one cost four times as much
+@dataclass(slots=True, eq=False)  # not frozen, which would make each cost more
 class Request(Generic[Form]):
     """A request as the policy sees it; nobody changes it.
 

@@ -61,8 +61,8 @@ def _options() -> onnxruntime.RunOptions:
     options = onnxruntime.RunOptions()
     # ONNX Runtime would print an error for every run that is stopped on purpose; it raises all of them anyway.
     options.log_severity_level = 4
-    # Its default.  Where it is missing, ONNX Runtime's Python asks for it by an exception, which costs twice the run of
-    # a small model.
+    # Its default.  Where it is missing, ONNX Runtime's Python asks for it by an exception, which costs more than
+    # the run of a small model.
     options.add_run_config_entry(GRAPH_ID, "0")
     return options
 

@@ -25,7 +25,7 @@ Outputs = Mapping[str, Array | list[Array]]
 _FORMS = 1024  # sizes of requests whose forms are remembered
 
 
-@dataclass(slots=True)  # not frozen, which makes one cost four times as much; nobody changes it
+@dataclass(slots=True)  # not frozen, which would make each cost more; nobody changes it
 class Form:
     """What decides whether requests run as one batch; a batch has a form too.
 

@@ -43,8 +43,8 @@ class Observed(msgspec.Struct, frozen=True):
 class Observers:
     """Tells those who count what was answered, many at a time and soon; belongs to the event loop.
 
-    A request would wait for it otherwise; and what is done many times in a row takes half the time of the same done
-    once for each request, with all else that a request needs in between.
+    A request would wait for it otherwise; and what is done many times in a row costs less than the same done once for
+    each request, with all else that a request needs in between.
 
     Args:
         hear: told of each inference, in order; must not block.

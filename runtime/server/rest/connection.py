@@ -14,7 +14,7 @@ _FIELDS = 128  # headers of a request and its trailers
 
 
 class Connection(HttpToolsProtocol):
-    """Answers 431 where more than 64 KiB come that are no body, or more than 128 fields."""
+    """Answers 431 where more than 64 KiB come that are no body, or more than 128 fields, before a request is whole."""
 
     _beyond = 0  # bytes since the last piece of a body, or the last end of a head
 
@@ -23,17 +23,15 @@ class Connection(HttpToolsProtocol):
         self._beyond += len(data)
         super().data_received(data)
         # Looked at afterwards: what comes at once is mostly a body, which is counted where it is read.
-        if self._beyond > _BYTES or self._has_too_many():
+        scope = getattr(self.cycle, "scope", None)  # there is no cycle before the first request
+        if scope is not None and scope is self.scope and not self.cycle.more_body:
+            self._beyond = 0  # a whole request, as most are when they come
+        elif self._beyond > _BYTES or self._has_too_many():
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "more headers than this server takes")
-
-    def on_message_begin(self) -> None:
-        """Begin with a request."""
-        self._beyond = 0
-        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Answer the request that a head is of."""
-        if self._has_too_many():
+        if len(self.headers) > _FIELDS:
             raise OverflowError  # which ends the reading
         self._beyond = 0
         super().on_headers_complete()
