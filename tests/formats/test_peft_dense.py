@@ -147,6 +147,14 @@ class TestAgainstPeft:
         assert delta.ranks[0] == len(np.nonzero(delta.dense().any(axis=1))[0])
         assert set(adapter.base_digests) == {"embed.weight"}
 
+    def test_rows_of_a_linear_layer(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        """PEFT runs a layer with trained rows without its bias."""
+        base, x = vision(dtype)
+        config = TrainableTokensConfig(token_indices=[4, 1], target_modules=["head"])
+        error, adapter = error_of(base, x, config, tmp_path)
+        assert error < (1e-12 if dtype == torch.float64 else 2e-6)
+        assert adapter.notes["head.bias"] == "PEFT runs this layer without its bias"
+
 
 class TestTiedTokens:
     """PEFT changes the output layer that transformers ties to the input embedding, unless it was told otherwise."""
@@ -280,7 +288,7 @@ class TestRefusals:
             (
                 SupertuningConfig(sparsity=0.9, target_modules=["fc"]),
                 {"supertuning_indices": np.arange(19) + 174},
-                "0 to 15 as indices",
+                "0 to 191 as indices",
             ),
             (RandLoraConfig(r=4, target_modules=["fc"]), {"randlora_lambda": np.zeros((0, 2**40))}, "scales (r, n)"),
             (RandLoraConfig(r=4, target_modules=["fc"]), {"randlora_A": np.zeros((4, 1, 12))}, "one randlora_A"),

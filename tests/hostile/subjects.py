@@ -353,7 +353,10 @@ def peft_dense() -> list[Subject]:
         dense_subject(
             "shira",
             {},
-            {"shira_weight": random(30), "shira_indices": np.stack([np.arange(30) % 24, np.arange(30) % 19])},
+            {
+                "shira_weight": random(30),
+                "shira_indices": np.stack([np.arange(30) % 24, np.arange(30) % 19]).astype(np.int32),
+            },
             shira,
         ),
         dense_subject(
@@ -398,19 +401,24 @@ def dense_subject(
     name: str, config: dict[str, Any], tensors: Arrays, change: Callable[[Arrays, Mapping[str, Any]], np.ndarray]
 ) -> Subject:
     """A PEFT directory with one module; the formula pops the tensors that it knows and gives the change."""
-    prefix = "base_model.model.body.one."
-    keys = {key if key.startswith("base_model.") else prefix + key: tensor for key, tensor in tensors.items()}
+    prefix = "base_model.model."
+    tensors = tensors | {f"{prefix}head.weight": random(7, 20), f"{prefix}head.bias": random(7)}
+    keys = {key if "model" in key else f"{prefix}body.one.{key}": tensor for key, tensor in tensors.items()}
 
     def oracle(tensors: Arrays, extra: Mapping[str, Any]) -> Meaning:
-        plain = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
-        own = {
-            key.replace("body.one.", "", 1): plain[key] for key in plain if key.startswith(("body.one.", "base_model."))
-        }
-        rest = {key: tensor for key, tensor in plain.items() if not key.startswith(("body.one.", "base_model."))}
-        result = change(own, extra["config"])
-        if own or result.shape != (24, 20):
-            raise ValueError(f"left over: {sorted(own)}, shape {result.shape}")
-        return {"body.one.weight": result}, rest
+        plain = {key.replace(prefix, "").replace(".base_layer.", "."): tensor for key, tensor in tensors.items()}
+        shared = {key: plain.pop(key) for key in list(plain) if key.startswith("base_model.")}
+        changes = {}
+        for module in MODULES:
+            own = {
+                key.removeprefix(f"{module}."): plain.pop(key) for key in list(plain) if key.startswith(f"{module}.")
+            }
+            if own:
+                own |= shared
+                changes[f"{module}.weight"] = change(own, extra["config"])
+                if own or changes[f"{module}.weight"].shape != SHAPES[f"{module}.weight"]:
+                    raise ValueError(f"left over: {sorted(own)}")
+        return changes, plain
 
     files = {
         "adapter_model.safetensors": save(keys),
@@ -477,6 +485,7 @@ def vblora(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
     weights = np.concatenate([weights, 1 - weights.sum(-1, keepdims=True)], -1)
     down = (weights[..., None] * bank[indices.astype(int)]).sum(-2).reshape(len(indices), -1)
     logits = own.pop("vblora_logits_B").astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
     kept = np.where(logits >= np.sort(logits, -1)[..., -config["topk"], None], np.exp(logits), 0)
     up = (kept / kept.sum(-1, keepdims=True)) @ bank
     return up.transpose(0, 2, 1).reshape(24, -1) @ down

@@ -13,7 +13,7 @@ import numpy as np
 
 from tpeft_deploy.formats.compact import dense_is_smaller, widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.peft_config import is_type, matrix_delta, number, stored_transposed, weight_shape
+from tpeft_deploy.formats.peft_config import alpha_of, is_type, matrix_delta, number, stored_transposed, weight_shape
 from tpeft_deploy.formats.peft_dense import dense_change, misfit, require_values
 from tpeft_deploy.formats.taking import no_scale, take
 from tpeft_deploy.tucker import Array
@@ -53,7 +53,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     if shape is not None and sorted(shape) != sorted((outputs, inputs)):
         raise misfit(module, checkpoint, f"blocks of a weight {shape}", f"{(outputs, inputs)}")
     down, up = _general(module, checkpoint, outputs, inputs)
-    scale = number(checkpoint.config, "alpha", checkpoint.source) / (rank + len(down))
+    scale = alpha_of(checkpoint, module.name, rank, "alpha") / (rank + len(down))
     transposed = stored_transposed(module, checkpoint, outputs, inputs)
     ranks = (count * rank + len(down),) * 2
     if dense_is_smaller(ranks, (outputs, inputs)):

@@ -14,7 +14,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import alpha_of, is_type
-from tpeft_deploy.formats.peft_dense import dense_change, linear_layer, misfit, positions, require_values
+from tpeft_deploy.formats.peft_dense import dense_change, indices, linear_layer, misfit, positions, require_values
 from tpeft_deploy.formats.taking import doing, no_scale, take
 
 __all__ = ["NAME", "SUFFIXES", "matches", "read"]
@@ -45,8 +45,9 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             got="a file saved with save_precomputed_indices=False, which leaves them to the order of equal weights",
             fix="Save the adapter again with save_precomputed_indices=True in its configuration.",
         )
-    values, flat = take(module, checkpoint, _VALUES), take(module, checkpoint, _INDICES).astype(np.int64)
+    values, found = take(module, checkpoint, _VALUES), take(module, checkpoint, _INDICES)
     layer = linear_layer(module, checkpoint, "Super-Tuning's indices do not say how large a layer is")
+    flat = indices(module, checkpoint, found, layer.size)
     change = positions(module, checkpoint, flat // layer.inputs, flat % layer.inputs, values, layer)
     if checkpoint.config.get("r") is not None:
         down, up = take(module, checkpoint, _A), take(module, checkpoint, _B)

@@ -131,7 +131,8 @@ def _tied(module: Module, checkpoint: Checkpoint) -> list[str]:
     if any(rows != _named(module, config) for rows in beside):
         return []  # each use has rows of another choice, saved beside these
     kind = base.kinds.get(module.name, "" if isinstance(named, dict) and not beside else "Embedding")
-    library = (config.get("auto_mapping") or {}).get("parent_library") or "transformers"
+    mapping = config.get("auto_mapping")  # null where PEFT was told the task, which only models of transformers have
+    library = str(mapping.get("parent_library")) if isinstance(mapping, dict) else "transformers"
     if not kind or not library.startswith("transformers"):
         raise FormatError(
             doing(module, checkpoint),

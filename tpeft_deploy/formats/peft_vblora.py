@@ -63,8 +63,11 @@ def _parts(module: Module, checkpoint: Checkpoint, logits: str, bank: Array) -> 
         chosen = take(module, checkpoint, f"{logits}{_INDICES}")
         saved = take(module, checkpoint, f"{logits}{_WEIGHTS}").astype(np.float64)
         require_values(module, checkpoint, **{f"{logits}{_INDICES}": chosen, _BANK: bank})
-        if chosen.ndim != 3 or saved.shape != (*chosen.shape[:2], chosen.shape[2] - 1):
-            raise misfit(module, checkpoint, "one weight fewer than indices", f"{saved.shape} and {chosen.shape}")
+        count = whole_number(checkpoint, "topk")
+        if chosen.ndim != 3 or chosen.shape[2] != count or saved.shape != (*chosen.shape[:2], chosen.shape[2] - 1):
+            raise misfit(
+                module, checkpoint, f"{count} indices, and one weight fewer", f"{saved.shape} and {chosen.shape}"
+            )
         weights = np.concatenate([saved, 1 - saved.sum(-1, keepdims=True)], axis=-1)
     chosen = indices(module, checkpoint, chosen, len(bank))
     if (np.diff(np.sort(chosen, axis=-1), axis=-1) == 0).any():
