@@ -21,7 +21,7 @@ CONFIGS: Mapping[str, peft.PeftConfig] = {
     "randlora": peft.RandLoraConfig(r=4, randlora_alpha=4, **TARGETS),
     "c3a": peft.C3AConfig(block_size=8, **TARGETS),
     "fourierft": peft.FourierFTConfig(n_frequency=30, **TARGETS),
-    "fourierft of low rank": peft.FourierFTConfig(n_frequency=2, **TARGETS),
+    "fourierft-low": peft.FourierFTConfig(n_frequency=2, **TARGETS),
     "waveft": peft.WaveFTConfig(n_frequency=30, **TARGETS),
     "vblora": peft.VBLoRAConfig(r=2, num_vectors=9, vector_length=8, **TARGETS),
     "unilora": peft.UniLoraConfig(r=2, theta_d_length=20, save_indices=True, **TARGETS),
@@ -31,7 +31,7 @@ CONFIGS: Mapping[str, peft.PeftConfig] = {
     "ln_tuning": peft.LNTuningConfig(target_modules=["norm"]),
     "beft": peft.BeftConfig(**TARGETS),
     "tokens": peft.TrainableTokensConfig(token_indices=[3, 0, 19], target_modules=["embed"]),
-    "tokens beside lora": peft.LoraConfig(r=2, trainable_token_indices={"embed": [7]}, **TARGETS),
+    "tokens-beside-lora": peft.LoraConfig(r=2, trainable_token_indices={"embed": [7]}, **TARGETS),
 }
 
 
