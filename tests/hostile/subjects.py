@@ -466,14 +466,16 @@ def gralora(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
     if config["hybrid_r"]:
         down = own.pop("gralora_A_general.weight").astype(np.float64)
         change += own.pop("gralora_B_general.weight") @ down
-    return change * config["alpha"] / (a.shape[2] + config["hybrid_r"])
+    result: np.ndarray = change * config["alpha"] / (a.shape[2] + config["hybrid_r"])
+    return result
 
 
 def randlora(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
     scales, inner = own.pop("randlora_lambda").astype(np.float64), own.pop("randlora_gamma")
     small, large = own.pop("randlora_A"), own.pop("randlora_B")
     rows = (scales[:, :, None] * small[:, :, :20] * inner).reshape(-1, 20)
-    return large[:24, : len(inner)].reshape(24, -1) @ rows * config["randlora_alpha"] / config["r"]
+    result: np.ndarray = large[:24, : len(inner)].reshape(24, -1) @ rows * config["randlora_alpha"] / config["r"]
+    return result
 
 
 def vblora(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
@@ -488,4 +490,5 @@ def vblora(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
     logits -= logits.max(-1, keepdims=True)
     kept = np.where(logits >= np.sort(logits, -1)[..., -config["topk"], None], np.exp(logits), 0)
     up = (kept / kept.sum(-1, keepdims=True)) @ bank
-    return up.transpose(0, 2, 1).reshape(24, -1) @ down
+    result: np.ndarray = up.transpose(0, 2, 1).reshape(24, -1) @ down
+    return result
