@@ -73,7 +73,8 @@ def view(base: object) -> BaseView:
 def _of_module(base: Any, name: str) -> BaseView:
     tensors = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     kinds = {path: type(module).__name__ for path, module in base.named_modules(remove_duplicate=False) if path}
-    return BaseView(name, Lazy(tensors, lambda weight: _numpy(tensors[weight])), kinds, _tied(tensors))
+    shapes = {weight: tuple(tensor.shape) for weight, tensor in tensors.items()}
+    return BaseView(name, Lazy(tensors, lambda weight: _numpy(tensors[weight])), kinds, _tied(tensors), shapes)
 
 
 def _tied(tensors: Mapping[str, Any]) -> dict[str, str]:

@@ -167,6 +167,7 @@ def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) 
     parts.overrides.update(change.overrides)
     parts.gains.update(change.gains)
     parts.notes.update(change.notes)
+    parts.digests.update(change.digests)
     for name, delta in change.deltas.items():
         try:
             small = algebra.smaller(delta)
@@ -185,6 +186,8 @@ def _check_untied(parts: _Parts, checkpoint: Checkpoint) -> None:
     """Refuse a change of a tied weight: training wrapped one of its uses, and a merged weight would change them all."""
     tied = checkpoint.base.tied if checkpoint.base is not None else {}
     for name in sorted(tied.keys() & (parts.deltas.keys() | parts.gains.keys())):
+        if tied[name] in parts.deltas and name in parts.deltas:
+            continue  # both uses were changed
         raise FormatError(
             f"read {checkpoint.source}, weight {name!r}",
             expected="a weight of its own",
