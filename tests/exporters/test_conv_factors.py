@@ -57,14 +57,14 @@ Trained = tuple[Adapter, nn.Module]  # what is read from the file, and the train
 
 
 def from_peft(place: Path, config: peft.PeftConfig) -> Trained:
-    model = peft.get_peft_model(convs(), config)  # type: ignore[arg-type]
+    model = peft.get_peft_model(convs(), config)
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(0.0, 0.2)
     model.save_pretrained(str(place))
-    return load_adapter(place, base=convs()), model.merge_and_unload().eval()  # type: ignore[operator]
+    return load_adapter(place, base=convs()), model.merge_and_unload().eval()
 
 
 def from_lycoris(place: Path, **options: bool) -> Trained:
@@ -215,7 +215,7 @@ def test_a_bundle_of_before_opens_with_both_factors_and_its_own_ranks(tmp_path: 
     bundle.add("lora", lora)
     delta = lora.deltas["0.weight"]
     old = {"down": np.eye(40, dtype=np.float32)[..., None, None], "core": np.float32(0.1) * delta.core}
-    rewrite(bundle, "lora", {f"0.weight.tpeft.{n}": a for n, a in (old | {"up": factors[0][..., None, None]}).items()})  # type: ignore[index]
+    rewrite(bundle, "lora", {f"0.weight.tpeft.{n}": a for n, a in (old | {"up": factors[0][..., None, None]}).items()})
     verified = verify_bundle(bundle.path)
     assert not [check for check in verified.checks if check.failure]
     wrong = dict(onnx_adapter.read(stored(bundle, "lora") / onnx_adapter.FILE))
