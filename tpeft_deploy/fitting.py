@@ -63,6 +63,7 @@ def fill(
         with np.errstate(over="ignore"):
             filled[target.key] = slots.fill(target, change)
         _check_slots(manifest, target, filled[target.key], doing)
+        _check_rank(manifest, target, change, slots.ranks_of(target, filled[target.key]), doing)
     return filled
 
 
@@ -160,8 +161,16 @@ def _check_slots(manifest: Manifest, target: Target, tensors: dict[str, Array], 
                 got=f"larger ones in its {slot}",
                 fix="Serve it with a float32 base.",
             )
-    ranks = slots.ranks_of(target, tensors)
-    rank = max(ranks.values(), default=0) if target.part == "delta" else 0
+
+
+def _check_rank(
+    manifest: Manifest, target: Target, change: TuckerDelta | Array, ranks: Mapping[str, int], doing: str
+) -> None:
+    if not isinstance(change, TuckerDelta):
+        return
+    rank = max(ranks.values()) if target.factors else min(ranks.values())
+    own = [factor.shape[1] for factor in change.factors[:2] if factor is not None]
+    rank = min([rank, max(own)] if own else [rank])  # a mode without a factor has what others allow: R_i <= R_o K1 ..
     if manifest.max_rank is not None and rank > manifest.max_rank:
         raise AdapterError(
             f"{doing}, weight {target.name!r}",

@@ -252,7 +252,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
 def _target(entry: Mapping[str, Any]) -> Target:
     if entry["kind"] not in get_args(Kind):
         raise ValueError(f"kind {entry['kind']!r}")
-    return Target(entry["name"], entry["kind"], tuple(entry["shape"]), entry["dtype"])
+    return Target(entry["name"], entry["kind"], tuple(entry["shape"]), entry["dtype"], entry.get("factors"))
 
 
 def _port(entry: Mapping[str, Any]) -> Port:
