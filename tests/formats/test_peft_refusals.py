@@ -4,13 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import BOFTConfig, HRAConfig, LNTuningConfig, LoraConfig, OFTConfig, PeftType, VBLoRAConfig
+from peft import LNTuningConfig, LoraConfig, PeftType, VBLoRAConfig
 
 from tests.formats.pefts import change_config, error_of, peft_model, refusal, save, vision
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft_refusals import refuse
 
-READ = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS"}
+READ = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS"} | {
+    "OFT",
+    "BOFT",
+    "HRA",
+    "HIRA",
+    "ROAD",
+    "GLORA",
+}
 
 
 def message(**config: Any) -> str:
@@ -41,9 +48,6 @@ class TestTypes:
     @pytest.mark.parametrize(
         "config",
         [
-            OFTConfig(oft_block_size=4, target_modules=["fc"]),
-            BOFTConfig(boft_block_size=4, target_modules=["fc"]),
-            HRAConfig(target_modules=["fc"]),
             LNTuningConfig(target_modules=["norm"]),
             VBLoRAConfig(target_modules=["fc"], vector_length=4, num_vectors=16),
         ],

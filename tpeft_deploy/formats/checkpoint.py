@@ -167,6 +167,7 @@ def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) 
     parts.overrides.update(change.overrides)
     parts.gains.update(change.gains)
     parts.notes.update(change.notes)
+    parts.digests.update(change.digests)
     for name, delta in change.deltas.items():
         try:
             small = algebra.smaller(delta)

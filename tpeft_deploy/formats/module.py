@@ -83,9 +83,15 @@ class Module:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one module contributes to an adapter; all names are whole names of the base's parameters."""
+    """What one module contributes to an adapter; all names are whole names of the base's parameters.
+
+    Args:
+        deltas, overrides, gains, notes: as in Adapter.
+        digests: digests of base weights that the change was computed from, and holds for alone.
+    """
 
     deltas: Mapping[str, TuckerDelta] = field(default_factory=dict)
     overrides: Mapping[str, Array] = field(default_factory=dict)
     gains: Mapping[str, Array] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
