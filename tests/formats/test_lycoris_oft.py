@@ -85,7 +85,9 @@ class TestRefusals:
     def test_a_scale(self, tmp_path: Path) -> None:
         assert "Leave scale out" in self.refusal(tmp_path, scale=2.0)
 
-    @pytest.mark.parametrize("shape", [(4, 3, 3), (5, 4, 4), (4, 4), (4, 4, 3), (2, 16, 1, 1), (1, 4, 4, 5), (0, 4, 4, 4)])
+    @pytest.mark.parametrize(
+        "shape", [(4, 3, 3), (5, 4, 4), (4, 4), (4, 4, 3), (2, 16, 1, 1), (1, 4, 4, 5), (0, 4, 4, 4)]
+    )
     def test_blocks_of_another_shape(self, tmp_path: Path, shape: tuple[int, ...]) -> None:
         assert "module 'fc'" in self.refusal(tmp_path, oft_blocks=torch.ones(shape))
 

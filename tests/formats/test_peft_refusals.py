@@ -17,6 +17,9 @@ READ = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "
     "HIRA",
     "ROAD",
     "GLORA",
+    "DEFT",
+    "OSF",
+    "PEANUT",
 }
 
 

@@ -65,7 +65,9 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def subjects() -> dict[str, Subject]:
-    made = (canonical(), peft_tucker(), peft_lora(), adalora(), locon(), loha(), lokr(), sjtu())
+    from tests.hostile.base_products import base_products  # which is built on this module
+
+    made = (*base_products(), canonical(), peft_tucker(), peft_lora(), adalora(), locon(), loha(), lokr(), sjtu())
     return {subject.name: subject for subject in made}
 
 

@@ -6,31 +6,36 @@ Arithmetic is in float64; a change is rounded once, to the dtype of the adapter'
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import numpy as np
 
+from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.taking import base_array, needs_base, no_scale
+from tpeft_deploy.formats.taking import base_array, doing, needs_base, no_scale
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["base_weight", "cayley", "change_of_base", "dense_change", "rotate_inputs", "skew_of_triangle"]
+
+_LARGEST = 1e6  # beyond it the libraries, which compute in float32, give no rotation
 
 
 def base_weight(module: Module, checkpoint: Checkpoint, method: str) -> Array:
     """The module's weight in float64, for a method that states its scale itself.
 
     Raises:
-        FormatError: no base was given, it has no such weight, or the caller gave a scale.
+        FormatError: no base was given, it has no such weight, the caller gave a scale, or a tensor of the module but
+            alpha holds integers.
     """
     no_scale(module, checkpoint)
+    for name, tensor in module.tensors.items():
+        if tensor.dtype.kind != "f" and name != "alpha":
+            raise FormatError(
+                f"{doing(module, checkpoint)}, tensor {name!r}", expected="a floating point tensor", got=tensor.dtype
+            )
     weight = base_array(module, checkpoint, "weight", f"{method} computes its change from the base's weight")
     return weight.astype(np.float64)
 
 
-def change_of_base(
-    module: Module, checkpoint: Checkpoint, delta: TuckerDelta, *, bias: Array | None = None
-) -> Change:
+def change_of_base(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, *, bias: Array | None = None) -> Change:
     """A change of this very base's weight, with the digest of that weight.
 
     Args:
@@ -75,13 +80,12 @@ def cayley(skew: Array) -> Array:
     Raises:
         ValueError: values are so large that the result is no rotation.
     """
+    largest = np.abs(skew).max(initial=0.0)
+    if not largest <= _LARGEST:  # NaN too
+        raise ValueError(f"values of up to {largest:.3g}, of which float32 can compute no rotation")
     identity = np.eye(skew.shape[-1])
-    with np.errstate(over="ignore", invalid="ignore"), suppress(np.linalg.LinAlgError):
-        right = np.linalg.solve((identity + skew).swapaxes(-1, -2), (identity - skew).swapaxes(-1, -2))
-        rotation: Array = right.swapaxes(-1, -2)
-        if np.abs(rotation @ right - identity).max(initial=0.0) < 1e-6:
-            return rotation
-    raise ValueError(f"values of up to {np.abs(skew).max():.3g}, of which no rotation can be computed")
+    right: Array = np.linalg.solve((identity + skew).swapaxes(-1, -2), (identity - skew).swapaxes(-1, -2))
+    return right.swapaxes(-1, -2)
 
 
 def rotate_inputs(weight: Array, blocks: Array) -> Array:

@@ -21,7 +21,9 @@ class Refusal(NamedTuple):
 
 
 _MERGE = "Merge it into the base with LyCORIS and export the merged model."
-_OFT = Refusal("no released version of LyCORIS writes this tensor, so nothing says how its rotation is computed", _MERGE)
+_OFT = Refusal(
+    "no released version of LyCORIS writes this tensor, so nothing says how its rotation is computed", _MERGE
+)
 _T_LORA = Refusal(
     "T-LoRA subtracts matrices of the base's SVD that its file does not hold, and masks ranks by timestep",
     "Train it as LoRA, or merge it into the base with LyCORIS and export the merged model.",

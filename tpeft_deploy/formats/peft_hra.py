@@ -13,7 +13,7 @@ import numpy as np
 
 from tpeft_deploy.formats.base_products import base_weight, change_of_base, dense_change
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.peft_config import is_type
+from tpeft_deploy.formats.peft_config import is_type, matrix_delta
 from tpeft_deploy.formats.taking import reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
 
@@ -50,12 +50,24 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 def _low_rank(weight: Array, vectors: Array, like: Array) -> TuckerDelta:
     gram = vectors.T @ vectors
     triangle = np.linalg.inv(np.eye(len(gram)) / 2 + np.triu(gram, 1))
+    up, down = _apart(-(weight.reshape(len(weight), -1) @ vectors) @ triangle, vectors)
     dtype = np.promote_types(like.dtype, np.float32)
-    up, down = -(weight.reshape(len(weight), -1) @ vectors), triangle @ vectors.T
+    core = down.T.reshape(-1, *weight.shape[1:]).astype(dtype)
     if weight.ndim == 2:
-        return TuckerDelta(np.eye(len(gram), dtype=dtype), (up.astype(dtype), down.T.astype(dtype)))
-    core = down.reshape(-1, *weight.shape[1:]).astype(dtype)
+        return matrix_delta(up.astype(dtype), core, 1.0)
     return TuckerDelta(core, (up.astype(dtype), *[None] * (weight.ndim - 1)))
+
+
+def _apart(up: Array, down: Array) -> tuple[Array, Array]:
+    """The same product of orthogonal columns: training starts from pairs of reflections that undo each other.
+
+    Rounded to float32, two large columns would leave of a small change what rounding leaves.
+    """
+    (left, first), (right, second) = np.linalg.qr(up), np.linalg.qr(down)
+    before, sizes, after = np.linalg.svd(first @ second.T)
+    root = np.sqrt(sizes)
+    rank = len(root)
+    return left @ (before[:, :rank] * root), right @ (after[:rank].T * root)
 
 
 def _reflected(weight: Array, vectors: Array) -> Array:

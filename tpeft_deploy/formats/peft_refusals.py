@@ -31,8 +31,12 @@ _TYPES = (
     )
     | _each("XLORA POLY LILY", "it routes between several changes by the input, so there is no one change", _OTHER)
     | _each("SHADOW", "it runs layers of its own beside the base", _OTHER)
-    | _each("DEFT FROD PEANUT", "its change is a product with the base weight", _MERGE)
-    | _each("PSOFT OSF", "its change is built from a decomposition of the base weight that is not saved", _MERGE)
+    | _each("FROD", "its change is built on decompositions that layers of the base share", _MERGE)
+    | _each(
+        "PSOFT",
+        "it turns singular vectors of the base weight against each other, and does not save which signs they had",
+        _MERGE,
+    )
     | _each(
         "C3A FOURIERFT WAVEFT RANDLORA SHIRA SUPERTUNING VBLORA UNILORA GRALORA ADAMSS",
         "its change is not read as a tensor of low rank by this version",
@@ -44,7 +48,7 @@ _TYPES = (
 
 _READ = frozenset(
     {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS", "TPEFT_TUCKER"}
-    | {"OFT", "BOFT", "HRA", "HIRA", "ROAD", "GLORA"}
+    | {"OFT", "BOFT", "HRA", "HIRA", "ROAD", "GLORA", "DEFT", "OSF", "PEANUT"}
 )
 _UNKNOWN = _Refusal("this version does not know it", _MERGE)
 
