@@ -48,6 +48,8 @@ CONFIGS = {
     "glora": peft.GloraConfig(r=2, target_modules=["fc", "head"]),
     "deft": peft.DeftConfig(r=2, target_modules=["fc", "head"]),
     "osf": peft.OSFConfig(effective_rank=3, target_modules=["fc", "head"]),
+    "frod": peft.FrodConfig(sparse_rate=0.1, progressbar=False, target_modules=["fc", "head"]),
+    "miss": peft.MissConfig(r=4, init_weights="bat", target_modules=["fc", "head"]),
     "peanut": peft.PeanutConfig(r=2, depth=1, target_modules=["fc", "head"]),
 }
 LYCORIS = {"diag-oft": DiagOFTModule, "lycoris-boft": ButterflyOFTModule}

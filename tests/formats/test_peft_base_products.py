@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from peft import (
     BOFTConfig,
     DeftConfig,
+    FrodConfig,
     GloraConfig,
     HiraConfig,
     HRAConfig,
+    MissConfig,
     OFTConfig,
     OSFConfig,
     PeanutConfig,
@@ -49,6 +52,10 @@ def peanut(**fields: Any) -> PeanutConfig:
     return PeanutConfig(r=3, target_modules=["fc", "square"], **({"depth": 2} | fields))
 
 
+def frod(*modules: str, **fields: Any) -> FrodConfig:
+    return FrodConfig(target_modules=list(modules or ("fc", "square")), progressbar=False, **fields)
+
+
 VISION = {
     "oft": oft("fc", "square", "point"),
     "oft by number of blocks": oft("fc", "square", "point", oft_block_size=0, r=3),
@@ -79,8 +86,12 @@ VISION = {
     "osf of all but one": OSFConfig(effective_rank=1, target_modules=["fc", "square"]),
     **{f"peanut with {act}": peanut(act_fn=act) for act in ("relu", "gelu", "silu", "sigmoid", "tanh", "linear")},
     "peanut without layers": peanut(depth=0, scaling=0.3),
+    "miss by tiles": MissConfig(r=4, init_weights="bat", target_modules=["fc", "square"]),
+    "frod": frod(),
+    "frod of many entries": frod(sparse_rate=0.3),
+    "frod of the diagonal": frod(sparse_rate=0.0),
 }
-FLOAT32 = ("deft", "osf")  # what PEFT computes in float32, whatever the model's dtype is
+FLOAT32 = ("deft", "osf", "frod")  # what PEFT computes in float32, whatever the model's dtype is
 
 
 @pytest.mark.parametrize(("dtype", "limit"), LIMITS)
@@ -102,15 +113,16 @@ class TestAgainstPeft:
             oft("embed", block_share=True, use_cayley_neumann=False),
             HiraConfig(r=3, target_modules=["embed", "same", "wide", "query"]),
             DeftConfig(r=3, target_modules=["same", "wide"], fan_in_fan_out=True),
+            frod("same", "wide", fan_in_fan_out=True, sparse_rate=0.1),
         ],
-        ids=["oft", "oft of one block", "hira", "deft"],
+        ids=["oft", "oft of one block", "hira", "deft", "frod"],
     )
     def test_embeddings_and_transposed_layers(
         self, tmp_path: Path, dtype: torch.dtype, limit: float, config: Any
     ) -> None:
         base, ids = text(dtype)
         assert error_of(base, ids, config, tmp_path)[0] < (
-            max(limit, 1e-6) if isinstance(config, DeftConfig) else limit
+            max(limit, 1e-6) if isinstance(config, DeftConfig | FrodConfig) else limit
         )
 
     @pytest.mark.parametrize("size", [2, 4])
@@ -151,6 +163,21 @@ class Kernel:
 
 
 class TestForms:
+    def test_frod_shares_its_basis_between_layers_of_one_role(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        block = nn.ModuleDict({"attention": nn.ModuleDict({"output": nn.ModuleDict({"dense": nn.Linear(6, 6)})})})
+        layers = nn.ModuleList([block, copy.deepcopy(block)])
+        nn.init.normal_(layers.get_parameter("1.attention.output.dense.weight"))
+        base = nn.ModuleDict({"layers": layers, "last": nn.Linear(6, 6)})
+        model = peft_model(base, frod("dense", "last", sparse_rate=0.2))
+        adapter = load_adapter(save(model, tmp_path), base=base)
+        trained = dict(model.base_model.model.named_modules())
+        names = {f"layers.{block}.attention.output.dense.weight" for block in (0, 1)}
+        assert set(adapter.deltas) == names | {"last.weight"}
+        for name, delta in adapter.deltas.items():
+            expected = trained[name.removesuffix(".weight")].get_delta_weight("default").detach()
+            assert distance(torch.from_numpy(delta.dense()), expected) < 1e-5
+
     def test_hra_is_of_its_rank(self, tmp_path: Path) -> None:
         base = nn.Sequential(nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(12, 20))
         save(peft_model(base, HRAConfig(r=2, target_modules=["0", "2"])), tmp_path)
@@ -185,7 +212,7 @@ class TestRefusals:
         [
             oft("fc"),
             boft("fc"),
-            *(VISION[name] for name in ("hra", "hira", "road 1", "glora", "deft", "osf", "peanut with relu")),
+            *(VISION[name] for name in ("hra", "hira", "road 1", "glora", "deft", "osf", "peanut with relu", "frod")),
         ],
         ids=lambda config: config.peft_type.value,
     )
@@ -253,6 +280,11 @@ class TestRefusals:
         base, _ = vision()
         path = save(peft_model(base, VISION[name]), tmp_path)
         assert message in refusal(change_config(path, **fields), base)
+
+    def test_frod_without_its_projections(self, tmp_path: Path) -> None:
+        base, _ = vision()
+        path = save(peft_model(base, frod("fc", save_projection=False)), tmp_path)
+        assert "save_projection=True" in refusal(path, base)
 
     def test_singular_values_that_are_alike(self, tmp_path: Path) -> None:
         base, _ = vision()

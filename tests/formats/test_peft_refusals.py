@@ -20,6 +20,7 @@ READ = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "
     "DEFT",
     "OSF",
     "PEANUT",
+    "FROD",
 }
 
 

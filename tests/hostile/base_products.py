@@ -17,7 +17,21 @@ STATE = {name: tensor.numpy().astype(np.float64) for name, tensor in net().state
 
 
 def base_products() -> tuple[Subject, ...]:
-    return oft(), boft(), hra(), hira(), road(), glora(), deft(), osf(), peanut(), lycoris("diag-oft"), lycoris("boft")
+    return (
+        oft(),
+        boft(),
+        hra(),
+        hira(),
+        road(),
+        glora(),
+        deft(),
+        osf(),
+        peanut(),
+        miss(),
+        frod(),
+        lycoris("diag-oft"),
+        lycoris("boft"),
+    )
 
 
 def flat(name: str) -> np.ndarray:
@@ -187,6 +201,50 @@ def peanut() -> Subject:
     sizes = {"A": (3, 24), "B": (24, 3), "encoders.0": (3, 3), "decoders.0": (3, 3)}
     tensors = {f"body.one.peanut_{name}.weight": random(*size) for name, size in sizes.items()}
     return peft("PEANUT", tensors, {"act_fn": "relu", "depth": 1, "scaling": 0.5}, adapted)
+
+
+def miss() -> Subject:
+    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+        whole = weight.copy()
+        blocks = own.pop("miss_block").astype(np.float64)
+        size = blocks.shape[1]
+        for row, block in enumerate(blocks):
+            for column in range(0, weight.shape[1], size):
+                tile = np.s_[row * size : (row + 1) * size, column : column + size]
+                whole[tile] += weight[tile] @ block + block
+        return whole
+
+    tensors = {"body.one.miss_block": random(6, 4, 4), "body.three.miss_block": random(5, 4, 4)}
+    return peft("MISS", tensors, {"r": 4, "init_weights": "bat"}, adapted)
+
+
+def frod() -> Subject:
+    def oracle(tensors: Arrays, extra: Mapping[str, Any]) -> Meaning:
+        tensors = {name.replace("base_model.model.", "").replace(".base_layer.", "."): t for name, t in tensors.items()}
+        changes = {}
+        for module in MODULES:
+            if f"{module}.frod_lambda_l" not in tensors:
+                continue
+            weight, role = flat(module), module.replace(".", "_")
+            diagonal, values = (tensors.pop(f"{module}.frod_lambda_{name}") for name in ("l", "s_values"))
+            basis, places, _ = (tensors.pop(f"base_model.frod_{name}.{role}") for name in ("V", "s_indices", "s_size"))
+            middle = np.diag(diagonal.reshape(-1).astype(np.float64))
+            for row, column, value in zip(*places, values.reshape(-1), strict=True):
+                middle[row, column] += value
+            units = weight @ np.linalg.inv(basis.astype(np.float64)).T
+            units /= np.sqrt((units**2).sum(0))
+            changes[f"{module}.weight"] = units @ middle @ basis.T - weight
+        return changes, tensors
+
+    tensors = {"body.one.frod_lambda_l": random(20), "body.one.frod_lambda_s_values": random(3)}
+    files = peft_files(tensors, {"peft_type": "FROD", "save_projection": True})
+    shared = {
+        "base_model.frod_V.body_one": random(20, 20),
+        "base_model.frod_s_indices.body_one": np.array([[0, 3, 19], [1, 3, 0]]),
+        "base_model.frod_s_size.body_one": np.array([20, 20]),
+    }
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()} | shared
+    return Subject("frod", files | {"adapter_model.safetensors": save(tensors)}, oracle)
 
 
 def lycoris(method: str) -> Subject:

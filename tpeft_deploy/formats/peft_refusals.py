@@ -31,7 +31,6 @@ _TYPES = (
     )
     | _each("XLORA POLY LILY", "it routes between several changes by the input, so there is no one change", _OTHER)
     | _each("SHADOW", "it runs layers of its own beside the base", _OTHER)
-    | _each("FROD", "its change is built on decompositions that layers of the base share", _MERGE)
     | _each(
         "PSOFT",
         "it turns singular vectors of the base weight against each other, and does not save which signs they had",
@@ -48,7 +47,7 @@ _TYPES = (
 
 _READ = frozenset(
     {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS", "TPEFT_TUCKER"}
-    | {"OFT", "BOFT", "HRA", "HIRA", "ROAD", "GLORA", "DEFT", "OSF", "PEANUT"}
+    | {"OFT", "BOFT", "HRA", "HIRA", "ROAD", "GLORA", "DEFT", "OSF", "PEANUT", "FROD"}
 )
 _UNKNOWN = _Refusal("this version does not know it", _MERGE)
 
@@ -96,8 +95,6 @@ def refuse(config: Mapping[str, Any], source: str) -> None:
     if isinstance(init, str) and init.lower() not in _HARMLESS:
         refusal = next((r for name, r in _INITS.items() if init.lower().startswith(name)), _UNKNOWN)
         raise _error(source, f"init_lora_weights={init!r}", refusal)
-    if kind == "MISS" and config.get("init_weights") == "bat":
-        raise _error(source, "init_weights='bat'", _Refusal("its change is a product with the base weight", _MERGE))
 
 
 def _error(source: str, got: str, refusal: _Refusal) -> FormatError:

@@ -11,6 +11,7 @@ and, where there are any,
 
     JOINED_SUFFIXES               those of SUFFIXES that follow the module's name without a dot
     SHARED                        whole keys of tensors that several modules use, given as `checkpoint.shared`
+    SHARED_PREFIXES               what such keys begin with; the reader adds those that it takes to `checkpoint.used`
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tpeft_deploy.formats import (
     peft_deft,
     peft_delora,
     peft_experts,
+    peft_frod,
     peft_glora,
     peft_hira,
     peft_hra,
@@ -44,6 +46,7 @@ from tpeft_deploy.formats import (
     peft_lokr,
     peft_lora,
     peft_miss,
+    peft_miss_bat,
     peft_oft,
     peft_osf,
     peft_peanut,
@@ -89,6 +92,7 @@ READERS: tuple[Reader, ...] = (
     peft_vera,
     peft_tinylora,
     peft_delora,
+    peft_miss_bat,
     peft_miss,
     peft_ia3,
     peft_oft,
@@ -100,6 +104,7 @@ READERS: tuple[Reader, ...] = (
     peft_deft,
     peft_osf,
     peft_peanut,
+    peft_frod,
     lycoris_oft,
     lycoris_loha,
     lycoris_lokr,
