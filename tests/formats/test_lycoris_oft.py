@@ -33,7 +33,7 @@ class TestForward:
 
     def error(self, path: Path, method: str, kind: str, dtype: torch.dtype, **arguments: Any) -> float:
         model, x = net(kind, dtype), rows(kind, dtype)
-        layers = {LAYER: model.block["in_layer"]}
+        layers: dict[str, nn.Module] = {LAYER: model.block["in_layer"]}
         size = 4
         if method == "diag-oft":
             layers[HEAD] = model.head
@@ -48,7 +48,7 @@ class TestForward:
             expected = model(x)
         error = error_of(file, net(kind, dtype), x, expected)
         digests = load_adapter(file, base=net(kind, dtype)).base_digests
-        weight = net(kind, dtype).block["in_layer"].weight.detach().numpy()
+        weight = net(kind, dtype).get_parameter("block.in_layer.weight").detach().numpy()
         assert digests["block.in_layer.weight"] == weight_digest(weight)
         return error
 

@@ -12,8 +12,8 @@ from tests.hostile.subjects import MODULES, Arrays, Meaning, Subject, by_module,
 
 __all__ = ["base_products"]
 
-Formula = Callable[[Arrays, np.ndarray, Mapping[str, Any]], np.ndarray]  # a module's tensors, W (O, -1), config -> W'
-STATE = {name: tensor.numpy().astype(np.float64) for name, tensor in net().state_dict().items()}
+Formula = Callable[[Arrays, np.ndarray, Mapping[str, Any]], Any]  # a module's tensors, W (O, -1), config -> W'
+STATE: Arrays = {name: tensor.numpy().astype(np.float64) for name, tensor in net().state_dict().items()}
 
 
 def base_products() -> tuple[Subject, ...]:
@@ -36,7 +36,8 @@ def base_products() -> tuple[Subject, ...]:
 
 def flat(name: str) -> np.ndarray:
     weight = STATE[f"{name}.weight"]
-    return weight.reshape(len(weight), -1)
+    rows: np.ndarray = weight.reshape(len(weight), -1)
+    return rows
 
 
 def peft(kind: str, tensors: Arrays, config: Mapping[str, Any], adapted: Formula, *, biased: bool = False) -> Subject:
@@ -80,7 +81,7 @@ def cayley(skew: np.ndarray) -> np.ndarray:
 
 
 def oft() -> Subject:
-    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> Any:
         values = own.pop("oft_R.weight").astype(np.float64)
         size = next(b for b in range(1, 99) if b * (b - 1) // 2 == values.shape[1])
         blocks = []
@@ -99,7 +100,7 @@ def oft() -> Subject:
 
 
 def boft() -> Subject:
-    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> Any:
         (values,), scale = own.pop("boft_R").astype(np.float64), own.pop("boft_s")
         rotation = block_diagonal(np.array([cayley((block - block.T) / 2) for block in values]))
         return scale.reshape(-1, 1) * (weight @ rotation.T)
@@ -109,7 +110,7 @@ def boft() -> Subject:
 
 
 def hra() -> Subject:
-    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> Any:
         for vector in own.pop("hra_u").astype(np.float64).T:
             weight = weight - 2 * np.outer(weight @ vector, vector) / (vector @ vector)
         return weight
@@ -118,7 +119,7 @@ def hra() -> Subject:
 
 
 def hira() -> Subject:
-    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> Any:
         a, b = own.pop("hira_A").astype(np.float64), own.pop("hira_B").astype(np.float64)
         return weight * (1 + b.reshape(b.shape[:2]) @ a.reshape(len(a), -1))
 
@@ -127,7 +128,7 @@ def hira() -> Subject:
 
 
 def road() -> Subject:
-    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> Any:
         theta, alpha = (own.pop(f"road_{name}").reshape(-1).astype(np.float64) for name in ("theta", "alpha"))
         size, per_pair = config["group_size"], {"road_1": 1, "road_2": 2, "road_4": 4}[config["variant"]]
         rotation = np.zeros((len(weight), len(weight)))
@@ -151,7 +152,7 @@ def road() -> Subject:
 
 
 def glora() -> Subject:
-    def adapted(own: Arrays, both: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    def adapted(own: Arrays, both: np.ndarray, config: Mapping[str, Any]) -> Any:
         weight, bias = both[:, :-1], both[:, -1]
         a, b, c = (
             own.pop(f"glora_{path}.Xd").astype(np.float64) @ own.pop(f"glora_{path}.Xu") for path in ("A", "B", "C")
@@ -167,7 +168,7 @@ def glora() -> Subject:
 
 
 def deft() -> Subject:
-    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> Any:
         basis = own.pop("deft_P").astype(np.float64)
         right = {"relu": np.maximum(basis, 0)}[config["decomposition_method"]]
         scale = config["alpha"] / basis.shape[1] if config.get("alpha") else 1
@@ -179,7 +180,7 @@ def deft() -> Subject:
 
 
 def osf() -> Subject:
-    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> Any:
         left, values, right = (own.pop(f"osf_svd_params.{part}_low").astype(np.float64) for part in "USV")
         u, s, v = np.linalg.svd(weight, full_matrices=False)
         kept = len(s) - len(values)
@@ -191,8 +192,9 @@ def osf() -> Subject:
 
 
 def peanut() -> Subject:
-    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
-        act = {"relu": lambda x: x * (x > 0), "tanh": np.tanh, "linear": lambda x: x}[config["act_fn"]]
+    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> Any:
+        acts: dict[str, Callable[[Any], Any]] = {"relu": lambda x: x * (x > 0), "tanh": np.tanh, "linear": lambda x: x}
+        act = acts[config["act_fn"]]
         first, last = own.pop("peanut_A.weight").astype(np.float64), own.pop("peanut_B.weight")
         encoder, decoder = own.pop("peanut_encoders.0.weight"), own.pop("peanut_decoders.0.weight")
         before = act(first @ weight)
@@ -204,7 +206,7 @@ def peanut() -> Subject:
 
 
 def miss() -> Subject:
-    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> np.ndarray:
+    def adapted(own: Arrays, weight: np.ndarray, config: Mapping[str, Any]) -> Any:
         whole = weight.copy()
         blocks = own.pop("miss_block").astype(np.float64)
         size = blocks.shape[1]

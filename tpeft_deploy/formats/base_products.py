@@ -104,4 +104,5 @@ def rotate_inputs(weight: Array, blocks: Array) -> Array:
     if left or count == 0 or len(blocks) % count or not len(blocks) or outputs % (len(blocks) // count):
         raise ValueError(f"{len(blocks)} blocks of size {size} for a weight of shape {weight.shape}")
     grouped = weight.reshape(len(blocks) // count, -1, count, size)
-    return np.einsum("gonk,gnck->gonc", grouped, blocks.reshape(-1, count, size, size)).reshape(weight.shape)
+    rotated: Array = np.einsum("gonk,gnck->gonc", grouped, blocks.reshape(-1, count, size, size))
+    return rotated.reshape(weight.shape)

@@ -36,7 +36,8 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _erf_gelu(x: Array) -> Array:
-    return x * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2))) / 2
+    gelu: Array = x * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2))) / 2
+    return gelu
 
 
 # As transformers' ACT2FN names them.

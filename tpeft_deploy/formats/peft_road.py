@@ -76,4 +76,5 @@ def _columns(variant: str, size: int, theta: Array, alpha: Array) -> tuple[Array
 def _rotated(rows: Array, cosines: Array, sines: Array, size: int) -> Array:
     halves = rows.reshape(-1, 2, size // 2, rows.shape[1])
     partners = np.stack([-halves[:, 1], halves[:, 0]], axis=1).reshape(rows.shape)
-    return cosines[:, None] * rows + sines[:, None] * partners
+    rotated: Array = cosines[:, None] * rows + sines[:, None] * partners
+    return rotated
