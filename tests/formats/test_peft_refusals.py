@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import BOFTConfig, HRAConfig, LoraConfig, OFTConfig, PeftType
+from peft import LoraConfig, PeftType, PsoftConfig
 
 from tests.formats.pefts import change_config, error_of, peft_model, refusal, save, vision
 from tpeft_deploy.errors import FormatError
@@ -13,6 +13,7 @@ from tpeft_deploy.formats.peft_refusals import refuse
 READ = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS"}
 READ |= {"RANDLORA", "C3A", "FOURIERFT", "WAVEFT", "VBLORA", "UNILORA", "SHIRA", "SUPERTUNING", "GRALORA"}
 READ |= {"LN_TUNING", "BEFT", "TRAINABLE_TOKENS"}
+READ |= {"OFT", "BOFT", "HRA", "HIRA", "ROAD", "GLORA", "DEFT", "OSF", "PEANUT", "FROD"}
 
 
 def message(**config: Any) -> str:
@@ -43,9 +44,7 @@ class TestTypes:
     @pytest.mark.parametrize(
         "config",
         [
-            OFTConfig(oft_block_size=4, target_modules=["fc"]),
-            BOFTConfig(boft_block_size=4, target_modules=["fc"]),
-            HRAConfig(target_modules=["fc"]),
+            PsoftConfig(target_modules=["fc"], r=4),
         ],
         ids=lambda config: config.peft_type.value,
     )

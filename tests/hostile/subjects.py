@@ -65,7 +65,10 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def subjects() -> dict[str, Subject]:
-    made = (canonical(), peft_tucker(), peft_lora(), adalora(), locon(), loha(), lokr(), sjtu(), *peft_dense())
+    from tests.hostile.base_products import base_products  # which is built on this module
+
+    plain = (canonical(), peft_tucker(), peft_lora(), adalora(), locon(), loha(), lokr(), sjtu())
+    made = (*base_products(), *peft_dense(), *plain)
     return {subject.name: subject for subject in made}
 
 

@@ -85,12 +85,13 @@ def _suffixes() -> tuple[Set[str], Set[str], Set[str]]:
 def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], dict[str, Array]]:
     """Modules in the order of their keys, shared tensors, and tensors whose suffix no reader knows."""
     _, _, whole_keys = _suffixes()
+    prefixes = tuple(prefix for reader in READERS for prefix in getattr(reader, "SHARED_PREFIXES", ()))
     modules: dict[str, Module] = {}
     shared: dict[str, Array] = {}
     rest: dict[str, Array] = {}
     wrapped = any(_FLORA in key for key in saved.tensors) and all(key.startswith(_WRAPPER) for key in saved.tensors)
     for key, tensor in sorted(saved.tensors.items()):
-        if key in whole_keys:
+        if key in whole_keys or key.startswith(prefixes):
             shared[key] = tensor
             continue
         place = _split(key)
@@ -225,7 +226,7 @@ def _check_beside(rest: Mapping[str, Array], names: Names, adapted: Set[str], ch
 
 def _check_shared(checkpoint: Checkpoint, readers: Sequence[Reader], asked: Set[str]) -> None:
     used = frozenset[str]().union(*(getattr(r, "SHARED", ()) for r in readers if r.NAME in asked))
-    for key in sorted(checkpoint.shared.keys() - used):
+    for key in sorted(checkpoint.shared.keys() - used - checkpoint.used):
         raise FormatError(f"read {checkpoint.source}, tensor {key!r}", problem="no module of the file uses it")
 
 

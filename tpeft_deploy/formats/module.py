@@ -56,6 +56,7 @@ class Checkpoint:
         base: the base, when the caller gave it; readers that need it raise FormatError without it, saying
             "give base=".
         shared: tensors that belong to no single module (VeRA's projections), by their whole key.
+        used: keys of `shared` that a reader took by SHARED_PREFIXES.
     """
 
     source: str
@@ -64,6 +65,7 @@ class Checkpoint:
     scale: float | None
     base: BaseView | None
     shared: dict[str, Array] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
 
 
 @dataclass(eq=False)

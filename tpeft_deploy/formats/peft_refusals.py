@@ -31,9 +31,11 @@ _TYPES = (
     )
     | _each("XLORA POLY LILY", "it routes between several changes by the input, so there is no one change", _OTHER)
     | _each("SHADOW", "it runs layers of its own beside the base", _OTHER)
-    | _each("OFT BOFT HRA ROAD GLORA DEFT FROD PEANUT", "its change is a product with the base weight", _MERGE)
-    | _each("HIRA", "its change is an elementwise product with the base weight", _MERGE)
-    | _each("PSOFT OSF", "its change is built from a decomposition of the base weight that is not saved", _MERGE)
+    | _each(
+        "PSOFT",
+        "it turns singular vectors of the base weight against each other, and does not save which signs they had",
+        _MERGE,
+    )
     | _each("ADAMSS", "it groups outputs by a clustering of the base weight that is not saved", _MERGE)
 )
 
@@ -41,6 +43,7 @@ _READ = frozenset(
     {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS", "TPEFT_TUCKER"}
     | {"RANDLORA", "C3A", "FOURIERFT", "WAVEFT", "VBLORA", "UNILORA", "SHIRA", "SUPERTUNING", "GRALORA"}
     | {"LN_TUNING", "BEFT", "TRAINABLE_TOKENS"}
+    | {"OFT", "BOFT", "HRA", "HIRA", "ROAD", "GLORA", "DEFT", "OSF", "PEANUT", "FROD"}
 )
 _UNKNOWN = _Refusal("this version does not know it", _MERGE)
 
@@ -91,8 +94,6 @@ def refuse(config: Mapping[str, Any], source: str) -> None:
         reason = "which numbers a layer has follows from the order in which PEFT met the layers"
         fix = "Set save_indices to true in adapter_config.json, load the adapter with PEFT, and save it again."
         raise _error(source, "save_indices=False", _Refusal(reason, fix))
-    if kind == "MISS" and config.get("init_weights") == "bat":
-        raise _error(source, "init_weights='bat'", _Refusal("its change is a product with the base weight", _MERGE))
 
 
 def _error(source: str, got: str, refusal: _Refusal) -> FormatError:
