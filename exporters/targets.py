@@ -33,7 +33,7 @@ def resolve(graph: ir.Graph, weights: Mapping[str, Array], aliases: Mapping[str,
     Args:
         graph: a raw export.
         weights: every weight of the base by every name it has, tied ones included.
-        aliases: every such name -> one name for all aliases of the same tensor.
+        aliases: every such name -> one name for all names of the same parameter of the same module.
 
     Returns:
         Weight name -> name of the initializer that holds it; a weight that the graph does not use is absent.

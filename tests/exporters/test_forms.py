@@ -31,7 +31,7 @@ def merged(module: nn.Module, adapter: Adapter | None, inputs: dict[str, torch.T
             changed[name] = total.to(weights[name].dtype)
         changed |= {name: torch.from_numpy(array) for name, array in adapter.overrides.items()}
     with torch.no_grad():
-        (output,) = tree_leaves(functional_call(module, changed, (), inputs, tie_weights=True))
+        (output,) = tree_leaves(functional_call(module, changed, (), inputs, tie_weights=False))
     result: np.ndarray = output.numpy()
     return result
 

@@ -64,7 +64,6 @@ def read(saved: Saved, *, scale: float | None, base: BaseView | None, format: st
         asked.add(reader.NAME)
         adapted.add(module.name)
         _add(parts, _change(reader, module, checkpoint), module, checkpoint)
-    _check_untied(parts, checkpoint)
     _check_recognised(checkpoint, asked, directory=saved.directory)
     _check_shared(checkpoint, readers, asked)
     _check_beside(rest, names, adapted, checkpoint)
@@ -181,20 +180,6 @@ def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) 
         if small is not delta:
             parts.deltas[name] = small
             parts.notes[name] = "; ".join(filter(None, [change.notes.get(name), DENSE]))
-
-
-def _check_untied(parts: _Parts, checkpoint: Checkpoint) -> None:
-    """Refuse a change of a tied weight: training wrapped one of its uses, and a merged weight would change them all."""
-    tied = checkpoint.base.tied if checkpoint.base is not None else {}
-    for name in sorted(tied.keys() & (parts.deltas.keys() | parts.gains.keys())):
-        if tied[name] in parts.deltas and name in parts.deltas:
-            continue  # both uses were changed
-        raise FormatError(
-            f"read {checkpoint.source}, weight {name!r}",
-            expected="a weight of its own",
-            got=f"one that is tied to {tied[name]!r}: training changed one use of it, and a merged weight changes both",
-            fix="Untie them in the base and train again, or leave the module out of target_modules.",
-        )
 
 
 def _check_recognised(checkpoint: Checkpoint, asked: Set[str], *, directory: bool) -> None:

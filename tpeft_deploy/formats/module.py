@@ -24,14 +24,12 @@ class BaseView:
         name: for messages.
         weights: name -> array; every name of a tied weight.
         kinds: module path -> class name of the layer, where it is known ("Linear", "Conv2d", "MultiheadAttention").
-        tied: name of a tied weight -> another name of the same tensor, where ties are known.
         shapes, digests: of weights, where they are known without reading them.
     """
 
     name: str
     weights: Mapping[str, Array]
     kinds: Mapping[str, str] = field(default_factory=dict)
-    tied: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
 

@@ -55,7 +55,7 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.tucker_scale: dict[str, float] = {}
         self.tucker_break_even: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self._before_merge: Tensor | None = None
+        self._before_merge: nn.Parameter | None = None
         self._active_adapter = adapter_name
         self._check_base()
         self.update_layer(adapter_name, config, ranks)
@@ -169,16 +169,18 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 if safe_merge and not torch.isfinite(weight).all():
                     raise ValueError(f"merge adapter {name!r}: the merged weight holds NaN or infinity")
         # Kept rather than subtracted later, so that unmerging restores the base to the bit and its digest holds.
-        self._before_merge = self.base_weight.detach()
-        parameter.data = weight
+        self._before_merge = cast(nn.Parameter, self.base_weight)
+        # Another parameter, as other modules may share the base's: a branch changes this layer alone.
+        self.base_layer.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put back the base weight as it was before any merge."""
         if self._before_merge is None:
             return
-        parameter = cast(nn.Parameter, self.base_layer.weight)
-        parameter.data = self._before_merge.to(parameter)
+        merged = cast(nn.Parameter, self.base_layer.weight)
+        self._before_merge.data = self._before_merge.data.to(merged)  # the model may have moved meanwhile
+        self.base_layer.weight = self._before_merge
         self._before_merge = None
         self.merged_adapters.clear()
 

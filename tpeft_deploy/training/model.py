@@ -25,7 +25,7 @@ class TuckerModel(BaseTuner):  # type: ignore[misc]
     """A model whose target modules carry tensor adapters; PEFT makes it for a `TuckerConfig`.
 
     Raises:
-        ValueError: a target cannot be adapted: its type, a tied weight, or ranks that do not fit it.
+        ValueError: a target cannot be adapted: its type, or ranks that do not fit it.
         BaseMismatch, UnknownTarget: the configuration comes from an adapter of another base.
     """
 
@@ -74,7 +74,6 @@ class TuckerModel(BaseTuner):  # type: ignore[misc]
                 target.update_layer(adapter_name, config, ranks)
                 return
             kind = _kind(target)
-            self._check_untied(target)
             layer = kind(target, adapter_name, config, ranks)
         except ValueError as error:
             raise ValueError(f"adapt module {current_key!r}: {error}") from error
@@ -103,13 +102,6 @@ class TuckerModel(BaseTuner):  # type: ignore[misc]
                 own = [key for key in loaded if key.startswith(f"{first}.")]
                 loaded |= {name + key.removeprefix(first): loaded[key] for key in own}
         return loaded
-
-    def _check_untied(self, target: nn.Module) -> None:
-        """Refuse a weight that another module uses too: merging would change both, the branch only one."""
-        weight = getattr(target, "weight", None)
-        for name, module in self.model.named_modules():
-            if module is not target and any(parameter is weight for parameter in module._parameters.values()):
-                raise ValueError(f"its weight is tied to that of {name!r}; untie them first, for example with a copy")
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
