@@ -73,7 +73,7 @@ ALLOWED = {
     "training": {"errors", "tucker", "adapter"},
     "exporters": {
         *{"adapter", "bundle", "errors", "files", "fitting", "formats"},
-        *{"manifest", "page", "plots", "progress", "slots", "tucker"},
+        *{"manifest", "page", "plots", "progress", "slots", "training", "tucker"},
     },
     "runtime": {
         *{"adapter", "bundle", "composition", "errors", "files", "fitting", "formats", "manifest"},
