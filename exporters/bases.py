@@ -8,6 +8,7 @@ from copy import copy
 
 import numpy as np
 import onnx_ir as ir
+from torch import nn
 
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.ties import Ties, settle
@@ -26,6 +27,9 @@ class Base(ABC):
         name: for messages and as the default name of a bundle.
         inputs: example inputs by name, as the exported graph takes them.
     """
+
+    module: nn.Module | None = None  # the torch module, where there is one
+    own_names: Mapping[str, str] = {}  # input or output -> the name it has in the module, where that is another
 
     def __init__(self, name: str, inputs: Inputs) -> None:
         self.name = name

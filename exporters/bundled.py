@@ -20,6 +20,7 @@ from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
+from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.padding import prove_padding
 from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
 from tpeft_deploy.exporters.proof import prove, with_checks
@@ -102,11 +103,13 @@ def export_bundle(
         for position, (task, adapter) in enumerate(adapters.items()):
             progress(Stage(f"store {task}", position, len(adapters)))
             bundle.add(task, adapter)
-        manifest = prove(plan.base, plan.raw.graph, bundle, adapters, progress)
+        sources = Sources(plan.base, plan.raw.graph, keep=folded)
+        manifest = prove(plan.base, plan.raw.graph, bundle, adapters, progress, sources)
         manifest = prove_padding(plan.base, plan.raw.graph, bundle, manifest, adapters, plan.padding, progress)
         for position, (task, adapter) in enumerate(adapters.items() if folded else ()):
             progress(Stage(f"fold {task}", position, len(adapters)))
-            checks = write_folded(plan.base, plan.raw, adapter, new / "folded" / f"{task}.onnx", task=task)
+            file = new / "folded" / f"{task}.onnx"
+            checks = write_folded(plan.base, plan.raw, adapter, file, task=task, sources=sources)
             manifest = with_checks(manifest, checks)
         _write_manifest(new, manifest)
     return Bundle.open(path)

@@ -29,6 +29,7 @@ from tpeft_deploy.tucker import Array
 __all__ = [
     "BFLOAT16_LIMIT",
     "LIMIT",
+    "MERGED",
     "ORT_ERRORS",
     "Check",
     "compare",
@@ -40,11 +41,16 @@ __all__ = [
 ]
 
 LIMIT = 1e-5
+MERGED = "merged"
 BFLOAT16_LIMIT = 1.6e-2  # for sums that are rounded to bfloat16, which has 3 bits less than float16
 
 _CPU = "CPUExecutionProvider"
 _HALF_LIMIT = 2e-3
 _FIX = "It must not be served; please report the model."
+_FIX_READING = (
+    "The export is not what was trained: the training library computes something else with the same file; please "
+    "report the adapter."
+)
 ORT_ERRORS = (
     ort_errors.Fail,
     ort_errors.RuntimeException,
@@ -66,6 +72,7 @@ class Check:
         limit: what it had to stay under.
         outputs: relative error of every output.
         failure: why the form may not be used, or None where every output is within the limit.
+        oracle: what the form was compared with: the merged base, or a training library ("peft 0.21.2").
     """
 
     form: str
@@ -75,6 +82,7 @@ class Check:
     limit: float
     outputs: Mapping[str, float]
     failure: NotEquivalent | None = None
+    oracle: str = MERGED
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a manifest, which holds no check that failed."""
@@ -85,6 +93,7 @@ class Check:
             "error": self.error,
             "limit": self.limit,
             "outputs": dict(self.outputs),
+            "oracle": self.oracle,
         }
 
     def passed(self) -> Check:
@@ -188,6 +197,7 @@ def measure(
     answer: Callable[[], Mapping[str, Array]],
     expected: Mapping[str, Array],
     limit: float = LIMIT,
+    oracle: str = MERGED,
 ) -> Check:
     """Compare all outputs of a run, and say what is wrong instead of raising it.
 
@@ -198,14 +208,16 @@ def measure(
         answer: runs the form.
         expected: the reference's outputs.
         limit: for outputs in 32 bits and more; those in 16 bits have 2e-3.
+        oracle: what computed `expected`, as in `Check`.
     """
+    against, fix = ("the merged model", _FIX) if oracle == MERGED else (f"the forward of {oracle}", _FIX_READING)
     doing = f"check the {form} export of task {task!r} at " + ", ".join(f"{n} {size}" for n, size in sizes.items())
     halves = any(reference.dtype.itemsize == 2 for reference in expected.values())
     try:
         got = answer()
     except NotEquivalent as error:
         nothing = dict.fromkeys(expected, math.inf)
-        return Check(form, task, sizes, math.inf, max(limit, _HALF_LIMIT if halves else 0.0), nothing, error)
+        return Check(form, task, sizes, math.inf, max(limit, _HALF_LIMIT if halves else 0.0), nothing, error, oracle)
     errors, failure = {}, None
     for name, reference in expected.items():
         shape = got[name].shape if name in got else None
@@ -225,11 +237,11 @@ def measure(
     if failure is None and not errors[worst] <= limit:
         failure = NotEquivalent(
             doing,
-            expected=f"relative error <= {limit:g} against the merged model",
+            expected=f"relative error <= {limit:g} against {against}",
             got=f"{errors[worst]:.2e} in output {worst!r}",
-            fix=_FIX,
+            fix=fix,
         )
-    return Check(form, task, sizes, errors[worst], limit, errors, failure)
+    return Check(form, task, sizes, errors[worst], limit, errors, failure, oracle)
 
 
 def relative_error(got: Array, expected: Array) -> float:

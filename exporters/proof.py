@@ -16,7 +16,8 @@ from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
-from tpeft_deploy.exporters.gate import Check
+from tpeft_deploy.exporters.gate import MERGED, Check
+from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.samples import Sizes, batch_axis, shapes_to_prove, with_sizes
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.progress import Progress, Stage
@@ -30,7 +31,14 @@ _SLACK = 4
 _MIXED = 6  # given adapters in one mixed batch, so that its size does not grow with their number
 
 
-def prove(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress) -> Manifest:
+def prove(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    sources: Sources,
+) -> Manifest:
     """The manifest with what the gate measured, and with whether rows of different adapters may share a run.
 
     Args:
@@ -39,12 +47,13 @@ def prove(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Ad
         bundle: written already, with the adapters in it.
         adapters: task -> adapter.
         progress: told each stage.
+        sources: what the training libraries compute.
 
     Raises:
-        NotEquivalent: a form differs from the merged base.
+        NotEquivalent: a form differs from the merged base, or from what its training library computes.
     """
-    forms = [check.passed() for check in check_forms(base, graph, bundle, adapters, progress)]
-    manifest = with_checks(bundle.manifest, forms)
+    forms = [check.passed() for check in check_forms(base, graph, bundle, adapters, progress, sources)]
+    manifest = with_checks(replace(bundle.manifest, oracles=sources.to_json(bundle.tasks)), forms)
     if manifest.rows == "group":
         return manifest
     try:
@@ -57,14 +66,26 @@ def prove(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Ad
 
 
 def with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
-    """A manifest with more measurements."""
-    return replace(manifest, gate=(*manifest.gate, *(check.to_json() for check in checks)))
+    """A manifest with more measurements: `gate` has those against the merged base, `oracles` the worst of each task."""
+    gate, oracles = list(manifest.gate), dict(manifest.oracles)
+    for check in checks:
+        if check.oracle == MERGED:
+            gate.append(check.to_json())
+        record = oracles.get(check.task)
+        if record is not None and record["oracle"] == check.oracle:
+            oracles[check.task] = {**record, "error": max(record["error"], check.error)}
+    return replace(manifest, gate=tuple(gate), oracles=oracles)
 
 
 def check_forms(
-    base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    sources: Sources,
 ) -> Iterator[Check]:
-    """Compare the base, factored and banked forms with the merged base, one adapter per run.
+    """Compare the base, factored and banked forms with the merged base and with `sources`, one adapter per run.
 
     Each comparison is made when it is asked for; those that failed are among them.
     """
@@ -81,14 +102,15 @@ def check_forms(
         progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
         factors = bundle.factors(task) if adapter is not None else {}
         rows = filled | {slots.INDEX: np.array([position])}
-        for sizes in shapes:
+        source = sources.of(task, adapter)
+        for number, sizes in enumerate(shapes):
             inputs = with_sizes(base, graph, sizes)
             expected = base.reference(adapter, inputs, names)
             for form, session in sessions.items():
                 answer = partial(gate.run, session, inputs, factors)
                 if form.startswith("banked"):
                     answer = partial(_run_banked, session, inputs, rows, bundle, adapter)
-                yield gate.measure(form, task, sizes, answer, expected, limit)
+                yield from source.measure(number, form, task, sizes, answer, expected, limit)
 
 
 def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> float:

@@ -29,6 +29,8 @@ class Renamed(Base):
     def __init__(self, base: Base, names: Mapping[str, str]) -> None:
         super().__init__(base.name, {names.get(name, name): array for name, array in base.inputs.items()})
         self.padding = {names.get(name, name): value for name, value in base.padding.items()}
+        self.module = base.module
+        self.own_names = {**base.own_names, **{new: base.own_names.get(old, old) for old, new in names.items()}}
         self._base = base
         self._names = dict(names)
 

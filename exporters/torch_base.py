@@ -58,6 +58,8 @@ class TorchBase(Base):
         UnsupportedBase: a weight has a dtype that cannot be exported.
     """
 
+    module: nn.Module
+
     def __init__(
         self, name: str, module: nn.Module, inputs: Mapping[str, torch.Tensor], dynamic_shapes: Mapping[str, Any]
     ) -> None:

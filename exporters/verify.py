@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,21 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy import slots
-from tpeft_deploy.adapter import Adapter, weight_digest
+from tpeft_deploy.adapter import Adapter, Origin, weight_digest
 from tpeft_deploy.bundle import BANKED_CPU, FACTORED_CPU, Bundle
-from tpeft_deploy.errors import BaseMismatch, IntegrityError, ShapeError
+from tpeft_deploy.errors import BaseMismatch, FormatError, IntegrityError, ShapeError, UnknownTask, UnsupportedBase
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.bundle_base import BundleBase
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.padding import check_padding
 from tpeft_deploy.exporters.proof import check_forms, check_rows
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
 from tpeft_deploy.exporters.single import TargetCheck, check_targets
 from tpeft_deploy.files import new_file
+from tpeft_deploy.formats import origin_of
 from tpeft_deploy.progress import Progress, Stage, silent
 from tpeft_deploy.tucker import Array
 
@@ -94,6 +96,7 @@ def verify_bundle(
     *,
     task: str | None = None,
     base: object = None,
+    against_source: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> Verification:
@@ -104,6 +107,9 @@ def verify_bundle(
         task: the only task to check; by default all of them.
         base: what the bundle was exported from, as `export_bundle` takes it, for a reference that is merged and run
             outside ONNX; by default base.onnx with the merged tensors in place of its initializers.
+        against_source: the directory or file that the task's adapter was read from: its forms are compared with the
+            forward method of the library that wrote it too.  Needs a `base` with a torch module, and `task` where the
+            bundle has several.
         report: an HTML file to write, failures included; it also shows the error of every target alone.
         progress: told each stage.
 
@@ -114,11 +120,13 @@ def verify_bundle(
         UnknownTask: the bundle has no such task.
         IntegrityError: a file was altered, or does not hold what another file says; no graph was run.
         BaseMismatch: `base` is not the bundle's.
+        UnsupportedBase, FormatError: the training library cannot be asked about `against_source`.
         NotEquivalent: a form differs from the reference; the report was written.
     """
     bundle = Bundle.open(path)
     if task is not None:
         bundle.digest(task)  # an unknown one is said before anything is read
+    sourced = _sourced(bundle, task, base, against_source) if against_source is not None else {}
     tasks = _read(bundle, [task] if task is not None else list(bundle.tasks), progress)
     oracle, reference = BundleBase(bundle), "base.onnx with merged weights, not optimised"
     chosen: Base = oracle
@@ -127,8 +135,11 @@ def verify_bundle(
         chosen = _own_base(bundle, load_base(base).knowing(tasks.values()))
         reference = f"{chosen.name}, merged and run as it is"
     graph = oracle.graph().graph
-    checks = list(check_forms(chosen, graph, bundle, tasks, progress))
-    left_out = []
+    sources = Sources(chosen, graph, keep=True)
+    tasks |= {name: replace(tasks[name], origin=origin) for name, origin in sourced.items()}
+    reference += "".join(_asked(bundle, sources, name, tasks[name], against_source) for name in sourced)
+    checks = list(check_forms(chosen, graph, bundle, tasks, progress, sources))
+    left_out = _unsourced(tasks, sourced)
     if bundle.manifest.rows == "each":
         checks += check_rows(chosen, graph, bundle, tasks, progress)
     else:
@@ -136,7 +147,7 @@ def verify_bundle(
     if bundle.manifest.paddable:
         progress("check rows that are filled up")
         checks += check_padding(chosen, graph, bundle, bundle.manifest, tasks)
-    checks += _check_folded(chosen, graph, bundle, tasks, progress)
+    checks += _check_folded(chosen, graph, bundle, tasks, progress, sources)
     targets: tuple[TargetCheck, ...] = ()
     if report is not None:
         targets = tuple(check_targets(chosen, graph, bundle, tasks, progress))
@@ -250,8 +261,58 @@ def _own_base(bundle: Bundle, base: Base) -> Base:
     return base.at(bundle.example())
 
 
+def _sourced(bundle: Bundle, task: str | None, base: object, path: str | os.PathLike[str]) -> dict[str, Origin]:
+    """The one task that a training library is to be asked about, and what about."""
+    doing = f"verify bundle {bundle.path} against the source {path}"
+    names = [task] if task is not None else list(bundle.tasks)
+    if len(names) != 1:
+        raise UnknownTask(
+            doing,
+            expected="the task that it is the source of",
+            got=f"a bundle of {len(names)} tasks",
+            fix="Give task= (--task on the command line).",
+        )
+    if base is None:
+        raise UnsupportedBase(
+            doing,
+            expected="the torch module that the bundle was exported from, for the training library to run",
+            got="none",
+            fix="Give base= (--base on the command line).",
+        )
+    origin = origin_of(Path(path))
+    if origin is None:
+        raise FormatError(
+            doing,
+            expected="a PEFT directory, or a .safetensors file of LyCORIS or kohya",
+            got="another file or directory, which no training library reads",
+        )
+    return {names[0]: origin}
+
+
+def _asked(bundle: Bundle, sources: Sources, task: str, adapter: Adapter, path: object) -> str:
+    """What is compared with a source, for people.
+
+    Raises:
+        UnsupportedBase: there is no torch module.
+        FormatError: the library is not installed, or cannot run the adapter on the base.
+    """
+    source = sources.of(task, adapter)
+    if source.oracle == gate.MERGED:
+        doing = f"verify bundle {bundle.path} against the source {path}"
+        kind = UnsupportedBase if sources.base.module is None else FormatError
+        raise kind(doing, expected="a training library that runs it on the base", got=source.reason)
+    return f"; task {task!r} also with the forward of {source.oracle} and {path}"
+
+
+def _unsourced(tasks: Mapping[str, Adapter], sourced: Mapping[str, Origin]) -> list[tuple[str, str]]:
+    others = [task for task in tasks if task not in sourced]
+    reasons = [f"no source was given of {', '.join(others)}"] if others else []
+    reasons += [f"mixed and padded rows of {task} are compared with merged weights only" for task in sourced]
+    return [("training library", reason) for reason in reasons]
+
+
 def _check_folded(
-    base: Base, graph: ir.Graph, bundle: Bundle, tasks: Mapping[str, Adapter], progress: Progress
+    base: Base, graph: ir.Graph, bundle: Bundle, tasks: Mapping[str, Adapter], progress: Progress, sources: Sources
 ) -> Iterator[Check]:
     names = [str(value.name) for value in graph.outputs]
     shapes = shapes_to_prove(base, graph)
@@ -262,7 +323,9 @@ def _check_folded(
             continue
         progress(Stage(f"check folded {task}", position, len(tasks)))
         session = gate.open_session(file)
-        for sizes in shapes:
+        source = sources.of(task, adapter)
+        for number, sizes in enumerate(shapes):
             inputs = with_sizes(base, graph, sizes)
             answer = partial(gate.run, session, inputs, {})
-            yield gate.measure("folded", task, sizes, answer, base.reference(adapter, inputs, names), limit)
+            expected = base.reference(adapter, inputs, names)
+            yield from source.measure(number, "folded", task, sizes, answer, expected, limit)

@@ -74,7 +74,7 @@ ALLOWED = {
     "training": {"errors", "tucker", "adapter"},
     "exporters": {
         *{"adapter", "bundle", "errors", "files", "fitting", "formats"},
-        *{"manifest", "page", "plots", "progress", "slots", "ties", "tucker"},
+        *{"manifest", "page", "plots", "progress", "slots", "ties", "training", "tucker"},
     },
     "runtime": {
         *{"adapter", "bundle", "composition", "errors", "files", "fitting", "formats", "manifest"},

@@ -2,7 +2,7 @@
 
 Also the canonical file of an adapter: one safetensors file whose header says everything, so that its SHA-256
 names its content.  Tensors are `delta/<target>/core`, `delta/<target>/factor.<mode>`, `override/<name>` and
-`gain/<target>`.  Notes are about an import, not about what was imported: they are not in the file.
+`gain/<target>`.  Notes and origin are about an import, not about what was imported: they are not in the file.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["Adapter", "gain_mode", "weight_digest"]
+__all__ = ["Adapter", "Origin", "gain_mode", "weight_digest"]
 
 _COUNTER = "num_batches_tracked"
 
@@ -41,6 +43,19 @@ def gain_mode(gain: Array) -> int | None:
     return modes[0] if modes else 0
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What an adapter was read from, for a proof that asks the training library to read it too.
+
+    Args:
+        path: a PEFT directory, or a .safetensors file.
+        family: "peft" for the directory, "safetensors" for the file, which LyCORIS or kohya may have written.
+    """
+
+    path: Path
+    family: Literal["peft", "safetensors"]
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """All that one task changes in a base.
@@ -56,6 +71,8 @@ class Adapter:
             or (1, I, 1, ...).  The adapted weight is gain * (W + dW); a gain may stand without a delta.
         notes: weight -> what a reader of the import should know: kept dense because that is smaller, and the like;
             "*" is the adapter as a whole.
+        origin: the training library's file, with which an export is compared; None for an adapter made in memory and
+            for the canonical file.  Set it to None when the adapter is changed after it was read.
 
     Raises:
         FormatError: it has no tensors, an override or a gain is not finite, or a weight has both an override and a
@@ -68,6 +85,7 @@ class Adapter:
     source: str = "an adapter made in memory"
     gains: Mapping[str, Array] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         if not self.deltas and not self.overrides and not self.gains:

@@ -21,6 +21,7 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -174,6 +175,21 @@ class Bundle:
                 fix=f"Add it with 'tpeft-deploy adapter add {self.path} {task}=ADAPTER'.",
             )
         return self._alias(file)
+
+    def oracle(self, task: str) -> dict[str, Any]:
+        """What a task's adapter was compared with when the bundle was exported: `oracle`, `reason`, `error`.
+
+        The oracle of an adapter that was added later is "merged": the bundle has no torch module to give to a training
+        library.
+
+        Raises:
+            UnknownTask: the bundle has no such task.
+        """
+        digest, record = self.digest(task), self.manifest.oracles.get(task, {})
+        if record.get("digest") == digest:
+            return dict(record)
+        reason = "the manifest records no comparison: the adapter was added later, or by an earlier version"
+        return {"oracle": "merged", "reason": reason, "error": None, "digest": digest}
 
     def fill(self, adapter: Adapter) -> dict[str, dict[str, Array]]:
         """An adapter's slots: target key (see `fitting`) -> slot name -> array with the adapter's own ranks.

@@ -6,6 +6,9 @@ base        digest of all weights, and per weight its shape, dtype, digest and p
 targets     the weights that adapters may change, with their layer kind (see `slots`)
 rows        "each": one run serves rows of different adapters; "group": one adapter per run, and why
 inputs, outputs, files, max_rank, gate
+oracles     per task of the export, what its forms were compared with beside the merged base: a training library's own
+            forward of the adapter's file ("peft 0.21.2"), or "merged" and why there was none; the worst error; and the
+            digest of the adapter that this is about
 digest      SHA-256 of everything above
 """
 
@@ -132,6 +135,7 @@ class Manifest:
     max_rank: int | None = None
     gate: tuple[Mapping[str, Any], ...] = field(default=())
     ties: tuple[tuple[str, ...], ...] = ()
+    oracles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def base_digest(self) -> str:
@@ -275,6 +279,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         max_rank=document["max_rank"],
         gate=tuple(document["gate"]),
         ties=_ties(document),
+        oracles={task: dict(record) for task, record in document.get("oracles", {}).items()},
     )
 
 

@@ -22,15 +22,16 @@ def test_verify_prints_every_check(conv_bundle: Bundle, tmp_path: Path) -> None:
     result = call("verify", conv_bundle.path, "--base", BASE, "--report", tmp_path / "page.html")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["form", "task", "sizes", "error", "limit"]
-    assert len(lines) == 1 + 44
+    assert lines[0].split() == ["form", "task", "sizes", "error", "limit", "oracle"]
+    assert len(lines) == 1 + 44 + 1
+    assert lines[-1].split()[:4] == ["training", "library", "not", "checked"]
     assert result.stderr == f"report: {tmp_path / 'page.html'}\n"
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_verify_says_what_it_left_out(own_bundle: Bundle) -> None:
     write(own_bundle, replace(own_bundle.manifest, rows="group", rows_reason="at 'x'"))
-    assert "mixed rows  not checked" in succeed("verify", own_bundle.path)
+    assert "mixed rows        not checked" in succeed("verify", own_bundle.path)
 
 
 def test_a_deviation_is_one_line_and_a_report(own_bundle: Bundle, tmp_path: Path) -> None:
@@ -66,7 +67,7 @@ def test_a_dry_run_tells_what_the_export_writes_and_writes_nothing(adapters: Pat
     manifest = conv_bundle.manifest
     assert plan["name"] == manifest.name
     assert plan["rows"] is None
-    assert plan["base_bytes"] == sum(weight.length for weight in manifest.weights.values())
+    assert plan["base_bytes"] == manifest.weight_bytes
     assert {(t["target"], t["kind"], tuple(t["shape"])) for t in plan["targets"]} == {
         (t.name, t.kind, t.shape) for t in manifest.targets
     }
@@ -116,3 +117,9 @@ def test_progress_fills_a_bar_on_a_terminal_only(
             # The display is drawn at its own pace, and once more at the end.
     shown = capsys.readouterr().err
     assert "3 of 3 fold three" in shown
+
+
+def test_verify_asks_the_training_library(conv_bundle: Bundle, tmp_path: Path) -> None:
+    line = fail("verify", conv_bundle.path, "--task", "two", "--against-source", tmp_path)
+    assert "against the source" in line
+    assert "Give base= (--base on the command line)" in line

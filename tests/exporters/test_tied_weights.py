@@ -144,20 +144,20 @@ def check(make: Make, configs: Mapping[str, peft.PeftConfig], place: Path, again
     runtime = Runtime(bundle.path, provider="cpu", threads=1)
     runtime.load("later", paths["later"])
     adapters["later"] = load_adapter(paths["later"], base=base)
-    expected = {task: peft_logits(make, path, IDS) for task, path in paths.items()} | {"base": logits(base, IDS)}
+    wanted = {task: peft_logits(make, path, IDS) for task, path in paths.items()} | {"base": logits(base, IDS)}
     factored = gate.open_session(bundle.path / "factored.onnx")
     for task, adapter in adapters.items():
-        assert error(expected["base"], expected[task]) > 0.02
-        yield f"banked {task}", error(runtime.run(ids, task=task)["logits"], expected[task])
-        yield f"factored {task}", error(gate.run(factored, ids, bundle.feeds(adapter))["logits"], expected[task])
-    tasks = list(expected)
+        assert error(wanted["base"], wanted[task]) > 0.02
+        yield f"banked {task}", error(runtime.run(ids, task=task)["logits"], wanted[task])
+        yield f"factored {task}", error(gate.run(factored, ids, bundle.feeds(adapter))["logits"], wanted[task])
+    tasks = list(wanted)
     for start in range(len(tasks)):
         rows = [tasks[(start + row) % len(tasks)] for row in range(len(IDS))]
         mixed = runtime.run(ids, tasks=rows)["logits"]
-        yield f"mixed {rows}", max(error(mixed[i], expected[task][i]) for i, task in enumerate(rows))
+        yield f"mixed {rows}", max(error(mixed[i], wanted[task][i]) for i, task in enumerate(rows))
     for task in adapters:
         runtime.pin(task, folded=True)
-        yield f"runtime fold {task}", error(runtime.run(ids, task=task)["logits"], expected[task])
+        yield f"runtime fold {task}", error(runtime.run(ids, task=task)["logits"], wanted[task])
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def list_(bundle: Path, as_json: bool) -> None:
     emit(document, key="tasks", columns=_COLUMNS, as_json=as_json)
 
 
-_COLUMNS = ["task", "digest", "parameters", "bytes", "deltas", "overrides", "folded"]
+_COLUMNS = ["task", "digest", "parameters", "bytes", "deltas", "overrides", "folded", "oracle"]
 
 
 def _describe(bundle: Any, task: str) -> dict[str, Any]:
@@ -70,5 +70,6 @@ def _describe(bundle: Any, task: str) -> dict[str, Any]:
         "bytes": loaded.nbytes,
         "deltas": len(loaded.deltas),
         "overrides": len(loaded.overrides),
+        "oracle": bundle.oracle(task)["oracle"],
         "folded": (bundle.path / "folded" / f"{task}.onnx").is_file(),
     }

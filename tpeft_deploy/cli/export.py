@@ -77,7 +77,7 @@ def folded(
         return
     gate = [check.to_json() for check in checks]
     document = {"path": str(out), "bytes": place.stat().st_size, "gate": gate}
-    emit(document, key="gate", columns=_COLUMNS, as_json=as_json)
+    emit(document, key="gate", columns=[*_COLUMNS, "oracle"], as_json=as_json)
 
 
 @export.command()
@@ -156,8 +156,12 @@ def bundle(
         "rows": manifest.rows,
         "tasks": written.tasks,
         "gate": list(manifest.gate),
+        "oracles": dict(manifest.oracles),
     }
     emit(document, key="gate", columns=_COLUMNS, as_json=as_json)
+    for task, record in () if as_json else manifest.oracles.items():
+        why = f": {record['reason']}" if record["reason"] else ""
+        click.echo(f"task {task}: oracle {record['oracle']}, error {record['error']:.3g}{why}")
 
 
 def _refuse_twice(what: str, names: Sequence[str]) -> None:

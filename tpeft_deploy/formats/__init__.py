@@ -11,11 +11,12 @@ Files are of one of three kinds, told apart by what is there:
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.adapter import Adapter, Origin
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import canonical, checkpoint, peft_tucker
 from tpeft_deploy.formats.base_view import Lazy, view
@@ -23,7 +24,7 @@ from tpeft_deploy.formats.module import BaseView
 from tpeft_deploy.formats.readers import READERS
 from tpeft_deploy.formats.saved import peft_directory, read_saved
 
-__all__ = ["FORMATS", "load_adapter", "load_pickled"]
+__all__ = ["FORMATS", "load_adapter", "load_pickled", "origin_of"]
 
 FORMATS = (canonical.NAME, peft_tucker.NAME, *(reader.NAME for reader in READERS))
 
@@ -72,9 +73,7 @@ def load_pickled(
 
 def _load(path: Path, format: str | None, scale: float | None, base: object, *, pickles: bool) -> Adapter:
     if not path.exists():
-        raise FormatError(
-            f"read adapter {path}", expected="a file or directory", got="nothing there", fix="Check the path."
-        )
+        raise _nothing(path)
     if format is not None and format not in FORMATS:
         raise FormatError(f"read adapter {path}", expected=f"a format of {', '.join(FORMATS)}", got=repr(format))
     if scale is not None and not -float("inf") < scale < float("inf"):
@@ -88,11 +87,25 @@ def _load(path: Path, format: str | None, scale: float | None, base: object, *, 
     return adapter
 
 
+def origin_of(path: Path) -> Origin | None:
+    """What a training library would read at `path`; None for a directory or file that none of them writes.
+
+    Raises:
+        FormatError: nothing there.
+    """
+    if not path.exists():
+        raise _nothing(path)
+    place = peft_directory(path)
+    if place is not None:
+        return Origin(place.absolute(), "peft")
+    return Origin(path.absolute(), "safetensors") if path.is_file() and path.suffix == ".safetensors" else None
+
+
 def _read(path: Path, format: str | None, scale: float | None, base: BaseView | None, *, pickles: bool) -> Adapter:
     if format == canonical.NAME or (format is None and canonical.matches(path)):
         return _no_scale(canonical.read(path), scale)
     if format == peft_tucker.NAME or (format is None and peft_tucker.matches(path)):
-        return _no_scale(peft_tucker.read(path), scale)
+        return replace(_no_scale(peft_tucker.read(path), scale), origin=origin_of(path))
     if path.is_dir() and peft_directory(path) is None:
         raise FormatError(
             f"read adapter {path}",
@@ -103,7 +116,14 @@ def _read(path: Path, format: str | None, scale: float | None, base: BaseView | 
     saved = read_saved(path, pickles=pickles)
     if format is None and canonical.HEADER in saved.metadata:
         return _no_scale(canonical.from_tensors(saved.tensors, saved.metadata, source=saved.source), scale)
-    return checkpoint.read(saved, scale=scale, base=base, format=format)
+    adapter = checkpoint.read(saved, scale=scale, base=base, format=format)
+    return adapter if pickles else replace(adapter, origin=origin_of(path))
+
+
+def _nothing(path: Path) -> FormatError:
+    return FormatError(
+        f"read adapter {path}", expected="a file or directory", got="nothing there", fix="Check the path."
+    )
 
 
 def _no_scale(adapter: Adapter, scale: float | None) -> Adapter:

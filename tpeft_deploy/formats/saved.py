@@ -84,7 +84,7 @@ def _read(file: Path, source: str, *, pickles: bool) -> tuple[dict[str, Array], 
 
 
 def _without_wrappers(tensors: dict[str, Array]) -> dict[str, Array]:
-    """Drop what PEFT's `save_embedding_layers` writes beside a saved module: the wrapper's copies, which PEFT ignores."""
+    """Drop the copies that PEFT's `save_embedding_layers` writes beside a saved module, and PEFT ignores."""
 
     def plain(key: str) -> str:
         return key.replace(".original_module.", ".").replace(".modules_to_save.", ".")

@@ -1,0 +1,178 @@
+"""The training library as an oracle: what it computes with an adapter's own file, not merged.
+
+Comparing an export with the merged base proves that the graphs are what was read.  Only the library that trained the
+adapter can prove that it was read as it was meant, so wherever it can read the file it is asked too.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
+from tpeft_deploy.exporters.gate import MERGED, Check
+from tpeft_deploy.exporters.oracle import lycoris, peft
+from tpeft_deploy.exporters.quiet import quiet
+from tpeft_deploy.exporters.samples import Sizes, shapes_to_prove, with_sizes
+
+__all__ = ["Source", "Sources"]
+
+_log = logging.getLogger("tpeft_deploy.exporters")
+
+_LIBRARIES: Mapping[str, ModuleType] = {"peft": peft, "safetensors": lycoris}
+_HALVES = {torch.float16, torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What proves that an adapter was read as it was meant.
+
+    Args:
+        oracle: the library and its version, "peft 0.21.2"; "merged" where the merged base is all there is.
+        reason: why it is all there is; empty otherwise.
+        outputs: the library's, at each of the shapes to prove; empty where there is none.
+    """
+
+    oracle: str
+    reason: str = ""
+    outputs: Sequence[Outputs] = ()
+
+    def measure(
+        self,
+        number: int,
+        form: str,
+        task: str,
+        sizes: Sizes,
+        answer: Callable[[], Outputs],
+        expected: Outputs,
+        limit: float,
+    ) -> Iterator[Check]:
+        """Compare a run with the merged base, and with the library where there is one.
+
+        Args:
+            number: of the shapes to prove, which one this is.
+            form: as for `gate.measure`, like all that follow.
+            task: the task that was run.
+            sizes: the sizes it was run at.
+            answer: runs the form, once.
+            expected: the merged base's outputs.
+            limit: of the relative error.
+        """
+        answer = cache(answer)
+        yield gate.measure(form, task, sizes, answer, expected, limit)
+        if self.outputs:
+            yield gate.measure(form, task, sizes, answer, self.outputs[number], limit, self.oracle)
+
+
+class Sources:
+    """The sources of the tasks of one base, each asked once.
+
+    Args:
+        base: the base of all adapters.
+        graph: its raw graph, for the names of inputs, outputs and free sizes.
+        keep: whether outputs are kept after they were given once.
+    """
+
+    def __init__(self, base: Base, graph: ir.Graph, *, keep: bool = False) -> None:
+        self.base = base
+        self._graph = graph
+        self._keep = keep
+        self._found: dict[str, Source] = {}
+
+    def of(self, task: str, adapter: Adapter | None) -> Source:
+        """The source of a task; None is the base itself, which nothing was read for."""
+        if adapter is None:
+            return Source(MERGED)
+        if task in self._found:
+            return self._found[task]
+        source = _ask(self.base, self._graph, adapter)
+        self._found[task] = source if self._keep else replace(source, outputs=())
+        return source
+
+    def to_json(self, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """What a manifest records: task -> its oracle, with no error yet.
+
+        Args:
+            digests: task -> digest of the adapter that the record is about.
+        """
+        return {
+            task: {"oracle": source.oracle, "reason": source.reason, "error": 0.0, "digest": digests[task]}
+            for task, source in self._found.items()
+        }
+
+
+def _ask(base: Base, graph: ir.Graph, adapter: Adapter) -> Source:
+    origin = adapter.origin
+    if origin is None:
+        return Source(MERGED, "made in memory, or read from a file that no training library reads")
+    if base.module is None:
+        return Source(MERGED, f"base {base.name} is no torch module, and no training library runs another")
+    library = _LIBRARIES[origin.family]
+    try:
+        oracle = f"{library.DISTRIBUTION.partition('-')[0]} {version(library.DISTRIBUTION)}"
+    except PackageNotFoundError:
+        return Source(MERGED, f"{library.DISTRIBUTION} is not installed")
+    names = [str(value.name) for value in graph.outputs]
+    inputs = [with_sizes(base, graph, sizes) for sizes in shapes_to_prove(base, graph)]
+    try:
+        with _apart():
+            forward = library.load(_copy(base.module, adapter), origin.path)
+            outputs = [_run(forward, base, own, names) for own in inputs]
+    except Exception as error:  # libraries and models raise every kind of exception
+        what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        reason = f"{oracle} cannot be asked about {origin.path}: {' '.join(what.split())[:300]}"
+        _log.warning("compare only with the merged base: %s", reason)
+        return Source(MERGED, reason)
+    return Source(oracle, "", outputs)
+
+
+def _copy(module: nn.Module, adapter: Adapter) -> nn.Module:
+    """A base for a library to change: in float32 where it has 16 bits, with heads of the task's own size."""
+    model = deepcopy(module).eval()
+    if _is_half(model):
+        model = model.float()
+    for name, array in adapter.served_overrides.items():
+        owner, _, leaf = name.rpartition(".")
+        place = model.get_submodule(owner)
+        own = getattr(place, leaf)
+        if own.shape != array.shape:
+            # Not a number until the library has loaded its own values.
+            setattr(place, leaf, nn.Parameter(torch.full(array.shape, torch.nan, dtype=own.dtype)))
+    return model
+
+
+def _is_half(module: nn.Module) -> bool:
+    return any(tensor.dtype in _HALVES for tensor in module.state_dict().values())
+
+
+def _run(forward: Callable[..., object], base: Base, inputs: Inputs, names: Sequence[str]) -> Outputs:
+    tensors = {base.own_names.get(name, name): torch.from_numpy(np.array(array)) for name, array in inputs.items()}
+    if base.module is not None and _is_half(base.module):
+        tensors = {name: own.float() if own.dtype in _HALVES else own for name, own in tensors.items()}
+    outputs = forward(**tensors)
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return {name: leaf.numpy() for name, leaf in zip(names, leaves, strict=True)}
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Without gradients, remarks and a trace in torch's random numbers."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
