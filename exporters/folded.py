@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.graphs import held_tensor, optimize, turn_weights
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.replacing import held_weights, replace_weights
-from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.samples import empty_shapes, shapes_to_prove, with_sizes
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
 
 __all__ = ["export_folded", "fold", "plan_folded", "write_folded"]
+
+_log = logging.getLogger("tpeft_deploy.exporters")
 
 SMALL = 1 << 20  # bytes
 LARGE = 100_000_000  # bytes; a file in one piece is built in memory, twice, and protobuf stops at 2 GiB
@@ -121,7 +125,7 @@ def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, tas
     # References first: the merged weights that they need are gone before the session takes its own.
     expected = [
         (sizes, base.reference(adapter, with_sizes(base, raw.graph, sizes), names))
-        for sizes in shapes_to_prove(base, raw.graph)
+        for sizes in [*shapes_to_prove(base, raw.graph), *empty_shapes(base, raw.graph).values()]
     ]
     model = fold(base, raw, adapter, task=task)
     with staging(path.parent) as new:
@@ -133,8 +137,12 @@ def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, tas
         limit = gate.limit_of(raw.graph)
         checks = []
         for sizes, wanted in expected:
-            got = gate.run(session, with_sizes(base, raw.graph, sizes), {})
-            checks.append(gate.compare("folded", task, sizes, got, wanted, limit))
+            answer = partial(gate.run, session, with_sizes(base, raw.graph, sizes), {})
+            check = gate.measure("folded", task, sizes, answer, wanted, limit)
+            if check.failure is not None and 0 in sizes.values():
+                _log.warning("%s takes no free size of 0: %s", path.name, check.failure)
+            else:
+                checks.append(check.passed())
         del session
         move_into(path.parent, sorted(new.iterdir(), key=lambda part: part.name == path.name))
     return checks
