@@ -17,12 +17,23 @@ from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.gate import Check
-from tpeft_deploy.exporters.samples import Sizes, batch_axis, shapes_to_prove, with_sizes
-from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.exporters.output_rows import find_output_rows
+from tpeft_deploy.exporters.samples import Sizes, batch_axis, empty_shapes, shapes_to_prove, with_sizes
+from tpeft_deploy.manifest import Manifest, OutputRows
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["banks", "branch_limit", "check_forms", "check_rows", "cut", "probe", "prove", "with_checks"]
+__all__ = [
+    "banks",
+    "branch_limit",
+    "check_forms",
+    "check_rows",
+    "cut",
+    "probe",
+    "prove",
+    "proved_shapes",
+    "with_checks",
+]
 
 Tasks = dict[str, Adapter | None]
 # A graph in bfloat16 has its constants rounded, whatever its weights are; branches must not add to that.
@@ -43,6 +54,10 @@ def prove(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Ad
     Raises:
         NotEquivalent: a form differs from the merged base.
     """
+    progress("check which outputs keep rows apart")
+    kinds = find_output_rows(base, graph, bundle.manifest, probe(bundle, 0))
+    outputs = tuple(replace(port, rows=kinds[port.name]) for port in bundle.manifest.outputs)
+    bundle = replace(bundle, manifest=replace(bundle.manifest, outputs=outputs, empty=_find_empty(base, graph, bundle)))
     forms = [check.passed() for check in check_forms(base, graph, bundle, adapters, progress)]
     manifest = with_checks(bundle.manifest, forms)
     if manifest.rows == "group":
@@ -54,6 +69,19 @@ def prove(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Ad
         # per run, which `check_forms` has proved.
         reason = f"rows of different adapters did not keep apart: {error.problem or f'got {error.got}'}"
         return replace(manifest, rows="group", rows_reason=reason)
+
+
+def proved_shapes(base: Base, graph: ir.Graph, manifest: Manifest) -> list[Sizes]:
+    """The free sizes to run a bundle at: those of `shapes_to_prove`, and with each size of 0 that the bundle takes."""
+    shapes = shapes_to_prove(base, graph)
+    return [*shapes, *(shapes[0] | {name: 0} for name in manifest.empty)]
+
+
+def _find_empty(base: Base, graph: ir.Graph, bundle: Bundle) -> tuple[str, ...]:
+    """The free sizes at whose 0 the graph computes what the base computes: a trace may not hold there."""
+    found = empty_shapes(base, graph)
+    checks = _check_base(base, graph, bundle, found.values())
+    return tuple(name for name, check in zip(found, checks, strict=True) if check.failure is None)
 
 
 def with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
@@ -70,7 +98,7 @@ def check_forms(
     """
     tasks: Tasks = {BASE_TASK: None, **adapters}
     names = [str(value.name) for value in graph.outputs]
-    shapes = shapes_to_prove(base, graph)
+    shapes = proved_shapes(base, graph, bundle.manifest)
     progress(Stage("check the base", 0, len(tasks)))
     own = list(_check_base(base, graph, bundle, shapes))
     yield from own
@@ -129,8 +157,10 @@ def check_rows(
     none at all, and the bundle must be right for the adapters that are added later.  As in `check_forms`, comparisons
     that failed are among those that come back.
     """
+    if all(port.rows == "joint" for port in bundle.manifest.outputs):
+        return  # no output may be asked of such a batch
     batch = batch_axis(graph)
-    shapes = shapes_to_prove(base, graph)
+    shapes = proved_shapes(base, graph, bundle.manifest)
     limit = branch_limit(base, graph, bundle, shapes[0])
     files = [file for file in _graphs(bundle) if file.startswith("banked")]
     sessions = [gate.open_session(bundle.path / file) for file in files]
@@ -140,7 +170,7 @@ def check_rows(
         chosen: Tasks = {name: adapters[name] for name in names[start : start + _MIXED]}
         tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": probe(bundle, 0), "probe 1": probe(bundle, 1)}
         # Twice each task at the example's sizes; at the others once, and one row more.
-        for sizes, count in zip(shapes, (2 * len(tasks), len(tasks) + 1), strict=False):
+        for sizes, count in zip(shapes, (2 * len(tasks), *[len(tasks) + 1] * len(shapes)), strict=False):
             rows = sizes | ({batch: count} if batch is not None else {})
             yield from _check_batch(base, graph, bundle, sessions, tasks, rows, count, limit)
 
@@ -160,20 +190,32 @@ def _check_batch(
     feeds = banks(bundle, tasks) | {slots.INDEX: index}
     runs = [cache(partial(gate.run, session, inputs, feeds)) for session in sessions]
     names = [str(value.name) for value in graph.outputs]
+    kinds = {port.name: port.rows for port in bundle.manifest.outputs}
     for position, (task, adapter) in enumerate(tasks.items()):
         mine = index == position
-        expected = {name: array[mine] for name, array in base.reference(adapter, inputs, names).items()}
+        expected = {
+            name: array if kinds[name] == "shared" else array[mine]
+            for name, array in base.reference(adapter, inputs, names).items()
+            if kinds[name] != "joint"
+        }
         for run in runs:
-            answer = partial(_own_rows, run, mine, bundle, adapter)
+            answer = partial(_own_rows, run, mine, kinds, bundle, adapter)
             yield gate.measure("mixed rows", task, sizes, answer, expected, limit)
 
 
-def _own_rows(run: Callable[[], Outputs], mine: Array, bundle: Bundle, adapter: Adapter | None) -> Outputs:
-    got = run()
+def _own_rows(
+    run: Callable[[], Outputs],
+    mine: Array,
+    kinds: Mapping[str, OutputRows | None],
+    bundle: Bundle,
+    adapter: Adapter | None,
+) -> Outputs:
     # An answer without these rows has a wrong shape, which the comparison says.
-    return cut(
-        {n: array[mine] if array.shape[:1] == mine.shape else array for n, array in got.items()}, bundle, adapter
-    )
+    got = {
+        name: array[mine] if kinds[name] != "shared" and array.shape[:1] == mine.shape else array
+        for name, array in run().items()
+    }
+    return cut(got, bundle, adapter)
 
 
 def _run_banked(

@@ -25,8 +25,8 @@ from tpeft_deploy.exporters.bundle_base import BundleBase
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.padding import check_padding
-from tpeft_deploy.exporters.proof import check_forms, check_rows
-from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.proof import check_forms, check_rows, proved_shapes
+from tpeft_deploy.exporters.samples import with_sizes
 from tpeft_deploy.exporters.single import TargetCheck, check_targets
 from tpeft_deploy.files import new_file
 from tpeft_deploy.progress import Progress, Stage, silent
@@ -126,7 +126,11 @@ def verify_bundle(
         reference = f"{chosen.name}, merged and run as it is"
     graph = oracle.graph().graph
     checks = list(check_forms(chosen, graph, bundle, tasks, progress))
-    left_out = []
+    left_out = [
+        (f"mixed rows of output {port.name!r}", "it does not keep rows apart: only one task and one caller may ask")
+        for port in bundle.manifest.outputs
+        if port.rows == "joint"
+    ]
     if bundle.manifest.rows == "each":
         checks += check_rows(chosen, graph, bundle, tasks, progress)
     else:
@@ -230,7 +234,7 @@ def _check_folded(
     base: Base, graph: ir.Graph, bundle: Bundle, tasks: Mapping[str, Adapter], progress: Progress
 ) -> Iterator[Check]:
     names = [str(value.name) for value in graph.outputs]
-    shapes = shapes_to_prove(base, graph)
+    shapes = proved_shapes(base, graph, bundle.manifest)
     limit = gate.limit_of(graph)
     for position, (task, adapter) in enumerate(tasks.items()):
         file = bundle.path / "folded" / f"{task}.onnx"
