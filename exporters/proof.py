@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
@@ -57,7 +57,14 @@ def prove(base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Ad
     progress("check which outputs keep rows apart")
     kinds = find_output_rows(base, graph, bundle.manifest, probe(bundle, 0))
     outputs = tuple(replace(port, rows=kinds[port.name]) for port in bundle.manifest.outputs)
-    bundle = replace(bundle, manifest=replace(bundle.manifest, outputs=outputs, empty=_find_empty(base, graph, bundle)))
+    bundle = replace(bundle, manifest=replace(bundle.manifest, outputs=outputs))
+    manifest = _prove_rows(base, graph, bundle, adapters, progress)
+    return _prove_empty(base, graph, bundle, manifest, adapters, progress)
+
+
+def _prove_rows(
+    base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress
+) -> Manifest:
     forms = [check.passed() for check in check_forms(base, graph, bundle, adapters, progress)]
     manifest = with_checks(bundle.manifest, forms)
     if manifest.rows == "group":
@@ -77,11 +84,27 @@ def proved_shapes(base: Base, graph: ir.Graph, manifest: Manifest) -> list[Sizes
     return [*shapes, *(shapes[0] | {name: 0} for name in manifest.empty)]
 
 
-def _find_empty(base: Base, graph: ir.Graph, bundle: Bundle) -> tuple[str, ...]:
-    """The free sizes at whose 0 the graph computes what the base computes: a trace may not hold there."""
-    found = empty_shapes(base, graph)
-    checks = _check_base(base, graph, bundle, found.values())
-    return tuple(name for name, check in zip(found, checks, strict=True) if check.failure is None)
+def _prove_empty(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    manifest: Manifest,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+) -> Manifest:
+    """The manifest with the free sizes at whose 0 every form is right: a trace may not hold there."""
+    for name, sizes in empty_shapes(base, graph).items():
+        found: list[Check] = []
+        checks = [partial(check_forms, base, graph, bundle, adapters, progress, [sizes])]
+        if manifest.rows == "each":
+            checks.append(partial(check_rows, base, graph, bundle, adapters, progress, [sizes]))
+        for check in (check for part in checks for check in part()):
+            found.append(check)
+            if check.failure is not None:
+                break
+        else:
+            manifest = with_checks(replace(manifest, empty=(*manifest.empty, name)), found)
+    return manifest
 
 
 def with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
@@ -90,15 +113,21 @@ def with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
 
 
 def check_forms(
-    base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    shapes: Sequence[Sizes] | None = None,
 ) -> Iterator[Check]:
     """Compare the base, factored and banked forms with the merged base, one adapter per run.
 
-    Each comparison is made when it is asked for; those that failed are among them.
+    Each comparison is made when it is asked for; those that failed are among them.  `shapes` are the free sizes to run
+    at, by default those of `proved_shapes`.
     """
     tasks: Tasks = {BASE_TASK: None, **adapters}
     names = [str(value.name) for value in graph.outputs]
-    shapes = proved_shapes(base, graph, bundle.manifest)
+    shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
     progress(Stage("check the base", 0, len(tasks)))
     own = list(_check_base(base, graph, bundle, shapes))
     yield from own
@@ -149,18 +178,23 @@ def _graphs(bundle: Bundle) -> list[str]:
 
 
 def check_rows(
-    base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    shapes: Sequence[Sizes] | None = None,
 ) -> Iterator[Check]:
     """Compare batches of rows of different adapters with the merged base, row by row.
 
     Two random probes that change every target stand beside the given adapters: those may leave a weight alone, or be
     none at all, and the bundle must be right for the adapters that are added later.  As in `check_forms`, comparisons
-    that failed are among those that come back.
+    that failed are among those that come back, and `shapes` are the free sizes but the batch.
     """
     if all(port.rows == "joint" for port in bundle.manifest.outputs):
         return  # no output may be asked of such a batch
     batch = batch_axis(graph)
-    shapes = proved_shapes(base, graph, bundle.manifest)
+    shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
     limit = branch_limit(base, graph, bundle, shapes[0])
     files = [file for file in _graphs(bundle) if file.startswith("banked")]
     sessions = [gate.open_session(bundle.path / file) for file in files]

@@ -122,11 +122,9 @@ def test_one_task_has_every_output_and_rows_of_several_those_that_keep_apart(
                 for name, wanted in merged(own, adapter, given).items():
                     close(answer[name], wanted)
         tasks = ["base", "warm", "base"]
-        for name in [None, *JOINT]:
-            asked = None if name is None else ["rows", name]
-            with pytest.raises(
-                InputError, match=rf"output '{name or 'scores'}'.*batch as a whole.*others.*rows, angles"
-            ):
+        for asked in (None, *(["rows", name] for name in JOINT)):
+            name = "scores" if asked is None else asked[1]
+            with pytest.raises(InputError, match=rf"output '{name}'.*batch as a whole.*others.*rows, angles"):
                 runtime.run(given, tasks=tasks, outputs=asked)
         with pytest.raises(InputError, match=r"outputs among rows, scores.*got 'row'"):
             runtime.run(given, outputs=["row"])
@@ -245,8 +243,14 @@ def test_scalars_from_a_file(crowd: Bundle, tmp_path: Path) -> None:
     given = inputs(2, 8, timestep=3)
     np.savez(tmp_path / "in.npz", **given)  # type: ignore[arg-type]
     arguments = ["run", str(crowd.path), "--input", str(tmp_path / "in.npz"), "--output", str(tmp_path / "out.npz")]
-    result = CliRunner().invoke(main, [*arguments, "--provider", "cpu"])
-    assert result.exit_code == 0, result.output
-    with np.load(tmp_path / "out.npz") as found:
-        for name, wanted in merged(module(), None, given).items():
-            close(found[name], wanted)
+    for more, names in (([], ["rows", *JOINT, "angles"]), (["--tasks", "base,base", "--outputs", "rows"], ["rows"])):
+        result = CliRunner().invoke(main, [*arguments, "--provider", "cpu", *more])
+        assert result.exit_code == 0, result.output
+        with np.load(tmp_path / "out.npz") as found:
+            assert found.files == names
+            for name in names:
+                close(found[name], merged(module(), None, given)[name])
+    result = CliRunner().invoke(main, [*arguments, "--provider", "cpu", "--tasks", "base,warm"])
+    assert result.exit_code == 1
+    assert "output 'scores'" in result.stderr
+    assert "\n" not in result.stderr.strip()
