@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
-__all__ = ["CachedDecoder", "with_cache"]
+__all__ = ["CachedDecoder", "cache_parameter", "with_cache"]
 
 PAST = "past_key_values"
+_CACHES = ("cache", PAST)  # as transformers calls it from 5.24 on, and before
+
+
+def cache_parameter(forward: Callable[..., object]) -> str | None:
+    """The parameter of a model's forward method that takes a cache of keys and values, or None."""
+    own = inspect.signature(forward).parameters
+    return next((name for name in _CACHES if name in own), None)
 
 
 class CachedDecoder(nn.Module):
@@ -47,17 +54,12 @@ class CachedDecoder(nn.Module):
         # Without the config layers of sliding windows keep all tokens too: the mask hides what they do not see.
         cache = DynamicCache(layers)
         own = inspect.signature(super().forward).parameters
-        positions = {}
+        further: dict[str, object] = {str(cache_parameter(super().forward)): cache}
         if "position_ids" in own:
             counted = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            positions["position_ids"] = counted[:, -input_ids.shape[1] :]
+            further["position_ids"] = counted[:, -input_ids.shape[1] :]
         outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **positions,
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, return_dict=True, **further
         )
         present = {"logits": outputs.logits}
         for index, layer in enumerate(cache.layers):
@@ -70,7 +72,7 @@ def with_cache(model: nn.Module, ids: torch.Tensor, past: int) -> dict[str, torc
     """Give a causal language model the forward method of `CachedDecoder`, in place.
 
     Args:
-        model: of a transformers class whose forward method takes past_key_values.
+        model: of a transformers class whose forward method takes a cache (`cache_parameter`).
         ids: tokens to make example inputs of, (batch, past + sequence).
         past: how many of them are in the cache already, at least 1.
 
@@ -84,7 +86,7 @@ def with_cache(model: nn.Module, ids: torch.Tensor, past: int) -> dict[str, torc
 
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=ids[:, :past], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :past], use_cache=True, **{str(cache_parameter(model.forward)): cache})
     if not cache.layers:
         raise ValueError("it ran without filling one")
     own = type(model)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tpeft_deploy.errors import UnsupportedBase
-from tpeft_deploy.exporters.cached import PAST, with_cache
+from tpeft_deploy.exporters.cached import cache_parameter, with_cache
 
 __all__ = ["FACTORY", "Tensors", "cached_text", "images", "parameters", "run", "text", "text_padding"]
 
@@ -79,7 +79,7 @@ def cached_text(model: Any, doing: str) -> tuple[Tensors, dict[str, Any]]:
         UnsupportedBase: it remembers past tokens in another way than by keys and values.
     """
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if PAST not in parameters(type(model)) or not kinds <= {"full_attention", "sliding_attention"}:
+    if cache_parameter(type(model).forward) is None or not kinds <= {"full_attention", "sliding_attention"}:
         raise UnsupportedBase(
             doing,
             expected="a causal language model whose layers keep keys and values of past tokens",

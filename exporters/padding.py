@@ -123,6 +123,9 @@ def check_padding(
     Raises:
         NotEquivalent: the base itself does not take longer inputs than its example.
     """
+    apart = [port.name for port in manifest.outputs if port.rows != "joint"]  # others are never filled up
+    if not apart:
+        return
     ragged = Ragged(base, graph, manifest)
     for sizes in ragged.longer:
         if not takes(base, graph, sizes):
@@ -144,6 +147,7 @@ def check_padding(
     outputs = [port.name for port in manifest.outputs]
     for position, (task, adapter) in enumerate(tasks.items()):
         alone = [(sizes, base.reference(adapter, ragged.rows(sizes), outputs)) for sizes in batches[-1].groups]
+        alone = [(sizes, {name: answer[name] for name in apart}) for sizes, answer in alone]
         for batch in batches:
             inputs = ragged.joined(batch)
             expected = [next(answer for sizes, answer in alone if sizes == own) for own in batch.groups]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
@@ -18,12 +18,23 @@ from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.gate import MERGED, Check
 from tpeft_deploy.exporters.oracle.source import Sources
-from tpeft_deploy.exporters.samples import Sizes, batch_axis, shapes_to_prove, with_sizes
-from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.exporters.output_rows import find_output_rows
+from tpeft_deploy.exporters.samples import Sizes, batch_axis, empty_shapes, shapes_to_prove, with_sizes
+from tpeft_deploy.manifest import Manifest, OutputRows
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["banks", "branch_limit", "check_forms", "check_rows", "cut", "probe", "prove", "with_checks"]
+__all__ = [
+    "banks",
+    "branch_limit",
+    "check_forms",
+    "check_rows",
+    "cut",
+    "probe",
+    "prove",
+    "proved_shapes",
+    "with_checks",
+]
 
 Tasks = dict[str, Adapter | None]
 # A graph in bfloat16 has its constants rounded, whatever its weights are; branches must not add to that.
@@ -52,6 +63,22 @@ def prove(
     Raises:
         NotEquivalent: a form differs from the merged base, or from what its training library computes.
     """
+    progress("check which outputs keep rows apart")
+    kinds = find_output_rows(base, graph, bundle.manifest, probe(bundle, 0))
+    outputs = tuple(replace(port, rows=kinds[port.name]) for port in bundle.manifest.outputs)
+    bundle = replace(bundle, manifest=replace(bundle.manifest, outputs=outputs))
+    manifest = _prove_rows(base, graph, bundle, adapters, progress, sources)
+    return _prove_empty(base, graph, bundle, manifest, adapters, progress, sources)
+
+
+def _prove_rows(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    sources: Sources,
+) -> Manifest:
     forms = [check.passed() for check in check_forms(base, graph, bundle, adapters, progress, sources)]
     manifest = with_checks(replace(bundle.manifest, oracles=sources.to_json(bundle.tasks)), forms)
     if manifest.rows == "group":
@@ -63,6 +90,36 @@ def prove(
         # per run, which `check_forms` has proved.
         reason = f"rows of different adapters did not keep apart: {error.problem or f'got {error.got}'}"
         return replace(manifest, rows="group", rows_reason=reason)
+
+
+def proved_shapes(base: Base, graph: ir.Graph, manifest: Manifest) -> list[Sizes]:
+    """The free sizes to run a bundle at: those of `shapes_to_prove`, and with each size of 0 that the bundle takes."""
+    shapes = shapes_to_prove(base, graph)
+    return [*shapes, *(shapes[0] | {name: 0} for name in manifest.empty)]
+
+
+def _prove_empty(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    manifest: Manifest,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    sources: Sources,
+) -> Manifest:
+    """The manifest with the free sizes at whose 0 every form is right: a trace may not hold there."""
+    for name, sizes in empty_shapes(base, graph).items():
+        found: list[Check] = []
+        checks = [partial(check_forms, base, graph, bundle, adapters, progress, sources, [sizes])]
+        if manifest.rows == "each":
+            checks.append(partial(check_rows, base, graph, bundle, adapters, progress, [sizes]))
+        for check in (check for part in checks for check in part()):
+            found.append(check)
+            if check.failure is not None:
+                break
+        else:
+            manifest = with_checks(replace(manifest, empty=(*manifest.empty, name)), found)
+    return manifest
 
 
 def with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
@@ -84,14 +141,16 @@ def check_forms(
     adapters: Mapping[str, Adapter],
     progress: Progress,
     sources: Sources,
+    shapes: Sequence[Sizes] | None = None,
 ) -> Iterator[Check]:
     """Compare the base, factored and banked forms with the merged base and with `sources`, one adapter per run.
 
-    Each comparison is made when it is asked for; those that failed are among them.
+    Each comparison is made when it is asked for; those that failed are among them.  `shapes` are the free sizes to run
+    at, by default those of `proved_shapes`.
     """
     tasks: Tasks = {BASE_TASK: None, **adapters}
     names = [str(value.name) for value in graph.outputs]
-    shapes = shapes_to_prove(base, graph)
+    shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
     progress(Stage("check the base", 0, len(tasks)))
     own = list(_check_base(base, graph, bundle, shapes))
     yield from own
@@ -103,14 +162,14 @@ def check_forms(
         factors = bundle.factors(task) if adapter is not None else {}
         rows = filled | {slots.INDEX: np.array([position])}
         source = sources.of(task, adapter)
-        for number, sizes in enumerate(shapes):
+        for sizes in shapes:
             inputs = with_sizes(base, graph, sizes)
             expected = base.reference(adapter, inputs, names)
             for form, session in sessions.items():
                 answer = partial(gate.run, session, inputs, factors)
                 if form.startswith("banked"):
                     answer = partial(_run_banked, session, inputs, rows, bundle, adapter)
-                yield from source.measure(number, form, task, sizes, answer, expected, limit)
+                yield from source.measure(form, task, sizes, answer, expected, limit)
 
 
 def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> float:
@@ -143,16 +202,23 @@ def _graphs(bundle: Bundle) -> list[str]:
 
 
 def check_rows(
-    base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    shapes: Sequence[Sizes] | None = None,
 ) -> Iterator[Check]:
     """Compare batches of rows of different adapters with the merged base, row by row.
 
     Two random probes that change every target stand beside the given adapters: those may leave a weight alone, or be
     none at all, and the bundle must be right for the adapters that are added later.  As in `check_forms`, comparisons
-    that failed are among those that come back.
+    that failed are among those that come back, and `shapes` are the free sizes but the batch.
     """
+    if all(port.rows == "joint" for port in bundle.manifest.outputs):
+        return  # no output may be asked of such a batch
     batch = batch_axis(graph)
-    shapes = shapes_to_prove(base, graph)
+    shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
     limit = branch_limit(base, graph, bundle, shapes[0])
     files = [file for file in _graphs(bundle) if file.startswith("banked")]
     sessions = [gate.open_session(bundle.path / file) for file in files]
@@ -162,7 +228,7 @@ def check_rows(
         chosen: Tasks = {name: adapters[name] for name in names[start : start + _MIXED]}
         tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": probe(bundle, 0), "probe 1": probe(bundle, 1)}
         # Twice each task at the example's sizes; at the others once, and one row more.
-        for sizes, count in zip(shapes, (2 * len(tasks), len(tasks) + 1), strict=False):
+        for sizes, count in zip(shapes, (2 * len(tasks), *[len(tasks) + 1] * len(shapes)), strict=False):
             rows = sizes | ({batch: count} if batch is not None else {})
             yield from _check_batch(base, graph, bundle, sessions, tasks, rows, count, limit)
 
@@ -182,20 +248,32 @@ def _check_batch(
     feeds = banks(bundle, tasks) | {slots.INDEX: index}
     runs = [cache(partial(gate.run, session, inputs, feeds)) for session in sessions]
     names = [str(value.name) for value in graph.outputs]
+    kinds = {port.name: port.rows for port in bundle.manifest.outputs}
     for position, (task, adapter) in enumerate(tasks.items()):
         mine = index == position
-        expected = {name: array[mine] for name, array in base.reference(adapter, inputs, names).items()}
+        expected = {
+            name: array if kinds[name] == "shared" else array[mine]
+            for name, array in base.reference(adapter, inputs, names).items()
+            if kinds[name] != "joint"
+        }
         for run in runs:
-            answer = partial(_own_rows, run, mine, bundle, adapter)
+            answer = partial(_own_rows, run, mine, kinds, bundle, adapter)
             yield gate.measure("mixed rows", task, sizes, answer, expected, limit)
 
 
-def _own_rows(run: Callable[[], Outputs], mine: Array, bundle: Bundle, adapter: Adapter | None) -> Outputs:
-    got = run()
+def _own_rows(
+    run: Callable[[], Outputs],
+    mine: Array,
+    kinds: Mapping[str, OutputRows | None],
+    bundle: Bundle,
+    adapter: Adapter | None,
+) -> Outputs:
     # An answer without these rows has a wrong shape, which the comparison says.
-    return cut(
-        {n: array[mine] if array.shape[:1] == mine.shape else array for n, array in got.items()}, bundle, adapter
-    )
+    got = {
+        name: array[mine] if kinds[name] != "shared" and array.shape[:1] == mine.shape else array
+        for name, array in run().items()
+    }
+    return cut(got, bundle, adapter)
 
 
 def _run_banked(

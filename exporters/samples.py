@@ -10,7 +10,7 @@ import onnx_ir as ir
 from tpeft_deploy.exporters.bases import Base, Inputs
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Sizes", "batch_axis", "own_sizes", "rows_differ", "shapes_to_prove", "takes", "with_sizes"]
+__all__ = ["Sizes", "batch_axis", "empty_shapes", "own_sizes", "rows_differ", "shapes_to_prove", "takes", "with_sizes"]
 
 Sizes = dict[str, int]
 ROWS = (2, 5)
@@ -51,6 +51,28 @@ def _find_shapes(base: Base, graph: ir.Graph) -> list[Sizes]:
     return [first, own | rows] if batch is not None else [first]
 
 
+def empty_shapes(base: Base, graph: ir.Graph) -> dict[str, Sizes]:
+    """The sizes to run an export at with one free size of 0: the past of a decoder's first step.
+
+    Returns:
+        Name of the free size -> all sizes; only names at whose 0 the base runs and every output has finite elements.
+    """
+    first, batch = shapes_to_prove(base, graph)[0], batch_axis(graph)
+    names = [str(output.name) for output in graph.outputs]
+    found = {}
+    for name in first:
+        sizes = first | {name: 0}
+        if name == batch:
+            continue
+        try:
+            outputs = base.reference(None, with_sizes(base, graph, sizes), names)
+        except Exception:  # models raise every kind of exception; such a size is none of theirs
+            continue
+        if all(array.size and np.isfinite(array).all() for array in outputs.values()):
+            found[name] = sizes
+    return found
+
+
 def with_sizes(base: Base, graph: ir.Graph, sizes: Sizes) -> Inputs:
     """A base's example inputs brought to other sizes by repeating them.
 
@@ -62,7 +84,7 @@ def with_sizes(base: Base, graph: ir.Graph, sizes: Sizes) -> Inputs:
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, ir.SymbolicDim):
                 array = _repeat(array, axis, _evaluate(dim, sizes))
-        inputs[str(value.name)] = np.ascontiguousarray(array)
+        inputs[str(value.name)] = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
     return inputs
 
 

@@ -26,8 +26,8 @@ from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.padding import check_padding
-from tpeft_deploy.exporters.proof import check_forms, check_rows
-from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.proof import check_forms, check_rows, proved_shapes
+from tpeft_deploy.exporters.samples import with_sizes
 from tpeft_deploy.exporters.single import TargetCheck, check_targets
 from tpeft_deploy.files import new_file
 from tpeft_deploy.formats import origin_of
@@ -140,6 +140,11 @@ def verify_bundle(
     reference += "".join(_asked(bundle, sources, name, tasks[name], against_source) for name in sourced)
     checks = list(check_forms(chosen, graph, bundle, tasks, progress, sources))
     left_out = _unsourced(tasks, sourced)
+    left_out += [
+        (f"mixed rows of output {port.name!r}", "it does not keep rows apart: only one task and one caller may ask")
+        for port in bundle.manifest.outputs
+        if port.rows == "joint"
+    ]
     if bundle.manifest.rows == "each":
         checks += check_rows(chosen, graph, bundle, tasks, progress)
     else:
@@ -315,7 +320,7 @@ def _check_folded(
     base: Base, graph: ir.Graph, bundle: Bundle, tasks: Mapping[str, Adapter], progress: Progress, sources: Sources
 ) -> Iterator[Check]:
     names = [str(value.name) for value in graph.outputs]
-    shapes = shapes_to_prove(base, graph)
+    shapes = proved_shapes(base, graph, bundle.manifest)
     limit = gate.limit_of(graph)
     for position, (task, adapter) in enumerate(tasks.items()):
         file = bundle.path / "folded" / f"{task}.onnx"
@@ -324,8 +329,8 @@ def _check_folded(
         progress(Stage(f"check folded {task}", position, len(tasks)))
         session = gate.open_session(file)
         source = sources.of(task, adapter)
-        for number, sizes in enumerate(shapes):
+        for sizes in shapes:
             inputs = with_sizes(base, graph, sizes)
             answer = partial(gate.run, session, inputs, {})
             expected = base.reference(adapter, inputs, names)
-            yield from source.measure(number, "folded", task, sizes, answer, expected, limit)
+            yield from source.measure("folded", task, sizes, answer, expected, limit)

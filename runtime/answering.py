@@ -9,7 +9,7 @@ import numpy as np
 
 from tpeft_deploy.bundle import BASE_TASK
 from tpeft_deploy.errors import CapacityError
-from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.batcher import Batcher
 from tpeft_deploy.runtime.calls import Answered
@@ -44,6 +44,7 @@ class Answering:
         versions: Sequence[Version | None],
         *,
         apart: bool,
+        outputs: Sequence[Port],
         timeout: float | None,
         tenant: str,
         priority: int,
@@ -56,6 +57,7 @@ class Answering:
             inputs: as `requests.check_inputs` gives them.
             versions: one for all rows, or, with `apart`, one a row; None is the base.
             apart: as `Joiner.cut`.
+            outputs: that are asked for.
             timeout: seconds until the answer is of no use.
             tenant: whom the queue's order may charge.
             priority: as `batching.Request`.
@@ -78,7 +80,7 @@ class Answering:
             except CapacityError:
                 if len(held) < 2:
                     raise
-                return await self._in_parts(inputs, versions, held, timeout, began, tenant, priority, timing)
+                return await self._in_parts(inputs, versions, held, outputs, timeout, began, tenant, priority, timing)
         try:
             one: Version | str | None = None
             each: list[Version | str] | None = None
@@ -87,7 +89,15 @@ class Answering:
             else:
                 one = BASE_TASK if versions[0] is None else versions[0]
             return await self._batcher.infer(
-                inputs, one, tasks=each, timeout=timeout, since=began, tenant=tenant, priority=priority, timing=timing
+                inputs,
+                one,
+                tasks=each,
+                outputs=outputs,
+                timeout=timeout,
+                since=began,
+                tenant=tenant,
+                priority=priority,
+                timing=timing,
             )
         finally:
             if held:
@@ -98,6 +108,7 @@ class Answering:
         inputs: Mapping[str, Array],
         versions: Sequence[Version | None],
         held: Sequence[Version],
+        outputs: Sequence[Port],
         timeout: float | None,
         since: float,
         tenant: str,
@@ -107,20 +118,19 @@ class Answering:
         """Half of the versions after the other, as they do not fit on the device together."""
         first = set(held[: (len(held) + 1) // 2])
         chosen = np.array([version in first for version in versions])
-        rows: dict[str, list[Array | None]] = {port.name: [None] * len(versions) for port in self._manifest.outputs}
+        gathered = requests.Gathered(outputs, len(versions))
         for part in (chosen, ~chosen):
             places = np.flatnonzero(part)
-            outputs = await self.infer(
+            answer = await self.infer(
                 requests.take_rows(self._manifest, inputs, places),
                 [versions[place] for place in places.tolist()],
                 apart=True,
+                outputs=outputs,
                 timeout=timeout,
                 since=since,
                 tenant=tenant,
                 priority=priority,
                 timing=timing,
             )
-            for name, array in outputs.items():
-                for place, row in zip(places, array, strict=True):
-                    rows[name][place] = row
-        return requests.as_one(self._manifest, rows)
+            gathered.put(places, answer)
+        return gathered.whole()

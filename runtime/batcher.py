@@ -15,7 +15,7 @@ from typing import Protocol
 import onnxruntime
 
 from tpeft_deploy.errors import RunError, TpeftError
-from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.runtime.batching import Limits, Order, Queue, Request
 from tpeft_deploy.runtime.calls import Answer, Answered, Call, Run, answer
 from tpeft_deploy.runtime.figures import Figures
@@ -68,6 +68,7 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = manifest.name
+        self._outputs = manifest.outputs
         self._engine = engine
         self._clock = clock
         self._joiner = Joiner(manifest, max_waste=limits.max_waste)
@@ -90,6 +91,7 @@ class Batcher:
         task: Task | None = None,
         *,
         tasks: Sequence[Task] | None = None,
+        outputs: Sequence[Port] | None = None,
         timeout: float | None = None,
         since: float | None = None,
         tenant: str = "",
@@ -105,6 +107,8 @@ class Batcher:
             inputs: as `requests.check_inputs` gives them; not to be changed before the answer is there.
             task: one task for all rows, unless `tasks` says one for each.
             tasks: one task per row; outputs whose size varies per task are then lists with one array a row.
+            outputs: that are asked for; all by default.  Others are not answered, and one that depends on the batch as
+                a whole keeps the request apart from those of other callers.
             timeout: seconds until the answer is of no use; by default it always is.
             since: when those began, by the batcher's clock; by default now.
             tenant: whom the order may charge for the rows.
@@ -124,7 +128,8 @@ class Batcher:
         rows = [task] if tasks is None else tasks
         # Rows that are all on one task are in the lane of that task, and join its other requests.
         lane = rows[0] if len(rows) == 1 or len(set(rows)) == 1 else tuple(rows)
-        form = self._joiner.form(inputs, lane)
+        wanted = self._outputs if outputs is None else outputs
+        form = self._joiner.form(inputs, lane, wanted)
         now = self._clock()
         deadline = math.inf if timeout is None else (now if since is None else since) + timeout
         request = Request(
@@ -137,7 +142,7 @@ class Batcher:
             lane=lane,
             priority=priority,
         )
-        call = Call(request, inputs, rows, tasks is not None, timeout, loop.create_future(), timing)
+        call = Call(request, inputs, rows, tasks is not None, wanted, timeout, loop.create_future(), timing)
         self._admit(call)
         # On the caller's loop, so that it is on time while the worker is busy with others.
         timer = loop.call_later(deadline - now, self._expire, call) if timeout is not None else None
@@ -262,11 +267,12 @@ class Batcher:
         parts = [call.inputs for call in run.calls]
         tasks = [task for call in run.calls for task in call.per_row]
         apart = [call.apart for call in run.calls]
+        wanted = [call.outputs for call in run.calls]
         answers: list[Answer] = []
         began = self._clock()
         try:
             outputs = self._engine(self._joiner.join(parts), tasks, run.options)
-            answers.extend(zip(run.calls, self._joiner.cut(outputs, parts, apart=apart), strict=True))
+            answers.extend(zip(run.calls, self._joiner.cut(outputs, parts, apart=apart, wanted=wanted), strict=True))
         except Exception as error:
             _log.debug("a batch of %d requests on bundle %r failed", len(run.calls), self._name, exc_info=True)
             if len(run.calls) > 1:

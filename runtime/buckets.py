@@ -57,6 +57,8 @@ class Buckets:
         # Models whose rows cannot mix may not be filled up with rows either.
         self._batch = batch if manifest.rows == "each" and batch is not None and self._cut_back(batch) else None
         self._paddable = frozenset(name for name in manifest.paddable if self._cut_back(name))
+        if any(port.rows == "joint" for port in manifest.outputs):  # what is filled up would change them
+            self._batch, self._paddable = None, frozenset()
 
     def choose(self, inputs: Mapping[str, Array], index: Array) -> Bucket:
         """The bucket of a request that was checked."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import onnxruntime
 
 from tpeft_deploy.errors import DeadlineExceeded
+from tpeft_deploy.manifest import Port
 from tpeft_deploy.runtime.batching import Request
 from tpeft_deploy.runtime.joining import Form, Task
 from tpeft_deploy.runtime.providers import GRAPH_ID
@@ -31,6 +32,7 @@ class Call:
     inputs: Mapping[str, Array]
     tasks: Sequence[Task]  # one for all rows, or, with `apart`, one a row
     apart: bool
+    outputs: Sequence[Port]  # that are asked for
     timeout: float | None
     future: asyncio.Future[Answered]
     timing: Timing | None = None

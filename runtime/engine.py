@@ -115,7 +115,8 @@ class Engine:
         """Each row on its own version; None is the base.
 
         Returns:
-            Output name -> array, or a list with one array a row where the output's size varies per task.
+            Output name -> array, or a list with one array a row where the output's size varies per task; without the
+            outputs that depend on the batch as a whole, where versions differ.
 
         Raises:
             AdapterError, BundleError, CapacityError: one of them cannot be brought to the device.
@@ -157,6 +158,7 @@ class Engine:
         return {
             port.name: requests.cut_rows(port, outputs[port.name], [own.get(port.name, 0) for own in sizes])
             for port in self._manifest.outputs
+            if port.rows != "joint"
         }
 
     def _in_parts(
@@ -167,15 +169,12 @@ class Engine:
         options: onnxruntime.RunOptions | None,
     ) -> Outputs:
         """One run for each part of the versions, and the rows put back into their order."""
-        rows: dict[str, list[Array | None]] = {port.name: [None] * len(versions) for port in self._manifest.outputs}
+        gathered = requests.Gathered(self._manifest.outputs, len(versions))
         for part in parts:
             chosen = np.flatnonzero([version in part for version in versions])
             own = requests.take_rows(self._manifest, inputs, chosen)
-            outputs = self.run_rows(own, [version for version in versions if version in part], options)
-            for name, array in outputs.items():
-                for place, row in zip(chosen, array, strict=True):
-                    rows[name][place] = row
-        return requests.as_one(self._manifest, rows)
+            gathered.put(chosen, self.run_rows(own, [version for version in versions if version in part], options))
+        return gathered.whole()
 
 
 @contextmanager

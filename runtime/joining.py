@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -69,9 +68,10 @@ def fits(batch: Form, request: Form, *, max_waste: float) -> Form | None:
 class Joiner:
     """Joins requests for one model.
 
-    A model can be batched when every input and output has the batch as its first axis and nowhere else.  Requests are
-    joined when their free sizes are equal, or paddable: every input that has a size of that name declares what to fill
-    it up with.
+    A request can be batched when every input, and every output that it asks for, has the batch as its first axis and
+    nowhere else; inputs without axes, and outputs that are the same for all rows, may be among them.  Requests are
+    joined when their inputs without axes are equal, and their free sizes are equal, or paddable: every input that has a
+    size of that name declares what to fill it up with.
 
     Args:
         manifest: the model's inputs and outputs.
@@ -80,7 +80,17 @@ class Joiner:
 
     def __init__(self, manifest: Manifest, *, max_waste: float) -> None:
         self._manifest = manifest
-        self._joinable = _joinable(manifest)
+        self._joinable = manifest.batch_axis is not None and all(
+            not port.shape or _by_row(manifest, port) for port in manifest.inputs
+        )
+        self._scalars = [port.name for port in manifest.inputs if not port.shape]
+        self._ports = {port.name: port for port in manifest.outputs}
+        # The outputs that a request may ask for and be joined.
+        self._apart = {
+            port.name
+            for port in manifest.outputs
+            if port.rows == "shared" or (port.rows != "joint" and _by_row(manifest, port))
+        }
         self._paddable = _paddable(manifest)
         # A model that serves one adapter per run gains nothing from other tasks in the batch: it would run one after
         # the other, and all would wait for the last.
@@ -97,6 +107,7 @@ class Joiner:
                 tuple(self._paddable.index(size) for size in port.shape if size in self._paddable),
             )
             for port in manifest.inputs
+            if port.shape
         ]
         found = {size: (port.name, axis) for port in manifest.inputs for axis, size in enumerate(port.shape)}
         self._places = {name: found[name] for name in self._paddable}
@@ -106,14 +117,16 @@ class Joiner:
         """Rows of a request; 1 for a model without a batch axis."""
         return 1 if self._first is None else inputs[self._first].shape[0]
 
-    def form(self, inputs: Mapping[str, Array], task: Task) -> Form | None:
+    def form(self, inputs: Mapping[str, Array], task: Task, outputs: Sequence[Port] | None = None) -> Form | None:
         """The form of a request, or None if it has to run alone.
 
         Args:
             inputs: as `requests.check_inputs` gives them.
             task: what all its rows run on, or a tuple with one task a row.
+            outputs: that it asks for; all by default.
         """
-        if not self._joinable:
+        asked = self._ports if outputs is None else [port.name for port in outputs]
+        if not self._joinable or not self._apart.issuperset(asked):
             return None
         shapes = tuple([inputs[name].shape for name in self._names])
         form = self._forms.get(shapes)
@@ -121,6 +134,8 @@ class Joiner:
             if len(self._forms) >= _FORMS:
                 self._forms.clear()
             form = self._forms[shapes] = self._measured(inputs)
+        if self._scalars:
+            form = replace(form, key=(form.key, *(inputs[name].tobytes() for name in self._scalars)))
         return replace(form, key=(task, form.key)) if self._alike else form
 
     def _measured(self, inputs: Mapping[str, Array]) -> Form:
@@ -148,7 +163,12 @@ class Joiner:
         return {port.name: _stack(port, [part[port.name] for part in parts]) for port in self._manifest.inputs}
 
     def cut(
-        self, outputs: Outputs, parts: Sequence[Mapping[str, Array]], *, apart: Sequence[bool] | None = None
+        self,
+        outputs: Outputs,
+        parts: Sequence[Mapping[str, Array]],
+        *,
+        apart: Sequence[bool] | None = None,
+        wanted: Sequence[Sequence[Port]] | None = None,
     ) -> list[dict[str, Array | list[Array]]]:
         """The outputs of a batch, one dict per request, with no padding and each in memory of its own.
 
@@ -157,33 +177,36 @@ class Joiner:
             parts: the inputs of the requests, in the order in which they were joined.
             apart: for each request, whether outputs whose size varies per task stay a list with one array a row; no
                 request's by default.
+            wanted: for each request, the outputs that it asks for; all by default.
 
         Raises:
             RunError: an output does not have the sizes that the manifest says.
         """
-        ports = self._manifest.outputs
         kept = apart or [False] * len(parts)
+        asked = wanted or [self._manifest.outputs] * len(parts)
         if len(parts) == 1:
-            return [{port.name: outputs[port.name] if kept[0] else _whole(outputs[port.name]) for port in ports}]
+            return [{port.name: outputs[port.name] if kept[0] else _whole(outputs[port.name]) for port in asked[0]}]
         ends = list(itertools.accumulate([self.rows(part) for part in parts]))
         own = [self._sizes(part) for part in parts]
         padded = {name: max(sizes[name] for sizes in own) for name in self._paddable}
-        answers: list[dict[str, Array | list[Array]]] = [{} for _ in parts]
-        for port in ports:
-            output = outputs[port.name]
-            self._check(port, output, ends[-1], padded)
-            if not padded and not isinstance(output, list):
-                for answer, start, end in zip(answers, [0, *ends], ends, strict=False):
-                    answer[port.name] = output[start:end].copy()
-                continue
-            for answer, sizes, keep, start, end in zip(answers, own, kept, [0, *ends], ends, strict=False):
-                row = tuple(slice(sizes.get(name)) if isinstance(name, str) else slice(None) for name in port.shape[1:])
-                if isinstance(output, list):
-                    rows = [part[row].copy() for part in output[start:end]] if keep else None
-                    answer[port.name] = np.stack([part[row] for part in output[start:end]]) if rows is None else rows
-                else:
-                    answer[port.name] = output[(slice(start, end), *row)].copy()
-        return answers
+        for port in dict.fromkeys(port.name for ports in asked for port in ports):
+            self._check(self._ports[port], outputs[port], ends[-1], padded)
+        return [
+            {port.name: self._cut(port, outputs[port.name], slice(start, end), sizes, keep) for port in ports}
+            for ports, sizes, keep, start, end in zip(asked, own, kept, [0, *ends], ends, strict=False)
+        ]
+
+    def _cut(
+        self, port: Port, output: Array | list[Array], rows: slice, sizes: Mapping[str, int], keep: bool
+    ) -> Array | list[Array]:
+        """A request's own part of one output."""
+        row = tuple(slice(sizes.get(name)) if isinstance(name, str) else slice(None) for name in port.shape[1:])
+        if isinstance(output, list):
+            parts = [part[row] for part in output[rows]]
+            return [part.copy() for part in parts] if keep else np.stack(parts)
+        if port.rows == "shared":
+            return output[tuple(slice(sizes.get(str(size))) for size in port.shape)].copy()
+        return output[(rows, *row)].copy()
 
     def _sizes(self, inputs: Mapping[str, Array]) -> dict[str, int]:
         """A request's own size along every paddable name."""
@@ -195,7 +218,8 @@ class Joiner:
         wanted = {
             axis: padded[name] for axis, name in enumerate(port.shape) if isinstance(name, str) and name in padded
         }
-        wanted[0] = rows
+        if port.rows != "shared":
+            wanted[0] = rows
         if len(got) != len(port.shape) or any(got[axis] != size for axis, size in wanted.items()):
             raise RunError(
                 f"cut output {port.name!r} of bundle {self._manifest.name!r} into the answers of its requests",
@@ -205,16 +229,9 @@ class Joiner:
             )
 
 
-def _joinable(manifest: Manifest) -> bool:
-    batch = manifest.batch_axis
-    if batch is None:
-        return False
-    # A size such as "2*batch" mixes rows just as "batch" in a second place does.
-    mentions = re.compile(rf"(?<!\w){re.escape(batch)}(?!\w)")
-    return all(
-        port.shape[:1] == (batch,) and not any(mentions.search(str(size)) for size in port.shape[1:])
-        for port in (*manifest.inputs, *manifest.outputs)
-    )
+def _by_row(manifest: Manifest, port: Port) -> bool:
+    """Whether the first axis, and no other, is the batch: one such as "2*batch" mixes rows too."""
+    return manifest.batch_axes(port) == [0] and port.shape[0] == manifest.batch_axis
 
 
 def _paddable(manifest: Manifest) -> list[str]:
@@ -233,6 +250,8 @@ def _free(ports: Sequence[Port]) -> list[str]:
 
 
 def _stack(port: Port, arrays: Sequence[Array]) -> Array:
+    if not port.shape:
+        return arrays[0]  # requests of other values are not joined
     if len({array.shape[1:] for array in arrays}) == 1:
         return np.concatenate(arrays)
     if port.pad is None:

@@ -11,7 +11,19 @@ from tpeft_deploy.errors import InputError
 from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.tucker import Array
 
-__all__ = ["as_one", "as_rows", "batched", "check_inputs", "check_tasks", "cut", "cut_rows", "rows", "take_rows"]
+__all__ = [
+    "Gathered",
+    "as_rows",
+    "batched",
+    "check_apart",
+    "check_inputs",
+    "check_outputs",
+    "check_tasks",
+    "cut",
+    "cut_rows",
+    "rows",
+    "take_rows",
+]
 
 
 def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, Array]:
@@ -78,6 +90,43 @@ def take_rows(manifest: Manifest, inputs: Mapping[str, Array], rows: Array) -> d
     return {name: array[rows] if name in names else array for name, array in inputs.items()}
 
 
+def check_outputs(manifest: Manifest, outputs: Sequence[str] | None) -> list[Port]:
+    """The outputs that are asked for, in that order; all of them for None.
+
+    Raises:
+        InputError: there is no such output.
+    """
+    if outputs is None:
+        return list(manifest.outputs)
+    ports = {port.name: port for port in manifest.outputs}
+    if isinstance(outputs, str) or not ports.keys() >= {*outputs}:
+        unknown = [outputs] if isinstance(outputs, str) else sorted({*outputs} - ports.keys())
+        raise InputError(
+            f"run bundle {manifest.name!r}",
+            expected=f"a list of outputs among {', '.join(ports)}",
+            got=", ".join(map(repr, unknown)),
+        )
+    return [ports[name] for name in dict.fromkeys(outputs)]
+
+
+def check_apart(manifest: Manifest, outputs: Sequence[Port]) -> None:
+    """Refuse outputs that rows of different tasks do not have.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for port in outputs:
+        if port.rows == "joint":
+            others = [other.name for other in manifest.outputs if other.rows != "joint"]
+            raise InputError(
+                f"run bundle {manifest.name!r} with a task for each row, output {port.name!r}",
+                expected="an output that keeps rows apart",
+                got="one that depends on the batch as a whole",
+                fix="Send the rows of each task by themselves"
+                + (f", or ask for others with outputs=: {', '.join(others)}." if others else "."),
+            )
+
+
 def cut(port: Port, array: Array, size: int) -> Array:
     """The first `size` entries of an output's varying axis, without holding on to the padding."""
     if port.varies is None or array.shape[port.varies.axis] == size:
@@ -87,7 +136,7 @@ def cut(port: Port, array: Array, size: int) -> Array:
 
 def as_rows(port: Port, array: Array) -> Array | list[Array]:
     """An output as a batch of rows with tasks of their own has it: a list where its size varies per task."""
-    return array if port.varies is None else list(array)
+    return array if port.varies is None or port.rows == "joint" else list(array)
 
 
 def cut_rows(port: Port, array: Array, sizes: Sequence[int]) -> Array | list[Array]:
@@ -145,8 +194,9 @@ def _check_port(manifest: Manifest, port: Port, array: Array, sizes: dict[str, t
                 raise _misfit(manifest, port, expected, f"{size} in {list(own)}")
         elif size != wanted:
             raise _misfit(manifest, port, _shape(port), list(own))
-    if 0 in own:
-        raise _misfit(manifest, port, "at least one row and no empty axis", list(own))
+    if 0 in own and any(size not in manifest.empty for size, count in zip(port.shape, own, strict=True) if not count):
+        others = f" but {', '.join(manifest.empty)}" if manifest.empty else ""
+        raise _misfit(manifest, port, f"at least one row and no empty axis{others}", list(own))
 
 
 def _misfit(manifest: Manifest, port: Port, expected: str, got: object, fix: str | None = None) -> InputError:
@@ -157,10 +207,33 @@ def _shape(port: Port) -> str:
     return "shape [" + ", ".join(map(str, port.shape)) + "]"
 
 
-def as_one(manifest: Manifest, rows: Mapping[str, Sequence[Array | None]]) -> dict[str, Array | list[Array]]:
-    """Outputs put together from rows that ran apart: a list where rows differ in size, as a mixed run gives them."""
-    found: dict[str, Array | list[Array]] = {}
-    for port in manifest.outputs:
-        own = [row for row in rows[port.name] if row is not None]
-        found[port.name] = own if port.varies else np.stack(own)
-    return found
+class Gathered:
+    """Outputs put together from runs of some rows of a batch: those outputs that rows of different tasks have.
+
+    Args:
+        ports: of the outputs.
+        count: how many rows the batch has.
+    """
+
+    def __init__(self, ports: Sequence[Port], count: int) -> None:
+        self._ports = [port for port in ports if port.rows != "joint"]
+        self._count = count
+        self._rows: dict[str, dict[int, Array]] = {port.name: {} for port in self._ports}
+        self._shared: dict[str, Array | list[Array]] = {}
+
+    def put(self, places: Array, outputs: Mapping[str, Array | list[Array]]) -> None:
+        """Take the outputs of a run of the rows at some places."""
+        for port in self._ports:
+            if port.rows == "shared":
+                self._shared[port.name] = outputs[port.name]
+            else:
+                self._rows[port.name] |= dict(zip(places.tolist(), outputs[port.name], strict=True))
+
+    def whole(self) -> dict[str, Array | list[Array]]:
+        """The batch's outputs: a list where rows differ in size, as a mixed run gives them."""
+        found = dict(self._shared)
+        for port in self._ports:
+            if port.name not in found:
+                own = [self._rows[port.name][place] for place in range(self._count)]
+                found[port.name] = own if port.varies else np.stack(own)
+        return found

@@ -21,6 +21,7 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BASE_TASK, Bundle, check_task
 from tpeft_deploy.errors import InputError, RunError, TpeftError, UnknownTask
 from tpeft_deploy.formats import load_adapter
+from tpeft_deploy.manifest import Port
 from tpeft_deploy.runtime import requests
 from tpeft_deploy.runtime.answering import Answering
 from tpeft_deploy.runtime.bank import Layout
@@ -175,13 +176,22 @@ class Runtime:
         return self._batcher.figures()
 
     @overload
-    def run(self, inputs: Mapping[str, object], task: Task = BASE_TASK) -> dict[str, Array]: ...
+    def run(
+        self, inputs: Mapping[str, object], task: Task = BASE_TASK, *, outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]: ...
 
     @overload
-    def run(self, inputs: Mapping[str, object], *, tasks: Sequence[Task]) -> Outputs: ...
+    def run(
+        self, inputs: Mapping[str, object], *, tasks: Sequence[Task], outputs: Sequence[str] | None = None
+    ) -> Outputs: ...
 
     def run(
-        self, inputs: Mapping[str, object], task: Task | None = None, *, tasks: Sequence[Task] | None = None
+        self,
+        inputs: Mapping[str, object],
+        task: Task | None = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> dict[str, Array] | Outputs:
         """Run a batch.
 
@@ -190,6 +200,8 @@ class Runtime:
             task: one task for all rows, or a weighted set of tasks, {"style": 0.7, "domain": 1.0}; the base when
                 neither `task` nor `tasks` is given.
             tasks: one task (or set) per row; `base` is a task too.
+            outputs: names of those to return; all by default.  Rows of different tasks have none that depends on the
+                batch as a whole, as scores of every row against every other do.
 
         Returns:
             Output name -> array.  With `tasks`, an output whose size varies per task is a list of arrays, one a
@@ -197,16 +209,20 @@ class Runtime:
 
         Raises:
             UnknownTask: there is no such task; the message names its row.
-            InputError: an input does not fit the model, or tasks do not fit the rows; nothing has run.
+            InputError: an input does not fit the model, tasks do not fit the rows, there is no such output, or rows of
+                different tasks do not have it; nothing has run.
             CompositionError: a set has no exact sum.
             AdapterError, BundleError: a task that was not resident cannot be read.
             CapacityError: a task does not fit into the budget beside those that are pinned.
         """
         arrays = requests.check_inputs(self._manifest, inputs)
-        versions = self._found(arrays, task, tasks)
+        ports = requests.check_outputs(self._manifest, outputs)
+        versions = self._found(arrays, task, tasks, ports)
         if tasks is None:
-            return self._engine.run_one(arrays, versions[0])
-        return self._engine.run_rows(arrays, versions)
+            whole = self._engine.run_one(arrays, versions[0])
+            return {port.name: whole[port.name] for port in ports}
+        found = self._engine.run_rows(arrays, versions)
+        return {port.name: found[port.name] for port in ports}
 
     @overload
     async def infer(
@@ -214,6 +230,7 @@ class Runtime:
         inputs: Mapping[str, object],
         task: Task = BASE_TASK,
         *,
+        outputs: Sequence[str] | None = None,
         timeout: float | None = None,
         tenant: str = "",
         priority: int = 0,
@@ -226,6 +243,7 @@ class Runtime:
         inputs: Mapping[str, object],
         *,
         tasks: Sequence[Task],
+        outputs: Sequence[str] | None = None,
         timeout: float | None = None,
         tenant: str = "",
         priority: int = 0,
@@ -238,6 +256,7 @@ class Runtime:
         task: Task | None = None,
         *,
         tasks: Sequence[Task] | None = None,
+        outputs: Sequence[str] | None = None,
         timeout: float | None = None,
         tenant: str = "",
         priority: int = 0,
@@ -253,6 +272,8 @@ class Runtime:
             inputs: input name -> array; the first axis is the batch.
             task: one task for all rows, or a weighted set of tasks.
             tasks: one task (or set) per row, as for `run`.
+            outputs: names of those to return, as for `run`.  A request for one that depends on the batch as a
+                whole runs alone.
             timeout: seconds after which the answer is of no use.
             tenant: whom the order of the queue may charge for the request.
             priority: for that order; the smaller first.
@@ -265,11 +286,13 @@ class Runtime:
             TpeftError: what the order of the queue raises that does not take it.
         """
         arrays = requests.check_inputs(self._manifest, inputs)
-        versions = self._found(arrays, task, tasks)
+        ports = requests.check_outputs(self._manifest, outputs)
+        versions = self._found(arrays, task, tasks, ports)
         return await self._answering.infer(
             arrays,
             versions,
             apart=tasks is not None,
+            outputs=ports,
             timeout=timeout,
             tenant=tenant,
             priority=priority,
@@ -424,7 +447,7 @@ class Runtime:
         self._release()
 
     def _found(
-        self, inputs: Mapping[str, Array], task: Task | None, tasks: Sequence[Task] | None
+        self, inputs: Mapping[str, Array], task: Task | None, tasks: Sequence[Task] | None, ports: Sequence[Port]
     ) -> list[Version | None]:
         """One version for all rows, or one a row: found before anything runs, so that changes do not touch the call."""
         if tasks is None:
@@ -432,7 +455,10 @@ class Runtime:
         if task is not None:
             raise InputError("run a batch", expected="task or tasks", got="both")
         requests.check_tasks(self._manifest, tasks, inputs)
-        return [self._catalogue.find(own, doing=f"run task {own!r} for row {row}") for row, own in enumerate(tasks)]
+        found = [self._catalogue.find(own, doing=f"run task {own!r} for row {row}") for row, own in enumerate(tasks)]
+        if found.count(found[0]) < len(found):
+            requests.check_apart(self._manifest, ports)
+        return found
 
     def _run_batch(
         self, inputs: Mapping[str, Array], tasks: Sequence[object], options: onnxruntime.RunOptions

@@ -9,6 +9,7 @@ inputs, outputs, files, max_rank, gate
 oracles     per task of the export, what its forms were compared with beside the merged base: a training library's own
             forward of the adapter's file ("peft 0.21.2"), or "merged" and why there was none; the worst error; and the
             digest of the adapter that this is about
+empty       free sizes that may be 0, proved: the past of a decoder's first step
 digest      SHA-256 of everything above
 """
 
@@ -29,6 +30,7 @@ __all__ = [
     "SCHEMA",
     "FileRecord",
     "Manifest",
+    "OutputRows",
     "Port",
     "Rows",
     "Varies",
@@ -40,6 +42,7 @@ __all__ = [
 
 SCHEMA = 1
 Rows = Literal["each", "group"]
+OutputRows = Literal["each", "shared", "joint"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _FREE = re.compile(r"[A-Za-z_]\w*")  # a name in a size, which may be a sum: past + sequence
@@ -84,6 +87,9 @@ class Port:
         varies: for an output with an axis of a task's own size.
         pad: for an input, what a free axis other than the batch may be filled up with at its end, or None: rows of
             other lengths cannot share a run.
+        rows: for an output, "each": entry r of its first axis depends on row r alone; "shared": no batch axis, and the
+            same whatever the rows and the adapter; "joint": it depends on several rows, or on the adapter without
+            having rows, so that a batch of several tasks or callers has none.  None in bundles that do not say.
     """
 
     name: str
@@ -91,6 +97,7 @@ class Port:
     shape: tuple[int | str, ...]
     varies: Varies | None = None
     pad: int | float | None = None
+    rows: OutputRows | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,7 @@ class Manifest:
     gate: tuple[Mapping[str, Any], ...] = field(default=())
     ties: tuple[tuple[str, ...], ...] = ()
     oracles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    empty: tuple[str, ...] = ()
 
     @property
     def base_digest(self) -> str:
@@ -147,6 +155,11 @@ class Manifest:
         """Name of the free size that stands for the batch: the first axis of the first input that has one."""
         firsts = [port.shape[0] for port in self.inputs if port.shape]
         return next((size for size in firsts if isinstance(size, str)), None)
+
+    def batch_axes(self, port: Port) -> list[int]:
+        """The axes of a port along which its size depends on the batch, "2*batch" included."""
+        batch = self.batch_axis
+        return [axis for axis, size in enumerate(port.shape) if batch is not None and batch in _FREE.findall(str(size))]
 
     @cached_property
     def paddable(self) -> frozenset[str]:
@@ -280,6 +293,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         gate=tuple(document["gate"]),
         ties=_ties(document),
         oracles={task: dict(record) for task, record in document.get("oracles", {}).items()},
+        empty=tuple(document.get("empty", ())),
     )
 
 
@@ -301,4 +315,7 @@ def _target(entry: Mapping[str, Any]) -> Target:
 
 def _port(entry: Mapping[str, Any]) -> Port:
     varies = Varies(**entry["varies"]) if entry["varies"] is not None else None
-    return Port(entry["name"], entry["dtype"], tuple(entry["shape"]), varies, entry.get("pad"))
+    rows = entry.get("rows")
+    if rows not in {None, *get_args(OutputRows)}:
+        raise ValueError(f"rows {rows!r} of {entry['name']!r}")
+    return Port(entry["name"], entry["dtype"], tuple(entry["shape"]), varies, entry.get("pad"), rows)

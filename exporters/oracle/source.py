@@ -46,16 +46,15 @@ class Source:
     Args:
         oracle: the library and its version, "peft 0.21.2"; "merged" where the merged base is all there is.
         reason: why it is all there is; empty otherwise.
-        outputs: the library's, at each of the shapes to prove; empty where there is none.
+        outputs: the library's, with the free sizes that they were computed at; empty where there is none.
     """
 
     oracle: str
     reason: str = ""
-    outputs: Sequence[Outputs] = ()
+    outputs: Sequence[tuple[Sizes, Outputs]] = ()
 
     def measure(
         self,
-        number: int,
         form: str,
         task: str,
         sizes: Sizes,
@@ -63,10 +62,9 @@ class Source:
         expected: Outputs,
         limit: float,
     ) -> Iterator[Check]:
-        """Compare a run with the merged base, and with the library where there is one.
+        """Compare a run with the merged base, and with the library where it was asked at these sizes.
 
         Args:
-            number: of the shapes to prove, which one this is.
             form: as for `gate.measure`, like all that follow.
             task: the task that was run.
             sizes: the sizes it was run at.
@@ -76,8 +74,9 @@ class Source:
         """
         answer = cache(answer)
         yield gate.measure(form, task, sizes, answer, expected, limit)
-        if self.outputs:
-            yield gate.measure(form, task, sizes, answer, self.outputs[number], limit, self.oracle)
+        for own, outputs in self.outputs:
+            if own == sizes:
+                yield gate.measure(form, task, sizes, answer, outputs, limit, self.oracle)
 
 
 class Sources:
@@ -129,11 +128,11 @@ def _ask(base: Base, graph: ir.Graph, adapter: Adapter) -> Source:
     except PackageNotFoundError:
         return Source(MERGED, f"{library.DISTRIBUTION} is not installed")
     names = [str(value.name) for value in graph.outputs]
-    inputs = [with_sizes(base, graph, sizes) for sizes in shapes_to_prove(base, graph)]
+    shapes = shapes_to_prove(base, graph)
     try:
         with _apart():
             forward = library.load(_copy(base.module, adapter), origin.path)
-            outputs = [_run(forward, base, own, names) for own in inputs]
+            outputs = [(sizes, _run(forward, base, with_sizes(base, graph, sizes), names)) for sizes in shapes]
     except Exception as error:  # libraries and models raise every kind of exception
         what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         reason = f"{oracle} cannot be asked about {origin.path}: {' '.join(what.split())[:300]}"

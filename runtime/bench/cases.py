@@ -86,7 +86,7 @@ def batch(bundle: Bundle, rows: int) -> dict[str, Array]:
     manifest = bundle.manifest
     free = {port.name for port in requests.batched(manifest, manifest.inputs)} if manifest.batch_axis else set()
     inputs = {
-        name: np.ascontiguousarray(array[np.arange(rows) % len(array)] if name in free else array)
+        name: np.asarray(array[np.arange(rows) % len(array)] if name in free else array, order="C")
         for name, array in bundle.example().items()
     }
     if not free and rows != (own := max(len(array) for array in inputs.values() if array.ndim)):
@@ -146,6 +146,7 @@ def served(
     }
     if rows == 1 or not bundle.manifest.batch_axis:
         return cases
+    apart = [port.name for port in bundle.manifest.outputs if port.rows != "joint"]
     mixed = [task for task, _ in zip(cycle(tasks), range(rows), strict=False)]
     single = [requests.take_rows(bundle.manifest, inputs, np.array([row])) for row in range(rows)]
 
@@ -153,7 +154,7 @@ def served(
         for row, task in zip(single, mixed, strict=True):
             runtime.run(row, task)
 
-    return cases | {"mixed": lambda: runtime.run(inputs, tasks=mixed), "singles": singles}
+    return cases | {"mixed": lambda: runtime.run(inputs, tasks=mixed, outputs=apart), "singles": singles}
 
 
 def taking_turns(runtime: Runtime, tasks: Sequence[str], inputs: Mapping[str, Array]) -> Case:

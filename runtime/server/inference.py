@@ -52,6 +52,7 @@ class Inference:
         self._accepting = accepting
         self._tell = tell
         self._datatypes = {port.name: datatype(port) for port in manifest.outputs}
+        self._scalars = [port.name for port in manifest.inputs if not port.shape]
         self._first = next((p.name for p in manifest.inputs if p.shape and p.shape[0] == manifest.batch_axis), None)
 
     async def infer(self, principal: Principal, request: InferRequest) -> InferResponse:
@@ -67,6 +68,7 @@ class Inference:
         inputs = request.inputs
         if request.model == self._bundle and ADAPTER_INPUT in inputs:
             inputs = {name: array for name, array in inputs.items() if name != ADAPTER_INPUT}
+        inputs = self._scalars_of(inputs)
         self._check_outputs(request)
         rows = self._rows(inputs)
         timing = Timing(time.monotonic())
@@ -77,6 +79,7 @@ class Inference:
                 outputs = await self._runtime.infer(
                     inputs,
                     tasks=[target.key for target in targets],
+                    outputs=request.outputs or None,
                     timeout=request.timeout,
                     tenant=principal.tenant,
                     priority=request.priority,
@@ -86,6 +89,7 @@ class Inference:
                 outputs = await self._runtime.infer(
                     inputs,
                     targets[0].key,
+                    outputs=request.outputs or None,
                     timeout=request.timeout,
                     tenant=principal.tenant,
                     priority=request.priority,
@@ -117,6 +121,11 @@ class Inference:
         """For the quota, before the runtime checks the inputs: never 0, as nothing is free."""
         array = inputs.get(self._first) if self._first is not None else None
         return array.shape[0] or 1 if array is not None and array.ndim else 1
+
+    def _scalars_of(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The inputs, those that the model takes as scalars without the axis of size 1 that clients send them with."""
+        wide = [name for name in self._scalars if name in inputs and inputs[name].shape == (1,)]
+        return {**inputs, **{name: inputs[name].reshape(()) for name in wide}} if wide else inputs
 
     def _check_outputs(self, request: InferRequest) -> None:
         for name in request.outputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -167,14 +168,15 @@ def cached(path: Path) -> Callable[[Inputs], Outputs]:
     def run(inputs: Inputs) -> Outputs:
         tensors = list(inputs.values())
         cache = transformers.DynamicCache(list(zip(tensors[2::2], tensors[3::2], strict=True)))
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(0)[:, -inputs["input_ids"].shape[1] :]
         with torch.no_grad():
             logits = model(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{name: cache},
             ).logits
         present = {"logits": logits.numpy()}
         for index, layer in enumerate(cache.layers):

@@ -24,10 +24,18 @@ __all__ = ["run"]
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The .npz file to write.")
 @click.option("--task", help="One task for all rows; the base when neither this nor --tasks is given.")
 @click.option("--tasks", help="One task per row, separated by commas: A,B,A.")
+@click.option("--outputs", help="The only outputs to write, separated by commas; all when left out.")
 @provider_option
 @json_option
 def run(
-    bundle: Path, source: Path, output: Path, task: str | None, tasks: str | None, provider: str, as_json: bool
+    bundle: Path,
+    source: Path,
+    output: Path,
+    task: str | None,
+    tasks: str | None,
+    outputs: str | None,
+    provider: str,
+    as_json: bool,
 ) -> None:
     """Run a batch of rows through BUNDLE.
 
@@ -41,10 +49,11 @@ def run(
         raise click.UsageError("--task and --tasks exclude each other.")
     inputs = _read(source)
     runtime = Runtime(bundle, provider=provider, preload=False, own_copy=False)  # one batch: nothing to keep
+    asked = outputs.split(",") if outputs is not None else None
     if tasks is not None:
-        results = runtime.run(inputs, tasks=tasks.split(","))
+        results = runtime.run(inputs, tasks=tasks.split(","), outputs=asked)
     else:
-        results = dict(runtime.run(inputs, task or "base"))
+        results = dict(runtime.run(inputs, task or "base", outputs=asked))
     arrays = _flat(results)
     with new_file(output) as temporary, temporary.open("wb") as stream:
         import numpy as np

@@ -231,6 +231,8 @@ def _floats(doing: str, values: Sequence[float], datatype: str) -> Array:
 
 def _flat(doing: str, values: object, shape: Sequence[int]) -> list[Any]:
     """Elements in a flat list, or in lists nested as the shape says."""
+    if not shape and not isinstance(values, list):
+        return [values]
     if not isinstance(values, list):
         raise ProtocolError(f"{doing}: data", expected="a list", got=type(values).__name__)
     if not any(isinstance(value, list) for value in values):
