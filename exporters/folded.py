@@ -14,9 +14,10 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
-from tpeft_deploy.exporters.gate import Check
+from tpeft_deploy.exporters.gate import Check, Limits
 from tpeft_deploy.exporters.graphs import held_tensor, optimize, turn_weights
 from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
 from tpeft_deploy.exporters.replacing import held_weights, replace_weights
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
 from tpeft_deploy.files import move_into, staging
@@ -64,7 +65,8 @@ def export_folded(
     )
     loaded, raw = _trace(loaded, adapter, progress)
     progress("fold and check")
-    return write_folded(loaded, raw, adapter, Path(path), task=task)
+    limit = limits_of(raw.graph, measure_rounding(loaded, raw.graph))
+    return write_folded(loaded, raw, adapter, Path(path), limit, task=task)
 
 
 def plan_folded(
@@ -115,7 +117,7 @@ def _trace(loaded: Base, adapter: Adapter, progress: Progress) -> tuple[Base, ir
     return loaded, loaded.graph()
 
 
-def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, task: str) -> list[Check]:
+def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, limit: Limits, *, task: str) -> list[Check]:
     """Fold, optimise, save beside `path`, check there, and only then move to `path`."""
     names = [str(value.name) for value in raw.graph.outputs]
     # References first: the merged weights that they need are gone before the session takes its own.
@@ -130,7 +132,6 @@ def write_folded(base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, tas
         ir.save(model, file, external_data=f"{path.name}.data" if large else None)
         del model
         session = gate.open_session(file)
-        limit = gate.limit_of(raw.graph)
         checks = []
         for sizes, wanted in expected:
             got = gate.run(session, with_sizes(base, raw.graph, sizes), {})

@@ -6,6 +6,7 @@ base        digest of all weights, and per weight its shape, dtype, digest and p
 targets     the weights that adapters may change, with their layer kind (see `slots`)
 rows        "each": one run serves rows of different adapters; "group": one adapter per run, and why
 inputs, outputs, files, max_rank, gate
+rounding    of a base in 16 bits: how far its forward is from the same in 32 bits, and the limits that follow
 digest      SHA-256 of everything above
 """
 
@@ -27,6 +28,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "Port",
+    "Rounding",
     "Rows",
     "Varies",
     "Weight",
@@ -110,6 +112,23 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """Distance between a 16-bit base and the same base computed in 32 bits, and what its exports are held to.
+
+    Args:
+        dtype: float16 or bfloat16.
+        measured: output name -> relative error of the worst row; empty where it could not be measured.
+        limits: output name -> relative error that an export in 16 bits must stay under.
+        reason: cause of a missing measurement; the limits are then the fixed ones.
+    """
+
+    dtype: str
+    measured: Mapping[str, float]
+    limits: Mapping[str, float]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The manifest; `to_json` and `from_json` are exact inverses."""
 
@@ -125,6 +144,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     max_rank: int | None = None
     gate: tuple[Mapping[str, Any], ...] = field(default=())
+    rounding: Rounding | None = None
 
     @property
     def base_digest(self) -> str:
@@ -246,7 +266,15 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         files={n: FileRecord(f["sha256"], int(f["bytes"])) for n, f in document["files"].items()},
         max_rank=document["max_rank"],
         gate=tuple(document["gate"]),
+        rounding=_rounding(document.get("rounding")),
     )
+
+
+def _rounding(entry: Mapping[str, Any] | None) -> Rounding | None:
+    if entry is None:
+        return None
+    measured, limits = ({str(n): float(e) for n, e in entry[part].items()} for part in ("measured", "limits"))
+    return Rounding(str(entry["dtype"]), measured, limits, str(entry["reason"]))
 
 
 def _target(entry: Mapping[str, Any]) -> Target:
