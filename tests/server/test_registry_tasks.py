@@ -350,7 +350,7 @@ def test_readers_see_a_swap_whole(state: State) -> None:
 
     with ThreadPoolExecutor() as pool:
         readers = [pool.submit(read) for _ in range(2)]
-        for number in range(60):
+        for number in range(20):
             state.tasks.point("acme", "mood", "current", str(number % 2 + 1), by="a key")
         stop.set()
         for reader in readers:
