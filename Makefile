@@ -1,6 +1,7 @@
 # make quickstart   a virtual environment, the main job, a report: the fastest way to see what this is
 # make test         the test suite           make check   ruff and mypy
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
+# make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
 # make clean        remove what the above made
 
 PYTHON ?= python3
@@ -9,14 +10,18 @@ BIN := $(VENV)/bin
 PROVIDER := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 OUT ?= quickstart
+ROUNDS ?= 20
 
-.PHONY: quickstart test check soak proto clean
+.PHONY: quickstart test test-stability check soak proto clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
 
 test: $(VENV)/dev-$(PROVIDER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-stability: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/python .ci/stability.py --rounds $(ROUNDS) $(if $(NEIGHBOURS),--neighbours $(NEIGHBOURS)) -- $(ARGS)
 
 check: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from torch import nn
 
 from tpeft_deploy.adapter import Adapter, weight_digest
+from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.ties import Ties, settle
 from tpeft_deploy.tucker import Array
 
@@ -79,6 +80,19 @@ class Base(ABC):
             inputs: by name.
             names: of the outputs, in the graph's order.
         """
+
+    def in_both(self, inputs: Inputs, names: Sequence[str]) -> tuple[Outputs, Outputs]:
+        """What a model in 16 bits computes in them, and what it computes in 32 bits with the same weights.
+
+        Args:
+            inputs: by name.
+            names: of the outputs, in the graph's order.
+
+        Raises:
+            UnsupportedBase: the model does not run in 16 bits here.
+        """
+        del inputs, names
+        raise UnsupportedBase(f"run {self.name} in 16 bits", problem="only the model itself tells what that is")
 
     def at(self, inputs: Inputs) -> Base:
         """This base with other example inputs."""

@@ -14,8 +14,9 @@ import onnx_ir as ir
 
 from tpeft_deploy.tucker import Array
 
-__all__ = ["holds", "narrow", "narrow_gathers", "upcast", "wide", "wide_ports"]
+__all__ = ["HALVES", "holds", "narrow", "narrow_gathers", "upcast", "wide", "wide_ports", "widened"]
 
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _BANKS = {"downs", "ups", "cores", "values"}
 
 
@@ -28,6 +29,11 @@ def wide(tensor: ir.TensorProtocol) -> Array:
     """A tensor as numpy can hold it: bfloat16 becomes float32, exactly."""
     array = tensor.numpy()
     return array.astype(np.float32) if tensor.dtype == ir.DataType.BFLOAT16 else array
+
+
+def widened(array: Array) -> Array:
+    """An input for a copy that computes in float32."""
+    return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
 def wide_ports(graph: ir.Graph) -> None:
@@ -100,7 +106,7 @@ def _upcast_node(node: ir.Node, narrow: Collection[ir.DataType]) -> None:
 
 def _upcast_value(value: ir.Value, narrow: Collection[ir.DataType]) -> None:
     if value.dtype in narrow:
-        value.dtype = ir.DataType.FLOAT
+        value.type = ir.TensorType(ir.DataType.FLOAT)  # a clone shares its types with what it was cloned from
 
 
 def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Value:

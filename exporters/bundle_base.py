@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
@@ -18,6 +17,7 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import Bundle
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
+from tpeft_deploy.exporters.bfloat16 import HALVES, widened
 from tpeft_deploy.exporters.replacing import replace_weights
 from tpeft_deploy.ties import Ties
 from tpeft_deploy.tucker import Array
@@ -26,7 +26,6 @@ __all__ = ["BundleBase"]
 
 _BYTES = 1 << 30  # of weights in references that are kept open; one is kept however large it is
 _MOST = 16
-_HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class BundleBase(Base):
@@ -76,10 +75,7 @@ class BundleBase(Base):
 
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
         """What base.onnx computes with the merged tensors in place of its own; a 16-bit one in float32."""
-        wide = {
-            name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in inputs.items()
-        }
-        outputs = gate.run(self._session(adapter), wide, {})
+        outputs = gate.run(self._session(adapter), {name: widened(array) for name, array in inputs.items()}, {})
         return {name: outputs[name] for name in names}
 
     def _session(self, adapter: Adapter | None) -> onnxruntime.InferenceSession:
@@ -93,7 +89,7 @@ class BundleBase(Base):
     def _open(self, adapter: Adapter | None) -> onnxruntime.InferenceSession:
         model = self.graph()
         # Its own rounding, at every layer, is no part of what a form is measured by.
-        bfloat16.upcast(model, _HALVES)
+        bfloat16.upcast(model, HALVES)
         if adapter is not None:
             replace_weights(self, model, adapter)
         with TemporaryDirectory(prefix="tpeft-reference-") as place:

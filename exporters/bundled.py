@@ -20,6 +20,7 @@ from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
+from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.padding import prove_padding
 from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
@@ -108,8 +109,8 @@ def export_bundle(
         manifest = prove_padding(plan.base, plan.raw.graph, bundle, manifest, adapters, plan.padding, progress)
         for position, (task, adapter) in enumerate(adapters.items() if folded else ()):
             progress(Stage(f"fold {task}", position, len(adapters)))
-            file = new / "folded" / f"{task}.onnx"
-            checks = write_folded(plan.base, plan.raw, adapter, file, task=task, sources=sources)
+            file, limit = new / "folded" / f"{task}.onnx", limits_of(plan.raw.graph, manifest.rounding)
+            checks = write_folded(plan.base, plan.raw, adapter, file, limit, task=task, sources=sources)
             manifest = with_checks(manifest, checks)
         _write_manifest(new, manifest)
     return Bundle.open(path)
@@ -145,6 +146,7 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
         rows_reason=reason,
         outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
         files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
+        rounding=measure_rounding(base, raw.graph),
     )
 
 

@@ -16,9 +16,10 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
-from tpeft_deploy.exporters.gate import Check
+from tpeft_deploy.exporters.gate import Check, Limits
 from tpeft_deploy.exporters.graphs import held_tensor, optimize, turn_weights
 from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.replacing import held_changes, replace_weights
 from tpeft_deploy.exporters.samples import empty_shapes, shapes_to_prove, with_sizes
@@ -70,7 +71,8 @@ def export_folded(
     )
     loaded, raw = _trace(loaded, adapter, progress)
     progress("fold and check")
-    return write_folded(loaded, raw, adapter, Path(path), task=task, sources=Sources(loaded, raw.graph))
+    limit = limits_of(raw.graph, measure_rounding(loaded, raw.graph))
+    return write_folded(loaded, raw, adapter, Path(path), limit, task=task, sources=Sources(loaded, raw.graph))
 
 
 def plan_folded(
@@ -123,7 +125,7 @@ def _trace(loaded: Base, adapter: Adapter, progress: Progress) -> tuple[Base, ir
 
 
 def write_folded(
-    base: Base, raw: ir.Model, adapter: Adapter, path: Path, *, task: str, sources: Sources
+    base: Base, raw: ir.Model, adapter: Adapter, path: Path, limit: Limits, *, task: str, sources: Sources
 ) -> list[Check]:
     """Fold, optimise, save beside `path`, check there, and only then move to `path`."""
     names = [str(value.name) for value in raw.graph.outputs]
@@ -141,7 +143,6 @@ def write_folded(
         ir.save(model, file, external_data=f"{path.name}.data" if large else None)
         del model
         session = gate.open_session(file)
-        limit = gate.limit_of(raw.graph)
         checks = []
         for sizes, wanted in expected:
             answer = partial(gate.run, session, with_sizes(base, raw.graph, sizes), {})

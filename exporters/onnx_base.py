@@ -13,8 +13,9 @@ import onnxruntime
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import BaseMismatch, NotEquivalent, TpeftError, UnsupportedBase, UnsupportedTarget
-from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
+from tpeft_deploy.exporters.bfloat16 import HALVES, widened
 from tpeft_deploy.exporters.foreign.examples import checked_inputs, made_inputs
 from tpeft_deploy.exporters.foreign.identify import Found, identify
 from tpeft_deploy.exporters.foreign.known import Known, of_adapters
@@ -147,6 +148,19 @@ class OnnxBase(Base):
             self._last = adapter, _session(model)
         outputs = gate.run(self._last[1], inputs, {})
         return {name: outputs[name] for name in names}
+
+    def in_both(self, inputs: Inputs, names: Sequence[str]) -> tuple[Outputs, Outputs]:
+        """What the normalised graph computes as it is, and as a copy in float32 with the same weights.
+
+        Raises:
+            UnsupportedBase: it is in bfloat16, which ONNX Runtime's CPU does not run.
+        """
+        if bfloat16.holds(self._normal.model.graph):
+            raise UnsupportedBase(f"run {self.name} in 16 bits", problem="ONNX Runtime's CPU does not run bfloat16")
+        model = self._normal.model.clone()
+        bfloat16.upcast(model, HALVES)
+        outputs = gate.run(_session(model), {name: widened(array) for name, array in inputs.items()}, {})
+        return self.reference(None, inputs, names), {name: outputs[name] for name in names}
 
     def _objection(self, adapter: Adapter, name: str) -> TpeftError | None:
         doing = f"fit {adapter.source} to base {self.name}, weight {name!r}"

@@ -23,7 +23,7 @@ from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base, Outputs
 from tpeft_deploy.exporters.gate import Check
-from tpeft_deploy.exporters.proof import banks, branch_limit, cut, probe, with_checks
+from tpeft_deploy.exporters.proof import banks, base_limit, branch_limit, cut, probe, with_checks
 from tpeft_deploy.exporters.ragged import Batch, Ragged
 from tpeft_deploy.exporters.samples import Sizes, takes
 from tpeft_deploy.manifest import Manifest, Port
@@ -139,7 +139,7 @@ def check_padding(
     first = dict(islice(adapters.items(), 1))
     tasks: dict[str, Adapter | None] = {BASE_TASK: None, **first, "probe 0": probe(bundle, 0)}
     branches = branch_limit(base, graph, bundle, ragged.own)
-    limits = {"base.onnx": gate.limit_of(graph), "banked.onnx": branches}
+    limits = {"base.onnx": base_limit(graph, bundle), "banked.onnx": branches}
     if BANKED_CPU in manifest.files:
         limits[BANKED_CPU] = branches
     sessions = {file: gate.open_session(bundle.path / file) for file in limits}

@@ -16,7 +16,8 @@ from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
-from tpeft_deploy.exporters.gate import MERGED, Check
+from tpeft_deploy.exporters.gate import MERGED, Check, Limits
+from tpeft_deploy.exporters.oracle.rounding import limits_of
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.output_rows import find_output_rows
 from tpeft_deploy.exporters.samples import Sizes, batch_axis, empty_shapes, shapes_to_prove, with_sizes
@@ -26,6 +27,7 @@ from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = [
     "banks",
+    "base_limit",
     "branch_limit",
     "check_forms",
     "check_rows",
@@ -154,7 +156,7 @@ def check_forms(
     progress(Stage("check the base", 0, len(tasks)))
     own = list(_check_base(base, graph, bundle, shapes))
     yield from own
-    limit = _limit(graph, own)
+    limit = _limit(graph, bundle, own)
     sessions = {file.removesuffix(".onnx"): gate.open_session(bundle.path / file) for file in _graphs(bundle)}
     filled = banks(bundle, tasks)
     for position, (task, adapter) in enumerate(tasks.items()):
@@ -172,9 +174,14 @@ def check_forms(
                 yield from source.measure(form, task, sizes, answer, expected, limit)
 
 
-def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> float:
+def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> Limits:
     """What a form with branches must stay under: in bfloat16, little more than the error of base.onnx at `sizes`."""
-    return _limit(graph, _check_base(base, graph, bundle, [sizes]) if bfloat16.holds(graph) else [])
+    return _limit(graph, bundle, _check_base(base, graph, bundle, [sizes]) if bfloat16.holds(graph) else [])
+
+
+def base_limit(graph: ir.Graph, bundle: Bundle) -> Limits:
+    """What base.onnx must stay under: in bfloat16, where a copy in float32 is run, its rounding is no excuse."""
+    return gate.limit_of(graph) if bfloat16.holds(graph) else limits_of(graph, bundle.manifest.rounding)
 
 
 def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, shapes: Iterable[Sizes]) -> Iterator[Check]:
@@ -184,13 +191,13 @@ def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, shapes: Iterable[Si
         inputs = with_sizes(base, graph, sizes)
         expected = base.reference(None, inputs, names)
         answer = partial(gate.run, session, inputs, {})
-        yield gate.measure("base", BASE_TASK, sizes, answer, expected, gate.limit_of(graph))
+        yield gate.measure("base", BASE_TASK, sizes, answer, expected, base_limit(graph, bundle))
 
 
-def _limit(graph: ir.Graph, own: Iterable[Check]) -> float:
+def _limit(graph: ir.Graph, bundle: Bundle, own: Iterable[Check]) -> Limits:
     """What forms with branches must stay under, given the checks of the base."""
     if not bfloat16.holds(graph):
-        return gate.limit_of(graph)
+        return base_limit(graph, bundle)
     worst = max((check.error for check in own), default=0.0)
     return max(gate.LIMIT, min(_SLACK * worst, gate.BFLOAT16_LIMIT))
 
@@ -241,7 +248,7 @@ def _check_batch(
     tasks: Tasks,
     sizes: Sizes,
     count: int,
-    limit: float,
+    limit: Limits,
 ) -> Iterator[Check]:
     inputs = with_sizes(base, graph, sizes)
     index = np.arange(count) % len(tasks)

@@ -115,6 +115,25 @@ class TorchBase(Base):
         leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
         return {name: tensor.numpy() for name, tensor in zip(names, leaves, strict=True)}
 
+    def in_both(self, inputs: Inputs, names: Sequence[str]) -> tuple[Outputs, Outputs]:
+        """The module's forward as it is, on the CPU, and in float32.
+
+        Raises:
+            UnsupportedBase: torch has no kernel of an operator in these 16 bits for the CPU.
+        """
+        tensors = {name: torch.from_numpy(np.array(value)).to(self._dtypes[name]) for name, value in inputs.items()}
+        own = {name: tensor.cpu() for name, tensor in self._named().items()}
+        try:
+            with self._evaluating() as module:
+                outputs = functional_call(module, own, (), tensors, tie_weights=False)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UnsupportedBase(
+                f"run {self.name} in 16 bits on the CPU", problem=f"torch fails ({str(error).strip()[:200]})"
+            ) from error
+        leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        narrow = {name: _array(leaf) for name, leaf in zip(names, leaves, strict=True)}
+        return narrow, self.reference(None, inputs, names)
+
     def graph(self) -> ir.Model:
         """Export the module: every weight keeps its name and value, nothing is optimised.
 

@@ -24,6 +24,7 @@ from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.bundle_base import BundleBase
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.oracle.rounding import limits_of
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.padding import check_padding
 from tpeft_deploy.exporters.proof import check_forms, check_rows, proved_shapes
@@ -321,7 +322,7 @@ def _check_folded(
 ) -> Iterator[Check]:
     names = [str(value.name) for value in graph.outputs]
     shapes = proved_shapes(base, graph, bundle.manifest)
-    limit = gate.limit_of(graph)
+    limit = limits_of(graph, bundle.manifest.rounding)
     for position, (task, adapter) in enumerate(tasks.items()):
         file = bundle.path / "folded" / f"{task}.onnx"
         if not file.is_file():

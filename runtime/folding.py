@@ -106,6 +106,8 @@ def cost(bundle: Bundle, adapter: Adapter, *, shared: bool) -> int:
 
 def limit_of(manifest: Manifest) -> float:
     """How far two forms of one task may be apart: each is held to half of it against the merged model."""
+    if manifest.rounding is not None:
+        return 2 * max(manifest.rounding.limits.values(), default=_LIMIT)
     dtypes = {weight.dtype for weight in manifest.weights.values()}
     return 2 * max((limit for dtype, limit in _LIMITS.items() if dtype in dtypes), default=_LIMIT)
 

@@ -1,16 +1,32 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from onnxscript._framework_apis import torch_2_11
+from torch._export import utils
+from torch.export import decomp_utils, exported_program
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from tests import nets
 from tpeft_deploy import Adapter, Bundle, export_bundle
+
+# Both of what is left out depend on how busy the machine is.
+settings.register_profile("tests", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Whatever ran before, a test and the fixtures made for it draw the same numbers from torch."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,9 +39,22 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _torch_operators_are_read_once() -> Iterator[None]:
-    # Each export parses the source of some 500 of onnxscript's functions anew: a third of the time of a small one.
+    # Each export parses the source of some 500 of onnxscript's functions anew, takes their signatures, and asks for all
+    # operators that torch can decompose: three quarters of the time of a small one.
+    registry: Any = ONNXRegistry
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_2_11, "get_torchlib_ops", functools.cache(torch_2_11.get_torchlib_ops))
+        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
+        for module in (exported_program, decomp_utils):
+            patch.setattr(module, "_collect_all_valid_cia_ops", functools.cache(utils._collect_all_valid_cia_ops))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_waits_for_the_disk() -> Iterator[None]:
+    # Tests kill processes, never the machine; an export has 58 of these, of milliseconds each beside other writers.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _file: None)
         yield
 
 

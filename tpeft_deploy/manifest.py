@@ -10,6 +10,7 @@ oracles     per task of the export, what its forms were compared with beside the
             forward of the adapter's file ("peft 0.21.2"), or "merged" and why there was none; the worst error; and the
             digest of the adapter that this is about
 empty       free sizes that may be 0, proved: the past of a decoder's first step
+rounding    of a base in 16 bits: how far its forward is from the same in 32 bits, and the limits that follow
 digest      SHA-256 of everything above
 """
 
@@ -32,6 +33,7 @@ __all__ = [
     "Manifest",
     "OutputRows",
     "Port",
+    "Rounding",
     "Rows",
     "Varies",
     "Weight",
@@ -120,6 +122,23 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """Distance between a 16-bit base and the same base computed in 32 bits, and what its exports are held to.
+
+    Args:
+        dtype: float16 or bfloat16.
+        measured: output name -> relative error of the worst row; empty where it could not be measured.
+        limits: output name -> relative error that an export in 16 bits must stay under.
+        reason: cause of a missing measurement; the limits are then the fixed ones.
+    """
+
+    dtype: str
+    measured: Mapping[str, float]
+    limits: Mapping[str, float]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The manifest; `to_json` and `from_json` are exact inverses.
 
@@ -144,6 +163,7 @@ class Manifest:
     ties: tuple[tuple[str, ...], ...] = ()
     oracles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
+    rounding: Rounding | None = None
 
     @property
     def base_digest(self) -> str:
@@ -294,6 +314,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         ties=_ties(document),
         oracles={task: dict(record) for task, record in document.get("oracles", {}).items()},
         empty=tuple(document.get("empty", ())),
+        rounding=_rounding(document.get("rounding")),
     )
 
 
@@ -305,6 +326,13 @@ def _ties(document: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     for alias, name in sorted(dict(document["aliases"]).items()):
         groups.setdefault(name, [name]).append(alias)
     return tuple(map(tuple, groups.values()))
+
+
+def _rounding(entry: Mapping[str, Any] | None) -> Rounding | None:
+    if entry is None:
+        return None
+    measured, limits = ({str(n): float(e) for n, e in entry[part].items()} for part in ("measured", "limits"))
+    return Rounding(str(entry["dtype"]), measured, limits, str(entry["reason"]))
 
 
 def _target(entry: Mapping[str, Any]) -> Target:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
-from tpeft_deploy.exporters.gate import MERGED, Check
+from tpeft_deploy.exporters.gate import MERGED, Check, Limits
 from tpeft_deploy.exporters.oracle import lycoris, peft
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.exporters.samples import Sizes, shapes_to_prove, with_sizes
@@ -60,7 +60,7 @@ class Source:
         sizes: Sizes,
         answer: Callable[[], Outputs],
         expected: Outputs,
-        limit: float,
+        limit: Limits,
     ) -> Iterator[Check]:
         """Compare a run with the merged base, and with the library where it was asked at these sizes.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -137,15 +136,17 @@ def test_a_crowd_that_is_too_large_or_too_slow_says_so(
     assert "MiB" in str(many.grow(4, 60.0))
 
 
-def test_every_case_is_timed_warm() -> None:
+def test_every_case_is_timed_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
     def case(name: str) -> None:
         ran.append(name)
         cold = ran[-6:] != [name] * 6
-        time.sleep(0.005 if cold else 0.001)
+        now[0] += 0.005 if cold else 0.001
 
     times = interleave({"a": lambda: case("a"), "b": lambda: case("b")}, 0.0)
     assert {name: len(own) for name, own in times.items()} == {"a": 5, "b": 5}
-    assert all(0.001 <= second < 0.005 for own in times.values() for second in own)
+    assert all(second == pytest.approx(0.001) for own in times.values() for second in own)
     assert spread([4.0, 1.0, 2.0, 3.0, 5.0]).median == 3.0

@@ -6,15 +6,12 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tpeft_deploy import slots
 from tpeft_deploy.slots import Kind, Target
 from tpeft_deploy.tucker import TuckerDelta, mode_product
-
-settings.register_profile("laws", deadline=None, max_examples=60)
-settings.load_profile("laws")
 
 
 @st.composite

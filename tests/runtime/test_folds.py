@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.waiting import SECONDS, wait_until
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import RunError, UnknownTask
 from tpeft_deploy.runtime import folding, folds
@@ -30,11 +31,7 @@ def close(answer: object, wanted: np.ndarray) -> None:
 
 
 def wait_for(what: str, runtime: Runtime, tier: str) -> None:
-    for _ in range(400):
-        if runtime.residency()[what] == tier:
-            return
-        time.sleep(0.01)
-    raise AssertionError(runtime.residency())
+    wait_until(lambda: runtime.residency()[what] == tier, f"{what} on tier {tier}")
 
 
 def test_every_task_folds_and_unfolds_again_and_again(conv_bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
@@ -58,7 +55,7 @@ def test_the_base_gets_a_session_of_its_own_once_it_is_asked_for(
 ) -> None:
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     close(runtime.run(INPUTS)["logits"], expected["base"])
-    runtime._folds.begin(None).result(timeout=20)
+    runtime._folds.begin(None).result(timeout=100)
     assert runtime._folds.find(None, 1) is not None
     close(runtime.run(INPUTS)["logits"], expected["base"])
     close(np.stack(list(runtime.run(INPUTS, tasks=["base"] * 5)["logits"])), expected["base"])
@@ -83,7 +80,7 @@ def test_hot_tasks_are_folded_and_cold_ones_unfolded(
     size = folding.cost(conv_bundle, conv_bundle.adapter("two"), shared=True)
     biggest = 2 * sum(weight.length for weight in conv_bundle.manifest.weights.values())
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1, folded_bytes=max(size, biggest))
-    until = time.monotonic() + 20
+    until = time.monotonic() + SECONDS
     while runtime.residency()["wide"] != "folded" and time.monotonic() < until:
         close(runtime.run(INPUTS, "wide")["logits"], expected["wide"])
     assert runtime.residency()["wide"] == "folded"
@@ -164,14 +161,14 @@ def test_runs_go_on_while_a_task_is_folded(
 
     def slowly(*arguments: object, **options: object) -> object:
         entered.set()
-        assert go_on.wait(20)
+        assert go_on.wait(100)
         return real(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(folding, "fold", slowly)
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     pinning = threading.Thread(target=runtime.pin, args=("wide",), kwargs={"folded": True})
     pinning.start()
-    assert entered.wait(20)
+    assert entered.wait(100)
     for _ in range(20):
         close(runtime.run(INPUTS, "wide")["logits"], expected["wide"])
     assert runtime.residency()["wide"] == "device"
@@ -204,7 +201,7 @@ def test_a_fold_that_fails_at_once_holds_nobody_up(conv_bundle: Bundle) -> None:
         patch.setattr(runtime._folds._worker, "submit", refused)
         beginning = threading.Thread(target=runtime._folds.begin, args=(version,), daemon=True)
         beginning.start()
-        beginning.join(10)
+        beginning.join(100)
     assert not beginning.is_alive()
     runtime.pin("wide", folded=True)
 
@@ -216,7 +213,7 @@ def test_nothing_is_kept_of_what_is_folded_after_its_task_went(
     old = runtime._catalogue.find("wide")
     assert old is not None
     runtime.load("wide", conv_adapters["wide"])
-    runtime._folds.keep(old).result(20)
+    runtime._folds.keep(old).result(100)
     runtime._folds.find(old, 1)
     held = (runtime._folds._jobs, runtime._folds._costs, runtime._folds._sessions)
     assert not any(old in own for own in held)

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
+from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import (
     CapacityError,
@@ -124,7 +125,7 @@ def test_a_cold_task_does_not_hold_up_the_event_loop(conv_bundle: Bundle) -> Non
 
         def slowly() -> Adapter:
             entered.set()
-            assert go_on.wait(20)
+            assert go_on.wait(100)
             return read()
 
         version.read = slowly
@@ -149,7 +150,7 @@ def test_time_that_is_over_while_a_task_is_read_gives_its_row_back(conv_bundle: 
         read, go_on = version.read, threading.Event()
 
         def slowly() -> Adapter:
-            assert go_on.wait(20)
+            assert go_on.wait(100)
             return read()
 
         version.read = slowly
@@ -163,10 +164,9 @@ def test_time_that_is_over_while_a_task_is_read_gives_its_row_back(conv_bundle: 
             with pytest.raises(asyncio.CancelledError):
                 await cancelled
             go_on.set()
-            await asyncio.sleep(0.3)
 
         asyncio.run(ask())
-        assert version.users == 0
+        wait_until(lambda: version.users == 0)
         assert runtime.run(images(1), "wide")["logits"].shape == (1, 17)
 
 

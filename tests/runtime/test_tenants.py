@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.runtime.test_batcher import MANIFEST, Gate, entered, rows, waiting
+from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, QuotaExceeded
 from tpeft_deploy.runtime.batcher import Batcher
@@ -92,6 +92,7 @@ class Slow:
 
     def __init__(self) -> None:
         self.open = threading.Semaphore(0)
+        self.begun: list[str] = []
         self.taken: list[str] = []
         self.given_back: list[str] = []
 
@@ -99,7 +100,8 @@ class Slow:
         return False
 
     def take(self, versions: Sequence[Version], *, new: bool) -> None:
-        assert self.open.acquire(timeout=20)
+        self.begun += [version.name for version in versions]
+        assert self.open.acquire(timeout=100)
         self.taken += [version.name for version in versions]
 
     def give_back(self, versions: Sequence[Version]) -> None:
@@ -119,9 +121,9 @@ def test_many_cold_tasks_of_one_tenant_do_not_hold_up_those_of_another() -> None
 
     async def main() -> None:
         flood = [asyncio.create_task(own.take([version(f"flood {n}")], None, "flood")) for n in range(20)]
-        await asyncio.sleep(0.05)
+        await asyncio.to_thread(wait_until, lambda: len(tiers.begun) == 2)
         other = [asyncio.create_task(own.take([version(f"other {n}")], None, "other")) for n in range(2)]
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         for _ in range(22):
             tiers.open.release()
         await asyncio.gather(*flood, *other)
@@ -139,19 +141,19 @@ def test_who_gives_up_before_its_turn_is_not_read_for_and_a_tenant_has_so_many_w
 
     async def main() -> None:
         busy = [asyncio.create_task(own.take([version(f"busy {n}")], None, "busy")) for n in range(2)]
-        await asyncio.sleep(0.05)
+        await asyncio.to_thread(wait_until, lambda: len(tiers.begun) == 2)
         for number in range(10):
             with pytest.raises(DeadlineExceeded):
                 await own.take([version(f"late {number}")], 0.001, "a")
         gone = [asyncio.create_task(own.take([version(f"gone {n}")], None, "a")) for n in range(3)]
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
         with pytest.raises(QueueFull, match="wait for adapters"):
             await own.take([version("too many")], None, "a")
         for one in gone:
             one.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
         stays = asyncio.create_task(own.take([version("stays")], None, "a"))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
         busy[0].cancel()
         for _ in range(20):
             tiers.open.release()
@@ -204,14 +206,11 @@ def test_hundreds_of_mixed_requests_with_little_room_all_end(conv_bundle: Bundle
 
     async def main() -> None:
         for _ in range(4):
-            await asyncio.wait_for(asyncio.gather(*(ask(number) for number in range(60))), 60)
+            await asyncio.wait_for(asyncio.gather(*(ask(number) for number in range(60))), 200)
 
     asyncio.run(main())
     versions = [small._catalogue.find(task) for task in ALL[:-1]]
-    end = time.monotonic() + 10
-    while any(version is not None and version.users for version in versions):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_until(lambda: not any(version is not None and version.users for version in versions))
     assert ended.total() == 240
     assert ended["answered"] > 60
     small.close()

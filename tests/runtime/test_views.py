@@ -3,6 +3,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from tpeft_deploy.errors import RunError
 from tpeft_deploy.runtime.views import DTYPES, allocate, dtype_of, row_view, write
 from tpeft_deploy.tucker import Array
 
+ROOT = Path(__file__).parents[2]
 NAMES = [str(dtype) for name, dtype in DTYPES.items() if name != "tensor(bfloat16)"]
 
 
@@ -124,7 +128,13 @@ def test_a_view_keeps_its_bank_alive(owner: str) -> None:
     assert others
 
 
-def test_views_leave_nothing_behind() -> None:
+def alone(function: Callable[[], None]) -> None:
+    """Call a function of this module in a process of its own, whose memory is nobody else's."""
+    code = f"from tests.runtime.test_views import {function.__name__}; {function.__name__}()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=200)
+
+
+def make_many_views() -> None:
     bank = filled(numbers("float32", 8, 64))
     for row in range(2_000):
         row_view(bank, row % 8)
@@ -134,7 +144,15 @@ def test_views_leave_nothing_behind() -> None:
     assert resident_bytes() - before < 2**20  # 10 bytes a view
 
 
+def test_views_leave_nothing_behind() -> None:
+    alone(make_many_views)
+
+
 def test_the_memory_goes_with_the_last_view() -> None:
+    alone(make_large_banks)
+
+
+def make_large_banks() -> None:
     size = 64 * 2**20
     before = resident_bytes()
     for _ in range(10):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from tests import nets
 from tests.server.audited import Audited, infer_message
 from tests.server.conftest import PIXELS
 from tests.server.test_rest import framed
+from tests.waiting import wait_until
 from tpeft_deploy import Adapter
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.tucker import Array
@@ -69,7 +71,7 @@ def client_of(server: Audited, tenant: str) -> httpx.Client:
             server.check_refusal(answer)
 
     own = server.headers(tenant, "infer")
-    return httpx.Client(base_url=server.url, headers=own, verify=False, timeout=60, event_hooks={"response": [look]})
+    return httpx.Client(base_url=server.url, headers=own, verify=False, timeout=120, event_hooks={"response": [look]})
 
 
 def post(client: httpx.Client, model: str, rows: Array, names: Sequence[str] = ()) -> Answer:
@@ -97,6 +99,24 @@ def over_grpc(server: Audited, tenant: str, model: str) -> Answer:
     digest = told.parameters["adapter_digest"].string_param
     logits = np.frombuffer(told.raw_output_contents[0], np.float32).reshape(told.outputs[0].shape)
     return Answer(sent, received, 200, digest, told.model_version, logits)
+
+
+class Tally:
+    """Answers of many clients, counted by status, so that what comes next waits for them and not for a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[int] = Counter()
+
+    def add(self, answer: Answer) -> Answer:
+        with self._lock:
+            self._counts[answer.status] += 1
+        return answer
+
+    def wait(self, more: int, status: int = 200) -> None:
+        """Return once so many more answers of a status have come."""
+        goal = self._counts[status] + more
+        wait_until(lambda: self._counts[status] >= goal, f"{more} more answers of status {status}")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 import httpx
+import pytest
 from google.protobuf.message import Message
 
 from tests.server.asking import Asking
@@ -79,7 +80,7 @@ class Audited(Asking):
         self.process = process
         self.channel = grpc.insecure_channel(address)
         self._bundle = bundle
-        self._from = len(self._lines())  # what it did to start is its own affair
+        self._from = len(self._lines())  # what it did to start is its own affair, but for `did_to_start`
 
     @property
     def state(self) -> Path:
@@ -117,7 +118,7 @@ class Audited(Asking):
         """One call; `key` in the place of the tenant's own, empty for none."""
         data = message if isinstance(message, bytes) else message.SerializeToString()
         key = self.keys[tenant, role] if key is None else key
-        known: dict[str, Any] = {"metadata": (*(key_of(key) if key else ()), *metadata), "timeout": 30}
+        known: dict[str, Any] = {"metadata": (*(key_of(key) if key else ()), *metadata), "timeout": 100}
         path = rpc if rpc.startswith("/") else f"/{SERVICE}/{rpc}"
         try:
             if rpc in METHODS and METHODS[rpc].stream:
@@ -131,13 +132,17 @@ class Audited(Asking):
 
     def raw(self, data: bytes) -> bytes:
         """The beginning of the answer to bytes as they are."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as client:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=100) as client:
             client.sendall(data)
             return client.recv(65536)
 
     def did(self, *events: str) -> list[list[str]]:
         """What the process did of some kinds since it listens."""
         return [line for line in self._lines()[self._from :] if line[0] in events]
+
+    def did_to_start(self) -> list[list[str]]:
+        """What the process did until it listened."""
+        return self._lines()[: self._from]
 
     def check_conduct(self) -> None:
         """All that holds of it whatever it was asked."""
@@ -154,7 +159,7 @@ class Audited(Asking):
     def opened_only_its_own(self) -> bool:
         """Whether it opened no file but those of its state, of the bundle, and Python's own."""
         own = (str(self.state), str(self._bundle), str(self.place / "temporary"), "/dev/null", "/proc/", "/sys/")
-        code = (str(ROOT), sys.prefix, sys.base_prefix, str(Path(os.__file__).parent))
+        code = (str(ROOT), sys.prefix, sys.base_prefix, str(Path(os.__file__).parent), *_packages())
         others = {
             path
             for _, path, mode in self.did("open")
@@ -204,7 +209,7 @@ def audited(bundle: Bundle, place: Path, **settings: object) -> Iterator[Audited
             yield found
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(100)
 
 
 def infer_message(model: str) -> pb.ModelInferRequest:
@@ -232,7 +237,7 @@ def tree(place: Path) -> dict[str, str]:
 
 
 def _listening(process: subprocess.Popen[bytes], log: Path, begin: int) -> tuple[int, str]:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while time.monotonic() < until and process.poll() is None:
         text = log.read_bytes()[begin:].decode(errors="replace")
         http = re.search(r"^serving on http://\S+:(\d+)$", text, re.MULTILINE)
@@ -243,15 +248,21 @@ def _listening(process: subprocess.Popen[bytes], log: Path, begin: int) -> tuple
     raise AssertionError(f"the server did not start: {log.read_text(errors='replace')[-2000:]}")
 
 
+def _packages() -> list[str]:
+    """Where Python's packages are: an environment may lie over another."""
+    return [str(Path(place).resolve()) for place in sys.path if place.endswith("-packages")]
+
+
 def _make_keys(place: Path) -> None:
     keys, database = open_keys(place / "state")
     made = {f"{tenant} {role}": keys.create(tenant, role, by="a test")[1] for tenant, role in KEYS}
     record, made["revoked admin"] = keys.create("revoked", "admin", by="a test")
     keys.revoke(record.id, by="a test")
-    soon = time.time() + 0.05
-    made["expired admin"] = keys.create("expired", "admin", by="a test", expires=soon)[1]
+    now = time.time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: now - 100)  # as of then
+        made["expired admin"] = keys.create("expired", "admin", by="a test", expires=now - 50)[1]
     database.close()
-    time.sleep(max(0.0, soon - time.time()))
     (place / "keys.json").write_text(json.dumps(made))
 
 

@@ -120,7 +120,7 @@ def _check_callbacks(tested: Tested) -> None:
         tested.client.async_infer(
             task, tested.inputs(facts.inputs), lambda result, error: answers.put((result, error)), headers=headers
         )
-        result, error = answers.get(timeout=30)
+        result, error = answers.get(timeout=100)
         assert error is None
         facts.compare(tested.read(result), expected)
 
@@ -157,14 +157,14 @@ def _check_stream(tested: Tested) -> None:
     for _, request in requests:
         tested.client.async_stream_infer(**request, enable_empty_final_response=True)
     for number, (task, _) in enumerate(requests):
-        result, error = answers.get(timeout=30)
+        result, error = answers.get(timeout=100)
         _check_answer(tested, number, task, result, error)
         if result is not None:
             assert result.get_response().parameters["triton_final_response"].bool_param
     tested.client.stop_stream()
     # Without a key the stream ends before the first request.
     tested.client.start_stream(lambda result, error: answers.put((result, error)))
-    result, error = answers.get(timeout=30)
+    result, error = answers.get(timeout=100)
     assert result is None
     assert error.status() == "StatusCode.UNAUTHENTICATED"
     tested.client.stop_stream(cancel_requests=True)

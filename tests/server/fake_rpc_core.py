@@ -70,6 +70,7 @@ class FakeCore:
         self.served: dict[str, int] = {}
         self.loads: list[tuple[str, str, Mapping[str, Parameter]]] = []
         self.requests: list[InferRequest] = []
+        self.go = asyncio.Event()  # what `slow` waits for
         self.running = 0
         self.most_running = 0
         self.cancelled = 0
@@ -211,7 +212,7 @@ class FakeCore:
     async def _special(self, request: InferRequest) -> InferResponse:
         if request.model == "slow":
             try:
-                await asyncio.wait_for(asyncio.sleep(30), request.timeout)
+                await asyncio.wait_for(self.go.wait(), request.timeout)
             except TimeoutError:
                 raise DeadlineExceeded("request", problem="its time is over") from None
         if request.model == "broken":

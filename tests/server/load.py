@@ -15,6 +15,7 @@ import httpx
 import numpy as np
 
 from tests.server.conftest import PIXELS
+from tests.waiting import wait_until
 
 TENANTS = ("acme", "rival")  # both have tasks of the same names
 NAMES = ("mood", "tone")
@@ -220,7 +221,7 @@ class Load:
 
     def client(self, tenant: str) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=30)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=100)
 
     def clients(self, seed: int) -> list[Callable[[], None]]:
         found: list[Callable[[], None]] = [lambda: self._until_over(self._change_keys, OPERATOR, seed)]
@@ -230,6 +231,11 @@ class Load:
                 found.append(lambda work=work, tenant=tenant, own=own: self._until_over(work, tenant, own))  # type: ignore[misc]
         return found
 
+    def wait(self, changes: int, answers: int) -> None:
+        """Return once so many more changes were acknowledged and requests answered."""
+        goal = self.changes + changes, answers + sum(bool(seen.digests) for seen in self.seen)
+        wait_until(lambda: self.changes >= goal[0] and sum(bool(s.digests) for s in self.seen) >= goal[1], "the load")
+
     def _until_over(self, work: Callable[[httpx.Client, str, random.Random], None], tenant: str, seed: int) -> None:
         choice = random.Random(f"{work.__name__} {seed}")
         with self.client(tenant) as http:
@@ -237,7 +243,7 @@ class Load:
                 while True:
                     work(http, tenant, choice)
             except httpx.TransportError:
-                assert self.over.wait(5), "the server ended a connection by itself"
+                assert self.over.wait(100), "the server ended a connection by itself"
 
     def _change_tasks(self, http: httpx.Client, tenant: str, choice: random.Random) -> None:
         name = choice.choice(NAMES)

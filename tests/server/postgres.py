@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-_SECONDS = 60
+from tests.waiting import wait_until
+
+_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Postgres:
         return f"postgresql+psycopg://tpeft:{self.password}@127.0.0.1:{self.port}/postgres"
 
     def connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(self.url.replace("+psycopg", ""), autocommit=True, connect_timeout=10)
+        return psycopg.connect(self.url.replace("+psycopg", ""), autocommit=True, connect_timeout=100)
 
     def empty(self) -> str:
         """URL of a schema that has no tables: as good as a database, and made in no time."""
@@ -78,18 +79,8 @@ def running() -> Iterator[Postgres]:
             cwd=directory, check=False, capture_output=True, text=True, timeout=_SECONDS, **user,
         )  # fmt: skip
         assert made.returncode == 0, made.stderr
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        settings = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
-        with (directory / "log").open("w") as log:
-            process = subprocess.Popen(
-                [place / "postgres", "-D", data, *(f"--{name}={value}" for name, value in settings.items())],
-                cwd=directory, stdout=log, stderr=log, **user,
-            )  # fmt: skip
+        own, process = _listening([place / "postgres", "-D", data], password, directory, user)
         try:
-            own = Postgres(port, password)
-            _wait(own, process, directory / "log")
             yield own
         finally:
             process.send_signal(signal.SIGQUIT)  # it does not wait for anybody, but cleans up, which a kill would not
@@ -115,12 +106,23 @@ def _as_nobody(place: Path, directory: Path) -> tuple[Path, dict[str, Any]]:
     return place, user
 
 
-def _wait(own: Postgres, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + _SECONDS
-    while not _answers(own):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < until, log.read_text()
-        time.sleep(0.05)
+def _listening(
+    command: Sequence[object], password: str, directory: Path, user: Mapping[str, Any]
+) -> tuple[Postgres, subprocess.Popen[bytes]]:
+    """A server that answers.  It takes no port 0, and what was free may be somebody else's a moment later."""
+    log = directory / "log"
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            own = Postgres(free.getsockname()[1], password)
+        settings = {"port": own.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+        with log.open("w") as file:
+            options = [f"--{name}={value}" for name, value in settings.items()]
+            process = subprocess.Popen([*map(str, command), *options], cwd=directory, stdout=file, stderr=file, **user)
+        wait_until(lambda: process.poll() is not None or _answers(own), "an answer of PostgreSQL")  # noqa: B023
+        if process.poll() is None:
+            return own, process
+        assert "Address already in use" in log.read_text(), log.read_text()
 
 
 def _answers(own: Postgres) -> bool:

@@ -15,7 +15,7 @@ COMMAND = [sys.executable, "-c", "from tpeft_deploy.cli import main; main()"]
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+        [*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )
 
 

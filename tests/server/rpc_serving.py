@@ -55,11 +55,11 @@ def serving(limits: Limits | None = None, tls: Tls | None = None) -> Iterator[Se
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     try:
-        assert ready.wait(20)
+        assert ready.wait(100)
         yield Serving(f"127.0.0.1:{port}", core, exchanges)
     finally:
         loop.call_soon_threadsafe(done.set)
-        thread.join(20)
+        thread.join(100)
         assert not thread.is_alive()
 
 
@@ -82,7 +82,7 @@ class Talking:
         message: Message | bytes,
         key: str | None = "acme-deploy",
         metadata: Sequence[tuple[str, str]] = (),
-        timeout: float | None = 20,
+        timeout: float | None = 100,
     ) -> Any:
         """A call that has begun; its answer is bytes."""
         data = message if isinstance(message, bytes) else message.SerializeToString()
@@ -90,7 +90,7 @@ class Talking:
         keys = () if key is None else key_of(key)
         return self.channel.unary_unary(path)(data, metadata=(*keys, *metadata), timeout=timeout)
 
-    def stream(self, key: str | None = "acme-deploy", timeout: float | None = 20) -> Any:
+    def stream(self, key: str | None = "acme-deploy", timeout: float | None = 100) -> Any:
         keys = () if key is None else key_of(key)
         return self.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(metadata=keys, timeout=timeout)
 
@@ -100,7 +100,7 @@ class Talking:
         message: Message | bytes = b"",
         key: str | None = "acme-deploy",
         metadata: Sequence[tuple[str, str]] = (),
-        timeout: float | None = 20,
+        timeout: float | None = 100,
     ) -> str:
         """Name of the status that a call ends with."""
         return str((await self.begin(rpc, message, key, metadata, timeout).code()).name)
@@ -121,7 +121,7 @@ async def talking(limits: Limits | None = None) -> AsyncIterator[Talking]:
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    asyncio.run(asyncio.wait_for(test, 200))
 
 
 def infer(model: str = "alpha", rows: int = 4, **fields: Any) -> pb.ModelInferRequest:

@@ -98,8 +98,8 @@ def whole(
         yield Whole(found["http"], found["gRPC "], keys["acme"], facts)
     finally:
         process.terminate()
-        assert process.wait(timeout=30) == 0
-        drain.wait(timeout=30)
+        assert process.wait(timeout=100) == 0
+        drain.wait(timeout=100)
         process.stderr.close()
 
 

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from tests.server.processes import grpc_address, server
+from tests.waiting import wait_until
 from tpeft_deploy import Bundle, Client, Runtime
-from tpeft_deploy.errors import Unavailable
+from tpeft_deploy.errors import TpeftError, Unavailable
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 
@@ -39,19 +40,19 @@ class Busy:
     waiting: dict[Future[Array], str]
 
     def __post_init__(self) -> None:
-        self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.http = httpx.Client(base_url=self.url, timeout=100)
 
     def ask(self, pool: ThreadPoolExecutor, count: int) -> None:
-        """Send requests over HTTP and gRPC in turn, and return when all have come and some of them wait."""
+        """Send requests over HTTP and gRPC in turn, and return when all have come."""
         for number in range(count):
             task = TASKS[number // 2 % len(TASKS)]
             call: Callable[[str], Array] = self._over_http if number % 2 else self._over_grpc
             self.waiting[pool.submit(call, task)] = task
-        until = time.monotonic() + 30
         # While any wait, one runs: the others wait, or have been answered.
-        while (queued := self.queued()) + sum(future.done() for future in self.waiting) + 1 < count or not queued:
-            assert time.monotonic() < until, "the requests do not come"
-            time.sleep(0.01)
+        wait_until(lambda: self.queued() + self.answered() + 1 >= count, "all requests")
+
+    def answered(self) -> int:
+        return sum(future.done() for future in self.waiting)
 
     def queued(self) -> int:
         lines = self.http.get("/metrics").text.splitlines()
@@ -64,10 +65,7 @@ class Busy:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Ask for it, and return when it is seen."""
         self.process.send_signal(number)
-        until = time.monotonic() + 10
-        while self.ready() != 503:
-            assert time.monotonic() < until, "it does not say that it stops"
-            time.sleep(0.01)
+        wait_until(lambda: self.ready() == 503, "that it says it stops")
 
     def _over_http(self, task: str) -> Array:
         with Client(self.url, timeout=100, retries=0) as client:
@@ -100,7 +98,7 @@ def busy(bundle: Bundle, place: Path, monkeypatch: pytest.MonkeyPatch, count: in
                 own.ask(pool, count)
                 yield own
         for future in own.waiting:
-            future.exception(timeout=30)  # with the server they have ended
+            future.exception(timeout=100)  # with the server they have ended
 
 
 def test_what_came_is_answered_in_full_and_what_comes_while_load_balancers_notice(
@@ -108,50 +106,75 @@ def test_what_came_is_answered_in_full_and_what_comes_while_load_balancers_notic
 ) -> None:
     with Runtime(conv_bundle.path, provider="cpu", threads=1) as runtime:
         expected = {task: runtime.run({"pixels": PIXELS}, task=task)["logits"] for task in TASKS}
-    with busy(conv_bundle, tmp_path, monkeypatch, 10, drain_grace="2s") as own:
-        own.stop()
-        in_flight = sum(not future.done() for future in own.waiting)
-        assert own.http.get("/v2/models/plain/ready").status_code == 503
-        assert own.http.get("/v2/health/live").status_code == 200
-        with ThreadPoolExecutor(2) as pool:
-            late: dict[Future[Array], str] = {
-                pool.submit(own._over_http, "two"): "two",
-                pool.submit(own._over_grpc, "plain"): "plain",
-            }
-            for future, task in (own.waiting | late).items():
-                np.testing.assert_allclose(future.result(60), expected[task], rtol=1e-4, atol=1e-5)
-        assert own.process.wait(20) == 0
+    # A machine may be so busy that the server is through with its requests, or its grace is over, before it is asked.
+    for number, grace in enumerate((2, 10, 60)):
+        if _drains(conv_bundle, tmp_path / str(number), monkeypatch, grace, expected):
+            return
+    raise AssertionError("no drain began with requests in flight and lasted as long as it was looked at")
+
+
+def _drains(
+    bundle: Bundle, place: Path, monkeypatch: pytest.MonkeyPatch, grace: int, expected: dict[str, Array]
+) -> bool:
+    """Stop a server with requests in flight, and ask it more; False where it was too early or too late for that."""
+    with busy(bundle, place, monkeypatch, 8 + grace, drain_grace=f"{grace}s") as own:
+        began = time.monotonic()
+        try:
+            own.stop()
+            in_flight = 8 + grace - own.answered()
+            assert own.http.get("/v2/models/plain/ready").status_code == 503
+            assert own.http.get("/v2/health/live").status_code == 200
+            with ThreadPoolExecutor(2) as pool:
+                own.waiting[pool.submit(own._over_http, "two")] = "two"
+                own.waiting[pool.submit(own._over_grpc, "plain")] = "plain"
+            answers = [(future.result(200), task) for future, task in own.waiting.items()]
+        except (httpx.TransportError, TpeftError, grpc.RpcError):
+            if time.monotonic() - began < grace:
+                raise
+            return False
+        for answer, task in answers:
+            np.testing.assert_allclose(answer, expected[task], rtol=1e-4, atol=1e-5)
+        assert own.process.wait(100) == 0
         with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{own.url}/v2/health/live", timeout=20)
-    assert in_flight > 2, "too few to say something"
+            httpx.get(f"{own.url}/v2/health/live", timeout=100)
+    return in_flight > 2
 
 
 def test_a_drain_ends_when_its_time_is_over(
     conv_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with busy(conv_bundle, tmp_path, monkeypatch, 20, drain_seconds="1s") as own:
-        own.process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert own.process.wait(20) == 0
-        took = time.monotonic() - began
-        left = [future.exception(timeout=20) for future in own.waiting]
-        assert own.process.stderr is not None
-        assert "Traceback" not in own.process.stderr.read()
-    assert 0.9 < took < 8
-    over_http, over_grpc = ([error for error in left[kind::2] if error is not None] for kind in (1, 0))
+    for count in (20, 80, 320):  # as many as a server that has the machine to itself does not answer in time
+        over_http, over_grpc = _left(conv_bundle, tmp_path / str(count), monkeypatch, count)
+        if over_http and over_grpc:
+            break
     assert over_http, "they were all answered in time"
     assert over_grpc
     assert {type(error) for error in over_http} == {Unavailable}
     assert {error.code() for error in over_grpc if isinstance(error, grpc.RpcError)} == {grpc.StatusCode.UNAVAILABLE}
 
 
+def _left(
+    bundle: Bundle, place: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> tuple[list[BaseException], list[BaseException]]:
+    """What requests over HTTP and over gRPC end in that are still there when the time of a drain is over."""
+    with busy(bundle, place, monkeypatch, count, drain_seconds="1s") as own:
+        began = time.monotonic()
+        own.process.send_signal(signal.SIGTERM)
+        assert own.process.wait(100) == 0
+        took = time.monotonic() - began
+        left = [future.exception(timeout=100) for future in own.waiting]
+        assert own.process.stderr is not None
+        assert "Traceback" not in own.process.stderr.read()
+    over_http, over_grpc = ([error for error in left[kind::2] if error is not None] for kind in (1, 0))
+    assert took >= 1 or not (over_http or over_grpc), "it ended before its time"
+    return over_http, over_grpc
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(
     conv_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    with busy(conv_bundle, tmp_path, monkeypatch, 8, drain_grace="30s") as own:
+    with busy(conv_bundle, tmp_path, monkeypatch, 8, drain_grace="1000s") as own:
         own.stop()
         own.process.send_signal(number)
-        began = time.monotonic()
-        assert own.process.wait(10) == -number
-        assert time.monotonic() - began < 2
+        assert own.process.wait(100) == -number

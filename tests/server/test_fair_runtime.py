@@ -28,11 +28,13 @@ def test_a_flood_neither_fills_the_queue_nor_delays_another_tenant(conv_bundle: 
     with Runtime(conv_bundle.path, provider="cpu", threads=1, limits=limits, order=order) as runtime:
         wanted = runtime.run(IMAGES, "two")["logits"]
         done: list[str] = []
-        everyone_waits = threading.Event()  # else a fast machine serves the flood before the others have come
+        # Else a fast machine serves the flood before the others have come, and a slow one puts some in the first run.
+        begun, everyone_waits = threading.Event(), threading.Event()
         run = runtime._batcher._engine
 
         def run_later(*batch: Any) -> Any:
-            assert everyone_waits.wait(30)
+            begun.set()
+            assert everyone_waits.wait(100)
             return run(*batch)
 
         runtime._batcher._engine = run_later  # type: ignore[assignment]
@@ -44,7 +46,7 @@ def test_a_flood_neither_fills_the_queue_nor_delays_another_tenant(conv_bundle: 
 
         async def main() -> list[Any]:
             flood = [asyncio.create_task(ask("flood")) for _ in range(200)]
-            await asyncio.sleep(0)
+            assert await asyncio.to_thread(begun.wait, 100)
             modest = [asyncio.create_task(ask("modest")) for _ in range(4)]
             while order.waiting_rows("modest") < 4:
                 await asyncio.sleep(0.001)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.counting import operations
 from tpeft_deploy.errors import QuotaExceeded
 from tpeft_deploy.runtime.batching import Limits, Queue, Request
 from tpeft_deploy.runtime.server.fairness import Fair
@@ -131,20 +132,19 @@ def test_nobody_starves(others: list[str]) -> None:
         assert max(later.values()) <= 2
 
 
-def test_a_thousand_requests_of_a_hundred_tenants_cost_less_than_a_millisecond_a_batch() -> None:
+def test_a_batch_costs_no_more_than_its_requests_however_many_wait() -> None:
     own = fair()
     queue: Queue[str] = Queue(Limits(max_queue_rows=5000), lambda form, _: form, own)
     for number in range(1000):
         queue.add(ask(f"tenant {number % 100}", lane=f"lane {number % 7}"), 0.0)
-    times = []
+    batches: list[Any] = []
+    costs = []
     for _ in range(20):
-        began = time.thread_time()
-        batch = queue.next(0.0)
-        times.append(time.thread_time() - began)
+        costs.append(operations(lambda: batches.append(queue.next(0.0))))
         queue.ended(0.0)
-        assert isinstance(batch, list)
-        assert len({request.tenant for request in batch}) == len(batch) == 32
-    assert min(times) < 0.001
+        assert isinstance(batches[-1], list)
+        assert len({request.tenant for request in batches[-1]}) == len(batches[-1]) == 32
+    assert max(costs) < 32_000  # 21,200 with Python 3.11, about half a millisecond
 
 
 def test_a_weight_must_not_be_needed_for_tenants_that_are_gone() -> None:
@@ -283,15 +283,15 @@ def test_a_worker_is_never_idle_while_requests_wait(given: list[tuple[str, int, 
     assert not any(own.waiting_rows(tenant) for tenant in "abcde")
 
 
-def test_nothing_joins_and_a_batch_is_still_found_in_a_millisecond() -> None:
+def test_nothing_joins_and_a_batch_is_still_found_at_no_more_cost() -> None:
     own = fair()
     queue: Queue[str] = Queue(Limits(max_queue_rows=5000), lambda _form, _other: None, own)
     for number in range(1000):
         queue.add(ask(f"tenant {number % 100}", lane=f"lane {number % 7}"), 0.0)
-    times = []
+    batches: list[Any] = []
+    costs = []
     for _ in range(20):
-        began = time.thread_time()
-        assert isinstance(queue.next(0.0), list)
-        times.append(time.thread_time() - began)
+        costs.append(operations(lambda: batches.append(queue.next(0.0))))
         queue.ended(0.0)
-    assert min(times) < 0.001
+        assert isinstance(batches[-1], list)
+    assert max(costs) < 75_000  # 49,300 with Python 3.11, about a millisecond

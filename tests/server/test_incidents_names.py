@@ -45,7 +45,7 @@ def test_incident_1_no_name_is_a_path(server: Audited, others: list[Adapter], co
     good, row = others[2].to_bytes(), json.dumps({"inputs": [tensor()]}).encode()
     before, files = server.ask("GET", "/v2/registry/tasks").json(), tree(server.place)
     names = [*PATHS, *made_up(count)]
-    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection:
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=100)) as connection:
         for name in names:
             own = quote(name, safe="%/\\:;@$")
             for method, path, body in (

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.server.answers import Answer, alike, base_logits, client_of, meanwhile, over_grpc, post
+from tests.server.answers import Answer, Tally, alike, base_logits, client_of, meanwhile, over_grpc, post
 from tests.server.audited import Audited
 from tests.server.conftest import PIXELS
 from tests.server.test_incidents_content import digest_of
@@ -26,20 +26,22 @@ def many() -> list[Adapter]:
     return alike(4)
 
 
-def clients(server: Audited, tenant: str, model: str, over: threading.Event) -> list[Callable[[], list[Answer]]]:
+def clients(
+    server: Audited, tenant: str, model: str, over: threading.Event, tally: Tally
+) -> list[Callable[[], list[Answer]]]:
     """What asks for a model until it is over: three over HTTP, two over gRPC."""
 
     def http_() -> list[Answer]:
         with client_of(server, tenant) as client:
             found = []
             while not over.is_set():
-                found.append(post(client, model, PIXELS))
+                found.append(tally.add(post(client, model, PIXELS)))
             return found
 
     def grpc_() -> list[Answer]:
         found = []
         while not over.is_set():
-            found.append(over_grpc(server, tenant, model))
+            found.append(tally.add(over_grpc(server, tenant, model)))
         return found
 
     return [http_, http_, http_, grpc_, grpc_]
@@ -86,17 +88,18 @@ def test_incident_6_swaps_under_load(server: Audited, many: list[Adapter]) -> No
     expected = {digest_of(adapter): merged(adapter) for adapter in versions.values()}
     for adapter in versions.values():
         assert server.register(adapter, "swapped").status_code == 200
-    history, over = History("3"), threading.Event()
+    history, over, tally, mixes = History("3"), threading.Event(), Tally(), Tally()
     path = "/v2/registry/tasks/swapped/aliases/current"
-    jobs = clients(server, "acme", "swapped", over)
-    jobs.append(partial(mix, server, over))
+    jobs = clients(server, "acme", "swapped", over, tally)
+    jobs.append(partial(mix, server, over, mixes))
     with meanwhile(over, jobs) as asking:
         for step in range(45):
             number = str(1 + step % 3)
             history.change(number, partial(server.ask, "PUT", path, json={"version": number}))
             if step % 9 == 8:
                 history.change(str(1 + (step - 1) % 3), partial(server.ask, "POST", f"{path}/rollback"))
-            time.sleep(0.02)
+            tally.wait(len(jobs))  # so that one of the clients at least has asked since
+        mixes.wait(11)
     *lists, mixed = (one.result() for one in asking)
     answers = [answer for own in lists for answer in own]
     check(answers, history, versions)
@@ -114,27 +117,27 @@ def test_incident_6_swaps_under_load(server: Audited, many: list[Adapter]) -> No
     assert server.ask("DELETE", "/v2/registry/tasks/swapped").status_code == 200
 
 
-def mix(server: Audited, over: threading.Event) -> list[Answer]:
+def mix(server: Audited, over: threading.Event, tally: Tally) -> list[Answer]:
     found = []
     with client_of(server, "acme") as client:
         while not over.is_set():
-            found.append(post(client, "conv", PIXELS, ["swapped", "base", "swapped", "swapped@1"]))
+            found.append(tally.add(post(client, "conv", PIXELS, ["swapped", "base", "swapped", "swapped@1"])))
     assert {answer.status for answer in found} == {200}
     return found
 
 
 def test_incident_6_a_name_that_is_deleted_and_registered_again(server: Audited, many: list[Adapter]) -> None:
     versions: dict[str, Adapter] = {}
-    history, over = History(None), threading.Event()
-    with meanwhile(over, clients(server, "acme", "again", over)) as asking:
+    history, over, tally = History(None), threading.Event(), Tally()
+    with meanwhile(over, clients(server, "acme", "again", over, tally)) as asking:
         for number in range(1, 16):
             adapter = many[number % 3]
             versions[str(number)] = adapter
             answer = history.change(str(number), partial(server.register, adapter, "again"))
             assert [one["version"] for one in answer.json()["versions"]] == [str(number)], "numbers are not given again"
-            time.sleep(0.04)
+            tally.wait(2)
             history.change(None, partial(server.ask, "DELETE", "/v2/registry/tasks/again"))
-            time.sleep(0.02)
+            tally.wait(2, 404)
     answers = [answer for one in asking for answer in one.result()]
     check(answers, history, versions)
     seen = Counter(answer.status for answer in answers)
@@ -146,9 +149,11 @@ def test_incident_6_two_tenants_with_the_same_name_and_the_same_request(server: 
     own = {"acme": many[0], "rival": many[-1]}
     for tenant, adapter in own.items():
         assert server.register(adapter, "same", tenant).status_code == 200
-    jobs = [job for tenant in own for job in clients(server, tenant, "same", over)]
+    tallies = {tenant: Tally() for tenant in own}
+    jobs = [job for tenant in own for job in clients(server, tenant, "same", over, tallies[tenant])]
     with meanwhile(over, jobs) as asking:
-        time.sleep(1)
+        for tally in tallies.values():
+            tally.wait(100)
     answers = [[answer for one in asking[start : start + 5] for answer in one.result()] for start in (0, 5)]
     for (tenant, adapter), found in zip(own.items(), answers, strict=True):
         expected = merged(adapter)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests import nets
+from tests.waiting import wait_until
 from tpeft_deploy.runtime.server.registry import State, open_state
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,8 @@ def kill_once(place: Path, seed: int, url: str | None) -> tuple[dict[str, object
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(process.stdout or []))
     reader.start()
-    time.sleep(random.Random(seed).uniform(0.05, 0.6))
+    wait_until(lambda: sum('"done"' in line for line in lines) >= 3, "three changes")
+    time.sleep(random.Random(seed).uniform(0, 0.3))  # at any moment of what goes on
     process.send_signal(signal.SIGKILL)
     process.wait()
     reader.join()

@@ -47,7 +47,7 @@ def test_the_work_of_who_leaves_is_cancelled_and_nobody_elses() -> None:
         over.set()
         assert await staying == "answer"
 
-    asyncio.run(asyncio.wait_for(test(), 10))
+    asyncio.run(asyncio.wait_for(test(), 100))
 
 
 def test_who_is_answered_at_once_is_not_watched() -> None:
@@ -68,7 +68,7 @@ def test_who_is_answered_at_once_is_not_watched() -> None:
     async def fail() -> None:
         raise ZeroDivisionError
 
-    asyncio.run(asyncio.wait_for(test(), 10))
+    asyncio.run(asyncio.wait_for(test(), 100))
 
 
 def test_a_cancellation_from_elsewhere_stays_one() -> None:
@@ -83,4 +83,4 @@ def test_a_cancellation_from_elsewhere_stays_one() -> None:
         await asyncio.sleep(0)
         assert asyncio.all_tasks() == before, "a watcher is left"
 
-    asyncio.run(asyncio.wait_for(test(), 10))
+    asyncio.run(asyncio.wait_for(test(), 100))

@@ -76,7 +76,7 @@ def test_a_server_waits_for_one_that_goes(url: str, tmp_path: Path) -> None:
         time.sleep(0.5)
         assert not second.done()
         first.close()
-        second.result(20).close()
+        second.result(100).close()
 
 
 def test_tables_are_made_once_and_tenants_too_whoever_comes_at_the_same_time(url: str, tmp_path: Path) -> None:

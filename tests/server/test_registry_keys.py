@@ -11,16 +11,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.counting import operations
+from tests.waiting import wait_until
 from tpeft_deploy.errors import NotFound, ProtocolError, Unauthenticated
 from tpeft_deploy.runtime.server.access import Role
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import State, open_keys, open_state
+from tpeft_deploy.runtime.server.registry.state import _SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,10 +99,11 @@ def test_a_key_altered_in_one_place_is_none(state: State) -> None:
             state.keys.authenticate(other)
 
 
-def test_a_key_expires(state: State) -> None:
-    record, key = state.keys.create("acme", "infer", by="a test", expires=time.time() + 0.3)
+def test_a_key_expires(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    record, key = state.keys.create("acme", "infer", by="a test", expires=now + 1000)
     assert state.keys.authenticate(key).key == record.id
-    time.sleep(0.35)
+    monkeypatch.setattr(time, "time", lambda: now + 1001)
     with pytest.raises(Unauthenticated, match="expired"):
         state.keys.authenticate(key)
     for over in (time.time() - 1, 0.0, float("nan")):
@@ -151,24 +156,22 @@ def run(place: Path, url: str | None, *arguments: str) -> dict[str, object]:
     code = "from tpeft_deploy.cli import main; main()"
     command = [sys.executable, "-c", code, "keys", *arguments, "--state", str(place), "--json"]
     command += [] if url is None else ["--database-url", url]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     found = json.loads(done.stdout)
     assert isinstance(found, dict)
     return found
 
 
-def test_a_running_server_sees_what_the_command_line_changes_within_a_second(
-    state: State, tmp_path: Path, url: str | None
-) -> None:
+def test_a_running_server_sees_what_the_command_line_changes(state: State, tmp_path: Path, url: str | None) -> None:
     """Made and revoked by other processes, on the database of a server that is running."""
     made = run(tmp_path / "state", url, "create", "--tenant", "acme", "--role", "deploy")
     key = str(made["key"])
-    waited = until(lambda: known(state, key))
-    assert waited <= 1.0
+    wait_until(lambda: known(state, key))
     assert state.keys.authenticate(key).key == made["id"]
     assert state.tenants.get("acme").quota == Quota()
     run(tmp_path / "state", url, "revoke", str(made["id"]))
-    assert until(lambda: not known(state, key)) <= 1.0
+    wait_until(lambda: not known(state, key))
+    assert _SECONDS <= 0.5  # between two looks: within a second, as the documentation says
 
 
 def known(state: State, key: str) -> bool:
@@ -177,14 +180,6 @@ def known(state: State, key: str) -> bool:
     except Unauthenticated:
         return False
     return True
-
-
-def until(done: object) -> float:
-    began = time.monotonic()
-    while not done():  # type: ignore[operator]
-        assert time.monotonic() - began < 5
-        time.sleep(0.01)
-    return time.monotonic() - began
 
 
 def test_a_read_that_began_before_a_revocation_does_not_undo_it(state: State) -> None:
@@ -231,16 +226,10 @@ def test_keys_are_listed_by_tenant_and_stay_after_they_are_revoked(
     database.close()
 
 
-def test_asking_for_a_key_takes_microseconds(state: State) -> None:
-    """The limit is ten times what it takes, as others use the machine."""
-    for number in range(100):
-        _, key = state.keys.create(f"tenant-{number}", "infer", by="a test")
-    best = min(_seconds(state, key) for _ in range(5))
-    assert best < 50e-6
-
-
-def _seconds(state: State, key: str) -> float:
-    began = time.perf_counter()
-    for _ in range(1000):
-        state.keys.authenticate(key)
-    return (time.perf_counter() - began) / 1000
+def test_asking_for_a_key_costs_little_however_many_there_are(state: State) -> None:
+    costs = []
+    for count in (1, 100):
+        for number in range(count):
+            _, key = state.keys.create(f"tenant-{number}", "infer", by="a test")
+        costs.append(operations(partial(state.keys.authenticate, key)))
+    assert costs[0] == costs[1] < 400  # some microseconds

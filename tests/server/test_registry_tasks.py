@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.server.registry_subjects import adapter, add, unchecked
+from tests.waiting import wait_until
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import Conflict, IntegrityError, NotFound, ProtocolError, QuotaExceeded, TpeftError
 from tpeft_deploy.runtime.server.access import SHARED
 from tpeft_deploy.runtime.server.quotas import Quota
-from tpeft_deploy.runtime.server.registry import State, TaskRecord, VersionRecord, open_state, tasks
+from tpeft_deploy.runtime.server.registry import State, TaskRecord, VersionRecord, open_state
 
 
 @pytest.fixture
@@ -266,7 +268,7 @@ def test_uploads_at_the_same_time_do_not_pass_a_quota_together(state: State, wha
     gate = threading.Barrier(6)
 
     def together(_record: VersionRecord, _adapter: Adapter) -> None:
-        gate.wait(20)  # all of them have passed the first look at the quota
+        gate.wait(100)  # all of them have passed the first look at the quota
 
     def one(number: int) -> VersionRecord | QuotaExceeded:
         try:
@@ -274,7 +276,7 @@ def test_uploads_at_the_same_time_do_not_pass_a_quota_together(state: State, wha
         except QuotaExceeded as error:
             return error
 
-    names = _in_different_turns(6)
+    names = [f"task-{number}" for number in range(6)]
     with ThreadPoolExecutor(6) as pool:
         done = list(pool.map(one, range(6)))
     refused = [answer for answer in done if isinstance(answer, QuotaExceeded)]
@@ -290,12 +292,41 @@ def test_uploads_at_the_same_time_do_not_pass_a_quota_together(state: State, wha
     add(state, name="more")
 
 
-def _in_different_turns(count: int) -> list[str]:
-    """Names of tasks that do not wait for each other; which do differs from process to process."""
-    found: dict[int, str] = {}
-    for number in range(10_000):
-        found.setdefault(hash(("acme", f"task-{number}")) % tasks._TURNS, f"task-{number}")
-    return list(found.values())[:count]
+def test_no_two_tasks_share_a_lock_and_none_is_left_over(state: State) -> None:
+    keys = [(tenant, f"task-{number}") for tenant in ("acme", "other") for number in range(200)]
+    turns = state.tasks._turns
+    with ExitStack() as all_held:
+        for count, key in enumerate(keys, 1):
+            all_held.enter_context(turns.hold(key))  # in one thread: two that shared a lock would wait for ever
+            assert len(turns) == count
+        assert {turns.users(key) for key in keys} == {1}
+    assert len(turns) == 0
+
+
+def test_uploads_of_one_task_take_turns_and_leave_no_lock(state: State) -> None:
+    began, go, inside = threading.Event(), threading.Event(), []
+
+    def wait(_record: VersionRecord, _adapter: Adapter) -> None:
+        inside.append(state.tasks._turns.users(("acme", "mood")))
+        began.set()
+        assert go.wait(100)
+
+    def refuse(_record: VersionRecord, _adapter: Adapter) -> None:
+        inside.append(state.tasks._turns.users(("acme", "mood")))
+        raise Conflict("check an adapter", problem="it is refused")
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(state.tasks.add, "acme", "mood", adapter(0), wait, by="a key")
+        assert began.wait(100)
+        second = pool.submit(state.tasks.add, "acme", "mood", adapter(1), refuse, by="a key")
+        wait_until(lambda: state.tasks._turns.users(("acme", "mood")) == 2)
+        assert inside == [1]  # the second has not begun
+        go.set()
+        assert first.result(100).number == 1
+        with pytest.raises(Conflict):
+            second.result(100)
+    assert inside[1] == 1  # the first had left when the second was inside
+    assert len(state.tasks._turns) == 0
 
 
 def test_versions_of_one_task_registered_at_the_same_time_get_numbers_of_their_own(state: State) -> None:
@@ -319,7 +350,7 @@ def test_readers_see_a_swap_whole(state: State) -> None:
 
     with ThreadPoolExecutor() as pool:
         readers = [pool.submit(read) for _ in range(2)]
-        for number in range(60):
+        for number in range(20):
             state.tasks.point("acme", "mood", "current", str(number % 2 + 1), by="a key")
         stop.set()
         for reader in readers:

@@ -19,6 +19,7 @@ import uvicorn
 
 from tests.server.asking import Asking
 from tests.server.conftest import PIXELS, Served, serve
+from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.runtime.server.access import Action
 from tpeft_deploy.runtime.server.exchange import Exchange
@@ -275,9 +276,7 @@ def test_a_client_that_goes_away_stops_its_request(live: Live) -> None:
         )
         client.sendall(head.encode() + text.encode() + big.tobytes())
         time.sleep(0.005)
-    until = time.monotonic() + 10
-    while not live.exchanges and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: live.exchanges)
     assert live.exchanges[0].status in {499, 200}
     assert live.ask("GET", "/v2").status_code == 200
 
@@ -287,9 +286,7 @@ def test_exchanges_say_who_asked_for_what(live: Live) -> None:
     own = {"X-Request-Id": "abc"}
     live.ask("POST", "/v2/models/mood/infer", "acme", "infer", json={"inputs": [tensor()]}, headers=own)
     live.ask("GET", "/made/up/by/a/client")
-    until = time.monotonic() + 10
-    while len(live.exchanges) < 2 and time.monotonic() < until:  # told once the client has its answer
-        time.sleep(0.01)
+    wait_until(lambda: len(live.exchanges) == 2)  # told once the client has its answer
     first, second = live.exchanges
     assert (first.route, first.status, first.tenant, first.task) == ("/v2/models/{model}/infer", 200, "acme", "mood")
     assert first.request_id == "abc"

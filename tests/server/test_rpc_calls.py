@@ -141,18 +141,22 @@ def test_errors_have_their_status_and_say_nothing_of_the_server() -> None:
 def test_deadline_of_the_call_and_of_the_request() -> None:
     async def test() -> None:
         async with talking() as server:
-            assert await server.status("ModelInfer", infer("slow"), timeout=0.2) == "DEADLINE_EXCEEDED"
+            by_call = server.begin("ModelInfer", infer("slow"), timeout=100)
+            while not server.core.running:
+                await asyncio.sleep(0.01)
+            by_call.cancel()
             request = infer("slow", parameters={"timeout": {"int64_param": 50_000}})
-            assert await server.status("ModelInfer", request, timeout=20) == "DEADLINE_EXCEEDED"
+            assert await server.status("ModelInfer", request) == "DEADLINE_EXCEEDED"
             await server.begin("ModelInfer", infer(), timeout=None)
-            by_call, by_request, none = (one.timeout for one in server.core.requests)
-            assert by_call is not None
-            assert 0 < by_call < 0.25
-            assert by_request == 0.05
+            of_call, of_request, none = (one.timeout for one in server.core.requests)
+            assert of_call is not None
+            assert 0 < of_call < 110  # gRPC rounds it up
+            assert of_request == 0.05
             assert none is None
-            await asyncio.sleep(0.05)
-            assert server.core.running == 0
-            assert server.exchanges[1].status == 504
+            assert [one.status for one in server.exchanges if one.status != 499] == [504, 200]
+            assert await server.status("ModelInfer", infer("slow"), timeout=0.1) == "DEADLINE_EXCEEDED"
+            while server.core.running:
+                await asyncio.sleep(0.01)
 
     run(test())
 
@@ -240,7 +244,7 @@ def test_what_is_told_of_a_call() -> None:
             assert (told.task, told.request_id, told.traceparent) == ("beta", "inner", "00-1-2-01")
             assert told.bytes_in == len(infer("beta", id="inner").SerializeToString())
             assert told.bytes_out == len(answer)
-            assert 0 < told.seconds < 20
+            assert told.seconds > 0
             assert (live.tenant, live.role, live.key, live.task, live.request_id) == ("", "", "", "", "outer")
 
     run(test())

@@ -3,13 +3,13 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import grpc
 import pytest
 import uvloop
 
+from tests.counting import operations
 from tests.server.fake_rpc_core import FakeCore
 from tests.server.rpc_serving import infer, key_of, run, serving, talking
 from tpeft_deploy.errors import Conflict, ProtocolError, TooLarge
@@ -34,10 +34,10 @@ def test_tls(tls: Tls) -> None:
         trusted = grpc.ssl_channel_credentials(tls.certificate)
         path = f"/{SERVICE}/ServerMetadata"
         with grpc.secure_channel(address, trusted) as channel:
-            answer = channel.unary_unary(path)(b"", metadata=key_of("acme-infer"), timeout=20)
+            answer = channel.unary_unary(path)(b"", metadata=key_of("acme-infer"), timeout=100)
             assert pb.ServerMetadataResponse.FromString(answer).name == "tpeft-deploy"
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as caught:
-            channel.unary_unary(path)(b"", metadata=key_of("acme-infer"), timeout=20)
+            channel.unary_unary(path)(b"", metadata=key_of("acme-infer"), timeout=100)
         assert caught.value.code().name == "UNAVAILABLE"
 
 
@@ -61,7 +61,7 @@ def test_messages_beyond_the_limit_and_bombs() -> None:
             # Without a key it is not even received.
             assert await server.status("ModelInfer", large, None) == "UNAUTHENTICATED"
             bomb = server.channel.unary_unary(f"/{SERVICE}/ModelInfer")(
-                bytes(64 << 20), metadata=key_of("acme-infer"), compression=grpc.Compression.Gzip, timeout=20
+                bytes(64 << 20), metadata=key_of("acme-infer"), compression=grpc.Compression.Gzip, timeout=100
             )
             assert (await bomb.code()).name == "RESOURCE_EXHAUSTED"
             fields = pb.ModelInferRequest(inputs=[{}] * 5000)
@@ -83,10 +83,13 @@ def test_fields_are_counted_before_a_message_is_parsed() -> None:
     for many in (b"\x2a\x00" * 11, b"\x2a\x14" + b"\x22\x00" * 10, b"\x0a\x01a" * 11, b"\x38\x01" * 11):
         with pytest.raises(TooLarge, match="at most 10 fields"):
             parse(pb.ModelInferRequest, many, limits)
-    began = time.perf_counter()
-    with pytest.raises(TooLarge):
-        parse(pb.ModelInferRequest, b"\x2a\x00" * (32 << 20), Limits())
-    assert time.perf_counter() - began < 1
+
+    def refuse(fields: int) -> None:
+        with pytest.raises(TooLarge):
+            parse(pb.ModelInferRequest, b"\x2a\x00" * fields, Limits())
+
+    refuse(1 << 20)  # whatever is made once only
+    assert operations(lambda: refuse(32 << 20)) == operations(lambda: refuse(1 << 20))
     long = b"\x0a\x14" + b"a" * 20
     for wrong in (b"\x0a\x05abc", b"\xff" * 11, b"\x0a", b"\x08", b"\x2d\x00", b"\x0a\x01\xff"):
         for data in (wrong, long + wrong):
@@ -99,16 +102,28 @@ def test_fields_are_counted_before_a_message_is_parsed() -> None:
 def test_a_stop_lets_running_calls_finish_and_takes_no_new_ones() -> None:
     async def test() -> None:
         async with talking() as server:
-            finishes = server.begin("ModelInfer", infer("slow", parameters={"timeout": {"int64_param": 300_000}}))
-            hangs = server.begin("ModelInfer", infer("slow"))
-            while server.core.running < 2:
+            finishes = server.begin("ModelInfer", infer("slow"))
+            while not server.core.running:
                 await asyncio.sleep(0.01)
-            stopping = asyncio.create_task(server.server.stop(1.0))
-            await asyncio.sleep(0.1)
-            assert await server.status("ServerLive", timeout=2) == "UNAVAILABLE"
-            assert (await finishes.code()).name == "DEADLINE_EXCEEDED"
-            assert (await hangs.code()).name in ("UNAVAILABLE", "CANCELLED")
+            stopping = asyncio.create_task(server.server.stop(1000.0))
+            while await server.status("ServerLive") != "UNAVAILABLE":
+                await asyncio.sleep(0.01)
+            assert server.core.running == 1
+            server.core.go.set()
+            assert (await finishes.code()).name == "OK"
             await stopping
+
+    run(test())
+
+
+def test_a_stop_ends_calls_that_outlast_its_time() -> None:
+    async def test() -> None:
+        async with talking() as server:
+            hangs = server.begin("ModelInfer", infer("slow"))
+            while not server.core.running:
+                await asyncio.sleep(0.01)
+            await server.server.stop(0.1)
+            assert (await hangs.code()).name in ("UNAVAILABLE", "CANCELLED")
             while server.core.running:
                 await asyncio.sleep(0.01)
 
@@ -130,6 +145,6 @@ def test_it_runs_on_uvloop() -> None:
 def test_importing_the_server_imports_neither_torch_nor_a_client() -> None:
     code = "import sys, tpeft_deploy.runtime.server.rpc.server; print(*{n.partition('.')[0] for n in sys.modules})"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )
     assert not set(done.stdout.split()) & {"torch", "onnx", "tritonclient", "kserve"}

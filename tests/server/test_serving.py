@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import time
 from pathlib import Path
 
 import httpx
@@ -13,10 +12,12 @@ import numpy as np
 import pytest
 from sqlalchemy import insert
 
+from tests.server.audited import audited
 from tests.server.conftest import PIXELS
 from tests.server.processes import command, server
+from tests.server.test_rest import tensor
+from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle, Client, Runtime
-from tpeft_deploy.runtime.server.access import LOCAL
 from tpeft_deploy.runtime.server.registry import database, open_state
 
 
@@ -27,10 +28,13 @@ def test_a_key_a_request_and_a_drain(conv_bundle: Bundle, tmp_path: Path, others
         document = json.loads(made.stdout)
         assert set(document) == {"id", "tenant", "role", "key"}
         assert not made.stderr
-        until = time.monotonic() + 5
-        while httpx.get(f"{url}/v2", headers={"Authorization": f"Bearer {document['key']}"}).status_code != 200:
-            assert time.monotonic() < until
-            time.sleep(0.1)
+
+        def status() -> int:
+            return httpx.get(
+                f"{url}/v2", headers={"Authorization": f"Bearer {document['key']}"}, timeout=100
+            ).status_code
+
+        wait_until(lambda: status() == 200, "a new key works")
         with Client(url, document["key"]) as client:
             file = tmp_path / "mood.safetensors"
             file.write_bytes(others[0].to_bytes())
@@ -43,10 +47,7 @@ def test_a_key_a_request_and_a_drain(conv_bundle: Bundle, tmp_path: Path, others
                 for one, other in zip(got, expected, strict=True):
                     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
         assert command("keys", "revoke", "--state", state, document["id"]).returncode == 0
-        until = time.monotonic() + 3
-        while httpx.get(f"{url}/v2", headers={"Authorization": f"Bearer {document['key']}"}).status_code != 401:
-            assert time.monotonic() < until, "a revoked key still works"
-            time.sleep(0.1)
+        wait_until(lambda: status() == 401, "a revoked key is refused")
 
         in_use = command("serve", conv_bundle.path, "--state", state, "--port", 0)
         assert in_use.returncode == 1
@@ -56,41 +57,38 @@ def test_a_key_a_request_and_a_drain(conv_bundle: Bundle, tmp_path: Path, others
         assert taken.stderr.count("\n") == 1
 
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=100) == 0
     again = command("keys", "list", "--state", state, "--json")
     (listed,) = json.loads(again.stdout)["keys"]
     assert listed["revoked"] is not None
     assert document["key"] not in again.stdout
 
 
-def test_it_starts_as_fast_with_many_registered_adapters(
+def test_it_opens_no_more_files_to_start_with_many_registered_adapters(
     conv_bundle: Bundle, tmp_path: Path, others: list[Adapter]
 ) -> None:
-    """Nothing is read of them; the limit is many times what listing them takes, as others use the machine."""
-    took: dict[int, float] = {}
+    opened: dict[int, int] = {}
     for count in (10, 2000):
-        _register(tmp_path / str(count), count, others[0])
-    for _ in range(2):
-        for count in (10, 2000):
-            options = ["--state", tmp_path / str(count), "--port", 0, "--no-auth", "--threads", 1, "--no-access-log"]
-            began = time.monotonic()
-            with server(conv_bundle.path, *options) as (_process, url), Client(url) as client:
-                took[count] = min(took.get(count, 60.0), time.monotonic() - began)
-                assert sum(task["name"].startswith("task-") for task in client.tasks()) == count
-                client.infer({"pixels": PIXELS}, "mood")
-    assert took[2000] < took[10] + 1.0
+        place = tmp_path / str(count)
+        _register(place / "state", count, others[0])
+        with audited(conv_bundle, place) as found:
+            opened[count] = sum(str(found.state) in line[1] for line in found.did_to_start() if line[0] == "open")
+            listed = found.ask("GET", "/v2/registry/tasks").json()
+            assert sum(task["name"].startswith("task-") for task in listed) == count
+            assert found.ask("POST", "/v2/models/mood/infer", json={"inputs": [tensor()]}).status_code == 200
+    assert opened[10] == opened[2000]
 
 
 def _register(place: Path, count: int, adapter: Adapter) -> None:
     """One task that answers, and many as `Tasks.add` leaves them, without a transaction and a probe for each."""
     with open_state(place) as state:
-        state.tasks.add(LOCAL.tenant, "mood", adapter, lambda *_: None, by="a test")
+        state.tasks.add("acme", "mood", adapter, lambda *_: None, by="a test")
         digests = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(count)]
         for digest in digests:
             folder = place / "blobs" / digest[:2]
             folder.mkdir(exist_ok=True)
             (folder / f"{digest}.safetensors").write_bytes(b"never read")
-        rows = [{"id": 2 + n, "tenant": LOCAL.tenant, "name": f"task-{n}"} for n in range(count)]
+        rows = [{"id": 2 + n, "tenant": "acme", "name": f"task-{n}"} for n in range(count)]
         versions = [
             {"task": 2 + n, "number": 1, "digest": digest, "bytes": 10, "created": 0.0, "by": "a test"}
             for n, digest in enumerate(digests)

@@ -38,20 +38,20 @@ def test_clients_that_trust_the_certificate_and_no_others(
                 client.infer({"pixels": PIXELS}, "plain")["logits"], expected, rtol=1e-5, atol=1e-6
             )
         trusting = ssl.create_default_context(cafile=str(cert))
-        assert httpx.get(f"{url}/v2/health/ready", verify=trusting, timeout=20).status_code == 200
+        assert httpx.get(f"{url}/v2/health/ready", verify=trusting, timeout=100).status_code == 200
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            httpx.get(f"{url}/v2/health/ready", timeout=20)
+            httpx.get(f"{url}/v2/health/ready", timeout=100)
         with Client(url) as client, pytest.raises(Unavailable, match="certificate"):
             client.infer({"pixels": PIXELS}, "plain")
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"http{url.removeprefix('https')}/v2/health/ready", timeout=20)
+            httpx.get(f"http{url.removeprefix('https')}/v2/health/ready", timeout=100)
 
         address = grpc_address(process)
         path = f"/{SERVICE}/ServerReady"
         with grpc.secure_channel(address, grpc.ssl_channel_credentials(cert.read_bytes())) as channel:
-            assert pb.ServerReadyResponse.FromString(channel.unary_unary(path)(b"", timeout=20)).ready
+            assert pb.ServerReadyResponse.FromString(channel.unary_unary(path)(b"", timeout=100)).ready
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError):
-            channel.unary_unary(path)(b"", timeout=20)
+            channel.unary_unary(path)(b"", timeout=100)
 
 
 def other_key(folder: Path) -> None:
@@ -75,7 +75,7 @@ def a_directory(folder: Path) -> None:
 
 
 def run(folder: Path, line: str) -> None:
-    subprocess.run(line.split(), cwd=folder, check=True, capture_output=True, timeout=60)
+    subprocess.run(line.split(), cwd=folder, check=True, capture_output=True, timeout=120)
 
 
 SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {

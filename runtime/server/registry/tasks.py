@@ -19,6 +19,7 @@ from tpeft_deploy.runtime.server.registry import audit, rows
 from tpeft_deploy.runtime.server.registry.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.catalog import CURRENT, Catalog, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.registry.database import Database
+from tpeft_deploy.runtime.server.registry.locks import KeyedLocks
 from tpeft_deploy.runtime.server.registry.names import check_alias, check_task, check_tenant
 from tpeft_deploy.runtime.server.registry.staged import Staged, staging
 from tpeft_deploy.runtime.server.registry.tenants import ensure
@@ -29,7 +30,6 @@ Check = Callable[[VersionRecord, Adapter], None]
 """Refuses an adapter that is not fit to serve, by raising."""
 
 _GRACE = 600.0  # seconds for which a deleted adapter's file stays: requests in flight may still read it
-_TURNS = 64  # tasks that share a lock wait for each other's probes; so many rarely do
 
 
 class Tasks:
@@ -48,7 +48,7 @@ class Tasks:
         self._incoming = incoming
         self._quota = quota
         # Taken first: versions of one task are numbered in their order, and a probe holds up no other task.
-        self._turns = [threading.Lock() for _ in range(_TURNS)]
+        self._turns = KeyedLocks()
         self._lock = threading.Lock()  # of changes, each short: the snapshot follows the database in their order
         with database.reading() as connection:
             self._catalog = rows.catalog(connection)
@@ -85,7 +85,7 @@ class Tasks:
         if tenant != SHARED:
             check_tenant(tenant)
         data = adapter.to_bytes()
-        with self._turns[hash((tenant, name)) % _TURNS]:
+        with self._turns.hold((tenant, name)):
             # Refused before it is written or run, where that is known already; decided in the transaction below.
             self._check_owner(tenant, name)
             with self._database.reading() as connection:
