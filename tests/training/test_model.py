@@ -213,12 +213,6 @@ class TestSharing:
         assert type(merged.first) is nn.Linear
         assert close(merged(x), adapted)
 
-    def test_a_tied_weight_is_refused(self) -> None:
-        model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9)})
-        model["head"].weight = model["embed"].weight
-        with pytest.raises(ValueError, match="'embed': its weight is tied to that of 'head'"):
-            get_peft_model(model, config(target_modules=["embed"]))
-
 
 class TestRefusals:
     def test_an_unsupported_module_is_named(self, make_net: Callable[[], Any]) -> None:
