@@ -18,6 +18,7 @@ from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.graphs import held_tensor, optimize, turn_weights
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.replacing import held_weights, replace_weights
+from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
@@ -38,6 +39,7 @@ def export_folded(
     task: str = "adapter",
     weights: object = None,
     rename: Mapping[str, str] | None = None,
+    resize_embeddings: bool = False,
     progress: Progress = silent,
 ) -> list[Check]:
     """Export one adapter merged into its base.
@@ -51,6 +53,8 @@ def export_folded(
         task: the adapter's name, for messages and the model's metadata.
         weights: the original weights of an ONNX file, as `load_base` takes them.
         rename: other names for inputs and outputs: the base's own -> the folded model's.
+        resize_embeddings: give the base as many tokens as the adapter has, as `resize_token_embeddings` did before
+            it was trained; its new rows are zero.
         progress: told each stage.
 
     Returns:
@@ -62,6 +66,7 @@ def export_folded(
     loaded = load_base(
         base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
     )
+    loaded = fit_vocabulary(loaded, {task: adapter}) if resize_embeddings else loaded
     loaded, raw = _trace(loaded, adapter, progress)
     progress("fold and check")
     return write_folded(loaded, raw, adapter, Path(path), task=task)
@@ -73,6 +78,7 @@ def plan_folded(
     *,
     example_inputs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
+    resize_embeddings: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Everything of `export_folded`, whose arguments these are, up to writing: what a dry run prints.
@@ -81,9 +87,9 @@ def plan_folded(
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch: the base cannot be exported, or the adapter does not
             fit it.
     """
-    loaded, raw = _trace(
-        load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes), adapter, progress
-    )
+    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    loaded = fit_vocabulary(loaded, {"adapter": adapter}) if resize_embeddings else loaded
+    loaded, raw = _trace(loaded, adapter, progress)
     targets: list[dict[str, Any]] = []
     for name, held in held_weights(loaded, raw.graph, adapter).items():
         own, delta = held_tensor(raw.graph, held), adapter.deltas.get(name)
