@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.ties import Ties, settle
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Base", "Inputs", "Outputs"]
@@ -41,7 +42,12 @@ class Base(ABC):
     @property
     @abstractmethod
     def aliases(self) -> Mapping[str, str]:
-        """Every name of a parameter or buffer -> the first name of the same tensor."""
+        """Every name of a parameter or buffer -> the first name of the same parameter of the same module."""
+
+    @property
+    def ties(self) -> Ties:
+        """For each tensor that several modules hold, a name of every one of them, as `aliases` gives it."""
+        return ()
 
     @property
     @abstractmethod
@@ -113,6 +119,7 @@ class Base(ABC):
             UnknownTarget, ShapeError, BaseMismatch: it does not fit.
         """
         weights = self.weights
+        adapter = settle(adapter, self.aliases, self.ties, doing=f"fit {adapter.source} to base {self.name}")
         adapter.check_shapes({name: weight.shape for name, weight in weights.items()}, base=f"base {self.name}")
         digests = {name: weight_digest(weights[name]) for name in adapter.base_digests if name in weights}
         adapter.check_digests(digests, base=f"base {self.name}")

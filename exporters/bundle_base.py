@@ -19,6 +19,7 @@ from tpeft_deploy.bundle import Bundle
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.replacing import replace_weights
+from tpeft_deploy.ties import Ties
 from tpeft_deploy.tucker import Array
 
 __all__ = ["BundleBase"]
@@ -41,8 +42,7 @@ class BundleBase(Base):
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(f"of bundle {bundle.manifest.name}", bundle.example())
         self._bundle = bundle
-        size = sum(weight.length for weight in bundle.manifest.weights.values())
-        self._room = max(1, min(_MOST, _BYTES // max(size, 1)))
+        self._room = max(1, min(_MOST, _BYTES // max(bundle.manifest.weight_bytes, 1)))
         self._sessions: OrderedDict[Adapter | None, onnxruntime.InferenceSession] = OrderedDict()
 
     @property
@@ -53,7 +53,12 @@ class BundleBase(Base):
     @property
     def aliases(self) -> dict[str, str]:
         """Every name of a weight -> the name it is stored under."""
-        return {name: name for name in self._bundle.manifest.weights} | dict(self._bundle.manifest.aliases)
+        return dict(self._bundle.manifest.stored)
+
+    @property
+    def ties(self) -> Ties:
+        """As the manifest has them."""
+        return self._bundle.manifest.ties
 
     @property
     def view(self) -> object:

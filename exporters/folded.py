@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.graphs import held_tensor, optimize, turn_weights
 from tpeft_deploy.exporters.loading import load_base
-from tpeft_deploy.exporters.replacing import held_weights, replace_weights
+from tpeft_deploy.exporters.replacing import held_changes, replace_weights
 from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
+from tpeft_deploy.ties import Ties, changed_names
 
 __all__ = ["export_folded", "fold", "plan_folded", "write_folded"]
 
@@ -91,13 +92,14 @@ def plan_folded(
     loaded = fit_vocabulary(loaded, {"adapter": adapter}) if resize_embeddings else loaded
     loaded, raw = _trace(loaded, adapter, progress)
     targets: list[dict[str, Any]] = []
-    for name, held in held_weights(loaded, raw.graph, adapter).items():
-        own, delta = held_tensor(raw.graph, held), adapter.deltas.get(name)
+    adapter = held_changes(loaded, raw.graph, adapter)
+    for name in changed_names(adapter):
+        own, delta = held_tensor(raw.graph, name), adapter.deltas.get(name)
         shape = adapter.overrides[name].shape if name in adapter.overrides else own.shape.numpy()
         parts = {"delta": adapter.deltas, "gain": adapter.gains, "override": adapter.overrides}
         targets.append(
             {
-                "target": held,
+                "target": name,
                 "change": " and ".join(part for part, changes in parts.items() if name in changes),
                 "shape": list(shape),
                 "ranks": list(delta.ranks) if delta is not None else None,
@@ -152,8 +154,9 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
     Raises:
         UnknownTarget: the graph does not use a weight that the adapter changes.
     """
-    for name, held in held_weights(base, raw.graph, adapter).items():
-        if held not in raw.graph.initializers:
+    changed = changed_names(held_changes(base, raw.graph, adapter))
+    for name in changed:
+        if name not in raw.graph.initializers:
             raise UnsupportedTarget(
                 f"fold {adapter.source} into {base.name}, weight {name!r}",
                 expected="a weight in floating point",
@@ -161,6 +164,7 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
                 fix="Export a bundle, whose branches stand beside it, or fold first and quantise the result.",
             )
     model = raw.clone()
+    _tie(model.graph, base.ties, changed)
     replace_weights(base, model, adapter)
     # Of large weights the optimiser would only make further copies, and have each merged again for every one.
     large = [name for name, v in model.graph.initializers.items() if v.const_value and v.const_value.nbytes > SMALL]
@@ -168,3 +172,12 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
     turn_weights(model.graph)
     model.metadata_props.update({"tpeft.form": "folded", "tpeft.task": task})
     return model
+
+
+def _tie(graph: ir.Graph, ties: Ties, changed: Iterable[str]) -> None:
+    """Let tied weights that stay as they are share one initializer again, so that the file holds them once."""
+    for group in ties:
+        first, *others = [name for name in group if name in graph.initializers and name not in changed] or [""]
+        for name in others:
+            graph.initializers[name].replace_all_uses_with(graph.initializers[first])
+            del graph.initializers[name]

@@ -134,13 +134,14 @@ def forget_shapes(graph: ir.Graph) -> None:
 
 
 def lay_out(graph: ir.Graph, digests: Mapping[str, str]) -> dict[str, Weight]:
-    """Where each of the named initializers of a graph goes in one file, one after another.
+    """Where each of the named initializers of a graph goes in one file, one after another; equal ones share a place.
 
     Args:
         graph: holds every initializer named in `digests`.
         digests: initializer -> its `weight_digest`.
     """
     weights: dict[str, Weight] = {}
+    alike: dict[tuple[str, str], list[str]] = {}
     end = 0
     for name, digest in digests.items():
         if name not in graph.initializers:  # quantised: its bytes stay in the graphs
@@ -148,9 +149,17 @@ def lay_out(graph: ir.Graph, digests: Mapping[str, str]) -> dict[str, Weight]:
             weights[name] = Weight(shape.numpy() if shape is not None else (), "float32", digest, 0, 0)
             continue
         value = held_tensor(graph, name)
+        dtype = value.dtype.numpy().name
+        others = alike.setdefault((digest, dtype), [])
+        # Digests are of rounded values: only the bytes say that two weights are one.
+        twin = next((o for o in others if held_tensor(graph, o).tobytes() == value.tobytes()), None)
+        if twin is not None:
+            weights[name] = weights[twin]
+            continue
+        others.append(name)
         start = end + -end % ALIGNMENT
         end = start + value.nbytes
-        weights[name] = Weight(tuple(value.shape.numpy()), value.dtype.numpy().name, digest, start, value.nbytes)
+        weights[name] = Weight(tuple(value.shape.numpy()), dtype, digest, start, value.nbytes)
     return weights
 
 
@@ -158,8 +167,8 @@ def write_weights(graph: ir.Graph, weights: Mapping[str, Weight], path: Path) ->
     """Write initializers of a graph to the places that `lay_out` gave them."""
     with path.open("wb") as stream:
         for name, weight in weights.items():
-            if not weight.length:
-                continue
+            if not weight.length or weight.offset < stream.tell():
+                continue  # in the graphs, or written already under another name
             stream.write(bytes(weight.offset - stream.tell()))
             stream.write(held_tensor(graph, name).tobytes())
 

@@ -96,7 +96,7 @@ class OnnxBase(Base):
         kinds = dict(self._known.kinds) or {
             self._normal.found.rename(path): kind for path, kind in class_names(self._normal.model.graph).items()
         }
-        return BaseView(self.name, self.weights, kinds, _tied(self.aliases))
+        return BaseView(self.name, self.weights, kinds)
 
     @property
     def batched(self) -> bool:
@@ -185,6 +185,9 @@ class OnnxBase(Base):
         known = self._known or of_adapters([])
         model = open_model(self.path)
         found = identify(model.graph, known)
+        if found.untied:  # checkpoints leave out all but one name of a tied weight
+            known = known.with_names(found.untied)
+            found = identify(model.graph, known)
         proved = normalise(model, found, known)
         normal = _Normal(model, found, frozenset(proved), {**found.aliases, **known.first})
         self.__dict__["_normal"] = normal  # the gate below runs the normalised graph through this base
@@ -234,10 +237,3 @@ def _plain(file: Path) -> onnxruntime.InferenceSession:
         return gate.open_session(file, optimized=False)
     except NotEquivalent as error:
         raise UnsupportedBase(f"load base {file.name}", problem=error.problem) from error
-
-
-def _tied(aliases: Mapping[str, str]) -> dict[str, str]:
-    names: dict[str, list[str]] = {}
-    for name, first in aliases.items():
-        names.setdefault(first, []).append(name)
-    return {name: same[same.index(name) - 1] for same in names.values() if len(same) > 1 for name in same}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -24,6 +24,7 @@ from tpeft_deploy.exporters.targets import activations, plan, plan_all, resolve
 from tpeft_deploy.manifest import Manifest, Port, Varies, check_name
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.slots import Target
+from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Need", "Plan", "plan_bundle", "port"]
@@ -62,7 +63,7 @@ class Plan:
     @property
     def base_bytes(self) -> int:
         """Bytes of all weights of the base, which the graphs share."""
-        return sum(weight.length for weight in self.draft.weights.values())
+        return self.draft.weight_bytes
 
     def needs(self, task: str) -> dict[str, Need]:
         """What a task feeds: target key -> ranks and bytes; a target that it leaves alone is absent.
@@ -161,8 +162,13 @@ def plan_bundle(
     progress("resolve the targets")
     resolved = resolve(raw.graph, loaded.weights, loaded.aliases)
     certain = {weight: held for weight, held in resolved.items() if loaded.proves(weight)}
-    targets = plan(raw.graph, adapters, certain, base=loaded.name) if adapters else plan_all(raw.graph, certain)
-    draft = _draft(raw.graph, resolved, targets, name=name, max_rank=max_rank)
+    known = {
+        task: settle(adapter, certain, loaded.ties, doing=f"export adapter {task!r} for {loaded.name}")
+        for task, adapter in adapters.items()
+    }
+    targets = plan(raw.graph, known, certain, base=loaded.name) if adapters else plan_all(raw.graph, certain)
+    ties = tuple(tuple(group) for group in loaded.ties if any(weight in resolved for weight in group))
+    draft = replace(_draft(raw.graph, resolved, targets, name=name, max_rank=max_rank), ties=ties)
     declare(draft, padding or {}, loaded.name)
     return Plan(loaded, raw, resolved, adapters, draft, padding)
 

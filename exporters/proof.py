@@ -185,22 +185,22 @@ def _run_banked(
 def probe(bundle: Bundle, seed: int) -> Adapter:
     """A random adapter of rank 1 that changes every target by a tenth of its norm."""
     random = np.random.default_rng(seed)
-    deltas, overrides, gains = {}, {}, {}
+    deltas, overrides, gains = dict[str, TuckerDelta](), dict[str, Array](), dict[str, Array]()
     for target in bundle.manifest.targets:
-        own = bundle.base_value(target.name)
+        own, names = bundle.base_value(target.name), bundle.manifest.uses(target.name)
         norm = float(np.linalg.norm(own.astype(np.float64)))
         size = 0.1 * (norm if np.isfinite(norm) else own.shape[0] ** 0.5) or 0.1  # a quantised weight does not tell
         if target.part == "override":
             noise = np.abs(random.standard_normal(own.shape))  # a variance stays positive
-            overrides[target.name] = (own + size / np.linalg.norm(noise) * noise).astype(own.dtype)
+            overrides |= dict.fromkeys(names, (own + size / np.linalg.norm(noise) * noise).astype(own.dtype))
         elif target.part == "delta":
             factors = tuple(random.standard_normal((mode, 1)) for mode in own.shape)
             delta = TuckerDelta(np.ones((1,) * own.ndim), factors)
-            deltas[target.name] = replace(delta, scale=size / delta.norm())
+            deltas |= dict.fromkeys(names, replace(delta, scale=size / delta.norm()))
         elif target.name not in gains:
             mode = int(target.kind[-1])
             shape = [size if axis == mode else 1 for axis, size in enumerate(own.shape)]
-            gains[target.name] = 1 + 0.1 * random.standard_normal(shape)
+            gains |= dict.fromkeys(names, 1 + 0.1 * random.standard_normal(shape))
     kept = {name: array for name, array in overrides.items() if name not in deltas and name not in gains}
     return Adapter(deltas, kept, source=f"probe {seed}", gains=gains)
 

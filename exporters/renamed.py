@@ -9,6 +9,7 @@ import onnx_ir as ir
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
+from tpeft_deploy.ties import Ties
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Renamed"]
@@ -40,6 +41,11 @@ class Renamed(Base):
     def aliases(self) -> Mapping[str, str]:
         """The base's own."""
         return self._base.aliases
+
+    @property
+    def ties(self) -> Ties:
+        """The base's own."""
+        return self._base.ties
 
     @property
     def view(self) -> object:

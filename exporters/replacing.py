@@ -12,37 +12,41 @@ from tpeft_deploy.exporters import quantised
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.graphs import forget_shapes, held_tensor
 from tpeft_deploy.exporters.targets import held_by, resolve
+from tpeft_deploy.ties import changed_names, settle
 
-__all__ = ["held_weights", "replace_weights"]
+__all__ = ["held_changes", "replace_weights"]
 
 
 def replace_weights(base: Base, model: ir.Model, adapter: Adapter) -> None:
     """Put an adapter's merged tensors in place of a graph's own, each computed when it is written."""
-    for name, held in held_weights(base, model.graph, adapter).items():
-        if held not in model.graph.initializers:
-            for node in quantised.nodes_of(quantised.stand_in(model.graph, held)):
+    adapter = held_changes(base, model.graph, adapter)
+    for name in changed_names(adapter):
+        if name not in model.graph.initializers:
+            for node in quantised.nodes_of(quantised.stand_in(model.graph, name)):
                 quantised.replace(node, adapter.merged(name, quantised.dequantise(node)))
             continue
-        value = model.graph.initializers[held]
-        own = held_tensor(model.graph, held)
+        value = model.graph.initializers[name]
+        own = held_tensor(model.graph, name)
         shape = adapter.overrides[name].shape if name in adapter.overrides else own.shape.numpy()
         value.shape = ir.Shape(shape)
         merge = partial(_merged, base, adapter, name, own.dtype)
-        value.const_value = ir.LazyTensor(merge, own.dtype, ir.Shape(shape), name=held)
+        value.const_value = ir.LazyTensor(merge, own.dtype, ir.Shape(shape), name=name)
     if adapter.overrides:
         _infer_outputs(model)
 
 
-def held_weights(base: Base, graph: ir.Graph, adapter: Adapter) -> dict[str, str]:
-    """Every weight that an adapter changes -> the initializer that holds it.
+def held_changes(base: Base, graph: ir.Graph, adapter: Adapter) -> Adapter:
+    """The adapter by the names of the initializers that hold the weights it changes.
 
     Raises:
-        UnknownTarget: the graph does not use the weight.
+        UnknownTarget: the graph does not use a weight, or uses it for another module too.
     """
     resolved = resolve(graph, base.weights, base.aliases)
     doing = f"fold {adapter.source} into {base.name}"
-    changed = dict.fromkeys([*adapter.deltas, *adapter.gains, *adapter.served_overrides])
-    return {name: held_by(resolved, name, doing=doing) for name in changed}
+    adapter = settle(adapter, resolved, base.ties, doing=doing)
+    for name in changed_names(adapter):
+        held_by(resolved, name, doing=doing)
+    return adapter
 
 
 def _merged(base: Base, adapter: Adapter, name: str, dtype: ir.DataType) -> ir.TensorProtocol:

@@ -271,7 +271,7 @@ def _plain(error: float) -> str:
 
 
 def _base_bytes(found: Verification) -> int:
-    return sum(weight.length for weight in found.bundle.manifest.weights.values())
+    return found.bundle.manifest.weight_bytes
 
 
 def _bytes(count: float) -> str:

@@ -19,6 +19,7 @@ from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.proof import branch_limit
 from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
 from tpeft_deploy.progress import Progress, Stage
+from tpeft_deploy.ties import changed_names
 
 __all__ = ["MOST", "TargetCheck", "check_targets", "parts_of", "ranks_of"]
 
@@ -74,21 +75,24 @@ def check_targets(
 
 def parts_of(bundle: Bundle, adapter: Adapter) -> list[Adapter]:
     """An adapter cut into adapters for one weight each; overrides of another size than the base's stay together."""
-    parts = [
+    groups: dict[str, list[str]] = {}
+    for name in changed_names(adapter):
+        weight = bundle.manifest.canonical(name)
+        if weight not in bundle.manifest.weights:
+            continue  # no forward pass reads it, and the adapter changes all that are tied to it alike
+        resized = name in adapter.overrides and adapter.overrides[name].shape != bundle.manifest.weights[weight].shape
+        groups.setdefault("" if resized else weight, []).append(name)
+    if "" in groups:
+        groups[""] = sorted(groups.pop(""))
+    return [
         Adapter(
-            {name: adapter.deltas[name]} if name in adapter.deltas else {},
+            {name: adapter.deltas[name] for name in names if name in adapter.deltas},
+            {name: adapter.overrides[name] for name in names if name in adapter.overrides},
             source=adapter.source,
-            gains={name: adapter.gains[name]} if name in adapter.gains else {},
+            gains={name: adapter.gains[name] for name in names if name in adapter.gains},
         )
-        for name in dict.fromkeys([*adapter.deltas, *adapter.gains])
+        for names in groups.values()
     ]
-    resized = {}
-    for name, array in adapter.served_overrides.items():
-        if array.shape == bundle.manifest.weights[bundle.manifest.canonical(name)].shape:
-            parts.append(Adapter({}, {name: array}, source=adapter.source))
-        else:
-            resized[name] = array
-    return [*parts, Adapter({}, dict(sorted(resized.items())), source=adapter.source)] if resized else parts
 
 
 def ranks_of(bundle: Bundle, adapter: Adapter) -> dict[str, dict[str, int]]:

@@ -7,6 +7,7 @@ and hold other values (a conv with its BatchNorm folded in), and a branch there 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from tpeft_deploy.exporters import quantised
 from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.branches import gain
 from tpeft_deploy.exporters.sites import conv_sites, linear_sites, transposed_conv_sites, value_uses, weight_value
-from tpeft_deploy.slots import Kind, Target
+from tpeft_deploy.slots import Kind, Target, best_factors
 from tpeft_deploy.tucker import Array
 
 __all__ = ["activations", "held_by", "plan", "plan_all", "resolve"]
@@ -32,7 +33,7 @@ def resolve(graph: ir.Graph, weights: Mapping[str, Array], aliases: Mapping[str,
     Args:
         graph: a raw export.
         weights: every weight of the base by every name it has, tied ones included.
-        aliases: every such name -> one name for all aliases of the same tensor.
+        aliases: every such name -> one name for all names of the same parameter of the same module.
 
     Returns:
         Weight name -> name of the initializer that holds it; a weight that the graph does not use is absent.
@@ -79,12 +80,13 @@ def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str
     Raises:
         UnknownTarget: a weight that an adapter changes is in the base but not in its graph.
     """
-    deltas: dict[str, None] = {}
+    deltas: dict[str, list[tuple[int, ...]]] = {}
     gains: dict[str, set[int | None]] = {}
     overrides: dict[str, None] = {}
     for task, adapter in adapters.items():
         doing = f"export adapter {task!r} for {base}"
-        deltas |= {held_by(resolved, name, doing=doing): None for name in adapter.deltas}
+        for name, delta in adapter.deltas.items():
+            deltas.setdefault(held_by(resolved, name, doing=doing), []).append(delta.ranks)
         overrides |= {held_by(resolved, name, doing=doing): None for name in adapter.served_overrides}
         for name, array in adapter.gains.items():
             gains.setdefault(held_by(resolved, name, doing=doing), set()).add(gain_mode(array))
@@ -92,10 +94,12 @@ def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str
     for name in dict.fromkeys([*deltas, *gains]):
         modes = gains.get(name, set())
         if all(mode in (0, 1) and gain.can_scale(weight_value(graph, name), mode) for mode in modes):
-            targets += [_target(graph, name, _kind(graph, name))] if name in deltas else []
+            targets += [_best(_target(graph, name, _kind(graph, name)), deltas[name])] if name in deltas else []
             targets += [_target(graph, name, "gain_0" if mode == 0 else "gain_1") for mode in sorted(map(int, modes))]  # type: ignore[arg-type]
         else:
-            targets.append(_target(graph, name, "weight"))
+            # Gains are multiplied out: changes of full rank.
+            whole = _target(graph, name, "weight")
+            targets.append(_best(whole, [*deltas.get(name, []), whole.shape]))
     return targets + [_target(graph, name, "override") for name in overrides]
 
 
@@ -143,6 +147,14 @@ def _target(graph: ir.Graph, name: str, kind: Kind) -> Target:
     # The tensors of adapters stay float32 where the graph computes in bfloat16, see `bfloat16`.
     dtype = "float32" if weight.dtype == ir.DataType.BFLOAT16 else weight.dtype.numpy().name
     return Target(name, kind, tuple(weight.shape.numpy()), dtype)
+
+
+def _best(target: Target, ranks: Iterable[tuple[int, ...]]) -> Target:
+    """The target with the slots in which these changes hold the fewest numbers."""
+    if target.kind not in ("conv", "conv_transpose", "weight"):
+        return target
+    factors = best_factors(target.kind, target.shape, ranks)
+    return replace(target, kind=target.kind if factors else "weight", factors=factors)
 
 
 def _kind(graph: ir.Graph, name: str) -> Kind:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +22,8 @@ from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.bfloat16 import wide_ports
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.exporters.resizing import resize, tables
+from tpeft_deploy.formats import base_view
+from tpeft_deploy.ties import Ties, changed_names
 from tpeft_deploy.tucker import Array
 
 __all__ = ["OPSET", "TorchBase", "output_names"]
@@ -74,9 +76,18 @@ class TorchBase(Base):
 
     @property
     def aliases(self) -> dict[str, str]:
-        """Every name of a parameter or buffer -> the first name of the same tensor."""
-        first: dict[int, str] = {}
-        return {name: first.setdefault(id(tensor), name) for name, tensor in self._named().items()}
+        """Every name of a parameter or buffer -> the first name of the same parameter of the same module."""
+        first: dict[object, str] = {}
+        holders = base_view.holders(self.module)
+        return {name: first.setdefault(holders.get(name, name), name) for name in self._named()}
+
+    @property
+    def ties(self) -> Ties:
+        """For each tensor that several modules hold, a name of every one of them."""
+        named, groups = self._named(), dict[int, list[str]]()
+        for name in dict.fromkeys(self.aliases.values()):
+            groups.setdefault(id(named[name]), []).append(name)
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
     @property
     def view(self) -> nn.Module:
@@ -103,27 +114,28 @@ class TorchBase(Base):
 
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
         """What the module computes with the merged tensors in place of its own; a 16-bit module in float32."""
-        own = self._named()
+        own, aliases = self._named(), self.aliases
         half = any(tensor.dtype in _HALVES for tensor in own.values())
-        changed = [*adapter.deltas, *adapter.gains, *adapter.served_overrides] if adapter is not None else []
-        merged = {name: torch.from_numpy(self.merged(adapter, name)) for name in dict.fromkeys(changed) if adapter}
+        changed = changed_names(adapter) if adapter is not None else []
+        merged = {aliases[name]: torch.from_numpy(self.merged(adapter, name)) for name in changed if adapter}
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}
         if half:
             # Its own rounding, at every layer, is no part of what an export is measured by.
-            aliases = self.aliases
-            changes = {aliases[name]: tensor for name, tensor in merged.items()}
-            merged = {name: _wide(changes.get(aliases[name], tensor)) for name, tensor in own.items()}
+            merged = {name: _wide(merged.get(name, own[name])) for name in dict.fromkeys(aliases.values())}
             tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
         with self._evaluating() as module:
-            outputs = functional_call(module, merged, (), tensors, tie_weights=not half)
+            outputs = functional_call(module, merged, (), tensors, tie_weights=False)
         leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
         return {name: tensor.numpy() for name, tensor in zip(names, leaves, strict=True)}
 
     def graph(self) -> ir.Model:
-        """Export the module: every weight keeps its name and value, nothing is optimised."""
+        """Export the module: every weight keeps its name and value, nothing is optimised.
+
+        Modules that share a tensor get an initializer each, so that an adapter can change one of them alone.
+        """
         inputs = {name: torch.from_numpy(np.array(value)).to(self._dtypes[name]) for name, value in self.inputs.items()}
         bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in self._named().values())
-        with self._evaluating() as module, quiet():
+        with self._evaluating() as module, _untied(module), quiet():
             outputs = module(**inputs)
             try:
                 program = torch.onnx.export(
@@ -174,6 +186,26 @@ class TorchBase(Base):
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def _untied(module: nn.Module) -> Iterator[None]:
+    """Let no two modules hold one tensor: further ones get another tensor on the same memory, and theirs back."""
+    seen: set[int] = set()
+    replaced = []
+    try:
+        for owner in module.modules():
+            for held in cast("list[dict[str, Any]]", [owner._parameters, owner._buffers]):
+                for name, tensor in held.items():
+                    if tensor is not None and id(tensor) in seen:
+                        replaced.append((held, name, tensor))
+                        own = tensor.detach()
+                        held[name] = nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own
+                    seen.add(id(tensor))
+        yield
+    finally:
+        for held, name, tensor in replaced:
+            held[name] = tensor
 
 
 def output_names(outputs: object) -> list[str]:

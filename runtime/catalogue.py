@@ -159,7 +159,7 @@ class Catalogue:
 
     def _compose(self, parts: Sequence[tuple[Version, float]]) -> Adapter:
         adapters = {version.name: (version.read(), strength) for version, strength in parts}
-        return compose(adapters, aliases=self._bundle.manifest.aliases)
+        return compose(adapters, aliases=self._bundle.manifest.shared)
 
     def _replaced(self, old: Sequence[Version]) -> None:
         if not old:

@@ -12,17 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import Bundle
-from tpeft_deploy.errors import AdapterError, RunError, ShapeError, UnknownTarget
+from tpeft_deploy.errors import AdapterError, RunError, ShapeError
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.packed import packed_copy
 from tpeft_deploy.runtime.plain import Plain
 from tpeft_deploy.runtime.providers import Choice, Cuda
+from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array
 
 __all__ = ["agree", "cost", "fold", "limit_of", "prove", "to_bfloat16", "weights"]
@@ -30,7 +30,6 @@ __all__ = ["agree", "cost", "fold", "limit_of", "prove", "to_bfloat16", "weights
 BASE = "base.onnx"
 _LIMITS = {"bfloat16": 1.6e-2, "float16": 2e-3}  # what an export is held to; see the exporters' gate
 _LIMIT = 1e-5
-_T = TypeVar("_T")
 
 
 def weights(bundle: Bundle, adapter: Adapter) -> dict[str, Array]:
@@ -162,10 +161,11 @@ def to_bfloat16(array: Array) -> Array:
 def _checked(bundle: Bundle, adapter: Adapter) -> Adapter:
     """The adapter by canonical names, once it fits; no weight has been read."""
     manifest, base = bundle.manifest, f"bundle {bundle.manifest.name!r}"
-    stored = {name: manifest.weights[manifest.canonical(name)] for name in [*manifest.weights, *manifest.aliases]}
+    stored = {name: manifest.weights[held] for name, held in manifest.stored.items()}
+    doing = f"fold {adapter.source} into {base}"
+    adapter = settle(adapter, manifest.stored, manifest.ties, doing=doing)
     adapter.check_shapes({name: weight.shape for name, weight in stored.items()}, base=base)
     adapter.check_digests({name: weight.digest for name, weight in stored.items()}, base=base)
-    doing = f"fold {adapter.source} into {base}"
     for name in (*adapter.deltas, *adapter.gains, *adapter.served_overrides):
         if not stored[name].length and 0 not in stored[name].shape:
             raise AdapterError(
@@ -178,22 +178,7 @@ def _checked(bundle: Bundle, adapter: Adapter) -> Adapter:
         own = stored[name].dtype
         if array.dtype.kind != ("f" if own == "bfloat16" else np.dtype(own).kind):
             raise ShapeError(f"{doing}, override {name!r}", expected=f"dtype {own}", got=array.dtype)
-    return Adapter(
-        _canonical(manifest, adapter.deltas, doing),
-        _canonical(manifest, adapter.served_overrides, doing),
-        source=adapter.source,
-        gains=_canonical(manifest, adapter.gains, doing),
-    )
-
-
-def _canonical(manifest: Manifest, changes: Mapping[str, _T], doing: str) -> dict[str, _T]:
-    renamed: dict[str, _T] = {}
-    for name, change in changes.items():
-        own = manifest.canonical(name)
-        if own in renamed:
-            raise UnknownTarget(f"{doing}, weight {name!r}", problem=f"it is tied to {own!r}, changed too")
-        renamed[own] = change
-    return renamed
+    return adapter
 
 
 def _merged(bundle: Bundle, adapter: Adapter) -> Iterator[tuple[str, Array]]:

@@ -34,6 +34,24 @@ class ConvNet(nn.Module):
         return {"logits": self.head(torch.relu(self.up(self.layer_norm(x))).mean((1, 2)))}
 
 
+class TwiceNet(nn.Module):
+    """One linear registered under two names: (B, 4) -> (B, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(torch.tanh(self.first(x)))
+        return result
+
+
+def twice_net() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(4)
+    return TwiceNet().eval(), {"x": torch.randn(2, 4)}
+
+
 class TextNet(nn.Module):
     """Embedding tied to the output, a linear used twice, 3-D linears without bias: (B, S) -> (B, S, V)."""
 

@@ -43,7 +43,7 @@ def merged(module: nn.Module, parts: Parts, inputs: dict[str, torch.Tensor]) -> 
             weights[name] = weights[name] * torch.from_numpy(gain).double()
     changed = {name for adapter, _ in parts.values() for name in (*adapter.deltas, *adapter.overrides, *adapter.gains)}
     with torch.no_grad():
-        out = functional_call(module.double(), {name: weights[name] for name in changed}, (), exact, tie_weights=True)
+        out = functional_call(module.double(), {name: weights[name] for name in changed}, (), exact, tie_weights=False)
         module.float()
     first: torch.Tensor = out["logits"] if isinstance(out, dict) else out
     return first

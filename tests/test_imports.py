@@ -64,20 +64,21 @@ ALLOWED = {
     "client": {"errors", "tucker"},
     "algebra": {"tucker", "errors"},
     "adapter": {"tucker", "errors"},
+    "ties": {"adapter", "algebra", "errors", "tucker"},
     "composition": {"adapter", "algebra", "errors", "tucker"},
     "slots": {"errors", "tucker"},
     "manifest": {"slots", "errors"},
     "formats": {"adapter", "algebra", "tucker", "errors", "files"},
-    "fitting": {"slots", "adapter", "errors", "manifest", "tucker"},
+    "fitting": {"slots", "adapter", "errors", "manifest", "ties", "tucker"},
     "bundle": {"slots", "adapter", "errors", "files", "fitting", "formats", "manifest", "tucker"},
     "training": {"errors", "tucker", "adapter"},
     "exporters": {
         *{"adapter", "bundle", "errors", "files", "fitting", "formats"},
-        *{"manifest", "page", "plots", "progress", "slots", "tucker"},
+        *{"manifest", "page", "plots", "progress", "slots", "ties", "tucker"},
     },
     "runtime": {
         *{"adapter", "bundle", "composition", "errors", "files", "fitting", "formats", "manifest"},
-        *{"page", "plots", "progress", "slots", "tucker"},
+        *{"page", "plots", "progress", "slots", "ties", "tucker"},
     },
 }
 

@@ -223,13 +223,15 @@ class Bundle:
     @property
     def base_view(self) -> BaseView:
         """The base's weights as `load_adapter(base=...)` takes them, each read from weights.data when asked for."""
-        names = [*self.manifest.weights, *self.manifest.aliases]
-        tied = dict(self.manifest.aliases) | {name: alias for alias, name in self.manifest.aliases.items()}
-        values = Lazy(names, lambda name: self.base_value(self.manifest.canonical(name)))
-        known = {name: self.manifest.weights[self.manifest.canonical(name)] for name in names}
+        stored = dict(self.manifest.stored)
+        for group in self.manifest.ties:  # a name that no forward pass reads has the values of those tied to it
+            held = next((stored[name] for name in group if name in stored), None)
+            stored |= {name: held for name in group if held is not None and name not in stored}
+        values = Lazy(stored, lambda name: self.base_value(stored[name]))
+        known = {name: self.manifest.weights[held] for name, held in stored.items()}
         shapes = {name: weight.shape for name, weight in known.items()}
         digests = {name: weight.digest for name, weight in known.items()}
-        return BaseView(f"bundle {self.path}", values, tied=tied, shapes=shapes, digests=digests)
+        return BaseView(f"bundle {self.path}", values, shapes=shapes, digests=digests)
 
     def default(self, target: Target) -> dict[str, Array]:
         """The slots of a target for the base itself: no change, or the base's own tensor."""

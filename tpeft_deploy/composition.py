@@ -50,8 +50,8 @@ def compose(parts: Mapping[str, tuple[Adapter, float]], *, aliases: Mapping[str,
 
     Args:
         parts: task -> (adapter, strength); a strength may be negative.
-        aliases: further name of a tied weight -> the name it is stored under, as in a bundle's manifest; changes of
-            one weight under two names are then added up (or refused) like those under one.
+        aliases: further name of a module that is registered twice -> the name stored, as in a bundle's
+            `manifest.shared`; changes under two names are then added up (or refused) like those under one.
 
     Raises:
         CompositionError: no parts; a strength is not a finite number; a part with gains or overrides has another

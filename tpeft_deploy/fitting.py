@@ -11,6 +11,7 @@ from tpeft_deploy.adapter import Adapter, gain_mode
 from tpeft_deploy.errors import AdapterError, ShapeError, UnknownTarget
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.slots import Part, Target
+from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["Filled", "fill", "named", "sizes"]
@@ -37,18 +38,11 @@ def fill(
         AdapterError: a rank is above the bundle's limit, or a value above what the base's dtype holds.
     """
     doing = f"fit {adapter.source} to bundle {bundle}"
-    _check_weights(manifest, adapter, bundle=bundle)
+    adapter = _settled(manifest, adapter, bundle=bundle)
     targets = {target.key: target for target in manifest.targets}
     filled: dict[str, dict[str, Array]] = {}
-    replaced = {manifest.canonical(name): name for name in adapter.served_overrides}
-    for name in (*adapter.deltas, *adapter.gains):
-        if manifest.canonical(name) in replaced:
-            raise UnknownTarget(
-                f"{doing}, weight {name!r}",
-                problem=f"it is tied to {replaced[manifest.canonical(name)]!r}, which the adapter replaces",
-            )
     for name, part, change in _changes(manifest, adapter, targets, base_value):
-        target = targets.get(f"{manifest.canonical(name)}:{part}")
+        target = targets.get(f"{name}:{part}")
         if target is None:
             raise UnknownTarget(
                 f"{doing}, weight {name!r}",
@@ -56,13 +50,10 @@ def fill(
                 got=f"none; they take {_describe_targets(manifest)}",
                 fix="Export the bundle again with this adapter among its adapters.",
             )
-        if target.key in filled:
-            raise UnknownTarget(
-                f"{doing}, weight {name!r}", problem=f"it is tied to {target.name!r}, which the adapter changes too"
-            )
         with np.errstate(over="ignore"):
             filled[target.key] = slots.fill(target, change)
         _check_slots(manifest, target, filled[target.key], doing)
+        _check_rank(manifest, target, change, slots.ranks_of(target, filled[target.key]), doing)
     return filled
 
 
@@ -72,23 +63,17 @@ def _changes(
     """What an adapter changes, part by part; a gain that no branch takes is multiplied out where W + dW is computed."""
     for name in dict.fromkeys([*adapter.deltas, *adapter.gains]):
         gain, delta = adapter.gains.get(name), adapter.deltas.get(name)
-        canonical = manifest.canonical(name)
         mode = gain_mode(gain) if gain is not None else None
-        whole = targets.get(f"{canonical}:delta")
-        if (
-            gain is not None
-            and f"{canonical}:gain_{mode}" not in targets
-            and whole is not None
-            and whole.kind == "weight"
-        ):
-            weight = base_value(canonical)
+        whole = targets.get(f"{name}:delta")
+        if gain is not None and f"{name}:gain_{mode}" not in targets and whole is not None and whole.kind == "weight":
+            weight = base_value(name)
             change = adapter.merged(name, weight) - weight.astype(np.float64)
             yield name, "delta", TuckerDelta(change, (None,) * change.ndim)
             continue
         if delta is not None:
             yield name, "delta", delta
         if gain is not None:
-            size = manifest.weights[canonical].shape[mode or 0]
+            size = manifest.weights[name].shape[mode or 0]
             yield name, "gain_1" if mode == 1 else "gain_0", np.broadcast_to(gain.reshape(-1), (size,))
     for name, array in adapter.served_overrides.items():
         yield name, "override", array
@@ -112,9 +97,11 @@ def sizes(manifest: Manifest, adapter: Adapter | None) -> dict[str, int]:
     return {port: own.get(weight, manifest.weights[weight].shape)[0] for port, weight in varying}
 
 
-def _check_weights(manifest: Manifest, adapter: Adapter, *, bundle: str) -> None:
+def _settled(manifest: Manifest, adapter: Adapter, *, bundle: str) -> Adapter:
+    """The adapter by stored names, once it fits the base."""
     base = f"bundle {bundle}"
-    weights = {name: manifest.weights[manifest.canonical(name)] for name in [*manifest.weights, *manifest.aliases]}
+    weights = {name: manifest.weights[held] for name, held in manifest.stored.items()}
+    adapter = settle(adapter, manifest.stored, manifest.ties, doing=f"fit {adapter.source} to {base}")
     adapter.check_shapes({name: weight.shape for name, weight in weights.items()}, base=base)
     adapter.check_digests({name: weight.digest for name, weight in weights.items()}, base=base)
     for name, array in adapter.served_overrides.items():
@@ -126,13 +113,14 @@ def _check_weights(manifest: Manifest, adapter: Adapter, *, bundle: str) -> None
                 got=array.dtype,
             )
     _check_heads(manifest, adapter, base)
+    return adapter
 
 
 def _check_heads(manifest: Manifest, adapter: Adapter, base: str) -> None:
     """Refuse parts of one head, or one norm, that do not agree in size: padded in a bank, they would answer."""
-    firsts = {manifest.canonical(name): array.shape[:1] for name, array in adapter.served_overrides.items()}
+    firsts = {name: array.shape[:1] for name, array in adapter.served_overrides.items()}
     for name, array in adapter.served_overrides.items():
-        own = manifest.weights[manifest.canonical(name)].shape[:1]
+        own = manifest.weights[name].shape[:1]
         if array.shape[:1] == (0,):
             raise ShapeError(f"fit {adapter.source} to {base}, override {name!r}", expected="a class", got=array.shape)
         if array.shape[:1] == own:
@@ -160,8 +148,16 @@ def _check_slots(manifest: Manifest, target: Target, tensors: dict[str, Array], 
                 got=f"larger ones in its {slot}",
                 fix="Serve it with a float32 base.",
             )
-    ranks = slots.ranks_of(target, tensors)
-    rank = max(ranks.values(), default=0) if target.part == "delta" else 0
+
+
+def _check_rank(
+    manifest: Manifest, target: Target, change: TuckerDelta | Array, ranks: Mapping[str, int], doing: str
+) -> None:
+    if not isinstance(change, TuckerDelta):
+        return
+    rank = max(ranks.values()) if target.factors else min(ranks.values())
+    own = [factor.shape[1] for factor in change.factors[:2] if factor is not None]
+    rank = min([rank, max(own)] if own else [rank])  # a mode without a factor has what others allow: R_i <= R_o K1 ..
     if manifest.max_rank is not None and rank > manifest.max_rank:
         raise AdapterError(
             f"{doing}, weight {target.name!r}",

@@ -111,7 +111,13 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest; `to_json` and `from_json` are exact inverses."""
+    """The manifest; `to_json` and `from_json` are exact inverses.
+
+    Args:
+        aliases: further name of a weight -> the name it is stored under.
+        ties: for each tensor that several modules of the model share, one name per module; a name that is neither a
+            weight nor an alias is not read by the forward pass.
+    """
 
     name: str
     producer: str
@@ -125,6 +131,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     max_rank: int | None = None
     gate: tuple[Mapping[str, Any], ...] = field(default=())
+    ties: tuple[tuple[str, ...], ...] = ()
 
     @property
     def base_digest(self) -> str:
@@ -156,8 +163,29 @@ class Manifest:
         return frozenset(found - others)
 
     def canonical(self, name: str) -> str:
-        """The name under which a weight is stored; tied weights have several names."""
+        """The name under which a weight is stored; a module that is registered twice has several names."""
         return self.aliases.get(name, name)
+
+    @cached_property
+    def stored(self) -> Mapping[str, str]:
+        """Every name of a weight that the graphs hold -> the name it is stored under."""
+        return {name: name for name in self.weights} | dict(self.aliases)
+
+    @cached_property
+    def shared(self) -> Mapping[str, str]:
+        """The aliases that are further names of one module: a change under either name is the same change."""
+        tied = {name for group in self.ties for name in group}
+        return {alias: name for alias, name in self.aliases.items() if alias not in tied}
+
+    def uses(self, name: str) -> list[str]:
+        """Names of all modules that a stored weight serves; several where it was exported tied."""
+        found = [other for group in self.ties for other in group if self.stored.get(other) == name]
+        return found or [name]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all base weights, equal ones counted once as they are stored."""
+        return sum(length for _, length in {(weight.offset, weight.length) for weight in self.weights.values()})
 
     def to_json(self) -> str:
         """The file's text."""
@@ -246,13 +274,24 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         files={n: FileRecord(f["sha256"], int(f["bytes"])) for n, f in document["files"].items()},
         max_rank=document["max_rank"],
         gate=tuple(document["gate"]),
+        ties=_ties(document),
     )
+
+
+def _ties(document: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """The tied names; of a bundle from before they were written, every alias may be one."""
+    if "ties" in document:
+        return tuple(tuple(map(str, group)) for group in document["ties"])
+    groups: dict[str, list[str]] = {}
+    for alias, name in sorted(dict(document["aliases"]).items()):
+        groups.setdefault(name, [name]).append(alias)
+    return tuple(map(tuple, groups.values()))
 
 
 def _target(entry: Mapping[str, Any]) -> Target:
     if entry["kind"] not in get_args(Kind):
         raise ValueError(f"kind {entry['kind']!r}")
-    return Target(entry["name"], entry["kind"], tuple(entry["shape"]), entry["dtype"])
+    return Target(entry["name"], entry["kind"], tuple(entry["shape"]), entry["dtype"], entry.get("factors"))
 
 
 def _port(entry: Mapping[str, Any]) -> Port:

@@ -9,9 +9,16 @@ Every kind is exact for every Tucker delta; they differ in what the graph does w
 | matmul | the same, of a weight stored (I, O) | x W (transformers Conv1D, bare tensors) |
 | conv | `down` (R_i, I, 1..), `core` (R_o, R_i, *K), `up` (O, R_o, 1..), kernel factors absorbed | Conv, groups = 1 |
 | conv_transpose | `down` (R_i, I, 1..), `core` (R_i, R_o, *K), `up` (O, R_o, 1..) | ConvTranspose, groups = 1 |
-| weight | `up` (O, R_o), `core` (R_o, I * K1 ..); W + up core, reshaped | grouped convs and every other use |
+| weight | `up` (O, R_o), `core` (R_o, I * K1 ..); W + up core, reshaped | grouped or dense, every other use |
 | gain_0, gain_1 | `value` (size of that mode); gain * (W + dW) | DoRA, IA3: one factor per index of a mode |
 | override | `value` (the tensor itself) | a whole tensor that a task replaces |
+
+`Target.factors` says which channel modes of a conv or weight have a factor slot; a mode that has none is not reduced,
+and is an identity neither stored nor run.  A LoRA of a conv, `lora_A` (r, I, *K) and `lora_B` (O, r), is `core`
+(R_o, I, *K) and `up`: the Tucker1 form, where a Tucker change with both factors is Tucker2 (Kolda and Bader, SIAM
+Review 51(3), 2009, section 4.2; Kim et al., arXiv 1511.06530).  `best_factors` chooses what holds the fewest numbers;
+any change fits any choice exactly, with ranks no larger than those of its unfoldings (for a LoRA with both factors,
+R_i = min(I, r K1 ..), at most twice its numbers).
 
 Absorbing the core of a matrix keeps min(R_o, R_i) (I + O) numbers, fewer than core and factors apart, and costs one
 matrix product less.  A bank stacks one slot of all adapters along a new first axis T, zero-padded to the largest
@@ -21,14 +28,14 @@ rank; zero padding is exact.  Graph inputs are named `<weight>.tpeft.<slot>`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from tpeft_deploy.errors import ShapeError
-from tpeft_deploy.tucker import Array, TuckerDelta
+from tpeft_deploy.tucker import Array, TuckerDelta, mode_product
 
 __all__ = [
     "INDEX",
@@ -36,6 +43,8 @@ __all__ = [
     "Part",
     "Slot",
     "Target",
+    "best_factors",
+    "change_of",
     "fill",
     "input_name",
     "neutral",
@@ -52,6 +61,15 @@ Kind = Literal["linear", "matmul", "conv", "conv_transpose", "weight", "gain_0",
 
 Part = Literal["delta", "gain_0", "gain_1", "override"]
 
+Modes = tuple[int, ...]
+_FACTORS: dict[Kind, Modes] = {
+    "linear": (0, 1),
+    "matmul": (0, 1),
+    "conv": (0, 1),
+    "conv_transpose": (0, 1),
+    "weight": (0,),
+}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -62,12 +80,21 @@ class Target:
         kind: one of the kinds above.
         shape: the base weight's shape (O, I, K1, ...).
         dtype: numpy name of the dtype that the slots have, e.g. "float32".
+        factors: channel modes (0 and 1 of the shape) that have a factor slot; by default those of the table above.
+            Kinds other than conv, conv_transpose and weight have no choice.
     """
 
     name: str
     kind: Kind
     shape: tuple[int, ...]
     dtype: str
+    factors: Modes | None = None
+
+    def __post_init__(self) -> None:
+        factors = _FACTORS.get(self.kind, ()) if self.factors is None else tuple(self.factors)
+        if factors not in _choices(self.kind):
+            raise ValueError(f"factors {factors} of a target of kind {self.kind}")
+        object.__setattr__(self, "factors", factors)
 
     @property
     def part(self) -> Part:
@@ -101,25 +128,73 @@ def slots_of(target: Target) -> tuple[Slot, ...]:
         return (Slot("value", ("C", *target.shape[1:]) if target.shape else ()),)
     if target.kind in ("gain_0", "gain_1"):
         return (Slot("value", (target.shape[int(target.kind[-1])],)),)
-    first, second, *kernel = target.shape
+    first, second = target.shape[:2]
     if target.kind == "linear":
         return Slot("down", (second, "R")), Slot("up", ("R", first))
     if target.kind == "matmul":
         return Slot("down", (first, "R")), Slot("up", ("R", second))
-    if target.kind == "weight":
-        return Slot("up", (first, "R_o")), Slot("core", ("R_o", second * math.prod(kernel)))
-    ones = (1,) * len(kernel)
-    if target.kind == "conv_transpose":
-        return (
-            Slot("down", ("R_i", first, *ones)),
-            Slot("core", ("R_i", "R_o", *kernel)),
-            Slot("up", (second, "R_o", *ones)),
-        )
-    return (
-        Slot("down", ("R_i", second, *ones)),
-        Slot("core", ("R_o", "R_i", *kernel)),
-        Slot("up", (first, "R_o", *ones)),
-    )
+    return _weight_slots(target) if target.kind == "weight" else _conv_slots(target)
+
+
+def _conv_slots(target: Target) -> tuple[Slot, ...]:
+    shape, modes, ones = target.shape, target.factors or (), (1,) * len(target.shape[2:])
+    outputs, inputs = _channels(target)
+    letters = {outputs: "R_o", inputs: "R_i"}
+    core = (letters[mode] if mode in modes else shape[mode] for mode in (0, 1))
+    down = [Slot("down", ("R_i", shape[inputs], *ones))] if inputs in modes else []
+    up = [Slot("up", (shape[outputs], "R_o", *ones))] if outputs in modes else []
+    return (*down, Slot("core", (*core, *shape[2:])), *up)
+
+
+def _channels(target: Target) -> tuple[int, int]:
+    """The modes of the output and of the input channels; a `weight` is taken as (O, I, K1, ...)."""
+    return (1, 0) if target.kind == "conv_transpose" else (0, 1)
+
+
+def _weight_slots(target: Target) -> tuple[Slot, ...]:
+    first, second, *kernel = target.shape
+    points = math.prod(kernel)
+    up, down = Slot("up", (first, "R_o")), Slot("down", (second, "R_i"))
+    return {
+        # Both sizes as ranks: the neutral value is one zero, not a whole weight of them.
+        (): (Slot("core", ("R_o", "R_i")),),
+        (0,): (up, Slot("core", ("R_o", second * points))),
+        (1,): (down, Slot("core", (first, "R_i", points))),
+        (0, 1): (down, up, Slot("core", ("R_o", "R_i", points))),
+    }[target.factors or ()]
+
+
+def best_factors(kind: Kind, shape: Sequence[int], ranks: Iterable[Sequence[int]]) -> Modes:
+    """The factor slots with which a set of changes holds the fewest numbers; of equal ones, the fewest slots.
+
+    Args:
+        kind: conv, conv_transpose or weight; others have no choice.
+        shape: the weight's.
+        ranks: per change, the sizes of its core.
+
+    Returns:
+        For `Target.factors`; () of a conv, which no factor makes smaller, asks for a target of kind weight.
+    """
+    changes = list(ranks)
+    choices = _choices("weight") if kind in ("conv", "conv_transpose") else _choices(kind)
+    return min(choices, key=lambda modes: sum(_numbers(shape, own, modes) for own in changes))
+
+
+def _choices(kind: Kind) -> tuple[Modes, ...]:
+    if kind == "weight":
+        return (), (0,), (1,), (0, 1)
+    if kind in ("conv", "conv_transpose"):
+        return (0,), (1,), (0, 1)
+    return (_FACTORS.get(kind, ()),)
+
+
+def _numbers(shape: Sequence[int], ranks: Sequence[int], modes: Modes) -> int:
+    """How many numbers `_reduced` leaves in the slots of a change with a core of these sizes."""
+    least = [min(rank, size) for rank, size in zip(ranks, shape, strict=True)]
+    for mode in modes:
+        least[mode] = min(least[mode], math.prod(least) // least[mode])
+    core = [least[mode] if mode in modes else size for mode, size in enumerate(shape)]
+    return math.prod(core) + sum(shape[mode] * least[mode] for mode in modes)
 
 
 def fill(target: Target, change: TuckerDelta | Array) -> dict[str, Array]:
@@ -132,8 +207,25 @@ def fill(target: Target, change: TuckerDelta | Array) -> dict[str, Array]:
     Returns:
         Slot name -> contiguous array of the slot's shape with the adapter's own ranks.
     """
-    tensors = _FILL[target.kind](change) if isinstance(change, TuckerDelta) else {"value": change}
+    tensors = _FILL[target.kind](target, change) if isinstance(change, TuckerDelta) else {"value": change}
     return {name: np.asarray(array, dtype=target.dtype, order="C") for name, array in tensors.items()}
+
+
+def change_of(target: Target, tensors: Mapping[str, Array]) -> Array:
+    """What the slots of a delta add to the weight, in float64: what `fill` was given, up to rounding to the dtype."""
+    wide = {name: array.astype(np.float64) for name, array in tensors.items()}
+    if target.kind in ("linear", "matmul"):
+        product: Array = wide["down"] @ wide["up"]
+        return product.T if target.kind == "linear" else product
+    change, kernel = wide.pop("core"), target.shape[2:]
+    if target.kind == "weight":
+        change = change.reshape(len(change), -1 if "down" in wide else target.shape[1], *kernel)
+    modes = dict(zip(("up", "down"), _channels(target), strict=True))
+    for name, factor in wide.items():
+        matrix = factor.reshape(factor.shape[:2])
+        transposed = name == "down" and target.kind != "weight"
+        change = mode_product(change, matrix.T if transposed else matrix, modes[name])
+    return change
 
 
 def neutral(target: Target) -> dict[str, Array]:
@@ -191,7 +283,7 @@ def _factor(delta: TuckerDelta, mode: int) -> Array:
     return np.eye(delta.ranks[mode]) if factor is None else factor.astype(np.float64)
 
 
-def _linear(delta: TuckerDelta) -> dict[str, Array]:
+def _linear(_: Target, delta: TuckerDelta) -> dict[str, Array]:
     core = delta.scale * delta.core.astype(np.float64)
     up, down = _factor(delta, 0), _factor(delta, 1)
     if core.shape[1] <= core.shape[0]:
@@ -199,32 +291,52 @@ def _linear(delta: TuckerDelta) -> dict[str, Array]:
     return {"down": down @ core.T, "up": up.T}
 
 
-def _matmul(delta: TuckerDelta) -> dict[str, Array]:
-    slots = _linear(delta)
+def _matmul(target: Target, delta: TuckerDelta) -> dict[str, Array]:
+    slots = _linear(target, delta)
     return {"down": slots["up"].T, "up": slots["down"].T}
 
 
-def _conv(delta: TuckerDelta) -> dict[str, Array]:
-    core = delta.absorb(range(2, delta.core.ndim)).core * delta.scale
-    return {"down": _pointwise(_factor(delta, 1).T, core), "core": core, "up": _pointwise(_factor(delta, 0), core)}
+def _conv(target: Target, delta: TuckerDelta) -> dict[str, Array]:
+    modes, ones = target.factors or (), (1,) * len(target.shape[2:])
+    least = _reduced(delta, modes)
+    outputs, inputs = _channels(target)
+    tensors = {"core": least.core * least.scale}
+    if outputs in modes:
+        up = _factor(least, outputs)
+        tensors["up"] = up.reshape(*up.shape, *ones)
+    if inputs in modes:
+        down = _factor(least, inputs).T
+        tensors["down"] = down.reshape(*down.shape, *ones)
+    return {slot.name: tensors[slot.name] for slot in slots_of(target)}
 
 
-def _conv_transpose(delta: TuckerDelta) -> dict[str, Array]:
-    core = delta.absorb(range(2, delta.core.ndim)).core * delta.scale
-    return {"down": _pointwise(_factor(delta, 0).T, core), "core": core, "up": _pointwise(_factor(delta, 1), core)}
+def _weight(target: Target, delta: TuckerDelta) -> dict[str, Array]:
+    modes = target.factors or ()
+    least = _reduced(delta, modes)
+    first, second = least.ranks[:2]
+    core = (least.core * least.scale).reshape((first, second, -1) if 1 in modes else (first, -1))
+    tensors = {"core": core} | {("up", "down")[mode]: _factor(least, mode) for mode in modes}
+    return {slot.name: tensors[slot.name] for slot in slots_of(target)}
 
 
-def _pointwise(matrix: Array, core: Array) -> Array:
-    """A matrix as the weight of a conv whose kernel is a single point."""
-    return matrix.reshape(*matrix.shape, *(1,) * (core.ndim - 2))
+def _reduced(delta: TuckerDelta, modes: Modes) -> TuckerDelta:
+    """The same change in float64, with factors of `modes` alone, of the least rank that sizes promise.
+
+    The rank of an unfolding (R_m, rest of the core) is at most the size of the mode and of the rest.  Where the rest
+    is smaller, the unfolding itself goes into the factor and leaves an identity behind: exact, and no decomposition.
+    """
+    wide = [m for m, factor in enumerate(delta.factors) if factor is not None and factor.shape[1] >= factor.shape[0]]
+    delta = delta.absorb(wide)
+    core, factors = delta.core.astype(np.float64), list(delta.factors)
+    for mode in modes:
+        own = np.moveaxis(core, mode, 0)
+        rest = core.size // len(own)
+        if len(own) > rest:
+            unfolding, factor = own.reshape(len(own), rest), factors[mode]
+            factors[mode] = unfolding if factor is None else factor.astype(np.float64) @ unfolding
+            core = np.moveaxis(np.eye(rest).reshape(rest, *own.shape[1:]), 0, mode)
+    least = TuckerDelta(core, tuple(factors), delta.scale)
+    return least.absorb(mode for mode in range(core.ndim) if mode not in modes)
 
 
-def _weight(delta: TuckerDelta) -> dict[str, Array]:
-    core = delta.absorb(range(1, delta.core.ndim)).core * delta.scale
-    up, core = _factor(delta, 0), core.reshape(core.shape[0], -1)
-    if core.shape[0] > core.shape[1]:  # a depthwise kernel has fewer taps than channels
-        up, core = up @ core, np.eye(core.shape[1])
-    return {"up": up, "core": core}
-
-
-_FILL = {"linear": _linear, "matmul": _matmul, "conv": _conv, "conv_transpose": _conv_transpose, "weight": _weight}
+_FILL = {"linear": _linear, "matmul": _matmul, "conv": _conv, "conv_transpose": _conv, "weight": _weight}

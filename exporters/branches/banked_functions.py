@@ -92,94 +92,24 @@ def BankedLookupShared(y, ids, adapter_index, downs, ups):
 
 
 @script(_tpeft, default_opset=op)
-def BankedConv(
-    y,
-    x,
-    adapter_index,
-    downs,
-    cores,
-    ups,
-    window,
-    strides: Sequence[int],
-    pads: Sequence[int],
-    dilations: Sequence[int],
-):
-    """As TuckerConv, row n with adapter `adapter_index[n]`; banks (T, ...), window (K, 1, *K) one-hot, K = K1 K2 ..
-
-    The window is a conv that copies the K taps of one channel (im2col), so the core becomes a batched matrix
-    product of dynamic rank.
-    """
-    rows = op.Shape(adapter_index)
-    rest = op.Constant(value_ints=[-1])
-    flat = op.Constant(value_ints=[0, 0, -1])
-    pixels = op.Reshape(x, flat)
-    split = op.Reshape(pixels, op.Concat(rows, rest, op.Shape(pixels, start=1), axis=0))  # (N, m, I, P)
-    one = op.Constant(value_ints=[1])
-    down = op.Unsqueeze(op.Reshape(op.Gather(downs, adapter_index), flat), one)  # (N, 1, R_i, I)
-    inner = op.MatMul(down, split)  # (N, m, R_i, P)
-    planes = op.Reshape(inner, op.Concat(rest, one, op.Shape(x, start=2), axis=0))
-    taps = op.Conv(planes, window, strides=strides, pads=pads, dilations=dilations)  # (B R_i, K, *P')
-    core = op.Unsqueeze(op.Reshape(op.Gather(cores, adapter_index), flat), one)  # (N, 1, R_o, R_i K)
-    patches = op.Reshape(taps, op.Concat(op.Shape(inner, end=2), op.Shape(core, start=3), rest, axis=0))
-    up = op.Unsqueeze(op.Reshape(op.Gather(ups, adapter_index), flat), one)  # (N, 1, O, R_o)
-    return y + op.Reshape(op.MatMul(up, op.MatMul(core, patches)), op.Shape(y))
-
-
-@script(_tpeft, default_opset=op)
-def BankedConvTranspose(
-    y,
-    x,
-    adapter_index,
-    downs,
-    cores,
-    ups,
-    window,
-    strides: Sequence[int],
-    pads: Sequence[int],
-    dilations: Sequence[int],
-    output_padding: Sequence[int],
-):
-    """As TuckerConvTranspose, row n with adapter `adapter_index[n]`; cores (T, R_i, R_o, *K).
-
-    The core is a batched matrix product that computes the K taps of each channel; the window, a transposed conv with
-    a one-hot kernel, adds them where they belong.
-    """
-    rows = op.Shape(adapter_index)
-    rest = op.Constant(value_ints=[-1])
-    flat = op.Constant(value_ints=[0, 0, -1])
-    pixels = op.Reshape(x, flat)
-    split = op.Reshape(pixels, op.Concat(rows, rest, op.Shape(pixels, start=1), axis=0))  # (N, m, I, P)
-    one = op.Constant(value_ints=[1])
-    down = op.Unsqueeze(op.Reshape(op.Gather(downs, adapter_index), flat), one)  # (N, 1, R_i, I)
-    inner = op.MatMul(down, split)  # (N, m, R_i, P)
-    core = op.Transpose(op.Reshape(op.Gather(cores, adapter_index), flat), perm=[0, 2, 1])  # (N, R_o K, R_i)
-    taps = op.MatMul(op.Unsqueeze(core, one), inner)  # (N, m, R_o K, P)
-    planes = op.Reshape(taps, op.Concat(rest, op.Shape(window, end=1), op.Shape(x, start=2), axis=0))
-    sums = op.ConvTranspose(
-        planes, window, strides=strides, pads=pads, dilations=dilations, output_padding=output_padding
-    )  # (B R_o, 1, *P')
-    counts = op.Concat(op.Shape(inner, end=2), op.Shape(cores, start=2, end=3), rest, axis=0)
-    up = op.Unsqueeze(op.Reshape(op.Gather(ups, adapter_index), flat), one)  # (N, 1, O, R_o)
-    return y + op.Reshape(op.MatMul(up, op.Reshape(sums, counts)), op.Shape(y))
-
-
-@script(_tpeft, default_opset=op)
 def BankedGroupedConv(
     x,
     weight,
     adapter_index,
-    ups,
-    cores,
+    change,
     strides: Sequence[int],
     pads: Sequence[int],
     dilations: Sequence[int],
     group: int,
 ):
-    """A bias-free conv whose weight is W + dW of adapter `adapter_index[n]`: Scan over rows, one Conv each."""
+    """A bias-free conv whose weight is W + dW of adapter `adapter_index[n]`: Scan over rows, one Conv each.
+
+    change: (N, O, I K1 ..), or one zero per row.
+    """
     rows = op.Shape(adapter_index)
     rest = op.Constant(value_ints=[-1])
-    change = op.MatMul(op.Gather(ups, adapter_index), op.Gather(cores, adapter_index))
-    weights = weight + op.Reshape(change, op.Concat(rows, op.Shape(weight), axis=0))
+    flat = op.Reshape(weight, op.Concat(op.Shape(weight, end=1), rest, axis=0))
+    weights = op.Reshape(flat + change, op.Concat(rows, op.Shape(weight), axis=0))
     split = op.Reshape(x, op.Concat(rows, rest, op.Shape(x, start=1), axis=0))
 
     @graph()
@@ -196,8 +126,7 @@ def BankedGroupedConvTranspose(
     x,
     weight,
     adapter_index,
-    ups,
-    cores,
+    change,
     strides: Sequence[int],
     pads: Sequence[int],
     dilations: Sequence[int],
@@ -207,8 +136,8 @@ def BankedGroupedConvTranspose(
     """As BankedGroupedConv for a transposed conv."""
     rows = op.Shape(adapter_index)
     rest = op.Constant(value_ints=[-1])
-    change = op.MatMul(op.Gather(ups, adapter_index), op.Gather(cores, adapter_index))
-    weights = weight + op.Reshape(change, op.Concat(rows, op.Shape(weight), axis=0))
+    flat = op.Reshape(weight, op.Concat(op.Shape(weight, end=1), rest, axis=0))
+    weights = op.Reshape(flat + change, op.Concat(rows, op.Shape(weight), axis=0))
     split = op.Reshape(x, op.Concat(rows, rest, op.Shape(x, start=1), axis=0))
 
     @graph()
@@ -234,8 +163,7 @@ def BankedDepthwise(
     weight,
     bias,
     adapter_index,
-    ups,
-    cores,
+    change,
     kernel: Sequence[int],
     strides: Sequence[int],
     pads: Sequence[int],
@@ -246,9 +174,8 @@ def BankedDepthwise(
     """As TuckerDepthwise, row n with adapter `adapter_index[n]`: Scan over rows, one conv each."""
     rows = op.Shape(adapter_index)
     rest = op.Constant(value_ints=[-1])
-    change = op.MatMul(op.Gather(ups, adapter_index), op.Gather(cores, adapter_index))
-    flat = op.Reshape(weight, op.Constant(value_ints=[1, -1])) + op.Reshape(change, op.Concat(rows, rest, axis=0))
-    planes = op.Reshape(flat, op.Concat(rows, op.Shape(weight, end=1), op.Shape(weight, start=2), axis=0))
+    flat = op.Reshape(weight, op.Concat(op.Shape(weight, end=1), rest, axis=0))
+    planes = op.Reshape(flat + change, op.Concat(rows, op.Shape(weight, end=1), op.Shape(weight, start=2), axis=0))
     weights = op.Reshape(_blocks.ReorderInput(planes), op.Concat(rows, op.Shape(weight), axis=0))
     blocked = _blocks.ReorderInput(x)
     split = op.Reshape(blocked, op.Concat(rows, rest, op.Shape(blocked, start=1), axis=0))
@@ -297,10 +224,16 @@ def BankedWholeConv(
 
 
 @script(_tpeft, default_opset=op)
-def BankedWeight(weight, adapter_index, ups, cores):
-    """W + dW of the one adapter of this run; `adapter_index` must have length 1 or the reshape fails."""
-    change = op.MatMul(op.Gather(ups, adapter_index), op.Gather(cores, adapter_index))
-    return weight + op.Reshape(change, op.Shape(weight))
+def BankedWeight(weight, change):
+    """W + dW of the one adapter of this run: of a change (N, O, I K1 ..) with N > 1 the reshape fails."""
+    flat = op.Reshape(weight, op.Concat(op.Shape(weight, end=1), op.Constant(value_ints=[-1]), axis=0))
+    return op.Reshape(flat + change, op.Shape(weight))
+
+
+@script(_tpeft, default_opset=op)
+def BankedRows(adapter_index, values):
+    """The rows values[adapter_index[n]] of a bank."""
+    return op.Gather(values, adapter_index)
 
 
 @script(_tpeft, default_opset=op)
@@ -356,13 +289,12 @@ BANKED: dict[str, OnnxFunction] = {
         BankedRepeated,
         BankedLookup,
         BankedLookupShared,
-        BankedConv,
-        BankedConvTranspose,
         BankedGroupedConv,
         BankedGroupedConvTranspose,
         BankedDepthwise,
         BankedWholeConv,
         BankedWeight,
+        BankedRows,
         BankedDense,
         BankedTable,
         BankedVector,

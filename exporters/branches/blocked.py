@@ -37,8 +37,9 @@ def factored(model: ir.Model, target: Target, slots: dict[str, ir.Value]) -> Non
     if not sites:
         weight.factored(model, target, slots)
         return
+    change = weight.change(model, target, slots)
     for i, site in enumerate(sites):
-        inputs = [*_operands(model, target, site), slots["up"], slots["core"]]
+        inputs = [*_operands(model, target, site), change]
         _replace(model, target, site, "TuckerDepthwise", inputs, f"tucker.{i}")
 
 
@@ -47,18 +48,19 @@ def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: i
     sites = _sites(model.graph, target)
     if not sites or any(site.order != "major" for site in sites):
         return weight.banked(model, target, slots, index)
+    changes = weight.change(model, target, weight.rows_of(model, target, slots, index))
     for i, site in enumerate(sites):
-        inputs = [*_operands(model, target, site), index, slots["up"], slots["core"]]
+        inputs = [*_operands(model, target, site), index, changes]
         _replace(model, target, site, "BankedDepthwise", inputs, f"banked.{i}")
     return "each"
 
 
 def _sites(graph: ir.Graph, target: Target) -> list[Site]:
     channels, inputs, *kernel = target.shape
-    weight = weight_value(graph, target.name)
-    if len(kernel) != 2 or inputs != 1 or channels % _BLOCK or weight.dtype != ir.DataType.FLOAT:
+    value = weight_value(graph, target.name)
+    if len(kernel) != 2 or inputs != 1 or channels % _BLOCK or value.dtype != ir.DataType.FLOAT:
         return []
-    sites = conv_sites(weight, grouped=True) or []
+    sites = conv_sites(value, grouped=True) or []
     return sites if all(site.node.attributes.get_int("group", 1) == channels for site in sites) else []
 
 

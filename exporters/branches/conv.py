@@ -1,7 +1,11 @@
-"""Convolutions with groups = 1, plain and transposed: a 1x1 conv, the core with the base's geometry, a 1x1 conv."""
+"""Convolutions with groups = 1, plain and transposed: a 1x1 conv, the core with the base's geometry, a 1x1 conv.
+
+One of the 1x1 convs is absent where adapters hold the core with that mode whole, as LoRA's `down` does.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.surgery import add_constant, call, reroute
@@ -14,32 +18,39 @@ from tpeft_deploy.exporters.sites import (
     weight_value,
 )
 from tpeft_deploy.manifest import Rows
-from tpeft_deploy.slots import Target
+from tpeft_deploy.slots import Target, slots_of
 
 __all__ = ["banked", "factored"]
 
+_ALL = 3  # down, core, up
+
 
 def factored(model: ir.Model, target: Target, slots: dict[str, ir.Value]) -> None:
-    """Attach TuckerConv or TuckerConvTranspose at every consumer."""
+    """Attach a Tucker conv at every consumer."""
     for i, site in enumerate(_sites(model, target)):
-        inputs = [site.y, site.x, slots["down"], slots["core"], slots["up"]]
-        function = "TuckerConv" if target.kind == "conv" else "TuckerConvTranspose"
-        reroute(site.y, _attach(model, target, site, function, inputs, f"tucker.{i}"))
+        inputs = [site.y, site.x, *slots.values()]
+        reroute(site.y, _attach(model, target, site, f"Tucker{_function(target)}", inputs, f"tucker.{i}"))
 
 
 def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: ir.Value) -> Rows:
     """Attach the banked form at every consumer; equal kernels share one window constant."""
     kernel = target.shape[2:]
     dtype = weight_value(model.graph, target.name).const_value.dtype.numpy()  # type: ignore[union-attr]
-    window = one_hot_window(kernel).astype(dtype)
-    name = f"tpeft.window.{'x'.join(map(str, kernel))}.{dtype.name}"
-    taps = add_constant(model.graph, name, window)
+    window, name = one_hot_window(kernel).astype(dtype), "tpeft.window"
+    if target.kind == "conv" and "down" not in slots:
+        window, name = window.swapaxes(0, 1), f"{name}.sum"
+    taps = add_constant(model.graph, f"{name}.{'x'.join(map(str, kernel))}.{dtype.name}", np.ascontiguousarray(window))
     sites = _sites(model, target)
     for i, site in enumerate(sites):
-        inputs = [site.y, site.x, index, slots["down"], slots["core"], slots["up"], taps]
-        function = "BankedConv" if target.kind == "conv" else "BankedConvTranspose"
-        reroute(site.y, _attach(model, target, site, function, inputs, f"banked.{i}"))
+        inputs = [site.y, site.x, index, *slots.values(), taps]
+        reroute(site.y, _attach(model, target, site, f"Banked{_function(target)}", inputs, f"banked.{i}"))
     return "each" if all(site.order == "major" for site in sites) else "group"
+
+
+def _function(target: Target) -> str:
+    names = [slot.name for slot in slots_of(target)]
+    only = "" if len(names) == _ALL else "Up" if "up" in names else "Down"
+    return f"{'Conv' if target.kind == 'conv' else 'ConvTranspose'}{only}"
 
 
 def _sites(model: ir.Model, target: Target) -> list[Site]:

@@ -28,32 +28,6 @@ def TuckerLinear(y, x, down, up):
 
 
 @script(_tpeft, default_opset=op)
-def TuckerConv(y, x, down, core, up, strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int]):
-    """1x1 conv down, core conv with the base's geometry, 1x1 conv up; zero padding commutes with the first."""
-    inner = op.Conv(op.Conv(x, down), core, strides=strides, pads=pads, dilations=dilations)
-    return y + op.Conv(inner, up)
-
-
-@script(_tpeft, default_opset=op)
-def TuckerConvTranspose(
-    y,
-    x,
-    down,
-    core,
-    up,
-    strides: Sequence[int],
-    pads: Sequence[int],
-    dilations: Sequence[int],
-    output_padding: Sequence[int],
-):
-    """As TuckerConv with a transposed core conv; core (R_i, R_o, *K)."""
-    inner = op.ConvTranspose(
-        op.Conv(x, down), core, strides=strides, pads=pads, dilations=dilations, output_padding=output_padding
-    )
-    return y + op.Conv(inner, up)
-
-
-@script(_tpeft, default_opset=op)
 def TuckerLookup(y, ids, down, up):
     """y + (up^T)[ids] down^T; ids of any shape, down (I, R), up (R, V)."""
     rows = op.Transpose(op.Gather(up, op.Reshape(ids, op.Constant(value_ints=[-1])), axis=1))
@@ -67,9 +41,23 @@ def TuckerGain(y, gain, shape: Sequence[int]):
 
 
 @script(_tpeft, default_opset=op)
-def TuckerWeight(weight, up, core):
-    """W + dW; up (O, R_o), core (R_o, I * K1 ..)."""
-    return weight + op.Reshape(op.MatMul(up, core), op.Shape(weight))
+def TuckerChange(up, core):
+    """The flat change (.., O, I K1 ..) of a weight; up (.., O, R_o), core (.., R_o, I K1 ..)."""
+    return op.MatMul(up, core)
+
+
+@script(_tpeft, default_opset=op)
+def TuckerInputs(down, core):
+    """The core (.., R_o, I K1 ..) without its input factor; down (.., I, R_i), core (.., R_o, R_i, K1 ..)."""
+    whole = op.MatMul(op.Unsqueeze(down, op.Constant(value_ints=[-3])), core)
+    return op.Reshape(whole, op.Concat(op.Shape(core, end=-2), op.Constant(value_ints=[-1]), axis=0))
+
+
+@script(_tpeft, default_opset=op)
+def TuckerWeight(weight, change):
+    """W + dW; change (O, I K1 ..), or one zero."""
+    flat = op.Reshape(weight, op.Concat(op.Shape(weight, end=1), op.Constant(value_ints=[-1]), axis=0))
+    return op.Reshape(flat + change, op.Shape(weight))
 
 
 @script(_tpeft, default_opset=op)
@@ -77,8 +65,7 @@ def TuckerDepthwise(
     x,
     weight,
     bias,
-    up,
-    core,
+    change,
     kernel: Sequence[int],
     strides: Sequence[int],
     pads: Sequence[int],
@@ -87,7 +74,8 @@ def TuckerDepthwise(
     last: int,
 ):
     """A depthwise conv whose weight is W + dW, in the CPU's channel-blocked layout; `last` asks for (B, H, W, C)."""
-    whole = weight + op.Reshape(op.MatMul(up, core), op.Shape(weight))
+    flat = op.Reshape(weight, op.Concat(op.Shape(weight, end=1), op.Constant(value_ints=[-1]), axis=0))
+    whole = op.Reshape(flat + change, op.Shape(weight))
     # A depthwise weight in blocked order is laid out like an image (1, C, k, k) in blocked order.
     blocked = op.Reshape(_blocks.ReorderInput(op.Transpose(whole, perm=[1, 0, 2, 3])), op.Shape(weight))
     y = _blocks.Conv(
@@ -108,8 +96,8 @@ FACTORED: dict[str, OnnxFunction] = {
     for f in (
         TuckerLinear,
         TuckerLookup,
-        TuckerConv,
-        TuckerConvTranspose,
+        TuckerChange,
+        TuckerInputs,
         TuckerWeight,
         TuckerDepthwise,
         TuckerGain,

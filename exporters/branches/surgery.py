@@ -9,12 +9,13 @@ import onnx_ir as ir
 
 from tpeft_deploy.exporters import bfloat16
 from tpeft_deploy.exporters.branches.banked_functions import BANKED
+from tpeft_deploy.exporters.branches.conv_functions import CONVS
 from tpeft_deploy.exporters.branches.factored_functions import BLOCKS, DOMAIN, FACTORED
 from tpeft_deploy.exporters.rows import same_order
 
 __all__ = ["add_constant", "add_input", "apply", "call", "call_first", "constant_ints", "reroute", "route_around"]
 
-_FUNCTIONS = FACTORED | BANKED
+_FUNCTIONS = FACTORED | BANKED | CONVS
 
 
 def add_input(

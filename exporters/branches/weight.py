@@ -5,6 +5,8 @@ Banked, a conv runs row by row with that row's own weight; any other use takes o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.split import split_bias
@@ -13,22 +15,23 @@ from tpeft_deploy.exporters.sites import Site, conv_sites, geometry, transposed_
 from tpeft_deploy.manifest import Rows
 from tpeft_deploy.slots import Target
 
-__all__ = ["banked", "factored"]
+__all__ = ["banked", "change", "factored", "rows_of"]
 
 
 def factored(model: ir.Model, target: Target, slots: dict[str, ir.Value]) -> None:
     """Route every consumer to W + dW."""
     weight = weight_value(model.graph, target.name)
-    inputs = [weight, slots["up"], slots["core"]]
+    inputs = [weight, change(model, target, slots)]
     reroute(weight, call_first(model, "TuckerWeight", inputs, name=f"{target.name}.tucker", like=weight))
 
 
 def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: ir.Value) -> Rows:
     """Replace convs by row-wise convs where every consumer is one, else route consumers to one W + dW."""
     weight = weight_value(model.graph, target.name)
+    changes = change(model, target, rows_of(model, target, slots, index))
     sites = _conv_sites(weight, len(target.shape))
     if not sites or any(site.order != "major" for site in sites):
-        inputs = [weight, index, slots["up"], slots["core"]]
+        inputs = [weight, changes]
         reroute(weight, call_first(model, "BankedWeight", inputs, name=f"{target.name}.banked", like=weight))
         return "group"
     for site in sites:
@@ -38,7 +41,7 @@ def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: i
         new = call(
             model,
             "BankedGroupedConvTranspose" if transposed else "BankedGroupedConv",
-            [site.x, weight, index, slots["up"], slots["core"]],
+            [site.x, weight, index, changes],
             name=f"{target.name}.banked.{i}",
             like=site.y,
             after=site.node,
@@ -46,6 +49,26 @@ def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: i
         )
         route_around(site.node, new)
     return "each"
+
+
+def change(model: ir.Model, target: Target, slots: Mapping[str, ir.Value]) -> ir.Value:
+    """The flat change (.., O, I K1 ..) of slots, computed before all other nodes."""
+    core = slots["core"]
+    for slot, function in (("down", "TuckerInputs"), ("up", "TuckerChange")):
+        if slot in slots:
+            core = _first(model, target, function, [slots[slot], core], slot)
+    return core
+
+
+def rows_of(model: ir.Model, target: Target, slots: Mapping[str, ir.Value], index: ir.Value) -> dict[str, ir.Value]:
+    """Every slot's bank rows (N, ...) of this run's adapters."""
+    return {slot: _first(model, target, "BankedRows", [index, bank], f"{slot}.rows") for slot, bank in slots.items()}
+
+
+def _first(model: ir.Model, target: Target, function: str, inputs: list[ir.Value], suffix: str) -> ir.Value:
+    value = call_first(model, function, inputs, name=f"{target.name}.{suffix}", like=None)
+    value.type = weight_value(model.graph, target.name).type
+    return value
 
 
 def _conv_sites(weight: ir.Value, axes: int) -> list[Site] | None:

@@ -63,6 +63,7 @@ class Found:
         quantised: every product whose quantised weight is certain, and that weight.
         problems: weight -> why an adapter must not change it.
         aliases: name that only the file has for a weight -> the weight's known name.
+        untied: those of them that are a further use of the weight, by another module than the known name's.
         rename: from names of the file to names of the base.
     """
 
@@ -71,6 +72,7 @@ class Found:
     quantised: list[tuple[ir.Node, str]] = field(default_factory=list)
     problems: dict[str, Problem] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    untied: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -104,6 +106,7 @@ class _Identifier:
             for use in self.uses:
                 self.by_shape[shape_of(use.value)].add(self.found.rename(str(use.value.name)))
         self._values = Values(known)
+        self._holders: dict[str, set[str]] = defaultdict(set)  # weight -> what the modules that use it call it
 
     def run(self) -> Found:
         evidence = [self._evidence(use) for use in self.uses]
@@ -121,6 +124,9 @@ class _Identifier:
                 self._computed(entry)
         self.found.quantised, obstacles = find_quantised(self.graph, self.known, self.found.rename)
         self.found.problems |= obstacles
+        self.found.untied = {
+            alias: name for name, names in self._holders.items() if len(names) > 1 for alias in names - {name}
+        }
         placed = {place.name for place in self.found.places}
         for node, name in self.found.quantised:
             if name in placed:  # tied, and quantised at one of its uses only
@@ -173,6 +179,8 @@ class _Identifier:
             return
         if self._full and not claimed:
             self._alias(name, entry.use)
+        if self._full:
+            self._holders[name].update([name] if claimed else self._modules_of(entry.use))
         self.found.places.append(Place(entry.use, name, layout == "turned"))
 
     def _another(self, entry: _Evidence) -> bool:
@@ -194,12 +202,15 @@ class _Identifier:
         named = {self._first(self.found.rename(name)) for name in self.graph.initializers}
         return all(name in named for name in picks)
 
+    def _modules_of(self, use: Use) -> list[str]:
+        """What the weight of a module without known weights is called, by what says which module a use is in."""
+        modules = [module for module in map(self.found.rename, use.claims.values()) if module and use.index <= 1]
+        return [f"{module}.weight" for module in modules if f"{module}.weight" not in self.known.shapes]
+
     def _alias(self, name: str, use: Use) -> None:
         """A module without weights of its own that uses another's: a name that checkpoints leave out."""
-        for module in map(self.found.rename, use.claims.values()):
-            alias = f"{module}.weight"
-            if module and use.index <= 1 and alias not in self.known.shapes:
-                self._name(alias, name, use)
+        for alias in self._modules_of(use):
+            self._name(alias, name, use)
         own = self.found.rename(str(use.value.name))
         if own not in self.known.shapes and own.rpartition(".")[0]:
             self._name(own, name, use)

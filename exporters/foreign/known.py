@@ -6,7 +6,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import FormatError, UnsupportedBase
-from tpeft_deploy.formats.base_view import Lazy, view
+from tpeft_deploy.formats.base_view import Lazy, holders, view
 from tpeft_deploy.formats.tensors import parse_json, read_bytes, read_tensors
 from tpeft_deploy.tucker import Array
 
@@ -33,7 +33,7 @@ class Known:
         shapes: weight -> shape.
         arrays: weight -> values; None when only digests are at hand.
         digests: weight -> `weight_digest`.
-        first: every name of a weight -> the first name of the same tensor.
+        first: every name of a weight -> the first name of the same parameter of the same module.
         kinds: module path -> class name of the layer, where it is known.
     """
 
@@ -42,6 +42,20 @@ class Known:
     digests: Mapping[str, str]
     first: Mapping[str, str]
     kinds: Mapping[str, str] = field(default_factory=dict)
+
+    def with_names(self, names: Mapping[str, str]) -> Known:
+        """These weights, and tied ones that were left out: name -> the weight that it is tied to."""
+        if not names or self.arrays is None:
+            return self
+        arrays = self.arrays
+        every = {name: name for name in arrays} | dict(names)
+        return replace(
+            self,
+            shapes={**self.shapes, **{name: self.shapes[own] for name, own in names.items()}},
+            arrays=Lazy(every, lambda name: arrays[every[name]]),
+            digests={**self.digests, **{n: self.digests[own] for n, own in names.items() if own in self.digests}},
+            first={**self.first, **{name: name for name in names}},
+        )
 
     @cached_property
     def by_shape(self) -> Mapping[tuple[int, ...], list[str]]:
@@ -74,7 +88,7 @@ def read_weights(source: object) -> Known:
 
     Args:
         source: a .safetensors file, a Hugging Face model directory, a torch module, or a mapping name -> array or
-            tensor (a module's state_dict); names that share memory are one tied weight.
+            tensor (a module's state_dict).
 
     Raises:
         UnsupportedBase: it is none of these.
@@ -84,13 +98,10 @@ def read_weights(source: object) -> Known:
         return _of_files(Path(source))
     if isinstance(source, nn.Module):
         seen = view(source)
-        tensors = dict(source.named_parameters(remove_duplicate=False)) | dict(
-            source.named_buffers(remove_duplicate=False)
-        )
-        return _known(seen.weights, {name: id(tensor) for name, tensor in tensors.items()}, seen.kinds)
+        return _known(seen.weights, holders(source), seen.kinds)
     if isinstance(source, Mapping) and source:
         arrays = {str(name): _array(str(name), value) for name, value in source.items()}
-        return _known(arrays, {name: _memory(name, array) for name, array in arrays.items()}, {})
+        return _known(arrays, {}, {})
     raise UnsupportedBase(
         "read the weights of a base",
         expected="a .safetensors file, a model directory, a torch module, or a mapping of names to arrays",
@@ -108,7 +119,7 @@ def _of_files(path: Path) -> Known:
     # safetensors.torch.save_model writes one of the names of a tied weight, and the others into the header.
     aliases = {name: kept for name, kept in ties.items() if kept in arrays and name not in arrays}
     named = arrays | {name: arrays[kept] for name, kept in aliases.items()}
-    return _known(named, {name: aliases.get(name, name) for name in named}, {})
+    return _known(named, {}, {})
 
 
 def _files(path: Path) -> list[Path]:
@@ -134,7 +145,7 @@ def _files(path: Path) -> list[Path]:
 
 def _known(arrays: Mapping[str, Array], identities: Mapping[str, object], kinds: Mapping[str, str]) -> Known:
     first: dict[object, str] = {}
-    aliases = {name: first.setdefault(identities[name], name) for name in arrays}
+    aliases = {name: first.setdefault(identities.get(name, name), name) for name in arrays}
     shapes: dict[str, tuple[int, ...]] = {}
     digests: dict[str, str] = {}
     for name in arrays:
@@ -157,8 +168,3 @@ def _array(name: str, value: Any) -> Array:
     tensor = value.detach().cpu()
     array: Array = (tensor.float() if "bfloat16" in str(tensor.dtype) else tensor).numpy()
     return array
-
-
-def _memory(name: str, array: Array) -> object:
-    place = array.__array_interface__
-    return (place["data"][0], array.shape, array.strides) if array.size else name

@@ -138,7 +138,7 @@ def merged(module: nn.Module, adapter: Adapter | None, inputs: Inputs) -> list[n
     if adapter is not None:
         changed |= {name: torch.from_numpy(array) for name, array in adapter.overrides.items()}
     with torch.no_grad():
-        outputs = functional_call(module, changed, (), dict(inputs), tie_weights=True)
+        outputs = functional_call(module, changed, (), dict(inputs), tie_weights=False)
     return [leaf.numpy() for leaf in tree_leaves(outputs)]
 
 

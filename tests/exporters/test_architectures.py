@@ -59,7 +59,7 @@ def merged(module: nn.Module, adapter: Adapter | None, inputs: dict[str, torch.T
     for name, delta in adapter.deltas.items() if adapter is not None else ():
         changed[name] = (weights[name].detach().double() + torch.from_numpy(delta.dense())).to(weights[name].dtype)
     with torch.no_grad():
-        outputs = functional_call(module, changed, (), inputs, tie_weights=True)
+        outputs = functional_call(module, changed, (), inputs, tie_weights=False)
     return [leaf.float().numpy() for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from tests import nets
 from tpeft_deploy import Runtime, export_bundle, export_folded, load_adapter
-from tpeft_deploy.errors import FormatError
 
 TARGETS = ["stem", "up", "head"]
 
@@ -99,14 +98,18 @@ def test_gains_are_exact_in_every_form_and_in_mixed_rows(tmp_path: Path, method:
     np.testing.assert_allclose(mixed[1], base[1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_change_of_a_tied_weight_is_refused(tmp_path: Path) -> None:
-    """PEFT wraps one use of the weight and its merge changes both: neither can be what was meant."""
-    model = peft.get_peft_model(nets.text_net()[0], peft.LoraConfig(r=2, target_modules=["embedding"]))
-    randomise(parameter for parameter in model.parameters() if parameter.requires_grad)
-    model.save_pretrained(str(tmp_path / "tied"), save_embedding_layers=False)
+@pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
+def test_lycoris_on_one_use_of_a_tied_weight(tmp_path: Path, algo: str) -> None:
     module, inputs = nets.text_net()
-    with pytest.raises(FormatError, match=r"'embedding.weight'.*tied to 'out.weight'"):
-        load_adapter(tmp_path / "tied", base=module)
-    bundle = export_bundle(module, {}, tmp_path / "bundle", example_inputs=inputs)
-    with pytest.raises(FormatError, match="tied to"):
-        Runtime(bundle.path, provider="cpu").load("tied", tmp_path / "tied")
+    lycoris.LycorisNetwork.apply_preset({"target_name": ["out"]})
+    network = lycoris.create_lycoris(module, 1.0, linear_dim=4, linear_alpha=2, algo=algo)
+    network.apply_to()
+    randomise(network.parameters())
+    save_file(network.state_dict(), tmp_path / "out.safetensors")
+    with torch.no_grad():
+        expected = module(**inputs).numpy()
+    module, _ = nets.text_net()
+    adapter = load_adapter(tmp_path / "out.safetensors", base=module)
+    bundle = export_bundle(module, {"out": adapter}, tmp_path / "bundle", example_inputs=inputs)
+    (got,) = Runtime(bundle.path, provider="cpu").run({k: v.numpy() for k, v in inputs.items()}, task="out").values()
+    assert np.linalg.norm(got - expected) <= 2e-5 * np.linalg.norm(expected)

@@ -30,7 +30,7 @@ def merged(module: nn.Module, adapter: Adapter | None, inputs: dict[str, torch.T
         changed[name] = torch.from_numpy(total).to(weights[name].dtype)
     changed |= {name: torch.from_numpy(array) for name, array in (adapter.overrides.items() if adapter else ())}
     with torch.no_grad():
-        output: torch.Tensor = functional_call(module, changed, (), inputs, tie_weights=True)
+        output: torch.Tensor = functional_call(module, changed, (), inputs, tie_weights=False)
     return output.float().numpy()
 
 

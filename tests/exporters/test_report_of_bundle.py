@@ -62,7 +62,7 @@ def test_the_page_needs_nothing_and_shows_everything(page: str, found: Verificat
     assert found.bundle.manifest.base_digest in page
     assert len(re.findall("<circle", page)) == 2 * len(found.checks) + len(found.targets)
     assert "2 rows" in page
-    assert "R_o 3, R_i 1" in page
+    assert "R_o 3, R_i 2" in page
 
 
 def test_the_page_is_the_same_each_time(conv_bundle: Bundle, found: Verification, tmp_path: Path, page: str) -> None:

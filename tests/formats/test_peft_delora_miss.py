@@ -36,9 +36,3 @@ def test_miss_needs_a_base_that_fits(tmp_path: Path) -> None:
     assert "Give base=" in refusal(tmp_path)
     base.fc = nn.Linear(12, 20)
     assert "made for another base" in refusal(tmp_path, base)
-
-
-def test_miss_bat_multiplies_by_the_base(tmp_path: Path) -> None:
-    base, _ = vision()
-    save(peft_model(base, MissConfig(r=4, init_weights="bat", target_modules=["fc"])), tmp_path)
-    assert "a product with the base weight" in refusal(tmp_path, base)

@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import BOFTConfig, HRAConfig, LNTuningConfig, LoraConfig, OFTConfig, PeftType, VBLoRAConfig
+from peft import LoraConfig, PeftType, PsoftConfig
 
 from tests.formats.pefts import change_config, error_of, peft_model, refusal, save, vision
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft_refusals import refuse
 
 READ = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS"}
+READ |= {"RANDLORA", "C3A", "FOURIERFT", "WAVEFT", "VBLORA", "UNILORA", "SHIRA", "SUPERTUNING", "GRALORA"}
+READ |= {"LN_TUNING", "BEFT", "TRAINABLE_TOKENS"}
+READ |= {"OFT", "BOFT", "HRA", "HIRA", "ROAD", "GLORA", "DEFT", "OSF", "PEANUT", "FROD"}
 
 
 def message(**config: Any) -> str:
@@ -30,7 +33,7 @@ class TestTypes:
 
     @pytest.mark.parametrize("kind", sorted(READ))
     def test_what_is_read_passes(self, kind: str) -> None:
-        refuse({"peft_type": kind}, "some/adapter")
+        refuse({"peft_type": kind, "save_indices": True}, "some/adapter")
 
     def test_a_type_of_tomorrow(self) -> None:
         assert "this version does not know it" in message(peft_type="LORA_NEXT")
@@ -41,11 +44,7 @@ class TestTypes:
     @pytest.mark.parametrize(
         "config",
         [
-            OFTConfig(oft_block_size=4, target_modules=["fc"]),
-            BOFTConfig(boft_block_size=4, target_modules=["fc"]),
-            HRAConfig(target_modules=["fc"]),
-            LNTuningConfig(target_modules=["norm"]),
-            VBLoRAConfig(target_modules=["fc"], vector_length=4, num_vectors=16),
+            PsoftConfig(target_modules=["fc"], r=4),
         ],
         ids=lambda config: config.peft_type.value,
     )
@@ -67,7 +66,6 @@ class TestFields:
             ("velora_config", {"scale": 1}, "VeLoRA"),
             ("layer_replication", [[0, 2]], "repeats layers"),
             ("megatron_config", {"a": 1}, "Megatron"),
-            ("trainable_token_indices", [1], "single rows"),
         ],
     )
     def test_refused_only_where_they_are_set(self, field: str, value: Any, reason: str) -> None:

@@ -65,7 +65,10 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def subjects() -> dict[str, Subject]:
-    made = (canonical(), peft_tucker(), peft_lora(), adalora(), locon(), loha(), lokr(), sjtu())
+    from tests.hostile.base_products import base_products  # which is built on this module
+
+    plain = (canonical(), peft_tucker(), peft_lora(), adalora(), locon(), loha(), lokr(), sjtu())
+    made = (*base_products(), *peft_dense(), *plain)
     return {subject.name: subject for subject in made}
 
 
@@ -341,3 +344,154 @@ def sjtu() -> Subject:
         return changes, {name: tensor for name, tensor in trained.items() if name not in changes}
 
     return Subject("flora-sjtu", {"flora.safetensors": save(tensors)}, oracle, scale=0.5)
+
+
+def peft_dense() -> list[Subject]:
+    """PEFT's methods that are no plain pair of factors, on body.one (24, 20)."""
+    return [
+        dense_subject("c3a", {"block_size": 4}, {"c3a_kernel": random(6, 5, 4)}, c3a),
+        dense_subject(
+            "fourierft", {"random_loc_seed": 7, "scaling": 30.0}, {"fourierft_spectrum": random(40)}, fourierft
+        ),
+        dense_subject(
+            "shira",
+            {},
+            {
+                "shira_weight": random(30),
+                "shira_indices": np.stack([np.arange(30) % 24, np.arange(30) % 19]).astype(np.int32),
+            },
+            shira,
+        ),
+        dense_subject(
+            "gralora",
+            {"alpha": 3, "r": 2, "hybrid_r": 1},
+            {
+                "gralora_A": random(2, 10, 2),
+                "gralora_B": random(2, 2, 12),
+                "gralora_A_general.weight": random(1, 20),
+                "gralora_B_general.weight": random(24, 1),
+            },
+            gralora,
+        ),
+        dense_subject(
+            "randlora",
+            {"r": 8, "randlora_alpha": 4},
+            {
+                "randlora_lambda": random(8, 3),
+                "randlora_gamma": random(3, 20),
+                "randlora_A": random(8, 1, 20),
+                "randlora_B": random(24, 3, 8),
+            },
+            randlora,
+        ),
+        dense_subject(
+            "vblora",
+            {"topk": 2},
+            {
+                "vblora_logits_A_topk_indices": np.stack([np.arange(10) % 9, np.arange(3, 13) % 9], -1).reshape(
+                    2, 5, 2
+                ),
+                "vblora_logits_A_topk_weights": random(2, 5, 1),
+                "vblora_logits_B": random(6, 2, 9),
+                "base_model.vblora_vector_bank": random(9, 4),
+            },
+            vblora,
+        ),
+    ]
+
+
+def dense_subject(
+    name: str, config: dict[str, Any], tensors: Arrays, change: Callable[[Arrays, Mapping[str, Any]], np.ndarray]
+) -> Subject:
+    """A PEFT directory with one module; the formula pops the tensors that it knows and gives the change."""
+    prefix = "base_model.model."
+    tensors = tensors | {f"{prefix}head.weight": random(7, 20), f"{prefix}head.bias": random(7)}
+    keys = {key if "model" in key else f"{prefix}body.one.{key}": tensor for key, tensor in tensors.items()}
+
+    def oracle(tensors: Arrays, extra: Mapping[str, Any]) -> Meaning:
+        plain = {key.replace(prefix, "").replace(".base_layer.", "."): tensor for key, tensor in tensors.items()}
+        shared = {key: plain.pop(key) for key in list(plain) if key.startswith("base_model.")}
+        changes = {}
+        for module in MODULES:
+            own = {
+                key.removeprefix(f"{module}."): plain.pop(key) for key in list(plain) if key.startswith(f"{module}.")
+            }
+            if own:
+                own |= shared
+                changes[f"{module}.weight"] = change(own, extra["config"])
+                if own or changes[f"{module}.weight"].shape != SHAPES[f"{module}.weight"]:
+                    raise ValueError(f"left over: {sorted(own)}")
+        return changes, plain
+
+    files = {
+        "adapter_model.safetensors": save(keys),
+        "adapter_config.json": json.dumps({"peft_type": name.upper(), **config}).encode(),
+    }
+    return Subject(f"peft-{name}", files, oracle)
+
+
+def c3a(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
+    kernel = own.pop("c3a_kernel").astype(np.float64)
+    block = kernel.shape[2]
+    rows = [np.concatenate([_circulant(kernel[m, n]) for n in range(20 // block)], 1) for m in range(24 // block)]
+    return np.concatenate(rows) / 20
+
+
+def _circulant(first: np.ndarray) -> np.ndarray:
+    return np.stack([np.roll(first, row) for row in range(len(first))])
+
+
+def fourierft(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
+    spectrum = own.pop("fourierft_spectrum")
+    seed = torch.Generator().manual_seed(config["random_loc_seed"])
+    places = torch.randperm(480, generator=seed)[: len(spectrum)].numpy()
+    frequencies = np.zeros(480)
+    frequencies[places] = spectrum
+    change: np.ndarray = np.fft.ifft2(frequencies.reshape(24, 20)).real * config["scaling"]
+    return change
+
+
+def shira(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
+    change = np.zeros((24, 20))
+    for value, row, column in zip(own.pop("shira_weight"), *own.pop("shira_indices"), strict=True):
+        change[int(row), int(column)] += value
+    return change
+
+
+def gralora(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
+    a, b = own.pop("gralora_A").astype(np.float64), own.pop("gralora_B").astype(np.float64)
+    count, each = len(a), a.shape[2] // len(a)
+    change = np.zeros((24, 20))
+    for j in range(count):
+        for n in range(count):
+            block = b[j][n * each : (n + 1) * each].T @ a[n][:, j * each : (j + 1) * each].T
+            change[j * 24 // count : (j + 1) * 24 // count, n * 20 // count : (n + 1) * 20 // count] = block
+    if config["hybrid_r"]:
+        down = own.pop("gralora_A_general.weight").astype(np.float64)
+        change += own.pop("gralora_B_general.weight") @ down
+    result: np.ndarray = change * config["alpha"] / (a.shape[2] + config["hybrid_r"])
+    return result
+
+
+def randlora(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
+    scales, inner = own.pop("randlora_lambda").astype(np.float64), own.pop("randlora_gamma")
+    small, large = own.pop("randlora_A"), own.pop("randlora_B")
+    rows = (scales[:, :, None] * small[:, :, :20] * inner).reshape(-1, 20)
+    result: np.ndarray = large[:24, : len(inner)].reshape(24, -1) @ rows * config["randlora_alpha"] / config["r"]
+    return result
+
+
+def vblora(own: Arrays, config: Mapping[str, Any]) -> np.ndarray:
+    bank = own.pop("base_model.vblora_vector_bank").astype(np.float64)
+    indices, weights = (
+        own.pop("vblora_logits_A_topk_indices"),
+        own.pop("vblora_logits_A_topk_weights").astype(np.float64),
+    )
+    weights = np.concatenate([weights, 1 - weights.sum(-1, keepdims=True)], -1)
+    down = (weights[..., None] * bank[indices.astype(int)]).sum(-2).reshape(len(indices), -1)
+    logits = own.pop("vblora_logits_B").astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    kept = np.where(logits >= np.sort(logits, -1)[..., -config["topk"], None], np.exp(logits), 0)
+    up = (kept / kept.sum(-1, keepdims=True)) @ bank
+    result: np.ndarray = up.transpose(0, 2, 1).reshape(24, -1) @ down
+    return result

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,15 +75,65 @@ def from_slots(target: Target, tensors: dict[str, np.ndarray]) -> np.ndarray:
     if target.kind == "linear":
         product: np.ndarray = tensors["down"] @ tensors["up"]
         return product.T
+    transposed = target.kind == "conv_transpose"
+    total = tensors["core"]
     if target.kind == "weight":
-        total: np.ndarray = tensors["up"] @ tensors["core"]
-        return total.reshape(target.shape)
-    up, down = (tensors[name].reshape(tensors[name].shape[:2]) for name in ("up", "down"))
-    return mode_product(mode_product(tensors["core"], up, 0), down.T, 1)
+        first = total.shape[0]
+        second = tensors["down"].shape[1] if "down" in tensors else target.shape[1]
+        total = total.reshape(first, second, *target.shape[2:])
+        matrices = dict(tensors)
+    else:
+        matrices = {n: array.reshape(array.shape[:2]) for n, array in tensors.items() if n != "core"}
+        matrices |= {"down": matrices["down"].T} if "down" in matrices else {}
+    for name, mode in (("up", int(transposed)), ("down", 1 - transposed)):
+        total = mode_product(total, matrices[name], mode) if name in matrices else total
+    return total
 
 
-def target_of(delta: TuckerDelta, kind: Kind) -> Target:
-    return Target("w", kind, delta.shape, "float64")
+def target_of(delta: TuckerDelta, kind: Kind, factors: tuple[int, ...] | None = None) -> Target:
+    return Target("w", kind, delta.shape, "float64", factors)
+
+
+CHOICES: list[tuple[Kind, tuple[int, ...]]] = [
+    *((kind, factors) for kind in ("conv", "conv_transpose") for factors in ((0,), (1,), (0, 1))),
+    *(("weight", factors) for factors in ((), (0,), (1,), (0, 1))),
+]
+
+
+@given(deltas(min_modes=3), st.sampled_from(CHOICES))
+def test_any_choice_of_factors_holds_the_whole_change(delta: TuckerDelta, choice: tuple[Kind, tuple[int, ...]]) -> None:
+    target = target_of(delta, *choice)
+    tensors = slots.fill(target, delta)
+    slots.ranks_of(target, tensors)
+    np.testing.assert_allclose(from_slots(target, tensors), delta.dense(), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(slots.change_of(target, tensors), delta.dense(), rtol=1e-9, atol=1e-9)
+    narrow = slots.fill(replace(target, dtype="float32"), delta)
+    np.testing.assert_allclose(from_slots(target, narrow), delta.dense(), rtol=1e-5, atol=1e-6 * (1 + delta.norm()))
+
+
+@given(deltas(min_modes=3), st.sampled_from(["conv", "conv_transpose", "weight"]))
+def test_the_best_choice_holds_no_more_numbers_than_any_exact_form(delta: TuckerDelta, kind: Kind) -> None:
+    factors = slots.best_factors(kind, delta.shape, [delta.ranks])
+    held = sum(a.size for a in slots.fill(target_of(delta, kind if factors else "weight", factors), delta).values())
+    whole = delta.dense()
+    outputs, inputs, *kernel = whole.shape
+    ranks = [np.linalg.matrix_rank(np.moveaxis(whole, mode, 0).reshape(whole.shape[mode], -1)) for mode in (0, 1)]
+    compressed = int(math.prod(ranks) * math.prod(kernel) + ranks[0] * outputs + ranks[1] * inputs)
+    stored = delta.absorb(range(2, whole.ndim)).parameters  # kernels run whole
+    assert held <= min(whole.size, stored, compressed if whole.any() else whole.size)
+
+
+@given(deltas(min_modes=3), st.sampled_from(CHOICES))
+def test_both_factors_hold_at_most_three_times_as_much(
+    delta: TuckerDelta, choice: tuple[Kind, tuple[int, ...]]
+) -> None:
+    # Whatever is added later: a bundle exported without adapters has both.
+    kind, factors = choice
+    own, both = (
+        sum(array.size for array in slots.fill(target_of(delta, kind, modes), delta).values())
+        for modes in (factors, (0, 1))
+    )
+    assert both <= 3 * own
 
 
 @given(deltas(), st.sampled_from(["linear", "conv", "weight"]))

@@ -40,12 +40,12 @@ def runtime(conv_bundle: Bundle) -> Runtime:
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A table that is looked up and multiplied by, which tasks may change or replace."""
-    module, inputs = nets.text_net()
-    table = Adapter({}, {"embedding.weight": np.ones((20, 8), np.float32)})
-    adapters = {"low": nets.adapter_for(module, {"embedding.weight": (2, 2)}, seed=1), "table": table}
-    return export_bundle(module, adapters, tmp_path_factory.mktemp("tied") / "text", example_inputs=inputs)
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A layer with two names, which tasks may change or replace."""
+    module, inputs = nets.twice_net()
+    whole = Adapter({}, {"first.weight": np.ones((4, 4), np.float32)})
+    adapters = {"low": nets.adapter_for(module, {"first.weight": (2, 2)}, seed=1), "whole": whole}
+    return export_bundle(module, adapters, tmp_path_factory.mktemp("twice") / "net", example_inputs=inputs)
 
 
 def logits(runtime: Runtime, task: str = "base") -> np.ndarray:
@@ -146,24 +146,24 @@ class TestAdaptersThatDoNotFit:
         with pytest.raises(AdapterError):
             runtime.load("mixed", Adapter({}, overrides))
 
-    def test_two_changes_of_a_tied_weight_are_refused(self, tied: Bundle) -> None:
+    def test_two_changes_of_a_layer_with_two_names_are_refused(self, twice: Bundle) -> None:
         """Two adapters with overlapping names: the first one wins, without a word (the matrix)."""
-        runtime = Runtime(tied.path, provider="cpu", threads=1)
-        low = [nets.delta((20, 8), (2, 2), seed) for seed in (1, 2)]
-        tables = [np.full((20, 8), value, np.float32) for value in (1, 2)]
-        for twice in (
-            Adapter({"embedding.weight": low[0], "out.weight": low[1]}),
-            Adapter({}, {"embedding.weight": tables[0], "out.weight": tables[1]}),
+        runtime = Runtime(twice.path, provider="cpu", threads=1)
+        low = [nets.delta((4, 4), (2, 2), seed) for seed in (1, 2)]
+        wholes = [np.full((4, 4), value, np.float32) for value in (1, 2)]
+        for both in (
+            Adapter({"first.weight": low[0], "second.weight": low[1]}),
+            Adapter({}, {"first.weight": wholes[0], "second.weight": wholes[1]}),
         ):
             with pytest.raises(UnknownTarget, match="tied to"):
-                runtime.load("twice", twice)
+                runtime.load("both", both)
 
-    def test_a_delta_and_an_override_of_a_tied_weight_are_refused(self, tied: Bundle) -> None:
+    def test_a_delta_and_an_override_of_a_layer_with_two_names_are_refused(self, twice: Bundle) -> None:
         """Under one name an Adapter refuses them itself; under two names they are one weight still."""
-        runtime = Runtime(tied.path, provider="cpu", threads=1)
-        table = {"embedding.weight": np.ones((20, 8), np.float32)}
+        runtime = Runtime(twice.path, provider="cpu", threads=1)
+        whole = {"first.weight": np.ones((4, 4), np.float32)}
         with pytest.raises(AdapterError):
-            runtime.load("both", Adapter({"out.weight": nets.delta((20, 8), (2, 2), 1)}, table))
+            runtime.load("both", Adapter({"second.weight": nets.delta((4, 4), (2, 2), 1)}, whole))
 
 
 class TestAdaptersThatFitInPart:

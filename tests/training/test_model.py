@@ -213,6 +213,19 @@ class TestSharing:
         assert type(merged.first) is nn.Linear
         assert close(merged(x), adapted)
 
+    def test_merging_into_a_tied_weight_unties_it(self) -> None:
+        model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+        model[1].weight = model[0].weight
+        ids = torch.arange(9)
+        tuned = get_peft_model(model, config(target_modules=["0"]))
+        nn.init.normal_(tuned.base_model.model[0].tucker_core["default"])
+        adapted = tuned(ids)
+        tuned.merge_adapter()
+        assert close(tuned(ids), adapted)
+        tuned.unmerge_adapter()
+        assert tuned.base_model.model[0].base_layer.weight is model[1].weight
+        assert close(tuned.merge_and_unload()(ids), adapted)
+
 
 class TestRefusals:
     def test_an_unsupported_module_is_named(self, make_net: Callable[[], Any]) -> None:

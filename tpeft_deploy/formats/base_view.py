@@ -14,7 +14,7 @@ from tpeft_deploy.formats.base_model import open_model
 from tpeft_deploy.formats.module import BaseView
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Lazy", "view"]
+__all__ = ["Lazy", "holders", "view"]
 
 T = TypeVar("T")
 
@@ -78,17 +78,20 @@ def view(base: object) -> BaseView:
     return _of_module(base, name)
 
 
+def holders(base: Any) -> dict[str, tuple[int, str]]:
+    """Every name of a parameter or buffer of a torch module -> which module holds it, and the name there."""
+    return {
+        f"{path}.{name}" if path else name: (id(module), name)
+        for path, module in base.named_modules(remove_duplicate=False)
+        for name in (*module._parameters, *module._buffers)
+    }
+
+
 def _of_module(base: Any, name: str) -> BaseView:
     tensors = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     kinds = {path: type(module).__name__ for path, module in base.named_modules(remove_duplicate=False) if path}
-    return BaseView(name, Lazy(tensors, lambda weight: _numpy(tensors[weight])), kinds, _tied(tensors))
-
-
-def _tied(tensors: Mapping[str, Any]) -> dict[str, str]:
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    return {name: same[same.index(name) - 1] for same in names.values() if len(same) > 1 for name in same}
+    shapes = {weight: tuple(tensor.shape) for weight, tensor in tensors.items()}
+    return BaseView(name, Lazy(tensors, lambda weight: _numpy(tensors[weight])), kinds, shapes)
 
 
 def _numpy(tensor: Any) -> Array:

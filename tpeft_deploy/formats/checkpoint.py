@@ -64,7 +64,6 @@ def read(saved: Saved, *, scale: float | None, base: BaseView | None, format: st
         asked.add(reader.NAME)
         adapted.add(module.name)
         _add(parts, _change(reader, module, checkpoint), module, checkpoint)
-    _check_untied(parts, checkpoint)
     _check_recognised(checkpoint, asked, directory=saved.directory)
     _check_shared(checkpoint, readers, asked)
     _check_beside(rest, names, adapted, checkpoint)
@@ -85,12 +84,13 @@ def _suffixes() -> tuple[Set[str], Set[str], Set[str]]:
 def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], dict[str, Array]]:
     """Modules in the order of their keys, shared tensors, and tensors whose suffix no reader knows."""
     _, _, whole_keys = _suffixes()
+    prefixes = tuple(prefix for reader in READERS for prefix in getattr(reader, "SHARED_PREFIXES", ()))
     modules: dict[str, Module] = {}
     shared: dict[str, Array] = {}
     rest: dict[str, Array] = {}
     wrapped = any(_FLORA in key for key in saved.tensors) and all(key.startswith(_WRAPPER) for key in saved.tensors)
     for key, tensor in sorted(saved.tensors.items()):
-        if key in whole_keys:
+        if key in whole_keys or key.startswith(prefixes):
             shared[key] = tensor
             continue
         place = _split(key)
@@ -167,6 +167,7 @@ def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) 
     parts.overrides.update(change.overrides)
     parts.gains.update(change.gains)
     parts.notes.update(change.notes)
+    parts.digests.update(change.digests)
     for name, delta in change.deltas.items():
         try:
             small = algebra.smaller(delta)
@@ -179,18 +180,6 @@ def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) 
         if small is not delta:
             parts.deltas[name] = small
             parts.notes[name] = "; ".join(filter(None, [change.notes.get(name), DENSE]))
-
-
-def _check_untied(parts: _Parts, checkpoint: Checkpoint) -> None:
-    """Refuse a change of a tied weight: training wrapped one of its uses, and a merged weight would change them all."""
-    tied = checkpoint.base.tied if checkpoint.base is not None else {}
-    for name in sorted(tied.keys() & (parts.deltas.keys() | parts.gains.keys())):
-        raise FormatError(
-            f"read {checkpoint.source}, weight {name!r}",
-            expected="a weight of its own",
-            got=f"one that is tied to {tied[name]!r}: training changed one use of it, and a merged weight changes both",
-            fix="Untie them in the base and train again, or leave the module out of target_modules.",
-        )
 
 
 def _check_recognised(checkpoint: Checkpoint, asked: Set[str], *, directory: bool) -> None:
@@ -222,7 +211,7 @@ def _check_beside(rest: Mapping[str, Array], names: Names, adapted: Set[str], ch
 
 def _check_shared(checkpoint: Checkpoint, readers: Sequence[Reader], asked: Set[str]) -> None:
     used = frozenset[str]().union(*(getattr(r, "SHARED", ()) for r in readers if r.NAME in asked))
-    for key in sorted(checkpoint.shared.keys() - used):
+    for key in sorted(checkpoint.shared.keys() - used - checkpoint.used):
         raise FormatError(f"read {checkpoint.source}, tensor {key!r}", problem="no module of the file uses it")
 
 

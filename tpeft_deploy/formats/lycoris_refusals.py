@@ -21,7 +21,9 @@ class Refusal(NamedTuple):
 
 
 _MERGE = "Merge it into the base with LyCORIS and export the merged model."
-_OFT = Refusal("OFT and BOFT rotate the base's weight, so their change is dense and has no low-rank form", _MERGE)
+_OFT = Refusal(
+    "no released version of LyCORIS writes this tensor, so nothing says how its rotation is computed", _MERGE
+)
 _T_LORA = Refusal(
     "T-LoRA subtracts matrices of the base's SVD that its file does not hold, and masks ranks by timestep",
     "Train it as LoRA, or merge it into the base with LyCORIS and export the merged model.",
@@ -38,7 +40,6 @@ _RESHAPED = Refusal(
 # Tensor suffix -> refusal.  A module with any of these is refused whole.
 REFUSALS: dict[str, Refusal] = {
     "lambda_layer": _T_LORA,
-    "oft_blocks": _OFT,
     "oft_diag": _OFT,
     "bm.weight": _NEVER,
     "lokr_t1": _NEVER,
@@ -46,7 +47,7 @@ REFUSALS: dict[str, Refusal] = {
     "reshape_weight": _RESHAPED,
 }
 # Written beside those; alone they may be layers of the base that happen to have such names.
-_BESIDE = frozenset({"q_layer.weight", "p_layer.weight", "rescale"})
+_BESIDE = frozenset({"q_layer.weight", "p_layer.weight"})
 SUFFIXES = frozenset(REFUSALS) | _BESIDE
 
 

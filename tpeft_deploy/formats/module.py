@@ -24,14 +24,12 @@ class BaseView:
         name: for messages.
         weights: name -> array; every name of a tied weight.
         kinds: module path -> class name of the layer, where it is known ("Linear", "Conv2d", "MultiheadAttention").
-        tied: name of a tied weight -> another name of the same tensor, where ties are known.
         shapes, digests: of weights, where they are known without reading them.
     """
 
     name: str
     weights: Mapping[str, Array]
     kinds: Mapping[str, str] = field(default_factory=dict)
-    tied: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
 
@@ -56,6 +54,7 @@ class Checkpoint:
         base: the base, when the caller gave it; readers that need it raise FormatError without it, saying
             "give base=".
         shared: tensors that belong to no single module (VeRA's projections), by their whole key.
+        used: keys of `shared` that a reader took by SHARED_PREFIXES.
     """
 
     source: str
@@ -64,6 +63,7 @@ class Checkpoint:
     scale: float | None
     base: BaseView | None
     shared: dict[str, Array] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -83,9 +83,15 @@ class Module:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one module contributes to an adapter; all names are whole names of the base's parameters."""
+    """What one module contributes to an adapter; all names are whole names of the base's parameters.
+
+    Args:
+        deltas, overrides, gains, notes: as in Adapter.
+        digests: digests of base weights that the change was computed from, and holds for alone.
+    """
 
     deltas: Mapping[str, TuckerDelta] = field(default_factory=dict)
     overrides: Mapping[str, Array] = field(default_factory=dict)
     gains: Mapping[str, Array] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)

@@ -2,8 +2,8 @@
 
     dW = D^T S        miss_block D (r, O), S (r, I) = [I_r I_r ...] cut to I columns
 
-With init_weights='mini' D is (r, mini_r) and repeated along the outputs.  'bat' multiplies by the base weight and is
-refused.
+With init_weights='mini' D is (r, mini_r) and repeated along the outputs.  'bat' multiplies by the base weight: see
+peft_miss_bat.
 """
 
 from __future__ import annotations

@@ -31,20 +31,19 @@ _TYPES = (
     )
     | _each("XLORA POLY LILY", "it routes between several changes by the input, so there is no one change", _OTHER)
     | _each("SHADOW", "it runs layers of its own beside the base", _OTHER)
-    | _each("OFT BOFT HRA ROAD GLORA DEFT FROD PEANUT", "its change is a product with the base weight", _MERGE)
-    | _each("HIRA", "its change is an elementwise product with the base weight", _MERGE)
-    | _each("PSOFT OSF", "its change is built from a decomposition of the base weight that is not saved", _MERGE)
     | _each(
-        "C3A FOURIERFT WAVEFT RANDLORA SHIRA SUPERTUNING VBLORA UNILORA GRALORA ADAMSS",
-        "its change is not read as a tensor of low rank by this version",
+        "PSOFT",
+        "it turns singular vectors of the base weight against each other, and does not save which signs they had",
         _MERGE,
     )
-    | _each("LN_TUNING BEFT", "it replaces norms or biases, which this version does not read from it", _MERGE)
-    | _each("TRAINABLE_TOKENS", "it replaces single rows of an embedding", _MERGE)
+    | _each("ADAMSS", "it groups outputs by a clustering of the base weight that is not saved", _MERGE)
 )
 
 _READ = frozenset(
     {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS", "TPEFT_TUCKER"}
+    | {"RANDLORA", "C3A", "FOURIERFT", "WAVEFT", "VBLORA", "UNILORA", "SHIRA", "SUPERTUNING", "GRALORA"}
+    | {"LN_TUNING", "BEFT", "TRAINABLE_TOKENS"}
+    | {"OFT", "BOFT", "HRA", "HIRA", "ROAD", "GLORA", "DEFT", "OSF", "PEANUT", "FROD"}
 )
 _UNKNOWN = _Refusal("this version does not know it", _MERGE)
 
@@ -58,7 +57,6 @@ _FIELDS = {
     "velora_config": _Refusal("VeLoRA's variant of the layer is not read by this version", _MERGE),
     "layer_replication": _Refusal("it repeats layers of the base, which makes another model", _MERGE),
     "megatron_config": _Refusal("its tensors belong to Megatron's layers", _MERGE),
-    "trainable_token_indices": _Refusal("it replaces single rows of an embedding", _MERGE),
     "sample_at_inference": _Refusal("PVeRA draws its change anew at each run", _OTHER),
 }
 
@@ -92,8 +90,10 @@ def refuse(config: Mapping[str, Any], source: str) -> None:
     if isinstance(init, str) and init.lower() not in _HARMLESS:
         refusal = next((r for name, r in _INITS.items() if init.lower().startswith(name)), _UNKNOWN)
         raise _error(source, f"init_lora_weights={init!r}", refusal)
-    if kind == "MISS" and config.get("init_weights") == "bat":
-        raise _error(source, "init_weights='bat'", _Refusal("its change is a product with the base weight", _MERGE))
+    if kind == "UNILORA" and not config.get("save_indices"):
+        reason = "which numbers a layer has follows from the order in which PEFT met the layers"
+        fix = "Set save_indices to true in adapter_config.json, load the adapter with PEFT, and save it again."
+        raise _error(source, "save_indices=False", _Refusal(reason, fix))
 
 
 def _error(source: str, got: str, refusal: _Refusal) -> FormatError:

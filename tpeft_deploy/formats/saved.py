@@ -65,7 +65,7 @@ def read_saved(path: Path, *, pickles: bool = False) -> Saved:
         if not file.is_file() and (place / _PEFT_PICKLE).is_file():
             file = place / _PEFT_PICKLE
         tensors, metadata = _read(file, str(place), pickles=pickles)
-        return Saved(str(place), tensors, config, metadata, directory=True)
+        return Saved(str(place), _without_wrappers(tensors), config, metadata, directory=True)
     tensors, metadata = _read(path, str(path), pickles=pickles)
     return Saved(str(path), tensors, {}, metadata)
 
@@ -81,6 +81,15 @@ def _read(file: Path, source: str, *, pickles: bool) -> tuple[dict[str, Array], 
             )
         return _unpickle(file), {}
     return read_tensors(read_bytes(file), source=source)
+
+
+def _without_wrappers(tensors: dict[str, Array]) -> dict[str, Array]:
+    """Drop what PEFT's `save_embedding_layers` writes beside a saved module: the wrapper's copies, which PEFT ignores."""
+
+    def plain(key: str) -> str:
+        return key.replace(".original_module.", ".").replace(".modules_to_save.", ".")
+
+    return {key: tensor for key, tensor in tensors.items() if plain(key) == key or plain(key) not in tensors}
 
 
 def _config(file: Path) -> dict[str, Any]:

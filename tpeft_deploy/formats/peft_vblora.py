@@ -1,0 +1,88 @@
+"""VB-LoRA as PEFT saves it: factors put together from a bank of vectors that all layers share (arXiv 2405.15179).
+
+    dW = B A        each part of L numbers of a row of A, or of a column of B, is sum_k w_k V[i_k]
+
+base_model.vblora_vector_bank is V (N, L).  i and w are the largest `topk` of vblora_logits_A (r, I / L, N) and
+vblora_logits_B (O / L, r, N), and their softmax; with save_only_topk_weights the file has them as *_topk_indices and
+*_topk_weights instead, the last weight left out, as they add up to 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.compact import widen
+from tpeft_deploy.formats.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.peft_config import is_type, matrix_delta, stored_transposed
+from tpeft_deploy.formats.peft_dense import indices, misfit, require_values, whole_number
+from tpeft_deploy.formats.taking import doing, no_scale, take
+from tpeft_deploy.tucker import Array
+
+__all__ = ["NAME", "SHARED", "SUFFIXES", "matches", "read"]
+
+NAME = "peft-vblora"
+_BANK = "base_model.vblora_vector_bank"
+_LOGITS = ("vblora_logits_A", "vblora_logits_B")
+_INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
+SUFFIXES = frozenset(f"{logits}{part}" for logits in _LOGITS for part in ("", _INDICES, _WEIGHTS))
+SHARED = frozenset({_BANK})
+
+
+def matches(module: Module, checkpoint: Checkpoint) -> bool:
+    """Whether a PEFT file of type VBLORA has logits, or the largest of them, for the module."""
+    return is_type(checkpoint, "VBLORA") and any(name in module.tensors for name in SUFFIXES)
+
+
+def read(module: Module, checkpoint: Checkpoint) -> Change:
+    """The module's change, of rank r.
+
+    Raises:
+        FormatError: the file has no bank; a tensor is missing or does not fit; or an index is not in the bank.
+    """
+    no_scale(module, checkpoint)
+    if _BANK not in checkpoint.shared:
+        raise FormatError(doing(module, checkpoint), expected=f"the shared tensor {_BANK}", got="none")
+    bank = widen(checkpoint.shared[_BANK])
+    if bank.ndim != 2:
+        raise misfit(module, checkpoint, "a bank (N, L)", bank.shape)
+    first, last = (_parts(module, checkpoint, logits, bank) for logits in _LOGITS)  # (r, I/L, L), (O/L, r, L)
+    if first.shape[0] != last.shape[1]:
+        raise misfit(module, checkpoint, "logits of one rank", f"{first.shape[0]} and {last.shape[1]}")
+    down = first.reshape(first.shape[0], -1)
+    up = np.swapaxes(last, 1, 2).reshape(-1, last.shape[1])
+    transposed = stored_transposed(module, checkpoint, up.shape[0], down.shape[1])
+    return Change(deltas={f"{module.name}.weight": matrix_delta(up, down, 1.0, transposed=transposed)})
+
+
+def _parts(module: Module, checkpoint: Checkpoint, logits: str, bank: Array) -> Array:
+    """The weighted sums of vectors, (a, b, L)."""
+    if logits in module.tensors:
+        chosen, weights = _largest(module, checkpoint, take(module, checkpoint, logits), len(bank))
+    else:
+        chosen = take(module, checkpoint, f"{logits}{_INDICES}")
+        saved = take(module, checkpoint, f"{logits}{_WEIGHTS}").astype(np.float64)
+        require_values(module, checkpoint, **{f"{logits}{_INDICES}": chosen, _BANK: bank})
+        count = whole_number(checkpoint, "topk")
+        if chosen.ndim != 3 or chosen.shape[2] != count or saved.shape != (*chosen.shape[:2], chosen.shape[2] - 1):
+            raise misfit(
+                module, checkpoint, f"{count} indices, and one weight fewer", f"{saved.shape} and {chosen.shape}"
+            )
+        weights = np.concatenate([saved, 1 - saved.sum(-1, keepdims=True)], axis=-1)
+    chosen = indices(module, checkpoint, chosen, len(bank))
+    if (np.diff(np.sort(chosen, axis=-1), axis=-1) == 0).any():
+        raise misfit(module, checkpoint, "indices that differ", "one that stands there twice")
+    parts: Array = np.einsum("abk,abkl->abl", weights, bank[chosen].astype(np.float64))
+    return parts.astype(bank.dtype)
+
+
+def _largest(module: Module, checkpoint: Checkpoint, logits: Array, vectors: int) -> tuple[Array, Array]:
+    """Indices of the largest logits, and their softmax."""
+    require_values(module, checkpoint, logits=logits)
+    count = whole_number(checkpoint, "topk")
+    if logits.ndim != 3 or logits.shape[2] != vectors or not 0 < count <= vectors:
+        raise misfit(module, checkpoint, f"logits of {vectors} vectors, and topk of 1 to as many", logits.shape)
+    chosen = np.argpartition(logits, vectors - count, axis=-1)[..., vectors - count :]
+    largest = np.take_along_axis(logits, chosen, axis=-1).astype(np.float64)
+    powers = np.exp(largest - largest.max(axis=-1, keepdims=True))
+    return chosen, powers / powers.sum(axis=-1, keepdims=True)
