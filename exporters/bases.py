@@ -59,6 +59,24 @@ class Base(ABC):
         """What `load_adapter(base=...)` takes to resolve names."""
 
     @property
+    def vocabulary(self) -> frozenset[str]:
+        """Names of the weights that have a row for every token; none where that is not known."""
+        return frozenset()
+
+    def resized(self, rows: int) -> Base:
+        """This base with another number of rows in the tables of its vocabulary.
+
+        Raises:
+            UnsupportedBase: it cannot be resized.
+        """
+        raise UnsupportedBase(
+            f"resize the embeddings of base {self.name} to {rows} rows",
+            expected="a model of transformers",
+            got="an ONNX graph",
+            fix="Export the model anew after model.resize_token_embeddings.",
+        )
+
+    @property
     @abstractmethod
     def batched(self) -> bool:
         """Whether some input's first axis is dynamic: the batch."""

@@ -25,6 +25,7 @@ from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.padding import prove_padding
 from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
 from tpeft_deploy.exporters.proof import prove, with_checks
+from tpeft_deploy.exporters.resizing import check_vocabulary
 from tpeft_deploy.exporters.samples import rows_differ
 from tpeft_deploy.exporters.targets import activations
 from tpeft_deploy.files import digest_file, new_directory
@@ -49,6 +50,7 @@ def export_bundle(
     weights: object = None,
     rename: Mapping[str, str] | None = None,
     padding: Mapping[str, int | float] | None = None,
+    resize_embeddings: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
@@ -67,6 +69,8 @@ def export_bundle(
         padding: by input name, what rows may be filled up with along free axes but the batch, so that requests of
             other lengths share a run; refused unless every answer stays as it was.  By default what a Hugging Face
             text model itself says, where that is proved; {} for none.
+        resize_embeddings: give the base as many tokens as the adapters have, as `resize_token_embeddings` did before
+            they were trained; its new rows are zero.
         folded: also write folded/<task>.onnx for every adapter.
         progress: told each stage.
 
@@ -95,6 +99,7 @@ def export_bundle(
         weights=weights,
         rename=rename,
         padding=padding,
+        resize_embeddings=resize_embeddings,
         progress=progress,
     )
     with new_directory(path) as new:
@@ -123,6 +128,7 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
     graphs = {"base.onnx": raw.clone(), "factored.onnx": raw.clone(), "banked.onnx": raw.clone()}
     factored.attach(graphs["factored.onnx"], targets)
     varies = factored.output_axes(graphs["factored.onnx"], targets, raw.graph.outputs)
+    check_vocabulary(plan.base, plan.adapters, varies)
     orders = rows.find(base, raw, activations(raw.graph, targets).items(), place)
     single = banked.attach(graphs["banked.onnx"], targets, orders)
     if can_block(raw.graph, targets):

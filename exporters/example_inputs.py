@@ -13,13 +13,13 @@ from torch import nn
 
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.cached import cache_parameter, with_cache
+from tpeft_deploy.formats.base_model import FACTORY
 
 __all__ = ["FACTORY", "Tensors", "cached_text", "images", "parameters", "run", "text", "text_padding"]
 
 Tensors = dict[str, torch.Tensor]
 
 BATCH, SEQUENCE, CACHED = 2, 7, 4  # all different and none of them 1, which the exporter takes for a constant
-FACTORY = "Write a function that returns (module, example_inputs) and give it as 'package.module:function'."
 
 
 def parameters(model: type[nn.Module]) -> list[str]:

@@ -22,6 +22,7 @@ from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.replacing import held_changes, replace_weights
+from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.samples import empty_shapes, shapes_to_prove, with_sizes
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
@@ -45,6 +46,7 @@ def export_folded(
     task: str = "adapter",
     weights: object = None,
     rename: Mapping[str, str] | None = None,
+    resize_embeddings: bool = False,
     progress: Progress = silent,
 ) -> list[Check]:
     """Export one adapter merged into its base.
@@ -58,6 +60,8 @@ def export_folded(
         task: the adapter's name, for messages and the model's metadata.
         weights: the original weights of an ONNX file, as `load_base` takes them.
         rename: other names for inputs and outputs: the base's own -> the folded model's.
+        resize_embeddings: give the base as many tokens as the adapter has, as `resize_token_embeddings` did before
+            it was trained; its new rows are zero.
         progress: told each stage.
 
     Returns:
@@ -69,6 +73,7 @@ def export_folded(
     loaded = load_base(
         base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
     )
+    loaded = fit_vocabulary(loaded, {task: adapter}) if resize_embeddings else loaded
     loaded, raw = _trace(loaded, adapter, progress)
     progress("fold and check")
     limit = limits_of(raw.graph, measure_rounding(loaded, raw.graph))
@@ -81,6 +86,7 @@ def plan_folded(
     *,
     example_inputs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
+    resize_embeddings: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Everything of `export_folded`, whose arguments these are, up to writing: what a dry run prints.
@@ -89,9 +95,9 @@ def plan_folded(
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch: the base cannot be exported, or the adapter does not
             fit it.
     """
-    loaded, raw = _trace(
-        load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes), adapter, progress
-    )
+    loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+    loaded = fit_vocabulary(loaded, {"adapter": adapter}) if resize_embeddings else loaded
+    loaded, raw = _trace(loaded, adapter, progress)
     targets: list[dict[str, Any]] = []
     adapter = held_changes(loaded, raw.graph, adapter)
     for name in changed_names(adapter):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from tpeft_deploy.exporters.foreign.known import read_weights
 from tpeft_deploy.exporters.onnx_base import OnnxBase
 from tpeft_deploy.exporters.renamed import Renamed
 from tpeft_deploy.exporters.torch_base import TorchBase
+from tpeft_deploy.formats.base_model import call_factory
 
 __all__ = ["load_base"]
 
@@ -101,15 +100,7 @@ def _call_factory(
 
         module, own_inputs, own_shapes, padding = load_directory(name)
         return module, inputs or own_inputs, shapes or own_shapes, padding
-    module_name, _, function_name = name.partition(":")
-    if not function_name or os.path.sep in name:
-        raise UnsupportedBase(
-            f"load base {name}",
-            expected="package.module:factory, an .onnx file, or a Hugging Face model directory on this machine",
-            got=repr(name),
-            fix="Nothing is downloaded.",
-        )
-    result = _factory(name, module_name, function_name)()
+    result = call_factory(name)
     if isinstance(result, nn.Module):
         return result, inputs, shapes, {}
     if not isinstance(result, tuple) or len(result) not in (2, 3):
@@ -120,21 +111,6 @@ def _call_factory(
         )
     module, own_inputs, own_shapes = (*result, None)[:3]
     return module, inputs or own_inputs, shapes or own_shapes, {}
-
-
-def _factory(name: str, module_name: str, function_name: str) -> Callable[[], object]:
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: factories live beside the user's own scripts
-    try:
-        factory: Callable[[], object] = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise UnsupportedBase(
-            f"load base {name}",
-            expected=f"a callable {function_name!r} in module {module_name!r}",
-            got=str(error),
-            fix="Run from the directory that holds the module, or install it.",
-        ) from error
-    return factory
 
 
 def _check_inputs(name: str, inputs: object) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.padding import declare
+from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.rows import Order
 from tpeft_deploy.exporters.targets import activations, plan, plan_all, resolve
 from tpeft_deploy.manifest import Manifest, Port, Varies, check_name
@@ -134,6 +135,7 @@ def plan_bundle(
     weights: object = None,
     rename: Mapping[str, str] | None = None,
     padding: Mapping[str, int | float] | None = None,
+    resize_embeddings: bool = False,
     progress: Progress = silent,
 ) -> Plan:
     """Everything of `export_bundle`, whose arguments these are, up to writing.
@@ -149,6 +151,7 @@ def plan_bundle(
     loaded = load_base(
         base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
     )
+    loaded = fit_vocabulary(loaded, adapters) if resize_embeddings else loaded
     loaded = loaded.knowing(adapters.values())
     _check_batch(loaded)
     for adapter in adapters.values():

@@ -55,6 +55,15 @@ class Renamed(Base):
         return self._base.view
 
     @property
+    def vocabulary(self) -> frozenset[str]:
+        """The base's own."""
+        return self._base.vocabulary
+
+    def resized(self, rows: int) -> Base:
+        """The base resized, under the new names."""
+        return Renamed(self._base.resized(rows), self._names)
+
+    @property
     def batched(self) -> bool:
         """As the base is."""
         return self._base.batched

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from tpeft_deploy.exporters import dotted
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.bfloat16 import wide_ports
 from tpeft_deploy.exporters.quiet import quiet
+from tpeft_deploy.exporters.resizing import resize, tables
 from tpeft_deploy.formats import base_view
 from tpeft_deploy.ties import Ties, changed_names
 from tpeft_deploy.tucker import Array
@@ -93,6 +95,19 @@ class TorchBase(Base):
     def view(self) -> nn.Module:
         """The module itself."""
         return self.module
+
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """The names of the input embedding and of the head, weights and biases, of a transformers model."""
+        own = {id(tensor) for table in tables(self.module) for tensor in table.parameters()}
+        return frozenset(name for name, tensor in self._named().items() if id(tensor) in own)
+
+    def resized(self, rows: int) -> Base:
+        """The same with a copy of the module that has so many tokens."""
+        other = copy(self)
+        other.module = resize(self.module, rows, self.name)
+        other.proved_at = None
+        return other
 
     @property
     def batched(self) -> bool:

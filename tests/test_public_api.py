@@ -25,10 +25,12 @@ DOCUMENTED = {
         "PEFT_TYPE",
         "TuckerConfig",
         "TuckerConv",
+        "TuckerConvTranspose",
         "TuckerEmbedding",
         "TuckerLayer",
         "TuckerLinear",
         "TuckerModel",
+        "TuckerTransposedLinear",
     ],
 }
 

@@ -164,7 +164,7 @@ class Adapter:
                     f"fit {self.source} to {base}, weight {name!r}",
                     expected=f"a change of shape {shapes[name]}",
                     got=delta.shape,
-                    fix="The adapter was made for another base.",
+                    fix=_other_rows(delta.shape, shapes[name]),
                 )
         for name, array in self.served_overrides.items():
             if name not in shapes:
@@ -230,6 +230,16 @@ class Adapter:
         # Not ascontiguousarray, which gives a scalar an axis.
         ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
         return save(ordered, metadata={"tpeft": json.dumps(header, sort_keys=True)})
+
+
+def _other_rows(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What to do about a change of another shape; one of a table may only have other tokens than the base."""
+    if len(got) == 2 and got[1:] == expected[1:]:
+        return (
+            "The adapter was made for another base; if its vocabulary was resized before training, resize the base's "
+            f"in the same way (resize_token_embeddings({got[0]})) and save that as the base."
+        )
+    return "The adapter was made for another base."
 
 
 def _unknown(source: str, what: str, name: str, base: str, shapes: Mapping[str, object]) -> UnknownTarget:

@@ -15,7 +15,7 @@ from torch import nn
 from tests import nets
 from tpeft_deploy import Adapter, TuckerDelta
 from tpeft_deploy.adapter import weight_digest
-from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget
+from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget, UnsupportedBase
 from tpeft_deploy.formats import FORMATS, load_adapter
 from tpeft_deploy.formats.base_view import Lazy, view
 from tpeft_deploy.formats.names import Names
@@ -283,12 +283,12 @@ class TestBase:
         wrapped.peft_config = {}  # type: ignore[assignment]
         for base, problem in (
             (3, "torch module or the path of an ONNX file"),
-            ("model.pt", "without that suffix"),
+            ("model.pt", "package.module:factory, an .onnx file, or"),
             ("nowhere.onnx", "no such file"),
             (tmp_path / "broken.onnx", "an ONNX model"),
             (wrapped, "PEFT has wrapped"),
         ):
-            with pytest.raises(FormatError, match=problem):
+            with pytest.raises((FormatError, UnsupportedBase), match=problem):
                 load_adapter(path, base=base)
 
 

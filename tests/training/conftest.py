@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import tpeft_deploy.training  # noqa: F401  (registers the method)
 
@@ -25,6 +26,17 @@ def _conv(dimensions: int, size: int = 9, channels: int = 6, **options: object) 
     def build() -> Case:
         arguments = {"kernel_size": 3, "out_channels": 6} | options
         layer = kind(channels, **arguments)  # type: ignore[arg-type]
+        return Case(layer.double(), torch.randn(2, channels, *[size] * dimensions, dtype=torch.float64), ranks)
+
+    return build
+
+
+def _transposed(dimensions: int, size: int = 5, channels: int = 6, **options: object) -> Callable[[], Case]:
+    kind = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dimensions]
+    ranks: list[int | float] = [3, 2, *[2] * dimensions]
+
+    def build() -> Case:
+        layer = kind(channels, **{"kernel_size": 3, "out_channels": 8} | options)  # type: ignore[arg-type]
         return Case(layer.double(), torch.randn(2, channels, *[size] * dimensions, dtype=torch.float64), ranks)
 
     return build
@@ -50,6 +62,12 @@ LAYERS: dict[str, Callable[[], Case]] = {
     "conv3d": _conv(3, size=5, padding=1, stride=(1, 2, 1)),
     "conv3d-groups": _conv(3, size=4, groups=2, dilation=(1, 1, 1)),
     "conv3d-circular": _conv(3, size=4, padding=1, padding_mode="circular"),
+    "transposed1d": _transposed(1, stride=2, output_padding=1),
+    "transposed1d-depthwise": _transposed(1, groups=6, out_channels=12),
+    "transposed2d": _transposed(2, dilation=2, padding=1, bias=False),
+    "transposed2d-groups": _transposed(2, groups=2, stride=(2, 3), output_padding=(1, 0)),
+    "transposed3d": _transposed(3, size=3, stride=2, padding=1),
+    "gpt2-conv1d": lambda: Case(Conv1D(5, 7).double(), torch.randn(2, 3, 7).double(), [3, 2]),
     "embedding": lambda: Case(nn.Embedding(11, 6).double(), torch.randint(0, 11, (2, 4)), [3, 2]),
     "embedding-padding": lambda: Case(nn.Embedding(11, 6, padding_idx=0).double(), torch.tensor([[0, 3, 3]]), [3, 2]),
 }

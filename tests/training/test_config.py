@@ -34,6 +34,7 @@ from tpeft_deploy.training.config import mode_ranks
         ("dropout", -0.1),
         ("dropout", math.nan),
         ("init_weights", "gaussian"),
+        ("ensure_weight_tying", "yes"),
         ("base_digests", {"stem.weight": 5}),
         ("layers_pattern", "layers"),
         ("task_type", "NO_TASK"),

@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -224,6 +226,90 @@ class TestLayersWithTheirOwnForward:
     def test_refuse_dropout(self) -> None:
         with pytest.raises(ValueError, match="PadsItself has its own forward"):
             wrap(PadsItself(4, 6, 3), 2, dropout=0.1)
+
+
+class TestConvTranspose:
+    @pytest.mark.parametrize("limit", [0, math.inf])
+    def test_the_size_that_a_caller_asks_for(self, limit: float) -> None:
+        layer = wrap(nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1).double(), [2, 3, 2])
+        layer.tucker_break_even["default"] = limit
+        x = torch.randn(2, 4, 5, 5).double()
+        larger, smaller = layer(x, output_size=[10, 9]), layer(x)
+        assert larger.shape[2:] == (10, 9)
+        assert smaller.shape[2:] == (9, 9)
+        layer.merge()
+        assert difference(layer(x, [10, 9]), larger) < 1e-12
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_branches_and_merged_weights_agree(self, case: Any, dtype: torch.dtype) -> None:
+        layer = wrap(case.layer.to(dtype), case.ranks)
+        x = case.x.to(dtype) if case.x.is_floating_point() else case.x
+        for limit in [0] if is_grouped(case.layer) else [0, math.inf]:
+            layer.tucker_break_even["default"] = limit
+            adapted = layer(x)
+            layer.merge()
+            error = difference(layer(x).float(), adapted.float())
+            assert error < {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-5}[dtype]
+            layer.unmerge()
+
+
+class WithParts(nn.Linear):
+    """A layer that models ask for more than torch's classes have."""
+
+    window = 5
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.part = nn.Linear(4, 2)
+        self.register_buffer("table", torch.arange(3))
+
+    def project(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+class TestAttributesOfTheBase:
+    def test_every_one_is_answered(self, case: Any) -> None:
+        layer = wrap(case.layer, case.ranks)
+        for name in set(vars(case.layer)) - set(vars(nn.Module())) | {"__doc__"}:
+            assert name == "__doc__" or getattr(layer, name) is getattr(case.layer, name), name
+        assert getattr(layer, "bias", "none") is getattr(case.layer, "bias", "none")
+        with pytest.raises(AttributeError, match="no_such_attribute"):
+            layer.no_such_attribute  # noqa: B018
+
+    def test_parts_buffers_and_class_attributes(self) -> None:
+        base = WithParts()
+        layer = wrap(base, 2)
+        assert layer.part is base.part
+        assert layer.table is base.table
+        assert layer.window == 5
+        assert "part.weight" not in dict(layer.named_parameters())
+
+    def test_a_method_runs_with_the_change(self) -> None:
+        layer = wrap(WithParts().double(), 2)
+        x = torch.randn(3, 4).double()
+        projected = layer.project(x)
+        projected.sum().backward()
+        assert layer.tucker_core["default"].grad is not None
+        assert difference(projected, layer.base_layer.project(x)) > 1e-3
+        layer.merge()
+        assert difference(layer.base_layer.project(x), projected) < 1e-12
+        assert difference(layer.project(x), projected) < 1e-12
+        layer.enable_adapters(False)
+        base = layer.project(x)
+        layer.unmerge()
+        assert torch.equal(base, layer.base_layer.project(x))
+
+    def test_copies_and_pickles_are_whole(self, case: Any) -> None:
+        layer = wrap(case.layer, case.ranks)
+        layer.base_layer._hf_hook = object
+        assert not hasattr(layer, "_hf_hook")
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert type(other) is type(layer)
+            assert torch.equal(other(case.x), layer(case.x))
+            other.merge()
+            assert not layer.merged
 
 
 class TestReadersOfTheWeight:

@@ -25,7 +25,8 @@ __all__ = [
 base_option = click.option(
     "--base",
     metavar="BASE",
-    help="What ADAPTER was trained on, package.module:factory or an .onnx file: resolves its names and checks it.",
+    help="What ADAPTER was trained on, to resolve its names and check it: package.module:factory, a Hugging Face model "
+    "directory, an .onnx file, or a bundle.",
 )
 scale_option = click.option(
     "--scale", type=float, help="What the change is multiplied by, for formats that do not record it."
@@ -80,11 +81,13 @@ def read_inputs(path: Path | None, base: str) -> dict[str, Any] | None:
 
 
 def open_base(base: str | None) -> object:
-    """What `load_adapter` takes as base: None, the path of an ONNX file, or a torch module."""
-    if base is None:
-        return None
-    if base.endswith(".onnx"):
-        return Path(base)
-    from tpeft_deploy.exporters.loading import load_base
+    """What `load_adapter` takes as base; a bundle's directory is opened.
 
-    return load_base(base).view
+    Raises:
+        BundleError, VersionError, IntegrityError: a directory with a manifest is no bundle of this version.
+    """
+    from tpeft_deploy.bundle import MANIFEST, Bundle
+
+    if base is not None and (Path(base) / MANIFEST).is_file():
+        return Bundle.open(base)
+    return base

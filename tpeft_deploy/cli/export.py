@@ -32,6 +32,12 @@ dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Print what would be exported: targets, ranks and bytes; write and check nothing."
 )
 
+resize_option = click.option(
+    "--resize-embeddings",
+    is_flag=True,
+    help="Give BASE as many tokens as the adapters have, which were trained after resize_token_embeddings.",
+)
+
 
 @export.command()
 @click.argument("base")
@@ -41,6 +47,7 @@ dry_run_option = click.option(
 @inputs_option
 @rename_option
 @scale_option
+@resize_option
 @dry_run_option
 @json_option
 def folded(
@@ -51,6 +58,7 @@ def folded(
     inputs: Path | None,
     rename: Sequence[tuple[str, str]],
     scale: float | None,
+    resize_embeddings: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -67,9 +75,11 @@ def folded(
         begin("read the adapter")
         loaded = load_adapter(adapter, scale=scale, base=opened.view)
         if place is None:
-            plan = plan_folded(opened, loaded, progress=begin)
+            plan = plan_folded(opened, loaded, resize_embeddings=resize_embeddings, progress=begin)
         else:
-            checks = export_folded(opened, loaded, place, task=adapter.name, progress=begin)
+            checks = export_folded(
+                opened, loaded, place, task=adapter.name, resize_embeddings=resize_embeddings, progress=begin
+            )
     if place is None:
         emit(plan, key="targets", columns=["target", "change", "shape", "ranks", "bytes"], as_json=as_json)
         if not as_json:
@@ -99,6 +109,7 @@ def folded(
 @weights_option
 @inputs_option
 @rename_option
+@resize_option
 @dry_run_option
 @json_option
 def bundle(
@@ -112,6 +123,7 @@ def bundle(
     weights: Path | None,
     inputs: Path | None,
     rename: Sequence[tuple[str, str]],
+    resize_embeddings: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -123,7 +135,7 @@ def bundle(
 
     _refuse_twice("--adapter names task", [task for task, _ in adapters])
     _refuse_twice("--pad names input", [name for name, _ in padding])
-    pads = dict(padding) or None
+    options: Any = {"max_rank": max_rank, "padding": dict(padding) or None, "resize_embeddings": resize_embeddings}
     place = None if dry_run else _place(out)
     with stages() as begin:
         begin("load the base")
@@ -134,18 +146,9 @@ def bundle(
             loaded[task] = load_adapter(path, base=opened.view)
         if place is None:
             own = name or (out.resolve().name if out is not None else "bundle")
-            plan = plan_bundle(opened, loaded, name=own, max_rank=max_rank, padding=pads, progress=begin).to_json()
+            plan = plan_bundle(opened, loaded, name=own, progress=begin, **options).to_json()
         else:
-            written = export_bundle(
-                opened,
-                loaded,
-                place,
-                name=name,
-                max_rank=max_rank,
-                padding=pads,
-                folded=with_folded,
-                progress=begin,
-            )
+            written = export_bundle(opened, loaded, place, name=name, folded=with_folded, progress=begin, **options)
     if place is None:
         _show_plan(plan, as_json)
         return

@@ -41,8 +41,9 @@ def load_adapter(
         path: what the training side saved: a directory or a file.
         format: one of `FORMATS`; found from the files, module by module, when left out.
         scale: for formats that do not record their scale; refused by those that do.
-        base: what the adapter was trained on, to resolve names against and to check it with: a torch module, or the
-            path of an ONNX file whose initializers have the parameters' names.  Some formats cannot be read without.
+        base: what the adapter was trained on, to resolve names against and to check it with: a torch module, a
+            Hugging Face model directory, "package.module:factory", an open bundle, or the path of an ONNX file whose
+            initializers have the parameters' names.  Some formats cannot be read without.
 
     Returns:
         The canonical adapter.
@@ -50,6 +51,7 @@ def load_adapter(
     Raises:
         FormatError: nothing there, an unknown, damaged or refused format, a tensor that nothing understands, a
             `scale` or `base` that is missing, or a `scale` that the format records itself.
+        UnsupportedBase: a directory or a factory gives no model.
         UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit `base`.
     """
     return _load(Path(path), format, scale, base, pickles=False)

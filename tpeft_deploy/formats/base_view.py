@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tpeft_deploy.errors import FormatError, MissingExtra
+from tpeft_deploy.formats.base_model import open_model
 from tpeft_deploy.formats.module import BaseView
 from tpeft_deploy.tucker import Array
 
@@ -45,20 +46,27 @@ def view(base: object) -> BaseView:
 
     Args:
         base: a torch module (anything with its `named_parameters`, `named_buffers` and `named_modules`), the path of
-            an ONNX file whose initializers have the parameters' names, or a view already.
+            an ONNX file whose initializers have the parameters' names, a Hugging Face model directory,
+            "package.module:factory", an open bundle, or a view already.
 
     Raises:
         FormatError: none of these, or a module that PEFT has wrapped.
-        MissingExtra: an ONNX file, and onnx-ir is not installed.
+        UnsupportedBase: a directory or a factory that gives no model.
+        MissingExtra: an ONNX file or a directory, and the package that reads it is not installed.
     """
+    base = getattr(base, "base_view", base)  # a bundle's
     if isinstance(base, BaseView):
         return base
     if isinstance(base, str | os.PathLike):
-        return _of_onnx(Path(base))
+        if Path(base).suffix == ".onnx" and not Path(base).is_dir():
+            return _of_onnx(Path(base))
+        base = open_model(os.fspath(base))
     name = type(base).__name__
     if not all(hasattr(base, verb) for verb in ("named_parameters", "named_buffers", "named_modules")):
         raise FormatError(
-            "look into a base", expected="a torch module or the path of an ONNX file as base", got=repr(name)
+            "look into a base",
+            expected="an open bundle, a torch module or the path of an ONNX file or model directory as base",
+            got=repr(name),
         )
     if hasattr(base, "peft_config"):
         raise FormatError(
@@ -94,13 +102,8 @@ def _numpy(tensor: Any) -> Array:
 
 
 def _of_onnx(path: Path) -> BaseView:
-    if path.suffix != ".onnx" or not path.is_file():
-        raise FormatError(
-            f"look into base {path}",
-            expected="an .onnx file",
-            got="no such file" if path.suffix == ".onnx" else "a path without that suffix",
-            fix="Give a torch module, or the path of an ONNX file.",
-        )
+    if not path.is_file():
+        raise FormatError(f"look into base {path}", expected="an .onnx file", got="no such file", fix="Check the path.")
     try:
         import onnx_ir as ir
     except ImportError as error:

@@ -3,7 +3,8 @@
 adapter_config.json holds the scale and the digests of the base, adapter_model.safetensors the tensors, under
 `base_model.model.`:
 
-    <module>.tucker_core                (R_o, R_i, R_k1, ...)
+    <module>.tucker_core                one rank per mode of the weight as it is stored: (R_o, R_i, R_k1, ...), for
+                                        transposed convolutions and transformers' Conv1D (R_i, R_o, R_k1, ...)
     <module>.tucker_factor.<mode>       (mode size, rank); absent where the mode is an identity
     <parameter or buffer>               of modules_to_save, whole
     <module>.base_layer.<parameter>     a copy of an adapted embedding's base, which PEFT adds on its own account

@@ -21,7 +21,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 from tpeft_deploy.training.config import PEFT_TYPE, TuckerConfig
-from tpeft_deploy.training.kinds import TuckerConv, TuckerEmbedding, TuckerLinear
+from tpeft_deploy.training.kinds import (
+    TuckerConv,
+    TuckerConvTranspose,
+    TuckerEmbedding,
+    TuckerLinear,
+    TuckerTransposedLinear,
+)
 from tpeft_deploy.training.layer import TuckerLayer
 from tpeft_deploy.training.model import TuckerModel
 from tpeft_deploy.training.registration import register
@@ -30,10 +36,12 @@ __all__ = [
     "PEFT_TYPE",
     "TuckerConfig",
     "TuckerConv",
+    "TuckerConvTranspose",
     "TuckerEmbedding",
     "TuckerLayer",
     "TuckerLinear",
     "TuckerModel",
+    "TuckerTransposedLinear",
 ]
 
 register()

@@ -23,8 +23,9 @@ class TuckerConfig(PeftConfig):  # type: ignore[misc]
 
     Args:
         ranks: an int is the rank of the channel modes O and I; a float in (0, 1] is that fraction of the mode's
-            size (at least 1); a list has one entry per mode in torch order (O, I, K1, ...).  Kernel modes that are
-            not given keep their full size.  A mode whose rank reaches its size has no factor: the core spans it.
+            size (at least 1); a list has one entry per mode of the weight as torch stores it: (O, I, K1, ...), for
+            transposed convolutions and transformers' Conv1D (I, O, K1, ...).  Kernel modes that are not given keep
+            their full size.  A mode whose rank reaches its size has no factor: the core spans it.
         rank_pattern: module name (a suffix or a regular expression, as elsewhere in PEFT) -> its own `ranks`.
         scale: multiplies the change; never divided by a rank.
         dropout: probability of dropping an input of the branch (for an embedding: a value of the looked-up change).
@@ -35,6 +36,8 @@ class TuckerConfig(PeftConfig):  # type: ignore[misc]
         modules_to_save: modules that are trained and saved whole: a new head, norms.  BatchNorm layers that run in
             training mode update their statistics although the base is frozen: name them here, or keep them in eval
             mode, or the adapter will not fit the base that it is later loaded on.
+        ensure_weight_tying: as in PEFT's LoRA: False lets one use of a tied weight change alone, with a warning; True
+            gives all of its uses (embedding and lm_head) the same adapter.
         init_weights: True starts exactly at the base (core zero); False draws a small random core, for tests.
         base_digests: target weight -> `tpeft_deploy.adapter.weight_digest` of the base weight.  Filled when the
             adapter is injected, and checked when it is loaded onto a base; leave it empty.
@@ -52,6 +55,7 @@ class TuckerConfig(PeftConfig):  # type: ignore[misc]
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool = False
     init_weights: bool = True
     base_digests: dict[str, str] = field(default_factory=dict)
 
@@ -66,8 +70,9 @@ class TuckerConfig(PeftConfig):  # type: ignore[misc]
         self.scale = float(_checked_number(self.scale, "scale"))
         if not 0.0 <= _checked_number(self.dropout, "dropout") < 1.0:
             raise ValueError(f"TuckerConfig dropout: expected a number from 0 to below 1, got {self.dropout}")
-        if self.init_weights not in {True, False}:
-            raise ValueError(f"TuckerConfig init_weights: expected True or False, got {self.init_weights!r}")
+        for name in ("init_weights", "ensure_weight_tying"):
+            if getattr(self, name) not in {True, False}:
+                raise ValueError(f"TuckerConfig {name}: expected True or False, got {getattr(self, name)!r}")
         if not all(isinstance(text, str) for pair in self.base_digests.items() for text in pair):
             raise ValueError("TuckerConfig base_digests: expected weight names and their digests, as PEFT saved them")
         self._check_selection()
@@ -98,7 +103,7 @@ def mode_ranks(ranks: Ranks, shape: tuple[int, ...]) -> tuple[int, ...]:
 
     Args:
         ranks: as in `TuckerConfig`.
-        shape: the weight's, (O, I, K1, ...).
+        shape: the weight's.
 
     Raises:
         ValueError: `ranks` has more entries than the weight has modes.

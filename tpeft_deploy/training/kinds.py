@@ -8,13 +8,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from tpeft_deploy.training.contraction import contract
 from tpeft_deploy.training.layer import TuckerLayer
 
-__all__ = ["KINDS", "TuckerConv", "TuckerEmbedding", "TuckerLinear"]
+__all__ = [
+    "KINDS",
+    "TuckerConv",
+    "TuckerConvTranspose",
+    "TuckerEmbedding",
+    "TuckerLinear",
+    "TuckerTransposedLinear",
+]
 
 _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 
 
 class TuckerLinear(TuckerLayer):
@@ -40,6 +49,31 @@ class TuckerLinear(TuckerLayer):
 
     def _through_delta(self, x: Tensor, delta: Tensor) -> Tensor:
         return functional.linear(x, delta)
+
+
+class TuckerTransposedLinear(TuckerLayer):
+    """A linear layer of transformers' GPT-2, Conv1D by name: weight (I, O), y = x W."""
+
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (Conv1D,)
+    base_layer: Conv1D
+
+    def _is_stock(self) -> bool:
+        return type(self.base_layer).forward is Conv1D.forward
+
+    def _multiplications(self, ranks: tuple[int, ...]) -> tuple[float, float]:
+        (size_i, size_o), (rank_i, rank_o) = self.base_weight.shape, ranks
+        factored = (rank_i < size_i) * size_i * rank_i + rank_i * rank_o + (rank_o < size_o) * rank_o * size_o
+        return factored, size_o * size_i
+
+    def _positions(self, x: Tensor) -> float:
+        return x.numel() / self.base_weight.shape[0]
+
+    def _through_factors(self, x: Tensor, core: Tensor, factors: dict[int, Tensor]) -> Tensor:
+        x = (x @ factors[0] if 0 in factors else x) @ core
+        return functional.linear(x, factors[1]) if 1 in factors else x
+
+    def _through_delta(self, x: Tensor, delta: Tensor) -> Tensor:
+        return x @ delta
 
 
 class TuckerConv(TuckerLayer):
@@ -83,6 +117,49 @@ class TuckerConv(TuckerLayer):
         return output
 
 
+class TuckerConvTranspose(TuckerLayer):
+    """A transposed convolution of 1 to 3 dimensions, weight (I, O per group, K1, ...)."""
+
+    adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    base_layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+    def _is_stock(self) -> bool:
+        kind: Any = type(self.base_layer)
+        (stock,) = (ancestor for ancestor in kind.__mro__ if ancestor in self.adapts)
+        return kind.forward is stock.forward and kind._output_padding is stock._output_padding
+
+    def _multiplications(self, ranks: tuple[int, ...]) -> tuple[float, float]:
+        size_i, size_o, *kernel = self.base_weight.shape
+        rank_i, rank_o = ranks[:2]
+        dense = size_o * size_i * math.prod(kernel)
+        if self.base_layer.groups > 1:
+            return math.inf, dense  # as TuckerConv
+        # The last 1x1 convolution runs at output positions, of which a stride makes more than there are inputs.
+        out_of = (rank_o < size_o) * rank_o * size_o * math.prod(self.base_layer.stride)
+        return (rank_i < size_i) * size_i * rank_i + rank_i * rank_o * math.prod(kernel) + out_of, dense
+
+    def _positions(self, x: Tensor) -> float:
+        return x.numel() / self.base_layer.in_channels
+
+    def _through_factors(
+        self, x: Tensor, core: Tensor, factors: dict[int, Tensor], output_size: list[int] | None = None
+    ) -> Tensor:
+        rank_i, rank_o, *window = core.shape
+        pointwise, ones = _CONVOLUTIONS[len(window)], [1] * len(window)
+        kernel = contract(core, {mode: factor for mode, factor in factors.items() if mode >= 2})
+        if 0 in factors:
+            x = pointwise(x, factors[0].T.reshape(rank_i, -1, *ones))
+        x = self._through_delta(x, kernel, output_size)
+        return pointwise(x, factors[1].reshape(-1, rank_o, *ones)) if 1 in factors else x
+
+    def _through_delta(self, x: Tensor, delta: Tensor, output_size: list[int] | None = None) -> Tensor:
+        base: Any = self.base_layer
+        axes = delta.ndim - 2
+        shape = base.stride, base.padding, base.kernel_size, axes, base.dilation
+        output_padding = base._output_padding(x, output_size, *shape)
+        return _TRANSPOSED[axes](x, delta, None, base.stride, base.padding, output_padding, base.groups, base.dilation)
+
+
 class TuckerEmbedding(TuckerLayer):
     """An embedding, weight (num, dim)."""
 
@@ -104,9 +181,9 @@ class TuckerEmbedding(TuckerLayer):
     def _positions(self, x: Tensor) -> float:
         return x.numel()
 
-    def _branch(self, name: str, x: Tensor) -> Tensor:
+    def _branch(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         core, factors = self._parts(name)
-        change = self._change(name, x, core, factors)
+        change = self._change(name, x, core, factors, *args, **kwargs)
         padding = self.base_layer.padding_idx
         if padding is not None:
             # As in torch, padding has a value but no gradient.
@@ -122,4 +199,10 @@ class TuckerEmbedding(TuckerLayer):
         return functional.embedding(x, delta)
 
 
-KINDS: tuple[type[TuckerLayer], ...] = (TuckerLinear, TuckerConv, TuckerEmbedding)
+KINDS: tuple[type[TuckerLayer], ...] = (
+    TuckerLinear,
+    TuckerConv,
+    TuckerEmbedding,
+    TuckerTransposedLinear,
+    TuckerConvTranspose,
+)

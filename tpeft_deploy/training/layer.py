@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,13 +18,18 @@ from tpeft_deploy.training.contraction import break_even, contract, initial_core
 
 __all__ = ["TuckerLayer"]
 
+# Of one object alone: copying and pickling ask for the first, accelerate keeps the others on what it has hooked.
+_NOT_DELEGATED = ("__", "_hf_hook", "_old_forward")
+
 
 class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A frozen layer with the tensor adapters of its weight.
 
     Per adapter it holds `tucker_core` (R_o, R_i, R_k1, ...) and `tucker_factor`, a (mode size, rank) matrix for every
-    mode whose rank is below its size.  Modes are those of the weight: (O, I per group, K1, ...), for an embedding
-    (num, dim).  A kind of layer is a subclass that says how to run an input through factors, and through dW.
+    mode whose rank is below its size.  Modes are those of the weight as it is stored: (O, I per group, K1, ...), for
+    an embedding (num, dim), for a transposed convolution (I, O per group, K1, ...), for transformers' Conv1D (I, O).
+    Attributes that the layer lacks are those of the base layer.  A kind of layer is a subclass that says how to run an
+    input through factors, and through dW.
 
     Args:
         base_layer: the layer to adapt, of a type in `adapts`.
@@ -55,10 +62,28 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.tucker_scale: dict[str, float] = {}
         self.tucker_break_even: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self._before_merge: nn.Parameter | None = None
+        self._unmerged: tuple[nn.Parameter, ...] = ()  # the base's parameter while adapters are merged
         self._active_adapter = adapter_name
         self._check_base()
         self.update_layer(adapter_name, config, ranks)
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the base layer, where this layer has none of that name: models read strides and sizes.
+
+        A method of the base layer runs with the changed weight, as calling the layer does.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None or name.startswith(_NOT_DELEGATED):
+                raise
+        value = getattr(base, name)
+        bound = inspect.ismethod(value) and value.__self__ is base
+        return partial(self._call_base, name) if bound else value
+
+    def _call_base(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(_Method(self.base_layer, method), {"layer.weight": self.weight}, args, kwargs)
 
     # What a kind of layer provides.
 
@@ -104,6 +129,12 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def share(self, adapter_name: str, other: TuckerLayer) -> None:
+        """Let an adapter have the parameters that another layer of a tied weight has under its name."""
+        for mine, theirs in ((self.tucker_core, other.tucker_core), (self.tucker_factor, other.tucker_factor)):
+            mine[adapter_name] = theirs[adapter_name]
+        self.tucker_break_even[adapter_name] = other.tucker_break_even[adapter_name]
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of one adapter, with the shape of the weight, in float32 or the wider type of its parameters."""
         core, factors = self._parts(adapter)
@@ -133,7 +164,7 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     @property
     def base_weight(self) -> Tensor:
         """The frozen weight of the base, whether adapters are merged or not."""
-        return cast(Tensor, self.base_layer.weight) if self._before_merge is None else self._before_merge
+        return self._unmerged[0].detach() if self._unmerged else cast(Tensor, self.base_layer.weight)
 
     @property
     def weight(self) -> Tensor:
@@ -168,20 +199,19 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 weight = (weight + delta.to(weight.device)).to(weight.dtype)
                 if safe_merge and not torch.isfinite(weight).all():
                     raise ValueError(f"merge adapter {name!r}: the merged weight holds NaN or infinity")
-        # Kept rather than subtracted later, so that unmerging restores the base to the bit and its digest holds.
-        self._before_merge = cast(nn.Parameter, self.base_weight)
-        # Another parameter, as other modules may share the base's: a branch changes this layer alone.
+        # Kept rather than subtracted later, so that unmerging restores the base to the bit and its digest holds; and
+        # replaced rather than overwritten, as the other uses of a tied weight do not change.
+        self._unmerged = self._unmerged or (parameter,)
         self.base_layer.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put back the base weight as it was before any merge."""
-        if self._before_merge is None:
+        if not self._unmerged:
             return
-        merged = cast(nn.Parameter, self.base_layer.weight)
-        self._before_merge.data = self._before_merge.data.to(merged)  # the model may have moved meanwhile
-        self.base_layer.weight = self._before_merge
-        self._before_merge = None
+        (parameter,), self._unmerged = self._unmerged, ()
+        parameter.data = parameter.data.to(cast(nn.Parameter, self.base_layer.weight))
+        self.base_layer.weight = parameter
         self.merged_adapters.clear()
 
     # Running.
@@ -196,17 +226,32 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return whole
         result: Tensor = self.base_layer(x, *args, **kwargs)
         for name in live:
-            result = result + self._branch(name, x).to(result.dtype)
+            result = result + self._branch(name, x, *args, **kwargs).to(result.dtype)
         return result
 
-    def _branch(self, name: str, x: Tensor) -> Tensor:
+    def _branch(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         core, factors = self._parts(name)
         x = self.tucker_dropout[name](self._cast_input_dtype(x, core.dtype))
-        return self._change(name, x, core, factors)
+        return self._change(name, x, core, factors, *args, **kwargs)
 
-    def _change(self, name: str, x: Tensor, core: Tensor, factors: dict[int, Tensor]) -> Tensor:
+    def _change(
+        self, name: str, x: Tensor, core: Tensor, factors: dict[int, Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
         limit = self.tucker_break_even[name]
         # An infinite limit is asked first: then the choice does not depend on the input's size, and compiles once.
         if limit == math.inf or self._positions(x) < limit:
-            return self.tucker_scale[name] * self._through_factors(x, core, factors)
-        return self._through_delta(x, self.get_delta_weight(name).to(x.dtype if x.is_floating_point() else core.dtype))
+            return self.tucker_scale[name] * self._through_factors(x, core, factors, *args, **kwargs)
+        delta = self.get_delta_weight(name).to(x.dtype if x.is_floating_point() else core.dtype)
+        return self._through_delta(x, delta, *args, **kwargs)
+
+
+class _Method(nn.Module):
+    """A method of a layer as a module of its own, which `functional_call` can run with another weight."""
+
+    def __init__(self, layer: nn.Module, method: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.method = method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.layer, self.method)(*args, **kwargs)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 from peft import PeftConfig
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ class TuckerModel(BaseTuner):  # type: ignore[misc]
     prefix: str = "tucker_"
     tuner_layer_cls = TuckerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    # With `ensure_weight_tying`: which names of a tied weight are adapted, and which share what those have.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+    _add_targets_to_tie = LoraModel._add_targets_to_tie
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the targets, checking or recording the digests of their base weights."""
@@ -72,18 +77,21 @@ class TuckerModel(BaseTuner):  # type: ignore[misc]
         try:
             if isinstance(target, TuckerLayer):
                 target.update_layer(adapter_name, config, ranks)
-                return
-            kind = _kind(target)
-            layer = kind(target, adapter_name, config, ranks)
+                layer = target
+            else:
+                layer = _kind(target)(target, adapter_name, config, ranks)
+                if adapter_name not in self.active_adapters:
+                    layer.requires_grad_(False)
+                self._replace_module(parent, target_name, layer, target)
+            if self._check_tied_module_exists(config, current_key):
+                layer.share(adapter_name, cast(Any, self.model).get_input_embeddings())
         except ValueError as error:
             raise ValueError(f"adapt module {current_key!r}: {error}") from error
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        super()._replace_module(parent, child_name, new_module, child)
-        # PEFT replaces a module under its first name only; one that the model uses twice would keep the plain base.
+        # Not PEFT's: it copies weight and bias from the old module to the new one, which a container does not have.
+        setattr(parent, child_name, new_module)
+        # A module that the model uses twice would keep the plain base under its other names.
         for module in list(self.model.modules()):
             for name, other in list(module._modules.items()):
                 if other is child and module is not new_module:
