@@ -10,7 +10,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-c", "from tpeft_deploy.cli import main; main()"]
+CODE = "from tpeft_deploy.cli import main; main()"
+COMMAND = [sys.executable, "-c", CODE]
+
+# Batches wait while the file HOLD is there, as they would for a long run; one that is to stop stops.
+HELD = """
+import os, time
+from tpeft_deploy.cli import main
+from tpeft_deploy.runtime.engine import Engine
+
+def run_held(self, inputs, versions, options):
+    while os.path.exists(os.environ["HOLD"]) and not options.terminate:
+        time.sleep(0.005)
+    return own(self, inputs, versions, options)
+
+own, Engine.run_held = Engine.run_held, run_held
+main()
+"""
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -19,15 +35,16 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def begin(*arguments: object) -> subprocess.Popen[str]:
+def begin(*arguments: object, code: str = CODE) -> subprocess.Popen[str]:
     """A server that starts; whoever calls this ends it."""
-    return subprocess.Popen([*COMMAND, "serve", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, "-c", code, "serve", *map(str, arguments)]
+    return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 @contextmanager
-def server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(*arguments: object, code: str = CODE) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server, and where it listens."""
-    process = begin(*arguments)
+    process = begin(*arguments, code=code)
     assert process.stderr is not None
     try:
         for line in process.stderr:
