@@ -32,8 +32,7 @@ def factored(model: ir.Model, target: Target, slots: dict[str, ir.Value]) -> Non
         name = f"{target.name}.gain.{value.name}"
         inputs = [value, slots["value"]]
         after = site.node if side == "y" else value.producer()
-        first = after or model.graph[0]
-        new = call(model, "TuckerGain", inputs, name=name, like=value, after=first, attributes={"shape": tail})
+        new = call(model, "TuckerGain", inputs, name=name, like=value, after=after, attributes={"shape": tail})
         _use(site, side, new)
 
 
@@ -47,8 +46,7 @@ def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: i
         inputs = [value, index, slots["value"]]
         name = f"{target.name}.gain.{value.name}"
         attributes = {"tail": own}
-        first = after or model.graph[0]
-        vector = call(model, "BankedVector", inputs, name=name, like=None, after=first, attributes=attributes)
+        vector = call(model, "BankedVector", inputs, name=name, like=None, after=after, attributes=attributes)
         scaled = apply(model, "Mul", [value, vector], like=value, after=vector.producer())
         _use(site, side, scaled, keep=vector.producer())
         if site.order != "major":

@@ -61,10 +61,7 @@ def apply(
     """
     node = ir.node(op_type, inputs, attributes or {})  # type: ignore[arg-type]
     _resemble(node.outputs[0], like)
-    if after is not None:
-        model.graph.insert_after(after, node)
-    else:
-        model.graph.insert_before(model.graph[0], node)
+    _insert(model, node, after)
     node.outputs[0].name = f"tpeft.{op_type}.{_count(model)}"
     node.name = f"{node.outputs[0].name}.node"
     return node.outputs[0]
@@ -77,17 +74,17 @@ def call(
     *,
     name: str,
     like: ir.Value | None,
-    after: ir.Node,
+    after: ir.Node | None,
     attributes: Mapping[str, object] | None = None,
 ) -> ir.Value:
-    """Insert a call of one of our functions behind a node.
+    """Insert a call of one of our functions behind a node, or before all others when that is None.
 
     Args:
         name: of the new node.
         like: a value that the result resembles in shape, type and order of rows; None when that is not known.
     """
     node = _node(model, function, inputs, name, like, attributes)
-    model.graph.insert_after(after, node)
+    _insert(model, node, after)
     return node.outputs[0]
 
 
@@ -104,11 +101,15 @@ def call_first(
             after = other
         if not casts:
             break
+    _insert(model, node, after)
+    return node.outputs[0]
+
+
+def _insert(model: ir.Model, node: ir.Node, after: ir.Node | None) -> None:
     if after is not None:
         model.graph.insert_after(after, node)
     else:
         model.graph.insert_before(model.graph[0], node)
-    return node.outputs[0]
 
 
 def reroute(old: ir.Value, new: ir.Value, *, keep: ir.Node | None = None) -> None:
