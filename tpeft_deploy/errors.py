@@ -37,6 +37,8 @@ An error carries what was being done, what was wrong, what was expected against 
 about it; `str(error)` is that on one line.  Only the command line prints or exits.
 """
 
+import re
+
 __all__ = [
     "AdapterError",
     "BaseMismatch",
@@ -70,7 +72,16 @@ __all__ = [
     "UnsupportedBase",
     "UnsupportedTarget",
     "VersionError",
+    "brief",
 ]
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def brief(text: object, most: int = 200) -> str:
+    """What a library said, on one line of bounded length and without terminal colours."""
+    line = " ".join(_COLOURS.sub("", str(text)).split())
+    return line if len(line) <= most else f"{line[: most - 3].rstrip()}..."
 
 
 class TpeftError(Exception):
