@@ -113,13 +113,18 @@ class TpeftError(Exception):
         self.got = got
         self.fix = fix
 
-    def __str__(self) -> str:
+    @property
+    def said(self) -> str:
+        """The problem, what was expected, and what was there instead; empty where none of them is known."""
         parts = [self.problem] if self.problem else []
         if self.expected is not None:
             parts.append(f"expected {self.expected}")
         if self.got is not None:
             parts.append(f"got {self.got}")
-        text = f"{self.doing}: {', '.join(parts)}" if parts else self.doing
+        return ", ".join(parts)
+
+    def __str__(self) -> str:
+        text = f"{self.doing}: {self.said}" if self.said else self.doing
         if self.fix:
             text += f". {self.fix}"
         return " ".join(text.split())

@@ -149,24 +149,20 @@ def test_a_reader_of_adapters_says_the_same_of_a_base(tmp_path: Any) -> None:
             "axis 0 of input 'x' dynamic, and forward accepts only the size 4",
         ),
         (
-            "  - Not all values of b = L['past']['0.key'].size()[2] in the range satisfy the generated guard b <= 8\nmore",
+            "  - Not all values of b = L['past']['0.key'].size()[2] in it satisfy the generated guard b <= 8\nmore",
             "every size of axis 2 of input 'past.0.key'",
         ),
         ("There was no fake impl registered for <CustomOpDef(mine::op)>. This is", "custom operator mine::op"),
         (
             "\x1b[96mBroken\x1b[0m  here\n\nand a graph",
-            "the torch exporter failed (RuntimeError: Broken here at test_causes.py:",
+            "the torch exporter failed (RuntimeError: Broken here)",
         ),
         ("word " * 500, "the torch exporter failed (RuntimeError: word word"),
     ],
 )
 def test_what_other_versions_of_torch_say(text: str, cause: str) -> None:
-    try:
-        try:
-            raise RuntimeError(text)
-        except RuntimeError as inner:
-            raise torch.onnx.errors.OnnxExporterError("Failed. Next steps") from inner
-    except torch.onnx.errors.OnnxExporterError as error:
-        found = cause_of(error)
+    error = torch.onnx.errors.OnnxExporterError("Failed. Next steps")
+    error.__cause__ = RuntimeError(text)
+    found = cause_of(error)
     assert cause in found.problem
     assert len(found.problem) < 400
