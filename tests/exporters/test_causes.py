@@ -30,7 +30,8 @@ class Net(nn.Module):
 
 class Eigenvalues(Net):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return x + torch.linalg.eig(self.linear.weight)[0].real
+        y: torch.Tensor = x + torch.linalg.eig(self.linear.weight)[0].real
+        return y
 
 
 class ByValue(Net):
@@ -41,7 +42,8 @@ class ByValue(Net):
 
 class ByBatch(Net):
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self.linear(x) * (1.0 if x.shape[0] == 3 else 2.0)
+        y: torch.Tensor = self.linear(x)
+        return y * (1.0 if x.shape[0] == 3 else 2.0)
 
 
 def broken() -> nn.Module:

@@ -48,7 +48,7 @@ def inspect(
         _show_refused(adapter, error, found, as_json)
         raise
     weights = _weights(loaded, found)
-    document = {
+    document: dict[str, Any] = {
         "source": loaded.source,
         "parameters": loaded.parameters,
         "bytes": loaded.nbytes,
