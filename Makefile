@@ -2,6 +2,7 @@
 # make test         the test suite           make check   ruff and mypy
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
+# make formats      docs/formats.md, after a change of a reader
 # make clean        remove what the above made
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 OUT ?= quickstart
 ROUNDS ?= 20
 
-.PHONY: quickstart test test-stability check soak proto clean
+.PHONY: quickstart test test-stability check soak proto formats clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -33,6 +34,9 @@ soak: $(VENV)/dev-$(PROVIDER)
 
 proto: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/compile_proto.py
+
+formats: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/tpeft-deploy formats --markdown > docs/formats.md
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

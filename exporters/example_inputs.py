@@ -13,6 +13,7 @@ from torch import nn
 
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.cached import cache_parameter, with_cache
+from tpeft_deploy.exporters.causes import said_by
 from tpeft_deploy.formats.base_model import FACTORY
 
 __all__ = ["FACTORY", "Tensors", "cached_text", "images", "parameters", "run", "text", "text_padding"]
@@ -40,8 +41,7 @@ def run(model: nn.Module, inputs: Tensors, doing: str) -> None:
         sizes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs.values())
         raise UnsupportedBase(
             doing,
-            problem=f"the model does not run on inputs of shapes {sizes}"
-            f" ({type(error).__name__}: {str(error).strip()[:300]})",
+            problem=f"the model does not run on inputs of shapes {sizes} ({said_by(error)})",
             fix=FACTORY,
         ) from error
 
@@ -91,7 +91,7 @@ def cached_text(model: Any, doing: str) -> tuple[Tensors, dict[str, Any]]:
     except Exception as error:  # as above
         raise UnsupportedBase(
             doing,
-            problem=f"the model does not run with a cache of keys and values ({type(error).__name__}: {error})",
+            problem=f"the model does not run with a cache of keys and values ({said_by(error)})",
             fix=FACTORY,
         ) from error
     shapes: dict[str, Any] = {name: {0: "batch", 2: "past"} for name in inputs}

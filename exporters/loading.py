@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,9 +17,18 @@ from tpeft_deploy.exporters.foreign.known import read_weights
 from tpeft_deploy.exporters.onnx_base import OnnxBase
 from tpeft_deploy.exporters.renamed import Renamed
 from tpeft_deploy.exporters.torch_base import TorchBase
-from tpeft_deploy.formats.base_model import call_factory
+from tpeft_deploy.formats.base_model import call_factory, no_module
 
 __all__ = ["load_base"]
+
+
+_FIXES: Mapping[type, str] = {
+    type(None): "Leave it out: forward's default is used.",
+    dict: "Give each of its tensors as an input 'name.key': forward gets them as one dict.",
+    list: "Wrap the module in one with a parameter for each tensor.",
+    tuple: "Wrap the module in one with a parameter for each tensor.",
+    np.ndarray: "Use torch.from_numpy.",
+}
 
 
 def load_base(
@@ -67,7 +77,7 @@ def _load(
         name = os.fspath(base)
         base, example_inputs, dynamic_shapes, padding = _call_factory(name, example_inputs, dynamic_shapes)
     if not isinstance(base, nn.Module):
-        raise UnsupportedBase(f"load base {name}", expected="a torch.nn.Module", got=type(base).__name__)
+        raise no_module(name, base)
     if hasattr(base, "peft_config"):
         raise UnsupportedBase(
             f"load base {name}",
@@ -79,6 +89,7 @@ def _load(
     if dynamic_shapes is None:
         inputs = _two_rows(inputs)
         dynamic_shapes = {key: {0: "batch"} if value.ndim else None for key, value in inputs.items()}
+    _check_shapes(name, inputs, dynamic_shapes)
     made = TorchBase(name.rpartition(":")[2], base, inputs, dynamic_shapes)
     made.padding = {name: value for name, value in padding.items() if name in inputs}
     return made
@@ -122,11 +133,36 @@ def _check_inputs(name: str, inputs: object) -> dict[str, torch.Tensor]:
             fix="Pass example_inputs={'input name': tensor}, named as the forward method names them.",
         )
     for key, value in inputs.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or value.is_meta:
+            got = f"a {type(value).__name__}{' on the meta device' if isinstance(value, torch.Tensor) else ''}"
             raise UnsupportedBase(
-                f"load base {name}, input {key!r}", expected="a torch.Tensor", got=type(value).__name__
+                f"load base {name}, input {key!r}",
+                expected="a torch.Tensor with values",
+                got=got,
+                fix=_FIXES.get(type(value), "Make a tensor of it, or let the module hold it."),
             )
     return dict(inputs)
+
+
+def _check_shapes(name: str, inputs: Mapping[str, torch.Tensor], shapes: object) -> None:
+    """Refuse dynamic_shapes of other inputs, or of axes that an input does not have."""
+    doing, fix = (
+        f"load base {name}, dynamic_shapes",
+        "Write {input: {axis: name}}, and None for an input of fixed size.",
+    )
+    if not isinstance(shapes, Mapping) or shapes.keys() != inputs.keys():
+        got = ", ".join(map(str, shapes)) if isinstance(shapes, Mapping) else type(shapes).__name__
+        raise UnsupportedBase(doing, expected=f"a dict with the inputs {', '.join(inputs)}", got=got or "none", fix=fix)
+    for key, value in shapes.items():
+        axes = inputs[key].ndim
+        fits = value is None or (
+            all(isinstance(axis, int) and -axes <= axis < axes for axis in value)
+            if isinstance(value, Mapping)
+            else isinstance(value, list | tuple) and len(value) == axes
+        )
+        if not fits:
+            expected = f"a dict of axis -> name for its {axes} axes" if axes else "None, as it has no axes"
+            raise UnsupportedBase(f"{doing} of input {key!r}", expected=expected, got=repr(value)[:100], fix=fix)
 
 
 def _two_rows(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, Bundle
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base, Outputs
+from tpeft_deploy.exporters.causes import said_by
 from tpeft_deploy.exporters.gate import Check
 from tpeft_deploy.exporters.proof import banks, base_limit, branch_limit, cut, probe, with_checks
 from tpeft_deploy.exporters.ragged import Batch, Ragged
@@ -221,9 +222,7 @@ def _check_example(base: Base, graph: ir.Graph, manifest: Manifest) -> None:
         try:
             got = base.reference(None, shorter, names)
         except Exception as error:  # models raise every kind of exception; the cause is kept
-            raise NotEquivalent(
-                doing, problem=f"the base does not run on it ({type(error).__name__}: {str(error).strip()[:300]})"
-            ) from error
+            raise NotEquivalent(doing, problem=f"the base does not run on it ({said_by(error)})") from error
         if all(gate.relative_error(got[name], whole[name]) <= gate.limit_of(graph) for name in names):
             raise NotEquivalent(
                 doing,

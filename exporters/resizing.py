@@ -16,6 +16,7 @@ from torch import nn
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters.bases import Base
+from tpeft_deploy.exporters.causes import said_by
 from tpeft_deploy.manifest import Varies
 
 __all__ = ["check_vocabulary", "fit_vocabulary", "resize", "tables"]
@@ -96,7 +97,7 @@ def resize(module: nn.Module, rows: int, name: str) -> nn.Module:
     try:
         copied.resize_token_embeddings(rows, mean_resizing=False)
     except Exception as error:  # models raise every kind of exception; the cause is kept
-        raise UnsupportedBase(doing, problem=f"{type(error).__name__}: {str(error).strip()[:300]}") from error
+        raise UnsupportedBase(doing, problem=said_by(error)) from error
     with torch.no_grad():
         for table, old in zip(tables(copied), before, strict=True):
             for tensor in table.parameters():

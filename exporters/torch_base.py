@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -13,13 +14,15 @@ import torch
 from onnx_ir.passes import common as passes
 from torch import nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.errors import UnsupportedBase, brief
 from tpeft_deploy.exporters import dotted
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.bfloat16 import wide_ports
+from tpeft_deploy.exporters.causes import cause_of, said_by
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.exporters.resizing import resize, tables
 from tpeft_deploy.formats import base_view
@@ -143,7 +146,7 @@ class TorchBase(Base):
                 outputs = functional_call(module, own, (), tensors, tie_weights=False)
         except (RuntimeError, NotImplementedError) as error:
             raise UnsupportedBase(
-                f"run {self.name} in 16 bits on the CPU", problem=f"torch fails ({str(error).strip()[:200]})"
+                f"run {self.name} in 16 bits on the CPU", problem=f"torch fails ({said_by(error)})"
             ) from error
         leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
         narrow = {name: _array(leaf) for name, leaf in zip(names, leaves, strict=True)}
@@ -157,7 +160,7 @@ class TorchBase(Base):
         inputs = {name: torch.from_numpy(np.array(value)).to(self._dtypes[name]) for name, value in self.inputs.items()}
         bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in self._named().values())
         with self._evaluating() as module, _untied(module), quiet():
-            outputs = module(**inputs)
+            outputs = self._run(module, inputs)
             try:
                 program = torch.onnx.export(
                     module,
@@ -170,11 +173,8 @@ class TorchBase(Base):
                     verbose=False,
                 )
             except Exception as error:  # the exporter raises every kind of exception; the cause is kept
-                raise UnsupportedBase(
-                    f"export base {self.name}",
-                    problem=f"the torch exporter failed ({type(error).__name__}: {str(error).strip()[:300]})",
-                    fix="Try torch.export.export on the module alone; sizes that must vary need dynamic_shapes.",
-                ) from error
+                cause = cause_of(error)
+                raise UnsupportedBase(f"export base {self.name}", problem=cause.problem, fix=cause.fix) from error
         if program is None:
             raise UnsupportedBase(f"export base {self.name}", problem="the torch exporter returned no program")
         dotted.restore(program.model.graph, self.inputs)
@@ -183,17 +183,39 @@ class TorchBase(Base):
         wide_ports(program.model.graph)
         return program.model
 
+    def _run(self, module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> object:
+        try:
+            return module(**inputs)
+        except Exception as error:  # models raise every kind of exception; the cause is kept
+            takes = ", ".join(inspect.signature(module.forward).parameters)
+            given = ", ".join(f"{name} {_dtype(tensor)}{list(tensor.shape)}" for name, tensor in inputs.items())
+            raise UnsupportedBase(
+                f"run base {self.name}",
+                problem=f"the model's forward fails on the example inputs ({said_by(error)})",
+                got=brief(given),
+                fix=f"Give example_inputs that forward({brief(takes)}) accepts, by its parameters' names.",
+            ) from error
+
     def _named(self) -> dict[str, torch.Tensor]:
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         return {**parameters, **dict(self.module.named_buffers(remove_duplicate=False))}
 
     def _check_dtypes(self) -> None:
+        for name, tensor in self._named().items():
+            if is_lazy(tensor) or tensor.device.type != "cpu":
+                where = "uninitialised" if is_lazy(tensor) else f"on device {tensor.device}"
+                raise UnsupportedBase(
+                    f"load base {self.name}, weight {name!r}",
+                    expected="values in the CPU's memory",
+                    got=f"a tensor {where}{', which has none' if tensor.is_meta else ''}",
+                    fix="Load the trained weights, and call module.to('cpu').",
+                )
         for name, tensor in self.module.state_dict().items():
             if tensor.dtype not in _DTYPES:
                 raise UnsupportedBase(
                     f"load base {self.name}, weight {name!r}",
                     expected="float32, float16, bfloat16, float64, integers or booleans",
-                    got=str(tensor.dtype).removeprefix("torch."),
+                    got=_dtype(tensor),
                     fix="Convert the module with .float() or .half().",
                 )
 
@@ -280,6 +302,10 @@ def _array(tensor: torch.Tensor) -> Array:
     own = tensor.detach().cpu()
     array: Array = (own.float() if own.dtype == torch.bfloat16 else own).numpy()
     return array
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

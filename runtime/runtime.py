@@ -168,7 +168,11 @@ class Runtime:
         return found
 
     def usage(self) -> dict[str, int]:
-        """Bytes that adapters take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`."""
+        """Bytes that adapters take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`.
+
+        `device_bytes` is the bank, the sum of `device_adapter_bytes`, what the adapters on the device hold, and
+        `device_reserved_bytes`: the base's row, padding to the largest ranks, and rows that wait for an adapter.
+        """
         return self._tiers.usage() | {"folded_bytes": self._folds.nbytes}
 
     def batching(self) -> Figures:

@@ -7,6 +7,7 @@ runs of resident tasks go on meanwhile.  A row is given to another adapter only 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakValueDictionary
@@ -162,14 +163,25 @@ class Tiers:
             return not self._free and (self._bank.rows + 1) * self._bank.row_bytes > self._device_bytes
 
     def usage(self) -> dict[str, int]:
-        """Bytes on the device and in host memory; rows taken and rows there are, without the base's."""
+        """Bytes on the device and in host memory; rows taken and rows there are, without the base's.
+
+        `device_bytes` is the whole bank: `device_adapter_bytes` that the adapters on it hold, and
+        `device_reserved_bytes` beside them: the base's row, what pads rows to the largest ranks, and rows without an
+        adapter, which on the CPU take no memory until one is written.
+        """
         with self._state:
-            return {
-                "device_bytes": self._bank.nbytes,
-                "host_bytes": self._copied,
-                "rows_taken": len(self._resident),
-                "rows": self._bank.rows - 1,
-            }
+            alike = Counter(id(version.shapes) for version in self._resident)
+            shapes = {id(version.shapes): version.shapes for version in self._resident}
+            device, copied, taken, rows = self._bank.nbytes, self._copied, len(self._resident), self._bank.rows - 1
+        adapters = sum(count * row_bytes(self._layout, shapes[key]) for key, count in alike.items())
+        return {
+            "device_bytes": device,
+            "device_adapter_bytes": adapters,
+            "device_reserved_bytes": device - adapters,
+            "host_bytes": copied,
+            "rows_taken": taken,
+            "rows": rows,
+        }
 
     def close(self) -> None:
         """Let nobody wait for a row any more: those who hold rows may be waiting for the closing to end."""

@@ -37,6 +37,8 @@ An error carries what was being done, what was wrong, what was expected against 
 about it; `str(error)` is that on one line.  Only the command line prints or exits.
 """
 
+import re
+
 __all__ = [
     "AdapterError",
     "BaseMismatch",
@@ -70,7 +72,16 @@ __all__ = [
     "UnsupportedBase",
     "UnsupportedTarget",
     "VersionError",
+    "brief",
 ]
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def brief(text: object, most: int = 200) -> str:
+    """What a library said, on one line of bounded length and without terminal colours."""
+    line = " ".join(_COLOURS.sub("", str(text)).split())
+    return line if len(line) <= most else f"{line[: most - 3].rstrip()}..."
 
 
 class TpeftError(Exception):
@@ -102,13 +113,18 @@ class TpeftError(Exception):
         self.got = got
         self.fix = fix
 
-    def __str__(self) -> str:
+    @property
+    def said(self) -> str:
+        """The problem, what was expected, and what was there instead; empty where none of them is known."""
         parts = [self.problem] if self.problem else []
         if self.expected is not None:
             parts.append(f"expected {self.expected}")
         if self.got is not None:
             parts.append(f"got {self.got}")
-        text = f"{self.doing}: {', '.join(parts)}" if parts else self.doing
+        return ", ".join(parts)
+
+    def __str__(self) -> str:
+        text = f"{self.doing}: {self.said}" if self.said else self.doing
         if self.fix:
             text += f". {self.fix}"
         return " ".join(text.split())

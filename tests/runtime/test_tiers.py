@@ -53,6 +53,19 @@ def test_tasks_are_brought_when_they_are_asked_for(conv_bundle: Bundle, expected
     assert runtime.residency() == {"partial": "disk", "plain": "disk", "two": "device", "wide": "disk"}
 
 
+def test_usage_tells_adapters_from_what_is_reserved(
+    conv_bundle: Bundle, conv_adapters: dict[str, Adapter], expected: dict[str, np.ndarray]
+) -> None:
+    runtime = budgeted(conv_bundle, 4)
+    assert runtime.usage()["device_adapter_bytes"] == 0
+    close(runtime.run(images(5), "two")["logits"], expected["two"])
+    used, filled = runtime.usage(), conv_bundle.fill(conv_adapters["two"])
+    assert used["device_adapter_bytes"] == sum(a.nbytes for own in filled.values() for a in own.values())
+    assert used["device_adapter_bytes"] + used["device_reserved_bytes"] == used["device_bytes"]
+    close(runtime.run(images(5), "wide")["logits"], expected["wide"])
+    assert runtime.usage()["device_adapter_bytes"] > used["device_adapter_bytes"]
+
+
 def test_the_least_recently_used_gives_way(conv_bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
     runtime = budgeted(conv_bundle, 2)
     for task in ("two", "plain", "two", "wide"):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from tpeft_deploy.errors import TpeftError
+from tpeft_deploy.errors import TpeftError, brief
 from tpeft_deploy.progress import Progress, Stage, silent
 
 __all__ = [
@@ -89,7 +89,7 @@ class _Failure(click.ClickException):
         if isinstance(error, TpeftError):
             super().__init__(str(error))
             return
-        text = " ".join(str(error).split())
+        text = brief(error, 400)
         super().__init__(f"unexpected {type(error).__name__}: {text}. Run again with --debug, and please report it.")
 
 

@@ -1,4 +1,4 @@
-"""`inspect`: what an adapter changes."""
+"""`inspect`: what an adapter changes, and whether it can be served."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tpeft_deploy.cli import serving
 from tpeft_deploy.cli.bases import base_option, format_option, open_base, scale_option
 from tpeft_deploy.cli.console import Command, emit, json_option, note
+from tpeft_deploy.errors import AdapterError, TpeftError
 
 if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
@@ -29,25 +31,36 @@ __all__ = ["inspect"]
 def inspect(
     adapter: Path, base: str | None, scale: float | None, format: str | None, plot: Path | None, as_json: bool
 ) -> None:
-    """Print what ADAPTER changes: kinds, shapes, ranks, parameters, size of the change.
+    """Print what ADAPTER changes, and whether and in which forms it can be served.
 
-    `share` is the norm of the change over that of the base's weight; `folded` marks what branches cannot serve, so
-    that the adapter has to be exported folded.
+    `share` is the norm of the change over that of the base's weight; `folded` marks gains, which a bundle serves only
+    where it was exported with them.  With --base the forms are what an export or the bundle would do, found by tracing
+    the model; without, what names and shapes tell.  An adapter that is refused is shown with the reason; exit code 1.
     """
     from tpeft_deploy.formats import load_adapter
     from tpeft_deploy.formats.base_view import view
 
     opened = open_base(base)
     found = None if opened is None else view(opened)
-    loaded = load_adapter(adapter, format=format, scale=scale, base=found)
+    try:
+        loaded = load_adapter(adapter, format=format, scale=scale, base=found)
+    except AdapterError as error:
+        _show_refused(adapter, error, found, as_json)
+        raise
     weights = _weights(loaded, found)
-    document = {
+    document: dict[str, Any] = {
         "source": loaded.source,
         "parameters": loaded.parameters,
         "bytes": loaded.nbytes,
         "folded_only": bool(loaded.gains),
         "notes": dict(loaded.notes),
         "weights": weights,
+        "method": _method(adapter, found, format) | ({"override": len(loaded.overrides)} if loaded.overrides else {}),
+        "forms": serving.forms(loaded, base, opened),
+        "heads": serving.heads(loaded, found),
+        "missing": [] if found is not None else ["--base: whether its targets are in the base is not checked"],
+        "file_bytes": serving.file_bytes(adapter),
+        "oracle": serving.oracle(loaded, opened),
     }
     columns = ["weight", "change", "kind", "shape", "ranks", "parameters", "norm"]
     columns += ["share"] if found is not None else []
@@ -61,6 +74,40 @@ def inspect(
         click.echo(f"{loaded.parameters} parameters, {loaded.nbytes} bytes")
         for name, text in loaded.notes.items():
             click.echo(f"note on {'the adapter' if name == '*' else name}: {text}")
+        _show_serving(document)
+    _fail_where_none(document["forms"])
+
+
+def _method(path: Path, base: BaseView | None, format: str | None) -> dict[str, int]:
+    from tpeft_deploy.formats import methods_of
+
+    try:
+        return methods_of(path, base, format)
+    except TpeftError:  # the files say nothing of it, or are damaged, which reading them says
+        return {}
+
+
+def _show_serving(document: dict[str, Any]) -> None:
+    click.echo(f"method: {', '.join(f'{name} x {count}' for name, count in document['method'].items()) or '-'}")
+    for name, (base, own) in document["heads"].items():
+        click.echo(f"head {name}: {own} rows, {base} in the base")
+    for missing in document["missing"]:
+        click.echo(f"missing: {missing}")
+    if document["oracle"] is not None:
+        click.echo(f"task {document['oracle']['task']}: oracle {document['oracle']['oracle']}")
+    click.echo(f"file: {document['file_bytes']} bytes\n")
+    emit(document, key="forms", columns=serving.COLUMNS, as_json=False)
+
+
+def _show_refused(path: Path, error: AdapterError, base: BaseView | None, as_json: bool) -> None:
+    forms = [serving.refused(error)]
+    document = {"source": str(path), "method": _method(path, base, None), "forms": forms}
+    emit(document, key="forms", columns=[*serving.COLUMNS, "fix"], as_json=as_json)
+
+
+def _fail_where_none(forms: list[dict[str, Any]]) -> None:
+    if all(form["possible"] is False for form in forms):
+        raise AdapterError("serve the adapter", problem=forms[0]["reason"], fix=forms[0]["fix"])
 
 
 def _weights(adapter: Adapter, base: BaseView | None) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from tpeft_deploy.formats.module import BaseView
 from tpeft_deploy.formats.readers import READERS
 from tpeft_deploy.formats.saved import peft_directory, read_saved
 
-__all__ = ["FORMATS", "load_adapter", "load_pickled", "origin_of"]
+__all__ = ["FORMATS", "load_adapter", "load_pickled", "methods_of", "origin_of"]
 
 FORMATS = (canonical.NAME, peft_tucker.NAME, *(reader.NAME for reader in READERS))
 
@@ -101,6 +101,22 @@ def origin_of(path: Path) -> Origin | None:
     if place is not None:
         return Origin(place.absolute(), "peft")
     return Origin(path.absolute(), "safetensors") if path.is_file() and path.suffix == ".safetensors" else None
+
+
+def methods_of(path: Path, base: BaseView | None = None, format: str | None = None) -> dict[str, int]:
+    """Format -> how many modules of an adapter it reads; empty for one whose files say nothing of it.
+
+    Raises:
+        FormatError: a file is damaged.
+    """
+    for whole in (canonical, peft_tucker):
+        if format == whole.NAME or (format is None and whole.matches(path)):
+            adapter = whole.read(path)
+            count = len({*adapter.deltas, *adapter.gains})
+            return {whole.NAME: count} if count else {}
+    if not path.exists() or (path.is_dir() and peft_directory(path) is None):
+        return {}
+    return checkpoint.methods(read_saved(path, pickles=False), base=base, format=format)
 
 
 def _read(path: Path, format: str | None, scale: float | None, base: BaseView | None, *, pickles: bool) -> Adapter:

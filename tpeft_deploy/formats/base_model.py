@@ -17,9 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tpeft_deploy.errors import MissingExtra, UnsupportedBase
+from tpeft_deploy.errors import MissingExtra, TpeftError, UnsupportedBase, brief
 
-__all__ = ["FACTORY", "architecture", "call_factory", "load_model", "model_class", "open_model"]
+__all__ = ["FACTORY", "architecture", "call_factory", "load_model", "model_class", "no_module", "open_model"]
 
 FACTORY = "Write a function that returns (module, example_inputs) and give it as 'package.module:function'."
 
@@ -58,7 +58,50 @@ def call_factory(name: str) -> object:
             got=repr(name),
             fix="Nothing is downloaded.",
         )
-    return _factory(name, module_name, function_name)()
+    factory = _factory(name, module_name, function_name)
+    try:
+        return factory()
+    except TpeftError:
+        raise
+    except Exception as error:  # a factory raises every kind of exception; the cause is kept
+        raise UnsupportedBase(
+            f"load base {name}",
+            problem=f"the factory fails ({type(error).__name__}: {brief(error)})",
+            fix="It is called without arguments.",
+        ) from error
+
+
+def no_module(name: str, got: object) -> UnsupportedBase:
+    """The error about a base that is something else than a torch module.
+
+    Args:
+        name: base's name, for the message.
+        got: what was there instead.
+    """
+    fixes = {
+        "a class": "Make an instance of it and load the trained weights.",
+        "a function": "Name it as 'package.module:function', or call it and pass what it returns.",
+        "a state dict": "Build its module, call load_state_dict with it, and pass the module.",
+        "a tuple": "Pass the module as base and the inputs as example_inputs.",
+    }
+    what = (
+        "a class"
+        if isinstance(got, type)
+        else "a state dict"
+        if isinstance(got, Mapping)
+        else "a tuple"
+        if isinstance(got, tuple)
+        else "a function"
+        if callable(got)
+        else ""
+    )
+    own = getattr(got, "__name__", type(got).__name__)
+    return UnsupportedBase(
+        f"load base {name}",
+        expected="a torch.nn.Module",
+        got=f"{what} ({own})" if what else own,
+        fix=fixes.get(what, FACTORY),
+    )
 
 
 def _factory(name: str, module_name: str, function_name: str) -> Callable[[], object]:
@@ -73,6 +116,14 @@ def _factory(name: str, module_name: str, function_name: str) -> Callable[[], ob
             got=str(error),
             fix="Run from the directory that holds the module, or install it.",
         ) from error
+    except Exception as error:  # what a module raises while it is imported; the cause is kept
+        raise UnsupportedBase(
+            f"load base {name}", problem=f"importing {module_name} fails ({type(error).__name__}: {brief(error)})"
+        ) from error
+    if not callable(factory):
+        raise UnsupportedBase(
+            f"load base {name}", expected=f"a callable {function_name!r}", got=type(factory).__name__, fix=FACTORY
+        )
     return factory
 
 
@@ -160,7 +211,7 @@ def load_model(path: Path, model: Any) -> Any:
             )
     except Exception as error:  # models raise every kind of exception; the cause is kept
         raise UnsupportedBase(
-            doing, problem=f"transformers cannot load it ({type(error).__name__}: {str(error).strip()[:300]})"
+            doing, problem=f"transformers cannot load it ({type(error).__name__}: {brief(error, 300)})"
         ) from error
     _check_complete(doing, type(loaded).__name__, info)
     return loaded.eval()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tpeft_deploy.errors import FormatError, MissingExtra
-from tpeft_deploy.formats.base_model import open_model
+from tpeft_deploy.formats.base_model import no_module, open_model
 from tpeft_deploy.formats.module import BaseView
 from tpeft_deploy.tucker import Array
 
@@ -58,9 +58,12 @@ def view(base: object) -> BaseView:
     if isinstance(base, BaseView):
         return base
     if isinstance(base, str | os.PathLike):
+        given = os.fspath(base)
         if Path(base).suffix == ".onnx" and not Path(base).is_dir():
             return _of_onnx(Path(base))
         base = open_model(os.fspath(base))
+        if isinstance(base, type) or not hasattr(base, "named_parameters"):
+            raise no_module(given, base)
     name = type(base).__name__
     if not all(hasattr(base, verb) for verb in ("named_parameters", "named_buffers", "named_modules")):
         raise FormatError(

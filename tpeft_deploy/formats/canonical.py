@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.tensors import parse_json, read_bytes, read_tensors
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["FILE", "HEADER", "NAME", "from_bytes", "from_tensors", "matches", "read"]
+__all__ = ["ABOUT", "FILE", "HEADER", "NAME", "from_bytes", "from_tensors", "matches", "read"]
 
 NAME = "tpeft"
+ABOUT = About("tpeft_deploy", "any", "all", "no", "low-rank, dense, gain, override")
 FILE = "adapter.safetensors"
 HEADER = "tpeft"  # the entry of a safetensors file's metadata that makes it ours, whatever the file is called
 

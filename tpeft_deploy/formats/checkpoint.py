@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +20,7 @@ from tpeft_deploy.formats.readers import READERS, WHOLE_MODEL, Reader
 from tpeft_deploy.formats.saved import Saved
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["read"]
+__all__ = ["methods", "read"]
 
 _FLORA = ".flora_layer."
 _WRAPPER = "model."  # FLoRA's own wrapper puts it before every key
@@ -71,6 +72,16 @@ def read(saved: Saved, *, scale: float | None, base: BaseView | None, format: st
     _check_scale_used(checkpoint, parts)
     _note_no_effect(parts, saved.source)
     return Adapter(parts.deltas, parts.overrides, parts.digests, saved.source, parts.gains, parts.notes)
+
+
+def methods(saved: Saved, *, base: BaseView | None, format: str | None = None) -> dict[str, int]:
+    """Which reader would read how many of the modules; nothing is read, and nothing refused."""
+    names = Names(saved.source, base.name, frozenset(base.weights)) if base else Names(saved.source)
+    modules, shared, _ = _cut(saved, names)
+    checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, None, base, shared)
+    readers = [reader for reader in READERS if format in (None, reader.NAME)]
+    found = (next((r.NAME for r in readers if r.matches(module, checkpoint)), None) for module in modules)
+    return dict(Counter(name for name in found if name is not None))
 
 
 @cache

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import doing, no_scale, reporting, take
 from tpeft_deploy.tucker import TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "flora-cr-mr"
+ABOUT = About("Subspace-Tuning's fork of PEFT", "FLoRA", "linear", "no", "low-rank")
 _CORE = "lora_E.weight"
 SUFFIXES = frozenset({"lora_A.weight", _CORE, "lora_B.weight"})
 

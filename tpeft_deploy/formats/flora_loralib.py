@@ -11,13 +11,22 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import BaseMismatch, FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import doing, reporting, take
 from tpeft_deploy.tucker import TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "flora-loralib"
+ABOUT = About(
+    "Subspace-Tuning's fork of loralib",
+    "FLoRA",
+    "linear",
+    "no",
+    "low-rank",
+    "alpha is taken for the rank unless a scale is given",
+)
 SUFFIXES = frozenset({"lora_A", "lora_E", "lora_B", "ranknum", "weight"})
 
 

@@ -10,13 +10,22 @@ is the whole model's state, the base included.
 from __future__ import annotations
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import doing, reporting, take
 from tpeft_deploy.tucker import TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "flora-sjtu"
+ABOUT = About(
+    "FLoRA (SJTU-DeepVisionLab)",
+    "FLoRA",
+    "linear, conv 2d and 3d",
+    "no",
+    "low-rank",
+    "the scale must be given; the file holds the whole model",
+)
 _CORE = "flora_layer.param_G"
 _FACTORS = tuple(f"flora_layer.param_{axis}" for axis in range(5))
 SUFFIXES = frozenset({_CORE, *_FACTORS})

@@ -13,15 +13,23 @@ import math
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.lycoris_dora import dora_gain
 from tpeft_deploy.formats.lycoris_full import bias_override
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import reporting, take, take_scale
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["JOINED_SUFFIXES", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "JOINED_SUFFIXES", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "kohya-lora"
+ABOUT = About(
+    "kohya sd-scripts, LyCORIS, older diffusers",
+    "LoRA, LoCon, DyLoRA, with DoRA",
+    "linear, conv",
+    "for DoRA and diff_b",
+    "low-rank, gain, override",
+)
 
 # Spellings of the same pair: kohya and LyCORIS; diffusers, in three generations.
 _PAIRS = (

@@ -12,13 +12,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import base_array, doing, no_scale, reporting
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "added", "bias_override", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "added", "bias_override", "matches", "read"]
 
 NAME = "lycoris-full"
+ABOUT = About("LyCORIS", "full", "linear, conv, norms", "for biases and norms", "dense, override")
 SUFFIXES = frozenset({"diff", "diff_b"})
 
 

@@ -11,14 +11,16 @@ import math
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import base_array, reporting, take, take_scale
 from tpeft_deploy.tucker import Array, TuckerDelta, mode_product
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "lycoris-glora"
+ABOUT = About("LyCORIS", "GLoRA", "linear, conv", "yes", "low-rank, dense")
 _MATRICES = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 SUFFIXES = frozenset({*_MATRICES, "alpha"})
 _RS_LORA = "GLoRA, read with scale alpha / rank; one trained with rs_lora has another scale, which its file omits"

@@ -12,13 +12,15 @@ import math
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import base_array, doing, no_scale, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "lycoris-ia3"
+ABOUT = About("LyCORIS", "IA3", "linear, conv", "yes", "gain")
 SUFFIXES = frozenset({"weight", "on_input"})
 
 

@@ -9,15 +9,17 @@ with s = alpha / r, once: LyCORIS' merge_to multiplies by it twice, its forward 
 
 from __future__ import annotations
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import DENSE, is_dense
 from tpeft_deploy.formats.hadamard import loha, loha_tucker
 from tpeft_deploy.formats.lycoris_dora import dora_gain
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import base_array, reporting, take, take_scale
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "lycoris-loha"
+ABOUT = About("LyCORIS, sd-scripts", "LoHa, with DoRA", "linear, conv", "yes", "low-rank, dense, gain")
 _MATRICES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
 SUFFIXES = frozenset({*_MATRICES, *_CORES, "alpha", "dora_scale"})

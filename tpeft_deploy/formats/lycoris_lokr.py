@@ -11,15 +11,17 @@ is no rank, and s is 1 whatever alpha says.
 from __future__ import annotations
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import DENSE, is_dense
 from tpeft_deploy.formats.kronecker import Half, full, lokr, product, tucker
 from tpeft_deploy.formats.lycoris_dora import dora_gain
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import base_array, doing, no_scale, reporting, take, take_scale
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "lycoris-lokr"
+ABOUT = About("LyCORIS, sd-scripts", "LoKr, with DoRA", "linear, conv", "yes", "low-rank, dense, gain")
 _STARTS = ("lokr_w1", "lokr_w1_a")
 _CORE = "lokr_t2"
 SUFFIXES = frozenset(

@@ -7,13 +7,15 @@ The weight and the bias then stand in the adapter as whole tensors.
 
 from __future__ import annotations
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.lycoris_full import added
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import no_scale
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "lycoris-norm"
+ABOUT = About("LyCORIS", "norm", "norms", "yes", "override")
 _PARTS = {"w_norm": "weight", "b_norm": "bias"}
 SUFFIXES = frozenset(_PARTS)
 

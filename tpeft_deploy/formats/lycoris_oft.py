@@ -13,14 +13,16 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import base_weight, cayley, change_of_base, dense_change
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import doing, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "lycoris-oft"
+ABOUT = About("LyCORIS", "Diag-OFT, BOFT", "linear, conv", "yes", "dense")
 _BLOCKS, _RESCALE, _ALPHA = "oft_blocks", "rescale", "alpha"
 SUFFIXES = frozenset({_BLOCKS, _RESCALE, _ALPHA})
 

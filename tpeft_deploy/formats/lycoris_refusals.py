@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple, NoReturn
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Checkpoint, Module
 from tpeft_deploy.formats.taking import doing
 
-__all__ = ["NAME", "REFUSALS", "SUFFIXES", "Refusal", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "REFUSALS", "SUFFIXES", "Refusal", "matches", "read"]
 
 NAME = "lycoris-refused"
+ABOUT = About("LyCORIS, ComfyUI", "T-LoRA and others", "none", "no", "refused")
 
 
 class Refusal(NamedTuple):

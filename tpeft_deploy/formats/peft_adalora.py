@@ -12,14 +12,16 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta, number, stored_transposed, weight_shape
 from tpeft_deploy.formats.taking import doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-adalora"
+ABOUT = About("PEFT", "AdaLoRA", "linear, Conv1D, conv 2d", "for convolutions", "low-rank", types=("ADALORA",))
 _A, _E, _B = "lora_A", "lora_E", "lora_B"
 SUFFIXES = frozenset({_A, _E, _B})
 

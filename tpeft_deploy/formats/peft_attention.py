@@ -12,14 +12,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta
 from tpeft_deploy.formats.peft_lora import scale_of
 from tpeft_deploy.formats.taking import doing, no_scale, reporting, take
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-lora-attention"
+ABOUT = About("PEFT", "LoRA", "MultiheadAttention", "yes", "low-rank")
 _A, _B, _BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 SUFFIXES = frozenset({_A, _B, _BIAS})
 _OUT = ".base_layer.out_proj"

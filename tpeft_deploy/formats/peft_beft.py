@@ -8,15 +8,17 @@ The bias then stands in the adapter as a whole tensor.
 from __future__ import annotations
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import base_bias, is_type
 from tpeft_deploy.formats.peft_dense import base_digest, misfit
 from tpeft_deploy.formats.taking import doing, no_scale, take
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-beft"
+ABOUT = About("PEFT", "BEFT", "biases of linear layers", "yes", "override", types=("BEFT",))
 _BIAS = "beft_bias"
 SUFFIXES = frozenset({_BIAS})
 

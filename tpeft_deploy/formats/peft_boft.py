@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import base_weight, cayley, change_of_base, dense_change, rotate_inputs
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type
 from tpeft_deploy.formats.taking import reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-boft"
+ABOUT = About("PEFT", "BOFT", "linear, conv 2d", "yes", "dense", types=("BOFT",))
 _BLOCKS, _SCALE = "boft_R", "boft_s"
 SUFFIXES = frozenset({_BLOCKS, _SCALE})
 

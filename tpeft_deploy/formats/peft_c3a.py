@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type
 from tpeft_deploy.formats.peft_dense import dense_change, linear_layer, misfit
 from tpeft_deploy.formats.taking import no_scale, take
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-c3a"
+ABOUT = About("PEFT", "C3A", "linear", "yes", "dense", types=("C3A",))
 _KERNEL = "c3a_kernel"
 SUFFIXES = frozenset({_KERNEL})
 

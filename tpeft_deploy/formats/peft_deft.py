@@ -11,15 +11,17 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import base_weight, change_of_base
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta, number, stored_transposed
 from tpeft_deploy.formats.taking import doing, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-deft"
+ABOUT = About("PEFT", "DEFT", "linear, Conv1D", "yes", "low-rank", types=("DEFT",))
 _P, _R = "deft_P", "deft_R"
 SUFFIXES = frozenset({_P, _R})
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta
 from tpeft_deploy.formats.taking import no_scale, reporting, take
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-delora"
+ABOUT = About("PEFT", "DeLoRA", "linear", "no", "low-rank", types=("DELORA",))
 _A, _B, _LAMBDA, _NORM = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
 SUFFIXES = frozenset({_A, _B, _LAMBDA, _NORM})
 _SMALLEST = 1e-4  # PEFT clamps the norms that it divides by

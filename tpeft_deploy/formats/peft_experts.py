@@ -15,6 +15,7 @@ import re
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import DENSE, dense_is_smaller, is_dense, widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type
@@ -22,9 +23,10 @@ from tpeft_deploy.formats.peft_lora import scale_of
 from tpeft_deploy.formats.taking import doing, needs_base, no_scale, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-lora-parameter"
+ABOUT = About("PEFT", "LoRA (target_parameters)", "stacked experts, other parameters", "yes", "low-rank, dense")
 _A, _B = "lora_A.weight", "lora_B.weight"
 SUFFIXES = frozenset({_A, _B})
 _WRAPPED = re.compile(r"(?:\.base_layer)*$")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta, number
@@ -19,9 +20,10 @@ from tpeft_deploy.formats.taking import no_scale, take
 from tpeft_deploy.formats.torch_random import LIMIT, first_of_permutation
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "places", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "places", "read"]
 
 NAME = "peft-fourierft"
+ABOUT = About("PEFT", "FourierFT", "linear, Conv1D", "yes", "low-rank, dense", types=("FOURIERFT",))
 _SPECTRUM = "fourierft_spectrum"
 SUFFIXES = frozenset({_SPECTRUM})
 

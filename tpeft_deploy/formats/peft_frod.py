@@ -13,15 +13,19 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import base_weight, change_of_base, dense_change
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, stored_transposed
 from tpeft_deploy.formats.taking import doing, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SHARED_PREFIXES", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SHARED_PREFIXES", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-frod"
+ABOUT = About(
+    "PEFT", "FRoD", "linear, Conv1D", "yes", "dense", "the file must hold its shared tensors", types=("FROD",)
+)
 _DIAGONAL, _ENTRIES = "frod_lambda_l", "frod_lambda_s_values"
 SUFFIXES = frozenset({_DIAGONAL, _ENTRIES})
 _BASIS, _PLACES, _SIZE = "base_model.frod_V.", "base_model.frod_s_indices.", "base_model.frod_s_size."

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import dense_is_smaller, widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import alpha_of, is_type, matrix_delta, number, stored_transposed, weight_shape
@@ -18,9 +19,10 @@ from tpeft_deploy.formats.peft_dense import dense_change, misfit, require_values
 from tpeft_deploy.formats.taking import no_scale, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-gralora"
+ABOUT = About("PEFT", "GraLoRA", "linear, Conv1D", "no", "low-rank, dense", types=("GRALORA",))
 _A, _B = "gralora_A", "gralora_B"
 _GENERAL = ("gralora_A_general.weight", "gralora_B_general.weight")
 SUFFIXES = frozenset({_A, _B, *_GENERAL})

@@ -15,15 +15,17 @@ import math
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import base_weight, change_of_base, dense_change
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, stored_transposed
 from tpeft_deploy.formats.taking import reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-hira"
+ABOUT = About("PEFT", "HiRA", "linear, Conv1D, conv 1d to 3d, embedding", "yes", "dense", types=("HIRA",))
 _A, _B = "hira_A", "hira_B"
 _EMBEDDING_A, _EMBEDDING_B = "hira_embedding_A", "hira_embedding_B"
 SUFFIXES = frozenset({_A, _B, _EMBEDDING_A, _EMBEDDING_B})

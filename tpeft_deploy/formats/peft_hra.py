@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import base_weight, change_of_base, dense_change
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta
 from tpeft_deploy.formats.taking import reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-hra"
+ABOUT = About("PEFT", "HRA", "linear, conv 2d", "yes", "low-rank", types=("HRA",))
 _VECTORS = "hra_u"
 SUFFIXES = frozenset({_VECTORS})
 

@@ -11,14 +11,16 @@ import re
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import base_bias, is_type, stored_transposed
 from tpeft_deploy.formats.taking import base_array, doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-ia3"
+ABOUT = About("PEFT", "IA3", "linear, Conv1D, conv 2d and 3d", "yes", "gain, override", types=("IA3",))
 _VECTOR = "ia3_l"
 SUFFIXES = frozenset({_VECTOR})
 _GROUPED = "kept dense, as the gain of each group's inputs is another one"

@@ -5,13 +5,15 @@ The copy's parameters, and a BatchNorm's statistics, replace those of the base.
 
 from __future__ import annotations
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type
 from tpeft_deploy.formats.taking import no_scale
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-ln-tuning"
+ABOUT = About("PEFT", "LN tuning", "norms", "no", "override", types=("LN_TUNING",))
 _COPY = "ln_tuning_layers."
 SUFFIXES = frozenset(
     f"{_COPY}{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

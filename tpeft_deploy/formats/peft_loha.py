@@ -8,15 +8,17 @@ core has a last axis of size 1.
 
 from __future__ import annotations
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import DENSE, is_dense
 from tpeft_deploy.formats.hadamard import loha, loha_tucker
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import alpha_of, is_type, weight_shape
 from tpeft_deploy.formats.taking import no_scale, reporting, take
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-loha"
+ABOUT = About("PEFT", "LoHa", "linear, conv 1d and 2d", "for convolutions", "low-rank, dense", types=("LOHA",))
 _HALVES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
 SUFFIXES = frozenset({*_HALVES, *_CORES})

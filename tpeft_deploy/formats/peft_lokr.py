@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import DENSE, finish, is_dense, widen
 from tpeft_deploy.formats.kronecker import Half, full, lokr, product, tucker
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
@@ -22,9 +23,10 @@ from tpeft_deploy.formats.peft_config import alpha_of, by_pattern, is_type, weig
 from tpeft_deploy.formats.taking import no_scale, reporting, take
 from tpeft_deploy.tucker import TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-lokr"
+ABOUT = About("PEFT", "LoKr", "linear, conv 1d and 2d", "for convolutions", "low-rank, dense", types=("LOKR",))
 _FIRST, _SECOND, _CORE = "lokr_w1", "lokr_w2", "lokr_t2"
 SUFFIXES = frozenset({_FIRST, f"{_FIRST}_a", f"{_FIRST}_b", _SECOND, f"{_SECOND}_a", f"{_SECOND}_b", _CORE})
 _SCRAMBLED = "PEFT's Kronecker product of this Conv1d leaves out the kernel's axis, which is read as it was trained"

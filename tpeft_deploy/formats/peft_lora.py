@@ -21,14 +21,23 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import peft_residual
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import alpha_of, base_bias, is_type, matrix_delta, stored_transposed
 from tpeft_deploy.formats.taking import base_array, doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read", "scale_of"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read", "scale_of"]
 
 NAME = "peft-lora"
+ABOUT = About(
+    "PEFT",
+    "LoRA, rsLoRA, DoRA, PiSSA, OLoRA",
+    "linear, Conv1D, conv 1d to 3d, embedding",
+    "for DoRA, lora_bias, PiSSA and OLoRA",
+    "low-rank, gain, override",
+    types=("LORA",),
+)
 _A, _B = "lora_A.weight", "lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 _BIAS, _MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"

@@ -11,13 +11,15 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta
 from tpeft_deploy.formats.taking import base_array, doing, no_scale, reporting, take
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-miss"
+ABOUT = About("PEFT", "MiSS", "linear", "yes", "low-rank", types=("MISS",))
 _BLOCK = "miss_block"
 SUFFIXES = frozenset({_BLOCK})
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import base_weight, change_of_base, dense_change
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type
 from tpeft_deploy.formats.taking import reporting, take
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-miss-bat"
+ABOUT = About("PEFT", "MiSS (init_weights='bat')", "linear", "yes", "dense")
 _BLOCK = "miss_block"
 SUFFIXES = frozenset({_BLOCK})
 

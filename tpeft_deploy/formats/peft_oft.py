@@ -17,6 +17,7 @@ import math
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import (
     base_weight,
     cayley,
@@ -30,9 +31,10 @@ from tpeft_deploy.formats.peft_config import is_type, number
 from tpeft_deploy.formats.taking import doing, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-oft"
+ABOUT = About("PEFT", "OFT", "linear, embedding, conv with a kernel of 1", "yes", "dense", types=("OFT",))
 _LAYER, _EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
 SUFFIXES = frozenset({_LAYER, _EMBEDDING})
 _MOST_TERMS = 100

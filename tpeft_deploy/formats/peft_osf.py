@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import base_weight, change_of_base
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta
 from tpeft_deploy.formats.taking import reporting, take
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-osf"
+ABOUT = About("PEFT", "OSF", "linear", "yes", "low-rank", types=("OSF",))
 _U, _S, _V = (f"osf_svd_params.{part}_low" for part in "USV")
 SUFFIXES = frozenset({_U, _S, _V})
 _APART = 1e-4  # of the largest value: nearer ones, float32 may have split otherwise

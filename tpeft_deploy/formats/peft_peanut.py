@@ -15,15 +15,17 @@ from collections.abc import Callable
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import base_weight, change_of_base
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta, number
 from tpeft_deploy.formats.taking import doing, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-peanut"
+ABOUT = About("PEFT", "PEANuT", "linear", "yes", "low-rank", types=("PEANUT",))
 _A, _B = "peanut_A.weight", "peanut_B.weight"
 _DEEPEST = 32
 SUFFIXES = frozenset({_A, _B}) | {

@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, number
@@ -24,9 +25,10 @@ from tpeft_deploy.formats.peft_dense import Linear, dense_change, linear_layer, 
 from tpeft_deploy.formats.taking import doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SHARED", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SHARED", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-randlora"
+ABOUT = About("PEFT", "RandLoRA", "linear, Conv1D", "yes", "dense", "saved with save_projection", types=("RANDLORA",))
 _LAMBDA, _GAMMA = "randlora_lambda", "randlora_gamma"
 _PROJECTIONS = ("randlora_A", "randlora_B")
 SUFFIXES = frozenset({_LAMBDA, _GAMMA, *_PROJECTIONS})

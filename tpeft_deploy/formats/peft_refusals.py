@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tpeft_deploy.errors import FormatError
 
-__all__ = ["refuse"]
+__all__ = ["READ_TYPES", "refusals", "refuse"]
 
 _MERGE = "Merge it with PEFT's merge_and_unload and export the merged model as a base of its own."
 _OTHER = "Serve it with PEFT, or train the task again with a method that changes weights, such as LoRA."
@@ -39,7 +39,7 @@ _TYPES = (
     | _each("ADAMSS", "it groups outputs by a clustering of the base weight that is not saved", _MERGE)
 )
 
-_READ = frozenset(
+READ_TYPES = frozenset(
     {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS", "TPEFT_TUCKER"}
     | {"RANDLORA", "C3A", "FOURIERFT", "WAVEFT", "VBLORA", "UNILORA", "SHIRA", "SUPERTUNING", "GRALORA"}
     | {"LN_TUNING", "BEFT", "TRAINABLE_TOKENS"}
@@ -68,6 +68,10 @@ _INITS = {
     "loftq": _Refusal("LoftQ replaced the base weight by a quantised one", _MERGE),
     "lora_ga": _Refusal("LoRA-GA moved the base weight by an amount that its gradients decided", _CONVERT),
 }
+_NO_INDICES = _Refusal(
+    "which numbers a layer has follows from the order in which PEFT met the layers",
+    "Set save_indices to true in adapter_config.json, load the adapter with PEFT, and save it again.",
+)
 
 
 def refuse(config: Mapping[str, Any], source: str) -> None:
@@ -81,7 +85,7 @@ def refuse(config: Mapping[str, Any], source: str) -> None:
         FormatError: names the method or the field, says why, and what to do instead.
     """
     kind = config.get("peft_type")
-    if isinstance(kind, str) and kind not in _READ:
+    if isinstance(kind, str) and kind not in READ_TYPES:
         raise _error(source, f"a PEFT adapter of peft_type {kind!r}", _TYPES.get(kind, _UNKNOWN))
     for field, refusal in _FIELDS.items():
         if config.get(field):
@@ -91,9 +95,18 @@ def refuse(config: Mapping[str, Any], source: str) -> None:
         refusal = next((r for name, r in _INITS.items() if init.lower().startswith(name)), _UNKNOWN)
         raise _error(source, f"init_lora_weights={init!r}", refusal)
     if kind == "UNILORA" and not config.get("save_indices"):
-        reason = "which numbers a layer has follows from the order in which PEFT met the layers"
-        fix = "Set save_indices to true in adapter_config.json, load the adapter with PEFT, and save it again."
-        raise _error(source, "save_indices=False", _Refusal(reason, fix))
+        raise _error(source, "save_indices=False", _NO_INDICES)
+
+
+def refusals() -> Iterator[tuple[str, _Refusal]]:
+    """Everything above that is refused, as adapter_config.json states it, with the reason and what to do instead."""
+    for kind, refusal in _TYPES.items():
+        yield f"peft_type {kind}", refusal
+    for field, refusal in _FIELDS.items():
+        yield field, refusal
+    for init, refusal in _INITS.items():
+        yield f"init_lora_weights={init}", refusal
+    yield "peft_type UNILORA with save_indices=false", _NO_INDICES
 
 
 def _error(source: str, got: str, refusal: _Refusal) -> FormatError:

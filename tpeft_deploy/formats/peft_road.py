@@ -14,15 +14,17 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base_products import base_weight, change_of_base, dense_change
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import base_bias, is_type, number
 from tpeft_deploy.formats.taking import doing, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-road"
+ABOUT = About("PEFT", "RoAd", "linear", "yes", "dense, override", types=("ROAD",))
 _THETA, _ALPHA = "road_theta", "road_alpha"
 SUFFIXES = frozenset({_THETA, _ALPHA})
 _PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # numbers of each kind for two outputs

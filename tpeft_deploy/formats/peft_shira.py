@@ -7,14 +7,16 @@ PEFT on Windows saves the indices as floating point numbers.
 
 from __future__ import annotations
 
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type
 from tpeft_deploy.formats.peft_dense import dense_change, linear_layer, misfit, positions
 from tpeft_deploy.formats.taking import no_scale, take
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-shira"
+ABOUT = About("PEFT", "SHiRA", "linear", "yes", "dense", types=("SHIRA",))
 _VALUES, _INDICES = "shira_weight", "shira_indices"
 SUFFIXES = frozenset({_VALUES, _INDICES})
 

@@ -12,14 +12,18 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import alpha_of, is_type
 from tpeft_deploy.formats.peft_dense import dense_change, indices, linear_layer, misfit, positions, require_values
 from tpeft_deploy.formats.taking import doing, no_scale, take
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-supertuning"
+ABOUT = About(
+    "PEFT", "Super-Tuning", "linear", "yes", "dense", "saved with save_precomputed_indices", types=("SUPERTUNING",)
+)
 _VALUES, _INDICES = "supertuning_values", "supertuning_indices"
 _A, _B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
 SUFFIXES = frozenset({_VALUES, _INDICES, _A, _B})

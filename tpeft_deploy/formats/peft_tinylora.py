@@ -14,14 +14,24 @@ import re
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta, number, stored_transposed
 from tpeft_deploy.formats.taking import doing, needs_base, no_scale, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SHARED", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SHARED", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-tinylora"
+ABOUT = About(
+    "PEFT",
+    "TinyLoRA",
+    "linear, Conv1D, embedding",
+    "for more than one group of layers",
+    "low-rank",
+    "the file must hold its projections",
+    types=("TINYLORA",),
+)
 _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
 SUFFIXES = frozenset({_A, _B, _P})
 _VECTOR = "base_model.tinylora_v."

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import dense_is_smaller, widen
 from tpeft_deploy.formats.module import BaseView, Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import matrix_delta
@@ -24,9 +25,10 @@ from tpeft_deploy.formats.peft_dense import base_digest, indices, misfit
 from tpeft_deploy.formats.taking import base_array, doing, no_scale, take
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-tokens"
+ABOUT = About("PEFT", "trainable tokens", "embedding", "yes", "low-rank, dense, override", types=("TRAINABLE_TOKENS",))
 _ALONE, _ORIGINAL, _BESIDE = (
     "trainable_tokens_delta",
     "trainable_tokens_original",

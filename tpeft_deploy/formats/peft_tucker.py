@@ -20,12 +20,21 @@ import numpy as np
 
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import FormatError, ShapeError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.tensors import parse_json, read_bytes, read_tensors
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["NAME", "matches", "peft_type", "read"]
+__all__ = ["ABOUT", "NAME", "matches", "peft_type", "read"]
 
 NAME = "peft-tucker"
+ABOUT = About(
+    "tpeft_deploy.training with PEFT",
+    "Tucker",
+    "linear, Conv1D, conv 1d to 3d, transposed conv, embedding",
+    "no",
+    "low-rank, override",
+    types=("TPEFT_TUCKER",),
+)
 
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"

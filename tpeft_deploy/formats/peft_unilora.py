@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta, stored_transposed
@@ -19,9 +20,10 @@ from tpeft_deploy.formats.peft_dense import indices, misfit, require_values
 from tpeft_deploy.formats.taking import doing, no_scale, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SHARED", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SHARED", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-unilora"
+ABOUT = About("PEFT", "Uni-LoRA", "linear, Conv1D", "no", "low-rank", "saved with save_indices", types=("UNILORA",))
 _NUMBERS = "base_model.unilora_theta_d"
 SUFFIXES = frozenset(f"unilora_{what}_{letter}" for what in ("indices", "scales") for letter in "AB")
 SHARED = frozenset({_NUMBERS})

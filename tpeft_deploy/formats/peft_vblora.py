@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta, stored_transposed
@@ -19,9 +20,10 @@ from tpeft_deploy.formats.peft_dense import indices, misfit, require_values, who
 from tpeft_deploy.formats.taking import doing, no_scale, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SHARED", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SHARED", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-vblora"
+ABOUT = About("PEFT", "VB-LoRA", "linear, Conv1D", "no", "low-rank", types=("VBLORA",))
 _BANK = "base_model.vblora_vector_bank"
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 _INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"

@@ -15,14 +15,18 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta, stored_transposed
 from tpeft_deploy.formats.taking import base_array, doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SHARED", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SHARED", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-vera"
+ABOUT = About(
+    "PEFT", "VeRA, PVeRA", "linear, Conv1D", "yes", "low-rank", "saved with save_projection", types=("VERA", "PVERA")
+)
 _KINDS = {"VERA": "vera", "PVERA": "pvera"}
 SUFFIXES = frozenset({f"{kind}_lambda_{vector}" for kind in _KINDS.values() for vector in "bd"})
 SHARED = frozenset({f"base_model.{kind}_{letter}" for kind in _KINDS.values() for letter in "AB"})

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, number
@@ -21,9 +22,10 @@ from tpeft_deploy.formats.peft_fourierft import places
 from tpeft_deploy.formats.taking import doing, no_scale, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-waveft"
+ABOUT = About("PEFT", "WaveFT", "linear, Conv1D", "yes", "dense", "the Haar wavelet (db1) alone", types=("WAVEFT",))
 _SPECTRUM = "waveft_spectrum"
 SUFFIXES = frozenset({_SPECTRUM})
 _HAAR = frozenset({"db1", "haar"})

@@ -11,13 +11,22 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import doing, reporting, take, take_scale
 from tpeft_deploy.tucker import TuckerDelta
 
-__all__ = ["NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "plain-lora"
+ABOUT = About(
+    "ai-toolkit, ComfyUI, newer diffusers",
+    "LoRA",
+    "linear, conv",
+    "no",
+    "low-rank",
+    "the scale must be given where the file has no alpha",
+)
 _A, _B = "lora_A.weight", "lora_B.weight"
 SUFFIXES = frozenset({_A, _B, "alpha"})
 

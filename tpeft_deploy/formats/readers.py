@@ -3,6 +3,7 @@
 The one place that a new format of modules is entered in.  A reader is a file with
 
     NAME                          the format's name, as `load_adapter(format=...)` takes it
+    ABOUT                         what `tpeft-deploy formats` says of it
     SUFFIXES                      the exact suffixes of the tensors that it consumes
     matches(module, checkpoint)   whether the module's tensors are of this format
     read(module, checkpoint)      the module's Change, popping every tensor that it consumes
@@ -67,6 +68,7 @@ from tpeft_deploy.formats import (
     peft_waveft,
     plain_lora,
 )
+from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 
 __all__ = ["READERS", "WHOLE_MODEL", "Reader"]
@@ -78,6 +80,10 @@ class Reader(Protocol):
     @property
     def NAME(self) -> str:  # noqa: N802 - a constant of the module
         """The format's name."""
+
+    @property
+    def ABOUT(self) -> About:  # noqa: N802
+        """What its user knows of it."""
 
     @property
     def SUFFIXES(self) -> frozenset[str]:  # noqa: N802

@@ -1,0 +1,26 @@
+"""`formats`: which adapters are read, and which are refused and why."""
+
+from __future__ import annotations
+
+import click
+
+from tpeft_deploy.cli.console import Command, emit, json_option
+
+__all__ = ["formats"]
+
+
+@click.command(cls=Command)
+@click.option("--markdown", is_flag=True, help="Print the page docs/formats.md.")
+@json_option
+def formats(markdown: bool, as_json: bool) -> None:
+    """Print which formats of adapters are read, and which are refused, with the reason."""
+    from tpeft_deploy.formats import catalogue
+
+    if markdown:
+        click.echo(catalogue.markdown(), nl=False)
+        return
+    found = catalogue.document()
+    emit(found, key="read", columns=catalogue.READ_COLUMNS, as_json=as_json)
+    if not as_json:
+        click.echo("\nrefused")
+        emit(found, key="refused", columns=catalogue.REFUSED_COLUMNS, as_json=False)

@@ -1,0 +1,117 @@
+"""Whether an adapter can be served, in which forms, and what each costs: the second half of `inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpeft_deploy.cli.console import stages
+from tpeft_deploy.errors import AdapterError, ExportError, MissingExtra, TpeftError, UnsupportedBase
+
+if TYPE_CHECKING:
+    from tpeft_deploy.adapter import Adapter
+    from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.formats.module import BaseView
+
+__all__ = ["COLUMNS", "file_bytes", "forms", "heads", "oracle", "refused"]
+
+COLUMNS = ["form", "possible", "rows", "bytes", "reason"]
+_BASE_ALONE = "names and shapes alone say so; --base checks them"
+_ROWS_LATER = "rows of different tasks in a batch: found by running the graphs at export"
+
+
+def forms(adapter: Adapter, base: str | None, opened: object) -> list[dict[str, Any]]:
+    """The three forms: whether each is possible, with which rows, the bytes that it takes, and the reason.
+
+    Args:
+        adapter: adapter that was read, with the base where there is one.
+        base: base as the command line has it.
+        opened: bundle, where the base is one.
+    """
+    if base is None:
+        size, dense = adapter.nbytes, sum(all(f is None for f in delta.factors) for delta in adapter.deltas.values())
+        whole = f"; {dense} changes are dense, as large as their weights" if dense else ""
+        return _three(adapter, None, size, rows=None, reason=f"{_BASE_ALONE}{whole}")
+    if not isinstance(opened, str):
+        return _of_bundle(adapter, opened)  # type: ignore[arg-type]
+    return _planned(adapter, base)
+
+
+def refused(error: TpeftError) -> dict[str, Any]:
+    """The row that stands for all forms of an adapter that is refused."""
+    reason = f"{error.doing}: {error.said}"
+    return {"form": "any", "possible": False, "rows": None, "bytes": None, "reason": reason, "fix": error.fix}
+
+
+def heads(adapter: Adapter, base: BaseView | None) -> dict[str, list[int]]:
+    """Overrides with another first size than the base's: name -> sizes of the base and of the adapter."""
+    return {
+        name: [base.shape(name)[0], array.shape[0]]
+        for name, array in adapter.overrides.items()
+        if base is not None and name in base.weights and array.shape[:1] != base.shape(name)[:1] and array.ndim
+    }
+
+
+def oracle(adapter: Adapter, opened: object) -> dict[str, Any] | None:
+    """What proved the adapter in a bundle that has it as a task: `task`, `oracle`, `reason`, `error`; else None."""
+    import hashlib
+
+    tasks = getattr(opened, "tasks", None) or {}
+    digest = hashlib.sha256(adapter.to_bytes()).hexdigest() if tasks else ""
+    task = next((task for task, own in tasks.items() if own == digest), None)
+    return None if task is None else {"task": task, **opened.oracle(task)}  # type: ignore[attr-defined]
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of an adapter's file, or of the files of its directory."""
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file())
+
+
+def _three(
+    adapter: Adapter, folded: int | None, size: int | None, *, rows: str | None, reason: str
+) -> list[dict[str, Any]]:
+    from tpeft_deploy.adapter import gain_mode
+
+    several = [name for name, gain in adapter.gains.items() if gain_mode(gain) is None]
+    many = f"; gain of {several[0]} has several axes: one task per run" if several else ""
+    return [
+        _form("folded", True, None, folded, "the base's own weights, changed" if folded else _BASE_ALONE),
+        _form("factored", True, None, size, reason),
+        _form("banked", True, "group" if several else rows, size, f"{reason}{many}"),
+    ]
+
+
+def _form(form: str, possible: bool | None, rows: str | None, size: int | None, reason: str) -> dict[str, Any]:
+    return {"form": form, "possible": possible, "rows": rows, "bytes": size, "reason": reason, "fix": None}
+
+
+def _of_bundle(adapter: Adapter, bundle: Bundle) -> list[dict[str, Any]]:
+    manifest = bundle.manifest
+    try:
+        filled = bundle.fill(adapter)
+    except AdapterError as error:
+        row = refused(error)
+        return [_three(adapter, manifest.weight_bytes, None, rows=None, reason="")[0]] + [
+            {**row, "form": form} for form in ("factored", "banked")
+        ]
+    size = sum(array.nbytes for tensors in filled.values() for array in tensors.values())
+    reason = f"it fits the branches of bundle {manifest.name}"
+    rows = f"{reason}; one task per run: {manifest.rows_reason}" if manifest.rows_reason else reason
+    found = _three(adapter, manifest.weight_bytes, size, rows=manifest.rows, reason=reason)
+    return [*found[:2], {**found[2], "reason": rows}]
+
+
+def _planned(adapter: Adapter, base: str) -> list[dict[str, Any]]:
+    try:
+        from tpeft_deploy.exporters.planning import plan_bundle
+
+        with stages() as begin:
+            plan = plan_bundle(base, {"adapter": adapter}, name="inspect", progress=begin).to_json()
+    except (UnsupportedBase, MissingExtra, ImportError) as error:
+        reason = f"the base as given cannot be exported: {error}"
+        return [_form(form, None, None, None, reason) for form in ("folded", "factored", "banked")]
+    except (AdapterError, ExportError) as error:
+        return [{**refused(error), "form": form} for form in ("folded", "factored", "banked")]
+    size = plan["tasks"][0]["slot_bytes"]
+    found = _three(adapter, plan["base_bytes"], size, rows=plan["rows"], reason="every target is in the traced graph")
+    return [*found[:2], {**found[2], "reason": plan["rows_reason"] or _ROWS_LATER}]
