@@ -19,6 +19,7 @@ from tpeft_deploy.exporters import banked, factored, rows
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
+from tpeft_deploy.exporters.gate import check_tolerance
 from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
 from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
@@ -51,6 +52,7 @@ def export_bundle(
     rename: Mapping[str, str] | None = None,
     padding: Mapping[str, int | float] | None = None,
     resize_embeddings: bool = False,
+    tolerance: float | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
@@ -72,6 +74,8 @@ def export_bundle(
         resize_embeddings: give the base as many tokens as the adapters have, as `resize_token_embeddings` did before
             they were trained; its new rows are zero.
         folded: also write folded/<task>.onnx for every adapter.
+        tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
+            written into the manifest.
         progress: told each stage.
 
     Returns:
@@ -89,6 +93,7 @@ def export_bundle(
             got="one that holds files",
             fix="Remove it or choose another.",
         )
+    check_tolerance(tolerance, f"export bundle {path}")
     plan = plan_bundle(
         base,
         adapters,
@@ -104,7 +109,7 @@ def export_bundle(
     )
     with new_directory(path) as new:
         progress("write the graphs")
-        _write_manifest(new, _write_graphs(plan, new))
+        _write_manifest(new, replace(_write_graphs(plan, new), tolerance=tolerance))
         bundle = Bundle.open(new)
         for position, (task, adapter) in enumerate(adapters.items()):
             progress(Stage(f"store {task}", position, len(adapters)))
@@ -114,7 +119,7 @@ def export_bundle(
         manifest = prove_padding(plan.base, plan.raw.graph, bundle, manifest, adapters, plan.padding, progress)
         for position, (task, adapter) in enumerate(adapters.items() if folded else ()):
             progress(Stage(f"fold {task}", position, len(adapters)))
-            file, limit = new / "folded" / f"{task}.onnx", limits_of(plan.raw.graph, manifest.rounding)
+            file, limit = new / "folded" / f"{task}.onnx", limits_of(plan.raw.graph, manifest.rounding, tolerance)
             checks = write_folded(plan.base, plan.raw, adapter, file, limit, task=task, sources=sources)
             manifest = with_checks(manifest, checks)
         _write_manifest(new, manifest)

@@ -1,4 +1,4 @@
-"""Input names with dots in them, such as `past_key_values.0.key`, which no Python parameter can have.
+"""Input names with dots in them, such as `added_cond_kwargs.time_ids`, which no Python parameter can have.
 
 The torch exporter passes inputs by the parameters of `forward` and names graph inputs after them, each character
 that Python does not allow replaced.  So while a module is traced, inputs that share what stands before their first
@@ -13,7 +13,18 @@ from typing import Any
 
 import onnx_ir as ir
 
-__all__ = ["nest", "restore"]
+__all__ = ["flatten", "nest", "restore"]
+
+
+def flatten(nested: Mapping[Any, Any]) -> dict[str, Any]:
+    """`{"a": 1, "b": {"c": 2}}` as `{"a": 1, "b.c": 2}`; an axis -> size mapping has integer keys and stays whole."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping) and value and all(isinstance(key, str) for key in value):
+            flat |= {f"{name}.{inner}": own for inner, own in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters import dotted
 from tpeft_deploy.exporters.cached import cache_parameter, with_cache
 from tpeft_deploy.exporters.causes import said_by
 from tpeft_deploy.formats.base_model import FACTORY
@@ -36,7 +37,7 @@ def run(model: nn.Module, inputs: Tensors, doing: str) -> None:
     """
     try:
         with torch.no_grad():
-            model(**inputs)
+            model(**dotted.nest(inputs))
     except Exception as error:  # models raise every kind of exception; the cause is kept
         sizes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs.values())
         raise UnsupportedBase(

@@ -19,6 +19,7 @@ from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check, Limits
 from tpeft_deploy.exporters.graphs import held_tensor, optimize, turn_weights
 from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.near_ties import explain
 from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.replacing import held_changes, replace_weights
@@ -47,6 +48,7 @@ def export_folded(
     weights: object = None,
     rename: Mapping[str, str] | None = None,
     resize_embeddings: bool = False,
+    tolerance: float | None = None,
     progress: Progress = silent,
 ) -> list[Check]:
     """Export one adapter merged into its base.
@@ -62,6 +64,8 @@ def export_folded(
         rename: other names for inputs and outputs: the base's own -> the folded model's.
         resize_embeddings: give the base as many tokens as the adapter has, as `resize_token_embeddings` did before
             it was trained; its new rows are zero.
+        tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
+            written into the model's metadata as `tpeft.limit`.
         progress: told each stage.
 
     Returns:
@@ -70,13 +74,14 @@ def export_folded(
     Raises:
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
+    gate.check_tolerance(tolerance, f"export {path}")
     loaded = load_base(
         base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
     )
     loaded = fit_vocabulary(loaded, {task: adapter}) if resize_embeddings else loaded
     loaded, raw = _trace(loaded, adapter, progress)
     progress("fold and check")
-    limit = limits_of(raw.graph, measure_rounding(loaded, raw.graph))
+    limit = limits_of(raw.graph, measure_rounding(loaded, raw.graph), tolerance)
     return write_folded(loaded, raw, adapter, Path(path), limit, task=task, sources=Sources(loaded, raw.graph))
 
 
@@ -143,6 +148,8 @@ def write_folded(
     source = sources.of(task, adapter)
     model = fold(base, raw, adapter, task=task)
     model.metadata_props["tpeft.oracle"] = source.oracle
+    if isinstance(limit, float):
+        model.metadata_props["tpeft.limit"] = f"{limit:g}"
     with staging(path.parent) as new:
         file = new / path.name
         large = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value) > LARGE
@@ -151,8 +158,10 @@ def write_folded(
         session = gate.open_session(file)
         checks = []
         for sizes, wanted in expected:
-            answer = partial(gate.run, session, with_sizes(base, raw.graph, sizes), {})
-            for check in source.measure("folded", task, sizes, answer, wanted, limit):
+            inputs = with_sizes(base, raw.graph, sizes)
+            answer = partial(gate.run, session, inputs, {})
+            for measured in source.measure("folded", task, sizes, answer, wanted, limit):
+                check = explain(measured, file, inputs)
                 if check.failure is not None and 0 in sizes.values():
                     _log.warning("%s takes no free size of 0: %s", path.name, check.failure)
                 else:

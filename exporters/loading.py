@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters import dotted
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.foreign.known import read_weights
 from tpeft_deploy.exporters.onnx_base import OnnxBase
 from tpeft_deploy.exporters.renamed import Renamed
 from tpeft_deploy.exporters.torch_base import TorchBase
 from tpeft_deploy.formats.base_model import call_factory, no_module
+from tpeft_deploy.formats.diffusers_model import is_diffusers
 
 __all__ = ["load_base"]
 
@@ -43,10 +45,12 @@ def load_base(
 
     Args:
         base: a module; "package.module:factory" whose factory returns (module, example inputs) or (module, example
-            inputs, dynamic shapes); a Hugging Face model directory, of which `hugging_face` makes all three; or the
-            path of an .onnx file.  A base that is loaded already is returned as it is.
-        example_inputs: by input name; the first axis is the batch.  An ONNX file takes arrays as well as tensors, and
-            goes without: its inputs are then made at random, two rows, with integers of 0 and 1.
+            inputs, dynamic shapes); a Hugging Face or diffusers model directory, of which `hugging_face` and
+            `diffusers_directory` make all three; or the path of an .onnx file.  A base that is loaded already is
+            returned as it is.
+        example_inputs: by input name, a dict for an input that is one; the first axis is the batch.  An ONNX file
+            takes arrays as well as tensors, and goes without: its inputs are then made at random, two rows, with
+            integers of 0 and 1.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input is dynamic.
         weights: the original weights of an ONNX file, by which its initializers are found: a .safetensors file, a
             Hugging Face model directory, a torch module or its state_dict, or a mapping of names to arrays.  Without
@@ -89,6 +93,7 @@ def _load(
     if dynamic_shapes is None:
         inputs = _two_rows(inputs)
         dynamic_shapes = {key: {0: "batch"} if value.ndim else None for key, value in inputs.items()}
+    dynamic_shapes = dotted.flatten(dynamic_shapes) if isinstance(dynamic_shapes, Mapping) else dynamic_shapes
     _check_shapes(name, inputs, dynamic_shapes)
     made = TorchBase(name.rpartition(":")[2], base, inputs, dynamic_shapes)
     made.padding = {name: value for name, value in padding.items() if name in inputs}
@@ -107,9 +112,10 @@ def _call_factory(
     name: str, inputs: Mapping[str, torch.Tensor] | None, shapes: Mapping[str, Any] | None
 ) -> tuple[object, Mapping[str, torch.Tensor] | None, Mapping[str, Any] | None, dict[str, int]]:
     if os.path.isdir(name):
-        from tpeft_deploy.exporters.hugging_face import load_directory
+        from tpeft_deploy.exporters import diffusers_directory, hugging_face
 
-        module, own_inputs, own_shapes, padding = load_directory(name)
+        found = diffusers_directory if is_diffusers(name) else hugging_face
+        module, own_inputs, own_shapes, padding = found.load_directory(name)
         return module, inputs or own_inputs, shapes or own_shapes, padding
     result = call_factory(name)
     if isinstance(result, nn.Module):
@@ -132,6 +138,7 @@ def _check_inputs(name: str, inputs: object) -> dict[str, torch.Tensor]:
             got="none" if inputs is None else type(inputs).__name__,
             fix="Pass example_inputs={'input name': tensor}, named as the forward method names them.",
         )
+    inputs = dotted.flatten(inputs)
     for key, value in inputs.items():
         if not isinstance(value, torch.Tensor) or value.is_meta:
             got = f"a {type(value).__name__}{' on the meta device' if isinstance(value, torch.Tensor) else ''}"
@@ -141,7 +148,7 @@ def _check_inputs(name: str, inputs: object) -> dict[str, torch.Tensor]:
                 got=got,
                 fix=_FIXES.get(type(value), "Make a tensor of it, or let the module hold it."),
             )
-    return dict(inputs)
+    return inputs
 
 
 def _check_shapes(name: str, inputs: Mapping[str, torch.Tensor], shapes: object) -> None:

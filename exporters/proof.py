@@ -17,6 +17,7 @@ from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.gate import MERGED, Check, Limits
+from tpeft_deploy.exporters.near_ties import explain
 from tpeft_deploy.exporters.oracle.rounding import limits_of
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.output_rows import find_output_rows
@@ -168,10 +169,11 @@ def check_forms(
             inputs = with_sizes(base, graph, sizes)
             expected = base.reference(adapter, inputs, names)
             for form, session in sessions.items():
-                answer = partial(gate.run, session, inputs, factors)
+                extra, answer = factors, partial(gate.run, session, inputs, factors)
                 if form.startswith("banked"):
-                    answer = partial(_run_banked, session, inputs, rows, bundle, adapter)
-                yield from source.measure(form, task, sizes, answer, expected, limit)
+                    extra, answer = rows, partial(_run_banked, session, inputs, rows, bundle, adapter)
+                for check in source.measure(form, task, sizes, answer, expected, limit):
+                    yield explain(check, bundle.path / f"{form}.onnx", {**inputs, **extra})
 
 
 def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> Limits:
@@ -181,7 +183,9 @@ def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> L
 
 def base_limit(graph: ir.Graph, bundle: Bundle) -> Limits:
     """What base.onnx must stay under: in bfloat16, where a copy in float32 is run, its rounding is no excuse."""
-    return gate.limit_of(graph) if bfloat16.holds(graph) else limits_of(graph, bundle.manifest.rounding)
+    if bfloat16.holds(graph):
+        return gate.limit_of(graph)
+    return limits_of(graph, bundle.manifest.rounding, bundle.manifest.tolerance)
 
 
 def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, shapes: Iterable[Sizes]) -> Iterator[Check]:
@@ -191,7 +195,8 @@ def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, shapes: Iterable[Si
         inputs = with_sizes(base, graph, sizes)
         expected = base.reference(None, inputs, names)
         answer = partial(gate.run, session, inputs, {})
-        yield gate.measure("base", BASE_TASK, sizes, answer, expected, base_limit(graph, bundle))
+        check = gate.measure("base", BASE_TASK, sizes, answer, expected, base_limit(graph, bundle))
+        yield explain(check, bundle.path / "base.onnx", inputs)
 
 
 def _limit(graph: ir.Graph, bundle: Bundle, own: Iterable[Check]) -> Limits:

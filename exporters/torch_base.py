@@ -23,6 +23,7 @@ from tpeft_deploy.exporters import dotted
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.bfloat16 import wide_ports
 from tpeft_deploy.exporters.causes import cause_of, said_by
+from tpeft_deploy.exporters.constants import fold_functions
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.exporters.resizing import resize, tables
 from tpeft_deploy.formats import base_view
@@ -32,6 +33,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["OPSET", "TorchBase", "output_names"]
 
 OPSET = 20
+SUFFIX = "_out"  # of an output with the name of an input or a weight: ONNX has one space of names
 BFLOAT16_OPSET = 22  # the first whose convolutions take it
 
 _DTYPES = {
@@ -129,7 +131,7 @@ class TorchBase(Base):
             merged = {name: _wide(merged.get(name, own[name])) for name in dict.fromkeys(aliases.values())}
             tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
         with self._evaluating() as module:
-            outputs = functional_call(module, merged, (), tensors, tie_weights=False)
+            outputs = functional_call(module, merged, (), dotted.nest(tensors), tie_weights=False)
         leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
         return {name: tensor.numpy() for name, tensor in zip(names, leaves, strict=True)}
 
@@ -143,7 +145,7 @@ class TorchBase(Base):
         own = {name: tensor.cpu() for name, tensor in self._named().items()}
         try:
             with self._evaluating() as module:
-                outputs = functional_call(module, own, (), tensors, tie_weights=False)
+                outputs = functional_call(module, own, (), dotted.nest(tensors), tie_weights=False)
         except (RuntimeError, NotImplementedError) as error:
             raise UnsupportedBase(
                 f"run {self.name} in 16 bits on the CPU", problem=f"torch fails ({said_by(error)})"
@@ -180,12 +182,13 @@ class TorchBase(Base):
         dotted.restore(program.model.graph, self.inputs)
         _name_outputs(self.name, program.model.graph, output_names(outputs))
         _drop_made_up_biases(program.model)
+        fold_functions(program.model)
         wide_ports(program.model.graph)
         return program.model
 
     def _run(self, module: nn.Module, inputs: Mapping[str, torch.Tensor]) -> object:
         try:
-            return module(**inputs)
+            return module(**dotted.nest(inputs))
         except Exception as error:  # models raise every kind of exception; the cause is kept
             takes = ", ".join(inspect.signature(module.forward).parameters)
             given = ", ".join(f"{name} {_dtype(tensor)}{list(tensor.shape)}" for name, tensor in inputs.items())
@@ -255,6 +258,8 @@ def output_names(outputs: object) -> list[str]:
     """Names of a module's outputs: a mapping's keys, else `output`, or `output_0`, `output_1`, ...
 
     A key that holds several tensors (past key values) gets one name each, `key_0`, `key_1`, ...
+    In the graph a name that an input or a weight has already gets the suffix `_out`: `sample` goes in, `sample_out`
+    comes out.
     """
     if isinstance(outputs, Mapping):
         named = [(str(key), _count(value)) for key, value in outputs.items()]
@@ -275,14 +280,11 @@ def _name_outputs(base: str, graph: ir.Graph, names: list[str]) -> None:
             got=f"{len(graph.outputs)} in the graph",
         )
     taken = {value.name: value for node in graph for value in node.outputs}
-    for value, name in zip(graph.outputs, names, strict=True):
-        if name in graph.initializers or any(name == i.name for i in graph.inputs):
-            raise UnsupportedBase(
-                f"export base {base}, output {name!r}",
-                expected="a name of its own",
-                got="that of an input or a weight",
-                fix="Return it under another key; ONNX has one space of names.",
-            )
+    held = {str(value.name) for value in graph.inputs} | set(graph.initializers)
+    for value, own in zip(graph.outputs, names, strict=True):
+        name = own
+        while name in held or (name != own and name in names):
+            name += SUFFIX
         other = taken.get(name)
         if other is not None and other is not value:
             other.name = f"{name}.inner"

@@ -84,6 +84,7 @@ class Verification:
             "base_digest": manifest.base_digest,
             "reference": self.reference,
             "rows": manifest.rows,
+            "tolerance": manifest.tolerance,
             "tasks": {task: self.bundle.digest(task) for task in self.tasks},
             "files": list(manifest.files),
             "checks": [check.to_json() for check in self.checks],
@@ -322,7 +323,7 @@ def _check_folded(
 ) -> Iterator[Check]:
     names = [str(value.name) for value in graph.outputs]
     shapes = proved_shapes(base, graph, bundle.manifest)
-    limit = limits_of(graph, bundle.manifest.rounding)
+    limit = limits_of(graph, bundle.manifest.rounding, bundle.manifest.tolerance)
     for position, (task, adapter) in enumerate(tasks.items()):
         file = bundle.path / "folded" / f"{task}.onnx"
         if not file.is_file():

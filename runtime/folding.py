@@ -109,7 +109,8 @@ def limit_of(manifest: Manifest) -> float:
     if manifest.rounding is not None:
         return 2 * max(manifest.rounding.limits.values(), default=_LIMIT)
     dtypes = {weight.dtype for weight in manifest.weights.values()}
-    return 2 * max((limit for dtype, limit in _LIMITS.items() if dtype in dtypes), default=_LIMIT)
+    narrow = [limit for dtype, limit in _LIMITS.items() if dtype in dtypes]
+    return 2 * max([*narrow, manifest.tolerance or _LIMIT])
 
 
 def agree(answer: Mapping[str, Array], expected: Mapping[str, Array]) -> float:

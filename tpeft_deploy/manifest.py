@@ -10,6 +10,7 @@ oracles     per task of the export, what its forms were compared with beside the
             forward of the adapter's file ("peft 0.21.2"), or "merged" and why there was none; the worst error; and the
             digest of the adapter that this is about
 empty       free sizes that may be 0, proved: the past of a decoder's first step
+tolerance   relative error in float32 that the caller of the export accepted, where it is more than the limit of 1e-5
 rounding    of a base in 16 bits: how far its forward is from the same in 32 bits, and the limits that follow
 digest      SHA-256 of everything above
 """
@@ -29,6 +30,7 @@ from tpeft_deploy.slots import Kind, Target
 
 __all__ = [
     "SCHEMA",
+    "WIDEST_TOLERANCE",
     "FileRecord",
     "Manifest",
     "OutputRows",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
+WIDEST_TOLERANCE = 1e-3  # a missing branch of a small adapter may change no more than that
 Rows = Literal["each", "group"]
 OutputRows = Literal["each", "shared", "joint"]
 
@@ -146,6 +149,7 @@ class Manifest:
         aliases: further name of a weight -> the name it is stored under.
         ties: for each tensor that several modules of the model share, one name per module; a name that is neither a
             weight nor an alias is not read by the forward pass.
+        tolerance: relative error that is accepted of weights in float32, or None for the limit of 1e-5.
     """
 
     name: str
@@ -164,6 +168,7 @@ class Manifest:
     oracles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
     rounding: Rounding | None = None
+    tolerance: float | None = None
 
     @property
     def base_digest(self) -> str:
@@ -315,6 +320,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         oracles={task: dict(record) for task, record in document.get("oracles", {}).items()},
         empty=tuple(document.get("empty", ())),
         rounding=_rounding(document.get("rounding")),
+        tolerance=_tolerance(document.get("tolerance")),
     )
 
 
@@ -333,6 +339,12 @@ def _rounding(entry: Mapping[str, Any] | None) -> Rounding | None:
         return None
     measured, limits = ({str(n): float(e) for n, e in entry[part].items()} for part in ("measured", "limits"))
     return Rounding(str(entry["dtype"]), measured, limits, str(entry["reason"]))
+
+
+def _tolerance(entry: float | None) -> float | None:
+    if entry is not None and not 0 < entry <= WIDEST_TOLERANCE:
+        raise ValueError(f"tolerance {entry!r}")
+    return entry
 
 
 def _target(entry: Mapping[str, Any]) -> Target:

@@ -61,9 +61,15 @@ def measure_rounding(base: Base, graph: ir.Graph) -> Rounding | None:
     return Rounding(dtype, measured, limits)
 
 
-def limits_of(graph: ir.Graph, rounding: Rounding | None) -> Limits:
-    """What the outputs of an export must stay under, by the dtype of its weights and what a bundle states of them."""
-    return gate.limit_of(graph) if rounding is None else rounding.limits
+def limits_of(graph: ir.Graph, rounding: Rounding | None, tolerance: float | None = None) -> Limits:
+    """Largest relative error of an export's outputs, by the dtype of its weights and what its bundle states.
+
+    Args:
+        graph: the raw graph.
+        rounding: what was measured of a base in 16 bits.
+        tolerance: accepted error in float32; in 16 bits the limits are wider anyway.
+    """
+    return max(gate.limit_of(graph), tolerance or 0.0) if rounding is None else rounding.limits
 
 
 def _unmeasured(base: Base, dtype: str, names: list[str], fixed: float, reason: str) -> Rounding:

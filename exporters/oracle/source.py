@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters import dotted, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
 from tpeft_deploy.exporters.gate import MERGED, Check, Limits
 from tpeft_deploy.exporters.oracle import lycoris, peft
@@ -164,7 +164,7 @@ def _run(forward: Callable[..., object], base: Base, inputs: Inputs, names: Sequ
     tensors = {base.own_names.get(name, name): torch.from_numpy(np.array(array)) for name, array in inputs.items()}
     if base.module is not None and _is_half(base.module):
         tensors = {name: own.float() if own.dtype in _HALVES else own for name, own in tensors.items()}
-    outputs = forward(**tensors)
+    outputs = forward(**dotted.nest(tensors))
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
     return {name: leaf.numpy() for name, leaf in zip(names, leaves, strict=True)}
 

@@ -54,7 +54,11 @@ def list_(bundle: Path, as_json: bool) -> None:
     from tpeft_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    document = {"bundle": opened.manifest.name, "tasks": [_describe(opened, task) for task in opened.tasks]}
+    document = {
+        "bundle": opened.manifest.name,
+        "tolerance": opened.manifest.tolerance,
+        "tasks": [_describe(opened, task) for task in opened.tasks],
+    }
     emit(document, key="tasks", columns=_COLUMNS, as_json=as_json)
 
 

@@ -39,6 +39,13 @@ resize_option = click.option(
 )
 
 
+tolerance_option = click.option(
+    "--tolerance",
+    type=float,
+    help="The relative error to accept in float32, 1e-5 to 1e-3; by default 1e-5. It is written into what is exported.",
+)
+
+
 @export.command()
 @click.argument("base")
 @click.argument("adapter", type=click.Path(path_type=Path))
@@ -48,6 +55,7 @@ resize_option = click.option(
 @rename_option
 @scale_option
 @resize_option
+@tolerance_option
 @dry_run_option
 @json_option
 def folded(
@@ -59,6 +67,7 @@ def folded(
     rename: Sequence[tuple[str, str]],
     scale: float | None,
     resize_embeddings: bool,
+    tolerance: float | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -77,9 +86,8 @@ def folded(
         if place is None:
             plan = plan_folded(opened, loaded, resize_embeddings=resize_embeddings, progress=begin)
         else:
-            checks = export_folded(
-                opened, loaded, place, task=adapter.name, resize_embeddings=resize_embeddings, progress=begin
-            )
+            options: Any = {"resize_embeddings": resize_embeddings, "tolerance": tolerance}
+            checks = export_folded(opened, loaded, place, task=adapter.name, progress=begin, **options)
     if place is None:
         emit(plan, key="targets", columns=["target", "change", "shape", "ranks", "bytes"], as_json=as_json)
         if not as_json:
@@ -110,6 +118,7 @@ def folded(
 @inputs_option
 @rename_option
 @resize_option
+@tolerance_option
 @dry_run_option
 @json_option
 def bundle(
@@ -124,6 +133,7 @@ def bundle(
     inputs: Path | None,
     rename: Sequence[tuple[str, str]],
     resize_embeddings: bool,
+    tolerance: float | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -148,7 +158,8 @@ def bundle(
             own = name or (out.resolve().name if out is not None else "bundle")
             plan = plan_bundle(opened, loaded, name=own, progress=begin, **options).to_json()
         else:
-            written = export_bundle(opened, loaded, place, name=name, folded=with_folded, progress=begin, **options)
+            options |= {"folded": with_folded, "tolerance": tolerance}
+            written = export_bundle(opened, loaded, place, name=name, progress=begin, **options)
     if place is None:
         _show_plan(plan, as_json)
         return
@@ -157,6 +168,7 @@ def bundle(
         "path": str(out),
         "name": manifest.name,
         "rows": manifest.rows,
+        "tolerance": manifest.tolerance,
         "tasks": written.tasks,
         "gate": list(manifest.gate),
         "oracles": dict(manifest.oracles),

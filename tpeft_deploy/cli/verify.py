@@ -56,5 +56,7 @@ def verify(
     ]
     shown = document if as_json else {"checks": document["checks"] + left_out}
     emit(shown, key="checks", columns=["form", "task", "sizes", "error", "limit", "oracle"], as_json=as_json)
+    if document["tolerance"] is not None:
+        note(f"tolerance: {document['tolerance']:g}, accepted when the bundle was exported")
     if report is not None:
         note(f"report: {report}")

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from tpeft_deploy.errors import MissingExtra, TpeftError, UnsupportedBase, brief
+from tpeft_deploy.formats.diffusers_model import is_diffusers, load_diffusers
 
 __all__ = ["FACTORY", "architecture", "call_factory", "load_model", "model_class", "no_module", "open_model"]
 
@@ -29,16 +30,18 @@ _COMPUTED = ("position_ids", "rotary_emb.inv_freq")  # older checkpoints hold th
 
 
 def open_model(base: str) -> object:
-    """The module of a Hugging Face model directory, or the one that a factory returns.
+    """The module of a Hugging Face or diffusers model directory, or the one that a factory returns.
 
     Args:
         base: the directory, or "package.module:factory".
 
     Raises:
-        MissingExtra: a directory, and transformers is not installed.
+        MissingExtra: a directory, and the library that wrote it is not installed.
         UnsupportedBase: it cannot be loaded.
     """
     if os.path.isdir(base):
+        if is_diffusers(base):
+            return load_diffusers(base)
         return load_model(Path(base), model_class(Path(base), architecture(Path(base))))
     made = call_factory(base)
     return made[0] if isinstance(made, tuple) and made else made
