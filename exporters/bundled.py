@@ -28,6 +28,7 @@ from tpeft_deploy.exporters.proof import prove, with_checks
 from tpeft_deploy.exporters.resizing import check_vocabulary
 from tpeft_deploy.exporters.samples import rows_differ
 from tpeft_deploy.exporters.targets import activations
+from tpeft_deploy.exporters.unused import Unused
 from tpeft_deploy.files import digest_file, new_directory
 from tpeft_deploy.manifest import FileRecord, Manifest, Varies
 from tpeft_deploy.progress import Progress, Stage, silent
@@ -51,6 +52,7 @@ def export_bundle(
     rename: Mapping[str, str] | None = None,
     padding: Mapping[str, int | float] | None = None,
     resize_embeddings: bool = False,
+    unused: Unused = "error",
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
@@ -71,6 +73,7 @@ def export_bundle(
             text model itself says, where that is proved; {} for none.
         resize_embeddings: give the base as many tokens as the adapters have, as `resize_token_embeddings` did before
             they were trained; its new rows are zero.
+        unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
         folded: also write folded/<task>.onnx for every adapter.
         progress: told each stage.
 
@@ -100,8 +103,10 @@ def export_bundle(
         rename=rename,
         padding=padding,
         resize_embeddings=resize_embeddings,
+        unused=unused,
         progress=progress,
     )
+    adapters = plan.adapters
     with new_directory(path) as new:
         progress("write the graphs")
         _write_manifest(new, _write_graphs(plan, new))
@@ -117,7 +122,8 @@ def export_bundle(
             file, limit = new / "folded" / f"{task}.onnx", limits_of(plan.raw.graph, manifest.rounding)
             checks = write_folded(plan.base, plan.raw, adapter, file, limit, task=task, sources=sources)
             manifest = with_checks(manifest, checks)
-        _write_manifest(new, manifest)
+        left_out = {task: dict(adapter.left_out) for task, adapter in adapters.items() if adapter.left_out}
+        _write_manifest(new, replace(manifest, left_out=left_out))
     return Bundle.open(path)
 
 

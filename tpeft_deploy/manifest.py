@@ -10,6 +10,7 @@ oracles     per task of the export, what its forms were compared with beside the
             forward of the adapter's file ("peft 0.21.2"), or "merged" and why there was none; the worst error; and the
             digest of the adapter that this is about
 empty       free sizes that may be 0, proved: the past of a decoder's first step
+left_out    per task of the export, what its adapter's file holds and the task does not, and why
 rounding    of a base in 16 bits: how far its forward is from the same in 32 bits, and the limits that follow
 digest      SHA-256 of everything above
 """
@@ -146,6 +147,7 @@ class Manifest:
         aliases: further name of a weight -> the name it is stored under.
         ties: for each tensor that several modules of the model share, one name per module; a name that is neither a
             weight nor an alias is not read by the forward pass.
+        left_out: task -> name -> why, as `Adapter.left_out`.
     """
 
     name: str
@@ -164,6 +166,7 @@ class Manifest:
     oracles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
     rounding: Rounding | None = None
+    left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def base_digest(self) -> str:
@@ -315,6 +318,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         oracles={task: dict(record) for task, record in document.get("oracles", {}).items()},
         empty=tuple(document.get("empty", ())),
         rounding=_rounding(document.get("rounding")),
+        left_out={task: dict(names) for task, names in document.get("left_out", {}).items()},
     )
 
 

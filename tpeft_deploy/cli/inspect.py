@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tpeft_deploy.cli.bases import base_option, format_option, open_base, scale_option
-from tpeft_deploy.cli.console import Command, emit, json_option, note
+from tpeft_deploy.cli.bases import base_option, format_option, open_base, part_option, scale_option
+from tpeft_deploy.cli.console import Command, emit, json_option, note, tell_left_out
 
 if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
@@ -22,12 +22,19 @@ __all__ = ["inspect"]
 @base_option
 @scale_option
 @format_option
+@part_option
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Also draw the size of each weight's change, as a picture (.png)."
 )
 @json_option
 def inspect(
-    adapter: Path, base: str | None, scale: float | None, format: str | None, plot: Path | None, as_json: bool
+    adapter: Path,
+    base: str | None,
+    scale: float | None,
+    format: str | None,
+    part: str | None,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """Print what ADAPTER changes: kinds, shapes, ranks, parameters, size of the change.
 
@@ -39,7 +46,7 @@ def inspect(
 
     opened = open_base(base)
     found = None if opened is None else view(opened)
-    loaded = load_adapter(adapter, format=format, scale=scale, base=found)
+    loaded = load_adapter(adapter, format=format, scale=scale, base=found, part=part)
     weights = _weights(loaded, found)
     document = {
         "source": loaded.source,
@@ -47,6 +54,7 @@ def inspect(
         "bytes": loaded.nbytes,
         "folded_only": bool(loaded.gains),
         "notes": dict(loaded.notes),
+        "left_out": dict(loaded.left_out),
         "weights": weights,
     }
     columns = ["weight", "change", "kind", "shape", "ranks", "parameters", "norm"]
@@ -59,6 +67,7 @@ def inspect(
         note(f"picture: {plot}")
     if not as_json:
         click.echo(f"{loaded.parameters} parameters, {loaded.nbytes} bytes")
+        tell_left_out(loaded.left_out)
         for name, text in loaded.notes.items():
             click.echo(f"note on {'the adapter' if name == '*' else name}: {text}")
 
