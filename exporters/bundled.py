@@ -29,6 +29,7 @@ from tpeft_deploy.exporters.proof import prove, with_checks
 from tpeft_deploy.exporters.resizing import check_vocabulary
 from tpeft_deploy.exporters.samples import rows_differ
 from tpeft_deploy.exporters.targets import activations
+from tpeft_deploy.exporters.unused import Unused
 from tpeft_deploy.files import digest_file, new_directory
 from tpeft_deploy.manifest import FileRecord, Manifest, Varies
 from tpeft_deploy.progress import Progress, Stage, silent
@@ -53,6 +54,7 @@ def export_bundle(
     padding: Mapping[str, int | float] | None = None,
     resize_embeddings: bool = False,
     tolerance: float | None = None,
+    unused: Unused = "error",
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
@@ -73,6 +75,7 @@ def export_bundle(
             text model itself says, where that is proved; {} for none.
         resize_embeddings: give the base as many tokens as the adapters have, as `resize_token_embeddings` did before
             they were trained; its new rows are zero.
+        unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
@@ -105,8 +108,10 @@ def export_bundle(
         rename=rename,
         padding=padding,
         resize_embeddings=resize_embeddings,
+        unused=unused,
         progress=progress,
     )
+    adapters = plan.adapters
     with new_directory(path) as new:
         progress("write the graphs")
         _write_manifest(new, replace(_write_graphs(plan, new), tolerance=tolerance))
@@ -122,7 +127,8 @@ def export_bundle(
             file, limit = new / "folded" / f"{task}.onnx", limits_of(plan.raw.graph, manifest.rounding, tolerance)
             checks = write_folded(plan.base, plan.raw, adapter, file, limit, task=task, sources=sources)
             manifest = with_checks(manifest, checks)
-        _write_manifest(new, manifest)
+        left_out = {task: dict(adapter.left_out) for task, adapter in adapters.items() if adapter.left_out}
+        _write_manifest(new, replace(manifest, left_out=left_out))
     return Bundle.open(path)
 
 

@@ -25,6 +25,8 @@ from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.replacing import held_changes, replace_weights
 from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.samples import empty_shapes, shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.targets import resolve
+from tpeft_deploy.exporters.unused import Unused, drop_unused
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.ties import Ties, changed_names
@@ -49,6 +51,7 @@ def export_folded(
     rename: Mapping[str, str] | None = None,
     resize_embeddings: bool = False,
     tolerance: float | None = None,
+    unused: Unused = "error",
     progress: Progress = silent,
 ) -> list[Check]:
     """Export one adapter merged into its base.
@@ -66,6 +69,7 @@ def export_folded(
             it was trained; its new rows are zero.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the model's metadata as `tpeft.limit`.
+        unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
         progress: told each stage.
 
     Returns:
@@ -79,7 +83,7 @@ def export_folded(
         base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
     )
     loaded = fit_vocabulary(loaded, {task: adapter}) if resize_embeddings else loaded
-    loaded, raw = _trace(loaded, adapter, progress)
+    loaded, raw, adapter = _trace(loaded, adapter, unused, progress)
     progress("fold and check")
     limit = limits_of(raw.graph, measure_rounding(loaded, raw.graph), tolerance)
     return write_folded(loaded, raw, adapter, Path(path), limit, task=task, sources=Sources(loaded, raw.graph))
@@ -92,6 +96,7 @@ def plan_folded(
     example_inputs: Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     resize_embeddings: bool = False,
+    unused: Unused = "error",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Everything of `export_folded`, whose arguments these are, up to writing: what a dry run prints.
@@ -102,7 +107,7 @@ def plan_folded(
     """
     loaded = load_base(base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     loaded = fit_vocabulary(loaded, {"adapter": adapter}) if resize_embeddings else loaded
-    loaded, raw = _trace(loaded, adapter, progress)
+    loaded, raw, adapter = _trace(loaded, adapter, unused, progress)
     targets: list[dict[str, Any]] = []
     adapter = held_changes(loaded, raw.graph, adapter)
     for name in changed_names(adapter):
@@ -128,11 +133,15 @@ def plan_folded(
     }
 
 
-def _trace(loaded: Base, adapter: Adapter, progress: Progress) -> tuple[Base, ir.Model]:
+def _trace(loaded: Base, adapter: Adapter, unused: Unused, progress: Progress) -> tuple[Base, ir.Model, Adapter]:
     loaded = loaded.knowing([adapter])
     loaded.check(adapter)
     progress("trace the base")
-    return loaded, loaded.graph()
+    raw = loaded.graph()
+    if unused == "skip":
+        resolved = resolve(raw.graph, loaded.weights, loaded.aliases)
+        adapter = drop_unused(loaded, {adapter.source: adapter}, resolved)[adapter.source]
+    return loaded, raw, adapter
 
 
 def write_folded(

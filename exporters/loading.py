@@ -93,9 +93,10 @@ def _load(
     if dynamic_shapes is None:
         inputs = _two_rows(inputs)
         dynamic_shapes = {key: {0: "batch"} if value.ndim else None for key, value in inputs.items()}
-    dynamic_shapes = dotted.flatten(dynamic_shapes) if isinstance(dynamic_shapes, Mapping) else dynamic_shapes
-    _check_shapes(name, inputs, dynamic_shapes)
-    made = TorchBase(name.rpartition(":")[2], base, inputs, dynamic_shapes)
+    given: Any = dynamic_shapes  # by a caller, who may not have looked at the annotation
+    shapes = dotted.flatten(given) if isinstance(given, Mapping) else given
+    _check_shapes(name, inputs, shapes)
+    made = TorchBase(name.rpartition(":")[2], base, inputs, shapes)
     made.padding = {name: value for name, value in padding.items() if name in inputs}
     return made
 

@@ -21,6 +21,7 @@ from tpeft_deploy.exporters.padding import declare
 from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.rows import Order
 from tpeft_deploy.exporters.targets import activations, plan, plan_all, resolve
+from tpeft_deploy.exporters.unused import Unused, drop_unused
 from tpeft_deploy.manifest import Manifest, Port, Varies, check_name
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.slots import Target
@@ -136,6 +137,7 @@ def plan_bundle(
     rename: Mapping[str, str] | None = None,
     padding: Mapping[str, int | float] | None = None,
     resize_embeddings: bool = False,
+    unused: Unused = "error",
     progress: Progress = silent,
 ) -> Plan:
     """Everything of `export_bundle`, whose arguments these are, up to writing.
@@ -161,6 +163,7 @@ def plan_bundle(
     complete_shapes(raw.graph)
     progress("resolve the targets")
     resolved = resolve(raw.graph, loaded.weights, loaded.aliases)
+    adapters = drop_unused(loaded, adapters, resolved) if unused == "skip" else adapters
     certain = {weight: held for weight, held in resolved.items() if loaded.proves(weight)}
     known = {
         task: settle(adapter, certain, loaded.ties, doing=f"export adapter {task!r} for {loaded.name}")

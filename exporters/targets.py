@@ -69,7 +69,7 @@ def held_by(resolved: Mapping[str, str], name: str, *, doing: str) -> str:
             f"{doing}, weight {name!r}",
             expected="a weight that the forward pass uses",
             got="one that is not in the exported graph",
-            fix="Leave its module out of target_modules and modules_to_save.",
+            fix="Leave its module out of target_modules and modules_to_save, or give unused='skip' (--unused skip).",
         )
     return resolved[name]
 

@@ -22,6 +22,9 @@ from tpeft_deploy.tucker import Array, TuckerDelta
 __all__ = ["Adapter", "Origin", "gain_mode", "weight_digest"]
 
 _COUNTER = "num_batches_tracked"
+_CHECK_NAMES = (
+    "Check that the base is what the adapter was trained on; if it is a part of that, give the part's prefix (--part)."
+)
 
 
 def weight_digest(weight: Array) -> str:
@@ -50,10 +53,12 @@ class Origin:
     Args:
         path: a PEFT directory, or a .safetensors file.
         family: "peft" for the directory, "safetensors" for the file, which LyCORIS or kohya may have written.
+        part: prefix of the part of the trained model that was read; empty for all of it.
     """
 
     path: Path
     family: Literal["peft", "safetensors"]
+    part: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +78,8 @@ class Adapter:
             "*" is the adapter as a whole.
         origin: the training library's file, with which an export is compared; None for an adapter made in memory and
             for the canonical file.  Set it to None when the adapter is changed after it was read.
+        left_out: what the file holds and the adapter does not, on the caller's word -> why: tensors of other parts
+            (`load_adapter(part=)`), changes of weights that no output depends on (`unused="skip"`).
 
     Raises:
         FormatError: it has no tensors, an override or a gain is not finite, or a weight has both an override and a
@@ -86,6 +93,7 @@ class Adapter:
     gains: Mapping[str, Array] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     origin: Origin | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.deltas and not self.overrides and not self.gains:
@@ -174,7 +182,7 @@ class Adapter:
                     f"fit {self.source} to {base}, override {name!r}",
                     expected=f"shape {shapes[name]}, where only the first size may differ",
                     got=array.shape,
-                    fix="The adapter was made for another base.",
+                    fix="Check that the base is what the adapter was trained on.",
                 )
         for name, gain in self.gains.items():
             if name not in shapes:
@@ -185,7 +193,7 @@ class Adapter:
                     f"fit {self.source} to {base}, gain {name!r}",
                     expected=f"a shape that broadcasts against {shapes[name]}",
                     got=gain.shape,
-                    fix="The adapter was made for another base.",
+                    fix="Check that the base is what the adapter was trained on.",
                 )
 
     def check_digests(self, digests: Mapping[str, str], *, base: str) -> None:
@@ -236,19 +244,21 @@ def _other_rows(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """What to do about a change of another shape; one of a table may only have other tokens than the base."""
     if len(got) == 2 and got[1:] == expected[1:]:
         return (
-            "The adapter was made for another base; if its vocabulary was resized before training, resize the base's "
-            f"in the same way (resize_token_embeddings({got[0]})) and save that as the base."
+            "Check that the base is what the adapter was trained on; if its vocabulary was resized first, resize the "
+            f"base's in the same way (resize_token_embeddings({got[0]})) and save that as the base."
         )
-    return "The adapter was made for another base."
+    return "Check that the base is what the adapter was trained on."
 
 
 def _unknown(source: str, what: str, name: str, base: str, shapes: Mapping[str, object]) -> UnknownTarget:
     from difflib import get_close_matches
 
     near = get_close_matches(name, shapes, n=1)
+    inside = " If the base is a part of what was trained, give the part's prefix (--part)."
+    inside = inside if near and name.endswith(f".{near[0]}") else ""
     return UnknownTarget(
         f"fit {source} to {base}, {what} {name!r}",
         expected="a weight of the base",
         got="no weight of that name",
-        fix=f"Did you mean {near[0]!r}?" if near else "The adapter was made for another base.",
+        fix=f"Did you mean {near[0]!r}?{inside}" if near else _CHECK_NAMES,
     )

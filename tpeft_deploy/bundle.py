@@ -333,6 +333,7 @@ class Bundle:
             "parameters": adapter.parameters,
             "ranks": {name: list(delta.ranks) for name, delta in adapter.deltas.items()},
             "overrides": {name: list(array.shape) for name, array in adapter.overrides.items()},
+            "left_out": dict(adapter.left_out),
             "files": {name: digest_file(place / name) for name in (canonical.FILE, onnx_adapter.FILE)},
         }
         (place / "adapter.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")

@@ -27,7 +27,7 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import CompositionError
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["compose"]
+__all__ = ["at_strength", "compose"]
 
 _T = TypeVar("_T")
 
@@ -84,6 +84,27 @@ def compose(parts: Mapping[str, tuple[Adapter, float]], *, aliases: Mapping[str,
         digests,
         source=name,
         gains=gains,
+    )
+
+
+def at_strength(adapter: Adapter, strength: float, *, task: str) -> Adapter:
+    """An adapter whose whole change is multiplied by a strength, as diffusers' `set_adapters` weighs it.
+
+    Args:
+        adapter: with neither gains nor overrides, which have no strength.
+        strength: any finite number.
+        task: for messages.
+
+    Raises:
+        CompositionError: the adapter has gains or overrides, or the strength is not finite.
+    """
+    if strength == 1:
+        return adapter
+    return replace(
+        compose({task: (adapter, strength)}),
+        source=f"{adapter.source} at strength {strength:g}",
+        notes=adapter.notes,
+        left_out=adapter.left_out,
     )
 
 

@@ -11,6 +11,7 @@ oracles     per task of the export, what its forms were compared with beside the
             digest of the adapter that this is about
 empty       free sizes that may be 0, proved: the past of a decoder's first step
 tolerance   relative error in float32 that the caller of the export accepted, where it is more than the limit of 1e-5
+left_out    per task of the export, what its adapter's file holds and the task does not, and why
 rounding    of a base in 16 bits: how far its forward is from the same in 32 bits, and the limits that follow
 digest      SHA-256 of everything above
 """
@@ -150,6 +151,7 @@ class Manifest:
         ties: for each tensor that several modules of the model share, one name per module; a name that is neither a
             weight nor an alias is not read by the forward pass.
         tolerance: relative error that is accepted of weights in float32, or None for the limit of 1e-5.
+        left_out: task -> name -> why, as `Adapter.left_out`.
     """
 
     name: str
@@ -169,6 +171,7 @@ class Manifest:
     empty: tuple[str, ...] = ()
     rounding: Rounding | None = None
     tolerance: float | None = None
+    left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def base_digest(self) -> str:
@@ -321,6 +324,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         empty=tuple(document.get("empty", ())),
         rounding=_rounding(document.get("rounding")),
         tolerance=_tolerance(document.get("tolerance")),
+        left_out={task: dict(names) for task, names in document.get("left_out", {}).items()},
     )
 
 

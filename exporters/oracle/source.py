@@ -120,6 +120,10 @@ def _ask(base: Base, graph: ir.Graph, adapter: Adapter) -> Source:
     origin = adapter.origin
     if origin is None:
         return Source(MERGED, "made in memory, or read from a file that no training library reads")
+    if origin.part:
+        return Source(
+            MERGED, f"the base is part {origin.part!r} of the model that was trained, and a library needs all of it"
+        )
     if base.module is None:
         return Source(MERGED, f"base {base.name} is no torch module, and no training library runs another")
     library = _LIBRARIES[origin.family]

@@ -295,4 +295,4 @@ class TestRefusals:
         save(peft_model(base, lora("fc", use_dora=True)), tmp_path)
         other = copy.deepcopy(base)
         other.fc = nn.Linear(12, 20)
-        assert "made for another base" in refusal(tmp_path, other)
+        assert "Check that the base" in refusal(tmp_path, other)

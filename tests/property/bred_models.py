@@ -44,7 +44,7 @@ class Bred(nn.Module):
             self.dense = nn.Conv2d(width, 5, 1)
         elif kind == "tokens" and rng.random() < 0.5 and self.layers["embed"].embedding_dim == width:
             self.tied = nn.Linear(width, TOKENS, bias=False)
-            self.tied.weight = self.layers["embed"].weight
+            self.tied.weight = self.layers.get_parameter("embed.weight")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         levels = [x]
@@ -157,7 +157,7 @@ def _names(model: Bred, *kinds: type[nn.Module]) -> list[str]:
 
 def _config(model: Bred, rng: random.Random) -> Any:
     """A configuration that PEFT takes for some layers of a model."""
-    plain = [name for name in _names(model, nn.Conv2d) if model.get_submodule(name).groups == 1]  # type: ignore[union-attr]
+    plain = [name for name in _names(model, nn.Conv2d) if model.get_submodule(name).groups == 1]
     lines, turned = _names(model, nn.Linear), _names(model, Conv1D)
     method = rng.choice([*["lora"] * 3, "dora", "loha", "lokr", "ia3", "hra", "oft", "miss", "c3a", "tucker", "tucker"])
     every = {

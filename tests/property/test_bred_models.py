@@ -56,7 +56,7 @@ def check(seed: int, place: Path) -> None:
     names = [output.name for output in factored.get_outputs()]
     with Runtime(bundle.path, provider="cpu", threads=1) as runtime:
         for task, wanted in expected.items():
-            compare(f"seed {seed}, {task} banked", runtime.run(feeds, task=task), wanted)  # type: ignore[arg-type]
+            compare(f"seed {seed}, {task} banked", runtime.run(feeds, task=task), wanted)
             if task == "base":
                 continue
             got = factored.run(names, feeds | dict(bundle.factors(task)))

@@ -285,9 +285,8 @@ def test_exchanges_say_who_asked_for_what(live: Live) -> None:
     own = {"X-Request-Id": "abc"}
     live.ask("POST", "/v2/models/mood/infer", "acme", "infer", json={"inputs": [tensor()]}, headers=own)
     live.ask("GET", "/made/up/by/a/client", headers={"X-Request-Id": "def"})
-    found = lambda: {one.request_id: one for one in live.exchanges if one.request_id in {"abc", "def"}}  # noqa: E731
-    wait_until(lambda: len(found()) == 2)  # told once the client has its answer
-    first, second = found()["abc"], found()["def"]
+    wait_until(lambda: {"abc", "def"} <= {one.request_id for one in live.exchanges})  # told after its answer
+    first, second = (next(one for one in live.exchanges if one.request_id == own) for own in ("abc", "def"))
     assert (first.route, first.status, first.tenant, first.task) == ("/v2/models/{model}/infer", 200, "acme", "mood")
     assert first.request_id == "abc"
     assert second.route == "unknown"

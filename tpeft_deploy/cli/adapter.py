@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from tpeft_deploy.cli.bases import scale_option
-from tpeft_deploy.cli.console import Group, TaskAdapter, emit, json_option
+from tpeft_deploy.cli.bases import part_option, scale_option
+from tpeft_deploy.cli.console import Assigned, Group, TaskAdapter, emit, json_option, tell_left_out
 
 __all__ = ["adapter"]
 
@@ -22,18 +22,23 @@ def adapter() -> None:
 
 @adapter.command()
 @_BUNDLE
-@click.argument("assignment", type=TaskAdapter(), metavar="TASK=ADAPTER")
+@click.argument("assignment", type=TaskAdapter(), metavar="TASK=ADAPTER[@STRENGTH]")
 @scale_option
+@part_option
 @json_option
-def add(bundle: Path, assignment: tuple[str, Path], scale: float | None, as_json: bool) -> None:
-    """Let TASK stand for ADAPTER, in place of an earlier one of that name."""
+def add(bundle: Path, assignment: Assigned, scale: float | None, part: str | None, as_json: bool) -> None:
+    """Let TASK stand for ADAPTER, in place of an earlier one of that name; STRENGTH multiplies its change."""
     from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.composition import at_strength
     from tpeft_deploy.formats import load_adapter
 
-    task, path = assignment
+    task, path, strength = assignment
     opened = Bundle.open(bundle)
-    opened.add(task, load_adapter(path, scale=scale, base=opened.base_view))
-    emit({"tasks": [_describe(opened, task)]}, key="tasks", columns=_COLUMNS, as_json=as_json)
+    loaded = load_adapter(path, scale=scale, base=opened.base_view, part=part)
+    opened.add(task, at_strength(loaded, strength, task=task))
+    document = {"tasks": [{**_describe(opened, task), "left_out": dict(loaded.left_out)}]}
+    emit(document, key="tasks", columns=_COLUMNS, as_json=as_json)
+    tell_left_out({} if as_json else loaded.left_out, task)
 
 
 @adapter.command()

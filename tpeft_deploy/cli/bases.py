@@ -16,9 +16,11 @@ __all__ = [
     "format_option",
     "inputs_option",
     "open_base",
+    "part_option",
     "read_inputs",
     "rename_option",
     "scale_option",
+    "unused_option",
     "weights_option",
 ]
 
@@ -30,6 +32,19 @@ base_option = click.option(
 )
 scale_option = click.option(
     "--scale", type=float, help="What the change is multiplied by, for formats that do not record it."
+)
+part_option = click.option(
+    "--part",
+    metavar="PREFIX",
+    help="What stands before BASE's names in the adapter, where BASE is one part of what was trained: "
+    "model.language_model, lora_unet. The rest is left out, and listed.",
+)
+unused_option = click.option(
+    "--unused",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="What to do about changes of weights that no output of BASE depends on.",
 )
 format_option = click.option("--format", help="The format to read ADAPTER as; found from its files when left out.")
 

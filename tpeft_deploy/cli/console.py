@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
@@ -14,6 +14,7 @@ from tpeft_deploy.errors import TpeftError, brief
 from tpeft_deploy.progress import Progress, Stage, silent
 
 __all__ = [
+    "Assigned",
     "Filling",
     "Group",
     "Renaming",
@@ -24,6 +25,7 @@ __all__ = [
     "note",
     "provider_option",
     "stages",
+    "tell_left_out",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -93,17 +95,31 @@ class _Failure(click.ClickException):
         super().__init__(f"unexpected {type(error).__name__}: {text}. Run again with --debug, and please report it.")
 
 
-class TaskAdapter(click.ParamType[tuple[str, Path]]):
-    """TASK=ADAPTER."""
+class Assigned(NamedTuple):
+    """A task, where its adapter is, and what the adapter's change is multiplied by."""
 
-    name = "TASK=ADAPTER"
+    task: str
+    path: Path
+    strength: float = 1.0
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
-        """Split at the first '='."""
-        if isinstance(value, tuple):
+
+class TaskAdapter(click.ParamType[Assigned]):
+    """TASK=ADAPTER or TASK=ADAPTER@STRENGTH."""
+
+    name = "TASK=ADAPTER[@STRENGTH]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Assigned:
+        """Split at the first '=', and at the last '@' before a number unless that is a path as it is."""
+        if isinstance(value, Assigned):
             return value
         task, path = _pair(self, str(value), "sst2=adapters/sst2", param, ctx)
-        return task, Path(path)
+        place, _, strength = path.rpartition("@")
+        if place and not Path(path).exists():
+            try:
+                return Assigned(task, Path(place), float(strength))
+            except ValueError:
+                pass
+        return Assigned(task, Path(path))
 
 
 class Renaming(click.ParamType[tuple[str, str]]):
@@ -180,6 +196,14 @@ def _text(value: object) -> str:
     if isinstance(value, list | tuple):
         return " x ".join(map(str, value))
     return str(value)
+
+
+def tell_left_out(left_out: Mapping[str, str], task: str = "") -> None:
+    """Print how many tensors of an adapter were left out, and some of them, for each reason."""
+    for why in dict.fromkeys(left_out.values()):
+        names = [name for name, own in left_out.items() if own == why]
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        click.echo(f"{task and f'task {task}: '}left out {len(names)}, {why}: {shown}")
 
 
 def note(text: str) -> None:

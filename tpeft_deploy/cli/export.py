@@ -8,8 +8,25 @@ from typing import Any
 
 import click
 
-from tpeft_deploy.cli.bases import inputs_option, read_inputs, rename_option, scale_option, weights_option
-from tpeft_deploy.cli.console import Filling, Group, TaskAdapter, emit, json_option, stages
+from tpeft_deploy.cli.bases import (
+    inputs_option,
+    part_option,
+    read_inputs,
+    rename_option,
+    scale_option,
+    unused_option,
+    weights_option,
+)
+from tpeft_deploy.cli.console import (
+    Assigned,
+    Filling,
+    Group,
+    TaskAdapter,
+    emit,
+    json_option,
+    stages,
+    tell_left_out,
+)
 from tpeft_deploy.progress import Stage
 
 __all__ = ["export"]
@@ -54,6 +71,8 @@ tolerance_option = click.option(
 @inputs_option
 @rename_option
 @scale_option
+@part_option
+@unused_option
 @resize_option
 @tolerance_option
 @dry_run_option
@@ -66,6 +85,8 @@ def folded(
     inputs: Path | None,
     rename: Sequence[tuple[str, str]],
     scale: float | None,
+    part: str | None,
+    unused: Any,
     resize_embeddings: bool,
     tolerance: float | None,
     dry_run: bool,
@@ -78,15 +99,16 @@ def folded(
     from tpeft_deploy.formats import load_adapter
 
     place = None if dry_run else _place(out)
+    options: Any = {"resize_embeddings": resize_embeddings, "unused": unused}
     with stages() as begin:
         begin("load the base")
         opened = load_base(base, example_inputs=read_inputs(inputs, base), weights=weights, rename=dict(rename))
         begin("read the adapter")
-        loaded = load_adapter(adapter, scale=scale, base=opened.view)
+        loaded = load_adapter(adapter, scale=scale, base=opened.view, part=part)
         if place is None:
-            plan = plan_folded(opened, loaded, resize_embeddings=resize_embeddings, progress=begin)
+            plan = plan_folded(opened, loaded, progress=begin, **options)
         else:
-            options: Any = {"resize_embeddings": resize_embeddings, "tolerance": tolerance}
+            options["tolerance"] = tolerance
             checks = export_folded(opened, loaded, place, task=adapter.name, progress=begin, **options)
     if place is None:
         emit(plan, key="targets", columns=["target", "change", "shape", "ranks", "bytes"], as_json=as_json)
@@ -94,15 +116,25 @@ def folded(
             click.echo(f"base: {plan['base_bytes']:,} bytes of weights; folded: {plan['bytes']:,}")
         return
     gate = [check.to_json() for check in checks]
-    document = {"path": str(out), "bytes": place.stat().st_size, "gate": gate}
+    document = {
+        "path": str(out),
+        "bytes": place.stat().st_size,
+        "gate": gate,
+        "left_out": dict(loaded.left_out),
+    }
     emit(document, key="gate", columns=[*_COLUMNS, "oracle"], as_json=as_json)
+    tell_left_out({} if as_json else loaded.left_out)
 
 
 @export.command()
 @click.argument("base")
 @click.option("--out", type=click.Path(path_type=Path), help="The directory to write.")
 @click.option(
-    "--adapter", "adapters", type=TaskAdapter(), multiple=True, help="A task and where its adapter is; repeatable."
+    "--adapter",
+    "adapters",
+    type=TaskAdapter(),
+    multiple=True,
+    help="A task, where its adapter is, and what multiplies its change; repeatable.",
 )
 @click.option("--max-rank", type=click.IntRange(min=1), help="Refuse adapters of a larger rank, now and later.")
 @click.option("--name", help="The bundle's name; by default the directory's.")
@@ -117,6 +149,8 @@ def folded(
 @weights_option
 @inputs_option
 @rename_option
+@part_option
+@unused_option
 @resize_option
 @tolerance_option
 @dry_run_option
@@ -124,7 +158,7 @@ def folded(
 def bundle(
     base: str,
     out: Path | None,
-    adapters: Sequence[tuple[str, Path]],
+    adapters: Sequence[Assigned],
     max_rank: int | None,
     name: str | None,
     padding: Sequence[tuple[str, int | float]],
@@ -132,28 +166,36 @@ def bundle(
     weights: Path | None,
     inputs: Path | None,
     rename: Sequence[tuple[str, str]],
+    part: str | None,
+    unused: Any,
     resize_embeddings: bool,
     tolerance: float | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write a bundle: BASE once, as plain, factored and banked graphs, and adapters beside it."""
+    from tpeft_deploy.composition import at_strength
     from tpeft_deploy.exporters import export_bundle
     from tpeft_deploy.exporters.loading import load_base
     from tpeft_deploy.exporters.planning import plan_bundle
     from tpeft_deploy.formats import load_adapter
 
-    _refuse_twice("--adapter names task", [task for task, _ in adapters])
+    _refuse_twice("--adapter names task", [task for task, _, _ in adapters])
     _refuse_twice("--pad names input", [name for name, _ in padding])
-    options: Any = {"max_rank": max_rank, "padding": dict(padding) or None, "resize_embeddings": resize_embeddings}
+    options: Any = {
+        "max_rank": max_rank,
+        "padding": dict(padding) or None,
+        "resize_embeddings": resize_embeddings,
+        "unused": unused,
+    }
     place = None if dry_run else _place(out)
     with stages() as begin:
         begin("load the base")
         opened = load_base(base, example_inputs=read_inputs(inputs, base), weights=weights, rename=dict(rename))
         loaded = {}
-        for position, (task, path) in enumerate(adapters):
+        for position, (task, path, strength) in enumerate(adapters):
             begin(Stage(f"read {task}", position, len(adapters)))
-            loaded[task] = load_adapter(path, base=opened.view)
+            loaded[task] = at_strength(load_adapter(path, base=opened.view, part=part), strength, task=task)
         if place is None:
             own = name or (out.resolve().name if out is not None else "bundle")
             plan = plan_bundle(opened, loaded, name=own, progress=begin, **options).to_json()
@@ -172,11 +214,14 @@ def bundle(
         "tasks": written.tasks,
         "gate": list(manifest.gate),
         "oracles": dict(manifest.oracles),
+        "left_out": dict(manifest.left_out),
     }
     emit(document, key="gate", columns=_COLUMNS, as_json=as_json)
     for task, record in () if as_json else manifest.oracles.items():
         why = f": {record['reason']}" if record["reason"] else ""
         click.echo(f"task {task}: oracle {record['oracle']}, error {record['error']:.3g}{why}")
+    for task, names in () if as_json else manifest.left_out.items():
+        tell_left_out(names, task)
 
 
 def _refuse_twice(what: str, names: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tpeft_deploy.cli import serving
-from tpeft_deploy.cli.bases import base_option, format_option, open_base, scale_option
-from tpeft_deploy.cli.console import Command, emit, json_option, note
+from tpeft_deploy.cli.bases import base_option, format_option, open_base, part_option, scale_option
+from tpeft_deploy.cli.console import Command, emit, json_option, note, tell_left_out
 from tpeft_deploy.errors import AdapterError, TpeftError
 
 if TYPE_CHECKING:
@@ -24,12 +24,19 @@ __all__ = ["inspect"]
 @base_option
 @scale_option
 @format_option
+@part_option
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Also draw the size of each weight's change, as a picture (.png)."
 )
 @json_option
 def inspect(
-    adapter: Path, base: str | None, scale: float | None, format: str | None, plot: Path | None, as_json: bool
+    adapter: Path,
+    base: str | None,
+    scale: float | None,
+    format: str | None,
+    part: str | None,
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """Print what ADAPTER changes, and whether and in which forms it can be served.
 
@@ -43,7 +50,7 @@ def inspect(
     opened = open_base(base)
     found = None if opened is None else view(opened)
     try:
-        loaded = load_adapter(adapter, format=format, scale=scale, base=found)
+        loaded = load_adapter(adapter, format=format, scale=scale, base=found, part=part)
     except AdapterError as error:
         _show_refused(adapter, error, found, as_json)
         raise
@@ -54,6 +61,7 @@ def inspect(
         "bytes": loaded.nbytes,
         "folded_only": bool(loaded.gains),
         "notes": dict(loaded.notes),
+        "left_out": dict(loaded.left_out),
         "weights": weights,
         "method": _method(adapter, found, format) | ({"override": len(loaded.overrides)} if loaded.overrides else {}),
         "forms": serving.forms(loaded, base, opened),
@@ -72,6 +80,7 @@ def inspect(
         note(f"picture: {plot}")
     if not as_json:
         click.echo(f"{loaded.parameters} parameters, {loaded.nbytes} bytes")
+        tell_left_out(loaded.left_out)
         for name, text in loaded.notes.items():
             click.echo(f"note on {'the adapter' if name == '*' else name}: {text}")
         _show_serving(document)

@@ -20,7 +20,9 @@ from tpeft_deploy.adapter import Adapter, Origin
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import canonical, checkpoint, peft_tucker
 from tpeft_deploy.formats.base_view import Lazy, view
+from tpeft_deploy.formats.diffusers_metadata import diffusers_file
 from tpeft_deploy.formats.module import BaseView
+from tpeft_deploy.formats.parts import cut_adapter
 from tpeft_deploy.formats.readers import READERS
 from tpeft_deploy.formats.saved import peft_directory, read_saved
 
@@ -34,6 +36,7 @@ def load_adapter(
     format: str | None = None,
     scale: float | None = None,
     base: object = None,
+    part: str | None = None,
 ) -> Adapter:
     """Read an adapter from where it was trained.
 
@@ -44,17 +47,19 @@ def load_adapter(
         base: what the adapter was trained on, to resolve names against and to check it with: a torch module, a
             Hugging Face model directory, "package.module:factory", an open bundle, or the path of an ONNX file whose
             initializers have the parameters' names.  Some formats cannot be read without.
+        part: prefix of the names of one part of the trained model, which `base` is: "model.language_model",
+            "lora_unet".  Names without it are left out, and listed in the adapter's `left_out`.
 
     Returns:
         The canonical adapter.
 
     Raises:
         FormatError: nothing there, an unknown, damaged or refused format, a tensor that nothing understands, a
-            `scale` or `base` that is missing, or a `scale` that the format records itself.
+            `scale` or `base` that is missing, a `scale` that the format records itself, or no name of that `part`.
         UnsupportedBase: a directory or a factory gives no model.
         UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit `base`.
     """
-    return _load(Path(path), format, scale, base, pickles=False)
+    return _load(Path(path), format, scale, base, part, pickles=False)
 
 
 def load_pickled(
@@ -70,10 +75,12 @@ def load_pickled(
     Raises:
         MissingExtra: a pickle, and torch is not installed.
     """
-    return _load(Path(path), format, scale, base, pickles=True)
+    return _load(Path(path), format, scale, base, None, pickles=True)
 
 
-def _load(path: Path, format: str | None, scale: float | None, base: object, *, pickles: bool) -> Adapter:
+def _load(
+    path: Path, format: str | None, scale: float | None, base: object, part: str | None, *, pickles: bool
+) -> Adapter:
     if not path.exists():
         raise _nothing(path)
     if format is not None and format not in FORMATS:
@@ -83,7 +90,7 @@ def _load(path: Path, format: str | None, scale: float | None, base: object, *, 
     found = None if base is None else view(base)
     # What overflows becomes infinite, and every delta, override and gain is refused then, by name.
     with np.errstate(over="ignore", invalid="ignore"):
-        adapter = _read(path, format, scale, found, pickles=pickles)
+        adapter = _read(path, format, scale, found, part, pickles=pickles)
     if found is not None:
         _check_base(adapter, found)
     return adapter
@@ -100,6 +107,7 @@ def origin_of(path: Path) -> Origin | None:
     place = peft_directory(path)
     if place is not None:
         return Origin(place.absolute(), "peft")
+    path = diffusers_file(path) or path
     return Origin(path.absolute(), "safetensors") if path.is_file() and path.suffix == ".safetensors" else None
 
 
@@ -119,11 +127,14 @@ def methods_of(path: Path, base: BaseView | None = None, format: str | None = No
     return checkpoint.methods(read_saved(path, pickles=False), base=base, format=format)
 
 
-def _read(path: Path, format: str | None, scale: float | None, base: BaseView | None, *, pickles: bool) -> Adapter:
+def _read(
+    path: Path, format: str | None, scale: float | None, base: BaseView | None, part: str | None, *, pickles: bool
+) -> Adapter:
     if format == canonical.NAME or (format is None and canonical.matches(path)):
-        return _no_scale(canonical.read(path), scale)
+        return _whole(canonical.read(path), scale, part, base)
     if format == peft_tucker.NAME or (format is None and peft_tucker.matches(path)):
-        return replace(_no_scale(peft_tucker.read(path), scale), origin=origin_of(path))
+        return replace(_whole(peft_tucker.read(path), scale, part, base), origin=_origin(path, part))
+    path = diffusers_file(path) or path
     if path.is_dir() and peft_directory(path) is None:
         raise FormatError(
             f"read adapter {path}",
@@ -133,9 +144,15 @@ def _read(path: Path, format: str | None, scale: float | None, base: BaseView | 
         )
     saved = read_saved(path, pickles=pickles)
     if format is None and canonical.HEADER in saved.metadata:
-        return _no_scale(canonical.from_tensors(saved.tensors, saved.metadata, source=saved.source), scale)
-    adapter = checkpoint.read(saved, scale=scale, base=base, format=format)
-    return adapter if pickles else replace(adapter, origin=origin_of(path))
+        own = canonical.from_tensors(saved.tensors, saved.metadata, source=saved.source)
+        return _whole(own, scale, part, base)
+    adapter = checkpoint.read(saved, scale=scale, base=base, format=format, part=part)
+    return adapter if pickles else replace(adapter, origin=_origin(path, part))
+
+
+def _origin(path: Path, part: str | None) -> Origin | None:
+    origin = origin_of(path)
+    return origin if origin is None else replace(origin, part=part or "")
 
 
 def _nothing(path: Path) -> FormatError:
@@ -144,7 +161,8 @@ def _nothing(path: Path) -> FormatError:
     )
 
 
-def _no_scale(adapter: Adapter, scale: float | None) -> Adapter:
+def _whole(adapter: Adapter, scale: float | None, part: str | None, base: BaseView | None) -> Adapter:
+    """An adapter that is read as a whole, cut to a part."""
     if scale is not None:
         raise FormatError(
             f"read {adapter.source}",
@@ -152,7 +170,7 @@ def _no_scale(adapter: Adapter, scale: float | None) -> Adapter:
             got=f"scale={scale}",
             fix="Leave scale out.",
         )
-    return adapter
+    return adapter if part is None else cut_adapter(adapter, part, base)
 
 
 def _check_base(adapter: Adapter, base: BaseView) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 from tpeft_deploy import algebra
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import FormatError, ShapeError
-from tpeft_deploy.formats import peft_refusals
+from tpeft_deploy.formats import diffusers_metadata, peft_refusals
 from tpeft_deploy.formats.compact import DENSE
 from tpeft_deploy.formats.module import BaseView, Change, Checkpoint, Module
-from tpeft_deploy.formats.names import PEFT_PREFIX, Names
+from tpeft_deploy.formats.names import PEFT_PREFIX, Names, inner
+from tpeft_deploy.formats.parts import cut_saved, prefixes
 from tpeft_deploy.formats.readers import READERS, WHOLE_MODEL, Reader
 from tpeft_deploy.formats.saved import Saved
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -37,7 +38,9 @@ class _Parts:
     digests: dict[str, str] = field(default_factory=dict)
 
 
-def read(saved: Saved, *, scale: float | None, base: BaseView | None, format: str | None = None) -> Adapter:
+def read(
+    saved: Saved, *, scale: float | None, base: BaseView | None, format: str | None = None, part: str | None = None
+) -> Adapter:
     """The adapter in a training side's tensors.
 
     Args:
@@ -45,17 +48,26 @@ def read(saved: Saved, *, scale: float | None, base: BaseView | None, format: st
         scale: the caller's, for formats that record none.
         base: what names are resolved against, and what some formats cannot be read without.
         format: the one reader to ask; all of them when left out.
+        part: prefix of the names that are read; the others are left out.
 
     Raises:
         FormatError: a tensor that no reader understands, tensors that do not fit each other, a method that is
             refused, a base or scale that is missing, or a scale that is not needed.
         UnknownTarget: a module that the base does not have.
     """
+    there, left_out = prefixes(saved.tensors), dict[str, str]()
+    if part is not None:
+        saved, left_out = cut_saved(saved, part, shared=_is_shared)
+    saved = diffusers_metadata.configured(saved)
     peft_refusals.refuse(saved.config, saved.source)
     readers = [reader for reader in READERS if format in (None, reader.NAME)]
-    names = Names(saved.source, base.name, frozenset(base.weights)) if base else Names(saved.source)
+    weights = frozenset(base.weights) if base else frozenset[str]()
+    names = Names(saved.source, base.name if base else None, weights, part or "", tuple(there))
     modules, shared, rest = _cut(saved, names)
-    checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, scale, base, shared)
+    trained = {module.name: inner(module.key).removeprefix(PEFT_PREFIX) for module in modules}
+    checkpoint = Checkpoint(
+        saved.source, saved.config, saved.metadata, scale, base, shared, trained=trained, part=part or ""
+    )
     parts, asked, adapted = _Parts(), set[str](), set[str]()
     for module in modules:
         reader = next((reader for reader in readers if reader.matches(module, checkpoint)), None)
@@ -71,7 +83,9 @@ def read(saved: Saved, *, scale: float | None, base: BaseView | None, format: st
     _account_for(rest, parts, names, checkpoint, whole=bool(asked & WHOLE_MODEL), directory=saved.directory)
     _check_scale_used(checkpoint, parts)
     _note_no_effect(parts, saved.source)
-    return Adapter(parts.deltas, parts.overrides, parts.digests, saved.source, parts.gains, parts.notes)
+    return Adapter(
+        parts.deltas, parts.overrides, parts.digests, saved.source, parts.gains, parts.notes, left_out=left_out
+    )
 
 
 def methods(saved: Saved, *, base: BaseView | None, format: str | None = None) -> dict[str, int]:
@@ -94,14 +108,12 @@ def _suffixes() -> tuple[Set[str], Set[str], Set[str]]:
 
 def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], dict[str, Array]]:
     """Modules in the order of their keys, shared tensors, and tensors whose suffix no reader knows."""
-    _, _, whole_keys = _suffixes()
-    prefixes = tuple(prefix for reader in READERS for prefix in getattr(reader, "SHARED_PREFIXES", ()))
     modules: dict[str, Module] = {}
     shared: dict[str, Array] = {}
     rest: dict[str, Array] = {}
     wrapped = any(_FLORA in key for key in saved.tensors) and all(key.startswith(_WRAPPER) for key in saved.tensors)
     for key, tensor in sorted(saved.tensors.items()):
-        if key in whole_keys or key.startswith(prefixes):
+        if _is_shared(key):
             shared[key] = tensor
             continue
         place = _split(key)
@@ -115,6 +127,11 @@ def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], di
         modules[module].tensors[suffix] = tensor
     _check_twice(saved)
     return list(modules.values()), shared, rest
+
+
+def _is_shared(key: str) -> bool:
+    start = tuple(prefix for reader in READERS for prefix in getattr(reader, "SHARED_PREFIXES", ()))
+    return key in _suffixes()[2] or key.startswith(start)
 
 
 def _split(key: str) -> tuple[str, str] | None:

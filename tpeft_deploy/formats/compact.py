@@ -48,7 +48,7 @@ def finish(delta: TuckerDelta, shape: tuple[int, ...], *, what: str) -> TuckerDe
             f"build {what}",
             expected=f"a change of the weight's shape {shape}",
             got=delta.shape,
-            fix="The adapter was made for another base.",
+            fix="Check that the base is what the adapter was trained on.",
         )
     wide = [m for m, factor in enumerate(delta.factors) if factor is not None and factor.shape[1] >= factor.shape[0]]
     if not wide:

@@ -44,7 +44,7 @@ def loha(w1a: Array, w1b: Array, w2a: Array, w2b: Array, *, scale: float, shape:
             delta = TuckerDelta(down.T.reshape(rank, *shape[1:]), (up, *[None] * (len(shape) - 1)), scale)
     except ValueError as error:
         raise ShapeError(
-            "build a LoHa change", problem=str(error), fix="The adapter was made for another base."
+            "build a LoHa change", problem=str(error), fix="Check that the base is what the adapter was trained on."
         ) from error
     return finish(delta, shape, what="a LoHa change")
 
@@ -84,7 +84,7 @@ def loha_tucker(
         delta = TuckerDelta(core, factors, scale)
     except ValueError as error:
         raise ShapeError(
-            "build a LoHa change", problem=str(error), fix="The adapter was made for another base."
+            "build a LoHa change", problem=str(error), fix="Check that the base is what the adapter was trained on."
         ) from error
     return finish(delta, shape, what="a LoHa change")
 

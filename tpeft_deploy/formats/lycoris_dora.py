@@ -45,7 +45,7 @@ def dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Map
             doing(module, checkpoint),
             expected=f"a change of shape {weight.shape}, as the base's weight",
             got=delta.shape,
-            fix="The adapter was made for another base.",
+            fix="Check that the base is what the adapter was trained on.",
         )
     adapted = weight.astype(np.float64) + delta.dense()
     axis = _channel_axis(module, checkpoint, magnitude, weight.shape)
@@ -66,6 +66,6 @@ def _channel_axis(module: Module, checkpoint: Checkpoint, magnitude: Array, shap
             doing(module, checkpoint),
             expected=f"dora_scale of shape {' or '.join(str(s) for s in fitting)}, as the weight is {shape}",
             got=magnitude.shape,
-            fix="The adapter was made for another base.",
+            fix="Check that the base is what the adapter was trained on.",
         )
     return axis

@@ -70,7 +70,7 @@ def added(module: Module, checkpoint: Checkpoint, tensor: str, difference: Array
             doing(module, checkpoint),
             expected=f"a difference of shape {base.shape}, as the base's {tensor}",
             got=difference.shape,
-            fix="The adapter was made for another base.",
+            fix="Check that the base is what the adapter was trained on.",
         )
     dtype = np.result_type(np.float32, base.dtype, difference.dtype)
     return (base.astype(np.float64) + difference).astype(dtype)

@@ -56,5 +56,5 @@ def _misfit(module: Module, checkpoint: Checkpoint, learnt: Array, axis: int, sh
         doing(module, checkpoint),
         expected=f"one number for each of the {('outputs', 'inputs')[axis]} of a weight of shape {shape}",
         got=f"shape {learnt.shape}",
-        fix="The adapter was made for another base; on a grouped convolution LyCORIS' IA3 cannot act on the inputs.",
+        fix="Check the base; on a grouped convolution LyCORIS' IA3 cannot act on the inputs.",
     )

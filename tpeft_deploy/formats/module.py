@@ -55,6 +55,9 @@ class Checkpoint:
             "give base=".
         shared: tensors that belong to no single module (VeRA's projections), by their whole key.
         used: keys of `shared` that a reader took by SHARED_PREFIXES.
+        trained: name of a module in the base -> the name it had in the model that was trained, which configurations
+            mean; they differ where the base is a part of that model.
+        part: prefix of that part; empty for the whole model.
     """
 
     source: str
@@ -64,6 +67,14 @@ class Checkpoint:
     base: BaseView | None
     shared: dict[str, Array] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    trained: Mapping[str, str] = field(default_factory=dict)
+    part: str = ""
+
+    def trained_name(self, name: str) -> str:
+        """The name that a module, or a parameter of one, had in the model that was trained."""
+        owner, _, leaf = name.rpartition(".")
+        own = f"{self.trained[owner]}.{leaf}" if owner in self.trained else name
+        return self.trained.get(name, own)
 
 
 @dataclass(eq=False)

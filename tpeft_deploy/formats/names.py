@@ -4,6 +4,9 @@ base_model.model.encoder.fc        PEFT's wrapper
 diffusion_model.blocks.0.attn      a pipeline's part, before the part's own names; also `transformer.`, `unet.`
 lora_unet_blocks_0_attn_to_q       LyCORIS and kohya: every dot became an underscore, as only a base can undo
 layer.base_layer                   the module that PEFT and FLoRA put inside their own
+input_blocks.4.1.proj_in           other schemes of names, see `name_maps`
+
+An adapter for a part of a model has the part's prefix before the part's own names; see `parts`.
 """
 
 from __future__ import annotations
@@ -11,22 +14,37 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tpeft_deploy.errors import FormatError, UnknownTarget
+from tpeft_deploy.formats.name_maps import other_names
 
-__all__ = ["PEFT_PREFIX", "Names", "inner"]
+__all__ = ["PEFT_PREFIX", "UNDERSCORED", "Names", "inner", "rest_of"]
 
 PEFT_PREFIX = "base_model.model."
 
 # Tried in this order, and only where the rest is in the base: a base may itself have a module `transformer`.
-_PARTS = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "text_encoder.")
+_PARTS = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "text_encoder.", "text_encoder_2.")
 _DOTTED = (PEFT_PREFIX, *_PARTS, "model.")
-_UNDERSCORED = ("lycoris_", "lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lora_transformer_")
+_CHECK_BASE = "Check that the base is what the adapter was trained on."
+UNDERSCORED = ("lycoris_", "lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lora_transformer_")
 
 
 def inner(name: str) -> str:
     """A name without the `base_layer` that a training side put between a module and its own parameters."""
     return name.replace(".base_layer.", ".").removesuffix(".base_layer")
+
+
+def rest_of(key: str, part: str) -> str | None:
+    """What follows a part's prefix in a module's name; None where the module is not of the part.
+
+    Args:
+        key: the module as a file names it.
+        part: the prefix: "model.language_model", or "lora_unet" where underscores stand for dots.
+    """
+    name, part = inner(key).removeprefix(PEFT_PREFIX), part.removeprefix(PEFT_PREFIX).rstrip("._")
+    joint = "_" if f"{part}_".startswith(UNDERSCORED) else "."
+    return name.removeprefix(part + joint) if name.startswith(part + joint) else None
 
 
 @dataclass(frozen=True)
@@ -37,11 +55,15 @@ class Names:
         source: where the adapter was read from, for messages.
         base: the base's name, for messages; None when there is none.
         weights: names of the base's parameters and buffers.
+        part: prefix of the part of the trained model that the base is; empty for the whole model.
+        parts: prefixes of the parts that the file has, for messages.
     """
 
     source: str
     base: str | None = None
     weights: frozenset[str] = frozenset()
+    part: str = ""
+    parts: tuple[str, ...] = ()
     _modules: frozenset[str] = field(init=False)
     _underscored: Mapping[str, list[str]] = field(init=False)
 
@@ -60,15 +82,35 @@ class Names:
             FormatError: an underscore name that no base is there to resolve, or that stands for several modules.
             UnknownTarget: an underscore name that stands for no module of the base.
         """
-        name = self._strip(inner(key), self._modules)
-        prefix = next((prefix for prefix in _UNDERSCORED if name.startswith(prefix)), None)
-        if name in self._modules or "." in name or prefix is None:
-            return name
-        return self._resolve(key, name.removeprefix(prefix))
+        names = [self._strip(own, self._modules) for own in self._own(key)]
+        found = next((name for name in names if name in self._modules), None)
+        if found is not None:
+            return found
+        for own in self._own(key):
+            other = self._strip(own, self._others.keys())
+            if len(self._others.get(other, ())) == 1:
+                return min(self._others[other])
+        prefix = next((prefix for prefix in UNDERSCORED if inner(key).startswith(prefix)), None)
+        if prefix is None or "." in names[0]:
+            return names[0]
+        return self._resolve(key, names[0].removeprefix(prefix))
 
     def weight(self, key: str) -> str:
         """The base's name of the parameter or buffer that a file calls `key`."""
-        return self._strip(inner(key), self.weights)
+        names = [self._strip(own, self.weights) for own in self._own(key)]
+        owner, _, leaf = names[0].rpartition(".")
+        others = self._others.get(self._strip(owner, self._others.keys()), ())
+        named = [f"{other}.{leaf}" for other in others if f"{other}.{leaf}" in self.weights]
+        return next((name for name in [*names, *named] if name in self.weights), names[0])
+
+    def _own(self, key: str) -> list[str]:
+        """A name as the part has it: the rest of it, or the whole where the part's class keeps the prefix."""
+        rest = rest_of(key, self.part) if self.part else None
+        return [inner(key)] if rest is None else [rest, inner(key)]
+
+    @cached_property
+    def _others(self) -> Mapping[str, Set[str]]:
+        return other_names(self._modules)
 
     def _strip(self, name: str, known: Set[str]) -> str:
         if self.base is None:
@@ -96,7 +138,7 @@ class Names:
                 got="none",
                 fix="Give base= (--base on the command line).",
             )
-        found = self._underscored.get(rest, [])
+        found = self._underscored.get(rest, []) or self._others_underscored.get(rest, [])
         if len(found) > 1:
             raise FormatError(
                 doing,
@@ -109,9 +151,18 @@ class Names:
                 doing,
                 expected=f"a module of {self.base} that is called {rest!r} with underscores for dots",
                 got="none",
-                fix="The adapter was made for another base.",
+                fix=_CHECK_BASE
+                if len(self.parts) < 2
+                else f"The file has {', '.join(self.parts)}: give one as --part.",
             )
         return found[0]
+
+    @cached_property
+    def _others_underscored(self) -> Mapping[str, list[str]]:
+        found: dict[str, set[str]] = defaultdict(set)
+        for name, modules in self._others.items():
+            found[name.replace(".", "_")] |= modules
+        return {name: sorted(modules) for name, modules in found.items()}
 
 
 def _dots(name: str) -> list[int]:

@@ -53,9 +53,10 @@ def by_pattern(checkpoint: Checkpoint, patterns: str, name: str, default: str) -
     Raises:
         FormatError: the value is not a finite number, or a pattern is not a regular expression.
     """
+    trained = checkpoint.trained_name(name)
     for pattern, value in (checkpoint.config.get(patterns) or {}).items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if re.match(rf"(.*\.)?({pattern})$", trained):
                 return _finite(value, f"{patterns}[{pattern!r}]", checkpoint.source)
         except re.error as error:
             raise FormatError(

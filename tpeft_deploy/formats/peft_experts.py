@@ -37,9 +37,9 @@ def matches(module: Module, checkpoint: Checkpoint) -> bool:
     if not is_type(checkpoint, "LORA") or _A not in module.tensors:
         return False
     return any(
-        _ends_with(module.name, target.rpartition(".")[0])
+        _ends_with(checkpoint.trained_name(module.name), target.rpartition(".")[0])
         if checkpoint.base is None
-        else any(_ends_with(name, target) for name in _own_parameters(module, checkpoint))
+        else any(_ends_with(checkpoint.trained_name(n), target) for n in _own_parameters(module, checkpoint))
         for target in checkpoint.config.get("target_parameters") or ()
     )
 
@@ -72,7 +72,8 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 def _parameter(module: Module, checkpoint: Checkpoint) -> str:
     """The parameter that these tensors belong to, by how many wrappers are around it."""
     targets = checkpoint.config["target_parameters"]
-    names = [n for n in _own_parameters(module, checkpoint) if any(_ends_with(n, target) for target in targets)]
+    own = {name: checkpoint.trained_name(name) for name in _own_parameters(module, checkpoint)}
+    names = [name for name, trained in own.items() if any(_ends_with(trained, target) for target in targets)]
     if len(names) > 1 and checkpoint.base is not None and not checkpoint.base.kinds:
         raise FormatError(
             doing(module, checkpoint),
@@ -87,7 +88,7 @@ def _parameter(module: Module, checkpoint: Checkpoint) -> str:
             doing(module, checkpoint),
             expected=f"at least {depth + 1} parameters of this module that target_parameters name",
             got=", ".join(names),
-            fix="The adapter was made for another base.",
+            fix="Check that the base is what the adapter was trained on.",
         )
     return names[-1 - depth]
 
@@ -143,5 +144,5 @@ def _misfit(
         doing(module, checkpoint),
         expected=f"tensors for the parameter {name!r} of shape {shape}",
         got=f"lora_A {down.shape} and lora_B {up.shape}",
-        fix="The adapter was made for another base.",
+        fix="Check that the base is what the adapter was trained on.",
     )

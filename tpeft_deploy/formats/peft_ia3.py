@@ -88,7 +88,7 @@ def _misfit(module: Module, checkpoint: Checkpoint, vector: Array, weight: Array
         doing(module, checkpoint),
         expected=f"one number for each channel along axis {axis} of a weight of shape {weight.shape}",
         got=f"{vector.size}",
-        fix="The adapter was made for another base.",
+        fix="Check that the base is what the adapter was trained on.",
     )
 
 

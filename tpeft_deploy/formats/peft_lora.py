@@ -116,7 +116,7 @@ def _dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, axis:
             doing(module, checkpoint),
             expected=f"a change of shape {weight.shape} with {weight.shape[axis]} magnitudes, as the base's weight",
             got=f"{delta.shape} with {magnitude.size}",
-            fix="The adapter was made for another base.",
+            fix="Check that the base is what the adapter was trained on.",
         )
     adapted = weight.astype(np.float64) + delta.dense()
     others = tuple(a for a in range(weight.ndim) if a != axis)

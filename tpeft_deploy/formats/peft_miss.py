@@ -43,7 +43,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             doing(module, checkpoint),
             expected=f"a block (r, {shape[0]}), or one that repeats to it, for a weight {shape}",
             got=block.shape,
-            fix="The adapter was made for another base.",
+            fix="Check that the base is what the adapter was trained on.",
         )
     with reporting(module, checkpoint):
         rank, inputs = block.shape[0], shape[1]

@@ -52,7 +52,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             expected=f"variant {', '.join(_PER_PAIR)} with an even group_size that divides the {len(weight)} outputs "
             "of a linear layer, and an angle and a scale for each of its pairs",
             got=f"variant {variant!r}, group_size {size:g}, {theta.size} angles and {alpha.size} scales",
-            fix="The adapter was made for another base, or belongs to another adapter_config.json.",
+            fix="Check that the base and adapter_config.json are those of this adapter.",
         )
     with reporting(module, checkpoint):
         cosines, sines = _columns(str(variant), int(size), theta.astype(np.float64), alpha.astype(np.float64))

@@ -85,12 +85,12 @@ def _group(module: Module, checkpoint: Checkpoint, groups: int) -> int:
         raise needs_base(module, checkpoint, "which trained numbers a module has depends on the order of modules")
     targeted = [name for name, kind in checkpoint.base.kinds.items() if kind in _KINDS and _targets(checkpoint, name)]
     expected = max(1, round(len(targeted) * (1 - number(checkpoint.config, "weight_tying", checkpoint.source))))
-    if module.name not in targeted or expected != groups:
+    if module.name not in targeted or expected != groups or checkpoint.part:
         raise FormatError(
             doing(module, checkpoint),
             expected=f"{expected} groups for the {len(targeted)} modules of {checkpoint.base.name} that are targeted",
             got=f"{groups} shared tensors, so that the module's own cannot be told",
-            fix="Give base= as a torch module, or train with weight_tying=1.",
+            fix="Give base= as a torch module and whole, without part=, or train with weight_tying=1.",
         )
     return min(targeted.index(module.name) // max(1, len(targeted) // groups), groups - 1)
 

@@ -57,7 +57,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
                 doing(module, checkpoint),
                 expected=f"projections at least as large as the weight {shape}, of {outputs} outputs",
                 got=f"{first.shape} and {last.shape}",
-                fix="The adapter was made for another base.",
+                fix="Check that the base is what the adapter was trained on.",
             )
         if kind == "pvera":
             inner, first = inner[: len(inner) // 2], first[: len(first) // 2]

@@ -118,6 +118,6 @@ def base_array(module: Module, checkpoint: Checkpoint, tensor: str, why: str) ->
             doing(module, checkpoint),
             expected=f"{name!r} in {checkpoint.base.name}",
             got="no parameter of that name",
-            fix="The adapter was made for another base.",
+            fix="Check that the base is what the adapter was trained on.",
         )
     return checkpoint.base.weights[name]

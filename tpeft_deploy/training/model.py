@@ -145,7 +145,7 @@ def _check_digests(model: nn.Module, config: TuckerConfig, adapter_name: str) ->
                 f"{doing}{name!r}",
                 expected="a weight of the base",
                 got="no weight of that name",
-                fix="The adapter was made for another base.",
+                fix="Check that the base is what the adapter was trained on.",
             )
         if not weight.is_meta and (got := _digest(weight)) != expected:
             raise BaseMismatch(
