@@ -44,6 +44,7 @@ _DTYPES = {
 }
 
 
+_BATCHED_EXPERTS = "Call model.set_experts_implementation('batched_mm'): grouped products have no operator in ONNX."
 _HALVES = {torch.float16, torch.bfloat16}
 
 
@@ -173,7 +174,9 @@ class TorchBase(Base):
                 raise UnsupportedBase(
                     f"export base {self.name}",
                     problem=f"the torch exporter failed ({type(error).__name__}: {str(error).strip()[:300]})",
-                    fix="Try torch.export.export on the module alone; sizes that must vary need dynamic_shapes.",
+                    fix=_BATCHED_EXPERTS
+                    if "grouped_mm" in str(error)
+                    else "Try torch.export.export on the module alone; sizes that must vary need dynamic_shapes.",
                 ) from error
         if program is None:
             raise UnsupportedBase(f"export base {self.name}", problem="the torch exporter returned no program")
