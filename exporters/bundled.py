@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def export_bundle(
     rename: Mapping[str, str] | None = None,
     padding: Mapping[str, int | float] | None = None,
     resize_embeddings: bool = False,
+    exclude: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
@@ -71,6 +72,8 @@ def export_bundle(
             text model itself says, where that is proved; {} for none.
         resize_embeddings: give the base as many tokens as the adapters have, as `resize_token_embeddings` did before
             they were trained; its new rows are zero.
+        exclude: names of weights or modules (`*` and `?` included) that no adapter of the bundle may change, now or
+            later, such as those that `rows_reason` lists; an adapter that changes one is refused.
         folded: also write folded/<task>.onnx for every adapter.
         progress: told each stage.
 
@@ -100,6 +103,7 @@ def export_bundle(
         rename=rename,
         padding=padding,
         resize_embeddings=resize_embeddings,
+        exclude=exclude,
         progress=progress,
     )
     with new_directory(path) as new:
@@ -143,13 +147,15 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
         model.metadata_props["tpeft.form"] = file.partition(".")[0]
         ir.save(model, place / file)
     np.savez(place / EXAMPLE, **dict(base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
-    reason = f"one adapter per run at {', '.join(single)}" if single else ""
+    reason = f"one adapter per run at {', '.join(single)}; --exclude leaves a weight out" if single else ""
+    reasons = banked.reasons(raw.graph, [t for t in targets if t.name in single], orders)
     if single and not rows_differ(base, raw.graph):
         reason = "the rows of the example inputs are all alike, so nothing tells where rows are: give some that differ"
     return replace(
         draft,
         rows="group" if single else "each",
         rows_reason=reason,
+        rows_reasons=reasons,
         outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
         files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
         rounding=measure_rounding(base, raw.graph),

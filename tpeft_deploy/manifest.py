@@ -5,6 +5,7 @@ name        the bundle's name
 base        digest of all weights, and per weight its shape, dtype, digest and place in weights.data
 targets     the weights that adapters may change, with their layer kind (see `slots`)
 rows        "each": one run serves rows of different adapters; "group": one adapter per run, and why
+rows_reasons    per weight that takes one adapter per run, why
 inputs, outputs, files, max_rank, gate
 oracles     per task of the export, what its forms were compared with beside the merged base: a training library's own
             forward of the adapter's file ("peft 0.21.2"), or "merged" and why there was none; the worst error; and the
@@ -164,6 +165,7 @@ class Manifest:
     oracles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     empty: tuple[str, ...] = ()
     rounding: Rounding | None = None
+    rows_reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def base_digest(self) -> str:
@@ -315,6 +317,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         oracles={task: dict(record) for task, record in document.get("oracles", {}).items()},
         empty=tuple(document.get("empty", ())),
         rounding=_rounding(document.get("rounding")),
+        rows_reasons={str(name): str(why) for name, why in document.get("rows_reasons", {}).items()},
     )
 
 

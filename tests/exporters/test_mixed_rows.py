@@ -15,8 +15,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tpeft_deploy import Runtime, export_bundle, load_adapter, slots
+from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
 from tpeft_deploy.exporters.hugging_face import load_directory
+from tpeft_deploy.exporters.planning import plan_bundle
 from tpeft_deploy.slots import Target
 from tpeft_deploy.tucker import TuckerDelta
 
@@ -81,6 +84,18 @@ class Asked(nn.Module):
         queries = self.queries.weight.unsqueeze(0).repeat(x.shape[0], 1, 1)
         found: torch.Tensor = torch.softmax(self.q_proj(queries) @ self.k_proj(x).mT, -1) @ x
         return found
+
+
+class Summed(nn.Module):
+    """A layer, and a product with a parameter that is used in a way no branch takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.table = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc(x) @ (self.table + self.table.T)
+        return y
 
 
 def routed(rows: int) -> Inputs:
@@ -170,3 +185,26 @@ def test_slots_of_experts_hold_the_whole_change(seed: int, placed: bool, transpo
     tensors = slots.fill(target, delta)
     assert slots.ranks_of(target, tensors) == {"R": 2 if placed else 5}
     np.testing.assert_allclose(slots.change_of(target, tensors), delta.dense(), atol=1e-10)
+
+
+def change(*names: str) -> Adapter:
+    factors = (np.ones((8, 1)), np.ones((8, 1)))
+    return Adapter({name: TuckerDelta(np.ones((1, 1)), factors) for name in names})
+
+
+def test_a_target_for_one_adapter_per_run_says_why(tmp_path: Path) -> None:
+    both = {"a": change("fc.weight", "table")}
+    bundle = export_bundle(seeded(Summed), both, tmp_path / "bundle", example_inputs=asked(2))
+    assert bundle.manifest.rows == "group"
+    assert set(bundle.manifest.rows_reasons) == {"table"}
+    assert "W + dW" in bundle.manifest.rows_reasons["table"]
+    assert "--exclude" in bundle.manifest.rows_reason
+
+
+def test_no_adapter_changes_what_is_excluded(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedTarget, match=r"exclude table from the targets.*would be lost"):
+        export_bundle(seeded(Summed), {"a": change("table")}, tmp_path / "x", example_inputs=asked(2), exclude=["tab*"])
+    with pytest.raises(UnknownTarget, match="exclude 'other'"):
+        plan_bundle(seeded(Summed), {}, name="x", example_inputs=asked(2), exclude=["other"])
+    plan = plan_bundle(seeded(Asked), {}, name="x", example_inputs=asked(2), exclude=["q_proj", "*queries*"])
+    assert [target.name for target in plan.draft.targets] == ["k_proj.weight"]
