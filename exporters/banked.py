@@ -13,13 +13,17 @@ import onnx_ir as ir
 
 from tpeft_deploy import slots
 from tpeft_deploy.exporters import rows
-from tpeft_deploy.exporters.branches import BRANCHES, Branches, in_order
+from tpeft_deploy.exporters.branches import BRANCHES, Branches, in_order, lifted
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graphs import forget_shapes
 from tpeft_deploy.exporters.rows import Order
+from tpeft_deploy.exporters.samples import batch_axis
+from tpeft_deploy.exporters.targets import activations
 from tpeft_deploy.slots import Target
 
-__all__ = ["attach"]
+__all__ = ["attach", "reasons"]
+
+_SINGLE = {"BankedLinear", "BankedLookup"}  # on rows that do not come first, one adapter per run
 
 
 def attach(
@@ -37,7 +41,7 @@ def attach(
     """
     rows.mark(model.graph, orders)
     index = add_input(model.graph, slots.INDEX, ["N"], ir.DataType.INT64)
-    single: list[str] = []
+    single: list[Target] = []
     for target in in_order(targets):
         dtype = ir.DataType.from_numpy(np.dtype(target.dtype))
         values = {
@@ -50,7 +54,54 @@ def attach(
             for slot in slots.slots_of(target)
         }
         if branches[target.kind].banked(model, target, values, index) == "group":
-            single.append(target.name)
+            single.append(target)
+    single = _lifted(model, single, index)
     # Traced shapes say nothing of rows that a shared value gets, or of the heads that tasks bring.
     forget_shapes(model.graph)
-    return single
+    return [target.name for target in single]
+
+
+def reasons(graph: ir.Graph, targets: Sequence[Target], orders: Mapping[str, Order]) -> dict[str, str]:
+    """Why each of these targets takes one adapter per run.
+
+    Args:
+        graph: the raw graph.
+        targets: of which `attach` returned the weights.
+        orders: as `attach` took them.
+    """
+    return {target.name: _why(graph, target, orders) for target in targets}
+
+
+def _why(graph: ir.Graph, target: Target, orders: Mapping[str, Order]) -> str:
+    if target.kind == "weight":
+        return "it is used otherwise than as a layer, so W + dW is computed once per run"
+    found = {orders.get(name, "major") for name in activations(graph, [target])}
+    if "mixed" in found:
+        return "its rows depend on each other, or are laid out in an order that is not known"
+    if "shared" in found:
+        return "what goes in has no batch axis, and what comes out does not meet the batch by broadcasting"
+    if "minor" in found:
+        return "the rows are not the first axis of what goes in or comes out"
+    return "the tensor is read once per run"
+
+
+def _lifted(model: ir.Model, single: list[Target], index: ir.Value) -> list[Target]:
+    """Lift branches on values that all rows share; what is left takes one adapter per run."""
+    batch = batch_axis(model.graph)
+    waiting = {target.key: _waiting(model.graph, target) for target in single if target.kind in ("linear", "matmul")}
+    shared = [node for nodes in waiting.values() for node in nodes if _order(node) == "shared"]
+    if batch is None or not shared:
+        return single
+    done = set(lifted.lift(model, shared, index, batch))
+    return [target for target in single if not waiting.get(target.key) or not done.issuperset(waiting[target.key])]
+
+
+def _waiting(graph: ir.Graph, target: Target) -> list[ir.Node]:
+    """The branches of a target that take one adapter per run."""
+    own = (node for node in graph if node.op_type in _SINGLE and str(node.name).startswith(f"{target.name}.banked."))
+    return [node for node in own if _order(node) != "major"]
+
+
+def _order(node: ir.Node) -> Order:
+    x = node.inputs[1]
+    return rows.order_of(x) if x is not None else "mixed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def export_bundle(
     resize_embeddings: bool = False,
     tolerance: float | None = None,
     unused: Unused = "error",
+    exclude: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
@@ -76,6 +77,8 @@ def export_bundle(
         resize_embeddings: give the base as many tokens as the adapters have, as `resize_token_embeddings` did before
             they were trained; its new rows are zero.
         unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
+        exclude: names of weights or modules (`*` and `?` included) that no adapter of the bundle may change, now or
+            later, such as those that `rows_reason` lists; an adapter that changes one is refused.
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
@@ -109,6 +112,7 @@ def export_bundle(
         padding=padding,
         resize_embeddings=resize_embeddings,
         unused=unused,
+        exclude=exclude,
         progress=progress,
     )
     adapters = plan.adapters
@@ -154,13 +158,15 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
         model.metadata_props["tpeft.form"] = file.partition(".")[0]
         ir.save(model, place / file)
     np.savez(place / EXAMPLE, **dict(base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
-    reason = f"one adapter per run at {', '.join(single)}" if single else ""
+    reason = f"one adapter per run at {', '.join(single)}; --exclude leaves a weight out" if single else ""
+    reasons = banked.reasons(raw.graph, [t for t in targets if t.name in single], orders)
     if single and not rows_differ(base, raw.graph):
         reason = "the rows of the example inputs are all alike, so nothing tells where rows are: give some that differ"
     return replace(
         draft,
         rows="group" if single else "each",
         rows_reason=reason,
+        rows_reasons=reasons,
         outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
         files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
         rounding=measure_rounding(base, raw.graph),

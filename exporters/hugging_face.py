@@ -57,10 +57,11 @@ def load_directory(path: str | os.PathLike[str]) -> tuple[nn.Module, Tensors, di
     kind = model_class(path, name)
     modality = _modality(path, kind)
     model = load_model(path, kind)
-    if getattr(model.config, "is_encoder_decoder", False):
+    if modality != "pixel_values" and getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedBase(
             doing, expected="an encoder or a decoder", got="both", fix=f"Export its parts one by one. {FACTORY}"
         )
+    _batch_experts(model, path)
     model.config.return_dict = True
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
@@ -87,6 +88,14 @@ def _modality(path: Path, model: type[nn.Module]) -> str:
         got=f"{model.__name__}, which takes {', '.join(parameters(model))[:120]}",
         fix=f"Export its parts one by one. {FACTORY}",
     )
+
+
+def _batch_experts(model: nn.Module, path: Path) -> None:
+    """Let a mixture of experts pick a matrix per token: the other ways to compute it have no operator in ONNX."""
+    can = getattr(model, "_can_set_experts_implementation", None)
+    if can is not None and can():
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+        _log.info("%s: experts_implementation is set to batched_mm, which ONNX can express", path)
 
 
 def _is_causal(architecture: str) -> bool:

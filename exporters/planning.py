@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters import banked, quantised
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.bfloat16 import wide
+from tpeft_deploy.exporters.excluding import without
 from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.padding import declare
@@ -138,6 +139,7 @@ def plan_bundle(
     padding: Mapping[str, int | float] | None = None,
     resize_embeddings: bool = False,
     unused: Unused = "error",
+    exclude: Iterable[str] = (),
     progress: Progress = silent,
 ) -> Plan:
     """Everything of `export_bundle`, whose arguments these are, up to writing.
@@ -146,6 +148,7 @@ def plan_bundle(
         BundleError: a name is not allowed.
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch: the base cannot be exported, an adapter does not
             fit it, or an input cannot be padded.
+        UnsupportedTarget: an adapter changes an excluded weight.
     """
     check_name(name, "bundle")
     for task in adapters:
@@ -170,6 +173,7 @@ def plan_bundle(
         for task, adapter in adapters.items()
     }
     targets = plan(raw.graph, known, certain, base=loaded.name) if adapters else plan_all(raw.graph, certain)
+    targets = without(targets, exclude, resolved, base=loaded.name, given=bool(adapters))
     ties = tuple(tuple(group) for group in loaded.ties if any(weight in resolved for weight in group))
     draft = replace(_draft(raw.graph, resolved, targets, name=name, max_rank=max_rank), ties=ties)
     declare(draft, padding or {}, loaded.name)

@@ -7,6 +7,7 @@ What is found here is proved by the row-by-row gate at other sizes and with othe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -87,7 +88,22 @@ def find(base: Base, raw: ir.Model, values: Iterable[tuple[str, int]], place: Pa
             found[name].add(_order(before[_shown(name)], after[_shown(name)], axes, row))
     (place / "rows.data").unlink(missing_ok=True)
     file.unlink()
-    return {name: _agreed(orders) for name, orders in found.items()}
+    shapes = {value.name: value.shape for value in [*raw.graph.inputs, *(o for n in raw.graph for o in n.outputs)]}
+    told = {name: _agreed(orders) for name, orders in found.items()}
+    alike = {name: _alike(shapes[name], wanted[name], batch) for name, order in told.items() if order == "shared"}
+    return {**told, **{name: order for name, order in alike.items() if order is not None}}
+
+
+def _alike(shape: ir.Shape | None, axes: int, batch: str) -> Order | None:
+    """Where the rows are in a value that has a batch axis and is the same for all rows, such as a repeated table."""
+    if shape is None:
+        return None
+    sizes = [str(size) if isinstance(size, int) else str(size.value) for size in shape]
+    leading = sizes if axes == 0 else sizes[:axes]
+    if [batch in re.findall(r"[A-Za-z_]\w*", size) for size in sizes].count(True) != 1 or batch not in leading:
+        return None
+    place = leading.index(batch)
+    return "major" if place == 0 else "minor" if place == len(leading) - 1 else None
 
 
 def _agreed(orders: set[Order]) -> Order:

@@ -17,12 +17,16 @@ from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
 from tpeft_deploy.exporters import quantised
 from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.branches import gain
+from tpeft_deploy.exporters.branches.experts import expert_sites
+from tpeft_deploy.exporters.branches.lifted import partners
+from tpeft_deploy.exporters.samples import batch_axis
 from tpeft_deploy.exporters.sites import conv_sites, linear_sites, transposed_conv_sites, value_uses, weight_value
 from tpeft_deploy.slots import Kind, Target, best_factors
 from tpeft_deploy.tucker import Array
 
 __all__ = ["activations", "held_by", "plan", "plan_all", "resolve"]
 
+_MATRIX = 2  # axes of a weight
 # How many leading axes of an operand are rows and positions, by operator; 0 is all, negative leaves out the last.
 _LEADING = {"MatMul": -1, "Gemm": -1, "Gather": 0, "Conv": 1, "ConvTranspose": 1, "BatchNormalization": 1}
 
@@ -116,6 +120,7 @@ def activations(graph: ir.Graph, targets: Iterable[Target]) -> dict[str, int]:
         Name of the value -> its leading axes, as `rows.find` takes them.
     """
     found: dict[str, int] = {}
+    batch = batch_axis(graph)
     for target in targets:
         weight = weight_value(graph, target.name)
         for node, position in _consumers(weight):
@@ -124,6 +129,10 @@ def activations(graph: ir.Graph, targets: Iterable[Target]) -> dict[str, int]:
             found |= {str(value.name): leading for value in others if _is_activation(value)}
             # A lookup's output has an axis more than the ids that it was looked up with.
             found |= {str(value.name): leading or -1 for value in node.outputs}
+        if batch is not None and len(weight.shape or ()) == _MATRIX:
+            met = (value for site in linear_sites(weight) or [] for value in partners(site.y, batch))
+            found |= {str(value.name): 1 for value in met}
+        found |= {str(site.x.name): 1 for site in expert_sites(weight)}
     return found
 
 
@@ -167,6 +176,8 @@ def _kind(graph: ir.Graph, name: str) -> Kind:
         return "matmul" if uses == {"matmul"} else "weight"
     if axes > 2 and conv_sites(weight, grouped=False):
         return "conv"
+    if axes == 3 and expert_sites(weight):
+        return "experts"
     return "conv_transpose" if axes > 2 and transposed_conv_sites(weight, grouped=False) else "weight"
 
 
@@ -174,4 +185,6 @@ def _is_layer(weight: ir.Value) -> bool:
     axes = len(weight.shape or ())
     if axes == 2:
         return bool({site.use for site in linear_sites(weight) or []} & {"linear", "matmul"})
+    if axes == 3 and expert_sites(weight):
+        return True
     return axes > 2 and bool(conv_sites(weight, grouped=True) or transposed_conv_sites(weight, grouped=True))

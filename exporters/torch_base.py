@@ -49,6 +49,7 @@ _DTYPES = {
 }
 
 
+_BATCHED_EXPERTS = "Call model.set_experts_implementation('batched_mm'): grouped products have no operator in ONNX."
 _HALVES = {torch.float16, torch.bfloat16}
 
 
@@ -176,7 +177,8 @@ class TorchBase(Base):
                 )
             except Exception as error:  # the exporter raises every kind of exception; the cause is kept
                 cause = cause_of(error)
-                raise UnsupportedBase(f"export base {self.name}", problem=cause.problem, fix=cause.fix) from error
+                fix = _BATCHED_EXPERTS if "grouped_mm" in str(error) else cause.fix
+                raise UnsupportedBase(f"export base {self.name}", problem=cause.problem, fix=fix) from error
         if program is None:
             raise UnsupportedBase(f"export base {self.name}", problem="the torch exporter returned no program")
         dotted.restore(program.model.graph, self.inputs)

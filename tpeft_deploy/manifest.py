@@ -5,6 +5,7 @@ name        the bundle's name
 base        digest of all weights, and per weight its shape, dtype, digest and place in weights.data
 targets     the weights that adapters may change, with their layer kind (see `slots`)
 rows        "each": one run serves rows of different adapters; "group": one adapter per run, and why
+rows_reasons    per weight that takes one adapter per run, why
 inputs, outputs, files, max_rank, gate
 oracles     per task of the export, what its forms were compared with beside the merged base: a training library's own
             forward of the adapter's file ("peft 0.21.2"), or "merged" and why there was none; the worst error; and the
@@ -172,6 +173,7 @@ class Manifest:
     rounding: Rounding | None = None
     tolerance: float | None = None
     left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    rows_reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def base_digest(self) -> str:
@@ -325,6 +327,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         rounding=_rounding(document.get("rounding")),
         tolerance=_tolerance(document.get("tolerance")),
         left_out={task: dict(names) for task, names in document.get("left_out", {}).items()},
+        rows_reasons={str(name): str(why) for name, why in document.get("rows_reasons", {}).items()},
     )
 
 

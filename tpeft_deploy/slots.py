@@ -9,6 +9,7 @@ Every kind is exact for every Tucker delta; they differ in what the graph does w
 | matmul | the same, of a weight stored (I, O) | x W (transformers Conv1D, bare tensors) |
 | conv | `down` (R_i, I, 1..), `core` (R_o, R_i, *K), `up` (O, R_o, 1..), kernel factors absorbed | Conv, groups = 1 |
 | conv_transpose | `down` (R_i, I, 1..), `core` (R_i, R_o, *K), `up` (O, R_o, 1..) | ConvTranspose, groups = 1 |
+| experts | `up` (E, O, R), `down` (E, R, I); dW[e] = up[e] down[e] | one matrix of a stack (E, O, I) per token |
 | weight | `up` (O, R_o), `core` (R_o, I * K1 ..); W + up core, reshaped | grouped or dense, every other use |
 | gain_0, gain_1 | `value` (size of that mode); gain * (W + dW) | DoRA, IA3: one factor per index of a mode |
 | override | `value` (the tensor itself) | a whole tensor that a task replaces |
@@ -56,7 +57,7 @@ __all__ = [
 
 INDEX = "adapter_index"  # input of the banked graph: which bank row each batch row takes
 
-Kind = Literal["linear", "matmul", "conv", "conv_transpose", "weight", "gain_0", "gain_1", "override"]
+Kind = Literal["linear", "matmul", "conv", "conv_transpose", "experts", "weight", "gain_0", "gain_1", "override"]
 
 
 Part = Literal["delta", "gain_0", "gain_1", "override"]
@@ -133,6 +134,8 @@ def slots_of(target: Target) -> tuple[Slot, ...]:
         return Slot("down", (second, "R")), Slot("up", ("R", first))
     if target.kind == "matmul":
         return Slot("down", (first, "R")), Slot("up", ("R", second))
+    if target.kind == "experts":
+        return Slot("up", (first, second, "R")), Slot("down", (first, "R", target.shape[2]))
     return _weight_slots(target) if target.kind == "weight" else _conv_slots(target)
 
 
@@ -217,6 +220,9 @@ def change_of(target: Target, tensors: Mapping[str, Array]) -> Array:
     if target.kind in ("linear", "matmul"):
         product: Array = wide["down"] @ wide["up"]
         return product.T if target.kind == "linear" else product
+    if target.kind == "experts":
+        stacked: Array = wide["up"] @ wide["down"]
+        return stacked
     change, kernel = wide.pop("core"), target.shape[2:]
     if target.kind == "weight":
         change = change.reshape(len(change), -1 if "down" in wide else target.shape[1], *kernel)
@@ -296,6 +302,24 @@ def _matmul(target: Target, delta: TuckerDelta) -> dict[str, Array]:
     return {"down": slots["up"].T, "up": slots["down"].T}
 
 
+def _experts(_: Target, delta: TuckerDelta) -> dict[str, Array]:
+    """Per expert, the directions of its own outputs and inputs that its part of the core uses at all."""
+    whole = delta.absorb([0])
+    core = whole.core.astype(np.float64) * whole.scale
+    outputs, inputs = _factor(whole, 1), _factor(whole, 2)
+    # The core of a LoRA holds the part of each expert in rows, or columns, that no other expert uses.
+    used = {axis: np.any(core != 0, axis=axis) for axis in (1, 2)}
+    rank = max(1, min(int(used[axis].sum(axis=1).max()) for axis in (1, 2)))
+    axis = 2 if used[2].sum(axis=1).max() == rank else 1
+    up = np.zeros((len(core), len(outputs), rank))
+    down = np.zeros((len(core), rank, len(inputs)))
+    for e, own in enumerate(core):
+        kept = np.flatnonzero(used[axis][e])
+        up[e, :, : len(kept)] = outputs[:, kept] if axis == 2 else outputs @ own[:, kept]
+        down[e, : len(kept)] = own[kept] @ inputs.T if axis == 2 else inputs[:, kept].T
+    return {"up": up, "down": down}
+
+
 def _conv(target: Target, delta: TuckerDelta) -> dict[str, Array]:
     modes, ones = target.factors or (), (1,) * len(target.shape[2:])
     least = _reduced(delta, modes)
@@ -339,4 +363,11 @@ def _reduced(delta: TuckerDelta, modes: Modes) -> TuckerDelta:
     return least.absorb(mode for mode in range(core.ndim) if mode not in modes)
 
 
-_FILL = {"linear": _linear, "matmul": _matmul, "conv": _conv, "conv_transpose": _conv, "weight": _weight}
+_FILL = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "conv": _conv,
+    "conv_transpose": _conv,
+    "experts": _experts,
+    "weight": _weight,
+}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from tpeft_deploy.exporters.branches import blocked, conv, gain, linear, override, weight
+from tpeft_deploy.exporters.branches import blocked, conv, experts, gain, linear, override, weight
 from tpeft_deploy.manifest import Rows
 from tpeft_deploy.slots import Kind, Target
 
@@ -34,6 +34,7 @@ BRANCHES: Branches = {
     "matmul": Branch(linear.factored, linear.banked),
     "conv": Branch(conv.factored, conv.banked),
     "conv_transpose": Branch(conv.factored, conv.banked),
+    "experts": Branch(experts.factored, experts.banked),
     "weight": Branch(weight.factored, weight.banked),
     "gain_0": Branch(gain.factored, gain.banked),
     "gain_1": Branch(gain.factored, gain.banked),

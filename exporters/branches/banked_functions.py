@@ -62,6 +62,15 @@ def BankedRepeated(y, changes):
 
 
 @script(_tpeft, default_opset=op)
+def BankedSpread(values, x, adapter_index):
+    """values (N, ..), one entry per adapter, repeated for every entry of x's first axis (B, ..), rows first."""
+    entries = op.Shape(x, end=1)
+    each = op.Concat(op.Shape(adapter_index), entries / op.Shape(adapter_index), op.Shape(values, start=1), axis=0)
+    rows = op.Expand(op.Unsqueeze(values, op.Constant(value_ints=[1])), each)
+    return op.Reshape(rows, op.Concat(entries, op.Shape(values, start=1), axis=0))
+
+
+@script(_tpeft, default_opset=op)
 def BankedLookup(y, ids, adapter_index, downs, ups):
     """As TuckerLookup, row n with adapter `adapter_index[n]`; downs (T, I, R), ups (T, R, V).
 
@@ -89,6 +98,34 @@ def BankedLookupShared(y, ids, adapter_index, downs, ups):
     steps = op.Range(op.Constant(value_int=0), op.Squeeze(ranks), op.Constant(value_int=1)) * words
     rows = op.Gather(op.Reshape(ups, op.Constant(value_ints=[-1])), places + first + steps)
     return y + op.MatMul(rows, op.Transpose(op.Gather(downs, adapter_index), perm=[0, 2, 1]))
+
+
+@script(_tpeft, default_opset=op)
+def BankedExpertsLeft(y, x, experts, adapter_index, ups, downs):
+    """As TuckerExpertsLeft, a token of row n with adapter `adapter_index[n]`; ups (T, E, O, R), downs (T, E, R, I)."""
+    own = op.Reshape(experts, op.Constant(value_ints=[-1]))
+    each = op.Concat(op.Shape(adapter_index), op.Shape(x, end=1) / op.Shape(adapter_index), axis=0)
+    rows = op.Expand(op.Unsqueeze(adapter_index, op.Constant(value_ints=[1])), each)
+    number = op.Shape(ups, start=1, end=2)
+    # As in a lookup itself, -1 is the last expert: never another adapter's.
+    places = op.Reshape(rows, op.Constant(value_ints=[-1])) * number + op.Mod(own, number)
+    up = op.Reshape(ups, op.Concat(op.Constant(value_ints=[-1]), op.Shape(ups, start=2), axis=0))
+    down = op.Reshape(downs, op.Concat(op.Constant(value_ints=[-1]), op.Shape(downs, start=2), axis=0))
+    return y + op.MatMul(op.Gather(up, places), op.MatMul(op.Gather(down, places), x))
+
+
+@script(_tpeft, default_opset=op)
+def BankedExpertsRight(y, x, experts, adapter_index, ups, downs):
+    """As TuckerExpertsRight, a token of row n with adapter `adapter_index[n]`; ups (T, E, I, R), downs (T, E, R, O)."""
+    own = op.Reshape(experts, op.Constant(value_ints=[-1]))
+    each = op.Concat(op.Shape(adapter_index), op.Shape(x, end=1) / op.Shape(adapter_index), axis=0)
+    rows = op.Expand(op.Unsqueeze(adapter_index, op.Constant(value_ints=[1])), each)
+    number = op.Shape(ups, start=1, end=2)
+    # As in a lookup itself, -1 is the last expert: never another adapter's.
+    places = op.Reshape(rows, op.Constant(value_ints=[-1])) * number + op.Mod(own, number)
+    up = op.Reshape(ups, op.Concat(op.Constant(value_ints=[-1]), op.Shape(ups, start=2), axis=0))
+    down = op.Reshape(downs, op.Concat(op.Constant(value_ints=[-1]), op.Shape(downs, start=2), axis=0))
+    return y + op.MatMul(op.MatMul(x, op.Gather(up, places)), op.Gather(down, places))
 
 
 @script(_tpeft, default_opset=op)
@@ -287,8 +324,11 @@ BANKED: dict[str, OnnxFunction] = {
         BankedLinearShared,
         BankedShared,
         BankedRepeated,
+        BankedSpread,
         BankedLookup,
         BankedLookupShared,
+        BankedExpertsLeft,
+        BankedExpertsRight,
         BankedGroupedConv,
         BankedGroupedConvTranspose,
         BankedDepthwise,

@@ -35,6 +35,20 @@ def TuckerLookup(y, ids, down, up):
 
 
 @script(_tpeft, default_opset=op)
+def TuckerExpertsLeft(y, x, experts, up, down):
+    """y + up[e] (down[e] x) of each token's own expert e; up (E, O, R), down (E, R, I), x (tokens, I, 1)."""
+    own = op.Reshape(experts, op.Constant(value_ints=[-1]))
+    return y + op.MatMul(op.Gather(up, own), op.MatMul(op.Gather(down, own), x))
+
+
+@script(_tpeft, default_opset=op)
+def TuckerExpertsRight(y, x, experts, up, down):
+    """y + (x up[e]) down[e] of each token's own expert e; up (E, I, R), down (E, R, O), x (tokens, 1, I)."""
+    own = op.Reshape(experts, op.Constant(value_ints=[-1]))
+    return y + op.MatMul(op.MatMul(x, op.Gather(up, own)), op.Gather(down, own))
+
+
+@script(_tpeft, default_opset=op)
 def TuckerGain(y, gain, shape: Sequence[int]):
     """y * gain, whose C factors are laid out as `shape` to broadcast against y."""
     return y * op.Reshape(gain, op.Constant(value_ints=shape))
@@ -96,6 +110,8 @@ FACTORED: dict[str, OnnxFunction] = {
     for f in (
         TuckerLinear,
         TuckerLookup,
+        TuckerExpertsLeft,
+        TuckerExpertsRight,
         TuckerChange,
         TuckerInputs,
         TuckerWeight,

@@ -145,6 +145,11 @@ def folded(
     multiple=True,
     help="What input NAME may be filled up with, so that requests of other lengths share a run; proved; repeatable.",
 )
+@click.option(
+    "--exclude",
+    multiple=True,
+    help="A weight or module that no adapter of the bundle may change, * and ? included; repeatable.",
+)
 @click.option("--folded", "with_folded", is_flag=True, help="Also write folded/TASK.onnx for every adapter.")
 @weights_option
 @inputs_option
@@ -162,6 +167,7 @@ def bundle(
     max_rank: int | None,
     name: str | None,
     padding: Sequence[tuple[str, int | float]],
+    exclude: Sequence[str],
     with_folded: bool,
     weights: Path | None,
     inputs: Path | None,
@@ -187,6 +193,7 @@ def bundle(
         "padding": dict(padding) or None,
         "resize_embeddings": resize_embeddings,
         "unused": unused,
+        "exclude": exclude,
     }
     place = None if dry_run else _place(out)
     with stages() as begin:
