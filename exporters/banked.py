@@ -21,7 +21,7 @@ from tpeft_deploy.exporters.samples import batch_axis
 from tpeft_deploy.exporters.targets import activations
 from tpeft_deploy.slots import Target
 
-__all__ = ["attach", "reasons"]
+__all__ = ["attach", "reasons", "reason_of"]
 
 _SINGLE = {"BankedLinear", "BankedLookup"}  # on rows that do not come first, one adapter per run
 
@@ -105,3 +105,8 @@ def _waiting(graph: ir.Graph, target: Target) -> list[ir.Node]:
 def _order(node: ir.Node) -> Order:
     x = node.inputs[1]
     return rows.order_of(x) if x is not None else "mixed"
+
+
+def reason_of(single: Sequence[str]) -> str:
+    """Why a bundle takes one adapter per run: the weights that do; empty where there are none."""
+    return f"one adapter per run at {', '.join(single)}; --exclude leaves a weight out" if single else ""

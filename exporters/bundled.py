@@ -27,7 +27,7 @@ from tpeft_deploy.exporters.padding import prove_padding
 from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
 from tpeft_deploy.exporters.proof import prove, with_checks
 from tpeft_deploy.exporters.resizing import check_vocabulary
-from tpeft_deploy.exporters.samples import rows_differ
+from tpeft_deploy.exporters.samples import batch_axis, rows_differ
 from tpeft_deploy.exporters.targets import activations
 from tpeft_deploy.exporters.unused import Unused
 from tpeft_deploy.files import digest_file, new_directory
@@ -158,13 +158,13 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
         model.metadata_props["tpeft.form"] = file.partition(".")[0]
         ir.save(model, place / file)
     np.savez(place / EXAMPLE, **dict(base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
-    reason = f"one adapter per run at {', '.join(single)}; --exclude leaves a weight out" if single else ""
+    reason = banked.reason_of(list(single))
     reasons = banked.reasons(raw.graph, [t for t in targets if t.name in single], orders)
-    if single and not rows_differ(base, raw.graph):
+    if batch_axis(raw.graph) is not None and not rows_differ(base, raw.graph):
         reason = "the rows of the example inputs are all alike, so nothing tells where rows are: give some that differ"
     return replace(
         draft,
-        rows="group" if single else "each",
+        rows="group" if reason else "each",
         rows_reason=reason,
         rows_reasons=reasons,
         outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),

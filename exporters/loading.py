@@ -79,7 +79,11 @@ def _load(
     name, padding = type(base).__name__, dict[str, int]()
     if isinstance(base, str | os.PathLike):
         name = os.fspath(base)
+        own = dynamic_shapes
         base, example_inputs, dynamic_shapes, padding = _call_factory(name, example_inputs, dynamic_shapes)
+        if own is None and isinstance(dynamic_shapes, Mapping) and isinstance(example_inputs, Mapping):
+            # A directory says it of all that its model takes; the caller may give less.
+            dynamic_shapes = {key: axes for key, axes in dynamic_shapes.items() if key in example_inputs}
     if not isinstance(base, nn.Module):
         raise no_module(name, base)
     if hasattr(base, "peft_config"):

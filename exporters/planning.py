@@ -99,7 +99,7 @@ class Plan:
             "name": self.draft.name,
             "base": self.base.name,
             "rows": "group" if grouped else None,
-            "rows_reason": f"one adapter per run at {', '.join(dict.fromkeys(grouped))}" if grouped else "",
+            "rows_reason": banked.reason_of(list(dict.fromkeys(grouped))),
             "base_bytes": self.base_bytes,
             "tasks": [
                 {
