@@ -19,7 +19,7 @@ from tpeft_deploy.exporters import banked, factored, rows
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
-from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
+from tpeft_deploy.exporters.graphs import clean_up, share_weights, write_weights
 from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.padding import prove_padding
@@ -138,7 +138,7 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
         _mark_outputs(model, raw, varies if file != "base.onnx" else {})
-        optimize(model, keep=[*draft.weights, *defaults])
+        clean_up(model)
         share_weights(model, draft.weights, defaults, place / DATA)
         model.metadata_props["tpeft.form"] = file.partition(".")[0]
         ir.save(model, place / file)

@@ -17,13 +17,14 @@ from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check, Limits
-from tpeft_deploy.exporters.graphs import held_tensor, optimize, turn_weights
+from tpeft_deploy.exporters.graphs import clean_up, fuse_norms, held_tensor, prepare, turn_weights
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.replacing import held_changes, replace_weights
 from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.samples import empty_shapes, shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.targets import resolve
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.ties import Ties, changed_names
@@ -32,7 +33,6 @@ __all__ = ["export_folded", "fold", "plan_folded", "write_folded"]
 
 _log = logging.getLogger("tpeft_deploy.exporters")
 
-SMALL = 1 << 20  # bytes
 LARGE = 100_000_000  # bytes; a file in one piece is built in memory, twice, and protobuf stops at 2 GiB
 
 
@@ -127,7 +127,9 @@ def _trace(loaded: Base, adapter: Adapter, progress: Progress) -> tuple[Base, ir
     loaded = loaded.knowing([adapter])
     loaded.check(adapter)
     progress("trace the base")
-    return loaded, loaded.graph()
+    raw = loaded.graph()
+    resolved = resolve(raw.graph, loaded.weights, loaded.aliases)
+    return loaded, prepare(raw, resolved.values(), held_changes(loaded, raw.graph, adapter).overrides)
 
 
 def write_folded(
@@ -163,7 +165,7 @@ def write_folded(
 
 
 def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
-    """A copy of a raw graph with an adapter's tensors in place of the base's, optimised.
+    """A copy of a prepared graph with an adapter's tensors in place of the base's.
 
     Raises:
         UnknownTarget: the graph does not use a weight that the adapter changes.
@@ -180,10 +182,9 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
     model = raw.clone()
     _tie(model.graph, base.ties, changed)
     replace_weights(base, model, adapter)
-    # Of large weights the optimiser would only make further copies, and have each merged again for every one.
-    large = [name for name, v in model.graph.initializers.items() if v.const_value and v.const_value.nbytes > SMALL]
-    optimize(model, keep=large, inline=True)
+    fuse_norms(model)
     turn_weights(model.graph)
+    clean_up(model)
     model.metadata_props.update({"tpeft.form": "folded", "tpeft.task": task})
     return model
 

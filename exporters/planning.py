@@ -15,12 +15,12 @@ from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters import banked, quantised
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.bfloat16 import wide
-from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out
+from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out, prepare
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.padding import declare
 from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.rows import Order
-from tpeft_deploy.exporters.targets import activations, plan, plan_all, resolve
+from tpeft_deploy.exporters.targets import activations, held_by, plan, plan_all, resolve
 from tpeft_deploy.manifest import Manifest, Port, Varies, check_name
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.slots import Target
@@ -166,6 +166,12 @@ def plan_bundle(
         task: settle(adapter, certain, loaded.ties, doing=f"export adapter {task!r} for {loaded.name}")
         for task, adapter in adapters.items()
     }
+    free = {
+        held_by(certain, name, doing=f"export adapter {task!r} for {loaded.name}")
+        for task, adapter in known.items()
+        for name in adapter.served_overrides
+    }
+    raw = prepare(raw, resolved.values(), sorted(free))
     targets = plan(raw.graph, known, certain, base=loaded.name) if adapters else plan_all(raw.graph, certain)
     ties = tuple(tuple(group) for group in loaded.ties if any(weight in resolved for weight in group))
     draft = replace(_draft(raw.graph, resolved, targets, name=name, max_rank=max_rank), ties=ties)
