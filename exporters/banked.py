@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from tpeft_deploy import slots
 from tpeft_deploy.exporters import rows
-from tpeft_deploy.exporters.branches import BRANCHES, Branches, in_order
+from tpeft_deploy.exporters.branches import BRANCHES, Branches, fit_factors, in_order
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graphs import forget_shapes
 from tpeft_deploy.exporters.rows import Order
@@ -37,10 +37,10 @@ def attach(
     """
     rows.mark(model.graph, orders)
     index = add_input(model.graph, slots.INDEX, ["N"], ir.DataType.INT64)
-    single: list[str] = []
+    made: dict[str, dict[str, ir.Value]] = {}
     for target in in_order(targets):
         dtype = ir.DataType.from_numpy(np.dtype(target.dtype))
-        values = {
+        made[target.key] = {
             slot.name: add_input(
                 model.graph,
                 slots.input_name(target, slot.name),
@@ -49,8 +49,8 @@ def attach(
             )
             for slot in slots.slots_of(target)
         }
-        if branches[target.kind].banked(model, target, values, index) == "group":
-            single.append(target.name)
+    fit_factors(model, targets, made, "BankedResized")
+    ways = [(t.name, branches[t.kind].banked(model, t, made[t.key], index)) for t in in_order(targets)]
     # Traced shapes say nothing of rows that a shared value gets, or of the heads that tasks bring.
     forget_shapes(model.graph)
-    return single
+    return [name for name, way in ways if way == "group"]

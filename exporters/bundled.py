@@ -161,7 +161,9 @@ def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) 
         name = str(original.name)
         shape = list(original.shape or ())
         if name in varies:
-            shape[varies[name].axis] = ir.SymbolicDim(f"{varies[name].override}.C")
+            own = varies[name]
+            rows = f"{own.times}*{own.override}.C" if own.times > 1 else f"{own.override}.C"
+            shape[own.axis] = ir.SymbolicDim(f"{rows} + {own.plus}" if own.plus else rows)
         value.shape, value.type = ir.Shape(shape), original.type
 
 

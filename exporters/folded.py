@@ -129,7 +129,9 @@ def _trace(loaded: Base, adapter: Adapter, progress: Progress) -> tuple[Base, ir
     progress("trace the base")
     raw = loaded.graph()
     resolved = resolve(raw.graph, loaded.weights, loaded.aliases)
-    return loaded, prepare(raw, resolved.values(), held_changes(loaded, raw.graph, adapter).overrides)
+    overrides = held_changes(loaded, raw.graph, adapter).overrides
+    resized = [name for name, array in overrides.items() if array.shape != loaded.weights[name].shape]
+    return loaded, prepare(raw, resolved.values(), overrides, resized, folded=True)
 
 
 def write_folded(

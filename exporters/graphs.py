@@ -23,6 +23,7 @@ from onnxscript.rewriter.rules.common import (
 )
 
 from tpeft_deploy.exporters import quantised
+from tpeft_deploy.exporters.heads import free_sizes
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.manifest import Weight
 
@@ -59,7 +60,9 @@ def optimize(model: ir.Model, keep: Iterable[str] = (), *, inline: bool = False)
     clean_up(model)
 
 
-def prepare(raw: ir.Model, keep: Iterable[str], free: Iterable[str] = ()) -> ir.Model:
+def prepare(
+    raw: ir.Model, keep: Iterable[str], free: Iterable[str] = (), resized: Iterable[str] = (), *, folded: bool = False
+) -> ir.Model:
     """Optimise a copy of a raw graph without the values of its weights, for branches to be attached to its clones.
 
     Every target is as it was in the raw graph, by name and value: no rule can use a value that is hidden.
@@ -68,10 +71,16 @@ def prepare(raw: ir.Model, keep: Iterable[str], free: Iterable[str] = ()) -> ir.
         raw: left as it is.
         keep: every initializer that a branch, a task or the shared file may ask for.
         free: those of them that a task may replace by one of another size.
+        resized: those of them that a task is known to replace so.
+        folded: whether each graph will hold one task alone.
+
+    Raises:
+        UnsupportedTarget: the graph has the size of one in `resized` in a place that cannot be mended.
     """
     model = raw.clone()
     graph, traced = model.graph, {value.name: value.shape for value in _values(raw.graph)}
     weights = [graph.initializers[name] for name in free if name in graph.initializers]
+    free_sizes(model, [str(value.name) for value in weights], resized, folded=folded)
     below = _below(weights)
     for value in below:
         value.shape = None  # else rules write the traced sizes into Reshape and Expand

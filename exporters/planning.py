@@ -166,12 +166,13 @@ def plan_bundle(
         task: settle(adapter, certain, loaded.ties, doing=f"export adapter {task!r} for {loaded.name}")
         for task, adapter in adapters.items()
     }
-    free = {
-        held_by(certain, name, doing=f"export adapter {task!r} for {loaded.name}")
-        for task, adapter in known.items()
-        for name in adapter.served_overrides
-    }
-    raw = prepare(raw, resolved.values(), sorted(free))
+    free, resized = set[str](), set[str]()
+    for task, adapter in known.items():
+        for weight, array in adapter.served_overrides.items():
+            held = held_by(certain, weight, doing=f"export adapter {task!r} for {loaded.name}")
+            free.add(held)
+            resized |= {held} if array.shape != loaded.weights[weight].shape else set()
+    raw = prepare(raw, resolved.values(), sorted(free), resized)
     targets = plan(raw.graph, known, certain, base=loaded.name) if adapters else plan_all(raw.graph, certain)
     ties = tuple(tuple(group) for group in loaded.ties if any(weight in resolved for weight in group))
     draft = replace(_draft(raw.graph, resolved, targets, name=name, max_rank=max_rank), ties=ties)
