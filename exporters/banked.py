@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from tpeft_deploy import slots
 from tpeft_deploy.exporters import rows
-from tpeft_deploy.exporters.branches import BRANCHES, Branches, in_order, lifted
+from tpeft_deploy.exporters.branches import BRANCHES, Branches, fit_factors, in_order, lifted
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graphs import forget_shapes
 from tpeft_deploy.exporters.rows import Order
@@ -41,10 +41,10 @@ def attach(
     """
     rows.mark(model.graph, orders)
     index = add_input(model.graph, slots.INDEX, ["N"], ir.DataType.INT64)
-    single: list[Target] = []
+    made: dict[str, dict[str, ir.Value]] = {}
     for target in in_order(targets):
         dtype = ir.DataType.from_numpy(np.dtype(target.dtype))
-        values = {
+        made[target.key] = {
             slot.name: add_input(
                 model.graph,
                 slots.input_name(target, slot.name),
@@ -53,8 +53,8 @@ def attach(
             )
             for slot in slots.slots_of(target)
         }
-        if branches[target.kind].banked(model, target, values, index) == "group":
-            single.append(target)
+    fit_factors(model, targets, made, "BankedResized")
+    single = [t for t in in_order(targets) if branches[t.kind].banked(model, t, made[t.key], index) == "group"]
     single = _lifted(model, single, index)
     # Traced shapes say nothing of rows that a shared value gets, or of the heads that tasks bring.
     forget_shapes(model.graph)
@@ -66,7 +66,7 @@ def reasons(graph: ir.Graph, targets: Sequence[Target], orders: Mapping[str, Ord
 
     Args:
         graph: the raw graph.
-        targets: of which `attach` returned the weights.
+        targets: those among the attached that `attach` returned.
         orders: as `attach` took them.
     """
     return {target.name: _why(graph, target, orders) for target in targets}

@@ -104,7 +104,7 @@ class Base(ABC):
 
         Args:
             inputs: by name.
-            names: of the outputs, in the graph's order.
+            names: output names, in the graph's order.
 
         Raises:
             UnsupportedBase: the model does not run in 16 bits here.

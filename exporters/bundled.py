@@ -20,7 +20,7 @@ from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.gate import check_tolerance
-from tpeft_deploy.exporters.graphs import optimize, share_weights, write_weights
+from tpeft_deploy.exporters.graphs import clean_up, share_weights, write_weights
 from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.padding import prove_padding
@@ -153,7 +153,7 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
         _mark_outputs(model, raw, varies if file != "base.onnx" else {})
-        optimize(model, keep=[*draft.weights, *defaults])
+        clean_up(model)
         share_weights(model, draft.weights, defaults, place / DATA)
         model.metadata_props["tpeft.form"] = file.partition(".")[0]
         ir.save(model, place / file)
@@ -178,7 +178,9 @@ def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) 
         name = str(original.name)
         shape = list(original.shape or ())
         if name in varies:
-            shape[varies[name].axis] = ir.SymbolicDim(f"{varies[name].override}.C")
+            own = varies[name]
+            rows = f"{own.times}*{own.override}.C" if own.times > 1 else f"{own.override}.C"
+            shape[own.axis] = ir.SymbolicDim(f"{rows} + {own.plus}" if own.plus else rows)
         value.shape, value.type = ir.Shape(shape), original.type
 
 

@@ -72,7 +72,7 @@ def with_cache(model: nn.Module, ids: torch.Tensor, past: int) -> dict[str, torc
     """Give a causal language model the forward method of `CachedDecoder`, in place.
 
     Args:
-        model: of a transformers class whose forward method takes a cache (`cache_parameter`).
+        model: a transformers model with a cache parameter in its forward method (`cache_parameter`).
         ids: tokens to make example inputs of, (batch, past + sequence).
         past: how many of them are in the cache already, at least 1.
 

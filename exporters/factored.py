@@ -13,9 +13,10 @@ from onnx_ir.passes import common as passes
 from tpeft_deploy import slots
 from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters import bfloat16
-from tpeft_deploy.exporters.branches import BRANCHES, Branches, in_order
+from tpeft_deploy.exporters.branches import BRANCHES, Branches, fit_factors, in_order
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graphs import forget_shapes
+from tpeft_deploy.exporters.heads import varies_of
 from tpeft_deploy.manifest import Varies
 from tpeft_deploy.slots import Target
 
@@ -25,6 +26,7 @@ __all__ = ["attach", "output_axes"]
 def attach(model: ir.Model, targets: Sequence[Target], branches: Branches = BRANCHES) -> None:
     """Attach a branch for every target to a raw graph, in place."""
     narrow = bfloat16.holds(model.graph)
+    made: dict[str, dict[str, ir.Value]] = {}
     for target in in_order(targets):
         neutral = slots.neutral(target) if target.kind != "override" else {}
         values = {}
@@ -39,7 +41,10 @@ def attach(model: ir.Model, targets: Sequence[Target], branches: Branches = BRAN
                 tensor,
             )
             values[slot.name] = bfloat16.narrow(model.graph, value) if narrow else value
-        branches[target.kind].factored(model, target, values)
+        made[target.key] = values
+    fit_factors(model, targets, made, "TuckerResized")
+    for target in in_order(targets):
+        branches[target.kind].factored(model, target, made[target.key])
     if any(target.kind == "override" for target in targets):
         forget_shapes(model.graph)
 
@@ -64,6 +69,9 @@ def output_axes(model: ir.Model, targets: Sequence[Target], outputs: Sequence[ir
     inferred = passes.ShapeInferencePass()(copy).model
     found: dict[str, Varies] = {}
     for before, after in zip(outputs, inferred.graph.outputs, strict=True):
+        if (followed := varies_of(before)) is not None:
+            found[str(before.name)] = followed
+            continue
         for axis, (old, new) in enumerate(zip(before.shape or (), after.shape or (), strict=False)):
             letter = new.value if isinstance(new, ir.SymbolicDim) else None
             if letter in free:

@@ -17,7 +17,7 @@ from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.gate import Check, Limits
-from tpeft_deploy.exporters.graphs import held_tensor, optimize, turn_weights
+from tpeft_deploy.exporters.graphs import clean_up, fuse_norms, held_tensor, prepare, turn_weights
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.near_ties import explain
 from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
@@ -35,7 +35,6 @@ __all__ = ["export_folded", "fold", "plan_folded", "write_folded"]
 
 _log = logging.getLogger("tpeft_deploy.exporters")
 
-SMALL = 1 << 20  # bytes
 LARGE = 100_000_000  # bytes; a file in one piece is built in memory, twice, and protobuf stops at 2 GiB
 
 
@@ -83,7 +82,7 @@ def export_folded(
         base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
     )
     loaded = fit_vocabulary(loaded, {task: adapter}) if resize_embeddings else loaded
-    loaded, raw, adapter = _trace(loaded, adapter, unused, progress)
+    loaded, raw, adapter = _prepare(*_trace(loaded, adapter, unused, progress))
     progress("fold and check")
     limit = limits_of(raw.graph, measure_rounding(loaded, raw.graph), tolerance)
     return write_folded(loaded, raw, adapter, Path(path), limit, task=task, sources=Sources(loaded, raw.graph))
@@ -144,6 +143,14 @@ def _trace(loaded: Base, adapter: Adapter, unused: Unused, progress: Progress) -
     return loaded, raw, adapter
 
 
+def _prepare(loaded: Base, raw: ir.Model, adapter: Adapter) -> tuple[Base, ir.Model, Adapter]:
+    """A trace with its graph optimised, for `fold` to put the adapter's tensors into."""
+    resolved = resolve(raw.graph, loaded.weights, loaded.aliases)
+    overrides = held_changes(loaded, raw.graph, adapter).overrides
+    resized = [name for name, array in overrides.items() if array.shape != loaded.weights[name].shape]
+    return loaded, prepare(raw, resolved.values(), overrides, resized, folded=True), adapter
+
+
 def write_folded(
     base: Base, raw: ir.Model, adapter: Adapter, path: Path, limit: Limits, *, task: str, sources: Sources
 ) -> list[Check]:
@@ -181,7 +188,7 @@ def write_folded(
 
 
 def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
-    """A copy of a raw graph with an adapter's tensors in place of the base's, optimised.
+    """A copy of a prepared graph with an adapter's tensors in place of the base's.
 
     Raises:
         UnknownTarget: the graph does not use a weight that the adapter changes.
@@ -198,10 +205,9 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
     model = raw.clone()
     _tie(model.graph, base.ties, changed)
     replace_weights(base, model, adapter)
-    # Of large weights the optimiser would only make further copies, and have each merged again for every one.
-    large = [name for name, v in model.graph.initializers.items() if v.const_value and v.const_value.nbytes > SMALL]
-    optimize(model, keep=large, inline=True)
+    fuse_norms(model)
     turn_weights(model.graph)
+    clean_up(model)
     model.metadata_props.update({"tpeft.form": "folded", "tpeft.task": task})
     return model
 

@@ -77,10 +77,10 @@ class Check:
         sizes: the free sizes of the inputs, e.g. {"batch": 5, "sequence": 14}.
         error: relative error of the output that is nearest to its limit, or the furthest beyond; infinite where there
             is nothing to compare.
-        limit: what that output had to stay under.
+        limit: relative error allowed for that output.
         outputs: relative error of every output.
         failure: why the form may not be used, or None where every output is within the limit.
-        oracle: what the form was compared with: the merged base, or a training library ("peft 0.21.2").
+        oracle: reference of the comparison: the merged base, or a training library ("peft 0.21.2").
     """
 
     form: str
@@ -230,8 +230,8 @@ def measure(
         sizes: the sizes it was run at.
         answer: runs the form.
         expected: the reference's outputs.
-        limit: of all outputs, or of each; it is 2e-3 at least where an output is in 16 bits.
-        oracle: what computed `expected`, as in `Check`.
+        limit: relative error allowed for all outputs, or for each; at least 2e-3 where an output is in 16 bits.
+        oracle: source of `expected`, as in `Check`.
     """
     against, fix = ("the merged model", _FIX) if oracle == MERGED else (f"the forward of {oracle}", _FIX_READING)
     doing = f"check the {form} export of task {task!r} at " + ", ".join(f"{n} {size}" for n, size in sizes.items())

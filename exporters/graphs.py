@@ -15,23 +15,35 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
+from onnxscript.rewriter import RewriteRuleSet
+from onnxscript.rewriter.rules.common import (
+    fuse_batchnorm_into_conv_rule,
+    fuse_batchnorm_into_conv_transpose_rule,
+    fuse_batchnorm_into_gemm_rule,
+)
 
 from tpeft_deploy.exporters import quantised
+from tpeft_deploy.exporters.heads import free_sizes
 from tpeft_deploy.exporters.quiet import quiet
 from tpeft_deploy.manifest import Weight
 
 __all__ = [
+    "clean_up",
     "complete_shapes",
     "forget_shapes",
+    "fuse_norms",
     "held_tensor",
     "lay_out",
     "optimize",
+    "prepare",
     "share_weights",
     "turn_weights",
     "write_weights",
 ]
 
 _DTYPES = {"bfloat16": ir.DataType.BFLOAT16}  # numpy knows this dtype only where ml_dtypes was imported
+_NORM_RULES = [fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_conv_transpose_rule, fuse_batchnorm_into_gemm_rule]
+SMALL = 1 << 20  # bytes
 ALIGNMENT = 4096  # what ONNX Runtime can map without a copy on every platform
 
 
@@ -39,18 +51,102 @@ def optimize(model: ir.Model, keep: Iterable[str] = (), *, inline: bool = False)
     """Run onnxscript's optimiser in place, leaving some initializers as they are.
 
     Args:
-        model: a graph with branches already attached.
+        model: changed in place.
         keep: initializers whose names and values must survive, those that can be overridden included.
         inline: whether model-local functions are inlined.
     """
     with _hidden(model.graph, [*keep, *quantised.operands(model.graph)]), quiet():
         optimizer.optimize(model, inline=inline)
+    clean_up(model)
+
+
+def prepare(
+    raw: ir.Model, keep: Iterable[str], free: Iterable[str] = (), resized: Iterable[str] = (), *, folded: bool = False
+) -> ir.Model:
+    """Optimise a copy of a raw graph without the values of its weights, for branches to be attached to its clones.
+
+    Every target is as it was in the raw graph, by name and value: no rule can use a value that is hidden.
+
+    Args:
+        raw: left as it is.
+        keep: every initializer that a branch, a task or the shared file may ask for.
+        free: those of them that a task may replace by one of another size.
+        resized: those of them that a task is known to replace so.
+        folded: whether each graph will hold one task alone.
+
+    Raises:
+        UnsupportedTarget: the graph has the size of one in `resized` in a place that cannot be mended.
+    """
+    model = raw.clone()
+    graph, traced = model.graph, {value.name: value.shape for value in _values(raw.graph)}
+    weights = [graph.initializers[name] for name in free if name in graph.initializers]
+    free_sizes(model, [str(value.name) for value in weights], resized, folded=folded)
+    told = [dict(value.meta) for value in graph.outputs]  # an output that the optimiser replaces would lose it
+    below = _below(weights)
+    for value in below:
+        value.shape = None  # else rules write the traced sizes into Reshape and Expand
+    for value in weights:
+        value.shape = _first_free(value)
+    loose = {str(value.name) for value in below}
+    optimize(model, keep, inline=True)
+    for value, own in zip(graph.outputs, told, strict=True):
+        value.meta.update(own)
+    for value in _values(graph):
+        if value.name in traced and (value.shape is None or value.name in loose):
+            value.shape = _copied(traced[value.name])
+    for value, original in zip([*graph.inputs, *graph.outputs], [*raw.graph.inputs, *raw.graph.outputs], strict=True):
+        value.shape = _copied(original.shape)
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            value.shape = _copied(value.const_value.shape)  # type: ignore[arg-type]
+    return model
+
+
+def clean_up(model: ir.Model) -> None:
+    """Remove what nothing uses, in place, and let every tensor have the name of its initializer."""
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     passes.RemoveUnusedOpsetsPass()(model)
+    passes.NameFixPass()(model)
     for value in model.graph.initializers.values():
         if value.const_value is not None:
             value.const_value.name = value.name
+
+
+def fuse_norms(model: ir.Model) -> None:
+    """Fold BatchNormalization into the small convolutions before it, in place; ONNX Runtime does so for all at load."""
+    if all(node.op_type != "BatchNormalization" for node in model.graph):
+        return
+    # Large weights are merged anew each time that they are looked at.
+    weights = model.graph.initializers.items()
+    large = [name for name, value in weights if value.const_value and value.const_value.nbytes > SMALL]
+    with _hidden(model.graph, large), quiet():
+        RewriteRuleSet(_NORM_RULES).apply_to_model(model)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    for node in graph:
+        yield from node.outputs
+
+
+def _below(values: Iterable[ir.Value]) -> list[ir.Value]:
+    """Everything that is computed from some values."""
+    found: dict[int, ir.Value] = {}
+    waiting = list(values)
+    while waiting:
+        for node in waiting.pop().consumers():
+            new = [value for value in node.outputs if id(value) not in found]
+            found |= {id(value): value for value in new}
+            waiting += new
+    return list(found.values())
+
+
+def _first_free(weight: ir.Value) -> ir.Shape | None:
+    return ir.Shape([f"{weight.name}.C", *weight.shape[1:]]) if weight.shape else weight.shape
+
+
+def _copied(shape: ir.Shape | None) -> ir.Shape | None:
+    return ir.Shape(list(shape)) if shape is not None else None
 
 
 @contextmanager

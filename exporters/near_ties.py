@@ -29,7 +29,7 @@ def explain(check: Check, file: Path, feeds: Inputs) -> Check:
     """A failed check with a sentence about the nearest scores that an operator upstream of its output picks among.
 
     Args:
-        check: what failed; one that passed comes back as it is, as does one whose graph picks nothing.
+        check: a failed check; one that passed comes back unchanged, as does one of a graph that picks nothing.
         file: the graph that was run.
         feeds: everything that it was run with.
     """

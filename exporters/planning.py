@@ -16,12 +16,12 @@ from tpeft_deploy.exporters import banked, quantised
 from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.excluding import without
-from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out
+from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out, prepare
 from tpeft_deploy.exporters.loading import load_base
 from tpeft_deploy.exporters.padding import declare
 from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.rows import Order
-from tpeft_deploy.exporters.targets import activations, plan, plan_all, resolve
+from tpeft_deploy.exporters.targets import activations, held_by, plan, plan_all, resolve
 from tpeft_deploy.exporters.unused import Unused, drop_unused
 from tpeft_deploy.manifest import Manifest, Port, Varies, check_name
 from tpeft_deploy.progress import Progress, silent
@@ -172,6 +172,13 @@ def plan_bundle(
         task: settle(adapter, certain, loaded.ties, doing=f"export adapter {task!r} for {loaded.name}")
         for task, adapter in adapters.items()
     }
+    free, resized = set[str](), set[str]()
+    for task, adapter in known.items():
+        for weight, array in adapter.served_overrides.items():
+            held = held_by(certain, weight, doing=f"export adapter {task!r} for {loaded.name}")
+            free.add(held)
+            resized |= {held} if array.shape != loaded.weights[weight].shape else set()
+    raw = prepare(raw, resolved.values(), sorted(free), resized)
     targets = plan(raw.graph, known, certain, base=loaded.name) if adapters else plan_all(raw.graph, certain)
     targets = without(targets, exclude, resolved, base=loaded.name, given=bool(adapters))
     ties = tuple(tuple(group) for group in loaded.ties if any(weight in resolved for weight in group))

@@ -61,7 +61,7 @@ def prove(
         bundle: written already, with the adapters in it.
         adapters: task -> adapter.
         progress: told each stage.
-        sources: what the training libraries compute.
+        sources: answers of the training libraries.
 
     Raises:
         NotEquivalent: a form differs from the merged base, or from what its training library computes.

@@ -17,7 +17,6 @@ import onnx_ir as ir
 
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
-from tpeft_deploy.exporters.graphs import optimize
 from tpeft_deploy.exporters.samples import batch_axis, shapes_to_prove, with_sizes
 from tpeft_deploy.tucker import Array
 
@@ -123,7 +122,6 @@ def _showing(raw: ir.Model, wanted: Iterable[str]) -> ir.Model:
         node.outputs[0].type, node.outputs[0].shape = values[name].type, values[name].shape
         model.graph.append(node)
         model.graph.outputs.append(node.outputs[0])
-    optimize(model)
     return model
 
 

@@ -211,7 +211,7 @@ class Gathered:
     """Outputs put together from runs of some rows of a batch: those outputs that rows of different tasks have.
 
     Args:
-        ports: of the outputs.
+        ports: output ports.
         count: how many rows the batch has.
     """
 

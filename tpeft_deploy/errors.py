@@ -91,7 +91,7 @@ class TpeftError(Exception):
         doing: what was being done, naming the adapter, task, weight or row it was done for.
         problem: what went wrong, when `expected` and `got` do not say it already.
         expected: what should have been there.
-        got: what was there instead.
+        got: the value found instead.
         fix: what the reader can do about it, as a sentence.
     """
 

@@ -93,8 +93,12 @@ def sizes(manifest: Manifest, adapter: Adapter | None) -> dict[str, int]:
     """For every output that varies per task: the size of its varying axis for an adapter, or for the base."""
     overrides = adapter.overrides if adapter is not None else {}
     own = {manifest.canonical(name): array.shape for name, array in overrides.items()}
-    varying = [(port.name, port.varies.override) for port in manifest.outputs if port.varies is not None]
-    return {port: own.get(weight, manifest.weights[weight].shape)[0] for port, weight in varying}
+    found = {}
+    for port in manifest.outputs:
+        if (varies := port.varies) is not None:
+            rows = own.get(varies.override, manifest.weights[varies.override].shape)[0]
+            found[port.name] = varies.times * rows + varies.plus
+    return found
 
 
 def _settled(manifest: Manifest, adapter: Adapter, *, bundle: str) -> Adapter:

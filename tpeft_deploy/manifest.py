@@ -77,10 +77,19 @@ def check_name(name: str, what: str) -> str:
 
 @dataclass(frozen=True)
 class Varies:
-    """An axis of an output that has the first size of a task's own override (the classes of its head)."""
+    """An axis of an output that has a size C of a task's own: the first of its override (the classes of its head).
+
+    Args:
+        axis: has `times` C + `plus` entries, of which a narrower head's come first.
+        override: the weight that has C rows.
+        times: entries for each row.
+        plus: entries before those of the first row.
+    """
 
     axis: int
     override: str
+    times: int = 1
+    plus: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches import blocked, conv, experts, gain, linear, override, weight
+from tpeft_deploy.exporters.branches.surgery import call_first
 from tpeft_deploy.manifest import Rows
 from tpeft_deploy.slots import Kind, Target
 
-__all__ = ["BLOCKED_BRANCHES", "BRANCHES", "Branch", "Branches", "in_order"]
+__all__ = ["BLOCKED_BRANCHES", "BRANCHES", "Branch", "Branches", "fit_factors", "in_order"]
 
 Slots = dict[str, ir.Value]
 
@@ -44,6 +45,24 @@ BRANCHES: Branches = {
 
 BLOCKED_BRANCHES: Branches = {**BRANCHES, "weight": Branch(blocked.factored, blocked.banked)}
 """For graphs that only the CPU runs."""
+
+
+def fit_factors(model: ir.Model, targets: Sequence[Target], made: Mapping[str, Slots], function: str) -> None:
+    """Where one task changes a matrix and another replaces it, give the change the replacement's size, in place.
+
+    Args:
+        model: a graph to which no branch is attached yet.
+        targets: of all tasks.
+        made: the slots of every target by its key.
+        function: what fits a factor.
+    """
+    replaced = {target.name: made[target.key]["value"] for target in targets if target.kind == "override"}
+    for target in targets:
+        if target.kind == "linear" and target.name in replaced:
+            slots, name = made[target.key], f"{target.name}.up.resized"
+            fitted = call_first(model, function, [slots["up"], replaced[target.name]], name=name, like=None)
+            fitted.type = slots["up"].type
+            slots["up"] = fitted
 
 
 def in_order(targets: Sequence[Target]) -> list[Target]:

@@ -316,9 +316,19 @@ def BankedValue(adapter_index, values):
     return op.Squeeze(op.Gather(values, adapter_index), op.Constant(value_ints=[0]))
 
 
+@script(_tpeft, default_opset=op)
+def BankedResized(ups, values):
+    """As TuckerResized for banks (T, R, O) and (T, C, ..)."""
+    size = op.Shape(values, start=1, end=2)
+    zeros = op.Expand(op.CastLike(op.Constant(value_float=0.0), ups), op.Concat(op.Shape(ups, end=-1), size, axis=0))
+    start, last = op.Constant(value_ints=[0]), op.Constant(value_ints=[-1])
+    return op.Slice(op.Concat(ups, zeros, axis=-1), start, size, last)
+
+
 BANKED: dict[str, OnnxFunction] = {
     f.name: f
     for f in (
+        BankedResized,
         BankedLinear,
         BankedLinearMinor,
         BankedLinearShared,

@@ -105,6 +105,15 @@ def TuckerDepthwise(
     return _blocks.ReorderOutput(y, channels=group, channels_last=last)
 
 
+@script(_tpeft, default_opset=op)
+def TuckerResized(up, value):
+    """A factor (R, O) cut or filled up with zeros to (R, C); value (C, ..) is what a task has in the weight's place."""
+    size = op.Shape(value, end=1)
+    zeros = op.Expand(op.CastLike(op.Constant(value_float=0.0), up), op.Concat(op.Shape(up, end=-1), size, axis=0))
+    start, last = op.Constant(value_ints=[0]), op.Constant(value_ints=[-1])
+    return op.Slice(op.Concat(up, zeros, axis=-1), start, size, last)
+
+
 FACTORED: dict[str, OnnxFunction] = {
     f.name: f
     for f in (
@@ -117,5 +126,6 @@ FACTORED: dict[str, OnnxFunction] = {
         TuckerWeight,
         TuckerDepthwise,
         TuckerGain,
+        TuckerResized,
     )
 }

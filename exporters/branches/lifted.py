@@ -18,7 +18,7 @@ from tpeft_deploy.exporters.rows import order_of
 __all__ = ["has_batch", "lift", "partners"]
 
 _POINTWISE = {"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Where"}
-_SIZED = {"ConstantOfShape", "Expand", "Range", "Reshape", "Resize", "Tile"}  # their results have sizes of their own
+_SIZED = {"ConstantOfShape", "Expand", "Range", "Reshape", "Resize", "Tile"}  # their results have other sizes
 _MATRIX = 2  # axes of a product that do not broadcast
 
 
@@ -98,7 +98,7 @@ def lift(model: ir.Model, branches: Sequence[ir.Node], index: ir.Value, batch: s
 
 
 def _joined(branches: Sequence[ir.Node], batch: str) -> Region | None:
-    """The region of the first branch, together with all branches whose regions overlap it."""
+    """The region of the first branch, together with all branches of overlapping regions."""
     members = [branches[0]]
     while True:
         region = _region([node.outputs[0] for node in members], batch)

@@ -22,7 +22,7 @@ def load(model: nn.Module, path: Path) -> Callable[..., object]:
     """The forward method of a base that LyCORIS has given the modules of a file.
 
     Args:
-        model: the base, whose layers LyCORIS changes.
+        model: the base; LyCORIS changes its layers.
         path: the file.
 
     Raises:

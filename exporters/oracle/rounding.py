@@ -37,7 +37,7 @@ def measure_rounding(base: Base, graph: ir.Graph) -> Rounding | None:
 
     Args:
         base: the oracle.
-        graph: its raw graph, whose weights tell the dtype.
+        graph: its raw graph; the weights tell the dtype.
 
     Returns:
         What was measured, or the fixed limits and why; None for a base in 32 bits or more.
@@ -66,7 +66,7 @@ def limits_of(graph: ir.Graph, rounding: Rounding | None, tolerance: float | Non
 
     Args:
         graph: the raw graph.
-        rounding: what was measured of a base in 16 bits.
+        rounding: measurement of a base in 16 bits.
         tolerance: accepted error in float32; in 16 bits the limits are wider anyway.
     """
     return max(gate.limit_of(graph), tolerance or 0.0) if rounding is None else rounding.limits

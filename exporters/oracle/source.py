@@ -70,7 +70,7 @@ class Source:
             sizes: the sizes it was run at.
             answer: runs the form, once.
             expected: the merged base's outputs.
-            limit: of the relative error.
+            limit: relative error allowed.
         """
         answer = cache(answer)
         yield gate.measure(form, task, sizes, answer, expected, limit)
@@ -155,7 +155,7 @@ def _copy(module: nn.Module, adapter: Adapter) -> nn.Module:
         place = model.get_submodule(owner)
         own = getattr(place, leaf)
         if own.shape != array.shape:
-            # Not a number until the library has loaded its own values.
+            # Not a number until the library has loaded the task's values.
             setattr(place, leaf, nn.Parameter(torch.full(array.shape, torch.nan, dtype=own.dtype)))
     return model
 

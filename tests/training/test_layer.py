@@ -28,7 +28,10 @@ def is_grouped(layer: nn.Module) -> bool:
 
 
 # torch says so of every even kernel with padding="same", adapter or not.
-even_kernel = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+# torch says so once in a process, whichever test comes first.
+pytestmark = even_kernel = pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel lengths:UserWarning"
+)
 
 
 @even_kernel

@@ -16,7 +16,7 @@ class About(NamedTuple):
         layers: layer kinds that it changes.
         base: "no", "yes", or the case in which the base is needed to read it.
         stored: how a change is held: low-rank, dense, gain or override.
-        notes: what must be known beforehand, such as options that files must be saved with.
+        notes: conditions to know beforehand, such as options that files must be saved with.
         types: values of PEFT's `peft_type` that it covers.
     """
 

@@ -79,7 +79,7 @@ def no_module(name: str, got: object) -> UnsupportedBase:
 
     Args:
         name: base's name, for the message.
-        got: what was there instead.
+        got: the value found instead.
     """
     fixes = {
         "a class": "Make an instance of it and load the trained weights.",
@@ -161,7 +161,10 @@ def architecture(path: Path) -> str:
         raise UnsupportedBase(doing, problem=f"config.json cannot be read ({error})") from error
     if (path / "adapter_config.json").exists():
         raise UnsupportedBase(
-            doing, expected="a base", got="a directory with a PEFT adapter in it", fix="Keep the adapter in its own."
+            doing,
+            expected="a base",
+            got="a directory with a PEFT adapter in it",
+            fix="Keep the adapter in a separate directory.",
         )
     if not any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
         raise UnsupportedBase(

@@ -217,7 +217,7 @@ def _check_recognised(checkpoint: Checkpoint, asked: Set[str], *, directory: boo
             f"read {checkpoint.source}",
             expected=f"modules in a format of {', '.join(reader.NAME for reader in READERS)}",
             got=f"a PEFT adapter of peft_type {checkpoint.config.get('peft_type')!r} without any",
-            fix="Merge it with PEFT's merge_and_unload and export the merged model as a base of its own.",
+            fix="Merge it with PEFT's merge_and_unload and export the merged model as a separate base.",
         )
 
 

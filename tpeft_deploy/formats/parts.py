@@ -26,7 +26,7 @@ def cut_saved(saved: Saved, part: str, *, shared: Callable[[str], bool]) -> tupl
     """The tensors of one part, by the names they have, and what was left out.
 
     Args:
-        saved: of the whole model.
+        saved: tensors and configuration of the whole model.
         part: the prefix.
         shared: whether a key is that of a tensor which modules of several parts use.
 

@@ -45,7 +45,7 @@ def linear_layer(module: Module, checkpoint: Checkpoint, why: str) -> Linear:
     Args:
         module: the module.
         checkpoint: its checkpoint.
-        why: what the base is needed for, as a clause.
+        why: purpose of the base, as a clause.
 
     Raises:
         FormatError: no base was given, or its module has no weight of two axes.

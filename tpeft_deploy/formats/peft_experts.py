@@ -111,7 +111,7 @@ def _transposed(module: Module, checkpoint: Checkpoint, name: str, shape: tuple[
             doing(module, checkpoint),
             expected=f"a parameter {name!r} whose inputs and outputs differ in number",
             got=f"shape {shape}, of which only the module's code says whether outputs come first",
-            fix="Merge it with PEFT's merge_and_unload and export the merged model as a base of its own.",
+            fix="Merge it with PEFT's merge_and_unload and export the merged model as a separate base.",
         )
     return shape[2] == outputs
 

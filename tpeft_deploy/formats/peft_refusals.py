@@ -9,7 +9,7 @@ from tpeft_deploy.errors import FormatError
 
 __all__ = ["READ_TYPES", "refusals", "refuse"]
 
-_MERGE = "Merge it with PEFT's merge_and_unload and export the merged model as a base of its own."
+_MERGE = "Merge it with PEFT's merge_and_unload and export the merged model as a separate base."
 _OTHER = "Serve it with PEFT, or train the task again with a method that changes weights, such as LoRA."
 _CONVERT = "Save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...)."
 

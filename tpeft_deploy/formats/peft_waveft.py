@@ -52,7 +52,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             doing(module, checkpoint),
             expected="the wavelet db1",
             got=f"wavelet_family={family!r}, which this version has no filters of",
-            fix="Merge it with PEFT's merge_and_unload and export the merged model as a base of its own.",
+            fix="Merge it with PEFT's merge_and_unload and export the merged model as a separate base.",
         )
     rows, columns = places(module, checkpoint, spectrum, layer)
     even = (layer.outputs + layer.outputs % 2, layer.inputs + layer.inputs % 2)

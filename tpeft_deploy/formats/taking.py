@@ -105,7 +105,7 @@ def base_array(module: Module, checkpoint: Checkpoint, tensor: str, why: str) ->
         module: the module.
         checkpoint: its checkpoint.
         tensor: "weight" or "bias".
-        why: what the base is needed for, as a clause.
+        why: purpose of the base, as a clause.
 
     Raises:
         FormatError: no base was given, or its module has no such parameter.

@@ -21,7 +21,7 @@ def first_of_permutation(seed: int, size: int, count: int) -> Array:
     """The first `count` of torch's random permutation of range(size), int64.
 
     Args:
-        seed: what torch's generator was seeded with.
+        seed: seed of torch's generator.
         size: number of positions, below LIMIT.
         count: at most `size`.
     """
