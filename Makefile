@@ -3,6 +3,8 @@
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
 # make formats      docs/formats.md, after a change of a reader
+# make image        the container image (PROVIDER=cpu or gpu), on its base by digest
+# make image-lock   image/*.txt, after a change of constraints.txt
 # make clean        remove what the above made
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 OUT ?= quickstart
 ROUNDS ?= 20
 
-.PHONY: quickstart test test-stability check soak proto formats clean
+.PHONY: quickstart test test-stability check soak proto formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -37,6 +39,15 @@ proto: $(VENV)/dev-$(PROVIDER)
 
 formats: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/tpeft-deploy formats --markdown > docs/formats.md
+
+# The base's digest as the registry has it now; the image says which one it was.
+image:
+	base=python:3.11-slim@$$(docker buildx imagetools inspect python:3.11-slim --format '{{.Manifest.Digest}}') && \
+	docker build --build-arg PROVIDER=$(PROVIDER) --build-arg BASE=$$base \
+		--label org.opencontainers.image.base.name=$$base --tag tpeft-deploy .
+
+image-lock: $(BIN)/python
+	$(BIN)/python .ci/lock_image.py
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info

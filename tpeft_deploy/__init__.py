@@ -3,6 +3,7 @@
 Importing this package imports none of torch, onnx and onnxruntime: each public name is loaded when first used.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# ONNX Runtime reads this once, when it is loaded, and otherwise reports model names, graph names and error messages to
+# its vendor; ORT_DISABLE_TELEMETRY=0 in the environment keeps it on.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "Adapter": "tpeft_deploy.adapter",

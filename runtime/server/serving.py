@@ -29,7 +29,7 @@ from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.service import Options, Service, order_of
-from tpeft_deploy.runtime.server.settings import Settings
+from tpeft_deploy.runtime.server.settings import Settings, is_loopback
 from tpeft_deploy.runtime.server.tracing import tracing
 
 __all__ = ["serve"]
@@ -63,6 +63,11 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
                 log.write(exchange)
 
         say(f"provider: {runtime.provider} ({runtime.provider_reason})")
+        if settings.tls_cert is None and not is_loopback(settings.host):
+            say(
+                f"WARNING: no TLS on {_shown(settings.host)}: keys and tensors travel as plain text. "
+                "Give --tls-cert and --tls-key, or let nothing but a proxy with TLS reach this port."
+            )
         with asyncio.Runner(loop_factory=_loop()) as runner:
             runner.run(_run(service, settings, listener, observe, say))
     say("stopped")

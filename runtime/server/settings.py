@@ -15,7 +15,7 @@ from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching import Limits as Batching
 from tpeft_deploy.runtime.server.quotas import Quota
 
-__all__ = ["Settings", "read"]
+__all__ = ["Settings", "is_loopback", "read"]
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
@@ -125,7 +125,7 @@ class Settings(BaseSettings):
     def _together(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key are set together")
-        if self.no_auth and not _is_loopback(self.host):
+        if self.no_auth and not is_loopback(self.host):
             raise ValueError(f"no_auth is for a loopback address only, and host is {self.host}")
         return self
 
@@ -171,7 +171,8 @@ def read(file: Path | None, flags: Mapping[str, object]) -> Settings:
         raise ServerError(f"read settings from {file}", problem=str(error).splitlines()[0]) from None
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
     if host == "localhost":
         return True
     try:
