@@ -277,7 +277,7 @@ def grpc_streams(target: Target) -> None:
     import grpc
 
     method = "/inference.GRPCInferenceService/ModelStreamInfer"
-    held = []
+    held: list[object] = []
     with grpc.insecure_channel(f"127.0.0.1:{target.grpc_port}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
         call = channel.stream_stream(method)
 
