@@ -11,7 +11,7 @@ from tpeft_deploy.errors import Conflict, ProtocolError
 from tpeft_deploy.runtime import Runtime, Source
 from tpeft_deploy.runtime.server.access import SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.core import Part
-from tpeft_deploy.runtime.server.isolation.pool import Reader
+from tpeft_deploy.runtime.server.isolation.pool import Reader, Upload
 from tpeft_deploy.runtime.server.models import Models
 from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
@@ -72,9 +72,9 @@ class Management:
         async with self._state.tasks.staging(self._max_upload_bytes) as staged:
             async for part, stream in parts:
                 await staged.write(part, stream)
-            adapter = await self._reader.read(principal.tenant, staged.directory, f"the upload for task {name!r}")
+            upload = await self._reader.read(principal.tenant, staged.directory, f"the upload for task {name!r}")
             # Not cancelled half-way: whoever hangs up now finds the version registered, or not, but nothing between.
-            await asyncio.shield(asyncio.to_thread(self._add, whose, name, adapter, alias, principal.key))
+            await asyncio.shield(asyncio.to_thread(self._add, whose, name, upload, alias, principal.key))
         return self.task(whose, name)
 
     async def point(
@@ -137,7 +137,7 @@ class Management:
         """
         return self._state.tasks.snapshot().task(tenant, name)
 
-    def _add(self, tenant: str, name: str, adapter: Adapter, alias: str, by: str) -> None:
+    def _add(self, tenant: str, name: str, upload: Upload, alias: str, by: str) -> None:
         known: list[VersionRecord] = []
 
         def check(record: VersionRecord, adapter: Adapter) -> None:
@@ -145,7 +145,7 @@ class Management:
             known.append(record)
 
         try:
-            self._state.tasks.add(tenant, name, adapter, check, by=by, alias=alias)
+            self._state.tasks.add(tenant, name, upload.adapter, check, by=by, alias=alias, data=upload.data)
         except BaseException:
             self._runtime.forget(record.key for record in known)
             raise

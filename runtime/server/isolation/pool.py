@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from tpeft_deploy import errors
 from tpeft_deploy.adapter import Adapter
@@ -28,12 +28,24 @@ from tpeft_deploy.runtime.server.isolation import reader
 from tpeft_deploy.runtime.server.isolation.limits import Limits
 from tpeft_deploy.runtime.server.isolation.process import Outcome, Process
 
-__all__ = ["Direct", "Pool", "Reader"]
+__all__ = ["Direct", "Pool", "Reader", "Upload"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 _REFUSAL_BYTES = 1 << 16
 # What the header of a canonical file takes for one weight: a few tensors with offsets, a scale, a digest; and for all.
 _HEAD_TIMES, _HEAD_MORE, _HEAD_LEAST = 8, 1024, 1 << 16
+
+
+class Upload(NamedTuple):
+    """An upload that was read.
+
+    Attributes:
+        adapter: what it says.
+        data: the same as a canonical file.
+    """
+
+    adapter: Adapter
+    data: bytes
 
 
 class Reader(Protocol):
@@ -46,7 +58,7 @@ class Reader(Protocol):
             Unavailable, QuotaExceeded: too many uploads wait.
         """
 
-    async def read(self, tenant: str, directory: Path, of: str) -> Adapter:
+    async def read(self, tenant: str, directory: Path, of: str) -> Upload:
         """The adapter of an upload, fitted to the bundle.
 
         Args:
@@ -73,9 +85,13 @@ class Direct:
     def check_room(self, tenant: str) -> None:
         """Refuse nothing."""
 
-    async def read(self, tenant: str, directory: Path, of: str) -> Adapter:
+    async def read(self, tenant: str, directory: Path, of: str) -> Upload:
         """The adapter of an upload."""
-        return await asyncio.to_thread(reader.read, self._bundle, directory, of)
+        return await asyncio.to_thread(self._read, directory, of)
+
+    def _read(self, directory: Path, of: str) -> Upload:
+        found = reader.read(self._bundle, directory, of)
+        return Upload(found, found.to_bytes())
 
 
 @dataclass(eq=False)
@@ -83,7 +99,7 @@ class _Job:
     tenant: str
     directory: Path
     of: str
-    future: Future[Adapter] = field(default_factory=Future)
+    future: Future[Upload] = field(default_factory=Future)
     lock: threading.Lock = field(default_factory=threading.Lock)  # of the two below
     process: Process | None = None
     abandoned: bool = False
@@ -134,7 +150,7 @@ class Pool:
         with self._lock:
             self._check_room(tenant)
 
-    async def read(self, tenant: str, directory: Path, of: str) -> Adapter:
+    async def read(self, tenant: str, directory: Path, of: str) -> Upload:
         """The adapter of an upload; one whose caller is cancelled is read no further."""
         job = _Job(tenant, directory, of)
         with self._lock:
@@ -217,7 +233,7 @@ class Pool:
             self._running = +self._running
             self._dispatch()
 
-    def _read(self, job: _Job) -> Adapter:
+    def _read(self, job: _Job) -> Upload:
         process = self._ready(job.of)
         with job.lock:
             if job.abandoned:
@@ -306,7 +322,7 @@ class Pool:
             raise _over(of, f"at most {limits.memory_bytes:,} bytes of memory to read it")
         raise _crashed(of, f"its process ended with {'signal' if status < 0 else 'status'} {abs(status)}")
 
-    def _result(self, job: _Job) -> Adapter:
+    def _result(self, job: _Job) -> Upload:
         place, limit = job.directory / reader.RESULT, self._limits.result_bytes
         data = _bounded(place, limit)
         if data is None:
@@ -316,7 +332,7 @@ class Pool:
             raise AdapterError(
                 f"read {job.of}", expected=f"names and digests of at most {self._header_bytes:,} bytes", got=f"{head:,}"
             )
-        return canonical.from_bytes(data, source=job.of)
+        return Upload(canonical.from_bytes(data, source=job.of), data)
 
 
 def _header_bytes(manifest: Manifest) -> int:
@@ -329,9 +345,9 @@ def _bounded(place: Path, limit: int) -> bytes | None:
         handle = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    with os.fdopen(handle, "rb") as file:
+    with os.fdopen(handle, "rb", buffering=0) as file:  # a buffer would be copied while all threads wait
         about = os.fstat(handle)
-        return file.read(about.st_size) if stat.S_ISREG(about.st_mode) and about.st_size <= limit else None
+        return file.readall() if stat.S_ISREG(about.st_mode) and about.st_size <= limit else None
 
 
 def _raise_refusal(job: _Job) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tpeft_deploy.runtime.server.isolation.limits import Limits
 
@@ -61,9 +62,8 @@ class Process:
             start_new_session=True,
             bufsize=0,
         )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        self._stdin: IO[bytes] = self._process.stdin  # type: ignore[assignment]  # both are pipes
+        self._stdout: IO[bytes] = self._process.stdout  # type: ignore[assignment]
         self._lock = threading.Lock()  # of signals: none goes to a process that took over the number
         self._ready = False
 

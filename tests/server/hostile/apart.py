@@ -15,7 +15,9 @@ import numpy as np
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.runtime.server.isolation import reader
+from tpeft_deploy.runtime.server.isolation.limits import Limits
 from tpeft_deploy.runtime.server.isolation.pool import Pool
+from tpeft_deploy.runtime.server.isolation.process import Outcome
 
 NAMES = {"weights": reader.WEIGHTS_FILE, "config": reader.CONFIG_FILE}
 OF = "the upload for task 'mood'"
@@ -99,6 +101,22 @@ reader.main(int(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
+class Observed(list[Outcome]):
+    """How uploads ended."""
+
+    def check(self, limits: Limits) -> None:
+        for outcome in self:
+            assert outcome.cpu <= limits.cpu_seconds + 1
+            assert outcome.rss <= limits.memory_bytes + (100 << 20)  # an idle reader's
+
+    def summary(self) -> str:
+        ended = sum(outcome.status != 0 for outcome in self)
+        return (
+            f"{ended} of {len(self)} ended by limits, at most {max(o.cpu for o in self):.2f} s and "
+            f"{max(o.rss for o in self) >> 20} MiB"
+        )
+
+
 def act(name: str) -> dict[str, bytes]:
     """An upload that `ACTS` acts on."""
     return {"weights": name.ljust(20).encode()}
@@ -149,7 +167,7 @@ async def send(pool: Pool, parts: Mapping[str, bytes], tenant: str = "acme") -> 
     """What a pool makes of an upload; other errors than ours are raised."""
     with staged(parts) as place:
         try:
-            return await pool.read(tenant, place, OF)
+            return (await pool.read(tenant, place, OF)).adapter
         except TpeftError as error:
             text = str(error)
             assert str(place) not in text

@@ -16,14 +16,14 @@ import pytest
 
 from tests.server.asking import Asking
 from tests.server.conftest import serve, upload
-from tests.server.hostile.apart import ACTS, ATTACKS, OF, act, safetensors, send, sent, staged
+from tests.server.hostile.apart import ACTS, ATTACKS, OF, Observed, act, safetensors, send, sent, staged
 from tests.server.processes import server
 from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import AdapterError, FormatError, ProtocolError, QuotaExceeded, Unavailable
+from tpeft_deploy.runtime.server.isolation import reader
 from tpeft_deploy.runtime.server.isolation.limits import Limits
 from tpeft_deploy.runtime.server.isolation.pool import Pool
-from tpeft_deploy.runtime.server.isolation.process import Outcome
 from tpeft_deploy.runtime.server.registry import open_keys
 
 LIMITS = Limits(cpu_seconds=1, memory_bytes=256 << 20, result_bytes=8 << 20, waiting=4, tenant_waiting=2)
@@ -42,15 +42,6 @@ ACTED = {
     "kill_reader": "its process ended",
     "open_files": "its process ended with status 4",
 }
-
-
-class Observed(list[Outcome]):
-    """How uploads ended."""
-
-    def check(self, limits: Limits) -> None:
-        for outcome in self:
-            assert outcome.cpu <= limits.cpu_seconds + 1
-            assert outcome.rss <= limits.memory_bytes + (100 << 20)  # an idle reader's
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +247,7 @@ def test_a_reader_imports_nothing_that_it_does_not_need(conv_bundle: Bundle, tmp
     program = tmp_path / "modules.py"
     program.write_text(f"""
 import runpy, sys
-names = runpy.run_path({Pool.__init__.__kwdefaults__["program"].__fspath__()!r}, run_name="reader")
+names = runpy.run_path({reader.__file__!r}, run_name="reader")
 open({str(tmp_path / "modules")!r}, "w").write(" ".join(sys.modules))
 names["main"](int(sys.argv[1]), __import__("pathlib").Path(sys.argv[2]))
 """)

@@ -1,0 +1,70 @@
+"""Uploads bred at random, through the real readers: none over its limits, and the event loop never waits for one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+
+import pytest
+
+from tests.server.hostile.apart import Observed, send
+from tests.server.hostile.mutated_uploads import breed
+from tests.waiting import wait_until
+from tpeft_deploy import Bundle
+from tpeft_deploy.runtime.server.isolation.limits import Limits
+from tpeft_deploy.runtime.server.isolation.pool import Pool
+
+LIMITS = Limits(cpu_seconds=1, wall_seconds=30, memory_bytes=256 << 20, result_bytes=8 << 20)
+AT_ONCE = 2
+
+
+class Stalls:
+    """The longest time for which an event loop did nothing else."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+
+    async def watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            begin = loop.time()
+            await asyncio.sleep(0.005)
+            self.longest = max(self.longest, loop.time() - begin - 0.005)
+
+
+@pytest.mark.parametrize(
+    ("count", "longest"),
+    [
+        (200, 1.0),  # a bound that says nothing of the machine
+        pytest.param(100_000, 0.05, marks=[pytest.mark.soak, pytest.mark.timeout(7200)]),
+    ],
+)
+def test_bred_uploads(conv_bundle: Bundle, count: int, longest: float) -> None:
+    observed, stalls, kinds = Observed(), Stalls(), Counter[str]()
+
+    async def some(pool: Pool, first: int) -> None:
+        for seed in range(first, count, AT_ONCE):
+            parts = await asyncio.to_thread(breed, seed)
+            try:
+                found = await send(pool, parts, f"tenant {first}")
+            except BaseException as error:
+                error.add_note(f"of breed({seed})")
+                raise
+            kinds[type(found).__name__] += 1
+
+    async def all_of_them(pool: Pool) -> None:
+        watching = asyncio.create_task(stalls.watch())
+        await asyncio.gather(*(some(pool, first) for first in range(AT_ONCE)))
+        watching.cancel()
+
+    with contextlib.closing(Pool(conv_bundle, LIMITS, observe=observed.append)) as pool:
+        wait_until(lambda: len(pool.pids()) == LIMITS.readers, "the readers start")
+        readers = set(pool.pids())
+        asyncio.run(all_of_them(pool))
+        assert readers <= set(pool.pids()), "no reader itself had to be replaced"
+    print(f"{dict(kinds)}, {observed.summary()}, longest stall {1000 * stalls.longest:.0f} ms")
+    assert len(observed) == count == kinds.total()
+    assert {"Adapter", "FormatError"} <= set(kinds)
+    observed.check(LIMITS)
+    assert stalls.longest <= longest
