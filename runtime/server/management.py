@@ -11,7 +11,8 @@ from tpeft_deploy.errors import Conflict, ProtocolError
 from tpeft_deploy.runtime import Runtime, Source
 from tpeft_deploy.runtime.server.access import SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.core import Part
-from tpeft_deploy.runtime.server.isolation.pool import Reader, Upload
+from tpeft_deploy.runtime.server.isolation.outcomes import Upload
+from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.models import Models
 from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.statistics import Statistics

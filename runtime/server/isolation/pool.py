@@ -4,48 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import json
 import logging
-import os
-import signal
-import stat
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Protocol
 
-from tpeft_deploy import errors
-from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import Bundle
-from tpeft_deploy.errors import AdapterError, ProtocolError, QuotaExceeded, TpeftError, Unavailable, brief
-from tpeft_deploy.formats import canonical
-from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.errors import QuotaExceeded, TpeftError, Unavailable
 from tpeft_deploy.runtime.server.isolation import reader
 from tpeft_deploy.runtime.server.isolation.limits import Limits
+from tpeft_deploy.runtime.server.isolation.outcomes import (
+    Upload,
+    closing,
+    collect,
+    crashed,
+    header_bytes,
+    no_process,
+)
 from tpeft_deploy.runtime.server.isolation.process import Outcome, Process
 
-__all__ = ["Direct", "Pool", "Reader", "Upload"]
+__all__ = ["Direct", "Pool", "Reader"]
 
 _log = logging.getLogger("tpeft_deploy.server")
-_REFUSAL_BYTES = 1 << 16
-# What the header of a canonical file takes for one weight: a few tensors with offsets, a scale, a digest; and for all.
-_HEAD_TIMES, _HEAD_MORE, _HEAD_LEAST = 8, 1024, 1 << 16
-
-
-class Upload(NamedTuple):
-    """An upload that was read.
-
-    Attributes:
-        adapter: what it says.
-        data: the same as a canonical file.
-    """
-
-    adapter: Adapter
-    data: bytes
 
 
 class Reader(Protocol):
@@ -126,7 +110,7 @@ class Pool:
         observe: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
         self._path = bundle.path.resolve()
-        self._header_bytes = _header_bytes(bundle.manifest)
+        self._header_bytes = header_bytes(bundle.manifest)
         self._limits = limits or Limits()
         self._program = program
         self._observe = observe
@@ -176,7 +160,7 @@ class Pool:
             for process in self._processes:
                 process.kill()
         for job in waiting:
-            job.future.set_exception(_closing(job.of))
+            job.future.set_exception(closing(job.of))
         self._threads.shutdown()
         for process in list(self._processes):
             self._drop(process)
@@ -185,7 +169,7 @@ class Pool:
         doing, fix = "take an upload", "Send it again later."
         own = len(self._waiting.get(tenant, ()))
         if self._closed:
-            raise _closing("an upload")
+            raise closing("an upload")
         if own >= self._limits.tenant_waiting:
             raise QuotaExceeded(
                 doing,
@@ -238,7 +222,7 @@ class Pool:
         with job.lock:
             if job.abandoned:
                 self._give_back(process)
-                raise _closing(job.of)
+                raise closing(job.of)
             job.process = process
         outcome = process.ask(job.directory, job.of, self._limits)
         with job.lock:
@@ -246,13 +230,11 @@ class Pool:
         if outcome is None:
             self._drop(process)
             if self._closed or job.abandoned:
-                raise _closing(job.of)
-            raise _crashed(job.of, "its process ended")
+                raise closing(job.of)
+            raise crashed(job.of, "its process ended")
         self._give_back(process)
         self._observe(outcome)
-        self._check(job.of, outcome)
-        _raise_refusal(job)
-        return self._result(job)
+        return collect(job.directory, job.of, outcome, self._limits, self._header_bytes)
 
     def _abandon(self, job: _Job) -> None:
         with self._lock:
@@ -263,7 +245,7 @@ class Pool:
                 if not jobs:
                     del self._waiting[job.tenant]
         if waits:
-            job.future.set_exception(_closing(job.of))
+            job.future.set_exception(closing(job.of))
             return
         with job.lock:
             job.abandoned = True
@@ -285,16 +267,16 @@ class Pool:
             process = Process(self._path, self._program)
         except OSError as error:
             _log.error("cannot start a reader of uploads: %s", error)
-            raise Unavailable(f"read {of}", problem="the server cannot start a process for it now") from None
+            raise no_process(of) from None
         with self._lock:
             closed = self._closed
             self._processes.add(process)
         if closed or not process.wait_ready():
             self._drop(process)
             if self._closed:
-                raise _closing(of)
+                raise closing(of)
             _log.error("a reader of uploads did not start")
-            raise Unavailable(f"read {of}", problem="the server cannot start a process for it now")
+            raise no_process(of)
         return process
 
     def _warm_up(self) -> None:
@@ -309,92 +291,3 @@ class Pool:
         with self._lock:
             self._processes.discard(process)
         process.close()
-
-    def _check(self, of: str, outcome: Outcome) -> None:
-        limits, status = self._limits, outcome.status
-        if status == 0:
-            return
-        if outcome.late:
-            raise _over(of, f"at most {limits.wall_seconds:g} s to read it")
-        if status == -signal.SIGXCPU or outcome.cpu >= limits.cpu_seconds:
-            raise _over(of, f"at most {limits.cpu_seconds} s of processor time to read it")
-        if status == reader.NO_MEMORY:
-            raise _over(of, f"at most {limits.memory_bytes:,} bytes of memory to read it")
-        raise _crashed(of, f"its process ended with {'signal' if status < 0 else 'status'} {abs(status)}")
-
-    def _result(self, job: _Job) -> Upload:
-        place, limit = job.directory / reader.RESULT, self._limits.result_bytes
-        data = _bounded(place, limit)
-        if data is None:
-            raise _crashed(job.of, "its process left no result")
-        head = int.from_bytes(data[:8], "little")
-        if head > self._header_bytes:  # parsed here, it would hold up everything else
-            raise AdapterError(
-                f"read {job.of}", expected=f"names and digests of at most {self._header_bytes:,} bytes", got=f"{head:,}"
-            )
-        return Upload(canonical.from_bytes(data, source=job.of), data)
-
-
-def _header_bytes(manifest: Manifest) -> int:
-    return _HEAD_LEAST + sum(_HEAD_TIMES * len(name.encode()) + _HEAD_MORE for name in manifest.stored)
-
-
-def _bounded(place: Path, limit: int) -> bytes | None:
-    """A file's bytes; None for one that is missing, longer or no plain file."""
-    try:
-        handle = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with os.fdopen(handle, "rb", buffering=0) as file:  # a buffer would be copied while all threads wait
-        about = os.fstat(handle)
-        return file.readall() if stat.S_ISREG(about.st_mode) and about.st_size <= limit else None
-
-
-def _raise_refusal(job: _Job) -> None:
-    """Raise what a reader refused an upload with.
-
-    Nothing in it is trusted: the class is one for files that are wrong, and the text is one line of bounded length.
-    """
-    place = job.directory / reader.REFUSAL
-    if not place.exists() and not place.is_symlink():
-        return
-    try:
-        found = json.loads(_bounded(place, _REFUSAL_BYTES) or b"")
-        name, text, trace = (str(found.get(key, "")) for key in ("kind", "text", "trace"))
-    except (ValueError, AttributeError, RecursionError):
-        raise _crashed(job.of, "its process left no result") from None
-    if name == "OSError":
-        _raise_system(job.of, text)
-    kind = getattr(errors, name, AdapterError) if name in errors.__all__ else AdapterError
-    if not (isinstance(kind, type) and issubclass(kind, AdapterError | ProtocolError)):
-        kind = AdapterError
-    if not text:
-        _log.error("a reader of uploads failed: %s", brief(trace, 4000))
-        raise AdapterError(f"read {job.of}", problem=f"it is damaged, or of a kind that no reader knows ({name[:40]})")
-    raise kind(brief(text, 2000))
-
-
-def _raise_system(of: str, name: str) -> NoReturn:
-    if name == "EFBIG":
-        raise _over(of, "a canonical file within the limit")
-    number = getattr(errno, name, errno.EIO) if name in {"ENOSPC", "EDQUOT"} else errno.EIO
-    if number == errno.EIO:
-        raise AdapterError(f"read {of}", problem=f"its files cannot be read ({name[:40]})")
-    raise OSError(number, os.strerror(number))
-
-
-def _over(of: str, expected: str) -> AdapterError:
-    return AdapterError(
-        f"read {of}",
-        expected=expected,
-        got="an adapter that takes more",
-        fix="Check what saved it; the operator sets the server's limits (upload_...).",
-    )
-
-
-def _crashed(of: str, problem: str) -> AdapterError:
-    return AdapterError(f"read {of}", problem=problem, fix="Check what saved it, or send it again.")
-
-
-def _closing(of: str) -> Unavailable:
-    return Unavailable(f"read {of}", problem="the server is stopping")

@@ -27,19 +27,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import safetensors.numpy  # noqa: F401  # else each fork would import it
+
 from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import Bundle
-from tpeft_deploy.errors import ProtocolError, TpeftError
+from tpeft_deploy.errors import AdapterError, ProtocolError, TpeftError
 from tpeft_deploy.formats import load_adapter
 
-__all__ = ["CONFIG_FILE", "NO_MEMORY", "REFUSAL", "RESULT", "WEIGHTS_FILE", "main", "read"]
+__all__ = ["CONFIG_FILE", "NO_FORK", "NO_MEMORY", "REFUSAL", "RESULT", "WEIGHTS_FILE", "main", "read"]
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 RESULT, REFUSAL = "result.safetensors", "refusal.json"
-NO_MEMORY, BROKEN = 3, 4  # exit statuses of a fork that could not write a refusal
+NO_MEMORY, BROKEN, NO_FORK = 3, 4, 5  # exit statuses where there is no refusal to read
 
 _FILES = 64
+_NICE = 10  # inference goes before it
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _LONGEST = 4000
 
@@ -79,6 +82,7 @@ def main(server: int, bundle: Path) -> None:
         bundle: path of the bundle.
     """
     _end_with(server)
+    os.nice(_NICE)
     answers = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
@@ -91,10 +95,15 @@ def main(server: int, bundle: Path) -> None:
     gc.freeze()
     os.write(answers, b"ready\n")
     for job in _jobs():
-        parent, pid = os.getpid(), os.fork()
-        if not pid:
-            _fork(opened, job, parent, [answers, woken, wakes])
-        answer = _wait(pid, woken, float(job["wall_seconds"]))
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError:  # too many processes, or no memory
+            answer: dict[str, object] = {"status": NO_FORK << 8, "late": False, "cpu": 0.0, "rss": 0}
+        else:
+            if not pid:
+                _fork(opened, job, parent, [answers, woken, wakes])
+            answer = _wait(pid, woken, float(job["wall_seconds"]))
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
@@ -148,11 +157,11 @@ def _convert(bundle: Bundle, directory: Path, of: str) -> int:
         (directory / RESULT).write_bytes(read(bundle, directory, of).to_bytes())
     except MemoryError:
         return NO_MEMORY
-    except TpeftError as error:
+    except (AdapterError, ProtocolError) as error:
         refusal = {"kind": type(error).__name__, "text": str(error)[:_LONGEST]}
     except OSError as error:
         refusal = {"kind": "OSError", "text": errno.errorcode.get(error.errno or 0, "EIO")}
-    except Exception as error:  # what a reader did not foresee is the upload's fault, and told to the log
+    except Exception as error:  # what no reader foresaw, or something of the server: for the log
         refusal = {"kind": type(error).__name__, "text": "", "trace": traceback.format_exc()[-_LONGEST:]}
     else:
         return 0

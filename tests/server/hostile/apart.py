@@ -30,6 +30,15 @@ spec = importlib.util.spec_from_file_location("reader", {reader.__file__!r})
 reader = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reader)
 
+def break_bundle(directory):
+    from tpeft_deploy.errors import IntegrityError
+    reader.read = lambda *_: (_ for _ in ()).throw(IntegrityError("open bundle /a/secret/place"))
+    return own(None, directory, "x")
+
+def stumble(directory):
+    reader.read = lambda *_: [].pop()
+    return own(None, directory, "x")
+
 def allocate(directory):
     kept = []
     while True:
@@ -166,13 +175,17 @@ def staged(parts: Mapping[str, bytes]) -> Iterator[Path]:
 async def send(pool: Pool, parts: Mapping[str, bytes], tenant: str = "acme") -> Adapter | TpeftError:
     """What a pool makes of an upload; other errors than ours are raised."""
     with staged(parts) as place:
-        try:
-            return (await pool.read(tenant, place, OF)).adapter
-        except TpeftError as error:
-            text = str(error)
-            assert str(place) not in text
-            assert not re.search(r"\n|Traceback|\.py\b", text), text
-            return error
+        return await send_staged(pool, place, tenant)
+
+
+async def send_staged(pool: Pool, place: Path, tenant: str) -> Adapter | TpeftError:
+    try:
+        return (await pool.read(tenant, place, OF)).adapter
+    except TpeftError as error:
+        text = str(error)
+        assert str(place) not in text
+        assert not re.search(r"\n|Traceback|\.py\b", text), text
+        return error
 
 
 def sent(pool: Pool, parts: Mapping[str, bytes], tenant: str = "acme") -> Adapter | TpeftError:

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 
 from tests import nets
 
-VALUES = [
+VALUES: list[object] = [
     None, True, -1, 0, 1, 1e308, 10**30, "", "x" * 1000, "(a+)+$", ".*", "all-linear", [], {}, [[]], ["up"] * 1000,
     {"(a|a)*$": 3}, {"up": 10**9}, {".*": 2}, {"": 0},
 ]  # fmt: skip

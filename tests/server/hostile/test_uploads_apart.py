@@ -26,8 +26,12 @@ from tpeft_deploy.runtime.server.isolation.limits import Limits
 from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.registry import open_keys
 
-LIMITS = Limits(cpu_seconds=1, memory_bytes=256 << 20, result_bytes=8 << 20, waiting=4, tenant_waiting=2)
+LIMITS = Limits(
+    cpu_seconds=1, wall_seconds=250, memory_bytes=256 << 20, result_bytes=8 << 20, waiting=4, tenant_waiting=2
+)
 ACTED = {
+    "break_bundle": "of a kind that no reader knows (IntegrityError)",
+    "stumble": "of a kind that no reader knows (IndexError)",
     "allocate": "at most 268,435,456 bytes of memory",
     "spin": "at most 1 s of processor time",
     "crash": "its process ended with signal 11",
@@ -95,6 +99,18 @@ def test_a_reader_writes_no_more_than_a_result_may_have(pool: Pool) -> None:
         with pytest.raises(AdapterError):
             asyncio.run(pool.read("acme", place, OF))
         assert sum(file.stat().st_size for file in place.iterdir()) <= LIMITS.result_bytes + 1000
+
+
+def test_a_machine_without_processes_is_not_the_uploads_fault(
+    conv_bundle: Bundle, program: Path, others: list[Adapter]
+) -> None:
+    full = program.with_name("full.py")
+    full.write_text(f"import errno, os\n\ndef fork():\n    raise OSError(errno.EAGAIN, 'no')\n\nos.fork = fork\n{ACTS}")
+    with contextlib.closing(Pool(conv_bundle, replace(LIMITS, readers=1), program=full)) as own:
+        assert isinstance(sent(own, good(others[0])), Unavailable)
+    gone = program.with_name("gone.py")
+    with contextlib.closing(Pool(conv_bundle, replace(LIMITS, readers=1), program=gone)) as own:
+        assert isinstance(sent(own, good(others[0])), Unavailable)
 
 
 def test_an_upload_that_waits_is_ended_by_the_clock(conv_bundle: Bundle, program: Path, others: list[Adapter]) -> None:
