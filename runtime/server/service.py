@@ -7,7 +7,7 @@ import base64
 import binascii
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import tpeft_deploy
@@ -21,6 +21,7 @@ from tpeft_deploy.runtime.server.core import Document, Part
 from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.fairness import Fair
 from tpeft_deploy.runtime.server.inference import Inference
+from tpeft_deploy.runtime.server.isolation.pool import Direct, Reader
 from tpeft_deploy.runtime.server.management import Management, owner
 from tpeft_deploy.runtime.server.messages import Parameter
 from tpeft_deploy.runtime.server.models import Model, Models
@@ -42,6 +43,7 @@ class Options:
         limits: of batching.
         authenticate: whether keys are asked for.
         max_upload_bytes: of one upload.
+        reader: reads the files of uploads; in this process and without limits by default.
         metrics: renders the metrics; blocks.
         metrics_for_all: whether any key may read them.
         observe: told of each inference, on the event loop, soon after it.
@@ -51,6 +53,7 @@ class Options:
     limits: Limits = field(default_factory=Limits)
     authenticate: bool = True
     max_upload_bytes: int = 2**30
+    reader: Reader | None = None
     metrics: Callable[[], bytes] = lambda: b""
     metrics_for_all: bool = False
     observe: Callable[[Observed], None] = lambda _: None
@@ -91,7 +94,7 @@ class Service:
             state,
             self._statistics,
             Admission(bundle, runtime, state.tasks.read).check,
-            replace(bundle.base_view, name=f"bundle {self._manifest.name!r}"),  # not where it lies
+            self._options.reader or Direct(bundle),
             max_upload_bytes=self._options.max_upload_bytes,
         )
         self._management.announce(list(state.tasks.snapshot().versions()))

@@ -8,7 +8,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -19,6 +19,7 @@ from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.providers import choose
 from tpeft_deploy.runtime.server.access_log import AccessLog
 from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.observed import Observed
 from tpeft_deploy.runtime.server.registry import open_state
@@ -105,6 +106,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Me
         limits=limits,
         authenticate=not settings.no_auth,
         max_upload_bytes=settings.max_upload_bytes,
+        reader=stack.enter_context(closing(Pool(bundle, settings.reading))),
         metrics=metrics.render,
         metrics_for_all=settings.metrics_for_all_keys,
         observe=observe,

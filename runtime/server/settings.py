@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching import Limits as Batching
+from tpeft_deploy.runtime.server.isolation.limits import Limits as Reading
 from tpeft_deploy.runtime.server.quotas import Quota
 
 __all__ = ["Settings", "is_loopback", "read"]
@@ -81,6 +83,16 @@ class Settings(BaseSettings):
     """Of a request, after decompression."""
     max_upload_bytes: ByteSize = _bytes(_GIB)
     """Of an uploaded adapter."""
+    upload_readers: int = Field(default=2, ge=1)
+    """Processes that read uploads, one upload each at a time."""
+    upload_queue: int = Field(default=32, ge=1)
+    """Uploads that may wait for such a process; a quarter of them of one tenant."""
+    upload_cpu_seconds: Seconds = 20.0
+    """Processor time for reading one upload."""
+    upload_wall_seconds: Seconds = 60.0
+    """Time for reading one upload once a process begins on it."""
+    upload_memory_bytes: ByteSize = _bytes(2 * _GIB)
+    """Address space for reading one upload."""
     max_elements: int = Field(default=1 << 26, ge=1)
     """Of a tensor."""
     requests_per_s: float | None = None
@@ -133,6 +145,19 @@ class Settings(BaseSettings):
     def quota(self) -> Quota:
         """Of tenants that have none of their own."""
         return Quota(self.requests_per_s, self.rows_per_s, self.queue_share, self.max_adapters, self.max_adapter_bytes)
+
+    @property
+    def reading(self) -> Reading:
+        """Limits of reading uploads."""
+        return Reading(
+            readers=self.upload_readers,
+            waiting=self.upload_queue,
+            tenant_waiting=math.ceil(self.upload_queue / 4),
+            cpu_seconds=max(1, math.ceil(self.upload_cpu_seconds)),
+            wall_seconds=self.upload_wall_seconds,
+            memory_bytes=self.upload_memory_bytes,
+            result_bytes=2 * self.max_upload_bytes,  # float16 becomes float32
+        )
 
     def batching(self, device: str) -> Batching:
         """Limits of batching on a device."""
