@@ -14,6 +14,7 @@ from tpeft_deploy.runtime.server.core import Part
 from tpeft_deploy.runtime.server.models import Models
 from tpeft_deploy.runtime.server.registry import CURRENT, Staged, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
+from tpeft_deploy.runtime.server.tenancy.pins import Pins
 
 __all__ = ["Management", "owner"]
 
@@ -29,6 +30,7 @@ class Management:
         admit: refuses an adapter that is not fit to serve; blocks.
         base: what the names in uploads are resolved against.
         max_upload_bytes: of one upload, all files together.
+        pins: what tenants have pinned.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Management:
         base: object,
         *,
         max_upload_bytes: int,
+        pins: Pins,
     ) -> None:
+        self.pins = pins
         self._runtime = runtime
         self._models = models
         self._state = state
@@ -116,7 +120,7 @@ class Management:
         whose = owner(principal, tenant)
         target = self._models.target(whose, name)
         self._check_own(whose, target.tenant, name)
-        await asyncio.to_thread(self._runtime.pin, target.key, folded=folded)
+        await self.pins.add(whose, name, target.key, folded=folded)
         return self.task(whose, name)
 
     async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:
