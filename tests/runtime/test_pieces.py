@@ -88,8 +88,8 @@ def test_an_answer_in_pieces_is_the_answer_in_one(
 
 
 def test_rows_that_depend_on_one_another_are_not_cut() -> None:
-    inputs = {"ids": np.arange(6).reshape(6, 1), "scale": np.ones((), np.float32)}
-    joint = {"outputs": [TEXT.outputs[3]]}
+    inputs: dict[str, Array] = {"ids": np.arange(6).reshape(6, 1), "scale": np.ones((), np.float32)}
+    joint: Any = {"outputs": [TEXT.outputs[3]]}
     assert infer(Limits(max_rows=2), text, inputs, "a", **joint)["all"].shape == (6, 6)
     assert infer(Limits(max_rows=2, max_request_rows=100), text, inputs, "a", **joint)["all"].shape == (6, 6)
     with pytest.raises(TooLarge, match=r"of 6 rows and 7 elements: expected at most 4 rows where rows depend"):
@@ -100,7 +100,7 @@ def test_rows_that_depend_on_one_another_are_not_cut() -> None:
 
 def test_bounds_hold_when_nothing_waits() -> None:
     def ask(count: int, length: int, **limits: int) -> Any:
-        inputs = {"ids": np.ones((count, length), np.int64), "scale": np.ones((), np.float32)}
+        inputs: dict[str, Array] = {"ids": np.ones((count, length), np.int64), "scale": np.ones((), np.float32)}
         return infer(Limits(max_rows=2, **limits), text, inputs, "a", outputs=TEXT.outputs[:1])
 
     assert len(ask(5, 1)["doubled"]) == 5  # no bound unless one is set
@@ -224,7 +224,7 @@ def test_closing_fails_a_request_half_way() -> None:
 
 
 def test_a_piece_of_another_size_is_refused_not_guessed() -> None:
-    def shrinking(inputs: Mapping[str, Array], _tasks: Sequence[Task], _options: Any) -> Outputs:
+    def shrinking(inputs: Mapping[str, Array], tasks: Sequence[Task], options: Any) -> Outputs:
         return {"y": np.zeros((len(inputs["x"]), len(inputs["x"])))}
 
     own = Batcher(MANIFEST, shrinking, Limits(max_rows=2, max_delay=0))
@@ -301,7 +301,7 @@ def test_callers_in_threads_get_their_own_rows() -> None:
             for turn in range(12):
                 count = 1 + (number + turn) % 8
                 answer = await own.infer(rows(count, number), "t" * (1 + turn % 3))
-                if answer["y"].shape != (count, 3) or not (answer["y"] == number + 1 + turn % 3).all():
+                if not np.array_equal(np.asarray(answer["y"]), np.full((count, 3), number + 1 + turn % 3)):
                     wrong.append(f"{number} {turn}")
 
         asyncio.run(main())
