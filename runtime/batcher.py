@@ -204,7 +204,7 @@ class Batcher:
     def _cut(self, call: Call) -> Call:
         """The first piece of a call that is larger than a run, or the call itself where it runs alone."""
         try:
-            return cut(call, self._limits, self._joiner, lambda: next(self._ids))[0]
+            return cut(call, self._limits, self._joiner, lambda: next(self._ids))
         except TooLarge:
             with self._lock:
                 self._counts["refused"] += 1
@@ -223,7 +223,7 @@ class Batcher:
                 self._counts["overdue"] += 1
                 raise call.overdue()
             try:
-                due = self._queue.add(call.request, now, [piece.request for piece in call.together[1:]])
+                due = self._queue.add(call.request, now, () if call.whole is None else call.whole.others())
             except TpeftError:
                 self._counts["refused"] += 1
                 raise

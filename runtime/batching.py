@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -172,7 +172,7 @@ class Queue(Generic[Form]):
         """Requests that wait."""
         return len(self._waiting)
 
-    def add(self, request: Request[Form], now: float, pieces: Sequence[Request[Form]] = ()) -> bool:
+    def add(self, request: Request[Form], now: float, pieces: Iterable[Request[Form]] = ()) -> bool:
         """Let a request wait.  A queue that is empty takes a request of any number of rows.
 
         A queue that is full makes room as in "longest queue drop" (Suter et al., INFOCOM 1998): the tenant with the

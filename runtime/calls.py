@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import onnxruntime
 
@@ -13,10 +14,12 @@ from tpeft_deploy.errors import DeadlineExceeded
 from tpeft_deploy.manifest import Port
 from tpeft_deploy.runtime.batching import Request
 from tpeft_deploy.runtime.joining import Form, Task
-from tpeft_deploy.runtime.pieces import Whole
 from tpeft_deploy.runtime.providers import GRAPH_ID
 from tpeft_deploy.runtime.timing import Timing
 from tpeft_deploy.tucker import Array
+
+if TYPE_CHECKING:
+    from tpeft_deploy.runtime.pieces import Whole
 
 __all__ = ["Answer", "Answered", "Call", "Run", "answer"]
 
@@ -54,7 +57,7 @@ class Call:
         for piece in self.together:
             del piece.future
         if self.whole is not None:
-            self.whole.pieces = []
+            self.whole.release()
 
     @property
     def name(self) -> str:
@@ -69,7 +72,7 @@ class Call:
 
     def overdue(self) -> DeadlineExceeded:
         """The error for a call whose time is over."""
-        rows = sum(piece.request.rows for piece in self.together)
+        rows = self.request.rows if self.whole is None else self.whole.rows
         return DeadlineExceeded(
             f"run {self.name} on {rows} rows",
             expected=f"an answer within {self.timeout} s",
