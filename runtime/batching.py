@@ -115,6 +115,8 @@ class FirstCome(Generic[Form]):
 class _Waiting(Generic[Form]):
     """What one tenant has in the queue, the oldest first."""
 
+    __slots__ = ("requests", "size")
+
     def __init__(self) -> None:
         self.requests: dict[int, Request[Form]] = {}
         self.size = 0

@@ -54,10 +54,12 @@ class Call:
 
         A future holds its exception, that the frames it was raised in, and those this call.
         """
-        for piece in self.together:
+        if self.whole is None:
+            del self.future
+            return
+        for piece in self.whole.pieces:
             del piece.future
-        if self.whole is not None:
-            self.whole.release()
+        self.whole.release()
 
     @property
     def name(self) -> str:
