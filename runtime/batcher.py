@@ -172,6 +172,15 @@ class Batcher:
                 call.future.exception()
             call.release()
 
+    def check(self, inputs: Mapping[str, Array]) -> None:
+        """Refuse a request that is too large for `infer`, whatever waits.
+
+        Raises:
+            TooLarge: it has more rows, or longer ones, than the limits allow.
+        """
+        elements = sum(array.size for array in inputs.values() if array.shape)
+        self._limits.check(self._joiner.rows(inputs), elements, alone=False)
+
     def figures(self) -> Figures:
         """What has been done so far, and what waits."""
         with self._lock:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.test_batcher import MANIFEST, rows
+from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import QueueFull, QuotaExceeded, TooLarge, TpeftError
 from tpeft_deploy.runtime.batcher import Batcher
 from tpeft_deploy.runtime.batching import Limits, Queue, Request
@@ -84,6 +85,16 @@ def test_what_could_never_be_served_is_refused_by_an_empty_queue(rows: int, shar
     assert status_of(caught.value).http == 413
     assert own.figures().batches == 0
     assert own.figures().refused == 1
+
+
+def test_no_adapter_is_brought_for_it(conv_bundle: Bundle) -> None:
+    pixels = {"pixels": np.zeros((1025, 1, 12, 14), np.float32)}
+    limits = Settings().batching("cpu")
+    with Runtime(conv_bundle.path, provider="cpu", threads=1, limits=limits, preload=False) as runtime:
+        for tasks in (["two"] * 1025, ["two", "wide", "plain", "two", "base"] * 205):
+            with pytest.raises(TooLarge, match="at most 1024 rows"):
+                asyncio.run(runtime.infer(pixels, tasks=tasks, tenant="hostile"))
+        assert set(runtime.residency().values()) == {"disk"}
 
 
 def order(limits: Limits, share: float | None = 0.5) -> Fair[Any]:
