@@ -16,6 +16,7 @@ from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.models import Models
 from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
+from tpeft_deploy.runtime.server.tenancy.pins import Pins
 
 __all__ = ["Management", "owner"]
 
@@ -31,6 +32,7 @@ class Management:
         admit: refuses an adapter that is not fit to serve; blocks.
         reader: reads the files of uploads.
         max_upload_bytes: of one upload, all files together.
+        pins: what tenants have pinned.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class Management:
         reader: Reader,
         *,
         max_upload_bytes: int,
+        pins: Pins,
     ) -> None:
+        self.pins = pins
         self._runtime = runtime
         self._models = models
         self._state = state
@@ -120,7 +124,7 @@ class Management:
         whose = owner(principal, tenant)
         target = self._models.target(whose, name)
         self._check_own(whose, target.tenant, name)
-        await asyncio.to_thread(self._runtime.pin, target.key, folded=folded)
+        await self.pins.add(whose, name, target.key, folded=folded)
         return self.task(whose, name)
 
     async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:

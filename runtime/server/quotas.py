@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from tpeft_deploy.errors import ProtocolError, QuotaExceeded
+from tpeft_deploy.errors import ProtocolError, QuotaExceeded, TooLarge
 
 __all__ = ["Meter", "Quota", "queue_shares"]
 
@@ -26,6 +26,8 @@ class Quota:
         adapters: registered versions.
         bytes: of registered adapters.
         weight: of the tenant in the queue: twice the weight gets twice the computation while both wait.
+        pins: versions that stay on the device.
+        folded: of those, the ones with sessions of their own.
 
     Raises:
         ProtocolError: a limit that makes no sense.
@@ -37,11 +39,13 @@ class Quota:
     adapters: int | None = None
     bytes: int | None = None
     weight: float = 1.0
+    pins: int | None = None
+    folded: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in {"adapters", "bytes"} else math.ulp(0.0)
+            least = 0 if field.name in {"adapters", "bytes", "pins", "folded"} else math.ulp(0.0)
             most = 1 if field.name == "queue_share" else math.inf
             fine = (value is None and field.name != "weight") or (
                 isinstance(value, int | float)
@@ -174,25 +178,36 @@ def _exceeded(tenant: str, wait: float, rate: float, what: str) -> QuotaExceeded
 def queue_shares(quota: Callable[[str], Quota], max_queue_rows: int) -> Callable[[str, int, int], None]:
     """What refuses a request that would let a tenant take more of the queue than its share; see `Fair`.
 
-    A tenant with nothing waiting may always queue a request.
-
     Args:
         quota: a tenant's quota now.
         max_queue_rows: of the whole queue.
 
     Returns:
-        Raises QuotaExceeded for a tenant, its rows that wait, and those of the request.
+        Raises for a tenant, its rows that wait, and those of the request: TooLarge for one that is larger than the
+        share and could never wait, QuotaExceeded for one that has to come later.
     """
 
     def admit(tenant: str, waiting: int, rows: int) -> None:
         share = quota(tenant).queue_share
-        if share is not None and waiting and waiting + rows > share * max_queue_rows:
-            raise QuotaExceeded(
-                f"queue a request of tenant {tenant!r}",
-                expected=f"at most {share * max_queue_rows:g} rows of it waiting",
-                got=f"{waiting} waiting and {rows} more",
-                fix="Send less at once, or later.",
-                retry_after=1.0,
+        if share is None:
+            return
+        most = max(1.0, share * max_queue_rows)
+        if waiting + rows <= most:
+            return
+        doing = f"queue a request of tenant {tenant!r}"
+        if rows > most:
+            raise TooLarge(
+                doing,
+                expected=f"at most {most:g} rows, the tenant's share of the queue",
+                got=f"what counts as {rows} rows",
+                fix="Send fewer rows at once.",
             )
+        raise QuotaExceeded(
+            doing,
+            expected=f"at most {most:g} rows of it waiting",
+            got=f"{waiting} waiting and {rows} more",
+            fix="Send less at once, or later.",
+            retry_after=1.0,
+        )
 
     return admit

@@ -29,6 +29,7 @@ from tpeft_deploy.runtime.server.observed import Observed, Observers
 from tpeft_deploy.runtime.server.quotas import Meter, Quota, queue_shares
 from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
+from tpeft_deploy.runtime.server.tenancy.pins import Pins
 
 __all__ = ["Options", "Service", "order_of"]
 
@@ -44,6 +45,7 @@ class Options:
         authenticate: whether keys are asked for.
         max_upload_bytes: of one upload.
         reader: reads the files of uploads; in this process and without limits by default.
+        max_folded: pinned versions with sessions of their own, of all tenants together.
         metrics: renders the metrics; blocks.
         metrics_for_all: whether any key may read them.
         observe: told of each inference, on the event loop, soon after it.
@@ -54,6 +56,7 @@ class Options:
     authenticate: bool = True
     max_upload_bytes: int = 2**30
     reader: Reader | None = None
+    max_folded: int = 8
     metrics: Callable[[], bytes] = lambda: b""
     metrics_for_all: bool = False
     observe: Callable[[Observed], None] = lambda _: None
@@ -96,6 +99,7 @@ class Service:
             Admission(bundle, runtime, state.tasks.read).check,
             self._options.reader or Direct(bundle),
             max_upload_bytes=self._options.max_upload_bytes,
+            pins=Pins(runtime, state.tenants.quota, self._options.max_folded),
         )
         self._management.announce(list(state.tasks.snapshot().versions()))
 
@@ -223,7 +227,7 @@ class Service:
             target = self._models.target(principal.tenant, name)
             await asyncio.wrap_future(self._runtime.prefetch([target.key]))
             if parameters.get("pin"):
-                await asyncio.to_thread(self._runtime.pin, target.key)
+                await self._management.pin(principal, name, folded=False, tenant=model.tenant or "shared")
 
     async def unload(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
         """Refuse requests for a model until it is loaded again."""
@@ -377,7 +381,12 @@ class Service:
             "name": record.name,
             "quota": asdict(record.quota),
             "created": record.created,
-            "used": {"adapters": adapters, "bytes": size, "queued_rows": self._order.waiting_rows(record.name)},
+            "used": {
+                "adapters": adapters,
+                "bytes": size,
+                "queued_rows": self._order.waiting_rows(record.name),
+                **self._management.pins.used(record.name),
+            },
         }
 
 

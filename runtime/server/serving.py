@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import numpy as np
 import uvicorn
 
 from tpeft_deploy.bundle import Bundle
@@ -77,7 +78,8 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
 def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Metrics, Runtime]:
     bundle = Bundle.open(path.resolve())
     state = stack.enter_context(open_state(settings.state, settings.database_url, default=settings.quota))
-    limits = settings.batching(choose(settings.provider).device)
+    tokens = all(np.issubdtype(port.dtype, np.integer) for port in bundle.manifest.inputs)
+    limits = settings.batching(choose(settings.provider).device, tokens=tokens)
     order = order_of(state, limits)
     runtime = stack.enter_context(
         Runtime(
@@ -88,6 +90,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Me
             host_bytes=settings.host_bytes,
             folded_bytes=settings.folded_bytes,
             cuda_graphs=settings.cuda_graphs,
+            pinned_share=0.5,
             limits=limits,
             order=order,
         )
@@ -107,6 +110,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Me
         authenticate=not settings.no_auth,
         max_upload_bytes=settings.max_upload_bytes,
         reader=stack.enter_context(closing(Pool(bundle, settings.reading))),
+        max_folded=settings.max_folded_in_all,
         metrics=metrics.render,
         metrics_for_all=settings.metrics_for_all_keys,
         observe=observe,

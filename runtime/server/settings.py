@@ -22,6 +22,9 @@ __all__ = ["Settings", "is_loopback", "read"]
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 _MIB, _GIB = 2**20, 2**30
+# A run of 8 rows of 512 tokens in three inputs is a fifth of the first, and 32 pictures of 3 x 224 x 224 are
+# just below 0.6 of the second.
+_RUN_TOKENS, _RUN_ELEMENTS = 2**16, 2**23
 
 
 def _seconds(value: object) -> object:
@@ -78,7 +81,13 @@ class Settings(BaseSettings):
     max_delay: Seconds = 0.002
     """How long a request may wait for company while nothing runs."""
     max_queue_rows: int = Field(default=1024, ge=1)
-    """Rows that may wait."""
+    """Rows that may wait; of more, the tenant with the most waiting loses its newest request."""
+    large_requests: Literal["split", "refuse"] = "split"
+    """What happens to requests of more than `max_rows` rows: cut into runs that others alternate with, or refused."""
+    max_request_rows: int | None = Field(default=None, ge=1)
+    """Rows of one request; as many as may wait of its tenant by default."""
+    max_run_elements: int | None = Field(default=None, ge=1)
+    """Elements of the inputs of one run, and so of one row; 65,536 of integers, 8,388,608 of others by default."""
     max_body_bytes: ByteSize = _bytes(64 * _MIB)
     """Of a request, after decompression."""
     max_upload_bytes: ByteSize = _bytes(_GIB)
@@ -105,6 +114,12 @@ class Settings(BaseSettings):
     """Default quota of registered versions."""
     max_adapter_bytes: ByteSize | None = None
     """Default quota of bytes stored."""
+    max_pins: int | None = Field(default=8, ge=0)
+    """Default quota of pinned versions; those of all tenants take at most half of the rows on the device."""
+    max_folded: int | None = Field(default=2, ge=0)
+    """Default quota of pinned versions with sessions of their own."""
+    max_folded_in_all: int = Field(default=8, ge=0)
+    """Pinned versions with sessions of their own, of all tenants together."""
     drain_seconds: Seconds = 30.0
     """How long requests may take to finish once the server is told to stop."""
     drain_grace: Seconds = 0.0
@@ -144,7 +159,15 @@ class Settings(BaseSettings):
     @property
     def quota(self) -> Quota:
         """Of tenants that have none of their own."""
-        return Quota(self.requests_per_s, self.rows_per_s, self.queue_share, self.max_adapters, self.max_adapter_bytes)
+        return Quota(
+            self.requests_per_s,
+            self.rows_per_s,
+            self.queue_share,
+            self.max_adapters,
+            self.max_adapter_bytes,
+            pins=self.max_pins,
+            folded=self.max_folded,
+        )
 
     @property
     def reading(self) -> Reading:
@@ -159,10 +182,22 @@ class Settings(BaseSettings):
             result_bytes=2 * self.max_upload_bytes,  # float16 becomes float32
         )
 
-    def batching(self, device: str) -> Batching:
-        """Limits of batching on a device."""
+    def batching(self, device: str, *, tokens: bool = False) -> Batching:
+        """Limits of batching on a device.
+
+        Args:
+            device: "cpu" or "cuda".
+            tokens: whether all inputs of the model are integers.
+        """
         rows = self.max_rows or (32 if device == "cuda" else 8)
-        return Batching(max_rows=rows, max_delay=self.max_delay, max_queue_rows=self.max_queue_rows)
+        most = rows if self.large_requests == "refuse" else self.max_request_rows or self.max_queue_rows
+        return Batching(
+            max_rows=rows,
+            max_delay=self.max_delay,
+            max_queue_rows=self.max_queue_rows,
+            max_request_rows=min(most, self.max_queue_rows),
+            max_run_elements=self.max_run_elements or (_RUN_TOKENS if tokens else _RUN_ELEMENTS),
+        )
 
 
 def read(file: Path | None, flags: Mapping[str, object]) -> Settings:

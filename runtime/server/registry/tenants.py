@@ -85,7 +85,10 @@ class Tenants:
         self._latest.put(changes, known)
 
     def _record(self, name: str, quota: dict[str, float | None], created: float) -> TenantRecord:
-        return TenantRecord(name, Quota(**quota) if quota else self._default, created)  # type: ignore[arg-type]
+        # What was stored before there were such quotas has none of them.
+        newer = {field: getattr(self._default, field) for field in ("pins", "folded")}
+        own = Quota(**{**newer, **quota}) if quota else self._default
+        return TenantRecord(name, own, created)
 
 
 def ensure(own: Database, connection: Connection, tenant: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError, Unavailable
 from tpeft_deploy.runtime.server.elements import quoted
+from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.rest.asked import Asked
 from tpeft_deploy.runtime.server.rest.uploads import parts
 
@@ -145,7 +147,7 @@ async def tenants(asked: Asked) -> object:
 
 async def set_tenant(asked: Asked) -> object:
     number = (int, float, type(None))
-    names = ("requests_per_s", "rows_per_s", "queue_share", "adapters", "bytes", "weight")
+    names = [limit.name for limit in fields(Quota)]
     return await asked.core.set_tenant(
         asked.principal, asked.path("tenant"), await asked.fields(**dict.fromkeys(names, number))
     )
