@@ -14,6 +14,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching import Limits as Batching
 from tpeft_deploy.runtime.server.quotas import Quota
+from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget, budget_of_bodies
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
 
 __all__ = ["Settings", "read"]
 
@@ -81,6 +83,18 @@ class Settings(BaseSettings):
     """Of a request, after decompression."""
     max_upload_bytes: ByteSize = _bytes(_GIB)
     """Of an uploaded adapter."""
+    max_json_bytes: ByteSize = _bytes(16 * _MIB)
+    """Of a request's JSON, after decompression; raw tensors behind it are not counted."""
+    max_json_upload_bytes: ByteSize = _bytes(64 * _MIB)
+    """Of an adapter uploaded as base64 in JSON, by the repository's load call."""
+    max_inflight_bytes: ByteSize | None = None
+    """Bodies, tensors and answers that are in memory at once; 16 times max_body_bytes, 1 GiB at least, by default."""
+    max_inflight_bytes_per_tenant: ByteSize | None = None
+    """What a tenant may have of them; half by default."""
+    max_staging_bytes: ByteSize | None = None
+    """Unfinished uploads on disk; 4 times max_upload_bytes by default."""
+    max_staging_bytes_per_tenant: ByteSize | None = None
+    """What a tenant may have of them; half by default."""
     max_elements: int = Field(default=1 << 26, ge=1)
     """Of a tensor."""
     requests_per_s: float | None = None
@@ -133,6 +147,13 @@ class Settings(BaseSettings):
     def quota(self) -> Quota:
         """Of tenants that have none of their own."""
         return Quota(self.requests_per_s, self.rows_per_s, self.queue_share, self.max_adapters, self.max_adapter_bytes)
+
+    @property
+    def intake(self) -> Intake:
+        """Budgets and threads of a server."""
+        memory = budget_of_bodies(self.max_body_bytes, self.max_inflight_bytes, self.max_inflight_bytes_per_tenant)
+        staging = self.max_staging_bytes or 4 * self.max_upload_bytes
+        return Intake(memory, ByteBudget(staging, self.max_staging_bytes_per_tenant, "bytes of unfinished uploads"))
 
     def batching(self, device: str) -> Batching:
         """Limits of batching on a device."""
