@@ -94,8 +94,11 @@ class _Form:
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """What the part has."""
-        while (event := await self._next()) is not None and event[0] == "data":
+        while (event := await self._next()) is not None:
+            if event[0] == "end":
+                return
             yield event[1]
+        raise _malformed()
 
     async def _next(self) -> tuple[str, bytes] | None:
         while not self._events:

@@ -111,8 +111,9 @@ class Hold:
             QuotaExceeded: the tenant holds too much.
             Unavailable: the server does.
         """
-        self._budget.take(self._tenant, size, self.size)
-        self.size += size
+        if size:
+            self._budget.take(self._tenant, size, self.size)
+            self.size += size
 
     def give(self, size: int) -> None:
         """Give back some of it."""

@@ -7,7 +7,8 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from functools import partial
+from typing import ParamSpec, TypeVar, cast
 
 __all__ = ["Offload", "PIECE", "breathe"]
 
@@ -36,14 +37,24 @@ class Offload:
         if turn is None:
             turn = self._turns[tenant] = asyncio.Lock()
         async with turn:
-            future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **options))
+            call = partial(_outcome, partial(work, *args, **options))
+            future = asyncio.get_running_loop().run_in_executor(self._threads, call)
             try:
-                return await asyncio.shield(future)
+                found, errors = await asyncio.shield(future)
             except asyncio.CancelledError:
                 await asyncio.wait([future])
-                if not future.cancelled():
-                    future.exception()  # seen, so that nobody warns of it
                 raise
+        if errors:
+            raise errors.pop()
+        return cast("R", found)
+
+
+def _outcome(work: Callable[[], R]) -> tuple[R | None, list[Exception]]:
+    # A future that has an error refers to it and is referred to by it: what the work read would stay until a collection.
+    try:
+        return work(), []
+    except Exception as error:
+        return None, [error]
 
 
 def breathe() -> None:
