@@ -107,6 +107,8 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         else:
             self._tell(account)
             return
+        finally:
+            call.raws = None  # what ends a call in grpc keeps this frame until a collection
         # Out here nothing refers to the error any more, and so to what was read.
         await self._refuse(status, account, None, context)
 
@@ -183,7 +185,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         if len(data) <= PIECE:
             return parse(method.request, data, self._limits)
         if method.request is pb.ModelInferRequest:
-            data, call.raws = split_raw(data)
+            data, call.raws = split_raw(data, self._limits)
             if len(data) <= PIECE:
                 return parse(method.request, data, self._limits)
         call.heavy = True

@@ -42,17 +42,20 @@ def parse(kind: type[M], data: bytes, limits: Limits) -> M:
     return message
 
 
-def split_raw(data: bytes) -> tuple[bytes, list[memoryview]]:
+def split_raw(data: bytes, limits: Limits) -> tuple[bytes, list[memoryview]]:
     """A ModelInferRequest without its raw tensors, and these as views of it.
 
     Raises:
+        TooLarge: it has more fields than `limits.fields`.
         ProtocolError: it is no message.
     """
     view = memoryview(data)
     rest: list[memoryview] = []
     raws: list[memoryview] = []
     start = 0
-    for number, kind, at, inner in _placed(view):
+    for count, (number, kind, at, inner) in enumerate(_placed(view)):
+        if count >= limits.fields:
+            raise _too_many(limits)
         if number == _RAW and kind == _LENGTH:
             raws.append(inner)
         else:
@@ -97,7 +100,7 @@ def _count(data: memoryview, limits: Limits) -> None:
             left -= fields
             elements -= typed
         if left < 0:
-            raise TooLarge("message", expected=f"at most {limits.fields} fields", got="more")
+            raise _too_many(limits)
         if elements < 0:
             raise TooLarge(
                 "message",
@@ -173,6 +176,10 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 128:
             return value, at
     raise _malformed("a number of more than ten bytes")
+
+
+def _too_many(limits: Limits) -> TooLarge:
+    return TooLarge("message", expected=f"at most {limits.fields} fields", got="more")
 
 
 def _malformed(got: str) -> ProtocolError:

@@ -50,7 +50,7 @@ class Offload:
 
 
 def _outcome(work: Callable[[], R]) -> tuple[R | None, list[Exception]]:
-    # A future that has an error refers to it and is referred to by it: what the work read would stay until a collection.
+    # A future and the error that it has refer to each other: what the work read would stay until a collection.
     try:
         return work(), []
     except Exception as error:

@@ -108,7 +108,7 @@ def test_no_piece_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.inputs[0].elements is not None
     assert np.array_equal(found.inputs[0].elements, np.arange(count))
     assert sum(sizes) == count
-    assert max(sizes) <= json_data.PIECE
+    assert max(sizes) <= 1 << 16
 
 
 @pytest.mark.parametrize(
