@@ -112,8 +112,27 @@ class Meter:
         """Tenants of whom something is remembered."""
         return len(self._accounts)
 
-    def spend(self, tenant: str, rows: int, now: float) -> None:
-        """Take a request of so many rows from a tenant's quota, or nothing at all.
+    def spend_request(self, tenant: str, now: float) -> None:
+        """Take a request from a tenant's quota; before its body is read, so it stays spent whatever comes of it.
+
+        Args:
+            tenant: whose.
+            now: seconds of any clock that does not run backwards.
+
+        Raises:
+            QuotaExceeded: with the seconds after which a request is allowed.
+        """
+        quota = self._quota(tenant)
+        if quota.requests_per_s is None:
+            return
+        account = self._account(tenant, quota, now)
+        if account.requests < 1:
+            missing = 1 - account.requests
+            raise _exceeded(tenant, missing / quota.requests_per_s, quota.requests_per_s, "requests")
+        account.requests -= 1
+
+    def spend_rows(self, tenant: str, rows: int, now: float) -> None:
+        """Take the rows of a request from a tenant's quota, or nothing at all.
 
         Args:
             tenant: whose.
@@ -121,22 +140,25 @@ class Meter:
             now: seconds of any clock that does not run backwards.
 
         Raises:
-            QuotaExceeded: with the seconds after which the same request is allowed.
+            QuotaExceeded: with the seconds after which as many rows are allowed.
         """
         quota = self._quota(tenant)
-        if quota.requests_per_s is None and quota.rows_per_s is None:
+        if quota.rows_per_s is None:
             return
+        account = self._account(tenant, quota, now)
+        # What is larger than a burst waits for a full bucket and leaves a debt.
+        needed = min(rows, account.most_rows)
+        if account.rows < needed:
+            raise _exceeded(tenant, (needed - account.rows) / quota.rows_per_s, quota.rows_per_s, "rows")
+        account.rows -= rows
+
+    def _account(self, tenant: str, quota: Quota, now: float) -> _Account:
         account = self._accounts.get(tenant)
         if account is None:
             self._forget(now)
             account = self._accounts[tenant] = _Account(quota, now)
         account.fill(quota, now)
-        # What is larger than a burst waits for a full bucket and leaves a debt.
-        needed = min(rows, account.most_rows)
-        if account.requests < 1 or account.rows < needed:
-            raise _lacking(tenant, account, needed)
-        account.requests -= 1
-        account.rows -= rows
+        return account
 
     def _forget(self, now: float) -> None:
         # Two for each that comes, in turn: what is full goes, and no request pays for all.
@@ -150,19 +172,6 @@ class Meter:
 
 def _burst(rate: float | None) -> float:
     return math.inf if rate is None else max(rate, 1.0)
-
-
-def _lacking(tenant: str, account: _Account, rows: float) -> QuotaExceeded:
-    quota = account.quota
-    waits = [
-        (missing / rate, rate, what)
-        for what, rate, missing in (
-            ("requests", quota.requests_per_s, 1 - account.requests),
-            ("rows", quota.rows_per_s, rows - account.rows),
-        )
-        if rate is not None and missing > 0
-    ]
-    return _exceeded(tenant, *max(waits))
 
 
 def _exceeded(tenant: str, wait: float, rate: float, what: str) -> QuotaExceeded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from tpeft_deploy.runtime.server.fairness import Fair
 from tpeft_deploy.runtime.server.inference import Inference
 from tpeft_deploy.runtime.server.isolation.pool import Direct, Reader
 from tpeft_deploy.runtime.server.management import Management, owner
-from tpeft_deploy.runtime.server.messages import Parameter
+from tpeft_deploy.runtime.server.messages import Encoded, LoadParameter, Parameter
 from tpeft_deploy.runtime.server.models import Model, Models
 from tpeft_deploy.runtime.server.observed import Observed, Observers
 from tpeft_deploy.runtime.server.quotas import Meter, Quota, queue_shares
@@ -34,6 +33,7 @@ from tpeft_deploy.runtime.server.tenancy.pins import Pins
 __all__ = ["Options", "Service", "order_of"]
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
+_BASE64 = 1 << 18  # of text that is decoded at once; whole groups of four
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Service:
         self._models = Models(bundle, state)
         self._observers = Observers(self._statistics.inference, self._options.observe)
         self._inference = Inference(
-            runtime, bundle.manifest, self._models.target, self._meter.spend, self.accepting, self._observers.tell
+            runtime, bundle.manifest, self._models.target, self._meter.spend_rows, self.accepting, self._observers.tell
         )
         self.infer = self._inference.infer  # as it is: what is called most is not handed on
         self._management = Management(
@@ -144,6 +144,11 @@ class Service:
                 fix="tpeft-deploy keys create makes keys.",
             )
         return self._state.keys.authenticate(key.strip())
+
+    def admit(self, principal: Principal) -> None:
+        """Take one inference request from the tenant's quota, if the role allows any."""
+        allow(principal, Action.INFER)
+        self._meter.spend_request(principal.tenant, time.monotonic())
 
     def server_metadata(self, principal: Principal) -> Document:
         """Name, version, extensions."""
@@ -204,7 +209,7 @@ class Service:
                 ]
         return found
 
-    async def load(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
+    async def load(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
         """Make a model ready; with "file:..." parameters, register a new version first."""
         allow(principal, Action.DEPLOY)
         files = {key: value for key, value in parameters.items() if key.startswith("file:")}
@@ -229,7 +234,7 @@ class Service:
             if parameters.get("pin"):
                 await self._management.pin(principal, name, folded=False, tenant=model.tenant or "shared")
 
-    async def unload(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
+    async def unload(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
         """Refuse requests for a model until it is loaded again."""
         allow(principal, Action.DEPLOY)
         unknown = sorted(set(parameters) - {"unload_dependents"})
@@ -408,24 +413,34 @@ def _key(record: KeyRecord) -> Document:
     }
 
 
-async def _parts(name: str, files: Mapping[str, Parameter], limit: int) -> AsyncIterator[Part]:
-    """The files of Triton's load call, in base64; told apart by how their names end, which go no further."""
+async def _parts(name: str, files: Mapping[str, LoadParameter], limit: int) -> AsyncIterator[Part]:
+    """The files of Triton's load call; told apart by how their names end, which go no further."""
     for key, value in files.items():
         part = "config" if key.endswith("adapter_config.json") else "weights"
         if not key.endswith((".safetensors", "adapter_config.json")):
             raise ProtocolError(
                 f"load model {name!r}", expected="files *.safetensors and adapter_config.json", got=repr(key[:100])
             )
-        if not isinstance(value, str):
-            raise ProtocolError(f"load model {name!r}, {key!r}", expected="base64", got=type(value).__name__)
-        if len(value) > 4 * limit // 3 + 4:
-            raise TooLarge(f"load model {name!r}, {key!r}", expected=f"at most {limit:,} bytes", got="more")
-        try:
-            data = await asyncio.to_thread(base64.b64decode, value, None, True)
-        except (binascii.Error, ValueError) as error:
-            raise ProtocolError(f"load model {name!r}, {key!r}", expected="base64", got=str(error)) from None
-        yield part, _once(data)
+        doing = f"load model {name!r}, {key[:100]!r}"
+        yield part, _bytes(value) if isinstance(value, bytes) else _decoded(doing, value, limit)
 
 
-async def _once(data: bytes) -> AsyncIterator[bytes]:
+async def _bytes(data: bytes) -> AsyncIterator[bytes]:
     yield data
+
+
+async def _decoded(doing: str, value: Parameter | Encoded, limit: int) -> AsyncIterator[bytes]:
+    """Base64 in pieces, so that no second copy of a file is held."""
+    if not isinstance(value, str | Encoded):
+        raise ProtocolError(doing, expected="base64", got=type(value).__name__)
+    try:
+        text = value.text if isinstance(value, Encoded) else memoryview(value.encode("ascii"))
+        if len(text) > 4 * limit // 3 + 4:
+            raise TooLarge(doing, expected=f"at most {limit:,} bytes", got="more")
+        for at in range(0, len(text), _BASE64):
+            data = binascii.a2b_base64(text[at : at + _BASE64], strict_mode=True)
+            if len(data) < _BASE64 // 4 * 3 and at + _BASE64 < len(text):
+                raise ProtocolError(doing, expected="base64", got="padding before its end")
+            yield data
+    except (binascii.Error, ValueError) as error:
+        raise ProtocolError(doing, expected="base64", got=str(error)) from None

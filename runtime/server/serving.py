@@ -32,6 +32,7 @@ from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.service import Options, Service, order_of
 from tpeft_deploy.runtime.server.settings import Settings, is_loopback
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.tracing import tracing
 
 __all__ = ["serve"]
@@ -126,8 +127,9 @@ async def _run(
     observe: Callable[[Exchange], None],
     say: Callable[[str], None],
 ) -> None:
-    http = _http(service, settings, observe)
-    grpc = _grpc(service, settings, observe)
+    intake = settings.intake
+    http = _http(service, settings, observe, intake)
+    grpc = _grpc(service, settings, observe, intake)
     stop = asyncio.Event()
     _on_signals(stop)
     serving = asyncio.create_task(http.serve([listener]))
@@ -155,14 +157,16 @@ async def _run(
     stopping.cancel()
 
 
-def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None]) -> uvicorn.Server:
+def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake) -> uvicorn.Server:
     limits = RestLimits(
         elements=settings.max_elements,
         body_bytes=settings.max_body_bytes,
+        json_bytes=settings.max_json_bytes,
         upload_bytes=settings.max_upload_bytes,
+        json_upload_bytes=settings.max_json_upload_bytes,
     )
     config = uvicorn.Config(
-        application(service, limits, observe),
+        application(service, limits, observe, intake),
         http=Connection,
         ws="none",  # else a library for it answers before keys are looked at, wherever one is installed
         lifespan="off",
@@ -210,14 +214,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _grpc(service: Service, settings: Settings, observe: Callable[[Exchange], None]) -> RpcServer | None:
+def _grpc(
+    service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake
+) -> RpcServer | None:
     if settings.grpc_port is None:
         return None
     limits = RpcLimits(elements=settings.max_elements, message_bytes=settings.max_body_bytes)
     tls = None
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = Tls(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes())
-    servicer = Servicer(service, limits, observe)
+    servicer = Servicer(service, limits, observe, intake)
     return RpcServer(servicer, limits, host=settings.host, port=settings.grpc_port, tls=tls)
 
 

@@ -16,6 +16,8 @@ from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching import Limits as Batching
 from tpeft_deploy.runtime.server.isolation.limits import Limits as Reading
 from tpeft_deploy.runtime.server.quotas import Quota
+from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget, budget_of_bodies
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
 
 __all__ = ["Settings", "is_loopback", "read"]
 
@@ -102,6 +104,18 @@ class Settings(BaseSettings):
     """Time for reading one upload once a process begins on it."""
     upload_memory_bytes: ByteSize = _bytes(2 * _GIB)
     """Address space for reading one upload."""
+    max_json_bytes: ByteSize = _bytes(16 * _MIB)
+    """Of a request's JSON, after decompression; raw tensors behind it are not counted."""
+    max_json_upload_bytes: ByteSize = _bytes(64 * _MIB)
+    """Of an adapter uploaded as base64 in JSON, by the repository's load call."""
+    max_inflight_bytes: ByteSize | None = None
+    """Bodies, tensors and answers that are in memory at once; 16 times max_body_bytes, 1 GiB at least, by default."""
+    max_inflight_bytes_per_tenant: ByteSize | None = None
+    """What a tenant may have of them; half by default."""
+    max_staging_bytes: ByteSize | None = None
+    """Unfinished uploads on disk; 4 times max_upload_bytes by default."""
+    max_staging_bytes_per_tenant: ByteSize | None = None
+    """What a tenant may have of them; half by default."""
     max_elements: int = Field(default=1 << 26, ge=1)
     """Of a tensor."""
     requests_per_s: float | None = None
@@ -181,6 +195,13 @@ class Settings(BaseSettings):
             memory_bytes=self.upload_memory_bytes,
             result_bytes=2 * self.max_upload_bytes,  # float16 becomes float32
         )
+
+    @property
+    def intake(self) -> Intake:
+        """Budgets and threads of a server."""
+        memory = budget_of_bodies(self.max_body_bytes, self.max_inflight_bytes, self.max_inflight_bytes_per_tenant)
+        staging = self.max_staging_bytes or 4 * self.max_upload_bytes
+        return Intake(memory, ByteBudget(staging, self.max_staging_bytes_per_tenant, "bytes of unfinished uploads"))
 
     def batching(self, device: str, *, tokens: bool = False) -> Batching:
         """Limits of batching on a device.
