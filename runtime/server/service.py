@@ -6,7 +6,7 @@ import asyncio
 import binascii
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import tpeft_deploy
@@ -324,7 +324,7 @@ class Service:
         return [self._tenant(record) for record in self._state.tenants.list()]
 
     async def set_tenant(self, principal: Principal, tenant: str, quota: Mapping[str, float | None]) -> Document:
-        """Set a tenant's quotas and weight."""
+        """Set a tenant's quotas and weight: None is no limit, what is left out as for tenants without a quota."""
         allow(principal, Action.ADMIN)
         known = set(asdict(Quota()))
         if not set(quota) <= known:
@@ -333,7 +333,7 @@ class Service:
                 expected=f"fields among {', '.join(sorted(known))}",
                 got=", ".join(sorted(set(quota) - known)),
             )
-        own = Quota(**quota)  # type: ignore[arg-type]  # it checks its fields itself
+        own = replace(self._state.tenants.default, **quota)  # type: ignore[arg-type]  # it checks its fields itself
         return self._tenant(await asyncio.to_thread(self._state.tenants.put, tenant, own, by=principal.key))
 
     async def audit(self, principal: Principal, limit: int = 100, before: int | None = None) -> Sequence[Document]:

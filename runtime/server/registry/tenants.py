@@ -32,17 +32,20 @@ class Tenants:
     Args:
         database: where they are.
         default: the quota of a tenant that has none of its own.
+
+    Attributes:
+        default: the same.
     """
 
     def __init__(self, database: Database, default: Quota) -> None:
         self._database = database
-        self._default = default
+        self.default = default
         self._latest: Latest[dict[str, TenantRecord]] = Latest({})
 
     def quota(self, tenant: str) -> Quota:
         """A tenant's quota now; the default for one that was never seen."""
         found = self._latest.value.get(tenant)
-        return self._default if found is None else found.quota
+        return self.default if found is None else found.quota
 
     def get(self, name: str) -> TenantRecord:
         """A tenant.
@@ -86,8 +89,8 @@ class Tenants:
 
     def _record(self, name: str, quota: dict[str, float | None], created: float) -> TenantRecord:
         # What was stored before there were such quotas has none of them.
-        newer = {field: getattr(self._default, field) for field in ("pins", "folded")}
-        own = Quota(**{**newer, **quota}) if quota else self._default
+        newer = {field: getattr(self.default, field) for field in ("pins", "folded")}
+        own = Quota(**{**newer, **quota}) if quota else self.default
         return TenantRecord(name, own, created)
 
 
