@@ -66,7 +66,7 @@ class Answering:
 
         Raises:
             AdapterError, BundleError, CapacityError: a version cannot be brought to the device.
-            QueueFull, DeadlineExceeded: as the batcher.
+            TooLarge, QueueFull, DeadlineExceeded: as the batcher.
         """
         if len(versions) == 1:
             held = [versions[0]] if versions[0] is not None else []
@@ -74,6 +74,7 @@ class Answering:
             held = [version for version in dict.fromkeys(versions) if version is not None]
         began = time.monotonic() if since is None else since
         if held and not self._tiers.take_resident(held, new=True):
+            self._batcher.check(inputs)  # no adapter is brought, and none leaves, for what cannot be answered
             try:
                 left = None if timeout is None else max(0.0, began + timeout - time.monotonic())
                 await self._holder.take(held, left, tenant)

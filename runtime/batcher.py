@@ -14,12 +14,13 @@ from typing import Protocol
 
 import onnxruntime
 
-from tpeft_deploy.errors import RunError, TpeftError
+from tpeft_deploy.errors import QueueFull, RunError, TooLarge, TpeftError
 from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.runtime.batching import Limits, Order, Queue, Request
 from tpeft_deploy.runtime.calls import Answer, Answered, Call, Run, answer
 from tpeft_deploy.runtime.figures import Figures
 from tpeft_deploy.runtime.joining import Form, Joiner, Outputs, Task
+from tpeft_deploy.runtime.pieces import cut, lane
 from tpeft_deploy.runtime.timing import Timing
 from tpeft_deploy.tucker import Array
 
@@ -72,7 +73,11 @@ class Batcher:
         self._engine = engine
         self._clock = clock
         self._joiner = Joiner(manifest, max_waste=limits.max_waste)
-        self._queue: Queue[Form] = Queue(limits, self._joiner.fits, order)
+        self._limits = limits
+        # What fits into one run and needs no closer look.
+        self._most_rows = min(limits.max_rows, limits.max_request_rows or limits.max_rows)
+        self._most_elements = limits.max_run_elements or math.inf
+        self._queue: Queue[Form] = Queue(limits, self._joiner.fits, order, self._evict)
         # Guards everything below and the queue.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)  # notified when the worker should look again
@@ -98,7 +103,7 @@ class Batcher:
         priority: int = 0,
         timing: Timing | None = None,
     ) -> Answered:
-        """Run a request, in a batch with others where they fit.
+        """Run a request, in a batch with others where they fit, or in several runs where it has too many rows for one.
 
         Cancelling the awaiting task takes the request out of the queue, or stops its run once all others in it are
         cancelled or overdue too.
@@ -119,7 +124,8 @@ class Batcher:
             Output name -> array.
 
         Raises:
-            QueueFull: too many rows wait already.
+            TooLarge: it has more rows, or longer ones, than the limits allow.
+            QueueFull: too many rows wait already, or it had to leave for a tenant with fewer.
             DeadlineExceeded: the time is over; a request that was still waiting never runs.
             RunError: the batcher is closed.
             TpeftError: what the order raises that does not take it.
@@ -127,9 +133,9 @@ class Batcher:
         loop = asyncio.get_running_loop()
         rows = [task] if tasks is None else tasks
         # Rows that are all on one task are in the lane of that task, and join its other requests.
-        lane = rows[0] if len(rows) == 1 or len(set(rows)) == 1 else tuple(rows)
+        own = lane(rows)
         wanted = self._outputs if outputs is None else outputs
-        form = self._joiner.form(inputs, lane, wanted)
+        form = self._joiner.form(inputs, own, wanted)
         now = self._clock()
         deadline = math.inf if timeout is None else (now if since is None else since) + timeout
         request = Request(
@@ -139,11 +145,19 @@ class Batcher:
             deadline=deadline,
             tenant=tenant,
             cost=sum(array.size for array in inputs.values()) if form is None else form.elements,
-            lane=lane,
+            lane=own,
             priority=priority,
         )
         call = Call(request, inputs, rows, tasks is not None, wanted, timeout, loop.create_future(), timing)
-        self._admit(call)
+        if request.rows > self._most_rows or request.cost > self._most_elements:
+            call = self._cut(call)
+        elif request.cost * self._limits.max_rows > request.rows * self._most_elements:
+            request.size = request.asked = self._limits.size(request.rows, request.cost)
+        try:
+            self._admit(call)
+        except BaseException:
+            call.release()
+            raise
         # On the caller's loop, so that it is on time while the worker is busy with others.
         timer = loop.call_later(deadline - now, self._expire, call) if timeout is not None else None
         try:
@@ -151,11 +165,21 @@ class Batcher:
         finally:
             if timer is not None:
                 timer.cancel()
-            if not call.gone:
+            if call.whole is not None or not call.gone:
                 self._leave(call, "cancelled")
             if call.future.done() and not call.future.cancelled():
                 # A task cancelled just now does not look at its answer; asyncio would log an error nobody looked at.
                 call.future.exception()
+            call.release()
+
+    def check(self, inputs: Mapping[str, Array]) -> None:
+        """Refuse a request that is too large for `infer`, whatever waits.
+
+        Raises:
+            TooLarge: it has more rows, or longer ones, than the limits allow.
+        """
+        elements = sum(array.size for array in inputs.values() if array.shape)
+        self._limits.check(self._joiner.rows(inputs), elements, alone=False)
 
     def figures(self) -> Figures:
         """What has been done so far, and what waits."""
@@ -180,11 +204,20 @@ class Batcher:
             self._calls.clear()
             for call in waiting:
                 self._queue.cancel(call.request.id)
-            answer([(call, self._closed_error(call.name)) for call in waiting])
+            self._answer([(call, self._closed_error(call.name)) for call in waiting])
             self._changed.notify()
             worker = self._worker
         if worker is not None and worker is not threading.current_thread():
             worker.join()
+
+    def _cut(self, call: Call) -> Call:
+        """The first piece of a call that is larger than a run, or the call itself where it runs alone."""
+        try:
+            return cut(call, self._limits, self._joiner, lambda: next(self._ids))
+        except TooLarge:
+            with self._lock:
+                self._counts["refused"] += 1
+            raise
 
     def _admit(self, call: Call) -> None:
         with self._lock:
@@ -199,11 +232,12 @@ class Batcher:
                 self._counts["overdue"] += 1
                 raise call.overdue()
             try:
-                due = self._queue.add(call.request, now)
+                due = self._queue.add(call.request, now, () if call.whole is None else call.whole.others())
             except TpeftError:
                 self._counts["refused"] += 1
                 raise
-            self._calls[call.request.id] = call
+            for piece in call.together:
+                self._calls[piece.request.id] = piece
             if due and self._asleep:  # a worker that is woken for nothing costs as much as a request
                 self._asleep = False
                 self._changed.notify()
@@ -215,16 +249,46 @@ class Batcher:
     def _leave(self, call: Call, why: str) -> bool:
         """A caller does not wait any more; False if it has its answer, or left before."""
         with self._lock:
-            if call.gone:
-                return False
-            call.gone = True
-            self._counts[why] += 1
-            if self._queue.cancel(call.request.id):
-                del self._calls[call.request.id]
-            elif self._run is not None and call in self._run.calls and all(other.gone for other in self._run.calls):
+            left = self._drop(call)
+            self._counts[why] += left
+            return left
+
+    def _drop(self, call: Call) -> bool:
+        """Take a call with all its pieces out of the queue, and stop a run that nobody waits for then."""
+        left = [piece for piece in call.together if not piece.gone]
+        for piece in left:
+            piece.gone = True
+            if self._queue.cancel(piece.request.id):
+                del self._calls[piece.request.id]
+            elif self._run is not None and piece in self._run.calls and all(other.gone for other in self._run.calls):
                 self._run.options.terminate = True
                 self._counts["stopped"] += 1
-            return True
+        return bool(left)
+
+    def _evict(self, request: Request[Form]) -> None:
+        """Refuse a request that the queue took out for one of another tenant."""
+        call = self._calls.pop(request.id)
+        self._counts["refused"] += 1
+        full = QueueFull(
+            f"run {call.name}",
+            expected="room in the queue until its turn",
+            got="a request of a tenant with fewer rows waiting",
+            fix="Send it again later, or send less at once.",
+        )
+        self._answer([(call, full)])
+
+    def _answer(self, answers: Iterable[Answer]) -> None:
+        """Hand out answers; an error of one piece is that of its call, and ends the others."""
+        told = []
+        for call, result in answers:
+            if call.whole is not None and not call.gone:
+                call.gone = True
+                if result is None:
+                    continue  # other pieces are still to come
+                self._drop(call)
+                call.gone = False
+            told.append((call, result))
+        answer(told)
 
     def _work(self) -> None:
         while self._turn():
@@ -246,8 +310,8 @@ class Batcher:
             while not self._closed:
                 now = self._clock()
                 over = [self._calls.pop(request.id) for request in self._queue.expire(now)]
-                self._counts["overdue"] += len(over)
-                answer([(call, call.overdue()) for call in over])
+                self._counts["overdue"] += len({id(call.future) for call in over if not call.gone})
+                self._answer([(call, call.overdue()) for call in over])
                 found = self._queue.next(now)
                 if isinstance(found, list):
                     return [self._calls.pop(request.id) for request in found]
@@ -272,7 +336,9 @@ class Batcher:
         began = self._clock()
         try:
             outputs = self._engine(self._joiner.join(parts), tasks, run.options)
-            answers.extend(zip(run.calls, self._joiner.cut(outputs, parts, apart=apart, wanted=wanted), strict=True))
+            found = self._joiner.cut(outputs, parts, apart=apart, wanted=wanted)
+            for call, own in zip(run.calls, found, strict=True):
+                answers.append((call, own if call.whole is None else call.whole.put(call, own)))
         except Exception as error:
             _log.debug("a batch of %d requests on bundle %r failed", len(run.calls), self._name, exc_info=True)
             if len(run.calls) > 1:
@@ -284,7 +350,8 @@ class Batcher:
                 now = self._clock()
                 self._queue.ended(now)
                 _time(run.calls, began, now)
-                answer(answers)
+                self._answer(answers)
+            answers.clear()  # an error in them refers to this frame
         return True
 
     def _begin(self, calls: Iterable[Call]) -> Run | None:
@@ -310,4 +377,4 @@ def _time(calls: Sequence[Call], began: float, ended: float) -> None:
     rows = sum(call.request.rows for call in calls)
     for call in calls:
         if call.timing is not None:
-            call.timing.began, call.timing.ended, call.timing.rows = began, ended, rows
+            call.timing.add(began, ended, rows)

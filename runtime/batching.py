@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from tpeft_deploy.errors import QueueFull, RunError
+from tpeft_deploy.errors import QueueFull
+from tpeft_deploy.runtime.limits import Limits
 
 __all__ = ["FirstCome", "Limits", "Order", "Queue", "Request"]
 
@@ -16,43 +17,6 @@ Form = TypeVar("Form")
 # Requests in a row that did not fit into a batch, after which no other is looked for: looking at a thousand takes
 # longer than many a run.
 _MOST_PASSED = 256
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of batching.
-
-    Attributes:
-        max_rows: rows of one run; a request of more runs alone.
-        max_delay: seconds that a request may wait for company while nothing runs; never longer than the last run.
-        max_queue_rows: rows that may wait; one more request is refused.
-        max_waste: share of a batch's elements that may be padding.  At a half, a batch computes at most twice what
-            its requests would on their own, which is less than what joining saves where a run has a fixed cost
-            (launches on a GPU, weights read from memory); 0 joins requests of equal sizes only.
-
-    Raises:
-        RunError: a bound that nothing could keep.
-    """
-
-    max_rows: int = 32
-    max_delay: float = 0.002
-    max_queue_rows: int = 1024
-    max_waste: float = 0.5
-
-    def __post_init__(self) -> None:
-        valid = {
-            "max_rows": self.max_rows >= 1,
-            "max_delay": 0 <= self.max_delay < math.inf,
-            "max_queue_rows": self.max_queue_rows >= 1,
-            "max_waste": 0 <= self.max_waste < 1,
-        }
-        for name, fine in valid.items():
-            if not fine:
-                raise RunError(
-                    "set the limits of batching",
-                    expected="max_rows and max_queue_rows from 1, max_delay from 0, max_waste from 0 to below 1",
-                    got=f"{name} = {getattr(self, name)!r}",
-                )
 
 
 @dataclass(slots=True, eq=False)  # not frozen, which would make each cost more
@@ -68,6 +32,10 @@ class Request(Generic[Form]):
         cost: what an order may charge: the elements of its inputs, padding not counted.
         priority: among the requests of a tenant and lane, the smaller first.
         lane: what it runs on; an order may take turns between the lanes of a tenant.
+        size: rows that it counts as while it waits; its rows unless given.
+        call: requests of the same call are pieces of one, and leave the queue together when one is refused.
+        asked: size of all pieces of the call, for the one that is added first, and 0 for the others; its own size
+            unless given.  An order that refuses requests looks at this.
     """
 
     id: int
@@ -78,6 +46,15 @@ class Request(Generic[Form]):
     cost: float = 1.0
     lane: Hashable = None
     priority: int = 0
+    size: int = 0
+    call: int | None = None
+    asked: int = -1
+
+    def __post_init__(self) -> None:
+        if not self.size:
+            self.size = self.rows
+        if self.asked < 0:
+            self.asked = self.size
 
 
 class Order(Protocol[Form]):
@@ -135,6 +112,16 @@ class FirstCome(Generic[Form]):
         return len(self._waiting)
 
 
+class _Waiting(Generic[Form]):
+    """What one tenant has in the queue, the oldest first."""
+
+    __slots__ = ("requests", "size")
+
+    def __init__(self) -> None:
+        self.requests: dict[int, Request[Form]] = {}
+        self.size = 0
+
+
 class Queue(Generic[Form]):
     """Requests that wait for one worker, which runs a batch at a time.
 
@@ -146,16 +133,25 @@ class Queue(Generic[Form]):
         join: the form of a batch (first) with one more request (second), or None if that does not fit; a batch starts
             as the form of its first request.
         order: who is next; first come, first served by default.
+        evicted: is told of each waiting request that has to leave for one of another tenant; `add` calls it.
     """
 
     def __init__(
-        self, limits: Limits, join: Callable[[Form, Form], Form | None], order: Order[Form] | None = None
+        self,
+        limits: Limits,
+        join: Callable[[Form, Form], Form | None],
+        order: Order[Form] | None = None,
+        evicted: Callable[[Request[Form]], None] = lambda _: None,
     ) -> None:
         self._limits = limits
         self._join = join
         self._order: Order[Form] = FirstCome() if order is None else order
+        self._evicted = evicted
+        self._most_elements = math.inf if limits.max_run_elements is None else limits.max_run_elements
         self._waiting: dict[int, tuple[Request[Form], float]] = {}
+        self._tenants: dict[str, _Waiting[Form]] = {}  # those that have something waiting
         self._rows = 0
+        self._size = 0
         self._earliest_deadline = math.inf
         # What the rule of `_worth_waiting` remembers: the last batch, and what was there when it ended.
         self._running = 0
@@ -178,8 +174,17 @@ class Queue(Generic[Form]):
         """Requests that wait."""
         return len(self._waiting)
 
-    def add(self, request: Request[Form], now: float) -> bool:
+    def add(self, request: Request[Form], now: float, pieces: Iterable[Request[Form]] = ()) -> bool:
         """Let a request wait.  A queue that is empty takes a request of any number of rows.
+
+        A queue that is full makes room as in "longest queue drop" (Suter et al., INFOCOM 1998): the tenant with the
+        most waiting loses its newest request, if that is more than the tenant of the new one would have.  So a tenant
+        that stays below the queue's size divided by the number of tenants in it is never refused.
+
+        Args:
+            request: what comes, or the first piece of it.
+            now: the time.
+            pieces: the other pieces; all wait, or none.
 
         Returns:
             Whether a worker that `next` told to ask again later should ask now.
@@ -188,18 +193,71 @@ class Queue(Generic[Form]):
             QueueFull: too many rows wait already.
             TpeftError: the order does not take it.
         """
-        if self._rows and self._rows + request.rows > self._limits.max_queue_rows:
-            raise QueueFull(
-                f"queue a request of {request.rows} rows",
-                expected=f"at most {self._limits.max_queue_rows} rows waiting",
-                got=f"{self._rows} rows in {len(self._waiting)} requests before it",
-                fix="Send it again later, send less at once, or raise max_queue_rows.",
-            )
+        victims: Sequence[Request[Form]] = ()
+        if self._size and self._size + request.asked > self._limits.max_queue_rows:
+            victims = self._victims(request)
         self._order.add(request)
-        self._waiting[request.id] = (request, now)
-        self._rows += request.rows
+        for victim in victims:
+            if self.cancel(victim.id):  # else it left with another piece of its call
+                self._evicted(victim)
+        self._enter(request, now)
+        for piece in pieces:
+            self._order.add(piece)
+            self._enter(piece, now)
         self._earliest_deadline = min(self._earliest_deadline, request.deadline)
         return self._holding is None or self._ends_holding(*self._holding, request)
+
+    def _enter(self, request: Request[Form], now: float) -> None:
+        self._waiting[request.id] = (request, now)
+        own = self._tenants.get(request.tenant)
+        if own is None:
+            own = self._tenants[request.tenant] = _Waiting()
+        own.requests[request.id] = request
+        own.size += request.size
+        self._size += request.size
+        self._rows += request.rows
+
+    def _leave(self, request: Request[Form]) -> None:
+        del self._waiting[request.id]
+        own = self._tenants[request.tenant]
+        del own.requests[request.id]
+        own.size -= request.size
+        if not own.requests:
+            del self._tenants[request.tenant]
+        self._size -= request.size
+        self._rows -= request.rows
+
+    def _victims(self, request: Request[Form]) -> list[Request[Form]]:
+        """Requests that leave so that another one has room.
+
+        Raises:
+            QueueFull: nobody else has more waiting than the tenant of the request would have.
+        """
+        sizes = {tenant: waiting.size for tenant, waiting in self._tenants.items()}
+        newest = {tenant: reversed(waiting.requests.values()) for tenant, waiting in self._tenants.items()}
+        wanted = sizes.pop(request.tenant, 0) + request.asked
+        excess = self._size + request.asked - self._limits.max_queue_rows
+        found: list[Request[Form]] = []
+        while excess > 0:
+            longest = max(sizes, key=sizes.__getitem__, default=None)
+            if longest is None or sizes[longest] <= wanted:
+                raise QueueFull(
+                    f"queue a request of {request.asked} rows",
+                    expected=f"at most {self._limits.max_queue_rows} rows waiting",
+                    got=f"{self._size} rows in {len(self._waiting)} requests before it",
+                    fix="Send it again later, send less at once, or raise max_queue_rows.",
+                )
+            victim = next(newest[longest])
+            pieces = [victim]
+            if victim.call is not None:
+                pieces = [own for own in self._tenants[longest].requests.values() if own.call == victim.call]
+                for _ in pieces[1:]:
+                    next(newest[longest])  # pieces came together, so that nothing is between them
+            found += pieces
+            size = sum(piece.size for piece in pieces)
+            sizes[longest] -= size
+            excess -= size
+        return found
 
     def _ends_holding(self, form: Form, until: float, request: Request[Form]) -> bool:
         """Whether one more request may make a batch run that was worth waiting for; see `_worth_waiting`."""
@@ -215,9 +273,9 @@ class Queue(Generic[Form]):
         """Take a request out; False if it does not wait (any more)."""
         if id not in self._waiting:
             return False
-        request, _ = self._waiting.pop(id)
+        request, _ = self._waiting[id]
+        self._leave(request)
         self._order.drop(request)
-        self._rows -= request.rows
         return True
 
     def expire(self, now: float) -> list[Request[Form]]:
@@ -249,8 +307,7 @@ class Queue(Generic[Form]):
         self._learn(in_vain=until > -math.inf)
         self._order.serve(batch)
         for request in batch:
-            del self._waiting[request.id]
-            self._rows -= request.rows
+            self._leave(request)
         self._running = len(batch)
         self._began = now
         return batch
@@ -265,20 +322,22 @@ class Queue(Generic[Form]):
             self._running = 0
 
     def _gather(self) -> tuple[list[Request[Form]], Form | None]:
-        """The first request of the order with what can join it, up to max_rows; and their form."""
+        """The first request of the order with what can join it, up to the bounds of a run; and their form."""
         waiting = iter(self._order)
         first = next(waiting)
         batch, rows, form, passed = [first], first.rows, first.form, 0
+        elements = first.cost
         for request in waiting:
             if form is None or rows >= self._limits.max_rows or passed >= _MOST_PASSED:
                 break
-            fits = request.form is not None and rows + request.rows <= self._limits.max_rows
+            fits = rows + request.rows <= self._limits.max_rows and elements + request.cost <= self._most_elements
             joined = self._join(form, request.form) if fits and request.form is not None else None
             if joined is None:
                 passed += 1
             else:
                 form, passed = joined, 0
                 rows += request.rows
+                elements += request.cost
                 batch.append(request)
         return batch, form
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import onnxruntime
 
@@ -17,6 +18,9 @@ from tpeft_deploy.runtime.providers import GRAPH_ID
 from tpeft_deploy.runtime.timing import Timing
 from tpeft_deploy.tucker import Array
 
+if TYPE_CHECKING:
+    from tpeft_deploy.runtime.pieces import Whole
+
 __all__ = ["Answer", "Answered", "Call", "Run", "answer"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
@@ -26,7 +30,7 @@ Answered = dict[str, Array | list[Array]]
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """One request of one caller; `gone` once the caller does not wait any more, or has its answer."""
+    """One request of one caller, or a piece of it; `gone` once the caller does not wait any more, or has its answer."""
 
     request: Request[Form]
     inputs: Mapping[str, Array]
@@ -37,6 +41,25 @@ class Call:
     future: asyncio.Future[Answered]
     timing: Timing | None = None
     gone: bool = False
+    whole: Whole | None = None  # of a piece
+    start: int = 0  # its first row in that
+
+    @property
+    def together(self) -> Sequence[Call]:
+        """All pieces of the caller's request; itself where it is not cut."""
+        return (self,) if self.whole is None else self.whole.pieces
+
+    def release(self) -> None:
+        """Let go of what leads back here: inputs should go without waiting for a collection.
+
+        A future holds its exception, that the frames it was raised in, and those this call.
+        """
+        if self.whole is None:
+            del self.future
+            return
+        for piece in self.whole.pieces:
+            del piece.future
+        self.whole.release()
 
     @property
     def name(self) -> str:
@@ -51,8 +74,9 @@ class Call:
 
     def overdue(self) -> DeadlineExceeded:
         """The error for a call whose time is over."""
+        rows = self.request.rows if self.whole is None else self.whole.rows
         return DeadlineExceeded(
-            f"run {self.name} on {self.request.rows} rows",
+            f"run {self.name} on {rows} rows",
             expected=f"an answer within {self.timeout} s",
             got="none by then",
             fix="Allow more time, or send less at once.",
@@ -77,7 +101,8 @@ class Run:
     options: onnxruntime.RunOptions = field(default_factory=_options)
 
 
-Answer = tuple[Call, Answered | Exception]
+Answer = tuple[Call, Answered | Exception | None]
+"""None for a piece while others of its call are missing."""
 
 
 def answer(answers: Iterable[Answer]) -> None:
@@ -100,5 +125,5 @@ def _deliver(answers: Iterable[Answer]) -> None:
             continue
         if isinstance(result, Exception):
             call.future.set_exception(result)
-        else:
+        elif result is not None:
             call.future.set_result(result)

@@ -156,6 +156,10 @@ class Joiner:
             terms=tuple(terms),
         )
 
+    def part(self, inputs: Mapping[str, Array], rows: slice) -> dict[str, Array]:
+        """Some rows of a request that has a form, as views."""
+        return {name: array[rows] if array.shape else array for name, array in inputs.items()}
+
     def join(self, parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
         """One batch of the inputs of several requests; those of a single request as they are."""
         if len(parts) == 1:

@@ -69,6 +69,8 @@ class Runtime:
         session_bytes: what each session's weights and intermediate results may take on CUDA; by default all there is.
         cuda_graphs: on CUDA, record runs of the bank as CUDA graphs, one for each shape that comes again; inputs are
             filled up to a few shapes for it (see `captured`).
+        pinned_share: part of the rows that `device_bytes` has room for, the base's not counted, which pinned tasks may
+            take; they give way where adapters of larger ranks leave fewer rows.
         limits: how requests of `infer` are joined and how many may wait; 32 rows and 2 ms by default.
         order: which of the requests that wait is next; first come, first served by default.
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
@@ -93,6 +95,7 @@ class Runtime:
         folded_bytes: int = 0,
         session_bytes: int | None = None,
         cuda_graphs: bool = False,
+        pinned_share: float = 1.0,
         limits: Limits | None = None,
         order: Order[Form] | None = None,
         preload: bool = True,
@@ -121,6 +124,7 @@ class Runtime:
                 choice.device,
                 device_bytes=device_bytes,
                 host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
+                pinned_share=pinned_share,
             )
             self._catalogue = Catalogue(self._bundle, self._retire)
             self._folds = Folds(
@@ -175,6 +179,11 @@ class Runtime:
         """
         return self._tiers.usage() | {"folded_bytes": self._folds.nbytes}
 
+    def pins(self) -> dict[str, bool]:
+        """The tasks that are pinned, and whether each is to have a session of its own."""
+        with self._pinning:
+            return dict(self._pinned)
+
     def batching(self) -> Figures:
         """What `infer` has joined and refused so far, and what waits."""
         return self._batcher.figures()
@@ -197,7 +206,7 @@ class Runtime:
         tasks: Sequence[Task] | None = None,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Array] | Outputs:
-        """Run a batch.
+        """Run a batch, in one run however many rows it has: at once, beside the requests of `infer`.
 
         Args:
             inputs: input name -> array; the first axis is the batch.
@@ -270,7 +279,8 @@ class Runtime:
 
         Requests are joined where their other axes are equal, or where the manifest says what they may be filled up
         with.  Cancelling takes the request out of its batch, and stops the run once nobody waits for it.  A request
-        that cannot be answered fails alone.
+        that cannot be answered fails alone.  One of more than `max_rows` rows is answered by several runs, which those
+        of others alternate with, where its rows do not depend on one another.
 
         Args:
             inputs: input name -> array; the first axis is the batch.
@@ -285,6 +295,7 @@ class Runtime:
 
         Raises:
             UnknownTask, InputError, CompositionError, AdapterError, BundleError, CapacityError: as `run`.
+            TooLarge: it is more than the limits of a request allow; none are set by default.
             QueueFull: too many rows wait already.
             DeadlineExceeded: the time was over first.
             TpeftError: what the order of the queue raises that does not take it.
@@ -408,8 +419,8 @@ class Runtime:
         """
         version = self._version(task, "pin")
         with self._tiers.using([version]), self._pinning:
-            self._pinned[task] = folded
             self._tiers.pin(version, True)
+            self._pinned[task] = folded
         # Not while the row is in use: the fold may come after one that waits for rows.
         try:
             self._keep(task, self._version(task, "pin"))  # what the task stands for now

@@ -38,6 +38,7 @@ class Tiers:
         device_bytes: what the bank may take; while it is replaced by a larger one, both live.
         host_bytes: what copies of adapters in host memory may take, so that they return to the device without being
             read again.
+        pinned_share: part of the rows that the budget has room for which pinned versions may take.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Tiers:
         *,
         device_bytes: int,
         host_bytes: int,
+        pinned_share: float = 1.0,
     ) -> None:
         self._layout = layout
         self._lay_out = lay_out
         self._device = device
         self._device_bytes = device_bytes
         self._host_bytes = host_bytes
+        self._pinned_share = pinned_share
         self._writer = threading.Lock()  # held by the one that fills rows or replaces the bank
         self._state = threading.Lock()  # guards all that follows, and what changes in a version
         self._given_back = threading.Condition(self._state)  # notified where the writer waits for a row
@@ -61,6 +64,7 @@ class Tiers:
         self._bank = Bank.allocate(layout, layout.shapes, 1, device)
         self._free: list[int] = []
         self._resident: dict[Version, None] = {}  # those on a row, the least recently used first
+        self._pins: dict[Version, None] = {}  # those that are pinned
         self._copies: dict[Version, int] = {}  # those in host memory and their bytes, likewise
         self._copied = 0
         self._leaving: Version | None = None  # whom nobody begins to use, so that its row becomes free
@@ -139,14 +143,25 @@ class Tiers:
         """A task no longer stands for a version: it goes as soon as nobody uses it."""
         with self._state:
             version.current = version.pinned = False
+            self._pins.pop(version, None)
             if not version.users:
                 self._forget(version)
             self._notify()
 
     def pin(self, version: Version, pinned: bool) -> None:
-        """Keep a version on its row once it has one, or let it go again when others need the room."""
+        """Keep a version on its row once it has one, or let it go again when others need the room.
+
+        Raises:
+            CapacityError: pinned versions would take more than their part of the rows.
+        """
         with self._state:
+            if pinned and not version.pinned and self._pinned_share < 1:
+                self._check_pinned(version)
             version.pinned = pinned
+            if pinned:
+                self._pins[version] = None
+            else:
+                self._pins.pop(version, None)
             self._notify()
 
     def tier(self, version: Version) -> Tier:
@@ -265,7 +280,7 @@ class Tiers:
                 while True:
                     if self._free and widened(self._bank.shapes, [version.shapes]) == self._bank.shapes:
                         return self._free[-1]
-                    staying = {*wanted, *(other for other in self._resident if other.pinned)} - {version}
+                    staying = {*wanted, *self._kept(version)} - {version}
                     self._check_budget(version, staying)
                     size = row_bytes(self._layout, self._shapes([*self._resident, version]))
                     if (len(self._resident) + 2) * size <= self._device_bytes:  # the base, all residents, and this one
@@ -301,6 +316,31 @@ class Tiers:
                 got=f"a budget of {self._device_bytes:,} bytes",
                 fix="Give the runtime more device_bytes, unpin tasks, or ask for fewer tasks in one batch.",
             )
+
+    def _check_pinned(self, version: Version) -> None:
+        rows = self._rows_for([*self._pins, version])
+        if len(self._pins) >= int(self._pinned_share * rows):
+            raise CapacityError(
+                f"pin {version.name!r}",
+                expected=f"at most {int(self._pinned_share * rows)} of {rows} rows pinned",
+                got=f"{len(self._pins)} already",
+                fix="Unpin others, or give the runtime more device_bytes.",
+            )
+
+    def _kept(self, version: Version) -> list[Version]:
+        """The pinned versions that keep their rows when one more needs one.
+
+        Beside a version of larger ranks there are fewer rows: then those used longest ago give way as others do.
+        """
+        pinned = [other for other in self._resident if other.pinned]
+        if self._pinned_share >= 1:
+            return pinned
+        most = int(self._pinned_share * self._rows_for([*pinned, version]))
+        return pinned[max(0, len(pinned) - most) :]
+
+    def _rows_for(self, versions: Iterable[Version]) -> int:
+        """How many rows the budget has, beside the base's, that each hold any of these."""
+        return self._device_bytes // row_bytes(self._layout, self._shapes(versions)) - 1
 
     def _shapes(self, versions: Iterable[Version]) -> dict[str, Shape]:
         distinct = {id(version.shapes): version.shapes for version in versions}

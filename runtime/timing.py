@@ -13,15 +13,20 @@ class Timing:
 
     Attributes:
         arrived: when it was given to the runtime.
-        began: when the run began that answered it; 0 until then.
-        ended: when that run ended; 0 until then.
-        rows: rows of that run, those of other requests included.
+        began: when the run began that answered it; 0 until then.  Where several runs did, as long before `ended` as
+            they took together.
+        ended: when that run ended, or the last of several; 0 until then.
+        rows: rows of that run, or of the largest, those of other requests included.
     """
 
     arrived: float
     began: float = 0.0
     ended: float = 0.0
     rows: int = 0
+
+    def add(self, began: float, ended: float, rows: int) -> None:
+        """Count one of several runs."""
+        self.began, self.ended, self.rows = began - self.ran, ended, max(rows, self.rows)
 
     @property
     def queued(self) -> float:

@@ -138,10 +138,12 @@ def BankedGroupedConv(
     pads: Sequence[int],
     dilations: Sequence[int],
     group: int,
+    kernel_shape: Sequence[int],
 ):
     """A bias-free conv whose weight is W + dW of adapter `adapter_index[n]`: Scan over rows, one Conv each.
 
     change: (N, O, I K1 ..), or one zero per row.
+    kernel_shape: ONNX Runtime cannot tell it of a weight that is replaced, and needs it for the shape of a row.
     """
     rows = op.Shape(adapter_index)
     rest = op.Constant(value_ints=[-1])
@@ -151,7 +153,9 @@ def BankedGroupedConv(
 
     @graph()
     def one_row(x_row, w_row):
-        y_row = op.Conv(x_row, w_row, strides=strides, pads=pads, dilations=dilations, group=group)
+        y_row = op.Conv(
+            x_row, w_row, strides=strides, pads=pads, dilations=dilations, group=group, kernel_shape=kernel_shape
+        )
         return y_row
 
     y = op.Scan(split, weights, body=one_row, num_scan_inputs=2)
@@ -169,6 +173,7 @@ def BankedGroupedConvTranspose(
     dilations: Sequence[int],
     output_padding: Sequence[int],
     group: int,
+    kernel_shape: Sequence[int],
 ):
     """As BankedGroupedConv for a transposed conv."""
     rows = op.Shape(adapter_index)
@@ -187,6 +192,7 @@ def BankedGroupedConvTranspose(
             dilations=dilations,
             output_padding=output_padding,
             group=group,
+            kernel_shape=kernel_shape,
         )
         return y_row
 

@@ -45,7 +45,11 @@ def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: i
             name=f"{target.name}.banked.{i}",
             like=site.y,
             after=site.node,
-            attributes=geometry(site.node, len(target.shape) - 2) | {"group": site.node.attributes.get_int("group", 1)},
+            attributes={
+                **geometry(site.node, len(target.shape) - 2),
+                "group": site.node.attributes.get_int("group", 1),
+                "kernel_shape": target.shape[2:],
+            },
         )
         route_around(site.node, new)
     return "each"

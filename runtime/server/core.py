@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from tpeft_deploy.runtime.server.access import Principal
-from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse, Parameter
+from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse, LoadParameter
 
 __all__ = ["Core", "Document", "Part"]
 
@@ -35,6 +35,14 @@ class Core(Protocol):
             Unauthenticated: no key, or one that is unknown, expired or revoked.
         """
 
+    def admit(self, principal: Principal) -> None:
+        """Take one inference request from the tenant's quota, before its body is read; spent whatever becomes of it.
+
+        Raises:
+            Forbidden: the role allows no inference.
+            QuotaExceeded: the tenant has no request left.
+        """
+
     def server_metadata(self, principal: Principal) -> Document:
         """Name, version, extensions."""
 
@@ -53,14 +61,14 @@ class Core(Protocol):
     def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
         """[{name, version, state, reason}]; only those that are ready when asked."""
 
-    async def load(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
-        """Make a model ready; with "file:..." parameters (base64), register a new version first.  DEPLOY."""
+    async def load(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
+        """Make a model ready; with "file:..." parameters, register a new version first.  DEPLOY."""
 
-    async def unload(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
+    async def unload(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
         """Take a model off the device and refuse requests for it until it is loaded again.  DEPLOY."""
 
     async def infer(self, principal: Principal, request: InferRequest) -> InferResponse:
-        """Answer a request; cancelling stops it."""
+        """Answer a request that was admitted; cancelling stops it."""
 
     async def register(
         self,

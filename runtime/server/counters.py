@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-__all__ = ["Counted", "Counters"]
+__all__ = ["LATER", "Counted", "Counters"]
 
+LATER = 2**62  # added to a turn, it is after all others
 _KEPT = 64  # of those who left, beside two for each who waits
 
 
@@ -16,11 +17,13 @@ class Counted:
     Attributes:
         served: its counter.
         stranger: whether nothing is known of what it was served before.
+        turn: of equals, the smaller is next: those that were not served since they came, then those served longest ago.
     """
 
     def __init__(self) -> None:
         self.served = 0.0
         self.stranger = True
+        self.turn = 0
 
 
 Key = TypeVar("Key", bound=Hashable)
@@ -37,12 +40,15 @@ class Counters(Generic[Key, Member]):
     def __init__(self) -> None:
         self.waiting: dict[Key, Member] = {}
         self._away: dict[Key, float] = {}
+        self._turns = 0
         self._least = 0.0  # the smallest counter of those who wait
         self._entry = 0.0  # where strangers begin
 
     def enter(self, key: Key, member: Member) -> Member:
         """Let one wait that did not, at its own counter or that of those who were served least."""
         known = self._away.pop(key, None)
+        self._turns += 1
+        member.turn = self._turns - LATER
         member.stranger = known is None
         member.served = max(self._least, self._entry if known is None else known)
         self.waiting[key] = member
@@ -50,6 +56,8 @@ class Counters(Generic[Key, Member]):
 
     def charge(self, member: Member, cost: float) -> None:
         """Count what one is served that waits."""
+        self._turns += 1
+        member.turn = self._turns
         if member.stranger:
             # An endless row of strangers who all began at the smallest counter would starve all the others: so
             # strangers begin later by what was served to those before them, in equal parts for all who wait.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ __all__ = [
     "from_raw",
     "objects",
     "quoted",
+    "raw_view",
     "texts",
 ]
 
@@ -95,7 +97,7 @@ def from_raw(doing: str, datatype: str, raw: bytes | memoryview, count: int) -> 
     if datatype == "BYTES":
         return objects(_split(doing, bytes(raw), count))
     check_size(doing, datatype, count, len(raw))
-    if datatype == "BOOL" and bytes(raw).translate(None, b"\0\1"):
+    if datatype == "BOOL" and len(raw) and np.frombuffer(raw, np.uint8).max() > 1:
         raise ProtocolError(f"{doing}: raw contents", expected="0 or 1 for each element of BOOL", got="something else")
     return np.frombuffer(raw, DTYPES[datatype])
 
@@ -127,6 +129,17 @@ def encode_raw(array: Array, datatype: str) -> bytes:
     if datatype == "BYTES":
         return b"".join(len(one).to_bytes(4, "little") + one for one in texts(array))
     return checked(array, datatype).tobytes()
+
+
+def raw_view(array: Array, datatype: str) -> Any:
+    """The same as `encode_raw`, as a view of the array where it can be one.
+
+    Raises:
+        TypeError: the array is not of that datatype, which is a fault of the server.
+    """
+    if datatype == "BYTES" or not array.size:
+        return encode_raw(array, datatype)
+    return np.ascontiguousarray(checked(array, datatype)).reshape(-1).view(np.uint8).data
 
 
 def texts(array: Array) -> list[bytes]:

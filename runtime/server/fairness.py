@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from tpeft_deploy.runtime.batching import Request
-from tpeft_deploy.runtime.server.counters import Counted, Counters
+from tpeft_deploy.runtime.server.counters import LATER, Counted, Counters
 
 __all__ = ["Fair"]
 
@@ -54,31 +55,32 @@ class _Tenant(Counted, Generic[Form]):
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.weight = weight  # as it was when the tenant came, or was served last
-        self.rows = 0
+        self.rows = self.size = 0
         self.lanes: Counters[Hashable, _Lane[Form]] = Counters()
 
     def __iter__(self) -> Iterator[Request[Form]]:
         """Its requests, as they would be served if all were its own."""
         lanes = self.lanes.waiting.values()
-        turns = [(lane.served, tie, 1.0, iter(lane.requests)) for tie, lane in enumerate(lanes)]
+        turns = [(lane.served, lane.turn, 1.0, iter(lane.requests)) for lane in lanes]
         yield from _merged(turns) if len(turns) > 1 else turns[0][3]
 
 
 def _merged(turns: list[tuple[float, int, float, Iterator[Request[Form]]]]) -> Iterator[Request[Form]]:
-    """One request after the other of whoever has the smallest counter, the first of equals.
+    """One request after the other of whoever has the smallest counter; of equals, see `Counted.turn`.
 
     Args:
-        turns: for each: its counter, a number of its own, its weight, and its requests.
+        turns: for each: its counter, its turn, which no other has, its weight, and its requests.
     """
     heapq.heapify(turns)
+    later = itertools.count(LATER)
     while turns:
-        served, tie, weight, own = turns[0]
+        served, _, weight, own = turns[0]
         request = next(own, None)
         if request is None:
             heapq.heappop(turns)
             continue
         yield request
-        heapq.heapreplace(turns, (served + request.cost / weight, tie, weight, own))
+        heapq.heapreplace(turns, (served + request.cost / weight, next(later), weight, own))
 
 
 class Fair(Generic[Form]):
@@ -91,8 +93,9 @@ class Fair(Generic[Form]):
 
     Args:
         weight: a tenant's weight, above 0.
-        admit: told before each request whose it is, how many rows that tenant has waiting and how many more would;
-            raises what refuses it.  Called under the queue's lock: it must be quick and call neither queue nor order.
+        admit: told before each request its tenant, what that tenant has waiting and what would be added, in rows as
+            they count in the queue; raises what refuses it.  Called under the queue's lock: it must be quick and call
+            neither queue nor order.
     """
 
     def __init__(self, weight: Callable[[str], float], admit: Callable[[str, int, int], None] | None = None) -> None:
@@ -108,8 +111,8 @@ class Fair(Generic[Form]):
             TpeftError: what `admit` raised; nothing has changed then.
         """
         tenant = self._tenants.waiting.get(request.tenant)
-        if self._admit is not None:
-            self._admit(request.tenant, 0 if tenant is None else tenant.rows, request.rows)
+        if self._admit is not None and request.asked:
+            self._admit(request.tenant, 0 if tenant is None else tenant.size, request.asked)
         if tenant is None:
             tenant = self._tenants.enter(request.tenant, _Tenant(self._weight(request.tenant)))
         lane = tenant.lanes.waiting.get(request.lane)
@@ -117,6 +120,7 @@ class Fair(Generic[Form]):
             lane = tenant.lanes.enter(request.lane, _Lane())
         self._places[request.id] = (tenant, lane, lane.add(request))
         tenant.rows += request.rows
+        tenant.size += request.size
 
     def drop(self, request: Request[Form]) -> None:
         """Forget a request that will not run; nobody is charged."""
@@ -136,7 +140,7 @@ class Fair(Generic[Form]):
     def __iter__(self) -> Iterator[Request[Form]]:
         """All waiting requests, the next to serve first; each step as if those before it had been served."""
         tenants = self._tenants.waiting.values()
-        return _merged([(own.served, tie, own.weight, iter(own)) for tie, own in enumerate(tenants)])
+        return _merged([(own.served, own.turn, own.weight, iter(own)) for own in tenants])
 
     def __len__(self) -> int:
         """How many wait."""
@@ -149,6 +153,7 @@ class Fair(Generic[Form]):
             touched[request.tenant] = tenant
             lane.take(place)
             tenant.rows -= request.rows
+            tenant.size -= request.size
             if charge:
                 self._tenants.charge(tenant, request.cost / tenant.weight)
                 tenant.lanes.charge(lane, request.cost)

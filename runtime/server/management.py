@@ -11,9 +11,12 @@ from tpeft_deploy.errors import Conflict, ProtocolError
 from tpeft_deploy.runtime import Runtime, Source
 from tpeft_deploy.runtime.server.access import SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.core import Part
+from tpeft_deploy.runtime.server.isolation.outcomes import Upload
+from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.models import Models
-from tpeft_deploy.runtime.server.registry import CURRENT, Staged, State, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
+from tpeft_deploy.runtime.server.tenancy.pins import Pins
 
 __all__ = ["Management", "owner"]
 
@@ -27,8 +30,9 @@ class Management:
         state: the registry.
         statistics: forgotten with what they count.
         admit: refuses an adapter that is not fit to serve; blocks.
-        base: what the names in uploads are resolved against.
+        reader: reads the files of uploads.
         max_upload_bytes: of one upload, all files together.
+        pins: what tenants have pinned.
     """
 
     def __init__(
@@ -38,16 +42,18 @@ class Management:
         state: State,
         statistics: Statistics,
         admit: Callable[[VersionRecord, Adapter], None],
-        base: object,
+        reader: Reader,
         *,
         max_upload_bytes: int,
+        pins: Pins,
     ) -> None:
+        self.pins = pins
         self._runtime = runtime
         self._models = models
         self._state = state
         self._statistics = statistics
         self._admit = admit
-        self._base = base
+        self._reader = reader
         self._max_upload_bytes = max_upload_bytes
 
     def announce(self, records: list[VersionRecord]) -> None:
@@ -67,11 +73,13 @@ class Management:
         """A new version of a task from an upload, checked and ready when this returns."""
         whose = owner(principal, tenant)
         self._check_free(name)
+        self._reader.check_room(principal.tenant)
         async with self._state.tasks.staging(self._max_upload_bytes) as staged:
             async for part, stream in parts:
                 await staged.write(part, stream)
+            upload = await self._reader.read(principal.tenant, staged.directory, f"the upload for task {name!r}")
             # Not cancelled half-way: whoever hangs up now finds the version registered, or not, but nothing between.
-            await asyncio.shield(asyncio.to_thread(self._add, whose, name, staged, alias, principal.key))
+            await asyncio.shield(asyncio.to_thread(self._add, whose, name, upload, alias, principal.key))
         return self.task(whose, name)
 
     async def point(
@@ -116,7 +124,7 @@ class Management:
         whose = owner(principal, tenant)
         target = self._models.target(whose, name)
         self._check_own(whose, target.tenant, name)
-        await asyncio.to_thread(self._runtime.pin, target.key, folded=folded)
+        await self.pins.add(whose, name, target.key, folded=folded)
         return self.task(whose, name)
 
     async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:
@@ -134,8 +142,7 @@ class Management:
         """
         return self._state.tasks.snapshot().task(tenant, name)
 
-    def _add(self, tenant: str, name: str, staged: Staged, alias: str, by: str) -> None:
-        adapter = staged.read(self._base, of=f"the upload for task {name!r}")
+    def _add(self, tenant: str, name: str, upload: Upload, alias: str, by: str) -> None:
         known: list[VersionRecord] = []
 
         def check(record: VersionRecord, adapter: Adapter) -> None:
@@ -143,7 +150,7 @@ class Management:
             known.append(record)
 
         try:
-            self._state.tasks.add(tenant, name, adapter, check, by=by, alias=alias)
+            self._state.tasks.add(tenant, name, upload.adapter, check, by=by, alias=alias, data=upload.data)
         except BaseException:
             self._runtime.forget(record.key for record in known)
             raise

@@ -8,9 +8,23 @@ import msgspec
 
 from tpeft_deploy.tucker import Array
 
-__all__ = ["InferRequest", "InferResponse", "Parameter"]
+__all__ = ["Encoded", "InferRequest", "InferResponse", "LoadParameter", "Parameter"]
 
 Parameter = str | int | float | bool
+
+
+class Encoded(msgspec.Struct, frozen=True):
+    """A file in base64, decoded as it is stored.
+
+    Attributes:
+        text: as it stands in JSON; a view of the request's body.
+    """
+
+    text: memoryview
+
+
+LoadParameter = Parameter | bytes | Encoded
+"""A parameter of a load call; a file is base64 as text, or bytes as they are."""
 
 
 class InferRequest(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from tpeft_deploy.errors import ProtocolError, QuotaExceeded
+from tpeft_deploy.errors import ProtocolError, QuotaExceeded, TooLarge
 
 __all__ = ["Meter", "Quota", "queue_shares"]
 
@@ -26,6 +26,8 @@ class Quota:
         adapters: registered versions.
         bytes: of registered adapters.
         weight: of the tenant in the queue: twice the weight gets twice the computation while both wait.
+        pins: versions that stay on the device.
+        folded: of those, the ones with sessions of their own.
 
     Raises:
         ProtocolError: a limit that makes no sense.
@@ -37,11 +39,13 @@ class Quota:
     adapters: int | None = None
     bytes: int | None = None
     weight: float = 1.0
+    pins: int | None = None
+    folded: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in {"adapters", "bytes"} else math.ulp(0.0)
+            least = 0 if field.name in {"adapters", "bytes", "pins", "folded"} else math.ulp(0.0)
             most = 1 if field.name == "queue_share" else math.inf
             fine = (value is None and field.name != "weight") or (
                 isinstance(value, int | float)
@@ -108,8 +112,27 @@ class Meter:
         """Tenants of whom something is remembered."""
         return len(self._accounts)
 
-    def spend(self, tenant: str, rows: int, now: float) -> None:
-        """Take a request of so many rows from a tenant's quota, or nothing at all.
+    def spend_request(self, tenant: str, now: float) -> None:
+        """Take a request from a tenant's quota; before its body is read, so it stays spent whatever comes of it.
+
+        Args:
+            tenant: whose.
+            now: seconds of any clock that does not run backwards.
+
+        Raises:
+            QuotaExceeded: with the seconds after which a request is allowed.
+        """
+        quota = self._quota(tenant)
+        if quota.requests_per_s is None:
+            return
+        account = self._account(tenant, quota, now)
+        if account.requests < 1:
+            missing = 1 - account.requests
+            raise _exceeded(tenant, missing / quota.requests_per_s, quota.requests_per_s, "requests")
+        account.requests -= 1
+
+    def spend_rows(self, tenant: str, rows: int, now: float) -> None:
+        """Take the rows of a request from a tenant's quota, or nothing at all.
 
         Args:
             tenant: whose.
@@ -117,22 +140,25 @@ class Meter:
             now: seconds of any clock that does not run backwards.
 
         Raises:
-            QuotaExceeded: with the seconds after which the same request is allowed.
+            QuotaExceeded: with the seconds after which as many rows are allowed.
         """
         quota = self._quota(tenant)
-        if quota.requests_per_s is None and quota.rows_per_s is None:
+        if quota.rows_per_s is None:
             return
+        account = self._account(tenant, quota, now)
+        # What is larger than a burst waits for a full bucket and leaves a debt.
+        needed = min(rows, account.most_rows)
+        if account.rows < needed:
+            raise _exceeded(tenant, (needed - account.rows) / quota.rows_per_s, quota.rows_per_s, "rows")
+        account.rows -= rows
+
+    def _account(self, tenant: str, quota: Quota, now: float) -> _Account:
         account = self._accounts.get(tenant)
         if account is None:
             self._forget(now)
             account = self._accounts[tenant] = _Account(quota, now)
         account.fill(quota, now)
-        # What is larger than a burst waits for a full bucket and leaves a debt.
-        needed = min(rows, account.most_rows)
-        if account.requests < 1 or account.rows < needed:
-            raise _lacking(tenant, account, needed)
-        account.requests -= 1
-        account.rows -= rows
+        return account
 
     def _forget(self, now: float) -> None:
         # Two for each that comes, in turn: what is full goes, and no request pays for all.
@@ -148,19 +174,6 @@ def _burst(rate: float | None) -> float:
     return math.inf if rate is None else max(rate, 1.0)
 
 
-def _lacking(tenant: str, account: _Account, rows: float) -> QuotaExceeded:
-    quota = account.quota
-    waits = [
-        (missing / rate, rate, what)
-        for what, rate, missing in (
-            ("requests", quota.requests_per_s, 1 - account.requests),
-            ("rows", quota.rows_per_s, rows - account.rows),
-        )
-        if rate is not None and missing > 0
-    ]
-    return _exceeded(tenant, *max(waits))
-
-
 def _exceeded(tenant: str, wait: float, rate: float, what: str) -> QuotaExceeded:
     return QuotaExceeded(
         f"run a request of tenant {tenant!r}",
@@ -174,25 +187,36 @@ def _exceeded(tenant: str, wait: float, rate: float, what: str) -> QuotaExceeded
 def queue_shares(quota: Callable[[str], Quota], max_queue_rows: int) -> Callable[[str, int, int], None]:
     """What refuses a request that would let a tenant take more of the queue than its share; see `Fair`.
 
-    A tenant with nothing waiting may always queue a request.
-
     Args:
         quota: a tenant's quota now.
         max_queue_rows: of the whole queue.
 
     Returns:
-        Raises QuotaExceeded for a tenant, its rows that wait, and those of the request.
+        Raises for a tenant, its rows that wait, and those of the request: TooLarge for one that is larger than the
+        share and could never wait, QuotaExceeded for one that has to come later.
     """
 
     def admit(tenant: str, waiting: int, rows: int) -> None:
         share = quota(tenant).queue_share
-        if share is not None and waiting and waiting + rows > share * max_queue_rows:
-            raise QuotaExceeded(
-                f"queue a request of tenant {tenant!r}",
-                expected=f"at most {share * max_queue_rows:g} rows of it waiting",
-                got=f"{waiting} waiting and {rows} more",
-                fix="Send less at once, or later.",
-                retry_after=1.0,
+        if share is None:
+            return
+        most = max(1.0, share * max_queue_rows)
+        if waiting + rows <= most:
+            return
+        doing = f"queue a request of tenant {tenant!r}"
+        if rows > most:
+            raise TooLarge(
+                doing,
+                expected=f"at most {most:g} rows, the tenant's share of the queue",
+                got=f"what counts as {rows} rows",
+                fix="Send fewer rows at once.",
             )
+        raise QuotaExceeded(
+            doing,
+            expected=f"at most {most:g} rows of it waiting",
+            got=f"{waiting} waiting and {rows} more",
+            fix="Send less at once, or later.",
+            retry_after=1.0,
+        )
 
     return admit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -21,17 +20,20 @@ from tpeft_deploy.runtime.server.core import Document, Part
 from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.fairness import Fair
 from tpeft_deploy.runtime.server.inference import Inference
+from tpeft_deploy.runtime.server.isolation.pool import Direct, Reader
 from tpeft_deploy.runtime.server.management import Management, owner
-from tpeft_deploy.runtime.server.messages import Parameter
+from tpeft_deploy.runtime.server.messages import Encoded, LoadParameter, Parameter
 from tpeft_deploy.runtime.server.models import Model, Models
 from tpeft_deploy.runtime.server.observed import Observed, Observers
 from tpeft_deploy.runtime.server.quotas import Meter, Quota, queue_shares
 from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
+from tpeft_deploy.runtime.server.tenancy.pins import Pins
 
 __all__ = ["Options", "Service", "order_of"]
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
+_BASE64 = 1 << 18  # of text that is decoded at once; whole groups of four
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Options:
         limits: of batching.
         authenticate: whether keys are asked for.
         max_upload_bytes: of one upload.
+        reader: reads the files of uploads; in this process and without limits by default.
+        max_folded: pinned versions with sessions of their own, of all tenants together.
         metrics: renders the metrics; blocks.
         metrics_for_all: whether any key may read them.
         observe: told of each inference, on the event loop, soon after it.
@@ -51,6 +55,8 @@ class Options:
     limits: Limits = field(default_factory=Limits)
     authenticate: bool = True
     max_upload_bytes: int = 2**30
+    reader: Reader | None = None
+    max_folded: int = 8
     metrics: Callable[[], bytes] = lambda: b""
     metrics_for_all: bool = False
     observe: Callable[[Observed], None] = lambda _: None
@@ -82,7 +88,7 @@ class Service:
         self._models = Models(bundle, state)
         self._observers = Observers(self._statistics.inference, self._options.observe)
         self._inference = Inference(
-            runtime, bundle.manifest, self._models.target, self._meter.spend, self.accepting, self._observers.tell
+            runtime, bundle.manifest, self._models.target, self._meter.spend_rows, self.accepting, self._observers.tell
         )
         self.infer = self._inference.infer  # as it is: what is called most is not handed on
         self._management = Management(
@@ -91,8 +97,9 @@ class Service:
             state,
             self._statistics,
             Admission(bundle, runtime, state.tasks.read).check,
-            replace(bundle.base_view, name=f"bundle {self._manifest.name!r}"),  # not where it lies
+            self._options.reader or Direct(bundle),
             max_upload_bytes=self._options.max_upload_bytes,
+            pins=Pins(runtime, state.tenants.quota, self._options.max_folded),
         )
         self._management.announce(list(state.tasks.snapshot().versions()))
 
@@ -137,6 +144,11 @@ class Service:
                 fix="tpeft-deploy keys create makes keys.",
             )
         return self._state.keys.authenticate(key.strip())
+
+    def admit(self, principal: Principal) -> None:
+        """Take one inference request from the tenant's quota, if the role allows any."""
+        allow(principal, Action.INFER)
+        self._meter.spend_request(principal.tenant, time.monotonic())
 
     def server_metadata(self, principal: Principal) -> Document:
         """Name, version, extensions."""
@@ -197,7 +209,7 @@ class Service:
                 ]
         return found
 
-    async def load(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
+    async def load(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
         """Make a model ready; with "file:..." parameters, register a new version first."""
         allow(principal, Action.DEPLOY)
         files = {key: value for key, value in parameters.items() if key.startswith("file:")}
@@ -220,9 +232,9 @@ class Service:
             target = self._models.target(principal.tenant, name)
             await asyncio.wrap_future(self._runtime.prefetch([target.key]))
             if parameters.get("pin"):
-                await asyncio.to_thread(self._runtime.pin, target.key)
+                await self._management.pin(principal, name, folded=False, tenant=model.tenant or "shared")
 
-    async def unload(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
+    async def unload(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
         """Refuse requests for a model until it is loaded again."""
         allow(principal, Action.DEPLOY)
         unknown = sorted(set(parameters) - {"unload_dependents"})
@@ -312,7 +324,7 @@ class Service:
         return [self._tenant(record) for record in self._state.tenants.list()]
 
     async def set_tenant(self, principal: Principal, tenant: str, quota: Mapping[str, float | None]) -> Document:
-        """Set a tenant's quotas and weight."""
+        """Set a tenant's quotas and weight: None is no limit, what is left out as for tenants without a quota."""
         allow(principal, Action.ADMIN)
         known = set(asdict(Quota()))
         if not set(quota) <= known:
@@ -321,7 +333,7 @@ class Service:
                 expected=f"fields among {', '.join(sorted(known))}",
                 got=", ".join(sorted(set(quota) - known)),
             )
-        own = Quota(**quota)  # type: ignore[arg-type]  # it checks its fields itself
+        own = replace(self._state.tenants.default, **quota)  # type: ignore[arg-type]  # it checks its fields itself
         return self._tenant(await asyncio.to_thread(self._state.tenants.put, tenant, own, by=principal.key))
 
     async def audit(self, principal: Principal, limit: int = 100, before: int | None = None) -> Sequence[Document]:
@@ -374,7 +386,12 @@ class Service:
             "name": record.name,
             "quota": asdict(record.quota),
             "created": record.created,
-            "used": {"adapters": adapters, "bytes": size, "queued_rows": self._order.waiting_rows(record.name)},
+            "used": {
+                "adapters": adapters,
+                "bytes": size,
+                "queued_rows": self._order.waiting_rows(record.name),
+                **self._management.pins.used(record.name),
+            },
         }
 
 
@@ -396,24 +413,34 @@ def _key(record: KeyRecord) -> Document:
     }
 
 
-async def _parts(name: str, files: Mapping[str, Parameter], limit: int) -> AsyncIterator[Part]:
-    """The files of Triton's load call, in base64; told apart by how their names end, which go no further."""
+async def _parts(name: str, files: Mapping[str, LoadParameter], limit: int) -> AsyncIterator[Part]:
+    """The files of Triton's load call; told apart by how their names end, which go no further."""
     for key, value in files.items():
         part = "config" if key.endswith("adapter_config.json") else "weights"
         if not key.endswith((".safetensors", "adapter_config.json")):
             raise ProtocolError(
                 f"load model {name!r}", expected="files *.safetensors and adapter_config.json", got=repr(key[:100])
             )
-        if not isinstance(value, str):
-            raise ProtocolError(f"load model {name!r}, {key!r}", expected="base64", got=type(value).__name__)
-        if len(value) > 4 * limit // 3 + 4:
-            raise TooLarge(f"load model {name!r}, {key!r}", expected=f"at most {limit:,} bytes", got="more")
-        try:
-            data = await asyncio.to_thread(base64.b64decode, value, None, True)
-        except (binascii.Error, ValueError) as error:
-            raise ProtocolError(f"load model {name!r}, {key!r}", expected="base64", got=str(error)) from None
-        yield part, _once(data)
+        doing = f"load model {name!r}, {key[:100]!r}"
+        yield part, _bytes(value) if isinstance(value, bytes) else _decoded(doing, value, limit)
 
 
-async def _once(data: bytes) -> AsyncIterator[bytes]:
+async def _bytes(data: bytes) -> AsyncIterator[bytes]:
     yield data
+
+
+async def _decoded(doing: str, value: Parameter | Encoded, limit: int) -> AsyncIterator[bytes]:
+    """Base64 in pieces, so that no second copy of a file is held."""
+    if not isinstance(value, str | Encoded):
+        raise ProtocolError(doing, expected="base64", got=type(value).__name__)
+    try:
+        text = value.text if isinstance(value, Encoded) else memoryview(value.encode("ascii"))
+        if len(text) > 4 * limit // 3 + 4:
+            raise TooLarge(doing, expected=f"at most {limit:,} bytes", got="more")
+        for at in range(0, len(text), _BASE64):
+            data = binascii.a2b_base64(text[at : at + _BASE64], strict_mode=True)
+            if len(data) < _BASE64 // 4 * 3 and at + _BASE64 < len(text):
+                raise ProtocolError(doing, expected="base64", got="padding before its end")
+            yield data
+    except (binascii.Error, ValueError) as error:
+        raise ProtocolError(doing, expected="base64", got=str(error)) from None

@@ -8,9 +8,10 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import numpy as np
 import uvicorn
 
 from tpeft_deploy.bundle import Bundle
@@ -19,6 +20,7 @@ from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.providers import choose
 from tpeft_deploy.runtime.server.access_log import AccessLog
 from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.observed import Observed
 from tpeft_deploy.runtime.server.registry import open_state
@@ -30,6 +32,7 @@ from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.service import Options, Service, order_of
 from tpeft_deploy.runtime.server.settings import Settings, is_loopback
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.tracing import tracing
 
 __all__ = ["serve"]
@@ -76,7 +79,8 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
 def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Metrics, Runtime]:
     bundle = Bundle.open(path.resolve())
     state = stack.enter_context(open_state(settings.state, settings.database_url, default=settings.quota))
-    limits = settings.batching(choose(settings.provider).device)
+    tokens = all(np.issubdtype(port.dtype, np.integer) for port in bundle.manifest.inputs)
+    limits = settings.batching(choose(settings.provider).device, tokens=tokens)
     order = order_of(state, limits)
     runtime = stack.enter_context(
         Runtime(
@@ -87,6 +91,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Me
             host_bytes=settings.host_bytes,
             folded_bytes=settings.folded_bytes,
             cuda_graphs=settings.cuda_graphs,
+            pinned_share=0.5,
             limits=limits,
             order=order,
         )
@@ -105,6 +110,8 @@ def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Me
         limits=limits,
         authenticate=not settings.no_auth,
         max_upload_bytes=settings.max_upload_bytes,
+        reader=stack.enter_context(closing(Pool(bundle, settings.reading))),
+        max_folded=settings.max_folded_in_all,
         metrics=metrics.render,
         metrics_for_all=settings.metrics_for_all_keys,
         observe=observe,
@@ -120,8 +127,9 @@ async def _run(
     observe: Callable[[Exchange], None],
     say: Callable[[str], None],
 ) -> None:
-    http = _http(service, settings, observe)
-    grpc = _grpc(service, settings, observe)
+    intake = settings.intake
+    http = _http(service, settings, observe, intake)
+    grpc = _grpc(service, settings, observe, intake)
     stop = asyncio.Event()
     _on_signals(stop)
     serving = asyncio.create_task(http.serve([listener]))
@@ -149,14 +157,16 @@ async def _run(
     stopping.cancel()
 
 
-def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None]) -> uvicorn.Server:
+def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake) -> uvicorn.Server:
     limits = RestLimits(
         elements=settings.max_elements,
         body_bytes=settings.max_body_bytes,
+        json_bytes=settings.max_json_bytes,
         upload_bytes=settings.max_upload_bytes,
+        json_upload_bytes=settings.max_json_upload_bytes,
     )
     config = uvicorn.Config(
-        application(service, limits, observe),
+        application(service, limits, observe, intake),
         http=Connection,
         ws="none",  # else a library for it answers before keys are looked at, wherever one is installed
         lifespan="off",
@@ -204,14 +214,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _grpc(service: Service, settings: Settings, observe: Callable[[Exchange], None]) -> RpcServer | None:
+def _grpc(
+    service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake
+) -> RpcServer | None:
     if settings.grpc_port is None:
         return None
     limits = RpcLimits(elements=settings.max_elements, message_bytes=settings.max_body_bytes)
     tls = None
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = Tls(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes())
-    servicer = Servicer(service, limits, observe)
+    servicer = Servicer(service, limits, observe, intake)
     return RpcServer(servicer, limits, host=settings.host, port=settings.grpc_port, tls=tls)
 
 

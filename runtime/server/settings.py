@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +14,19 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching import Limits as Batching
+from tpeft_deploy.runtime.server.isolation.limits import Limits as Reading
 from tpeft_deploy.runtime.server.quotas import Quota
+from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget, budget_of_bodies
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
 
 __all__ = ["Settings", "is_loopback", "read"]
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 _MIB, _GIB = 2**20, 2**30
+# A run of 8 rows of 512 tokens in three inputs is a fifth of the first, and 32 pictures of 3 x 224 x 224 are
+# just below 0.6 of the second.
+_RUN_TOKENS, _RUN_ELEMENTS = 2**16, 2**23
 
 
 def _seconds(value: object) -> object:
@@ -76,11 +83,39 @@ class Settings(BaseSettings):
     max_delay: Seconds = 0.002
     """How long a request may wait for company while nothing runs."""
     max_queue_rows: int = Field(default=1024, ge=1)
-    """Rows that may wait."""
+    """Rows that may wait; of more, the tenant with the most waiting loses its newest request."""
+    large_requests: Literal["split", "refuse"] = "split"
+    """What happens to requests of more than `max_rows` rows: cut into runs that others alternate with, or refused."""
+    max_request_rows: int | None = Field(default=None, ge=1)
+    """Rows of one request; as many as may wait of its tenant by default."""
+    max_run_elements: int | None = Field(default=None, ge=1)
+    """Elements of the inputs of one run, and so of one row; 65,536 of integers, 8,388,608 of others by default."""
     max_body_bytes: ByteSize = _bytes(64 * _MIB)
     """Of a request, after decompression."""
     max_upload_bytes: ByteSize = _bytes(_GIB)
     """Of an uploaded adapter."""
+    upload_readers: int = Field(default=2, ge=1)
+    """Processes that read uploads, one upload each at a time."""
+    upload_queue: int = Field(default=32, ge=1)
+    """Uploads that may wait for such a process; a quarter of them of one tenant."""
+    upload_cpu_seconds: Seconds = 20.0
+    """Processor time for reading one upload."""
+    upload_wall_seconds: Seconds = 60.0
+    """Time for reading one upload once a process begins on it."""
+    upload_memory_bytes: ByteSize = _bytes(2 * _GIB)
+    """Address space for reading one upload."""
+    max_json_bytes: ByteSize = _bytes(16 * _MIB)
+    """Of a request's JSON, after decompression; raw tensors behind it are not counted."""
+    max_json_upload_bytes: ByteSize = _bytes(64 * _MIB)
+    """Of an adapter uploaded as base64 in JSON, by the repository's load call."""
+    max_inflight_bytes: ByteSize | None = None
+    """Bodies, tensors and answers that are in memory at once; 16 times max_body_bytes, 1 GiB at least, by default."""
+    max_inflight_bytes_per_tenant: ByteSize | None = None
+    """What a tenant may have of them; half by default."""
+    max_staging_bytes: ByteSize | None = None
+    """Unfinished uploads on disk; 4 times max_upload_bytes by default."""
+    max_staging_bytes_per_tenant: ByteSize | None = None
+    """What a tenant may have of them; half by default."""
     max_elements: int = Field(default=1 << 26, ge=1)
     """Of a tensor."""
     requests_per_s: float | None = None
@@ -93,6 +128,12 @@ class Settings(BaseSettings):
     """Default quota of registered versions."""
     max_adapter_bytes: ByteSize | None = None
     """Default quota of bytes stored."""
+    max_pins: int | None = Field(default=8, ge=0)
+    """Default quota of pinned versions; those of all tenants take at most half of the rows on the device."""
+    max_folded: int | None = Field(default=2, ge=0)
+    """Default quota of pinned versions with sessions of their own."""
+    max_folded_in_all: int = Field(default=8, ge=0)
+    """Pinned versions with sessions of their own, of all tenants together."""
     drain_seconds: Seconds = 30.0
     """How long requests may take to finish once the server is told to stop."""
     drain_grace: Seconds = 0.0
@@ -132,12 +173,52 @@ class Settings(BaseSettings):
     @property
     def quota(self) -> Quota:
         """Of tenants that have none of their own."""
-        return Quota(self.requests_per_s, self.rows_per_s, self.queue_share, self.max_adapters, self.max_adapter_bytes)
+        return Quota(
+            self.requests_per_s,
+            self.rows_per_s,
+            self.queue_share,
+            self.max_adapters,
+            self.max_adapter_bytes,
+            pins=self.max_pins,
+            folded=self.max_folded,
+        )
 
-    def batching(self, device: str) -> Batching:
-        """Limits of batching on a device."""
+    @property
+    def reading(self) -> Reading:
+        """Limits of reading uploads."""
+        return Reading(
+            readers=self.upload_readers,
+            waiting=self.upload_queue,
+            tenant_waiting=math.ceil(self.upload_queue / 4),
+            cpu_seconds=max(1, math.ceil(self.upload_cpu_seconds)),
+            wall_seconds=self.upload_wall_seconds,
+            memory_bytes=self.upload_memory_bytes,
+            result_bytes=2 * self.max_upload_bytes,  # float16 becomes float32
+        )
+
+    @property
+    def intake(self) -> Intake:
+        """Budgets and threads of a server."""
+        memory = budget_of_bodies(self.max_body_bytes, self.max_inflight_bytes, self.max_inflight_bytes_per_tenant)
+        staging = self.max_staging_bytes or 4 * self.max_upload_bytes
+        return Intake(memory, ByteBudget(staging, self.max_staging_bytes_per_tenant, "bytes of unfinished uploads"))
+
+    def batching(self, device: str, *, tokens: bool = False) -> Batching:
+        """Limits of batching on a device.
+
+        Args:
+            device: "cpu" or "cuda".
+            tokens: whether all inputs of the model are integers.
+        """
         rows = self.max_rows or (32 if device == "cuda" else 8)
-        return Batching(max_rows=rows, max_delay=self.max_delay, max_queue_rows=self.max_queue_rows)
+        most = rows if self.large_requests == "refuse" else self.max_request_rows or self.max_queue_rows
+        return Batching(
+            max_rows=rows,
+            max_delay=self.max_delay,
+            max_queue_rows=self.max_queue_rows,
+            max_request_rows=min(most, self.max_queue_rows),
+            max_run_elements=self.max_run_elements or (_RUN_TOKENS if tokens else _RUN_ELEMENTS),
+        )
 
 
 def read(file: Path | None, flags: Mapping[str, object]) -> Settings:

@@ -29,6 +29,7 @@ from tests.server.asking import Asking
 from tests.server.conftest import PIXELS
 from tests.server.rpc_serving import key_of
 from tpeft_deploy import Bundle
+from tpeft_deploy.runtime.server.isolation import reader
 from tpeft_deploy.runtime.server.registry import open_keys
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE
@@ -39,10 +40,10 @@ KEYS = [
     ("operator", "admin"),
 ]  # fmt: skip
 ONLY_ERROR = {"error"}
+_READER_FILE = "reader.py"
 # Of what an audit hook is told: all that runs somebody's code, asks somebody else, or reads and writes files.
-_HOOK = """
+_ACCOUNT = """
 import json, os, sys
-kept = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 foreign = set("torch onnx onnxscript yaml dill cloudpickle joblib transformers peft huggingface_hub requests".split())
 runs = set("pickle.find_class subprocess.Popen os.system os.exec os.posix_spawn os.fork socket.connect "
            "socket.getaddrinfo urllib.Request ftplib.connect shutil.unpack_archive".split())
@@ -50,14 +51,28 @@ def hook(event, arguments):
     if event == "open":
         told = [str(arguments[0]), str(arguments[1])]
     elif event in runs or event == "import" and arguments[0].partition(".")[0] in foreign:
-        told = [repr(arguments)[:300]]
+        told = [repr(arguments)[:1000]]
     else:
         return
     os.write(kept, (json.dumps([event, *told]) + "\\n").encode())
 os.write(kept, (json.dumps(["debug", __debug__]) + "\\n").encode())
 sys.addaudithook(hook)
+"""
+_HOOK = f"""
+import os, sys
+kept = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+{_ACCOUNT}
+from tpeft_deploy.runtime.server.isolation import reader
+reader.__file__ = sys.argv.pop(1)
 from tpeft_deploy.cli import main
 main()
+"""
+# Its own child, which reads uploads, under the same account.
+_READER = """
+import os, runpy
+kept = os.open({events!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+{account}
+runpy.run_path({reader!r}, run_name="__main__")
 """
 
 
@@ -151,8 +166,13 @@ class Audited(Asking):
         assert not [who for who, key in self.keys.items() if key in self.log()]
 
     def ran_nothing(self) -> bool:
-        """Whether it ran no other program, unpickled nothing, asked nobody and imported nothing that could."""
+        """Whether it ran no program but its readers of uploads, unpickled nothing, asked nobody and imported nothing
+        that could; and whether a reader did nothing of this but fork.
+        """
+        reader = repr((sys.executable, [sys.executable, "-P", "-O", str(self.place / _READER_FILE)]))[:-2]
         others = [line for line in self._lines()[self._from :] if line[0] != "open"]
+        others = [line for line in others if line[0] != "subprocess.Popen" or not line[1].startswith(reader)]
+        others += [line for line in self._of_readers() if line[0] not in {"open", "os.fork", "debug"}]
         assert not others, others
         return True
 
@@ -162,7 +182,7 @@ class Audited(Asking):
         code = (str(ROOT), sys.prefix, sys.base_prefix, str(Path(os.__file__).parent), *_packages())
         others = {
             path
-            for _, path, mode in self.did("open")
+            for _, path, mode in [*self.did("open"), *(line for line in self._of_readers() if line[0] == "open")]
             if not path.startswith(own)
             and not path.isdigit()
             and not (path.startswith(code) and (mode in {"r", "rb"} or "/__pycache__/" in path))
@@ -183,8 +203,11 @@ class Audited(Asking):
     def log(self) -> str:
         return (self.place / "stderr").read_text(errors="replace")
 
-    def _lines(self) -> list[list[str]]:
-        return [json.loads(line) for line in (self.place / "events").read_text().splitlines()]
+    def _lines(self, file: str = "events") -> list[list[str]]:
+        return [json.loads(line) for line in (self.place / file).read_text().splitlines()]
+
+    def _of_readers(self) -> list[list[str]]:
+        return self._lines("events.reader")
 
 
 @contextlib.contextmanager
@@ -196,7 +219,9 @@ def audited(bundle: Bundle, place: Path, **settings: object) -> Iterator[Audited
     known = {"TMPDIR": str(place / "temporary"), "OMP_NUM_THREADS": "1"}
     own = {f"TPEFT_{name.upper()}": str(value) for name, value in settings.items()}
     flags = ["--state", place / "state", "--port", 0, "--grpc-port", 0, "--threads", 1, "--provider", "cpu"]
-    command = [sys.executable, "-O", "-c", _HOOK, place / "events", "serve", bundle.path, *flags]
+    program = place / _READER_FILE
+    program.write_text(_READER.format(events=str(place / "events.reader"), account=_ACCOUNT, reader=reader.__file__))
+    command = [sys.executable, "-O", "-c", _HOOK, place / "events", program, "serve", bundle.path, *flags]
     with (place / "stderr").open("ab") as errors:
         begin = errors.tell()
         process = subprocess.Popen(
@@ -228,7 +253,7 @@ def load_message(name: str, files: Mapping[str, bytes]) -> pb.RepositoryModelLoa
 
 def tree(place: Path) -> dict[str, str]:
     """Every file beneath a directory but the database's and the account's, with the digest of its content."""
-    ours = {"events", "stderr"}
+    ours = {"events", "events.reader", "stderr"}
     return {
         str(file.relative_to(place)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(place.rglob("*"))

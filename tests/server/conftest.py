@@ -14,6 +14,7 @@ from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.access import Principal, Role
 from tpeft_deploy.runtime.server.core import Part
+from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.service import Options, Service, order_of
@@ -50,12 +51,12 @@ class Served:
         return Principal(tenant, Role(role), f"a key of {tenant}")
 
 
-def serve(bundle: Bundle, place: Path, **runtime: Any) -> Served:
+def serve(bundle: Bundle, place: Path, reader: Reader | None = None, **runtime: Any) -> Served:
     state = open_state(place, default=Quota())
     order = order_of(state, Limits())
     own = Runtime(bundle.path, provider="cpu", threads=1, order=order, limits=Limits(), **runtime)
     forgotten: list[tuple[str, str]] = []
-    options = Options(forget=lambda tenant, task: forgotten.append((tenant, task)))
+    options = Options(reader=reader, forget=lambda tenant, task: forgotten.append((tenant, task)))
     return Served(Service(own, bundle, state, order, options), own, state, bundle, forgotten)
 
 

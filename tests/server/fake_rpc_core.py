@@ -21,7 +21,7 @@ from tpeft_deploy.errors import (
 )
 from tpeft_deploy.runtime.server.access import SHARED, Action, Principal, Role, allow
 from tpeft_deploy.runtime.server.core import Document
-from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse, Parameter
+from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse, LoadParameter
 from tpeft_deploy.tucker import Array
 
 BUNDLE = "digits"
@@ -68,12 +68,15 @@ class FakeCore:
         self.revoked: set[str] = set()
         self.unloaded: set[tuple[str, str]] = set()
         self.served: dict[str, int] = {}
-        self.loads: list[tuple[str, str, Mapping[str, Parameter]]] = []
+        self.loads: list[tuple[str, str, Mapping[str, LoadParameter]]] = []
         self.requests: list[InferRequest] = []
         self.go = asyncio.Event()  # what `slow` waits for
         self.running = 0
         self.most_running = 0
         self.cancelled = 0
+
+    def admit(self, principal: Principal) -> None:
+        allow(principal, Action.INFER)
 
     def live(self) -> bool:
         return True
@@ -154,12 +157,12 @@ class FakeCore:
                 found += [{"name": name, "version": v, "state": state, "reason": ""} for v in versions]
         return found
 
-    async def load(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
+    async def load(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
         self._find(principal, Action.DEPLOY, name, "")
         self.loads.append((principal.tenant, name, parameters))
         self.unloaded.discard((principal.tenant, name))
 
-    async def unload(self, principal: Principal, name: str, parameters: Mapping[str, Parameter]) -> None:
+    async def unload(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
         self._find(principal, Action.DEPLOY, name, "")
         self.unloaded.add((principal.tenant, name))
 

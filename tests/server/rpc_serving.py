@@ -20,6 +20,7 @@ from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.tucker import Array
 
 
@@ -107,11 +108,11 @@ class Talking:
 
 
 @contextlib.asynccontextmanager
-async def talking(limits: Limits | None = None) -> AsyncIterator[Talking]:
+async def talking(limits: Limits | None = None, intake: Intake | None = None) -> AsyncIterator[Talking]:
     limits = limits or Limits()
     core = FakeCore()
     exchanges: list[Exchange] = []
-    server = RpcServer(Servicer(core, limits, exchanges.append), limits, host="127.0.0.1", port=0)
+    server = RpcServer(Servicer(core, limits, exchanges.append, intake), limits, host="127.0.0.1", port=0)
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

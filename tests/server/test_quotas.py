@@ -19,7 +19,8 @@ def meter(**limits: float) -> Meter:
 
 def allowed(own: Meter, now: float, rows: int = 1, tenant: str = "a") -> bool:
     try:
-        own.spend(tenant, rows, now)
+        own.spend_request(tenant, now)
+        own.spend_rows(tenant, rows, now)
     except QuotaExceeded:
         return False
     return True
@@ -40,12 +41,16 @@ def test_tenants_do_not_share() -> None:
     assert not allowed(own, 0.0, tenant="a")
 
 
-def test_nothing_is_taken_by_a_request_that_is_refused() -> None:
+def test_no_rows_are_taken_by_a_request_that_is_refused_and_it_stays_a_request() -> None:
     own = meter(requests_per_s=100, rows_per_s=10)
     assert allowed(own, 0.0, rows=10)
-    for _ in range(500):
+    for _ in range(50):
         assert not allowed(own, 0.0, rows=1)
     assert allowed(own, 0.1, rows=1)
+    for _ in range(58):
+        assert not allowed(own, 0.1, rows=1)
+    with pytest.raises(QuotaExceeded, match="100 requests a second"):
+        own.spend_request("a", 0.1)
 
 
 def test_a_request_larger_than_a_burst_waits_for_a_full_bucket_and_is_paid_for() -> None:
@@ -61,7 +66,7 @@ def test_who_waits_as_long_as_told_is_let_through(rate: float, rows: int, later:
     while allowed(own, later, rows):
         pass
     with pytest.raises(QuotaExceeded) as caught:
-        own.spend("a", rows, later)
+        own.spend_rows("a", rows, later)
     wait = caught.value.retry_after
     assert wait is not None
     assert allowed(own, math.nextafter(later + wait, math.inf) + 1e-6 * (1 + wait), rows)
@@ -93,12 +98,12 @@ def test_who_still_owes_is_not_forgotten() -> None:
     assert allowed(own, 5001.0)
 
 
-def test_both_limits_hold_and_the_longer_wait_is_told() -> None:
+def test_both_limits_hold() -> None:
     own = meter(requests_per_s=2, rows_per_s=10)
     assert allowed(own, 0.0, rows=10)
     assert allowed(own, 0.1, rows=1)
     with pytest.raises(QuotaExceeded, match="10 rows a second") as caught:
-        own.spend("a", 10, 0.1)
+        own.spend_rows("a", 10, 0.1)
     assert caught.value.retry_after == pytest.approx(1.0)
 
 

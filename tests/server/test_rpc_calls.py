@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from typing import Any
 
 import grpc
@@ -267,7 +266,7 @@ def test_tasks_named_by_metadata_by_parameter_and_by_row() -> None:
     run(test())
 
 
-def test_files_of_a_load_are_base64_for_the_core() -> None:
+def test_files_of_a_load_are_bytes_for_the_core() -> None:
     async def test() -> None:
         async with talking() as server:
             parameters: Any = {
@@ -278,8 +277,7 @@ def test_files_of_a_load_are_base64_for_the_core() -> None:
             }
             message = pb.RepositoryModelLoadRequest(model_name="alpha", parameters=parameters)
             await server.begin("RepositoryModelLoad", message)
-            coded = base64.b64encode(b"\0\xff").decode()
-            expected = {"config": "{}", "file:weights": coded, "pin": True, "level": 3}
+            expected = {"config": "{}", "file:weights": b"\0\xff", "pin": True, "level": 3}
             assert server.core.loads == [("acme", "alpha", expected)]
             assert await server.status("RepositoryModelLoad", pb.RepositoryModelLoadRequest()) == "INVALID_ARGUMENT"
             empty = pb.RepositoryModelUnloadRequest(model_name="alpha")

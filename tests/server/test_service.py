@@ -35,6 +35,7 @@ def wait(work: Coroutine[Any, Any, Any]) -> Any:
 
 def ask(own: Served, model: str = "mood", tenant: str = "acme", **fields: Any) -> InferResponse:
     inputs = {"pixels": PIXELS, **fields.pop("more", {})}
+    own.service.admit(own.who(tenant, "infer"))
     found = wait(own.service.infer(own.who(tenant, "infer"), InferRequest(model, inputs, **fields)))
     assert isinstance(found, InferResponse)
     return found

@@ -213,7 +213,10 @@ class Client:
         return self._do(calls.tenants())
 
     def set_tenant(self, tenant: str, quota: Mapping[str, float | None]) -> Document:
-        """Set quotas of a tenant: requests_per_s, rows_per_s, queue_share, adapters, bytes, weight; None: no limit."""
+        """Set quotas of a tenant, None being no limit.
+
+        They are requests_per_s, rows_per_s, queue_share, adapters, bytes, pins, folded, and weight.
+        """
         return self._do(calls.set_tenant(tenant, quota))
 
     def audit(self, limit: int = 100, before: int | None = None) -> list[Document]:

@@ -7,18 +7,16 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.errors import ProtocolError, TooLarge, TpeftError
-from tpeft_deploy.formats import load_adapter
+from tpeft_deploy.errors import ProtocolError, TooLarge
+from tpeft_deploy.runtime.server.isolation.reader import CONFIG_FILE, WEIGHTS_FILE
 
 __all__ = ["CONFIG", "Staged", "WEIGHTS", "clean", "staging"]
 
 WEIGHTS, CONFIG = "weights", "config"
-_NAMES = {WEIGHTS: "adapter_model.safetensors", CONFIG: "adapter_config.json"}
+_NAMES = {WEIGHTS: WEIGHTS_FILE, CONFIG: CONFIG_FILE}
 _CONFIG_BYTES = 2**20
 
 
@@ -31,7 +29,7 @@ class Staged:
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
-        self._directory = directory
+        self.directory = directory
         self._limit = limit
         self._written = 0
 
@@ -48,34 +46,12 @@ class Staged:
         """
         if part not in _NAMES:
             raise ProtocolError("take an upload", expected=f"parts named {' and '.join(_NAMES)}", got=repr(part))
-        place = self._directory / _NAMES[part]
+        place = self.directory / _NAMES[part]
         if place.exists():
             raise ProtocolError("take an upload", expected=f"one part {part!r}", got="another one")
         limit = min(self._limit - self._written, _CONFIG_BYTES if part == CONFIG else self._limit)
         with place.open("xb") as file:
             await self._copy(part, stream, file, limit)
-
-    def read(self, base: object, *, of: str) -> Adapter:
-        """The adapter in it, whatever its format; blocks.
-
-        Args:
-            base: what names are resolved against.
-            of: what it is, for messages, which name no files of ours.
-
-        Raises:
-            ProtocolError: it has no weights.
-            AdapterError: it cannot be read, or does not fit the base.
-        """
-        weights = self._directory / _NAMES[WEIGHTS]
-        if not weights.exists():
-            raise ProtocolError(f"read {of}", expected=f"a part {WEIGHTS!r} with the adapter", got="none")
-        place = self._directory if (self._directory / _NAMES[CONFIG]).exists() else weights
-        try:
-            found = load_adapter(place, base=base)
-        except TpeftError as error:
-            text = str(error).replace(str(weights), of).replace(str(self._directory), of)
-            raise type(error)(text) from error
-        return replace(found, source=of)  # what comes after names it in messages too
 
     async def _copy(self, part: str, stream: AsyncIterator[bytes], file: BinaryIO, limit: int) -> None:
         own = 0

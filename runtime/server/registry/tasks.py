@@ -63,7 +63,15 @@ class Tasks:
         return staging(self._incoming, limit)
 
     def add(
-        self, tenant: str, name: str, adapter: Adapter, check: Check, *, by: str, alias: str = CURRENT
+        self,
+        tenant: str,
+        name: str,
+        adapter: Adapter,
+        check: Check,
+        *,
+        by: str,
+        alias: str = CURRENT,
+        data: bytes | None = None,
     ) -> VersionRecord:
         """Register a version and let an alias stand for it.
 
@@ -74,6 +82,7 @@ class Tasks:
             check: called before anybody can see it, when its file is durable already; may take its time.
             by: id of the key that does it.
             alias: what is to stand for it.
+            data: the adapter's canonical file, where it is there already.
 
         Raises:
             ProtocolError: a name that is not allowed.
@@ -84,7 +93,7 @@ class Tasks:
         check_alias(alias)
         if tenant != SHARED:
             check_tenant(tenant)
-        data = adapter.to_bytes()
+        data = adapter.to_bytes() if data is None else data
         with self._turns.hold((tenant, name)):
             # Refused before it is written or run, where that is known already; decided in the transaction below.
             self._check_owner(tenant, name)

@@ -32,17 +32,20 @@ class Tenants:
     Args:
         database: where they are.
         default: the quota of a tenant that has none of its own.
+
+    Attributes:
+        default: the same.
     """
 
     def __init__(self, database: Database, default: Quota) -> None:
         self._database = database
-        self._default = default
+        self.default = default
         self._latest: Latest[dict[str, TenantRecord]] = Latest({})
 
     def quota(self, tenant: str) -> Quota:
         """A tenant's quota now; the default for one that was never seen."""
         found = self._latest.value.get(tenant)
-        return self._default if found is None else found.quota
+        return self.default if found is None else found.quota
 
     def get(self, name: str) -> TenantRecord:
         """A tenant.
@@ -85,7 +88,10 @@ class Tenants:
         self._latest.put(changes, known)
 
     def _record(self, name: str, quota: dict[str, float | None], created: float) -> TenantRecord:
-        return TenantRecord(name, Quota(**quota) if quota else self._default, created)  # type: ignore[arg-type]
+        # What was stored before there were such quotas has none of them.
+        newer = {field: getattr(self.default, field) for field in ("pins", "folded")}
+        own = Quota(**{**newer, **quota}) if quota else self.default
+        return TenantRecord(name, own, created)
 
 
 def ensure(own: Database, connection: Connection, tenant: str) -> None:

@@ -13,10 +13,11 @@ import orjson
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.statuses import MethodNotAllowed, status_of
 
-__all__ = ["Exchanged", "send_error"]
+__all__ = ["Exchanged", "told"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 _PROCESS = secrets.token_hex(6).encode()  # ids of one server are not those of another, nor of its next start
+_PIECE = 1 << 20
 _COUNT = itertools.count(1)
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -53,18 +54,24 @@ class Exchanged(Exchange):
         """The header of that name."""
         return self.headers.get(b"traceparent", b"").decode("latin-1")
 
-    async def send(self, send: _Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        """Send a whole answer."""
+    async def send(self, send: _Send, status: int, headers: list[tuple[bytes, bytes]], parts: Sequence[bytes]) -> None:
+        """Send a whole answer, of one part or more; a large one goes piece by piece, each after the one before."""
         self.status = status
         self.started = True
-        self.bytes_out = len(body)
-        headers += ((b"content-length", b"%d" % len(body)), (b"x-request-id", self._id))
+        self.bytes_out = sum(map(len, parts))
+        headers += ((b"content-length", b"%d" % self.bytes_out), (b"x-request-id", self._id))
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        if self.bytes_out <= _PIECE:
+            await send({"type": "http.response.body", "body": parts[0] if len(parts) == 1 else b"".join(parts)})
+            return
+        for part in parts:
+            for at in range(0, len(part), _PIECE):
+                await send({"type": "http.response.body", "body": bytes(part[at : at + _PIECE]), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
-async def send_error(error: Exception, exchanged: Exchanged, send: _Send) -> None:
-    """Tell a client about an error; what the server did not expect goes to the log."""
+def told(error: Exception, exchanged: Exchanged) -> tuple[int, list[tuple[bytes, bytes]], Sequence[bytes]]:
+    """Status, headers and body that tell a client about an error; what the server did not expect goes to the log."""
     status = status_of(error)
     if status.http == 500:
         _log.error("%s %s failed, request %s", exchanged.method, exchanged.route, exchanged.request_id, exc_info=error)
@@ -76,7 +83,7 @@ async def send_error(error: Exception, exchanged: Exchanged, send: _Send) -> Non
     if isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allowed.encode()))
     text = status.text.encode("utf-8", "replace").decode()
-    await exchanged.send(send, status.http, headers, orjson.dumps({"error": text}))
+    return status.http, headers, [orjson.dumps({"error": text})]
 
 
 def _request_id(given: bytes | None) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -16,12 +16,13 @@ from tpeft_deploy.runtime.server.access import Action, allow
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rest import openapi
-from tpeft_deploy.runtime.server.rest.answering import Exchanged, send_error
+from tpeft_deploy.runtime.server.rest.answering import Exchanged, told
 from tpeft_deploy.runtime.server.rest.asked import Asked, Route
 from tpeft_deploy.runtime.server.rest.inferring import Inferring, Receive, Scope, Send, model_of
 from tpeft_deploy.runtime.server.rest.limits import Limits
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
 from tpeft_deploy.runtime.server.statuses import MethodNotAllowed
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
 
 __all__ = ["Application", "application"]
 
@@ -36,13 +37,21 @@ class Application:
         core: the operations.
         limits: on bodies and tensors.
         observe: told of each request once it was answered; on the event loop, so it must not block.
+        intake: budgets and threads, shared with other protocols.
     """
 
-    def __init__(self, core: Core, limits: Limits, observe: Callable[[Exchange], None] | None = None) -> None:
+    def __init__(
+        self,
+        core: Core,
+        limits: Limits,
+        observe: Callable[[Exchange], None] | None = None,
+        intake: Intake | None = None,
+    ) -> None:
         self._core = core
         self._limits = limits
         self._observe = observe
-        self._infer = Inferring(core, limits)
+        self._intake = intake or Intake()
+        self._infer = Inferring(core, limits, self._intake)
         self._table: list[tuple[re.Pattern[str], Route]] = [(compile_path(own.path)[0], own) for own in ROUTES]
         self._table.append((compile_path(openapi.ROUTE.path)[0], openapi.ROUTE))
 
@@ -65,7 +74,7 @@ class Application:
             # The time of a drain is over: what is left is cancelled, and would be answered without our words.
             if not exchanged.started:
                 error = Unavailable("answer a request", problem="the server stops", fix="Ask another, or come again.")
-                await send_error(error, exchanged, send)
+                await exchanged.send(send, *told(error, exchanged))
         finally:
             if self._observe is not None:
                 exchanged.end()
@@ -78,15 +87,16 @@ class Application:
             exchanged.status = _GONE
             return
         except Exception as error:
-            await send_error(error, exchanged, send)
-            return
-        await _answer(document, exchanged, send)
+            answer = told(error, exchanged)
+        else:
+            answer = _answer(document)
+        await exchanged.send(send, *answer)
 
     async def _document(self, inference: bool, exchanged: Exchanged, scope: Scope, receive: Receive) -> object:
         route, parameters = self._find(scope, inference)
         if isinstance(route, Route) and route.action is Action.HEALTH:
             exchanged.route = route.path
-            return await route.handler(Asked(self._core, self._limits, Request(scope, receive), None))
+            return await route.handler(Asked(self._core, self._limits, Request(scope, receive), None, self._intake))
         # Before anything is said of the path: what there is, is for those with a key.
         principal = exchanged.caller = self._core.authenticate(exchanged.authorization)
         if not isinstance(route, Route):
@@ -97,7 +107,8 @@ class Application:
         if route.upload and exchanged.headers.get(b"content-encoding", b"identity") not in {b"identity", b""}:
             raise Unsupported("read an upload", expected="no Content-Encoding", got="one")
         request = Request({**scope, "path_params": parameters}, receive)
-        return await route.handler(Asked(self._core, self._limits, request, principal))
+        with Asked(self._core, self._limits, request, principal, self._intake) as asked:
+            return await route.handler(asked)
 
     def _find(self, scope: Scope, inference: bool) -> tuple[Route | ServerError, dict[str, str]]:
         methods = {"POST"} if inference else set[str]()
@@ -113,19 +124,20 @@ class Application:
 
 
 def application(
-    core: Core, limits: Limits | None = None, observe: Callable[[Exchange], None] | None = None
+    core: Core,
+    limits: Limits | None = None,
+    observe: Callable[[Exchange], None] | None = None,
+    intake: Intake | None = None,
 ) -> Application:
     """See `Application`."""
-    return Application(core, limits or Limits(), observe)
+    return Application(core, limits or Limits(), observe, intake)
 
 
-async def _answer(document: object, exchanged: Exchanged, send: Send) -> None:
-    if isinstance(document, bytes):
-        headers, body = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], document
-    else:
-        headers, body = [(b"content-type", b"application/json")], orjson.dumps({} if document is None else document)
+def _answer(document: object) -> tuple[int, list[tuple[bytes, bytes]], Sequence[bytes]]:
     # Not compressed: tritonclient's client for asyncio always says that it takes gzip, and reads it for tensors only.
-    await exchanged.send(send, 200, headers, body)
+    if isinstance(document, bytes):
+        return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], [document]
+    return 200, [(b"content-type", b"application/json")], [orjson.dumps({} if document is None else document)]
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

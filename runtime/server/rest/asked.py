@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import orjson
 from starlette.requests import Request
@@ -16,6 +16,7 @@ from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.rest.compression import decompress
 from tpeft_deploy.runtime.server.rest.limits import Limits
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
 
 __all__ = ["Asked", "Handler", "Route"]
 
@@ -29,12 +30,28 @@ class Asked:
         limits: on bodies.
         request: of starlette.
         caller: whose key it has; None on routes without one.
+        intake: budgets and threads.
     """
 
     core: Core
     limits: Limits
     request: Request
     caller: Principal | None
+    intake: Intake
+
+    def __post_init__(self) -> None:
+        tenant = "" if self.caller is None else self.caller.tenant
+        self.memory = self.intake.memory.hold(tenant)
+        self.staging = self.intake.staging.hold(tenant)
+
+    def __enter__(self) -> Self:
+        """Return the request, which holds what it reads until the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give back everything."""
+        self.memory.close()
+        self.staging.close()
 
     @property
     def principal(self) -> Principal:
@@ -68,16 +85,44 @@ class Asked:
             raise ProtocolError(f"read the query parameter {name!r}", expected="a whole number", got=quoted(found))
         return int(found)
 
-    async def json(self, limit: int | None = None) -> dict[str, Any]:
-        """The body as a JSON object; an empty one is {}."""
-        limit = limit or self.limits.document_bytes
+    @property
+    def declared(self) -> int:
+        """Size of the body, where the client says it; else 0."""
+        given = self.request.headers.get("content-length", "")
+        return int(given) if given.isascii() and given.isdigit() and len(given) < 20 else 0
+
+    async def body(self, limit: int, fix: str | None = None) -> bytes | bytearray:
+        """The body without its encoding, for which room is taken before it is read.
+
+        Args:
+            limit: bytes that it may have, before and after decompression.
+            fix: what to do about a larger one.
+
+        Raises:
+            TooLarge: it is larger.
+            QuotaExceeded, Unavailable: there is no room for it.
+        """
+        declared = self.declared
+        if declared > limit:
+            raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got=f"{declared:,}", fix=fix)
+        self.memory.take(declared)
         body = bytearray()
         async for part in self.request.stream():
+            if len(body) + len(part) > limit:
+                raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got="more", fix=fix)
             body += part
-            if len(body) > limit:
-                raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got="more")
+            if len(body) > self.memory.size:
+                self.memory.resize(len(body))
         headers = dict(self.request.headers.raw)
-        text = decompress(headers, bytes(body), limit) if body else b""
+        return await decompress(headers, body, limit, self.memory, self.intake.offload) if body else body
+
+    async def json(self) -> dict[str, Any]:
+        """The body as a JSON object; an empty one is {}."""
+        return self.parsed(await self.body(self.limits.document_bytes))
+
+    @staticmethod
+    def parsed(text: bytes | bytearray) -> dict[str, Any]:
+        """A text as a JSON object; an empty one is {}."""
         if not text.strip():
             return {}
         try:

@@ -15,12 +15,24 @@ import numpy as np
 import orjson
 
 from tpeft_deploy.errors import ProtocolError, Unsupported
-from tpeft_deploy.runtime.server.elements import DTYPES, encode_raw, from_raw, quoted
+from tpeft_deploy.runtime.server.elements import DTYPES, encode_raw, from_raw, quoted, raw_view
 from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse
 from tpeft_deploy.runtime.server.rest.heads import FLOATS, Head, Heads
+from tpeft_deploy.runtime.server.rest.json_data import SMALL
+from tpeft_deploy.runtime.server.v2.offload import PIECE, breathe
 from tpeft_deploy.tucker import Array
 
-__all__ = ["ADAPTER_HEADERS", "Framed", "HEADER", "decode", "encode"]
+__all__ = [
+    "ADAPTER_HEADERS",
+    "Framed",
+    "HEADER",
+    "decode",
+    "encode",
+    "encode_parts",
+    "header_length",
+    "is_heavy",
+    "json_bytes",
+]
 
 HEADER = b"inference-header-content-length"
 ADAPTER_HEADERS = frozenset({b"x-adapter", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id"})
@@ -35,7 +47,12 @@ class Framed(msgspec.Struct, frozen=True):
 
 
 def decode(
-    model: str, version: str, headers: Mapping[bytes, bytes], body: bytes, heads: Heads, adapter: str | None = None
+    model: str,
+    version: str,
+    headers: Mapping[bytes, bytes],
+    body: bytes | bytearray,
+    heads: Heads,
+    adapter: str | None = None,
 ) -> Framed:
     """What a body asks for.
 
@@ -52,8 +69,9 @@ def decode(
         TooLarge: a tensor is beyond the limits.
         Unsupported: tensors in shared memory, or an answer as classification.
     """
-    end = _header_length(headers, len(body))
-    head = heads.read(model, body if end == len(body) else body[:end])
+    end = header_length(headers, len(body))
+    whole = body if end == len(body) else body[:end]
+    head = heads.read(model, bytes(whole)) if end <= SMALL else heads.read_in_pieces(model, whole)
     if head.model_name is not None and head.model_name != model:
         raise ProtocolError(
             f"read a request for model {quoted(model)}",
@@ -74,20 +92,40 @@ def decode(
     return Framed(request, head)
 
 
+def is_heavy(headers: Mapping[bytes, bytes], body: bytes | bytearray) -> bool:
+    """Whether decoding a body would hold up others; raw tensors of numbers are views, whatever their size.
+
+    Raises:
+        ProtocolError, Unsupported: the header that says where its JSON ends makes no sense.
+    """
+    if len(body) <= SMALL:
+        return False
+    end = header_length(headers, len(body))
+    return end > SMALL or body.find(b"BYTES", 0, end) >= 0
+
+
 def encode(response: InferResponse, framed: Framed) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Headers and body of an answer.
 
     Raises:
         ProtocolError: an output that JSON has no form for was asked for in JSON.
     """
+    headers, parts = encode_parts(response, framed)
+    return headers, parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def encode_parts(response: InferResponse, framed: Framed) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
+    """Headers of an answer, and the parts of its body: JSON and raw outputs, which are not copied where they are large.
+
+    Raises:
+        ProtocolError: an output that JSON has no form for was asked for in JSON.
+    """
     outputs = []
-    chosen = framed.head.chosen
     raws: list[bytes] = []
     for (name, array), datatype in zip(response.outputs.items(), response.datatypes, strict=True):
-        asked = name if name in chosen else name.rpartition(".")[0]
         document: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
-        if chosen.get(asked, framed.head.raw):
-            raws.append(encode_raw(array, datatype))
+        if _is_raw(name, framed.head):
+            raws.append(encode_raw(array, datatype) if array.nbytes <= SMALL else raw_view(array, datatype))
             document["parameters"] = {"binary_data_size": len(raws[-1])}
         else:
             document["data"] = _as_json(name, array, datatype)
@@ -99,12 +137,27 @@ def encode(response: InferResponse, framed: Framed) -> tuple[list[tuple[bytes, b
         document["id"] = response.id
     text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     if not raws:
-        return [(b"content-type", b"application/json")], text
+        return [(b"content-type", b"application/json")], [text]
     headers = [(b"content-type", b"application/octet-stream"), (HEADER, b"%d" % len(text))]
-    return headers, b"".join([text, *raws])
+    return headers, [text, *raws]
 
 
-def _header_length(headers: Mapping[bytes, bytes], size: int) -> int:
+def json_bytes(response: InferResponse, head: Head) -> int:
+    """Bytes of the outputs that an answer has in JSON."""
+    return sum(array.nbytes for name, array in response.outputs.items() if not _is_raw(name, head))
+
+
+def _is_raw(name: str, head: Head) -> bool:
+    asked = name if name in head.chosen else name.rpartition(".")[0]
+    return head.chosen.get(asked, head.raw)
+
+
+def header_length(headers: Mapping[bytes, bytes], size: int) -> int:
+    """Bytes of JSON at the beginning of a body of some size.
+
+    Raises:
+        ProtocolError, Unsupported: the header that says so makes no sense.
+    """
     given = headers.get(HEADER)
     if given is None:
         return size
@@ -123,7 +176,7 @@ def _header_length(headers: Mapping[bytes, bytes], size: int) -> int:
     return int(given)
 
 
-def _inputs(head: Head, body: bytes, at: int) -> dict[str, Array]:
+def _inputs(head: Head, body: bytes | bytearray, at: int) -> dict[str, Array]:
     """The tensors of a body, those that are raw as views of it."""
     inputs: dict[str, Array] = {}
     for own in head.inputs:
@@ -167,7 +220,16 @@ def _as_json(name: str, array: Array, datatype: str) -> Any:
         if not np.isfinite(flat).all():
             raise _no_form(name, "numbers that are not finite")
         flat = flat.astype(np.float32) if datatype == "FP16" else flat
-    return flat
+    return flat if flat.nbytes <= SMALL else orjson.Fragment(_in_pieces(flat))
+
+
+def _in_pieces(flat: Array) -> bytes:
+    step = PIECE // flat.itemsize
+    pieces = []
+    for at in range(0, len(flat), step):
+        pieces.append(orjson.dumps(flat[at : at + step], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
+        breathe()
+    return b"[%b]" % b",".join(pieces)
 
 
 def _no_form(name: str, what: str) -> ProtocolError:

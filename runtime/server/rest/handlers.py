@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields
 
 from tpeft_deploy.errors import ProtocolError, Unavailable
 from tpeft_deploy.runtime.server.elements import quoted
+from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.rest.asked import Asked
+from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
 from tpeft_deploy.runtime.server.rest.uploads import parts
 
 
@@ -52,13 +53,12 @@ async def index(asked: Asked) -> object:
 
 
 async def load(asked: Asked) -> object:
-    document = await asked.json(4 * asked.limits.upload_bytes // 3 + asked.limits.document_bytes)
-    await asked.core.load(asked.principal, asked.path("model"), _parameters(document))
+    await asked.core.load(asked.principal, asked.path("model"), await load_parameters(asked))
     return None
 
 
 async def unload(asked: Asked) -> object:
-    await asked.core.unload(asked.principal, asked.path("model"), _parameters(await asked.json()))
+    await asked.core.unload(asked.principal, asked.path("model"), parameters_of(await asked.json()))
     return None
 
 
@@ -145,7 +145,7 @@ async def tenants(asked: Asked) -> object:
 
 async def set_tenant(asked: Asked) -> object:
     number = (int, float, type(None))
-    names = ("requests_per_s", "rows_per_s", "queue_share", "adapters", "bytes", "weight")
+    names = [limit.name for limit in fields(Quota)]
     return await asked.core.set_tenant(
         asked.principal, asked.path("tenant"), await asked.fields(**dict.fromkeys(names, number))
     )
@@ -159,12 +159,3 @@ async def audit(asked: Asked) -> object:
 
 async def metrics(asked: Asked) -> object:
     return await asked.core.metrics(asked.principal)
-
-
-def _parameters(document: Mapping[str, Any]) -> dict[str, Any]:
-    if not set(document) <= {"parameters"}:
-        raise ProtocolError("read a body", expected="a field 'parameters'", got=", ".join(map(quoted, document)))
-    found = document.get("parameters") or {}
-    if not isinstance(found, dict) or not all(isinstance(one, str | int | float) for one in found.values()):
-        raise ProtocolError("read 'parameters'", expected="an object of strings, numbers and booleans", got="others")
-    return found

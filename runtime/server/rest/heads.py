@@ -7,6 +7,7 @@ checked once is remembered: by all of its bytes, and only where it holds no data
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ import numpy as np
 from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
 from tpeft_deploy.runtime.server.elements import DTYPES, check_shape, check_size, objects, quoted
 from tpeft_deploy.runtime.server.messages import Parameter
+from tpeft_deploy.runtime.server.rest.json_data import Block, cut
 from tpeft_deploy.runtime.server.rest.limits import Limits
 from tpeft_deploy.tucker import Array
 
@@ -118,18 +120,30 @@ class Heads:
             TooLarge: a tensor is beyond the limits.
             Unsupported: tensors in shared memory, or an answer as classification.
         """
+        if len(text) > _KEPT_BYTES:
+            return _head(model, text, self._limits)
         found = self._known.get(text)
         if found is None:
             found = _head(model, text, self._limits)
-            if len(text) <= _KEPT_BYTES and not found.id and all(own.elements is None for own in found.inputs):
+            if not found.id and all(own.elements is None for own in found.inputs):
                 if len(self._known) >= _KEPT:
                     del self._known[next(iter(self._known))]
                 self._known[text] = found
         return found
 
+    def read_in_pieces(self, model: str, text: bytes | bytearray) -> Head:
+        """The same of JSON that is too large for one step; other threads run between its pieces.
 
-def _head(model: str, text: bytes, limits: Limits) -> Head:
+        Raises:
+            ProtocolError, TooLarge, Unsupported: see `read`.
+        """
+        parts = cut(f"read a request for model {quoted(model)}", text)
+        return _head(model, parts.head, self._limits, parts.blocks)
+
+
+def _head(model: str, text: bytes, limits: Limits, blocks: Mapping[bytes, Block] | None = None) -> Head:
     doing = f"read a request for model {quoted(model)}"
+    blocks = blocks or {}
     try:
         parsed = _decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -143,6 +157,8 @@ def _head(model: str, text: bytes, limits: Limits) -> Head:
             expected=f"at most {limits.tensors} inputs and outputs",
             got=len(parsed.inputs) + len(outputs),
         )
+    if not blocks.keys() <= {bytes(tensor.data) for tensor in parsed.inputs}:
+        raise ProtocolError(doing, expected="data of inputs only", got="a list of that name elsewhere")
     parameters = parsed.parameters or {}
     chosen = {
         output.name: bool(output.parameters["binary_data"])
@@ -150,7 +166,7 @@ def _head(model: str, text: bytes, limits: Limits) -> Head:
         if output.parameters and "binary_data" in output.parameters
     }
     return Head(
-        inputs=_inputs(parsed.inputs, limits),
+        inputs=_inputs(parsed.inputs, limits, blocks),
         outputs=_names(outputs),
         model_name=parsed.model_name,
         id=parsed.id or "",
@@ -162,7 +178,7 @@ def _head(model: str, text: bytes, limits: Limits) -> Head:
     )
 
 
-def _inputs(tensors: Sequence[_Tensor], limits: Limits) -> tuple[Input, ...]:
+def _inputs(tensors: Sequence[_Tensor], limits: Limits, blocks: Mapping[bytes, Block]) -> tuple[Input, ...]:
     inputs: dict[str, Input] = {}
     for tensor in tensors:
         doing = f"input {quoted(tensor.name)}"
@@ -177,7 +193,7 @@ def _inputs(tensors: Sequence[_Tensor], limits: Limits) -> tuple[Input, ...]:
         if size is None:
             if not data:
                 raise ProtocolError(doing, expected="data, or a parameter binary_data_size", got="neither")
-            flat = _from_json(doing, tensor, data, count)
+            flat = _from_json(doing, tensor, data, count, blocks.get(data))
             inputs[tensor.name] = Input(tensor.name, tensor.datatype, shape, count, elements=flat)
             continue
         if data:
@@ -189,8 +205,10 @@ def _inputs(tensors: Sequence[_Tensor], limits: Limits) -> tuple[Input, ...]:
     return tuple(inputs.values())
 
 
-def _from_json(doing: str, tensor: _Tensor, data: bytes, count: int) -> Array:
-    datatype = tensor.datatype
+def _from_json(doing: str, tensor: _Tensor, data: bytes, count: int, block: Block | None) -> Array:
+    if block is not None and tensor.datatype in DTYPES:
+        convert = partial(_elements, doing, tensor.datatype)
+        return block.flat(doing, tensor.shape, count, DTYPES[tensor.datatype], convert)
     try:
         values = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -198,6 +216,10 @@ def _from_json(doing: str, tensor: _Tensor, data: bytes, count: int) -> Array:
     flat = _flat(doing, values, tensor.shape)
     if len(flat) != count:
         raise ProtocolError(f"{doing}: data", expected=f"{count} elements for shape {tensor.shape}", got=len(flat))
+    return _elements(doing, tensor.datatype, flat)
+
+
+def _elements(doing: str, datatype: str, flat: Sequence[Any]) -> Array:
     kinds = {type(value) for value in flat}
     if datatype == "BYTES" and kinds <= {str}:
         return objects(value.encode("utf-8", "surrogatepass") for value in flat)

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+import sys
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
-from tpeft_deploy.runtime.server.rest.answering import Exchanged, send_error
-from tpeft_deploy.runtime.server.rest.compression import compress, decompress
-from tpeft_deploy.runtime.server.rest.framing import ADAPTER_HEADERS, decode, encode
+from tpeft_deploy.runtime.server.messages import InferResponse
+from tpeft_deploy.runtime.server.rest.answering import Exchanged, told
+from tpeft_deploy.runtime.server.rest.compression import compress, decompress, encoding_for, is_compressed
+from tpeft_deploy.runtime.server.rest.framing import (
+    ADAPTER_HEADERS,
+    HEADER,
+    Framed,
+    decode,
+    encode_parts,
+    is_heavy,
+    json_bytes,
+)
 from tpeft_deploy.runtime.server.rest.heads import Heads
+from tpeft_deploy.runtime.server.rest.json_data import SMALL
 from tpeft_deploy.runtime.server.rest.leaving import Left, Watch
 from tpeft_deploy.runtime.server.rest.limits import Limits
+from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
 
-__all__ = ["Inferring", "Receive", "Scope", "Send", "model_of", "read_body"]
+__all__ = ["Inferring", "Receive", "Scope", "Send", "model_of"]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+_ARRAYS = 5  # bytes of arrays and scratch that may come of a byte of JSON: a digit and a comma are eight
+_TEXT = 6  # bytes of JSON that may come of a byte of an output
+_DIGITS = 19
 _GONE = 499  # the client went away: nobody sees this status but logs and metrics
 
 
@@ -37,51 +53,109 @@ def model_of(path: str) -> tuple[str, str] | None:
 class Inferring:
     """Answers `POST /v2/models/MODEL[/versions/VERSION]/infer`.
 
+    In this order: key, role, quota of requests, declared sizes, room for the body; only then is it read.
+
     Args:
         core: the operations.
         limits: on bodies and tensors.
+        intake: budgets and threads.
     """
 
-    def __init__(self, core: Core, limits: Limits) -> None:
+    def __init__(self, core: Core, limits: Limits, intake: Intake) -> None:
         self._core = core
         self._limits = limits
+        self._intake = intake
         self._heads = Heads(limits)
         self._watch = Watch()
 
     async def __call__(self, model: str, version: str, exchanged: Exchanged, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        headers = exchanged.headers
         try:
             exchanged.caller = principal = self._core.authenticate(exchanged.authorization)
             exchanged.task = model
-            body = await read_body(headers, receive, self._limits.body_bytes, exchanged)
-            body = decompress(headers, body, self._limits.body_bytes)
-            framed = decode(model, version, headers, body, self._heads, _adapter(headers))
-            del body
-            response = await self._watch.unless_left(self._core.infer(principal, framed.request), receive)
-            own, answer = encode(response, framed)
+            self._core.admit(principal)
+            with self._intake.memory.hold(principal.tenant) as hold:
+                framed = await self._framed(model, version, exchanged, receive, hold)
+                response = await self._watch.unless_left(self._core.infer(principal, framed.request), receive)
+                own, parts = await self._encoded(response, framed, exchanged.headers, hold)
+                del framed, response
+                await exchanged.send(send, 200, own, parts)
+                return
         except Left:
             exchanged.status = _GONE
             return
         except Exception as error:
-            await send_error(error, exchanged, send)
-            return
-        encoding, answer = compress(headers, answer)
-        if encoding is not None:
-            own.append((b"content-encoding", encoding))
-        await exchanged.send(send, 200, own, answer)
+            refusal = told(error, exchanged)
+        # Out here nothing refers to the error any more, and so to what was read.
+        await exchanged.send(send, *refusal)
+
+    async def _framed(self, model: str, version: str, exchanged: Exchanged, receive: Receive, hold: Hold) -> Framed:
+        """The request of a body; `hold` has what it keeps in memory."""
+        headers = exchanged.headers
+        given = headers.get(b"content-length", b"")
+        declared = 0 if not given.isdigit() else int(given) if len(given) < _DIGITS else sys.maxsize
+        limit = self._limit(headers, declared)
+        hold.take(declared)
+        body = await _read_body(receive, limit, exchanged, hold)
+        if is_compressed(headers):
+            body = await decompress(headers, body, limit, hold, self._intake.offload)
+        if not is_heavy(headers, body):
+            return decode(model, version, headers, body, self._heads, _adapter(headers))
+        read = len(body)
+        hold.take(_ARRAYS * read)
+        adapter = _adapter(headers)
+        # Heads that are remembered belong to the event loop.
+        heads = Heads(self._limits)
+        framed = await self._intake.offload.run(hold.tenant, decode, model, version, headers, body, heads, adapter)
+        hold.resize(read + sum(array.nbytes for array in framed.request.inputs.values()))
+        return framed
+
+    def _limit(self, headers: Mapping[bytes, bytes], declared: int) -> int:
+        """Bytes that a body may have; refuses what says that it has more."""
+        own = self._limits
+        given = headers.get(HEADER)
+        limit = own.body_bytes if given is not None else min(own.json_bytes, own.body_bytes)
+        json = int(given) if given is not None and given.isdigit() and len(given) < _DIGITS else 0
+        if declared > limit:
+            raise _too_large(limit, f"{declared:,}")
+        if own.json_bytes < json <= (declared or json) and not is_compressed(headers):
+            raise _too_large(own.json_bytes, f"{json:,} of JSON")
+        return limit
+
+    async def _encoded(
+        self, response: InferResponse, framed: Framed, headers: Mapping[bytes, bytes], hold: Hold
+    ) -> tuple[list[tuple[bytes, bytes]], Sequence[bytes]]:
+        """Headers and parts of an answer, for which there is room."""
+        size = sum(array.nbytes for array in response.outputs.values())
+        json = json_bytes(response, framed.head) if size > SMALL else 0
+        run = self._intake.offload.run
+        if json > SMALL:
+            hold.take(size + _TEXT * json)
+            own, parts = await run(hold.tenant, encode_parts, response, framed)
+        else:
+            hold.take(size)
+            own, parts = encode_parts(response, framed)
+        length = sum(map(len, parts))
+        encoding = encoding_for(headers, length)
+        if encoding is None:
+            return own, parts
+        if length <= SMALL:
+            body = compress(encoding, parts)
+        else:
+            hold.take(length)
+            body = await run(hold.tenant, compress, encoding, parts)
+        return [*own, (b"content-encoding", encoding)], [body]
 
 
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int, exchanged: Exchanged) -> bytes:
-    """All of a body.
+async def _read_body(receive: Receive, limit: int, exchanged: Exchanged, hold: Hold) -> bytes | bytearray:
+    """All of a body; more room is taken as it comes where `hold` has less.
 
     Raises:
         TooLarge: it is larger than `limit` bytes; what is beyond is not kept.
+        QuotaExceeded, Unavailable: there is no room.
     """
-    given = headers.get(b"content-length", b"")
-    if given.isdigit() and int(given) > limit:
-        raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got=f"{int(given):,}")
-    parts: list[bytes] = []
+    first = b""
+    body = bytearray()
     size = 0
     while True:
         message = await receive()
@@ -91,10 +165,23 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
         size += len(part)
         exchanged.bytes_in = size
         if size > limit:
-            raise TooLarge("read a body", expected=f"at most {limit:,} bytes", got="more")
-        parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            raise _too_large(limit, "more")
+        if size > hold.size:
+            hold.resize(size)
+        more = message.get("more_body", False)
+        if size == len(part):
+            first = part  # most bodies come in one
+        else:
+            body += first + part if first else part
+            first = b""
+        if not more:
+            return body or first
+
+
+def _too_large(limit: int, got: str) -> TooLarge:
+    """The refusal of a body that has more than `limit` bytes."""
+    fix = "Large tensors go as raw bytes behind the JSON, with binary_data_size."
+    return TooLarge("read a body", expected=f"at most {limit:,} bytes", got=got, fix=fix)
 
 
 def _adapter(headers: Mapping[bytes, bytes]) -> str | None:

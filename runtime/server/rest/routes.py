@@ -20,7 +20,9 @@ _NUMBER = {"type": ["number", "null"]}
 _QUOTA = {
     "type": "object",
     "properties": {
-        **dict.fromkeys(("requests_per_s", "rows_per_s", "queue_share", "adapters", "bytes"), _NUMBER),
+        **dict.fromkeys(
+            ("requests_per_s", "rows_per_s", "queue_share", "adapters", "bytes", "pins", "folded"), _NUMBER
+        ),
         "weight": {"type": "number", "exclusiveMinimum": 0},
     },
     "additionalProperties": False,

@@ -1,13 +1,13 @@
-"""Files of an upload as they come: the parts of a form, or one body."""
+"""Files of an upload as they come: the parts of a form, or one body; neither is held in memory."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections import deque
+from collections.abc import AsyncIterator
 
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect, Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
 
 from tpeft_deploy.errors import Conflict, ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.core import Part
@@ -16,53 +16,130 @@ from tpeft_deploy.runtime.server.rest.asked import Asked
 
 __all__ = ["parts"]
 
+_PARTS = 4  # of a form; an upload has two
+
 
 async def parts(asked: Asked) -> AsyncIterator[Part]:
-    """The files of an upload: parts of a form, or the body itself as the weights."""
-    request = asked.request
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
-        yield "weights", _counted(asked)
+    """The files of an upload: parts of a form, or the body itself as the weights.
+
+    Raises:
+        TooLarge: it is larger than an upload may be.
+        QuotaExceeded, Unavailable: there is no room for it on disk; nothing of it was read.
+        ProtocolError: it is no form that has files only.
+        Conflict: the client went away.
+    """
+    kind = asked.request.headers.get("content-type", "")
+    pieces = _counted(asked)
+    if kind.partition(";")[0].strip().lower() != "multipart/form-data":
+        yield "weights", pieces
         return
-    counted = Request(request.scope, _receiving(asked))
-    try:
-        form = await counted.form(max_files=4, max_fields=4)
-    except MultiPartException as error:
-        raise ProtocolError("read an upload", problem=error.message) from None
-    try:
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                raise ProtocolError(
-                    f"read part {quoted(name)}", expected="a file", got="a field", fix="curl -F NAME=@FILE"
-                )
-            yield name, _pieces(value)
-    finally:
-        await form.close()
+    form = _Form(kind, pieces)
+    while (name := await form.next_part()) is not None:
+        yield name, form.pieces()
 
 
 async def _counted(asked: Asked) -> AsyncIterator[bytes]:
+    """The body, for which there is room among unfinished uploads."""
+    limit = asked.limits.upload_bytes + asked.limits.document_bytes
+    declared = asked.declared
+    if declared > limit:
+        raise TooLarge("read an upload", expected=f"at most {limit:,} bytes", got=f"{declared:,}")
+    asked.staging.take(declared)
+    size = 0
     try:
         async for part in asked.request.stream():
+            size += len(part)
+            if size > limit:
+                raise TooLarge("read an upload", expected=f"at most {limit:,} bytes", got="more")
+            if size > asked.staging.size:
+                asked.staging.resize(size)
             yield part
     except ClientDisconnect:
         raise Conflict("read an upload", problem="the client went away before its end") from None
 
 
-def _receiving(asked: Asked) -> Callable[[], Awaitable[Any]]:
-    """The request's messages, as long as their bodies are within the limit: a form goes to disk as it comes."""
-    size = 0
-    limit = asked.limits.upload_bytes + asked.limits.document_bytes
+class _Form:
+    """Parts of a form, in their order, parsed as their bytes come."""
 
-    async def receive() -> Any:
-        nonlocal size
-        message = await asked.request.receive()
-        size += len(message.get("body", b""))
-        if size > limit:
-            raise TooLarge("read an upload", expected=f"at most {limit:,} bytes", got="more")
-        return message
+    def __init__(self, kind: str, pieces: AsyncIterator[bytes]) -> None:
+        boundary = parse_options_header(kind)[1].get(b"boundary")
+        if boundary is None:
+            raise ProtocolError("read an upload", problem="Missing boundary in multipart.")
+        self._pieces = pieces
+        self._events: deque[tuple[str, bytes]] = deque()
+        self._field = self._value = self._disposition = b""
+        self._count = 0
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._on_part,
+                    "on_part_data": lambda data, start, end: self._events.append(("data", data[start:end])),
+                    "on_part_end": lambda: self._events.append(("end", b"")),
+                    "on_header_field": self._on_field,
+                    "on_header_value": self._on_value,
+                    "on_header_end": self._on_header,
+                    "on_headers_finished": self._on_headers,
+                },
+            )
+        except FormParserError:
+            raise _malformed() from None
 
-    return receive
+    async def next_part(self) -> str | None:
+        """The next part's name; None at the end."""
+        while (event := await self._next()) is not None:
+            if event[0] == "part":
+                return event[1].decode("utf-8", "replace")
+        return None
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """What the part has."""
+        while (event := await self._next()) is not None:
+            if event[0] == "end":
+                return
+            yield event[1]
+        raise _malformed()
+
+    async def _next(self) -> tuple[str, bytes] | None:
+        while not self._events:
+            piece = await anext(self._pieces, None)
+            try:
+                if piece is None:
+                    self._parser.finalize()
+                    return None
+                self._parser.write(piece)
+            except FormParserError:
+                raise _malformed() from None
+        return self._events.popleft()
+
+    def _on_part(self) -> None:
+        self._count += 1
+        if self._count > _PARTS:
+            raise ProtocolError("read an upload", expected=f"at most {_PARTS} parts", got="more")
+        self._disposition = b""
+
+    def _on_field(self, data: bytes, start: int, end: int) -> None:
+        self._field += data[start:end]
+
+    def _on_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header(self) -> None:
+        if self._field.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._field = self._value = b""
+
+    def _on_headers(self) -> None:
+        options = parse_options_header(self._disposition)[1]
+        name = options.get(b"name")
+        if name is None:
+            problem = 'The Content-Disposition header field "name" must be provided.'
+            raise ProtocolError("read an upload", problem=problem)
+        if b"filename" not in options:
+            shown = quoted(name.decode("utf-8", "replace"))
+            raise ProtocolError(f"read part {shown}", expected="a file", got="a field", fix="curl -F NAME=@FILE")
+        self._events.append(("part", name))
 
 
-async def _pieces(file: UploadFile) -> AsyncIterator[bytes]:
-    while data := await file.read(1 << 20):
-        yield data
+def _malformed() -> ProtocolError:
+    return ProtocolError("read an upload", problem="Invalid multipart data.")

@@ -15,9 +15,14 @@ class Limits(Bounds):
         message_bytes: size of a message, after decompression.
         fields: of a message and its tensors, counted on the wire: an empty one takes two bytes there and some hundred
             in memory.
+        typed_elements: elements of a message's typed contents, each of which becomes an object on its way; one of
+            bytes counts as sixteen.
+        read_seconds: time that reading the message of a call may take.
         in_flight: requests of one stream that are read but not yet answered.
     """
 
     message_bytes: int = 64 << 20
     fields: int = 4096
+    typed_elements: int = 1 << 20
+    read_seconds: float = 60.0
     in_flight: int = 32

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,12 @@ from tpeft_deploy.errors import ProtocolError, Unauthenticated
 from tpeft_deploy.runtime.server.access import Action, Principal
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
-from tpeft_deploy.runtime.server.messages import Parameter
+from tpeft_deploy.runtime.server.messages import InferResponse, LoadParameter
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
-from tpeft_deploy.runtime.server.rpc.translation import adapter_of, request_of, response_of
+from tpeft_deploy.runtime.server.rpc.translation import adapter_of, is_raw, raw_response, request_of, response_of
+from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.v2.offload import PIECE, Offload
 
 __all__ = ["METHODS", "SERVICE", "Call", "Method"]
 
@@ -34,16 +35,24 @@ class Call:
         limits: on messages.
         caller: who asks; None for calls that need no key.
         metadata: keys in lower case; without those whose values are bytes.
+        hold: what the request holds in memory.
+        offload: threads for long work.
         timeout: seconds left until the client's deadline; None: it set none.
         streamed: whether the message is one of a stream.
+        raws: raw tensors of the message, where they were taken out of it.
+        heavy: whether translating the message would hold up others.
     """
 
     core: Core
     limits: Limits
     caller: Principal | None
     metadata: Mapping[str, str]
+    hold: Hold
+    offload: Offload
     timeout: float | None = None
     streamed: bool = False
+    raws: Sequence[memoryview] | None = None
+    heavy: bool = False
 
     @property
     def principal(self) -> Principal:
@@ -64,13 +73,13 @@ class Method:
     Attributes:
         action: what its caller must be allowed to do.
         request: class of its messages.
-        answer: the answer to one of them.
+        answer: the answer to one of them, or its bytes.
         stream: whether they come, and are answered, as streams.
     """
 
     action: Action
     request: Any
-    answer: Callable[[Call, Any], Awaitable[Message]]
+    answer: Callable[[Call, Any], Awaitable[Message | bytes]]
     stream: bool = False
 
 
@@ -104,18 +113,37 @@ async def _model_statistics(call: Call, request: pb.ModelStatisticsRequest) -> M
     return pb.ModelStatisticsResponse(**call.core.statistics(call.principal, request.name, request.version))
 
 
-async def _model_infer(call: Call, message: pb.ModelInferRequest) -> pb.ModelInferResponse:
-    request = request_of(message, call.limits, adapter_of(call.metadata), call.timeout)
+async def _model_infer(call: Call, message: pb.ModelInferRequest) -> Message | bytes:
+    adapter = adapter_of(call.metadata)
+    heavy = call.heavy or (call.raws is not None and any(one.datatype == "BYTES" for one in message.inputs))
+    if heavy:
+        run = call.offload.run
+        request = await run(
+            call.hold.tenant, request_of, message, call.limits, adapter, call.timeout, call.raws or None
+        )
+    else:
+        request = request_of(message, call.limits, adapter, call.timeout, call.raws or None)
     if "traceparent" in call.metadata:
         request = msgspec.structs.replace(request, traceparent=call.metadata["traceparent"])
     # A client that sends raw bytes reads such; one that sent no tensor has said nothing, and raw is what all read.
-    raw = bool(message.raw_input_contents) or not message.inputs
+    raw = bool(call.raws) or bool(message.raw_input_contents) or not message.inputs
     final = call.streamed and _FINAL in message.parameters and message.parameters[_FINAL].bool_param
-    return response_of(await call.core.infer(call.principal, request), raw=raw, final=final)
+    del message
+    return await _response(call, await call.core.infer(call.principal, request), raw, final)
 
 
-async def _model_stream_infer(call: Call, message: pb.ModelInferRequest) -> Message:
-    return pb.ModelStreamInferResponse(infer_response=await _model_infer(call, message))
+async def _response(call: Call, response: InferResponse, raw: bool, final: bool) -> Message | bytes:
+    """The message of an answer, for which there is room."""
+    size = sum(array.nbytes for array in response.outputs.values())
+    call.hold.take(size)
+    if size > PIECE and is_raw(response, raw):
+        return raw_response(response, final=final, streamed=call.streamed)
+    if size > PIECE:
+        call.hold.take(4 * size)
+        message = await call.offload.run(call.hold.tenant, response_of, response, raw=False, final=final)
+    else:
+        message = response_of(response, raw=raw, final=final)
+    return pb.ModelStreamInferResponse(infer_response=message) if call.streamed else message
 
 
 async def _repository_index(call: Call, request: pb.RepositoryIndexRequest) -> Message:
@@ -138,15 +166,14 @@ def _named(model: str) -> str:
     return model
 
 
-def _parameters(parameters: Mapping[str, pb.ModelRepositoryParameter]) -> dict[str, Parameter]:
-    """Files come as bytes here and in base64 over REST; the core takes the latter."""
-    found: dict[str, Parameter] = {}
+def _parameters(parameters: Mapping[str, pb.ModelRepositoryParameter]) -> dict[str, LoadParameter]:
+    """Files are bytes here, and base64 over REST."""
+    found: dict[str, LoadParameter] = {}
     for key, parameter in parameters.items():
         kind = parameter.WhichOneof("parameter_choice")
         if kind is None:
             raise ProtocolError(f"parameter {quoted(key)}", expected="a value", got="none")
-        value = getattr(parameter, kind)
-        found[key] = base64.b64encode(value).decode() if kind == "bytes_param" else value
+        found[key] = getattr(parameter, kind)
     return found
 
 
@@ -159,7 +186,7 @@ METHODS: Mapping[str, Method] = {
     "ModelConfig": Method(Action.READ, pb.ModelConfigRequest, _model_config),
     "ModelStatistics": Method(Action.READ, pb.ModelStatisticsRequest, _model_statistics),
     "ModelInfer": Method(Action.INFER, pb.ModelInferRequest, _model_infer),
-    "ModelStreamInfer": Method(Action.INFER, pb.ModelInferRequest, _model_stream_infer, stream=True),
+    "ModelStreamInfer": Method(Action.INFER, pb.ModelInferRequest, _model_infer, stream=True),
     "RepositoryIndex": Method(Action.READ, pb.RepositoryIndexRequest, _repository_index),
     "RepositoryModelLoad": Method(Action.DEPLOY, pb.RepositoryModelLoadRequest, _model_load),
     "RepositoryModelUnload": Method(Action.DEPLOY, pb.RepositoryModelUnloadRequest, _model_unload),

@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
-from tpeft_deploy.errors import Unauthenticated, Unsupported
+from tpeft_deploy.errors import ProtocolError, ServerError, Unauthenticated, Unsupported
 from tpeft_deploy.runtime.server.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
@@ -20,15 +21,20 @@ from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.account import Account
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Call, Method
+from tpeft_deploy.runtime.server.rpc.reading import read_message
 from tpeft_deploy.runtime.server.rpc.streaming import in_order
-from tpeft_deploy.runtime.server.rpc.wire import parse
+from tpeft_deploy.runtime.server.rpc.wire import parse, split_raw
 from tpeft_deploy.runtime.server.statuses import Status, status_of
+from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.offload import PIECE
 
 __all__ = ["Observer", "Servicer"]
 
 Observer = Callable[[Exchange], None]
 _LOG = logging.getLogger(__name__)
 _GONE = 499
+_ELEMENT = 16  # bytes in memory of one of typed contents, parsed and as an array
 _TEXT_BYTES = 1000  # clients take 8 KiB of trailers, in which each byte may become three
 
 
@@ -36,18 +42,23 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     """Answers the rpcs of `METHODS` by asking a core.
 
     The key is looked at before a message is received, so that nobody without one makes the server read; rpcs that
-    there are not are told from those that there are only with a key.
+    there are not are told from those that there are only with a key.  Handlers are those of streams, as these receive
+    a message when they ask for it, while one of another kind is called when it is there; clients see no difference.
 
     Args:
         core: what is asked.
         limits: on messages.
         observe: told of every request that was answered, each of a stream's among them; must not block or raise.
+        intake: budgets and threads, shared with other protocols.
     """
 
-    def __init__(self, core: Core, limits: Limits, observe: Observer | None = None) -> None:
+    def __init__(
+        self, core: Core, limits: Limits, observe: Observer | None = None, intake: Intake | None = None
+    ) -> None:
         self._core = core
         self._limits = limits
         self._observe = observe
+        self._intake = intake or Intake()
 
     def service(self, handler_call_details: Any) -> Any:
         """How to answer a call, from its name and metadata."""
@@ -60,12 +71,12 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             account.caller = self._caller(method, handler_call_details.invocation_metadata)
             method = _allowed(path, method, account.caller)
         except Exception as error:
-            # A stream's handler, as it answers without receiving a message.
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, error, account))
-        call = Call(self._core, self._limits, account.caller, metadata)
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, _status(error), account))
+        hold = self._intake.memory.hold(account.tenant)
+        call = Call(self._core, self._limits, account.caller, metadata, hold, self._intake.offload)
         if method.stream:
             return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, name, method, call))
-        return grpc.unary_unary_rpc_method_handler(functools.partial(self._unary, method, call, account))
+        return grpc.stream_stream_rpc_method_handler(functools.partial(self._unary, method, call, account))
 
     def _caller(self, method: Method | None, metadata: Sequence[tuple[str, str | bytes]]) -> Principal | None:
         if method is not None and method.action is Action.HEALTH:
@@ -75,37 +86,75 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             raise Unauthenticated("authorization", expected="one text", got=f"{len(found)} values")
         return self._core.authenticate(str(found[0]) if found else None)
 
-    async def _refuse(self, error: Exception, account: Account, _: Any, context: Any) -> None:
-        status = _status(error)
+    async def _refuse(self, status: Status, account: Account, _: Any, context: Any) -> None:
         account.status = status.http
         self._tell(account)
         await _abort(context, status)
 
-    async def _unary(self, method: Method, call: Call, account: Account, data: bytes, context: Any) -> bytes:
+    async def _unary(self, method: Method, call: Call, account: Account, _: Any, context: Any) -> None:
         call.timeout = context.time_remaining()
-        account.bytes_in = len(data)
         try:
-            request = parse(method.request, data, self._limits)
-            account.asked(request)
-            answer: bytes = (await method.answer(call, request)).SerializeToString()
+            with call.hold:
+                answer = await self._answered(method, call, account, context)
+                account.bytes_out = len(answer)
+                await context.write(answer)
         except asyncio.CancelledError:
             account.status = _GONE
             self._tell(account)
             raise
         except Exception as error:
-            await self._refuse(error, account, data, context)
-            raise  # never comes here, as a refusal raises what ends the call
-        account.bytes_out = len(answer)
-        self._tell(account)
-        return answer
+            status = _status(error)
+        else:
+            self._tell(account)
+            return
+        finally:
+            call.raws = None  # what ends a call in grpc keeps this frame until a collection
+        # Out here nothing refers to the error any more, and so to what was read.
+        await self._refuse(status, account, None, context)
+
+    async def _answered(self, method: Method, call: Call, account: Account, context: Any) -> bytes:
+        if method.action is Action.INFER:
+            self._core.admit(call.principal)
+        data = await read_message(context, call.hold, self._limits, self._limits.read_seconds)
+        if data is None:
+            raise ProtocolError("request", expected="a message", got="none")
+        account.bytes_in = len(data)
+        request = await self._parsed(method, call, data)
+        del data
+        account.asked(request)
+        return _bytes_of(await method.answer(call, request))
 
     async def _stream(self, name: str, method: Method, call: Call, _: Any, context: Any) -> None:
-        async def answer(data: bytes) -> bytes:
-            account = Account(name, f"/{SERVICE}/{name}", call.metadata, call.caller, len(data))
-            one = replace(call, timeout=context.time_remaining(), streamed=True)
-            return await self._one_of_stream(method, one, account, data)
+        refused: list[Status] = []
+        held: set[Hold] = set()  # of messages that are not answered yet
 
-        await in_order(context, answer, self._limits.in_flight)
+        async def read() -> tuple[bytes, Hold] | None:
+            hold = self._intake.memory.hold(call.hold.tenant)
+            held.add(hold)
+            try:
+                data = await read_message(context, hold, self._limits, None)
+            except ServerError as error:
+                refused.append(_status(error))
+                return None
+            return None if data is None else (data, hold)
+
+        async def answer(message: tuple[bytes, Hold]) -> bytes:
+            data, hold = message
+            account = Account(name, f"/{SERVICE}/{name}", call.metadata, call.caller, len(data))
+            one = replace(call, hold=hold, timeout=context.time_remaining(), streamed=True)
+            try:
+                return await self._one_of_stream(method, one, account, data)
+            finally:
+                hold.close()
+                held.discard(hold)
+
+        try:
+            await in_order(context, read, answer, self._limits.in_flight)
+        finally:
+            for hold in held:
+                hold.close()
+        if refused:
+            await _abort(context, refused.pop())
 
     async def _one_of_stream(self, method: Method, call: Call, account: Account, data: bytes) -> bytes:
         request = None
@@ -113,9 +162,10 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             # Streams last: a key may be revoked meanwhile.
             call.caller = account.caller = self._core.authenticate(call.metadata.get("authorization"))
             allow(call.caller, method.action)
-            request = parse(method.request, data, self._limits)
+            self._core.admit(call.caller)
+            request = await self._parsed(method, call, data)
             account.asked(request)
-            message = await method.answer(call, request)
+            answer = _bytes_of(await method.answer(call, request))
         except asyncio.CancelledError:
             account.status = _GONE
             self._tell(account)
@@ -125,10 +175,22 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             account.status = status.http
             asked = {} if request is None else {"id": request.id, "model_name": request.model_name}
             message = pb.ModelStreamInferResponse(error_message=_clipped(status.text), infer_response=asked)
-        answer: bytes = message.SerializeToString()
+            answer = _bytes_of(message)
         account.bytes_out = len(answer)
         self._tell(account)
         return answer
+
+    async def _parsed(self, method: Method, call: Call, data: bytes) -> Any:
+        """The message, whose raw tensors are left in `call` where it is large; long work goes off the event loop."""
+        if len(data) <= PIECE:
+            return parse(method.request, data, self._limits)
+        if method.request is pb.ModelInferRequest:
+            data, call.raws = split_raw(data, self._limits)
+            if len(data) <= PIECE:
+                return parse(method.request, data, self._limits)
+        call.heavy = True
+        call.hold.take(len(data) + _ELEMENT * min(len(data), self._limits.typed_elements))
+        return await call.offload.run(call.hold.tenant, parse, method.request, data, self._limits)
 
     def _tell(self, account: Account) -> None:
         if self._observe is not None:
@@ -158,6 +220,13 @@ def _status(error: Exception) -> Status:
 async def _abort(context: Any, status: Status) -> None:
     trailers = () if status.retry_after is None else (("retry-after", str(status.retry_after)),)
     await context.abort(grpc.StatusCode[status.grpc], _clipped(status.text), trailers)
+
+
+def _bytes_of(answer: Message | bytes) -> bytes:
+    if isinstance(answer, bytes):
+        return answer
+    data: bytes = answer.SerializeToString()
+    return data
 
 
 def _clipped(text: str) -> str:

@@ -27,6 +27,7 @@ from tpeft_deploy.tucker import Array
 
 __all__ = ["decode", "encode_contents", "has_contents"]
 
+_STEP = 1 << 14  # elements that become objects at once
 _FIELDS = {
     "BOOL": ("bool_contents", np.dtype(np.bool_)),
     "UINT8": ("uint_contents", np.dtype("<u4")),
@@ -48,7 +49,7 @@ def has_contents(datatype: str) -> bool:
     return datatype in _FIELDS
 
 
-def decode(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None, limits: Limits) -> Array:
+def decode(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryview | None, limits: Limits) -> Array:
     """An input as an array.
 
     Args:
@@ -83,7 +84,9 @@ def _from_contents(doing: str, tensor: pb.ModelInferRequest.InferInputTensor, co
         raise ProtocolError(doing, expected=f"{count} elements in {field}", got=len(values))
     if tensor.datatype == "BYTES":
         return objects(values)
-    flat = np.fromiter(values, wide, count)
+    flat = np.empty(count, wide)
+    for at in range(0, count, _STEP):
+        flat[at : at + _STEP] = values[at : at + _STEP]  # other threads run between two steps
     narrow = DTYPES[tensor.datatype]
     exact = flat.astype(narrow, copy=False)
     if narrow != wide and not np.array_equal(exact, flat):
@@ -98,7 +101,10 @@ def encode_contents(array: Array, datatype: str) -> pb.InferTensorContents:
         TypeError: the array is not of that datatype, which is a fault of the server.
     """
     field, _ = _FIELDS[datatype]
-    values = texts(array) if datatype == "BYTES" else checked(array, datatype).ravel().tolist()
+    values = texts(array) if datatype == "BYTES" else checked(array, datatype).ravel()
     contents = pb.InferTensorContents()
-    getattr(contents, field).extend(values)
+    elements = getattr(contents, field)
+    for at in range(0, len(values), _STEP):
+        step = values[at : at + _STEP]
+        elements.extend(step if isinstance(step, list) else step.tolist())
     return contents

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
-from tpeft_deploy.runtime.server.elements import encode_raw, quoted
+from tpeft_deploy.runtime.server.elements import encode_raw, quoted, raw_view
 from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse, Parameter
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.tensors import decode, encode_contents, has_contents
+from tpeft_deploy.runtime.server.rpc.wire import join_raw
 from tpeft_deploy.tucker import Array
 
-__all__ = ["adapter_of", "request_of", "response_of"]
+__all__ = ["adapter_of", "is_raw", "raw_response", "request_of", "response_of"]
 
 _ADAPTER_KEYS = ("x-adapter", "serve_multiplexed_model_id", "multiplexed_model_id")
+_RAW_OUTPUTS = 6  # number of the field raw_output_contents
+_INFER_RESPONSE = 2  # of infer_response in ModelStreamInferResponse
 _LARGEST = (2 << 30) - (1 << 20)  # protobuf has no messages of 2 GiB
 
 
 def request_of(
-    message: pb.ModelInferRequest, limits: Limits, adapter: str | None = None, timeout: float | None = None
+    message: pb.ModelInferRequest,
+    limits: Limits,
+    adapter: str | None = None,
+    timeout: float | None = None,
+    raws: Sequence[bytes | memoryview] | None = None,
 ) -> InferRequest:
     """What a message asks for.
 
@@ -28,6 +35,7 @@ def request_of(
         limits: on its tensors.
         adapter: the task that the call's metadata name, from `adapter_of`.
         timeout: seconds left until the call's deadline; the message's own `timeout` counts where it is smaller.
+        raws: its raw tensors; None: those in it.
 
     Raises:
         ProtocolError: the message is not what the protocol says.
@@ -43,7 +51,7 @@ def request_of(
         timeout = seconds if timeout is None else min(seconds, timeout)
     return InferRequest(
         model=message.model_name,
-        inputs=_inputs(message, limits),
+        inputs=_inputs(message, message.raw_input_contents if raws is None else raws, limits),
         version=message.model_version,
         id=message.id,
         outputs=_outputs(message),
@@ -73,17 +81,51 @@ def response_of(response: InferResponse, *, raw: bool, final: bool = False) -> p
     Raises:
         TooLarge: protobuf has no message of that size.
     """
-    size = sum(array.nbytes for array in response.outputs.values())
-    if size > _LARGEST:
-        raise TooLarge("answer", expected=f"at most {_LARGEST} bytes of outputs over gRPC", got=size)
-    raw = raw or not all(map(has_contents, response.datatypes))
-    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
-    for (name, array), datatype in zip(response.outputs.items(), response.datatypes, strict=True):
-        output = message.outputs.add(name=name, datatype=datatype, shape=array.shape)
+    _check_size(response)
+    raw = is_raw(response, raw)
+    message = _head_of(response, final)
+    for output, array, datatype in zip(message.outputs, response.outputs.values(), response.datatypes, strict=True):
         if raw:
             message.raw_output_contents.append(encode_raw(array, datatype))
         else:
             output.contents.CopyFrom(encode_contents(array, datatype))
+    return message
+
+
+def raw_response(response: InferResponse, *, final: bool, streamed: bool) -> bytes:
+    """The bytes of an answer whose elements are raw, each of which is copied once.
+
+    Args:
+        response: of the core.
+        final: say that no other answer to the request follows.
+        streamed: within the message of a stream.
+
+    Raises:
+        TooLarge: protobuf has no message of that size.
+    """
+    _check_size(response)
+    raws = [
+        raw_view(array, datatype) for array, datatype in zip(response.outputs.values(), response.datatypes, strict=True)
+    ]
+    head = _head_of(response, final).SerializeToString()
+    return join_raw(head, _RAW_OUTPUTS, raws, _INFER_RESPONSE if streamed else None)
+
+
+def is_raw(response: InferResponse, raw: bool) -> bool:
+    """Whether elements go as raw bytes, as asked or because a datatype has no other form."""
+    return raw or not all(map(has_contents, response.datatypes))
+
+
+def _check_size(response: InferResponse) -> None:
+    size = sum(array.nbytes for array in response.outputs.values())
+    if size > _LARGEST:
+        raise TooLarge("answer", expected=f"at most {_LARGEST} bytes of outputs over gRPC", got=size)
+
+
+def _head_of(response: InferResponse, final: bool) -> pb.ModelInferResponse:
+    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    for (name, array), datatype in zip(response.outputs.items(), response.datatypes, strict=True):
+        message.outputs.add(name=name, datatype=datatype, shape=array.shape)
     for key, value in response.parameters.items():
         _set(message.parameters[key], value)
     if final:
@@ -91,12 +133,12 @@ def response_of(response: InferResponse, *, raw: bool, final: bool = False) -> p
     return message
 
 
-def _inputs(message: pb.ModelInferRequest, limits: Limits) -> dict[str, Array]:
-    raws: Iterable[bytes | None] = message.raw_input_contents
-    if not message.raw_input_contents:
+def _inputs(message: pb.ModelInferRequest, given: Sequence[bytes | memoryview], limits: Limits) -> dict[str, Array]:
+    raws: Iterable[bytes | memoryview | None] = given
+    if not given:
         raws = [None] * len(message.inputs)
-    elif len(message.raw_input_contents) != len(message.inputs):
-        got = f"{len(message.raw_input_contents)} for {len(message.inputs)} inputs"
+    elif len(given) != len(message.inputs):
+        got = f"{len(given)} for {len(message.inputs)} inputs"
         raise ProtocolError("request", expected="raw_input_contents for all inputs or for none", got=got)
     inputs: dict[str, Array] = {}
     for tensor, raw in zip(message.inputs, raws, strict=True):

@@ -1,18 +1,25 @@
-"""Reading messages: how many fields there are is counted before the message is parsed."""
+"""Reading and writing messages: fields and elements are counted before parsing, and raw tensors are not copied."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 
-__all__ = ["parse"]
+__all__ = ["join_raw", "parse", "split_raw"]
 
 _TENSORS = frozenset({5, 6})  # inputs and outputs of ModelInferRequest
+_CONTENTS = 5  # of an input
+_RAW = 7  # raw_input_contents of ModelInferRequest
+_BYTES = 8  # bytes_contents
+_WIDTHS = {6: 4, 7: 8}  # fp32_contents and fp64_contents
+_STRING = 16  # elements that one of bytes counts as
+_LENGTH = 2  # wire type of what says its length
 _LENGTHS = {1: 8, 5: 4}  # wire types of fixed size
 
 
@@ -23,11 +30,11 @@ def parse(kind: type[M], data: bytes, limits: Limits) -> M:
     """A message from its bytes.
 
     Raises:
-        TooLarge: it has more fields than `limits.fields`.
+        TooLarge: it has more fields than `limits.fields`, or elements in typed contents than `limits.typed_elements`.
         ProtocolError: it is not a message of that kind.
     """
     if len(data) > 2 * limits.fields:  # a field takes two bytes at least
-        _count(memoryview(data), limits.fields)
+        _count(memoryview(data), limits)
     try:
         message: M = kind.FromString(data)
     except DecodeError:  # whose text says nothing more
@@ -35,46 +42,125 @@ def parse(kind: type[M], data: bytes, limits: Limits) -> M:
     return message
 
 
-def _count(data: memoryview, limit: int) -> None:
-    left = limit
+def split_raw(data: bytes, limits: Limits) -> tuple[bytes, list[memoryview]]:
+    """A ModelInferRequest without its raw tensors, and these as views of it.
+
+    Raises:
+        TooLarge: it has more fields than `limits.fields`.
+        ProtocolError: it is no message.
+    """
+    view = memoryview(data)
+    rest: list[memoryview] = []
+    raws: list[memoryview] = []
+    start = 0
+    for count, (number, kind, at, inner) in enumerate(_placed(view)):
+        if count >= limits.fields:
+            raise _too_many(limits)
+        if number == _RAW and kind == _LENGTH:
+            raws.append(inner)
+        else:
+            rest.append(view[start:at])
+        start = at
+    return b"".join(rest), raws
+
+
+def join_raw(head: bytes, number: int, raws: Sequence[Any], within: int | None = None) -> bytes:
+    """A message of some fields and raw tensors, each of which is copied once.
+
+    Args:
+        head: its other fields.
+        number: of the field of raw tensors.
+        raws: bytes, or views of bytes.
+        within: number of the field of another message that is to have it alone; None: none.
+    """
+    parts: list[Any] = [head]
+    for raw in raws:
+        parts += (_length_prefix(number, len(raw)), raw)
+    if within is not None:
+        parts.insert(0, _length_prefix(within, sum(map(len, parts))))
+    return b"".join(parts)
+
+
+def _length_prefix(number: int, size: int) -> bytes:
+    found = bytearray([number << 3 | _LENGTH])
+    while size > 127:
+        found.append(size & 127 | 128)
+        size >>= 7
+    found.append(size)
+    return bytes(found)
+
+
+def _count(data: memoryview, limits: Limits) -> None:
+    left, elements = limits.fields, limits.typed_elements
     for number, inner in _fields(data):
         left -= 1
         if number in _TENSORS:
             # Strings of these numbers in other messages need not be messages themselves.
-            left -= _count_inner(inner, left)
+            fields, typed = _count_inner(inner, left, elements)
+            left -= fields
+            elements -= typed
         if left < 0:
-            raise TooLarge("message", expected=f"at most {limit} fields", got="more")
+            raise _too_many(limits)
+        if elements < 0:
+            raise TooLarge(
+                "message",
+                expected=f"at most {limits.typed_elements:,} elements in typed contents",
+                got="more",
+                fix="Send raw_input_contents.",
+            )
 
 
-def _count_inner(data: memoryview, limit: int) -> int:
-    count = 0
+def _count_inner(data: memoryview, limit: int, elements: int) -> tuple[int, int]:
+    count = typed = 0
     try:
-        for _ in _fields(data):
+        for number, inner in _fields(data):
             count += 1
-            if count > limit:
+            if number == _CONTENTS and len(inner):
+                typed += _count_elements(inner, elements)
+            if count > limit or typed > elements:
                 break
     except ProtocolError:
-        return count  # the parser says what is wrong
+        pass  # the parser says what is wrong
+    return count, typed
+
+
+def _count_elements(data: memoryview, limit: int) -> int:
+    count = 0
+    for number, inner in _fields(data):
+        if number == _BYTES or not len(inner):
+            count += _STRING  # bytes, or an element on its own
+        elif number in _WIDTHS:
+            count += len(inner) // _WIDTHS[number]
+        else:
+            # A varint ends where the highest bit is clear.
+            count += int(np.count_nonzero(np.frombuffer(inner, np.uint8) < 128))
+        if count > limit:
+            break
     return count
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    return ((number, inner) for number, _, _, inner in _placed(data))
+
+
+def _placed(data: memoryview) -> Iterator[tuple[int, int, int, memoryview]]:
+    """Each field's number and wire type, where it ends, and its bytes where it says its length."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
         kind = tag & 7
-        if kind == 2:
+        inner = data[:0]
+        if kind == _LENGTH:
             size, at = _varint(data, at)
-            yield tag >> 3, data[at : at + size]
+            inner = data[at : at + size]
             at += size
         elif kind == 0:
             _, at = _varint(data, at)
-            yield tag >> 3, data[:0]
         elif kind in _LENGTHS:
             at += _LENGTHS[kind]
-            yield tag >> 3, data[:0]
         else:
             raise _malformed("groups, which the protocol has none of")
+        yield tag >> 3, kind, at, inner
     if at > len(data):
         raise _malformed("a field that ends after the message")
 
@@ -90,6 +176,10 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 128:
             return value, at
     raise _malformed("a number of more than ten bytes")
+
+
+def _too_many(limits: Limits) -> TooLarge:
+    return TooLarge("message", expected=f"at most {limits.fields} fields", got="more")
 
 
 def _malformed(got: str) -> ProtocolError:

@@ -1,0 +1,57 @@
+"""The parameters of the repository's load call, whose files are base64 in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpeft_deploy.errors import ProtocolError
+from tpeft_deploy.runtime.server.elements import quoted
+from tpeft_deploy.runtime.server.messages import Encoded, LoadParameter
+from tpeft_deploy.runtime.server.rest.asked import Asked
+from tpeft_deploy.runtime.server.rest.json_data import SMALL, cut_strings
+
+__all__ = ["load_parameters", "parameters_of"]
+
+
+async def load_parameters(asked: Asked) -> dict[str, LoadParameter]:
+    """The parameters; large files stay in the body, which is decoded as they are stored.
+
+    Raises:
+        ProtocolError: the body is no such JSON.
+        TooLarge: it is larger than a JSON upload may be.
+        QuotaExceeded, Unavailable: there is no room for it.
+    """
+    limits = asked.limits
+    limit = min(limits.json_upload_bytes, 4 * limits.upload_bytes // 3 + limits.document_bytes)
+    fix = "Upload it by POST /v2/registry/tasks/TASK/versions, which takes files as they are."
+    asked.staging.take(min(asked.declared, limit))
+    text = await asked.body(limit, fix)
+    asked.staging.resize(len(text))
+    if len(text) <= SMALL:
+        return dict(parameters_of(asked.parsed(text)))
+    head, strings = await asked.intake.offload.run(asked.memory.tenant, cut_strings, "read a body", text)
+    found: dict[str, LoadParameter] = {}
+    for name, value in parameters_of(asked.parsed(head)).items():
+        place = strings.get(value) if isinstance(value, str) else None
+        if place is None:
+            found[name] = value
+        elif text.find(b"\\", *place) >= 0:  # as some escape the slashes of base64
+            found[name] = asked.parsed(b'{"":"%b"}' % bytes(text[place[0] : place[1]]))[""]
+        else:
+            found[name] = Encoded(memoryview(text)[place[0] : place[1]])
+    return found
+
+
+def parameters_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The field `parameters` of a document that has nothing else.
+
+    Raises:
+        ProtocolError: it has.
+    """
+    if not set(document) <= {"parameters"}:
+        raise ProtocolError("read a body", expected="a field 'parameters'", got=", ".join(map(quoted, document)))
+    found = document.get("parameters") or {}
+    if not isinstance(found, dict) or not all(isinstance(one, str | int | float) for one in found.values()):
+        raise ProtocolError("read 'parameters'", expected="an object of strings, numbers and booleans", got="others")
+    return found

@@ -1,0 +1,63 @@
+"""Receiving messages: room is taken before one is received, and no call waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from tpeft_deploy.errors import DeadlineExceeded, ServerError
+from tpeft_deploy.runtime.server.rpc.limits import Limits
+from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+
+__all__ = ["FIRST", "read_message"]
+
+FIRST = 1 << 16
+"""Bytes that are reserved for a message of which nothing is known."""
+_AT_ONCE = 0.05  # seconds: what comes within these is little, for all calls together, as the network is no faster
+
+
+async def read_message(context: Any, hold: Hold, limits: Limits, seconds: float | None) -> bytes | None:
+    """The next message of a call; None: there is none.
+
+    Nobody says how large a message is before it is whole.  One that is not there at once counts as the largest until
+    it is; one that is counts as what it has.
+
+    Args:
+        context: of the call.
+        hold: takes the room.
+        limits: on messages.
+        seconds: that it may take; None: any.
+
+    Raises:
+        QuotaExceeded, Unavailable: there is no room.
+        DeadlineExceeded: it took too long.
+    """
+    if hold.size < FIRST:
+        hold.resize(FIRST)
+    loop = asyncio.get_running_loop()
+    refused: list[ServerError] = []
+
+    def reserve() -> None:
+        try:
+            hold.resize(max(hold.size, limits.message_bytes))
+        except ServerError as error:
+            refused.append(error)
+            scope.reschedule(loop.time())
+
+    timer = loop.call_later(_AT_ONCE, reserve)
+    try:
+        async with asyncio.timeout(seconds) as scope:
+            data = await context.read()
+    except TimeoutError:
+        if refused:
+            raise refused.pop() from None
+        raise DeadlineExceeded("read a message", expected=f"all of it within {seconds:g} s", got="less") from None
+    finally:
+        timer.cancel()
+    if data is grpc.aio.EOF:
+        return None
+    found: bytes = data
+    hold.resize(len(found))
+    return found

@@ -1,0 +1,80 @@
+"""Pins within the quotas of tenants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from tpeft_deploy.errors import CapacityError, Conflict, QuotaExceeded
+from tpeft_deploy.runtime import Runtime
+from tpeft_deploy.runtime.server.access import SHARED
+from tpeft_deploy.runtime.server.quotas import Quota
+
+__all__ = ["Pins"]
+
+
+class Pins:
+    """Which versions stay on the device.  Belongs to one event loop.
+
+    Args:
+        runtime: holds them.
+        quota: a tenant's quota now.
+        max_folded: versions with sessions of their own, of all tenants together.
+    """
+
+    def __init__(self, runtime: Runtime, quota: Callable[[str], Quota], max_folded: int) -> None:
+        self._runtime = runtime
+        self._quota = quota
+        self._max_folded = max_folded
+        self._coming: dict[str, bool] = {}  # those being pinned, which the runtime may not know yet
+
+    def used(self, tenant: str) -> dict[str, int]:
+        """Pins of a tenant, and how many of them are folded."""
+        own = [folded for key, folded in self._known().items() if key.startswith(f"{tenant}/")]
+        return {"pins": len(own), "folded": sum(own)}
+
+    async def add(self, tenant: str, name: str, key: str, *, folded: bool) -> None:
+        """Pin a version.
+
+        Args:
+            tenant: the tenant that has it; no quota holds for what all share, which only admins pin.
+            name: the task's.
+            key: the version's, in the runtime.
+            folded: also give it a session of its own.
+
+        Raises:
+            QuotaExceeded: the tenant has as many as it may.
+            Conflict: no room on the device, or for sessions, that pins may take.
+            AdapterError, RunError: it cannot be brought or folded.
+        """
+        self._check(tenant, name, key, folded)
+        self._coming[key] = folded
+        try:
+            await asyncio.to_thread(self._runtime.pin, key, folded=folded)
+        except CapacityError as error:
+            raise Conflict(f"pin task {name!r}", problem=str(error), fix="Unpin others first.") from error
+        finally:
+            self._coming.pop(key, None)
+
+    def _known(self) -> dict[str, bool]:
+        return {**self._runtime.pins(), **self._coming}
+
+    def _check(self, tenant: str, name: str, key: str, folded: bool) -> None:
+        others = {other: is_folded for other, is_folded in self._known().items() if other != key}
+        own = [is_folded for other, is_folded in others.items() if other.startswith(f"{tenant}/")]
+        quota = Quota() if tenant == SHARED else self._quota(tenant)
+        for what, used, most in (("pinned", len(own), quota.pins), ("folded", sum(own), quota.folded)):
+            if most is not None and used >= most and (folded or what == "pinned"):
+                raise QuotaExceeded(
+                    f"pin task {name!r} of tenant {tenant!r}",
+                    expected=f"at most {most} versions {what}",
+                    got=f"{used} already",
+                    fix="Unpin others first.",
+                )
+        if folded and sum(others.values()) >= self._max_folded:
+            raise Conflict(
+                f"fold task {name!r}",
+                expected=f"at most {self._max_folded} folded versions on this server",
+                got="as many already",
+                fix="Pin it without folding.",
+            )
