@@ -10,6 +10,7 @@ and its children, and what the attacker was answered.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import math
@@ -22,7 +23,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -193,11 +193,12 @@ class Arena:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.tail = [*self.tail[-200:], line[:2000]]
+        with contextlib.suppress(ValueError):  # closed at the end
+            for line in self.process.stderr:
+                self.tail = [*self.tail[-200:], line[:2000]]
 
 
-@contextmanager
+@contextlib.contextmanager
 def arena(bundle: Path, adapter: bytes, place: Path, *flags: object, memory: int = 0) -> Iterator[Arena]:
     """A server on a bundle, with an adapter for the tenants `attacker` (weight 0.01) and `neighbour`.
 
@@ -229,7 +230,7 @@ def arena(bundle: Path, adapter: bytes, place: Path, *flags: object, memory: int
         yield found
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 _ROLES = (("attacker", "deploy"), ("neighbour", "deploy"), ("operator", "admin"))

@@ -257,10 +257,12 @@ def grpc_contents(target: Target) -> None:
     """Typed contents of 60 MB."""
     from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 
-    message = pb.ModelInferRequest(model_name="mood")
-    tensor = message.inputs.add(name="pixels", datatype="FP32", shape=[90_000, *PIXELS])
-    tensor.contents.fp32_contents.extend([0.0] * (15 << 20))
-    _rpc(target, "ModelInfer", message.SerializeToString())
+    rows = 20_000
+    tensor = pb.ModelInferRequest.InferInputTensor(name="pixels", datatype="FP32", shape=[rows, *PIXELS])
+    head = pb.ModelInferRequest(model_name="mood").SerializeToString()
+    packed = _field(1 + 5, bytes(rows * _ROW))  # fp32_contents
+    own = tensor.SerializeToString() + _field(5, packed)  # contents
+    _rpc(target, "ModelInfer", head + _field(5, own))  # inputs
 
 
 @attack
@@ -303,6 +305,16 @@ def _rpc(target: Target, name: str, data: bytes) -> None:
                 target.answers["OK"] += 1
             except grpc.RpcError as error:
                 target.answers[error.code().name] += 1
+
+
+def _field(number: int, data: bytes) -> bytes:
+    """A field of bytes as protobuf writes it: packing millions of elements with its own library takes seconds."""
+    size, left = bytearray(), len(data)
+    while True:
+        size.append(left & 127 | (128 if left > 127 else 0))
+        left >>= 7
+        if not left:
+            return bytes([number << 3 | 2]) + bytes(size) + data
 
 
 def mood(target: Target) -> bytes:

@@ -1,0 +1,56 @@
+"""All attacks at once, on a server that may have no more address space than its settings state."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.server.hostile.arena import arena
+from tests.server.hostile.attacks import ATTACKS
+from tpeft_deploy import Adapter, Bundle
+
+MIB = 1 << 20
+IN_FLIGHT, DEVICE, DRAIN = 256, 64, 10
+SETTINGS = (
+    f"TPEFT_MAX_INFLIGHT_BYTES={IN_FLIGHT}MiB",
+    f"TPEFT_DEVICE_BYTES={DEVICE}MiB",
+    "TPEFT_UPLOAD_CPU_SECONDS=2",
+    "TPEFT_UPLOAD_MEMORY_BYTES=512MiB",
+    "TPEFT_MAX_STAGING_BYTES=512MiB",
+    f"TPEFT_DRAIN_SECONDS={DRAIN}",
+)
+START = 450  # address space of a server with this bundle that nobody has asked yet, MiB
+THREADS = 320  # stacks of forty threads
+BUDGET = round(1.2 * (START + THREADS + IN_FLIGHT + DEVICE)) * MIB
+FAILURES = {"500", "502", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "patience"),
+    [
+        (60, 20.0),  # of a health check, on a machine that may be busy with other tests
+        pytest.param(600, 1.0, marks=[pytest.mark.soak, pytest.mark.timeout(1200)]),
+    ],
+)
+def test_all_attacks_together_within_a_budget(
+    conv_bundle: Bundle, others: list[Adapter], tmp_path: Path, seconds: int, patience: float
+) -> None:
+    """The neighbour is answered, health too; the server neither fails, restarts nor grows, and ends when told to."""
+    with arena(conv_bundle.path, others[0].to_bytes(), tmp_path, *SETTINGS, memory=BUDGET) as own:
+        begun = own.process.pid
+        first = own.attacked(list(ATTACKS), seconds / 3)
+        then = own.attacked(list(ATTACKS), 2 * seconds / 3)
+        print({"neighbour": first.statuses + then.statuses, "attacker": [first.answers, then.answers]})
+        print({"MB": [first.memory >> 20, then.memory >> 20], "p99": [first.quantile(0.99), then.quantile(0.99)]})
+        for seen in (first, then):
+            assert seen.refused == 0, seen.statuses
+            assert max(seen.health) < patience
+            assert not FAILURES & set(seen.answers), (seen.answers, own.tail[-20:])
+            assert sum(seen.answers.values()) > 100
+        assert own.process.poll() is None
+        assert own.process.pid == begun
+        assert not [line for line in own.tail if "Traceback" in line], "".join(own.tail[-60:])
+        assert then.memory < math.ceil(1.2 * first.memory)
+        assert own.end(DRAIN + 20) < DRAIN + 10
