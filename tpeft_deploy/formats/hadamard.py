@@ -8,11 +8,13 @@ It is itself of low rank, the product of both ranks: with fs the face-splitting 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from tpeft_deploy.errors import ShapeError
 from tpeft_deploy.formats.compact import dense_is_smaller, finish, widen
-from tpeft_deploy.tucker import Array, TuckerDelta, mode_product
+from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["loha", "loha_tucker"]
 
@@ -30,6 +32,8 @@ def loha(w1a: Array, w1b: Array, w2a: Array, w2b: Array, *, scale: float, shape:
         ShapeError: the tensors do not fit each other or the weight.
     """
     _require_matrices(w1a=w1a, w1b=w1b, w2a=w2a, w2b=w2b)
+    for up, down in ((w1a, w1b), (w2a, w2b)):
+        _require_sizes((up.shape[0], down.shape[1]), (shape[0], math.prod(shape[1:])), shape)
     w1a, w1b, w2a, w2b = (widen(w) for w in (w1a, w1b, w2a, w2b))
     rank = w1a.shape[1] * w2a.shape[1]
     ranks = (rank, rank) if len(shape) == 2 else (rank, *shape[1:])
@@ -73,6 +77,8 @@ def loha_tucker(
         ShapeError: the tensors do not fit each other or the weight.
     """
     _require_matrices(w1a=w1a, w1b=w1b, w2a=w2a, w2b=w2b)
+    for left, right in ((w1a, w1b), (w2a, w2b)):
+        _require_sizes((left.shape[1], right.shape[1]), shape[:2], shape)
     t1, w1a, w1b, t2, w2a, w2b = (widen(w) for w in (t1, w1a, w1b, t2, w2a, w2b))
     try:
         t1, t2 = (t.reshape(*t.shape[:2], *shape[2:]) for t in (t1, t2))
@@ -95,11 +101,22 @@ def _face_split(left: Array, right: Array) -> Array:
 
 
 def _half(t: Array, wa: Array, wb: Array) -> Array:
-    return mode_product(mode_product(t.astype(np.float64), wa.T, 0), wb.T, 1)
+    return TuckerDelta(t, (wa.T, wb.T, *[None] * (t.ndim - 2))).dense()
 
 
 def _dense(change: Array, scale: float, like: Array) -> TuckerDelta:
     return TuckerDelta(change.astype(like.dtype), (None,) * change.ndim, scale)
+
+
+def _require_sizes(got: tuple[int, ...], expected: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Before anything of these sizes is made."""
+    if got != expected:
+        raise ShapeError(
+            "build a LoHa change",
+            expected=f"a change of the weight's shape {shape}",
+            got=got,
+            fix="Check that the base is what the adapter was trained on.",
+        )
 
 
 def _require_matrices(**tensors: Array) -> None:
