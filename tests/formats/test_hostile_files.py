@@ -114,6 +114,8 @@ CLAIMS: list[tuple[str, dict[str, tuple[int, ...]], dict[str, Any] | None]] = [
     ("lokr", {"up.lokr_w1_a": (4, R), "up.lokr_w1_b": (R, 2), "up.lokr_w2": (4, 4)}, None),
     ("lokr-of-another", {"up.lokr_w1": (R, 1), "up.lokr_w2": (1, R)}, None),
     ("loha", {f"up.hada_w{i}_{x}": s for i in (1, 2) for x, s in (("a", (R, 1)), ("b", (1, R)))}, None),
+    ("loha-tucker", {f"grouped.hada_{x}": s for i in (1, 2) for x, s in (
+        (f"w{i}_a", (5000, 8)), (f"w{i}_b", (1, 3)), (f"t{i}", (5000, 1, 3, 3)))}, None),
     ("glora", {"up.a1.weight": (8, R), "up.a2.weight": (R, 8), "up.b1.weight": (16, 1), "up.b2.weight": (1, 8)}, None),
     ("glora-of-another", {"up.a1.weight": (8, 1), "up.a2.weight": (1, 8), "up.b1.weight": (R, 1),
                           "up.b2.weight": (1, R)}, None),

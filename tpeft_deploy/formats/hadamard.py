@@ -85,9 +85,7 @@ def loha_tucker(
         ranks = (t1.shape[0] * t2.shape[0], t1.shape[1] * t2.shape[1], *shape[2:])
         if dense_is_smaller(ranks, shape):
             return finish(_dense(_half(t1, w1a, w1b) * _half(t2, w2a, w2b), scale, t1), shape, what="a LoHa change")
-        core = np.einsum("ij...,kl...->ikjl...", t1, t2).reshape(ranks)
-        factors = (_face_split(w1a.T, w2a.T), _face_split(w1b.T, w2b.T), *[None] * (len(shape) - 2))
-        delta = TuckerDelta(core, factors, scale)
+        delta = _product((t1, w1a, w1b), (t2, w2a, w2b), scale, shape)
     except ValueError as error:
         raise ShapeError(
             "build a LoHa change", problem=str(error), fix="Check that the base is what the adapter was trained on."
@@ -98,6 +96,23 @@ def loha_tucker(
 def _face_split(left: Array, right: Array) -> Array:
     """(d, r1), (d, r2) -> (d, r1 r2): the Kronecker product of each pair of rows."""
     return (left[:, :, None] * right[:, None, :]).reshape(left.shape[0], -1)
+
+
+def _product(
+    first: tuple[Array, Array, Array], second: tuple[Array, Array, Array], scale: float, shape: tuple[int, ...]
+) -> TuckerDelta:
+    """The product of two halves (t, wa, wb); a mode with a rank product beyond its size is multiplied out before."""
+    out = [a.shape[0] * b.shape[0] > size for a, b, size in zip(first[1:], second[1:], shape, strict=False)]
+    kernel = [None] * (len(shape) - 2)
+    cores = [
+        TuckerDelta(t, (wa.T if out[0] else None, wb.T if out[1] else None, *kernel)).absorb().core
+        for t, wa, wb in (first, second)
+    ]
+    rows, columns = ("i" if out[0] else "ik"), ("j" if out[1] else "jl")
+    core = np.einsum(f"ij...,{rows[-1]}{columns[-1]}...->{rows}{columns}...", *cores)
+    factors = [None if out[m] else _face_split(first[m + 1].T, second[m + 1].T) for m in (0, 1)]
+    ranks = [shape[m] if factor is None else factor.shape[1] for m, factor in enumerate(factors)]
+    return TuckerDelta(core.reshape(*ranks, *shape[2:]).astype(first[0].dtype), (*factors, *kernel), scale)
 
 
 def _half(t: Array, wa: Array, wb: Array) -> Array:
