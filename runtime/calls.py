@@ -103,15 +103,17 @@ class Run:
 
 Answer = tuple[Call, Answered | Exception | None]
 """None for a piece while others of its call are missing."""
+_Told = tuple["asyncio.Future[Answered]", Answered | Exception | None]
 
 
 def answer(answers: Iterable[Answer]) -> None:
     """Hand answers to the callers that still wait, with one wake-up per event loop."""
-    loops: dict[asyncio.AbstractEventLoop, list[Answer]] = {}
+    loops: dict[asyncio.AbstractEventLoop, list[_Told]] = {}
     for call, result in answers:
         if not call.gone:
             call.gone = True
-            loops.setdefault(call.future.get_loop(), []).append((call, result))
+            # The future itself: a caller that is cancelled before it hears of the answer lets go of its call's.
+            loops.setdefault(call.future.get_loop(), []).append((call.future, result))
     for loop, own in loops.items():
         try:
             loop.call_soon_threadsafe(_deliver, own)
@@ -119,11 +121,11 @@ def answer(answers: Iterable[Answer]) -> None:
             _log.debug("%d answers have no taker: their event loop was closed without ending its tasks", len(own))
 
 
-def _deliver(answers: Iterable[Answer]) -> None:
-    for call, result in answers:
-        if call.future.done():
+def _deliver(answers: Iterable[_Told]) -> None:
+    for future, result in answers:
+        if future.done():
             continue
         if isinstance(result, Exception):
-            call.future.set_exception(result)
+            future.set_exception(result)
         elif result is not None:
-            call.future.set_result(result)
+            future.set_result(result)

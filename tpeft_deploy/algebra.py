@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 
+_LARGE = 2**20  # numbers; what is smaller costs nothing
 _ROWS = 64  # converted to float64 at a time
 
 
@@ -72,6 +73,7 @@ def combine(deltas: Sequence[TuckerDelta], weights: Sequence[float] | None = Non
             got=f"{len(deltas)} changes of shapes {', '.join(map(str, shapes)) or 'none'}, {len(weights)} weights",
         )
     modes = range(len(shapes[0]))
+    deltas = [delta.narrowed() if _outgrows(delta) else delta for delta in deltas]
     shared = [mode for mode in modes if any(delta.factors[mode] is None for delta in deltas)]
     blocks = [delta.absorb(shared) for delta in deltas]
     sizes = [shapes[0][mode] if mode in shared else sum(block.ranks[mode] for block in blocks) for mode in modes]
@@ -166,6 +168,7 @@ def low_rank_pair(delta: TuckerDelta) -> LowRankPair:
     B = U_0 and A = s G x_1 U_1 x_2 U_2 ...; where the other side has the smaller rank (R_i of a matrix, I K1 .. of a
     kernel) the core goes to B instead.
     """
+    delta = delta.narrowed()
     scaled = replace(delta, core=delta.scale * delta.core.astype(np.float64), scale=1.0)
     outputs, *rest = delta.shape
     other = scaled.ranks[1] if scaled.core.ndim == 2 else math.prod(rest)
@@ -202,13 +205,16 @@ def densify(delta: TuckerDelta) -> TuckerDelta:
     Unlike `dense` it keeps nothing in float64 that is as large as the change or its factors: a file's changes may be
     made dense while it is read, within a few times its size.
     """
+    dtype = delta.core.dtype
     up, *others = delta.factors
     if delta.core.ndim == 2 and others[0] is not None and _is_identity(delta.core):
         inner = others[0].T
     else:
+        if not is_dense(replace(delta, factors=(None, *others))):
+            up, *others = (delta := delta.narrowed()).factors
         inner = delta.core if is_dense(replace(delta, factors=(None, *others))) else _absorb_inner(delta)
     whole = inner.reshape(inner.shape[0], -1)
-    core = np.empty((whole.shape[0] if up is None else up.shape[0], whole.shape[1]), delta.core.dtype)
+    core = np.empty((whole.shape[0] if up is None else up.shape[0], whole.shape[1]), dtype)
     for start in range(0, core.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         core[rows] = delta.scale * (whole[rows].astype(np.float64) if up is None else _product(up[rows], whole))
@@ -225,6 +231,12 @@ def smaller(delta: TuckerDelta) -> TuckerDelta:
 def _is_identity(core: Array) -> bool:
     rank = core.shape[0]
     return core.shape == (rank, rank) and np.count_nonzero(core) == rank and bool((core.diagonal() == 1).all())
+
+
+def _outgrows(delta: TuckerDelta) -> bool:
+    """Whether a product with some of the factors may be far larger than the change and what is held of it."""
+    largest = math.prod(max(rank, size) for rank, size in zip(delta.ranks, delta.shape, strict=True))
+    return largest > max(_LARGE, math.prod(delta.shape), 2 * delta.parameters)
 
 
 def _absorb_inner(delta: TuckerDelta) -> Array:

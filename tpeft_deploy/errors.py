@@ -75,6 +75,7 @@ __all__ = [
     "brief",
 ]
 
+_LONGEST = 10_000  # letters of a message
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -127,7 +128,8 @@ class TpeftError(Exception):
         text = f"{self.doing}: {self.said}" if self.said else self.doing
         if self.fix:
             text += f". {self.fix}"
-        return " ".join(text.split())
+        # On one line of bounded length that UTF-8 can hold, whatever stood in the file that it is about.
+        return brief(text, _LONGEST).encode(errors="backslashreplace").decode()
 
 
 class MissingExtra(TpeftError):

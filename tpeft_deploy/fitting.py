@@ -41,7 +41,7 @@ def fill(
     adapter = _settled(manifest, adapter, bundle=bundle)
     targets = {target.key: target for target in manifest.targets}
     filled: dict[str, dict[str, Array]] = {}
-    for name, part, change in _changes(manifest, adapter, targets, base_value):
+    for name, part, change in _changes(manifest, adapter, targets, base_value, doing):
         target = targets.get(f"{name}:{part}")
         if target is None:
             raise UnknownTarget(
@@ -50,15 +50,18 @@ def fill(
                 got=f"none; they take {_describe_targets(manifest)}",
                 fix="Export the bundle again with this adapter among its adapters.",
             )
-        with np.errstate(over="ignore"):
-            filled[target.key] = slots.fill(target, change)
+        with np.errstate(over="ignore", invalid="ignore"):
+            try:
+                filled[target.key] = slots.fill(target, change)
+            except ValueError as error:  # of a delta whose products are beyond float64
+                raise _too_large(doing, name, target.dtype, f"larger ones ({error})") from error
         _check_slots(manifest, target, filled[target.key], doing)
         _check_rank(manifest, target, change, slots.ranks_of(target, filled[target.key]), doing)
     return filled
 
 
 def _changes(
-    manifest: Manifest, adapter: Adapter, targets: Mapping[str, Target], base_value: Callable[[str], Array]
+    manifest: Manifest, adapter: Adapter, targets: Mapping[str, Target], base_value: Callable[[str], Array], doing: str
 ) -> Iterator[tuple[str, Part, TuckerDelta | Array]]:
     """What an adapter changes, part by part; a gain that no branch takes is multiplied out where W + dW is computed."""
     for name in dict.fromkeys([*adapter.deltas, *adapter.gains]):
@@ -66,17 +69,30 @@ def _changes(
         mode = gain_mode(gain) if gain is not None else None
         whole = targets.get(f"{name}:delta")
         if gain is not None and f"{name}:gain_{mode}" not in targets and whole is not None and whole.kind == "weight":
-            weight = base_value(name)
-            change = adapter.merged(name, weight) - weight.astype(np.float64)
-            yield name, "delta", TuckerDelta(change, (None,) * change.ndim)
+            yield name, "delta", _multiplied_out(adapter, name, base_value(name), doing)
             continue
         if delta is not None:
             yield name, "delta", delta
         if gain is not None:
-            size = manifest.weights[name].shape[mode or 0]
+            if mode is None:
+                raise ShapeError(
+                    f"{doing}, gain {name!r}",
+                    expected="one factor for each output or each input, which is what the bundle's graphs take",
+                    got=gain.shape,
+                    fix="Merge it into the base, or export the bundle again with this adapter among its adapters.",
+                )
+            size = manifest.weights[name].shape[mode]
             yield name, "gain_1" if mode == 1 else "gain_0", np.broadcast_to(gain.reshape(-1), (size,))
     for name, array in adapter.served_overrides.items():
         yield name, "override", array
+
+
+def _multiplied_out(adapter: Adapter, name: str, weight: Array, doing: str) -> TuckerDelta:
+    with np.errstate(over="ignore", invalid="ignore"):
+        change = adapter.merged(name, weight) - weight.astype(np.float64)
+    if not np.isfinite(change).all():
+        raise _too_large(doing, name, "float64", "larger ones once its gain is multiplied out")
+    return TuckerDelta(change, (None,) * change.ndim)
 
 
 def named(manifest: Manifest, filled: Filled) -> dict[str, Array]:
@@ -146,12 +162,16 @@ def _check_heads(manifest: Manifest, adapter: Adapter, base: str) -> None:
 def _check_slots(manifest: Manifest, target: Target, tensors: dict[str, Array], doing: str) -> None:
     for slot, array in tensors.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise AdapterError(
-                f"{doing}, weight {target.name!r}",
-                expected=f"values that {target.dtype} holds",
-                got=f"larger ones in its {slot}",
-                fix="Serve it with a float32 base.",
-            )
+            raise _too_large(doing, target.name, target.dtype, f"larger ones in its {slot}")
+
+
+def _too_large(doing: str, name: str, dtype: str, got: str) -> AdapterError:
+    return AdapterError(
+        f"{doing}, weight {name!r}",
+        expected=f"values that {dtype} holds",
+        got=got,
+        fix="Serve it with a float32 base.",
+    )
 
 
 def _check_rank(

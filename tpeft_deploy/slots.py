@@ -290,11 +290,14 @@ def _factor(delta: TuckerDelta, mode: int) -> Array:
 
 
 def _linear(_: Target, delta: TuckerDelta) -> dict[str, Array]:
+    delta = delta.narrowed()
     core = delta.scale * delta.core.astype(np.float64)
-    up, down = _factor(delta, 0), _factor(delta, 1)
+    # The identity of the larger side alone would be larger than the weight.
     if core.shape[1] <= core.shape[0]:
-        return {"down": down, "up": (up @ core).T}
-    return {"down": down @ core.T, "up": up.T}
+        up = core if delta.factors[0] is None else _factor(delta, 0) @ core
+        return {"down": _factor(delta, 1), "up": up.T}
+    down = core.T if delta.factors[1] is None else _factor(delta, 1) @ core.T
+    return {"down": down, "up": _factor(delta, 0).T}
 
 
 def _matmul(target: Target, delta: TuckerDelta) -> dict[str, Array]:

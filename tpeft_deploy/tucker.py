@@ -109,9 +109,10 @@ class TuckerDelta:
     def absorb(self, modes: Iterable[int] | None = None) -> TuckerDelta:
         """Multiply the factors of some modes (all by default) into the core, in float64, leaving identities.
 
-        The change itself stays the same: mode products along different modes commute.
+        The change itself stays the same: mode products along different modes commute.  Those that make the core
+        smaller come first.
         """
-        chosen = range(self.core.ndim) if modes is None else modes
+        chosen = sorted(range(self.core.ndim) if modes is None else modes, key=lambda m: not self._is_wide(m))
         core, factors = self.core.astype(np.float64), list(self.factors)
         for mode in chosen:
             factor = factors[mode]
@@ -119,6 +120,15 @@ class TuckerDelta:
                 core = mode_product(core, factor.astype(np.float64), mode)
                 factors[mode] = None
         return replace(self, core=core, factors=tuple(factors))
+
+    def narrowed(self) -> TuckerDelta:
+        """The same change without ranks above the sizes of their modes, so that no product is larger than dW."""
+        wide = [mode for mode in range(self.core.ndim) if self._is_wide(mode)]
+        return self.absorb(wide) if wide else self
+
+    def _is_wide(self, mode: int) -> bool:
+        factor = self.factors[mode]
+        return factor is not None and factor.shape[1] > factor.shape[0]
 
     def norm(self) -> float:
         """Frobenius norm of dW, without forming it: U = QR with orthonormal Q, so only the R enter the core."""
@@ -131,9 +141,10 @@ class TuckerDelta:
     def dense(self) -> Array:
         """The whole change dW as a float64 array of shape (O, I, K1, ...)."""
         # From the last mode to the first: then the largest product comes last, and is laid out as it is wanted.
-        core = self.scale * self.core.astype(np.float64)
+        narrow = self.narrowed()
+        core = self.scale * narrow.core.astype(np.float64)
         for mode in reversed(range(core.ndim)):
-            factor = self.factors[mode]
+            factor = narrow.factors[mode]
             if factor is not None:
                 core = mode_product(core, factor.astype(np.float64), mode)
         return np.ascontiguousarray(core)

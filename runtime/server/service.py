@@ -29,6 +29,7 @@ from tpeft_deploy.runtime.server.quotas import Meter, Quota, queue_shares
 from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.pins import Pins
+from tpeft_deploy.runtime.server.v2.largest_body import largest_body
 
 __all__ = ["Options", "Service", "order_of"]
 
@@ -72,6 +73,9 @@ class Service:
         state: the registry.
         order: of the runtime's queue.
         options: the rest.
+
+    Attributes:
+        largest_body: bytes of the largest request that the model's inputs can fill; None where they have no bound.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Service:
     ) -> None:
         self._options = options or Options()
         self._manifest = bundle.manifest
+        self.largest_body = largest_body(bundle.manifest, self._options.limits.max_request_rows)
         self._runtime = runtime
         self._state = state
         self._order = order

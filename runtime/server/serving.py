@@ -160,7 +160,7 @@ async def _run(
 def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake) -> uvicorn.Server:
     limits = RestLimits(
         elements=settings.max_elements,
-        body_bytes=settings.max_body_bytes,
+        body_bytes=min(settings.max_body_bytes, service.largest_body or settings.max_body_bytes),
         json_bytes=settings.max_json_bytes,
         upload_bytes=settings.max_upload_bytes,
         json_upload_bytes=settings.max_json_upload_bytes,

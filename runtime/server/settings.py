@@ -106,7 +106,7 @@ class Settings(BaseSettings):
     """Address space for reading one upload."""
     max_json_bytes: ByteSize = _bytes(16 * _MIB)
     """Of a request's JSON, after decompression; raw tensors behind it are not counted."""
-    max_json_upload_bytes: ByteSize = _bytes(64 * _MIB)
+    max_json_upload_bytes: ByteSize = _bytes(16 * _MIB)
     """Of an adapter uploaded as base64 in JSON, by the repository's load call."""
     max_inflight_bytes: ByteSize | None = None
     """Bodies, tensors and answers that are in memory at once; 16 times max_body_bytes, 1 GiB at least, by default."""

@@ -254,9 +254,9 @@ class TestRefusals:
             (ShiraConfig(r=1, target_modules=["fc"]), {"shira_indices": np.full((2, 28), 1)}, "stands there twice"),
             (ShiraConfig(r=1, target_modules=["fc"]), {"shira_weight": np.zeros(9)}, "one value for each"),
             (C3AConfig(block_size=4, target_modules=["fc"]), {"c3a_kernel": np.zeros((1, 1, 100_000))}, "blocks of"),
-            (C3AConfig(block_size=4, target_modules=["fc"]), {"c3a_kernel": np.zeros((2**20, 0, 2**20))}, "blocks of"),
+            (C3AConfig(block_size=4, target_modules=["fc"]), {"c3a_kernel": np.zeros((2**20, 0, 2**20))}, "values in"),
             (FourierFTConfig(n_frequency=9, target_modules=["fc"]), {"fourierft_spectrum": np.zeros(193)}, "1 to 192"),
-            (FourierFTConfig(n_frequency=9, target_modules=["fc"]), {"fourierft_spectrum": np.zeros(0)}, "1 to 192"),
+            (FourierFTConfig(n_frequency=9, target_modules=["fc"]), {"fourierft_spectrum": np.zeros(0)}, "values in"),
             (
                 GraloraConfig(r=2, gralora_k=2, target_modules=["fc"]),
                 {"gralora_A": np.zeros((2**20, 0, 2**20)), "gralora_B": np.zeros((2**20, 2**20, 0))},
@@ -265,7 +265,7 @@ class TestRefusals:
             (
                 VBLoRAConfig(r=2, num_vectors=9, vector_length=4, target_modules=["fc"]),
                 {"vblora_logits_A": np.zeros((2**40, 0, 9))},
-                "values in logits",
+                "values in vblora_logits_A",
             ),
             (
                 VBLoRAConfig(r=2, num_vectors=9, vector_length=4, save_only_topk_weights=True, target_modules=["fc"]),
@@ -287,7 +287,11 @@ class TestRefusals:
                 {"supertuning_indices": np.arange(19) + 174},
                 "0 to 191 as indices",
             ),
-            (RandLoraConfig(r=4, target_modules=["fc"]), {"randlora_lambda": np.zeros((0, 2**40))}, "scales (r, n)"),
+            (
+                RandLoraConfig(r=4, target_modules=["fc"]),
+                {"randlora_lambda": np.zeros((0, 2**40))},
+                "values in randlora_lambda",
+            ),
             (RandLoraConfig(r=4, target_modules=["fc"]), {"randlora_A": np.zeros((4, 1, 12))}, "one randlora_A"),
         ],
     )

@@ -18,8 +18,9 @@ from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError
 from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.runtime import batcher as batchers
 from tpeft_deploy.runtime.batcher import Batcher, Engine
-from tpeft_deploy.runtime.batching import Limits
-from tpeft_deploy.runtime.calls import Answered
+from tpeft_deploy.runtime.batching import Limits, Request
+from tpeft_deploy.runtime.calls import Answered, Call
+from tpeft_deploy.runtime.calls import answer as hand_out
 from tpeft_deploy.runtime.joining import Outputs, Task
 from tpeft_deploy.tucker import Array
 
@@ -459,3 +460,19 @@ def test_a_real_run_ends_early(make: Callable[..., Batcher], how: str) -> None:
     run_skipping(main())
     assert "terminate" in ended[0]
     assert own.figures().stopped == 1
+
+
+def test_a_caller_that_leaves_before_it_hears_takes_no_answer_from_others() -> None:
+    """Answers of a run are delivered together, after the worker has sent them off."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        leaves, stays = (
+            Call(Request(number, 1, None), {}, ["base"], False, (), None, loop.create_future()) for number in range(2)
+        )
+        future = stays.future
+        hand_out([(leaves, {"out": np.zeros(1)}), (stays, {"out": np.ones(1)})])
+        leaves.release()
+        assert (await asyncio.wait_for(future, 100))["out"] == [1]
+
+    asyncio.run(main())

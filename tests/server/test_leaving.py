@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tpeft_deploy.runtime.server.rest.answering import GONE, Exchanged
 from tpeft_deploy.runtime.server.rest.leaving import Left, Watch
 
 
@@ -84,3 +85,14 @@ def test_a_cancellation_from_elsewhere_stays_one() -> None:
         assert asyncio.all_tasks() == before, "a watcher is left"
 
     asyncio.run(asyncio.wait_for(test(), 100))
+
+
+def test_an_answer_to_who_left_is_no_failure_of_the_server() -> None:
+    """uvloop raises RuntimeError for a connection that is closed."""
+
+    async def send(_: object) -> None:
+        raise RuntimeError("unable to perform operation on a closed transport; the handler is closed")
+
+    exchanged = Exchanged("POST", [])
+    asyncio.run(exchanged.send(send, 200, [], [b"answer"]))
+    assert exchanged.status == GONE

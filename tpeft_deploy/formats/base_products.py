@@ -103,6 +103,8 @@ def rotate_inputs(weight: Array, blocks: Array) -> Array:
     count, left = divmod(inputs, max(1, size))
     if left or count == 0 or len(blocks) % count or not len(blocks) or outputs % (len(blocks) // count):
         raise ValueError(f"{len(blocks)} blocks of size {size} for a weight of shape {weight.shape}")
+    if blocks.strides[0] == 0:  # one matrix for all blocks, which a reshape would write out
+        return np.asarray(weight.reshape(outputs, count, size) @ blocks[0].T).reshape(weight.shape)
     grouped = weight.reshape(len(blocks) // count, -1, count, size)
     rotated: Array = np.einsum("gonk,gnck->gonc", grouped, blocks.reshape(-1, count, size, size))
     return rotated.reshape(weight.shape)

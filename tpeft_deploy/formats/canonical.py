@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.errors import FormatError
+from tpeft_deploy.errors import FormatError, brief
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.tensors import parse_json, read_bytes, read_tensors
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -77,11 +77,11 @@ def _header(metadata: Mapping[str, str], *, source: str) -> _Header:
         scales = {str(target): float(scale) for target, scale in header["scales"].items()}
         digests = {str(target): str(digest) for target, digest in header["base_digests"].items()}
         return _Header(scales, digests)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FormatError(
             f"read {source}",
             expected="a header written by tpeft-deploy",
-            got=f"none that can be read ({error!r})",
+            got=f"none that can be read ({brief(repr(error))})",
         ) from error
 
 

@@ -91,6 +91,7 @@ def read(
 def methods(saved: Saved, *, base: BaseView | None, format: str | None = None) -> dict[str, int]:
     """Which reader would read how many of the modules; nothing is read, and nothing refused."""
     names = Names(saved.source, base.name, frozenset(base.weights)) if base else Names(saved.source)
+    peft_refusals.check_fields(saved.config, saved.source)
     modules, shared, _ = _cut(saved, names)
     checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, None, base, shared)
     readers = [reader for reader in READERS if format in (None, reader.NAME)]
@@ -130,8 +131,17 @@ def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], di
 
 
 def _is_shared(key: str) -> bool:
-    start = tuple(prefix for reader in READERS for prefix in getattr(reader, "SHARED_PREFIXES", ()))
-    return key in _suffixes()[2] or key.startswith(start)
+    return key in _suffixes()[2] or key.startswith(_shared_prefixes())
+
+
+@cache
+def _shared_prefixes() -> tuple[str, ...]:
+    return tuple(prefix for reader in READERS for prefix in getattr(reader, "SHARED_PREFIXES", ()))
+
+
+@cache
+def _most_dots() -> int:
+    return 1 + max(suffix.count(".") for suffix in _suffixes()[0])
 
 
 def _split(key: str) -> tuple[str, str] | None:
@@ -141,11 +151,11 @@ def _split(key: str) -> tuple[str, str] | None:
     suffix = max((s for s in joined if key.endswith(s) and len(key) > len(s)), key=len, default=None)
     if suffix is not None:
         return key.removesuffix(suffix), suffix
-    dot = key.find(".")
-    while dot >= 0:
-        if key[dot + 1 :] in dotted:
-            return key[:dot], key[dot + 1 :]
-        dot = key.find(".", dot + 1)
+    names = key.rsplit(".", _most_dots())
+    for first in range(1, len(names)):
+        suffix = ".".join(names[first:])
+        if suffix in dotted:
+            return key.removesuffix(f".{suffix}"), suffix
     return None
 
 
@@ -163,9 +173,16 @@ def _check_twice(saved: Saved) -> None:
 
 def _change(reader: Reader, module: Module, checkpoint: Checkpoint) -> Change:
     doing = f"read {checkpoint.source}, module {module.key!r}"
+    _check_values(reader, module, doing)
     try:
         change = reader.read(module, checkpoint)
-    except (ShapeError, ArithmeticError, IndexError, TypeError, ValueError) as error:
+    except MemoryError as error:
+        raise FormatError(
+            f"{doing} as {reader.NAME}",
+            problem="its tensors claim a change that is larger than the memory there is",
+            fix="Give base=, with which sizes are checked first.",
+        ) from error
+    except (ShapeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A reader says what it can of tensors that do not fit; what it did not foresee is no less a damaged file.
         raise FormatError(
             f"{doing} as {reader.NAME}",
@@ -179,6 +196,19 @@ def _change(reader: Reader, module: Module, checkpoint: Checkpoint) -> Change:
             fix="The module was written by a newer version of its library, or by another tool.",
         )
     return change
+
+
+def _check_values(reader: Reader, module: Module, doing: str) -> None:
+    """Refuse a tensor without values, whose other sizes may claim any rank."""
+    allowed: Set[str] = getattr(reader, "MAY_BE_EMPTY", frozenset())
+    for suffix, tensor in module.tensors.items():
+        if tensor.size == 0 and suffix in reader.SUFFIXES - allowed:
+            raise FormatError(
+                f"{doing} as {reader.NAME}, tensor {suffix!r}",
+                expected=f"values in {suffix}",
+                got=f"none, of shape {tensor.shape}",
+                fix="The file is not whole: save or copy the adapter again.",
+            )
 
 
 def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) -> None:
@@ -223,16 +253,17 @@ def _check_recognised(checkpoint: Checkpoint, asked: Set[str], *, directory: boo
 
 def _check_beside(rest: Mapping[str, Array], names: Names, adapted: Set[str], checkpoint: Checkpoint) -> None:
     """Refuse what stands beside the tensors that a reader took and is no parameter of the adapted layer itself."""
+    lengths = sorted({len(name) for name in adapted}, reverse=True)
     for key in sorted(rest):
         name = names.weight(key)
-        above = [name[:dot] for dot, letter in enumerate(name) if letter == "." and name[:dot] in adapted]
-        if not above or ".base_layer." in key:
+        above = next((name[:n] for n in lengths if name[n : n + 1] == "." and name[:n] in adapted), None)
+        if above is None or ".base_layer." in key:
             continue
-        inside = name.removeprefix(f"{above[-1]}.")
+        inside = name.removeprefix(f"{above}.")
         if not inside.endswith(("bias", "weight")) or "lora_" in inside or inside.count(".") > 1:
             raise FormatError(
                 f"read {checkpoint.source}, tensor {key!r}",
-                problem=f"nothing is known of it, and module {above[-1]!r} is adapted",
+                problem=f"nothing is known of it, and module {above!r} is adapted",
                 fix="The module was written by a newer version of its library, or by another tool.",
             )
 

@@ -14,7 +14,7 @@ from tpeft_deploy.algebra import is_dense
 from tpeft_deploy.errors import ShapeError
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["DENSE", "dense_is_smaller", "finish", "is_dense", "widen"]
+__all__ = ["DENSE", "dense_is_smaller", "finish", "is_dense", "low_rank", "widen"]
 
 DENSE = "kept dense, which holds fewer bytes than its low-rank form"  # a Change's note
 
@@ -35,6 +35,26 @@ def dense_is_smaller(ranks: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 def widen(array: Array) -> Array:
     """At least float32, so that products of float16 tensors do not round to float16."""
     return array.astype(np.promote_types(array.dtype, np.float32), copy=False)
+
+
+def low_rank(up: Array, down: Array, scale: float, shape: tuple[int, ...] = ()) -> TuckerDelta:
+    """The change s * up down of a matrix, without an identity that a large rank would make larger than the change.
+
+    Args:
+        up: (O, R).
+        down: (R, I).
+        scale: s.
+        shape: sizes of 1 behind (O, I), of a convolution that is a matrix.
+
+    Raises:
+        ShapeError: the factors do not fit each other.
+    """
+    if not down.ndim == up.ndim == 2 or up.shape[1] != down.shape[0]:
+        raise ShapeError("build a low-rank change", expected="factors (O, r) and (r, I)", got=(up.shape, down.shape))
+    rank, kernel = down.shape[0], [None] * len(shape)
+    if rank > min(up.shape[0], down.shape[1]):
+        return TuckerDelta(down.reshape(*down.shape, *shape), (up, None, *kernel), scale)
+    return TuckerDelta(np.eye(rank, dtype=down.dtype).reshape(rank, rank, *shape), (up, down.T, *kernel), scale)
 
 
 def finish(delta: TuckerDelta, shape: tuple[int, ...], *, what: str) -> TuckerDelta:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from tpeft_deploy.formats.about import About
+from tpeft_deploy.formats.compact import low_rank
 from tpeft_deploy.formats.lycoris_dora import dora_gain
 from tpeft_deploy.formats.lycoris_full import bias_override
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
@@ -78,7 +77,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 def _plain(up: Array, down: Array, scale: float) -> TuckerDelta:
     up = _matrix(up, "up")
     if down.ndim == 2:
-        return TuckerDelta(np.eye(down.shape[0], dtype=down.dtype), (up, down.T), scale)
+        return low_rank(up, down, scale)
     return TuckerDelta(down, (up, *[None] * (down.ndim - 1)), scale)
 
 

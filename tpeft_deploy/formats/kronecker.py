@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from tpeft_deploy.errors import ShapeError
-from tpeft_deploy.formats.compact import dense_is_smaller, finish, widen
-from tpeft_deploy.tucker import Array, TuckerDelta, mode_product
+from tpeft_deploy.formats.compact import dense_is_smaller, finish, low_rank, widen
+from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["Half", "full", "lokr", "product", "tucker"]
+__all__ = ["Half", "check_sizes", "full", "lokr", "product", "tucker"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +37,24 @@ class Half:
     rank: int | None = None
 
     @property
+    def delta(self) -> TuckerDelta:
+        """The half as a change of its own."""
+        return TuckerDelta(self.core, (self.left, self.right, *[None] * (self.core.ndim - 2)))
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """(a, c, K1, ...)."""
-        return TuckerDelta(self.core, (self.left, self.right, *[None] * (self.core.ndim - 2))).shape
+        return self.delta.shape
 
     def dense(self) -> Array:
         """(a, c, K1, ...), in float64."""
-        dense = self.core.astype(np.float64)
-        for mode, factor in enumerate((self.left, self.right)):
-            dense = dense if factor is None else mode_product(dense, factor, mode)
-        return dense
+        return self.delta.dense()
+
+    def narrowed(self) -> Half:
+        """The same half, whose core is no larger than itself."""
+        narrow = self.delta.narrowed()
+        left, right = narrow.factors[:2]
+        return Half(narrow.core.astype(self.core.dtype, copy=False), left, right, self.rank)
 
 
 def full(weight: Array) -> Half:
@@ -58,7 +66,8 @@ def product(left: Array, right: Array, kernel: tuple[int, ...] = ()) -> Half:
     """A half stored as left (b, r) times right (r, d K1 ...)."""
     left, right, rank = widen(left), widen(right), left.shape[-1]
     if not kernel:
-        return Half(np.eye(rank, dtype=left.dtype), left, right.T, rank)
+        delta = low_rank(left, right, 1.0)
+        return Half(delta.core, delta.factors[0], delta.factors[1], rank)
     try:
         core = right.reshape(right.shape[0], right.shape[1] // math.prod(kernel), *kernel)
     except (ValueError, IndexError) as error:
@@ -101,7 +110,8 @@ def lokr(first: Half, second: Half, *, scale: float, shape: tuple[int, ...]) -> 
             got=f"{first.core.ndim} and {second.core.ndim} axes",
         )
     kernel = second.core.shape[2:]
-    first = _narrow(first)
+    check_sizes(first, second, shape)
+    first, second = _narrow(first.narrowed()), second.narrowed()
     ranks = (first.core.shape[0] * second.core.shape[0], first.core.shape[1] * second.core.shape[1], *kernel)
     if dense_is_smaller(ranks, shape):
         core = _kron(first.dense(), second.dense()).astype(second.core.dtype)
@@ -110,6 +120,22 @@ def lokr(first: Half, second: Half, *, scale: float, shape: tuple[int, ...]) -> 
     right = _kron_factor(first.right, first.core.shape[1], second.right, second.core.shape[1])
     delta = TuckerDelta(_kron(first.core, second.core), (left, right, *[None] * len(kernel)), scale)
     return finish(delta, shape, what="a LoKr change")
+
+
+def check_sizes(first: Half, second: Half, shape: tuple[int, ...]) -> None:
+    """Refuse halves whose product is not of the weight's shape, before it is made.
+
+    Raises:
+        ShapeError: it is not.
+    """
+    (a, c), (b, d, *kernel) = first.shape, second.shape
+    if (a * b, c * d, *kernel) != shape:
+        raise ShapeError(
+            "build a LoKr change",
+            expected=f"a change of the weight's shape {shape}",
+            got=(a * b, c * d, *kernel),
+            fix="Check that the base is what the adapter was trained on.",
+        )
 
 
 def _narrow(half: Half) -> Half:

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.compact import widen
+from tpeft_deploy.formats.compact import low_rank, widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import base_array, reporting, take, take_scale
 from tpeft_deploy.tucker import Array, TuckerDelta, mode_product
@@ -52,14 +52,22 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 def _delta(weight: Array, a1: Array, a2: Array, b1: Array, b2: Array, scale: float) -> TuckerDelta:
     dtype = np.result_type(a1, b1, np.float32)
-    through = mode_product(weight.astype(np.float64), a1.T, 1)  # (O, r, K1, ...)
-    kernel = weight.shape[2:]
-    if math.prod(kernel) == 1:
+    kernel, inputs = weight.shape[2:], weight.shape[1]
+    sizes = a1.shape, a2.shape, b1.shape, b2.shape
+    if sizes != ((inputs, len(a2)), (len(a2), inputs), (len(weight), len(b2)), (len(b2), *weight.shape[1:])):
+        raise ValueError(f"tensors of shapes {sizes} for a weight of shape {weight.shape}")
+    wide = weight.astype(np.float64)
+    if math.prod(kernel) == 1 and len(a2) <= inputs:
+        through = mode_product(wide, a1.T, 1)  # (O, r, K1, ...)
         left = np.concatenate([_flat(through).astype(dtype), b1], axis=1)
-        right = np.concatenate([a2, _flat(b2)]).T
-        core = np.eye(left.shape[1], dtype=dtype).reshape(left.shape[1], left.shape[1], *kernel)
-        return TuckerDelta(core, (left, right, *[None] * len(kernel)), scale)
-    dense = mode_product(through, a2.T, 1) + mode_product(b2.astype(np.float64), b1, 0)
+        return low_rank(left, np.concatenate([a2, _flat(b2)]).astype(dtype, copy=False), scale, kernel)
+    # (W a1) a2 where r is small, else W (a1 a2): a product is then no larger than the weight or the file.
+    changed = (
+        TuckerDelta(wide, (None, a2.T @ a1.T, *[None] * len(kernel))).dense()
+        if len(a2) > inputs
+        else (mode_product(mode_product(wide, a1.T, 1), a2.T, 1))
+    )
+    dense = changed + mode_product(b2.astype(np.float64), b1, 0)
     return TuckerDelta(dense.astype(dtype), (None,) * dense.ndim, scale)
 
 

@@ -6,11 +6,14 @@ so a format is chosen per module, never per file: files with several methods exi
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tpeft_deploy.adapter import weight_digest
+from tpeft_deploy.formats.patterns import Endings, Patterns
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["BaseView", "Change", "Checkpoint", "Module"]
@@ -58,6 +61,7 @@ class Checkpoint:
         trained: name of a module in the base -> the name it had in the model that was trained, which configurations
             mean; they differ where the base is a part of that model.
         part: prefix of that part; empty for the whole model.
+        memo: what holds for all modules, once a reader has computed it.
     """
 
     source: str
@@ -69,6 +73,36 @@ class Checkpoint:
     used: set[str] = field(default_factory=set)
     trained: Mapping[str, str] = field(default_factory=dict)
     part: str = ""
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def parameters(self) -> Mapping[str, list[str]]:
+        """Module of the base -> the parameters that it holds itself, in the base's order."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for name in self.base.weights if self.base is not None else ():
+            found[name.rpartition(".")[0]].append(name)
+        return dict(found)
+
+    def matcher(self, field: str, *, whole: bool) -> Patterns:
+        """The patterns of a field: the text that it is, or the keys that it has; compiled once.
+
+        Args:
+            field: name of the field.
+            whole: as in Patterns.
+        """
+        if field not in self.memo:
+            found = self.config.get(field) or ()
+            patterns = [found] if isinstance(found, str) else list(found)
+            self.memo[field] = Patterns(patterns, whole=whole, field=field, source=self.source)
+        matcher: Patterns = self.memo[field]
+        return matcher
+
+    def endings(self, field: str) -> Endings:
+        """The list of a field as endings of names."""
+        if field not in self.memo:
+            self.memo[field] = Endings(self.config.get(field) or ())
+        endings: Endings = self.memo[field]
+        return endings
 
     def trained_name(self, name: str) -> str:
         """The name that a module, or a parameter of one, had in the model that was trained."""

@@ -90,7 +90,8 @@ class Names:
             other = self._strip(own, self._others.keys())
             if len(self._others.get(other, ())) == 1:
                 return min(self._others[other])
-        prefix = next((prefix for prefix in UNDERSCORED if inner(key).startswith(prefix)), None)
+        name = inner(key)
+        prefix = next((prefix for prefix in UNDERSCORED if name.startswith(prefix)), None)
         if prefix is None or "." in names[0]:
             return names[0]
         return self._resolve(key, names[0].removeprefix(prefix))

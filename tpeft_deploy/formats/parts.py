@@ -80,9 +80,11 @@ def prefixes(keys: Iterable[str]) -> list[str]:
     if known:
         return sorted(prefix.rstrip("_") for prefix in known)
     paths = [inner(key).removeprefix(PEFT_PREFIX).split(".") for key in keys]
-    depth = 0
-    while paths and all(len(path) > depth + 1 for path in paths) and len({path[depth] for path in paths}) == 1:
-        depth += 1
+    first, last = min(paths, default=[]), max(paths, default=[])  # what both begin with, all begin with
+    alike = next(
+        (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first)
+    )
+    depth = min([alike, *(len(path) - 1 for path in paths)])
     return sorted({".".join(path[: depth + 1]) for path in paths})
 
 

@@ -9,21 +9,19 @@ PEFT divides by the rank that training began with, whatever was pruned since, an
 
 from __future__ import annotations
 
-import numpy as np
-
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.peft_config import is_type, matrix_delta, number, stored_transposed, weight_shape
+from tpeft_deploy.formats.peft_config import diagonal_delta, is_type, number, stored_transposed, weight_shape
 from tpeft_deploy.formats.taking import doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "MAY_BE_EMPTY", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-adalora"
 ABOUT = About("PEFT", "AdaLoRA", "linear, Conv1D, conv 2d", "for convolutions", "low-rank", types=("ADALORA",))
 _A, _E, _B = "lora_A", "lora_E", "lora_B"
-SUFFIXES = frozenset({_A, _E, _B})
+SUFFIXES = MAY_BE_EMPTY = frozenset({_A, _E, _B})  # where training pruned the whole rank
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
@@ -62,4 +60,4 @@ def _delta(module: Module, checkpoint: Checkpoint, down: Array, values: Array, u
         core = (values * down).reshape(-1, *shape[1:])
         return TuckerDelta(core, (up, *[None] * (len(shape) - 1)), scale)
     transposed = stored_transposed(module, checkpoint, up.shape[0], down.shape[1])
-    return matrix_delta(up, down, scale, transposed=transposed, core=np.diag(values[:, 0]))
+    return diagonal_delta(up, values[:, 0], down, scale, transposed=transposed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError
+from tpeft_deploy.errors import FormatError, ShapeError, brief
+from tpeft_deploy.formats.compact import low_rank
 from tpeft_deploy.formats.module import Checkpoint, Module
 from tpeft_deploy.formats.taking import doing, needs_base
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -17,6 +18,8 @@ __all__ = [
     "alpha_of",
     "base_bias",
     "by_pattern",
+    "diagonal_delta",
+    "finite",
     "is_type",
     "matrix_delta",
     "number",
@@ -51,20 +54,12 @@ def by_pattern(checkpoint: Checkpoint, patterns: str, name: str, default: str) -
         default: field of the value where no pattern matches.
 
     Raises:
-        FormatError: the value is not a finite number, or a pattern is not a regular expression.
+        FormatError: the value is not a finite number, or a pattern is none that is matched (`Patterns.first`).
     """
-    trained = checkpoint.trained_name(name)
-    for pattern, value in (checkpoint.config.get(patterns) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", trained):
-                return _finite(value, f"{patterns}[{pattern!r}]", checkpoint.source)
-        except re.error as error:
-            raise FormatError(
-                f"read {checkpoint.source}, {patterns} of its configuration",
-                expected="regular expressions",
-                got=f"{pattern!r} ({error})",
-            ) from error
-    return number(checkpoint.config, default, checkpoint.source)
+    pattern = checkpoint.matcher(patterns, whole=False).first(checkpoint.trained_name(name))
+    if pattern is None:
+        return number(checkpoint.config, default, checkpoint.source)
+    return _finite(checkpoint.config[patterns][pattern], f"{patterns}[{pattern!r}]", checkpoint.source)
 
 
 def alpha_of(checkpoint: Checkpoint, name: str, rank: int, field: str) -> float:
@@ -92,14 +87,26 @@ def alpha_of(checkpoint: Checkpoint, name: str, rank: int, field: str) -> float:
 
 
 def _finite(value: object, name: str, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    found = finite(value)
+    if found is None:
         raise FormatError(
             f"read {source}, adapter_config.json",
             expected=f"a finite number as {name}",
-            got=repr(value),
+            got=brief(repr(value)),
             fix=_SAVE_AGAIN,
         )
-    return float(value)
+    return found
+
+
+def finite(value: object) -> float | None:
+    """A number of JSON as a float; None for what is no number, or none that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def weight_shape(name: str, checkpoint: Checkpoint) -> tuple[int, ...] | None:
@@ -158,5 +165,26 @@ def matrix_delta(
         transposed: the weight is stored as (I, O).
         core: (R, R); an identity when left out.
     """
-    core = np.eye(down.shape[0], dtype=down.dtype) if core is None else core
+    if core is None:
+        return low_rank(down.T, up.T, scale) if transposed else low_rank(up, down, scale)
     return TuckerDelta(core.T, (down.T, up), scale) if transposed else TuckerDelta(core, (up, down.T), scale)
+
+
+def diagonal_delta(up: Array, values: Array, down: Array, scale: float, *, transposed: bool = False) -> TuckerDelta:
+    """The change s * up diag(values) down of a linear weight (O, I), or its transpose.
+
+    Args:
+        up: (O, R).
+        values: (R,).
+        down: (R, I).
+        scale: s.
+        transposed: the weight is stored as (I, O).
+
+    Raises:
+        ShapeError: there is another number of values than rows of `down`.
+    """
+    if values.shape != down.shape[:1]:
+        raise ShapeError("build a change", expected=f"{down.shape[:1]} values for its diagonal", got=values.shape)
+    if len(values) > min(up.shape[0], down.shape[-1]):
+        return matrix_delta(up, values[:, None] * down, scale, transposed=transposed)
+    return matrix_delta(up, down, scale, transposed=transposed, core=np.diag(values))

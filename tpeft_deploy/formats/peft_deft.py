@@ -16,7 +16,7 @@ from tpeft_deploy.formats.base_products import base_weight, change_of_base
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta, number, stored_transposed
 from tpeft_deploy.formats.taking import doing, reporting, take
-from tpeft_deploy.tucker import Array
+from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
@@ -48,12 +48,27 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
         if weight.ndim != 2 or shapes != [(len(matrix), rank), (rank, matrix.shape[1])][: len(shapes)]:
             raise ValueError(f"tensors of shapes {shapes} for a weight of shape {weight.shape}")
         left, right = _sides(module, checkpoint, stored.astype(np.float64))
+        if rank > outputs and checkpoint.config.get("decomposition_method") == "relu":
+            return change_of_base(module, checkpoint, _dense(checkpoint, weight, stored, filled, transposed=transposed))
         inner = -(right.T @ matrix)
         if filled is not None:
             inner += _scale(checkpoint, rank) * filled.astype(np.float64)
         dtype = np.promote_types(stored.dtype, np.float32)
         delta = matrix_delta(left.astype(dtype), inner.astype(dtype), 1.0, transposed=transposed)
         return change_of_base(module, checkpoint, delta)
+
+
+def _dense(
+    checkpoint: Checkpoint, weight: Array, stored: Array, filled: Array | None, *, transposed: bool
+) -> TuckerDelta:
+    """The change as it is, of relu alone: a rank beyond the outputs would make P^T W larger than weight and file."""
+    matrix = weight.T if transposed else weight
+    basis = stored.astype(np.float64)
+    change = -(basis @ np.maximum(basis, 0).T) @ matrix
+    if filled is not None:
+        change += _scale(checkpoint, len(filled)) * (basis @ filled.astype(np.float64))
+    stored_change = (change.T if transposed else change).astype(np.promote_types(stored.dtype, np.float32))
+    return TuckerDelta(stored_change, (None, None))
 
 
 def _scale(checkpoint: Checkpoint, rank: int) -> float:

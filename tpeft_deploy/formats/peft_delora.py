@@ -12,7 +12,7 @@ import numpy as np
 
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.peft_config import is_type, matrix_delta
+from tpeft_deploy.formats.peft_config import diagonal_delta, is_type
 from tpeft_deploy.formats.taking import no_scale, reporting, take
 
 __all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
@@ -40,6 +40,8 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     with reporting(module, checkpoint):
         rows = np.maximum(np.linalg.norm(down.astype(np.float64), axis=1), _SMALLEST)
         columns = np.maximum(np.linalg.norm(up.astype(np.float64), axis=0), _SMALLEST)
-        core = np.diag(bound.reshape(-1) / len(rows) / (rows * columns)).astype(np.promote_types(up.dtype, np.float32))
-        delta = matrix_delta(up, down * norm, 1.0, core=core)
+        if rows.shape != columns.shape or norm.shape != down.shape[1:]:
+            raise ValueError(f"factors {up.shape} and {down.shape}, and norms {norm.shape}")
+        values = (bound.reshape(-1) / len(rows) / (rows * columns)).astype(np.promote_types(up.dtype, np.float32))
+        delta = diagonal_delta(up, values, down * norm, 1.0)
     return Change(deltas={f"{module.name}.weight": delta})

@@ -16,8 +16,9 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.compact import DENSE, dense_is_smaller, is_dense, widen
+from tpeft_deploy.formats.compact import DENSE, dense_is_smaller, is_dense, low_rank, widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.patterns import Endings
 from tpeft_deploy.formats.peft_config import is_type
 from tpeft_deploy.formats.peft_lora import scale_of
 from tpeft_deploy.formats.taking import doing, needs_base, no_scale, reporting, take
@@ -36,12 +37,15 @@ def matches(module: Module, checkpoint: Checkpoint) -> bool:
     """Whether the configuration targets a parameter of this module; ask before plain LoRA."""
     if not is_type(checkpoint, "LORA") or _A not in module.tensors:
         return False
-    return any(
-        _ends_with(checkpoint.trained_name(module.name), target.rpartition(".")[0])
-        if checkpoint.base is None
-        else any(_ends_with(checkpoint.trained_name(n), target) for n in _own_parameters(module, checkpoint))
-        for target in checkpoint.config.get("target_parameters") or ()
-    )
+    targets = checkpoint.config.get("target_parameters")
+    if not targets:
+        return False
+    if checkpoint.base is None:
+        if NAME not in checkpoint.memo:
+            checkpoint.memo[NAME] = Endings(target.rpartition(".")[0] for target in targets)
+        owners: Endings = checkpoint.memo[NAME]
+        return owners.end_module(checkpoint.trained_name(module.name))
+    return bool(_targeted(module, checkpoint))
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
@@ -71,9 +75,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 def _parameter(module: Module, checkpoint: Checkpoint) -> str:
     """The parameter that these tensors belong to, by how many wrappers are around it."""
-    targets = checkpoint.config["target_parameters"]
-    own = {name: checkpoint.trained_name(name) for name in _own_parameters(module, checkpoint)}
-    names = [name for name, trained in own.items() if any(_ends_with(trained, target) for target in targets)]
+    names = _targeted(module, checkpoint)
     if len(names) > 1 and checkpoint.base is not None and not checkpoint.base.kinds:
         raise FormatError(
             doing(module, checkpoint),
@@ -95,12 +97,13 @@ def _parameter(module: Module, checkpoint: Checkpoint) -> str:
 
 def _own_parameters(module: Module, checkpoint: Checkpoint) -> list[str]:
     """The parameters that the module holds itself, in the base's order."""
-    names = checkpoint.base.weights.keys() if checkpoint.base is not None else ()
-    return [name for name in names if name.rpartition(".")[0] == module.name]
+    return checkpoint.parameters.get(module.name, [])
 
 
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+def _targeted(module: Module, checkpoint: Checkpoint) -> list[str]:
+    targets = checkpoint.endings("target_parameters")
+    names = _own_parameters(module, checkpoint)
+    return [name for name in names if targets.end_module(checkpoint.trained_name(name))]
 
 
 def _transposed(module: Module, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], *, outputs: int) -> bool:
@@ -118,7 +121,7 @@ def _transposed(module: Module, checkpoint: Checkpoint, name: str, shape: tuple[
 
 def _delta(down: Array, up: Array, scale: float, shape: tuple[int, ...], *, transposed: bool) -> TuckerDelta:
     if len(shape) == 2:
-        return TuckerDelta(np.eye(down.shape[0], dtype=down.dtype), (up, down.T), scale)
+        return low_rank(up, down, scale)
     experts, columns = shape[0], up.shape[1]
     rank, inputs = columns // experts, down.shape[1]
     ranks = (experts, inputs, columns) if transposed else (experts, columns, inputs)

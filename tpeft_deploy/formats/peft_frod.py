@@ -20,7 +20,7 @@ from tpeft_deploy.formats.peft_config import is_type, stored_transposed
 from tpeft_deploy.formats.taking import doing, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["ABOUT", "NAME", "SHARED_PREFIXES", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "MAY_BE_EMPTY", "NAME", "SHARED_PREFIXES", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-frod"
 ABOUT = About(
@@ -28,6 +28,7 @@ ABOUT = About(
 )
 _DIAGONAL, _ENTRIES = "frod_lambda_l", "frod_lambda_s_values"
 SUFFIXES = frozenset({_DIAGONAL, _ENTRIES})
+MAY_BE_EMPTY = frozenset({_ENTRIES})
 _BASIS, _PLACES, _SIZE = "base_model.frod_V.", "base_model.frod_s_indices.", "base_model.frod_s_size."
 _CONDITION = 1e10  # beyond it float64 loses the coefficients
 SHARED_PREFIXES = (_BASIS, _PLACES, _SIZE)

@@ -6,8 +6,6 @@ y = W (l x) + b        W' = W l                ia3_l (1, I), or (1, I, 1, ...), 
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
@@ -103,5 +101,5 @@ def _is_feedforward(module: Module, checkpoint: Checkpoint) -> bool:
             fix="Save the adapter again with save_pretrained.",
         )
     if isinstance(names, str):
-        return re.fullmatch(names, module.name) is not None
-    return module.name.endswith(tuple(names))
+        return checkpoint.matcher("feedforward_modules", whole=True).first(module.name) is not None
+    return checkpoint.endings("feedforward_modules").end(module.name)

@@ -17,7 +17,7 @@ import numpy as np
 
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import DENSE, finish, is_dense, widen
-from tpeft_deploy.formats.kronecker import Half, full, lokr, product, tucker
+from tpeft_deploy.formats.kronecker import Half, check_sizes, full, lokr, product, tucker
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import alpha_of, by_pattern, is_type, weight_shape
 from tpeft_deploy.formats.taking import no_scale, reporting, take
@@ -79,5 +79,6 @@ def _scale(module: Module, checkpoint: Checkpoint, first: Half, second: Half) ->
 
 
 def _scrambled(first: Half, second: Half, scale: float, shape: tuple[int, ...]) -> TuckerDelta:
+    check_sizes(first, second, shape)
     change = np.kron(first.dense()[None], second.dense()).reshape(shape)
     return finish(TuckerDelta(change.astype(widen(second.core).dtype), (None,) * 3, scale), shape, what="a LoKr change")

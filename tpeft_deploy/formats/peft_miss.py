@@ -12,9 +12,11 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
+from tpeft_deploy.formats.compact import DENSE
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta
 from tpeft_deploy.formats.taking import base_array, doing, no_scale, reporting, take
+from tpeft_deploy.tucker import TuckerDelta
 
 __all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
@@ -46,7 +48,14 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             fix="Check that the base is what the adapter was trained on.",
         )
     with reporting(module, checkpoint):
-        rank, inputs = block.shape[0], shape[1]
+        outputs, inputs = shape
+        block = block[:inputs]  # further ranks sum no input
+        rank = block.shape[0]
+        up = np.tile(block, outputs // block.shape[1]).T
+        if rank >= min(outputs, inputs):
+            change = np.tile(up, -(-inputs // rank))[:, :inputs]
+            target = f"{module.name}.weight"
+            return Change(deltas={target: TuckerDelta(change, (None, None))}, notes={target: DENSE})
         sums = np.tile(np.eye(rank, dtype=block.dtype), -(-inputs // rank))[:, :inputs]
-        delta = matrix_delta(np.tile(block, shape[0] // block.shape[1]).T, sums, 1.0)
+        delta = matrix_delta(up, sums, 1.0)
     return Change(deltas={f"{module.name}.weight": delta})

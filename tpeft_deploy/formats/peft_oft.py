@@ -31,12 +31,12 @@ from tpeft_deploy.formats.peft_config import is_type, number
 from tpeft_deploy.formats.taking import doing, reporting, take
 from tpeft_deploy.tucker import Array
 
-__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["ABOUT", "MAY_BE_EMPTY", "NAME", "SUFFIXES", "matches", "read"]
 
 NAME = "peft-oft"
 ABOUT = About("PEFT", "OFT", "linear, embedding, conv with a kernel of 1", "yes", "dense", types=("OFT",))
 _LAYER, _EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
-SUFFIXES = frozenset({_LAYER, _EMBEDDING})
+SUFFIXES = MAY_BE_EMPTY = frozenset({_LAYER, _EMBEDDING})  # blocks of one input have no angle
 _MOST_TERMS = 100
 
 
@@ -65,18 +65,19 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
         )
     with reporting(module, checkpoint):
         flat = weight.reshape(len(weight), -1)
-        blocks = _blocks(checkpoint, angles, flat.shape[1])
+        blocks = _blocks(checkpoint, angles, flat.shape[1], 1 if weight.ndim == 2 else len(weight))
         if weight.ndim == 2 and len(blocks) * blocks.shape[1] != flat.shape[1]:
             raise ValueError(f"{len(blocks)} blocks of size {blocks.shape[1]} for a weight of shape {weight.shape}")
         adapted = rotate_inputs(flat, blocks.swapaxes(1, 2) if embedding else blocks)
         return change_of_base(module, checkpoint, dense_change(adapted, weight, angles))
 
 
-def _blocks(checkpoint: Checkpoint, angles: Array, inputs: int) -> Array:
-    """The matrices R (n, b, b), for a weight with this number of inputs per group."""
+def _blocks(checkpoint: Checkpoint, angles: Array, inputs: int, groups: int) -> Array:
+    """The matrices R (n, b, b), for a weight with this number of inputs per group, and at most so many groups."""
     count, elements = angles.shape
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
-    if size * (size - 1) // 2 != elements or size > inputs or count == 0:
+    fits = size * (size - 1) // 2 == elements and size <= inputs
+    if not fits or not 0 < count * size <= inputs * max(1, groups):
         raise ValueError(f"angles of shape {angles.shape}, which are those of no blocks within {inputs} inputs")
     values = angles.astype(np.float64)
     if checkpoint.config.get("coft"):
@@ -85,7 +86,7 @@ def _blocks(checkpoint: Checkpoint, angles: Array, inputs: int) -> Array:
     if checkpoint.config.get("block_share"):
         if count != 1:
             raise ValueError(f"{count} blocks where block_share says that all share one")
-        return np.repeat(blocks, inputs // size, axis=0)
+        return np.broadcast_to(blocks, (inputs // size, size, size))
     return blocks
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from tpeft_deploy.formats.base_products import base_weight, change_of_base
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.peft_config import is_type, matrix_delta, number
 from tpeft_deploy.formats.taking import doing, reporting, take
-from tpeft_deploy.tucker import Array
+from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 
@@ -87,10 +88,25 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
         if weight.ndim != 2 or first.shape != (rank, len(weight)) or last.shape != (len(weight), rank) or shapes:
             raise ValueError(f"a network of rank {rank} for a weight of shape {weight.shape}")
         with np.errstate(over="ignore", invalid="ignore"):
-            hidden = _network(weight.T @ first.T.astype(np.float64), encoders, decoders, activation)
             dtype = np.promote_types(first.dtype, np.float32)
+            if rank > len(weight):
+                run = partial(_network, encoders=encoders, decoders=decoders, activation=activation)
+                change = _by_columns(weight, first, last, run)
+                return change_of_base(module, checkpoint, TuckerDelta(change.astype(dtype), (None, None), scale))
+            hidden = _network(weight.T @ first.T.astype(np.float64), encoders, decoders, activation)
             delta = matrix_delta(last.astype(dtype), hidden.T.astype(dtype), scale)
         return change_of_base(module, checkpoint, delta)
+
+
+def _by_columns(weight: Array, first: Array, last: Array, run: Callable[[Array], Array]) -> Array:
+    """B h(W)^T, some columns at a time: a rank beyond the outputs would make h(W) larger than weight and file."""
+    step = max(1, weight.size // len(first))
+    change = np.empty(weight.shape)
+    for start in range(0, weight.shape[1], step):
+        columns = slice(start, start + step)
+        hidden = run(weight[:, columns].T @ first.T.astype(np.float64))
+        change[:, columns] = last.astype(np.float64) @ hidden.T
+    return change
 
 
 def _network(x: Array, encoders: list[Array], decoders: list[Array], activation: Callable[[Array], Array]) -> Array:

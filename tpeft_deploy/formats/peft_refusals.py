@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from tpeft_deploy.errors import FormatError
+from tpeft_deploy.errors import FormatError, brief
 
-__all__ = ["READ_TYPES", "refusals", "refuse"]
+__all__ = ["READ_TYPES", "check_fields", "refusals", "refuse"]
 
 _MERGE = "Merge it with PEFT's merge_and_unload and export the merged model as a separate base."
 _OTHER = "Serve it with PEFT, or train the task again with a method that changes weights, such as LoRA."
@@ -84,6 +84,7 @@ def refuse(config: Mapping[str, Any], source: str) -> None:
     Raises:
         FormatError: names the method or the field, says why, and what to do instead.
     """
+    check_fields(config, source)
     kind = config.get("peft_type")
     if isinstance(kind, str) and kind not in READ_TYPES:
         raise _error(source, f"a PEFT adapter of peft_type {kind!r}", _TYPES.get(kind, _UNKNOWN))
@@ -96,6 +97,41 @@ def refuse(config: Mapping[str, Any], source: str) -> None:
         raise _error(source, f"init_lora_weights={init!r}", refusal)
     if kind == "UNILORA" and not config.get("save_indices"):
         raise _error(source, "save_indices=False", _NO_INDICES)
+
+
+def check_fields(config: Mapping[str, Any], source: str) -> None:
+    """Refuse a field of another type than PEFT gives it, where readers ask for all modules what it says.
+
+    Raises:
+        FormatError: a field of patterns or names is something else.
+    """
+    for field, (expected, fits) in _TYPED.items():
+        value = config.get(field)
+        if value is not None and not fits(value):
+            raise FormatError(
+                f"read {source}, {field} of its configuration",
+                expected=expected,
+                got=brief(repr(value), 80),
+                fix="Save the adapter again with save_pretrained.",
+            )
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_name_or_names(value: object) -> bool:
+    return isinstance(value, str) or _is_names(value)
+
+
+_NAMES = ("a regular expression or a list of names", _is_name_or_names)
+_TYPED: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "alpha_pattern": ("an object", lambda value: isinstance(value, dict)),
+    "rank_pattern": ("an object", lambda value: isinstance(value, dict)),
+    "target_modules": _NAMES,
+    "feedforward_modules": _NAMES,
+    "target_parameters": ("a list of names", _is_names),
+}
 
 
 def refusals() -> Iterator[tuple[str, _Refusal]]:

@@ -9,8 +9,6 @@ with one group there is nothing to know, else the base's order of the targeted m
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
@@ -36,6 +34,7 @@ _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
 SUFFIXES = frozenset({_A, _B, _P})
 _VECTOR = "base_model.tinylora_v."
 SHARED = frozenset(f"{_VECTOR}{group}" for group in range(10_000))  # one a module at most
+_ORDER = f"{NAME} order"  # of the modules that are targeted
 _KINDS = {"Linear", "NonDynamicallyQuantizableLinear", "Conv1D", "Embedding"}
 
 
@@ -69,7 +68,9 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def _vector(module: Module, checkpoint: Checkpoint) -> Array:
-    groups = sum(key.startswith(_VECTOR) for key in checkpoint.shared)
+    if NAME not in checkpoint.memo:
+        checkpoint.memo[NAME] = sum(key.startswith(_VECTOR) for key in checkpoint.shared)
+    groups: int = checkpoint.memo[NAME]
     group = 0 if groups == 1 else _group(module, checkpoint, groups)
     vector = checkpoint.shared.get(f"{_VECTOR}{group}")
     if vector is None:
@@ -83,7 +84,10 @@ def _group(module: Module, checkpoint: Checkpoint, groups: int) -> int:
     """Which group the module is in, as TinyLoraModel._create_and_replace counts it."""
     if checkpoint.base is None:
         raise needs_base(module, checkpoint, "which trained numbers a module has depends on the order of modules")
-    targeted = [name for name, kind in checkpoint.base.kinds.items() if kind in _KINDS and _targets(checkpoint, name)]
+    if _ORDER not in checkpoint.memo:
+        known = [name for name, kind in checkpoint.base.kinds.items() if kind in _KINDS and _targets(checkpoint, name)]
+        checkpoint.memo[_ORDER] = {name: place for place, name in enumerate(known)}
+    targeted: dict[str, int] = checkpoint.memo[_ORDER]
     expected = max(1, round(len(targeted) * (1 - number(checkpoint.config, "weight_tying", checkpoint.source))))
     if module.name not in targeted or expected != groups or checkpoint.part:
         raise FormatError(
@@ -92,11 +96,11 @@ def _group(module: Module, checkpoint: Checkpoint, groups: int) -> int:
             got=f"{groups} shared tensors, so that the module's own cannot be told",
             fix="Give base= as a torch module and whole, without part=, or train with weight_tying=1.",
         )
-    return min(targeted.index(module.name) // max(1, len(targeted) // groups), groups - 1)
+    return min(targeted[module.name] // max(1, len(targeted) // groups), groups - 1)
 
 
 def _targets(checkpoint: Checkpoint, name: str) -> bool:
     targets = checkpoint.config.get("target_modules") or ()
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+        return checkpoint.matcher("target_modules", whole=True).first(name) is not None
+    return checkpoint.endings("target_modules").end_module(name)

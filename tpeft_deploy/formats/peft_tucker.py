@@ -16,12 +16,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tpeft_deploy.adapter import Adapter, weight_digest
-from tpeft_deploy.errors import FormatError, ShapeError
+from tpeft_deploy.errors import FormatError, ShapeError, brief
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.tensors import parse_json, read_bytes, read_tensors
+from tpeft_deploy.formats.peft_config import finite
+from tpeft_deploy.formats.saved import read_config
+from tpeft_deploy.formats.tensors import read_bytes, read_tensors
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["ABOUT", "NAME", "matches", "peft_type", "read"]
@@ -53,8 +53,8 @@ def peft_type(path: Path) -> str | None:
     """
     if not (path / _CONFIG).is_file():
         return None
-    stated = _config(path).get("peft_type")
-    return None if stated is None else str(stated)
+    stated = read_config(path / _CONFIG).get("peft_type")
+    return stated if isinstance(stated, str) else None
 
 
 def matches(path: Path) -> bool:
@@ -70,7 +70,7 @@ def read(path: Path) -> Adapter:
             others; the configuration lacks the scale.
     """
     source = str(path)
-    config = _config(path)
+    config = read_config(path / _CONFIG)
     if config.get("peft_type") != _TYPE:
         raise FormatError(f"read {source}", expected=f"peft_type {_TYPE!r}", got=repr(config.get("peft_type")))
     scale, digests = _scale(config, source), _digests(config, source)
@@ -94,30 +94,19 @@ def _incomplete(source: str, what: str, tensor: str) -> FormatError:
     return FormatError(f"read {source}, {what}", expected=f"a tensor {tensor}", got="none", fix=_SAVE_AGAIN)
 
 
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = parse_json(read_bytes(path / _CONFIG))
-    except ValueError as error:
-        raise FormatError(f"read {path / _CONFIG}", expected="JSON", got=str(error), fix=_SAVE_AGAIN) from error
-    if not isinstance(config, dict):
-        raise FormatError(f"read {path / _CONFIG}", expected="a JSON object", got=type(config).__name__)
-    return config
-
-
 def _scale(config: dict[str, Any], source: str) -> float:
-    scale = config.get("scale")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not np.isfinite(scale):
-        raise FormatError(
-            f"read {source}, {_CONFIG}", expected="a finite number as scale", got=repr(scale), fix=_SAVE_AGAIN
-        )
-    return float(scale)
+    scale = finite(config.get("scale"))
+    if scale is None:
+        got = brief(repr(config.get("scale")))
+        raise FormatError(f"read {source}, {_CONFIG}", expected="a finite number as scale", got=got, fix=_SAVE_AGAIN)
+    return scale
 
 
 def _digests(config: dict[str, Any], source: str) -> dict[str, str]:
     digests = config.get("base_digests", {})
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise FormatError(
-            f"read {source}, {_CONFIG}", expected="base_digests of text", got=repr(digests), fix=_SAVE_AGAIN
+            f"read {source}, {_CONFIG}", expected="base_digests of text", got=brief(repr(digests)), fix=_SAVE_AGAIN
         )
     return digests
 

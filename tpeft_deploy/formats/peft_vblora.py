@@ -15,7 +15,7 @@ from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.compact import widen
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.peft_config import is_type, matrix_delta, stored_transposed
+from tpeft_deploy.formats.peft_config import is_type, matrix_delta, stored_transposed, weight_shape
 from tpeft_deploy.formats.peft_dense import indices, misfit, require_values, whole_number
 from tpeft_deploy.formats.taking import doing, no_scale, take
 from tpeft_deploy.tucker import Array
@@ -29,6 +29,7 @@ _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 _INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
 SUFFIXES = frozenset(f"{logits}{part}" for logits in _LOGITS for part in ("", _INDICES, _WEIGHTS))
 SHARED = frozenset({_BANK})
+_RANK = 64  # above what the smaller side of a weight has, as a rank of trained ones may be for tiny layers
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
@@ -48,6 +49,8 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     bank = widen(checkpoint.shared[_BANK])
     if bank.ndim != 2:
         raise misfit(module, checkpoint, "a bank (N, L)", bank.shape)
+    require_values(module, checkpoint, **{_BANK: bank})
+    _check_sizes(module, checkpoint, bank.shape[1])
     first, last = (_parts(module, checkpoint, logits, bank) for logits in _LOGITS)  # (r, I/L, L), (O/L, r, L)
     if first.shape[0] != last.shape[1]:
         raise misfit(module, checkpoint, "logits of one rank", f"{first.shape[0]} and {last.shape[1]}")
@@ -55,6 +58,25 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     up = np.swapaxes(last, 1, 2).reshape(-1, last.shape[1])
     transposed = stored_transposed(module, checkpoint, up.shape[0], down.shape[1])
     return Change(deltas={f"{module.name}.weight": matrix_delta(up, down, 1.0, transposed=transposed)})
+
+
+def _check_sizes(module: Module, checkpoint: Checkpoint, length: int) -> None:
+    """Refuse logits of another weight or a rank beyond it, before a bank of long vectors makes them large."""
+    shape = weight_shape(f"{module.name}.weight", checkpoint)
+    if shape is None:
+        return
+    first, last = (
+        next((module.tensors[n].shape for n in (logits, f"{logits}{_INDICES}") if n in module.tensors), (0, 0, 0))
+        for logits in _LOGITS
+    )
+    sizes = sorted((last[0] * length, first[1] * length)) if len(first) == len(last) == 3 else []
+    if sizes != sorted(shape) or first[0] > max(_RANK, min(shape)):
+        raise misfit(
+            module,
+            checkpoint,
+            f"vectors of length {length} for a weight {shape}, of rank {max(_RANK, min(shape))} at most",
+            f"logits {first} and {last}",
+        )
 
 
 def _parts(module: Module, checkpoint: Checkpoint, logits: str, bank: Array) -> Array:
@@ -74,7 +96,9 @@ def _parts(module: Module, checkpoint: Checkpoint, logits: str, bank: Array) -> 
     chosen = indices(module, checkpoint, chosen, len(bank))
     if (np.diff(np.sort(chosen, axis=-1), axis=-1) == 0).any():
         raise misfit(module, checkpoint, "indices that differ", "one that stands there twice")
-    parts: Array = np.einsum("abk,abkl->abl", weights, bank[chosen].astype(np.float64))
+    parts = np.zeros((*chosen.shape[:2], bank.shape[1]))
+    for place in range(chosen.shape[2]):
+        parts += weights[:, :, place, None] * bank[chosen[:, :, place]]
     return parts.astype(bank.dtype)
 
 

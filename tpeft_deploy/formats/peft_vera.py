@@ -17,7 +17,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.peft_config import is_type, matrix_delta, stored_transposed
+from tpeft_deploy.formats.peft_config import diagonal_delta, is_type, stored_transposed
 from tpeft_deploy.formats.taking import base_array, doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array
 
@@ -52,7 +52,8 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     with reporting(module, checkpoint):
         outputs = outer.size
         inputs = int(np.prod(shape)) // outputs
-        if len(shape) != 2 or outputs not in shape or inputs > first.shape[1] or outputs > last.shape[0]:
+        fits = outer.ndim == 1 and first.ndim == last.ndim == 2 and len(shape) == 2 and outputs in shape
+        if not fits or inputs > first.shape[1] or outputs > last.shape[0]:
             raise FormatError(
                 doing(module, checkpoint),
                 expected=f"projections at least as large as the weight {shape}, of {outputs} outputs",
@@ -63,7 +64,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             inner, first = inner[: len(inner) // 2], first[: len(first) // 2]
         transposed = stored_transposed(module, checkpoint, outputs, inputs)
         up, down = outer[:, None] * last[:outputs], first[:, :inputs]
-        delta = matrix_delta(up, down, 1.0, transposed=transposed, core=np.diag(inner))
+        delta = diagonal_delta(up, inner, down, 1.0, transposed=transposed)
     return Change(deltas={f"{module.name}.weight": delta})
 
 

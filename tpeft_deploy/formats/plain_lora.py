@@ -8,10 +8,9 @@ configuration said that is not here), so the scale has to be given.
 
 from __future__ import annotations
 
-import numpy as np
-
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
+from tpeft_deploy.formats.compact import low_rank
 from tpeft_deploy.formats.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.taking import doing, reporting, take, take_scale
 from tpeft_deploy.tucker import TuckerDelta
@@ -54,7 +53,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
         if up.ndim != down.ndim or any(size != 1 for size in up.shape[2:]):
             raise ValueError(f"lora_B has shape {up.shape} beside lora_A {down.shape}")
         if down.ndim == 2:
-            delta = TuckerDelta(np.eye(down.shape[0], dtype=down.dtype), (up, down.T), scale)
+            delta = low_rank(up, down, scale)
         else:
             delta = TuckerDelta(down, (up.reshape(up.shape[:2]), *[None] * (down.ndim - 1)), scale)
     return Change(deltas={f"{module.name}.weight": delta})

@@ -12,6 +12,7 @@ and, where there are any,
 
     JOINED_SUFFIXES               those of SUFFIXES that follow the module's name without a dot
     SHARED                        whole keys of tensors that several modules use, given as `checkpoint.shared`
+    MAY_BE_EMPTY                  those of SUFFIXES that may be without values
     SHARED_PREFIXES               what such keys begin with; the reader adds those that it takes to `checkpoint.used`
 """
 

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tpeft_deploy.errors import FormatError, MissingExtra
+from tpeft_deploy.errors import FormatError, MissingExtra, brief
 from tpeft_deploy.formats.tensors import parse_json, read_bytes, read_tensors, require_finite
 from tpeft_deploy.tucker import Array
 
-__all__ = ["CONFIG", "TENSORS", "Saved", "peft_directory", "read_saved"]
+__all__ = ["CONFIG", "TENSORS", "Saved", "peft_directory", "read_config", "read_saved"]
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+_SAVE_AGAIN = "Save the adapter again with save_pretrained."
+_MOST_CONFIG = 16 * 2**20  # bytes: masks of AdaLoRA for 10,000 modules, or a million token indices
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 _PEFT_PICKLE = "adapter_model.bin"
 
@@ -60,7 +62,7 @@ def read_saved(path: Path, *, pickles: bool = False) -> Saved:
     """
     place = peft_directory(path)
     if place is not None:
-        config = _config(place / CONFIG)
+        config = read_config(place / CONFIG)
         file = place / TENSORS
         if not file.is_file() and (place / _PEFT_PICKLE).is_file():
             file = place / _PEFT_PICKLE
@@ -92,11 +94,19 @@ def _without_wrappers(tensors: dict[str, Array]) -> dict[str, Array]:
     return {key: tensor for key, tensor in tensors.items() if plain(key) == key or plain(key) not in tensors}
 
 
-def _config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """The object in an adapter_config.json.
+
+    Raises:
+        FormatError: it cannot be read, is too large, or is no JSON object.
+    """
+    data = read_bytes(file)
+    if len(data) > _MOST_CONFIG:
+        raise FormatError(f"read {file}", expected=f"at most {_MOST_CONFIG} bytes", got=len(data))
     try:
-        config = parse_json(read_bytes(file))
+        config = parse_json(data)
     except ValueError as error:
-        raise FormatError(f"read {file}", expected="JSON", got=str(error)[:200]) from error
+        raise FormatError(f"read {file}", expected="JSON", got=brief(error), fix=_SAVE_AGAIN) from error
     if not isinstance(config, dict):
         raise FormatError(f"read {file}", expected="a JSON object", got=type(config).__name__)
     return config

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError
+from tpeft_deploy.errors import FormatError, brief
 from tpeft_deploy.tucker import Array
 
 __all__ = ["parse_json", "read_bytes", "read_tensors", "require_finite"]
@@ -31,6 +32,8 @@ _DTYPES = {
     "U8": "|u1",
     "BOOL": "|b1",
 }
+_MOST_TENSORS = 160_000  # which have less than 105 bytes of such a header each; their entries alone take 60
+_LONGEST_NAME = 2_000  # letters
 _MAX_HEADER = 16 * 2**20  # bytes: 100,000 tensors; what Python makes of a larger one outgrows the file
 
 
@@ -54,6 +57,8 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=_distinct)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    except MemoryError as error:
+        raise ValueError("more than the memory there is holds") from error
 
 
 def read_tensors(data: bytes, *, source: str) -> tuple[dict[str, Array], dict[str, str]]:
@@ -74,7 +79,7 @@ def read_tensors(data: bytes, *, source: str) -> tuple[dict[str, Array], dict[st
     try:
         metadata = _metadata(data)
         tensors = _arrays(data)
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
         problem = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise FormatError(
             f"read {source}",
@@ -102,8 +107,8 @@ def require_finite(tensors: dict[str, Array], *, source: str) -> None:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{brief(repr(name))} stands there twice")
     return found
 
 
@@ -112,6 +117,11 @@ def _metadata(data: bytes) -> dict[str, str]:
     if length > min(len(data) - 8, _MAX_HEADER):
         raise ValueError(f"a header of {length} bytes")
     header = parse_json(data[8 : 8 + length])
+    if len(header) > _MOST_TENSORS:
+        raise ValueError(f"a header of {len(header)} tensors, where {_MOST_TENSORS} are read")
+    long = next((name for name in header if len(name) > _LONGEST_NAME), None)
+    if long is not None:
+        raise ValueError(f"a name of {len(long)} letters, where {_LONGEST_NAME} are read: {brief(repr(long), 80)}")
     metadata: dict[str, str] = header.get("__metadata__") or {}
     return metadata
 

@@ -13,11 +13,13 @@ import orjson
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.statuses import MethodNotAllowed, status_of
 
-__all__ = ["Exchanged", "told"]
+__all__ = ["GONE", "Exchanged", "told"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 _PROCESS = secrets.token_hex(6).encode()  # ids of one server are not those of another, nor of its next start
 _PIECE = 1 << 20
+GONE = 499
+"""Status of a request whose client went away: nobody sees it but logs and metrics."""
 _COUNT = itertools.count(1)
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -60,6 +62,15 @@ class Exchanged(Exchange):
         self.started = True
         self.bytes_out = sum(map(len, parts))
         headers += ((b"content-length", b"%d" % self.bytes_out), (b"x-request-id", self._id))
+        try:
+            await self._write(send, status, headers, parts)
+        except (RuntimeError, OSError):  # what event loops say of a connection that is closed
+            _log.debug("request %s went away before its answer", self.request_id, exc_info=True)
+            self.status = GONE
+
+    async def _write(
+        self, send: _Send, status: int, headers: list[tuple[bytes, bytes]], parts: Sequence[bytes]
+    ) -> None:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         if self.bytes_out <= _PIECE:
             await send({"type": "http.response.body", "body": parts[0] if len(parts) == 1 else b"".join(parts)})

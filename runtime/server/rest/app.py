@@ -16,7 +16,7 @@ from tpeft_deploy.runtime.server.access import Action, allow
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rest import openapi
-from tpeft_deploy.runtime.server.rest.answering import Exchanged, told
+from tpeft_deploy.runtime.server.rest.answering import GONE, Exchanged, told
 from tpeft_deploy.runtime.server.rest.asked import Asked, Route
 from tpeft_deploy.runtime.server.rest.inferring import Inferring, Receive, Scope, Send, model_of
 from tpeft_deploy.runtime.server.rest.limits import Limits
@@ -27,7 +27,6 @@ from tpeft_deploy.runtime.server.tenancy.intake import Intake
 __all__ = ["Application", "application"]
 
 _INFER = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
-_GONE = 499
 
 
 class Application:
@@ -84,7 +83,7 @@ class Application:
         try:
             document = await self._document(inference, exchanged, scope, receive)
         except ClientDisconnect:
-            exchanged.status = _GONE
+            exchanged.status = GONE
             return
         except Exception as error:
             answer = told(error, exchanged)

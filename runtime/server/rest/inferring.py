@@ -10,7 +10,7 @@ from tpeft_deploy.errors import ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.messages import InferResponse
-from tpeft_deploy.runtime.server.rest.answering import Exchanged, told
+from tpeft_deploy.runtime.server.rest.answering import GONE, Exchanged, told
 from tpeft_deploy.runtime.server.rest.compression import compress, decompress, encoding_for, is_compressed
 from tpeft_deploy.runtime.server.rest.framing import (
     ADAPTER_HEADERS,
@@ -37,7 +37,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _ARRAYS = 5  # bytes of arrays and scratch that may come of a byte of JSON: a digit and a comma are eight
 _TEXT = 6  # bytes of JSON that may come of a byte of an output
 _DIGITS = 19
-_GONE = 499  # the client went away: nobody sees this status but logs and metrics
 
 
 def model_of(path: str) -> tuple[str, str] | None:
@@ -82,7 +81,7 @@ class Inferring:
                 await exchanged.send(send, 200, own, parts)
                 return
         except Left:
-            exchanged.status = _GONE
+            exchanged.status = GONE
             return
         except Exception as error:
             refusal = told(error, exchanged)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -28,7 +31,7 @@ class Offload:
     """
 
     def __init__(self, threads: int = 2) -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tpeft-bytes")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="tpeft-bytes", initializer=_give_way)
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     async def run(self, tenant: str, work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
@@ -47,6 +50,12 @@ class Offload:
         if errors:
             raise errors.pop()
         return cast("R", found)
+
+
+def _give_way() -> None:
+    # On Linux a thread has a priority of its own: the event loop and the runs go first.
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _outcome(work: Callable[[], R]) -> tuple[R | None, list[Exception]]:

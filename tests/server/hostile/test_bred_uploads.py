@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.hostile.apart import Observed, send_staged, staged
-from tests.server.hostile.mutated_uploads import breed
+from tests.server.hostile.bred_uploads import breed
 from tests.waiting import wait_until
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.server.isolation.limits import Limits
