@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,12 @@ from tests.server.hostile.attacks import ATTACKS
 from tpeft_deploy import Adapter, Bundle
 
 MIB = 1 << 20
-IN_FLIGHT, DEVICE, DRAIN = 256, 64, 10
+IN_FLIGHT, DEVICE, UPLOAD, DRAIN = 256, 64, 512, 10
 SETTINGS = (
     f"TPEFT_MAX_INFLIGHT_BYTES={IN_FLIGHT}MiB",
     f"TPEFT_DEVICE_BYTES={DEVICE}MiB",
     "TPEFT_UPLOAD_CPU_SECONDS=2",
-    "TPEFT_UPLOAD_MEMORY_BYTES=512MiB",
+    f"TPEFT_UPLOAD_MEMORY_BYTES={UPLOAD}MiB",
     "TPEFT_MAX_STAGING_BYTES=512MiB",
     f"TPEFT_DRAIN_SECONDS={DRAIN}",
 )
@@ -40,11 +39,10 @@ def test_all_attacks_together_within_a_budget(
     """The neighbour is answered, health too; the server neither fails, restarts nor grows, and ends when told to."""
     with arena(conv_bundle.path, others[0].to_bytes(), tmp_path, *SETTINGS, memory=BUDGET) as own:
         begun = own.process.pid
-        first = own.attacked(list(ATTACKS), seconds / 3)
-        then = own.attacked(list(ATTACKS), 2 * seconds / 3)
-        print({"neighbour": first.statuses + then.statuses, "attacker": [first.answers, then.answers]})
-        print({"MB": [first.memory >> 20, then.memory >> 20], "p99": [first.quantile(0.99), then.quantile(0.99)]})
-        for seen in (first, then):
+        thirds = [own.attacked(list(ATTACKS), seconds / 3) for _ in range(3)]
+        for seen in thirds:
+            print(dict(seen.statuses), seen.answers, f"{seen.memory >> 20} MiB, p99 {seen.quantile(0.99):.3f} s")
+        for seen in thirds:
             assert seen.refused == 0, seen.statuses
             assert max(seen.health) < patience
             assert not FAILURES & set(seen.answers), (seen.answers, own.tail[-20:])
@@ -52,5 +50,8 @@ def test_all_attacks_together_within_a_budget(
         assert own.process.poll() is None
         assert own.process.pid == begun
         assert not [line for line in own.tail if "Traceback" in line], "".join(own.tail[-60:])
-        assert then.memory < math.ceil(1.2 * first.memory)
+        # With the readers of uploads; the server alone is held to its budget by the kernel.
+        assert max(seen.memory for seen in thirds) < 1.2 * (BUDGET + 2 * UPLOAD * MIB)
+        if seconds >= 600:  # what a shorter time sees is warming up
+            assert thirds[2].memory < 1.2 * thirds[1].memory
         assert own.end(DRAIN + 20) < DRAIN + 10
