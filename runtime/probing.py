@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tpeft_deploy.errors import RunError
+from tpeft_deploy.errors import AdapterError
 from tpeft_deploy.tucker import Array
 
 __all__ = ["differs"]
@@ -21,11 +21,11 @@ def differs(base: Mapping[str, Array], outputs: Mapping[str, Array], *, task: st
         task: its name, for the message.
 
     Raises:
-        RunError: an output of the task is not finite where the base's is.
+        AdapterError: an output of the task is not finite where the base's is.
     """
     for name, array in outputs.items():
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all() and np.isfinite(base[name]).all():
-            raise RunError(
+            raise AdapterError(
                 f"probe task {task!r} on the bundle's example, output {name!r}",
                 expected="finite numbers, as the base's",
                 got=f"{int((~np.isfinite(array)).sum())} that are not, of {array.size}",

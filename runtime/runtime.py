@@ -19,7 +19,7 @@ import onnxruntime
 from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import BASE_TASK, Bundle, check_task
-from tpeft_deploy.errors import InputError, RunError, TpeftError, UnknownTask
+from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.manifest import Port
 from tpeft_deploy.runtime import requests
@@ -386,13 +386,19 @@ class Runtime:
 
         Raises:
             UnknownTask: there is no such task.
-            AdapterError, BundleError, CapacityError: it cannot be served.
-            RunError: an output is not finite.
+            AdapterError, BundleError, CapacityError: it cannot be served, or an output is not finite.
         """
         version = self._version(task, "probe")
         example = requests.check_inputs(self._manifest, self._base.example())
         # Both from the bank: a session of its own rounds otherwise.
-        base, own = self._engine.run_banked(example, None), self._engine.run_banked(example, version)
+        base = self._engine.run_banked(example, None)
+        try:
+            own = self._engine.run_banked(example, version)
+        except RunError as error:
+            if type(error) is not RunError or error.__cause__ is None:
+                raise
+            # The base ran on the same graph and inputs.
+            raise AdapterError(f"probe task {task!r} on the bundle's example", problem=error.problem) from error
         return differs(base, own, task=task)
 
     def unload(self, task: str) -> None:

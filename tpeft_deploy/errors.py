@@ -31,6 +31,7 @@
         ├── Conflict            the name is taken, or the thing is in a state that does not allow it
         ├── QuotaExceeded       the tenant has used up what it is allowed; says when to come again
         ├── Unsupported         a part of the protocol that this server does not speak
+        ├── InsufficientStorage the server's disk is full; what was asked for is not done
         └── Unavailable         the server is starting or draining
 
 An error carries what was being done, what was wrong, what was expected against what was found, and what to do
@@ -51,6 +52,7 @@ __all__ = [
     "Forbidden",
     "FormatError",
     "InputError",
+    "InsufficientStorage",
     "IntegrityError",
     "MissingExtra",
     "NotEquivalent",
@@ -268,6 +270,10 @@ class QuotaExceeded(ServerError):
 
 class Unsupported(ServerError):
     """Raised for a part of the protocol that this server does not speak."""
+
+
+class InsufficientStorage(ServerError):
+    """Raised when the server's disk has no room for a change; nothing of it is kept."""
 
 
 class Unavailable(ServerError):

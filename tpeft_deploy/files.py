@@ -37,22 +37,27 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file beside its place and rename it there, durably."""
-    with new_file(path) as temporary:
+def replace_text(path: Path, text: str, mode: int | None = None) -> None:
+    """Write a small file beside its place and rename it there, durably; with the permissions of `new_file`."""
+    with new_file(path, mode) as temporary:
         temporary.write_text(text)
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to `path` on success, removed on failure."""
+def new_file(path: Path, mode: int | None = None) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed to `path` on success, removed on failure.
+
+    Args:
+        path: where the file is to be.
+        mode: its permissions; those that the umask leaves by default.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_umask() if mode is None else mode)
         _sync_file(temporary)
         temporary.replace(path)
         sync_directory(path.parent)

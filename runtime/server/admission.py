@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from tpeft_deploy import fitting
@@ -13,6 +15,8 @@ from tpeft_deploy.runtime import Runtime, Source
 from tpeft_deploy.runtime.server.registry import VersionRecord
 
 __all__ = ["Admission"]
+
+_log = logging.getLogger("tpeft_deploy.server")
 
 
 class Admission:
@@ -38,15 +42,17 @@ class Admission:
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: it does not fit.
-            AdapterError: it changes no output.
-            RunError, CapacityError: the probe's outputs are not finite, or it has no room.
+            AdapterError: it changes no output, its outputs are not finite, or its numbers cannot be computed with.
+            CapacityError: it has no room.
         """
         # Named as clients know it: Bundle.fill would tell them where it lies.
         bundle = self._bundle
-        fitting.fill(bundle.manifest, adapter, bundle=repr(bundle.manifest.name), base_value=bundle.base_value)
+        with _refusing(record.task):
+            fitting.fill(bundle.manifest, adapter, bundle=repr(bundle.manifest.name), base_value=bundle.base_value)
         self._runtime.register({record.key: Source(record.digest, partial(self._read, record))})
         try:
-            acts = self._runtime.probe(record.key)
+            with _refusing(record.task):
+                acts = self._runtime.probe(record.key)
         except BaseException:
             self._runtime.forget([record.key])
             raise
@@ -58,3 +64,17 @@ class Admission:
                 got="the base's own, exactly",
                 fix="Its change is zero, or not seen on the bundle's example: was it saved before training?",
             )
+
+
+@contextmanager
+def _refusing(task: str) -> Iterator[None]:
+    """Refuse an adapter for what its content makes Python's or numpy's arithmetic raise; the log says where."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        _log.warning("an adapter for task %r cannot be computed with", task, exc_info=error)
+        raise AdapterError(
+            f"register task {task!r}",
+            problem="its tensors cannot be computed with on this base",
+            fix="Check what saved it.",
+        ) from error

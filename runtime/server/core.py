@@ -88,12 +88,25 @@ class Core(Protocol):
         """One of them."""
 
     async def point(
-        self, principal: Principal, name: str, alias: str, version: str, tenant: str | None = None
+        self,
+        principal: Principal,
+        name: str,
+        alias: str,
+        version: str,
+        tenant: str | None = None,
+        expected: str | None = None,
     ) -> Document:
-        """Let an alias stand for another version.  DEPLOY."""
+        """Let an alias stand for another version, if it stands for the expected one (any for None) now.  DEPLOY."""
 
-    async def rollback(self, principal: Principal, name: str, alias: str, tenant: str | None = None) -> Document:
-        """Let an alias stand again for what it stood for before.  DEPLOY."""
+    async def rollback(
+        self, principal: Principal, name: str, alias: str, tenant: str | None = None, expected: str | None = None
+    ) -> Document:
+        """Let an alias stand again for what it stood for before, likewise.  DEPLOY."""
+
+    async def history(
+        self, principal: Principal, name: str, alias: str, limit: int = 100, tenant: str | None = None
+    ) -> Sequence[Document]:
+        """[{version, time, key}]: what an alias stands for and stood for before, the newest first."""
 
     async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
         """Delete a task, or one version that no alias stands for; requests in flight finish.  DEPLOY."""

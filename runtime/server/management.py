@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.errors import Conflict, ProtocolError
+from tpeft_deploy.errors import AdapterError, Conflict, NotFound, ProtocolError, RunError, TpeftError, UnknownTask
 from tpeft_deploy.runtime import Runtime, Source
 from tpeft_deploy.runtime.server.access import SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.core import Part
 from tpeft_deploy.runtime.server.isolation.outcomes import Upload
 from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.models import Models
-from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry import CURRENT, PinRecord, State, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.resolving import Target
 from tpeft_deploy.runtime.server.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.pins import Pins
 
 __all__ = ["Management", "owner"]
+
+_log = logging.getLogger("tpeft_deploy.server")
 
 
 class Management:
@@ -83,16 +89,28 @@ class Management:
         return self.task(whose, name)
 
     async def point(
-        self, principal: Principal, name: str, alias: str, version: str, tenant: str | None = None
+        self,
+        principal: Principal,
+        name: str,
+        alias: str,
+        version: str,
+        tenant: str | None = None,
+        expected: str | None = None,
     ) -> TaskRecord:
         """Let an alias stand for another version."""
         whose = owner(principal, tenant)
-        return await asyncio.to_thread(self._state.tasks.point, whose, name, alias, version, by=principal.key)
+        return await asyncio.to_thread(
+            self._state.tasks.point, whose, name, alias, version, by=principal.key, expected=expected
+        )
 
-    async def rollback(self, principal: Principal, name: str, alias: str, tenant: str | None = None) -> TaskRecord:
+    async def rollback(
+        self, principal: Principal, name: str, alias: str, tenant: str | None = None, expected: str | None = None
+    ) -> TaskRecord:
         """Let an alias stand again for what it stood for before."""
         whose = owner(principal, tenant)
-        return await asyncio.to_thread(self._state.tasks.rollback, whose, name, alias, by=principal.key)
+        return await asyncio.to_thread(
+            self._state.tasks.rollback, whose, name, alias, by=principal.key, expected=expected
+        )
 
     async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
         """Delete a task, or one version that no alias stands for; requests in flight finish."""
@@ -101,6 +119,7 @@ class Management:
             raise ProtocolError(f"delete version {version!r} of task {name!r}", expected="a number", got="another name")
         await asyncio.shield(asyncio.to_thread(self._delete, whose, name, version, principal.key))
         if not version:
+            self._models.reload((whose, name))
             self._statistics.drop(whose, name)
 
     async def publish(self, principal: Principal, name: str, tenant: str) -> TaskRecord:
@@ -119,20 +138,35 @@ class Management:
         self._statistics.drop(tenant, name)
         return published
 
-    async def pin(self, principal: Principal, name: str, *, folded: bool, tenant: str | None = None) -> TaskRecord:
+    async def pin(self, principal: Principal, name: str, *, folded: bool, tenant: str | None = None) -> None:
         """Keep a task's current version on the device, or in a session of its own."""
         whose = owner(principal, tenant)
         target = self._models.target(whose, name)
         self._check_own(whose, target.tenant, name)
-        await self.pins.add(whose, name, target.key, folded=folded)
-        return self.task(whose, name)
+        refused = None
+        try:
+            await self.pins.add(whose, name, target.key, folded=folded)
+        except (AdapterError, RunError) as error:
+            if not folded or (not isinstance(error, AdapterError) and type(error) is not RunError):
+                raise
+            refused = Conflict(f"fold task {name!r}", problem=error.said, fix="It is pinned without that.")
+        pin = PinRecord(target.tenant, name, target.version, folded and refused is None)
+        await asyncio.shield(asyncio.to_thread(self._keep, pin, target.key, principal.key))
+        if refused is not None:
+            raise refused
 
     async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:
         """Let it leave the device again."""
         whose = owner(principal, tenant)
         target = self._models.target(whose, name)
         self._check_own(whose, target.tenant, name)
-        await asyncio.to_thread(self._runtime.unpin, target.key)
+        await asyncio.shield(asyncio.to_thread(self._unpin, target, principal.key))
+
+    def restore(self) -> None:
+        """Pin again what was pinned when the server ended; blocks for what needs no session of its own."""
+        folded = [pin for pin in self._state.placements.pins() if not self._restore(pin, folded=False) and pin.folded]
+        if folded:
+            threading.Thread(target=self._fold_again, args=[folded], name="tpeft-folds", daemon=True).start()
 
     def task(self, tenant: str, name: str) -> TaskRecord:
         """A task as a tenant sees it.
@@ -154,6 +188,37 @@ class Management:
         except BaseException:
             self._runtime.forget(record.key for record in known)
             raise
+
+    def _keep(self, pin: PinRecord, key: str, by: str) -> None:
+        try:
+            self._state.placements.pin(pin, by=by)
+        except BaseException:
+            with contextlib.suppress(UnknownTask):
+                self._runtime.unpin(key)
+            raise
+
+    def _unpin(self, target: Target, by: str) -> None:
+        pinned = self._state.placements.pins(target.tenant, target.task)
+        self._state.placements.unpin(target.tenant, target.task, by=by)
+        for key in {target.key, *(self._models.key(pin.tenant, pin.task, pin.version) for pin in pinned)}:
+            with contextlib.suppress(UnknownTask):  # deleted, and its pin with it
+                self._runtime.unpin(key)
+
+    def _fold_again(self, pins: list[PinRecord]) -> None:
+        for pin in pins:
+            self._restore(pin, folded=True)
+
+    def _restore(self, pin: PinRecord, *, folded: bool) -> bool:
+        """Pin a version again; whether that failed."""
+        try:
+            self._runtime.pin(self._models.key(pin.tenant, pin.task, pin.version), folded=folded)
+        except (UnknownTask, NotFound):
+            self._state.placements.forget(pin)
+        except TpeftError as error:
+            _log.warning("cannot pin version %s of task %r again: %s", pin.version, pin.task, error)
+        else:
+            return False
+        return True
 
     def _delete(self, tenant: str, name: str, version: str, by: str) -> None:
         if version:

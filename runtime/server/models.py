@@ -45,7 +45,7 @@ class Models:
         self.bundle = bundle.manifest.name
         self._state = state
         self._own = {task: Target(task, SHARED, task, "1", digest) for task, digest in bundle.tasks.items()}
-        self._unloaded: set[tuple[str, str]] = set()
+        self._unloaded: set[tuple[str, str]] = set(state.placements.unloaded())
 
     @property
     def reserved(self) -> frozenset[str]:
@@ -97,13 +97,24 @@ class Models:
         """Whether it has not been unloaded."""
         return (model.tenant, model.name) not in self._unloaded
 
-    def unload(self, model: Model) -> None:
-        """Refuse requests for it until `reload`."""
-        self._unloaded = self._unloaded | {(model.tenant, model.name)}
+    def key(self, tenant: str, name: str, version: str) -> str:
+        """The runtime's name of a version of a tenant's own task, loaded or not.
 
-    def reload(self, model: Model) -> None:
+        Raises:
+            NotFound: it is no longer there.
+        """
+        found = self._own.get(name) if tenant == SHARED else None
+        if found is None:
+            return self._state.tasks.snapshot().find(tenant, name, version).key
+        return found.key
+
+    def unload(self, own: tuple[str, str]) -> None:
+        """Refuse requests for a tenant's model until `reload`."""
+        self._unloaded = self._unloaded | {own}
+
+    def reload(self, own: tuple[str, str]) -> None:
         """Take requests for it again."""
-        self._unloaded = self._unloaded - {(model.tenant, model.name)}
+        self._unloaded = self._unloaded - {own}
 
     def _fixed(self, name: str) -> Model:
         if name in self._own:

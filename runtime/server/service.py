@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import tpeft_deploy
 from tpeft_deploy.bundle import Bundle
-from tpeft_deploy.errors import ProtocolError, TooLarge, Unauthenticated, Unsupported
+from tpeft_deploy.errors import ProtocolError, ServerError, TooLarge, Unauthenticated, Unsupported
 from tpeft_deploy.runtime import Limits, Runtime
 from tpeft_deploy.runtime.server import documents
 from tpeft_deploy.runtime.server.access import LOCAL, SHARED, Action, Principal, allow
@@ -28,6 +29,7 @@ from tpeft_deploy.runtime.server.observed import Observed, Observers
 from tpeft_deploy.runtime.server.quotas import Meter, Quota, queue_shares
 from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
+from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
 from tpeft_deploy.runtime.server.tenancy.pins import Pins
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body
 
@@ -49,6 +51,9 @@ class Options:
         max_folded: pinned versions with sessions of their own, of all tenants together.
         metrics: renders the metrics; blocks.
         metrics_for_all: whether any key may read them.
+        changes_per_s: changes a second that one key may make.
+        audit_days: age of the entries that the audit log keeps.
+        audit_rows: number of them.
         observe: told of each inference, on the event loop, soon after it.
         forget: told of tasks that are gone: tenant and name.
     """
@@ -60,6 +65,9 @@ class Options:
     max_folded: int = 8
     metrics: Callable[[], bytes] = lambda: b""
     metrics_for_all: bool = False
+    changes_per_s: float | None = None
+    audit_days: float | None = None
+    audit_rows: int | None = None
     observe: Callable[[Observed], None] = lambda _: None
     forget: Callable[[str, str], None] = lambda _tenant, _task: None
 
@@ -89,6 +97,7 @@ class Service:
         self._order = order
         self._ready = self._accepting = True
         self._meter = Meter(state.tenants.quota)
+        self._changes = ChangeRate(self._options.changes_per_s)
         self._statistics = Statistics()
         self._models = Models(bundle, state)
         self._observers = Observers(self._statistics.inference, self._options.observe)
@@ -107,6 +116,7 @@ class Service:
             pins=Pins(runtime, state.tenants.quota, self._options.max_folded),
         )
         self._management.announce(list(state.tasks.snapshot().versions()))
+        self._management.restore()
 
     def live(self) -> bool:
         """Whether the process works at all."""
@@ -114,7 +124,7 @@ class Service:
 
     def ready(self) -> bool:
         """Whether requests should be sent here."""
-        return self._ready
+        return self._ready and self._state.intact
 
     def accepting(self) -> bool:
         """Whether inference is taken."""
@@ -129,10 +139,13 @@ class Service:
         self._ready = self._accepting = False
 
     async def sweep(self, seconds: float) -> None:
-        """Remove the files of deleted adapters every so many seconds, until cancelled."""
+        """Remove the files of deleted adapters and old audit entries every so many seconds, until cancelled."""
+        days, rows = self._options.audit_days, self._options.audit_rows
         while True:
             await asyncio.sleep(seconds)
             await asyncio.to_thread(self._state.tasks.sweep)
+            with contextlib.suppress(ServerError):  # a full disk, which was logged: the next time, then
+                await asyncio.to_thread(self._state.audit.sweep, days=days, rows=rows)
 
     def authenticate(self, authorization: str | None) -> Principal:
         """Who sent `Authorization: Bearer KEY`."""
@@ -195,8 +208,11 @@ class Service:
             allow(principal, Action.READ)
             models = list(self._models.visible(principal.tenant))
         self._observers.settle()
+        asked_by = None if Action.ADMIN in principal.actions else principal.tenant
         found = [
-            self._statistics.document(model.tenant, model.name, number) for model in models for number in model.versions
+            self._statistics.document(model.tenant, model.name, number, asked_by)
+            for model in models
+            for number in model.versions
         ]
         return {"model_stats": found}
 
@@ -216,7 +232,7 @@ class Service:
 
     async def load(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
         """Make a model ready; with "file:..." parameters, register a new version first."""
-        allow(principal, Action.DEPLOY)
+        self._change(principal)
         files = {key: value for key, value in parameters.items() if key.startswith("file:")}
         unknown = sorted(set(parameters) - set(files) - {"pin"})
         if "config" in unknown:
@@ -232,7 +248,8 @@ class Service:
         if files:
             await self._management.register(principal, name, _parts(name, files, self._options.max_upload_bytes))
         model = self._changeable(principal, name)
-        self._models.reload(model)
+        await asyncio.to_thread(self._state.placements.load, model.tenant, model.name, by=principal.key)
+        self._models.reload((model.tenant, model.name))
         if not model.mixed and model.name != "base":
             target = self._models.target(principal.tenant, name)
             await asyncio.wrap_future(self._runtime.prefetch([target.key]))
@@ -241,13 +258,14 @@ class Service:
 
     async def unload(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
         """Refuse requests for a model until it is loaded again."""
-        allow(principal, Action.DEPLOY)
+        self._change(principal)
         unknown = sorted(set(parameters) - {"unload_dependents"})
         if unknown:
             got = ", ".join(map(quoted, unknown))
             raise ProtocolError(f"unload model {name!r}", expected="no parameters but 'unload_dependents'", got=got)
         model = self._changeable(principal, name)
-        self._models.unload(model)
+        await asyncio.to_thread(self._state.placements.unload, model.tenant, model.name, by=principal.key)
+        self._models.unload((model.tenant, model.name))
         self._observers.settle()
         self._statistics.drop(model.tenant, model.name)
         self._options.forget(model.tenant, model.name)
@@ -262,6 +280,7 @@ class Service:
         tenant: str | None = None,
     ) -> Document:
         """A new version of a task from an upload; checked and ready when this returns."""
+        self._change(principal)
         return self._shown(await self._management.register(principal, name, parts, alias=alias, tenant=tenant))
 
     def tasks(self, principal: Principal, tenant: str | None = None) -> list[Document]:
@@ -276,17 +295,37 @@ class Service:
         return self._document(model, self._runtime.residency())
 
     async def point(
-        self, principal: Principal, name: str, alias: str, version: str, tenant: str | None = None
+        self,
+        principal: Principal,
+        name: str,
+        alias: str,
+        version: str,
+        tenant: str | None = None,
+        expected: str | None = None,
     ) -> Document:
         """Let an alias stand for another version."""
-        return self._shown(await self._management.point(principal, name, alias, version, tenant))
+        self._change(principal)
+        return self._shown(await self._management.point(principal, name, alias, version, tenant, expected))
 
-    async def rollback(self, principal: Principal, name: str, alias: str, tenant: str | None = None) -> Document:
+    async def rollback(
+        self, principal: Principal, name: str, alias: str, tenant: str | None = None, expected: str | None = None
+    ) -> Document:
         """Let an alias stand again for what it stood for before."""
-        return self._shown(await self._management.rollback(principal, name, alias, tenant))
+        self._change(principal)
+        return self._shown(await self._management.rollback(principal, name, alias, tenant, expected))
+
+    async def history(
+        self, principal: Principal, name: str, alias: str, limit: int = 100, tenant: str | None = None
+    ) -> Sequence[Document]:
+        """What an alias stands for and stood for before."""
+        whose = self._models.model(self._reader(principal, tenant), name).tenant
+        found = await asyncio.to_thread(self._state.tasks.history, whose, name, alias, max(1, min(limit, 100)))
+        shown = whose == principal.tenant or Action.ADMIN in principal.actions  # keys of others are theirs alone
+        return [{"version": str(one.number), "time": one.time, "key": one.by if shown else None} for one in found]
 
     async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
         """Delete a task, or one version that no alias stands for."""
+        self._change(principal)
         self._observers.settle()
         await self._management.delete(principal, name, version, tenant)
         if not version:
@@ -294,21 +333,25 @@ class Service:
 
     async def publish(self, principal: Principal, name: str, tenant: str) -> Document:
         """Give a tenant's task to all tenants."""
+        self._change(principal, Action.ADMIN)
         return self._shown(await self._management.publish(principal, name, tenant))
 
     async def pin(self, principal: Principal, name: str, *, folded: bool, tenant: str | None = None) -> Document:
         """Keep a task's current version on the device, or in a session of its own."""
-        return self._shown(await self._management.pin(principal, name, folded=folded, tenant=tenant))
+        self._change(principal)
+        await self._management.pin(principal, name, folded=folded, tenant=tenant)
+        return self.task(principal, name, tenant)
 
     async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:
         """Let it leave the device again."""
+        self._change(principal)
         await self._management.unpin(principal, name, tenant)
 
     async def create_key(
         self, principal: Principal, tenant: str, role: str, expires_in: float | None = None
     ) -> Document:
         """A new key, shown this once."""
-        allow(principal, Action.ADMIN)
+        self._change(principal, Action.ADMIN)
         expires = None if expires_in is None else time.time() + expires_in
         record, key = await asyncio.to_thread(self._state.keys.create, tenant, role, by=principal.key, expires=expires)
         return {**_key(record), "key": key}
@@ -330,7 +373,7 @@ class Service:
 
     async def set_tenant(self, principal: Principal, tenant: str, quota: Mapping[str, float | None]) -> Document:
         """Set a tenant's quotas and weight: None is no limit, what is left out as for tenants without a quota."""
-        allow(principal, Action.ADMIN)
+        self._change(principal, Action.ADMIN)
         known = set(asdict(Quota()))
         if not set(quota) <= known:
             raise ProtocolError(
@@ -352,6 +395,10 @@ class Service:
         allow(principal, Action.READ if self._options.metrics_for_all else Action.ADMIN)
         self._observers.settle()
         return await asyncio.to_thread(self._options.metrics)
+
+    def _change(self, principal: Principal, action: Action = Action.DEPLOY) -> None:
+        allow(principal, action)
+        self._changes.spend(principal.key)
 
     def _model(self, principal: Principal, name: str, version: str) -> Model:
         allow(principal, Action.READ)

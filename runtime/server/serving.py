@@ -114,6 +114,9 @@ def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Me
         max_folded=settings.max_folded_in_all,
         metrics=metrics.render,
         metrics_for_all=settings.metrics_for_all_keys,
+        changes_per_s=settings.changes_per_s or None,
+        audit_days=settings.audit_days or None,
+        audit_rows=settings.audit_rows or None,
         observe=observe,
         forget=metrics.drop,
     )

@@ -143,9 +143,15 @@ class Settings(BaseSettings):
     access_log: bool = True
     """A line of JSON on stderr for each request."""
     metrics_for_all_keys: bool = False
-    """Whether keys without the role admin may read /metrics."""
+    """Whether keys without the role admin may read /metrics, which name all tenants and tasks."""
     max_task_series: int = Field(default=1000, ge=1)
     """Tasks with metrics of their own; others are counted together."""
+    changes_per_s: float = Field(default=10.0, ge=0)
+    """Uploads, swaps, pins and other changes a second with one key; ten seconds' worth may come at once, 0: any."""
+    audit_days: float = Field(default=365.0, ge=0)
+    """Days for which entries of the audit log stay; 0: for ever."""
+    audit_rows: int = Field(default=1_000_000, ge=0)
+    """Entries of the audit log that stay, the newest; 0: all."""
 
     @classmethod
     def settings_customise_sources(

@@ -6,6 +6,7 @@ import time
 
 from tpeft_deploy.runtime.server.core import Document
 from tpeft_deploy.runtime.server.observed import Observed
+from tpeft_deploy.runtime.server.resolving import Target
 
 __all__ = ["Statistics", "Tally"]
 
@@ -50,6 +51,15 @@ class Tally:
         self.failed += 1
         self.failing += total
 
+    def add(self, other: Tally) -> None:
+        """Count what another one has counted too."""
+        for name in ("inferences", "answered", "took", "queued", "ran", "failed", "failing"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.last = max(self.last, other.last)
+        for size, (count, seconds) in other.batches.items():
+            own, before = self.batches.get(size, (0, 0.0))
+            self.batches[size] = (own + count, before + seconds)
+
     def document(self, name: str, version: str) -> Document:
         """In the fields of the protocol; a request that shared a run counts that run as its own."""
         nothing = {"count": 0, "ns": 0}
@@ -83,16 +93,16 @@ class Tally:
 
 
 class Statistics:
-    """Tallies by tenant, task and version; forgotten when a task is unloaded or deleted."""
+    """Tallies by task, version and the tenant that asked; forgotten when a task is unloaded or deleted."""
 
     def __init__(self) -> None:
-        self._tallies: dict[tuple[str, str, str], Tally] = {}
+        self._tallies: dict[tuple[str, str, str], dict[str, Tally]] = {}
 
     def inference(self, observed: Observed) -> None:
         """Count an inference for each version that it ran on."""
         targets, timing = observed.targets, observed.timing
         for target in set(targets) if len(targets) > 1 else targets:
-            tally = self._tally(target.tenant, target.task, target.version)
+            tally = self._tally(target, observed.tenant)
             if observed.failed:
                 tally.failing_after(observed.seconds)
                 continue
@@ -104,15 +114,28 @@ class Statistics:
         for key in [key for key in self._tallies if key[:2] == (tenant, task)]:
             del self._tallies[key]
 
-    def document(self, tenant: str, task: str, version: str) -> Document:
-        """What the protocol says about a version; zeros when it has answered nothing."""
-        return self._tallies.get((tenant, task, version), Tally()).document(task, version)
+    def document(self, tenant: str, task: str, version: str, asked_by: str | None = None) -> Document:
+        """What the protocol says about a version; zeros when it has answered nothing.
 
-    def _tally(self, tenant: str, task: str, version: str) -> Tally:
-        key = (tenant, task, version)
-        found = self._tallies.get(key)
+        Args:
+            tenant: tenant that has the task.
+            task: its name.
+            version: its number.
+            asked_by: count the requests of this tenant only; those of all for None.
+        """
+        found = self._tallies.get((tenant, task, version), {})
+        if asked_by is not None:
+            return found.get(asked_by, Tally()).document(task, version)
+        whole = Tally()
+        for tally in found.values():
+            whole.add(tally)
+        return whole.document(task, version)
+
+    def _tally(self, target: Target, asked_by: str) -> Tally:
+        own = self._tallies.setdefault((target.tenant, target.task, target.version), {})
+        found = own.get(asked_by)
         if found is None:
-            found = self._tallies[key] = Tally()
+            found = own[asked_by] = Tally()
         return found
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tpeft_deploy import errors
+from tpeft_deploy.runtime.server.registry.disk import full, no_room
 
 __all__ = ["MethodNotAllowed", "Status", "status_of"]
+
+_log = logging.getLogger("tpeft_deploy.server")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ _TABLE: list[tuple[type[errors.TpeftError], int, str]] = [
     (errors.Conflict, 409, "FAILED_PRECONDITION"),
     (errors.QuotaExceeded, 429, "RESOURCE_EXHAUSTED"),
     (errors.Unsupported, 501, "UNIMPLEMENTED"),
+    (errors.InsufficientStorage, 507, "RESOURCE_EXHAUSTED"),
     (errors.Unavailable, 503, "UNAVAILABLE"),
     (errors.QueueFull, 503, "UNAVAILABLE"),
     (errors.CapacityError, 503, "UNAVAILABLE"),
@@ -56,6 +61,13 @@ _TABLE: list[tuple[type[errors.TpeftError], int, str]] = [
     (errors.CompositionError, 400, "INVALID_ARGUMENT"),
     (errors.AdapterError, 400, "INVALID_ARGUMENT"),
 ]
+# Their own texts count what other tenants have waiting, pinned or on the device.
+_NEUTRAL: dict[type[errors.TpeftError], str] = {
+    errors.QueueFull: "queue a request: the server has no room for more that wait. Send it again later.",
+    errors.CapacityError: (
+        "bring a task to the device: there is no room for it now. Send it again later, or ask for fewer tasks at once."
+    ),
+}
 _LONGEST = 1500  # some texts repeat what the client called something, which may be as long as a body
 _OVERLOAD_SECONDS = 1  # queues hold a second of work at most; who comes again by then finds room or another answer
 
@@ -65,10 +77,20 @@ def status_of(error: BaseException) -> Status:
 
     What the server did not expect has no text of its own, as that might name files: the log has it.
     """
+    if isinstance(error, OSError) and full(error):
+        error = no_room("store what was sent", error)
     for kind, http, grpc in _TABLE:
         if isinstance(error, kind):
-            return Status(http, grpc, _clipped(str(error)), _retry_after(error, http))
+            return Status(http, grpc, _clipped(_told(error)), _retry_after(error, http))
     return Status(500, "INTERNAL", "internal error: the server's log says what happened")
+
+
+def _told(error: errors.TpeftError) -> str:
+    for kind, text in _NEUTRAL.items():
+        if isinstance(error, kind):
+            _log.info("%s", errors.brief(error, 500))
+            return text
+    return str(error)
 
 
 def _clipped(text: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from tests import nets
 from tests.counting import operations
 from tpeft_deploy import Adapter, Bundle, Runtime
-from tpeft_deploy.errors import BundleError, CapacityError, RunError, UnknownTask
+from tpeft_deploy.errors import AdapterError, BundleError, CapacityError, UnknownTask
 from tpeft_deploy.runtime import Limits, Source
 from tpeft_deploy.runtime.timing import Timing
 
@@ -91,7 +91,7 @@ def test_a_probe_tells_an_adapter_that_does_nothing(runtime: Runtime, conv_adapt
     )
     assert runtime.probe("change")
     assert not runtime.probe("nothing")
-    with pytest.raises(RunError, match=r"'overflow'.*finite"):
+    with pytest.raises(AdapterError, match=r"'overflow'.*finite"):
         runtime.probe("overflow")
 
 

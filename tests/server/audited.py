@@ -212,12 +212,15 @@ class Audited(Asking):
 
 @contextlib.contextmanager
 def audited(bundle: Bundle, place: Path, **settings: object) -> Iterator[Audited]:
-    """A server on `place / "state"`, with settings as its environment has them."""
+    """A server on `place / "state"`, with settings as its environment has them.
+
+    Tests make more changes a second than the default lets one key make.
+    """
     (place / "temporary").mkdir(parents=True, exist_ok=True)
     if not (place / "keys.json").exists():
         _make_keys(place)
     known = {"TMPDIR": str(place / "temporary"), "OMP_NUM_THREADS": "1"}
-    own = {f"TPEFT_{name.upper()}": str(value) for name, value in settings.items()}
+    own = {f"TPEFT_{name.upper()}": str(value) for name, value in {"changes_per_s": 0, **settings}.items()}
     flags = ["--state", place / "state", "--port", 0, "--grpc-port", 0, "--threads", 1, "--provider", "cpu"]
     program = place / _READER_FILE
     program.write_text(_READER.format(events=str(place / "events.reader"), account=_ACCOUNT, reader=reader.__file__))

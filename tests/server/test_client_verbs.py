@@ -45,6 +45,14 @@ VERBS: list[tuple[Use, str, str, dict[str, str], object, httpx.Response, object]
                 lambda c: c.rollback("t"),
                 *("POST", "/v2/registry/tasks/t/aliases/current/rollback", {"tenant": "acme"}, {}),
             ),
+            (
+                lambda c: c.point("t", "live", 2, expected=1),
+                *("PUT", "/v2/registry/tasks/t/aliases/live", {"tenant": "acme"}, {"version": "2", "expected": "1"}),
+            ),
+            (
+                lambda c: c.rollback("t", expected="3"),
+                *("POST", "/v2/registry/tasks/t/aliases/current/rollback", {"tenant": "acme"}, {"expected": "3"}),
+            ),
             (lambda c: c.publish("t"), "POST", "/v2/registry/tasks/t/publish", {"tenant": "acme"}, {}),
             (lambda c: c.publish("t", "b"), "POST", "/v2/registry/tasks/t/publish", {"tenant": "b"}, {}),
             (
@@ -68,6 +76,10 @@ VERBS: list[tuple[Use, str, str, dict[str, str], object, httpx.Response, object]
             (lambda c: c.tasks(), "/v2/registry/tasks", {"tenant": "acme"}),
             (lambda c: c.keys(), "/v2/admin/keys", {"tenant": "acme"}),
             (lambda c: c.tenants(), "/v2/admin/tenants", {}),
+            (
+                lambda c: c.history("t", limit=5),
+                *("/v2/registry/tasks/t/aliases/current/history", {"tenant": "acme", "limit": "5"}),
+            ),
             (lambda c: c.audit(), "/v2/admin/audit", {"limit": "100"}),
             (lambda c: c.audit(5, before=17), "/v2/admin/audit", {"limit": "5", "before": "17"}),
         ]

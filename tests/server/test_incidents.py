@@ -98,6 +98,7 @@ EXPECTED = {
     "POST /v2/repository/index": "infer",
     "GET /v2/registry/tasks": "infer",
     f"GET {_TASK}": "infer",
+    f"GET {_TASK}/aliases/{{alias}}/history": "infer",
     "POST /v2/repository/models/{model}/load": "deploy",
     "POST /v2/repository/models/{model}/unload": "deploy",
     f"POST {_TASK}/versions": "deploy",

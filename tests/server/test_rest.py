@@ -248,8 +248,8 @@ def test_the_registry_over_http(live: Live, others: list[Adapter], tmp_path: Pat
     assert str(tmp_path.parent) not in bad.text
     assert live.ask("DELETE", path).status_code == 200
     assert live.ask("GET", path).status_code == 404
-    audit = live.ask("GET", "/v2/admin/audit?limit=3", "operator", "admin").json()
-    assert [entry["action"] for entry in audit] == ["delete", "register", "roll back"]
+    audit = live.ask("GET", "/v2/admin/audit?limit=5", "operator", "admin").json()
+    assert [entry["action"] for entry in audit] == ["delete", "register", "unpin", "pin", "roll back"]
 
 
 def test_keys_over_http(live: Live) -> None:

@@ -63,6 +63,9 @@ OTHERS: dict[str, object] = {
     "access_log": False,
     "metrics_for_all_keys": True,
     "max_task_series": 17,
+    "changes_per_s": 3.5,
+    "audit_days": 20.0,
+    "audit_rows": 500,
 }
 
 

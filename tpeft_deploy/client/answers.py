@@ -38,6 +38,7 @@ _KINDS: dict[int, type[errors.TpeftError]] = {
     501: errors.Unsupported,
     503: errors.Unavailable,
     504: errors.DeadlineExceeded,
+    507: errors.InsufficientStorage,
 }
 _ALIGNMENT = 16  # what memory of a bytearray has, and no numpy dtype needs more
 

@@ -109,13 +109,17 @@ class AsyncClient:
         """As `Client.register`."""
         return await self._do(calls.register(name, path, alias, self._tenant), self._budget(timeout))
 
-    async def point(self, name: str, alias: str, version: int | str) -> Document:
+    async def point(self, name: str, alias: str, version: int | str, *, expected: int | str | None = None) -> Document:
         """As `Client.point`."""
-        return await self._do(calls.point(name, alias, version, self._tenant))
+        return await self._do(calls.point(name, alias, version, self._tenant, expected))
 
-    async def rollback(self, name: str, alias: str = "current") -> Document:
+    async def rollback(self, name: str, alias: str = "current", *, expected: int | str | None = None) -> Document:
         """As `Client.rollback`."""
-        return await self._do(calls.rollback(name, alias, self._tenant))
+        return await self._do(calls.rollback(name, alias, self._tenant, expected))
+
+    async def history(self, name: str, alias: str = "current", limit: int = 100) -> list[Document]:
+        """As `Client.history`."""
+        return await self._do(calls.history(name, alias, limit, self._tenant))
 
     async def delete(self, name: str, version: int | str | None = None) -> None:
         """As `Client.delete`."""

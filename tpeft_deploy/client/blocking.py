@@ -150,13 +150,37 @@ class Client:
         """
         return self._do(calls.register(name, path, alias, self._tenant), self._budget(timeout))
 
-    def point(self, name: str, alias: str, version: int | str) -> Document:
-        """Let an alias of a task stand for another version; requests in flight finish on the earlier one."""
-        return self._do(calls.point(name, alias, version, self._tenant))
+    def point(self, name: str, alias: str, version: int | str, *, expected: int | str | None = None) -> Document:
+        """Let an alias of a task stand for another version; requests in flight finish on the earlier one.
 
-    def rollback(self, name: str, alias: str = "current") -> Document:
-        """Let an alias stand again for what it stood for before."""
-        return self._do(calls.rollback(name, alias, self._tenant))
+        Args:
+            name: of the task.
+            alias: alias that changes.
+            version: number or alias of what it is to stand for.
+            expected: number of the version that it has to stand for now; any by default.
+
+        Raises:
+            Conflict: it stands for another one.
+        """
+        return self._do(calls.point(name, alias, version, self._tenant, expected))
+
+    def rollback(self, name: str, alias: str = "current", *, expected: int | str | None = None) -> Document:
+        """Let an alias stand again for what it stood for before; a second time undoes that.
+
+        Args:
+            name: of the task.
+            alias: alias that changes.
+            expected: number of the version that it has to stand for now, so that nobody's later change is undone; any
+                by default.
+
+        Raises:
+            Conflict: it stands for another one, or stood for none before.
+        """
+        return self._do(calls.rollback(name, alias, self._tenant, expected))
+
+    def history(self, name: str, alias: str = "current", limit: int = 100) -> list[Document]:
+        """What an alias stands for and stood for before, since when and by which key; the newest first."""
+        return self._do(calls.history(name, alias, limit, self._tenant))
 
     def delete(self, name: str, version: int | str | None = None) -> None:
         """Delete a task, or one version that no alias stands for."""

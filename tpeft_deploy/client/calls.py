@@ -18,6 +18,7 @@ __all__ = [
     "audit",
     "create_key",
     "delete",
+    "history",
     "keys",
     "live",
     "metadata",
@@ -82,16 +83,25 @@ def register(name: str, path: str | os.PathLike[str], alias: str, tenant: str | 
     return _change(doing, "POST", f"{_task(name)}/versions", query, upload=upload)
 
 
-def point(name: str, alias: str, version: int | str, tenant: str | None) -> Call[Document]:
+def point(
+    name: str, alias: str, version: int | str, tenant: str | None, expected: int | str | None = None
+) -> Call[Document]:
     """An alias to another version."""
     doing = f"point alias {alias!r} of task {name!r} to {version}"
-    return _change(doing, "PUT", _alias(name, alias), _whose(tenant), {"version": str(version)})
+    return _change(doing, "PUT", _alias(name, alias), _whose(tenant), {"version": str(version), **_expected(expected)})
 
 
-def rollback(name: str, alias: str, tenant: str | None) -> Call[Document]:
+def rollback(name: str, alias: str, tenant: str | None, expected: int | str | None = None) -> Call[Document]:
     """An alias to what it stood for before."""
     doing = f"roll back alias {alias!r} of task {name!r}"
-    return _change(doing, "POST", f"{_alias(name, alias)}/rollback", _whose(tenant))
+    return _change(doing, "POST", f"{_alias(name, alias)}/rollback", _whose(tenant), _expected(expected))
+
+
+def history(name: str, alias: str, limit: int, tenant: str | None) -> Call[list[Document]]:
+    """What an alias stood for."""
+    doing = f"ask for the history of alias {alias!r} of task {name!r}"
+    query = {"limit": str(limit), **_whose(tenant)}
+    return Call(doing, "GET", f"{_alias(name, alias)}/history", documents, query)
 
 
 def delete(name: str, version: int | str | None, tenant: str | None) -> Call[None]:
@@ -159,6 +169,10 @@ def _change(
 ) -> Call[Document]:
     payload = upload.payload if upload is not None else partial(_json, {} if content is None else content)
     return Call(doing, method, path, document, query, payload, changes=True, statuses=_DONE)
+
+
+def _expected(version: int | str | None) -> dict[str, object]:
+    return {} if version is None else {"expected": str(version)}
 
 
 def _json(content: Mapping[str, object], left: float | None) -> Payload:

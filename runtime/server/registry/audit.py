@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, delete, insert, or_, select
 
 from tpeft_deploy.runtime.server.registry import database
 from tpeft_deploy.runtime.server.registry.database import Database
@@ -55,6 +55,25 @@ class Audit:
             wanted = wanted.where(database.audit.c.id < before)
         with self._database.reading() as connection:
             return [AuditRecord(**row) for row in connection.execute(wanted).mappings()]
+
+    def sweep(self, *, days: float | None, rows: int | None) -> int:
+        """Remove old entries; how many there were.
+
+        Args:
+            days: those that are older; None keeps them.
+            rows: all but the newest so many; None keeps them.
+        """
+        own, gone = database.audit.c, []
+        if days is not None:
+            gone.append(own.time < time.time() - 86400 * days)
+        with self._database.reading() as connection:
+            if rows is not None:
+                oldest = connection.scalar(select(own.id).order_by(own.id.desc()).offset(rows).limit(1))
+                gone += [] if oldest is None else [own.id <= oldest]
+            if not gone or connection.scalar(select(own.id).where(or_(*gone)).limit(1)) is None:
+                return 0
+        with self._database.writing() as connection:
+            return connection.execute(delete(database.audit).where(or_(*gone))).rowcount
 
 
 def write(connection: Connection, by: str, tenant: str, action: str, target: str, **detail: Any) -> None:

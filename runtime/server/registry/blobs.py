@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tpeft_deploy.errors import IntegrityError
 from tpeft_deploy.files import new_file, sync_directory
+from tpeft_deploy.runtime.server.registry.disk import storing
 
 __all__ = ["Blobs"]
 
@@ -31,7 +32,7 @@ class Blobs:
         self._lock = threading.Lock()  # of sweeping, and of saying what a sweep must leave
         self._coming: Counter[str] = Counter()  # digests of what is being written, or has no reference yet
         self._freed: dict[str, float] = {}  # digest -> when (monotonic) a reference to it was dropped
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @staticmethod
     def digest(data: bytes) -> str:
@@ -39,16 +40,21 @@ class Blobs:
         return hashlib.sha256(data).hexdigest()
 
     def write(self, data: bytes) -> str:
-        """Keep bytes durably, and return their digest; a file that was altered is mended."""
+        """Keep bytes durably, and return their digest; a file that was altered is mended.
+
+        Raises:
+            InsufficientStorage: the disk is full.
+        """
         digest = self.digest(data)
         place = self._place(digest)
         if not self._intact(place, digest):
             if place.parent.is_symlink():
                 place.parent.unlink()
-            place.parent.mkdir(exist_ok=True)
-            with new_file(place) as temporary:
-                temporary.write_bytes(data)
-            sync_directory(self._directory)
+            with storing("store an adapter"):
+                place.parent.mkdir(exist_ok=True, mode=0o700)
+                with new_file(place, 0o600) as temporary:
+                    temporary.write_bytes(data)
+                sync_directory(self._directory)
         return digest
 
     def read(self, digest: str, *, of: str) -> bytes:

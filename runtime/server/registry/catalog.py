@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tpeft_deploy.errors import NotFound
 from tpeft_deploy.runtime.server.access import SHARED
 
-__all__ = ["CURRENT", "Catalog", "TaskRecord", "VersionRecord"]
+__all__ = ["CURRENT", "AliasRecord", "Catalog", "TaskRecord", "VersionRecord"]
 
 CURRENT = "current"
 """The alias that a request without version gets."""
@@ -40,6 +40,21 @@ class VersionRecord:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", f"{self.tenant}/{self.task}@{self.number}")
+
+
+@dataclass(frozen=True)
+class AliasRecord:
+    """What an alias stood for from some time on.
+
+    Attributes:
+        number: of the version.
+        time: seconds since 1970; None where it was not recorded.
+        by: id of the key that did it, likewise.
+    """
+
+    number: int
+    time: float | None
+    by: str | None
 
 
 @dataclass(frozen=True)

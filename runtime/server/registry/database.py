@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sqlalchemy import (
     Engine,
     Float,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -38,9 +39,22 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tpeft_deploy.errors import MissingExtra, ServerError, Unavailable, VersionError
+from tpeft_deploy.errors import InsufficientStorage, MissingExtra, ServerError, Unavailable, VersionError
+from tpeft_deploy.runtime.server.registry.disk import full, no_room
 
-__all__ = ["Database", "aliases", "audit", "keys", "sqlite_url", "tasks", "tenants", "versions"]
+__all__ = [
+    "Database",
+    "aliases",
+    "audit",
+    "history",
+    "keys",
+    "pins",
+    "sqlite_url",
+    "tasks",
+    "tenants",
+    "unloaded",
+    "versions",
+]
 
 _log = logging.getLogger("tpeft_deploy.server")
 
@@ -109,6 +123,38 @@ audit = Table(
     Column("target", String(300), nullable=False),
     Column("detail", JSON, nullable=False),
 )
+# Tables from here on came later: they are made where they are missing, and servers that do not know them leave them.
+# What an alias stood for; without time and key where that was not recorded then.
+history = Table(
+    "alias_history",
+    _metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("task", ForeignKey("tasks.id"), nullable=False),
+    Column("alias", _NAME, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("time", Float),
+    Column("by", _NAME),
+    Index("alias_history_of", "task", "alias", "id"),
+)
+# By name, as the bundle's own tasks have no row; the version as clients write it.
+pins = Table(
+    "pins",
+    _metadata,
+    Column("tenant", _NAME, primary_key=True),
+    Column("task", _NAME, primary_key=True),
+    Column("version", String(10), primary_key=True),
+    Column("folded", Boolean, nullable=False),
+    Column("time", Float, nullable=False),
+    Column("by", _NAME, nullable=False),
+)
+unloaded = Table(
+    "unloaded",
+    _metadata,
+    Column("tenant", _NAME, primary_key=True),
+    Column("task", _NAME, primary_key=True),
+    Column("time", Float, nullable=False),
+    Column("by", _NAME, nullable=False),
+)
 
 
 class Database:
@@ -117,6 +163,9 @@ class Database:
     Args:
         url: of SQLAlchemy: of a file for SQLite, which is kept in WAL mode and synchronised at every commit, or of
             PostgreSQL.
+
+    Attributes:
+        guard: called before and after each transaction that writes; raises where the files are no longer there.
 
     Raises:
         MissingExtra: its driver is not installed.
@@ -129,6 +178,7 @@ class Database:
             self._engine = _engine(make_url(url))
         self._held: Connection | None = None
         self._opened = False
+        self.guard: Callable[[], None] = lambda: None
         try:
             with self.writing("open the server's database") as connection:
                 _check_schema(connection)
@@ -147,10 +197,13 @@ class Database:
 
         Raises:
             ServerError: the database refuses.
-            Unavailable: it does not answer.
+            Unavailable: it does not answer, or its files are gone.
+            InsufficientStorage: the disk is full.
         """
+        self.guard()
         with self._said(doing), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
             yield connection
+        self.guard()  # else a change would be acknowledged that went into files which nobody opens again
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -247,10 +300,20 @@ class Database:
             with _said(doing):
                 yield
         except ServerError as error:
-            if not self._opened or not isinstance(error.__cause__, OperationalError | PoolTimeout):
+            if isinstance(error, InsufficientStorage) or not self._opened:
+                raise
+            if not isinstance(error.__cause__, OperationalError | PoolTimeout):
                 raise
             _log.error("%s", error)  # with addresses, which are not for clients
             raise Unavailable(doing, problem="it does not answer", fix="Try again shortly.") from error.__cause__
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it is in on this machine: the database, its log and the log's index."""
+        name = self._engine.url.database
+        if not self._is_sqlite or not name or name == ":memory:":
+            return []
+        return [Path(f"{name}{suffix}") for suffix in ("", "-wal", "-shm")]
 
     @property
     def _is_sqlite(self) -> bool:
@@ -284,6 +347,9 @@ def _said(doing: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error) as error:
+        own = getattr(error, "orig", None) or error
+        if full(own):
+            raise no_room(doing, own) from error
         raise ServerError(doing, problem=_reason(error)) from error
 
 

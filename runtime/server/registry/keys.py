@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import re
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select, update
 
-from tpeft_deploy.errors import NotFound, ProtocolError, Unauthenticated
+from tpeft_deploy.errors import InsufficientStorage, NotFound, ProtocolError, Unauthenticated, Unavailable
 from tpeft_deploy.runtime.server.access import Principal, Role
 from tpeft_deploy.runtime.server.registry import audit, database
 from tpeft_deploy.runtime.server.registry.database import Database
+from tpeft_deploy.runtime.server.registry.disk import Reserve
 from tpeft_deploy.runtime.server.registry.latest import Latest
 from tpeft_deploy.runtime.server.registry.names import check_tenant
 from tpeft_deploy.runtime.server.registry.tenants import Tenants, ensure
@@ -48,9 +50,12 @@ class Keys:
     Args:
         database: where they are.
         tenants: a key's tenant is made with it.
+        reserve: room on the database's disk for revocations, if it has a disk here.
     """
 
-    def __init__(self, database: Database, tenants: Tenants) -> None:
+    def __init__(self, database: Database, tenants: Tenants, reserve: Reserve | None = None) -> None:
+        self._reserve = reserve
+        self._refused: dict[str, str] = {}  # revoked here and not in the database yet -> by which key
         self._database = database
         self._tenants = tenants
         self._latest: Latest[_Known] = Latest({})
@@ -104,9 +109,41 @@ class Keys:
     def revoke(self, id: str, *, by: str) -> KeyRecord:
         """Refuse a key from now on.
 
+        Where that cannot be written, the key is refused by this server all the same, and written as soon as possible.
+
         Raises:
             NotFound: there is none of that id.
+            InsufficientStorage, Unavailable: it could not be written.
         """
+        try:
+            try:
+                return self._revoke(id, by)
+            except InsufficientStorage:
+                if self._reserve is None or not self._reserve.release():
+                    raise
+                return self._revoke(id, by)
+        except (InsufficientStorage, Unavailable) as error:
+            if id not in self._latest.value:
+                raise
+            self._refused[id] = by
+            raise type(error)(
+                f"revoke key {id!r}",
+                problem=f"this server refuses it from now on, but could not write that: {error.problem}",
+                fix="Do not restart the server before it is written: it tries again, and so may you.",
+            ) from error
+
+    def write_refused(self) -> None:
+        """Write the revocations that could not be written.
+
+        Raises:
+            ServerError: they still cannot.
+        """
+        for own, by in list(self._refused.items()):
+            with contextlib.suppress(NotFound):  # its row is gone with all that it allowed
+                self._revoke(own, by)
+            self._refused.pop(own, None)
+
+    def _revoke(self, id: str, by: str) -> KeyRecord:
         if not _ID.fullmatch(id):
             raise NotFound(f"revoke key {id[:100]!r}", expected="the id of a key", got="another text")
         own = database.keys.c.id == id
@@ -134,7 +171,7 @@ class Keys:
         same = hmac.compare_digest(_digest(key), record.digest if record is not None else _NOBODY)
         if not same or record is None or principal is None:
             raise Unauthenticated("authenticate", expected="a key of this server", got="another")
-        if record.revoked is not None:
+        if record.revoked is not None or record.id in self._refused:
             raise Unauthenticated("authenticate", problem=f"key {record.id} was revoked")
         if record.expires is not None and record.expires <= time.time():
             raise Unauthenticated("authenticate", problem=f"key {record.id} has expired")

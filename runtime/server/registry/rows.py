@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from tpeft_deploy.runtime.server.registry import database
-from tpeft_deploy.runtime.server.registry.catalog import Catalog, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry.catalog import AliasRecord, Catalog, TaskRecord, VersionRecord
 
 __all__ = [
     "add_version",
@@ -16,6 +17,7 @@ __all__ = [
     "catalog",
     "drop_task",
     "drop_version",
+    "history",
     "move",
     "next_number",
     "point",
@@ -24,7 +26,8 @@ __all__ = [
     "usage",
 ]
 
-_T, _V, _A = database.tasks, database.versions, database.aliases
+_T, _V, _A, _H = database.tasks, database.versions, database.aliases, database.history
+_KEPT = 100  # changes of one alias that are remembered
 
 
 def row(connection: Connection, tenant: str, name: str) -> Mapping[str, Any] | None:
@@ -60,6 +63,7 @@ def add_version(connection: Connection, record: VersionRecord) -> int:
 def drop_task(connection: Connection, task: int) -> None:
     """Delete a task's versions and aliases; its row stays, so that no number is given again."""
     connection.execute(delete(_A).where(_A.c.task == task))
+    connection.execute(delete(_H).where(_H.c.task == task))
     connection.execute(delete(_V).where(_V.c.task == task))
     connection.execute(update(_T).where(_T.c.id == task).values(deleted=True))
 
@@ -74,7 +78,7 @@ def move(connection: Connection, task: int, tenant: str) -> None:
     connection.execute(update(_T).where(_T.c.id == task).values(tenant=tenant))
 
 
-def point(connection: Connection, task: int, alias: str, number: int) -> None:
+def point(connection: Connection, task: int, alias: str, number: int, by: str) -> None:
     """Let an alias stand for a version, and remember what it stood for."""
     own = (_A.c.task == task) & (_A.c.alias == alias)
     old = connection.scalar(select(_A.c.number).where(own))
@@ -82,6 +86,28 @@ def point(connection: Connection, task: int, alias: str, number: int) -> None:
         connection.execute(insert(_A).values(task=task, alias=alias, number=number, previous=None))
     elif old != number:
         connection.execute(update(_A).where(own).values(number=number, previous=old))
+    if old == number:
+        return
+    of = (_H.c.task == task) & (_H.c.alias == alias)
+    last = connection.scalar(select(_H.c.number).where(of).order_by(_H.c.id.desc()).limit(1))
+    if old is not None and last != old:  # a server that keeps no history did it
+        connection.execute(insert(_H).values(task=task, alias=alias, number=old))
+    connection.execute(insert(_H).values(task=task, alias=alias, number=number, time=time.time(), by=by))
+    oldest = connection.scalar(select(_H.c.id).where(of).order_by(_H.c.id.desc()).offset(_KEPT).limit(1))
+    if oldest is not None:
+        connection.execute(delete(_H).where(of, _H.c.id <= oldest))
+
+
+def history(connection: Connection, tenant: str, name: str, alias: str, limit: int) -> list[AliasRecord]:
+    """What an alias stands for and stood for before, the newest first."""
+    of = (_T.c.tenant == tenant) & (_T.c.name == name)
+    now = connection.scalar(select(_A.c.number).join(_T, _T.c.id == _A.c.task).where(of, _A.c.alias == alias))
+    columns = select(_H.c.number, _H.c.time, _H.c.by).join(_T, _T.c.id == _H.c.task)
+    wanted = columns.where(of, _H.c.alias == alias).order_by(_H.c.id.desc()).limit(limit)
+    found = [AliasRecord(*row) for row in connection.execute(wanted)]
+    if now is not None and (not found or found[0].number != now):
+        found.insert(0, AliasRecord(now, None, None))
+    return found[:limit]
 
 
 def usage(connection: Connection, tenant: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.isolation.reader import CONFIG_FILE, WEIGHTS_FILE
+from tpeft_deploy.runtime.server.registry.disk import private, storing
 
 __all__ = ["CONFIG", "Staged", "WEIGHTS", "clean", "staging"]
 
@@ -50,7 +51,7 @@ class Staged:
         if place.exists():
             raise ProtocolError("take an upload", expected=f"one part {part!r}", got="another one")
         limit = min(self._limit - self._written, _CONFIG_BYTES if part == CONFIG else self._limit)
-        with place.open("xb") as file:
+        with open(place, "xb", opener=private) as file:
             await self._copy(part, stream, file, limit)
 
     async def _copy(self, part: str, stream: AsyncIterator[bytes], file: BinaryIO, limit: int) -> None:
@@ -68,11 +69,12 @@ class Staged:
 @asynccontextmanager
 async def staging(directory: Path, limit: int) -> AsyncIterator[Staged]:
     """An upload's own directory, gone with what is in it at the end."""
-    own = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=directory, prefix="upload."))
-    try:
-        yield Staged(own, limit)
-    finally:
-        await asyncio.shield(asyncio.to_thread(shutil.rmtree, own, ignore_errors=True))
+    with storing("take an upload"):
+        own = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=directory, prefix="upload."))
+        try:
+            yield Staged(own, limit)
+        finally:
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, own, ignore_errors=True))
 
 
 def clean(directory: Path) -> None:
@@ -81,4 +83,4 @@ def clean(directory: Path) -> None:
         directory.unlink()
     if directory.exists():
         shutil.rmtree(directory)
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, mode=0o700)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import os
 import secrets
@@ -12,14 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tpeft_deploy.errors import ServerError
+from tpeft_deploy.errors import InsufficientStorage, ServerError
 from tpeft_deploy.files import replace_text
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import rows
 from tpeft_deploy.runtime.server.registry.audit import Audit
 from tpeft_deploy.runtime.server.registry.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.database import Database, sqlite_url
+from tpeft_deploy.runtime.server.registry.disk import Reserve, make_private, private
 from tpeft_deploy.runtime.server.registry.keys import Keys
+from tpeft_deploy.runtime.server.registry.opened_files import OpenedFiles
+from tpeft_deploy.runtime.server.registry.placements import Placements
 from tpeft_deploy.runtime.server.registry.staged import clean
 from tpeft_deploy.runtime.server.registry.tasks import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import Tenants
@@ -28,6 +32,8 @@ __all__ = ["State", "open_keys", "open_state"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 _SECONDS = 0.5  # between two looks at what other processes changed
+_SELDOM = 20  # of these looks, one also writes what could not be written, and keeps room on the disk
+_NAMES = ("lock", "identity", "reserve", "state.db", "state.db-wal", "state.db-shm", "blobs", "incoming")
 _PATIENCE = 10.0  # seconds for which a server that was killed may still seem to be there
 
 
@@ -47,12 +53,14 @@ class State:
 
     def __init__(self, directory: Path, url: str | None = None, *, default: Quota | None = None) -> None:
         with ExitStack() as stack:
-            stack.callback(os.close, _take(directory))
-            self._database = database = Database(url or sqlite_url(directory / "state.db"))
+            for handle in _take(directory):
+                stack.callback(os.close, handle)
+            self._reserve = reserve = Reserve(directory)
+            self._database = database = _opened(directory, url, reserve)
             stack.callback(database.close)
             database.hold(_PATIENCE)
             self.tenants = Tenants(database, default or Quota())
-            self.keys = Keys(database, self.tenants)
+            self.keys = Keys(database, self.tenants, reserve)
             self.audit = Audit(database)
             self._changes = -1
             self.refresh()
@@ -60,6 +68,11 @@ class State:
             _bind(directory, database, blobs)
             clean(incoming)
             self.tasks = Tasks(database, blobs, incoming, self.tenants.quota)
+            self.placements = Placements(database)
+            make_private(directory, *_NAMES)
+            reserve.keep()
+            self._files = OpenedFiles([directory, directory / "lock", *database.files, directory / "blobs", incoming])
+            database.guard = self._files.check
             self._held = stack.pop_all()
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="tpeft-keys", daemon=True)
@@ -84,6 +97,11 @@ class State:
         self.keys.see(changes, keys)
         self._changes = changes
 
+    @property
+    def intact(self) -> bool:
+        """Whether the files that it opened are still there, as far as that was noticed."""
+        return self._files.intact
+
     def close(self) -> None:
         """Let another server have the directory; a second time does nothing."""
         self._stop.set()
@@ -91,13 +109,19 @@ class State:
         self._held.close()
 
     def _watch(self) -> None:
-        while not self._stop.wait(_SECONDS):
+        for look in itertools.count(1):
+            if self._stop.wait(_SECONDS):
+                return
             try:
+                self._files.look()
                 self._database.hold(0)
                 self.refresh()
-            except Exception:
+                if look % _SELDOM == 0 and self.intact:
+                    self.keys.write_refused()
+                    self._reserve.keep()
+            except Exception as error:
                 # Keys that were known stay known; a revocation is seen as soon as the database answers again.
-                _log.exception("cannot look for changed keys")
+                _log.error("cannot look for changed keys: %s", error, exc_info=not isinstance(error, ServerError))
 
 
 def open_state(directory: Path, url: str | None = None, *, default: Quota | None = None) -> State:
@@ -108,8 +132,9 @@ def open_state(directory: Path, url: str | None = None, *, default: Quota | None
 def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:
     """Keys alone, beside a server that may be running; close the database when done."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    database = Database(url or sqlite_url(directory / "state.db"))
-    keys = Keys(database, Tenants(database, Quota()))
+    reserve = Reserve(directory)
+    database = _opened(directory, url, reserve)
+    keys = Keys(database, Tenants(database, Quota()), reserve)
     try:
         with database.reading() as connection:
             keys.see(database.changes(connection), keys.read(connection))
@@ -117,6 +142,19 @@ def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:
         database.close()
         raise
     return keys, database
+
+
+def _opened(directory: Path, url: str | None, reserve: Reserve) -> Database:
+    """The database; on a full disk with the room that was kept for revocations, which only it can write."""
+    file = directory / "state.db"
+    if url is None:
+        os.close(private(str(file), os.O_RDWR | os.O_CREAT))  # SQLite would leave the permissions to the umask
+    try:
+        return Database(url or sqlite_url(file))
+    except InsufficientStorage:
+        if not reserve.release():
+            raise
+        return Database(url or sqlite_url(file))
 
 
 def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
@@ -141,21 +179,37 @@ def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
                 fix="Give the state and the database_url that were used together before.",
             )
         own = secrets.randbelow(2**31)
-        replace_text(file, str(own))
+        replace_text(file, str(own), 0o600)
         database.bind(connection, own)
 
 
-def _take(directory: Path) -> int:
+def _take(directory: Path) -> list[int]:
+    """Handles that lock a directory: of a file in it, and of itself, as the file may be removed."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handles: list[int] = []
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handles.append(os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handles.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        _lock_directory(handles[1])
     except OSError as error:
-        os.close(handle)
+        for handle in handles:
+            os.close(handle)
+        if not isinstance(error, BlockingIOError):
+            raise ServerError(f"open the state in {directory}", problem=error.strerror or str(error)) from error
         raise ServerError(
             f"open the state in {directory}",
             expected="a directory that no other server uses",
             got="one in use",
             fix="Stop that server, or give this one another --state.",
         ) from error
-    return handle
+    return handles
+
+
+def _lock_directory(handle: int) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # some networks' file systems lock files only
+        _log.warning("cannot lock the state's directory, only a file in it: %s", error.strerror)

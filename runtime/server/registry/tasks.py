@@ -15,9 +15,9 @@ from tpeft_deploy.errors import Conflict, NotFound, QuotaExceeded
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.runtime.server.access import SHARED
 from tpeft_deploy.runtime.server.quotas import Quota
-from tpeft_deploy.runtime.server.registry import audit, rows
+from tpeft_deploy.runtime.server.registry import audit, placements, rows
 from tpeft_deploy.runtime.server.registry.blobs import Blobs
-from tpeft_deploy.runtime.server.registry.catalog import CURRENT, Catalog, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry.catalog import CURRENT, AliasRecord, Catalog, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.locks import KeyedLocks
 from tpeft_deploy.runtime.server.registry.names import check_alias, check_task, check_tenant
@@ -111,28 +111,50 @@ class Tasks:
                 raise
         return record
 
-    def point(self, tenant: str, name: str, alias: str, version: str, *, by: str) -> TaskRecord:
+    def point(
+        self, tenant: str, name: str, alias: str, version: str, *, by: str, expected: str | None = None
+    ) -> TaskRecord:
         """Let an alias stand for a version, given by number or by another alias.
+
+        Args:
+            tenant: tenant that has the task.
+            name: name of the task.
+            alias: alias that changes.
+            version: number or alias of what it is to stand for.
+            by: id of the key that does it.
+            expected: number of the version that it has to stand for now; None for any.
 
         Raises:
             ProtocolError: a name that is not allowed.
             NotFound: the tenant has no such task or version of its own.
+            Conflict: the alias stands for another version than expected.
         """
         check_task(name)
         check_alias(alias)
         with self._lock:
-            number = self._own(tenant, name).version(version).number
+            own = self._own(tenant, name)
+            number = own.version(version).number
+            _check_expected(own, alias, expected)
             return self._point(tenant, name, alias, number, by, "point")
 
-    def rollback(self, tenant: str, name: str, alias: str, *, by: str) -> TaskRecord:
+    def rollback(self, tenant: str, name: str, alias: str, *, by: str, expected: str | None = None) -> TaskRecord:
         """Let an alias stand again for what it stood for before; a second time undoes that.
+
+        Args:
+            tenant: tenant that has the task.
+            name: name of the task.
+            alias: alias that changes.
+            by: id of the key that does it.
+            expected: number of the version that it has to stand for now; None for any.
 
         Raises:
             NotFound: the tenant has no such task of its own.
-            Conflict: the alias stood for nothing before, or that version was deleted.
+            Conflict: the alias stood for nothing before, that version was deleted, or it stands for another version
+                than expected.
         """
         with self._lock:
             own = self._own(tenant, name)
+            _check_expected(own, alias, expected)
             number = own.previous.get(alias)
             if number is None or number not in own.versions:
                 raise Conflict(
@@ -141,6 +163,17 @@ class Tasks:
                     got="none" if number is None else f"version {number}, which was deleted",
                 )
             return self._point(tenant, name, alias, number, by, "roll back")
+
+    def history(self, tenant: str, name: str, alias: str, limit: int = 100) -> list[AliasRecord]:
+        """What an alias stands for and stood for before, the newest first.
+
+        Raises:
+            NotFound: the tenant has no such task of its own, or the task no such alias.
+        """
+        if alias not in self._own(tenant, name).aliases:
+            raise NotFound(f"find alias {alias[:128]!r} of task {name!r}", problem="there is none of that name")
+        with self._database.reading() as connection:
+            return rows.history(connection, tenant, name, alias, limit)
 
     def remove(self, tenant: str, name: str, *, by: str) -> list[VersionRecord]:
         """Delete a task with all its versions, which are returned; the numbers are never given again.
@@ -152,6 +185,7 @@ class Tasks:
             gone = list(self._own(tenant, name).versions.values())
             with self._changing(tenant, name) as (connection, task):
                 rows.drop_task(connection, task)
+                placements.drop(connection, tenant, name)
                 numbers = sorted(version.number for version in gone)
                 audit.write(connection, by, tenant, "delete", name, versions=numbers)
             self._blobs.free(version.digest for version in gone)
@@ -177,6 +211,7 @@ class Tasks:
                 )
             with self._changing(tenant, name) as (connection, task):
                 rows.drop_version(connection, task, number)
+                placements.drop(connection, tenant, name, str(number))
                 audit.write(connection, by, tenant, "delete version", name, version=number)
             self._blobs.free([record.digest])
             return record
@@ -203,6 +238,7 @@ class Tasks:
                         f"publish task {name!r}", expected="a name that nobody else has", got="one that others know"
                     )
                 rows.move(connection, _id(connection, tenant, name), SHARED)
+                placements.drop(connection, tenant, name)
                 audit.write(connection, by, tenant, "publish", name)
                 published = _found(rows.task(connection, SHARED, name), name)
             announce(published)
@@ -240,7 +276,7 @@ class Tasks:
                 self._check_quota(connection, tenant, record.bytes)
                 if tenant != SHARED:
                     ensure(self._database, connection, tenant)
-                rows.point(connection, rows.add_version(connection, record), alias, record.number)
+                rows.point(connection, rows.add_version(connection, record), alias, record.number, record.by)
                 audit.write(
                     connection, record.by, tenant, "register", name,
                     version=record.number, digest=record.digest, alias=alias,
@@ -250,7 +286,7 @@ class Tasks:
 
     def _point(self, tenant: str, name: str, alias: str, number: int, by: str, action: str) -> TaskRecord:
         with self._changing(tenant, name) as (connection, task):
-            rows.point(connection, task, alias, number)
+            rows.point(connection, task, alias, number, by)
             audit.write(connection, by, tenant, action, name, alias=alias, version=number)
         return self._own(tenant, name)
 
@@ -293,6 +329,17 @@ def _found(task: TaskRecord | None, name: str) -> TaskRecord:
     if task is None:
         raise NotFound(f"find task {name[:128]!r}", problem="there is none of that name that is the tenant's own")
     return task
+
+
+def _check_expected(task: TaskRecord, alias: str, expected: str | None) -> None:
+    present = task.aliases.get(alias)
+    if expected is not None and expected != str(present):
+        raise Conflict(
+            f"change alias {alias[:128]!r} of task {task.name!r}",
+            expected=f"that it stands for version {expected[:20]!r}",
+            got="none" if present is None else f"version {present}",
+            fix="It was changed meanwhile: look at it, and try again.",
+        )
 
 
 def _id(connection: Connection, tenant: str, name: str) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from tpeft_deploy.errors import ProtocolError, Unavailable
 from tpeft_deploy.runtime.server.elements import quoted
@@ -20,7 +22,7 @@ async def live(asked: Asked) -> object:
 
 async def ready(asked: Asked) -> object:
     if not asked.core.ready():
-        raise Unavailable("be ready", problem="the server is starting or draining")
+        raise Unavailable("be ready", problem="the server is starting or draining, or its files are gone")
     return {"ready": True}
 
 
@@ -89,15 +91,24 @@ async def register(asked: Asked) -> object:
 
 
 async def point(asked: Asked) -> object:
-    wanted = await asked.fields(version=(str, int))
+    wanted = await asked.fields(version=(str, int), expected=(str, int))
     if "version" not in wanted:
         raise ProtocolError("read a body", expected="a field 'version'", got="none")
     task, alias = asked.path("task"), asked.path("alias")
-    return await asked.core.point(asked.principal, task, alias, str(wanted["version"]), asked.tenant)
+    return await asked.core.point(asked.principal, task, alias, str(wanted["version"]), asked.tenant, _expected(wanted))
 
 
 async def rollback(asked: Asked) -> object:
-    return await asked.core.rollback(asked.principal, asked.path("task"), asked.path("alias"), asked.tenant)
+    wanted = await asked.fields(expected=(str, int))
+    task, alias = asked.path("task"), asked.path("alias")
+    return await asked.core.rollback(asked.principal, task, alias, asked.tenant, _expected(wanted))
+
+
+async def history(asked: Asked) -> object:
+    limit = asked.number("limit")
+    task, alias = asked.path("task"), asked.path("alias")
+    found = await asked.core.history(asked.principal, task, alias, 100 if limit is None else limit, asked.tenant)
+    return list(found)
 
 
 async def delete(asked: Asked) -> object:
@@ -159,3 +170,7 @@ async def audit(asked: Asked) -> object:
 
 async def metrics(asked: Asked) -> object:
     return await asked.core.metrics(asked.principal)
+
+
+def _expected(wanted: Mapping[str, Any]) -> str | None:
+    return str(wanted["expected"]) if "expected" in wanted else None

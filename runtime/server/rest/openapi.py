@@ -24,6 +24,7 @@ _ERRORS = {
     "501": "a part of the protocol that this server does not speak",
     "503": "overload, or the server starts or drains; Retry-After says when to come again",
     "504": "the request's time was over first",
+    "507": "the server's disk is full; nothing was changed",
 }
 _PARAMETERS = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
 _TENSOR = {

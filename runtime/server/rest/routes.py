@@ -10,12 +10,14 @@ __all__ = ["ROUTES"]
 
 _TENANT = {"tenant": 'whose task is meant; only an admin may name another\'s, or "shared"'}
 _PARAMETERS = {"type": "object", "properties": {"parameters": {"type": "object"}}, "additionalProperties": False}
+_NUMBERED = {"type": ["string", "integer"]}
 _VERSION = {
     "type": "object",
     "required": ["version"],
-    "properties": {"version": {"type": ["string", "integer"]}},
+    "properties": {"version": _NUMBERED, "expected": _NUMBERED},
     "additionalProperties": False,
 }
+_EXPECTED = {"type": "object", "properties": {"expected": _NUMBERED}, "additionalProperties": False}
 _NUMBER = {"type": ["number", "null"]}
 _QUOTA = {
     "type": "object",
@@ -103,6 +105,15 @@ ROUTES: tuple[Route, ...] = (
         handlers.rollback,
         "Undo the last change of an alias",
         _TENANT,
+        _EXPECTED,
+    ),
+    Route(
+        "GET",
+        f"{_TASK}/aliases/{{alias}}/history",
+        Action.READ,
+        handlers.history,
+        "What an alias stood for, the newest first",
+        {**_TENANT, "limit": "how many, 100 unless given, which is the most"},
     ),
     Route("DELETE", _TASK, Action.DEPLOY, handlers.delete, "Delete a task", _TENANT),
     Route("DELETE", f"{_TASK}/versions/{{version}}", Action.DEPLOY, handlers.delete, "Delete a version", _TENANT),
