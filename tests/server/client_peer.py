@@ -170,6 +170,7 @@ def application(peer: Peer) -> Starlette:
             Route("/v2/registry/tasks", document([{"name": "sst2"}])),
             Route("/v2/registry/tasks/{name}/aliases/{alias}", document({"version": "1"}), methods=["PUT"]),
             Route("/v2/registry/tasks/{name}/aliases/{alias}/rollback", document({"version": "1"}), methods=["POST"]),
+            Route("/v2/registry/tasks/{name}/aliases/{alias}/history", document([{"version": 1}])),
             Route("/v2/registry/tasks/{name}/versions", register, methods=["POST"]),
         ]
     )
