@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     """Elements of the inputs of one run, and so of one row; 65,536 of integers, 8,388,608 of others by default."""
     max_body_bytes: ByteSize = _bytes(64 * _MIB)
     """Of a request, after decompression."""
-    max_upload_bytes: ByteSize = _bytes(_GIB)
+    max_upload_bytes: ByteSize = _bytes(512 * _MIB)
     """Of an uploaded adapter."""
     upload_readers: int = Field(default=2, ge=1)
     """Processes that read uploads, one upload each at a time."""
