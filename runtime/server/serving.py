@@ -25,8 +25,8 @@ from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.observed import Observed
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest.app import application
-from tpeft_deploy.runtime.server.rest.connection import Connection
 from tpeft_deploy.runtime.server.rest.limits import Limits as RestLimits
+from tpeft_deploy.runtime.server.rest.listener import HttpServer
 from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
@@ -167,19 +167,17 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
     )
     config = uvicorn.Config(
         application(service, limits, observe, intake),
-        http=Connection,
         ws="none",  # else a library for it answers before keys are looked at, wherever one is installed
         lifespan="off",
         proxy_headers=False,  # nothing here asks where a request comes from
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=20,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
-    return _Server(config)
+    return HttpServer(config, settings.patience)
 
 
 def _check_certificate(settings: Settings) -> None:
@@ -205,13 +203,6 @@ def _check_certificate(settings: Settings) -> None:
         raise ServerError(doing, problem=f"they are not each other's, or no PEM: {reason}") from None
     except OSError as error:
         raise ServerError(f"read {error.filename}", problem=error.strerror or str(error)) from None
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone: this module has its own order of stopping."""
-        yield
 
 
 def _grpc(

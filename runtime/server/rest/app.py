@@ -107,7 +107,8 @@ class Application:
         if route.upload and exchanged.headers.get(b"content-encoding", b"identity") not in {b"identity", b""}:
             raise Unsupported("read an upload", expected="no Content-Encoding", got="one")
         request = Request({**scope, "path_params": parameters}, receive)
-        with Asked(self._core, self._limits, request, principal, self._intake) as asked:
+        asked = Asked(self._core, self._limits, request, principal, self._intake)
+        with self._intake.requests.one(principal.key), asked:
             return await route.handler(asked)
 
     def _find(self, scope: Scope, inference: bool) -> tuple[Route | ServerError, dict[str, str]]:

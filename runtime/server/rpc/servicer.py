@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from tpeft_deploy.runtime.server.rpc.streaming import in_order
 from tpeft_deploy.runtime.server.rpc.wire import parse, split_raw
 from tpeft_deploy.runtime.server.statuses import Status, status_of
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.v2.offload import PIECE
 
@@ -94,7 +96,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     async def _unary(self, method: Method, call: Call, account: Account, _: Any, context: Any) -> None:
         call.timeout = context.time_remaining()
         try:
-            with call.hold:
+            with _one(call.caller, self._intake.requests), call.hold:
                 answer = await self._answered(method, call, account, context)
                 account.bytes_out = len(answer)
                 await context.write(answer)
@@ -204,6 +206,10 @@ def _allowed(path: str, method: Method | None, caller: Principal | None) -> Meth
     if caller is not None:
         allow(caller, method.action)
     return method
+
+
+def _one(caller: Principal | None, among: Concurrency) -> AbstractContextManager[None]:
+    return nullcontext() if caller is None else among.one(caller.key)
 
 
 def _texts(metadata: Sequence[tuple[str, str | bytes]]) -> Mapping[str, str]:
