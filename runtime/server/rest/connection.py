@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any
@@ -17,6 +18,8 @@ _BYTES = 1 << 16  # beyond the read that a head, an extension of a chunk, or tra
 _FIELDS = 128  # headers of a request and its trailers
 _LEAST = 1 << 16  # bytes of a body or an answer within `stall_seconds`
 _HEALTH = b"/v2/health/"
+# Of two of them each reader may take another.
+_ONCE = {b"host", b"transfer-encoding", b"content-type", b"content-encoding", b"inference-header-content-length"}
 
 
 class _Phase(Enum):
@@ -85,6 +88,10 @@ class Connection(HttpToolsProtocol):
         """Answer the request that a head is of."""
         if len(self.headers) > _FIELDS:
             raise OverflowError  # which ends the reading
+        problem = _problem(self.parser.get_http_version(), self.headers)
+        if problem is not None:
+            self._refuse(HTTPStatus.BAD_REQUEST, f"read a request: {problem}")
+            raise OverflowError
         self._beyond = 0
         self._requests += 1
         self._in_body = True
@@ -92,6 +99,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "there is no room for a connection", "retry-after: 1\r\n")
             raise OverflowError
         super().on_headers_complete()
+        self.headers = [*self.headers]  # trailers are counted here, and are not among the request's own
         if self._seat.spare:
             self.cycle.keep_alive = False
 
@@ -192,3 +200,20 @@ class Connection(HttpToolsProtocol):
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n{more}"
         self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
+
+
+def _problem(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+    """What a proxy may read in another way than this server, and the parser takes."""
+    names = [name for name, _ in headers]
+    if version not in {"1.1", "1.0"}:
+        return "expected HTTP 1.0 or 1.1"
+    if b"host" not in names and version == "1.1":
+        return "it has no Host"
+    if b"transfer-encoding" in names and (
+        version == "1.0" or dict(headers)[b"transfer-encoding"].lower() != b"chunked"
+    ):
+        return "expected no Transfer-Encoding but chunked, of HTTP 1.1"
+    if len(set(names)) < len(names):
+        twice = next((name for name in names if name in _ONCE and names.count(name) > 1), None)
+        return None if twice is None else f"it has two headers {twice.decode()}"
+    return None
