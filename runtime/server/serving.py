@@ -210,7 +210,12 @@ def _grpc(
 ) -> RpcServer | None:
     if settings.grpc_port is None:
         return None
-    limits = RpcLimits(elements=settings.max_elements, message_bytes=settings.max_body_bytes)
+    limits = RpcLimits(
+        elements=settings.max_elements,
+        message_bytes=settings.max_body_bytes,
+        connections=settings.patience.connections,
+        handshake_seconds=settings.head_timeout,
+    )
     tls = None
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = Tls(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes())

@@ -12,6 +12,10 @@ from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 
 __all__ = ["RpcServer", "Tls"]
 
+_AGE_MS = 3_600_000  # then clients open another connection for their next call, which load balancers spread
+_PING_MS = 60_000  # a client that does not answer within two of them is gone, and so are its streams
+_METADATA_BYTES = 16 << 10
+
 
 @dataclass(frozen=True)
 class Tls:
@@ -48,6 +52,15 @@ class RpcServer:
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # else a second server on the port takes half of the calls
+            ("grpc.max_allowed_incoming_connections", limits.connections),
+            ("grpc.max_concurrent_streams", limits.calls),
+            ("grpc.server_handshake_timeout_ms", max(1, round(1000 * limits.handshake_seconds))),
+            ("grpc.max_connection_idle_ms", max(1, round(1000 * limits.idle_seconds))),
+            ("grpc.max_connection_age_ms", _AGE_MS),
+            ("grpc.keepalive_time_ms", _PING_MS),
+            ("grpc.keepalive_timeout_ms", _PING_MS),
+            ("grpc.max_metadata_size", _METADATA_BYTES),
+            ("grpc.absolute_max_metadata_size", _METADATA_BYTES),
         ]
         self._server = grpc.aio.server(handlers=(servicer,), options=options)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

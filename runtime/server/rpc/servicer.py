@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from tpeft_deploy.errors import ProtocolError, ServerError, Unauthenticated, Unsupported
+from tpeft_deploy.errors import ProtocolError, QuotaExceeded, ServerError, Unauthenticated, Unsupported
 from tpeft_deploy.runtime.server.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
@@ -77,7 +77,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         hold = self._intake.memory.hold(account.tenant)
         call = Call(self._core, self._limits, account.caller, metadata, hold, self._intake.offload)
         if method.stream:
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, name, method, call))
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, method, call, account))
         return grpc.stream_stream_rpc_method_handler(functools.partial(self._unary, method, call, account))
 
     def _caller(self, method: Method | None, metadata: Sequence[tuple[str, str | bytes]]) -> Principal | None:
@@ -117,7 +117,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     async def _answered(self, method: Method, call: Call, account: Account, context: Any) -> bytes:
         if method.action is Action.INFER:
             self._core.admit(call.principal)
-        data = await read_message(context, call.hold, self._limits, self._limits.read_seconds)
+        data = await read_message(context, call.hold, self._limits, self._limits.read_seconds, lent=call.caller is None)
         if data is None:
             raise ProtocolError("request", expected="a message", got="none")
         account.bytes_in = len(data)
@@ -126,7 +126,18 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         account.asked(request)
         return _bytes_of(await method.answer(call, request))
 
-    async def _stream(self, name: str, method: Method, call: Call, _: Any, context: Any) -> None:
+    async def _stream(self, method: Method, call: Call, account: Account, _: Any, context: Any) -> None:
+        try:
+            with _one(call.caller, self._intake.streams):
+                status = await self._answer_stream(method, call, account.method, context)
+        except QuotaExceeded as error:
+            await self._refuse(_status(error), account, None, context)
+        else:
+            if status is not None:
+                await _abort(context, status)
+
+    async def _answer_stream(self, method: Method, call: Call, name: str, context: Any) -> Status | None:
+        """Answer a stream to its end; return what ends it earlier."""
         refused: list[Status] = []
         held: set[Hold] = set()  # of messages that are not answered yet
 
@@ -134,7 +145,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             hold = self._intake.memory.hold(call.hold.tenant)
             held.add(hold)
             try:
-                data = await read_message(context, hold, self._limits, None)
+                data = await read_message(context, hold, self._limits, None, lent=True)
             except ServerError as error:
                 refused.append(_status(error))
                 return None
@@ -155,8 +166,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         finally:
             for hold in held:
                 hold.close()
-        if refused:
-            await _abort(context, refused.pop())
+        return refused.pop() if refused else None
 
     async def _one_of_stream(self, method: Method, call: Call, account: Account, data: bytes) -> bytes:
         request = None
@@ -165,9 +175,10 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             call.caller = account.caller = self._core.authenticate(call.metadata.get("authorization"))
             allow(call.caller, method.action)
             self._core.admit(call.caller)
-            request = await self._parsed(method, call, data)
-            account.asked(request)
-            answer = _bytes_of(await method.answer(call, request))
+            with _one(call.caller, self._intake.requests):
+                request = await self._parsed(method, call, data)
+                account.asked(request)
+                answer = _bytes_of(await method.answer(call, request))
         except asyncio.CancelledError:
             account.status = _GONE
             self._tell(account)
