@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -26,10 +27,14 @@ class HttpServer(uvicorn.Server):
     Args:
         config: of uvicorn.
         patience: limits on connections.
+
+    Attributes:
+        tls: of connections that come; None for plain text.
     """
 
     def __init__(self, config: uvicorn.Config, patience: Patience) -> None:
         super().__init__(config)
+        self.tls: ssl.SSLContext | None = None
         self.seats = Seats(patience)
 
     @contextmanager
@@ -104,11 +109,11 @@ class _Listener:
                 server.seats, seat, config=server.config, server_state=server.server_state, app_state={}, _loop=loop
             )
 
-        ssl = server.config.ssl
+        tls = server.tls
         try:
             async with asyncio.timeout(seconds):
                 await loop.connect_accepted_socket(
-                    made, connection, ssl=ssl, ssl_handshake_timeout=seconds if ssl else None
+                    made, connection, ssl=tls, ssl_handshake_timeout=seconds if tls else None
                 )
         except (OSError, TimeoutError):  # no TLS, or one that took too long, or left
             server.seats.leave(seat)

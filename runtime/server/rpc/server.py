@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -68,7 +69,8 @@ class RpcServer:
             if tls is None:
                 self.port: int = self._server.add_insecure_port(address)
             else:
-                credentials = grpc.ssl_server_credentials([(tls.key, tls.certificate)])
+                self._tls = tls
+                credentials = grpc.dynamic_ssl_server_credentials(_shown(tls), self._shown_now)
                 self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError:  # whose text says no more
             raise Conflict(
@@ -77,6 +79,13 @@ class RpcServer:
                 fix="Take another port, or look at the certificate and its key.",
             ) from None
 
+    def renew(self, tls: Tls) -> None:
+        """Show something else to clients that connect from now on."""
+        self._tls = tls
+
+    def _shown_now(self) -> Any:
+        return _shown(self._tls)
+
     async def start(self) -> None:
         """Take calls from now on."""
         await self._server.start()
@@ -84,3 +93,7 @@ class RpcServer:
     async def stop(self, grace: float) -> None:
         """Take no more calls, and end those that still run after `grace` seconds."""
         await self._server.stop(grace)
+
+
+def _shown(tls: Tls) -> Any:
+    return grpc.ssl_server_certificate_configuration([(tls.key, tls.certificate)])

@@ -23,6 +23,7 @@ from uvicorn.server import ServerState
 from tests.server.processes import COMMAND, ROOT
 from tpeft_deploy import Bundle
 from tpeft_deploy.errors import QuotaExceeded
+from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.rest.connection import Connection
 from tpeft_deploy.runtime.server.rest.listener import HttpServer
 from tpeft_deploy.runtime.server.rest.seats import SPARE, Patience, Seat, Seats
@@ -370,9 +371,9 @@ def test_a_handshake_has_its_time_and_its_seat_is_given_back(certificate: Path) 
         async def app(scope: Any, receive: Any, send: Any) -> None:
             raise AssertionError("nothing was asked")
 
-        files = {"ssl_certfile": certificate / "cert.pem", "ssl_keyfile": certificate / "key.pem"}
-        config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, **files)  # type: ignore[arg-type]
+        config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None)
         server = HttpServer(config, Patience(head_seconds=0.05))
+        server.tls = Certificates(certificate / "cert.pem", certificate / "key.pem").context
         with socket.create_server(("127.0.0.1", 0)) as listener:
             serving = asyncio.create_task(server.serve([listener]))
             silent = await asyncio.open_connection(*listener.getsockname())
