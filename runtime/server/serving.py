@@ -149,7 +149,8 @@ async def _run(
     say(f"serving on {scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}")
     if grpc is not None:
         say(f"serving gRPC on {_shown(settings.host)}:{grpc.port}")
-    sweeping = asyncio.gather(service.sweep(_SWEEP_SECONDS), _renewing(certificates, http, grpc))
+    sweeping = asyncio.create_task(service.sweep(_SWEEP_SECONDS))
+    renewing = asyncio.create_task(_renewing(certificates, http, grpc))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
     service.drain()
@@ -159,8 +160,8 @@ async def _run(
     service.refuse()
     http.should_exit = True
     await asyncio.gather(serving, *([grpc.stop(settings.drain_seconds)] if grpc is not None else []))
-    sweeping.cancel()
-    stopping.cancel()
+    for task in (sweeping, renewing, stopping):
+        task.cancel()
 
 
 async def _renewing(certificates: Certificates | None, http: HttpServer, grpc: RpcServer | None) -> None:

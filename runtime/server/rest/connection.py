@@ -204,16 +204,15 @@ class Connection(HttpToolsProtocol):
 
 def _problem(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
     """What a proxy may read in another way than this server, and the parser takes."""
-    names = [name for name, _ in headers]
+    fields = dict(headers)
     if version not in {"1.1", "1.0"}:
         return "expected HTTP 1.0 or 1.1"
-    if b"host" not in names and version == "1.1":
+    if b"host" not in fields and version == "1.1":
         return "it has no Host"
-    if b"transfer-encoding" in names and (
-        version == "1.0" or dict(headers)[b"transfer-encoding"].lower() != b"chunked"
-    ):
+    if b"transfer-encoding" in fields and (version == "1.0" or fields[b"transfer-encoding"].lower() != b"chunked"):
         return "expected no Transfer-Encoding but chunked, of HTTP 1.1"
-    if len(set(names)) < len(names):
-        twice = next((name for name in names if name in _ONCE and names.count(name) > 1), None)
+    if len(fields) < len(headers):
+        names = [name for name, _ in headers]
+        twice = next((name for name in _ONCE if names.count(name) > 1), None)
         return None if twice is None else f"it has two headers {twice.decode()}"
     return None
