@@ -6,9 +6,8 @@ import asyncio
 import logging
 import signal
 import socket
-import ssl
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,15 @@ from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.providers import choose
 from tpeft_deploy.runtime.server.access_log import AccessLog
+from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.observed import Observed
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest.app import application
-from tpeft_deploy.runtime.server.rest.connection import Connection
 from tpeft_deploy.runtime.server.rest.limits import Limits as RestLimits
+from tpeft_deploy.runtime.server.rest.listener import HttpServer
 from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
@@ -39,6 +39,7 @@ __all__ = ["serve"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 _SWEEP_SECONDS = 300.0
+_RENEW_SECONDS = 5.0
 
 
 def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
@@ -52,7 +53,9 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
     Raises:
         BundleError, ProviderUnavailable, ServerError, Conflict: it cannot start.
     """
-    _check_certificate(settings)
+    certificates = None
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        certificates = Certificates(settings.tls_cert, settings.tls_key)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with _listening(settings.host, settings.port) as listener, ExitStack() as stack:
         service, metrics, runtime = _open(bundle, settings, stack)
@@ -72,7 +75,7 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
                 "Give --tls-cert and --tls-key, or let nothing but a proxy with TLS reach this port."
             )
         with asyncio.Runner(loop_factory=_loop()) as runner:
-            runner.run(_run(service, settings, listener, observe, say))
+            runner.run(_run(service, settings, listener, observe, say, certificates))
     say("stopped")
 
 
@@ -129,10 +132,13 @@ async def _run(
     listener: socket.socket,
     observe: Callable[[Exchange], None],
     say: Callable[[str], None],
+    certificates: Certificates | None,
 ) -> None:
     intake = settings.intake
     http = _http(service, settings, observe, intake)
-    grpc = _grpc(service, settings, observe, intake)
+    grpc = _grpc(service, settings, observe, intake, certificates)
+    if certificates is not None:
+        http.tls = certificates.context
     stop = asyncio.Event()
     _on_signals(stop)
     serving = asyncio.create_task(http.serve([listener]))
@@ -147,6 +153,7 @@ async def _run(
     if grpc is not None:
         say(f"serving gRPC on {_shown(settings.host)}:{grpc.port}")
     sweeping = asyncio.create_task(service.sweep(_SWEEP_SECONDS))
+    renewing = asyncio.create_task(_renewing(certificates, http, grpc))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
     service.drain()
@@ -156,11 +163,28 @@ async def _run(
     service.refuse()
     http.should_exit = True
     await asyncio.gather(serving, *([grpc.stop(settings.drain_seconds)] if grpc is not None else []))
-    sweeping.cancel()
-    stopping.cancel()
+    for task in (sweeping, renewing, stopping):
+        task.cancel()
 
 
-def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake) -> uvicorn.Server:
+async def _renewing(certificates: Certificates | None, http: HttpServer, grpc: RpcServer | None) -> None:
+    """Give new connections the certificate that its files have, each few seconds and on SIGHUP."""
+    if certificates is None:
+        return
+    asked = asyncio.Event()
+    if hasattr(signal, "SIGHUP"):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+    while True:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), _RENEW_SECONDS)
+        asked.clear()
+        if await asyncio.to_thread(certificates.renew):
+            http.tls = certificates.context
+            if grpc is not None:
+                grpc.renew(Tls(*certificates.pem))
+
+
+def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake) -> HttpServer:
     limits = RestLimits(
         elements=settings.max_elements,
         body_bytes=min(settings.max_body_bytes, service.largest_body or settings.max_body_bytes),
@@ -170,62 +194,33 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
     )
     config = uvicorn.Config(
         application(service, limits, observe, intake),
-        http=Connection,
         ws="none",  # else a library for it answers before keys are looked at, wherever one is installed
         lifespan="off",
         proxy_headers=False,  # nothing here asks where a request comes from
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=20,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
     )
-    return _Server(config)
-
-
-def _check_certificate(settings: Settings) -> None:
-    """Refuse a certificate and a key that could not be shown to clients.
-
-    Raises:
-        ServerError: one of them cannot be read, or they are not each other's.
-    """
-    if settings.tls_cert is None or settings.tls_key is None:
-        return
-    doing = f"use certificate {settings.tls_cert} and key {settings.tls_key}"
-
-    def password() -> str:  # else OpenSSL would ask for it on the terminal
-        raise ServerError(doing, expected="a key that is not encrypted", got="an encrypted one")
-
-    try:
-        for file in (settings.tls_cert, settings.tls_key):
-            file.read_bytes()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password)
-    except ssl.SSLError as error:
-        reason = (error.reason or str(error)).replace("_", " ").lower()
-        raise ServerError(doing, problem=f"they are not each other's, or no PEM: {reason}") from None
-    except OSError as error:
-        raise ServerError(f"read {error.filename}", problem=error.strerror or str(error)) from None
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone: this module has its own order of stopping."""
-        yield
+    return HttpServer(config, settings.patience)
 
 
 def _grpc(
-    service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake
+    service: Service,
+    settings: Settings,
+    observe: Callable[[Exchange], None],
+    intake: Intake,
+    certificates: Certificates | None,
 ) -> RpcServer | None:
     if settings.grpc_port is None:
         return None
-    limits = RpcLimits(elements=settings.max_elements, message_bytes=settings.max_body_bytes)
-    tls = None
-    if settings.tls_cert is not None and settings.tls_key is not None:
-        tls = Tls(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes())
+    limits = RpcLimits(
+        elements=settings.max_elements,
+        message_bytes=settings.max_body_bytes,
+        connections=settings.patience.connections,
+        handshake_seconds=settings.head_timeout,
+    )
+    tls = None if certificates is None else Tls(*certificates.pem)
     servicer = Servicer(service, limits, observe, intake)
     return RpcServer(servicer, limits, host=settings.host, port=settings.grpc_port, tls=tls)
 

@@ -16,7 +16,9 @@ from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching import Limits as Batching
 from tpeft_deploy.runtime.server.isolation.limits import Limits as Reading
 from tpeft_deploy.runtime.server.quotas import Quota
+from tpeft_deploy.runtime.server.rest.seats import Patience, affordable
 from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget, budget_of_bodies
+from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 
 __all__ = ["Settings", "is_loopback", "read"]
@@ -116,6 +118,20 @@ class Settings(BaseSettings):
     """Unfinished uploads on disk; 4 times max_upload_bytes by default."""
     max_staging_bytes_per_tenant: ByteSize | None = None
     """What a tenant may have of them; half by default."""
+    max_connections: int | None = Field(default=None, ge=1)
+    """Open connections over HTTP, and as many over gRPC; what open files allow, at most 1000, by default."""
+    max_connections_per_address: int = Field(default=256, ge=0)
+    """Open connections over HTTP of one client address; 0 is no limit, as it has to be behind a proxy."""
+    max_requests_per_key: int = Field(default=256, ge=1)
+    """Requests of one key that are not answered yet."""
+    max_streams_per_key: int = Field(default=64, ge=1)
+    """Open streams over gRPC of one key."""
+    head_timeout: Seconds = 10.0
+    """How long the head of a request may take, from its first byte or the connection's start; also a TLS handshake."""
+    stall_timeout: Seconds = 10.0
+    """How long 64 KiB of a body may take to come, or 64 KiB of an answer to be read."""
+    idle_timeout: Seconds = 20.0
+    """How long a connection may wait for its next request."""
     max_elements: int = Field(default=1 << 26, ge=1)
     """Of a tensor."""
     requests_per_s: float | None = None
@@ -207,7 +223,23 @@ class Settings(BaseSettings):
         """Budgets and threads of a server."""
         memory = budget_of_bodies(self.max_body_bytes, self.max_inflight_bytes, self.max_inflight_bytes_per_tenant)
         staging = self.max_staging_bytes or 4 * self.max_upload_bytes
-        return Intake(memory, ByteBudget(staging, self.max_staging_bytes_per_tenant, "bytes of unfinished uploads"))
+        return Intake(
+            memory,
+            ByteBudget(staging, self.max_staging_bytes_per_tenant, "bytes of unfinished uploads"),
+            requests=Concurrency(self.max_requests_per_key),
+            streams=Concurrency(self.max_streams_per_key, "streams"),
+        )
+
+    @property
+    def patience(self) -> Patience:
+        """Limits of connections over HTTP."""
+        return Patience(
+            connections=self.max_connections or affordable(1 if self.grpc_port is None else 2),
+            per_address=self.max_connections_per_address,
+            head_seconds=self.head_timeout,
+            stall_seconds=self.stall_timeout,
+            idle_seconds=self.idle_timeout,
+        )
 
     def batching(self, device: str, *, tokens: bool = False) -> Batching:
         """Limits of batching on a device.

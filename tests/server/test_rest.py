@@ -173,7 +173,7 @@ def test_no_route_is_open_to_those_it_is_not_for(live: Live, method: str, path: 
         ("GET", "/v2/models/mood/infer", 405),
         ("DELETE", "/v2", 405),
         ("POST", "/v2/models/none/infer", 404),
-        ("POST", "/v2/models/..%2f..%2fetc/infer", 404),
+        ("POST", "/v2/models/..%2f..%2fetc/infer", 400),
         ("POST", "/v2/models/%00/infer", 404),
         ("GET", "/v2/models/mood/versions/9", 404),
         ("GET", "/v2/systemsharedmemory/status", 404),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -15,8 +16,10 @@ import pytest
 
 from tests.server.conftest import PIXELS
 from tests.server.processes import command, grpc_address, server
+from tests.waiting import wait_until
 from tpeft_deploy import Bundle, Client, Runtime
 from tpeft_deploy.errors import ServerError, Unavailable
+from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.serving import serve
@@ -52,6 +55,83 @@ def test_clients_that_trust_the_certificate_and_no_others(
             assert pb.ServerReadyResponse.FromString(channel.unary_unary(path)(b"", timeout=100)).ready
         with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError):
             channel.unary_unary(path)(b"", timeout=100)
+
+
+def renewed(certificate: Path, folder: Path) -> bytes:
+    """Another certificate for the same names, in the place of the one in a folder."""
+    request = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
+    subprocess.run([*request.split(), *names], cwd=folder, check=True, capture_output=True, timeout=120)
+    found = (folder / "cert.pem").read_bytes()
+    assert found != (certificate / "cert.pem").read_bytes()
+    return found
+
+
+def is_live(url: str, address: str, cert: bytes, folder: Path) -> tuple[bool, bool]:
+    """Whether a new client that trusts a certificate is answered, over HTTP and over gRPC."""
+    (folder / "trusted.pem").write_bytes(cert)
+    trusting = ssl.create_default_context(cafile=str(folder / "trusted.pem"))
+    try:
+        http = httpx.get(f"{url}/v2/health/live", verify=trusting, timeout=100).is_success
+    except httpx.ConnectError:
+        http = False
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.secure_channel(address, grpc.ssl_channel_credentials(cert), options) as channel:
+        try:
+            channel.unary_unary(f"/{SERVICE}/ServerLive")(b"", timeout=100)
+        except grpc.RpcError:
+            return http, False
+    return http, True
+
+
+def test_another_certificate_is_shown_without_a_restart(conv_bundle: Bundle, certificate: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tls"
+    shutil.copytree(certificate, folder)
+    first = (folder / "cert.pem").read_bytes()
+    files = ["--tls-cert", folder / "cert.pem", "--tls-key", folder / "key.pem", "--log-level", "info"]
+    ports = ["--port", 0, "--grpc-port", 0, "--no-auth", "--threads", 1]
+    with server(conv_bundle.path, "--state", tmp_path / "state", *ports, *files) as (process, url):
+        address = grpc_address(process)
+        assert process.stderr is not None
+        old = httpx.Client(verify=ssl.create_default_context(cafile=str(certificate / "cert.pem")), timeout=100)
+        with old:
+            assert old.get(f"{url}/v2/health/live").is_success
+            assert is_live(url, address, first, tmp_path) == (True, True)
+            (folder / "key.pem").write_text("no key")
+            process.send_signal(signal.SIGHUP)
+            assert any("the present certificate stays" in line for line in process.stderr)
+            assert is_live(url, address, first, tmp_path) == (True, True)
+            second = renewed(certificate, folder)
+            process.send_signal(signal.SIGHUP)
+            assert any("new connections get the certificate" in line for line in process.stderr)
+            wait_until(lambda: is_live(url, address, second, tmp_path) == (True, True), "the other certificate")
+            assert is_live(url, address, first, tmp_path) == (False, False)
+            assert old.get(f"{url}/v2/health/live").is_success
+
+
+def test_files_are_read_again_when_they_change(certificate: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tls"
+    shutil.copytree(certificate, folder)
+    own = Certificates(folder / "cert.pem", folder / "key.pem")
+    shown = own.pem
+    assert not own.renew()
+    for spoil, _ in SPOILT.values():
+        copy = tmp_path / "spoilt"
+        shutil.copytree(certificate, copy)
+        spoilt = Certificates(copy / "cert.pem", copy / "key.pem")
+        spoil(copy)
+        assert not spoilt.renew()
+        assert spoilt.pem == shown
+        shutil.rmtree(copy)
+        shutil.copytree(certificate, copy)
+        assert spoilt.renew()
+        shutil.rmtree(copy)
+    context = own.context
+    renewed(certificate, folder)
+    assert own.renew()
+    assert own.pem != shown
+    assert own.context is not context
+    assert not own.renew()
 
 
 def other_key(folder: Path) -> None:

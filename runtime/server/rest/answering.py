@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from tpeft_deploy.errors import Unauthenticated
 from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.statuses import MethodNotAllowed, status_of
 
@@ -32,17 +33,25 @@ class Exchanged(Exchange):
         headers: of the request, names in lower case.
     """
 
-    __slots__ = ("_id", "headers", "started")
+    __slots__ = ("_has_two", "_id", "headers", "started")
 
     def __init__(self, method: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
         super().__init__("http", method)
         self.headers: Mapping[bytes, bytes] = dict(headers)
+        twice = len(self.headers) < len(headers)
+        self._has_two = twice and sum(name == b"authorization" for name, _ in headers) > 1
         self.started = False
         self._id = _request_id(self.headers.get(b"x-request-id"))
 
     @property
     def authorization(self) -> str | None:
-        """The header of that name."""
+        """The header of that name.
+
+        Raises:
+            Unauthenticated: there are two.
+        """
+        if self._has_two:
+            raise Unauthenticated("authenticate", expected="one header Authorization", got="two")
         found = self.headers.get(b"authorization")
         return None if found is None else found.decode("latin-1")
 

@@ -6,12 +6,13 @@ import asyncio
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import quote, unquote
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import compile_path
 
-from tpeft_deploy.errors import NotFound, ServerError, Unavailable, Unsupported
+from tpeft_deploy.errors import NotFound, ProtocolError, ServerError, Unavailable, Unsupported
 from tpeft_deploy.runtime.server.access import Action, allow
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.exchange import Exchange
@@ -63,7 +64,7 @@ class Application:
             return
         exchanged = Exchanged(scope["method"], scope["headers"])
         try:
-            asked = model_of(scope["path"])
+            asked = _asked(scope)
             if asked is not None and scope["method"] == "POST":
                 exchanged.route = _INFER[bool(asked[1])]
                 await self._infer(*asked, exchanged, receive, send)
@@ -106,19 +107,25 @@ class Application:
         if route.upload and exchanged.headers.get(b"content-encoding", b"identity") not in {b"identity", b""}:
             raise Unsupported("read an upload", expected="no Content-Encoding", got="one")
         request = Request({**scope, "path_params": parameters}, receive)
-        with Asked(self._core, self._limits, request, principal, self._intake) as asked:
+        asked = Asked(self._core, self._limits, request, principal, self._intake)
+        with self._intake.requests.one(principal.key), asked:
             return await route.handler(asked)
 
     def _find(self, scope: Scope, inference: bool) -> tuple[Route | ServerError, dict[str, str]]:
         methods = {"POST"} if inference else set[str]()
+        path = _raw(scope)
         for pattern, route in self._table:
-            match = pattern.match(scope["path"])
-            if match is not None:
+            match = pattern.match(path)
+            names = None if match is None else _unquoted(match.groupdict())
+            if names is not None:
                 if route.method == scope["method"]:
-                    return route, match.groupdict()
+                    return route, names
                 methods.add(route.method)
         if methods:
             return MethodNotAllowed(scope["method"], methods), {}
+        if "%" in path:
+            wanted = "a route, in which only names are percent-encoded, and without '/', '.' and '..'"
+            return ProtocolError("answer a request", expected=wanted, got="another path"), {}
         return NotFound("answer a request", problem="there is no such route", fix="GET /openapi.json lists them."), {}
 
 
@@ -130,6 +137,28 @@ def application(
 ) -> Application:
     """See `Application`."""
     return Application(core, limits or Limits(), observe, intake)
+
+
+def _raw(scope: Scope) -> str:
+    """The path as it came: proxies look at that, and what is decoded may have other parts."""
+    raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
+    return raw.decode("latin-1")
+
+
+def _asked(scope: Scope) -> tuple[str, str] | None:
+    """Model and version of the path of inference; None for other paths."""
+    path = _raw(scope)
+    asked = model_of(path)
+    if asked is None or "%" not in path:
+        return asked
+    names = _unquoted({"model": asked[0], "version": asked[1]})
+    return None if names is None else (names["model"], names["version"])
+
+
+def _unquoted(names: dict[str, str]) -> dict[str, str] | None:
+    """Names in a path without percent-encoding; None where one would be a path."""
+    found = {part: unquote(name) if "%" in name else name for part, name in names.items()}
+    return None if any("/" in name or name in {".", ".."} for name in found.values()) else found
 
 
 def _answer(document: object) -> tuple[int, list[tuple[bytes, bytes]], Sequence[bytes]]:

@@ -73,7 +73,7 @@ class Inferring:
             exchanged.caller = principal = self._core.authenticate(exchanged.authorization)
             exchanged.task = model
             self._core.admit(principal)
-            with self._intake.memory.hold(principal.tenant) as hold:
+            with self._intake.requests.one(principal.key), self._intake.memory.hold(principal.tenant) as hold:
                 framed = await self._framed(model, version, exchanged, receive, hold)
                 response = await self._watch.unless_left(self._core.infer(principal, framed.request), receive)
                 own, parts = await self._encoded(response, framed, exchanged.headers, hold)

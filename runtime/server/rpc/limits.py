@@ -19,6 +19,10 @@ class Limits(Bounds):
             bytes counts as sixteen.
         read_seconds: time that reading the message of a call may take.
         in_flight: requests of one stream that are read but not yet answered.
+        connections: open at once.
+        calls: open at once on one connection; the client waits when there are more.
+        handshake_seconds: time that a new connection may take until it speaks HTTP/2.
+        idle_seconds: time that a connection without calls stays open.
     """
 
     message_bytes: int = 64 << 20
@@ -26,3 +30,7 @@ class Limits(Bounds):
     typed_elements: int = 1 << 20
     read_seconds: float = 60.0
     in_flight: int = 32
+    connections: int = 1000
+    calls: int = 256
+    handshake_seconds: float = 10.0
+    idle_seconds: float = 60.0

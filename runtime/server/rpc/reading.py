@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from tpeft_deploy.errors import DeadlineExceeded, ServerError
+from tpeft_deploy.errors import DeadlineExceeded, ServerError, Unavailable
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
 
@@ -15,10 +15,13 @@ __all__ = ["FIRST", "read_message"]
 
 FIRST = 1 << 16
 """Bytes that are reserved for a message of which nothing is known."""
+_IDLE = "none came, and others needed the room that was kept for it"
 _AT_ONCE = 0.05  # seconds: what comes within these is little, for all calls together, as the network is no faster
 
 
-async def read_message(context: Any, hold: Hold, limits: Limits, seconds: float | None) -> bytes | None:
+async def read_message(
+    context: Any, hold: Hold, limits: Limits, seconds: float | None, *, lent: bool = False
+) -> bytes | None:
     """The next message of a call; None: there is none.
 
     Nobody says how large a message is before it is whole.  One that is not there at once counts as the largest until
@@ -29,22 +32,30 @@ async def read_message(context: Any, hold: Hold, limits: Limits, seconds: float 
         hold: takes the room.
         limits: on messages.
         seconds: that it may take; None: any.
+        lent: whether others may have the room while none comes, which ends the call.
 
     Raises:
-        QuotaExceeded, Unavailable: there is no room.
+        QuotaExceeded, Unavailable: there is no room, or others have it.
         DeadlineExceeded: it took too long.
     """
     if hold.size < FIRST:
         hold.resize(FIRST)
+    doing = "read a message"
     loop = asyncio.get_running_loop()
     refused: list[ServerError] = []
+
+    def refuse(error: ServerError) -> None:
+        refused.append(error)
+        scope.reschedule(loop.time())
 
     def reserve() -> None:
         try:
             hold.resize(max(hold.size, limits.message_bytes))
         except ServerError as error:
-            refused.append(error)
-            scope.reschedule(loop.time())
+            refuse(error)
+        else:
+            if lent:
+                hold.lend(lambda: refuse(Unavailable(doing, problem=_IDLE, fix="Open another.")))
 
     timer = loop.call_later(_AT_ONCE, reserve)
     try:
@@ -53,9 +64,10 @@ async def read_message(context: Any, hold: Hold, limits: Limits, seconds: float 
     except TimeoutError:
         if refused:
             raise refused.pop() from None
-        raise DeadlineExceeded("read a message", expected=f"all of it within {seconds:g} s", got="less") from None
+        raise DeadlineExceeded(doing, expected=f"all of it within {seconds:g} s", got="less") from None
     finally:
         timer.cancel()
+        hold.keep()
     if data is grpc.aio.EOF:
         return None
     found: bytes = data

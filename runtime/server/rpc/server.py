@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -11,6 +12,10 @@ from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 
 __all__ = ["RpcServer", "Tls"]
+
+_AGE_MS = 3_600_000  # then clients open another connection for their next call, which load balancers spread
+_PING_MS = 60_000  # a client that does not answer within two of them is gone, and so are its streams
+_METADATA_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,15 @@ class RpcServer:
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # else a second server on the port takes half of the calls
+            ("grpc.max_allowed_incoming_connections", limits.connections),
+            ("grpc.max_concurrent_streams", limits.calls),
+            ("grpc.server_handshake_timeout_ms", max(1, round(1000 * limits.handshake_seconds))),
+            ("grpc.max_connection_idle_ms", max(1, round(1000 * limits.idle_seconds))),
+            ("grpc.max_connection_age_ms", _AGE_MS),
+            ("grpc.keepalive_time_ms", _PING_MS),
+            ("grpc.keepalive_timeout_ms", _PING_MS),
+            ("grpc.max_metadata_size", _METADATA_BYTES),
+            ("grpc.absolute_max_metadata_size", _METADATA_BYTES),
         ]
         self._server = grpc.aio.server(handlers=(servicer,), options=options)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -55,7 +69,8 @@ class RpcServer:
             if tls is None:
                 self.port: int = self._server.add_insecure_port(address)
             else:
-                credentials = grpc.ssl_server_credentials([(tls.key, tls.certificate)])
+                self._tls = tls
+                credentials = grpc.dynamic_ssl_server_credentials(_shown(tls), self._shown_now)
                 self.port = self._server.add_secure_port(address, credentials)
         except RuntimeError:  # whose text says no more
             raise Conflict(
@@ -64,6 +79,13 @@ class RpcServer:
                 fix="Take another port, or look at the certificate and its key.",
             ) from None
 
+    def renew(self, tls: Tls) -> None:
+        """Show something else to clients that connect from now on."""
+        self._tls = tls
+
+    def _shown_now(self) -> Any:
+        return _shown(self._tls)
+
     async def start(self) -> None:
         """Take calls from now on."""
         await self._server.start()
@@ -71,3 +93,7 @@ class RpcServer:
     async def stop(self, grace: float) -> None:
         """Take no more calls, and end those that still run after `grace` seconds."""
         await self._server.stop(grace)
+
+
+def _shown(tls: Tls) -> Any:
+    return grpc.ssl_server_certificate_configuration([(tls.key, tls.certificate)])

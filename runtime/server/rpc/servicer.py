@@ -6,13 +6,14 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
-from tpeft_deploy.errors import ProtocolError, ServerError, Unauthenticated, Unsupported
+from tpeft_deploy.errors import ProtocolError, QuotaExceeded, ServerError, Unauthenticated, Unsupported
 from tpeft_deploy.runtime.server.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
@@ -26,6 +27,7 @@ from tpeft_deploy.runtime.server.rpc.streaming import in_order
 from tpeft_deploy.runtime.server.rpc.wire import parse, split_raw
 from tpeft_deploy.runtime.server.statuses import Status, status_of
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.v2.offload import PIECE
 
@@ -75,7 +77,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         hold = self._intake.memory.hold(account.tenant)
         call = Call(self._core, self._limits, account.caller, metadata, hold, self._intake.offload)
         if method.stream:
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, name, method, call))
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, method, call, account))
         return grpc.stream_stream_rpc_method_handler(functools.partial(self._unary, method, call, account))
 
     def _caller(self, method: Method | None, metadata: Sequence[tuple[str, str | bytes]]) -> Principal | None:
@@ -94,7 +96,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     async def _unary(self, method: Method, call: Call, account: Account, _: Any, context: Any) -> None:
         call.timeout = context.time_remaining()
         try:
-            with call.hold:
+            with _one(call.caller, self._intake.requests), call.hold:
                 answer = await self._answered(method, call, account, context)
                 account.bytes_out = len(answer)
                 await context.write(answer)
@@ -115,7 +117,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     async def _answered(self, method: Method, call: Call, account: Account, context: Any) -> bytes:
         if method.action is Action.INFER:
             self._core.admit(call.principal)
-        data = await read_message(context, call.hold, self._limits, self._limits.read_seconds)
+        data = await read_message(context, call.hold, self._limits, self._limits.read_seconds, lent=call.caller is None)
         if data is None:
             raise ProtocolError("request", expected="a message", got="none")
         account.bytes_in = len(data)
@@ -124,7 +126,18 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         account.asked(request)
         return _bytes_of(await method.answer(call, request))
 
-    async def _stream(self, name: str, method: Method, call: Call, _: Any, context: Any) -> None:
+    async def _stream(self, method: Method, call: Call, account: Account, _: Any, context: Any) -> None:
+        try:
+            with _one(call.caller, self._intake.streams):
+                status = await self._answer_stream(method, call, account.method, context)
+        except QuotaExceeded as error:
+            await self._refuse(_status(error), account, None, context)
+        else:
+            if status is not None:
+                await _abort(context, status)
+
+    async def _answer_stream(self, method: Method, call: Call, name: str, context: Any) -> Status | None:
+        """Answer a stream to its end; return what ends it earlier."""
         refused: list[Status] = []
         held: set[Hold] = set()  # of messages that are not answered yet
 
@@ -132,7 +145,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             hold = self._intake.memory.hold(call.hold.tenant)
             held.add(hold)
             try:
-                data = await read_message(context, hold, self._limits, None)
+                data = await read_message(context, hold, self._limits, None, lent=True)
             except ServerError as error:
                 refused.append(_status(error))
                 return None
@@ -153,8 +166,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         finally:
             for hold in held:
                 hold.close()
-        if refused:
-            await _abort(context, refused.pop())
+        return refused.pop() if refused else None
 
     async def _one_of_stream(self, method: Method, call: Call, account: Account, data: bytes) -> bytes:
         request = None
@@ -163,9 +175,10 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             call.caller = account.caller = self._core.authenticate(call.metadata.get("authorization"))
             allow(call.caller, method.action)
             self._core.admit(call.caller)
-            request = await self._parsed(method, call, data)
-            account.asked(request)
-            answer = _bytes_of(await method.answer(call, request))
+            with _one(call.caller, self._intake.requests):
+                request = await self._parsed(method, call, data)
+                account.asked(request)
+                answer = _bytes_of(await method.answer(call, request))
         except asyncio.CancelledError:
             account.status = _GONE
             self._tell(account)
@@ -204,6 +217,10 @@ def _allowed(path: str, method: Method | None, caller: Principal | None) -> Meth
     if caller is not None:
         allow(caller, method.action)
     return method
+
+
+def _one(caller: Principal | None, among: Concurrency) -> AbstractContextManager[None]:
+    return nullcontext() if caller is None else among.one(caller.key)
 
 
 def _texts(metadata: Sequence[tuple[str, str | bytes]]) -> Mapping[str, str]:

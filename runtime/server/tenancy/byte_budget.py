@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -28,6 +29,7 @@ class ByteBudget:
         self._what = what
         self._used = 0
         self._of: dict[str, int] = {}  # only of tenants that hold something
+        self._lent: dict[Hold, Callable[[], None]] = {}  # how to end those that others may have, longest first
 
     @property
     def used(self) -> int:
@@ -46,7 +48,9 @@ class ByteBudget:
         """Reserve bytes, or nothing at all; see `Hold.take`."""
         mine = self._of.get(tenant, 0)
         if mine + size > self.per_tenant or self._used + size > self.total:
-            raise self._refusal(tenant, size, held, mine)
+            if not self._reclaim(tenant, size):
+                raise self._refusal(tenant, size, held, mine)
+            mine = self._of.get(tenant, 0)
         self._of[tenant] = mine + size
         self._used += size
 
@@ -58,6 +62,31 @@ class ByteBudget:
         else:
             self._of.pop(tenant, None)
         self._used -= size
+
+    def lend(self, hold: Hold, end: Callable[[], None]) -> None:
+        """Let others have what is held; see `Hold.lend`."""
+        self._lent[hold] = end
+
+    def keep(self, hold: Hold) -> None:
+        """Lend no longer."""
+        self._lent.pop(hold, None)
+
+    def _reclaim(self, tenant: str, size: int) -> bool:
+        """Take back what is lent until there is room, the tenant's own first; nothing if that would not do."""
+        own = [hold for hold in self._lent if hold.tenant == tenant]
+        others = [hold for hold in self._lent if hold.tenant != tenant]
+        mine = sum(hold.size for hold in own)
+        theirs = sum(hold.size for hold in others)
+        room = self.per_tenant - size
+        if self._of.get(tenant, 0) - mine > room or self._used - mine - theirs + size > self.total:
+            return False
+        for hold in own + others:
+            if self._of.get(tenant, 0) <= room and self._used + size <= self.total:
+                break
+            end = self._lent.pop(hold)
+            hold.close()
+            end()
+        return True
 
     def _refusal(self, tenant: str, size: int, held: int, mine: int) -> TooLarge | QuotaExceeded | Unavailable:
         if held + size > self.per_tenant:
@@ -126,6 +155,18 @@ class Hold:
             self.take(size - self.size)
         elif size < self.size:
             self.give(self.size - size)
+
+    def lend(self, end: Callable[[], None]) -> None:
+        """Let other requests have what is held, until `keep`; the longest lent goes first.
+
+        Args:
+            end: called after it was given back, to end what it was held for.
+        """
+        self._budget.lend(self, end)
+
+    def keep(self) -> None:
+        """Lend no longer."""
+        self._budget.keep(self)
 
     def close(self) -> None:
         """Give back everything."""

@@ -1,0 +1,63 @@
+"""How much each key may do at once."""
+
+from __future__ import annotations
+
+from tpeft_deploy.errors import QuotaExceeded
+
+__all__ = ["Concurrency"]
+
+_RETRY_SECONDS = 1.0
+
+
+class Concurrency:
+    """Counts what is in progress for each key.  Belongs to one thread: the event loop's.
+
+    Args:
+        most: at once for one key.
+        what: noun for messages.
+    """
+
+    def __init__(self, most: int = 256, what: str = "requests") -> None:
+        self._most = most
+        self._what = what
+        self._of: dict[str, int] = {}  # only of keys that have something in progress
+
+    def used_by(self, key: str) -> int:
+        """Number in progress for a key."""
+        return self._of.get(key, 0)
+
+    def one(self, key: str) -> _One:
+        """One of a key, in progress from now until the end of a `with` block.
+
+        Raises:
+            QuotaExceeded: the key has as many as it may.
+        """
+        count = self._of.get(key, 0)
+        if count >= self._most:
+            raise QuotaExceeded(
+                "take a request",
+                expected=f"at most {self._most:,} {self._what} of a key at once",
+                got="one more",
+                fix="Send it again when others have ended.",
+                retry_after=_RETRY_SECONDS,
+            )
+        self._of[key] = count + 1
+        return _One(self._of, key)
+
+
+class _One:
+    __slots__ = ("_key", "_of")
+
+    def __init__(self, of: dict[str, int], key: str) -> None:
+        self._of = of
+        self._key = key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        left = self._of[self._key] - 1
+        if left:
+            self._of[self._key] = left
+        else:
+            del self._of[self._key]
