@@ -32,6 +32,7 @@ from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.service import Options, Service, order_of
 from tpeft_deploy.runtime.server.settings import Settings, is_loopback
+from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHandler
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.tracing import tracing
 
@@ -41,24 +42,28 @@ _log = logging.getLogger("tpeft_deploy.server")
 _SWEEP_SECONDS = 300.0
 
 
-def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
+def serve(bundle: Path, settings: Settings, say: Callable[[str], None] | None = None) -> None:
     """Serve a bundle until SIGTERM or SIGINT; a second one ends the process at once.
 
     Args:
         bundle: its directory.
         settings: everything else.
-        say: told in one line each where the server listens, on which provider, and that it stops.
+        say: told in one line each where the server listens, on which provider, and that it stops; by default
+            these are lines on stderr.
 
     Raises:
         BundleError, ProviderUnavailable, ServerError, Conflict: it cannot start.
     """
     _check_certificate(settings)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with closing(LogLines()) as lines:
+        _serve(bundle, settings, say or lines.say, lines)
+
+
+def _serve(bundle: Path, settings: Settings, say: Callable[[str], None], lines: LogLines) -> None:
     with _listening(settings.host, settings.port) as listener, ExitStack() as stack:
-        service, metrics, runtime = _open(bundle, settings, stack)
-        log = AccessLog() if settings.access_log else None
-        if log is not None:
-            stack.callback(log.close)
+        stack.enter_context(_logging(settings, lines))
+        service, metrics, runtime = _open(bundle, settings, stack, lines)
+        log = AccessLog(lines) if settings.access_log else None
 
         def observe(exchange: Exchange) -> None:
             metrics.request(exchange)
@@ -76,7 +81,19 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
     say("stopped")
 
 
-def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Metrics, Runtime]:
+@contextmanager
+def _logging(settings: Settings, lines: LogLines) -> Iterator[None]:
+    handler = QueuedHandler(lines)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
+
+
+def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> tuple[Service, Metrics, Runtime]:
     bundle = Bundle.open(path.resolve())
     state = stack.enter_context(open_state(settings.state, settings.database_url, default=settings.quota))
     tokens = all(np.issubdtype(port.dtype, np.integer) for port in bundle.manifest.inputs)
@@ -97,7 +114,11 @@ def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Me
         )
     )
     metrics = Metrics(
-        settings.max_task_series, runtime.residency, runtime.usage, lambda: runtime.batching().waiting_rows
+        settings.max_task_series,
+        runtime.residency,
+        runtime.usage,
+        lambda: runtime.batching().waiting_rows,
+        lambda: lines.dropped,
     )
     traced = tracing()
 
