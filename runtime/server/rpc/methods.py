@@ -13,6 +13,7 @@ from tpeft_deploy.errors import ProtocolError, Unauthenticated
 from tpeft_deploy.runtime.server.access import Action, Principal
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
+from tpeft_deploy.runtime.server.exchange import TRACEPARENT
 from tpeft_deploy.runtime.server.messages import InferResponse, LoadParameter
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
@@ -124,7 +125,7 @@ async def _model_infer(call: Call, message: pb.ModelInferRequest) -> Message | b
     else:
         request = request_of(message, call.limits, adapter, call.timeout, call.raws or None)
     if "traceparent" in call.metadata:
-        request = msgspec.structs.replace(request, traceparent=call.metadata["traceparent"])
+        request = msgspec.structs.replace(request, traceparent=call.metadata["traceparent"][:TRACEPARENT])
     # A client that sends raw bytes reads such; one that sent no tensor has said nothing, and raw is what all read.
     raw = bool(call.raws) or bool(message.raw_input_contents) or not message.inputs
     final = call.streamed and _FINAL in message.parameters and message.parameters[_FINAL].bool_param
