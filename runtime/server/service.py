@@ -25,6 +25,7 @@ from tpeft_deploy.runtime.server.management import Management, owner
 from tpeft_deploy.runtime.server.messages import Encoded, LoadParameter, Parameter
 from tpeft_deploy.runtime.server.models import Model, Models
 from tpeft_deploy.runtime.server.observed import Observed, Observers
+from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.quotas import Meter, Quota, queue_shares
 from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
@@ -50,6 +51,7 @@ class Options:
         metrics_for_all: whether any key may read them.
         observe: told of each inference, on the event loop, soon after it.
         forget: told of tasks that are gone: tenant and name.
+        pools: threads for what blocks.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -61,6 +63,7 @@ class Options:
     metrics_for_all: bool = False
     observe: Callable[[Observed], None] = lambda _: None
     forget: Callable[[str, str], None] = lambda _tenant, _task: None
+    pools: Pools = field(default_factory=Pools)
 
 
 class Service:
@@ -78,6 +81,7 @@ class Service:
         self, runtime: Runtime, bundle: Bundle, state: State, order: Fair[Any], options: Options | None = None
     ) -> None:
         self._options = options or Options()
+        pools = self._pools = self._options.pools
         self._manifest = bundle.manifest
         self._runtime = runtime
         self._state = state
@@ -97,9 +101,10 @@ class Service:
             state,
             self._statistics,
             Admission(bundle, runtime, state.tasks.read).check,
-            self._options.reader or Direct(bundle),
+            self._options.reader or Direct(bundle, pools.uploads),
             max_upload_bytes=self._options.max_upload_bytes,
-            pins=Pins(runtime, state.tenants.quota, self._options.max_folded),
+            pins=Pins(runtime, state.tenants.quota, self._options.max_folded, pools.uploads),
+            pools=pools,
         )
         self._management.announce(list(state.tasks.snapshot().versions()))
 
@@ -127,7 +132,7 @@ class Service:
         """Remove the files of deleted adapters every so many seconds, until cancelled."""
         while True:
             await asyncio.sleep(seconds)
-            await asyncio.to_thread(self._state.tasks.sweep)
+            await self._pools.changes.run(self._state.tasks.sweep)
 
     def authenticate(self, authorization: str | None) -> Principal:
         """Who sent `Authorization: Bearer KEY`."""
@@ -305,7 +310,9 @@ class Service:
         """A new key, shown this once."""
         allow(principal, Action.ADMIN)
         expires = None if expires_in is None else time.time() + expires_in
-        record, key = await asyncio.to_thread(self._state.keys.create, tenant, role, by=principal.key, expires=expires)
+        record, key = await self._pools.control.run(
+            self._state.keys.create, tenant, role, by=principal.key, expires=expires
+        )
         return {**_key(record), "key": key}
 
     async def keys(self, principal: Principal, tenant: str | None = None) -> list[Document]:
@@ -316,7 +323,7 @@ class Service:
     async def revoke_key(self, principal: Principal, id: str) -> None:
         """Refuse a key from now on."""
         allow(principal, Action.ADMIN)
-        await asyncio.to_thread(self._state.keys.revoke, id, by=principal.key)
+        await self._pools.control.run(self._state.keys.revoke, id, by=principal.key)
 
     async def tenants(self, principal: Principal) -> list[Document]:
         """Tenants, their quotas and what they use."""
@@ -334,19 +341,19 @@ class Service:
                 got=", ".join(sorted(set(quota) - known)),
             )
         own = replace(self._state.tenants.default, **quota)  # type: ignore[arg-type]  # it checks its fields itself
-        return self._tenant(await asyncio.to_thread(self._state.tenants.put, tenant, own, by=principal.key))
+        return self._tenant(await self._pools.control.run(self._state.tenants.put, tenant, own, by=principal.key))
 
     async def audit(self, principal: Principal, limit: int = 100, before: int | None = None) -> Sequence[Document]:
         """The newest changes first."""
         allow(principal, Action.ADMIN)
-        found = await asyncio.to_thread(self._state.audit.list, max(1, min(limit, 1000)), before)
+        found = await self._pools.control.run(self._state.audit.list, max(1, min(limit, 1000)), before)
         return [asdict(record) for record in found]
 
     async def metrics(self, principal: Principal) -> bytes:
         """In the text format of Prometheus."""
         allow(principal, Action.READ if self._options.metrics_for_all else Action.ADMIN)
         self._observers.settle()
-        return await asyncio.to_thread(self._options.metrics)
+        return await self._pools.control.run(self._options.metrics)
 
     def _model(self, principal: Principal, name: str, version: str) -> Model:
         allow(principal, Action.READ)

@@ -23,6 +23,7 @@ from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.observed import Observed
+from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.connection import Connection
@@ -127,7 +128,10 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
         if traced is not None:
             traced.inference(observed)
 
+    pools = Pools()
+    stack.callback(pools.close)
     options = Options(
+        pools=pools,
         limits=limits,
         authenticate=not settings.no_auth,
         max_upload_bytes=settings.max_upload_bytes,
