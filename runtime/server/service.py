@@ -11,7 +11,7 @@ from typing import Any
 
 import tpeft_deploy
 from tpeft_deploy.bundle import Bundle
-from tpeft_deploy.errors import ProtocolError, TooLarge, Unauthenticated, Unsupported
+from tpeft_deploy.errors import Conflict, ProtocolError, TooLarge, Unauthenticated, Unsupported
 from tpeft_deploy.runtime import Limits, Runtime
 from tpeft_deploy.runtime.server import documents
 from tpeft_deploy.runtime.server.access import LOCAL, SHARED, Action, Principal, allow
@@ -309,6 +309,12 @@ class Service:
     ) -> Document:
         """A new key, shown this once."""
         allow(principal, Action.ADMIN)
+        if not self._options.authenticate:  # it would outlive this mode, in which everybody here is an admin
+            raise Conflict(
+                f"create a key for tenant {quoted(tenant)}",
+                problem="this server asks for none",
+                fix="Start it without --no-auth, or use tpeft-deploy keys create.",
+            )
         expires = None if expires_in is None else time.time() + expires_in
         record, key = await self._pools.control.run(
             self._state.keys.create, tenant, role, by=principal.key, expires=expires

@@ -35,6 +35,7 @@ from tpeft_deploy.runtime.server.service import Options, Service, order_of
 from tpeft_deploy.runtime.server.settings import Settings, is_loopback
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHandler
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
 from tpeft_deploy.runtime.server.tracing import tracing
 
 __all__ = ["serve"]
@@ -190,8 +191,9 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
         upload_bytes=settings.max_upload_bytes,
         json_upload_bytes=settings.max_json_upload_bytes,
     )
+    answer = application(service, limits, observe, intake)
     config = uvicorn.Config(
-        application(service, limits, observe, intake),
+        LocalOnly(answer, observe) if settings.no_auth else answer,
         http=Connection,
         ws="none",  # else a library for it answers before keys are looked at, wherever one is installed
         lifespan="off",
