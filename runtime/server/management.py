@@ -84,7 +84,9 @@ class Management:
                 await staged.write(part, stream)
             upload = await self._reader.read(principal.tenant, staged.directory, f"the upload for task {name!r}")
             # Not cancelled half-way: whoever hangs up now finds the version registered, or not, but nothing between.
-            await asyncio.shield(run(self._add, whose, name, upload, alias, principal.key))
+            await asyncio.shield(
+                self._pools.uploads.run_for(principal.tenant, self._add, whose, name, upload, alias, principal.key)
+            )
         return self.task(whose, name)
 
     async def point(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from tpeft_deploy.runtime.server.messages import Encoded, LoadParameter, Paramet
 from tpeft_deploy.runtime.server.models import Model, Models
 from tpeft_deploy.runtime.server.observed import Observed, Observers
 from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.operations.slices import Turns, in_slices
 from tpeft_deploy.runtime.server.quotas import Meter, Quota, queue_shares
 from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
@@ -82,6 +83,7 @@ class Service:
     ) -> None:
         self._options = options or Options()
         pools = self._pools = self._options.pools
+        self._lists = Turns()
         self._manifest = bundle.manifest
         self._runtime = runtime
         self._state = state
@@ -187,31 +189,39 @@ class Service:
         """Whether a request for the model would be served."""
         return self._ready and self._models.is_ready(self._model(principal, name, version))
 
-    def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
+    async def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
         """What models have answered so far."""
         if name:
-            models = [self._model(principal, name, version)]
+            models = iter([self._model(principal, name, version)])
         else:
             allow(principal, Action.READ)
-            models = list(self._models.visible(principal.tenant))
+            models = await self._visible(principal.tenant)
         self._observers.settle()
-        found = [
-            self._statistics.document(model.tenant, model.name, number) for model in models for number in model.versions
-        ]
+        found: list[Document] = []
+
+        def show(model: Model) -> None:
+            found.extend(self._statistics.document(model.tenant, model.name, number) for number in model.versions)
+
+        async with self._lists.turn(principal.tenant):
+            await in_slices(models, show)
         return {"model_stats": found}
 
-    def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
+    async def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
         """Models and whether they are ready."""
         allow(principal, Action.READ)
-        found = []
-        for model in self._models.visible(principal.tenant):
+        found: list[Document] = []
+
+        def show(model: Model) -> None:
             is_ready = self._models.is_ready(model)
             if is_ready or not ready:
                 state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "unloaded")
-                found += [
+                found.extend(
                     {"name": model.name, "version": number, "state": state, "reason": reason}
                     for number in model.versions
-                ]
+                )
+
+        async with self._lists.turn(principal.tenant):
+            await in_slices(await self._visible(principal.tenant), show)
         return found
 
     async def load(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
@@ -264,16 +274,21 @@ class Service:
         """A new version of a task from an upload; checked and ready when this returns."""
         return self._shown(await self._management.register(principal, name, parts, alias=alias, tenant=tenant))
 
-    def tasks(self, principal: Principal, tenant: str | None = None) -> list[Document]:
-        """The tasks that the principal sees."""
-        residency = self._runtime.residency()
+    async def tasks(
+        self, principal: Principal, tenant: str | None = None, *, limit: int | None = None, after: str | None = None
+    ) -> list[Document]:
+        """The tasks that the principal sees, or so many of them after a name; a name is never cut in two."""
         whose = self._reader(principal, tenant)
-        return [self._document(model, residency) for model in self._models.visible(whose)]
+        found: list[Document] = []
+        async with self._lists.turn(principal.tenant):
+            models = await self._visible(whose, after)
+            await in_slices(_page(models, limit), lambda model: found.append(self._document(model)))
+        return found
 
     def task(self, principal: Principal, name: str, tenant: str | None = None) -> Document:
         """One of them."""
         model = self._models.model(self._reader(principal, tenant), name)
-        return self._document(model, self._runtime.residency())
+        return self._document(model)
 
     async def point(
         self, principal: Principal, name: str, alias: str, version: str, tenant: str | None = None
@@ -379,9 +394,14 @@ class Service:
         return SHARED if tenant == "shared" else tenant
 
     def _shown(self, task: TaskRecord) -> Document:
-        return self._document(self._models.model(task.tenant, task.name), self._runtime.residency())
+        return self._document(self._models.model(task.tenant, task.name))
 
-    def _document(self, model: Model, residency: Mapping[str, str]) -> Document:
+    async def _visible(self, tenant: str, after: str | None = None) -> Iterator[Model]:
+        records = await self._pools.changes.run_for(tenant, self._models.registered, tenant)
+        return self._models.listed(records, after)
+
+    def _document(self, model: Model) -> Document:
+        residency = self._runtime.residency(target.key for target in model.versions.values())
         return {
             "name": model.name,
             "tenant": model.tenant or None,
@@ -406,6 +426,15 @@ class Service:
                 **self._management.pins.used(record.name),
             },
         }
+
+
+def _page(models: Iterator[Model], limit: int | None) -> Iterator[Model]:
+    last = None
+    for count, model in enumerate(models):
+        if limit is not None and count >= limit and model.name != last:
+            return
+        last = model.name
+        yield model
 
 
 def order_of(state: State, limits: Limits) -> Fair[Any]:

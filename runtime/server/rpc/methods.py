@@ -15,6 +15,7 @@ from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.exchange import TRACEPARENT
 from tpeft_deploy.runtime.server.messages import InferResponse, LoadParameter
+from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.translation import adapter_of, is_raw, raw_response, request_of, response_of
@@ -111,7 +112,10 @@ async def _model_config(call: Call, request: pb.ModelConfigRequest) -> Message:
 
 
 async def _model_statistics(call: Call, request: pb.ModelStatisticsRequest) -> Message:
-    return pb.ModelStatisticsResponse(**call.core.statistics(call.principal, request.name, request.version))
+    found = await call.core.statistics(call.principal, request.name, request.version)
+    response = pb.ModelStatisticsResponse()
+    await in_slices(found["model_stats"], lambda own: response.model_stats.add(**own))
+    return response
 
 
 async def _model_infer(call: Call, message: pb.ModelInferRequest) -> Message | bytes:
@@ -148,7 +152,10 @@ async def _response(call: Call, response: InferResponse, raw: bool, final: bool)
 
 
 async def _repository_index(call: Call, request: pb.RepositoryIndexRequest) -> Message:
-    return pb.RepositoryIndexResponse(models=call.core.index(call.principal, ready=request.ready))
+    response = pb.RepositoryIndexResponse()
+    models = await call.core.index(call.principal, ready=request.ready)
+    await in_slices(models, lambda own: response.models.add(**own))
+    return response
 
 
 async def _model_load(call: Call, request: pb.RepositoryModelLoadRequest) -> Message:
