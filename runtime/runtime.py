@@ -162,11 +162,18 @@ class Runtime:
         """The tasks that can be run, without `base`."""
         return self._catalogue.tasks
 
-    def residency(self) -> dict[str, Tier]:
-        """Where each task is: "disk", "host", "device" (a row of the bank), or "folded" (a session of its own)."""
+    def residency(self, tasks: Iterable[str] | None = None) -> dict[str, Tier]:
+        """Where tasks are: "disk", "host", "device" (a row of the bank), or "folded" (a session of its own).
+
+        Args:
+            tasks: names; all by default.  Those that are unknown, and the base, are left out.
+        """
         found: dict[str, Tier] = {}
-        for task in self.tasks:
-            version = self._catalogue.find(task)
+        for task in self.tasks if tasks is None else tasks:
+            try:
+                version = self._catalogue.find(task)
+            except UnknownTask:  # forgotten by another thread
+                continue
             if version is not None:
                 found[task] = "folded" if self._folds.has(version) else self._tiers.tier(version)
         return found

@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import queue
-import sys
-import threading
 import time
-from typing import TextIO
 
 import orjson
 
 from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines
 
 __all__ = ["AccessLog"]
 
-_MOST = 10_000  # lines that wait for a slow stderr
+_TEXT = 128  # characters of each text of a client
 
 
 class AccessLog:
-    """Writes in a thread of its own, so that a slow reader of stderr holds up no request.
+    """Tells of requests.
 
     Args:
-        stream: where to.
+        lines: writes them, in a thread of its own, so that a slow reader of stderr holds up no request.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._dropped = 0
-        self._thread = threading.Thread(target=self._write, name="tpeft-access-log", daemon=True)
-        self._thread.start()
+    def __init__(self, lines: LogLines) -> None:
+        self._lines = lines
 
     def write(self, exchange: Exchange) -> None:
-        """Log a request; dropped, and counted, where too many wait already."""
-        if self._lines.qsize() >= _MOST:
-            self._dropped += 1
-            return
+        """Log a request; dropped, and counted, where too many lines wait already."""
         self._lines.put(
             orjson.dumps(
                 {
                     "time": round(time.time(), 3),
-                    "request": exchange.request_id,
-                    "tenant": exchange.tenant,
-                    "key": exchange.key,
+                    "request": exchange.request_id[:_TEXT],
+                    "tenant": exchange.tenant[:_TEXT],
+                    "key": exchange.key[:_TEXT],
                     "protocol": exchange.protocol,
-                    "method": exchange.method,
+                    "method": exchange.method[:_TEXT],
                     "route": exchange.route,
-                    "task": exchange.task[:128],
+                    "task": exchange.task[:_TEXT],
                     "status": exchange.status,
                     "ms": round(1000 * exchange.seconds, 3),
                     "in": exchange.bytes_in,
@@ -54,18 +44,3 @@ class AccessLog:
                 }
             )
         )
-
-    def close(self) -> None:
-        """Write what waits, and end."""
-        self._lines.put(None)
-        self._thread.join(timeout=5)
-
-    def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
-            dropped, self._dropped = self._dropped, 0
-            if dropped:
-                self._stream.write(f'{{"dropped":{dropped}}}\n')
-            self._stream.write(line.decode() + "\n")
-            if self._lines.empty():
-                self._stream.flush()
-        self._stream.flush()

@@ -55,10 +55,10 @@ class Core(Protocol):
     def model_ready(self, principal: Principal, name: str, version: str = "") -> bool:
         """Whether a request for the model would be served."""
 
-    def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
+    async def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
         """{"model_stats": [...]}; of all models that the principal sees when no name is given."""
 
-    def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
+    async def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
         """[{name, version, state, reason}]; only those that are ready when asked."""
 
     async def load(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
@@ -81,8 +81,10 @@ class Core(Protocol):
     ) -> Document:
         """A new version of a task from an upload; checked and ready when this returns.  DEPLOY."""
 
-    def tasks(self, principal: Principal, tenant: str | None = None) -> list[Document]:
-        """The tasks that the principal sees, with versions, aliases and where they reside."""
+    async def tasks(
+        self, principal: Principal, tenant: str | None = None, *, limit: int | None = None, after: str | None = None
+    ) -> list[Document]:
+        """The tasks that the principal sees, with versions, aliases and where they reside; so many after a name."""
 
     def task(self, principal: Principal, name: str, tenant: str | None = None) -> Document:
         """One of them."""

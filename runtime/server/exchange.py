@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
 import time
 
 from tpeft_deploy.runtime.server.access import Principal
 
-__all__ = ["Exchange"]
+__all__ = ["TRACEPARENT", "Exchange", "request_id"]
+
+TRACEPARENT = 128
+"""Characters of a caller's trace context; version 00 has 55."""
+
+_PROCESS = secrets.token_hex(6).encode()  # ids of one server are not those of another, nor of its next start
+_COUNT = itertools.count(1)
+_ID = 128
 
 
 class Exchange:
@@ -80,3 +89,13 @@ class Exchange:
     def end(self) -> None:
         """It was answered."""
         self.seconds = time.perf_counter() - self._began
+
+
+def request_id(given: bytes | None) -> bytes:
+    """The id that a client gave, or one of the server.
+
+    A client's own goes into logs and back into a header: only if it can do no harm there.
+    """
+    if given and len(given) <= _ID and all(33 <= byte < 127 for byte in given):
+        return given
+    return b"%b-%x" % (_PROCESS, next(_COUNT))

@@ -17,6 +17,7 @@ from tpeft_deploy.runtime.server.core import Part
 from tpeft_deploy.runtime.server.isolation.outcomes import Upload
 from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.models import Models
+from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.registry import CURRENT, PinRecord, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.resolving import Target
 from tpeft_deploy.runtime.server.statistics import Statistics
@@ -39,6 +40,7 @@ class Management:
         reader: reads the files of uploads.
         max_upload_bytes: of one upload, all files together.
         pins: what tenants have pinned.
+        pools: threads for what blocks.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class Management:
         *,
         max_upload_bytes: int,
         pins: Pins,
+        pools: Pools,
     ) -> None:
         self.pins = pins
+        self._pools = pools
         self._runtime = runtime
         self._models = models
         self._state = state
@@ -80,12 +84,15 @@ class Management:
         whose = owner(principal, tenant)
         self._check_free(name)
         self._reader.check_room(principal.tenant)
-        async with self._state.tasks.staging(self._max_upload_bytes) as staged:
+        run = partial(self._pools.uploads.run_for, principal.tenant)
+        async with self._state.tasks.staging(self._max_upload_bytes, run) as staged:
             async for part, stream in parts:
                 await staged.write(part, stream)
             upload = await self._reader.read(principal.tenant, staged.directory, f"the upload for task {name!r}")
             # Not cancelled half-way: whoever hangs up now finds the version registered, or not, but nothing between.
-            await asyncio.shield(asyncio.to_thread(self._add, whose, name, upload, alias, principal.key))
+            await asyncio.shield(
+                self._pools.uploads.run_for(principal.tenant, self._add, whose, name, upload, alias, principal.key)
+            )
         return self.task(whose, name)
 
     async def point(
@@ -99,8 +106,8 @@ class Management:
     ) -> TaskRecord:
         """Let an alias stand for another version."""
         whose = owner(principal, tenant)
-        return await asyncio.to_thread(
-            self._state.tasks.point, whose, name, alias, version, by=principal.key, expected=expected
+        return await self._pools.changes.run_for(
+            whose, self._state.tasks.point, whose, name, alias, version, by=principal.key, expected=expected
         )
 
     async def rollback(
@@ -108,8 +115,8 @@ class Management:
     ) -> TaskRecord:
         """Let an alias stand again for what it stood for before."""
         whose = owner(principal, tenant)
-        return await asyncio.to_thread(
-            self._state.tasks.rollback, whose, name, alias, by=principal.key, expected=expected
+        return await self._pools.changes.run_for(
+            whose, self._state.tasks.rollback, whose, name, alias, by=principal.key, expected=expected
         )
 
     async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
@@ -117,7 +124,7 @@ class Management:
         whose = owner(principal, tenant)
         if version and not (version.isascii() and version.isdigit() and len(version) < 10):
             raise ProtocolError(f"delete version {version!r} of task {name!r}", expected="a number", got="another name")
-        await asyncio.shield(asyncio.to_thread(self._delete, whose, name, version, principal.key))
+        await asyncio.shield(self._pools.changes.run_for(whose, self._delete, whose, name, version, principal.key))
         if not version:
             self._models.reload((whose, name))
             self._statistics.drop(whose, name)
@@ -127,7 +134,7 @@ class Management:
         allow(principal, Action.ADMIN)
         self._check_free(name)
         before = self.task(tenant, name)
-        published = await asyncio.to_thread(
+        published = await self._pools.changes.run(
             self._state.tasks.publish,
             tenant,
             name,
@@ -151,7 +158,7 @@ class Management:
                 raise
             refused = Conflict(f"fold task {name!r}", problem=error.said, fix="It is pinned without that.")
         pin = PinRecord(target.tenant, name, target.version, folded and refused is None)
-        await asyncio.shield(asyncio.to_thread(self._keep, pin, target.key, principal.key))
+        await asyncio.shield(self._pools.changes.run_for(whose, self._keep, pin, target.key, principal.key))
         if refused is not None:
             raise refused
 
@@ -160,7 +167,7 @@ class Management:
         whose = owner(principal, tenant)
         target = self._models.target(whose, name)
         self._check_own(whose, target.tenant, name)
-        await asyncio.shield(asyncio.to_thread(self._unpin, target, principal.key))
+        await asyncio.shield(self._pools.changes.run_for(whose, self._unpin, target, principal.key))
 
     def restore(self) -> None:
         """Pin again what was pinned when the server ended; blocks for what needs no session of its own."""

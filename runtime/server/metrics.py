@@ -71,6 +71,7 @@ class Metrics(Collector):
         residency: task as the runtime names it -> tier.
         usage: bytes and rows that adapters take.
         waiting: rows that wait.
+        dropped: log lines that were dropped so far.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Metrics(Collector):
         residency: Callable[[], Mapping[str, str]],
         usage: Callable[[], Mapping[str, int]],
         waiting: Callable[[], int],
+        dropped: Callable[[], int] = lambda: 0,
     ) -> None:
         self._max = max_task_series
-        self._residency, self._usage, self._waiting = residency, usage, waiting
+        self._residency, self._usage, self._waiting, self._dropped = residency, usage, waiting, dropped
         self._requests: dict[tuple[str, str, int], int] = {}  # by protocol, route and status
         self._tasks: dict[tuple[str, str], _Task] = {}  # by tenant and task
         self._queue, self._run, self._batch = _Bins(_SECONDS), _Bins(_SECONDS), _Bins(_ROWS)
@@ -125,6 +127,7 @@ class Metrics(Collector):
         yield _histogram("tpeft_queue_seconds", "Waiting for a run", [((), self._queue)])
         yield _histogram("tpeft_run_seconds", "Time of the run of a request", [((), self._run)])
         yield _histogram("tpeft_batch_rows", "Rows of the run of a request", [((), self._batch)])
+        yield CounterMetricFamily("tpeft_log_lines_dropped", "Log lines dropped", value=self._dropped())
         yield from self._of_runtime()
 
     def _new(self, tenant: str, task: str) -> _Task:

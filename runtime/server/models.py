@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from tpeft_deploy.bundle import BASE_TASK, Bundle
@@ -87,11 +88,24 @@ class Models:
         record = task.version(version)
         return replace(_model_of(task), versions={str(record.number): target_of(record)})
 
-    def visible(self, tenant: str | None) -> Iterator[Model]:
-        """All models that a tenant sees, or all there are."""
-        for name in (BASE_TASK, self.bundle, *self._own):
-            yield self._fixed(name)
-        yield from self._registered(tenant)
+    def registered(self, tenant: str | None) -> list[TaskRecord]:
+        """All tasks that a tenant sees, by name; sorts them, so not on the event loop."""
+        return self._state.tasks.snapshot().visible(tenant)
+
+    def listed(self, records: Sequence[TaskRecord], after: str | None = None) -> Iterator[Model]:
+        """The models of the bundle and of registered tasks, one by one.
+
+        Args:
+            records: the tasks, by name.
+            after: name of the model after which to begin.
+        """
+        fixed = [BASE_TASK, self.bundle, *self._own]
+        if after in fixed:
+            fixed = fixed[fixed.index(after) + 1 :]
+        elif after is not None:
+            fixed, records = [], records[bisect_right(records, after, key=lambda task: task.name) :]
+        yield from map(self._fixed, fixed)
+        yield from map(_model_of, records)
 
     def is_ready(self, model: Model) -> bool:
         """Whether it has not been unloaded."""
@@ -122,9 +136,6 @@ class Models:
             return Model(SHARED, name, {own.version: own}, {CURRENT: own.version})
         base = Target(BASE_TASK, SHARED, BASE_TASK, "1", BASE_TASK)
         return Model(SHARED, name, {"1": base}, {CURRENT: "1"}, mixed=name == self.bundle)
-
-    def _registered(self, tenant: str | None) -> Iterator[Model]:
-        yield from map(_model_of, self._state.tasks.snapshot().visible(tenant))
 
 
 def _model_of(task: TaskRecord) -> Model:

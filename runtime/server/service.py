@@ -6,13 +6,13 @@ import asyncio
 import binascii
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import tpeft_deploy
 from tpeft_deploy.bundle import Bundle
-from tpeft_deploy.errors import ProtocolError, ServerError, TooLarge, Unauthenticated, Unsupported
+from tpeft_deploy.errors import Conflict, ProtocolError, ServerError, TooLarge, Unauthenticated, Unsupported
 from tpeft_deploy.runtime import Limits, Runtime
 from tpeft_deploy.runtime.server import documents
 from tpeft_deploy.runtime.server.access import LOCAL, SHARED, Action, Principal, allow
@@ -26,6 +26,8 @@ from tpeft_deploy.runtime.server.management import Management, owner
 from tpeft_deploy.runtime.server.messages import Encoded, LoadParameter, Parameter
 from tpeft_deploy.runtime.server.models import Model, Models
 from tpeft_deploy.runtime.server.observed import Observed, Observers
+from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.operations.slices import Turns, in_slices
 from tpeft_deploy.runtime.server.quotas import Meter, Quota, queue_shares
 from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
 from tpeft_deploy.runtime.server.statistics import Statistics
@@ -56,6 +58,7 @@ class Options:
         audit_rows: number of them.
         observe: told of each inference, on the event loop, soon after it.
         forget: told of tasks that are gone: tenant and name.
+        pools: threads for what blocks.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -70,6 +73,7 @@ class Options:
     audit_rows: int | None = None
     observe: Callable[[Observed], None] = lambda _: None
     forget: Callable[[str, str], None] = lambda _tenant, _task: None
+    pools: Pools = field(default_factory=Pools)
 
 
 class Service:
@@ -90,6 +94,8 @@ class Service:
         self, runtime: Runtime, bundle: Bundle, state: State, order: Fair[Any], options: Options | None = None
     ) -> None:
         self._options = options or Options()
+        pools = self._pools = self._options.pools
+        self._lists = Turns()
         self._manifest = bundle.manifest
         self.largest_body = largest_body(bundle.manifest, self._options.limits.max_request_rows)
         self._runtime = runtime
@@ -111,9 +117,10 @@ class Service:
             state,
             self._statistics,
             Admission(bundle, runtime, state.tasks.read).check,
-            self._options.reader or Direct(bundle),
+            self._options.reader or Direct(bundle, pools.uploads),
             max_upload_bytes=self._options.max_upload_bytes,
-            pins=Pins(runtime, state.tenants.quota, self._options.max_folded),
+            pins=Pins(runtime, state.tenants.quota, self._options.max_folded, pools.uploads),
+            pools=pools,
         )
         self._management.announce(list(state.tasks.snapshot().versions()))
         self._management.restore()
@@ -143,9 +150,9 @@ class Service:
         days, rows = self._options.audit_days, self._options.audit_rows
         while True:
             await asyncio.sleep(seconds)
-            await asyncio.to_thread(self._state.tasks.sweep)
+            await self._pools.changes.run(self._state.tasks.sweep)
             with contextlib.suppress(ServerError):  # a full disk, which was logged: the next time, then
-                await asyncio.to_thread(self._state.audit.sweep, days=days, rows=rows)
+                await self._pools.changes.run(self._state.audit.sweep, days=days, rows=rows)
 
     def authenticate(self, authorization: str | None) -> Principal:
         """Who sent `Authorization: Bearer KEY`."""
@@ -200,34 +207,42 @@ class Service:
         """Whether a request for the model would be served."""
         return self._ready and self._models.is_ready(self._model(principal, name, version))
 
-    def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
+    async def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
         """What models have answered so far."""
         if name:
-            models = [self._model(principal, name, version)]
+            models = iter([self._model(principal, name, version)])
         else:
             allow(principal, Action.READ)
-            models = list(self._models.visible(principal.tenant))
+            models = await self._visible(principal.tenant)
         self._observers.settle()
         asked_by = None if Action.ADMIN in principal.actions else principal.tenant
-        found = [
-            self._statistics.document(model.tenant, model.name, number, asked_by)
-            for model in models
-            for number in model.versions
-        ]
+        found: list[Document] = []
+
+        def show(model: Model) -> None:
+            found.extend(
+                self._statistics.document(model.tenant, model.name, number, asked_by) for number in model.versions
+            )
+
+        async with self._lists.turn(principal.tenant):
+            await in_slices(models, show)
         return {"model_stats": found}
 
-    def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
+    async def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
         """Models and whether they are ready."""
         allow(principal, Action.READ)
-        found = []
-        for model in self._models.visible(principal.tenant):
+        found: list[Document] = []
+
+        def show(model: Model) -> None:
             is_ready = self._models.is_ready(model)
             if is_ready or not ready:
                 state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "unloaded")
-                found += [
+                found.extend(
                     {"name": model.name, "version": number, "state": state, "reason": reason}
                     for number in model.versions
-                ]
+                )
+
+        async with self._lists.turn(principal.tenant):
+            await in_slices(await self._visible(principal.tenant), show)
         return found
 
     async def load(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
@@ -248,7 +263,9 @@ class Service:
         if files:
             await self._management.register(principal, name, _parts(name, files, self._options.max_upload_bytes))
         model = self._changeable(principal, name)
-        await asyncio.to_thread(self._state.placements.load, model.tenant, model.name, by=principal.key)
+        await self._pools.changes.run_for(
+            principal.tenant, self._state.placements.load, model.tenant, model.name, by=principal.key
+        )
         self._models.reload((model.tenant, model.name))
         if not model.mixed and model.name != "base":
             target = self._models.target(principal.tenant, name)
@@ -264,7 +281,9 @@ class Service:
             got = ", ".join(map(quoted, unknown))
             raise ProtocolError(f"unload model {name!r}", expected="no parameters but 'unload_dependents'", got=got)
         model = self._changeable(principal, name)
-        await asyncio.to_thread(self._state.placements.unload, model.tenant, model.name, by=principal.key)
+        await self._pools.changes.run_for(
+            principal.tenant, self._state.placements.unload, model.tenant, model.name, by=principal.key
+        )
         self._models.unload((model.tenant, model.name))
         self._observers.settle()
         self._statistics.drop(model.tenant, model.name)
@@ -283,16 +302,21 @@ class Service:
         self._change(principal)
         return self._shown(await self._management.register(principal, name, parts, alias=alias, tenant=tenant))
 
-    def tasks(self, principal: Principal, tenant: str | None = None) -> list[Document]:
-        """The tasks that the principal sees."""
-        residency = self._runtime.residency()
+    async def tasks(
+        self, principal: Principal, tenant: str | None = None, *, limit: int | None = None, after: str | None = None
+    ) -> list[Document]:
+        """The tasks that the principal sees, or so many of them after a name; a name is never cut in two."""
         whose = self._reader(principal, tenant)
-        return [self._document(model, residency) for model in self._models.visible(whose)]
+        found: list[Document] = []
+        async with self._lists.turn(principal.tenant):
+            models = await self._visible(whose, after)
+            await in_slices(_page(models, limit), lambda model: found.append(self._document(model)))
+        return found
 
     def task(self, principal: Principal, name: str, tenant: str | None = None) -> Document:
         """One of them."""
         model = self._models.model(self._reader(principal, tenant), name)
-        return self._document(model, self._runtime.residency())
+        return self._document(model)
 
     async def point(
         self,
@@ -319,7 +343,7 @@ class Service:
     ) -> Sequence[Document]:
         """What an alias stands for and stood for before."""
         whose = self._models.model(self._reader(principal, tenant), name).tenant
-        found = await asyncio.to_thread(self._state.tasks.history, whose, name, alias, max(1, min(limit, 100)))
+        found = await self._pools.control.run(self._state.tasks.history, whose, name, alias, max(1, min(limit, 100)))
         shown = whose == principal.tenant or Action.ADMIN in principal.actions  # keys of others are theirs alone
         return [{"version": str(one.number), "time": one.time, "key": one.by if shown else None} for one in found]
 
@@ -352,8 +376,16 @@ class Service:
     ) -> Document:
         """A new key, shown this once."""
         self._change(principal, Action.ADMIN)
+        if not self._options.authenticate:  # it would outlive this mode, in which everybody here is an admin
+            raise Conflict(
+                f"create a key for tenant {quoted(tenant)}",
+                problem="this server asks for none",
+                fix="Start it without --no-auth, or use tpeft-deploy keys create.",
+            )
         expires = None if expires_in is None else time.time() + expires_in
-        record, key = await asyncio.to_thread(self._state.keys.create, tenant, role, by=principal.key, expires=expires)
+        record, key = await self._pools.control.run(
+            self._state.keys.create, tenant, role, by=principal.key, expires=expires
+        )
         return {**_key(record), "key": key}
 
     async def keys(self, principal: Principal, tenant: str | None = None) -> list[Document]:
@@ -364,7 +396,7 @@ class Service:
     async def revoke_key(self, principal: Principal, id: str) -> None:
         """Refuse a key from now on."""
         allow(principal, Action.ADMIN)
-        await asyncio.to_thread(self._state.keys.revoke, id, by=principal.key)
+        await self._pools.control.run(self._state.keys.revoke, id, by=principal.key)
 
     async def tenants(self, principal: Principal) -> list[Document]:
         """Tenants, their quotas and what they use."""
@@ -382,19 +414,19 @@ class Service:
                 got=", ".join(sorted(set(quota) - known)),
             )
         own = replace(self._state.tenants.default, **quota)  # type: ignore[arg-type]  # it checks its fields itself
-        return self._tenant(await asyncio.to_thread(self._state.tenants.put, tenant, own, by=principal.key))
+        return self._tenant(await self._pools.control.run(self._state.tenants.put, tenant, own, by=principal.key))
 
     async def audit(self, principal: Principal, limit: int = 100, before: int | None = None) -> Sequence[Document]:
         """The newest changes first."""
         allow(principal, Action.ADMIN)
-        found = await asyncio.to_thread(self._state.audit.list, max(1, min(limit, 1000)), before)
+        found = await self._pools.control.run(self._state.audit.list, max(1, min(limit, 1000)), before)
         return [asdict(record) for record in found]
 
     async def metrics(self, principal: Principal) -> bytes:
         """In the text format of Prometheus."""
         allow(principal, Action.READ if self._options.metrics_for_all else Action.ADMIN)
         self._observers.settle()
-        return await asyncio.to_thread(self._options.metrics)
+        return await self._pools.control.run(self._options.metrics)
 
     def _change(self, principal: Principal, action: Action = Action.DEPLOY) -> None:
         allow(principal, action)
@@ -418,9 +450,14 @@ class Service:
         return SHARED if tenant == "shared" else tenant
 
     def _shown(self, task: TaskRecord) -> Document:
-        return self._document(self._models.model(task.tenant, task.name), self._runtime.residency())
+        return self._document(self._models.model(task.tenant, task.name))
 
-    def _document(self, model: Model, residency: Mapping[str, str]) -> Document:
+    async def _visible(self, tenant: str, after: str | None = None) -> Iterator[Model]:
+        records = await self._pools.changes.run_for(tenant, self._models.registered, tenant)
+        return self._models.listed(records, after)
+
+    def _document(self, model: Model) -> Document:
+        residency = self._runtime.residency(target.key for target in model.versions.values())
         return {
             "name": model.name,
             "tenant": model.tenant or None,
@@ -445,6 +482,15 @@ class Service:
                 **self._management.pins.used(record.name),
             },
         }
+
+
+def _page(models: Iterator[Model], limit: int | None) -> Iterator[Model]:
+    last = None
+    for count, model in enumerate(models):
+        if limit is not None and count >= limit and model.name != last:
+            return
+        last = model.name
+        yield model
 
 
 def order_of(state: State, limits: Limits) -> Fair[Any]:

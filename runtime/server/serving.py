@@ -23,6 +23,7 @@ from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.observed import Observed
+from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.limits import Limits as RestLimits
@@ -32,7 +33,9 @@ from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.service import Options, Service, order_of
 from tpeft_deploy.runtime.server.settings import Settings, is_loopback
+from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHandler
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
 from tpeft_deploy.runtime.server.tracing import tracing
 
 __all__ = ["serve"]
@@ -42,13 +45,14 @@ _SWEEP_SECONDS = 300.0
 _RENEW_SECONDS = 5.0
 
 
-def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
+def serve(bundle: Path, settings: Settings, say: Callable[[str], None] | None = None) -> None:
     """Serve a bundle until SIGTERM or SIGINT; a second one ends the process at once.
 
     Args:
         bundle: its directory.
         settings: everything else.
-        say: told in one line each where the server listens, on which provider, and that it stops.
+        say: told in one line each where the server listens, on which provider, and that it stops; by default
+            these are lines on stderr.
 
     Raises:
         BundleError, ProviderUnavailable, ServerError, Conflict: it cannot start.
@@ -56,12 +60,21 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
     certificates = None
     if settings.tls_cert is not None and settings.tls_key is not None:
         certificates = Certificates(settings.tls_cert, settings.tls_key)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with closing(LogLines()) as lines:
+        _serve(bundle, settings, certificates, say or lines.say, lines)
+
+
+def _serve(
+    bundle: Path,
+    settings: Settings,
+    certificates: Certificates | None,
+    say: Callable[[str], None],
+    lines: LogLines,
+) -> None:
     with _listening(settings.host, settings.port) as listener, ExitStack() as stack:
-        service, metrics, runtime = _open(bundle, settings, stack)
-        log = AccessLog() if settings.access_log else None
-        if log is not None:
-            stack.callback(log.close)
+        stack.enter_context(_logging(settings, lines))
+        service, metrics, runtime = _open(bundle, settings, stack, lines)
+        log = AccessLog(lines) if settings.access_log else None
 
         def observe(exchange: Exchange) -> None:
             metrics.request(exchange)
@@ -79,7 +92,19 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None]) -> None:
     say("stopped")
 
 
-def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Metrics, Runtime]:
+@contextmanager
+def _logging(settings: Settings, lines: LogLines) -> Iterator[None]:
+    handler = QueuedHandler(lines)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
+
+
+def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> tuple[Service, Metrics, Runtime]:
     bundle = Bundle.open(path.resolve())
     state = stack.enter_context(open_state(settings.state, settings.database_url, default=settings.quota))
     tokens = all(np.issubdtype(port.dtype, np.integer) for port in bundle.manifest.inputs)
@@ -100,7 +125,11 @@ def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Me
         )
     )
     metrics = Metrics(
-        settings.max_task_series, runtime.residency, runtime.usage, lambda: runtime.batching().waiting_rows
+        settings.max_task_series,
+        runtime.residency,
+        runtime.usage,
+        lambda: runtime.batching().waiting_rows,
+        lambda: lines.dropped,
     )
     traced = tracing()
 
@@ -109,7 +138,10 @@ def _open(path: Path, settings: Settings, stack: ExitStack) -> tuple[Service, Me
         if traced is not None:
             traced.inference(observed)
 
+    pools = Pools()
+    stack.callback(pools.close)
     options = Options(
+        pools=pools,
         limits=limits,
         authenticate=not settings.no_auth,
         max_upload_bytes=settings.max_upload_bytes,
@@ -192,8 +224,9 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
         upload_bytes=settings.max_upload_bytes,
         json_upload_bytes=settings.max_json_upload_bytes,
     )
+    answer = application(service, limits, observe, intake)
     config = uvicorn.Config(
-        application(service, limits, observe, intake),
+        LocalOnly(answer, observe) if settings.no_auth else answer,
         ws="none",  # else a library for it answers before keys are looked at, wherever one is installed
         lifespan="off",
         proxy_headers=False,  # nothing here asks where a request comes from

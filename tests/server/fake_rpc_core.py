@@ -128,7 +128,7 @@ class FakeCore:
         self._find(principal, Action.READ, name, version)
         return not self._is_unloaded(principal, name)
 
-    def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
+    async def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
         names = [name] if name else [*self._visible(principal), BUNDLE]
         return {"model_stats": [self._statistics_of(principal, one, version) for one in names]}
 
@@ -146,7 +146,7 @@ class FakeCore:
             "batch_stats": [{"batch_size": 1, "compute_infer": spent}],
         }
 
-    def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
+    async def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
         allow(principal, Action.READ)
         found: list[Document] = []
         for name in [*self._visible(principal), BUNDLE]:

@@ -112,7 +112,7 @@ def test_tenants_see_their_own_tasks_and_the_shared_ones(served: Served, others:
             call()
     with pytest.raises(Forbidden):
         served.service.task(served.who(), "secret", tenant="rival")
-    seen = {document["name"] for document in served.service.index(served.who())}
+    seen = {document["name"] for document in asyncio.run(served.service.index(served.who()))}
     assert "mood" in seen
     assert "partial" in seen
     assert "secret" not in seen
@@ -231,7 +231,7 @@ def test_unloaded_models_say_so_until_they_are_loaded(served: Served, others: li
 def test_statistics_count_what_was_answered(served: Served) -> None:
     for _ in range(3):
         ask(served, "partial")
-    (own,) = served.service.statistics(served.who(), "partial")["model_stats"]
+    (own,) = asyncio.run(served.service.statistics(served.who(), "partial"))["model_stats"]
     assert own["inference_count"] == 12
     assert own["execution_count"] == 3
     for kind in ("success", "queue", "compute_infer"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tpeft_deploy.cli.console import Command, note
+from tpeft_deploy.cli.console import Command
 
 __all__ = ["serve"]
 
@@ -44,4 +44,4 @@ def serve(bundle: Path, config: Path | None, **flags: object) -> None:
         raise MissingExtra(
             "start the server", expected="its packages", got=str(error), fix="pip install 'tpeft-deploy[server,cpu]'."
         ) from error
-    run(bundle, read(config, {name: value for name, value in flags.items() if value is not None}), note)
+    run(bundle, read(config, {name: value for name, value in flags.items() if value is not None}))

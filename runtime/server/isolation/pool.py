@@ -26,6 +26,7 @@ from tpeft_deploy.runtime.server.isolation.outcomes import (
     no_process,
 )
 from tpeft_deploy.runtime.server.isolation.process import Outcome, Process
+from tpeft_deploy.runtime.server.operations.pools import Workers
 
 __all__ = ["Direct", "Pool", "Reader"]
 
@@ -61,17 +62,19 @@ class Direct:
 
     Args:
         bundle: what adapters have to fit.
+        workers: threads to read in; some of this object by default.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, workers: Workers | None = None) -> None:
         self._bundle = bundle
+        self._workers = workers or Workers("tpeft-read", 2)
 
     def check_room(self, tenant: str) -> None:
         """Refuse nothing."""
 
     async def read(self, tenant: str, directory: Path, of: str) -> Upload:
         """The adapter of an upload."""
-        return await asyncio.to_thread(self._read, directory, of)
+        return await self._workers.run_for(tenant, self._read, directory, of)
 
     def _read(self, directory: Path, of: str) -> Upload:
         found = reader.read(self._bundle, directory, of)

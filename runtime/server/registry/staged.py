@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.isolation.reader import CONFIG_FILE, WEIGHTS_FILE
 from tpeft_deploy.runtime.server.registry.disk import private, storing
 
-__all__ = ["CONFIG", "Staged", "WEIGHTS", "clean", "staging"]
+__all__ = ["CONFIG", "Run", "Staged", "WEIGHTS", "clean", "staging"]
 
 WEIGHTS, CONFIG = "weights", "config"
 _NAMES = {WEIGHTS: WEIGHTS_FILE, CONFIG: CONFIG_FILE}
 _CONFIG_BYTES = 2**20
+Run = Callable[..., Awaitable[Any]]
+"""Calls what blocks in a thread."""
 
 
 class Staged:
@@ -27,11 +29,13 @@ class Staged:
     Args:
         directory: for it alone.
         limit: bytes of all its files.
+        run: calls what blocks in a thread.
     """
 
-    def __init__(self, directory: Path, limit: int) -> None:
+    def __init__(self, directory: Path, limit: int, run: Run = asyncio.to_thread) -> None:
         self.directory = directory
         self._limit = limit
+        self._run = run
         self._written = 0
 
     async def write(self, part: str, stream: AsyncIterator[bytes]) -> None:
@@ -63,18 +67,18 @@ class Staged:
                 raise TooLarge(
                     f"take an upload, part {part!r}", expected=f"at most {limit:,} bytes", got=f"{own:,} and more"
                 )
-            await asyncio.to_thread(file.write, data)
+            await self._run(file.write, data)
 
 
 @asynccontextmanager
-async def staging(directory: Path, limit: int) -> AsyncIterator[Staged]:
+async def staging(directory: Path, limit: int, run: Run = asyncio.to_thread) -> AsyncIterator[Staged]:
     """An upload's own directory, gone with what is in it at the end."""
     with storing("take an upload"):
-        own = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=directory, prefix="upload."))
+        own = Path(await run(tempfile.mkdtemp, dir=directory, prefix="upload."))
         try:
-            yield Staged(own, limit)
+            yield Staged(own, limit, run)
         finally:
-            await asyncio.shield(asyncio.to_thread(shutil.rmtree, own, ignore_errors=True))
+            await asyncio.shield(run(shutil.rmtree, own, ignore_errors=True))
 
 
 def clean(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from tpeft_deploy.runtime.server.registry.catalog import CURRENT, AliasRecord, C
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.locks import KeyedLocks
 from tpeft_deploy.runtime.server.registry.names import check_alias, check_task, check_tenant
-from tpeft_deploy.runtime.server.registry.staged import Staged, staging
+from tpeft_deploy.runtime.server.registry.staged import Run, Staged, staging
 from tpeft_deploy.runtime.server.registry.tenants import ensure
 
 __all__ = ["Check", "Tasks"]
@@ -58,9 +59,14 @@ class Tasks:
         """What is registered now."""
         return self._catalog
 
-    def staging(self, limit: int) -> AbstractAsyncContextManager[Staged]:
-        """A place for an upload of so many bytes; what is in it goes when the block ends."""
-        return staging(self._incoming, limit)
+    def staging(self, limit: int, run: Run = asyncio.to_thread) -> AbstractAsyncContextManager[Staged]:
+        """A place for an upload of so many bytes; what is in it goes when the block ends.
+
+        Args:
+            limit: bytes of all its files.
+            run: calls what blocks in a thread.
+        """
+        return staging(self._incoming, limit, run)
 
     def add(
         self,

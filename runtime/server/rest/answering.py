@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import secrets
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import orjson
 
 from tpeft_deploy.errors import Unauthenticated
-from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.exchange import TRACEPARENT, Exchange, request_id
 from tpeft_deploy.runtime.server.statuses import MethodNotAllowed, status_of
 
 __all__ = ["GONE", "Exchanged", "told"]
 
 _log = logging.getLogger("tpeft_deploy.server")
-_PROCESS = secrets.token_hex(6).encode()  # ids of one server are not those of another, nor of its next start
 _PIECE = 1 << 20
 GONE = 499
 """Status of a request whose client went away: nobody sees it but logs and metrics."""
-_COUNT = itertools.count(1)
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
@@ -41,7 +37,7 @@ class Exchanged(Exchange):
         twice = len(self.headers) < len(headers)
         self._has_two = twice and sum(name == b"authorization" for name, _ in headers) > 1
         self.started = False
-        self._id = _request_id(self.headers.get(b"x-request-id"))
+        self._id = request_id(self.headers.get(b"x-request-id"))
 
     @property
     def authorization(self) -> str | None:
@@ -63,7 +59,7 @@ class Exchanged(Exchange):
     @property
     def traceparent(self) -> str:
         """The header of that name."""
-        return self.headers.get(b"traceparent", b"").decode("latin-1")
+        return self.headers.get(b"traceparent", b"")[:TRACEPARENT].decode("latin-1")
 
     async def send(self, send: _Send, status: int, headers: list[tuple[bytes, bytes]], parts: Sequence[bytes]) -> None:
         """Send a whole answer, of one part or more; a large one goes piece by piece, each after the one before."""
@@ -104,10 +100,3 @@ def told(error: Exception, exchanged: Exchanged) -> tuple[int, list[tuple[bytes,
         headers.append((b"allow", error.allowed.encode()))
     text = status.text.encode("utf-8", "replace").decode()
     return status.http, headers, [orjson.dumps({"error": text})]
-
-
-def _request_id(given: bytes | None) -> bytes:
-    # A client's own goes into logs and back into a header: only if it can do no harm there.
-    if given and len(given) <= 128 and all(33 <= byte < 127 for byte in given):
-        return given
-    return b"%b-%x" % (_PROCESS, next(_COUNT))

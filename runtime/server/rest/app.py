@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
-import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import compile_path
 
@@ -16,6 +15,7 @@ from tpeft_deploy.errors import NotFound, ProtocolError, ServerError, Unavailabl
 from tpeft_deploy.runtime.server.access import Action, allow
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.operations.slices import encoded
 from tpeft_deploy.runtime.server.rest import openapi
 from tpeft_deploy.runtime.server.rest.answering import GONE, Exchanged, told
 from tpeft_deploy.runtime.server.rest.asked import Asked, Route
@@ -89,7 +89,7 @@ class Application:
         except Exception as error:
             answer = told(error, exchanged)
         else:
-            answer = _answer(document)
+            answer = await _answer(document)
         await exchanged.send(send, *answer)
 
     async def _document(self, inference: bool, exchanged: Exchanged, scope: Scope, receive: Receive) -> object:
@@ -161,11 +161,11 @@ def _unquoted(names: dict[str, str]) -> dict[str, str] | None:
     return None if any("/" in name or name in {".", ".."} for name in found.values()) else found
 
 
-def _answer(document: object) -> tuple[int, list[tuple[bytes, bytes]], Sequence[bytes]]:
+async def _answer(document: object) -> tuple[int, list[tuple[bytes, bytes]], Sequence[bytes]]:
     # Not compressed: tritonclient's client for asyncio always says that it takes gzip, and reads it for tensors only.
     if isinstance(document, bytes):
         return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], [document]
-    return 200, [(b"content-type", b"application/json")], [orjson.dumps({} if document is None else document)]
+    return 200, [(b"content-type", b"application/json")], await encoded({} if document is None else document)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -16,6 +16,7 @@ import orjson
 
 from tpeft_deploy.errors import ProtocolError, Unsupported
 from tpeft_deploy.runtime.server.elements import DTYPES, encode_raw, from_raw, quoted, raw_view
+from tpeft_deploy.runtime.server.exchange import TRACEPARENT
 from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse
 from tpeft_deploy.runtime.server.rest.heads import FLOATS, Head, Heads
 from tpeft_deploy.runtime.server.rest.json_data import SMALL
@@ -87,7 +88,7 @@ def decode(
         adapter=head.adapter if adapter is None else _agreed(head.adapter, adapter),
         timeout=head.timeout,
         priority=head.priority,
-        traceparent=headers[b"traceparent"].decode("latin-1") if b"traceparent" in headers else "",
+        traceparent=headers[b"traceparent"][:TRACEPARENT].decode("latin-1") if b"traceparent" in headers else "",
     )
     return Framed(request, head)
 

@@ -7,7 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError, Unavailable
+from tpeft_deploy.runtime.server.core import Document
 from tpeft_deploy.runtime.server.elements import quoted
+from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.rest.asked import Asked
 from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
@@ -46,12 +48,12 @@ async def config(asked: Asked) -> object:
 
 
 async def statistics(asked: Asked) -> object:
-    return asked.core.statistics(asked.principal, asked.path("model"), asked.path("version"))
+    return await asked.core.statistics(asked.principal, asked.path("model"), asked.path("version"))
 
 
 async def index(asked: Asked) -> object:
     wanted = await asked.fields(ready=bool)
-    return asked.core.index(asked.principal, ready=wanted.get("ready", False))
+    return await asked.core.index(asked.principal, ready=wanted.get("ready", False))
 
 
 async def load(asked: Asked) -> object:
@@ -65,18 +67,24 @@ async def unload(asked: Asked) -> object:
 
 
 async def openai(asked: Asked) -> object:
-    found = []
-    for task in asked.core.tasks(asked.principal):
+    found: list[object] = []
+
+    def show(task: Document) -> None:
         current = task["aliases"].get("current")
         digest = next((one["digest"] for one in task["versions"] if one["version"] == current), None)
         parent = None if digest in {None, "base"} else "base"
-        found.append({"id": task["name"], "object": "model", "owned_by": task["tenant"] or "shared", "root": digest})
-        found[-1]["parent"] = parent
+        owner = task["tenant"] or "shared"
+        found.append({"id": task["name"], "object": "model", "owned_by": owner, "root": digest, "parent": parent})
+
+    tasks = await asked.core.tasks(asked.principal, limit=asked.number("limit"), after=asked.query("after"))
+    await in_slices(tasks, show)
     return {"object": "list", "data": found}
 
 
 async def tasks(asked: Asked) -> object:
-    return asked.core.tasks(asked.principal, asked.tenant)
+    return await asked.core.tasks(
+        asked.principal, asked.tenant, limit=asked.number("limit"), after=asked.query("after")
+    )
 
 
 async def task(asked: Asked) -> object:

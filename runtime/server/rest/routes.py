@@ -9,6 +9,7 @@ from tpeft_deploy.runtime.server.rest.asked import Handler, Route
 __all__ = ["ROUTES"]
 
 _TENANT = {"tenant": 'whose task is meant; only an admin may name another\'s, or "shared"'}
+_PAGE = {"limit": "how many, all unless given", "after": "only those that follow the one of this name"}
 _PARAMETERS = {"type": "object", "properties": {"parameters": {"type": "object"}}, "additionalProperties": False}
 _NUMBERED = {"type": ["string", "integer"]}
 _VERSION = {
@@ -75,9 +76,14 @@ ROUTES: tuple[Route, ...] = (
         "Refuse requests for a model",
         body=_PARAMETERS,
     ),
-    Route("GET", "/v1/models", Action.READ, handlers.openai, "Models, as OpenAI's API lists them"),
+    Route("GET", "/v1/models", Action.READ, handlers.openai, "Models, as OpenAI's API lists them", _PAGE),
     Route(
-        "GET", "/v2/registry/tasks", Action.READ, handlers.tasks, "Tasks, versions, aliases and where they are", _TENANT
+        "GET",
+        "/v2/registry/tasks",
+        Action.READ,
+        handlers.tasks,
+        "Tasks, versions, aliases and where they are",
+        {**_TENANT, **_PAGE},
     ),
     Route("GET", _TASK, Action.READ, handlers.task, "One task", _TENANT),
     Route(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpeft_deploy.runtime.server.access import Principal
-from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.exchange import TRACEPARENT, Exchange, request_id
 
 __all__ = ["Account"]
 
@@ -20,7 +20,7 @@ class Account(Exchange):
         size: of the message.
     """
 
-    __slots__ = ("_id", "_metadata")
+    __slots__ = ("_id", "_metadata", "_own")
 
     def __init__(
         self, method: str, route: str, metadata: Mapping[str, str], caller: Principal | None = None, size: int = 0
@@ -32,18 +32,22 @@ class Account(Exchange):
         self.bytes_in = size
         self._metadata = metadata
         self._id = ""
+        self._own = b""
 
     def asked(self, request: Any) -> None:
         """Take from a message which model it is for, and its id."""
         self.task = getattr(request, "model_name", "") or getattr(request, "name", "")
         self._id = getattr(request, "id", "")
+        self._own = b""
 
     @property
     def request_id(self) -> str:
-        """The client's own."""
-        return self._id or self._metadata.get("x-request-id", "")
+        """The client's own, where it can do no harm in a log; else the server's."""
+        if not self._own:
+            self._own = request_id((self._id or self._metadata.get("x-request-id", "")).encode("utf-8", "replace"))
+        return self._own.decode("latin-1")
 
     @property
     def traceparent(self) -> str:
         """The caller's."""
-        return self._metadata.get("traceparent", "")
+        return self._metadata.get("traceparent", "")[:TRACEPARENT]

@@ -13,7 +13,9 @@ from tpeft_deploy.errors import ProtocolError, Unauthenticated
 from tpeft_deploy.runtime.server.access import Action, Principal
 from tpeft_deploy.runtime.server.core import Core
 from tpeft_deploy.runtime.server.elements import quoted
+from tpeft_deploy.runtime.server.exchange import TRACEPARENT
 from tpeft_deploy.runtime.server.messages import InferResponse, LoadParameter
+from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.translation import adapter_of, is_raw, raw_response, request_of, response_of
@@ -110,7 +112,10 @@ async def _model_config(call: Call, request: pb.ModelConfigRequest) -> Message:
 
 
 async def _model_statistics(call: Call, request: pb.ModelStatisticsRequest) -> Message:
-    return pb.ModelStatisticsResponse(**call.core.statistics(call.principal, request.name, request.version))
+    found = await call.core.statistics(call.principal, request.name, request.version)
+    response = pb.ModelStatisticsResponse()
+    await in_slices(found["model_stats"], lambda own: response.model_stats.add(**own))
+    return response
 
 
 async def _model_infer(call: Call, message: pb.ModelInferRequest) -> Message | bytes:
@@ -124,7 +129,7 @@ async def _model_infer(call: Call, message: pb.ModelInferRequest) -> Message | b
     else:
         request = request_of(message, call.limits, adapter, call.timeout, call.raws or None)
     if "traceparent" in call.metadata:
-        request = msgspec.structs.replace(request, traceparent=call.metadata["traceparent"])
+        request = msgspec.structs.replace(request, traceparent=call.metadata["traceparent"][:TRACEPARENT])
     # A client that sends raw bytes reads such; one that sent no tensor has said nothing, and raw is what all read.
     raw = bool(call.raws) or bool(message.raw_input_contents) or not message.inputs
     final = call.streamed and _FINAL in message.parameters and message.parameters[_FINAL].bool_param
@@ -147,7 +152,10 @@ async def _response(call: Call, response: InferResponse, raw: bool, final: bool)
 
 
 async def _repository_index(call: Call, request: pb.RepositoryIndexRequest) -> Message:
-    return pb.RepositoryIndexResponse(models=call.core.index(call.principal, ready=request.ready))
+    response = pb.RepositoryIndexResponse()
+    models = await call.core.index(call.principal, ready=request.ready)
+    await in_slices(models, lambda own: response.models.add(**own))
+    return response
 
 
 async def _model_load(call: Call, request: pb.RepositoryModelLoadRequest) -> Message:

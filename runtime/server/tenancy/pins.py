@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 from tpeft_deploy.errors import CapacityError, Conflict, QuotaExceeded
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.server.access import SHARED
+from tpeft_deploy.runtime.server.operations.pools import Workers
 from tpeft_deploy.runtime.server.quotas import Quota
 
 __all__ = ["Pins"]
@@ -20,12 +20,14 @@ class Pins:
         runtime: holds them.
         quota: a tenant's quota now.
         max_folded: versions with sessions of their own, of all tenants together.
+        workers: threads in which the runtime brings them.
     """
 
-    def __init__(self, runtime: Runtime, quota: Callable[[str], Quota], max_folded: int) -> None:
+    def __init__(self, runtime: Runtime, quota: Callable[[str], Quota], max_folded: int, workers: Workers) -> None:
         self._runtime = runtime
         self._quota = quota
         self._max_folded = max_folded
+        self._workers = workers
         self._coming: dict[str, bool] = {}  # those being pinned, which the runtime may not know yet
 
     def used(self, tenant: str) -> dict[str, int]:
@@ -50,7 +52,7 @@ class Pins:
         self._check(tenant, name, key, folded)
         self._coming[key] = folded
         try:
-            await asyncio.to_thread(self._runtime.pin, key, folded=folded)
+            await self._workers.run_for(tenant, self._runtime.pin, key, folded=folded)
         except CapacityError as error:
             raise Conflict(f"pin task {name!r}", problem=str(error), fix="Unpin others first.") from error
         finally:

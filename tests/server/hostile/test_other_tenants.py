@@ -31,7 +31,7 @@ def told(own: Callable[[], object]) -> str:
 
 
 def count(served: Served, tenant: str, role: str, task: str) -> int:
-    (found,) = served.service.statistics(served.who(tenant, role), task)["model_stats"]
+    (found,) = asyncio.run(served.service.statistics(served.who(tenant, role), task))["model_stats"]
     return int(found["inference_stats"]["success"]["count"])
 
 
@@ -52,7 +52,7 @@ def test_statistics_of_what_is_shared_count_ones_own_requests(served: Served, ot
         assert count(served, MARK, "infer", task) == 3
         assert count(served, "a third", "infer", task) == 0
         assert count(served, "operator", "admin", task) == 5
-    whole = served.service.statistics(served.who("a third", "infer"))["model_stats"]
+    whole = asyncio.run(served.service.statistics(served.who("a third", "infer")))["model_stats"]
     assert not any(one["inference_count"] or one["last_inference"] or one["batch_stats"] for one in whole)
 
 

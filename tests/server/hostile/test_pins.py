@@ -13,6 +13,7 @@ from tests.server.conftest import PIXELS, Served, serve, upload
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import CapacityError, Conflict, QuotaExceeded, TpeftError
 from tpeft_deploy.runtime.server.messages import InferRequest
+from tpeft_deploy.runtime.server.operations.pools import Workers
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.settings import Settings
@@ -122,7 +123,7 @@ def other_than_folded(own: Served) -> str:
 
 
 def test_sessions_of_all_tenants_are_bounded(small: Served) -> None:
-    own = Pins(small.runtime, lambda _: Quota(), 0)
+    own = Pins(small.runtime, lambda _: Quota(), 0, Workers("tests", 1))
     with pytest.raises(Conflict, match="at most 0 folded versions on this server"):
         asyncio.run(own.add("modest", "mood", "modest/mood@1", folded=True))
     assert not small.runtime.pins()

@@ -1,0 +1,88 @@
+"""A server without keys answers this machine only, and no page of another site that a browser here shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Sequence
+
+from tpeft_deploy.errors import Forbidden
+from tpeft_deploy.runtime.server.elements import quoted
+from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.rest.answering import Exchanged, told
+from tpeft_deploy.runtime.server.rest.inferring import Receive, Scope, Send
+from tpeft_deploy.runtime.server.settings import is_loopback
+
+__all__ = ["LocalOnly", "check"]
+
+_AUTHORITY = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+)(?::[0-9]{1,5})?")
+_OWN_SITE = {b"none", b"same-origin"}
+_FIX = "Start the server with keys for others than this machine."
+
+
+class LocalOnly:
+    """An ASGI application before another, which it keeps from other sites.
+
+    A foreign page reaches loopback addresses through the browser: by simple requests, which it may send anywhere, and
+    by a name of its own that it lets stand for 127.0.0.1.
+
+    Args:
+        application: answers what is allowed.
+        observe: told of each request that is refused.
+    """
+
+    def __init__(
+        self, application: Callable[[Scope, Receive, Send], Awaitable[None]], observe: Callable[[Exchange], None]
+    ) -> None:
+        self._application = application
+        self._observe = observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        try:
+            if scope["type"] == "http":
+                check(scope["headers"])
+        except Forbidden as error:
+            exchanged = Exchanged(scope["method"], scope["headers"])
+            await exchanged.send(send, *told(error, exchanged))
+            exchanged.end()
+            self._observe(exchanged)
+        else:
+            await self._application(scope, receive, send)
+
+
+def check(headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Refuse what does not come from this machine.
+
+    Args:
+        headers: of a request, names in lower case.
+
+    Raises:
+        Forbidden: its Host or Origin is another one, or the browser says that another site asks.
+    """
+    hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+    if len(hosts) != 1 or not _is_local(hosts[0]):
+        _refuse("Host", ", ".join(hosts))
+    for name, value in headers:
+        if name == b"origin" and not _is_local_origin(value.decode("latin-1")):
+            _refuse("Origin", value.decode("latin-1"))
+        if name == b"sec-fetch-site" and value.strip().lower() not in _OWN_SITE:
+            _refuse("Sec-Fetch-Site", value.decode("latin-1"), "none or same-origin")
+
+
+def _is_local(authority: str) -> bool:
+    found = _AUTHORITY.fullmatch(authority)
+    if found is None:
+        return False
+    name = found[1].strip("[]").lower().removesuffix(".")
+    return name.endswith(".localhost") or is_loopback(name)
+
+
+def _is_local_origin(origin: str) -> bool:
+    scheme, _, authority = origin.partition("://")
+    return scheme.lower() in {"http", "https"} and _is_local(authority)
+
+
+def _refuse(header: str, got: str, expected: str = "a loopback name or address") -> None:
+    raise Forbidden(
+        f"answer without keys, header {header}", expected=expected, got=quoted(got) if got else "none", fix=_FIX
+    )
