@@ -83,6 +83,8 @@ class Connection(HttpToolsProtocol):
             self._beyond = 0  # a whole request, as most are when they come
         elif self._beyond > _BYTES or self._has_too_many():
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "more headers than this server takes")
+        elif self._is_refused():
+            self._drain(len(data))
 
     def on_headers_complete(self) -> None:
         """Answer the request that a head is of."""
@@ -111,6 +113,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """End a request."""
         self._in_body = False
+        self._seats.refused.pop(self._seat, None)
         if self.cycle.response_complete:
             self._wait()
         super().on_message_complete()
@@ -153,6 +156,24 @@ class Connection(HttpToolsProtocol):
         if not self._in_body and not self._seat.spare:
             self._seats.waiting[self._seat] = None
 
+    def _is_refused(self) -> bool:
+        """Whether a body comes that was answered already."""
+        cycle = getattr(self, "cycle", None)  # there is none before the first request
+        return self._in_body and cycle is not None and bool(cycle.response_complete)
+
+    def _drain(self, size: int) -> None:
+        """Read no more of a refused body for a while: clients that send faster wait."""
+        if not self._seat.spare:
+            self._seats.refused[self._seat] = None
+        seconds = self._seats.drain(size, self.loop.time())
+        if seconds > 0 and not self.transport.is_closing():
+            self.flow.pause_reading()
+            self.loop.call_later(seconds, self._resume)
+
+    def _resume(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+
     def _phase(self) -> _Phase:
         cycle = getattr(self, "cycle", None)  # there is none before the first request
         if self.transport.get_write_buffer_size():
@@ -163,9 +184,11 @@ class Connection(HttpToolsProtocol):
             return _Phase.REQUEST
         if cycle is None or (cycle.response_complete and not self._in_body):
             return _Phase.HEAD
+        if self._is_refused():
+            return _Phase.REST
         if not self._in_body or self.flow.read_paused or cycle.waiting_for_100_continue:
             return _Phase.SERVER
-        return _Phase.REST if cycle.response_complete else _Phase.BODY
+        return _Phase.BODY
 
     def _seconds(self, phase: _Phase) -> float:
         """Time that a phase may take without `_has_moved`."""

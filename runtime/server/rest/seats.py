@@ -6,12 +6,14 @@ import ipaddress
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 __all__ = ["SPARE", "Patience", "Seat", "Seats", "affordable"]
 
 SPARE = 8
 """Connections beyond the limit that are read for a moment, as one of them may ask for health."""
 _FILES = 20  # that stay free for adapters, databases and the pipes of processes that read uploads
+_DRAIN = 64 << 20  # bytes a second of refused bodies, of all connections: reading them is work for nothing
 _MOST = 1000
 _LEAST = 4
 
@@ -60,8 +62,8 @@ class Seat:
 class Seats:
     """Counts connections.
 
-    Where there is no room, the one that has waited longest for a request goes; where none waits, the newcomer gets
-    one of the spare seats, of which the oldest goes.
+    Where there is no room, one whose body was refused goes, else the one that has waited longest for a request; where
+    there is none, the newcomer gets one of the spare seats, of which the oldest goes.
 
     Args:
         patience: limits.
@@ -70,9 +72,11 @@ class Seats:
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
         self.waiting: dict[Seat, None] = {}  # for a request, longest first
+        self.refused: dict[Seat, None] = {}  # with a body that comes though it was refused
         self._taken: dict[Seat, None] = {}
         self._spare: dict[Seat, None] = {}
         self._of: dict[str, int] = {}
+        self._drained = 0.0
 
     def __len__(self) -> int:
         """Return the number of connections, without spare ones."""
@@ -87,9 +91,10 @@ class Seats:
         address = _counted(host)
         own = self.patience
         if own.per_address and self._of.get(address, 0) >= own.per_address:
-            room = self._evict(next((seat for seat in self.waiting if seat.address == address), None))
+            mine = (seat for seat in chain(self.refused, self.waiting) if seat.address == address)
+            room = self._evict(next(mine, None))
         elif len(self._taken) >= own.connections:
-            room = self._evict(next(iter(self.waiting), None))
+            room = self._evict(next(chain(self.refused, self.waiting), None))
         else:
             room = True
         seat = Seat(address, spare=not room)
@@ -102,10 +107,22 @@ class Seats:
             self._of[address] = self._of.get(address, 0) + 1
         return seat
 
+    def drain(self, size: int, now: float) -> float:
+        """Seconds to wait before more is read of a body that was refused.
+
+        Args:
+            size: bytes that were read of it.
+            now: time in seconds, of any clock.
+        """
+        begin = max(self._drained, now)
+        self._drained = begin + size / _DRAIN
+        return begin - now
+
     def leave(self, seat: Seat) -> None:
         """Give a seat back; a second time does nothing."""
         self._spare.pop(seat, None)
         self.waiting.pop(seat, None)
+        self.refused.pop(seat, None)
         if seat in self._taken:
             del self._taken[seat]
             left = self._of.pop(seat.address) - 1

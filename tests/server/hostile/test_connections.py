@@ -286,6 +286,35 @@ def test_beyond_the_limit_the_longest_idle_goes_and_then_only_health_is_answered
     asyncio.run(test())
 
 
+def test_refused_bodies_are_read_slowly_and_go_first() -> None:
+    async def test() -> None:
+        seats = Seats(Patience(connections=2, per_address=0))
+        refused, idle = Talk(seats, read=False), Talk(seats)
+        idle.come(GET)
+        await idle.answered()
+        refused.come(HEAD + b"Content-Length: 10000000\r\n\r\n")
+        await refused.answered()
+        refused.come(bytes(100 * KIB))
+        assert not refused.connection.flow.read_paused  # the first piece costs nobody anything
+        refused.come(bytes(100 * KIB))
+        assert refused.connection.flow.read_paused
+        Talk(seats)
+        assert (refused.transport.ended, idle.transport.ended) == ("aborted", "")
+        assert not seats.refused
+
+    asyncio.run(test())
+
+
+@given(st.lists(st.integers(1, 1 << 20), min_size=1, max_size=50))
+def test_refused_bodies_together_take_their_time(sizes: list[int]) -> None:
+    seats, now = Seats(Patience()), 100.0
+    waits = [seats.drain(size, now) for size in sizes]
+    assert waits[0] == 0
+    assert waits == sorted(waits)
+    assert waits[-1] == pytest.approx(sum(sizes[:-1]) / (64 << 20))
+    assert seats.drain(1, now + 1000) == 0
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["arrive", "leave", "wait", "work"]), st.integers(0, 30)), max_size=60))
 def test_counts_of_seats_hold_whatever_happens(steps: list[tuple[str, int]]) -> None:
