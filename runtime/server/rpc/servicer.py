@@ -106,6 +106,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             raise
         except Exception as error:
             status = _status(error)
+            self._charge(call.caller, account.bytes_in)
         else:
             self._tell(account)
             return
@@ -117,6 +118,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     async def _answered(self, method: Method, call: Call, account: Account, context: Any) -> bytes:
         if method.action is Action.INFER:
             self._core.admit(call.principal)
+        await self._pay(call.caller)
         data = await read_message(context, call.hold, self._limits, self._limits.read_seconds, lent=call.caller is None)
         if data is None:
             raise ProtocolError("request", expected="a message", got="none")
@@ -145,6 +147,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             hold = self._intake.memory.hold(call.hold.tenant)
             held.add(hold)
             try:
+                await self._pay(call.caller)
                 data = await read_message(context, hold, self._limits, None, lent=True)
             except ServerError as error:
                 refused.append(_status(error))
@@ -185,6 +188,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             raise
         except Exception as error:
             status = _status(error)
+            self._charge(call.caller, len(data))
             account.status = status.http
             asked = {} if request is None else {"id": request.id, "model_name": request.model_name}
             message = pb.ModelStreamInferResponse(error_message=_clipped(status.text), infer_response=asked)
@@ -192,6 +196,16 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         account.bytes_out = len(answer)
         self._tell(account)
         return answer
+
+    def _charge(self, caller: Principal | None, size: int) -> None:
+        """Let the sender of a large message that was refused wait before the next is received."""
+        if caller is not None and size > PIECE:
+            self._intake.refused.charge(caller.tenant, size)
+
+    async def _pay(self, caller: Principal | None) -> None:
+        seconds = 0.0 if caller is None else self._intake.refused.wait(caller.tenant)
+        if seconds:
+            await asyncio.sleep(seconds)
 
     async def _parsed(self, method: Method, call: Call, data: bytes) -> Any:
         """The message, whose raw tensors are left in `call` where it is large; long work goes off the event loop."""

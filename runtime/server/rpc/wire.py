@@ -13,6 +13,8 @@ from tpeft_deploy.runtime.server.rpc.limits import Limits
 
 __all__ = ["join_raw", "parse", "split_raw"]
 
+_TEXTS = frozenset({1, 2, 3})  # names and the id of ModelInferRequest
+_TEXT_BYTES = 1 << 16
 _TENSORS = frozenset({5, 6})  # inputs and outputs of ModelInferRequest
 _CONTENTS = 5  # of an input
 _RAW = 7  # raw_input_contents of ModelInferRequest
@@ -58,6 +60,10 @@ def split_raw(data: bytes, limits: Limits) -> tuple[bytes, list[memoryview]]:
             raise _too_many(limits)
         if number == _RAW and kind == _LENGTH:
             raws.append(inner)
+        elif number in _TEXTS and len(inner) > _TEXT_BYTES:
+            raise TooLarge(
+                "message", expected=f"names and an id of at most {_TEXT_BYTES:,} bytes", got=f"{len(inner):,}"
+            )
         else:
             rest.append(view[start:at])
         start = at

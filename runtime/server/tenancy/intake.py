@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget
 from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
+from tpeft_deploy.runtime.server.tenancy.refused_bytes import RefusedBytes
 from tpeft_deploy.runtime.server.v2.offload import Offload
 
 __all__ = ["Intake"]
@@ -23,6 +24,7 @@ class Intake:
         offload: threads that decompress, decode and encode.
         requests: in progress for each key.
         streams: open over gRPC for each key.
+        refused: time that tenants wait for the bytes of refused messages.
     """
 
     memory: ByteBudget = field(default_factory=lambda: ByteBudget(_GIB))
@@ -30,3 +32,4 @@ class Intake:
     offload: Offload = field(default_factory=Offload)
     requests: Concurrency = field(default_factory=Concurrency)
     streams: Concurrency = field(default_factory=lambda: Concurrency(64, "streams"))
+    refused: RefusedBytes = field(default_factory=RefusedBytes)

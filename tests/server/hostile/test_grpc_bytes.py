@@ -267,3 +267,13 @@ def test_elements_of_typed_contents_are_counted_on_the_wire() -> None:
         else:
             with pytest.raises(TooLarge, match="1,000 elements"):
                 parse(pb.ModelInferRequest, message.SerializeToString(), limits)
+
+
+@pytest.mark.parametrize("field", ["id", "model_name", "model_version"])
+def test_a_text_of_megabytes_is_not_parsed(field: str) -> None:
+    message = pb.ModelInferRequest()
+    setattr(message, field, "x" * (5 << 20))
+    with pytest.raises(TooLarge, match="names and an id"):
+        split_raw(message.SerializeToString(), Limits())
+    setattr(message, field, "x" * 1000)
+    assert split_raw(message.SerializeToString(), Limits())[1] == []
