@@ -91,4 +91,6 @@ def test_a_conv_that_one_task_replaces_and_another_changes(tmp_path: Path) -> No
 @pytest.mark.parametrize("start", range(100, 500, 20))
 def test_two_thousand_adapters_of_four_hundred_models(tmp_path: Path, start: int) -> None:
     for seed in range(start, start + 20):
-        check(seed, tmp_path / str(seed))
+        place = tmp_path / str(seed)
+        place.mkdir()
+        check(seed, place)
