@@ -4,9 +4,9 @@
 
 | model | what | targets |
 |---|---|---|
-| deberta | DebertaV2ForSequenceClassification with the configuration of DeBERTaV3-base, 184 M weights | 72 |
+| deberta | DebertaV2ForSequenceClassification with the configuration of DeBERTaV3-base, 184 M weights | 73 |
 | t5 | T5ForConditionalGeneration of width 32, 6 + 6 layers | 96 |
-| unet | UNet2DConditionModel of 34 M weights | 128 |
+| unet | UNet2DConditionModel of 28 M weights | 128 |
 | sdxl | UNet2DConditionModel with the blocks of SDXL, narrow and a third as deep: 23 transformer blocks | 184 |
 
 Random weights, one LoRA of rank 8 that PEFT saved, so that the proof runs PEFT's forward too.  Plain is
