@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+ENCODERS = ("encoder", "encoder_half", "large", "large_half")
+# What one check sees otherwise than the others.
+ENVIRONMENT = {"(h) convs in float32, TF32 by the environment": {"NVIDIA_TF32_OVERRIDE": "1"}}
 ROOT = Path(__file__).parent.parent
 MARK = "RESULT "
 
@@ -31,10 +35,10 @@ def checks() -> dict[str, Callable[[Any], Any]]:
     from benchmarks import gpu_serving as serving
 
     return {
-        "answers": serving.answers,
+        **{f"answers, {name}": serving.answers(name) for name in ("encoder", "encoder_half", "convs")},
         "recorded answers": serving.recorded_answers,
-        "mixed rows": serving.mixed_rows,
-        "factored": serving.factored,
+        **{f"mixed rows, {name}": serving.mixed_rows(name) for name in ENCODERS},
+        **{f"factored, {name}": serving.factored(name) for name in ENCODERS},
         "served rows": serving.served_rows,
         "switching": serving.switching,
         "memory limit": serving.memory_limit,
@@ -46,6 +50,8 @@ def checks() -> dict[str, Callable[[Any], Any]]:
         "(e) copies": questions.copies,
         "(f) shared weights": questions.shared_weights,
         "(g) launches": questions.launches,
+        "(h) convs in float32": questions.exact_convs,
+        "(h) convs in float32, TF32 by the environment": questions.exact_convs,
     }
 
 
@@ -54,8 +60,8 @@ def check(options: argparse.Namespace) -> None:
     from benchmarks.gpu_fixed import NeedsCuda, Place
     from tpeft_deploy.runtime.providers import choose
 
-    place = Place(Path(options.directory), choose(options.provider), options.seconds)
     try:
+        place = Place(Path(options.directory), choose(options.provider), options.seconds)
         result = {"status": "done", **asdict(checks()[options.check](place))}
     except NeedsCuda:
         result = {"status": "needs CUDA"}
@@ -66,35 +72,42 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """All checks, each in a process of its own."""
+    """Run all checks, each in a process of its own, until the time for all is over; each result is written at once."""
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": machine(), "provider": options.provider, "checks": {}}
-    chosen = [name for name in checks() if not options.only or any(part in name for part in options.only)]
-    for name in chosen:
-        begin = time.perf_counter()
-        report["checks"][name] = isolated(name, options, out)
-        report["checks"][name]["seconds"] = round(time.perf_counter() - begin, 1)
-        print(f"{name}: {report['checks'][name]['status']}, {report['checks'][name]['seconds']} s", flush=True)
-        (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")  # what is done stays, whatever comes
-    if options.provider == "cuda" and not options.only:
-        report["tests"] = gpu_tests()
-        (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
-    (out / "gpu.md").write_text(text)
-    print(text)
+    end = time.monotonic() + options.deadline
+    for name in checks():
+        if options.only and not any(part in name for part in options.only):
+            continue
+        begin, left = time.monotonic(), end - time.monotonic()
+        found = isolated(name, options, out, min(options.timeout, left)) if left > 5 else {"status": "no time left"}
+        report["checks"][name] = found | {"seconds": round(time.monotonic() - begin, 1)}
+        write(report, out)
+        print(f"{name}: {found['status']}, {time.monotonic() - begin:.1f} s", flush=True)
+    if options.provider == "cuda" and options.tests:
+        report["tests"] = gpu_tests(end - time.monotonic())
+        write(report, out)
+    print(markdown(report))
 
 
-def isolated(name: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """One check in a process of its own, and what became of it."""
+def write(report: dict[str, Any], out: Path) -> None:
+    """Write what is known so far."""
+    (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "gpu.md").write_text(markdown(report))
+
+
+def isolated(name: str, options: argparse.Namespace, out: Path, seconds: float) -> dict[str, Any]:
+    """Run one check in a process of its own, for at most that many seconds."""
     command = [sys.executable, "-m", "benchmarks.gpu", "check", options.directory, "--check", name]
     command += ["--provider", options.provider, "--seconds", str(options.seconds)]
+    own = os.environ | ENVIRONMENT.get(name, {})
     try:
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=options.timeout, check=False, errors="replace"
+            command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=seconds, check=False, errors="replace"
         )
     except subprocess.TimeoutExpired:
-        return {"status": f"not done in {options.timeout:g} s"}
+        return {"status": f"not done in {seconds:.0f} s"}
     with (out / "gpu.log").open("a") as log:
         log.write(f"== {name}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}\n")
     results = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
@@ -107,14 +120,17 @@ def isolated(name: str, options: argparse.Namespace, out: Path) -> dict[str, Any
     return found
 
 
-def gpu_tests() -> str:
-    """The tests marked `gpu`, where what they need is installed; the checks above ask the same of carried models."""
+def gpu_tests(seconds: float) -> str:
+    """Run the tests marked `gpu`, where what they need is installed; the checks ask the same of carried models."""
     missing = [name for name in ("pytest", "onnx", "onnxscript", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         return f"not run: no {', '.join(missing)} here"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/runtime"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    return "\n".join(done.stdout.strip().splitlines()[-15:])
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1), check=False)
+    except subprocess.TimeoutExpired:
+        return f"not done in {seconds:.0f} s"
+    return "\n".join(done.stdout.strip().splitlines()[-40:])
 
 
 def machine() -> dict[str, str]:
@@ -177,6 +193,8 @@ def main() -> None:
     verbs.choices["check"].add_argument("--check", required=True)
     verbs.choices["run"].add_argument("--out", required=True)
     verbs.choices["run"].add_argument("--timeout", type=float, default=120.0, help="Seconds that a check may take.")
+    verbs.choices["run"].add_argument("--deadline", type=float, default=560.0, help="Seconds that all checks may take.")
+    verbs.choices["run"].add_argument("--tests", action="store_true", help="Run the tests marked `gpu` too.")
     verbs.choices["run"].add_argument("--only", nargs="*", help="Checks that have one of these in their name.")
     options = parser.parse_args()
     options.directory = str(Path(options.directory).resolve())

@@ -6,6 +6,7 @@ Needs torch, transformers and onnx; running them needs none of these.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,15 @@ def build(place: Path, *, layers: int = 6, width: int = 384, channels: int = 64)
     """Write all models.
 
     Args:
-        place: the directory, which must not have them yet.
-        layers: of the encoder.
-        width: of the encoder; a multiple of 64.
-        channels: of the conv net.
+        place: directory, which must not have them yet.
+        layers: layers of the small encoder; the large one has 12 of width 768.
+        width: width of the small encoder, a multiple of 64.
+        channels: channels of the conv net.
     """
     encoder(place / "encoder", layers, width)
+    encoder(place / "encoder_half", layers, width, dtype=torch.float16)
+    encoder(place / "large", 12, 768, tasks=("one",))
+    encoder(place / "large_half", 12, 768, tasks=("one",), dtype=torch.float16)
     convs(place / "convs", channels)
     graphs = place / "graphs"
     graphs.mkdir(parents=True)
@@ -39,8 +43,13 @@ def build(place: Path, *, layers: int = 6, width: int = 384, channels: int = 64)
         onnx.save(onnx.parser.parse_model(text), graphs / f"{name}.onnx")
 
 
-def encoder(path: Path, layers: int, width: int) -> Bundle:
-    """A BERT whose linears all take adapters."""
+def encoder(
+    path: Path, layers: int, width: int, *, tasks: Sequence[str] = ("one", "two"), dtype: torch.dtype = torch.float32
+) -> Bundle:
+    """A BERT with adapters on all its linear layers.
+
+    All layers have equal weights, which the bundle stores once: it has to be carried to the other machine.
+    """
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=500,
@@ -51,10 +60,14 @@ def encoder(path: Path, layers: int, width: int) -> Bundle:
         max_position_embeddings=128,
     )
     module = transformers.BertForSequenceClassification(config).eval()
+    first, *others = module.bert.encoder.layer
+    for layer in others:
+        layer.load_state_dict(first.state_dict())
+    module = module.to(dtype)
     names = [f"{name}.weight" for name, part in module.bert.encoder.named_modules() if isinstance(part, nn.Linear)]
     adapters = {
         task: adapter_for(module, {f"bert.encoder.{name}": (RANK, RANK) for name in names}, seed=seed)
-        for seed, task in enumerate(("one", "two"))
+        for seed, task in enumerate(tasks)
     }
     inputs = {"input_ids": torch.randint(0, 500, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
     shapes = {name: {0: "batch", 1: "sequence"} for name in inputs}
@@ -140,7 +153,10 @@ def conv_graphs() -> dict[str, str]:
     filled = " ".join(f"w{i} = ConstantOfShape<value: tensor = float[1] {{0.01}}>(s)" for i in range(6))
     shape = "s = Constant<value_ints: ints = [64,64,3,3]>()"
     image = "f[N,64,32,32]"
+    one = {"x": "f[N,C,32,32]", "w": "f[C,C,K,K]"}
     return {
+        "conv_1": graph(one, {"y": "f[N,C,32,32]"}, "y = Conv(x, w)"),
+        "conv_3": graph(one, {"y": "f[N,C,32,32]"}, f"y = Conv{pads}(x, w)"),
         "conv_fed": graph({"x": image, **weights}, {"y": image}, nodes),
         "conv_constant": graph({"x": image}, {"y": image}, f"{shape} {filled} {nodes}"),
     }

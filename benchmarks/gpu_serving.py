@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from benchmarks.gpu_fixed import Fixed, Place, Report, device_bytes, error, interleaved, normal
 from benchmarks.gpu_questions import tokens
 from tpeft_deploy import Adapter, Bundle, Runtime, TuckerDelta
+from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.runtime import views
 from tpeft_deploy.runtime.bank import Bank, Layout, widened
 from tpeft_deploy.runtime.buckets import Buckets
@@ -48,23 +49,34 @@ def bank_of(bundle: Bundle, count: int, device: str, rank: int = 8) -> tuple[Ban
     return bank, rows
 
 
-def answers(place: Place) -> Report:
-    """Every form on the device against the CPU."""
-    report = Report()
-    batches = {"encoder": tokens(3), "convs": {"input": normal(3, 3, 32, 32)}}
-    for name, batch in batches.items():
-        path = place.path / name
+def answers(name: str) -> Callable[[Place], Report]:
+    """Every form of a bundle on the device against the CPU."""
+
+    def ask(place: Place) -> Report:
+        report, path = Report(), place.path / name
+        batch = {"input": normal(3, 3, 32, 32)} if name == "convs" else tokens(3)
+        rounding = Bundle.open(path).manifest.rounding
+        limit = max(rounding.limits.values()) if rounding else 1e-5
         with Runtime(path, provider=place.choice.device) as device, Runtime(path, provider="cpu") as cpu:
             (output,) = (port.name for port in Bundle.open(path).manifest.outputs)
-            found = {"base": error(device.run(batch)[output], cpu.run(batch)[output])}
-            found["one task"] = error(device.run(batch, "one")[output], cpu.run(batch, "one")[output])
-            mixed = [np.stack(list(r.run(batch, tasks=["two", "base", "one"])[output])) for r in (device, cpu)]
-            found["a task per row"] = error(*mixed)
-            device.pin("one", folded=True)
-            found["folded"] = error(device.run(batch, "one")[output], cpu.run(batch, "one")[output])
-        for form, worst in found.items():
-            report.claim(f"{name}, {form}, answers as on the CPU", worst, 1e-5, at_least=False)
-    return report
+
+            def compare(form: str, run: Callable[[Runtime], Iterable[Array]]) -> None:
+                got, expected = (np.stack(list(run(runtime))) for runtime in (device, cpu))
+                report.claim(f"{name}, {form}, answers as on the CPU", error(got, expected), limit, at_least=False)
+
+            compare("base", lambda runtime: runtime.run(batch)[output])
+            compare("one task", lambda runtime: runtime.run(batch, "one")[output])
+            tasks = ["two" if "two" in device.tasks else "one", "base", "one"]
+            compare("a task per row", lambda runtime: runtime.run(batch, tasks=tasks)[output])
+            try:
+                device.pin("one", folded=True)
+            except TpeftError as found:  # the fold was not proved: an answer too
+                report.figures[f"{name}, folded"] = str(found)[:200]
+            else:
+                compare("folded", lambda runtime: runtime.run(batch, "one")[output])
+        return report
+
+    return ask
 
 
 def recorded_answers(place: Place) -> Report:
@@ -91,9 +103,13 @@ def recorded_answers(place: Place) -> Report:
     return report
 
 
-def mixed_rows(place: Place) -> Report:
+def mixed_rows(name: str) -> Callable[[Place], Report]:
     """32 rows of 32 adapters against 32 rows of the base, and against 32 rows one after the other."""
-    report, bundle = Report(), Bundle.open(place.path / "encoder")
+    return lambda place: _mixed_rows(place, Bundle.open(place.path / name))
+
+
+def _mixed_rows(place: Place, bundle: Bundle) -> Report:
+    report = Report()
     bank, _ = bank_of(bundle, ROWS, place.choice.device)
     inputs, single = tokens(ROWS), tokens(1)
     each = np.arange(1, ROWS + 1)
@@ -147,9 +163,13 @@ def served_rows(place: Place) -> Report:
     return report
 
 
-def factored(place: Place) -> Report:
+def factored(name: str) -> Callable[[Place], Report]:
     """One adapter through its factors against the base, 8 rows."""
-    report, bundle = Report(), Bundle.open(place.path / "encoder")
+    return lambda place: _factored(place, Bundle.open(place.path / name))
+
+
+def _factored(place: Place, bundle: Bundle) -> Report:
+    report = Report()
     inputs, factors = tokens(8), bundle.factors("one")
     for way, graphs in place.ways.items():
         calls = {
@@ -161,7 +181,7 @@ def factored(place: Place) -> Report:
         ratio = times["factored"] / times["base"]
         report.figures[f"factored / base, {way}"] = ratio
         if place.cuda:
-            report.claim(f"factored / base, {way}", ratio, 1.05, at_least=False)
+            report.claim(f"factored / base, {way}", ratio, 1.1, at_least=False)
     return report
 
 

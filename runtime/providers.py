@@ -8,7 +8,9 @@ CUDA session only when it says so itself.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -196,7 +198,9 @@ def _cuda_obstacle() -> str | None:
         return _BOTH
     if _CUDA not in onnxruntime.get_available_providers():
         return "this onnxruntime was built without CUDA"
-    onnxruntime.preload_dlls()
+    # TF32 for certain: where every convolution plan on offer uses it, cuDNN is not held back by `use_tf32`.
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+    _preload()
     try:
         onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
     except Exception as error:  # ONNX Runtime raises its own unexported classes and RuntimeError alike
@@ -205,12 +209,31 @@ def _cuda_obstacle() -> str | None:
 
 
 def _both_installed() -> bool:
-    return _installed("onnxruntime") and _installed("onnxruntime-gpu")
+    """Whether the imported onnxruntime is a mixture of two distributions' files.
+
+    Two copies in different directories do not disturb each other: only one is imported.
+    """
+    imported = Path(onnxruntime.__file__)
+    return sum(_owns(distribution, imported) for distribution in ("onnxruntime", "onnxruntime-gpu")) == 2
 
 
-def _installed(distribution: str) -> bool:
+def _owns(distribution: str, file: Path) -> bool:
     try:
-        importlib.metadata.version(distribution)
+        found = importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True
+    return Path(str(found.locate_file("onnxruntime/__init__.py"))).resolve() == file.resolve()
+
+
+def _preload() -> None:
+    """Load CUDA's and cuDNN's libraries, from the `nvidia` packages wherever they are installed.
+
+    By itself ONNX Runtime looks for these packages beside its own directory only.
+    """
+    found = importlib.util.find_spec("nvidia")
+    for place in (found.submodule_search_locations if found else None) or ():
+        for directory in sorted(Path(place).glob("cu[0-9]*/lib")):
+            onnxruntime.preload_dlls(cudnn=False, directory=str(directory))
+        for directory in sorted(Path(place).glob("cudnn/lib")):
+            onnxruntime.preload_dlls(cuda=False, directory=str(directory))
+    onnxruntime.preload_dlls()

@@ -52,13 +52,13 @@ def test_a_listed_provider_without_a_device_is_not_believed(monkeypatch: pytest.
     if cuda_works():
         pytest.skip("CUDA works here")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda **where: None)
     with pytest.raises(ProviderUnavailable, match="no tensor could be placed on device 0"):
         providers.choose("cuda")
 
 
 def test_two_runtimes_in_one_environment_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "_installed", lambda name: True)
+    monkeypatch.setattr(providers, "_owns", lambda distribution, file: True)
     with pytest.raises(ProviderUnavailable, match="both installed"):
         providers.choose("cuda")
 
@@ -66,7 +66,7 @@ def test_two_runtimes_in_one_environment_are_named(monkeypatch: pytest.MonkeyPat
 def test_the_cpu_is_served_from_a_mixed_installation_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(providers, "_installed", lambda name: True)
+    monkeypatch.setattr(providers, "_owns", lambda distribution, file: True)
     assert providers.choose("cpu").device == "cpu"
     assert "both installed" in caplog.messages[0]
 
