@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ENCODERS = ("encoder", "encoder_half", "large", "large_half")
+ENCODERS = ("encoder", "encoder_half", "large", "large_half", "queries_half", "wide_half")
 # What one check sees otherwise than the others.
 ENVIRONMENT = {"(h) convs in float32, TF32 by the environment": {"NVIDIA_TF32_OVERRIDE": "1"}}
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,17 @@ def gpu_tests(seconds: float) -> str:
     missing = [name for name in ("pytest", "onnx", "onnxscript", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         return f"not run: no {', '.join(missing)} here"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/runtime"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "tests/runtime/test_cuda.py",
+    ]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1), check=False)
     except subprocess.TimeoutExpired:

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_fixed import Fixed, Place
 from benchmarks.gpu_questions import tokens
-from benchmarks.gpu_serving import bank_of
+from benchmarks.gpu_serving import bank_of, graph_of
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.providers import choose
 
@@ -60,8 +60,9 @@ def main() -> None:
         "banked": {**bank.values, **inputs, "adapter_index": np.arange(1, options.rows + 1)},
     }
     report = {}
+    files = {"base": "base.onnx", "factored": "factored.onnx", "banked": graph_of(bundle, "cuda")}
     for form, fed in feeds.items():
-        run = Fixed(place, bundle.path / f"{form}.onnx", fed)
+        run = Fixed(place, bundle.path / files[form], fed)
         found = kernels(run)
         times = []
         for _ in range(20):

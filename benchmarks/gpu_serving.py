@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from benchmarks.gpu_fixed import Fixed, Place, Report, device_bytes, error, interleaved, normal
+from benchmarks.gpu_fixed import Fixed, Place, Report, Value, device_bytes, error, interleaved, normal
 from benchmarks.gpu_questions import tokens
 from tpeft_deploy import Adapter, Bundle, Runtime, TuckerDelta
+from tpeft_deploy.bundle import BANKED_CUDA
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.runtime import views
-from tpeft_deploy.runtime.bank import Bank, Layout, widened
+from tpeft_deploy.runtime.bank import Bank, Layout, Rows
 from tpeft_deploy.runtime.buckets import Buckets
 from tpeft_deploy.runtime.captured import Captured
 from tpeft_deploy.runtime.plain import Plain
@@ -38,15 +39,23 @@ def adapter(bundle: Bundle, seed: int, rank: int = 8) -> Adapter:
     return Adapter(deltas)
 
 
-def bank_of(bundle: Bundle, count: int, device: str, rank: int = 8) -> tuple[Bank, list[dict[str, Array]]]:
-    """A bank with this many adapters in rows 1 and on, and what is in each."""
-    layout = Layout.of(bundle)
-    rows = [bundle.feeds(adapter(bundle, seed, rank)) for seed in range(count)]
-    shapes = widened(layout.shapes, ({name: array.shape for name, array in row.items()} for row in rows))
+def bank_of(
+    bundle: Bundle, count: int, device: str, rank: int = 8, *, file: str | None = None
+) -> tuple[Bank, list[Rows]]:
+    """A bank with this many adapters in rows 1 and on, and what is in each, for the device's graph or another one."""
+    file = graph_of(bundle, device) if file is None else file
+    layout = Layout.of(bundle, bundle.manifest.packing if file == BANKED_CUDA else ())
+    rows = [layout.rows(bundle.feeds(adapter(bundle, seed, rank))) for seed in range(count)]
+    shapes = layout.widest({name: array.shape for name, array in row.items()} for row in rows)
     bank = Bank.allocate(layout, shapes, count + 1, device)
     for number, row in enumerate(rows, 1):
         bank.write(number, row)
     return bank, rows
+
+
+def graph_of(bundle: Bundle, device: str) -> str:
+    """The banked graph that a device runs."""
+    return BANKED_CUDA if device == "cuda" and BANKED_CUDA in bundle.manifest.files else "banked.onnx"
 
 
 def answers(name: str) -> Callable[[Place], Report]:
@@ -82,8 +91,8 @@ def answers(name: str) -> Callable[[Place], Report]:
 def recorded_answers(place: Place) -> Report:
     """Recorded runs at several shapes, on rows that are written and banks that change, against the CPU."""
     report, bundle = Report(), Bundle.open(place.path / "encoder")
-    model, manifest = bundle.path / "banked.onnx", bundle.manifest
-    plain, (on_cpu, rows) = Session(model, CPU), bank_of(bundle, 3, "cpu")
+    model, manifest = bundle.path / graph_of(bundle, place.choice.device), bundle.manifest
+    plain, (on_cpu, _) = Session(bundle.path / "banked.onnx", CPU), bank_of(bundle, 3, "cpu")
     recorded = Captured(model, place.choice, manifest, buckets=Buckets(manifest, lengths=[16, 64]))
     worst = 0.0
     for generation in range(2):
@@ -94,7 +103,7 @@ def recorded_answers(place: Place) -> Report:
                 got, expected = recorded.run(bank, inputs, index), plain.run(on_cpu, inputs, index)
                 worst = max(worst, *(error(got[name], expected[name]) for name in expected))
         report.figures[f"bank {generation}: worst error so far"] = worst
-    bank.write(1, rows[1])
+    bank.write(1, bank_of(bundle, 2, place.choice.device)[1][1])
     inputs = tokens(1, 9)
     got, expected = (run.run(b, inputs, np.array([i])) for run, b, i in ((recorded, bank, 1), (plain, on_cpu, 2)))
     worst = max(worst, *(error(got[name], expected[name]) for name in expected))
@@ -109,32 +118,28 @@ def mixed_rows(name: str) -> Callable[[Place], Report]:
 
 
 def _mixed_rows(place: Place, bundle: Bundle) -> Report:
-    report = Report()
-    bank, _ = bank_of(bundle, ROWS, place.choice.device)
-    inputs, single = tokens(ROWS), tokens(1)
-    each = np.arange(1, ROWS + 1)
+    report, device = Report(), place.choice.device
+    inputs, single, each = tokens(ROWS), tokens(1), np.arange(1, ROWS + 1)
+    files = dict.fromkeys((graph_of(bundle, device), "banked.onnx"))
+    banks = {file: bank_of(bundle, ROWS, device, file=file)[0].values for file in files}
+    first = next(iter(files))
     for way, graphs in place.ways.items():
-        banked, base = (place.open(bundle.path / f"{n}.onnx", graphs=graphs) for n in ("banked", "base"))
-        mixed = Fixed(place, banked, {**bank.values, **inputs, "adapter_index": each}, graphs=graphs)
-        rows = Fixed(
-            place,
-            place.open(bundle.path / "banked.onnx", graphs=graphs),
-            {**bank.values, **single, "adapter_index": each[:1]},
-            graphs=graphs,
-        )
-        calls: dict[str, Callable[[], object]] = {
-            "base, 32 rows": Fixed(place, base, inputs, graphs=graphs),
-            "32 rows of 32 adapters": mixed,
-            "32 rows one by one": lambda rows=rows: _one_by_one(rows, each),  # type: ignore[misc]
-        }
+
+        def fixed(file: str, fed: Mapping[str, Value], graphs: bool = graphs) -> Fixed:
+            return Fixed(place, place.open(bundle.path / file, graphs=graphs), fed, graphs=graphs)
+
+        rows = fixed(first, {**banks[first], **single, "adapter_index": each[:1]})
+        mixed = {file: fixed(file, {**bank, **inputs, "adapter_index": each}) for file, bank in banks.items()}
+        calls: dict[str, Callable[[], object]] = {"base": fixed("base.onnx", inputs), **mixed}
+        calls["one by one"] = lambda rows=rows: _one_by_one(rows, each)  # type: ignore[misc]
         times = interleaved(calls, place.seconds)
-        report.milliseconds({f"{name}, {way}": own for name, own in times.items()})
-        base_time, mixed_time, single_time = times.values()
-        ratios = {"base's": (base_time / mixed_time, 0.9), "switched rows'": (single_time / mixed_time, 5)}
-        for of, (ratio, limit) in ratios.items():
-            report.figures[f"throughput over the {of}, {way}"] = ratio
-            if graphs:
-                report.claim(f"throughput over the {of}, recorded", ratio, limit, at_least=True)
+        report.milliseconds({f"{name}, {ROWS} rows, {way}": own for name, own in times.items()})
+        for file in files:
+            report.figures[f"throughput over the base's, {file}, {way}"] = times["base"] / times[file]
+        if graphs:
+            report.claim("throughput over the base's, recorded", times["base"] / times[first], 0.9, at_least=True)
+            ratio = times["one by one"] / times[first]
+            report.claim("throughput over the switched rows', recorded", ratio, 5, at_least=True)
     return report
 
 
@@ -148,9 +153,9 @@ def served_rows(place: Place) -> Report:
     """The same with everything that a request goes through: padding, copies to and from the device, threads."""
     report, bundle = Report(), Bundle.open(place.path / "encoder")
     bank, _ = bank_of(bundle, ROWS, place.choice.device)
-    inputs, each = tokens(ROWS), np.arange(1, ROWS + 1)
-    base, plain = Plain(bundle.path / "base.onnx", place.choice), Session(bundle.path / "banked.onnx", place.choice)
-    recorded = Captured(bundle.path / "banked.onnx", place.choice, bundle.manifest)
+    inputs, each, file = tokens(ROWS), np.arange(1, ROWS + 1), bundle.path / graph_of(bundle, place.choice.device)
+    base, plain = Plain(bundle.path / "base.onnx", place.choice), Session(file, place.choice)
+    recorded = Captured(file, place.choice, bundle.manifest)
     calls: dict[str, Callable[[], object]] = {
         "base": lambda: base.run(inputs),
         "32 adapters": lambda: plain.run(bank, inputs, each),
@@ -225,7 +230,7 @@ def recording_among_others(place: Place) -> Report:
     """Recording while other threads write rows and run sessions of their own: does either spoil the other?"""
     report, bundle = Report(), Bundle.open(place.path / "encoder")
     bank, rows = bank_of(bundle, 3, place.choice.device)
-    recorded = Captured(bundle.path / "banked.onnx", place.choice, bundle.manifest)
+    recorded = Captured(bundle.path / graph_of(bundle, place.choice.device), place.choice, bundle.manifest)
     failures: list[str] = []
 
     def write() -> None:

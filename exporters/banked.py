@@ -23,6 +23,7 @@ from tpeft_deploy.slots import Target
 
 __all__ = ["attach", "reasons", "reason_of"]
 
+_SPREADING = {"BankedLinearShared", "BankedShared", "BankedRepeated", "BankedSpread", "BankedLookupShared", "Scan"}
 _SINGLE = {"BankedLinear", "BankedLookup"}  # on rows that do not come first, one adapter per run
 
 
@@ -57,7 +58,9 @@ def attach(
     single = [t for t in in_order(targets) if branches[t.kind].banked(model, t, made[t.key], index) == "group"]
     single = _lifted(model, single, index)
     # Traced shapes say nothing of rows that a shared value gets, or of the heads that tasks bring.
-    forget_shapes(model.graph)
+    changed = [made[target.key]["value"] for target in targets if target.kind == "override"]
+    changed += [value for node in model.graph if node.op_type in _SPREADING for value in node.outputs]
+    forget_shapes(model.graph, changed)
     return [target.name for target in single]
 
 

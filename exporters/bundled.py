@@ -13,10 +13,10 @@ import onnx_ir as ir
 
 from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BANKED_CPU, EXAMPLE, FACTORED_CPU, MANIFEST, Bundle
+from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, EXAMPLE, FACTORED_CPU, MANIFEST, Bundle
 from tpeft_deploy.errors import BundleError
 from tpeft_deploy.exporters import banked, factored, rows
-from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
+from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, packed
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.gate import check_tolerance
@@ -150,6 +150,10 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
         graphs |= {FACTORED_CPU: raw.clone(), BANKED_CPU: raw.clone()}
         factored.attach(graphs[FACTORED_CPU], targets, BLOCKED_BRANCHES)
         banked.attach(graphs[BANKED_CPU], targets, orders, BLOCKED_BRANCHES)
+    graphs[BANKED_CUDA] = graphs["banked.onnx"].clone()
+    packing = packed.pack(graphs[BANKED_CUDA])
+    if not packing:
+        del graphs[BANKED_CUDA]
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
         _mark_outputs(model, raw, varies if file != "base.onnx" else {})
@@ -170,6 +174,7 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
         outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
         files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
         rounding=measure_rounding(base, raw.graph),
+        packing=packing,
     )
 
 

@@ -45,8 +45,7 @@ def attach(model: ir.Model, targets: Sequence[Target], branches: Branches = BRAN
     fit_factors(model, targets, made, "TuckerResized")
     for target in in_order(targets):
         branches[target.kind].factored(model, target, made[target.key])
-    if any(target.kind == "override" for target in targets):
-        forget_shapes(model.graph)
+    forget_shapes(model.graph, [made[target.key]["value"] for target in targets if target.kind == "override"])
 
 
 def output_axes(model: ir.Model, targets: Sequence[Target], outputs: Sequence[ir.Value]) -> dict[str, Varies]:

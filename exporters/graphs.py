@@ -222,11 +222,31 @@ def _turned(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=name)
 
 
-def forget_shapes(graph: ir.Graph) -> None:
-    """Drop the shapes of all computed values: an override of another size makes the traced ones wrong."""
+def forget_shapes(graph: ir.Graph, changed: Iterable[ir.Value]) -> None:
+    """Drop the shapes of the values that are computed from some whose traced shapes are wrong.
+
+    ONNX Runtime fuses by shapes, so all others keep theirs.
+
+    Args:
+        graph: changed.
+        changed: graph inputs and computed values that have other sizes than were traced.
+    """
+    reached = set(changed)
     for node in graph:
+        inner = (value for attribute in node.attributes.values() for value in _outer_values(attribute))
+        if any(value in reached for value in (*node.inputs, *inner) if value is not None):
+            reached.update(node.outputs)
         for value in node.outputs:
-            value.shape = None
+            if value in reached:
+                value.shape = None
+
+
+def _outer_values(attribute: ir.Attr) -> Iterator[ir.Value]:
+    """The values that the graphs of an attribute read."""
+    graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
+    for graph in graphs:
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            yield from (value for value in node.inputs if value is not None)
 
 
 def lay_out(graph: ir.Graph, digests: Mapping[str, str]) -> dict[str, Weight]:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, Bundle
+from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, BASE_TASK, Bundle
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base, Outputs
@@ -141,10 +141,9 @@ def check_padding(
     tasks: dict[str, Adapter | None] = {BASE_TASK: None, **first, "probe 0": probe(bundle, 0)}
     branches = branch_limit(base, graph, bundle, ragged.own)
     limits = {"base.onnx": base_limit(graph, bundle), "banked.onnx": branches}
-    if BANKED_CPU in manifest.files:
-        limits[BANKED_CPU] = branches
+    limits |= {file: branches for file in (BANKED_CPU, BANKED_CUDA) if file in manifest.files}
     sessions = {file: gate.open_session(bundle.path / file) for file in limits}
-    banked = banks(bundle, tasks)
+    banked = {file: banks(bundle, tasks, file) for file in limits if file != "base.onnx"}
     outputs = [port.name for port in manifest.outputs]
     for position, (task, adapter) in enumerate(tasks.items()):
         alone = [(sizes, base.reference(adapter, ragged.rows(sizes), outputs)) for sizes in batches[-1].groups]
@@ -155,7 +154,7 @@ def check_padding(
             for file, session in sessions.items():
                 if file == "base.onnx" and adapter is not None:
                     continue
-                feeds = {} if file == "base.onnx" else banked | {slots.INDEX: np.array([position])}
+                feeds = banked[file] | {slots.INDEX: np.array([position])} if file in banked else {}
                 run = cache(partial(gate.run, session, inputs, feeds))
                 answers = partial(_answers, run, ragged, bundle, adapter, batch)
                 yield _worst(

@@ -12,7 +12,7 @@ import onnxruntime
 
 from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BANKED_CPU, BASE_TASK, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, BASE_TASK, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters import bfloat16, gate
 from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
@@ -23,6 +23,7 @@ from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.output_rows import find_output_rows
 from tpeft_deploy.exporters.samples import Sizes, batch_axis, empty_shapes, shapes_to_prove, with_sizes
 from tpeft_deploy.manifest import Manifest, OutputRows
+from tpeft_deploy.packing import pack
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
 
@@ -159,18 +160,18 @@ def check_forms(
     yield from own
     limit = _limit(graph, bundle, own)
     sessions = {file.removesuffix(".onnx"): gate.open_session(bundle.path / file) for file in _graphs(bundle)}
-    filled = banks(bundle, tasks)
+    filled = {form: banks(bundle, tasks, f"{form}.onnx") for form in sessions if form.startswith("banked")}
     for position, (task, adapter) in enumerate(tasks.items()):
         progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
         factors = bundle.factors(task) if adapter is not None else {}
-        rows = filled | {slots.INDEX: np.array([position])}
         source = sources.of(task, adapter)
         for sizes in shapes:
             inputs = with_sizes(base, graph, sizes)
             expected = base.reference(adapter, inputs, names)
             for form, session in sessions.items():
                 extra, answer = factors, partial(gate.run, session, inputs, factors)
-                if form.startswith("banked"):
+                if form in filled:
+                    rows = filled[form] | {slots.INDEX: np.array([position])}
                     extra, answer = rows, partial(_run_banked, session, inputs, rows, bundle, adapter)
                 for check in source.measure(form, task, sizes, answer, expected, limit):
                     yield explain(check, bundle.path / f"{form}.onnx", {**inputs, **extra})
@@ -209,7 +210,7 @@ def _limit(graph: ir.Graph, bundle: Bundle, own: Iterable[Check]) -> Limits:
 
 def _graphs(bundle: Bundle) -> list[str]:
     """The graphs with branches: the portable two, and those for the CPU where there are any."""
-    own = [file for file in (FACTORED_CPU, BANKED_CPU) if file in bundle.manifest.files]
+    own = [file for file in (FACTORED_CPU, BANKED_CPU, BANKED_CUDA) if file in bundle.manifest.files]
     return ["factored.onnx", "banked.onnx", *own]
 
 
@@ -233,7 +234,7 @@ def check_rows(
     shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
     limit = branch_limit(base, graph, bundle, shapes[0])
     files = [file for file in _graphs(bundle) if file.startswith("banked")]
-    sessions = [gate.open_session(bundle.path / file) for file in files]
+    sessions = {file: gate.open_session(bundle.path / file) for file in files}
     names = list(adapters)
     for start in range(0, max(len(names), 1), _MIXED):
         progress(Stage("check rows of different adapters", start, max(len(names), 1)))
@@ -249,7 +250,7 @@ def _check_batch(
     base: Base,
     graph: ir.Graph,
     bundle: Bundle,
-    sessions: Iterable[onnxruntime.InferenceSession],
+    sessions: Mapping[str, onnxruntime.InferenceSession],
     tasks: Tasks,
     sizes: Sizes,
     count: int,
@@ -257,8 +258,10 @@ def _check_batch(
 ) -> Iterator[Check]:
     inputs = with_sizes(base, graph, sizes)
     index = np.arange(count) % len(tasks)
-    feeds = banks(bundle, tasks) | {slots.INDEX: index}
-    runs = [cache(partial(gate.run, session, inputs, feeds)) for session in sessions]
+    runs = [
+        cache(partial(gate.run, session, inputs, banks(bundle, tasks, file) | {slots.INDEX: index}))
+        for file, session in sessions.items()
+    ]
     names = [str(value.name) for value in graph.outputs]
     kinds = {port.name: port.rows for port in bundle.manifest.outputs}
     for position, (task, adapter) in enumerate(tasks.items()):
@@ -330,16 +333,17 @@ def probe(bundle: Bundle, seed: int) -> Adapter:
     return Adapter(deltas, kept, source=f"probe {seed}", gains=gains)
 
 
-def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None]) -> dict[str, Array]:
+def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None], file: str = "banked.onnx") -> dict[str, Array]:
     """What a banked graph takes beside inputs and index: the factors of every task, in their order."""
-    filled = [bundle.fill(adapter) if adapter is not None else {} for adapter in tasks.values()]
-    stacked = {}
-    for target in bundle.manifest.targets:
-        default = bundle.default(target)
-        for slot in slots.slots_of(target):
-            rows = [own.get(target.key, default)[slot.name] for own in filled]
-            stacked[slots.input_name(target, slot.name)] = slots.stack(rows)
-    return stacked
+    packing = bundle.manifest.packing if file == BANKED_CUDA else ()
+    default = {
+        slots.input_name(target, slot): array
+        for target in bundle.manifest.targets
+        for slot, array in bundle.default(target).items()
+    }
+    own = [default | (bundle.feeds(adapter) if adapter is not None else {}) for adapter in tasks.values()]
+    rows = [pack(packing, tensors, {}) for tensors in own]
+    return {name: slots.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def cut(outputs: Outputs, bundle: Bundle, adapter: Adapter | None) -> Outputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import onnx_ir as ir
@@ -32,7 +33,8 @@ def replace_weights(base: Base, model: ir.Model, adapter: Adapter) -> None:
         merge = partial(_merged, base, adapter, name, own.dtype)
         value.const_value = ir.LazyTensor(merge, own.dtype, ir.Shape(shape), name=name)
     if adapter.overrides:
-        _infer_outputs(model)
+        replaced = [value for name, value in model.graph.initializers.items() if name in adapter.overrides]
+        _infer_outputs(model, replaced)
 
 
 def held_changes(base: Base, graph: ir.Graph, adapter: Adapter) -> Adapter:
@@ -53,9 +55,9 @@ def _merged(base: Base, adapter: Adapter, name: str, dtype: ir.DataType) -> ir.T
     return ir.tensor(base.merged(adapter, name).astype(dtype.numpy()), name=name)
 
 
-def _infer_outputs(model: ir.Model) -> None:
+def _infer_outputs(model: ir.Model, replaced: Sequence[ir.Value]) -> None:
     """Replace the traced output shapes by the ones that heads of another size lead to."""
-    forget_shapes(model.graph)
+    forget_shapes(model.graph, replaced)
     inferred = passes.ShapeInferencePass()(model.clone()).model
     for value, other in zip(model.graph.outputs, inferred.graph.outputs, strict=True):
         value.shape = other.shape

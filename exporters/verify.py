@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter, Origin, weight_digest
-from tpeft_deploy.bundle import BANKED_CPU, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import BaseMismatch, FormatError, IntegrityError, ShapeError, UnknownTask, UnsupportedBase
 from tpeft_deploy.exporters import gate
 from tpeft_deploy.exporters.bases import Base
@@ -39,6 +39,7 @@ __all__ = ["GRAPHS", "Verification", "verify_bundle"]
 
 _ROUNDINGS = 4  # of factors and core, in the dtype of the slots
 GRAPHS = ("base.onnx", "factored.onnx", "banked.onnx")
+DEVICE_GRAPHS = (FACTORED_CPU, BANKED_CPU, BANKED_CUDA)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +174,7 @@ def _read(bundle: Bundle, names: list[str], progress: Progress) -> dict[str, Ada
     for position, name in enumerate(bundle.manifest.files):
         progress(Stage(f"check the digest of {name}", position, len(steps)))
         bundle.check_file(name)
-    for graph in GRAPHS + tuple(extra for extra in (FACTORED_CPU, BANKED_CPU) if extra in bundle.manifest.files):
+    for graph in GRAPHS + tuple(extra for extra in DEVICE_GRAPHS if extra in bundle.manifest.files):
         if graph not in bundle.manifest.files:
             raise IntegrityError(f"open bundle {bundle.path}", expected=f"{graph} in its manifest", got="none")
         _check_ports(bundle, graph)
@@ -229,6 +230,9 @@ def _check_ports(bundle: Bundle, file: str) -> None:
     """A graph takes and gives what the manifest says."""
     graph, manifest = ir.load(bundle.path / file).graph, bundle.manifest
     fed = {slots.input_name(t, slot.name) for t in manifest.targets for slot in slots.slots_of(t)}
+    if file == BANKED_CUDA:
+        fed -= {name for own in manifest.packing for group in own.members for name in group}
+        fed |= {own.name for own in manifest.packing}
     extra = {"base": set[str](), "factored": fed, "banked": fed | {slots.INDEX}}[file.partition(".")[0]]
     pairs = {
         "inputs": ({port.name for port in manifest.inputs} | extra, {str(value.name) for value in graph.inputs}),

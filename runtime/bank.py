@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import mmap
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnxruntime
 
 from tpeft_deploy import slots
 from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.packing import Packed, pack, with_one_rank
 from tpeft_deploy.runtime import views
 from tpeft_deploy.tucker import Array
 
@@ -31,21 +33,43 @@ class Layout:
     """How adapters of a bundle become rows.
 
     Args:
-        defaults: graph input -> the row of the base: no change, or the base's own tensor.
+        neutral: input of the portable graph -> slot of the base: no change, or the base's own tensor.
+        packing: inputs of the graph that is served, where they stand in the place of others.
     """
 
-    defaults: Rows
+    neutral: Rows
+    packing: Sequence[Packed] = ()
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Layout:
+    def of(cls, bundle: Bundle, packing: Sequence[Packed] = ()) -> Layout:
         """The layout of a bundle's banked graph; reads the base's own tensors where tasks replace them."""
-        return cls(
-            {
-                slots.input_name(target, slot): array
-                for target in bundle.manifest.targets
-                for slot, array in bundle.default(target).items()
-            }
-        )
+        neutral = {
+            slots.input_name(target, slot): array
+            for target in bundle.manifest.targets
+            for slot, array in bundle.default(target).items()
+        }
+        return cls(neutral, packing)
+
+    @cached_property
+    def defaults(self) -> Rows:
+        """Graph input -> the row of the base."""
+        return pack(self.packing, self.neutral, {})
+
+    def widest(self, others: Iterable[Mapping[str, Shape]]) -> dict[str, Shape]:
+        """The shapes of rows that hold adapters with rows of these shapes.
+
+        Args:
+            others: per adapter, graph input -> shape of its row.
+        """
+        return with_one_rank(self.packing, widened(self.shapes, others))
+
+    def rows(self, tensors: Rows) -> Rows:
+        """An adapter's rows: graph input -> row with the adapter's own ranks.
+
+        Args:
+            tensors: input of the portable graph -> slot, as `Bundle.feeds` gives them.
+        """
+        return pack(self.packing, tensors, self.neutral)
 
     @property
     def shapes(self) -> dict[str, Shape]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from tpeft_deploy.bundle import BANKED_CPU, EXAMPLE, Bundle
+from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, EXAMPLE, Bundle
 from tpeft_deploy.errors import ProviderUnavailable
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.captured import Captured
 from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda
 from tpeft_deploy.runtime.session import Session
 
-__all__ = ["computes_in_half", "files_to_serve", "open_banked"]
+__all__ = ["banked_file", "computes_in_half", "files_to_serve", "open_banked"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
@@ -33,10 +33,15 @@ def computes_in_half(manifest: Manifest, choice: Choice) -> bool:
     return "float16" in dtypes
 
 
+def banked_file(manifest: Manifest, choice: Choice) -> str:
+    """The banked graph that is the fastest on a device."""
+    own = BANKED_CPU if choice.device == "cpu" else BANKED_CUDA
+    return own if own in manifest.files else "banked.onnx"
+
+
 def files_to_serve(manifest: Manifest, choice: Choice) -> list[str]:
     """The files that sessions are made of, now or later."""
-    own = [BANKED_CPU] if choice.device == "cpu" and BANKED_CPU in manifest.files else []
-    return ["weights.data", "base.onnx", "banked.onnx", *own, EXAMPLE]
+    return list(dict.fromkeys(["weights.data", "base.onnx", "banked.onnx", banked_file(manifest, choice), EXAMPLE]))
 
 
 def open_banked(
@@ -54,15 +59,16 @@ def open_banked(
             raise ProviderUnavailable(
                 f"open bundle {manifest.name!r} with CUDA graphs", expected="the CUDA provider", got=choice.reason
             )
-        file = bundle.check_file("banked.onnx")
+        file = bundle.check_file(banked_file(manifest, choice))
         memory = cuda.memory_bytes
         return Captured(file, choice, manifest, threads=threads, half=half, memory_bytes=memory), ""
-    remark = ""
-    if choice.device == "cpu" and BANKED_CPU in manifest.files:
+    own, remark = banked_file(manifest, choice), ""
+    if own == BANKED_CPU:
         try:
-            return Session(bundle.check_file(BANKED_CPU), choice, threads=threads, half=half), ""
+            return Session(bundle.check_file(own), choice, threads=threads, half=half), ""
         except ORT_ERRORS as error:
+            own = "banked.onnx"
             # Internal operators of ONNX Runtime, which a build of it may lack; the portable graph says the same.
             remark = f"{BANKED_CPU} not used ({str(error).splitlines()[0][:160]})"
             _log.warning("bundle %r: %s", manifest.name, remark)
-    return Session(bundle.check_file("banked.onnx"), choice, threads=threads, half=half, cuda=cuda), remark
+    return Session(bundle.check_file(own), choice, threads=threads, half=half, cuda=cuda), remark

@@ -18,7 +18,7 @@ import onnxruntime
 
 from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BASE_TASK, Bundle, check_task
+from tpeft_deploy.bundle import BANKED_CUDA, BASE_TASK, Bundle, check_task
 from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.manifest import Port
@@ -34,7 +34,7 @@ from tpeft_deploy.runtime.figures import Figures
 from tpeft_deploy.runtime.folds import Folds
 from tpeft_deploy.runtime.holding import Holder
 from tpeft_deploy.runtime.joining import Form
-from tpeft_deploy.runtime.opening import computes_in_half, files_to_serve, open_banked
+from tpeft_deploy.runtime.opening import banked_file, computes_in_half, files_to_serve, open_banked
 from tpeft_deploy.runtime.private import PrivateCopy
 from tpeft_deploy.runtime.probing import differs
 from tpeft_deploy.runtime.providers import Cuda, choose
@@ -118,8 +118,10 @@ class Runtime:
             if not own_copy:
                 self._bundle.check_file("weights.data")
             self._base = copy.bundle if own_copy else self._bundle
+            file = banked_file(self._manifest, choice)
+            self._layout = Layout.of(self._base, self._manifest.packing if file == BANKED_CUDA else ())
             self._tiers = Tiers(
-                Layout.of(self._base),
+                self._layout,
                 self._lay_out,
                 choice.device,
                 device_bytes=device_bytes,
@@ -539,7 +541,8 @@ class Runtime:
         # By name: a server's clients read what is wrong with their adapters, and where a bundle lies is not theirs.
         name = repr(self._manifest.name)
         filled = fitting.fill(self._manifest, adapter, bundle=name, base_value=self._base.base_value)
-        return Content(fitting.named(self._manifest, filled), fitting.sizes(self._manifest, adapter))
+        rows = self._layout.rows(fitting.named(self._manifest, filled))
+        return Content(rows, fitting.sizes(self._manifest, adapter))
 
     def _banked_answer(self, inputs: Mapping[str, Array], version: Version | None) -> dict[str, Array]:
         return self._engine.run_banked(inputs, version)

@@ -344,7 +344,7 @@ class Tiers:
 
     def _shapes(self, versions: Iterable[Version]) -> dict[str, Shape]:
         distinct = {id(version.shapes): version.shapes for version in versions}
-        return widened(self._layout.shapes, distinct.values())
+        return self._layout.widest(distinct.values())
 
     def _replace_bank(self, version: Version) -> None:
         """A bank with more, wider or narrower rows, with all residents in it."""

@@ -19,7 +19,7 @@ NEED_CUDA = {"memory limit", "(e) copies", "(f) shared weights"}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("gpu")
-    gpu_models.build(place, layers=1, width=64, channels=8)
+    gpu_models.build(place, layers=1, width=64, channels=8, large=(1, 64), wide=64)
     return place
 
 
@@ -38,12 +38,12 @@ def test_every_check(models: Path, name: str) -> None:
 def test_a_check_that_fails_is_recorded_and_the_others_go_on(models: Path, tmp_path: Path) -> None:
     (tmp_path / "graphs").symlink_to(models / "graphs")  # and no bundles
     command = [sys.executable, "-m", "benchmarks.gpu", "run", str(tmp_path), "--provider", "cpu", "--seconds", "0"]
-    command += ["--out", str(tmp_path / "out"), "--only", "factored", "matmul", "copies"]
+    command += ["--out", str(tmp_path / "out"), "--only", "factored, encoder", "matmul", "copies"]
     subprocess.run(command, cwd=gpu.ROOT, check=True, capture_output=True, timeout=120)
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())["checks"]
-    assert found["factored"]["status"].startswith("BundleError")
+    assert found["factored, encoder"]["status"].startswith("BundleError")
     assert found["(a) rank 0, matmul"]["status"] == "done"
     assert found["(e) copies"]["status"] == "needs CUDA"
     table = (tmp_path / "out" / "gpu.md").read_text()
     assert "| (a) rank 0, matmul | rank 0 matmul, plain: error | " in table
-    assert "| factored | BundleError" in table
+    assert "| factored, encoder | BundleError" in table

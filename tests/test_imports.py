@@ -67,17 +67,18 @@ ALLOWED = {
     "ties": {"adapter", "algebra", "errors", "tucker"},
     "composition": {"adapter", "algebra", "errors", "tucker"},
     "slots": {"errors", "tucker"},
-    "manifest": {"slots", "errors"},
+    "packing": {"tucker"},
+    "manifest": {"slots", "errors", "packing"},
     "formats": {"adapter", "algebra", "tucker", "errors", "files"},
     "fitting": {"slots", "adapter", "errors", "manifest", "ties", "tucker"},
     "bundle": {"slots", "adapter", "errors", "files", "fitting", "formats", "manifest", "tucker"},
     "training": {"errors", "tucker", "adapter"},
     "exporters": {
         *{"adapter", "bundle", "errors", "files", "fitting", "formats"},
-        *{"manifest", "page", "plots", "progress", "slots", "ties", "training", "tucker"},
+        *{"manifest", "packing", "page", "plots", "progress", "slots", "ties", "training", "tucker"},
     },
     "runtime": {
-        *{"adapter", "bundle", "composition", "errors", "files", "fitting", "formats", "manifest"},
+        *{"adapter", "bundle", "composition", "errors", "files", "fitting", "formats", "manifest", "packing"},
         *{"page", "plots", "progress", "slots", "ties", "tucker"},
     },
 }

@@ -4,6 +4,7 @@
       manifest.json        what it is (see `manifest`)
       base.onnx  factored.onnx  banked.onnx  weights.data
       factored.cpu.onnx  banked.cpu.onnx        where the CPU has a faster form that no other device can run
+      banked.cuda.onnx                          where linear layers have branches: fewer operators
       example.npz          the example inputs that the base was exported with: `verify` runs on them
       adapters/<task>/current                   the digest this task is an alias for
       adapters/<task>/<digest>/adapter.safetensors  adapter.json  adapter.onnx_adapter
@@ -41,12 +42,13 @@ from tpeft_deploy.manifest import FileRecord, Manifest, check_name, is_name
 from tpeft_deploy.slots import Target
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BANKED_CPU", "BASE_TASK", "EXAMPLE", "FACTORED_CPU", "MANIFEST", "Bundle", "check_task"]
+__all__ = ["BANKED_CPU", "BANKED_CUDA", "BASE_TASK", "EXAMPLE", "FACTORED_CPU", "MANIFEST", "Bundle", "check_task"]
 
 BASE_TASK = "base"
 MANIFEST = "manifest.json"
 EXAMPLE = "example.npz"
 FACTORED_CPU, BANKED_CPU = "factored.cpu.onnx", "banked.cpu.onnx"
+BANKED_CUDA = "banked.cuda.onnx"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from tpeft_deploy.errors import BundleError, IntegrityError, VersionError
+from tpeft_deploy.packing import Packed, packed_of
 from tpeft_deploy.slots import Kind, Target
 
 __all__ = [
@@ -162,6 +163,7 @@ class Manifest:
             weight nor an alias is not read by the forward pass.
         tolerance: relative error that is accepted of weights in float32, or None for the limit of 1e-5.
         left_out: task -> name -> why, as `Adapter.left_out`.
+        packing: inputs of banked.cuda.onnx that stand in the place of others of banked.onnx.
     """
 
     name: str
@@ -183,6 +185,7 @@ class Manifest:
     tolerance: float | None = None
     left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     rows_reasons: Mapping[str, str] = field(default_factory=dict)
+    packing: tuple[Packed, ...] = ()
 
     @property
     def base_digest(self) -> str:
@@ -337,6 +340,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         tolerance=_tolerance(document.get("tolerance")),
         left_out={task: dict(names) for task, names in document.get("left_out", {}).items()},
         rows_reasons={str(name): str(why) for name, why in document.get("rows_reasons", {}).items()},
+        packing=tuple(packed_of(entry) for entry in document.get("packing", ())),
     )
 
 

@@ -13,6 +13,7 @@ FORM_COLOURS = {
     "factored.cpu": "#0e7490",
     "banked": "#059669",
     "banked.cpu": "#166534",
+    "banked.cuda": "#65a30d",
     "mixed rows": "#d97706",
     "padded": "#db2777",
 }

@@ -12,12 +12,13 @@ from onnxscript import graph, script
 from onnxscript import opset20 as op
 from onnxscript.values import OnnxFunction, Opset
 
-from tpeft_deploy.exporters.branches.factored_functions import BLOCKS, DOMAIN
+from tpeft_deploy.exporters.branches.factored_functions import BLOCKS, DOMAIN, MICROSOFT
 
 __all__ = ["BANKED"]
 
 _tpeft = Opset(DOMAIN, 1)
 _blocks = Opset(BLOCKS, 1)
+_microsoft = Opset(MICROSOFT, 1)
 
 # The bodies below are onnxscript, not Python: ONNX's types are not Python's, and mypy would check the wrong ones.
 # mypy: ignore-errors
@@ -29,6 +30,20 @@ def BankedLinear(y, x, adapter_index, downs, ups):
     split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
     inner = op.MatMul(op.Reshape(x, split), op.Gather(downs, adapter_index))
     return y + op.Reshape(op.MatMul(inner, op.Gather(ups, adapter_index)), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
+def PackedDown(x, adapter_index, down):
+    """The inner activations of the branches that read x: (N, G R, m), of x (.., I) and down (N, 1, G, R, I)."""
+    split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
+    return _microsoft.FusedMatMul(op.Reshape(down, split), op.Reshape(x, split), transB=1)
+
+
+@script(_tpeft, default_opset=op)
+def PackedUp(y, inner, adapter_index, up):
+    """y + inner^T up, of inner (N, R, m) and up (N, 1, 1, R, O)."""
+    split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(up, start=-1), axis=0)
+    return y + op.Reshape(_microsoft.FusedMatMul(inner, op.Reshape(up, split), transA=1), op.Shape(y))
 
 
 @script(_tpeft, default_opset=op)
@@ -355,5 +370,7 @@ BANKED: dict[str, OnnxFunction] = {
         BankedTable,
         BankedVector,
         BankedValue,
+        PackedDown,
+        PackedUp,
     )
 }

@@ -10,9 +10,10 @@ from onnxscript import opset20 as op
 from onnxscript import script
 from onnxscript.values import OnnxFunction, Opset
 
-__all__ = ["BLOCKS", "DOMAIN", "FACTORED"]
+__all__ = ["BLOCKS", "DOMAIN", "FACTORED", "MICROSOFT"]
 
 DOMAIN = "tpeft"
+MICROSOFT = "com.microsoft"  # ONNX Runtime's fused operators, on every device
 BLOCKS = "com.microsoft.nchwc"  # ONNX Runtime's internal operators, on the CPU only
 _tpeft = Opset(DOMAIN, 1)
 _blocks = Opset(BLOCKS, 1)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from tpeft_deploy.exporters import bfloat16
 from tpeft_deploy.exporters.branches.banked_functions import BANKED
 from tpeft_deploy.exporters.branches.conv_functions import CONVS
-from tpeft_deploy.exporters.branches.factored_functions import BLOCKS, DOMAIN, FACTORED
+from tpeft_deploy.exporters.branches.factored_functions import BLOCKS, DOMAIN, FACTORED, MICROSOFT
 from tpeft_deploy.exporters.rows import same_order
 
 __all__ = ["add_constant", "add_input", "apply", "call", "call_first", "constant_ints", "reroute", "route_around"]
@@ -155,8 +155,9 @@ def _node(
         # Nothing that the functions use has changed since the opset they were written for.
         model.functions[key].opset_imports[""] = model.graph.opset_imports.get("", 20)
         model.graph.opset_imports[DOMAIN] = 1
-        if BLOCKS in model.functions[key].opset_imports:
-            model.graph.opset_imports[BLOCKS] = 1
+        for domain in (BLOCKS, MICROSOFT):
+            if domain in model.functions[key].opset_imports:
+                model.graph.opset_imports[domain] = 1
     output = _resemble(ir.Value(name=f"{name}.out"), like)
     return ir.node(function, inputs, attributes or {}, domain=DOMAIN, outputs=[output], name=name)  # type: ignore[arg-type]
 

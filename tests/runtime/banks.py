@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from tpeft_deploy import Bundle, fitting
-from tpeft_deploy.runtime.bank import Bank, Layout, widened
+from tpeft_deploy.runtime.bank import Bank, Layout
 
 
 def all_tasks(bundle: Bundle, device: str = "cpu") -> tuple[Bank, dict[str, int]]:
@@ -9,7 +9,7 @@ def all_tasks(bundle: Bundle, device: str = "cpu") -> tuple[Bank, dict[str, int]
     layout = Layout.of(bundle)
     tasks = sorted(bundle.tasks)
     content = {task: fitting.named(bundle.manifest, bundle.fill(bundle.adapter(task))) for task in tasks}
-    shapes = widened(layout.shapes, ({name: row.shape for name, row in own.items()} for own in content.values()))
+    shapes = layout.widest({name: row.shape for name, row in own.items()} for own in content.values())
     bank = Bank.allocate(layout, shapes, len(tasks) + 1, device)
     rows = {"base": 0, **{task: row for row, task in enumerate(tasks, 1)}}
     for task, own in content.items():

@@ -1,0 +1,135 @@
+"""The banked form for a GPU: fewer, larger operators for the branches of linear layers.
+
+A pass over a graph to which the banked branches are attached.  Branches that read the same activation share one
+product with their down factors, and factors of equal sizes are stacked, so that one Gather picks the rows of a stack:
+
+    down (N, G R, I) = Gather(stack (T, S, G, R, I), adapter_index)[:, s]    for S groups of G branches
+    inner (N, G R, m) = down x^T
+    y (N, m, O) += inner_g^T up,    up (N, R, O) likewise
+
+x, the activation, is (N, m, I).  Both products take their operands as they lie in memory; of the ways to lay the
+factors out, this one was the fastest on an H200 in float16 and in float32 (`benchmarks/RESULTS.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from tpeft_deploy import slots
+from tpeft_deploy.exporters import bfloat16
+from tpeft_deploy.exporters.branches.surgery import add_input, call, reroute
+from tpeft_deploy.packing import Packed
+
+__all__ = ["pack"]
+
+_STACK = 32  # outputs of a Split that ONNX Runtime's CUDA kernel takes without a table in device memory
+
+
+class _Branch(NamedTuple):
+    """A branch of a linear layer whose rows take different adapters."""
+
+    node: ir.Node
+    y: ir.Value
+    x: ir.Value
+    down: ir.Value
+    up: ir.Value
+
+
+def pack(model: ir.Model) -> tuple[Packed, ...]:
+    """Pack the branches of a banked graph, in place.
+
+    Returns:
+        The new inputs; none where the graph has no branch that can be packed.
+    """
+    groups: dict[tuple[int, int], list[_Branch]] = {}
+    for branch in _branches(model.graph):
+        groups.setdefault((id(branch.x), _size(branch.down, 1)), []).append(branch)
+    packed: list[Packed] = []
+    downs = _picked(model, packed, [[branch.down for branch in group] for group in groups.values()], turned=True)
+    ups = _picked(model, packed, [[branch.up] for group in groups.values() for branch in group], turned=False)
+    for group in groups.values():
+        _attach(model, group, downs[group[0].down], [ups[branch.up] for branch in group])
+    return tuple(packed)
+
+
+def _branches(graph: ir.Graph) -> Iterator[_Branch]:
+    for node in graph:
+        y, x, _, down, up = node.inputs if node.op_type == "BankedLinear" else (None,) * 5
+        if y is None or x is None or down is None or up is None:
+            continue
+        # A weight that several layers share has one bank for all of them.
+        if all(value.is_graph_input() and len(list(value.uses())) == 1 for value in (down, up)):
+            yield _Branch(node, y, x, down, up)
+
+
+def _picked(
+    model: ir.Model, packed: list[Packed], groups: Iterable[Sequence[ir.Value]], *, turned: bool
+) -> dict[ir.Value, ir.Value]:
+    """Stack groups of banks of equal sizes: first bank of a group -> its rows (N, 1, G, R, size)."""
+    alike: dict[tuple[int, int, ir.DataType | None], list[Sequence[ir.Value]]] = {}
+    for group in groups:
+        alike.setdefault((len(group), _size(group[0], 1 if turned else 2), group[0].dtype), []).append(group)
+    found = dict[ir.Value, ir.Value]()
+    for (count, size, dtype), same in alike.items():
+        for start in range(0, len(same), _STACK):
+            part = same[start : start + _STACK]
+            name = f"tpeft.packed.{len(packed)}"
+            members = tuple(tuple(str(bank.name) for bank in group) for group in part)
+            packed.append(Packed(name, members, turned))
+            stack = add_input(
+                model.graph, name, ["T", len(part), count, f"{name}.R", size], dtype or ir.DataType.UNDEFINED
+            )
+            found |= dict(zip((group[0] for group in part), _split_rows(model, stack, len(part)), strict=True))
+    return found
+
+
+def _split_rows(model: ir.Model, stack: ir.Value, count: int) -> Sequence[ir.Value]:
+    """Pick the rows of a stack before all other nodes, and cut them into the groups."""
+    index = next(value for value in model.graph.inputs if value.name == slots.INDEX)
+    nodes = [ir.node("Gather", [stack, index], name=f"{stack.name}.rows")]
+    if bfloat16.holds(model.graph):
+        nodes.append(ir.node("Cast", nodes[-1].outputs, {"to": ir.DataType.BFLOAT16}, name=f"{stack.name}.narrow"))
+    if count > 1:
+        attributes = {"axis": 1, "num_outputs": count}
+        cut = ir.node("Split", nodes[-1].outputs[:1], attributes, num_outputs=count, name=f"{stack.name}.cut")
+        nodes.append(cut)
+    for node in nodes:
+        for place, value in enumerate(node.outputs):
+            value.name = f"{node.name}.{place}"
+            value.type = ir.TensorType(stack.dtype or ir.DataType.UNDEFINED)
+    model.graph.insert_before(model.graph[0], nodes)
+    return nodes[-1].outputs
+
+
+def _attach(model: ir.Model, group: Sequence[_Branch], down: ir.Value, ups: Sequence[ir.Value]) -> None:
+    """Put one product for the down factors of a group, and one for each up factor, in the place of its branches."""
+    index = next(value for value in model.graph.inputs if value.name == slots.INDEX)
+    first = group[0].node
+    inner = call(model, "PackedDown", [group[0].x, index, down], name=f"{first.name}.down", like=None, after=first)
+    parts: Sequence[ir.Value] = [inner]
+    if len(group) > 1:
+        attributes = {"axis": 1, "num_outputs": len(group)}
+        cut = ir.node("Split", [inner], attributes, num_outputs=len(group), name=f"{first.name}.cut")
+        for place, value in enumerate(cut.outputs):
+            value.name = f"{cut.name}.{place}"
+        model.graph.insert_after(inner.producer() or first, cut)
+        parts = cut.outputs
+    for branch, part, up in zip(group, parts, ups, strict=True):
+        own = branch.node
+        after = parts[-1].producer() if own is first else own
+        inputs = [branch.y, part, index, up]
+        done = call(model, "PackedUp", inputs, name=f"{own.name}.up", like=own.outputs[0], after=after)
+        reroute(own.outputs[0], done)
+        model.graph.remove(own, safe=True)
+        for bank in (branch.down, branch.up):
+            model.graph.inputs.remove(bank)
+
+
+def _size(bank: ir.Value, axis: int) -> int:
+    size = bank.shape[axis] if bank.shape is not None else None
+    if not isinstance(size, int):
+        raise TypeError(f"bank {bank.name!r} has no fixed size along axis {axis}")
+    return size
