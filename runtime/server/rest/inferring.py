@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from tpeft_deploy.runtime.server.rest.leaving import Left, Watch
 from tpeft_deploy.runtime.server.rest.limits import Limits
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.offload import PIECE
 
 __all__ = ["Inferring", "Receive", "Scope", "Send", "model_of"]
 
@@ -85,6 +87,8 @@ class Inferring:
             return
         except Exception as error:
             refusal = told(error, exchanged)
+            if exchanged.caller is not None and exchanged.bytes_in > PIECE:
+                self._intake.refused.charge(exchanged.caller.tenant, exchanged.bytes_in)
         # Out here nothing refers to the error any more, and so to what was read.
         await exchanged.send(send, *refusal)
 
@@ -94,6 +98,10 @@ class Inferring:
         given = headers.get(b"content-length", b"")
         declared = 0 if not given.isdigit() else int(given) if len(given) < _DIGITS else sys.maxsize
         limit = self._limit(headers, declared)
+        if declared > PIECE or not given:
+            seconds = self._intake.refused.wait(hold.tenant)
+            if seconds:
+                await asyncio.sleep(seconds)
         hold.take(declared)
         body = await _read_body(receive, limit, exchanged, hold)
         if is_compressed(headers):
