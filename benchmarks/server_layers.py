@@ -67,7 +67,8 @@ def through_http(app: Application, state: State) -> Ask:
                 raise SystemExit(f"not answered: {message}")
 
         path = f"/v2/models/task-{task}/infer"
-        await app({"type": "http", "method": "POST", "path": path, "headers": headers[tenant]}, receive, send)
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": headers[tenant]}
+        await app(scope, receive, send)
 
     return ask
 

@@ -42,6 +42,7 @@ __all__ = ["serve"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 _SWEEP_SECONDS = 300.0
+_GRPC_BYTES = 4 << 20
 _RENEW_SECONDS = 5.0
 
 
@@ -247,9 +248,11 @@ def _grpc(
 ) -> RpcServer | None:
     if settings.grpc_port is None:
         return None
+    # grpc hands a message over as a whole: the event loop is held up by 2 ms a MB, whatever becomes of the message.
+    useful = max(service.largest_body or settings.max_body_bytes, _GRPC_BYTES)
     limits = RpcLimits(
         elements=settings.max_elements,
-        message_bytes=settings.max_body_bytes,
+        message_bytes=min(settings.max_body_bytes, settings.max_grpc_bytes or useful),
         connections=settings.patience.connections,
         handshake_seconds=settings.head_timeout,
     )

@@ -94,6 +94,8 @@ class Settings(BaseSettings):
     """Elements of the inputs of one run, and so of one row; 65,536 of integers, 8,388,608 of others by default."""
     max_body_bytes: ByteSize = _bytes(64 * _MIB)
     """Of a request, after decompression."""
+    max_grpc_bytes: ByteSize | None = Field(default=None, ge=1)
+    """Of a message over gRPC, received at once; what fills the model's inputs, 4 MiB at least, by default."""
     max_upload_bytes: ByteSize = _bytes(512 * _MIB)
     """Of an uploaded adapter."""
     upload_readers: int = Field(default=2, ge=1)

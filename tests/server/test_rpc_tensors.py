@@ -15,9 +15,11 @@ from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
 from tpeft_deploy.runtime.server.elements import encode_raw
 from tpeft_deploy.runtime.server.messages import InferResponse
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
+from tpeft_deploy.runtime.server.rpc import tensors
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.tensors import decode, encode_contents, has_contents
 from tpeft_deploy.runtime.server.rpc.translation import adapter_of, request_of, response_of
+from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.tucker import Array
 
 LIMITS = Limits()
@@ -85,6 +87,20 @@ def test_bytes_raw_and_typed_there_and_back_and_as_tritonclient_writes_them(arra
     same(decode(Tensor(name="x", datatype="BYTES", shape=array.shape), raw, LIMITS), array)
     tensor = Tensor(name="x", datatype="BYTES", shape=array.shape, contents=encode_contents(array, "BYTES"))
     same(decode(tensor, None, LIMITS), array)
+
+
+@pytest.mark.parametrize(("count", "pauses"), [(PIECE, 0), (PIECE + 1, 8)])
+def test_others_run_between_the_steps_of_many_typed_elements(
+    monkeypatch: pytest.MonkeyPatch, count: int, pauses: int
+) -> None:
+    breaths: list[None] = []
+    monkeypatch.setattr(tensors, "breathe", lambda: breaths.append(None))
+    array = np.arange(count, dtype=np.float32)
+    contents = encode_contents(array, "FP32")
+    assert len(breaths) == pauses
+    tensor = Tensor(name="x", datatype="FP32", shape=[count], contents=contents)
+    np.testing.assert_array_equal(decode(tensor, None, LIMITS), array, strict=True)
+    assert len(breaths) == 2 * pauses
 
 
 def test_bf16_are_the_upper_halves_of_float32() -> None:

@@ -36,6 +36,7 @@ OTHERS: dict[str, object] = {
     "max_request_rows": 7,
     "max_run_elements": 1000,
     "max_body_bytes": "2MiB",
+    "max_grpc_bytes": "1MiB",
     "max_upload_bytes": 1000,
     "upload_readers": 3,
     "upload_queue": 12,

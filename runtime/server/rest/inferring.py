@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from tpeft_deploy.runtime.server.rest.leaving import Left, Watch
 from tpeft_deploy.runtime.server.rest.limits import Limits
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.offload import PIECE
 
 __all__ = ["Inferring", "Receive", "Scope", "Send", "model_of"]
 
@@ -73,18 +75,31 @@ class Inferring:
             exchanged.caller = principal = self._core.authenticate(exchanged.authorization)
             exchanged.task = model
             self._core.admit(principal)
-            with self._intake.requests.one(principal.key), self._intake.memory.hold(principal.tenant) as hold:
+            hold = self._intake.memory.hold(principal.tenant)
+            self._intake.requests.enter(principal.key)
+            try:
                 framed = await self._framed(model, version, exchanged, receive, hold)
                 response = await self._watch.unless_left(self._core.infer(principal, framed.request), receive)
-                own, parts = await self._encoded(response, framed, exchanged.headers, hold)
+                size = sum([array.nbytes for array in response.outputs.values()])
+                hold.take(size)
+                parts: Sequence[bytes]
+                if size <= SMALL and b"accept-encoding" not in exchanged.headers:
+                    own, parts = encode_parts(response, framed)
+                else:
+                    own, parts = await self._encoded(response, size, framed, exchanged.headers, hold)
                 del framed, response
                 await exchanged.send(send, 200, own, parts)
                 return
+            finally:
+                hold.close()
+                self._intake.requests.leave(principal.key)
         except Left:
             exchanged.status = GONE
             return
         except Exception as error:
             refusal = told(error, exchanged)
+            if exchanged.caller is not None and exchanged.bytes_in > PIECE:
+                self._intake.refused.charge(exchanged.caller.tenant, exchanged.bytes_in)
         # Out here nothing refers to the error any more, and so to what was read.
         await exchanged.send(send, *refusal)
 
@@ -94,8 +109,16 @@ class Inferring:
         given = headers.get(b"content-length", b"")
         declared = 0 if not given.isdigit() else int(given) if len(given) < _DIGITS else sys.maxsize
         limit = self._limit(headers, declared)
+        if declared > PIECE or not given:
+            seconds = self._intake.refused.wait(hold.tenant)
+            if seconds:
+                await asyncio.sleep(seconds)
         hold.take(declared)
-        body = await _read_body(receive, limit, exchanged, hold)
+        message = await receive()
+        body = message.get("body", b"")
+        if message.get("more_body", True) or len(body) > declared:  # most bodies come in one, and say how long they are
+            body = await _read_body(message, receive, limit, exchanged, hold)
+        exchanged.bytes_in = len(body)
         if is_compressed(headers):
             body = await decompress(headers, body, limit, hold, self._intake.offload)
         if not is_heavy(headers, body):
@@ -122,17 +145,15 @@ class Inferring:
         return limit
 
     async def _encoded(
-        self, response: InferResponse, framed: Framed, headers: Mapping[bytes, bytes], hold: Hold
+        self, response: InferResponse, size: int, framed: Framed, headers: Mapping[bytes, bytes], hold: Hold
     ) -> tuple[list[tuple[bytes, bytes]], Sequence[bytes]]:
-        """Headers and parts of an answer, for which there is room."""
-        size = sum(array.nbytes for array in response.outputs.values())
+        """Headers and parts of an answer; `hold` has its `size` as arrays."""
         json = json_bytes(response, framed.head) if size > SMALL else 0
         run = self._intake.offload.run
         if json > SMALL:
-            hold.take(size + _TEXT * json)
+            hold.take(_TEXT * json)
             own, parts = await run(hold.tenant, encode_parts, response, framed)
         else:
-            hold.take(size)
             own, parts = encode_parts(response, framed)
         length = sum(map(len, parts))
         encoding = encoding_for(headers, length)
@@ -146,8 +167,10 @@ class Inferring:
         return [*own, (b"content-encoding", encoding)], [body]
 
 
-async def _read_body(receive: Receive, limit: int, exchanged: Exchanged, hold: Hold) -> bytes | bytearray:
-    """All of a body; more room is taken as it comes where `hold` has less.
+async def _read_body(
+    message: MutableMapping[str, Any], receive: Receive, limit: int, exchanged: Exchanged, hold: Hold
+) -> bytes | bytearray:
+    """All of a body that begins with a message; more room is taken as it comes where `hold` has less.
 
     Raises:
         TooLarge: it is larger than `limit` bytes; what is beyond is not kept.
@@ -157,7 +180,6 @@ async def _read_body(receive: Receive, limit: int, exchanged: Exchanged, hold: H
     body = bytearray()
     size = 0
     while True:
-        message = await receive()
         if message["type"] == "http.disconnect":
             raise Left
         part = message.get("body", b"")
@@ -175,6 +197,7 @@ async def _read_body(receive: Receive, limit: int, exchanged: Exchanged, hold: H
             first = b""
         if not more:
             return body or first
+        message = await receive()
 
 
 def _too_large(limit: int, got: str) -> TooLarge:

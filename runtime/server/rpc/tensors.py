@@ -17,17 +17,20 @@ Raw tensors are little-endian and row-major; each element of BYTES has its lengt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from tpeft_deploy.errors import ProtocolError
 from tpeft_deploy.runtime.server.elements import DTYPES, check_shape, checked, from_raw, objects, quoted, texts
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
+from tpeft_deploy.runtime.server.v2.offload import PIECE, breathe
 from tpeft_deploy.tucker import Array
 
 __all__ = ["decode", "encode_contents", "has_contents"]
 
-_STEP = 1 << 14  # elements that become objects at once
+_STEP = 1 << 13  # elements that become objects at once
 _FIELDS = {
     "BOOL": ("bool_contents", np.dtype(np.bool_)),
     "UINT8": ("uint_contents", np.dtype("<u4")),
@@ -85,13 +88,21 @@ def _from_contents(doing: str, tensor: pb.ModelInferRequest.InferInputTensor, co
     if tensor.datatype == "BYTES":
         return objects(values)
     flat = np.empty(count, wide)
-    for at in range(0, count, _STEP):
-        flat[at : at + _STEP] = values[at : at + _STEP]  # other threads run between two steps
+    for at in _steps(count):
+        flat[at : at + _STEP] = values[at : at + _STEP]
     narrow = DTYPES[tensor.datatype]
     exact = flat.astype(narrow, copy=False)
     if narrow != wide and not np.array_equal(exact, flat):
         raise ProtocolError(doing, expected=f"elements within {tensor.datatype}", got=f"{flat.min()} to {flat.max()}")
     return exact
+
+
+def _steps(count: int) -> Iterator[int]:
+    """Where each step begins; others run between two of them where they are many, which is never on an event loop."""
+    for at in range(0, count, _STEP):
+        if at and count > PIECE:  # and so of more bytes than are converted on one
+            breathe()
+        yield at
 
 
 def encode_contents(array: Array, datatype: str) -> pb.InferTensorContents:
@@ -104,7 +115,7 @@ def encode_contents(array: Array, datatype: str) -> pb.InferTensorContents:
     values = texts(array) if datatype == "BYTES" else checked(array, datatype).ravel()
     contents = pb.InferTensorContents()
     elements = getattr(contents, field)
-    for at in range(0, len(values), _STEP):
+    for at in _steps(len(values)):
         step = values[at : at + _STEP]
         elements.extend(step if isinstance(step, list) else step.tolist())
     return contents

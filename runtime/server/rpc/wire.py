@@ -67,7 +67,7 @@ def split_raw(data: bytes, limits: Limits) -> tuple[bytes, list[memoryview]]:
         else:
             rest.append(view[start:at])
         start = at
-    return b"".join(rest), raws
+    return b"".join(rest) if raws else data, raws
 
 
 def join_raw(head: bytes, number: int, raws: Sequence[Any], within: int | None = None) -> bytes:

@@ -27,7 +27,12 @@ class Concurrency:
         return self._of.get(key, 0)
 
     def one(self, key: str) -> _One:
-        """One of a key, in progress from now until the end of a `with` block.
+        """One of a key, in progress from now until the end of a `with` block; raises as `enter` does."""
+        self.enter(key)
+        return _One(self, key)
+
+    def enter(self, key: str) -> None:
+        """Begin one of a key.
 
         Raises:
             QuotaExceeded: the key has as many as it may.
@@ -42,22 +47,25 @@ class Concurrency:
                 retry_after=_RETRY_SECONDS,
             )
         self._of[key] = count + 1
-        return _One(self._of, key)
+
+    def leave(self, key: str) -> None:
+        """End one of a key."""
+        left = self._of[key] - 1
+        if left:
+            self._of[key] = left
+        else:
+            del self._of[key]
 
 
 class _One:
-    __slots__ = ("_key", "_of")
+    __slots__ = ("_key", "_owner")
 
-    def __init__(self, of: dict[str, int], key: str) -> None:
-        self._of = of
+    def __init__(self, owner: Concurrency, key: str) -> None:
+        self._owner = owner
         self._key = key
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_: object) -> None:
-        left = self._of[self._key] - 1
-        if left:
-            self._of[self._key] = left
-        else:
-            del self._of[self._key]
+        self._owner.leave(self._key)

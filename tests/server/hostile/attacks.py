@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import gzip
 import http.client
+import itertools
 import json
 import os
 import socket
@@ -254,15 +255,17 @@ def slow_readers(target: Target) -> None:
 
 @attack
 def grpc_contents(target: Target) -> None:
-    """Typed contents of 60 MB."""
+    """Typed contents of 13 MB, and of 4 MB, which is as much as is received."""
     from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 
-    rows = 20_000
-    tensor = pb.ModelInferRequest.InferInputTensor(name="pixels", datatype="FP32", shape=[rows, *PIXELS])
     head = pb.ModelInferRequest(model_name="mood").SerializeToString()
-    packed = _field(1 + 5, bytes(rows * _ROW))  # fp32_contents
-    own = tensor.SerializeToString() + _field(5, packed)  # contents
-    _rpc(target, "ModelInfer", head + _field(5, own))  # inputs
+    messages = []
+    for rows in (20_000, 6_000):
+        tensor = pb.ModelInferRequest.InferInputTensor(name="pixels", datatype="FP32", shape=[rows, *PIXELS])
+        packed = _field(1 + 5, bytes(rows * _ROW))  # fp32_contents
+        own = tensor.SerializeToString() + _field(5, packed)  # contents
+        messages.append(head + _field(5, own))  # inputs
+    _rpc(target, "ModelInfer", *messages)
 
 
 @attack
@@ -293,13 +296,15 @@ def grpc_streams(target: Target) -> None:
             target.stop.wait(0.05)
 
 
-def _rpc(target: Target, name: str, data: bytes) -> None:
+def _rpc(target: Target, name: str, *messages: bytes) -> None:
     import grpc
 
     options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
     with grpc.insecure_channel(f"127.0.0.1:{target.grpc_port}", options) as channel:
         call = channel.unary_unary(f"/inference.GRPCInferenceService/{name}")
-        while not target.stop.is_set():
+        for data in itertools.cycle(messages):
+            if target.stop.is_set():
+                return
             try:
                 call(data, timeout=60, metadata=[("authorization", f"Bearer {target.key}")])
                 target.answers["OK"] += 1

@@ -228,6 +228,21 @@ def test_the_quota_is_asked_before_a_body_and_stays_spent(front: Front) -> None:
     assert found.headers[b"retry-after"] == b"1"
 
 
+def test_large_bodies_wait_for_those_that_were_refused(front: Front) -> None:
+    sized = {"content-length": str(len(text(200)))}
+    assert front.ask("/v2/models/none/infer", [text(200)], sized).status == 404
+    assert set(front.intake.refused._until) == {"acme"}
+    assert front.ask(INFER, [text(200)], sized).status == 200
+    front.intake.refused.charge("acme", 1 << 36)
+    for own in (sized, {}):  # without a length it may be any
+        found = front.ask(INFER, [text(200)], own)
+        assert (found.status, found.received) == (429, 0)
+    _, other = front.served.state.keys.create("rival", "infer", by="a test")
+    assert front.ask("/v2/models/none/infer", [text(200)], sized, key=other).status == 404
+    body, headers = raw()
+    assert front.ask(INFER, [body], {**headers, "content-length": str(len(body))}).status == 200
+
+
 # -- however it ends
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from tests.server.audited import Audited
 from tpeft_deploy import Bundle
 from tpeft_deploy.manifest import Port
+from tpeft_deploy.runtime.server import serving
+from tpeft_deploy.runtime.server.settings import Settings
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body
 
 
@@ -36,6 +39,21 @@ def test_axes_without_bound_have_none(conv_bundle: Bundle) -> None:
     free = dataclasses.replace(manifest, inputs=(Port("ids", "int64", (manifest.batch_axis or "B", "length")),))
     assert largest_body(free, 8) is None
     assert largest_body(manifest, None) is None
+
+
+@pytest.mark.parametrize(
+    ("largest", "given", "expected"),
+    [(9 << 20, None, 9 << 20), (1 << 20, None, 4 << 20), (None, None, 64 << 20), (9 << 20, 5 << 20, 5 << 20)],
+)
+def test_messages_over_grpc_are_as_large_as_is_of_use(
+    monkeypatch: pytest.MonkeyPatch, largest: int | None, given: Any, expected: int
+) -> None:
+    monkeypatch.setattr(serving, "Servicer", lambda _core, limits, *_: limits)
+    monkeypatch.setattr(serving, "RpcServer", lambda _servicer, limits, **_: limits)
+    settings = Settings(grpc_port=0, max_grpc_bytes=given)
+    service: Any = SimpleNamespace(largest_body=largest)
+    limits: Any = serving._grpc(service, settings, lambda _: None, settings.intake, None)
+    assert limits.message_bytes == expected
 
 
 @pytest.mark.parametrize("encoding", [{}, {"Content-Encoding": "gzip"}])
