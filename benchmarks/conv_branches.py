@@ -26,7 +26,7 @@ import onnxruntime
 import torch
 
 from tpeft_deploy import Adapter, export_bundle, slots
-from tpeft_deploy.exporters.proof import banks
+from tpeft_deploy.exporters.proof.forms_and_rows import banks
 from tpeft_deploy.tucker import TuckerDelta
 
 RANK, ROWS = 8, 4

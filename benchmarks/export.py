@@ -27,11 +27,12 @@ import torch
 from torch import nn
 
 from tpeft_deploy import Adapter, Bundle, TuckerDelta, export_bundle, slots
-from tpeft_deploy.exporters import banked, factored, folded, rows
-from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES
+from tpeft_deploy.exporters import folded
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored
 from tpeft_deploy.exporters.branches.blocked import can_block
-from tpeft_deploy.exporters.graphs import clean_up, complete_shapes, prepare
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.graph import batch_axes
+from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, complete_shapes, prepare
 from tpeft_deploy.exporters.targets import activations, plan, resolve
 from tpeft_deploy.tucker import Array
 
@@ -104,15 +105,15 @@ def exporting(name: str, place: Path) -> dict[str, float]:
     held = resolve(raw.graph, base.weights, base.aliases)
     optimising, raw = timed(partial(prepare, raw, held.values()))
     targets = plan(raw.graph, {"a": adapter}, held, base=name)
-    orders = rows.find(base, raw, activations(raw.graph, targets).items(), place)
+    orders = batch_axes.find(base, raw, activations(raw.graph, targets).items(), place)
 
     def attach(form: str, branches: Any = None) -> None:
         model = raw.clone()
         chosen = {} if branches is None else {"branches": branches}
         if form == "factored":
-            factored.attach(model, targets, **chosen)
+            attach_factored.attach(model, targets, **chosen)
         else:
-            banked.attach(model, targets, orders, **chosen)
+            attach_banked.attach(model, targets, orders, **chosen)
         clean_up(model)
 
     results = {"base export, s": seconds, "optimise once": optimising / seconds}

@@ -15,7 +15,7 @@ except ImportError as error:
         fix="pip install 'tpeft-deploy[export,cpu]', or [export,gpu] on a CUDA machine.",
     ) from error
 
-from tpeft_deploy.exporters.bundled import export_bundle
+from tpeft_deploy.exporters.bundle import export_bundle
 from tpeft_deploy.exporters.folded import export_folded
 from tpeft_deploy.exporters.verify import verify_bundle
 

@@ -14,19 +14,19 @@ import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedTarget
-from tpeft_deploy.exporters import gate
-from tpeft_deploy.exporters.bases import Base
-from tpeft_deploy.exporters.gate import Check, Limits
-from tpeft_deploy.exporters.graphs import clean_up, fuse_norms, held_tensor, prepare, turn_weights
-from tpeft_deploy.exporters.loading import load_base
-from tpeft_deploy.exporters.near_ties import explain
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.graph.merged_weights import held_changes, replace_weights
+from tpeft_deploy.exporters.graph.unused import Unused, drop_unused
+from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, fuse_norms, held_tensor, prepare, turn_weights
+from tpeft_deploy.exporters.oracle import compare
+from tpeft_deploy.exporters.oracle.base import Base
+from tpeft_deploy.exporters.oracle.compare import Check, Limits
+from tpeft_deploy.exporters.oracle.near_ties import explain
 from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
+from tpeft_deploy.exporters.oracle.sizes import empty_shapes, shapes_to_prove, with_sizes
 from tpeft_deploy.exporters.oracle.source import Sources
-from tpeft_deploy.exporters.replacing import held_changes, replace_weights
 from tpeft_deploy.exporters.resizing import fit_vocabulary
-from tpeft_deploy.exporters.samples import empty_shapes, shapes_to_prove, with_sizes
 from tpeft_deploy.exporters.targets import resolve
-from tpeft_deploy.exporters.unused import Unused, drop_unused
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.ties import Ties, changed_names
@@ -77,7 +77,7 @@ def export_folded(
     Raises:
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
-    gate.check_tolerance(tolerance, f"export {path}")
+    compare.check_tolerance(tolerance, f"export {path}")
     loaded = load_base(
         base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
     )
@@ -171,11 +171,11 @@ def write_folded(
         large = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value) > LARGE
         ir.save(model, file, external_data=f"{path.name}.data" if large else None)
         del model
-        session = gate.open_session(file)
+        session = compare.open_session(file)
         checks = []
         for sizes, wanted in expected:
             inputs = with_sizes(base, raw.graph, sizes)
-            answer = partial(gate.run, session, inputs, {})
+            answer = partial(compare.run, session, inputs, {})
             for measured in source.measure("folded", task, sizes, answer, wanted, limit):
                 check = explain(measured, file, inputs)
                 if check.failure is not None and 0 in sizes.values():

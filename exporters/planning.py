@@ -12,17 +12,18 @@ from tpeft_deploy import __version__, fitting, slots
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.bundle import check_task
 from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
-from tpeft_deploy.exporters import banked, quantised
-from tpeft_deploy.exporters.bases import Base
-from tpeft_deploy.exporters.bfloat16 import wide
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.branches import attach_banked
 from tpeft_deploy.exporters.excluding import without
-from tpeft_deploy.exporters.graphs import complete_shapes, held_tensor, lay_out, prepare
-from tpeft_deploy.exporters.loading import load_base
-from tpeft_deploy.exporters.padding import declare
+from tpeft_deploy.exporters.graph import quantised
+from tpeft_deploy.exporters.graph.batch_axes import Order
+from tpeft_deploy.exporters.graph.unused import Unused, drop_unused
+from tpeft_deploy.exporters.graph.weights_and_shapes import complete_shapes, held_tensor, lay_out, prepare
+from tpeft_deploy.exporters.oracle.base import Base
+from tpeft_deploy.exporters.oracle.bfloat16 import wide
+from tpeft_deploy.exporters.proof.padding import declare
 from tpeft_deploy.exporters.resizing import fit_vocabulary
-from tpeft_deploy.exporters.rows import Order
 from tpeft_deploy.exporters.targets import activations, held_by, plan, plan_all, resolve
-from tpeft_deploy.exporters.unused import Unused, drop_unused
 from tpeft_deploy.manifest import Manifest, Port, Varies, check_name
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.slots import Target
@@ -87,7 +88,8 @@ class Plan:
         """Weights that take one adapter per run wherever the rows are; of others only a run of the base can tell."""
         values = activations(self.raw.graph, self.draft.targets)
         found = [
-            set(banked.attach(self.raw.clone(), self.draft.targets, dict.fromkeys(values, order))) for order in _ORDERS
+            set(attach_banked.attach(self.raw.clone(), self.draft.targets, dict.fromkeys(values, order)))
+            for order in _ORDERS
         ]
         return [target.name for target in self.draft.targets if all(target.name in single for single in found)]
 
@@ -99,7 +101,7 @@ class Plan:
             "name": self.draft.name,
             "base": self.base.name,
             "rows": "group" if grouped else None,
-            "rows_reason": banked.reason_of(list(dict.fromkeys(grouped))),
+            "rows_reason": attach_banked.reason_of(list(dict.fromkeys(grouped))),
             "base_bytes": self.base_bytes,
             "tasks": [
                 {

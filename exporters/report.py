@@ -11,9 +11,9 @@ import numpy as np
 
 from tpeft_deploy import plots
 from tpeft_deploy.bundle import MANIFEST
-from tpeft_deploy.exporters import single
-from tpeft_deploy.exporters.gate import Check
-from tpeft_deploy.exporters.single import TargetCheck
+from tpeft_deploy.exporters.oracle.compare import Check
+from tpeft_deploy.exporters.proof import per_target
+from tpeft_deploy.exporters.proof.per_target import TargetCheck
 from tpeft_deploy.exporters.verify import Verification
 from tpeft_deploy.files import digest_file
 from tpeft_deploy.page import FORM_COLOURS, document, scientific, tiles
@@ -163,10 +163,10 @@ def _targets(found: Verification) -> str:
     rows: dict[str, list[Dot]] = {}
     for target in found.targets:
         rows.setdefault(_name(target), []).append(_target_dot(target, colours[target.task]))
-    counts = [len(single.parts_of(found.bundle, adapter)) for adapter in found.tasks.values()]
-    of_all = f" Of tasks with more than {single.MOST}, that many were run, spread evenly over the model."
+    counts = [len(per_target.parts_of(found.bundle, adapter)) for adapter in found.tasks.values()]
+    of_all = f" Of tasks with more than {per_target.MOST}, that many were run, spread evenly over the model."
     text = f"""<p class="soft small">The factored graph fed one weight's change alone, against the reference with that
-change alone: which branch an error comes from.{of_all if max(counts) > single.MOST else ""}</p>"""
+change alone: which branch an error comes from.{of_all if max(counts) > per_target.MOST else ""}</p>"""
     legend = plots.legend([(task, colours[task]) for task in found.tasks]) if len(found.tasks) <= _MOST_TASKS else ""
     plot = _dots(rows, [target.check for target in found.targets])
     return f"<section><h2>Error per target</h2>{text}{legend}{plot}</section>"
@@ -186,7 +186,7 @@ def _ranks(found: Verification) -> str:
     tasks = list(found.tasks)[:_MOST_TASKS]
     if not tasks:
         return ""
-    ranks = {task: single.ranks_of(found.bundle, found.tasks[task]) for task in tasks}
+    ranks = {task: per_target.ranks_of(found.bundle, found.tasks[task]) for task in tasks}
     targets = [t for t in found.bundle.manifest.targets if any(t.key in own for own in ranks.values())]
     rows = [
         (f"{target.name} ({target.kind})", [_cell(target, ranks[task].get(target.key), task) for task in tasks])

@@ -15,8 +15,8 @@ from torch import nn
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
-from tpeft_deploy.exporters.bases import Base
 from tpeft_deploy.exporters.causes import said_by
+from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.manifest import Varies
 
 __all__ = ["check_vocabulary", "fit_vocabulary", "resize", "tables"]

@@ -14,13 +14,19 @@ import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter, gain_mode
 from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
-from tpeft_deploy.exporters import quantised
-from tpeft_deploy.exporters.bfloat16 import wide
 from tpeft_deploy.exporters.branches import gain
 from tpeft_deploy.exporters.branches.experts import expert_sites
 from tpeft_deploy.exporters.branches.lifted import partners
-from tpeft_deploy.exporters.samples import batch_axis
-from tpeft_deploy.exporters.sites import conv_sites, linear_sites, transposed_conv_sites, value_uses, weight_value
+from tpeft_deploy.exporters.graph import quantised
+from tpeft_deploy.exporters.graph.weight_uses import (
+    conv_sites,
+    linear_sites,
+    transposed_conv_sites,
+    value_uses,
+    weight_value,
+)
+from tpeft_deploy.exporters.oracle.bfloat16 import wide
+from tpeft_deploy.exporters.oracle.sizes import batch_axis
 from tpeft_deploy.slots import Kind, Target, best_factors
 from tpeft_deploy.tucker import Array
 

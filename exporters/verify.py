@@ -19,17 +19,17 @@ from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter, Origin, weight_digest
 from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import BaseMismatch, FormatError, IntegrityError, ShapeError, UnknownTask, UnsupportedBase
-from tpeft_deploy.exporters import gate
-from tpeft_deploy.exporters.bases import Base
-from tpeft_deploy.exporters.bundle_base import BundleBase
-from tpeft_deploy.exporters.gate import Check
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.bundle import BundleBase
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.oracle import compare
+from tpeft_deploy.exporters.oracle.base import Base
+from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.oracle.rounding import limits_of
+from tpeft_deploy.exporters.oracle.sizes import with_sizes
 from tpeft_deploy.exporters.oracle.source import Sources
-from tpeft_deploy.exporters.padding import check_padding
-from tpeft_deploy.exporters.proof import check_forms, check_rows, proved_shapes
-from tpeft_deploy.exporters.samples import with_sizes
-from tpeft_deploy.exporters.single import TargetCheck, check_targets
+from tpeft_deploy.exporters.proof.forms_and_rows import check_forms, check_rows, proved_shapes
+from tpeft_deploy.exporters.proof.padding import check_padding
+from tpeft_deploy.exporters.proof.per_target import TargetCheck, check_targets
 from tpeft_deploy.files import new_file
 from tpeft_deploy.formats import origin_of
 from tpeft_deploy.progress import Progress, Stage, silent
@@ -308,7 +308,7 @@ def _asked(bundle: Bundle, sources: Sources, task: str, adapter: Adapter, path: 
         FormatError: the library is not installed, or cannot run the adapter on the base.
     """
     source = sources.of(task, adapter)
-    if source.oracle == gate.MERGED:
+    if source.oracle == compare.MERGED:
         doing = f"verify bundle {bundle.path} against the source {path}"
         kind = UnsupportedBase if sources.base.module is None else FormatError
         raise kind(doing, expected="a training library that runs it on the base", got=source.reason)
@@ -333,10 +333,10 @@ def _check_folded(
         if not file.is_file():
             continue
         progress(Stage(f"check folded {task}", position, len(tasks)))
-        session = gate.open_session(file)
+        session = compare.open_session(file)
         source = sources.of(task, adapter)
         for sizes in shapes:
             inputs = with_sizes(base, graph, sizes)
-            answer = partial(gate.run, session, inputs, {})
+            answer = partial(compare.run, session, inputs, {})
             expected = base.reference(adapter, inputs, names)
             yield from source.measure("folded", task, sizes, answer, expected, limit)

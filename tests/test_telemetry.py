@@ -35,7 +35,7 @@ LIBRARY = """
 import sys
 import numpy as np
 from tpeft_deploy import Runtime
-from tpeft_deploy.exporters import gate
+from tpeft_deploy.exporters.oracle import compare as gate
 runtime = Runtime(sys.argv[1], provider="cpu")
 runtime.run({"pixels": np.ones((1, 1, 12, 14), np.float32)}, task="base")
 print("ready", flush=True)

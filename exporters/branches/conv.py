@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.surgery import add_constant, call, reroute
-from tpeft_deploy.exporters.sites import (
+from tpeft_deploy.exporters.graph.weight_uses import (
     Site,
     conv_sites,
     geometry,

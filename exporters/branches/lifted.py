@@ -13,7 +13,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.surgery import apply, call, constant_ints, reroute
-from tpeft_deploy.exporters.rows import order_of
+from tpeft_deploy.exporters.graph.batch_axes import order_of
 
 __all__ = ["has_batch", "lift", "partners"]
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.split import split_bias, split_norm
 from tpeft_deploy.exporters.branches.surgery import call, call_first, reroute, route_around
-from tpeft_deploy.exporters.rows import order_of
-from tpeft_deploy.exporters.sites import (
+from tpeft_deploy.exporters.graph.batch_axes import order_of
+from tpeft_deploy.exporters.graph.weight_uses import (
     Site,
     conv_sites,
     geometry,

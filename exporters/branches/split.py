@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.surgery import add_constant, apply, constant_ints, route_around
-from tpeft_deploy.exporters.rows import same_order
+from tpeft_deploy.exporters.graph.batch_axes import same_order
 
 __all__ = ["split_bias", "split_norm"]
 

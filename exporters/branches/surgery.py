@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from tpeft_deploy.exporters import bfloat16
-from tpeft_deploy.exporters.branches.banked_functions import BANKED
-from tpeft_deploy.exporters.branches.conv_functions import CONVS
-from tpeft_deploy.exporters.branches.factored_functions import BLOCKS, DOMAIN, FACTORED, MICROSOFT
-from tpeft_deploy.exporters.rows import same_order
+from tpeft_deploy.exporters.branches.functions.banked import BANKED
+from tpeft_deploy.exporters.branches.functions.conv import CONVS
+from tpeft_deploy.exporters.branches.functions.factored import BLOCKS, DOMAIN, FACTORED, MICROSOFT
+from tpeft_deploy.exporters.graph.batch_axes import same_order
+from tpeft_deploy.exporters.oracle import bfloat16
 
 __all__ = ["add_constant", "add_input", "apply", "call", "call_first", "constant_ints", "reroute", "route_around"]
 

@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.errors import UnsupportedBase
-from tpeft_deploy.exporters import bfloat16, gate
-from tpeft_deploy.exporters.bases import Base
-from tpeft_deploy.exporters.gate import Limits
-from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle import bfloat16, compare
+from tpeft_deploy.exporters.oracle.base import Base
+from tpeft_deploy.exporters.oracle.compare import Limits
+from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
 from tpeft_deploy.manifest import Rounding
 from tpeft_deploy.tucker import Array
 
@@ -42,8 +42,8 @@ def measure_rounding(base: Base, graph: ir.Graph) -> Rounding | None:
     Returns:
         What was measured, or the fixed limits and why; None for a base in 32 bits or more.
     """
-    fixed = gate.limit_of(graph)
-    if fixed == gate.LIMIT:
+    fixed = compare.limit_of(graph)
+    if fixed == compare.LIMIT:
         return None
     dtype = "bfloat16" if bfloat16.holds(graph) else "float16"
     names = [str(value.name) for value in graph.outputs]
@@ -69,7 +69,7 @@ def limits_of(graph: ir.Graph, rounding: Rounding | None, tolerance: float | Non
         rounding: measurement of a base in 16 bits.
         tolerance: accepted error in float32; in 16 bits the limits are wider anyway.
     """
-    return max(gate.limit_of(graph), tolerance or 0.0) if rounding is None else rounding.limits
+    return max(compare.limit_of(graph), tolerance or 0.0) if rounding is None else rounding.limits
 
 
 def _unmeasured(base: Base, dtype: str, names: list[str], fixed: float, reason: str) -> Rounding:
@@ -80,5 +80,5 @@ def _unmeasured(base: Base, dtype: str, names: list[str], fixed: float, reason: 
 def _worst_row(got: Array, expected: Array) -> float:
     """Relative error of the whole, or of the row that is furthest off: some checks look at single rows."""
     rows = zip(got, expected, strict=True) if got.ndim and got.shape == expected.shape else ()
-    errors = [gate.relative_error(got, expected), *(gate.relative_error(*row) for row in rows)]
+    errors = [compare.relative_error(got, expected), *(compare.relative_error(*row) for row in rows)]
     return float(np.max(errors))  # NaN stays NaN

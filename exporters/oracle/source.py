@@ -24,12 +24,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.exporters import dotted, gate
-from tpeft_deploy.exporters.bases import Base, Inputs, Outputs
-from tpeft_deploy.exporters.gate import MERGED, Check, Limits
-from tpeft_deploy.exporters.oracle import lycoris, peft
-from tpeft_deploy.exporters.quiet import quiet
-from tpeft_deploy.exporters.samples import Sizes, shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.bases import dotted_names
+from tpeft_deploy.exporters.oracle import compare, lycoris, peft
+from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
+from tpeft_deploy.exporters.oracle.compare import MERGED, Check, Limits
+from tpeft_deploy.exporters.oracle.quiet import quiet
+from tpeft_deploy.exporters.oracle.sizes import Sizes, shapes_to_prove, with_sizes
 
 __all__ = ["Source", "Sources"]
 
@@ -73,10 +73,10 @@ class Source:
             limit: relative error allowed.
         """
         answer = cache(answer)
-        yield gate.measure(form, task, sizes, answer, expected, limit)
+        yield compare.measure(form, task, sizes, answer, expected, limit)
         for own, outputs in self.outputs:
             if own == sizes:
-                yield gate.measure(form, task, sizes, answer, outputs, limit, self.oracle)
+                yield compare.measure(form, task, sizes, answer, outputs, limit, self.oracle)
 
 
 class Sources:
@@ -168,7 +168,7 @@ def _run(forward: Callable[..., object], base: Base, inputs: Inputs, names: Sequ
     tensors = {base.own_names.get(name, name): torch.from_numpy(np.array(array)) for name, array in inputs.items()}
     if base.module is not None and _is_half(base.module):
         tensors = {name: own.float() if own.dtype in _HALVES else own for name, own in tensors.items()}
-    outputs = forward(**dotted.nest(tensors))
+    outputs = forward(**dotted_names.nest(tensors))
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
     return {name: leaf.numpy() for name, leaf in zip(names, leaves, strict=True)}
 

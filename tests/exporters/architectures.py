@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from tpeft_deploy.exporters.cached import with_cache
+from tpeft_deploy.exporters.bases.kv_cache_inputs import with_cache
 
 Inputs = dict[str, torch.Tensor]
 Built = tuple[nn.Module, Inputs, dict[str, Any]]

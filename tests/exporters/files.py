@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from tpeft_deploy import Adapter, Bundle, Runtime
-from tpeft_deploy.exporters.quiet import quiet
+from tpeft_deploy.exporters.oracle.quiet import quiet
 
 EXPORTERS = ("raw", "optimised", "torchscript")
 Inputs = Mapping[str, torch.Tensor]

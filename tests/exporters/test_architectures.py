@@ -17,8 +17,8 @@ from tests import nets
 from tests.exporters import architectures
 from tests.exporters.architectures import Built
 from tpeft_deploy import Adapter, Runtime, export_bundle
-from tpeft_deploy.exporters.loading import load_base
-from tpeft_deploy.exporters.samples import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
 
 MODELS: dict[str, Callable[[], Built]] = {
     "ConvNeXt-V2": architectures.convnext,

@@ -12,8 +12,8 @@ from torch import nn
 
 from tpeft_deploy import load_adapter
 from tpeft_deploy.errors import TpeftError, UnsupportedBase
+from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.causes import cause_of
-from tpeft_deploy.exporters.loading import load_base
 
 ROWS = torch.ones(3, 4)
 

@@ -19,10 +19,11 @@ from torch import nn
 
 from tpeft_deploy import Adapter, Runtime, export_bundle, load_adapter
 from tpeft_deploy.errors import MissingExtra, UnsupportedBase
-from tpeft_deploy.exporters import dotted, gate
-from tpeft_deploy.exporters.bases import Inputs
-from tpeft_deploy.exporters.loading import load_base
-from tpeft_deploy.exporters.torch_base import TorchBase
+from tpeft_deploy.exporters.bases import dotted_names
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.bases.torch_module import TorchBase
+from tpeft_deploy.exporters.oracle import compare
+from tpeft_deploy.exporters.oracle.base import Inputs
 from tpeft_deploy.formats.base_model import open_model
 
 _BLOCKS: dict[str, Any] = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
@@ -105,7 +106,7 @@ def trained(model: Any, seed: int, path: Path) -> tuple[nn.Module, Path]:
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> np.ndarray[Any, Any]:
     with torch.no_grad():
-        found = model(**dotted.nest({name: torch.from_numpy(array) for name, array in inputs.items()}))
+        found = model(**dotted_names.nest({name: torch.from_numpy(array) for name, array in inputs.items()}))
     array: np.ndarray[Any, Any] = found.sample.numpy()
     return array
 
@@ -156,12 +157,12 @@ def test_a_directory_with_adapters_is_what_diffusers_computes(name: str, tmp_pat
             wanted = {task: outputs_of(own, inputs) for task, own in {**tuned, "base": model}.items()}
             tasks = ["two", "base", "one"][: len(wanted["base"])]
             for task, right in wanted.items():
-                assert gate.relative_error(runtime.run(inputs, task=task)[output], right) <= 1e-5
+                assert compare.relative_error(runtime.run(inputs, task=task)[output], right) <= 1e-5
             mixed = runtime.run(inputs, tasks=tasks)[output]
             for row, task in enumerate(tasks):
-                assert gate.relative_error(np.asarray(mixed[row]), wanted[task][row]) <= 1e-5
-            session = gate.open_session(bundle.path / "folded" / "two.onnx")
-            assert gate.relative_error(gate.run(session, inputs, {})[output], wanted["two"]) <= 1e-5
+                assert compare.relative_error(np.asarray(mixed[row]), wanted[task][row]) <= 1e-5
+            session = compare.open_session(bundle.path / "folded" / "two.onnx")
+            assert compare.relative_error(compare.run(session, inputs, {})[output], wanted["two"]) <= 1e-5
     finally:
         runtime.close()
 

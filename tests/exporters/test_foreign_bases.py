@@ -14,7 +14,7 @@ from torch import nn
 from tests import nets
 from tests.exporters import files
 from tpeft_deploy import Adapter, export_bundle, export_folded
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.load import load_base
 
 LIMIT = 1e-5
 

@@ -17,8 +17,8 @@ from tests.exporters import files
 from tpeft_deploy import Adapter, Bundle, export_bundle, export_folded
 from tpeft_deploy.cli import main
 from tpeft_deploy.errors import BaseMismatch, NotEquivalent, UnknownTarget, UnsupportedBase, UnsupportedTarget
-from tpeft_deploy.exporters.foreign import normalise
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.foreign import normalise
+from tpeft_deploy.exporters.bases.load import load_base
 
 
 def conv_file(place: Path, exporter: str = "optimised") -> Path:

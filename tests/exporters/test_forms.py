@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests import nets
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle, export_folded
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.load import load_base
 
 LIMIT = 1e-5
 

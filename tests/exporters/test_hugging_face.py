@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tpeft_deploy.errors import MissingExtra, UnsupportedBase
-from tpeft_deploy.exporters import gate
-from tpeft_deploy.exporters.bases import Outputs
-from tpeft_deploy.exporters.graphs import optimize
-from tpeft_deploy.exporters.loading import load_base
-from tpeft_deploy.exporters.torch_base import TorchBase
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.bases.torch_module import TorchBase
+from tpeft_deploy.exporters.graph.weights_and_shapes import optimize
+from tpeft_deploy.exporters.oracle import compare
+from tpeft_deploy.exporters.oracle.base import Outputs
 
 Inputs = dict[str, torch.Tensor]
 
@@ -66,14 +66,14 @@ def check(base: TorchBase, path: Path, others: Inputs, expected: Callable[[Input
     assert [value.name for value in model.graph.inputs] == list(base.inputs)
     optimize(model, inline=True)
     ir.save(model, path / "model.onnx")
-    session = gate.open_session(path / "model.onnx")
+    session = compare.open_session(path / "model.onnx")
     for inputs in (tensors_of(base), others):
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        wanted, got = expected(inputs), gate.run(session, arrays, {})
+        wanted, got = expected(inputs), compare.run(session, arrays, {})
         assert list(got) == list(wanted)
         for name, array in wanted.items():
             assert got[name].shape == array.shape
-            assert gate.relative_error(got[name], array) <= 1e-5, name
+            assert compare.relative_error(got[name], array) <= 1e-5, name
     return model
 
 
@@ -213,10 +213,10 @@ def test_causal_models_with_a_cache(tmp_path: Path, tied: bool) -> None:
     assert shapes["attention_mask"] == ["batch", "past + sequence"]
     assert shapes["past_key_values.0.value"] == ["batch", "1", "past", "8"]
 
-    session = gate.open_session(tmp_path / "model.onnx")
+    session = compare.open_session(tmp_path / "model.onnx")
     for inputs in (with_past(base, 3, 5, 0), with_past(base, 1, 1, 6)):
-        got = gate.run(session, {name: tensor.numpy() for name, tensor in inputs.items()}, {})
-        assert all(gate.relative_error(got[name], array) <= 1e-5 for name, array in expected(inputs).items())
+        got = compare.run(session, {name: tensor.numpy() for name, tensor in inputs.items()}, {})
+        assert all(compare.relative_error(got[name], array) <= 1e-5 for name, array in expected(inputs).items())
 
 
 def test_weights_as_they_are_stored(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from tests.exporters import architectures
 from tests.exporters.test_hugging_face import TEXT, saved
 from tpeft_deploy import Adapter, Bundle, export_bundle, verify_bundle
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
-from tpeft_deploy.exporters import gate
-from tpeft_deploy.exporters.example_inputs import text_padding
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.example_inputs import text_padding
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.planning import plan_bundle
 from tpeft_deploy.manifest import Manifest, Port, _digest
 
@@ -138,18 +138,18 @@ def test_a_bert_may_be_filled_up_and_answers_as_if_it_were_not(tmp_path: Path) -
     assert all(check["error"] <= check["limit"] == 1e-5 for check in checks)
 
     # Against the module itself, in lengths of which none was proved.
-    session = gate.open_session(bundle.path / "base.onnx")
+    session = compare.open_session(bundle.path / "base.onnx")
     lengths = [3, 11, 9]
     batch = {name: np.zeros((3, 11), np.int64) for name in PADS}
     rows = [torch.randint(0, 50, (1, length)) for length in lengths]
     for row, ids in enumerate(rows):
         batch["input_ids"][row, : lengths[row]] = ids[0]
         batch["attention_mask"][row, : lengths[row]] = 1
-    got = gate.run(session, batch, {})["logits"]
+    got = compare.run(session, batch, {})["logits"]
     for row, ids in enumerate(rows):
         with torch.no_grad():
             expected = functional_call(module, {}, (), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        assert gate.relative_error(got[row : row + 1], expected.logits.numpy()) <= 1e-5
+        assert compare.relative_error(got[row : row + 1], expected.logits.numpy()) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from torch import nn
 from tests import nets
 from tpeft_deploy import Adapter, Runtime, export_bundle, export_folded
 from tpeft_deploy.errors import BaseMismatch, UnsupportedTarget
-from tpeft_deploy.exporters import quantised
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.graph import quantised
 from tpeft_deploy.exporters.verify import verify_bundle
 
 

@@ -20,10 +20,10 @@ from tpeft_deploy.errors import (
     UnsupportedBase,
     UnsupportedTarget,
 )
-from tpeft_deploy.exporters.graphs import optimize
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.bases.torch_module import TorchBase
+from tpeft_deploy.exporters.graph.weights_and_shapes import optimize
 from tpeft_deploy.exporters.targets import resolve
-from tpeft_deploy.exporters.torch_base import TorchBase
 
 
 @pytest.fixture

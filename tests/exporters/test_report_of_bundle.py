@@ -13,8 +13,8 @@ from tests import nets
 from tests.exporters.test_verify_bundle import edit, minus
 from tpeft_deploy import Adapter, Bundle, export_bundle, plots, verify_bundle
 from tpeft_deploy.errors import NotEquivalent
-from tpeft_deploy.exporters import single
-from tpeft_deploy.exporters.gate import Check
+from tpeft_deploy.exporters.oracle.compare import Check
+from tpeft_deploy.exporters.proof import per_target
 from tpeft_deploy.exporters.report import render
 from tpeft_deploy.exporters.verify import Verification
 from tpeft_deploy.plots import Bar, Cell, Dot
@@ -86,7 +86,7 @@ def test_every_target_is_checked_alone(found: Verification, conv_adapters: dict[
 def test_of_many_targets_some_are_checked_and_the_page_says_so(
     conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(single, "MOST", 2)
+    monkeypatch.setattr(per_target, "MOST", 2)
     found = verify_bundle(conv_bundle.path, task="plain", report=tmp_path / "page.html")
     assert [target.weights[0] for target in found.targets] == ["depthwise.weight", "up.weight"]
     assert "Of tasks with more than 2, that many were run" in render(found)

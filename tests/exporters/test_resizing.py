@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tpeft_deploy import Runtime, load_adapter
 from tpeft_deploy.cli import main
 from tpeft_deploy.errors import ShapeError, UnsupportedBase, UnsupportedTarget
-from tpeft_deploy.exporters.bases import Base
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.resizing import check_vocabulary, fit_vocabulary
 from tpeft_deploy.manifest import Varies
 
@@ -120,7 +120,7 @@ def test_folded_exports_take_the_option(place: Path, more: list[str], monkeypatc
 
 
 def test_the_users_model_stays_as_it_is() -> None:
-    from tpeft_deploy.exporters.torch_base import TorchBase
+    from tpeft_deploy.exporters.bases.torch_module import TorchBase
 
     module = llama(tied=True)
     ids = {"input_ids": torch.from_numpy(IDS % OLD)}

@@ -15,9 +15,9 @@ from tests import nets
 from tpeft_deploy import Adapter, Bundle, export_bundle, export_folded, slots
 from tpeft_deploy.bundle import MANIFEST
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
-from tpeft_deploy.exporters.gate import measure
+from tpeft_deploy.exporters.bases.torch_module import TorchBase
+from tpeft_deploy.exporters.oracle.compare import measure
 from tpeft_deploy.exporters.oracle.rounding import MULTIPLE, WIDEST, _worst_row
-from tpeft_deploy.exporters.torch_base import TorchBase
 from tpeft_deploy.exporters.verify import verify_bundle
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime import folding

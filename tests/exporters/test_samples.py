@@ -9,8 +9,8 @@ import torch
 from tests import nets
 from tests.exporters.test_forms import Tagger
 from tpeft_deploy import export_bundle
-from tpeft_deploy.exporters.loading import load_base
-from tpeft_deploy.exporters.samples import shapes_to_prove
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove
 
 
 def test_a_base_with_other_inputs_is_proved_at_their_sizes() -> None:

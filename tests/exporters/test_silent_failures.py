@@ -18,9 +18,9 @@ from tests import nets
 from tests.exporters import architectures
 from tpeft_deploy import Runtime, export_bundle, export_folded, slots
 from tpeft_deploy.errors import NotEquivalent, ShapeError
-from tpeft_deploy.exporters import rows, sites
 from tpeft_deploy.exporters.branches import linear
-from tpeft_deploy.exporters.rows import Order
+from tpeft_deploy.exporters.graph import batch_axes, weight_uses
+from tpeft_deploy.exporters.graph.batch_axes import Order
 from tpeft_deploy.slots import Target
 
 
@@ -29,8 +29,8 @@ def row_orders(monkeypatch: pytest.MonkeyPatch) -> Callable[[Order], None]:
     """Lets every activation claim one order of its rows."""
 
     def claim(order: Order) -> None:
-        honest = rows.find
-        monkeypatch.setattr(rows, "find", lambda *args: dict.fromkeys(honest(*args), order))
+        honest = batch_axes.find
+        monkeypatch.setattr(batch_axes, "find", lambda *args: dict.fromkeys(honest(*args), order))
 
     return claim
 
@@ -92,7 +92,7 @@ def test_a_branch_at_one_of_two_consumers_is_found_by_the_gate(tmp_path: Path, m
     module, inputs = Twice(), {"x": torch.randn(2, 3, 4)}
     adapter = nets.adapter_for(module, {"layer.weight": (2, 2)}, seed=0)
     export_bundle(module, {"a": adapter}, tmp_path / "right", example_inputs=inputs)
-    honest = sites.linear_sites
+    honest = weight_uses.linear_sites
     monkeypatch.setattr(linear, "linear_sites", lambda weight: (honest(weight) or [])[:1])
     with pytest.raises(NotEquivalent, match="check the factored export of task 'a'"):
         export_bundle(module, {"a": adapter}, tmp_path / "wrong", example_inputs=inputs)

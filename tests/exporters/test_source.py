@@ -19,7 +19,7 @@ from tests import nets
 from tests.exporters.test_hugging_face import TEXT, saved
 from tpeft_deploy import Adapter, Bundle, export_bundle, export_folded, load_adapter, verify_bundle
 from tpeft_deploy.errors import FormatError, NotEquivalent, UnknownTask, UnsupportedBase
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.training import TuckerConfig

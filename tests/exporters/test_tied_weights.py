@@ -20,7 +20,8 @@ from torch import nn
 from tests import nets
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle, export_folded, load_adapter
 from tpeft_deploy.errors import UnknownTarget
-from tpeft_deploy.exporters import gate, torch_base
+from tpeft_deploy.exporters.bases import torch_module
+from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.verify import verify_bundle
 from tpeft_deploy.formats import base_view
 from tpeft_deploy.training import TuckerConfig
@@ -134,18 +135,18 @@ def check(make: Make, configs: Mapping[str, peft.PeftConfig], place: Path, again
     bundle = export_bundle(base, adapters, place / "bundle", example_inputs=INPUTS, dynamic_shapes=SHAPES, folded=True)
     assert bundle.manifest.rows == "each", bundle.manifest.rows_reason
     for task in adapters:
-        answer = gate.run(gate.open_session(bundle.path / "folded" / f"{task}.onnx"), ids, {})
+        answer = compare.run(compare.open_session(bundle.path / "folded" / f"{task}.onnx"), ids, {})
         yield f"folded {task}", error(answer["logits"], peft_logits(make, paths[task], IDS))
     paths["later"] = trained(make, configs[again], place / "later", 100)
     runtime = Runtime(bundle.path, provider="cpu", threads=1)
     runtime.load("later", paths["later"])
     adapters["later"] = load_adapter(paths["later"], base=base)
     wanted = {task: peft_logits(make, path, IDS) for task, path in paths.items()} | {"base": logits(base, IDS)}
-    factored = gate.open_session(bundle.path / "factored.onnx")
+    factored = compare.open_session(bundle.path / "factored.onnx")
     for task, adapter in adapters.items():
         assert error(wanted["base"], wanted[task]) > 0.02
         yield f"banked {task}", error(runtime.run(ids, task=task)["logits"], wanted[task])
-        yield f"factored {task}", error(gate.run(factored, ids, bundle.feeds(adapter))["logits"], wanted[task])
+        yield f"factored {task}", error(compare.run(factored, ids, bundle.feeds(adapter))["logits"], wanted[task])
     tasks = list(wanted)
     for start in range(len(tasks)):
         rows = [tasks[(start + row) % len(tasks)] for row in range(len(IDS))]
@@ -188,7 +189,7 @@ def test_resized_embeddings_are_two_tables_of_another_size(tmp_path: Path) -> No
     assert set(adapter.overrides) == {"lm_head.weight", "model.embed_tokens.weight"}
     export_folded(llama(), adapter, tmp_path / "larger.onnx", example_inputs=INPUTS)
     ids = IDS + 3 * (IDS > 30)  # the new tokens too
-    got = gate.run(gate.open_session(tmp_path / "larger.onnx"), {"input_ids": ids.numpy()}, {})["logits"]
+    got = compare.run(compare.open_session(tmp_path / "larger.onnx"), {"input_ids": ids.numpy()}, {})["logits"]
     assert error(got, logits(model, ids)) <= LIMIT
 
 
@@ -228,7 +229,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
 def test_one_use_of_a_weight_that_was_exported_tied_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As bundles were before every use had an initializer: no `ties`, and one name an alias of the other."""
     with monkeypatch.context() as patched:
-        patched.setattr(torch_base, "_untied", lambda module: nullcontext())
+        patched.setattr(torch_module, "_untied", lambda module: nullcontext())
         patched.setattr(base_view, "holders", lambda base: {n: (id(t), "") for n, t in every(base)})
         export_bundle(autoencoder(), {}, tmp_path / "bundle", example_inputs=INPUTS)
     document = json.loads((tmp_path / "bundle" / "manifest.json").read_text())

@@ -16,9 +16,10 @@ from torch import nn
 from tpeft_deploy import Adapter, TuckerDelta, export_bundle, export_folded, verify_bundle
 from tpeft_deploy.cli import main
 from tpeft_deploy.errors import ExportError, IntegrityError, NotEquivalent
-from tpeft_deploy.exporters import gate, torch_base
-from tpeft_deploy.exporters.loading import load_base
-from tpeft_deploy.exporters.torch_base import TorchBase
+from tpeft_deploy.exporters.bases import torch_module
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.bases.torch_module import TorchBase
+from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime import folding
 from tpeft_deploy.tucker import Array
@@ -105,7 +106,7 @@ def test_a_manifest_states_no_tolerance_or_a_sane_one(tmp_path: Path) -> None:
 def test_an_error_beyond_ten_times_the_limit_or_of_a_branch_gets_no_such_advice() -> None:
     right = np.ones(4)
     for form, error in (("base", 2e-4), ("folded", 2e-5)):
-        check = gate.measure(form, "t", {}, lambda error=error: {"y": right * (1 + error)}, {"y": right})  # type: ignore[misc]
+        check = compare.measure(form, "t", {}, lambda error=error: {"y": right * (1 + error)}, {"y": right})  # type: ignore[misc]
         assert check.failure is not None
         assert "tolerance" not in str(check.failure)
 
@@ -125,12 +126,12 @@ def test_frequencies_of_a_timestep_are_those_of_torch(tmp_path: Path, monkeypatc
         graph = base.graph()
         (tmp_path / "m.onnx").unlink(missing_ok=True)
         onnx.save(ir.to_proto(graph), tmp_path / "m.onnx")
-        session = gate.open_session(tmp_path / "m.onnx")
-        got = gate.run(session, base.inputs, {})
-        return gate.relative_error(got["output"], base.reference(None, base.inputs, ["output"])["output"])
+        session = compare.open_session(tmp_path / "m.onnx")
+        got = compare.run(session, base.inputs, {})
+        return compare.relative_error(got["output"], base.reference(None, base.inputs, ["output"])["output"])
 
     assert error() < 2e-7
-    monkeypatch.setattr(torch_base, "fold_functions", lambda model: None)
+    monkeypatch.setattr(torch_module, "fold_functions", lambda model: None)
     assert error() > 1e-6
 
 

@@ -17,9 +17,9 @@ from tests import nets
 from tpeft_deploy import Adapter, Bundle, export_bundle, verify_bundle
 from tpeft_deploy.bundle import EXAMPLE, MANIFEST
 from tpeft_deploy.errors import BaseMismatch, IntegrityError, NotEquivalent, TpeftError, UnknownTask
-from tpeft_deploy.exporters import gate
-from tpeft_deploy.exporters.bundle_base import BundleBase
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.bundle import BundleBase
+from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.files import digest_file
 from tpeft_deploy.formats import onnx_adapter
 from tpeft_deploy.manifest import FileRecord, Manifest
@@ -60,7 +60,7 @@ def test_the_bundles_own_reference_is_the_merged_torch_model(
         expected = torch_base.reference(adapter, pixels, ["logits"])["logits"]
         got = own.reference(adapter, pixels, ["logits"])["logits"]
         assert got.shape == expected.shape
-        assert gate.relative_error(got, expected) <= 1e-6
+        assert compare.relative_error(got, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

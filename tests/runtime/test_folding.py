@@ -21,7 +21,7 @@ from tests.exporters.test_matrix import LIMITS, adapters_of, changes, error, fee
 from tests.exporters.test_quantised_bases import TARGETS, quantise
 from tpeft_deploy import Adapter, Bundle, Runtime, TuckerDelta, export_bundle
 from tpeft_deploy.errors import AdapterError, BaseMismatch, IntegrityError, RunError, ShapeError, UnknownTarget
-from tpeft_deploy.exporters.loading import load_base
+from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.runtime import folding, graph_file
 from tpeft_deploy.runtime.plain import Plain
 from tpeft_deploy.runtime.providers import Choice

@@ -94,8 +94,8 @@ def folded(
 ) -> None:
     """Merge ADAPTER into BASE: a plain ONNX model, as fast as the base."""
     from tpeft_deploy.exporters import export_folded
+    from tpeft_deploy.exporters.bases.load import load_base
     from tpeft_deploy.exporters.folded import plan_folded
-    from tpeft_deploy.exporters.loading import load_base
     from tpeft_deploy.formats import load_adapter
 
     place = None if dry_run else _place(out)
@@ -182,7 +182,7 @@ def bundle(
     """Write a bundle: BASE once, as plain, factored and banked graphs, and adapters beside it."""
     from tpeft_deploy.composition import at_strength
     from tpeft_deploy.exporters import export_bundle
-    from tpeft_deploy.exporters.loading import load_base
+    from tpeft_deploy.exporters.bases.load import load_base
     from tpeft_deploy.exporters.planning import plan_bundle
     from tpeft_deploy.formats import load_adapter
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tpeft_deploy.bundle import BASE_TASK, Bundle
-from tpeft_deploy.exporters.gate import relative_error
+from tpeft_deploy.exporters.oracle.compare import relative_error
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.quickstart.data import Examples, Task
 from tpeft_deploy.quickstart.measure import Logits, accuracy, majority, mixed_logits, session_logits, torch_logits

@@ -1,0 +1,115 @@
+"""The banked form: the same branches reading row `adapter_index[n]` of stacked banks.
+
+`adapter_index` (N,) int64 has N = 1 (one adapter for the whole batch) or N = B (each row its own).  Banks are plain
+inputs without defaults, so that a missing one fails loudly.  Row 0 is the base by convention of the runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from tpeft_deploy import slots
+from tpeft_deploy.exporters.branches import BRANCHES, Branches, fit_factors, in_order, lifted
+from tpeft_deploy.exporters.branches.surgery import add_input
+from tpeft_deploy.exporters.graph import batch_axes
+from tpeft_deploy.exporters.graph.batch_axes import Order
+from tpeft_deploy.exporters.graph.weights_and_shapes import forget_shapes
+from tpeft_deploy.exporters.oracle.sizes import batch_axis
+from tpeft_deploy.exporters.targets import activations
+from tpeft_deploy.slots import Target
+
+__all__ = ["attach", "reasons", "reason_of"]
+
+_SPREADING = {"BankedLinearShared", "BankedShared", "BankedRepeated", "BankedSpread", "BankedLookupShared", "Scan"}
+_SINGLE = {"BankedLinear", "BankedLookup"}  # on rows that do not come first, one adapter per run
+
+
+def attach(
+    model: ir.Model, targets: Sequence[Target], orders: Mapping[str, Order], branches: Branches = BRANCHES
+) -> list[str]:
+    """Attach a banked branch for every target to a raw graph, in place.
+
+    Args:
+        model: changed.
+        targets: what adapters may change.
+        orders: where the rows are in the activations, from `rows.find`.
+
+    Returns:
+        The weights whose branches take one adapter per run; with none, one run serves rows of different adapters.
+    """
+    batch_axes.mark(model.graph, orders)
+    index = add_input(model.graph, slots.INDEX, ["N"], ir.DataType.INT64)
+    made: dict[str, dict[str, ir.Value]] = {}
+    for target in in_order(targets):
+        dtype = ir.DataType.from_numpy(np.dtype(target.dtype))
+        made[target.key] = {
+            slot.name: add_input(
+                model.graph,
+                slots.input_name(target, slot.name),
+                ["T", *(f"{target.name}.{size}" if isinstance(size, str) else size for size in slot.shape)],
+                dtype,
+            )
+            for slot in slots.slots_of(target)
+        }
+    fit_factors(model, targets, made, "BankedResized")
+    single = [t for t in in_order(targets) if branches[t.kind].banked(model, t, made[t.key], index) == "group"]
+    single = _lifted(model, single, index)
+    # Traced shapes say nothing of rows that a shared value gets, or of the heads that tasks bring.
+    changed = [made[target.key]["value"] for target in targets if target.kind == "override"]
+    changed += [value for node in model.graph if node.op_type in _SPREADING for value in node.outputs]
+    forget_shapes(model.graph, changed)
+    return [target.name for target in single]
+
+
+def reasons(graph: ir.Graph, targets: Sequence[Target], orders: Mapping[str, Order]) -> dict[str, str]:
+    """Why each of these targets takes one adapter per run.
+
+    Args:
+        graph: the raw graph.
+        targets: those among the attached that `attach` returned.
+        orders: as `attach` took them.
+    """
+    return {target.name: _why(graph, target, orders) for target in targets}
+
+
+def _why(graph: ir.Graph, target: Target, orders: Mapping[str, Order]) -> str:
+    if target.kind == "weight":
+        return "it is used otherwise than as a layer, so W + dW is computed once per run"
+    found = {orders.get(name, "major") for name in activations(graph, [target])}
+    if "mixed" in found:
+        return "its rows depend on each other, or are laid out in an order that is not known"
+    if "shared" in found:
+        return "what goes in has no batch axis, and what comes out does not meet the batch by broadcasting"
+    if "minor" in found:
+        return "the rows are not the first axis of what goes in or comes out"
+    return "the tensor is read once per run"
+
+
+def _lifted(model: ir.Model, single: list[Target], index: ir.Value) -> list[Target]:
+    """Lift branches on values that all rows share; what is left takes one adapter per run."""
+    batch = batch_axis(model.graph)
+    waiting = {target.key: _waiting(model.graph, target) for target in single if target.kind in ("linear", "matmul")}
+    shared = [node for nodes in waiting.values() for node in nodes if _order(node) == "shared"]
+    if batch is None or not shared:
+        return single
+    done = set(lifted.lift(model, shared, index, batch))
+    return [target for target in single if not waiting.get(target.key) or not done.issuperset(waiting[target.key])]
+
+
+def _waiting(graph: ir.Graph, target: Target) -> list[ir.Node]:
+    """The branches of a target that take one adapter per run."""
+    own = (node for node in graph if node.op_type in _SINGLE and str(node.name).startswith(f"{target.name}.banked."))
+    return [node for node in own if _order(node) != "major"]
+
+
+def _order(node: ir.Node) -> Order:
+    x = node.inputs[1]
+    return batch_axes.order_of(x) if x is not None else "mixed"
+
+
+def reason_of(single: Sequence[str]) -> str:
+    """Why a bundle takes one adapter per run: the weights that do; empty where there are none."""
+    return f"one adapter per run at {', '.join(single)}; --exclude leaves a weight out" if single else ""

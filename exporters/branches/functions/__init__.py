@@ -1,0 +1,1 @@
+"""ONNX functions that the branches call."""

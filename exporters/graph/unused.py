@@ -1,0 +1,53 @@
+"""Changes of weights that no output depends on: the last layer of a vision tower whose last but one is what is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.exporters.oracle.base import Base
+from tpeft_deploy.ties import changed_names
+
+__all__ = ["Unused", "drop_unused"]
+
+_log = logging.getLogger("tpeft_deploy.exporters")
+
+Unused = Literal["error", "skip"]
+_WHY = "no output of the base depends on it"
+
+
+def drop_unused(base: Base, adapters: Mapping[str, Adapter], resolved: Mapping[str, str]) -> dict[str, Adapter]:
+    """The adapters without the changes that cannot be seen, which a warning names.
+
+    Args:
+        base: its raw graph tells what is used, and does so only where a torch module was traced.
+        adapters: task -> adapter.
+        resolved: weight name -> the initializer that holds it; what the graph does not use is absent.
+    """
+    if base.module is None:  # a name that is not found may be that of a weight that is fused into another
+        return dict(adapters)
+    used = set(resolved)
+    for group in base.ties:
+        used |= set(group) if used & set(group) else set()
+    kept = {}
+    for task, adapter in adapters.items():
+        names = [name for name in changed_names(adapter) if name not in used]
+        if names:
+            _log.warning("leave out of task %s what no output of %s depends on: %s", task, base.name, ", ".join(names))
+        kept[task] = _without(adapter, names) if names else adapter
+    return kept
+
+
+def _without(adapter: Adapter, names: list[str]) -> Adapter:
+    return replace(
+        adapter,
+        deltas={name: delta for name, delta in adapter.deltas.items() if name not in names},
+        gains={name: gain for name, gain in adapter.gains.items() if name not in names},
+        overrides={name: array for name, array in adapter.overrides.items() if name not in names},
+        base_digests={name: digest for name, digest in adapter.base_digests.items() if name not in names},
+        notes={name: note for name, note in adapter.notes.items() if name not in names},
+        left_out={**adapter.left_out, **dict.fromkeys(names, _WHY)},
+    )

@@ -1,0 +1,1 @@
+"""Proofs that an exported bundle computes what the training library computes."""

@@ -1,0 +1,359 @@
+"""Proving a bundle: every form of every task, and rows of different tasks in one run, against the merged base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+
+from tpeft_deploy import slots
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, BASE_TASK, FACTORED_CPU, Bundle
+from tpeft_deploy.errors import NotEquivalent
+from tpeft_deploy.exporters.oracle import bfloat16, compare
+from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
+from tpeft_deploy.exporters.oracle.compare import MERGED, Check, Limits
+from tpeft_deploy.exporters.oracle.near_ties import explain
+from tpeft_deploy.exporters.oracle.rounding import limits_of
+from tpeft_deploy.exporters.oracle.sizes import Sizes, batch_axis, empty_shapes, shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.source import Sources
+from tpeft_deploy.exporters.proof.output_rows import find_output_rows
+from tpeft_deploy.manifest import Manifest, OutputRows
+from tpeft_deploy.packing import pack
+from tpeft_deploy.progress import Progress, Stage
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = [
+    "banks",
+    "base_limit",
+    "branch_limit",
+    "check_forms",
+    "check_rows",
+    "cut",
+    "probe",
+    "prove",
+    "proved_shapes",
+    "with_checks",
+]
+
+Tasks = dict[str, Adapter | None]
+# A graph in bfloat16 has its constants rounded, whatever its weights are; branches must not add to that.
+_SLACK = 4
+_MIXED = 6  # given adapters in one mixed batch, so that its size does not grow with their number
+
+
+def prove(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    sources: Sources,
+) -> Manifest:
+    """The manifest with what the gate measured, and with whether rows of different adapters may share a run.
+
+    Args:
+        base: the oracle.
+        graph: its raw graph, for the names of inputs, outputs and free sizes.
+        bundle: written already, with the adapters in it.
+        adapters: task -> adapter.
+        progress: told each stage.
+        sources: answers of the training libraries.
+
+    Raises:
+        NotEquivalent: a form differs from the merged base, or from what its training library computes.
+    """
+    progress("check which outputs keep rows apart")
+    kinds = find_output_rows(base, graph, bundle.manifest, probe(bundle, 0))
+    outputs = tuple(replace(port, rows=kinds[port.name]) for port in bundle.manifest.outputs)
+    bundle = replace(bundle, manifest=replace(bundle.manifest, outputs=outputs))
+    manifest = _prove_rows(base, graph, bundle, adapters, progress, sources)
+    return _prove_empty(base, graph, bundle, manifest, adapters, progress, sources)
+
+
+def _prove_rows(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    sources: Sources,
+) -> Manifest:
+    forms = [check.passed() for check in check_forms(base, graph, bundle, adapters, progress, sources)]
+    manifest = with_checks(replace(bundle.manifest, oracles=sources.to_json(bundle.tasks)), forms)
+    if manifest.rows == "group":
+        return manifest
+    try:
+        return with_checks(manifest, [check.passed() for check in check_rows(base, graph, bundle, adapters, progress)])
+    except NotEquivalent as error:
+        # Which row order a layer has can only be proved by running it: a model that fails here is served one adapter
+        # per run, which `check_forms` has proved.
+        reason = f"rows of different adapters did not keep apart: {error.problem or f'got {error.got}'}"
+        return replace(manifest, rows="group", rows_reason=reason)
+
+
+def proved_shapes(base: Base, graph: ir.Graph, manifest: Manifest) -> list[Sizes]:
+    """The free sizes to run a bundle at: those of `shapes_to_prove`, and with each size of 0 that the bundle takes."""
+    shapes = shapes_to_prove(base, graph)
+    return [*shapes, *(shapes[0] | {name: 0} for name in manifest.empty)]
+
+
+def _prove_empty(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    manifest: Manifest,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    sources: Sources,
+) -> Manifest:
+    """The manifest with the free sizes at whose 0 every form is right: a trace may not hold there."""
+    for name, sizes in empty_shapes(base, graph).items():
+        found: list[Check] = []
+        checks = [partial(check_forms, base, graph, bundle, adapters, progress, sources, [sizes])]
+        if manifest.rows == "each":
+            checks.append(partial(check_rows, base, graph, bundle, adapters, progress, [sizes]))
+        for check in (check for part in checks for check in part()):
+            found.append(check)
+            if check.failure is not None:
+                break
+        else:
+            manifest = with_checks(replace(manifest, empty=(*manifest.empty, name)), found)
+    return manifest
+
+
+def with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
+    """A manifest with more measurements: `gate` has those against the merged base, `oracles` the worst of each task."""
+    compare, oracles = list(manifest.gate), dict(manifest.oracles)
+    for check in checks:
+        if check.oracle == MERGED:
+            compare.append(check.to_json())
+        record = oracles.get(check.task)
+        if record is not None and record["oracle"] == check.oracle:
+            oracles[check.task] = {**record, "error": max(record["error"], check.error)}
+    return replace(manifest, gate=tuple(compare), oracles=oracles)
+
+
+def check_forms(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    sources: Sources,
+    shapes: Sequence[Sizes] | None = None,
+) -> Iterator[Check]:
+    """Compare the base, factored and banked forms with the merged base and with `sources`, one adapter per run.
+
+    Each comparison is made when it is asked for; those that failed are among them.  `shapes` are the free sizes to run
+    at, by default those of `proved_shapes`.
+    """
+    tasks: Tasks = {BASE_TASK: None, **adapters}
+    names = [str(value.name) for value in graph.outputs]
+    shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
+    progress(Stage("check the base", 0, len(tasks)))
+    own = list(_check_base(base, graph, bundle, shapes))
+    yield from own
+    limit = _limit(graph, bundle, own)
+    sessions = {file.removesuffix(".onnx"): compare.open_session(bundle.path / file) for file in _graphs(bundle)}
+    filled = {form: banks(bundle, tasks, f"{form}.onnx") for form in sessions if form.startswith("banked")}
+    for position, (task, adapter) in enumerate(tasks.items()):
+        progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
+        factors = bundle.factors(task) if adapter is not None else {}
+        source = sources.of(task, adapter)
+        for sizes in shapes:
+            inputs = with_sizes(base, graph, sizes)
+            expected = base.reference(adapter, inputs, names)
+            for form, session in sessions.items():
+                extra, answer = factors, partial(compare.run, session, inputs, factors)
+                if form in filled:
+                    rows = filled[form] | {slots.INDEX: np.array([position])}
+                    extra, answer = rows, partial(_run_banked, session, inputs, rows, bundle, adapter)
+                for check in source.measure(form, task, sizes, answer, expected, limit):
+                    yield explain(check, bundle.path / f"{form}.onnx", {**inputs, **extra})
+
+
+def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> Limits:
+    """What a form with branches must stay under: in bfloat16, little more than the error of base.onnx at `sizes`."""
+    return _limit(graph, bundle, _check_base(base, graph, bundle, [sizes]) if bfloat16.holds(graph) else [])
+
+
+def base_limit(graph: ir.Graph, bundle: Bundle) -> Limits:
+    """What base.onnx must stay under: in bfloat16, where a copy in float32 is run, its rounding is no excuse."""
+    if bfloat16.holds(graph):
+        return compare.limit_of(graph)
+    return limits_of(graph, bundle.manifest.rounding, bundle.manifest.tolerance)
+
+
+def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, shapes: Iterable[Sizes]) -> Iterator[Check]:
+    session = compare.open_session(bundle.path / "base.onnx")
+    names = [str(value.name) for value in graph.outputs]
+    for sizes in shapes:
+        inputs = with_sizes(base, graph, sizes)
+        expected = base.reference(None, inputs, names)
+        answer = partial(compare.run, session, inputs, {})
+        check = compare.measure("base", BASE_TASK, sizes, answer, expected, base_limit(graph, bundle))
+        yield explain(check, bundle.path / "base.onnx", inputs)
+
+
+def _limit(graph: ir.Graph, bundle: Bundle, own: Iterable[Check]) -> Limits:
+    """What forms with branches must stay under, given the checks of the base."""
+    if not bfloat16.holds(graph):
+        return base_limit(graph, bundle)
+    worst = max((check.error for check in own), default=0.0)
+    return max(compare.LIMIT, min(_SLACK * worst, compare.BFLOAT16_LIMIT))
+
+
+def _graphs(bundle: Bundle) -> list[str]:
+    """The graphs with branches: the portable two, and those for the CPU where there are any."""
+    own = [file for file in (FACTORED_CPU, BANKED_CPU, BANKED_CUDA) if file in bundle.manifest.files]
+    return ["factored.onnx", "banked.onnx", *own]
+
+
+def check_rows(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    adapters: Mapping[str, Adapter],
+    progress: Progress,
+    shapes: Sequence[Sizes] | None = None,
+) -> Iterator[Check]:
+    """Compare batches of rows of different adapters with the merged base, row by row.
+
+    Two random probes that change every target stand beside the given adapters: those may leave a weight alone, or be
+    none at all, and the bundle must be right for the adapters that are added later.  As in `check_forms`, comparisons
+    that failed are among those that come back, and `shapes` are the free sizes but the batch.
+    """
+    if all(port.rows == "joint" for port in bundle.manifest.outputs):
+        return  # no output may be asked of such a batch
+    batch = batch_axis(graph)
+    shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
+    limit = branch_limit(base, graph, bundle, shapes[0])
+    files = [file for file in _graphs(bundle) if file.startswith("banked")]
+    sessions = {file: compare.open_session(bundle.path / file) for file in files}
+    names = list(adapters)
+    for start in range(0, max(len(names), 1), _MIXED):
+        progress(Stage("check rows of different adapters", start, max(len(names), 1)))
+        chosen: Tasks = {name: adapters[name] for name in names[start : start + _MIXED]}
+        tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": probe(bundle, 0), "probe 1": probe(bundle, 1)}
+        # Twice each task at the example's sizes; at the others once, and one row more.
+        for sizes, count in zip(shapes, (2 * len(tasks), *[len(tasks) + 1] * len(shapes)), strict=False):
+            rows = sizes | ({batch: count} if batch is not None else {})
+            yield from _check_batch(base, graph, bundle, sessions, tasks, rows, count, limit)
+
+
+def _check_batch(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    sessions: Mapping[str, onnxruntime.InferenceSession],
+    tasks: Tasks,
+    sizes: Sizes,
+    count: int,
+    limit: Limits,
+) -> Iterator[Check]:
+    inputs = with_sizes(base, graph, sizes)
+    index = np.arange(count) % len(tasks)
+    runs = [
+        cache(partial(compare.run, session, inputs, banks(bundle, tasks, file) | {slots.INDEX: index}))
+        for file, session in sessions.items()
+    ]
+    names = [str(value.name) for value in graph.outputs]
+    kinds = {port.name: port.rows for port in bundle.manifest.outputs}
+    for position, (task, adapter) in enumerate(tasks.items()):
+        mine = index == position
+        # The task's rows alone: a row that depended on others would differ, and the whole batch takes as long again
+        # for each task.
+        expected = {
+            name: array
+            for name, array in base.reference(adapter, _rows_of(bundle.manifest, inputs, mine), names).items()
+            if kinds[name] != "joint"
+        }
+        for run in runs:
+            answer = partial(_own_rows, run, mine, kinds, bundle, adapter)
+            yield compare.measure("mixed rows", task, sizes, answer, expected, limit)
+
+
+def _rows_of(manifest: Manifest, inputs: Inputs, mine: Array) -> Inputs:
+    """Inputs of some rows of a batch."""
+    batch, shapes = manifest.batch_axis, {port.name: port.shape for port in manifest.inputs}
+    return {
+        name: array
+        if batch is None or batch not in shapes[name]
+        else np.compress(mine, array, shapes[name].index(batch))
+        for name, array in inputs.items()
+    }
+
+
+def _own_rows(
+    run: Callable[[], Outputs],
+    mine: Array,
+    kinds: Mapping[str, OutputRows | None],
+    bundle: Bundle,
+    adapter: Adapter | None,
+) -> Outputs:
+    # An answer without these rows has a wrong shape, which the comparison says.
+    got = {
+        name: array[mine] if kinds[name] != "shared" and array.shape[:1] == mine.shape else array
+        for name, array in run().items()
+    }
+    return cut(got, bundle, adapter)
+
+
+def _run_banked(
+    session: onnxruntime.InferenceSession, inputs: Inputs, rows: Outputs, bundle: Bundle, adapter: Adapter | None
+) -> Outputs:
+    return cut(compare.run(session, inputs, rows), bundle, adapter)
+
+
+def probe(bundle: Bundle, seed: int) -> Adapter:
+    """A random adapter of rank 1 that changes every target by a tenth of its norm."""
+    random = np.random.default_rng(seed)
+    deltas, overrides, gains = dict[str, TuckerDelta](), dict[str, Array](), dict[str, Array]()
+    for target in bundle.manifest.targets:
+        own, names = bundle.base_value(target.name), bundle.manifest.uses(target.name)
+        norm = float(np.linalg.norm(own.astype(np.float64)))
+        size = 0.1 * (norm if np.isfinite(norm) else own.shape[0] ** 0.5) or 0.1  # a quantised weight does not tell
+        if target.part == "override":
+            noise = np.abs(random.standard_normal(own.shape))  # a variance stays positive
+            overrides |= dict.fromkeys(names, (own + size / np.linalg.norm(noise) * noise).astype(own.dtype))
+        elif target.part == "delta":
+            factors = tuple(random.standard_normal((mode, 1)) for mode in own.shape)
+            delta = TuckerDelta(np.ones((1,) * own.ndim), factors)
+            deltas |= dict.fromkeys(names, replace(delta, scale=size / delta.norm()))
+        elif target.name not in gains:
+            mode = int(target.kind[-1])
+            shape = [size if axis == mode else 1 for axis, size in enumerate(own.shape)]
+            gains |= dict.fromkeys(names, 1 + 0.1 * random.standard_normal(shape))
+    kept = {name: array for name, array in overrides.items() if name not in deltas and name not in gains}
+    return Adapter(deltas, kept, source=f"probe {seed}", gains=gains)
+
+
+def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None], file: str = "banked.onnx") -> dict[str, Array]:
+    """What a banked graph takes beside inputs and index: the factors of every task, in their order."""
+    packing = bundle.manifest.packing if file == BANKED_CUDA else ()
+    default = {
+        slots.input_name(target, slot): array
+        for target in bundle.manifest.targets
+        for slot, array in bundle.default(target).items()
+    }
+    own = [default | (bundle.feeds(adapter) if adapter is not None else {}) for adapter in tasks.values()]
+    rows = [pack(packing, tensors, {}) for tensors in own]
+    return {name: slots.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def cut(outputs: Outputs, bundle: Bundle, adapter: Adapter | None) -> Outputs:
+    """Take a task's own columns of outputs that were padded to the widest head of the bank."""
+    sizes = bundle.sizes(adapter)
+    axes = {port.name: port.varies.axis for port in bundle.manifest.outputs if port.varies}
+    # Slices, which an output that is too small or has too few axes passes as it is, for the comparison to refuse.
+    return {
+        name: array[(slice(None),) * axes[name] + (slice(sizes[name]),)]
+        if array.ndim > axes.get(name, array.ndim)
+        else array
+        for name, array in outputs.items()
+    }

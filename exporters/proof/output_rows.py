@@ -1,0 +1,76 @@
+"""Which outputs keep the rows of a batch apart, found by changing single rows of the base's inputs.
+
+A contrastive model scores every row against every other, a mean over the batch belongs to none of its rows: such an
+output has no meaning for rows of different tasks, or of different callers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.exporters.oracle import compare
+from tpeft_deploy.exporters.oracle.base import Base, Inputs
+from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
+from tpeft_deploy.manifest import Manifest, OutputRows
+from tpeft_deploy.tucker import Array
+
+__all__ = ["find_output_rows"]
+
+_ROWS = (3, 5)  # of a run at each proof shape; other numbers of rows tell an axis of rows from one that is as long
+
+
+def find_output_rows(base: Base, graph: ir.Graph, manifest: Manifest, probe: Adapter) -> dict[str, OutputRows | None]:
+    """What `Port.rows` says of every output; None where the rows of the example do not tell.
+
+    Args:
+        base: is run.
+        graph: its raw graph.
+        manifest: describes the outputs.
+        probe: changes every weight that an adapter may change.
+    """
+    names, batch = [port.name for port in manifest.outputs], str(manifest.batch_axis)
+    found: dict[str, set[OutputRows | None]] = {name: set() for name in names}
+    for sizes, rows in zip(shapes_to_prove(base, graph), _ROWS, strict=False):
+        inputs = with_sizes(base, graph, sizes | {batch: rows})
+        before, adapted = (base.reference(adapter, inputs, names) for adapter in (None, probe))
+        for row in (1, rows - 1):
+            changed = _with_row_changed(manifest, inputs, row)
+            seen = any(not np.array_equal(changed[name], inputs[name]) for name in inputs)
+            after = base.reference(None, changed, names)
+            for port in manifest.outputs:
+                own, axes = (before[port.name], after[port.name]), manifest.batch_axes(port)
+                if axes == [0] or (not axes and isinstance(next(iter(port.shape), 0), str) and len(own[0]) == rows):
+                    found[port.name].add(_of_rows(own, rows, row) if seen else None)
+                else:
+                    steady = _alike(adapted[port.name], own[0]) and _alike(own[1], own[0])
+                    found[port.name].add("shared" if steady and not axes else "joint")
+    return {name: _agreed(kinds) for name, kinds in found.items()}
+
+
+def _of_rows(runs: tuple[Array, Array], rows: int, row: int) -> OutputRows:
+    """Whether an output with an axis of rows, before and after one was replaced, has the others as before."""
+    before, after = runs
+    others = np.arange(rows) != row
+    return "each" if len(before) == rows and _alike(after[others], before[others]) else "joint"
+
+
+def _agreed(kinds: set[OutputRows | None]) -> OutputRows | None:
+    if "joint" in kinds:
+        return "joint"
+    return next(iter(kinds)) if len(kinds) == 1 else None
+
+
+def _with_row_changed(manifest: Manifest, inputs: Inputs, row: int) -> dict[str, Array]:
+    """The inputs with the first row, numbers with a fraction a little smaller, in place of another."""
+    changed = {name: array.copy() for name, array in inputs.items()}
+    for port in manifest.inputs:
+        array = changed[port.name]
+        if port.shape[:1] == (manifest.batch_axis,):
+            array[row] = array[0] * np.asarray(0.75, array.dtype) if array.dtype.kind == "f" else array[0]
+    return changed
+
+
+def _alike(got: Array, expected: Array) -> bool:
+    return got.shape == expected.shape and compare.relative_error(got, expected) <= compare.LIMIT

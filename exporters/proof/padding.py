@@ -1,0 +1,258 @@
+"""Proving that rows may be filled up to one length: every answer, cut back, is the one of the row alone.
+
+What a free size may be filled up with stands in the manifest (`Port.pad`), and only there may a runtime join requests
+of different lengths.  A mask that hides the padding makes it so; a mean over the sequence, or a second convolution over
+time, sees it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from itertools import islice
+
+import numpy as np
+import onnx_ir as ir
+
+from tpeft_deploy import slots
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, BASE_TASK, Bundle
+from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
+from tpeft_deploy.exporters.causes import said_by
+from tpeft_deploy.exporters.oracle import compare
+from tpeft_deploy.exporters.oracle.base import Base, Outputs
+from tpeft_deploy.exporters.oracle.compare import Check
+from tpeft_deploy.exporters.oracle.sizes import Sizes, takes
+from tpeft_deploy.exporters.proof.forms_and_rows import banks, base_limit, branch_limit, cut, probe, with_checks
+from tpeft_deploy.exporters.proof.ragged_batches import Batch, Ragged
+from tpeft_deploy.manifest import Manifest, Port
+from tpeft_deploy.progress import Progress
+
+__all__ = ["check_padding", "declare", "prove_padding"]
+
+_log = logging.getLogger("tpeft_deploy.exporters")
+
+Pad = int | float
+_FIX = "The model reads what it is filled up with: leave it out of padding= (--pad), or give the model a mask."
+
+
+def declare(draft: Manifest, padding: Mapping[str, Pad], base: str) -> Manifest:
+    """A manifest whose inputs say what they may be filled up with; nothing is proved by it.
+
+    Args:
+        draft: its inputs are the base's.
+        padding: input name -> value.
+        base: its name, for messages.
+
+    Raises:
+        UnsupportedBase: there is no such input, its dtype does not hold the value, or nothing of it can be filled up.
+    """
+    names = [port.name for port in draft.inputs]
+    for name in padding:
+        if name not in names:
+            raise UnsupportedBase(f"pad input {name!r} of base {base}", expected=f"one of {', '.join(names)}")
+    doing = {name: f"pad input {name!r} of base {base} with {value!r}" for name, value in padding.items()}
+    inputs = [
+        replace(port, pad=_held(port, padding[port.name], doing[port.name])) if port.name in padding else port
+        for port in draft.inputs
+    ]
+    declared = replace(draft, inputs=tuple(inputs))
+    for port in inputs:
+        if port.pad is not None:
+            _check_free(declared, port, doing[port.name])
+    return declared
+
+
+def prove_padding(
+    base: Base,
+    graph: ir.Graph,
+    bundle: Bundle,
+    manifest: Manifest,
+    adapters: Mapping[str, Adapter],
+    padding: Mapping[str, Pad] | None,
+    progress: Progress,
+) -> Manifest:
+    """The manifest with what its inputs may be filled up with, and what was measured for it.
+
+    Args:
+        base: the oracle; what it says of its own padding is left out, with a warning, where the proof fails.
+        graph: its raw graph.
+        bundle: written already.
+        manifest: of what was proved before.
+        adapters: task -> adapter.
+        padding: what the user declares instead; None leaves it to the base.
+        progress: told the stage.
+
+    Raises:
+        UnsupportedBase: an input cannot be filled up as the user declares.
+        NotEquivalent: an answer changes with what the user declares.
+    """
+    wanted = base.padding if padding is None else padding
+    if not wanted:
+        return manifest
+    progress("check rows that are filled up")
+    try:
+        declared = declare(manifest, wanted, base.name)
+        _check_example(base, graph, declared)
+        checks = [_passed(check, base, declared) for check in check_padding(base, graph, bundle, declared, adapters)]
+    except (UnsupportedBase, NotEquivalent) as error:
+        if padding is not None:
+            raise
+        _log.warning("rows of different lengths will not share a run: %s", error)
+        return manifest
+    return with_checks(declared, checks)
+
+
+def check_padding(
+    base: Base, graph: ir.Graph, bundle: Bundle, manifest: Manifest, adapters: Mapping[str, Adapter]
+) -> Iterator[Check]:
+    """Compare rows that are filled up, cut back to their own lengths, with the merged base on the rows alone.
+
+    All rows one and seven longer than the example, then rows of different lengths in one run: the base, the first of
+    the adapters, and a random probe that changes every target, for the adapters that are added later.  As in
+    `proof.check_forms`, comparisons that failed are among those that come back; each is the worst of its rows.
+
+    Args:
+        base: the oracle.
+        graph: its raw graph.
+        bundle: written already.
+        manifest: says what its inputs are filled up with.
+        adapters: task -> adapter.
+
+    Raises:
+        NotEquivalent: the base itself does not take longer inputs than its example.
+    """
+    apart = [port.name for port in manifest.outputs if port.rows != "joint"]  # others are never filled up
+    if not apart:
+        return
+    ragged = Ragged(base, graph, manifest)
+    for sizes in ragged.longer:
+        if not takes(base, graph, sizes):
+            raise NotEquivalent(
+                _doing(base, manifest),
+                expected=f"a base that runs at {_at(sizes)}, longer than its example",
+                got="one that does not",
+                fix="Give shorter example inputs.",
+            )
+    batches = ragged.batches()
+    first = dict(islice(adapters.items(), 1))
+    tasks: dict[str, Adapter | None] = {BASE_TASK: None, **first, "probe 0": probe(bundle, 0)}
+    branches = branch_limit(base, graph, bundle, ragged.own)
+    limits = {"base.onnx": base_limit(graph, bundle), "banked.onnx": branches}
+    limits |= {file: branches for file in (BANKED_CPU, BANKED_CUDA) if file in manifest.files}
+    sessions = {file: compare.open_session(bundle.path / file) for file in limits}
+    banked = {file: banks(bundle, tasks, file) for file in limits if file != "base.onnx"}
+    outputs = [port.name for port in manifest.outputs]
+    for position, (task, adapter) in enumerate(tasks.items()):
+        alone = [(sizes, base.reference(adapter, ragged.rows(sizes), outputs)) for sizes in batches[-1].groups]
+        alone = [(sizes, {name: answer[name] for name in apart}) for sizes, answer in alone]
+        for batch in batches:
+            inputs = ragged.joined(batch)
+            expected = [next(answer for sizes, answer in alone if sizes == own) for own in batch.groups]
+            for file, session in sessions.items():
+                if file == "base.onnx" and adapter is not None:
+                    continue
+                feeds = banked[file] | {slots.INDEX: np.array([position])} if file in banked else {}
+                run = cache(partial(compare.run, session, inputs, feeds))
+                answers = partial(_answers, run, ragged, bundle, adapter, batch)
+                yield _worst(
+                    compare.measure("padded", task, batch.sizes, partial(answers, place), answer, limits[file])
+                    for place, answer in enumerate(expected)
+                )
+
+
+def _answers(
+    run: Callable[[], Outputs], ragged: Ragged, bundle: Bundle, adapter: Adapter | None, batch: Batch, place: int
+) -> Outputs:
+    return ragged.cut_back(cut(run(), bundle, adapter), batch, place)
+
+
+def _held(port: Port, value: Pad, doing: str) -> Pad:
+    """The value in the kind of an input's dtype."""
+    dtype = np.dtype(port.dtype)
+    number = value.item() if isinstance(value, np.generic) else value
+    whole = isinstance(number, int) or (isinstance(number, float) and number.is_integer())
+    if whole and dtype.kind == "b" and number in (0, 1):
+        return int(number)
+    if whole and dtype.kind in "iu" and np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
+        return int(number)
+    if dtype.kind == "f" and isinstance(number, int | float) and abs(number) <= float(np.finfo(dtype).max):
+        return number
+    raise UnsupportedBase(doing, expected=f"a number that {port.dtype} holds", got=repr(value))
+
+
+def _check_free(declared: Manifest, port: Port, doing: str) -> None:
+    batch = declared.batch_axis
+    free = {size for size in port.shape if isinstance(size, str) and size != batch}
+    if port.shape[:1] != (batch,) or not free:
+        raise UnsupportedBase(
+            doing,
+            expected="the batch as its first axis, and another axis that is free",
+            got=f"shape {_shape(port)}",
+            fix="Make the axis dynamic (dynamic_shapes), or leave the input out of padding= (--pad).",
+        )
+    if not free & declared.paddable:
+        others = [f"{other.name} ({_shape(other)})" for other in declared.inputs if other.pad is None]
+        raise UnsupportedBase(
+            doing,
+            expected=f"a free size of {_shape(port)} that every input which has it declares, and has by itself",
+            got=f"none for {', '.join(others)}" if others else "sums or multiples of sizes",
+            fix="Declare the other inputs too, or leave this one out.",
+        )
+
+
+def _shape(port: Port) -> str:
+    return " x ".join(map(str, port.shape))
+
+
+def _check_example(base: Base, graph: ir.Graph, manifest: Manifest) -> None:
+    """Refuse an example that would prove nothing: one whose last entries no answer depends on.
+
+    Raises:
+        NotEquivalent: filling up in place of the last entries makes no difference, or the base fails on it.
+    """
+    ragged, names = Ragged(base, graph, manifest), [str(value.name) for value in graph.outputs]
+    whole = base.reference(None, ragged.rows(ragged.own), names)
+    for free in sorted(manifest.paddable):
+        shorter = ragged.filled(ragged.own | {free: ragged.own[free] - 1}, ragged.own)
+        doing = f"{_doing(base, manifest)}, the last of {free} {ragged.own[free]} in the example"
+        try:
+            got = base.reference(None, shorter, names)
+        except Exception as error:  # models raise every kind of exception; the cause is kept
+            raise NotEquivalent(doing, problem=f"the base does not run on it ({said_by(error)})") from error
+        if all(compare.relative_error(got[name], whole[name]) <= compare.limit_of(graph) for name in names):
+            raise NotEquivalent(
+                doing,
+                expected="answers that depend on it",
+                got="the same ones without it",
+                fix="Give example inputs whose mask hides nothing and which do not end in padding.",
+            )
+
+
+def _worst(checks: Iterable[Check]) -> Check:
+    found = list(checks)
+    failed = next((check for check in found if check.failure is not None), None)
+    return failed or max(found, key=lambda check: check.error)
+
+
+def _passed(check: Check, base: Base, manifest: Manifest) -> Check:
+    failure = check.failure
+    if failure is None:
+        return check
+    measured = f"expected {failure.expected}, got {failure.got}" if failure.problem is None else failure.problem
+    raise NotEquivalent(
+        _doing(base, manifest),
+        problem=f"the answers of task {check.task!r} change at {_at(check.sizes)} ({measured})",
+        fix=_FIX,
+    ) from failure
+
+
+def _doing(base: Base, manifest: Manifest) -> str:
+    pads = ", ".join(f"{port.name} with {port.pad}" for port in manifest.inputs if port.pad is not None)
+    return f"pad {pads} of base {base.name} along {', '.join(sorted(manifest.paddable))}"
+
+
+def _at(sizes: Sizes) -> str:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
