@@ -23,9 +23,9 @@ import numpy as np
 import onnxruntime
 
 from tpeft_deploy import Bundle
-from tpeft_deploy.runtime import folding
-from tpeft_deploy.runtime.plain import Plain
-from tpeft_deploy.runtime.providers import choose
+from tpeft_deploy.runtime.folding import merge
+from tpeft_deploy.runtime.sessions.plain import Plain
+from tpeft_deploy.runtime.sessions.providers import choose
 
 Run = Callable[[dict[str, np.ndarray]], object]
 RUNS = 60
@@ -83,7 +83,7 @@ def session(file: Path, made: onnxruntime.SessionOptions) -> onnxruntime.Inferen
 
 def folded(bundle: Bundle, task: str, made: onnxruntime.SessionOptions) -> tuple[Run, object]:
     """A fold without `Plain`, for options that it does not have."""
-    arrays = folding.weights(bundle, bundle.adapter(task))
+    arrays = merge.weights(bundle, bundle.adapter(task))
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
     made.add_external_initializers(list(arrays), values)
     opened = session(bundle.path / "base.onnx", made)
@@ -92,7 +92,7 @@ def folded(bundle: Bundle, task: str, made: onnxruntime.SessionOptions) -> tuple
 
 def each(bundle: Bundle, task: str, number: int, place: Path) -> tuple[Run, object]:
     """As it is: every session packs all weights."""
-    plain = folding.fold(bundle, bundle.adapter(task), choose("cpu"), threads=1)
+    plain = merge.fold(bundle, bundle.adapter(task), choose("cpu"), threads=1)
     return plain.run, plain
 
 
@@ -104,7 +104,7 @@ def unpacked(bundle: Bundle, task: str, number: int, place: Path) -> tuple[Run, 
 
 def shared(bundle: Bundle, task: str, number: int, place: Path) -> tuple[Run, object]:
     """On one packed copy of what no task changes."""
-    plain = folding.fold(bundle, bundle.adapter(task), choose("cpu"), threads=1, place=place)
+    plain = merge.fold(bundle, bundle.adapter(task), choose("cpu"), threads=1, place=place)
     return plain.run, plain
 
 
@@ -189,7 +189,7 @@ def main() -> None:
         one.apply(make, (arguments.model, arguments.width, arguments.layers, path))
         bundle = Bundle.open(path)
         tasks = [f"task{number % 3}" for number in range(arguments.sessions)]
-        changed = folding.weights(bundle, bundle.adapter("task0"))
+        changed = merge.weights(bundle, bundle.adapter("task0"))
         result: dict[str, object] = {
             "weights, MB": sum(weight.length for weight in bundle.manifest.weights.values()) / 1e6,
             "changed, MB": sum(array.nbytes for array in changed.values()) / 1e6,

@@ -58,7 +58,7 @@ def checks() -> dict[str, Callable[[Any], Any]]:
 def check(options: argparse.Namespace) -> None:
     """One check, in this process; the result is the last line."""
     from benchmarks.gpu_fixed import NeedsCuda, Place
-    from tpeft_deploy.runtime.providers import choose
+    from tpeft_deploy.runtime.sessions.providers import choose
 
     try:
         place = Place(Path(options.directory), choose(options.provider), options.seconds)

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnxruntime
 
-from tpeft_deploy.runtime import views
-from tpeft_deploy.runtime.providers import Choice, Cuda, open_session
+from tpeft_deploy.runtime.adapters import device_rows
+from tpeft_deploy.runtime.sessions.providers import Choice, Cuda, open_session
 from tpeft_deploy.tucker import Array
 
 Value: TypeAlias = Array | onnxruntime.OrtValue
@@ -51,8 +51,8 @@ class Place:
     def on_device(self, value: Value) -> onnxruntime.OrtValue:
         if isinstance(value, onnxruntime.OrtValue):
             return value
-        placed = views.allocate(value.shape, str(value.dtype), self.choice.device)
-        views.write(placed, np.ascontiguousarray(value))
+        placed = device_rows.allocate(value.shape, str(value.dtype), self.choice.device)
+        device_rows.write(placed, np.ascontiguousarray(value))
         return placed
 
     def open(self, model: Path, *, graphs: bool = False) -> onnxruntime.InferenceSession:
@@ -108,7 +108,7 @@ class Fixed:
                 self._binding.bind_output(name, device)
             self.session.run_with_iobinding(self._binding, self._options(graphs, "-1"))
             found = zip(names, self._binding.get_outputs(), strict=True)
-            outputs = {name: views.allocate_as(v.shape(), v.element_type(), device) for name, v in found}
+            outputs = {name: device_rows.allocate_as(v.shape(), v.element_type(), device) for name, v in found}
             self._binding.clear_binding_outputs()
         self.outputs = outputs
         for name in names:

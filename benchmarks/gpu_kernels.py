@@ -22,7 +22,7 @@ from benchmarks.gpu_fixed import Fixed, Place
 from benchmarks.gpu_questions import tokens
 from benchmarks.gpu_serving import bank_of, graph_of
 from tpeft_deploy import Bundle
-from tpeft_deploy.runtime.providers import choose
+from tpeft_deploy.runtime.sessions.providers import choose
 
 RUNS = 5
 

@@ -11,8 +11,9 @@ import onnxruntime
 
 from benchmarks.gpu_fixed import Fixed, Place, Report, device_bytes, error, interleaved, normal
 from tpeft_deploy import Bundle
-from tpeft_deploy.runtime import graph_file, views
-from tpeft_deploy.runtime.providers import Cuda, open_session
+from tpeft_deploy.runtime.adapters import device_rows
+from tpeft_deploy.runtime.sessions import onnx_bytes
+from tpeft_deploy.runtime.sessions.providers import Cuda, open_session
 from tpeft_deploy.tucker import Array
 
 RANKS = ("matmul", "gemm", "fused", "banked", "conv")
@@ -67,8 +68,8 @@ def hot_fold(place: Place) -> Report:
     expected = [_products(x, base, down @ up) for down, up in adapters]
     for turn in range(rounds):
         down, up = adapters[turn % len(adapters)]
-        views.write(fold.inputs["down"], down)
-        views.write(fold.inputs["up"], up)
+        device_rows.write(fold.inputs["down"], down)
+        device_rows.write(fold.inputs["up"], up)
         fold()
         found = error(main.answer(), expected[turn % len(adapters)])
         worst, wrong = max(worst, found), wrong + (found > 1e-4)
@@ -149,7 +150,7 @@ def copies(place: Place) -> Report:
     }
     works: dict[str, Callable[[], object]] = {}
     for name, way in ways.items():
-        views.write(target, np.zeros_like(array))
+        device_rows.write(target, np.zeros_like(array))
         try:
             way()
         except Exception as found:  # a way that fails is an answer
@@ -166,7 +167,7 @@ def shared_weights(place: Place) -> Report:
     place.need_cuda()
     report, bundle = Report(), Bundle.open(place.path / "encoder")
     model = bundle.path / "base.onnx"
-    names = [name for name, own in graph_file.declared(model.read_bytes()).items() if own.external]
+    names = [name for name, own in onnx_bytes.declared(model.read_bytes()).items() if own.external]
     arrays = {name: bundle.base_value(name) for name in names if name in bundle.manifest.weights}
     report.figures["weights, MiB"] = sum(array.nbytes for array in arrays.values()) / 2**20
     expected = place.open(model).run(None, tokens(2))[0]

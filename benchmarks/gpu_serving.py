@@ -13,13 +13,13 @@ from benchmarks.gpu_questions import tokens
 from tpeft_deploy import Adapter, Bundle, Runtime, TuckerDelta
 from tpeft_deploy.bundle import BANKED_CUDA
 from tpeft_deploy.errors import TpeftError
-from tpeft_deploy.runtime import views
-from tpeft_deploy.runtime.bank import Bank, Layout, Rows
-from tpeft_deploy.runtime.buckets import Buckets
-from tpeft_deploy.runtime.captured import Captured
-from tpeft_deploy.runtime.plain import Plain
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda, open_session
-from tpeft_deploy.runtime.session import Session
+from tpeft_deploy.runtime.adapters import device_rows
+from tpeft_deploy.runtime.adapters.bank import Bank, Layout, Rows
+from tpeft_deploy.runtime.sessions.banked import Session
+from tpeft_deploy.runtime.sessions.cuda_graph import Captured
+from tpeft_deploy.runtime.sessions.plain import Plain
+from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda, open_session
+from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
 from tpeft_deploy.tucker import Array
 
 ROWS = 32
@@ -145,7 +145,7 @@ def _mixed_rows(place: Place, bundle: Bundle) -> Report:
 
 def _one_by_one(rows: Fixed, each: Array) -> None:
     for row in each:
-        views.write(rows.inputs["adapter_index"], np.array([row]))
+        device_rows.write(rows.inputs["adapter_index"], np.array([row]))
         rows()
 
 

@@ -36,7 +36,7 @@ from torch import nn
 from benchmarks.export import Logits, adapter_for
 from tpeft_deploy import Bundle, Runtime, export_bundle
 from tpeft_deploy.runtime.bench.measure import Case, interleave, spread
-from tpeft_deploy.runtime.providers import choose, open_session
+from tpeft_deploy.runtime.sessions.providers import choose, open_session
 from tpeft_deploy.tucker import Array
 
 ROWS, TOKENS, WORDS, RANK = 16, 8, 1000, 8

@@ -12,8 +12,8 @@ except ImportError as error:
         fix="pip install 'tpeft-deploy[cpu]', or [gpu] on a CUDA machine.",
     ) from error
 
-from tpeft_deploy.runtime.batching import Limits
+from tpeft_deploy.runtime.adapters.version import Source
+from tpeft_deploy.runtime.batching.policy import Limits
 from tpeft_deploy.runtime.runtime import Runtime
-from tpeft_deploy.runtime.versions import Source
 
 __all__ = ["Limits", "Runtime", "Source"]

@@ -11,11 +11,11 @@ import onnxruntime
 
 from tpeft_deploy.errors import CapacityError, InputError, RunError
 from tpeft_deploy.manifest import Manifest
-from tpeft_deploy.runtime import requests
-from tpeft_deploy.runtime.bank import Bank
-from tpeft_deploy.runtime.providers import ORT_ERRORS, ORT_REFUSALS
-from tpeft_deploy.runtime.tiers import Tiers
-from tpeft_deploy.runtime.versions import Version
+from tpeft_deploy.runtime import inputs as requests
+from tpeft_deploy.runtime.adapters.bank import Bank
+from tpeft_deploy.runtime.adapters.residency import Tiers
+from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, ORT_REFUSALS
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Engine", "Outputs"]

@@ -22,25 +22,25 @@ from tpeft_deploy.bundle import BANKED_CUDA, BASE_TASK, Bundle, check_task
 from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.manifest import Port
-from tpeft_deploy.runtime import requests
-from tpeft_deploy.runtime.answering import Answering
-from tpeft_deploy.runtime.bank import Layout
-from tpeft_deploy.runtime.batcher import Batcher
-from tpeft_deploy.runtime.batching import Limits, Order
-from tpeft_deploy.runtime.captured import Captured
-from tpeft_deploy.runtime.catalogue import Catalogue, Task
+from tpeft_deploy.runtime import inputs as requests
+from tpeft_deploy.runtime.adapters.bank import Layout
+from tpeft_deploy.runtime.adapters.loader import Holder
+from tpeft_deploy.runtime.adapters.residency import Tiers
+from tpeft_deploy.runtime.adapters.task_versions import Catalogue, Task
+from tpeft_deploy.runtime.adapters.version import Content, Source, Tier, Version
+from tpeft_deploy.runtime.batching.collate import Form
+from tpeft_deploy.runtime.batching.dispatch import Answering
+from tpeft_deploy.runtime.batching.policy import Limits, Order
+from tpeft_deploy.runtime.batching.stats import Figures
+from tpeft_deploy.runtime.batching.timing import Timing
+from tpeft_deploy.runtime.batching.worker import Batcher
 from tpeft_deploy.runtime.engine import Engine, Outputs
-from tpeft_deploy.runtime.figures import Figures
-from tpeft_deploy.runtime.folds import Folds
-from tpeft_deploy.runtime.holding import Holder
-from tpeft_deploy.runtime.joining import Form
-from tpeft_deploy.runtime.opening import banked_file, computes_in_half, files_to_serve, open_banked
-from tpeft_deploy.runtime.private import PrivateCopy
-from tpeft_deploy.runtime.probing import differs
-from tpeft_deploy.runtime.providers import Cuda, choose
-from tpeft_deploy.runtime.tiers import Tiers
-from tpeft_deploy.runtime.timing import Timing
-from tpeft_deploy.runtime.versions import Content, Source, Tier, Version
+from tpeft_deploy.runtime.folding.manager import Folds
+from tpeft_deploy.runtime.folding.probing import differs
+from tpeft_deploy.runtime.private_copy import PrivateCopy
+from tpeft_deploy.runtime.sessions.cuda_graph import Captured
+from tpeft_deploy.runtime.sessions.open_banked import banked_file, computes_in_half, files_to_serve, open_banked
+from tpeft_deploy.runtime.sessions.providers import Cuda, choose
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Runtime"]

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import gpu, gpu_models
 from benchmarks.gpu_fixed import NeedsCuda, Place
-from tpeft_deploy.runtime.providers import Choice
+from tpeft_deploy.runtime.sessions.providers import Choice
 
 NEED_CUDA = {"memory limit", "(e) copies", "(f) shared weights"}
 

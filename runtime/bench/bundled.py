@@ -14,8 +14,8 @@ from tpeft_deploy.runtime.bench.cases import Plain, fold_copy, known_tasks, serv
 from tpeft_deploy.runtime.bench.crowd import Crowd
 from tpeft_deploy.runtime.bench.measure import Case, interleave, resident_bytes, spread
 from tpeft_deploy.runtime.bench.results import Benchmark, CaseCost, LeftOut, Memory, Switching
-from tpeft_deploy.runtime.providers import choose
 from tpeft_deploy.runtime.runtime import Runtime
+from tpeft_deploy.runtime.sessions.providers import choose
 
 __all__ = ["bench_bundle"]
 

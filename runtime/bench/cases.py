@@ -10,10 +10,10 @@ import onnxruntime
 
 from tpeft_deploy.bundle import FACTORED_CPU, Bundle
 from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError
-from tpeft_deploy.runtime import requests
+from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.bench.measure import Case
-from tpeft_deploy.runtime.providers import Choice, open_session
 from tpeft_deploy.runtime.runtime import Runtime
+from tpeft_deploy.runtime.sessions.providers import Choice, open_session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["CASES", "Plain", "batch", "fold_copy", "free_name", "known_tasks", "served", "taking_turns"]

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from tpeft_deploy.runtime.batching import Request
+from tpeft_deploy.runtime.batching.policy import Request
 from tpeft_deploy.runtime.server.counters import LATER, Counted, Counters
 
 __all__ = ["Fair"]

@@ -10,12 +10,12 @@ import numpy as np
 from tpeft_deploy.errors import InputError, NotFound, Unavailable, UnknownTask
 from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime import Runtime
+from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.server.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.documents import ADAPTER_INPUT, datatype
 from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse
 from tpeft_deploy.runtime.server.observed import Observed
 from tpeft_deploy.runtime.server.resolving import Lookup, Target, resolve
-from tpeft_deploy.runtime.timing import Timing
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Inference"]

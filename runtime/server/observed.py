@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.server.resolving import Target
-from tpeft_deploy.runtime.timing import Timing
 
 __all__ = ["Observed", "Observers"]
 

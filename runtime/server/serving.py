@@ -16,7 +16,6 @@ import uvicorn
 from tpeft_deploy.bundle import Bundle
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime import Runtime
-from tpeft_deploy.runtime.providers import choose
 from tpeft_deploy.runtime.server.access_log import AccessLog
 from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.exchange import Exchange
@@ -37,6 +36,7 @@ from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHand
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
 from tpeft_deploy.runtime.server.tracing import tracing
+from tpeft_deploy.runtime.sessions.providers import choose
 
 __all__ = ["serve"]
 

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_va
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from tpeft_deploy.errors import ServerError
-from tpeft_deploy.runtime.batching import Limits as Batching
+from tpeft_deploy.runtime.batching.policy import Limits as Batching
 from tpeft_deploy.runtime.server.isolation.limits import Limits as Reading
 from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.rest.seats import Patience, affordable

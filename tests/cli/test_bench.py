@@ -15,7 +15,7 @@ from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime.bench import bench_bundle, cases, crowd
 from tpeft_deploy.runtime.bench.measure import interleave, spread
-from tpeft_deploy.runtime.providers import choose
+from tpeft_deploy.runtime.sessions.providers import choose
 
 ON_CPU = ("--provider", "cpu", "--threads", 1)
 

@@ -18,7 +18,8 @@ from tests.nets import adapter_for
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle
 from tpeft_deploy.bundle import BANKED_CUDA
 from tpeft_deploy.packing import Packed, pack
-from tpeft_deploy.runtime import opening, runtime
+from tpeft_deploy.runtime import runtime
+from tpeft_deploy.runtime.sessions import open_banked
 
 LAYER = "bert.encoder.layer.{}"
 QUERY, KEY, VALUE = (f"{LAYER}.attention.self.{name}.weight" for name in ("query", "key", "value"))
@@ -70,7 +71,7 @@ def test_a_runtime_serves_it_as_it_serves_the_portable_graph(bundle: Bundle, mon
     tasks = ["query", "base", "all", "head", "ranks", "query"]
     with Runtime(bundle.path, provider="cpu", threads=1) as portable:
         expected = portable.run(inputs, tasks=tasks)["logits"]
-    for module in (opening, runtime):
+    for module in (open_banked, runtime):
         monkeypatch.setattr(module, "banked_file", lambda *_: BANKED_CUDA)
     with Runtime(bundle.path, provider="cpu", threads=1, preload=False) as packed:
         assert packed.run(inputs, task="all")["logits"].shape == (6, 2)

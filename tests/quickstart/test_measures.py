@@ -10,7 +10,7 @@ import pytest
 from tpeft_deploy.quickstart import measure
 from tpeft_deploy.quickstart.measure import accuracy, majority, mixed_logits, switching
 from tpeft_deploy.runtime import Runtime
-from tpeft_deploy.runtime.providers import Choice
+from tpeft_deploy.runtime.sessions.providers import Choice
 from tpeft_deploy.tucker import Array
 
 COLUMNS = {"digits": 10, "upright": 2, "base": 10}

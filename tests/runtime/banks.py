@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from tpeft_deploy import Bundle, fitting
-from tpeft_deploy.runtime.bank import Bank, Layout
+from tpeft_deploy.runtime.adapters.bank import Bank, Layout
 
 
 def all_tasks(bundle: Bundle, device: str = "cpu") -> tuple[Bank, dict[str, int]]:

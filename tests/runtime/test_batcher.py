@@ -16,12 +16,12 @@ from tests.waiting import wait_until
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError
 from tpeft_deploy.manifest import Manifest, Port
-from tpeft_deploy.runtime import batcher as batchers
-from tpeft_deploy.runtime.batcher import Batcher, Engine
-from tpeft_deploy.runtime.batching import Limits, Request
-from tpeft_deploy.runtime.calls import Answered, Call
-from tpeft_deploy.runtime.calls import answer as hand_out
-from tpeft_deploy.runtime.joining import Outputs, Task
+from tpeft_deploy.runtime.batching import worker as batchers
+from tpeft_deploy.runtime.batching.calls import Answered, Call
+from tpeft_deploy.runtime.batching.calls import answer as hand_out
+from tpeft_deploy.runtime.batching.collate import Outputs, Task
+from tpeft_deploy.runtime.batching.policy import Limits, Request
+from tpeft_deploy.runtime.batching.worker import Batcher, Engine
 from tpeft_deploy.tucker import Array
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpeft_deploy.errors import QueueFull, RunError
-from tpeft_deploy.runtime.batching import Limits, Queue, Request
+from tpeft_deploy.runtime.batching.policy import Limits, Queue, Request
 
 Key = Request[str]
 

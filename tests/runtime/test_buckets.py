@@ -7,7 +7,7 @@ import pytest
 
 from tests.runtime.manifests import manifest
 from tpeft_deploy.manifest import Port
-from tpeft_deploy.runtime.buckets import Bucket, Buckets, Recent, ladder
+from tpeft_deploy.runtime.sessions.shape_buckets import Bucket, Buckets, Recent, ladder
 from tpeft_deploy.slots import INDEX
 from tpeft_deploy.tucker import Array
 

@@ -17,16 +17,17 @@ from tests.exporters import architectures
 from tests.runtime.banks import all_tasks
 from tpeft_deploy import Bundle, export_bundle
 from tpeft_deploy.errors import RunError
-from tpeft_deploy.runtime import providers, views
-from tpeft_deploy.runtime.bank import Bank
-from tpeft_deploy.runtime.buckets import Buckets
-from tpeft_deploy.runtime.captured import Captured, Policy
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda
-from tpeft_deploy.runtime.session import Session
+from tpeft_deploy.runtime.adapters import device_rows
+from tpeft_deploy.runtime.adapters.bank import Bank
+from tpeft_deploy.runtime.sessions import providers
+from tpeft_deploy.runtime.sessions.banked import Session
+from tpeft_deploy.runtime.sessions.cuda_graph import Captured, Policy
+from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda
+from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
 from tpeft_deploy.tucker import Array
 
 CPU = Choice("cpu", "a test")
-MODULE = "tpeft_deploy.runtime.captured"
+MODULE = "tpeft_deploy.runtime.sessions.cuda_graph"
 
 
 def images(rows: int, seed: int = 0) -> dict[str, Array]:
@@ -191,7 +192,7 @@ def test_the_nodes_that_no_graph_can_hold_are_named(conv_bundle: Bundle, bert_bu
 
 def pretend_cuda(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> list[str]:
     """Sessions and tensors on the CPU in place of CUDA's; the graph ids that runs asked for."""
-    real_open, real_allocate = providers.open_session, views.allocate_as
+    real_open, real_allocate = providers.open_session, device_rows.allocate_as
     ids: list[str] = []
 
     class Recorded:

@@ -12,11 +12,12 @@ from tests.exporters import architectures
 from tests.runtime.banks import all_tasks
 from tpeft_deploy import Bundle, Runtime, export_bundle
 from tpeft_deploy.errors import RunError
-from tpeft_deploy.runtime import providers, views
-from tpeft_deploy.runtime.buckets import Buckets
-from tpeft_deploy.runtime.captured import Captured
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Cuda, open_session
-from tpeft_deploy.runtime.session import Session
+from tpeft_deploy.runtime.adapters import device_rows
+from tpeft_deploy.runtime.sessions import providers
+from tpeft_deploy.runtime.sessions.banked import Session
+from tpeft_deploy.runtime.sessions.cuda_graph import Captured
+from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Cuda, open_session
+from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
 from tpeft_deploy.tucker import Array
 
 CHOICE = providers.choose("auto")
@@ -71,11 +72,11 @@ def test_folded_answers_as_on_the_cpu(conv_bundle: Bundle) -> None:
 
 def test_a_row_is_written_on_the_device_and_no_other(conv_bundle: Bundle) -> None:
     before = np.random.default_rng(0).standard_normal((5, 3, 7)).astype(np.float32)
-    bank = views.allocate(before.shape, "float32", "cuda")
-    views.write(bank, before)
+    bank = device_rows.allocate(before.shape, "float32", "cuda")
+    device_rows.write(bank, before)
     for row in (0, 4):
         before[row] = row
-        views.write(views.row_view(bank, row), before[row])
+        device_rows.write(device_rows.row_view(bank, row), before[row])
         np.testing.assert_array_equal(bank.numpy(), before)
 
 

@@ -121,8 +121,8 @@ def test_steps_from_nothing(folder: Path, poet: Adapter, llama: Bundle, tasks: l
 
 def test_a_pinned_task_and_fixed_buffers_take_it_too(folder: Path, poet: Adapter, llama: Bundle) -> None:
     from tests.runtime.banks import all_tasks
-    from tpeft_deploy.runtime.captured import Captured
-    from tpeft_deploy.runtime.providers import Choice
+    from tpeft_deploy.runtime.sessions.cuda_graph import Captured
+    from tpeft_deploy.runtime.sessions.providers import Choice
 
     with Runtime(llama.path, provider="cpu", threads=1) as runtime:
         runtime.pin("poet", folded=True)

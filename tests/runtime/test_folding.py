@@ -22,16 +22,17 @@ from tests.exporters.test_quantised_bases import TARGETS, quantise
 from tpeft_deploy import Adapter, Bundle, Runtime, TuckerDelta, export_bundle
 from tpeft_deploy.errors import AdapterError, BaseMismatch, IntegrityError, RunError, ShapeError, UnknownTarget
 from tpeft_deploy.exporters.bases.load import load_base
-from tpeft_deploy.runtime import folding, graph_file
-from tpeft_deploy.runtime.plain import Plain
-from tpeft_deploy.runtime.providers import Choice
+from tpeft_deploy.runtime.folding import merge
+from tpeft_deploy.runtime.sessions import onnx_bytes
+from tpeft_deploy.runtime.sessions.plain import Plain
+from tpeft_deploy.runtime.sessions.providers import Choice
 
 CPU = Choice("cpu", "a test")
 TASKS = ("plain", "partial", "two", "wide")
 
 
 def fold(bundle: Bundle, adapter: Adapter, place: Path | None = None) -> Plain:
-    return folding.fold(bundle, adapter, CPU, threads=1, place=place)
+    return merge.fold(bundle, adapter, CPU, threads=1, place=place)
 
 
 def images(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -64,7 +65,7 @@ def test_a_folded_session_equals_the_merged_model(tmp_path: Path, name: str, dty
         for place in (None, tmp_path):
             got = fold(bundle, adapter, place).run(feeds(batch))["output"]
             assert error(got, expected) <= limit, (task, place)
-            assert folding.agree({"output": got}, answer) <= folding.limit_of(bundle.manifest)
+            assert merge.agree({"output": got}, answer) <= merge.limit_of(bundle.manifest)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -86,7 +87,7 @@ def test_heads_of_other_sizes(
     banked = Runtime(conv_bundle.path, provider="cpu", threads=1)
     own = conv_bundle.example()
     answer = {name: np.asarray(array) for name, array in banked.run(own, task=task).items()}
-    assert folding.prove(plain, conv_bundle.manifest, own, answer, task=task) <= 1e-6
+    assert merge.prove(plain, conv_bundle.manifest, own, answer, task=task) <= 1e-6
 
 
 @pytest.mark.soak  # the parts of these models are folded above; these take half a minute
@@ -111,13 +112,13 @@ def test_folds_that_change_the_same_weights_share_one_copy_with_heads_of_any_siz
         own = replace(adapter, overrides={name: array.astype(np.float32) for name, array in head.items()})
         packed, plain = fold(conv_bundle, own, tmp_path).run(images(3)), fold(conv_bundle, own).run(images(3))
         assert packed["logits"].shape == (3, classes)
-        assert folding.agree(packed, plain) <= 1e-6
+        assert merge.agree(packed, plain) <= 1e-6
     (copy,) = tmp_path.iterdir()
     fold(conv_bundle, conv_adapters["partial"], tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
     # A session that does not bring what the copy leaves out must not open with whatever is in the file.
-    whole = folding.weights(conv_bundle, adapter)
+    whole = merge.weights(conv_bundle, adapter)
     for missing in ({}, {name: array for name, array in whole.items() if name != "up.weight"}):
         with pytest.raises(Exception, match="brought-by-each-session"):
             Plain(copy / "base.onnx", CPU, threads=1, initializers=missing)
@@ -156,7 +157,7 @@ def test_a_weight_behind_a_transpose_is_folded_where_add_initializer_serves_the_
     assert error(base, expected) > 1e-2
     for place in (None, tmp_path):
         assert error(fold(bundle, adapter, place).run(feeds(inputs))["output"], expected) <= 1e-5
-    value = onnxruntime.OrtValue.ortvalue_from_numpy(folding.weights(bundle, adapter)["layer.weight"])
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(merge.weights(bundle, adapter)["layer.weight"])
     options = onnxruntime.SessionOptions()
     options.add_initializer("layer.weight", value)
     wrong = onnxruntime.InferenceSession(str(bundle.path / "base.onnx"), options, providers=["CPUExecutionProvider"])
@@ -168,7 +169,7 @@ def test_weights_are_those_of_the_pristine_base_in_its_dtype(
 ) -> None:
     before = (conv_bundle.path / "weights.data").read_bytes()
     adapter = conv_adapters["two"]
-    first, second = folding.weights(conv_bundle, adapter), folding.weights(conv_bundle, adapter)
+    first, second = merge.weights(conv_bundle, adapter), merge.weights(conv_bundle, adapter)
     assert set(first) == {*adapter.deltas, *adapter.overrides}
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name])
@@ -186,7 +187,7 @@ def test_bfloat16_weights_are_handed_over_as_their_bits(tmp_path: Path) -> None:
     adapters = adapters_of(case, case.build(torch.float32)[0], "delta")
     module, inputs = case.build(torch.bfloat16)
     bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs)
-    bits = folding.weights(bundle, adapters["a"])["layer.weight"]
+    bits = merge.weights(bundle, adapters["a"])["layer.weight"]
     exact = module.state_dict()["layer.weight"].double() + torch.from_numpy(
         adapters["a"].deltas["layer.weight"].dense()
     )
@@ -194,7 +195,7 @@ def test_bfloat16_weights_are_handed_over_as_their_bits(tmp_path: Path) -> None:
     value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
     assert value.data_type() == "tensor(bfloat16)"
     assert value.shape() == list(bits.shape)
-    assert folding.limit_of(bundle.manifest) == pytest.approx(3.2e-2)
+    assert merge.limit_of(bundle.manifest) == pytest.approx(3.2e-2)
 
 
 def test_rounding_to_bfloat16_is_torchs() -> None:
@@ -203,8 +204,8 @@ def test_rounding_to_bfloat16_is_torchs() -> None:
     ties = (np.arange(1 << 16, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
     for array in (values[~np.isnan(values)], ties[~np.isnan(ties)]):
         expected = torch.from_numpy(array).to(torch.bfloat16).view(torch.uint16).numpy()
-        np.testing.assert_array_equal(folding.to_bfloat16(array), expected)
-    assert np.isnan((np.uint32(folding.to_bfloat16(np.array([np.nan]))[0]) << np.uint32(16)).view(np.float32))
+        np.testing.assert_array_equal(merge.to_bfloat16(array), expected)
+    assert np.isnan((np.uint32(merge.to_bfloat16(np.array([np.nan]))[0]) << np.uint32(16)).view(np.float32))
 
 
 def test_a_scalar_is_replaced_too(tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_quantised_weights_are_refused_and_others_beside_them_folded(tmp_path: P
     bundle.add("head", head)
     answer = Runtime(bundle.path, provider="cpu", threads=1).run(feeds(inputs), task="head")
     expected = {name: np.asarray(array) for name, array in answer.items()}
-    assert folding.agree(fold(bundle, head).run(feeds(inputs)), expected) <= 1e-6
+    assert merge.agree(fold(bundle, head).run(feeds(inputs)), expected) <= 1e-6
 
 
 def test_adapters_that_do_not_fit_are_refused(conv_bundle: Bundle, conv_adapters: dict[str, Adapter]) -> None:
@@ -261,7 +262,7 @@ def test_values_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
         {"layer.weight": TuckerDelta(np.full((5, 6), 1e5, np.float32), (None, None))}, source="the large one"
     )
     with pytest.raises(AdapterError, match=r"the large one .*'layer.weight': expected values that float16 holds"):
-        folding.weights(bundle, large)
+        merge.weights(bundle, large)
 
 
 def test_two_changes_of_one_module_are_refused(tmp_path: Path) -> None:
@@ -269,9 +270,9 @@ def test_two_changes_of_one_module_are_refused(tmp_path: Path) -> None:
     delta = nets.delta((4, 4), (2, 2), 0)
     adapter = Adapter({"second.weight": delta})
     bundle = export_bundle(module, {"a": adapter}, tmp_path / "bundle", example_inputs=inputs)
-    assert set(folding.weights(bundle, adapter)) == {bundle.manifest.canonical("second.weight")}
+    assert set(merge.weights(bundle, adapter)) == {bundle.manifest.canonical("second.weight")}
     with pytest.raises(UnknownTarget, match="it is tied to"):
-        folding.weights(bundle, Adapter({"second.weight": delta, "first.weight": delta}))
+        merge.weights(bundle, Adapter({"second.weight": delta, "first.weight": delta}))
 
 
 def test_initializers_that_the_graph_does_not_have_are_refused(conv_bundle: Bundle) -> None:
@@ -288,9 +289,9 @@ def test_initializers_that_the_graph_does_not_have_are_refused(conv_bundle: Bund
 def test_what_the_file_declares_is_what_onnx_reads(conv_bundle: Bundle) -> None:
     content = (conv_bundle.path / "base.onnx").read_bytes()
     model = onnx.load_from_string(content)
-    found = graph_file.declared(content)
+    found = onnx_bytes.declared(content)
     assert found == {
-        tensor.name: graph_file.Declared(
+        tensor.name: onnx_bytes.Declared(
             tuple(tensor.dims), tensor.data_type, tensor.data_location == onnx.TensorProto.EXTERNAL
         )
         for tensor in model.graph.initializer
@@ -301,25 +302,25 @@ def test_what_the_file_declares_is_what_onnx_reads(conv_bundle: Bundle) -> None:
     del model.graph.value_info[:]
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
-    assert onnx.load_from_string(graph_file.resized(content, {"head.weight": (300, 16)})) == model
+    assert onnx.load_from_string(onnx_bytes.resized(content, {"head.weight": (300, 16)})) == model
     with pytest.raises(ValueError, match="protobuf"):
-        graph_file.declared(content[:-1])
+        onnx_bytes.declared(content[:-1])
 
 
 def test_the_proof_finds_what_is_wrong(conv_bundle: Bundle, conv_adapters: dict[str, Adapter]) -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    assert folding.agree({"y": x}, {"y": x}) == 0
-    assert folding.agree({"y": 1.01 * x}, {"y": x}) == pytest.approx(0.01, rel=1e-3)
+    assert merge.agree({"y": x}, {"y": x}) == 0
+    assert merge.agree({"y": 1.01 * x}, {"y": x}) == pytest.approx(0.01, rel=1e-3)
     nan, mask = np.where(x == 1, np.nan, x), np.where(x == 1, -np.inf, x)
     for wrong in ({"y": x[:1]}, {"z": x}, {}, {"y": nan}, {"y": x, "z": x}):
-        assert folding.agree(wrong, {"y": x}) == np.inf
-    assert folding.agree({"y": mask}, {"y": mask}) == 0
-    assert folding.agree({"y": x}, {"y": mask}) == np.inf
+        assert merge.agree(wrong, {"y": x}) == np.inf
+    assert merge.agree({"y": mask}, {"y": mask}) == 0
+    assert merge.agree({"y": x}, {"y": mask}) == np.inf
     other = fold(conv_bundle, conv_adapters["partial"])
     own = conv_bundle.example()
     expected = fold(conv_bundle, conv_adapters["plain"]).run(own)
     with pytest.raises(RunError, match=r"fold task 'plain': expected the answer of the banked graph"):
-        folding.prove(other, conv_bundle.manifest, own, expected, task="plain")
+        merge.prove(other, conv_bundle.manifest, own, expected, task="plain")
 
 
 def test_altered_examples_are_found(own_bundle: Bundle) -> None:
@@ -362,8 +363,8 @@ def test_the_cost_of_a_session(conv_bundle: Bundle, conv_adapters: dict[str, Ada
     convs = sum(weight.length for weight in weights.values() if len(weight.shape) > 2)
     whole = sum(weight.length for weight in weights.values())
     partial = conv_adapters["partial"]  # a conv alone
-    assert folding.cost(conv_bundle, partial, shared=True) == 2 * convs
-    assert folding.cost(conv_bundle, partial, shared=False) == whole + convs
+    assert merge.cost(conv_bundle, partial, shared=True) == 2 * convs
+    assert merge.cost(conv_bundle, partial, shared=False) == whole + convs
     head = sum(weights[name].length for name in ("head.weight", "head.bias"))
     own = sum(array.nbytes for array in conv_adapters["wide"].overrides.values())
-    assert folding.cost(conv_bundle, conv_adapters["wide"], shared=True) == 2 * convs + 2 * head + own
+    assert merge.cost(conv_bundle, conv_adapters["wide"], shared=True) == 2 * convs + 2 * head + own

@@ -13,8 +13,8 @@ import pytest
 from tests.waiting import SECONDS, wait_until
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import RunError, UnknownTask
-from tpeft_deploy.runtime import folding, folds
-from tpeft_deploy.runtime.versions import Version
+from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.folding import manager, merge
 
 INPUTS = {"pixels": np.random.default_rng(0).standard_normal((5, 1, 12, 14)).astype(np.float32)}
 ALL = ["partial", "plain", "two", "wide"]
@@ -76,8 +76,8 @@ def test_a_replaced_task_is_folded_from_the_base_and_not_from_its_fold(
 def test_hot_tasks_are_folded_and_cold_ones_unfolded(
     conv_bundle: Bundle, expected: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folds, "_DECIDE", 0.02)
-    size = folding.cost(conv_bundle, conv_bundle.adapter("two"), shared=True)
+    monkeypatch.setattr(manager, "_DECIDE", 0.02)
+    size = merge.cost(conv_bundle, conv_bundle.adapter("two"), shared=True)
     biggest = 2 * sum(weight.length for weight in conv_bundle.manifest.weights.values())
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1, folded_bytes=max(size, biggest))
     until = time.monotonic() + SECONDS
@@ -91,7 +91,7 @@ def test_hot_tasks_are_folded_and_cold_ones_unfolded(
 
 
 def test_without_a_budget_nothing_is_folded_unasked(conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folds, "_DECIDE", 0.0)
+    monkeypatch.setattr(manager, "_DECIDE", 0.0)
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     for _ in range(500):
         runtime.run(INPUTS, "wide")
@@ -102,9 +102,9 @@ def test_a_fold_that_answers_otherwise_is_not_served(
     conv_bundle: Bundle, expected: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """add_initializer that is ignored after constant folding serves the base in silence (research, section 4)."""
-    real = folding.weights
+    real = merge.weights
     monkeypatch.setattr(
-        folding, "weights", lambda bundle, adapter: {n: a * np.float32(1.01) for n, a in real(bundle, adapter).items()}
+        merge, "weights", lambda bundle, adapter: {n: a * np.float32(1.01) for n, a in real(bundle, adapter).items()}
     )
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     with pytest.raises(RunError, match=r"fold task 'plain': expected the answer of the banked graph"):
@@ -121,9 +121,9 @@ def test_a_load_that_cannot_be_folded_leaves_nothing_behind(
 ) -> None:
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     runtime.pin("two", folded=True)
-    real, before = folding.weights, runtime.usage()
+    real, before = merge.weights, runtime.usage()
     monkeypatch.setattr(
-        folding, "weights", lambda bundle, adapter: {n: a * np.float32(1.01) for n, a in real(bundle, adapter).items()}
+        merge, "weights", lambda bundle, adapter: {n: a * np.float32(1.01) for n, a in real(bundle, adapter).items()}
     )
     with pytest.raises(RunError, match="fold task 'two'"):
         runtime.load("two", conv_adapters["plain"])
@@ -157,14 +157,14 @@ def test_runs_go_on_while_a_task_is_folded(
     conv_bundle: Bundle, expected: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, go_on = threading.Event(), threading.Event()
-    real = folding.fold
+    real = merge.fold
 
     def slowly(*arguments: object, **options: object) -> object:
         entered.set()
         assert go_on.wait(100)
         return real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(folding, "fold", slowly)
+    monkeypatch.setattr(merge, "fold", slowly)
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     pinning = threading.Thread(target=runtime.pin, args=("wide",), kwargs={"folded": True})
     pinning.start()

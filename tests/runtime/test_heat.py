@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.counting import operations
-from tpeft_deploy.runtime.heat import Heat
+from tpeft_deploy.runtime.folding.hotness import Heat
 
 
 def drive(

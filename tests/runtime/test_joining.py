@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tpeft_deploy.errors import RunError
 from tpeft_deploy.manifest import Manifest, Port, Varies
-from tpeft_deploy.runtime.joining import Joiner
+from tpeft_deploy.runtime.batching.collate import Joiner
 from tpeft_deploy.tucker import Array
 
 IDS = Port("ids", "int64", ("batch", "length"), pad=7)

@@ -23,7 +23,7 @@ from tpeft_deploy.cli import main
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.exporters import verify_bundle
 from tpeft_deploy.runtime import Limits
-from tpeft_deploy.runtime.buckets import Buckets
+from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
 from tpeft_deploy.tucker import Array
 
 TARGETS = {"enter.weight": (3, 3), "leave.weight": (2, 2)}

@@ -18,10 +18,10 @@ from tests.runtime.test_batcher import MANIFEST, Gate, entered, rows, run_skippi
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError, TooLarge
 from tpeft_deploy.manifest import Manifest, Port, Varies
-from tpeft_deploy.runtime.batcher import Batcher
-from tpeft_deploy.runtime.batching import Limits
-from tpeft_deploy.runtime.joining import Outputs, Task
-from tpeft_deploy.runtime.timing import Timing
+from tpeft_deploy.runtime.batching.collate import Outputs, Task
+from tpeft_deploy.runtime.batching.policy import Limits
+from tpeft_deploy.runtime.batching.timing import Timing
+from tpeft_deploy.runtime.batching.worker import Batcher
 from tpeft_deploy.tucker import Array
 
 TASKS = ["partial", "plain", "two", "wide", "base"]

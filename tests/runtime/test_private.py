@@ -11,7 +11,7 @@ import pytest
 
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import AdapterError, RunError, TpeftError
-from tpeft_deploy.runtime.private import PrivateCopy
+from tpeft_deploy.runtime.private_copy import PrivateCopy
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import ProviderUnavailable
-from tpeft_deploy.runtime import providers
+from tpeft_deploy.runtime.sessions import providers
 
 
 def cuda_works() -> bool:

@@ -15,7 +15,7 @@ from tests.counting import operations
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import AdapterError, BundleError, CapacityError, UnknownTask
 from tpeft_deploy.runtime import Limits, Source
-from tpeft_deploy.runtime.timing import Timing
+from tpeft_deploy.runtime.batching.timing import Timing
 
 INPUTS = {"pixels": np.random.default_rng(0).standard_normal((4, 1, 12, 14)).astype(np.float32)}
 

@@ -17,11 +17,11 @@ from tests.runtime.test_batcher import MANIFEST, Gate, entered, rows, waiting
 from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, QuotaExceeded
-from tpeft_deploy.runtime.batcher import Batcher
-from tpeft_deploy.runtime.batching import FirstCome, Limits, Request
-from tpeft_deploy.runtime.holding import Holder
-from tpeft_deploy.runtime.joining import Form
-from tpeft_deploy.runtime.versions import Version
+from tpeft_deploy.runtime.adapters.loader import Holder
+from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.batching.collate import Form
+from tpeft_deploy.runtime.batching.policy import FirstCome, Limits, Request
+from tpeft_deploy.runtime.batching.worker import Batcher
 
 ALL = ["partial", "plain", "two", "wide", "base"]
 

@@ -13,8 +13,8 @@ from tests import nets
 from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import CapacityError, IntegrityError, RunError, UnknownTask
-from tpeft_deploy.runtime.tiers import Tiers
-from tpeft_deploy.runtime.versions import Version
+from tpeft_deploy.runtime.adapters.residency import Tiers
+from tpeft_deploy.runtime.adapters.version import Version
 
 ALL = ["partial", "plain", "two", "wide"]
 

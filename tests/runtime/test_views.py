@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 
 from tpeft_deploy.errors import RunError
-from tpeft_deploy.runtime.views import DTYPES, allocate, dtype_of, row_view, write
+from tpeft_deploy.runtime.adapters.device_rows import DTYPES, allocate, dtype_of, row_view, write
 from tpeft_deploy.tucker import Array
 
 ROOT = Path(__file__).parents[2]

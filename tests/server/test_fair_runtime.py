@@ -11,7 +11,7 @@ import numpy as np
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import QuotaExceeded
 from tpeft_deploy.runtime import Limits
-from tpeft_deploy.runtime.joining import Form
+from tpeft_deploy.runtime.batching.collate import Form
 from tpeft_deploy.runtime.server.fairness import Fair
 
 IMAGES = {"pixels": np.random.default_rng(0).standard_normal((1, 1, 12, 14)).astype(np.float32)}

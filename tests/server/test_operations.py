@@ -104,8 +104,8 @@ def test_keys_finds_the_image_s_state_by_itself(tmp_path: Path) -> None:
 
 
 def test_series_are_capped_and_dropped() -> None:
+    from tpeft_deploy.runtime.batching.timing import Timing
     from tpeft_deploy.runtime.server.observed import Observed
-    from tpeft_deploy.runtime.timing import Timing
 
     metrics = Metrics(2, dict, dict, lambda: 0)
     for number in range(50):

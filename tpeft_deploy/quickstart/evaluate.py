@@ -13,7 +13,7 @@ from tpeft_deploy.quickstart.measure import Logits, accuracy, majority, mixed_lo
 from tpeft_deploy.quickstart.results import BaseResult, TaskResult
 from tpeft_deploy.quickstart.train import Trained, merged
 from tpeft_deploy.runtime import Runtime
-from tpeft_deploy.runtime.providers import Choice, open_session
+from tpeft_deploy.runtime.sessions.providers import Choice, open_session
 
 __all__ = ["FORMS", "Answers", "base_result", "run_forms", "task_result"]
 

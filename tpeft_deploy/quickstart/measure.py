@@ -16,7 +16,7 @@ from torch import nn
 from tpeft_deploy.quickstart.data import Labels, Pixels
 from tpeft_deploy.quickstart.results import Switching
 from tpeft_deploy.runtime import Runtime
-from tpeft_deploy.runtime.providers import Choice, open_session
+from tpeft_deploy.runtime.sessions.providers import Choice, open_session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Logits", "accuracy", "majority", "mixed_logits", "session_logits", "switching", "torch_logits"]

@@ -25,7 +25,7 @@ from tpeft_deploy.quickstart.report import write_report
 from tpeft_deploy.quickstart.results import Results, Sample
 from tpeft_deploy.quickstart.train import Trained, train_all
 from tpeft_deploy.runtime import Runtime
-from tpeft_deploy.runtime.providers import choose
+from tpeft_deploy.runtime.sessions.providers import choose
 
 __all__ = ["run"]
 

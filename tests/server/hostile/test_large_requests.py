@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tests.runtime.test_batcher import MANIFEST, rows
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import QueueFull, QuotaExceeded, TooLarge, TpeftError
-from tpeft_deploy.runtime.batcher import Batcher
-from tpeft_deploy.runtime.batching import Limits, Queue, Request
-from tpeft_deploy.runtime.joining import Outputs, Task
+from tpeft_deploy.runtime.batching.collate import Outputs, Task
+from tpeft_deploy.runtime.batching.policy import Limits, Queue, Request
+from tpeft_deploy.runtime.batching.worker import Batcher
 from tpeft_deploy.runtime.server.fairness import Fair
 from tpeft_deploy.runtime.server.quotas import Quota, queue_shares
 from tpeft_deploy.runtime.server.settings import Settings

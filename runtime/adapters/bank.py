@@ -19,7 +19,7 @@ import onnxruntime
 from tpeft_deploy import slots
 from tpeft_deploy.bundle import Bundle
 from tpeft_deploy.packing import Packed, pack, with_one_rank
-from tpeft_deploy.runtime import views
+from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Bank", "Layout", "Rows", "Shape", "row_bytes", "widened"]
@@ -136,12 +136,12 @@ class Bank:
             array = _untouched((rows, *shape), layout.defaults[name].dtype)
             array[0] = slots.pad(layout.defaults[name], shape)
             if old is not None and moves:
-                with views.exclusive:  # a CUDA graph that is being recorded elsewhere suffers no copy
+                with device_rows.exclusive:  # a CUDA graph that is being recorded elsewhere suffers no copy
                     own = old.values[name].numpy()
                 common = tuple(slice(min(sizes)) for sizes in zip(shape, own.shape[1:], strict=True))
                 for of, to in moves.items():
                     array[to][common] = own[of][common]
-            with views.exclusive:  # nor an allocation
+            with device_rows.exclusive:  # nor an allocation
                 values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
         return cls(layout, shapes, rows, values)
 
@@ -171,7 +171,7 @@ class Bank:
             name: slots.pad(rows.get(name, self.layout.defaults[name]), shape) for name, shape in self.shapes.items()
         }
         for name, array in padded.items():
-            views.write(views.row_view(self.values[name], row), array)
+            device_rows.write(device_rows.row_view(self.values[name], row), array)
 
 
 def _untouched(shape: Shape, dtype: np.dtype[np.generic]) -> Array:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.runtime.bank import Rows, Shape
+from tpeft_deploy.runtime.adapters.bank import Rows, Shape
 
 __all__ = ["Content", "Source", "Tier", "Version"]
 

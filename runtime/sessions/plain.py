@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime
 
 from tpeft_deploy.errors import RunError
-from tpeft_deploy.runtime import graph_file
-from tpeft_deploy.runtime.graph_file import Declared
-from tpeft_deploy.runtime.providers import Choice, Cuda, open_session
+from tpeft_deploy.runtime.sessions import onnx_bytes
+from tpeft_deploy.runtime.sessions.onnx_bytes import Declared
+from tpeft_deploy.runtime.sessions.providers import Choice, Cuda, open_session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Plain"]
@@ -50,7 +50,7 @@ class Plain:
         cuda: Cuda | None = None,
     ) -> None:
         content = model.read_bytes() if initializers else b""
-        found = graph_file.declared(content)
+        found = onnx_bytes.declared(content)
         # ONNX Runtime reads from these arrays without holding on to them.
         self._kept = {name: np.asarray(a, order="C") for name, a in (initializers or {}).items()}
         self._values = {n: _value(a, _check(model, n, a, found.get(n))) for n, a in self._kept.items()}
@@ -63,7 +63,7 @@ class Plain:
             choice,
             threads=threads,
             half=half,
-            content=graph_file.resized(content, shapes) if shapes else None,
+            content=onnx_bytes.resized(content, shapes) if shapes else None,
             options=options,
             cuda=cuda or Cuda(),
         )

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull
-from tpeft_deploy.runtime.tiers import Tiers
-from tpeft_deploy.runtime.versions import Version
+from tpeft_deploy.runtime.adapters.residency import Tiers
+from tpeft_deploy.runtime.adapters.version import Version
 
 __all__ = ["Holder"]
 

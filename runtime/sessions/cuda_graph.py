@@ -20,9 +20,9 @@ import onnxruntime
 
 from tpeft_deploy.errors import RunError
 from tpeft_deploy.manifest import Manifest
-from tpeft_deploy.runtime import views
-from tpeft_deploy.runtime.buckets import Bucket, Buckets, Recent
-from tpeft_deploy.runtime.providers import GRAPH_ID, ORT_ERRORS, Choice, Cuda, control_flow, open_session
+from tpeft_deploy.runtime.adapters import device_rows
+from tpeft_deploy.runtime.sessions.providers import GRAPH_ID, ORT_ERRORS, Choice, Cuda, control_flow, open_session
+from tpeft_deploy.runtime.sessions.shape_buckets import Bucket, Buckets, Recent
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Captured", "Policy"]
@@ -255,7 +255,7 @@ class Captured:
             shape.buffers = self._make_buffers(bank, shape, filled)
         buffers = shape.buffers
         for name, array in filled.items():
-            views.write(buffers.inputs[name], array)
+            device_rows.write(buffers.inputs[name], array)
         if not self._records:
             session.run_with_iobinding(buffers.binding, options)
         elif buffers.recorded:
@@ -266,7 +266,7 @@ class Captured:
 
     def _record(self, session: onnxruntime.InferenceSession, buffers: _Buffers) -> None:
         try:
-            with views.exclusive:
+            with device_rows.exclusive:
                 session.run_with_iobinding(buffers.binding, buffers.options)
         except (RuntimeError, *ORT_ERRORS) as error:  # the former is what a bound run raises
             self._drop()  # nothing says what state a failed recording leaves
@@ -280,9 +280,9 @@ class Captured:
 
     def _make_buffers(self, bank: HasValues, shape: _Shape, filled: Mapping[str, Array]) -> _Buffers:
         device, binding = self._choice.device, self._running().io_binding()
-        inputs = {name: views.allocate(array.shape, str(array.dtype), device) for name, array in filled.items()}
+        inputs = {name: device_rows.allocate(array.shape, str(array.dtype), device) for name, array in filled.items()}
         outputs = {
-            name: views.allocate_as(sizes, element_type, device)
+            name: device_rows.allocate_as(sizes, element_type, device)
             for name, (sizes, element_type) in shape.outputs.items()
         }
         for name, value in {**bank.values, **inputs}.items():

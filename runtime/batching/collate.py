@@ -12,7 +12,7 @@ import numpy as np
 
 from tpeft_deploy.errors import RunError
 from tpeft_deploy.manifest import Manifest, Port
-from tpeft_deploy.runtime import requests
+from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Form", "Joiner", "Outputs", "Task", "fits"]

@@ -16,12 +16,12 @@ import onnxruntime
 
 from tpeft_deploy.errors import QueueFull, RunError, TooLarge, TpeftError
 from tpeft_deploy.manifest import Manifest, Port
-from tpeft_deploy.runtime.batching import Limits, Order, Queue, Request
-from tpeft_deploy.runtime.calls import Answer, Answered, Call, Run, answer
-from tpeft_deploy.runtime.figures import Figures
-from tpeft_deploy.runtime.joining import Form, Joiner, Outputs, Task
-from tpeft_deploy.runtime.pieces import cut, lane
-from tpeft_deploy.runtime.timing import Timing
+from tpeft_deploy.runtime.batching.calls import Answer, Answered, Call, Run, answer
+from tpeft_deploy.runtime.batching.collate import Form, Joiner, Outputs, Task
+from tpeft_deploy.runtime.batching.pieces import cut, lane
+from tpeft_deploy.runtime.batching.policy import Limits, Order, Queue, Request
+from tpeft_deploy.runtime.batching.stats import Figures
+from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Batcher", "Engine"]

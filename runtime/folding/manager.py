@@ -16,11 +16,11 @@ from pathlib import Path
 
 from tpeft_deploy.bundle import BASE_TASK, Bundle
 from tpeft_deploy.errors import RunError, TpeftError
-from tpeft_deploy.runtime import folding
-from tpeft_deploy.runtime.heat import Heat
-from tpeft_deploy.runtime.plain import Plain
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda
-from tpeft_deploy.runtime.versions import Version
+from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.folding import merge
+from tpeft_deploy.runtime.folding.hotness import Heat
+from tpeft_deploy.runtime.sessions.plain import Plain
+from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Answer", "Folds"]
@@ -171,7 +171,7 @@ class Folds:
                 fix="It goes on being served from the bank.",
             ) from error
         inputs = self._bundle.example()
-        off = folding.prove(session, self._bundle.manifest, inputs, self._answer(inputs, version), task=name)
+        off = merge.prove(session, self._bundle.manifest, inputs, self._answer(inputs, version), task=name)
         with self._lock:
             if version in self._jobs and (version is None or version.current):
                 self._sessions = {**self._sessions, version: session}
@@ -187,8 +187,8 @@ class Folds:
             file = self._bundle.check_file("base.onnx")
             return Plain(file, self._choice, threads=self._threads, half=self._half, cuda=self._cuda)
         adapter = version.read()
-        self._costs[version] = folding.cost(self._bundle, adapter, shared=self._choice.device == "cpu")
-        return folding.fold(
+        self._costs[version] = merge.cost(self._bundle, adapter, shared=self._choice.device == "cpu")
+        return merge.fold(
             self._bundle,
             adapter,
             self._choice,

@@ -10,13 +10,13 @@ import numpy as np
 from tpeft_deploy.bundle import BASE_TASK
 from tpeft_deploy.errors import CapacityError
 from tpeft_deploy.manifest import Manifest, Port
-from tpeft_deploy.runtime import requests
-from tpeft_deploy.runtime.batcher import Batcher
-from tpeft_deploy.runtime.calls import Answered
-from tpeft_deploy.runtime.holding import Holder
-from tpeft_deploy.runtime.tiers import Tiers
-from tpeft_deploy.runtime.timing import Timing
-from tpeft_deploy.runtime.versions import Version
+from tpeft_deploy.runtime import inputs as requests
+from tpeft_deploy.runtime.adapters.loader import Holder
+from tpeft_deploy.runtime.adapters.residency import Tiers
+from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.batching.calls import Answered
+from tpeft_deploy.runtime.batching.timing import Timing
+from tpeft_deploy.runtime.batching.worker import Batcher
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Answering"]

@@ -19,9 +19,9 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import Bundle
 from tpeft_deploy.errors import AdapterError, RunError, ShapeError
 from tpeft_deploy.manifest import Manifest
-from tpeft_deploy.runtime.packed import packed_copy
-from tpeft_deploy.runtime.plain import Plain
-from tpeft_deploy.runtime.providers import Choice, Cuda
+from tpeft_deploy.runtime.folding.prepacked import packed_copy
+from tpeft_deploy.runtime.sessions.plain import Plain
+from tpeft_deploy.runtime.sessions.providers import Choice, Cuda
 from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array
 

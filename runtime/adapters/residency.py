@@ -14,8 +14,8 @@ from weakref import WeakValueDictionary
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import CapacityError, RunError
-from tpeft_deploy.runtime.bank import Bank, Layout, Shape, row_bytes, widened
-from tpeft_deploy.runtime.versions import Content, Tier, Version
+from tpeft_deploy.runtime.adapters.bank import Bank, Layout, Shape, row_bytes, widened
+from tpeft_deploy.runtime.adapters.version import Content, Tier, Version
 
 __all__ = ["Tiers"]
 

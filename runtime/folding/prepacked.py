@@ -20,8 +20,8 @@ from pathlib import Path
 
 import onnxruntime
 
-from tpeft_deploy.runtime import graph_file
-from tpeft_deploy.runtime.providers import Choice, open_session
+from tpeft_deploy.runtime.sessions import onnx_bytes
+from tpeft_deploy.runtime.sessions.providers import Choice, open_session
 
 __all__ = ["packed_copy"]
 
@@ -60,7 +60,7 @@ def packed_copy(model: Path, changed: Collection[str], place: Path, *, threads: 
 
 def _write(model: Path, changed: Collection[str], place: Path, threads: int | None) -> None:
     content = model.read_bytes()
-    found = graph_file.declared(content)
+    found = onnx_bytes.declared(content)
     # Sizes that a task may choose are free; of a number, an optimiser could make constants.
     free: dict[str, tuple[int | str, ...]] = {
         name: (f"{name}.C", *found[name].shape[1:]) if found[name].shape else () for name in changed
@@ -79,9 +79,9 @@ def _write(model: Path, changed: Collection[str], place: Path, threads: int | No
         Choice("cpu", "weights are packed for it"),
         threads=threads,
         half=True,
-        content=graph_file.hidden(content, free),
+        content=onnx_bytes.hidden(content, free),
         options=options,
     )
     saved = place / _GRAPH
     tensors = {name: found[name] for name in changed}
-    saved.write_bytes(graph_file.shown(saved.read_bytes(), tensors, _NOWHERE))
+    saved.write_bytes(onnx_bytes.shown(saved.read_bytes(), tensors, _NOWHERE))

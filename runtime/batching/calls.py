@@ -12,14 +12,14 @@ import onnxruntime
 
 from tpeft_deploy.errors import DeadlineExceeded
 from tpeft_deploy.manifest import Port
-from tpeft_deploy.runtime.batching import Request
-from tpeft_deploy.runtime.joining import Form, Task
-from tpeft_deploy.runtime.providers import GRAPH_ID
-from tpeft_deploy.runtime.timing import Timing
+from tpeft_deploy.runtime.batching.collate import Form, Task
+from tpeft_deploy.runtime.batching.policy import Request
+from tpeft_deploy.runtime.batching.timing import Timing
+from tpeft_deploy.runtime.sessions.providers import GRAPH_ID
 from tpeft_deploy.tucker import Array
 
 if TYPE_CHECKING:
-    from tpeft_deploy.runtime.pieces import Whole
+    from tpeft_deploy.runtime.batching.pieces import Whole
 
 __all__ = ["Answer", "Answered", "Call", "Run", "answer"]
 

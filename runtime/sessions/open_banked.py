@@ -7,9 +7,9 @@ import logging
 from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, EXAMPLE, Bundle
 from tpeft_deploy.errors import ProviderUnavailable
 from tpeft_deploy.manifest import Manifest
-from tpeft_deploy.runtime.captured import Captured
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Choice, Cuda
-from tpeft_deploy.runtime.session import Session
+from tpeft_deploy.runtime.sessions.banked import Session
+from tpeft_deploy.runtime.sessions.cuda_graph import Captured
+from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda
 
 __all__ = ["banked_file", "computes_in_half", "files_to_serve", "open_banked"]
 

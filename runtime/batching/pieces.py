@@ -9,9 +9,9 @@ import numpy as np
 
 from tpeft_deploy.errors import RunError
 from tpeft_deploy.manifest import Port
-from tpeft_deploy.runtime.batching import Limits, Request
-from tpeft_deploy.runtime.calls import Answered, Call
-from tpeft_deploy.runtime.joining import Form, Joiner, Task
+from tpeft_deploy.runtime.batching.calls import Answered, Call
+from tpeft_deploy.runtime.batching.collate import Form, Joiner, Task
+from tpeft_deploy.runtime.batching.policy import Limits, Request
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Whole", "cut", "lane"]

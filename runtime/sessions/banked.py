@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime
 
 from tpeft_deploy import slots
-from tpeft_deploy.runtime.bank import Bank
-from tpeft_deploy.runtime.providers import Choice, Cuda, open_session
+from tpeft_deploy.runtime.adapters.bank import Bank
+from tpeft_deploy.runtime.sessions.providers import Choice, Cuda, open_session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Session"]

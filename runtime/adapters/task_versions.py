@@ -16,7 +16,7 @@ from tpeft_deploy.bundle import BASE_TASK, Bundle
 from tpeft_deploy.composition import compose
 from tpeft_deploy.errors import CompositionError, InputError, UnknownTask
 from tpeft_deploy.formats import canonical
-from tpeft_deploy.runtime.versions import Version
+from tpeft_deploy.runtime.adapters.version import Version
 
 __all__ = ["Catalogue", "Task"]
 

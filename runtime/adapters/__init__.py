@@ -1,0 +1,1 @@
+"""Adapter versions and their residency on disk, in memory and in the bank."""

@@ -1,0 +1,1 @@
+"""Dynamic batching: policy, collation, workers, dispatch."""

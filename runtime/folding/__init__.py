@@ -1,0 +1,1 @@
+"""Folding of hot adapters into base weights."""
