@@ -34,11 +34,11 @@ from sqlalchemy import insert
 from benchmarks.runtime import TASKS, cached, texts
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.runtime import Limits
-from tpeft_deploy.runtime.server.access import Principal, Role
-from tpeft_deploy.runtime.server.messages import InferRequest
-from tpeft_deploy.runtime.server.quotas import Quota
+from tpeft_deploy.runtime.server.operations.service import Options, Service, order_of
 from tpeft_deploy.runtime.server.registry import State, database, open_state
-from tpeft_deploy.runtime.server.service import Options, Service, order_of
+from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
+from tpeft_deploy.runtime.server.v2.messages import InferRequest
 
 Figures = dict[str, float]
 Ask = Callable[[str, str], Awaitable[object]]

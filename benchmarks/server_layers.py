@@ -25,13 +25,13 @@ import uvloop
 from benchmarks.server_echo import PIXELS, TASKS, TENANTS, infer_request, show, small
 from tpeft_deploy import Runtime
 from tpeft_deploy.runtime import Limits
-from tpeft_deploy.runtime.server.access import Principal, Role
-from tpeft_deploy.runtime.server.messages import InferRequest
-from tpeft_deploy.runtime.server.metrics import Metrics
-from tpeft_deploy.runtime.server.quotas import Quota
+from tpeft_deploy.runtime.server.operations.service import Options, Service, order_of
 from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.rest.app import Application, application
-from tpeft_deploy.runtime.server.service import Options, Service, order_of
+from tpeft_deploy.runtime.server.telemetry.metrics import Metrics
+from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
+from tpeft_deploy.runtime.server.v2.messages import InferRequest
 
 Ask = Callable[[int], Awaitable[object]]
 QUOTA = Quota(requests_per_s=1e9, rows_per_s=1e9)

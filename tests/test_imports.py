@@ -120,5 +120,5 @@ def test_nothing_but_the_command_line_imports_the_server_and_that_inside_functio
 
 
 def test_the_order_and_the_quotas_of_the_server_need_neither_torch_nor_onnx() -> None:
-    code = "import tpeft_deploy.runtime.server.fairness, tpeft_deploy.runtime.server.quotas"
+    code = "import tpeft_deploy.runtime.server.tenancy.fair_order, tpeft_deploy.runtime.server.tenancy.quotas"
     assert imported_by(code) == {"onnxruntime"}

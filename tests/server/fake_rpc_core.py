@@ -19,9 +19,9 @@ from tpeft_deploy.errors import (
     Unauthenticated,
     Unavailable,
 )
-from tpeft_deploy.runtime.server.access import SHARED, Action, Principal, Role, allow
-from tpeft_deploy.runtime.server.core import Document
-from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse, LoadParameter
+from tpeft_deploy.runtime.server.tenancy.access import SHARED, Action, Principal, Role, allow
+from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse, LoadParameter
+from tpeft_deploy.runtime.server.v2.operations import Document
 from tpeft_deploy.tucker import Array
 
 BUNDLE = "digits"

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from tests.server.conftest import Served
-from tpeft_deploy.runtime.server.elements import DTYPES
-from tpeft_deploy.runtime.server.rest import framing, limits
-from tpeft_deploy.runtime.server.rest.heads import Heads
+from tpeft_deploy.runtime.server.rest import infer_codec
+from tpeft_deploy.runtime.server.rest.infer_json import Heads
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc import limits as rpc_limits
-from tpeft_deploy.runtime.server.rpc.translation import request_of, response_of
+from tpeft_deploy.runtime.server.rpc.messages import request_of, response_of
+from tpeft_deploy.runtime.server.v2 import limits
+from tpeft_deploy.runtime.server.v2.tensors import DTYPES
 from tpeft_deploy.tucker import Array
 
 __all__ = ["over_grpc", "over_rest"]
@@ -34,9 +35,9 @@ def over_rest(
     if tasks:
         tensors.append({"name": "adapter", "shape": [len(tasks)], "datatype": "BYTES", "data": list(tasks)})
     body = json.dumps({"inputs": tensors, "outputs": [{"name": name} for name in outputs]}).encode()
-    framed = framing.decode(model, "", {}, body, Heads(limits.Limits()))
+    framed = infer_codec.decode(model, "", {}, body, Heads(limits.Limits()))
     response = asyncio.run(own.service.infer(own.who("acme", "infer"), framed.request))
-    answer = json.loads(framing.encode(response, framed)[1])
+    answer = json.loads(infer_codec.encode(response, framed)[1])
     return {
         output["name"]: np.array(output["data"], DTYPES[output["datatype"]]).reshape(output["shape"])
         for output in answer["outputs"]

@@ -14,12 +14,12 @@ import numpy as np
 from google.protobuf.message import Message
 
 from tests.server.fake_rpc_core import FakeCore, X
-from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
+from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.tucker import Array
 

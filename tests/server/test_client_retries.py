@@ -17,7 +17,7 @@ import pytest
 from tests.server.client_calls import BOTH, Calling, Hours, Use
 from tpeft_deploy import AsyncClient, Client, errors
 from tpeft_deploy.client.answers import retry_after
-from tpeft_deploy.runtime.server.statuses import status_of
+from tpeft_deploy.runtime.server.v2.statuses import status_of
 
 URL = "http://server:1"
 X = np.ones((1, 1), np.float32)

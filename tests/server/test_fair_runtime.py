@@ -12,7 +12,7 @@ from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import QuotaExceeded
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.batching.collate import Form
-from tpeft_deploy.runtime.server.fairness import Fair
+from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
 
 IMAGES = {"pixels": np.random.default_rng(0).standard_normal((1, 1, 12, 14)).astype(np.float32)}
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.counting import operations
 from tpeft_deploy.errors import QuotaExceeded
 from tpeft_deploy.runtime.batching.policy import Limits, Queue, Request
-from tpeft_deploy.runtime.server.fairness import Fair
+from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
 
 _ids = itertools.count()
 

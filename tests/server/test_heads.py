@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
-from tpeft_deploy.runtime.server.rest.framing import HEADER, decode
-from tpeft_deploy.runtime.server.rest.heads import Heads
-from tpeft_deploy.runtime.server.rest.limits import Limits
+from tpeft_deploy.runtime.server.rest.infer_codec import HEADER, decode
+from tpeft_deploy.runtime.server.rest.infer_json import Heads
+from tpeft_deploy.runtime.server.v2.limits import Limits
 
 
 def head(size: int = 8, **fields: Any) -> bytes:

@@ -16,11 +16,11 @@ from tests.server.registry_subjects import adapter, add
 from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import Conflict, NotFound, QuotaExceeded, RunError, Unavailable
-from tpeft_deploy.runtime.server.access import Principal, Role
-from tpeft_deploy.runtime.server.messages import InferRequest
 from tpeft_deploy.runtime.server.registry import PinRecord, State, database, open_state
 from tpeft_deploy.runtime.server.registry.database import sqlite_url
+from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
+from tpeft_deploy.runtime.server.v2.messages import InferRequest
 
 T = TypeVar("T")
 

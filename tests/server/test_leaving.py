@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tpeft_deploy.runtime.server.rest.answering import GONE, Exchanged
-from tpeft_deploy.runtime.server.rest.leaving import Left, Watch
+from tpeft_deploy.runtime.server.rest.responses import GONE, Exchanged
+from tpeft_deploy.runtime.server.rest.transport.disconnects import Left, Watch
 
 
 def receiving(goes: asyncio.Event) -> Callable[[], Awaitable[dict[str, Any]]]:

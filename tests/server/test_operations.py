@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from tpeft_deploy.cli import main
-from tpeft_deploy.runtime.server.metrics import Metrics
 from tpeft_deploy.runtime.server.settings import Settings
+from tpeft_deploy.runtime.server.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "server.md").read_text()
@@ -85,7 +85,7 @@ def test_the_image_installs_what_is_tested_and_needed(provider: str) -> None:
 def test_what_the_image_runs_imports_neither_torch_nor_onnx_nor_pickles_reader() -> None:
     code = (
         "import sys\n"
-        "import tpeft_deploy.cli.serve, tpeft_deploy.runtime.server.serving\n"
+        "import tpeft_deploy.cli.serve, tpeft_deploy.runtime.server.main\n"
         "print([name for name in ('torch', 'onnx', 'onnxscript', 'transformers', 'peft') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -105,7 +105,7 @@ def test_keys_finds_the_image_s_state_by_itself(tmp_path: Path) -> None:
 
 def test_series_are_capped_and_dropped() -> None:
     from tpeft_deploy.runtime.batching.timing import Timing
-    from tpeft_deploy.runtime.server.observed import Observed
+    from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
 
     metrics = Metrics(2, dict, dict, lambda: 0)
     for number in range(50):

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from tests.counting import operations
 from tests.waiting import wait_until
 from tpeft_deploy.errors import NotFound, ProtocolError, Unauthenticated
-from tpeft_deploy.runtime.server.access import Role
-from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import State, open_keys, open_state
 from tpeft_deploy.runtime.server.registry.state import _SECONDS
+from tpeft_deploy.runtime.server.tenancy.access import Role
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,9 +21,9 @@ from tests.server.registry_subjects import adapter, add, unchecked
 from tests.waiting import wait_until
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import Conflict, IntegrityError, NotFound, ProtocolError, QuotaExceeded, TpeftError
-from tpeft_deploy.runtime.server.access import SHARED
-from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import State, TaskRecord, VersionRecord, open_state
+from tpeft_deploy.runtime.server.tenancy.access import SHARED
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from tests.server.asking import Asking
 from tests.server.conftest import PIXELS, Served, serve
 from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle
-from tpeft_deploy.runtime.server.access import Action
-from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rest.app import application
-from tpeft_deploy.runtime.server.rest.limits import Limits
 from tpeft_deploy.runtime.server.rest.openapi import ROUTE, document
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
+from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.tenancy.access import Action
+from tpeft_deploy.runtime.server.v2.limits import Limits
 
 
 class Live(Asking):

@@ -9,10 +9,10 @@ from google.protobuf.message import Message
 
 from tests.server.fake_rpc_core import BUNDLE, KEYS, X, answers
 from tests.server.rpc_serving import Talking, infer, key_of, run, scores, talking
-from tpeft_deploy.runtime.server.access import Action, Role
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE
+from tpeft_deploy.runtime.server.tenancy.access import Action, Role
 
 NOT_OURS = [
     *(f"{kind}SharedMemory{verb}" for kind in ("System", "Cuda") for verb in ("Status", "Register", "Unregister")),

@@ -14,11 +14,11 @@ from tests.server.fake_rpc_core import FakeCore
 from tests.server.rpc_serving import infer, key_of, run, serving, talking
 from tpeft_deploy.errors import Conflict, ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
+from tpeft_deploy.runtime.server.rpc.field_limit import parse
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
-from tpeft_deploy.runtime.server.rpc.wire import parse
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -12,14 +12,14 @@ from hypothesis.extra import numpy as arrays
 from tritonclient.utils import serialize_byte_tensor
 
 from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
-from tpeft_deploy.runtime.server.elements import encode_raw
-from tpeft_deploy.runtime.server.messages import InferResponse
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc import tensors
 from tpeft_deploy.runtime.server.rpc.limits import Limits
+from tpeft_deploy.runtime.server.rpc.messages import adapter_of, request_of, response_of
 from tpeft_deploy.runtime.server.rpc.tensors import decode, encode_contents, has_contents
-from tpeft_deploy.runtime.server.rpc.translation import adapter_of, request_of, response_of
+from tpeft_deploy.runtime.server.v2.messages import InferResponse
 from tpeft_deploy.runtime.server.v2.offload import PIECE
+from tpeft_deploy.runtime.server.v2.tensors import encode_raw
 from tpeft_deploy.tucker import Array
 
 LIMITS = Limits()

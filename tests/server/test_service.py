@@ -26,7 +26,7 @@ from tpeft_deploy.errors import (
     Unavailable,
     Unsupported,
 )
-from tpeft_deploy.runtime.server.messages import InferRequest, InferResponse
+from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse
 
 
 def wait(work: Coroutine[Any, Any, Any]) -> Any:

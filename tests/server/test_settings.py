@@ -97,7 +97,7 @@ def test_each_setting_comes_from_the_file_and_from_the_environment(
 def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Settings:
     """The settings that `tpeft-deploy serve` starts the server with."""
     found: list[Settings] = []
-    monkeypatch.setattr("tpeft_deploy.runtime.server.serving.serve", lambda _bundle, settings: found.append(settings))
+    monkeypatch.setattr("tpeft_deploy.runtime.server.main.serve", lambda _bundle, settings: found.append(settings))
     done = CliRunner().invoke(main, ["serve", "bundle", *flags])
     assert done.exit_code == 0, done.output
     return found[0]

@@ -20,9 +20,9 @@ from tests.waiting import wait_until
 from tpeft_deploy import Bundle, Client, Runtime
 from tpeft_deploy.errors import ServerError, Unavailable
 from tpeft_deploy.runtime.server.certificates import Certificates
+from tpeft_deploy.runtime.server.main import serve
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
-from tpeft_deploy.runtime.server.serving import serve
 from tpeft_deploy.runtime.server.settings import read
 
 

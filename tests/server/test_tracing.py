@@ -8,8 +8,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.server.observed import Observed
-from tpeft_deploy.runtime.server.tracing import Tracing, tracing
+from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+from tpeft_deploy.runtime.server.telemetry.tracing import Tracing, tracing
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SPAN = "b7ad6b7169203331"

@@ -36,7 +36,7 @@ def serve(bundle: Path, config: Path | None, **flags: object) -> None:
     from tpeft_deploy.errors import MissingExtra
 
     try:
-        from tpeft_deploy.runtime.server.serving import serve as run
+        from tpeft_deploy.runtime.server.main import serve as run
         from tpeft_deploy.runtime.server.settings import read
     except ImportError as error:
         if (error.name or "").startswith("tpeft_deploy"):

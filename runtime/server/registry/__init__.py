@@ -5,12 +5,12 @@ their content.  What was acknowledged is there after a crash, and what was not i
 """
 
 from tpeft_deploy.runtime.server.registry.audit import Audit, AuditRecord
-from tpeft_deploy.runtime.server.registry.catalog import CURRENT, AliasRecord, Catalog, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry.files.uploads import Staged
 from tpeft_deploy.runtime.server.registry.keys import KeyRecord, Keys
 from tpeft_deploy.runtime.server.registry.placements import PinRecord, Placements
-from tpeft_deploy.runtime.server.registry.staged import Staged
+from tpeft_deploy.runtime.server.registry.snapshot import CURRENT, AliasRecord, Catalog, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.registry.state import State, open_keys, open_state
-from tpeft_deploy.runtime.server.registry.tasks import Tasks
+from tpeft_deploy.runtime.server.registry.task_store import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import TenantRecord, Tenants
 
 __all__ = [

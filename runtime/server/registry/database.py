@@ -40,7 +40,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tpeft_deploy.errors import InsufficientStorage, MissingExtra, ServerError, Unavailable, VersionError
-from tpeft_deploy.runtime.server.registry.disk import full, no_room
+from tpeft_deploy.runtime.server.registry.files.disk import full, no_room
 
 __all__ = [
     "Database",

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, insert, select, update
 
 from tpeft_deploy.errors import InsufficientStorage, NotFound, ProtocolError, Unauthenticated, Unavailable
-from tpeft_deploy.runtime.server.access import Principal, Role
 from tpeft_deploy.runtime.server.registry import audit, database
+from tpeft_deploy.runtime.server.registry.cached import Latest
 from tpeft_deploy.runtime.server.registry.database import Database
-from tpeft_deploy.runtime.server.registry.disk import Reserve
-from tpeft_deploy.runtime.server.registry.latest import Latest
+from tpeft_deploy.runtime.server.registry.files.disk import Reserve
 from tpeft_deploy.runtime.server.registry.names import check_tenant
 from tpeft_deploy.runtime.server.registry.tenants import Tenants, ensure
+from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 
 __all__ = ["KeyRecord", "Keys"]
 

@@ -15,18 +15,18 @@ from typing import Self
 
 from tpeft_deploy.errors import InsufficientStorage, ServerError
 from tpeft_deploy.files import replace_text
-from tpeft_deploy.runtime.server.quotas import Quota
-from tpeft_deploy.runtime.server.registry import rows
+from tpeft_deploy.runtime.server.registry import queries
 from tpeft_deploy.runtime.server.registry.audit import Audit
-from tpeft_deploy.runtime.server.registry.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.database import Database, sqlite_url
-from tpeft_deploy.runtime.server.registry.disk import Reserve, make_private, private
+from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
+from tpeft_deploy.runtime.server.registry.files.disk import Reserve, make_private, private
+from tpeft_deploy.runtime.server.registry.files.opened_files import OpenedFiles
+from tpeft_deploy.runtime.server.registry.files.uploads import clean
 from tpeft_deploy.runtime.server.registry.keys import Keys
-from tpeft_deploy.runtime.server.registry.opened_files import OpenedFiles
 from tpeft_deploy.runtime.server.registry.placements import Placements
-from tpeft_deploy.runtime.server.registry.staged import clean
-from tpeft_deploy.runtime.server.registry.tasks import Tasks
+from tpeft_deploy.runtime.server.registry.task_store import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import Tenants
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
 __all__ = ["State", "open_keys", "open_state"]
 
@@ -171,7 +171,7 @@ def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
         known = database.directory(connection)
         if own is not None and own == known:
             return
-        if blobs.any() or rows.any_version(connection):
+        if blobs.any() or queries.any_version(connection):
             raise ServerError(
                 f"open the state in {directory}",
                 expected="the database that its adapters are registered in",

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import Connection, insert, select, update
 
 from tpeft_deploy.errors import NotFound
-from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import audit, database
+from tpeft_deploy.runtime.server.registry.cached import Latest
 from tpeft_deploy.runtime.server.registry.database import Database
-from tpeft_deploy.runtime.server.registry.latest import Latest
 from tpeft_deploy.runtime.server.registry.names import check_tenant
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
 __all__ = ["TenantRecord", "Tenants", "ensure"]
 

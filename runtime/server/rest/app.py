@@ -12,18 +12,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import compile_path
 
 from tpeft_deploy.errors import NotFound, ProtocolError, ServerError, Unavailable, Unsupported
-from tpeft_deploy.runtime.server.access import Action, allow
-from tpeft_deploy.runtime.server.core import Core
-from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.operations.slices import encoded
 from tpeft_deploy.runtime.server.rest import openapi
-from tpeft_deploy.runtime.server.rest.answering import GONE, Exchanged, told
-from tpeft_deploy.runtime.server.rest.asked import Asked, Route
-from tpeft_deploy.runtime.server.rest.inferring import Inferring, Receive, Scope, Send, model_of
-from tpeft_deploy.runtime.server.rest.limits import Limits
+from tpeft_deploy.runtime.server.rest.context import Asked, Route
+from tpeft_deploy.runtime.server.rest.infer import Inferring, Receive, Scope, Send, model_of
+from tpeft_deploy.runtime.server.rest.responses import GONE, Exchanged, told
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
-from tpeft_deploy.runtime.server.statuses import MethodNotAllowed
+from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.tenancy.access import Action, allow
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.v2.operations import Core
+from tpeft_deploy.runtime.server.v2.statuses import MethodNotAllowed
 
 __all__ = ["Application", "application"]
 

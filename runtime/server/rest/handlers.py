@@ -7,13 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError, Unavailable
-from tpeft_deploy.runtime.server.core import Document
-from tpeft_deploy.runtime.server.elements import quoted
 from tpeft_deploy.runtime.server.operations.slices import in_slices
-from tpeft_deploy.runtime.server.quotas import Quota
-from tpeft_deploy.runtime.server.rest.asked import Asked
+from tpeft_deploy.runtime.server.rest.context import Asked
 from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
 from tpeft_deploy.runtime.server.rest.uploads import parts
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
+from tpeft_deploy.runtime.server.v2.operations import Document
+from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 
 async def live(asked: Asked) -> object:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError
-from tpeft_deploy.runtime.server.elements import quoted
-from tpeft_deploy.runtime.server.messages import Encoded, LoadParameter
-from tpeft_deploy.runtime.server.rest.asked import Asked
+from tpeft_deploy.runtime.server.rest.context import Asked
 from tpeft_deploy.runtime.server.rest.json_data import SMALL, cut_strings
+from tpeft_deploy.runtime.server.v2.messages import Encoded, LoadParameter
+from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["load_parameters", "parameters_of"]
 

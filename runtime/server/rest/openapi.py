@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 import tpeft_deploy
-from tpeft_deploy.runtime.server.access import Action
-from tpeft_deploy.runtime.server.rest.asked import Asked, Route
+from tpeft_deploy.runtime.server.rest.context import Asked, Route
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
+from tpeft_deploy.runtime.server.tenancy.access import Action
 
 __all__ = ["ROUTE", "document"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tpeft_deploy.runtime.server.access import Action
 from tpeft_deploy.runtime.server.rest import handlers
-from tpeft_deploy.runtime.server.rest.asked import Handler, Route
+from tpeft_deploy.runtime.server.rest.context import Handler, Route
+from tpeft_deploy.runtime.server.tenancy.access import Action
 
 __all__ = ["ROUTES"]
 

@@ -10,9 +10,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from tpeft_deploy.errors import Conflict, ProtocolError, TooLarge
-from tpeft_deploy.runtime.server.core import Part
-from tpeft_deploy.runtime.server.elements import quoted
-from tpeft_deploy.runtime.server.rest.asked import Asked
+from tpeft_deploy.runtime.server.rest.context import Asked
+from tpeft_deploy.runtime.server.v2.operations import Part
+from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["parts"]
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpeft_deploy.runtime.server.access import Principal
-from tpeft_deploy.runtime.server.exchange import TRACEPARENT, Exchange, request_id
+from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT, Exchange, request_id
+from tpeft_deploy.runtime.server.tenancy.access import Principal
 
 __all__ = ["Account"]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpeft_deploy.runtime.server.elements import Bounds
+from tpeft_deploy.runtime.server.v2.tensors import Bounds
 
 __all__ = ["Limits"]
 

@@ -14,22 +14,22 @@ import grpc
 from google.protobuf.message import Message
 
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded, ServerError, Unauthenticated, Unsupported
-from tpeft_deploy.runtime.server.access import Action, Principal, allow
-from tpeft_deploy.runtime.server.core import Core
-from tpeft_deploy.runtime.server.elements import quoted
-from tpeft_deploy.runtime.server.exchange import Exchange
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.account import Account
+from tpeft_deploy.runtime.server.rpc.field_limit import parse, split_raw
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Call, Method
 from tpeft_deploy.runtime.server.rpc.reading import read_message
 from tpeft_deploy.runtime.server.rpc.streaming import in_order
-from tpeft_deploy.runtime.server.rpc.wire import parse, split_raw
-from tpeft_deploy.runtime.server.statuses import Status, status_of
+from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
 from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.v2.offload import PIECE
+from tpeft_deploy.runtime.server.v2.operations import Core
+from tpeft_deploy.runtime.server.v2.statuses import Status, status_of
+from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["Observer", "Servicer"]
 

@@ -22,10 +22,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from tpeft_deploy.errors import ProtocolError
-from tpeft_deploy.runtime.server.elements import DTYPES, check_shape, checked, from_raw, objects, quoted, texts
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.v2.offload import PIECE, breathe
+from tpeft_deploy.runtime.server.v2.tensors import DTYPES, check_shape, checked, from_raw, objects, quoted, texts
 from tpeft_deploy.tucker import Array
 
 __all__ = ["decode", "encode_contents", "has_contents"]

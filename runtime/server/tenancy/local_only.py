@@ -6,11 +6,11 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 
 from tpeft_deploy.errors import Forbidden
-from tpeft_deploy.runtime.server.elements import quoted
-from tpeft_deploy.runtime.server.exchange import Exchange
-from tpeft_deploy.runtime.server.rest.answering import Exchanged, told
-from tpeft_deploy.runtime.server.rest.inferring import Receive, Scope, Send
+from tpeft_deploy.runtime.server.rest.infer import Receive, Scope, Send
+from tpeft_deploy.runtime.server.rest.responses import Exchanged, told
 from tpeft_deploy.runtime.server.settings import is_loopback
+from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["LocalOnly", "check"]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from tpeft_deploy.errors import CapacityError, Conflict, QuotaExceeded
 from tpeft_deploy.runtime import Runtime
-from tpeft_deploy.runtime.server.access import SHARED
 from tpeft_deploy.runtime.server.operations.pools import Workers
-from tpeft_deploy.runtime.server.quotas import Quota
+from tpeft_deploy.runtime.server.tenancy.access import SHARED
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
 __all__ = ["Pins"]
 

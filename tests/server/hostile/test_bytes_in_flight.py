@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from tests.server.conftest import PIXELS, Served
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import QuotaExceeded, TooLarge, Unavailable
-from tpeft_deploy.runtime.server.quotas import Quota
-from tpeft_deploy.runtime.server.rest import compression
 from tpeft_deploy.runtime.server.rest.app import Application, application
-from tpeft_deploy.runtime.server.rest.limits import Limits
+from tpeft_deploy.runtime.server.rest.transport import compression
 from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget, budget_of_bodies
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
+from tpeft_deploy.runtime.server.v2.limits import Limits
 
 MIB = 1 << 20
 INFER = "/v2/models/base/infer"

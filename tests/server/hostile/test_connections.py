@@ -24,9 +24,9 @@ from tests.server.processes import COMMAND, ROOT
 from tpeft_deploy import Bundle
 from tpeft_deploy.errors import QuotaExceeded
 from tpeft_deploy.runtime.server.certificates import Certificates
-from tpeft_deploy.runtime.server.rest.connection import Connection
-from tpeft_deploy.runtime.server.rest.listener import HttpServer
-from tpeft_deploy.runtime.server.rest.seats import SPARE, Patience, Seat, Seats
+from tpeft_deploy.runtime.server.rest.transport.connection import Connection
+from tpeft_deploy.runtime.server.rest.transport.listener import HttpServer
+from tpeft_deploy.runtime.server.rest.transport.seats import SPARE, Patience, Seat, Seats
 from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
 
 HEAD = b"POST /x HTTP/1.1\r\nHost: x\r\n"

@@ -19,8 +19,8 @@ from tests.server.registry_subjects import adapter, add
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import InsufficientStorage, Unauthenticated
 from tpeft_deploy.runtime.server.registry import audit, open_keys, open_state
-from tpeft_deploy.runtime.server.registry.disk import full, storing
-from tpeft_deploy.runtime.server.statuses import status_of
+from tpeft_deploy.runtime.server.registry.files.disk import full, storing
+from tpeft_deploy.runtime.server.v2.statuses import status_of
 
 RESERVE = 2**20
 

@@ -18,17 +18,17 @@ from hypothesis import strategies as st
 from tests.server.fake_rpc_core import FakeCore, X
 from tests.server.rpc_serving import talking
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded, TooLarge
-from tpeft_deploy.runtime.server.access import Principal
-from tpeft_deploy.runtime.server.messages import InferResponse
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc import reading
+from tpeft_deploy.runtime.server.rpc.field_limit import join_raw, parse, split_raw
 from tpeft_deploy.runtime.server.rpc.limits import Limits
+from tpeft_deploy.runtime.server.rpc.messages import raw_response, response_of
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
-from tpeft_deploy.runtime.server.rpc.translation import raw_response, response_of
-from tpeft_deploy.runtime.server.rpc.wire import join_raw, parse, split_raw
+from tpeft_deploy.runtime.server.tenancy.access import Principal
 from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.messages import InferResponse
 from tpeft_deploy.tucker import Array
 
 MIB = 1 << 20

@@ -11,10 +11,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tpeft_deploy.errors import ProtocolError, ServerError, TooLarge
-from tpeft_deploy.runtime.server.rest import heads, json_data
-from tpeft_deploy.runtime.server.rest.heads import Head, Heads
+from tpeft_deploy.runtime.server.rest import infer_json, json_data
+from tpeft_deploy.runtime.server.rest.infer_json import Head, Heads
 from tpeft_deploy.runtime.server.rest.json_data import SMALL, cut_strings
-from tpeft_deploy.runtime.server.rest.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import Limits
 
 LIMITS = Limits()
 
@@ -93,13 +93,13 @@ def test_what_is_malformed_at_once_is_malformed_in_pieces(tiny_pieces: None, tex
 
 def test_no_piece_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    own = heads._elements
+    own = infer_json._elements
 
     def counted(doing: str, datatype: str, flat: Any) -> Any:
         sizes.append(len(flat))
         return own(doing, datatype, flat)
 
-    monkeypatch.setattr(heads, "_elements", counted)
+    monkeypatch.setattr(infer_json, "_elements", counted)
     count = 1 << 19
     data = np.arange(count).reshape(-1, 2).tolist()
     inputs = [{"name": "x", "datatype": "INT64", "shape": [count // 2, 2], "data": data}]

@@ -20,10 +20,10 @@ from tpeft_deploy.errors import QueueFull, QuotaExceeded, TooLarge, TpeftError
 from tpeft_deploy.runtime.batching.collate import Outputs, Task
 from tpeft_deploy.runtime.batching.policy import Limits, Queue, Request
 from tpeft_deploy.runtime.batching.worker import Batcher
-from tpeft_deploy.runtime.server.fairness import Fair
-from tpeft_deploy.runtime.server.quotas import Quota, queue_shares
 from tpeft_deploy.runtime.server.settings import Settings
-from tpeft_deploy.runtime.server.statuses import status_of
+from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota, queue_shares
+from tpeft_deploy.runtime.server.v2.statuses import status_of
 
 _ids = itertools.count()
 WEIGHTS = {"hostile": 0.01}

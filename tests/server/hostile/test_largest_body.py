@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.server.audited import Audited
 from tpeft_deploy import Bundle
 from tpeft_deploy.manifest import Port
-from tpeft_deploy.runtime.server import serving
+from tpeft_deploy.runtime.server import main
 from tpeft_deploy.runtime.server.settings import Settings
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body
 
@@ -48,11 +48,11 @@ def test_axes_without_bound_have_none(conv_bundle: Bundle) -> None:
 def test_messages_over_grpc_are_as_large_as_is_of_use(
     monkeypatch: pytest.MonkeyPatch, largest: int | None, given: Any, expected: int
 ) -> None:
-    monkeypatch.setattr(serving, "Servicer", lambda _core, limits, *_: limits)
-    monkeypatch.setattr(serving, "RpcServer", lambda _servicer, limits, **_: limits)
+    monkeypatch.setattr(main, "Servicer", lambda _core, limits, *_: limits)
+    monkeypatch.setattr(main, "RpcServer", lambda _servicer, limits, **_: limits)
     settings = Settings(grpc_port=0, max_grpc_bytes=given)
     service: Any = SimpleNamespace(largest_body=largest)
-    limits: Any = serving._grpc(service, settings, lambda _: None, settings.intake, None)
+    limits: Any = main._grpc(service, settings, lambda _: None, settings.intake, None)
     assert limits.message_bytes == expected
 
 

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from tpeft_deploy.runtime.server.access import Principal, Role
-from tpeft_deploy.runtime.server.access_log import AccessLog
-from tpeft_deploy.runtime.server.exchange import Exchange
-from tpeft_deploy.runtime.server.rest.answering import Exchanged
+from tpeft_deploy.runtime.server.rest.responses import Exchanged
 from tpeft_deploy.runtime.server.rpc.account import Account
+from tpeft_deploy.runtime.server.telemetry.access_log import AccessLog
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines
+from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 
 LONG = "x" * 5_000_000
 

@@ -11,10 +11,10 @@ import pytest
 from tests.server.conftest import serve
 from tpeft_deploy import Bundle
 from tpeft_deploy.errors import Conflict
-from tpeft_deploy.runtime.server.access import LOCAL
-from tpeft_deploy.runtime.server.exchange import Exchange
+from tpeft_deploy.runtime.server.operations.service import Options, Service
 from tpeft_deploy.runtime.server.rest.app import application
-from tpeft_deploy.runtime.server.service import Options, Service
+from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.tenancy.access import LOCAL
 from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
 
 

@@ -13,8 +13,8 @@ import pytest
 from tests.server.conftest import PIXELS, Served, serve, upload
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import CapacityError, QueueFull, TpeftError
-from tpeft_deploy.runtime.server.messages import InferRequest
-from tpeft_deploy.runtime.server.statuses import status_of
+from tpeft_deploy.runtime.server.v2.messages import InferRequest
+from tpeft_deploy.runtime.server.v2.statuses import status_of
 
 MARK = "rivalry"
 

@@ -12,13 +12,13 @@ import pytest
 from tests.server.conftest import PIXELS, Served, serve, upload
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import CapacityError, Conflict, QuotaExceeded, TpeftError
-from tpeft_deploy.runtime.server.messages import InferRequest
 from tpeft_deploy.runtime.server.operations.pools import Workers
-from tpeft_deploy.runtime.server.quotas import Quota
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.settings import Settings
-from tpeft_deploy.runtime.server.statuses import status_of
 from tpeft_deploy.runtime.server.tenancy.pins import Pins
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
+from tpeft_deploy.runtime.server.v2.messages import InferRequest
+from tpeft_deploy.runtime.server.v2.statuses import status_of
 
 ROWS = 5
 

@@ -12,8 +12,8 @@ from tests.server.conftest import Served, upload
 from tests.waiting import wait_until
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import Unauthenticated
-from tpeft_deploy.runtime.server.access import Role
 from tpeft_deploy.runtime.server.operations.pools import Pools, Workers
+from tpeft_deploy.runtime.server.tenancy.access import Role
 
 
 async def _until(done: threading.Event | asyncio.Event) -> None:

@@ -16,7 +16,7 @@ from tests import nets
 from tests.server.conftest import Served, upload
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import RunError, TpeftError
-from tpeft_deploy.runtime.server.statuses import status_of
+from tpeft_deploy.runtime.server.v2.statuses import status_of
 from tpeft_deploy.tucker import Array
 
 Parts = dict[str, bytes]

@@ -1,0 +1,303 @@
+"""A server's life: open, listen, answer, and on SIGTERM stop taking requests, finish, and go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+
+from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.errors import ServerError
+from tpeft_deploy.runtime import Runtime
+from tpeft_deploy.runtime.server.certificates import Certificates
+from tpeft_deploy.runtime.server.isolation.pool import Pool
+from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.operations.service import Options, Service, order_of
+from tpeft_deploy.runtime.server.registry import open_state
+from tpeft_deploy.runtime.server.rest.app import application
+from tpeft_deploy.runtime.server.rest.transport.listener import HttpServer
+from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
+from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
+from tpeft_deploy.runtime.server.rpc.servicer import Servicer
+from tpeft_deploy.runtime.server.settings import Settings, is_loopback
+from tpeft_deploy.runtime.server.telemetry.access_log import AccessLog
+from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHandler
+from tpeft_deploy.runtime.server.telemetry.metrics import Metrics
+from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.tracing import tracing
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
+from tpeft_deploy.runtime.server.v2.limits import Limits as RestLimits
+from tpeft_deploy.runtime.sessions.providers import choose
+
+__all__ = ["serve"]
+
+_log = logging.getLogger("tpeft_deploy.server")
+_SWEEP_SECONDS = 300.0
+_GRPC_BYTES = 4 << 20
+_RENEW_SECONDS = 5.0
+
+
+def serve(bundle: Path, settings: Settings, say: Callable[[str], None] | None = None) -> None:
+    """Serve a bundle until SIGTERM or SIGINT; a second one ends the process at once.
+
+    Args:
+        bundle: its directory.
+        settings: everything else.
+        say: told in one line each where the server listens, on which provider, and that it stops; by default
+            these are lines on stderr.
+
+    Raises:
+        BundleError, ProviderUnavailable, ServerError, Conflict: it cannot start.
+    """
+    certificates = None
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        certificates = Certificates(settings.tls_cert, settings.tls_key)
+    with closing(LogLines()) as lines:
+        _serve(bundle, settings, certificates, say or lines.say, lines)
+
+
+def _serve(
+    bundle: Path,
+    settings: Settings,
+    certificates: Certificates | None,
+    say: Callable[[str], None],
+    lines: LogLines,
+) -> None:
+    with _listening(settings.host, settings.port) as listener, ExitStack() as stack:
+        stack.enter_context(_logging(settings, lines))
+        service, metrics, runtime = _open(bundle, settings, stack, lines)
+        log = AccessLog(lines) if settings.access_log else None
+
+        def observe(exchange: Exchange) -> None:
+            metrics.request(exchange)
+            if log is not None:
+                log.write(exchange)
+
+        say(f"provider: {runtime.provider} ({runtime.provider_reason})")
+        if settings.tls_cert is None and not is_loopback(settings.host):
+            say(
+                f"WARNING: no TLS on {_shown(settings.host)}: keys and tensors travel as plain text. "
+                "Give --tls-cert and --tls-key, or let nothing but a proxy with TLS reach this port."
+            )
+        with asyncio.Runner(loop_factory=_loop()) as runner:
+            runner.run(_run(service, settings, listener, observe, say, certificates))
+    say("stopped")
+
+
+@contextmanager
+def _logging(settings: Settings, lines: LogLines) -> Iterator[None]:
+    handler = QueuedHandler(lines)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
+
+
+def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> tuple[Service, Metrics, Runtime]:
+    bundle = Bundle.open(path.resolve())
+    state = stack.enter_context(open_state(settings.state, settings.database_url, default=settings.quota))
+    tokens = all(np.issubdtype(port.dtype, np.integer) for port in bundle.manifest.inputs)
+    limits = settings.batching(choose(settings.provider).device, tokens=tokens)
+    order = order_of(state, limits)
+    runtime = stack.enter_context(
+        Runtime(
+            path,
+            provider=settings.provider,
+            threads=settings.threads,
+            device_bytes=settings.device_bytes,
+            host_bytes=settings.host_bytes,
+            folded_bytes=settings.folded_bytes,
+            cuda_graphs=settings.cuda_graphs,
+            pinned_share=0.5,
+            limits=limits,
+            order=order,
+        )
+    )
+    metrics = Metrics(
+        settings.max_task_series,
+        runtime.residency,
+        runtime.usage,
+        lambda: runtime.batching().waiting_rows,
+        lambda: lines.dropped,
+    )
+    traced = tracing()
+
+    def observe(observed: Observed) -> None:
+        metrics.inference(observed)
+        if traced is not None:
+            traced.inference(observed)
+
+    pools = Pools()
+    stack.callback(pools.close)
+    options = Options(
+        pools=pools,
+        limits=limits,
+        authenticate=not settings.no_auth,
+        max_upload_bytes=settings.max_upload_bytes,
+        reader=stack.enter_context(closing(Pool(bundle, settings.reading))),
+        max_folded=settings.max_folded_in_all,
+        metrics=metrics.render,
+        metrics_for_all=settings.metrics_for_all_keys,
+        changes_per_s=settings.changes_per_s or None,
+        audit_days=settings.audit_days or None,
+        audit_rows=settings.audit_rows or None,
+        observe=observe,
+        forget=metrics.drop,
+    )
+    return Service(runtime, bundle, state, order, options), metrics, runtime
+
+
+async def _run(
+    service: Service,
+    settings: Settings,
+    listener: socket.socket,
+    observe: Callable[[Exchange], None],
+    say: Callable[[str], None],
+    certificates: Certificates | None,
+) -> None:
+    intake = settings.intake
+    http = _http(service, settings, observe, intake)
+    grpc = _grpc(service, settings, observe, intake, certificates)
+    if certificates is not None:
+        http.tls = certificates.context
+    stop = asyncio.Event()
+    _on_signals(stop)
+    serving = asyncio.create_task(http.serve([listener]))
+    if grpc is not None:
+        await grpc.start()
+    while not http.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if serving.done():
+        await serving  # raises why it did not start
+    scheme = "https" if settings.tls_cert is not None else "http"
+    say(f"serving on {scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}")
+    if grpc is not None:
+        say(f"serving gRPC on {_shown(settings.host)}:{grpc.port}")
+    sweeping = asyncio.create_task(service.sweep(_SWEEP_SECONDS))
+    renewing = asyncio.create_task(_renewing(certificates, http, grpc))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
+    service.drain()
+    late = f", and what comes within {settings.drain_grace:g} s" if settings.drain_grace else ""
+    say(f"draining: what came is answered{late}")
+    await asyncio.sleep(settings.drain_grace)
+    service.refuse()
+    http.should_exit = True
+    await asyncio.gather(serving, *([grpc.stop(settings.drain_seconds)] if grpc is not None else []))
+    for task in (sweeping, renewing, stopping):
+        task.cancel()
+
+
+async def _renewing(certificates: Certificates | None, http: HttpServer, grpc: RpcServer | None) -> None:
+    """Give new connections the certificate that its files have, each few seconds and on SIGHUP."""
+    if certificates is None:
+        return
+    asked = asyncio.Event()
+    if hasattr(signal, "SIGHUP"):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
+    while True:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asked.wait(), _RENEW_SECONDS)
+        asked.clear()
+        if await asyncio.to_thread(certificates.renew):
+            http.tls = certificates.context
+            if grpc is not None:
+                grpc.renew(Tls(*certificates.pem))
+
+
+def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake) -> HttpServer:
+    limits = RestLimits(
+        elements=settings.max_elements,
+        body_bytes=min(settings.max_body_bytes, service.largest_body or settings.max_body_bytes),
+        json_bytes=settings.max_json_bytes,
+        upload_bytes=settings.max_upload_bytes,
+        json_upload_bytes=settings.max_json_upload_bytes,
+    )
+    answer = application(service, limits, observe, intake)
+    config = uvicorn.Config(
+        LocalOnly(answer, observe) if settings.no_auth else answer,
+        ws="none",  # else a library for it answers before keys are looked at, wherever one is installed
+        lifespan="off",
+        proxy_headers=False,  # nothing here asks where a request comes from
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )
+    return HttpServer(config, settings.patience)
+
+
+def _grpc(
+    service: Service,
+    settings: Settings,
+    observe: Callable[[Exchange], None],
+    intake: Intake,
+    certificates: Certificates | None,
+) -> RpcServer | None:
+    if settings.grpc_port is None:
+        return None
+    # grpc hands a message over as a whole: the event loop is held up by 2 ms a MB, whatever becomes of the message.
+    useful = max(service.largest_body or settings.max_body_bytes, _GRPC_BYTES)
+    limits = RpcLimits(
+        elements=settings.max_elements,
+        message_bytes=min(settings.max_body_bytes, settings.max_grpc_bytes or useful),
+        connections=settings.patience.connections,
+        handshake_seconds=settings.head_timeout,
+    )
+    tls = None if certificates is None else Tls(*certificates.pem)
+    servicer = Servicer(service, limits, observe, intake)
+    return RpcServer(servicer, limits, host=settings.host, port=settings.grpc_port, tls=tls)
+
+
+def _on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+
+        def asked(number: signal.Signals = number) -> None:
+            stop.set()
+            for other in (signal.SIGTERM, signal.SIGINT):  # the second time it is not asked but told
+                loop.remove_signal_handler(other)
+                signal.signal(other, signal.SIG_DFL)
+
+        loop.add_signal_handler(number, asked)
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ServerError(
+            f"listen on {_shown(host)}:{port}",
+            problem=error.strerror or str(error),
+            fix="Take another --port, or stop what listens there.",
+        ) from None
+    with listener:
+        # Connections have it from here, whatever the event loop does: an answer of two parts would take 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        yield listener
+
+
+def _loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        return None
+    return uvloop.new_event_loop
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,166 @@
+"""The path of an inference: names to rows, quota, the runtime's queue, and the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from tpeft_deploy.errors import InputError, NotFound, Unavailable, UnknownTask
+from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.runtime import Runtime
+from tpeft_deploy.runtime.batching.timing import Timing
+from tpeft_deploy.runtime.server.operations.targets import Lookup, Target, resolve
+from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
+from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse
+from tpeft_deploy.runtime.server.v2.metadata import ADAPTER_INPUT, datatype
+from tpeft_deploy.tucker import Array
+
+__all__ = ["Inference"]
+
+Spend = Callable[[str, int, float], None]
+
+
+class Inference:
+    """Answers requests on a runtime.
+
+    Args:
+        runtime: what runs them.
+        manifest: its bundle's.
+        find: what a tenant means by a name.
+        spend: takes rows from a tenant's quota at a time, or raises QuotaExceeded.
+        accepting: whether requests are taken.
+        tell: is told of each; on the event loop, so it must not block.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        manifest: Manifest,
+        find: Lookup,
+        spend: Spend,
+        accepting: Callable[[], bool],
+        tell: Callable[[Observed], None],
+    ) -> None:
+        self._runtime = runtime
+        self._manifest = manifest
+        self._bundle = manifest.name
+        self._find = find
+        self._spend = spend
+        self._accepting = accepting
+        self._tell = tell
+        self._datatypes = {port.name: datatype(port) for port in manifest.outputs}
+        self._scalars = [port.name for port in manifest.inputs if not port.shape]
+        self._first = next((p.name for p in manifest.inputs if p.shape and p.shape[0] == manifest.batch_axis), None)
+
+    async def infer(self, principal: Principal, request: InferRequest) -> InferResponse:
+        """Answer a request; cancelling takes it out of its queue, or stops its run.
+
+        Raises:
+            Forbidden, NotFound, ProtocolError, InputError, QuotaExceeded, QueueFull, DeadlineExceeded, Unavailable.
+        """
+        allow(principal, Action.INFER)
+        if not self._accepting():
+            raise Unavailable("run a request", problem="the server is starting or draining", fix="Try again shortly.")
+        targets, per_row = resolve(self._find, self._bundle, principal.tenant, request)
+        inputs = request.inputs
+        if request.model == self._bundle and ADAPTER_INPUT in inputs:
+            inputs = {name: array for name, array in inputs.items() if name != ADAPTER_INPUT}
+        inputs = self._scalars_of(inputs)
+        self._check_outputs(request)
+        rows = self._rows(inputs)
+        timing = Timing(time.monotonic())
+        self._spend(principal.tenant, rows, timing.arrived)
+        try:
+            outputs: Mapping[str, Array | list[Array]]
+            if per_row:
+                outputs = await self._runtime.infer(
+                    inputs,
+                    tasks=[target.key for target in targets],
+                    outputs=request.outputs or None,
+                    timeout=request.timeout,
+                    tenant=principal.tenant,
+                    priority=request.priority,
+                    timing=timing,
+                )
+            else:
+                outputs = await self._runtime.infer(
+                    inputs,
+                    targets[0].key,
+                    outputs=request.outputs or None,
+                    timeout=request.timeout,
+                    tenant=principal.tenant,
+                    priority=request.priority,
+                    timing=timing,
+                )
+        except Exception as error:
+            self._over(principal, request, targets, rows, timing, failed=True)
+            if isinstance(error, UnknownTask):
+                # The runtime's own message names what others have.
+                raise NotFound(f"run model {request.model!r}", problem="a task of it was deleted meanwhile") from None
+            raise
+        self._over(principal, request, targets, rows, timing, failed=False)
+        return self._answer(request, targets, per_row, outputs)
+
+    def _over(
+        self,
+        principal: Principal,
+        request: InferRequest,
+        targets: Sequence[Target],
+        rows: int,
+        timing: Timing,
+        *,
+        failed: bool,
+    ) -> None:
+        took = time.monotonic() - timing.arrived
+        self._tell(Observed(principal.tenant, request.model, targets, rows, timing, took, failed, request.traceparent))
+
+    def _rows(self, inputs: Mapping[str, Array]) -> int:
+        """For the quota, before the runtime checks the inputs: never 0, as nothing is free."""
+        array = inputs.get(self._first) if self._first is not None else None
+        return array.shape[0] or 1 if array is not None and array.ndim else 1
+
+    def _scalars_of(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The inputs, those that the model takes as scalars without the axis of size 1 that clients send them with."""
+        wide = [name for name in self._scalars if name in inputs and inputs[name].shape == (1,)]
+        return {**inputs, **{name: inputs[name].reshape(()) for name in wide}} if wide else inputs
+
+    def _check_outputs(self, request: InferRequest) -> None:
+        for name in request.outputs:
+            if name not in self._datatypes:
+                raise InputError(
+                    f"run model {request.model!r}",
+                    expected=f"outputs among {', '.join(self._datatypes)}",
+                    got=f"a request for {name!r}",
+                )
+
+    def _answer(
+        self,
+        request: InferRequest,
+        targets: Sequence[Target],
+        per_row: bool,
+        outputs: Mapping[str, Array | list[Array]],
+    ) -> InferResponse:
+        found: dict[str, Array] = {}
+        datatypes: list[str] = []
+        for name in request.outputs or self._datatypes:
+            output = outputs[name]
+            if isinstance(output, np.ndarray):
+                found[name] = output
+                datatypes.append(self._datatypes[name])
+                continue
+            rows = _named(name, output)
+            found |= rows
+            datatypes += [self._datatypes[name]] * len(rows)
+        version = "" if per_row else targets[0].version
+        digest = ",".join([target.digest for target in targets]) if per_row else targets[0].digest
+        return InferResponse(request.model, version, request.id, found, datatypes, {"adapter_digest": digest})
+
+
+def _named(name: str, rows: Sequence[Array]) -> dict[str, Array]:
+    """One output, or one for each row where rows differ in size: padding would be taken for answers."""
+    if len({array.shape for array in rows}) == 1:
+        return {name: np.stack(rows)}
+    return {f"{name}.{row}": array for row, array in enumerate(rows)}

@@ -1,0 +1,261 @@
+"""Changes: registering, pointing, pinning, deleting.  Each is done, and durable, before it is acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.errors import AdapterError, Conflict, NotFound, ProtocolError, RunError, TpeftError, UnknownTask
+from tpeft_deploy.runtime import Runtime, Source
+from tpeft_deploy.runtime.server.isolation.outcomes import Upload
+from tpeft_deploy.runtime.server.isolation.pool import Reader
+from tpeft_deploy.runtime.server.operations.models import Models
+from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.operations.targets import Target
+from tpeft_deploy.runtime.server.registry import CURRENT, PinRecord, State, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
+from tpeft_deploy.runtime.server.tenancy.access import SHARED, Action, Principal, allow
+from tpeft_deploy.runtime.server.tenancy.pins import Pins
+from tpeft_deploy.runtime.server.v2.operations import Part
+
+__all__ = ["Management", "owner"]
+
+_log = logging.getLogger("tpeft_deploy.server")
+
+
+class Management:
+    """Changes what is served.
+
+    Args:
+        runtime: what serves.
+        models: what tenants see.
+        state: the registry.
+        statistics: forgotten with what they count.
+        admit: refuses an adapter that is not fit to serve; blocks.
+        reader: reads the files of uploads.
+        max_upload_bytes: of one upload, all files together.
+        pins: what tenants have pinned.
+        pools: threads for what blocks.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        models: Models,
+        state: State,
+        statistics: Statistics,
+        admit: Callable[[VersionRecord, Adapter], None],
+        reader: Reader,
+        *,
+        max_upload_bytes: int,
+        pins: Pins,
+        pools: Pools,
+    ) -> None:
+        self.pins = pins
+        self._pools = pools
+        self._runtime = runtime
+        self._models = models
+        self._state = state
+        self._statistics = statistics
+        self._admit = admit
+        self._reader = reader
+        self._max_upload_bytes = max_upload_bytes
+
+    def announce(self, records: list[VersionRecord]) -> None:
+        """Let the runtime know versions, without reading them."""
+        read = self._state.tasks.read
+        self._runtime.register({record.key: Source(record.digest, partial(read, record)) for record in records})
+
+    async def register(
+        self,
+        principal: Principal,
+        name: str,
+        parts: AsyncIterator[Part],
+        *,
+        alias: str = CURRENT,
+        tenant: str | None = None,
+    ) -> TaskRecord:
+        """A new version of a task from an upload, checked and ready when this returns."""
+        whose = owner(principal, tenant)
+        self._check_free(name)
+        self._reader.check_room(principal.tenant)
+        run = partial(self._pools.uploads.run_for, principal.tenant)
+        async with self._state.tasks.staging(self._max_upload_bytes, run) as staged:
+            async for part, stream in parts:
+                await staged.write(part, stream)
+            upload = await self._reader.read(principal.tenant, staged.directory, f"the upload for task {name!r}")
+            # Not cancelled half-way: whoever hangs up now finds the version registered, or not, but nothing between.
+            await asyncio.shield(
+                self._pools.uploads.run_for(principal.tenant, self._add, whose, name, upload, alias, principal.key)
+            )
+        return self.task(whose, name)
+
+    async def point(
+        self,
+        principal: Principal,
+        name: str,
+        alias: str,
+        version: str,
+        tenant: str | None = None,
+        expected: str | None = None,
+    ) -> TaskRecord:
+        """Let an alias stand for another version."""
+        whose = owner(principal, tenant)
+        return await self._pools.changes.run_for(
+            whose, self._state.tasks.point, whose, name, alias, version, by=principal.key, expected=expected
+        )
+
+    async def rollback(
+        self, principal: Principal, name: str, alias: str, tenant: str | None = None, expected: str | None = None
+    ) -> TaskRecord:
+        """Let an alias stand again for what it stood for before."""
+        whose = owner(principal, tenant)
+        return await self._pools.changes.run_for(
+            whose, self._state.tasks.rollback, whose, name, alias, by=principal.key, expected=expected
+        )
+
+    async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
+        """Delete a task, or one version that no alias stands for; requests in flight finish."""
+        whose = owner(principal, tenant)
+        if version and not (version.isascii() and version.isdigit() and len(version) < 10):
+            raise ProtocolError(f"delete version {version!r} of task {name!r}", expected="a number", got="another name")
+        await asyncio.shield(self._pools.changes.run_for(whose, self._delete, whose, name, version, principal.key))
+        if not version:
+            self._models.reload((whose, name))
+            self._statistics.drop(whose, name)
+
+    async def publish(self, principal: Principal, name: str, tenant: str) -> TaskRecord:
+        """Give a tenant's task to all tenants."""
+        allow(principal, Action.ADMIN)
+        self._check_free(name)
+        before = self.task(tenant, name)
+        published = await self._pools.changes.run(
+            self._state.tasks.publish,
+            tenant,
+            name,
+            lambda task: self.announce(list(task.versions.values())),
+            by=principal.key,
+        )
+        self._runtime.forget(record.key for record in before.versions.values())
+        self._statistics.drop(tenant, name)
+        return published
+
+    async def pin(self, principal: Principal, name: str, *, folded: bool, tenant: str | None = None) -> None:
+        """Keep a task's current version on the device, or in a session of its own."""
+        whose = owner(principal, tenant)
+        target = self._models.target(whose, name)
+        self._check_own(whose, target.tenant, name)
+        refused = None
+        try:
+            await self.pins.add(whose, name, target.key, folded=folded)
+        except (AdapterError, RunError) as error:
+            if not folded or (not isinstance(error, AdapterError) and type(error) is not RunError):
+                raise
+            refused = Conflict(f"fold task {name!r}", problem=error.said, fix="It is pinned without that.")
+        pin = PinRecord(target.tenant, name, target.version, folded and refused is None)
+        await asyncio.shield(self._pools.changes.run_for(whose, self._keep, pin, target.key, principal.key))
+        if refused is not None:
+            raise refused
+
+    async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:
+        """Let it leave the device again."""
+        whose = owner(principal, tenant)
+        target = self._models.target(whose, name)
+        self._check_own(whose, target.tenant, name)
+        await asyncio.shield(self._pools.changes.run_for(whose, self._unpin, target, principal.key))
+
+    def restore(self) -> None:
+        """Pin again what was pinned when the server ended; blocks for what needs no session of its own."""
+        folded = [pin for pin in self._state.placements.pins() if not self._restore(pin, folded=False) and pin.folded]
+        if folded:
+            threading.Thread(target=self._fold_again, args=[folded], name="tpeft-folds", daemon=True).start()
+
+    def task(self, tenant: str, name: str) -> TaskRecord:
+        """A task as a tenant sees it.
+
+        Raises:
+            NotFound: there is none that it may see.
+        """
+        return self._state.tasks.snapshot().task(tenant, name)
+
+    def _add(self, tenant: str, name: str, upload: Upload, alias: str, by: str) -> None:
+        known: list[VersionRecord] = []
+
+        def check(record: VersionRecord, adapter: Adapter) -> None:
+            self._admit(record, adapter)
+            known.append(record)
+
+        try:
+            self._state.tasks.add(tenant, name, upload.adapter, check, by=by, alias=alias, data=upload.data)
+        except BaseException:
+            self._runtime.forget(record.key for record in known)
+            raise
+
+    def _keep(self, pin: PinRecord, key: str, by: str) -> None:
+        try:
+            self._state.placements.pin(pin, by=by)
+        except BaseException:
+            with contextlib.suppress(UnknownTask):
+                self._runtime.unpin(key)
+            raise
+
+    def _unpin(self, target: Target, by: str) -> None:
+        pinned = self._state.placements.pins(target.tenant, target.task)
+        self._state.placements.unpin(target.tenant, target.task, by=by)
+        for key in {target.key, *(self._models.key(pin.tenant, pin.task, pin.version) for pin in pinned)}:
+            with contextlib.suppress(UnknownTask):  # deleted, and its pin with it
+                self._runtime.unpin(key)
+
+    def _fold_again(self, pins: list[PinRecord]) -> None:
+        for pin in pins:
+            self._restore(pin, folded=True)
+
+    def _restore(self, pin: PinRecord, *, folded: bool) -> bool:
+        """Pin a version again; whether that failed."""
+        try:
+            self._runtime.pin(self._models.key(pin.tenant, pin.task, pin.version), folded=folded)
+        except (UnknownTask, NotFound):
+            self._state.placements.forget(pin)
+        except TpeftError as error:
+            _log.warning("cannot pin version %s of task %r again: %s", pin.version, pin.task, error)
+        else:
+            return False
+        return True
+
+    def _delete(self, tenant: str, name: str, version: str, by: str) -> None:
+        if version:
+            gone = [self._state.tasks.remove_version(tenant, name, int(version), by=by)]
+        else:
+            gone = self._state.tasks.remove(tenant, name, by=by)
+        self._runtime.forget(record.key for record in gone)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._models.reserved:
+            raise Conflict(
+                f"register task {name!r}",
+                expected="a name of its own",
+                got="the name of a model of the bundle",
+                fix="Choose another name.",
+            )
+
+    def _check_own(self, tenant: str, found: str, name: str) -> None:
+        if found != tenant:
+            raise Conflict(f"pin task {name!r}", expected="a task of the tenant's own", got="a shared one")
+
+
+def owner(principal: Principal, tenant: str | None) -> str:
+    """Whose tasks a change is for: the principal's own, or, for an admin, anybody's ("shared" for everybody's).
+
+    Raises:
+        Forbidden: the role does not allow changes, or not those of others.
+    """
+    allow(principal, Action.DEPLOY)
+    if tenant is None or tenant == principal.tenant:
+        return principal.tenant
+    allow(principal, Action.ADMIN)
+    return SHARED if tenant == "shared" else tenant

@@ -1,0 +1,1 @@
+"""Files of the registry: blobs, uploads, disk space, locks."""

@@ -1,0 +1,150 @@
+"""Rows of tasks, versions and aliases, within somebody's transaction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
+
+from tpeft_deploy.runtime.server.registry import database
+from tpeft_deploy.runtime.server.registry.snapshot import AliasRecord, Catalog, TaskRecord, VersionRecord
+
+__all__ = [
+    "add_version",
+    "any_version",
+    "catalog",
+    "drop_task",
+    "drop_version",
+    "history",
+    "move",
+    "next_number",
+    "point",
+    "row",
+    "task",
+    "usage",
+]
+
+_T, _V, _A, _H = database.tasks, database.versions, database.aliases, database.history
+_KEPT = 100  # changes of one alias that are remembered
+
+
+def row(connection: Connection, tenant: str, name: str) -> Mapping[str, Any] | None:
+    """A task's own row, which a deleted task keeps, locked where the database has such locks."""
+    own = select(_T).where(_T.c.tenant == tenant, _T.c.name == name).with_for_update()
+    return cast("Mapping[str, Any] | None", connection.execute(own).mappings().one_or_none())
+
+
+def next_number(connection: Connection, tenant: str, name: str) -> int:
+    """The number that a task's next version has."""
+    found = connection.scalar(select(_T.c.next_number).where(_T.c.tenant == tenant, _T.c.name == name))
+    return found or 1
+
+
+def add_version(connection: Connection, record: VersionRecord) -> int:
+    """Write a version, and its task where there is none; the task's id."""
+    number = record.number
+    found = row(connection, record.tenant, record.task)
+    if found is None:
+        made = insert(_T).values(tenant=record.tenant, name=record.task, next_number=number + 1, deleted=False)
+        task: int = connection.execute(made.returning(_T.c.id)).scalar_one()
+    else:
+        task = found["id"]
+        connection.execute(update(_T).where(_T.c.id == task).values(next_number=number + 1, deleted=False))
+    connection.execute(
+        insert(_V).values(
+            task=task, number=number, digest=record.digest, bytes=record.bytes, created=record.created, by=record.by
+        )
+    )
+    return task
+
+
+def drop_task(connection: Connection, task: int) -> None:
+    """Delete a task's versions and aliases; its row stays, so that no number is given again."""
+    connection.execute(delete(_A).where(_A.c.task == task))
+    connection.execute(delete(_H).where(_H.c.task == task))
+    connection.execute(delete(_V).where(_V.c.task == task))
+    connection.execute(update(_T).where(_T.c.id == task).values(deleted=True))
+
+
+def drop_version(connection: Connection, task: int, number: int) -> None:
+    """Delete one version."""
+    connection.execute(delete(_V).where(_V.c.task == task, _V.c.number == number))
+
+
+def move(connection: Connection, task: int, tenant: str) -> None:
+    """Give a task to another tenant."""
+    connection.execute(update(_T).where(_T.c.id == task).values(tenant=tenant))
+
+
+def point(connection: Connection, task: int, alias: str, number: int, by: str) -> None:
+    """Let an alias stand for a version, and remember what it stood for."""
+    own = (_A.c.task == task) & (_A.c.alias == alias)
+    old = connection.scalar(select(_A.c.number).where(own))
+    if old is None:
+        connection.execute(insert(_A).values(task=task, alias=alias, number=number, previous=None))
+    elif old != number:
+        connection.execute(update(_A).where(own).values(number=number, previous=old))
+    if old == number:
+        return
+    of = (_H.c.task == task) & (_H.c.alias == alias)
+    last = connection.scalar(select(_H.c.number).where(of).order_by(_H.c.id.desc()).limit(1))
+    if old is not None and last != old:  # a server that keeps no history did it
+        connection.execute(insert(_H).values(task=task, alias=alias, number=old))
+    connection.execute(insert(_H).values(task=task, alias=alias, number=number, time=time.time(), by=by))
+    oldest = connection.scalar(select(_H.c.id).where(of).order_by(_H.c.id.desc()).offset(_KEPT).limit(1))
+    if oldest is not None:
+        connection.execute(delete(_H).where(of, _H.c.id <= oldest))
+
+
+def history(connection: Connection, tenant: str, name: str, alias: str, limit: int) -> list[AliasRecord]:
+    """What an alias stands for and stood for before, the newest first."""
+    of = (_T.c.tenant == tenant) & (_T.c.name == name)
+    now = connection.scalar(select(_A.c.number).join(_T, _T.c.id == _A.c.task).where(of, _A.c.alias == alias))
+    columns = select(_H.c.number, _H.c.time, _H.c.by).join(_T, _T.c.id == _H.c.task)
+    wanted = columns.where(of, _H.c.alias == alias).order_by(_H.c.id.desc()).limit(limit)
+    found = [AliasRecord(*row) for row in connection.execute(wanted)]
+    if now is not None and (not found or found[0].number != now):
+        found.insert(0, AliasRecord(now, None, None))
+    return found[:limit]
+
+
+def usage(connection: Connection, tenant: str) -> tuple[int, int]:
+    """How many versions a tenant has, and their bytes."""
+    own = select(func.count(), func.coalesce(func.sum(_V.c.bytes), 0)).join(_T, _T.c.id == _V.c.task)
+    count, total = connection.execute(own.where(_T.c.tenant == tenant)).one()
+    return int(count), int(total)
+
+
+def any_version(connection: Connection) -> bool:
+    """Whether anything is registered."""
+    return connection.execute(select(_V.c.number).limit(1)).first() is not None
+
+
+def task(connection: Connection, tenant: str, name: str) -> TaskRecord | None:
+    """A task as it is now."""
+    return catalog(connection, (_T.c.tenant == tenant) & (_T.c.name == name)).own(tenant, name)
+
+
+def catalog(connection: Connection, which: ColumnElement[bool] | None = None) -> Catalog:
+    """All tasks, or those that a condition on their rows is true for."""
+    condition = _T.c.deleted.is_(False) if which is None else which & _T.c.deleted.is_(False)
+    owners = {row.id: (row.tenant, row.name) for row in connection.execute(select(_T).where(condition))}
+    versions: dict[int, dict[int, VersionRecord]] = {task: {} for task in owners}
+    aliases: dict[int, dict[str, int]] = {task: {} for task in owners}
+    previous: dict[int, dict[str, int]] = {task: {} for task in owners}
+    wanted = select(_V).join(_T, _T.c.id == _V.c.task).where(condition).order_by(_V.c.task, _V.c.number)
+    for task, number, *rest in connection.execute(wanted):
+        versions[task][number] = VersionRecord(*owners[task], number, *rest)
+    for task, alias, number, before in connection.execute(
+        select(_A).join(_T, _T.c.id == _A.c.task).where(condition).order_by(_A.c.task, _A.c.alias)
+    ):
+        aliases[task][alias] = number
+        if before is not None:
+            previous[task][alias] = before
+    tasks: dict[str, dict[str, TaskRecord]] = {}
+    for task, (tenant, name) in owners.items():
+        record = TaskRecord(tenant, name, versions[task], aliases[task], previous[task])
+        tasks.setdefault(tenant, {})[name] = record
+    return Catalog(tasks)

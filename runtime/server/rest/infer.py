@@ -1,0 +1,216 @@
+"""The path of inference over HTTP, as a plain ASGI application: what is called most is short."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from tpeft_deploy.errors import ProtocolError, TooLarge
+from tpeft_deploy.runtime.server.rest.infer_codec import (
+    ADAPTER_HEADERS,
+    HEADER,
+    Framed,
+    decode,
+    encode_parts,
+    is_heavy,
+    json_bytes,
+)
+from tpeft_deploy.runtime.server.rest.infer_json import Heads
+from tpeft_deploy.runtime.server.rest.json_data import SMALL
+from tpeft_deploy.runtime.server.rest.responses import GONE, Exchanged, told
+from tpeft_deploy.runtime.server.rest.transport.compression import compress, decompress, encoding_for, is_compressed
+from tpeft_deploy.runtime.server.rest.transport.disconnects import Left, Watch
+from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.v2.messages import InferResponse
+from tpeft_deploy.runtime.server.v2.offload import PIECE
+from tpeft_deploy.runtime.server.v2.operations import Core
+from tpeft_deploy.runtime.server.v2.tensors import quoted
+
+__all__ = ["Inferring", "Receive", "Scope", "Send", "model_of"]
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_ARRAYS = 5  # bytes of arrays and scratch that may come of a byte of JSON: a digit and a comma are eight
+_TEXT = 6  # bytes of JSON that may come of a byte of an output
+_DIGITS = 19
+
+
+def model_of(path: str) -> tuple[str, str] | None:
+    """Model and version of `/v2/models/MODEL[/versions/VERSION]/infer`; None for other paths."""
+    parts = path.split("/")
+    if len(parts) == 5 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "infer":
+        return parts[3], ""
+    if len(parts) == 7 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "versions" and parts[6] == "infer":
+        return parts[3], parts[5]
+    return None
+
+
+class Inferring:
+    """Answers `POST /v2/models/MODEL[/versions/VERSION]/infer`.
+
+    In this order: key, role, quota of requests, declared sizes, room for the body; only then is it read.
+
+    Args:
+        core: the operations.
+        limits: on bodies and tensors.
+        intake: budgets and threads.
+    """
+
+    def __init__(self, core: Core, limits: Limits, intake: Intake) -> None:
+        self._core = core
+        self._limits = limits
+        self._intake = intake
+        self._heads = Heads(limits)
+        self._watch = Watch()
+
+    async def __call__(self, model: str, version: str, exchanged: Exchanged, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        try:
+            exchanged.caller = principal = self._core.authenticate(exchanged.authorization)
+            exchanged.task = model
+            self._core.admit(principal)
+            hold = self._intake.memory.hold(principal.tenant)
+            self._intake.requests.enter(principal.key)
+            try:
+                framed = await self._framed(model, version, exchanged, receive, hold)
+                response = await self._watch.unless_left(self._core.infer(principal, framed.request), receive)
+                size = sum([array.nbytes for array in response.outputs.values()])
+                hold.take(size)
+                parts: Sequence[bytes]
+                if size <= SMALL and b"accept-encoding" not in exchanged.headers:
+                    own, parts = encode_parts(response, framed)
+                else:
+                    own, parts = await self._encoded(response, size, framed, exchanged.headers, hold)
+                del framed, response
+                await exchanged.send(send, 200, own, parts)
+                return
+            finally:
+                hold.close()
+                self._intake.requests.leave(principal.key)
+        except Left:
+            exchanged.status = GONE
+            return
+        except Exception as error:
+            refusal = told(error, exchanged)
+            if exchanged.caller is not None and exchanged.bytes_in > PIECE:
+                self._intake.refused.charge(exchanged.caller.tenant, exchanged.bytes_in)
+        # Out here nothing refers to the error any more, and so to what was read.
+        await exchanged.send(send, *refusal)
+
+    async def _framed(self, model: str, version: str, exchanged: Exchanged, receive: Receive, hold: Hold) -> Framed:
+        """The request of a body; `hold` has what it keeps in memory."""
+        headers = exchanged.headers
+        given = headers.get(b"content-length", b"")
+        declared = 0 if not given.isdigit() else int(given) if len(given) < _DIGITS else sys.maxsize
+        limit = self._limit(headers, declared)
+        if declared > PIECE or not given:
+            seconds = self._intake.refused.wait(hold.tenant)
+            if seconds:
+                await asyncio.sleep(seconds)
+        hold.take(declared)
+        message = await receive()
+        body = message.get("body", b"")
+        if message.get("more_body", True) or len(body) > declared:  # most bodies come in one, and say how long they are
+            body = await _read_body(message, receive, limit, exchanged, hold)
+        exchanged.bytes_in = len(body)
+        if is_compressed(headers):
+            body = await decompress(headers, body, limit, hold, self._intake.offload)
+        if not is_heavy(headers, body):
+            return decode(model, version, headers, body, self._heads, _adapter(headers))
+        read = len(body)
+        hold.take(_ARRAYS * read)
+        adapter = _adapter(headers)
+        # Heads that are remembered belong to the event loop.
+        heads = Heads(self._limits)
+        framed = await self._intake.offload.run(hold.tenant, decode, model, version, headers, body, heads, adapter)
+        hold.resize(read + sum(array.nbytes for array in framed.request.inputs.values()))
+        return framed
+
+    def _limit(self, headers: Mapping[bytes, bytes], declared: int) -> int:
+        """Bytes that a body may have; refuses what says that it has more."""
+        own = self._limits
+        given = headers.get(HEADER)
+        limit = own.body_bytes if given is not None else min(own.json_bytes, own.body_bytes)
+        json = int(given) if given is not None and given.isdigit() and len(given) < _DIGITS else 0
+        if declared > limit:
+            raise _too_large(limit, f"{declared:,}")
+        if own.json_bytes < json <= (declared or json) and not is_compressed(headers):
+            raise _too_large(own.json_bytes, f"{json:,} of JSON")
+        return limit
+
+    async def _encoded(
+        self, response: InferResponse, size: int, framed: Framed, headers: Mapping[bytes, bytes], hold: Hold
+    ) -> tuple[list[tuple[bytes, bytes]], Sequence[bytes]]:
+        """Headers and parts of an answer; `hold` has its `size` as arrays."""
+        json = json_bytes(response, framed.head) if size > SMALL else 0
+        run = self._intake.offload.run
+        if json > SMALL:
+            hold.take(_TEXT * json)
+            own, parts = await run(hold.tenant, encode_parts, response, framed)
+        else:
+            own, parts = encode_parts(response, framed)
+        length = sum(map(len, parts))
+        encoding = encoding_for(headers, length)
+        if encoding is None:
+            return own, parts
+        if length <= SMALL:
+            body = compress(encoding, parts)
+        else:
+            hold.take(length)
+            body = await run(hold.tenant, compress, encoding, parts)
+        return [*own, (b"content-encoding", encoding)], [body]
+
+
+async def _read_body(
+    message: MutableMapping[str, Any], receive: Receive, limit: int, exchanged: Exchanged, hold: Hold
+) -> bytes | bytearray:
+    """All of a body that begins with a message; more room is taken as it comes where `hold` has less.
+
+    Raises:
+        TooLarge: it is larger than `limit` bytes; what is beyond is not kept.
+        QuotaExceeded, Unavailable: there is no room.
+    """
+    first = b""
+    body = bytearray()
+    size = 0
+    while True:
+        if message["type"] == "http.disconnect":
+            raise Left
+        part = message.get("body", b"")
+        size += len(part)
+        exchanged.bytes_in = size
+        if size > limit:
+            raise _too_large(limit, "more")
+        if size > hold.size:
+            hold.resize(size)
+        more = message.get("more_body", False)
+        if size == len(part):
+            first = part  # most bodies come in one
+        else:
+            body += first + part if first else part
+            first = b""
+        if not more:
+            return body or first
+        message = await receive()
+
+
+def _too_large(limit: int, got: str) -> TooLarge:
+    """The refusal of a body that has more than `limit` bytes."""
+    fix = "Large tensors go as raw bytes behind the JSON, with binary_data_size."
+    return TooLarge("read a body", expected=f"at most {limit:,} bytes", got=got, fix=fix)
+
+
+def _adapter(headers: Mapping[bytes, bytes]) -> str | None:
+    if ADAPTER_HEADERS.isdisjoint(headers):
+        return None
+    found = {headers[name] for name in ADAPTER_HEADERS if name in headers}
+    if len(found) > 1:
+        names = ", ".join(quoted(name.decode("latin-1")) for name in sorted(found))
+        raise ProtocolError("adapter", expected="one task for the whole batch", got=f"{names} in headers")
+    return found.pop().decode("latin-1")

@@ -1,0 +1,1 @@
+"""HTTP connections: listener, compression, disconnects."""

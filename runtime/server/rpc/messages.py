@@ -1,0 +1,213 @@
+"""Requests and answers of inference, between the messages of gRPC and those that the core takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
+from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
+from tpeft_deploy.runtime.server.rpc.field_limit import join_raw
+from tpeft_deploy.runtime.server.rpc.limits import Limits
+from tpeft_deploy.runtime.server.rpc.tensors import decode, encode_contents, has_contents
+from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse, Parameter
+from tpeft_deploy.runtime.server.v2.tensors import encode_raw, quoted, raw_view
+from tpeft_deploy.tucker import Array
+
+__all__ = ["adapter_of", "is_raw", "raw_response", "request_of", "response_of"]
+
+_ADAPTER_KEYS = ("x-adapter", "serve_multiplexed_model_id", "multiplexed_model_id")
+_RAW_OUTPUTS = 6  # number of the field raw_output_contents
+_INFER_RESPONSE = 2  # of infer_response in ModelStreamInferResponse
+_LARGEST = (2 << 30) - (1 << 20)  # protobuf has no messages of 2 GiB
+
+
+def request_of(
+    message: pb.ModelInferRequest,
+    limits: Limits,
+    adapter: str | None = None,
+    timeout: float | None = None,
+    raws: Sequence[bytes | memoryview] | None = None,
+) -> InferRequest:
+    """What a message asks for.
+
+    Args:
+        message: as parsed.
+        limits: on its tensors.
+        adapter: the task that the call's metadata name, from `adapter_of`.
+        timeout: seconds left until the call's deadline; the message's own `timeout` counts where it is smaller.
+        raws: its raw tensors; None: those in it.
+
+    Raises:
+        ProtocolError: the message is not what the protocol says.
+        TooLarge: a tensor is beyond the limits.
+        Unsupported: tensors in shared memory, or an answer as classification.
+    """
+    if not message.model_name:
+        raise ProtocolError("request", expected="model_name", got="an empty one")
+    parameters = {key: _value(f"parameter {quoted(key)}", one) for key, one in message.parameters.items()}
+    microseconds = _whole(parameters, "timeout")
+    if microseconds:
+        seconds = microseconds / 1e6
+        timeout = seconds if timeout is None else min(seconds, timeout)
+    return InferRequest(
+        model=message.model_name,
+        inputs=_inputs(message, message.raw_input_contents if raws is None else raws, limits),
+        version=message.model_version,
+        id=message.id,
+        outputs=_outputs(message),
+        adapter=_agreed([*_adapter(parameters), *([] if adapter is None else [adapter])]),
+        timeout=timeout,
+        priority=_whole(parameters, "priority"),
+    )
+
+
+def adapter_of(metadata: Mapping[str, str]) -> str | None:
+    """The task that a call's metadata name for the whole batch, if they do.
+
+    Raises:
+        ProtocolError: they name several.
+    """
+    return _agreed([metadata[key] for key in _ADAPTER_KEYS if key in metadata])
+
+
+def response_of(response: InferResponse, *, raw: bool, final: bool = False) -> pb.ModelInferResponse:
+    """The message of an answer.
+
+    Args:
+        response: of the core.
+        raw: elements as raw bytes; otherwise as typed contents, where all outputs have a datatype with such.
+        final: say that no other answer to the request follows.
+
+    Raises:
+        TooLarge: protobuf has no message of that size.
+    """
+    _check_size(response)
+    raw = is_raw(response, raw)
+    message = _head_of(response, final)
+    for output, array, datatype in zip(message.outputs, response.outputs.values(), response.datatypes, strict=True):
+        if raw:
+            message.raw_output_contents.append(encode_raw(array, datatype))
+        else:
+            output.contents.CopyFrom(encode_contents(array, datatype))
+    return message
+
+
+def raw_response(response: InferResponse, *, final: bool, streamed: bool) -> bytes:
+    """The bytes of an answer whose elements are raw, each of which is copied once.
+
+    Args:
+        response: of the core.
+        final: say that no other answer to the request follows.
+        streamed: within the message of a stream.
+
+    Raises:
+        TooLarge: protobuf has no message of that size.
+    """
+    _check_size(response)
+    raws = [
+        raw_view(array, datatype) for array, datatype in zip(response.outputs.values(), response.datatypes, strict=True)
+    ]
+    head = _head_of(response, final).SerializeToString()
+    return join_raw(head, _RAW_OUTPUTS, raws, _INFER_RESPONSE if streamed else None)
+
+
+def is_raw(response: InferResponse, raw: bool) -> bool:
+    """Whether elements go as raw bytes, as asked or because a datatype has no other form."""
+    return raw or not all(map(has_contents, response.datatypes))
+
+
+def _check_size(response: InferResponse) -> None:
+    size = sum(array.nbytes for array in response.outputs.values())
+    if size > _LARGEST:
+        raise TooLarge("answer", expected=f"at most {_LARGEST} bytes of outputs over gRPC", got=size)
+
+
+def _head_of(response: InferResponse, final: bool) -> pb.ModelInferResponse:
+    message = pb.ModelInferResponse(model_name=response.model, model_version=response.version, id=response.id)
+    for (name, array), datatype in zip(response.outputs.items(), response.datatypes, strict=True):
+        message.outputs.add(name=name, datatype=datatype, shape=array.shape)
+    for key, value in response.parameters.items():
+        _set(message.parameters[key], value)
+    if final:
+        message.parameters["triton_final_response"].bool_param = True
+    return message
+
+
+def _inputs(message: pb.ModelInferRequest, given: Sequence[bytes | memoryview], limits: Limits) -> dict[str, Array]:
+    raws: Iterable[bytes | memoryview | None] = given
+    if not given:
+        raws = [None] * len(message.inputs)
+    elif len(given) != len(message.inputs):
+        got = f"{len(given)} for {len(message.inputs)} inputs"
+        raise ProtocolError("request", expected="raw_input_contents for all inputs or for none", got=got)
+    inputs: dict[str, Array] = {}
+    for tensor, raw in zip(message.inputs, raws, strict=True):
+        doing = f"input {quoted(tensor.name)}"
+        if not tensor.name or tensor.name in inputs:
+            raise ProtocolError(doing, problem="it has no name, or that of another input")
+        _refuse(doing, tensor.parameters, "shared_memory_region", "tensors in shared memory")
+        if raw is not None and tensor.contents.ListFields():
+            raise ProtocolError(doing, expected="raw contents or typed ones", got="both")
+        inputs[tensor.name] = decode(tensor, raw, limits)
+    return inputs
+
+
+def _outputs(message: pb.ModelInferRequest) -> tuple[str, ...]:
+    names: dict[str, None] = {}
+    for output in message.outputs:
+        doing = f"output {quoted(output.name)}"
+        if not output.name or output.name in names:
+            raise ProtocolError(doing, problem="it has no name, or is asked for twice")
+        _refuse(doing, output.parameters, "shared_memory_region", "tensors in shared memory")
+        _refuse(doing, output.parameters, "classification", "answers as classification")
+        names[output.name] = None
+    return tuple(names)
+
+
+def _refuse(doing: str, parameters: Mapping[str, pb.InferParameter], key: str, what: str) -> None:
+    if key in parameters:
+        raise Unsupported(doing, problem=f"this server has no {what}")
+
+
+def _value(doing: str, parameter: pb.InferParameter) -> Parameter:
+    kind = parameter.WhichOneof("parameter_choice")
+    if kind is None:
+        raise ProtocolError(doing, expected="a value", got="none")
+    value: Parameter = getattr(parameter, kind)
+    return value
+
+
+def _whole(parameters: Mapping[str, Parameter], key: str) -> int:
+    value = parameters.get(key, 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        shown = quoted(value) if isinstance(value, str) else value
+        raise ProtocolError(f"parameter {key!r}", expected="a whole number of 0 or more", got=shown)
+    return value
+
+
+def _adapter(parameters: Mapping[str, Parameter]) -> list[str]:
+    if "adapter" not in parameters:
+        return []
+    value = parameters["adapter"]
+    if not isinstance(value, str):
+        raise ProtocolError("parameter 'adapter'", expected="the name of a task", got=value)
+    return [value]
+
+
+def _agreed(names: list[str]) -> str | None:
+    if len(set(names)) > 1:
+        got = ", ".join(map(quoted, names))
+        raise ProtocolError("adapter", expected="one task for the whole batch", got=got)
+    return names[0] if names else None
+
+
+def _set(parameter: pb.InferParameter, value: Parameter) -> None:
+    # bool first: it is an int too.
+    if isinstance(value, bool):
+        parameter.bool_param = value
+    elif isinstance(value, int):
+        parameter.int64_param = value
+    elif isinstance(value, float):
+        parameter.double_param = value
+    else:
+        parameter.string_param = value

@@ -1,0 +1,175 @@
+"""Counters and times for Prometheus.
+
+A task's series begin with its first request and go when it is unloaded or deleted; beyond `max_task_series` tasks,
+others are counted under the name "other", so that nobody can fill the server's memory with names.
+
+Counting is done in plain numbers by the event loop, as each request is counted several times; Prometheus' own objects
+are made of them when somebody asks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+
+__all__ = ["Metrics"]
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_OTHER = ("", "other")
+_TIERS = ("disk", "host", "device", "folded")
+
+
+class _Bins:
+    """A histogram: how many values were at most each bound, and their sum."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        counts = itertools.accumulate(self._counts.copy())
+        names = [floatToGoString(bound) for bound in (*self._bounds, math.inf)]  # type: ignore[no-untyped-call]
+        family.add_metric(labels, list(zip(names, counts, strict=True)), self._sum)
+
+
+class _Task:
+    """What one task was asked by one tenant."""
+
+    __slots__ = ("failed", "rows", "seconds")
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.failed = 0
+        self.seconds = _Bins(_SECONDS)
+
+
+class Metrics(Collector):
+    """The server's metrics; belongs to the event loop but for `render`.
+
+    Args:
+        max_task_series: tasks with series of their own.
+        residency: task as the runtime names it -> tier.
+        usage: bytes and rows that adapters take.
+        waiting: rows that wait.
+        dropped: log lines that were dropped so far.
+    """
+
+    def __init__(
+        self,
+        max_task_series: int,
+        residency: Callable[[], Mapping[str, str]],
+        usage: Callable[[], Mapping[str, int]],
+        waiting: Callable[[], int],
+        dropped: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._max = max_task_series
+        self._residency, self._usage, self._waiting, self._dropped = residency, usage, waiting, dropped
+        self._requests: dict[tuple[str, str, int], int] = {}  # by protocol, route and status
+        self._tasks: dict[tuple[str, str], _Task] = {}  # by tenant and task
+        self._queue, self._run, self._batch = _Bins(_SECONDS), _Bins(_SECONDS), _Bins(_ROWS)
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def request(self, exchange: Exchange) -> None:
+        """Count a request that was answered."""
+        key = (exchange.protocol, exchange.route, exchange.status)
+        self._requests[key] = self._requests.get(key, 0) + 1
+
+    def inference(self, observed: Observed) -> None:
+        """Count an inference and its times."""
+        own = self._tasks.get((observed.tenant, observed.task)) or self._new(observed.tenant, observed.task)
+        if observed.failed:
+            own.failed += 1
+            return
+        timing = observed.timing
+        own.rows += observed.rows
+        own.seconds.observe(observed.seconds)
+        self._queue.observe(timing.queued)
+        self._run.observe(timing.ran)
+        self._batch.observe(timing.rows)
+
+    def drop(self, tenant: str, task: str) -> None:
+        """Forget a task's series; of a shared task, every tenant's."""
+        for key in [key for key in self._tasks if key[1] == task and tenant in {"", key[0]}]:
+            del self._tasks[key]
+
+    def render(self) -> bytes:
+        """All of them in Prometheus' text format; takes long with many tasks, so not on the event loop."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """As Prometheus' library asks for them."""
+        requests = CounterMetricFamily("tpeft_requests", "Requests answered", labels=("protocol", "route", "code"))
+        for (protocol, route, status), count in self._requests.copy().items():
+            requests.add_metric((protocol, route, str(status)), count)
+        yield requests
+        yield from self._of_tasks(self._tasks.copy())
+        yield _histogram("tpeft_queue_seconds", "Waiting for a run", [((), self._queue)])
+        yield _histogram("tpeft_run_seconds", "Time of the run of a request", [((), self._run)])
+        yield _histogram("tpeft_batch_rows", "Rows of the run of a request", [((), self._batch)])
+        yield CounterMetricFamily("tpeft_log_lines_dropped", "Log lines dropped", value=self._dropped())
+        yield from self._of_runtime()
+
+    def _new(self, tenant: str, task: str) -> _Task:
+        key = (tenant, task) if len(self._tasks) < self._max else _OTHER
+        return self._tasks.setdefault(key, _Task())
+
+    def _of_tasks(self, tasks: Mapping[tuple[str, str], _Task]) -> Iterator[Metric]:
+        labels = ("tenant", "task")
+        rows = CounterMetricFamily("tpeft_rows", "Rows answered", labels=labels)
+        failed = CounterMetricFamily("tpeft_failures", "Inferences without an answer", labels=labels)
+        for key, own in tasks.items():
+            rows.add_metric(key, own.rows)
+            failed.add_metric(key, own.failed)
+        yield rows
+        yield failed
+        seconds = [(key, own.seconds) for key, own in tasks.items()]
+        yield _histogram("tpeft_inference_seconds", "From a request to its answer", seconds, labels)
+
+    def _of_runtime(self) -> Iterator[Metric]:
+        residency = self._residency()
+        counts = Counter(residency.values())
+        tiers = GaugeMetricFamily("tpeft_adapters", "Adapters by where they are", labels=("tier",))
+        for tier in _TIERS:
+            tiers.add_metric((tier,), counts[tier])
+        yield tiers
+        usage = GaugeMetricFamily("tpeft_adapter_bytes", "What adapters take", labels=("where",))
+        for where, value in self._usage().items():
+            usage.add_metric((where,), value)
+        yield usage
+        yield GaugeMetricFamily("tpeft_queue_rows", "Rows that wait", value=self._waiting())
+        lists = {tier: sorted(task for task, own in residency.items() if own == tier) for tier in counts}
+        about = "Adapters by tier as comma lists; the value is the time"
+        residents = GaugeMetricFamily("tpeft_resident_adapters_info", about, labels=("device", "host", "folded"))
+        shown = [",".join(lists.get(tier, [])[: self._max]) for tier in ("device", "host", "folded")]
+        residents.add_metric(shown, time.time())
+        yield residents
+
+
+def _histogram(
+    name: str, about: str, bins: Iterable[tuple[Sequence[str], _Bins]], labels: Sequence[str] = ()
+) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, about, labels=labels)
+    for own, values in bins:
+        values.add_to(family, own)
+    return family

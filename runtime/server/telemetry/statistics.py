@@ -1,0 +1,143 @@
+"""What each task has answered so far, for the statistics extension.  All of it belongs to the event loop."""
+
+from __future__ import annotations
+
+import time
+
+from tpeft_deploy.runtime.server.operations.targets import Target
+from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+from tpeft_deploy.runtime.server.v2.operations import Document
+
+__all__ = ["Statistics", "Tally"]
+
+
+class Tally:
+    """Counts and seconds of one version of a task."""
+
+    __slots__ = ("answered", "batches", "failed", "failing", "inferences", "last", "queued", "ran", "took")
+
+    def __init__(self) -> None:
+        self.inferences = 0  # rows
+        self.answered = 0
+        self.took = 0.0
+        self.queued = 0.0
+        self.ran = 0.0
+        self.failed = 0
+        self.failing = 0.0
+        self.last = 0.0
+        self.batches: dict[int, tuple[int, float]] = {}  # rows of a run -> how many, and their seconds
+
+    def succeeded(self, rows: int, *, total: float, queue: float, run: float, batch: int) -> None:
+        """A request was answered.
+
+        Args:
+            rows: its own.
+            total: seconds from its arrival to its answer.
+            queue: of them, waiting.
+            run: of them, in the run that answered it.
+            batch: rows of that run.
+        """
+        self.inferences += rows
+        self.answered += 1
+        self.took += total
+        self.queued += queue
+        self.ran += run
+        self.last = time.time()
+        count, seconds = self.batches.get(batch, (0, 0.0))
+        self.batches[batch] = (count + 1, seconds + run)
+
+    def failing_after(self, total: float) -> None:
+        """A request was not answered, after so many seconds."""
+        self.failed += 1
+        self.failing += total
+
+    def add(self, other: Tally) -> None:
+        """Count what another one has counted too."""
+        for name in ("inferences", "answered", "took", "queued", "ran", "failed", "failing"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.last = max(self.last, other.last)
+        for size, (count, seconds) in other.batches.items():
+            own, before = self.batches.get(size, (0, 0.0))
+            self.batches[size] = (own + count, before + seconds)
+
+    def document(self, name: str, version: str) -> Document:
+        """In the fields of the protocol; a request that shared a run counts that run as its own."""
+        nothing = {"count": 0, "ns": 0}
+        return {
+            "name": name,
+            "version": version,
+            "last_inference": round(1000 * self.last),
+            "inference_count": self.inferences,
+            "execution_count": self.answered,
+            "inference_stats": {
+                "success": {"count": self.answered, "ns": _ns(self.took)},
+                "fail": {"count": self.failed, "ns": _ns(self.failing)},
+                "queue": {"count": self.answered, "ns": _ns(self.queued)},
+                "compute_input": nothing,
+                "compute_infer": {"count": self.answered, "ns": _ns(self.ran)},
+                "compute_output": nothing,
+                "cache_hit": nothing,
+                "cache_miss": nothing,
+            },
+            "batch_stats": [
+                {
+                    "batch_size": size,
+                    "compute_input": {"count": count, "ns": 0},
+                    "compute_infer": {"count": count, "ns": _ns(seconds)},
+                    "compute_output": {"count": count, "ns": 0},
+                }
+                for size, (count, seconds) in sorted(self.batches.items())
+            ],
+            "memory_usage": [],
+        }
+
+
+class Statistics:
+    """Tallies by task, version and the tenant that asked; forgotten when a task is unloaded or deleted."""
+
+    def __init__(self) -> None:
+        self._tallies: dict[tuple[str, str, str], dict[str, Tally]] = {}
+
+    def inference(self, observed: Observed) -> None:
+        """Count an inference for each version that it ran on."""
+        targets, timing = observed.targets, observed.timing
+        for target in set(targets) if len(targets) > 1 else targets:
+            tally = self._tally(target, observed.tenant)
+            if observed.failed:
+                tally.failing_after(observed.seconds)
+                continue
+            own = observed.rows if len(targets) == 1 else targets.count(target)
+            tally.succeeded(own, total=observed.seconds, queue=timing.queued, run=timing.ran, batch=timing.rows)
+
+    def drop(self, tenant: str, task: str) -> None:
+        """Forget a task's."""
+        for key in [key for key in self._tallies if key[:2] == (tenant, task)]:
+            del self._tallies[key]
+
+    def document(self, tenant: str, task: str, version: str, asked_by: str | None = None) -> Document:
+        """What the protocol says about a version; zeros when it has answered nothing.
+
+        Args:
+            tenant: tenant that has the task.
+            task: its name.
+            version: its number.
+            asked_by: count the requests of this tenant only; those of all for None.
+        """
+        found = self._tallies.get((tenant, task, version), {})
+        if asked_by is not None:
+            return found.get(asked_by, Tally()).document(task, version)
+        whole = Tally()
+        for tally in found.values():
+            whole.add(tally)
+        return whole.document(task, version)
+
+    def _tally(self, target: Target, asked_by: str) -> Tally:
+        own = self._tallies.setdefault((target.tenant, target.task, target.version), {})
+        found = own.get(asked_by)
+        if found is None:
+            found = own[asked_by] = Tally()
+        return found
+
+
+def _ns(seconds: float) -> int:
+    return round(1e9 * seconds)

@@ -1,0 +1,69 @@
+"""Spans of OpenTelemetry, where a tracer provider is set up: `infer TASK` with `queue` and `run` beneath it.
+
+They are made once an inference is over, from the times that were taken anyway: a request does not wait for them.
+"""
+
+from __future__ import annotations
+
+import time
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+
+__all__ = ["Tracing", "tracing"]
+
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+class Tracing:
+    """Makes spans.
+
+    Args:
+        tracer: what makes them; must not block, as batching processors do not.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def inference(self, observed: Observed) -> None:
+        """The spans of an inference that is over, beneath the caller's own."""
+        parent: Context = _PROPAGATOR.extract({"traceparent": observed.traceparent}, context=Context())
+        timing = observed.timing
+        offset = time.time() - time.monotonic()
+
+        def at(monotonic: float) -> int:
+            return int((monotonic + offset) * 1e9)
+
+        over = timing.arrived + observed.seconds
+        span = self._tracer.start_span(
+            f"infer {observed.task[:128]}",
+            context=parent,
+            kind=SpanKind.SERVER,
+            start_time=at(timing.arrived),
+            attributes={
+                "tpeft.tenant": observed.tenant,
+                "tpeft.task": observed.task[:128],
+                "tpeft.rows": observed.rows,
+            },
+        )
+        if observed.failed:
+            span.set_status(Status(StatusCode.ERROR))
+        if timing.began:
+            own = trace.set_span_in_context(span, Context())
+            queue = self._tracer.start_span("queue", context=own, start_time=at(timing.arrived))
+            queue.end(at(timing.began))
+            attributes = {"tpeft.batch_rows": timing.rows}
+            run = self._tracer.start_span("run", context=own, start_time=at(timing.began), attributes=attributes)
+            run.end(at(timing.ended or over))
+        span.end(at(over))
+
+
+def tracing() -> Tracing | None:
+    """As the process' tracer provider says; None where there is none, so that nothing is paid for."""
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        return None
+    return Tracing(trace.get_tracer("tpeft_deploy"))

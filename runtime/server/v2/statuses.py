@@ -1,0 +1,103 @@
+"""Which status an error has over HTTP and over gRPC: one table for both."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tpeft_deploy import errors
+from tpeft_deploy.runtime.server.registry.files.disk import full, no_room
+
+__all__ = ["MethodNotAllowed", "Status", "status_of"]
+
+_log = logging.getLogger("tpeft_deploy.server")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a refusal is told.
+
+    Attributes:
+        http: status code.
+        grpc: name of the gRPC status.
+        text: one line for the client, without paths, keys or other tenants' names.
+        retry_after: seconds to wait before the same request may work, or None.
+    """
+
+    http: int
+    grpc: str
+    text: str
+    retry_after: int | None = None
+
+
+class MethodNotAllowed(errors.ServerError):
+    """Raised for a path that exists, with a method that it does not have; `allowed` are those it has."""
+
+    def __init__(self, method: str, allowed: Iterable[str]) -> None:
+        self.allowed = ", ".join(sorted(allowed))
+        super().__init__("answer a request", expected=f"the method {self.allowed}", got=method[:20])
+
+
+# The first class that fits decides.
+_TABLE: list[tuple[type[errors.TpeftError], int, str]] = [
+    (errors.ProtocolError, 400, "INVALID_ARGUMENT"),
+    (errors.TooLarge, 413, "RESOURCE_EXHAUSTED"),
+    (errors.Unauthenticated, 401, "UNAUTHENTICATED"),
+    (errors.Forbidden, 403, "PERMISSION_DENIED"),
+    (MethodNotAllowed, 405, "UNIMPLEMENTED"),
+    (errors.NotFound, 404, "NOT_FOUND"),
+    (errors.UnknownTask, 404, "NOT_FOUND"),
+    (errors.Conflict, 409, "FAILED_PRECONDITION"),
+    (errors.QuotaExceeded, 429, "RESOURCE_EXHAUSTED"),
+    (errors.Unsupported, 501, "UNIMPLEMENTED"),
+    (errors.InsufficientStorage, 507, "RESOURCE_EXHAUSTED"),
+    (errors.Unavailable, 503, "UNAVAILABLE"),
+    (errors.QueueFull, 503, "UNAVAILABLE"),
+    (errors.CapacityError, 503, "UNAVAILABLE"),
+    (errors.DeadlineExceeded, 504, "DEADLINE_EXCEEDED"),
+    (errors.InputError, 400, "INVALID_ARGUMENT"),
+    (errors.CompositionError, 400, "INVALID_ARGUMENT"),
+    (errors.AdapterError, 400, "INVALID_ARGUMENT"),
+]
+# Their own texts count what other tenants have waiting, pinned or on the device.
+_NEUTRAL: dict[type[errors.TpeftError], str] = {
+    errors.QueueFull: "queue a request: the server has no room for more that wait. Send it again later.",
+    errors.CapacityError: (
+        "bring a task to the device: there is no room for it now. Send it again later, or ask for fewer tasks at once."
+    ),
+}
+_LONGEST = 1500  # some texts repeat what the client called something, which may be as long as a body
+_OVERLOAD_SECONDS = 1  # queues hold a second of work at most; who comes again by then finds room or another answer
+
+
+def status_of(error: BaseException) -> Status:
+    """How a client is told about an error.
+
+    What the server did not expect has no text of its own, as that might name files: the log has it.
+    """
+    if isinstance(error, OSError) and full(error):
+        error = no_room("store what was sent", error)
+    for kind, http, grpc in _TABLE:
+        if isinstance(error, kind):
+            return Status(http, grpc, _clipped(_told(error)), _retry_after(error, http))
+    return Status(500, "INTERNAL", "internal error: the server's log says what happened")
+
+
+def _told(error: errors.TpeftError) -> str:
+    for kind, text in _NEUTRAL.items():
+        if isinstance(error, kind):
+            _log.info("%s", errors.brief(error, 500))
+            return text
+    return str(error)
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def _retry_after(error: errors.TpeftError, http: int) -> int | None:
+    if isinstance(error, errors.QuotaExceeded):
+        return None if error.retry_after is None else max(1, math.ceil(error.retry_after))
+    return _OVERLOAD_SECONDS if http == 503 else None
