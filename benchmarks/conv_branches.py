@@ -25,7 +25,8 @@ import numpy as np
 import onnxruntime
 import torch
 
-from tpeft_deploy import Adapter, export_bundle, slots
+from tpeft_deploy import Adapter, export_bundle
+from tpeft_deploy.bundle import slots
 from tpeft_deploy.exporters.proof.forms_and_rows import banks
 from tpeft_deploy.tucker import TuckerDelta
 

@@ -26,7 +26,8 @@ import onnxruntime
 import torch
 from torch import nn
 
-from tpeft_deploy import Adapter, Bundle, TuckerDelta, export_bundle, slots
+from tpeft_deploy import Adapter, Bundle, TuckerDelta, export_bundle
+from tpeft_deploy.bundle import slots
 from tpeft_deploy.exporters import folded
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.gpu_fixed import Fixed, Place, Report, Value, device_bytes, error, interleaved, normal
 from benchmarks.gpu_questions import tokens
 from tpeft_deploy import Adapter, Bundle, Runtime, TuckerDelta
-from tpeft_deploy.bundle import BANKED_CUDA
+from tpeft_deploy.bundle.directory import BANKED_CUDA
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.runtime.adapters.bank import Bank, Layout, Rows

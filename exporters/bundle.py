@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, EXAMPLE, FACTORED_CPU, MANIFEST, Bundle
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, EXAMPLE, FACTORED_CPU, MANIFEST, Bundle
+from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Varies
 from tpeft_deploy.errors import BundleError
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed
 from tpeft_deploy.exporters.branches.blocked import can_block
@@ -31,7 +32,6 @@ from tpeft_deploy.exporters.proof.padding import prove_padding
 from tpeft_deploy.exporters.resizing import check_vocabulary
 from tpeft_deploy.exporters.targets import activations
 from tpeft_deploy.files import digest_file, new_directory
-from tpeft_deploy.manifest import FileRecord, Manifest, Varies
 from tpeft_deploy.progress import Progress, Stage, silent
 
 __all__ = ["export_bundle"]

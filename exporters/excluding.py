@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
-from tpeft_deploy.slots import Target
 
 __all__ = ["without"]
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from tpeft_deploy import __version__, fitting, slots
+from tpeft_deploy import __version__
 from tpeft_deploy.adapter import Adapter, weight_digest
-from tpeft_deploy.bundle import check_task
+from tpeft_deploy.bundle import fit, slots
+from tpeft_deploy.bundle.directory import check_task
+from tpeft_deploy.bundle.manifest import Manifest, Port, Varies, check_name
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.branches import attach_banked
@@ -24,9 +27,7 @@ from tpeft_deploy.exporters.oracle.bfloat16 import wide
 from tpeft_deploy.exporters.proof.padding import declare
 from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.targets import activations, held_by, plan, plan_all, resolve
-from tpeft_deploy.manifest import Manifest, Port, Varies, check_name
 from tpeft_deploy.progress import Progress, silent
-from tpeft_deploy.slots import Target
 from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array
 
@@ -74,7 +75,7 @@ class Plan:
         Raises:
             UnknownTarget, ShapeError, BaseMismatch, AdapterError: the bundle would refuse the adapter.
         """
-        filled = fitting.fill(
+        filled = fit.fill(
             self.draft, self.adapters[task], bundle=self.draft.name, base_value=lambda name: self.base.weights[name]
         )
         return {

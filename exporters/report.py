@@ -10,7 +10,8 @@ from typing import TypeVar
 import numpy as np
 
 from tpeft_deploy import plots
-from tpeft_deploy.bundle import MANIFEST
+from tpeft_deploy.bundle.directory import MANIFEST
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.proof import per_target
 from tpeft_deploy.exporters.proof.per_target import TargetCheck
@@ -18,7 +19,6 @@ from tpeft_deploy.exporters.verify import Verification
 from tpeft_deploy.files import digest_file
 from tpeft_deploy.page import FORM_COLOURS, document, scientific, tiles
 from tpeft_deploy.plots import Bar, Cell, Dot
-from tpeft_deploy.slots import Target
 
 __all__ = ["render"]
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle.manifest import Varies
 from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters.causes import said_by
 from tpeft_deploy.exporters.oracle.base import Base
-from tpeft_deploy.manifest import Varies
 
 __all__ = ["check_vocabulary", "fit_vocabulary", "resize", "tables"]
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter, gain_mode
+from tpeft_deploy.bundle.slots import Kind, Target, best_factors
 from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
 from tpeft_deploy.exporters.branches import gain
 from tpeft_deploy.exporters.branches.experts import expert_sites
@@ -27,7 +28,6 @@ from tpeft_deploy.exporters.graph.weight_uses import (
 )
 from tpeft_deploy.exporters.oracle.bfloat16 import wide
 from tpeft_deploy.exporters.oracle.sizes import batch_axis
-from tpeft_deploy.slots import Kind, Target, best_factors
 from tpeft_deploy.tucker import Array
 
 __all__ = ["activations", "held_by", "plan", "plan_all", "resolve"]

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter, Origin, weight_digest
-from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, FACTORED_CPU, Bundle
 from tpeft_deploy.errors import BaseMismatch, FormatError, IntegrityError, ShapeError, UnknownTask, UnsupportedBase
 from tpeft_deploy.exporters.bases.bundle import BundleBase
 from tpeft_deploy.exporters.bases.load import load_base

@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import onnxruntime
 
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import CapacityError, InputError, RunError
-from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.bank import Bank
 from tpeft_deploy.runtime.adapters.residency import Tiers

@@ -7,8 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import InputError
-from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.tucker import Array
 
 __all__ = [

@@ -16,12 +16,12 @@ from typing import Self, overload
 
 import onnxruntime
 
-from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BANKED_CUDA, BASE_TASK, Bundle, check_task
+from tpeft_deploy.bundle import fit
+from tpeft_deploy.bundle.directory import BANKED_CUDA, BASE_TASK, Bundle, check_task
+from tpeft_deploy.bundle.manifest import Port
 from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError, UnknownTask
 from tpeft_deploy.formats import load_adapter
-from tpeft_deploy.manifest import Port
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.bank import Layout
 from tpeft_deploy.runtime.adapters.loader import Holder
@@ -540,9 +540,9 @@ class Runtime:
     def _lay_out(self, adapter: Adapter) -> Content:
         # By name: a server's clients read what is wrong with their adapters, and where a bundle lies is not theirs.
         name = repr(self._manifest.name)
-        filled = fitting.fill(self._manifest, adapter, bundle=name, base_value=self._base.base_value)
-        rows = self._layout.rows(fitting.named(self._manifest, filled))
-        return Content(rows, fitting.sizes(self._manifest, adapter))
+        filled = fit.fill(self._manifest, adapter, bundle=name, base_value=self._base.base_value)
+        rows = self._layout.rows(fit.named(self._manifest, filled))
+        return Content(rows, fit.sizes(self._manifest, adapter))
 
     def _banked_answer(self, inputs: Mapping[str, Array], version: Version | None) -> dict[str, Array]:
         return self._engine.run_banked(inputs, version)

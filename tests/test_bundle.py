@@ -15,6 +15,7 @@ import pytest
 
 from tests import nets
 from tpeft_deploy import Adapter, Bundle, TpeftError
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import (
     AdapterError,
     BaseMismatch,
@@ -25,7 +26,6 @@ from tpeft_deploy.errors import (
     UnknownTask,
     VersionError,
 )
-from tpeft_deploy.manifest import Manifest
 
 
 def snapshot(path: Path) -> dict[str, str]:

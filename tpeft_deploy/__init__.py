@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
-    from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.client import AsyncClient, Client
     from tpeft_deploy.errors import TpeftError
     from tpeft_deploy.exporters import export_bundle, export_folded, verify_bundle
@@ -40,7 +40,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOMES = {
     "Adapter": "tpeft_deploy.adapter",
     "AsyncClient": "tpeft_deploy.client",
-    "Bundle": "tpeft_deploy.bundle",
+    "Bundle": "tpeft_deploy.bundle.directory",
     "Client": "tpeft_deploy.client",
     "Runtime": "tpeft_deploy.runtime",
     "TpeftError": "tpeft_deploy.errors",

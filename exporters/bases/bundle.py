@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.exporters.graph.merged_weights import replace_weights
 from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.manifest import Rows
+from tpeft_deploy.bundle.slots import Kind, Target
 from tpeft_deploy.exporters.branches import blocked, conv, experts, gain, linear, override, weight
 from tpeft_deploy.exporters.branches.surgery import call_first
-from tpeft_deploy.manifest import Rows
-from tpeft_deploy.slots import Kind, Target
 
 __all__ = ["BLOCKED_BRANCHES", "BRANCHES", "Branch", "Branches", "fit_factors", "in_order"]
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from tpeft_deploy import slots
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.branches import BRANCHES, Branches, fit_factors, in_order, lifted
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graph import batch_axes
@@ -19,7 +20,6 @@ from tpeft_deploy.exporters.graph.batch_axes import Order
 from tpeft_deploy.exporters.graph.weights_and_shapes import forget_shapes
 from tpeft_deploy.exporters.oracle.sizes import batch_axis
 from tpeft_deploy.exporters.targets import activations
-from tpeft_deploy.slots import Target
 
 __all__ = ["attach", "reasons", "reason_of"]
 

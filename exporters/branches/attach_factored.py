@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from tpeft_deploy import slots
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.manifest import Varies
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters.branches import BRANCHES, Branches, fit_factors, in_order
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graph.free_sizes import varies_of
 from tpeft_deploy.exporters.graph.weights_and_shapes import forget_shapes
 from tpeft_deploy.exporters.oracle import bfloat16
-from tpeft_deploy.manifest import Varies
-from tpeft_deploy.slots import Target
 
 __all__ = ["attach", "output_axes"]
 

@@ -14,11 +14,11 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.manifest import Rows
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.branches import weight
 from tpeft_deploy.exporters.branches.surgery import add_constant, call, route_around
 from tpeft_deploy.exporters.graph.weight_uses import Site, conv_sites, geometry, weight_value
-from tpeft_deploy.manifest import Rows
-from tpeft_deploy.slots import Target
 
 __all__ = ["banked", "can_block", "factored"]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.manifest import Rows
+from tpeft_deploy.bundle.slots import Target, slots_of
 from tpeft_deploy.exporters.branches.surgery import add_constant, call, reroute
 from tpeft_deploy.exporters.graph.weight_uses import (
     Site,
@@ -17,8 +19,6 @@ from tpeft_deploy.exporters.graph.weight_uses import (
     transposed_conv_sites,
     weight_value,
 )
-from tpeft_deploy.manifest import Rows
-from tpeft_deploy.slots import Target, slots_of
 
 __all__ = ["banked", "factored"]
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.manifest import Rows
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.branches.surgery import call, reroute
 from tpeft_deploy.exporters.graph.batch_axes import order_of
 from tpeft_deploy.exporters.graph.weight_uses import value_uses, weight_value
-from tpeft_deploy.manifest import Rows
-from tpeft_deploy.slots import Target
 
 __all__ = ["ExpertSite", "banked", "expert_sites", "factored"]
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.manifest import Rows
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.branches import tiled
 from tpeft_deploy.exporters.branches.surgery import call, reroute
 from tpeft_deploy.exporters.branches.tiled import repeated
 from tpeft_deploy.exporters.graph.weight_uses import Site, linear_sites, weight_value
-from tpeft_deploy.manifest import Rows
-from tpeft_deploy.slots import Target
 
 __all__ = ["banked", "factored"]
 

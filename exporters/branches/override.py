@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.manifest import Rows
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.branches.split import split_bias, split_norm
 from tpeft_deploy.exporters.branches.surgery import call, call_first, reroute, route_around
 from tpeft_deploy.exporters.graph.batch_axes import order_of
@@ -20,8 +22,6 @@ from tpeft_deploy.exporters.graph.weight_uses import (
     vector_sites,
     weight_value,
 )
-from tpeft_deploy.manifest import Rows
-from tpeft_deploy.slots import Target
 
 __all__ = ["banked", "factored"]
 

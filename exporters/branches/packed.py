@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from tpeft_deploy import slots
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.packing import Packed
 from tpeft_deploy.exporters.branches.surgery import add_input, call, reroute
 from tpeft_deploy.exporters.oracle import bfloat16
-from tpeft_deploy.packing import Packed
 
 __all__ = ["pack"]
 

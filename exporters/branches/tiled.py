@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.branches.surgery import apply, call, constant_ints, reroute
 from tpeft_deploy.exporters.graph.weight_uses import Site
-from tpeft_deploy.slots import Target
 
 __all__ = ["Repeated", "attach", "repeated"]
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.manifest import Rows
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.branches.split import split_bias
 from tpeft_deploy.exporters.branches.surgery import call, call_first, reroute, route_around
 from tpeft_deploy.exporters.graph.weight_uses import Site, conv_sites, geometry, transposed_conv_sites, weight_value
-from tpeft_deploy.manifest import Rows
-from tpeft_deploy.slots import Target
 
 __all__ = ["banked", "change", "factored", "rows_of"]
 

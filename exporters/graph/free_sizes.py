@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.manifest import Varies
 from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters.branches.surgery import add_constant, apply
-from tpeft_deploy.manifest import Varies
 
 __all__ = ["free_sizes", "varies_of"]
 

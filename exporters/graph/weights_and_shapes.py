@@ -22,10 +22,10 @@ from onnxscript.rewriter.rules.common import (
     fuse_batchnorm_into_gemm_rule,
 )
 
+from tpeft_deploy.bundle.manifest import Weight
 from tpeft_deploy.exporters.graph import quantised
 from tpeft_deploy.exporters.graph.free_sizes import free_sizes
 from tpeft_deploy.exporters.oracle.quiet import quiet
-from tpeft_deploy.manifest import Weight
 
 __all__ = [
     "clean_up",

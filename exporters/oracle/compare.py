@@ -20,11 +20,11 @@ import onnx_ir as ir
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from tpeft_deploy.bundle.manifest import WIDEST_TOLERANCE
 from tpeft_deploy.errors import ExportError, NotEquivalent
 from tpeft_deploy.exporters.oracle import bfloat16
 from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
 from tpeft_deploy.exporters.oracle.sizes import Sizes
-from tpeft_deploy.manifest import WIDEST_TOLERANCE
 from tpeft_deploy.tucker import Array
 
 __all__ = [

@@ -14,12 +14,12 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.manifest import Rounding
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Limits
 from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
-from tpeft_deploy.manifest import Rounding
 from tpeft_deploy.tucker import Array
 
 __all__ = ["MULTIPLE", "WIDEST", "limits_of", "measure_rounding"]

@@ -10,9 +10,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, BASE_TASK, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BASE_TASK, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle.manifest import Manifest, OutputRows
+from tpeft_deploy.bundle.packing import pack
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
@@ -22,8 +24,6 @@ from tpeft_deploy.exporters.oracle.rounding import limits_of
 from tpeft_deploy.exporters.oracle.sizes import Sizes, batch_axis, empty_shapes, shapes_to_prove, with_sizes
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.proof.output_rows import find_output_rows
-from tpeft_deploy.manifest import Manifest, OutputRows
-from tpeft_deploy.packing import pack
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
 

@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle.manifest import Manifest, OutputRows
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Base, Inputs
 from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
-from tpeft_deploy.manifest import Manifest, OutputRows
 from tpeft_deploy.tucker import Array
 
 __all__ = ["find_output_rows"]

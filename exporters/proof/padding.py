@@ -16,9 +16,10 @@ from itertools import islice
 import numpy as np
 import onnx_ir as ir
 
-from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, BASE_TASK, Bundle
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BASE_TASK, Bundle
+from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
 from tpeft_deploy.exporters.causes import said_by
 from tpeft_deploy.exporters.oracle import compare
@@ -27,7 +28,6 @@ from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.oracle.sizes import Sizes, takes
 from tpeft_deploy.exporters.proof.forms_and_rows import banks, base_limit, branch_limit, cut, probe, with_checks
 from tpeft_deploy.exporters.proof.ragged_batches import Batch, Ragged
-from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.progress import Progress
 
 __all__ = ["check_padding", "declare", "prove_padding"]

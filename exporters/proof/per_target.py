@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from tpeft_deploy import fitting, slots
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle import fit, slots
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Check
@@ -67,7 +67,7 @@ def check_targets(
         chosen = np.unique(np.linspace(0, len(parts) - 1, min(MOST, len(parts))).round().astype(int))
         for part in (parts[place] for place in chosen):
             filled = bundle.fill(part)
-            answer = partial(compare.run, session, inputs, fitting.named(bundle.manifest, filled))
+            answer = partial(compare.run, session, inputs, fit.named(bundle.manifest, filled))
             check = compare.measure("factored", task, sizes, answer, base.reference(part, inputs, names), limit)
             kinds = tuple(target.kind for target in bundle.manifest.targets if target.key in filled)
             yield TargetCheck(task, tuple(_changed(part)), kinds, check)

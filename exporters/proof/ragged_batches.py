@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
 from tpeft_deploy.exporters.oracle.sizes import Sizes, own_sizes, takes, with_sizes
-from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.tucker import Array
 
 __all__ = ["STEPS", "Batch", "Ragged"]

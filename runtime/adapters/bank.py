@@ -16,9 +16,9 @@ from functools import cached_property
 import numpy as np
 import onnxruntime
 
-from tpeft_deploy import slots
-from tpeft_deploy.bundle import Bundle
-from tpeft_deploy.packing import Packed, pack, with_one_rank
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.directory import Bundle
+from tpeft_deploy.bundle.packing import Packed, pack, with_one_rank
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.tucker import Array
 

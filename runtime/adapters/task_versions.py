@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import BASE_TASK, Bundle
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.composition import compose
 from tpeft_deploy.errors import CompositionError, InputError, UnknownTask
 from tpeft_deploy.formats import canonical

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import onnxruntime
 
+from tpeft_deploy.bundle.manifest import Port
 from tpeft_deploy.errors import DeadlineExceeded
-from tpeft_deploy.manifest import Port
 from tpeft_deploy.runtime.batching.collate import Form, Task
 from tpeft_deploy.runtime.batching.policy import Request
 from tpeft_deploy.runtime.batching.timing import Timing

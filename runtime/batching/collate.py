@@ -10,8 +10,8 @@ from functools import partial
 
 import numpy as np
 
+from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import RunError
-from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.tucker import Array
 

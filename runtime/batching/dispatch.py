@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tpeft_deploy.bundle import BASE_TASK
+from tpeft_deploy.bundle.directory import BASE_TASK
+from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import CapacityError
-from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.loader import Holder
 from tpeft_deploy.runtime.adapters.residency import Tiers

@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 
+from tpeft_deploy.bundle.manifest import Port
 from tpeft_deploy.errors import RunError
-from tpeft_deploy.manifest import Port
 from tpeft_deploy.runtime.batching.calls import Answered, Call
 from tpeft_deploy.runtime.batching.collate import Form, Joiner, Task
 from tpeft_deploy.runtime.batching.policy import Limits, Request

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import onnxruntime
 
+from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import QueueFull, RunError, TooLarge, TpeftError
-from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.runtime.batching.calls import Answer, Answered, Call, Run, answer
 from tpeft_deploy.runtime.batching.collate import Form, Joiner, Outputs, Task
 from tpeft_deploy.runtime.batching.pieces import cut, lane

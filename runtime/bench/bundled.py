@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import onnxruntime
 
-from tpeft_deploy.bundle import MANIFEST, Bundle
+from tpeft_deploy.bundle.directory import MANIFEST, Bundle
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.files import digest_file
 from tpeft_deploy.progress import Progress, Stage, silent

@@ -8,7 +8,7 @@ from itertools import count, cycle
 import numpy as np
 import onnxruntime
 
-from tpeft_deploy.bundle import FACTORED_CPU, Bundle
+from tpeft_deploy.bundle.directory import FACTORED_CPU, Bundle
 from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.bench.measure import Case

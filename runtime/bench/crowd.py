@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.runtime.bench.cases import batch, free_name, taking_turns
 from tpeft_deploy.runtime.bench.measure import interleave, spread

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from tpeft_deploy.bundle import BASE_TASK, Bundle
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.errors import RunError, TpeftError
 from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.folding import merge

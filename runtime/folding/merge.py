@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle.directory import Bundle
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import AdapterError, RunError, ShapeError
-from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.folding.prepacked import packed_copy
 from tpeft_deploy.runtime.sessions.plain import Plain
 from tpeft_deploy.runtime.sessions.providers import Choice, Cuda

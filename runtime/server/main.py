@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import uvicorn
 
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.server.certificates import Certificates

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from tpeft_deploy import slots
+from tpeft_deploy.bundle import slots
 from tpeft_deploy.runtime.adapters.bank import Bank
 from tpeft_deploy.runtime.sessions.providers import Choice, Cuda, open_session
 from tpeft_deploy.tucker import Array

@@ -18,8 +18,8 @@ from typing import Protocol
 import numpy as np
 import onnxruntime
 
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import RunError
-from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.runtime.sessions.providers import GRAPH_ID, ORT_ERRORS, Choice, Cuda, control_flow, open_session
 from tpeft_deploy.runtime.sessions.shape_buckets import Bucket, Buckets, Recent

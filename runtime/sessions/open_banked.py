@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from tpeft_deploy.bundle import BANKED_CPU, BANKED_CUDA, EXAMPLE, Bundle
+from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, EXAMPLE, Bundle
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import ProviderUnavailable
-from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda

@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from tpeft_deploy import slots
-from tpeft_deploy.manifest import Manifest, Port
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Bucket", "Buckets", "Recent", "ladder"]

@@ -56,7 +56,7 @@ def test_every_form_is_proved_on_a_copy_in_float32(tmp_path: Path, name: str, ch
 
 
 def test_a_wrong_branch_is_found_in_bfloat16_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpeft_deploy import slots
+    from tpeft_deploy.bundle import slots
 
     case = CASES["linear, 3-D"]
     module, inputs = case.build(torch.bfloat16)

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from tpeft_deploy import Runtime, export_bundle, load_adapter, slots
+from tpeft_deploy import Runtime, export_bundle, load_adapter
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.directory import Bundle
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
 from tpeft_deploy.exporters.bases.hugging_face import load_directory
 from tpeft_deploy.exporters.planning import plan_bundle
-from tpeft_deploy.slots import Target
 from tpeft_deploy.tucker import TuckerDelta
 
 LIMIT = 1e-5

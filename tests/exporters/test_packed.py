@@ -16,8 +16,8 @@ from tests.exporters.architectures import bert
 from tests.exporters.test_matrix import error
 from tests.nets import adapter_for
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle
-from tpeft_deploy.bundle import BANKED_CUDA
-from tpeft_deploy.packing import Packed, pack
+from tpeft_deploy.bundle.directory import BANKED_CUDA
+from tpeft_deploy.bundle.packing import Packed, pack
 from tpeft_deploy.runtime import runtime
 from tpeft_deploy.runtime.sessions import open_banked
 

@@ -19,12 +19,12 @@ from tests import nets
 from tests.exporters import architectures
 from tests.exporters.test_hugging_face import TEXT, saved
 from tpeft_deploy import Adapter, Bundle, export_bundle, verify_bundle
+from tpeft_deploy.bundle.manifest import Manifest, Port, _digest
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
 from tpeft_deploy.exporters.bases.example_inputs import text_padding
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.planning import plan_bundle
-from tpeft_deploy.manifest import Manifest, Port, _digest
 
 PADS = {"input_ids": 0, "attention_mask": 0}
 SEQUENCE = {0: "batch", 1: "sequence"}

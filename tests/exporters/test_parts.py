@@ -29,7 +29,7 @@ from transformers import (
 
 from tests.formats.trained import adapted
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.cli import main
 from tpeft_deploy.errors import FormatError, UnknownTarget
 from tpeft_deploy.exporters import export_bundle

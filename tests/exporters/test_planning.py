@@ -10,8 +10,8 @@ from torch import nn
 
 from tests import nets
 from tpeft_deploy import export_bundle
+from tpeft_deploy.bundle.manifest import base_digest
 from tpeft_deploy.exporters.planning import plan_bundle
-from tpeft_deploy.manifest import base_digest
 
 
 class ScaleNet(nn.Module):

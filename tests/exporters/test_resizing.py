@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from tpeft_deploy import Runtime, load_adapter
+from tpeft_deploy.bundle.manifest import Varies
 from tpeft_deploy.cli import main
 from tpeft_deploy.errors import ShapeError, UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.resizing import check_vocabulary, fit_vocabulary
-from tpeft_deploy.manifest import Varies
 
 OLD, NEW = 30, 33
 IDS = np.array([[1, 31, 9, 32], [7, 3, 30, 8]])

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 from tests import nets
-from tpeft_deploy import Adapter, Bundle, export_bundle, export_folded, slots
-from tpeft_deploy.bundle import MANIFEST
+from tpeft_deploy import Adapter, Bundle, export_bundle, export_folded
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.directory import MANIFEST
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
 from tpeft_deploy.exporters.bases.torch_module import TorchBase
 from tpeft_deploy.exporters.oracle.compare import measure
 from tpeft_deploy.exporters.oracle.rounding import MULTIPLE, WIDEST, _worst_row
 from tpeft_deploy.exporters.verify import verify_bundle
-from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.folding import merge
 
 

@@ -16,12 +16,13 @@ from torch import nn
 
 from tests import nets
 from tests.exporters import architectures
-from tpeft_deploy import Runtime, export_bundle, export_folded, slots
+from tpeft_deploy import Runtime, export_bundle, export_folded
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.errors import NotEquivalent, ShapeError
 from tpeft_deploy.exporters.branches import linear
 from tpeft_deploy.exporters.graph import batch_axes, weight_uses
 from tpeft_deploy.exporters.graph.batch_axes import Order
-from tpeft_deploy.slots import Target
 
 
 @pytest.fixture

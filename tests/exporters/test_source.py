@@ -18,10 +18,10 @@ from torch import nn
 from tests import nets
 from tests.exporters.test_hugging_face import TEXT, saved
 from tpeft_deploy import Adapter, Bundle, export_bundle, export_folded, load_adapter, verify_bundle
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import FormatError, NotEquivalent, UnknownTask, UnsupportedBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle.source import Sources
-from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.training import TuckerConfig
 
 PEFT, LYCORIS = "peft 0.21.2", "lycoris 4.1.3"
@@ -197,7 +197,7 @@ def test_what_no_library_runs_is_never_said_to_be_proved(tmp_path: Path) -> None
 def test_a_manifest_of_an_earlier_version_has_no_oracles(conv_bundle: Bundle) -> None:
     import json
 
-    from tpeft_deploy import manifest
+    from tpeft_deploy.bundle import manifest
 
     document = json.loads(conv_bundle.manifest.to_json())
     assert set(document.pop("oracles")) == set(conv_bundle.tasks)

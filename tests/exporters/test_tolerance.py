@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from tpeft_deploy import Adapter, TuckerDelta, export_bundle, export_folded, verify_bundle
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.cli import main
 from tpeft_deploy.errors import ExportError, IntegrityError, NotEquivalent
 from tpeft_deploy.exporters.bases import torch_module
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.bases.torch_module import TorchBase
 from tpeft_deploy.exporters.oracle import compare
-from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.folding import merge
 from tpeft_deploy.tucker import Array
 

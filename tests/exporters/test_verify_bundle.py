@@ -15,14 +15,14 @@ from torch import nn
 
 from tests import nets
 from tpeft_deploy import Adapter, Bundle, export_bundle, verify_bundle
-from tpeft_deploy.bundle import EXAMPLE, MANIFEST
+from tpeft_deploy.bundle.directory import EXAMPLE, MANIFEST
+from tpeft_deploy.bundle.manifest import FileRecord, Manifest
 from tpeft_deploy.errors import BaseMismatch, IntegrityError, NotEquivalent, TpeftError, UnknownTask
 from tpeft_deploy.exporters.bases.bundle import BundleBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.files import digest_file
 from tpeft_deploy.formats import onnx_adapter
-from tpeft_deploy.manifest import FileRecord, Manifest
 
 TASKS = ["partial", "plain", "two", "wide"]
 Change = Callable[[Bundle], object]

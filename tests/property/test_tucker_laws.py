@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpeft_deploy import slots
-from tpeft_deploy.slots import Kind, Target
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.slots import Kind, Target
 from tpeft_deploy.tucker import TuckerDelta, mode_product
 
 

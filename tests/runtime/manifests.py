@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from tpeft_deploy.manifest import Manifest, Port
+from tpeft_deploy.bundle.manifest import Manifest, Port
 
 
 def manifest(inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> Manifest:

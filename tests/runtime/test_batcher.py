@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 
 from tests.waiting import wait_until
 from tpeft_deploy import Bundle, Runtime
+from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError
-from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.runtime.batching import worker as batchers
 from tpeft_deploy.runtime.batching.calls import Answered, Call
 from tpeft_deploy.runtime.batching.calls import answer as hand_out

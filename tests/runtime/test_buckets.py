@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.runtime.manifests import manifest
-from tpeft_deploy.manifest import Port
+from tpeft_deploy.bundle.manifest import Port
+from tpeft_deploy.bundle.slots import INDEX
 from tpeft_deploy.runtime.sessions.shape_buckets import Bucket, Buckets, Recent, ladder
-from tpeft_deploy.slots import INDEX
 from tpeft_deploy.tucker import Array
 
 TEXT = (

@@ -16,8 +16,8 @@ import torch
 from tests import nets
 from tests.runtime.manifests import manifest
 from tpeft_deploy import Bundle, Runtime, export_bundle
+from tpeft_deploy.bundle.manifest import Port
 from tpeft_deploy.errors import InputError, RunError, UnknownTask
-from tpeft_deploy.manifest import Port
 from tpeft_deploy.runtime import inputs as requests
 
 PIXELS = np.random.default_rng(0).standard_normal((3, 1, 12, 14)).astype(np.float32)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpeft_deploy.bundle.manifest import Manifest, Port, Varies
 from tpeft_deploy.errors import RunError
-from tpeft_deploy.manifest import Manifest, Port, Varies
 from tpeft_deploy.runtime.batching.collate import Joiner
 from tpeft_deploy.tucker import Array
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tests.runtime.test_batcher import MANIFEST, Gate, entered, rows, run_skipping, skip, waiting
 from tpeft_deploy import Bundle, Runtime
+from tpeft_deploy.bundle.manifest import Manifest, Port, Varies
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError, TooLarge
-from tpeft_deploy.manifest import Manifest, Port, Varies
 from tpeft_deploy.runtime.batching.collate import Outputs, Task
 from tpeft_deploy.runtime.batching.policy import Limits
 from tpeft_deploy.runtime.batching.timing import Timing

@@ -28,7 +28,7 @@ def adapter() -> None:
 @json_option
 def add(bundle: Path, assignment: Assigned, scale: float | None, part: str | None, as_json: bool) -> None:
     """Let TASK stand for ADAPTER, in place of an earlier one of that name; STRENGTH multiplies its change."""
-    from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.composition import at_strength
     from tpeft_deploy.formats import load_adapter
 
@@ -46,7 +46,7 @@ def add(bundle: Path, assignment: Assigned, scale: float | None, part: str | Non
 @click.argument("task")
 def remove(bundle: Path, task: str) -> None:
     """Take TASK and all its versions out of the bundle."""
-    from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.bundle.directory import Bundle
 
     Bundle.open(bundle).remove(task)
 
@@ -56,7 +56,7 @@ def remove(bundle: Path, task: str) -> None:
 @json_option
 def list_(bundle: Path, as_json: bool) -> None:
     """List the tasks, checking each adapter against its digest."""
-    from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.bundle.directory import Bundle
 
     opened = Bundle.open(bundle)
     document = {

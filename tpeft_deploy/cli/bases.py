@@ -101,7 +101,7 @@ def open_base(base: str | None) -> object:
     Raises:
         BundleError, VersionError, IntegrityError: a directory with a manifest is no bundle of this version.
     """
-    from tpeft_deploy.bundle import MANIFEST, Bundle
+    from tpeft_deploy.bundle.directory import MANIFEST, Bundle
 
     if base is not None and (Path(base) / MANIFEST).is_file():
         return Bundle.open(base)

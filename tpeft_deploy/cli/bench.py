@@ -54,7 +54,7 @@ def bench(
 
     All cases take turns in one process; a ratio is the median of the ratios within each round.
     """
-    from tpeft_deploy.bundle import Bundle
+    from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.files import new_file
     from tpeft_deploy.runtime.bench import bench_bundle, render
 

@@ -93,7 +93,7 @@ def _write(adapter: Adapter, out: Path, target: str, bundle: Path | None, base: 
     elif target == "locon":
         to_locon.write(adapter, out, base=base)
     elif bundle is not None:
-        from tpeft_deploy.bundle import Bundle
+        from tpeft_deploy.bundle.directory import Bundle
 
         tensors = Bundle.open(bundle).feeds(adapter)
         with new_file(out) as temporary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from tpeft_deploy.bundle import BASE_TASK, Bundle
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.exporters.oracle.compare import relative_error
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.quickstart.data import Examples, Task

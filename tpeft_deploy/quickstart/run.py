@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from safetensors.torch import save
 
-from tpeft_deploy.bundle import BASE_TASK, Bundle
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.exporters import export_bundle
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.quickstart import evaluate

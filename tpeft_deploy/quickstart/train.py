@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from tpeft_deploy.bundle import BASE_TASK
+from tpeft_deploy.bundle.directory import BASE_TASK
 from tpeft_deploy.quickstart.data import TASKS, Examples, Task
 from tpeft_deploy.quickstart.model import DigitsNet
 from tpeft_deploy.training import TuckerConfig

@@ -16,9 +16,9 @@ from typing import NamedTuple, NoReturn
 
 from tpeft_deploy import errors
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import AdapterError, ProtocolError, Unavailable, brief
 from tpeft_deploy.formats import canonical
-from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime.server.isolation import reader
 from tpeft_deploy.runtime.server.isolation.limits import Limits
 from tpeft_deploy.runtime.server.isolation.process import Outcome

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import QuotaExceeded, TpeftError, Unavailable
 from tpeft_deploy.runtime.server.isolation import reader
 from tpeft_deploy.runtime.server.isolation.limits import Limits

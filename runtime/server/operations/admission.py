@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from tpeft_deploy import fitting
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle import fit
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import AdapterError
 from tpeft_deploy.runtime import Runtime, Source
 from tpeft_deploy.runtime.server.registry import VersionRecord
@@ -48,7 +48,7 @@ class Admission:
         # Named as clients know it: Bundle.fill would tell them where it lies.
         bundle = self._bundle
         with _refusing(record.task):
-            fitting.fill(bundle.manifest, adapter, bundle=repr(bundle.manifest.name), base_value=bundle.base_value)
+            fit.fill(bundle.manifest, adapter, bundle=repr(bundle.manifest.name), base_value=bundle.base_value)
         self._runtime.register({record.key: Source(record.digest, partial(self._read, record))})
         try:
             with _refusing(record.task):

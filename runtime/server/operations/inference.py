@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import InputError, NotFound, Unavailable, UnknownTask
-from tpeft_deploy.manifest import Manifest
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.server.operations.targets import Lookup, Target, resolve

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from tpeft_deploy.bundle import BASE_TASK, Bundle
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.errors import NotFound, Unavailable
 from tpeft_deploy.runtime.server.operations.targets import Target
 from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import tpeft_deploy
-from tpeft_deploy.bundle import Bundle
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import Conflict, ProtocolError, ServerError, TooLarge, Unauthenticated, Unsupported
 from tpeft_deploy.runtime import Limits, Runtime
 from tpeft_deploy.runtime.server.isolation.pool import Direct, Reader

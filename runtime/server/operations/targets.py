@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from tpeft_deploy.bundle import BASE_TASK
+from tpeft_deploy.bundle.directory import BASE_TASK
 from tpeft_deploy.errors import NotFound, ProtocolError
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
 from tpeft_deploy.runtime.server.v2.messages import InferRequest

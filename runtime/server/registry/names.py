@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tpeft_deploy.bundle.manifest import is_name
 from tpeft_deploy.errors import ProtocolError
-from tpeft_deploy.manifest import is_name
 
 __all__ = ["check_alias", "check_task", "check_tenant"]
 

@@ -9,8 +9,8 @@ from typing import Any, Self
 import orjson
 from starlette.requests import Request
 
+from tpeft_deploy.bundle.manifest import is_name
 from tpeft_deploy.errors import ProtocolError, TooLarge
-from tpeft_deploy.manifest import is_name
 from tpeft_deploy.runtime.server.rest.transport.compression import decompress
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal
 from tpeft_deploy.runtime.server.tenancy.intake import Intake

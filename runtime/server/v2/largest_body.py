@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tpeft_deploy.manifest import Manifest
+from tpeft_deploy.bundle.manifest import Manifest
 
 __all__ = ["largest_body"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import Unsupported
-from tpeft_deploy.manifest import Manifest, Port
 from tpeft_deploy.runtime.server.v2.operations import Document
 
 __all__ = ["ADAPTER_INPUT", "DATATYPES", "PLATFORM", "config", "datatype", "metadata"]

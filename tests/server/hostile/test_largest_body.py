@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.server.audited import Audited
 from tpeft_deploy import Bundle
-from tpeft_deploy.manifest import Port
+from tpeft_deploy.bundle.manifest import Port
 from tpeft_deploy.runtime.server import main
 from tpeft_deploy.runtime.server.settings import Settings
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body

@@ -26,20 +26,20 @@ from typing import Any
 
 import numpy as np
 
-from tpeft_deploy import fitting, slots
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle import fit, slots
+from tpeft_deploy.bundle.fit import Filled
+from tpeft_deploy.bundle.manifest import FileRecord, Manifest, check_name, is_name
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.errors import (
     BundleError,
     IntegrityError,
     UnknownTask,
 )
 from tpeft_deploy.files import digest_file, new_directory, remove_directory, replace_text
-from tpeft_deploy.fitting import Filled
 from tpeft_deploy.formats import canonical, onnx_adapter
 from tpeft_deploy.formats.base_view import Lazy
 from tpeft_deploy.formats.module import BaseView
-from tpeft_deploy.manifest import FileRecord, Manifest, check_name, is_name
-from tpeft_deploy.slots import Target
 from tpeft_deploy.tucker import Array
 
 __all__ = ["BANKED_CPU", "BANKED_CUDA", "BASE_TASK", "EXAMPLE", "FACTORED_CPU", "MANIFEST", "Bundle", "check_task"]
@@ -199,7 +199,7 @@ class Bundle:
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
         """
-        return fitting.fill(self.manifest, adapter, bundle=str(self.path), base_value=self.base_value)
+        return fit.fill(self.manifest, adapter, bundle=str(self.path), base_value=self.base_value)
 
     def factors(self, task: str) -> dict[str, Array]:
         """A task's tensors by the names of factored.onnx's optional inputs; what is not fed stays the base's."""
@@ -211,7 +211,7 @@ class Bundle:
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
         """
-        return fitting.named(self.manifest, self.fill(adapter))
+        return fit.named(self.manifest, self.fill(adapter))
 
     def native(self, task: str) -> dict[str, Array]:
         """A task's tensors as its .onnx_adapter file holds them, for comparing with `factors`.
@@ -259,7 +259,7 @@ class Bundle:
 
     def sizes(self, adapter: Adapter | None) -> dict[str, int]:
         """For every output that varies per task: the size of its varying axis for an adapter, or the base."""
-        return fitting.sizes(self.manifest, adapter)
+        return fit.sizes(self.manifest, adapter)
 
     def base_value(self, name: str) -> Array:
         """A base weight, read from weights.data into private memory: (O, I, K1, ...); bfloat16 as float32.
@@ -326,7 +326,7 @@ class Bundle:
         filled: Filled,
     ) -> None:
         (place / canonical.FILE).write_bytes(data)
-        onnx_adapter.write(place / onnx_adapter.FILE, fitting.named(self.manifest, filled))
+        onnx_adapter.write(place / onnx_adapter.FILE, fit.named(self.manifest, filled))
         record = {
             "schema": 1,
             "task": task,

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from tpeft_deploy import slots
 from tpeft_deploy.adapter import Adapter, gain_mode
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.manifest import Manifest
+from tpeft_deploy.bundle.slots import Part, Target
 from tpeft_deploy.errors import AdapterError, ShapeError, UnknownTarget
-from tpeft_deploy.manifest import Manifest
-from tpeft_deploy.slots import Part, Target
 from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array, TuckerDelta
 

@@ -27,9 +27,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from tpeft_deploy.bundle.packing import Packed, packed_of
+from tpeft_deploy.bundle.slots import Kind, Target
 from tpeft_deploy.errors import BundleError, IntegrityError, VersionError
-from tpeft_deploy.packing import Packed, packed_of
-from tpeft_deploy.slots import Kind, Target
 
 __all__ = [
     "SCHEMA",

@@ -1,0 +1,1 @@
+"""Bundle directories, manifests and slots."""
