@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from tpeft_deploy import plots
 from tpeft_deploy.bundle.directory import MANIFEST
 from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.oracle.compare import Check
@@ -17,8 +16,9 @@ from tpeft_deploy.exporters.proof import per_target
 from tpeft_deploy.exporters.proof.per_target import TargetCheck
 from tpeft_deploy.exporters.verify import Verification
 from tpeft_deploy.files import digest_file
-from tpeft_deploy.page import FORM_COLOURS, document, scientific, tiles
-from tpeft_deploy.plots import Bar, Cell, Dot
+from tpeft_deploy.html import plots
+from tpeft_deploy.html.page import FORM_COLOURS, document, scientific, tiles
+from tpeft_deploy.html.plots import Bar, Cell, Dot
 
 __all__ = ["render"]
 

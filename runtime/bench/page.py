@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from tpeft_deploy import plots
-from tpeft_deploy.page import FORM_COLOURS, document, tiles
-from tpeft_deploy.plots import Interval
+from tpeft_deploy.html import plots
+from tpeft_deploy.html.page import FORM_COLOURS, document, tiles
+from tpeft_deploy.html.plots import Interval
 from tpeft_deploy.runtime.bench.cases import CASES
 from tpeft_deploy.runtime.bench.results import Benchmark, Spread
 

@@ -11,13 +11,14 @@ import pytest
 
 from tests import nets
 from tests.exporters.test_verify_bundle import edit, minus
-from tpeft_deploy import Adapter, Bundle, export_bundle, plots, verify_bundle
+from tpeft_deploy import Adapter, Bundle, export_bundle, verify_bundle
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.proof import per_target
 from tpeft_deploy.exporters.report import render
 from tpeft_deploy.exporters.verify import Verification
-from tpeft_deploy.plots import Bar, Cell, Dot
+from tpeft_deploy.html import plots
+from tpeft_deploy.html.plots import Bar, Cell, Dot
 
 
 @pytest.fixture(scope="module")

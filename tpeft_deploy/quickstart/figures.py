@@ -13,7 +13,7 @@ import matplotlib.image
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tpeft_deploy import page
+from tpeft_deploy.html import page
 from tpeft_deploy.quickstart.data import Pixels
 from tpeft_deploy.quickstart.results import Results
 

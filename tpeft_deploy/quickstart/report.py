@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tpeft_deploy.bundle.directory import BASE_TASK
-from tpeft_deploy.page import document, scientific, tiles
+from tpeft_deploy.html.page import document, scientific, tiles
 from tpeft_deploy.quickstart import figures
 from tpeft_deploy.quickstart.data import DIGITS, TASKS, Examples
 from tpeft_deploy.quickstart.evaluate import FORMS, Answers
