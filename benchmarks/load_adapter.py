@@ -21,8 +21,9 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from tpeft_deploy import Adapter, TuckerDelta, load_adapter
-from tpeft_deploy.formats import to_locon, to_peft_lora
-from tpeft_deploy.formats.module import BaseView
+from tpeft_deploy.formats.read.module import BaseView
+from tpeft_deploy.formats.write import locon as to_locon
+from tpeft_deploy.formats.write import peft_lora as to_peft_lora
 
 GOAL_MS = 15.0
 GOAL_MEMORY = 4.0

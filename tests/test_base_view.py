@@ -19,7 +19,7 @@ from tpeft_deploy import Adapter, Bundle, load_adapter
 from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.cli import main
 from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnsupportedBase
-from tpeft_deploy.formats.base_view import view
+from tpeft_deploy.formats.read.base_view import view
 
 
 def tiny_llama() -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.example_inputs import FACTORY, Tensors, run
-from tpeft_deploy.formats.diffusers_model import load_diffusers
+from tpeft_deploy.formats.base.diffusers_model import load_diffusers
 
 __all__ = ["load_directory"]
 

@@ -15,7 +15,7 @@ from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases import dotted_names
 from tpeft_deploy.exporters.bases.kv_cache_inputs import cache_parameter, with_cache
 from tpeft_deploy.exporters.causes import said_by
-from tpeft_deploy.formats.base_model import FACTORY
+from tpeft_deploy.formats.base.model import FACTORY
 
 __all__ = ["FACTORY", "Tensors", "cached_text", "images", "parameters", "run", "text", "text_padding"]
 

@@ -23,7 +23,7 @@ from tpeft_deploy.exporters.bases.example_inputs import (
     text,
     text_padding,
 )
-from tpeft_deploy.formats.base_model import FACTORY, architecture, load_model, model_class
+from tpeft_deploy.formats.base.model import FACTORY, architecture, load_model, model_class
 
 __all__ = ["load_directory"]
 

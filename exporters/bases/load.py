@@ -18,8 +18,8 @@ from tpeft_deploy.exporters.bases.onnx_file import OnnxBase
 from tpeft_deploy.exporters.bases.renamed import Renamed
 from tpeft_deploy.exporters.bases.torch_module import TorchBase
 from tpeft_deploy.exporters.oracle.base import Base
-from tpeft_deploy.formats.base_model import call_factory, no_module
-from tpeft_deploy.formats.diffusers_model import is_diffusers
+from tpeft_deploy.formats.base.diffusers_model import is_diffusers
+from tpeft_deploy.formats.base.model import call_factory, no_module
 
 __all__ = ["load_base"]
 

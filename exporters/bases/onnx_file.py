@@ -25,8 +25,8 @@ from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
 from tpeft_deploy.exporters.oracle.bfloat16 import HALVES, widened
 from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
-from tpeft_deploy.formats.base_view import Lazy
-from tpeft_deploy.formats.module import BaseView
+from tpeft_deploy.formats.read.base_view import Lazy
+from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.tucker import Array
 
 __all__ = ["OnnxBase"]

@@ -26,7 +26,7 @@ from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
 from tpeft_deploy.exporters.oracle.bfloat16 import wide_ports
 from tpeft_deploy.exporters.oracle.quiet import quiet
 from tpeft_deploy.exporters.resizing import resize, tables
-from tpeft_deploy.formats import base_view
+from tpeft_deploy.formats.read import base_view
 from tpeft_deploy.ties import Ties, changed_names
 from tpeft_deploy.tucker import Array
 

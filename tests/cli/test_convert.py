@@ -222,7 +222,7 @@ class TestGains:
 def test_a_bundle_resolves_names_of_other_tools(
     tmp_path: Path, own_bundle: Bundle, conv_adapters: dict[str, Adapter]
 ) -> None:
-    from tpeft_deploy.formats import to_locon
+    from tpeft_deploy.formats.write import locon as to_locon
 
     to_locon.write(conv_adapters["plain"], tmp_path / "plain.safetensors")
     succeed("adapter", "add", own_bundle.path, f"kohya={tmp_path / 'plain.safetensors'}")

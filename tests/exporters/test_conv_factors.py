@@ -22,7 +22,7 @@ from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle, load_adapter
 from tpeft_deploy.errors import IntegrityError
 from tpeft_deploy.exporters.verify import verify_bundle
 from tpeft_deploy.files import digest_file
-from tpeft_deploy.formats import onnx_adapter
+from tpeft_deploy.formats.write import onnx_adapter
 from tpeft_deploy.training import TuckerConfig
 from tpeft_deploy.tucker import TuckerDelta
 

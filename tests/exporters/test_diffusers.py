@@ -24,7 +24,7 @@ from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.bases.torch_module import TorchBase
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Inputs
-from tpeft_deploy.formats.base_model import open_model
+from tpeft_deploy.formats.base.model import open_model
 
 _BLOCKS: dict[str, Any] = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
 _JOINT: dict[str, Any] = {"num_attention_heads": 2, "joint_attention_dim": 12, "pooled_projection_dim": 10}

@@ -23,7 +23,7 @@ from tpeft_deploy.errors import UnknownTarget
 from tpeft_deploy.exporters.bases import torch_module
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.verify import verify_bundle
-from tpeft_deploy.formats import base_view
+from tpeft_deploy.formats.read import base_view
 from tpeft_deploy.training import TuckerConfig
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "FutureWarning")]

@@ -22,7 +22,7 @@ from tpeft_deploy.exporters.bases.bundle import BundleBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.files import digest_file
-from tpeft_deploy.formats import onnx_adapter
+from tpeft_deploy.formats.write import onnx_adapter
 
 TASKS = ["partial", "plain", "two", "wide"]
 Change = Callable[[Bundle], object]

@@ -9,8 +9,9 @@ from click.testing import CliRunner
 from peft import PeftType
 
 from tpeft_deploy.cli import main
-from tpeft_deploy.formats import FORMATS, catalogue, lycoris_refusals
-from tpeft_deploy.formats.peft_refusals import READ_TYPES
+from tpeft_deploy.formats import FORMATS, catalogue
+from tpeft_deploy.formats.lycoris import refusals as lycoris_refusals
+from tpeft_deploy.formats.peft.refusals import READ_TYPES
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "formats.md"
 STORED = {"low-rank", "dense", "gain", "override"}

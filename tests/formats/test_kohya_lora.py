@@ -13,7 +13,7 @@ from tests.formats.trained import save
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import kohya_lora, load_adapter
-from tpeft_deploy.formats.module import Checkpoint, Module
+from tpeft_deploy.formats.read.module import Checkpoint, Module
 from tpeft_deploy.tucker import Array
 
 RANK, OUT, IN = 3, 40, 30

@@ -17,8 +17,8 @@ from tpeft_deploy import Adapter, TuckerDelta
 from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget, UnsupportedBase
 from tpeft_deploy.formats import FORMATS, load_adapter
-from tpeft_deploy.formats.base_view import Lazy, view
-from tpeft_deploy.formats.names import Names
+from tpeft_deploy.formats.read.base_view import Lazy, view
+from tpeft_deploy.formats.read.names import Names
 from tpeft_deploy.formats.readers import READERS
 from tpeft_deploy.tucker import Array
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.formats.trained import lycoris_file, save
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import load_adapter
-from tpeft_deploy.formats.lycoris_refusals import REFUSALS
+from tpeft_deploy.formats.lycoris.refusals import REFUSALS
 
 
 def base() -> nn.ModuleDict:

@@ -12,8 +12,8 @@ import pytest
 from peft.utils.other import get_pattern_key
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats import patterns
-from tpeft_deploy.formats.patterns import Endings, Patterns
+from tpeft_deploy.formats.read import patterns
+from tpeft_deploy.formats.read.patterns import Endings, Patterns
 
 ATOMS = [
     "a", "b", "q", "_", "0", ".", r"\.", r"\d", r"\w", r"\s", r"\W", r"\S", r"\D", "[ab]", "[^a.]", "[a-c0-9]", "é",
@@ -180,7 +180,7 @@ def test_endings() -> None:
 
 
 def test_fields_of_another_type_are_refused() -> None:
-    from tpeft_deploy.formats.peft_refusals import check_fields
+    from tpeft_deploy.formats.peft.refusals import check_fields
 
     for field, value in json.loads(
         '{"alpha_pattern": [], "rank_pattern": "x", "target_modules": [1], "target_parameters": "x"}'

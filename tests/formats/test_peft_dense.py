@@ -31,7 +31,7 @@ from torch import nn
 from tests.formats.pefts import change_config, distance, error_of, peft_model, refusal, save, text, vision
 from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.formats import load_adapter
-from tpeft_deploy.formats.torch_random import first_of_permutation
+from tpeft_deploy.formats.read.torch_random import first_of_permutation
 
 Config = Callable[[], Any]
 VISION: dict[str, tuple[str, Config]] = {

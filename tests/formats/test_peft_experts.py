@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.formats.pefts import error_of, peft_model, refusal, save
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import load_adapter
-from tpeft_deploy.formats.module import BaseView
+from tpeft_deploy.formats.read.module import BaseView
 
 
 class Experts(nn.Module):

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftType, PsoftConfig
 
 from tests.formats.pefts import change_config, error_of, peft_model, refusal, save, vision
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.peft_refusals import refuse
+from tpeft_deploy.formats.peft.refusals import refuse
 
 READ = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "PVERA", "TINYLORA", "IA3", "DELORA", "MISS"}
 READ |= {"RANDLORA", "C3A", "FOURIERFT", "WAVEFT", "VBLORA", "UNILORA", "SHIRA", "SUPERTUNING", "GRALORA"}

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats import load_adapter, peft_tucker
+from tpeft_deploy.formats import load_adapter
+from tpeft_deploy.formats.peft import tucker as peft_tucker
 from tpeft_deploy.tucker import Array
 
 PREFIX = "base_model.model."
@@ -96,7 +97,7 @@ class TestReading:
         code = f"""
 import sys
 from pathlib import Path
-from tpeft_deploy.formats import peft_tucker
+from tpeft_deploy.formats.peft import tucker as peft_tucker
 peft_tucker.read(Path({str(folder)!r}))
 print(sorted({{"torch", "peft", "transformers"}} & set(sys.modules)))
 """

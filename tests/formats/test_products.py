@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tpeft_deploy.errors import ShapeError
-from tpeft_deploy.formats.compact import dense_is_smaller, is_dense
-from tpeft_deploy.formats.hadamard import loha, loha_tucker
-from tpeft_deploy.formats.kronecker import Half, full, lokr, product, tucker
+from tpeft_deploy.formats.products.compact import dense_is_smaller, is_dense
+from tpeft_deploy.formats.products.hadamard import loha, loha_tucker
+from tpeft_deploy.formats.products.kronecker import Half, full, lokr, product, tucker
 from tpeft_deploy.tucker import Array
 
 SHAPES = [(40, 30), (40, 30, 3), (40, 30, 3, 5), (40, 30, 2, 3, 3), (6, 4, 3, 3), (40, 1, 3, 3)]

@@ -5,7 +5,7 @@ from safetensors import deserialize
 from safetensors.torch import save
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.tensors import read_tensors
+from tpeft_deploy.formats.read.safetensors_file import read_tensors
 
 
 def test_every_dtype_of_a_training_run_is_read_exactly() -> None:

@@ -14,8 +14,10 @@ from torch import nn
 from tests import nets
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats import load_adapter, to_locon, to_peft_lora
-from tpeft_deploy.formats.base_view import view
+from tpeft_deploy.formats import load_adapter
+from tpeft_deploy.formats.read.base_view import view
+from tpeft_deploy.formats.write import locon as to_locon
+from tpeft_deploy.formats.write import peft_lora as to_peft_lora
 
 
 class Mixed(nn.Module):

@@ -37,9 +37,10 @@ from tpeft_deploy.errors import (
     UnknownTask,
 )
 from tpeft_deploy.files import digest_file, new_directory, remove_directory, replace_text
-from tpeft_deploy.formats import canonical, onnx_adapter
-from tpeft_deploy.formats.base_view import Lazy
-from tpeft_deploy.formats.module import BaseView
+from tpeft_deploy.formats import canonical
+from tpeft_deploy.formats.read.base_view import Lazy
+from tpeft_deploy.formats.read.module import BaseView
+from tpeft_deploy.formats.write import onnx_adapter
 from tpeft_deploy.tucker import Array
 
 __all__ = ["BANKED_CPU", "BANKED_CUDA", "BASE_TASK", "EXAMPLE", "FACTORED_CPU", "MANIFEST", "Bundle", "check_task"]

@@ -12,7 +12,7 @@ from tpeft_deploy.cli.console import Command, emit, json_option, note
 
 if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
-    from tpeft_deploy.formats.module import BaseView
+    from tpeft_deploy.formats.read.module import BaseView
 
 __all__ = ["convert"]
 
@@ -49,7 +49,7 @@ def convert(
     Pickled adapters (.bin, .pt, .ckpt) are read here and nowhere else, with torch's reader that knows tensors alone.
     """  # noqa: D301 - click's mark for lines that stay apart
     from tpeft_deploy.formats import load_pickled
-    from tpeft_deploy.formats.base_view import view
+    from tpeft_deploy.formats.read.base_view import view
 
     if (target == "onnx-adapter") != (bundle is not None):
         raise click.UsageError("--bundle goes with --to onnx-adapter, and only with it.")
@@ -86,7 +86,10 @@ def _check_free(out: Path) -> None:
 
 def _write(adapter: Adapter, out: Path, target: str, bundle: Path | None, base: BaseView | None) -> None:
     from tpeft_deploy.files import new_directory, new_file
-    from tpeft_deploy.formats import canonical, onnx_adapter, to_locon, to_peft_lora
+    from tpeft_deploy.formats import canonical
+    from tpeft_deploy.formats.write import locon as to_locon
+    from tpeft_deploy.formats.write import onnx_adapter
+    from tpeft_deploy.formats.write import peft_lora as to_peft_lora
 
     if target == "peft-lora":
         to_peft_lora.write(adapter, out, base=base)

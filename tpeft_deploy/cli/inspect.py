@@ -14,7 +14,7 @@ from tpeft_deploy.errors import AdapterError, TpeftError
 
 if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
-    from tpeft_deploy.formats.module import BaseView
+    from tpeft_deploy.formats.read.module import BaseView
 
 __all__ = ["inspect"]
 
@@ -45,7 +45,7 @@ def inspect(
     the model; without, what names and shapes tell.  An adapter that is refused is shown with the reason; exit code 1.
     """
     from tpeft_deploy.formats import load_adapter
-    from tpeft_deploy.formats.base_view import view
+    from tpeft_deploy.formats.read.base_view import view
 
     opened = open_base(base)
     found = None if opened is None else view(opened)

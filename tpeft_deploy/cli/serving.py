@@ -11,7 +11,7 @@ from tpeft_deploy.errors import AdapterError, ExportError, MissingExtra, TpeftEr
 if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
     from tpeft_deploy.bundle.directory import Bundle
-    from tpeft_deploy.formats.module import BaseView
+    from tpeft_deploy.formats.read.module import BaseView
 
 __all__ = ["COLUMNS", "file_bytes", "forms", "heads", "oracle", "refused"]
 

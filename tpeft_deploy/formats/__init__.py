@@ -18,13 +18,14 @@ import numpy as np
 
 from tpeft_deploy.adapter import Adapter, Origin
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats import canonical, checkpoint, peft_tucker
-from tpeft_deploy.formats.base_view import Lazy, view
-from tpeft_deploy.formats.diffusers_metadata import diffusers_file
-from tpeft_deploy.formats.module import BaseView
-from tpeft_deploy.formats.parts import cut_adapter
+from tpeft_deploy.formats import canonical, checkpoint
+from tpeft_deploy.formats.peft import tucker as peft_tucker
+from tpeft_deploy.formats.read.base_view import Lazy, view
+from tpeft_deploy.formats.read.diffusers_metadata import diffusers_file
+from tpeft_deploy.formats.read.module import BaseView
+from tpeft_deploy.formats.read.parts import cut_adapter
+from tpeft_deploy.formats.read.saved import peft_directory, read_saved
 from tpeft_deploy.formats.readers import READERS
-from tpeft_deploy.formats.saved import peft_directory, read_saved
 
 __all__ = ["FORMATS", "load_adapter", "load_pickled", "methods_of", "origin_of"]
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import FormatError, brief
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.tensors import parse_json, read_bytes, read_tensors
+from tpeft_deploy.formats.read.safetensors_file import parse_json, read_bytes, read_tensors
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["ABOUT", "FILE", "HEADER", "NAME", "from_bytes", "from_tensors", "matches", "read"]

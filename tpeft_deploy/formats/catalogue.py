@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tpeft_deploy.formats import canonical, lycoris_refusals, peft_refusals, peft_tucker
+from tpeft_deploy.formats import canonical
 from tpeft_deploy.formats.about import About
+from tpeft_deploy.formats.lycoris import refusals as lycoris_refusals
+from tpeft_deploy.formats.peft import refusals as peft_refusals
+from tpeft_deploy.formats.peft import tucker as peft_tucker
 from tpeft_deploy.formats.readers import READERS
 
 __all__ = ["READ_COLUMNS", "REFUSED_COLUMNS", "abouts", "document", "markdown"]

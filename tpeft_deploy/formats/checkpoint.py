@@ -12,13 +12,14 @@ import numpy as np
 from tpeft_deploy import algebra
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import FormatError, ShapeError
-from tpeft_deploy.formats import diffusers_metadata, peft_refusals
-from tpeft_deploy.formats.compact import DENSE
-from tpeft_deploy.formats.module import BaseView, Change, Checkpoint, Module
-from tpeft_deploy.formats.names import PEFT_PREFIX, Names, inner
-from tpeft_deploy.formats.parts import cut_saved, prefixes
+from tpeft_deploy.formats.peft import refusals as peft_refusals
+from tpeft_deploy.formats.products.compact import DENSE
+from tpeft_deploy.formats.read import diffusers_metadata
+from tpeft_deploy.formats.read.module import BaseView, Change, Checkpoint, Module
+from tpeft_deploy.formats.read.names import PEFT_PREFIX, Names, inner
+from tpeft_deploy.formats.read.parts import cut_saved, prefixes
+from tpeft_deploy.formats.read.saved import Saved
 from tpeft_deploy.formats.readers import READERS, WHOLE_MODEL, Reader
-from tpeft_deploy.formats.saved import Saved
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["methods", "read"]

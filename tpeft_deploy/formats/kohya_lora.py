@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.compact import low_rank
-from tpeft_deploy.formats.lycoris_dora import dora_gain
-from tpeft_deploy.formats.lycoris_full import bias_override
-from tpeft_deploy.formats.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.taking import reporting, take, take_scale
+from tpeft_deploy.formats.lycoris.dora import dora_gain
+from tpeft_deploy.formats.lycoris.full import bias_override
+from tpeft_deploy.formats.products.compact import low_rank
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.read.take import reporting, take, take_scale
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["ABOUT", "JOINED_SUFFIXES", "NAME", "SUFFIXES", "matches", "read"]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.compact import low_rank
-from tpeft_deploy.formats.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.taking import doing, reporting, take, take_scale
+from tpeft_deploy.formats.products.compact import low_rank
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.read.take import doing, reporting, take, take_scale
 from tpeft_deploy.tucker import TuckerDelta
 
 __all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]

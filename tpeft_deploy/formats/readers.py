@@ -20,57 +20,54 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tpeft_deploy.formats import (
-    flora_cr_mr,
-    flora_loralib,
-    flora_sjtu,
-    kohya_lora,
-    lycoris_full,
-    lycoris_glora,
-    lycoris_ia3,
-    lycoris_loha,
-    lycoris_lokr,
-    lycoris_norm,
-    lycoris_oft,
-    lycoris_refusals,
-    peft_adalora,
-    peft_attention,
-    peft_beft,
-    peft_boft,
-    peft_c3a,
-    peft_deft,
-    peft_delora,
-    peft_experts,
-    peft_fourierft,
-    peft_frod,
-    peft_glora,
-    peft_gralora,
-    peft_hira,
-    peft_hra,
-    peft_ia3,
-    peft_ln_tuning,
-    peft_loha,
-    peft_lokr,
-    peft_lora,
-    peft_miss,
-    peft_miss_bat,
-    peft_oft,
-    peft_osf,
-    peft_peanut,
-    peft_randlora,
-    peft_road,
-    peft_shira,
-    peft_supertuning,
-    peft_tinylora,
-    peft_tokens,
-    peft_unilora,
-    peft_vblora,
-    peft_vera,
-    peft_waveft,
-    plain_lora,
-)
+from tpeft_deploy.formats import kohya_lora, plain_lora
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.flora import cr_mr as flora_cr_mr
+from tpeft_deploy.formats.flora import loralib as flora_loralib
+from tpeft_deploy.formats.flora import sjtu as flora_sjtu
+from tpeft_deploy.formats.lycoris import full as lycoris_full
+from tpeft_deploy.formats.lycoris import glora as lycoris_glora
+from tpeft_deploy.formats.lycoris import ia3 as lycoris_ia3
+from tpeft_deploy.formats.lycoris import loha as lycoris_loha
+from tpeft_deploy.formats.lycoris import lokr as lycoris_lokr
+from tpeft_deploy.formats.lycoris import norm as lycoris_norm
+from tpeft_deploy.formats.lycoris import oft as lycoris_oft
+from tpeft_deploy.formats.lycoris import refusals as lycoris_refusals
+from tpeft_deploy.formats.peft import attention as peft_attention
+from tpeft_deploy.formats.peft import deft as peft_deft
+from tpeft_deploy.formats.peft import experts as peft_experts
+from tpeft_deploy.formats.peft import peanut as peft_peanut
+from tpeft_deploy.formats.peft import shira as peft_shira
+from tpeft_deploy.formats.peft import supertuning as peft_supertuning
+from tpeft_deploy.formats.peft import tokens as peft_tokens
+from tpeft_deploy.formats.peft.low_rank import adalora as peft_adalora
+from tpeft_deploy.formats.peft.low_rank import delora as peft_delora
+from tpeft_deploy.formats.peft.low_rank import glora as peft_glora
+from tpeft_deploy.formats.peft.low_rank import gralora as peft_gralora
+from tpeft_deploy.formats.peft.low_rank import lora as peft_lora
+from tpeft_deploy.formats.peft.low_rank import miss as peft_miss
+from tpeft_deploy.formats.peft.low_rank import miss_bat as peft_miss_bat
+from tpeft_deploy.formats.peft.low_rank import randlora as peft_randlora
+from tpeft_deploy.formats.peft.low_rank import tinylora as peft_tinylora
+from tpeft_deploy.formats.peft.low_rank import unilora as peft_unilora
+from tpeft_deploy.formats.peft.low_rank import vblora as peft_vblora
+from tpeft_deploy.formats.peft.low_rank import vera as peft_vera
+from tpeft_deploy.formats.peft.orthogonal import boft as peft_boft
+from tpeft_deploy.formats.peft.orthogonal import hra as peft_hra
+from tpeft_deploy.formats.peft.orthogonal import oft as peft_oft
+from tpeft_deploy.formats.peft.orthogonal import road as peft_road
+from tpeft_deploy.formats.peft.products import frod as peft_frod
+from tpeft_deploy.formats.peft.products import hira as peft_hira
+from tpeft_deploy.formats.peft.products import loha as peft_loha
+from tpeft_deploy.formats.peft.products import lokr as peft_lokr
+from tpeft_deploy.formats.peft.spectral import c3a as peft_c3a
+from tpeft_deploy.formats.peft.spectral import fourierft as peft_fourierft
+from tpeft_deploy.formats.peft.spectral import osf as peft_osf
+from tpeft_deploy.formats.peft.spectral import waveft as peft_waveft
+from tpeft_deploy.formats.peft.vectors import beft as peft_beft
+from tpeft_deploy.formats.peft.vectors import ia3 as peft_ia3
+from tpeft_deploy.formats.peft.vectors import ln_tuning as peft_ln_tuning
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 
 __all__ = ["READERS", "WHOLE_MODEL", "Reader"]
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import FormatError, UnsupportedBase
-from tpeft_deploy.formats.base_view import Lazy, holders, view
-from tpeft_deploy.formats.tensors import parse_json, read_bytes, read_tensors
+from tpeft_deploy.formats.read.base_view import Lazy, holders, view
+from tpeft_deploy.formats.read.safetensors_file import parse_json, read_bytes, read_tensors
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Known", "of_adapters", "read_weights"]

@@ -1,0 +1,1 @@
+"""Base models to which adapters are matched."""

@@ -1,0 +1,258 @@
+"""The torch module that a base's name stands for: a Hugging Face model directory, or package.module:factory.
+
+Nothing is downloaded and no code of a directory is run.  The module itself is loaded, not its files' headers alone:
+save_pretrained leaves out tied weights and may write others under older names, and only the model class knows which.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tpeft_deploy.errors import MissingExtra, TpeftError, UnsupportedBase, brief
+from tpeft_deploy.formats.base.diffusers_model import is_diffusers, load_diffusers
+
+__all__ = ["FACTORY", "architecture", "call_factory", "load_model", "model_class", "no_module", "open_model"]
+
+FACTORY = "Write a function that returns (module, example_inputs) and give it as 'package.module:function'."
+
+_log = logging.getLogger("tpeft_deploy.exporters")
+
+_COMPUTED = ("position_ids", "rotary_emb.inv_freq")  # older checkpoints hold these, newer models compute them
+
+
+def open_model(base: str) -> object:
+    """The module of a Hugging Face or diffusers model directory, or the one that a factory returns.
+
+    Args:
+        base: the directory, or "package.module:factory".
+
+    Raises:
+        MissingExtra: a directory, and the library that wrote it is not installed.
+        UnsupportedBase: it cannot be loaded.
+    """
+    if os.path.isdir(base):
+        if is_diffusers(base):
+            return load_diffusers(base)
+        return load_model(Path(base), model_class(Path(base), architecture(Path(base))))
+    made = call_factory(base)
+    return made[0] if isinstance(made, tuple) and made else made
+
+
+def call_factory(name: str) -> object:
+    """What the callable that "package.module:factory" names returns: a module, or a tuple that begins with one.
+
+    Raises:
+        UnsupportedBase: there is no such callable.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not function_name or os.path.sep in name:
+        raise UnsupportedBase(
+            f"load base {name}",
+            expected="package.module:factory, an .onnx file, or a Hugging Face model directory on this machine",
+            got=repr(name),
+            fix="Nothing is downloaded.",
+        )
+    factory = _factory(name, module_name, function_name)
+    try:
+        return factory()
+    except TpeftError:
+        raise
+    except Exception as error:  # a factory raises every kind of exception; the cause is kept
+        raise UnsupportedBase(
+            f"load base {name}",
+            problem=f"the factory fails ({type(error).__name__}: {brief(error)})",
+            fix="It is called without arguments.",
+        ) from error
+
+
+def no_module(name: str, got: object) -> UnsupportedBase:
+    """The error about a base that is something else than a torch module.
+
+    Args:
+        name: base's name, for the message.
+        got: the value found instead.
+    """
+    fixes = {
+        "a class": "Make an instance of it and load the trained weights.",
+        "a function": "Name it as 'package.module:function', or call it and pass what it returns.",
+        "a state dict": "Build its module, call load_state_dict with it, and pass the module.",
+        "a tuple": "Pass the module as base and the inputs as example_inputs.",
+    }
+    what = (
+        "a class"
+        if isinstance(got, type)
+        else "a state dict"
+        if isinstance(got, Mapping)
+        else "a tuple"
+        if isinstance(got, tuple)
+        else "a function"
+        if callable(got)
+        else ""
+    )
+    own = getattr(got, "__name__", type(got).__name__)
+    return UnsupportedBase(
+        f"load base {name}",
+        expected="a torch.nn.Module",
+        got=f"{what} ({own})" if what else own,
+        fix=fixes.get(what, FACTORY),
+    )
+
+
+def _factory(name: str, module_name: str, function_name: str) -> Callable[[], object]:
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: factories live beside the user's own scripts
+    try:
+        factory: Callable[[], object] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedBase(
+            f"load base {name}",
+            expected=f"a callable {function_name!r} in module {module_name!r}",
+            got=str(error),
+            fix="Run from the directory that holds the module, or install it.",
+        ) from error
+    except Exception as error:  # what a module raises while it is imported; the cause is kept
+        raise UnsupportedBase(
+            f"load base {name}", problem=f"importing {module_name} fails ({type(error).__name__}: {brief(error)})"
+        ) from error
+    if not callable(factory):
+        raise UnsupportedBase(
+            f"load base {name}", expected=f"a callable {function_name!r}", got=type(factory).__name__, fix=FACTORY
+        )
+    return factory
+
+
+def _transformers(path: Path) -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra(
+            f"load base {path}",
+            expected="transformers to be installed, for a Hugging Face model directory",
+            got=str(error),
+            fix="pip install 'tpeft-deploy[hf]'.",
+        ) from error
+    module: ModuleType = transformers
+    return module
+
+
+def architecture(path: Path) -> str:
+    """The class name in config.json, once the directory is known to hold a whole model and nothing but one."""
+    doing = f"load base {path}"
+    file = path / "config.json"
+    if not file.is_file():
+        raise UnsupportedBase(
+            doing,
+            expected="a Hugging Face model directory: config.json and model.safetensors",
+            got="a directory without config.json",
+            fix="Write one with save_pretrained().",
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedBase(doing, problem=f"config.json cannot be read ({error})") from error
+    if (path / "adapter_config.json").exists():
+        raise UnsupportedBase(
+            doing,
+            expected="a base",
+            got="a directory with a PEFT adapter in it",
+            fix="Keep the adapter in a separate directory.",
+        )
+    if not any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        raise UnsupportedBase(
+            doing,
+            expected="weights in model.safetensors, or in shards with model.safetensors.index.json",
+            got="neither",
+            fix="Load it with transformers and write it anew with save_pretrained().",
+        )
+    names = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise UnsupportedBase(
+            doing,
+            expected="config.json to name the model's class under 'architectures'",
+            got=repr(names),
+            fix="Write the directory with save_pretrained() of the model itself.",
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedBase(doing, expected="plain weights", got="quantised ones (quantization_config)", fix=FACTORY)
+    return names[0]
+
+
+def model_class(path: Path, name: str) -> Any:
+    """The class of transformers that config.json names."""
+    transformers = _transformers(path)
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise UnsupportedBase(
+            f"load base {path}",
+            expected=f"a model class of transformers {transformers.__version__}",
+            got=f"architecture {name!r}",
+            fix=FACTORY,
+        )
+    return found
+
+
+def load_model(path: Path, model: Any) -> Any:
+    """A model of a class in evaluation mode, every weight of it from the directory."""
+    doing = f"load base {path}"
+    try:
+        with _silent():
+            loaded, info = model.from_pretrained(
+                path,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype="auto",
+                # The other implementations choose by the values of masks, or by shapes, which a trace would freeze.
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+    except Exception as error:  # models raise every kind of exception; the cause is kept
+        raise UnsupportedBase(
+            doing, problem=f"transformers cannot load it ({type(error).__name__}: {brief(error, 300)})"
+        ) from error
+    _check_complete(doing, type(loaded).__name__, info)
+    return loaded.eval()
+
+
+def _check_complete(doing: str, name: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model of which transformers would fill weights with random numbers; say which ones it leaves out."""
+    fix = f"Write the directory anew with save_pretrained() of the trained {name}, and name its class in config.json."
+    missing, unused = (_listed(info[what]) for what in ("missing_keys", "unexpected_keys"))
+    if missing:
+        raise UnsupportedBase(doing, expected=f"every weight of {name}", got=f"no weights for {missing}", fix=fix)
+    if unused:
+        _log.warning("%s: %s has no use for the weights %s", doing, name, unused)
+    if info["mismatched_keys"] or info["error_msgs"]:
+        raise UnsupportedBase(
+            doing, problem=f"{info['mismatched_keys'] or ''}{info['error_msgs'] or ''}"[:300], fix=fix
+        )
+
+
+def _listed(keys: Iterable[str]) -> str:
+    found = sorted(key for key in keys if not key.endswith(_COMPUTED))
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No progress bars and no report of what could not be loaded: that is raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,71 @@
+"""DoRA as LyCORIS adds it to LoCon, LoHa and LoKr: each channel's weights are rescaled to a learnt length.
+
+    W' = (W + dW) dora_scale / (|W + dW| + eps)
+
+The norm is over all axes but one: over all but the outputs where dora_scale is (O, 1, ...), over all but the inputs
+where it is (1, I, 1, ...).  eps is that of float32, in which LyCORIS computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.read.module import Checkpoint, Module
+from tpeft_deploy.formats.read.take import base_array, doing
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = ["SUFFIX", "dora_gain"]
+
+SUFFIX = "dora_scale"
+
+
+def dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Mapping[str, Array]:
+    """Pop dora_scale: the weight's gain, dora_scale / (|W + dW| + eps); nothing where the module has none.
+
+    Args:
+        module: the module, whose `delta` is already read.
+        checkpoint: its checkpoint, with a base.
+        delta: dW (O, I, K1, ...).
+
+    Returns:
+        The weight's name -> (O, 1, ...) or (1, I, 1, ...), or an empty mapping.
+
+    Raises:
+        FormatError: no base was given, or dora_scale or dW do not fit its weight.
+    """
+    magnitude = module.tensors.pop(SUFFIX, None)
+    if magnitude is None:
+        return {}
+    weight = base_array(module, checkpoint, "weight", "DoRA's gain depends on the base's weight")
+    if delta.shape != weight.shape:
+        raise FormatError(
+            doing(module, checkpoint),
+            expected=f"a change of shape {weight.shape}, as the base's weight",
+            got=delta.shape,
+            fix="Check that the base is what the adapter was trained on.",
+        )
+    adapted = weight.astype(np.float64) + delta.dense()
+    axis = _channel_axis(module, checkpoint, magnitude, weight.shape)
+    others = tuple(a for a in range(weight.ndim) if a != axis)
+    norm = np.sqrt(np.square(adapted).sum(axis=others, keepdims=True))
+    # LyCORIS keeps dora_scale in float32 even where the file has 16 bits.
+    dtype = np.promote_types(magnitude.dtype, np.float32)
+    gain = magnitude.astype(np.float64) / (norm + np.finfo(dtype).eps)
+    return {f"{module.name}.weight": gain.astype(dtype)}
+
+
+def _channel_axis(module: Module, checkpoint: Checkpoint, magnitude: Array, shape: tuple[int, ...]) -> int:
+    ones = (1,) * (len(shape) - 2)
+    fitting = {(shape[0], 1, *ones): 0, (1, shape[1], *ones): 1}
+    axis = fitting.get(magnitude.shape)
+    if axis is None:
+        raise FormatError(
+            doing(module, checkpoint),
+            expected=f"dora_scale of shape {' or '.join(str(s) for s in fitting)}, as the weight is {shape}",
+            got=magnitude.shape,
+            fix="Check that the base is what the adapter was trained on.",
+        )
+    return axis

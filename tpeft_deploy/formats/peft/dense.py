@@ -1,0 +1,138 @@
+"""What readers of dense and sparse changes of PEFT share: sizes of a layer in the base, and how a change is held."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.peft.config import weight_shape
+from tpeft_deploy.formats.products.compact import widen
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.read.take import base_array, doing
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = [
+    "Linear",
+    "base_digest",
+    "dense_change",
+    "indices",
+    "linear_layer",
+    "misfit",
+    "positions",
+    "require_values",
+    "whole_number",
+]
+
+
+class Linear(NamedTuple):
+    """A linear layer of the base: its sizes, and whether its weight is stored as (inputs, outputs)."""
+
+    outputs: int
+    inputs: int
+    transposed: bool
+
+    @property
+    def size(self) -> int:
+        """How many numbers the weight holds."""
+        return self.outputs * self.inputs
+
+
+def linear_layer(module: Module, checkpoint: Checkpoint, why: str) -> Linear:
+    """The linear layer that a module is in the base.
+
+    Args:
+        module: the module.
+        checkpoint: its checkpoint.
+        why: purpose of the base, as a clause.
+
+    Raises:
+        FormatError: no base was given, or its module has no weight of two axes.
+    """
+    shape = weight_shape(f"{module.name}.weight", checkpoint) or base_array(module, checkpoint, "weight", why).shape
+    if len(shape) != 2:
+        raise misfit(module, checkpoint, "a linear layer", f"a weight of shape {shape}")
+    kind = checkpoint.base.kinds.get(module.name) if checkpoint.base is not None else None
+    # PEFT records the layout of the last layer alone, so a kind decides where it is known.
+    if kind == "Conv1D" if kind is not None else checkpoint.config.get("fan_in_fan_out"):
+        return Linear(shape[1], shape[0], transposed=True)
+    return Linear(shape[0], shape[1], transposed=False)
+
+
+def base_digest(checkpoint: Checkpoint, name: str) -> dict[str, str]:
+    """The digest of a weight that a change was computed with, by its name: the change is wrong for any other."""
+    return {} if checkpoint.base is None else {name: checkpoint.base.digest(name)}
+
+
+def dense_change(module: Module, change: Array, *, transposed: bool = False) -> Change:
+    """A change (O, I) of the module's weight that has no low rank."""
+    stored = np.ascontiguousarray(change.T) if transposed else change
+    return Change(deltas={f"{module.name}.weight": TuckerDelta(stored, (None, None))})
+
+
+def positions(
+    module: Module, checkpoint: Checkpoint, rows: Array, columns: Array, values: Array, layer: Linear
+) -> Array:
+    """The change (O, I) with values at the given positions.
+
+    Raises:
+        FormatError: a position is not in the weight, is no whole number or stands there twice.
+    """
+    rows, columns = (
+        indices(module, checkpoint, part, size) for part, size in ((rows, layer.outputs), (columns, layer.inputs))
+    )
+    if not rows.shape == columns.shape == values.shape or values.ndim != 1:
+        raise misfit(module, checkpoint, "one value for each position", f"{rows.shape} and {values.shape}")
+    flat = rows * layer.inputs + columns
+    if len(np.unique(flat)) != flat.size:
+        raise misfit(module, checkpoint, "positions that differ", "one that stands there twice")
+    change = np.zeros(layer.size, widen(values[:0]).dtype)
+    change[flat] = values
+    return change.reshape(layer.outputs, layer.inputs)
+
+
+def indices(module: Module, checkpoint: Checkpoint, found: Array, size: int) -> Array:
+    """Indices as int64, once each is a whole number of range(size).
+
+    Raises:
+        FormatError: one is not.
+    """
+    whole = found.astype(np.int64)
+    if not np.array_equal(whole, found) or (whole.size and not 0 <= whole.min() <= whole.max() < size):
+        raise misfit(module, checkpoint, f"whole numbers from 0 to {size - 1} as indices", "others")
+    return whole
+
+
+def require_values(module: Module, checkpoint: Checkpoint, **tensors: Array) -> None:
+    """Refuse tensors without values: their sizes may claim any rank."""
+    for name, tensor in tensors.items():
+        if tensor.size == 0:
+            raise misfit(module, checkpoint, f"values in {name}", f"none, of shape {tensor.shape}")
+
+
+def whole_number(checkpoint: Checkpoint, name: str) -> int:
+    """A whole number that the configuration must have.
+
+    Raises:
+        FormatError: it is absent or something else.
+    """
+    value = checkpoint.config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise FormatError(
+            f"read {checkpoint.source}, adapter_config.json",
+            expected=f"a whole number as {name}",
+            got=repr(value)[:80],
+            fix="Save the adapter again with save_pretrained.",
+        )
+    return value
+
+
+def misfit(module: Module, checkpoint: Checkpoint, expected: str, got: object) -> FormatError:
+    """The error about tensors of a module that do not fit each other or the base."""
+    return FormatError(
+        doing(module, checkpoint),
+        expected=expected,
+        got=got,
+        fix="Check that the file is whole and was trained on this base.",
+    )

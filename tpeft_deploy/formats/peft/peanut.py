@@ -1,0 +1,132 @@
+"""PEANuT as PEFT saves it: a small network computes the change from the base weight (arXiv 2410.01870).
+
+dW = s B h(W)^T        h(W) = act(W^T A^T), then `depth` layers act(. E_i^T), then as many act(. D_i^T), each of which
+                       adds what went into its encoder
+
+peanut_A.weight (r, O), peanut_B.weight (O, r), peanut_encoders.<i>.weight and peanut_decoders.<i>.weight (r, r); s is
+`scaling` and act is `act_fn`.  The change is of rank r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from tpeft_deploy.errors import FormatError
+from tpeft_deploy.formats.about import About
+from tpeft_deploy.formats.base.products import base_weight, change_of_base
+from tpeft_deploy.formats.peft.config import is_type, matrix_delta, number
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.read.take import doing, reporting, take
+from tpeft_deploy.tucker import Array, TuckerDelta
+
+__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+
+NAME = "peft-peanut"
+ABOUT = About("PEFT", "PEANuT", "linear", "yes", "low-rank", types=("PEANUT",))
+_A, _B = "peanut_A.weight", "peanut_B.weight"
+_DEEPEST = 32
+SUFFIXES = frozenset({_A, _B}) | {
+    f"peanut_{side}.{layer}.weight" for side in ("encoders", "decoders") for layer in range(_DEEPEST)
+}
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def _erf_gelu(x: Array) -> Array:
+    gelu: Array = x * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2))) / 2
+    return gelu
+
+
+# As transformers' ACT2FN names them.
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": _erf_gelu,
+    "silu": lambda x: x * _sigmoid(x),
+    "swish": lambda x: x * _sigmoid(x),
+    "sigmoid": _sigmoid,
+    "tanh": np.tanh,
+    "linear": lambda x: x,
+}
+
+
+def matches(module: Module, checkpoint: Checkpoint) -> bool:
+    """Whether a PEFT file of type PEANUT has a network for the module."""
+    return is_type(checkpoint, "PEANUT") and _A in module.tensors
+
+
+def read(module: Module, checkpoint: Checkpoint) -> Change:
+    """The module's change, of rank r.
+
+    Raises:
+        FormatError: no base was given, a tensor is missing or does not fit it, or the activation is not known here.
+    """
+    weight = base_weight(module, checkpoint, "PEANuT")
+    first, last = take(module, checkpoint, _A), take(module, checkpoint, _B)
+    activation = _activation(module, checkpoint)
+    scale = number(checkpoint.config, "scaling", checkpoint.source)
+    depth = sum(name.startswith("peanut_encoders.") for name in module.tensors)
+    if checkpoint.config.get("depth") != depth:
+        raise FormatError(
+            doing(module, checkpoint),
+            expected=f"as many encoders as depth in adapter_config.json says, {checkpoint.config.get('depth')!r}",
+            got=depth,
+            fix=f"Copy both files of one adapter; a depth above {_DEEPEST} is not read.",
+        )
+    encoders, decoders = (
+        [take(module, checkpoint, f"peanut_{side}.{layer}.weight") for layer in range(depth)]
+        for side in ("encoders", "decoders")
+    )
+    with reporting(module, checkpoint):
+        rank = len(first)
+        shapes = {tensor.shape for tensor in (*encoders, *decoders)} - {(rank, rank)}
+        if weight.ndim != 2 or first.shape != (rank, len(weight)) or last.shape != (len(weight), rank) or shapes:
+            raise ValueError(f"a network of rank {rank} for a weight of shape {weight.shape}")
+        with np.errstate(over="ignore", invalid="ignore"):
+            dtype = np.promote_types(first.dtype, np.float32)
+            if rank > len(weight):
+                run = partial(_network, encoders=encoders, decoders=decoders, activation=activation)
+                change = _by_columns(weight, first, last, run)
+                return change_of_base(module, checkpoint, TuckerDelta(change.astype(dtype), (None, None), scale))
+            hidden = _network(weight.T @ first.T.astype(np.float64), encoders, decoders, activation)
+            delta = matrix_delta(last.astype(dtype), hidden.T.astype(dtype), scale)
+        return change_of_base(module, checkpoint, delta)
+
+
+def _by_columns(weight: Array, first: Array, last: Array, run: Callable[[Array], Array]) -> Array:
+    """B h(W)^T, some columns at a time: a rank beyond the outputs would make h(W) larger than weight and file."""
+    step = max(1, weight.size // len(first))
+    change = np.empty(weight.shape)
+    for start in range(0, weight.shape[1], step):
+        columns = slice(start, start + step)
+        hidden = run(weight[:, columns].T @ first.T.astype(np.float64))
+        change[:, columns] = last.astype(np.float64) @ hidden.T
+    return change
+
+
+def _network(x: Array, encoders: list[Array], decoders: list[Array], activation: Callable[[Array], Array]) -> Array:
+    x = activation(x)
+    before = []
+    for encoder in encoders:
+        before.append(x)
+        x = activation(x @ encoder.T.astype(np.float64))
+    for decoder in decoders:
+        x = activation(x @ decoder.T.astype(np.float64)) + before.pop()
+    return x
+
+
+def _activation(module: Module, checkpoint: Checkpoint) -> Callable[[Array], Array]:
+    name = checkpoint.config.get("act_fn")
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise FormatError(
+            doing(module, checkpoint),
+            expected=f"act_fn {', '.join(_ACTIVATIONS)} in adapter_config.json",
+            got=repr(name),
+            fix="Merge it with PEFT's merge_and_unload and export the merged model as a base.",
+        )
+    return _ACTIVATIONS[name]

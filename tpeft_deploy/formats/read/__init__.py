@@ -1,0 +1,1 @@
+"""Reading of checkpoint files and module names."""

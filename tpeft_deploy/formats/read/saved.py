@@ -1,0 +1,142 @@
+"""What a training side left on disk, before anyone asks what the tensors mean.
+
+    a PEFT directory       adapter_config.json and adapter_model.safetensors
+    a .safetensors file    all that LyCORIS, kohya and FLoRA write
+
+Pickles run code when they are read, so only `convert` reads them, on its user's word (`pickles=True`), and then with
+torch's reader that knows tensors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tpeft_deploy.errors import FormatError, MissingExtra, brief
+from tpeft_deploy.formats.read.safetensors_file import parse_json, read_bytes, read_tensors, require_finite
+from tpeft_deploy.tucker import Array
+
+__all__ = ["CONFIG", "TENSORS", "Saved", "peft_directory", "read_config", "read_saved"]
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+_SAVE_AGAIN = "Save the adapter again with save_pretrained."
+_MOST_CONFIG = 16 * 2**20  # bytes: masks of AdaLoRA for 10,000 modules, or a million token indices
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
+_PEFT_PICKLE = "adapter_model.bin"
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """Tensors by the keys that the file gives them.
+
+    Args:
+        source: where they came from, for messages.
+        tensors: key -> tensor, finite.
+        config: adapter_config.json of a PEFT directory, else empty.
+        metadata: of the safetensors header.
+        directory: whether this is a PEFT directory, which may hold whole tensors (heads, biases) as well.
+    """
+
+    source: str
+    tensors: dict[str, Array]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    directory: bool = False
+
+
+def peft_directory(path: Path) -> Path | None:
+    """The PEFT directory that `path` is, or whose tensors file it is: without its config the scale would be lost."""
+    place = path.parent if path.name in (TENSORS, _PEFT_PICKLE) else path
+    return place if (place / CONFIG).is_file() else None
+
+
+def read_saved(path: Path, *, pickles: bool = False) -> Saved:
+    """Read a PEFT directory or a single file.
+
+    Raises:
+        FormatError: neither, damaged, not finite, or a pickle that was not asked for.
+        MissingExtra: a pickle, and torch is not installed.
+    """
+    place = peft_directory(path)
+    if place is not None:
+        config = read_config(place / CONFIG)
+        file = place / TENSORS
+        if not file.is_file() and (place / _PEFT_PICKLE).is_file():
+            file = place / _PEFT_PICKLE
+        tensors, metadata = _read(file, str(place), pickles=pickles)
+        return Saved(str(place), _without_wrappers(tensors), config, metadata, directory=True)
+    tensors, metadata = _read(path, str(path), pickles=pickles)
+    return Saved(str(path), tensors, {}, metadata)
+
+
+def _read(file: Path, source: str, *, pickles: bool) -> tuple[dict[str, Array], dict[str, str]]:
+    if file.suffix in _PICKLES:
+        if not pickles:
+            raise FormatError(
+                f"read {source}",
+                expected="safetensors",
+                got=f"{file.name}, a pickle, which can run code when it is read",
+                fix="Turn it into safetensors first: 'tpeft-deploy convert ADAPTER OUT --to tpeft'.",
+            )
+        return _unpickle(file), {}
+    return read_tensors(read_bytes(file), source=source)
+
+
+def _without_wrappers(tensors: dict[str, Array]) -> dict[str, Array]:
+    """Drop the copies that PEFT's `save_embedding_layers` writes beside a saved module, and PEFT ignores."""
+
+    def plain(key: str) -> str:
+        return key.replace(".original_module.", ".").replace(".modules_to_save.", ".")
+
+    return {key: tensor for key, tensor in tensors.items() if plain(key) == key or plain(key) not in tensors}
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The object in an adapter_config.json.
+
+    Raises:
+        FormatError: it cannot be read, is too large, or is no JSON object.
+    """
+    data = read_bytes(file)
+    if len(data) > _MOST_CONFIG:
+        raise FormatError(f"read {file}", expected=f"at most {_MOST_CONFIG} bytes", got=len(data))
+    try:
+        config = parse_json(data)
+    except ValueError as error:
+        raise FormatError(f"read {file}", expected="JSON", got=brief(error), fix=_SAVE_AGAIN) from error
+    if not isinstance(config, dict):
+        raise FormatError(f"read {file}", expected="a JSON object", got=type(config).__name__)
+    return config
+
+
+def _unpickle(file: Path) -> dict[str, Array]:
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtra(
+            f"read {file}",
+            expected="torch to be installed, which reads pickles",
+            got="no such package",
+            fix="pip install 'tpeft-deploy[export]'.",
+        ) from error
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises every kind of exception; the cause is kept
+        raise FormatError(
+            f"read {file}", expected="a pickle of tensors alone", got=f"{type(error).__name__}: {str(error)[:200]}"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise FormatError(f"read {file}", expected="a dict of tensors by name", got=type(state).__name__)
+    tensors: dict[str, Array] = {}
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise FormatError(f"read {file}, entry {key!r}", expected="a tensor", got=type(value).__name__)
+        plain = value.detach().float() if value.dtype == torch.bfloat16 else value.detach()
+        tensors[key] = plain.numpy()
+    require_finite(tensors, source=str(file))
+    return tensors
