@@ -235,7 +235,7 @@ def change_of(target: Target, tensors: Mapping[str, Array]) -> Array:
 
 
 def neutral(target: Target) -> dict[str, Array]:
-    """Slots of rank 1 that change nothing.  Rank 0 would do on the CPU; it is unproved on CUDA.
+    """Slots of rank 1 that change nothing.  Rank 0 would do on the CPU and for matrices; cuDNN refuses convs of it.
 
     An override has no neutral value: its slot's default is the base's own tensor.
     """
