@@ -213,9 +213,9 @@ class Captured:
         found = control_flow(session)
         if found:
             return found
-        on_cpu = nodes_on_cpu(session)
-        shown = ", ".join(on_cpu[:8]) + (f" and {len(on_cpu) - 8} more" if len(on_cpu) > 8 else "")
-        return [str(refusal).splitlines()[0][:300], f"with these nodes on the CPU: {shown or 'none'}"]
+        # By operator: sizes are computed on the CPU by dozens of nodes, which would hide the one that is copied to.
+        on_cpu = sorted({node.split()[0] for node in nodes_on_cpu(session)})
+        return [str(refusal).splitlines()[0][:300], f"with nodes on the CPU ({', '.join(on_cpu) or 'none'})"]
 
     def _unrecordable(self, obstacles: list[str]) -> RunError:
         scans = any(obstacle.startswith("Scan ") for obstacle in obstacles)
