@@ -21,10 +21,10 @@ import onnxruntime
 
 from benchmarks.gpu_fixed import Fixed, Place
 from tpeft_deploy import Bundle
-from tpeft_deploy.runtime import providers
-from tpeft_deploy.runtime.bank import Bank, Layout, widened
-from tpeft_deploy.runtime.opening import computes_in_half
-from tpeft_deploy.runtime.providers import ORT_ERRORS, Cuda
+from tpeft_deploy.runtime.adapters.bank import Bank, Layout, widened
+from tpeft_deploy.runtime.sessions import providers
+from tpeft_deploy.runtime.sessions.open_banked import computes_in_half
+from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Cuda
 from tpeft_deploy.tucker import Array
 
 ROWS = 4
