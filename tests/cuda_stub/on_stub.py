@@ -21,9 +21,10 @@ import onnxruntime
 
 from benchmarks.gpu_fixed import Fixed, Place
 from tpeft_deploy import Bundle
-from tpeft_deploy.runtime.adapters.bank import Bank, Layout, widened
+from tpeft_deploy.bundle.directory import BANKED_CUDA
+from tpeft_deploy.runtime.adapters.bank import Bank, Layout
 from tpeft_deploy.runtime.sessions import providers
-from tpeft_deploy.runtime.sessions.open_banked import computes_in_half
+from tpeft_deploy.runtime.sessions.open_banked import banked_file, computes_in_half
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Cuda
 from tpeft_deploy.tucker import Array
 
@@ -56,11 +57,11 @@ class Log:
         return found
 
 
-def bank_of(bundle: Bundle) -> Bank:
-    """A bank on the device with the bundle's tasks in turn."""
-    layout = Layout.of(bundle)
-    rows = [bundle.factors(task) for task in islice(cycle(bundle.tasks), ROWS)]
-    shapes = widened(layout.shapes, ({name: array.shape for name, array in row.items()} for row in rows))
+def bank_of(bundle: Bundle, file: str) -> Bank:
+    """A bank on the device for a banked graph, with the bundle's tasks in turn."""
+    layout = Layout.of(bundle, bundle.manifest.packing if file == BANKED_CUDA else ())
+    rows = [layout.rows(bundle.factors(task)) for task in islice(cycle(bundle.tasks), ROWS)]
+    shapes = layout.widest({name: array.shape for name, array in row.items()} for row in rows)
     bank = Bank.allocate(layout, shapes, ROWS + 1, "cuda")
     for number, row in enumerate(rows, 1):
         bank.write(number, row)
@@ -111,12 +112,13 @@ def main(path: Path, optimised: Path) -> None:
     choice, log, bundle = providers.choose("cuda"), Log(), Bundle.open(path)
     place = Place(path, choice, 0.0)
     half = computes_in_half(bundle.manifest, choice)
-    inputs, bank = batch(bundle), bank_of(bundle)
+    banked = banked_file(bundle.manifest, choice)
+    inputs, bank = batch(bundle), bank_of(bundle, banked)
     found: dict[str, Any] = {}
     for form in FORMS:
         if form == "banked each" and bundle.manifest.rows != "each":
             continue
-        file = path / f"{form.split()[0]}.onnx"
+        file = path / (banked if form.startswith("banked") else f"{form}.onnx")
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(optimised / f"{form}.onnx")
         session = providers.open_session(file, choice, half=half, options=options, cuda=Cuda(placement=True))
