@@ -48,19 +48,19 @@ class Known:
 
 # Launches, at most, of a run of four rows: the base's, with factors, with one bank row, with a bank row each.
 LAUNCHES = {
-    "ConvNeXt-V2": (118, 171, 225, 240),
-    "ViT": (64, 106, 139, 139),
-    "DINOv2": (73, 113, 142, 142),
-    "BERT": (73, 113, 151, 151),
-    "DeBERTa-V2": (115, 179, 234, 254),
-    "DeBERTa-V3": (104, 164, 206, 226),
-    "Llama with KV cache": (137, 185, 226, 226),
-    "Llama, tied": (137, 182, 221, 221),
+    "ConvNeXt-V2": (118, 171, 220, 235),
+    "ViT": (64, 106, 120, 120),
+    "DINOv2": (73, 113, 125, 125),
+    "BERT": (73, 113, 124, 124),
+    "DeBERTa-V2": (115, 179, 215, 235),
+    "DeBERTa-V3": (104, 164, 195, 215),
+    "Llama with KV cache": (137, 185, 205, 205),
+    "Llama, tied": (137, 182, 201, 201),
     "ResNet with BatchNorm": (31, 104, 138, 138),
-    "MultiheadAttention encoder": (53, 77, 102, 106),
+    "MultiheadAttention encoder": (53, 77, 97, 101),
     "Conv1d net": (8, 19, 30, 33),
     "Conv3d net": (9, 18, 28, 28),
-    "U-Net with cross-attention": (87, 158, 231, 231),
+    "U-Net with cross-attention": (87, 158, 222, 222),
 }
 
 # Scan: grouped and depthwise deltas, and whole convs.
