@@ -16,7 +16,7 @@ from tests.server.registry_subjects import adapter, add
 from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import Conflict, NotFound, QuotaExceeded, RunError, Unavailable
-from tpeft_deploy.runtime.server.registry import PinRecord, State, database, open_state
+from tpeft_deploy.runtime.server.registry import PinRecord, State, open_state, schema
 from tpeft_deploy.runtime.server.registry.database import sqlite_url
 from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
@@ -272,7 +272,7 @@ def test_a_database_of_before_opens_and_works(tmp_path: Path, url: str | None) -
         assert add(state).number == 4
         assert state.tasks.read(task.version("1")).to_bytes() == adapter(0).to_bytes()
         with state._database.writing() as connection:  # a server of before goes on with it
-            connection.execute(database.aliases.update().values(number=3, previous=4))
+            connection.execute(schema.aliases.update().values(number=3, previous=4))
     with open_state(tmp_path, url) as state:
         assert numbers(state)[:2] == [3, 4]
         assert state.tasks.rollback("acme", "mood", "current", by="a key").aliases == {"current": 4}

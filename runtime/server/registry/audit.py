@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, or_, select
 
-from tpeft_deploy.runtime.server.registry import database
+from tpeft_deploy.runtime.server.registry import schema
 from tpeft_deploy.runtime.server.registry.database import Database
 
 __all__ = ["Audit", "AuditRecord", "write"]
@@ -50,9 +50,9 @@ class Audit:
 
     def list(self, limit: int = 100, before: int | None = None) -> list[AuditRecord]:
         """The newest changes first, of those older than the id `before`."""
-        wanted = select(database.audit).order_by(database.audit.c.id.desc()).limit(limit)
+        wanted = select(schema.audit).order_by(schema.audit.c.id.desc()).limit(limit)
         if before is not None:
-            wanted = wanted.where(database.audit.c.id < before)
+            wanted = wanted.where(schema.audit.c.id < before)
         with self._database.reading() as connection:
             return [AuditRecord(**row) for row in connection.execute(wanted).mappings()]
 
@@ -63,7 +63,7 @@ class Audit:
             days: those that are older; None keeps them.
             rows: all but the newest so many; None keeps them.
         """
-        own, gone = database.audit.c, []
+        own, gone = schema.audit.c, []
         if days is not None:
             gone.append(own.time < time.time() - 86400 * days)
         with self._database.reading() as connection:
@@ -73,13 +73,13 @@ class Audit:
             if not gone or connection.scalar(select(own.id).where(or_(*gone)).limit(1)) is None:
                 return 0
         with self._database.writing() as connection:
-            return connection.execute(delete(database.audit).where(or_(*gone))).rowcount
+            return connection.execute(delete(schema.audit).where(or_(*gone))).rowcount
 
 
 def write(connection: Connection, by: str, tenant: str, action: str, target: str, **detail: Any) -> None:
     """Write a change as part of its transaction."""
     connection.execute(
-        insert(database.audit).values(
+        insert(schema.audit).values(
             time=time.time(), tenant=tenant, key=by, action=action, target=target, detail=detail
         )
     )

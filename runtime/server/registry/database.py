@@ -11,21 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
     URL,
-    BigInteger,
-    Boolean,
-    Column,
     Connection,
     Engine,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    UniqueConstraint,
     create_engine,
     delete,
     event,
@@ -40,121 +28,15 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from tpeft_deploy.errors import InsufficientStorage, MissingExtra, ServerError, Unavailable, VersionError
+from tpeft_deploy.runtime.server.registry import schema
 from tpeft_deploy.runtime.server.registry.files.disk import full, no_room
 
-__all__ = [
-    "Database",
-    "aliases",
-    "audit",
-    "history",
-    "keys",
-    "pins",
-    "sqlite_url",
-    "tasks",
-    "tenants",
-    "unloaded",
-    "versions",
-]
+__all__ = ["Database", "sqlite_url"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 
-SCHEMA = 1
 _WRITING, _SERVING = 0x7470_6566, 0x7470_6567  # advisory locks: of one transaction that writes, and of one server
 _LOCK_SECONDS = 30
-_NAME = String(128)
-
-_metadata = MetaData()
-_meta = Table("meta", _metadata, Column("name", _NAME, primary_key=True), Column("value", Integer, nullable=False))
-tenants = Table(
-    "tenants",
-    _metadata,
-    Column("name", _NAME, primary_key=True),
-    Column("quota", JSON, nullable=False),
-    Column("created", Float, nullable=False),
-)
-keys = Table(
-    "keys",
-    _metadata,
-    Column("id", String(16), primary_key=True),
-    Column("digest", String(64), nullable=False, unique=True),
-    Column("tenant", _NAME, nullable=False),
-    Column("role", String(16), nullable=False),
-    Column("created", Float, nullable=False),
-    Column("expires", Float),
-    Column("revoked", Float),
-)
-# A deleted task keeps its row, so that the numbers of its versions are never given again.
-tasks = Table(
-    "tasks",
-    _metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("tenant", _NAME, nullable=False),
-    Column("name", _NAME, nullable=False),
-    Column("next_number", Integer, nullable=False),
-    Column("deleted", Boolean, nullable=False),
-    UniqueConstraint("tenant", "name"),
-)
-versions = Table(
-    "versions",
-    _metadata,
-    Column("task", ForeignKey("tasks.id"), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("digest", String(64), nullable=False, index=True),
-    Column("bytes", BigInteger, nullable=False),
-    Column("created", Float, nullable=False),
-    Column("by", _NAME, nullable=False),
-)
-aliases = Table(
-    "aliases",
-    _metadata,
-    Column("task", ForeignKey("tasks.id"), primary_key=True),
-    Column("alias", _NAME, primary_key=True),
-    Column("number", Integer, nullable=False),
-    Column("previous", Integer),
-)
-audit = Table(
-    "audit",
-    _metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("time", Float, nullable=False),
-    Column("tenant", _NAME, nullable=False),
-    Column("key", _NAME, nullable=False),
-    Column("action", String(32), nullable=False),
-    Column("target", String(300), nullable=False),
-    Column("detail", JSON, nullable=False),
-)
-# Tables from here on came later: they are made where they are missing, and servers that do not know them leave them.
-# What an alias stood for; without time and key where that was not recorded then.
-history = Table(
-    "alias_history",
-    _metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("task", ForeignKey("tasks.id"), nullable=False),
-    Column("alias", _NAME, nullable=False),
-    Column("number", Integer, nullable=False),
-    Column("time", Float),
-    Column("by", _NAME),
-    Index("alias_history_of", "task", "alias", "id"),
-)
-# By name, as the bundle's own tasks have no row; the version as clients write it.
-pins = Table(
-    "pins",
-    _metadata,
-    Column("tenant", _NAME, primary_key=True),
-    Column("task", _NAME, primary_key=True),
-    Column("version", String(10), primary_key=True),
-    Column("folded", Boolean, nullable=False),
-    Column("time", Float, nullable=False),
-    Column("by", _NAME, nullable=False),
-)
-unloaded = Table(
-    "unloaded",
-    _metadata,
-    Column("tenant", _NAME, primary_key=True),
-    Column("task", _NAME, primary_key=True),
-    Column("time", Float, nullable=False),
-    Column("by", _NAME, nullable=False),
-)
 
 
 class Database:
@@ -182,10 +64,10 @@ class Database:
         try:
             with self.writing("open the server's database") as connection:
                 _check_schema(connection)
-                _metadata.create_all(connection)
+                schema.metadata.create_all(connection)
                 if self._meta(connection, "schema") is None:
-                    for name, value in (("schema", SCHEMA), ("changes", 0)):
-                        connection.execute(insert(_meta).values(name=name, value=value))
+                    for name, value in (("schema", schema.SCHEMA), ("changes", 0)):
+                        connection.execute(insert(schema.meta).values(name=name, value=value))
             self._opened = True
         except BaseException:
             self.close()
@@ -257,7 +139,9 @@ class Database:
         Returns:
             How often they have changed, with this time.
         """
-        connection.execute(update(_meta).where(_meta.c.name == "changes").values(value=_meta.c.value + 1))
+        connection.execute(
+            update(schema.meta).where(schema.meta.c.name == "changes").values(value=schema.meta.c.value + 1)
+        )
         return self.changes(connection)
 
     def changes(self, connection: Connection) -> int:
@@ -270,8 +154,8 @@ class Database:
 
     def bind(self, connection: Connection, directory: int) -> None:
         """Note, as part of a transaction, the number of the directory that the adapters are in."""
-        connection.execute(delete(_meta).where(_meta.c.name == "directory"))
-        connection.execute(insert(_meta).values(name="directory", value=directory))
+        connection.execute(delete(schema.meta).where(schema.meta.c.name == "directory"))
+        connection.execute(insert(schema.meta).values(name="directory", value=directory))
 
     def close(self) -> None:
         """Close all connections."""
@@ -320,7 +204,7 @@ class Database:
         return self._engine.dialect.name == "sqlite"
 
     def _meta(self, connection: Connection, name: str) -> int | None:
-        return connection.scalar(select(_meta.c.value).where(_meta.c.name == name))
+        return connection.scalar(select(schema.meta.c.value).where(schema.meta.c.name == name))
 
 
 def sqlite_url(path: Path) -> URL:
@@ -330,13 +214,13 @@ def sqlite_url(path: Path) -> URL:
 
 def _check_schema(connection: Connection) -> None:
     # Before a table is made: a newer server's database stays as it is.
-    if not inspect(connection).has_table(_meta.name):
+    if not inspect(connection).has_table(schema.meta.name):
         return
-    found = connection.scalar(select(_meta.c.value).where(_meta.c.name == "schema"))
-    if found != SCHEMA:
+    found = connection.scalar(select(schema.meta.c.value).where(schema.meta.c.name == "schema"))
+    if found != schema.SCHEMA:
         raise VersionError(
             "open the server's database",
-            expected=f"schema {SCHEMA}",
+            expected=f"schema {schema.SCHEMA}",
             got=found,
             fix="Start the version of tpeft-deploy that wrote it.",
         )

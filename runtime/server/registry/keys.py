@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, insert, select, update
 
 from tpeft_deploy.errors import InsufficientStorage, NotFound, ProtocolError, Unauthenticated, Unavailable
-from tpeft_deploy.runtime.server.registry import audit, database
+from tpeft_deploy.runtime.server.registry import audit, schema
 from tpeft_deploy.runtime.server.registry.cached import Latest
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.files.disk import Reserve
@@ -90,7 +90,7 @@ class Keys:
         with self._database.writing() as connection:
             ensure(self._database, connection, tenant)
             connection.execute(
-                insert(database.keys).values(
+                insert(schema.keys).values(
                     id=own, digest=record.digest, tenant=tenant, role=role, created=now, expires=expires
                 )
             )
@@ -146,13 +146,13 @@ class Keys:
     def _revoke(self, id: str, by: str) -> KeyRecord:
         if not _ID.fullmatch(id):
             raise NotFound(f"revoke key {id[:100]!r}", expected="the id of a key", got="another text")
-        own = database.keys.c.id == id
+        own = schema.keys.c.id == id
         with self._database.writing() as connection:
-            row = connection.execute(select(database.keys.c.tenant, database.keys.c.revoked).where(own)).one_or_none()
+            row = connection.execute(select(schema.keys.c.tenant, schema.keys.c.revoked).where(own)).one_or_none()
             if row is None:
                 raise NotFound(f"revoke key {id!r}", expected="the id of a key", got="one that no key has")
             if row.revoked is None:
-                connection.execute(update(database.keys).where(own).values(revoked=time.time()))
+                connection.execute(update(schema.keys).where(own).values(revoked=time.time()))
                 audit.write(connection, by, row.tenant, "revoke key", id)
                 self._database.changed(connection)
             changes, known = self._database.changes(connection), self.read(connection)
@@ -180,7 +180,7 @@ class Keys:
     def read(self, connection: Connection) -> _Known:
         """What a transaction sees."""
         found = {}
-        for row in connection.execute(select(database.keys)).mappings():
+        for row in connection.execute(select(schema.keys)).mappings():
             record = KeyRecord(**{**row, "role": Role(row["role"])})
             found[record.id] = (record, Principal(record.tenant, record.role, record.id))
         return found

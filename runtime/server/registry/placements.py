@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, insert, select
 
-from tpeft_deploy.runtime.server.registry import audit, database
+from tpeft_deploy.runtime.server.registry import audit, schema
 from tpeft_deploy.runtime.server.registry.database import Database
 
 __all__ = ["PinRecord", "Placements", "drop"]
 
-_P, _U = database.pins, database.unloaded
+_P, _U = schema.pins, schema.unloaded
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
-from tpeft_deploy.runtime.server.registry import database
+from tpeft_deploy.runtime.server.registry import schema
 from tpeft_deploy.runtime.server.registry.snapshot import AliasRecord, Catalog, TaskRecord, VersionRecord
 
 __all__ = [
@@ -26,7 +26,7 @@ __all__ = [
     "usage",
 ]
 
-_T, _V, _A, _H = database.tasks, database.versions, database.aliases, database.history
+_T, _V, _A, _H = schema.tasks, schema.versions, schema.aliases, schema.history
 _KEPT = 100  # changes of one alias that are remembered
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import Connection, insert, select, update
 
 from tpeft_deploy.errors import NotFound
-from tpeft_deploy.runtime.server.registry import audit, database
+from tpeft_deploy.runtime.server.registry import audit, schema
 from tpeft_deploy.runtime.server.registry.cached import Latest
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.names import check_tenant
@@ -71,7 +71,7 @@ class Tenants:
         check_tenant(tenant)
         with self._database.writing() as connection:
             ensure(self._database, connection, tenant)
-            own = update(database.tenants).where(database.tenants.c.name == tenant)
+            own = update(schema.tenants).where(schema.tenants.c.name == tenant)
             connection.execute(own.values(quota=asdict(quota)))
             audit.write(connection, by, tenant, "set quota", tenant, **asdict(quota))
             changes, known = self._database.changed(connection), self.read(connection)
@@ -80,7 +80,7 @@ class Tenants:
 
     def read(self, connection: Connection) -> dict[str, TenantRecord]:
         """What a transaction sees."""
-        found = connection.execute(select(database.tenants)).mappings()
+        found = connection.execute(select(schema.tenants)).mappings()
         return {row["name"]: self._record(row["name"], row["quota"], row["created"]) for row in found}
 
     def see(self, changes: int, known: dict[str, TenantRecord]) -> None:
@@ -96,6 +96,6 @@ class Tenants:
 
 def ensure(own: Database, connection: Connection, tenant: str) -> None:
     """Make a tenant where there is none, as part of a transaction."""
-    if connection.scalar(select(database.tenants.c.name).where(database.tenants.c.name == tenant)) is None:
-        connection.execute(insert(database.tenants).values(name=tenant, quota={}, created=time.time()))
+    if connection.scalar(select(schema.tenants.c.name).where(schema.tenants.c.name == tenant)) is None:
+        connection.execute(insert(schema.tenants).values(name=tenant, quota={}, created=time.time()))
         own.changed(connection)
