@@ -6,7 +6,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from sqlalchemy import (
     delete,
     event,
     insert,
-    inspect,
     make_url,
     select,
     text,
@@ -27,8 +26,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tpeft_deploy.errors import InsufficientStorage, MissingExtra, ServerError, Unavailable, VersionError
-from tpeft_deploy.runtime.server.registry import schema
+from tpeft_deploy.errors import InsufficientStorage, MissingExtra, ServerError, Unavailable
+from tpeft_deploy.runtime.server.registry import migrations, schema
 from tpeft_deploy.runtime.server.registry.files.disk import full, no_room
 
 __all__ = ["Database", "sqlite_url"]
@@ -37,6 +36,8 @@ _log = logging.getLogger("tpeft_deploy.server")
 
 _WRITING, _SERVING = 0x7470_6566, 0x7470_6567  # advisory locks: of one transaction that writes, and of one server
 _LOCK_SECONDS = 30
+_STOP_SECONDS = 10  # that a migration waits for the last server to stop
+_LOCK_NOT_AVAILABLE = "55P03"
 
 
 class Database:
@@ -55,7 +56,9 @@ class Database:
         VersionError: it was written by another version of the server.
     """
 
-    def __init__(self, url: str | URL) -> None:
+    def __init__(
+        self, url: str | URL, *, exclusive: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         with _said("open the server's database"):
             self._engine = _engine(make_url(url))
         self._held: Connection | None = None
@@ -63,11 +66,7 @@ class Database:
         self.guard: Callable[[], None] = lambda: None
         try:
             with self.writing("open the server's database") as connection:
-                _check_schema(connection)
-                schema.metadata.create_all(connection)
-                if self._meta(connection, "schema") is None:
-                    for name, value in (("schema", schema.SCHEMA), ("changes", 0)):
-                        connection.execute(insert(schema.meta).values(name=name, value=value))
+                self._open_tables(connection, exclusive)
             self._opened = True
         except BaseException:
             self.close()
@@ -162,6 +161,34 @@ class Database:
         self._let_go()
         self._engine.dispose()
 
+    def _open_tables(self, connection: Connection, exclusive: Callable[[], AbstractContextManager[object]]) -> None:
+        number = migrations.stored_schema(connection)
+        if number is None:
+            migrations.create(connection)
+        elif number < schema.SCHEMA:
+            with exclusive():
+                if not self._is_sqlite:
+                    self._wait_for_server(connection)
+                copy = migrations.copy_sqlite(self.files[0]) if self.files else None
+                migrations.upgrade(connection, number)
+            kept = f"; {copy} is the database before" if copy else ""
+            _log.info("the server's database is migrated from schema %d to %d%s", number, schema.SCHEMA, kept)
+
+    def _wait_for_server(self, connection: Connection) -> None:
+        """Take the servers' lock until the transaction ends: no server may run on tables that are migrated."""
+        try:
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_STOP_SECONDS}s'")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_SERVING}, hashtext(current_schema()))")
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                raise
+            raise ServerError(
+                "migrate the server's database",
+                expected="one that no server uses",
+                got="one in use",
+                fix="Stop the server of the earlier version first.",
+            ) from error
+
     def _holds(self) -> bool:
         if self._held is None:
             return False
@@ -210,20 +237,6 @@ class Database:
 def sqlite_url(path: Path) -> URL:
     """The URL of a database in a file, whatever characters its path has."""
     return URL.create("sqlite", database=str(path.resolve()))
-
-
-def _check_schema(connection: Connection) -> None:
-    # Before a table is made: a newer server's database stays as it is.
-    if not inspect(connection).has_table(schema.meta.name):
-        return
-    found = connection.scalar(select(schema.meta.c.value).where(schema.meta.c.name == "schema"))
-    if found != schema.SCHEMA:
-        raise VersionError(
-            "open the server's database",
-            expected=f"schema {schema.SCHEMA}",
-            got=found,
-            fix="Start the version of tpeft-deploy that wrote it.",
-        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Tables of the registry's database."""
+"""Tables of the registry's database; `migrations` brings databases of earlier schemas to them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sqlalchemy import (
 )
 
 __all__ = [
+    "COMPATIBLE",
     "SCHEMA",
     "aliases",
     "audit",
@@ -32,7 +33,9 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA = 1
+SCHEMA = 2  # the newest migration
+# What servers without migrations look for in `meta`.  A migration that makes their use of a database wrong raises it.
+COMPATIBLE = 1
 _NAME = String(128)
 
 metadata = MetaData()
@@ -55,7 +58,7 @@ keys = Table(
     Column("expires", Float),
     Column("revoked", Float),
 )
-# A deleted task keeps its row, so that the numbers of its versions are never given again.
+# A deleted task keeps its row, so that no version number is reused.
 tasks = Table(
     "tasks",
     metadata,
@@ -95,8 +98,7 @@ audit = Table(
     Column("target", String(300), nullable=False),
     Column("detail", JSON, nullable=False),
 )
-# Tables from here on came later: they are made where they are missing, and servers that do not know them leave them.
-# What an alias stood for; without time and key where that was not recorded then.
+# Earlier versions of an alias; time and key are null for changes made before schema 2.
 history = Table(
     "alias_history",
     metadata,
@@ -108,7 +110,7 @@ history = Table(
     Column("by", _NAME),
     Index("alias_history_of", "task", "alias", "id"),
 )
-# By name, as the bundle's own tasks have no row; the version as clients write it.
+# By name, because the bundle's tasks have no row; the version as clients write it.
 pins = Table(
     "pins",
     metadata,

@@ -8,7 +8,8 @@ import logging
 import os
 import secrets
 import threading
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -53,8 +54,7 @@ class State:
 
     def __init__(self, directory: Path, url: str | None = None, *, default: Quota | None = None) -> None:
         with ExitStack() as stack:
-            for handle in _take(directory):
-                stack.callback(os.close, handle)
+            stack.enter_context(_taken(directory))
             self._reserve = reserve = Reserve(directory)
             self._database = database = _opened(directory, url, reserve)
             stack.callback(database.close)
@@ -133,7 +133,7 @@ def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:
     """Keys alone, beside a server that may be running; close the database when done."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     reserve = Reserve(directory)
-    database = _opened(directory, url, reserve)
+    database = _opened(directory, url, reserve, exclusive=lambda: _taken(directory))
     keys = Keys(database, Tenants(database, Quota()), reserve)
     try:
         with database.reading() as connection:
@@ -144,17 +144,22 @@ def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:
     return keys, database
 
 
-def _opened(directory: Path, url: str | None, reserve: Reserve) -> Database:
+def _opened(
+    directory: Path,
+    url: str | None,
+    reserve: Reserve,
+    exclusive: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Database:
     """The database; on a full disk with the room that was kept for revocations, which only it can write."""
     file = directory / "state.db"
     if url is None:
         os.close(private(str(file), os.O_RDWR | os.O_CREAT))  # SQLite would leave the permissions to the umask
     try:
-        return Database(url or sqlite_url(file))
+        return Database(url or sqlite_url(file), exclusive=exclusive)
     except InsufficientStorage:
         if not reserve.release():
             raise
-        return Database(url or sqlite_url(file))
+        return Database(url or sqlite_url(file), exclusive=exclusive)
 
 
 def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
@@ -181,6 +186,21 @@ def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
         own = secrets.randbelow(2**31)
         replace_text(file, str(own), 0o600)
         database.bind(connection, own)
+
+
+@contextmanager
+def _taken(directory: Path) -> Iterator[None]:
+    """Lock a directory for this process.
+
+    Raises:
+        ServerError: another server has the directory.
+    """
+    handles = _take(directory)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            os.close(handle)
 
 
 def _take(directory: Path) -> list[int]:
