@@ -2,6 +2,7 @@
 # make test         the test suite           make check   ruff and mypy
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
+# make client       the blocking client, after a change of asynchronous.py
 # make formats      docs/formats.md, after a change of a reader
 # make image        the container image (PROVIDER=cpu or gpu), on its base by digest
 # make image-lock   image/*.txt, after a change of constraints.txt
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 OUT ?= quickstart
 ROUNDS ?= 20
 
-.PHONY: quickstart test test-stability check soak proto formats image image-lock clean
+.PHONY: quickstart test test-stability check soak proto client formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -36,6 +37,9 @@ soak: $(VENV)/dev-$(PROVIDER)
 
 proto: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/compile_proto.py
+
+client: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/python .ci/unasync.py
 
 formats: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/tpeft-deploy formats --markdown > docs/formats.md
