@@ -1,4 +1,4 @@
-"""The tables, and a connection whose transactions are durable and one writer's at a time."""
+"""Database of the registry: durable transactions, one writer at a time."""
 
 from __future__ import annotations
 
@@ -34,32 +34,33 @@ __all__ = ["Database", "sqlite_url"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 
-_WRITING, _SERVING = 0x7470_6566, 0x7470_6567  # advisory locks: of one transaction that writes, and of one server
+_WRITING, _SERVING = 0x7470_6566, 0x7470_6567  # advisory locks of the one writer and the one server
 _LOCK_SECONDS = 30
-_STOP_SECONDS = 10  # that a migration waits for the last server to stop
+_STOP_SECONDS = 10  # wait of a migration for a running server to stop
 _LOCK_NOT_AVAILABLE = "55P03"
 
 
 class Database:
-    """A database with the tables above, made where they are missing.
+    """Database with the tables of `schema`, created or migrated when it is opened.
 
     Args:
-        url: of SQLAlchemy: of a file for SQLite, which is kept in WAL mode and synchronised at every commit, or of
-            PostgreSQL.
+        url: SQLAlchemy URL of a SQLite file (in WAL mode, synchronised at every commit) or of PostgreSQL.
+        exclusive: function that returns a context to enter around a migration; the context raises when a server uses
+            the database.
 
     Attributes:
-        guard: called before and after each transaction that writes; raises where the files are no longer there.
+        guard: function called before and after each writing transaction; raises when the files are gone.
 
     Raises:
-        MissingExtra: its driver is not installed.
-        ServerError: it cannot be opened.
-        VersionError: it was written by another version of the server.
+        MissingExtra: the database driver is not installed.
+        ServerError: the database cannot be opened.
+        VersionError: the database was written by a newer version of the server.
     """
 
     def __init__(
         self, url: str | URL, *, exclusive: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> None:
-        with _said("open the server's database"):
+        with _errors("open the server's database"):
             self._engine = _engine(make_url(url))
         self._held: Connection | None = None
         self._opened = False
@@ -74,56 +75,67 @@ class Database:
 
     @contextmanager
     def writing(self, doing: str = "write to the server's database") -> Iterator[Connection]:
-        """One transaction that may write: all of it is durable when the block ends, or nothing of it is done.
+        """Open a writing transaction, durable when the block ends and rolled back when it raises.
+
+        Args:
+            doing: purpose of the transaction, for error messages.
 
         Raises:
-            ServerError: the database refuses.
-            Unavailable: it does not answer, or its files are gone.
+            ServerError: the database reports an error.
+            Unavailable: the database does not answer, or its files are gone.
             InsufficientStorage: the disk is full.
         """
         self.guard()
-        with self._said(doing), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+        with (
+            self._errors(doing),
+            self._engine.connect().execution_options(writes=True) as connection,
+            connection.begin(),
+        ):
             yield connection
-        self.guard()  # else a change would be acknowledged that went into files which nobody opens again
+        self.guard()  # else changes to removed files would be acknowledged
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """One transaction that only reads; it sees one moment, and waits for nobody.
+        """Open a reading transaction: a consistent snapshot, without waiting for writers.
 
         Raises:
-            ServerError: the database refuses.
-            Unavailable: it does not answer.
+            ServerError: the database reports an error.
+            Unavailable: the database does not answer.
         """
         doing = "read the server's database"
         options: dict[str, Any] = {"writes": False}
         if not self._is_sqlite:
             options["isolation_level"] = "REPEATABLE READ"
-        with self._said(doing), self._engine.connect().execution_options(**options) as connection, connection.begin():
+        with (
+            self._errors(doing),
+            self._engine.connect().execution_options(**options) as connection,
+            connection.begin(),
+        ):
             yield connection
 
     def hold(self, patience: float) -> None:
-        """Be the one server of this database until it is closed; again, where the connection that holds it broke.
+        """Lock the database for this server until it is closed, or lock it again after a lost connection.
 
-        SQLite is in a directory, which a server takes; PostgreSQL has servers on many machines.
+        Servers on several machines may use one PostgreSQL; SQLite is locked by its directory.
 
         Args:
-            patience: seconds to wait for another server to go.
+            patience: seconds to wait for another server to stop.
 
         Raises:
-            ServerError: another server has it.
+            ServerError: another server uses the database.
         """
-        if self._is_sqlite or self._holds():
+        if self._is_sqlite or self._has_lock():
             return
-        with _said("open the server's database"):
+        with _errors("open the server's database"):
             self._held = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT", writes=False)
-            # A machine that is gone says nothing: the database would take it to be there for hours.
+            # Without keep-alives, the database would keep the lock of a lost machine for hours.
             for setting, seconds in (("idle", 3), ("interval", 2), ("count", 3)):
                 self._held.execute(text(f"SET tcp_keepalives_{setting} = {seconds}"))
             until = time.monotonic() + patience
             mine = text("SELECT pg_try_advisory_lock(:lock, hashtext(current_schema()))")
             while not self._held.scalar(mine, {"lock": _SERVING}):
                 if time.monotonic() > until:
-                    self._let_go()
+                    self._unlock()
                     raise ServerError(
                         "open the server's database",
                         expected="one that no other server uses",
@@ -133,10 +145,10 @@ class Database:
                 time.sleep(0.2)
 
     def changed(self, connection: Connection) -> int:
-        """Say, as part of a transaction, that keys or tenants change: other processes look at this.
+        """Increment the change counter of keys and tenants, which other processes poll, as part of a transaction.
 
         Returns:
-            How often they have changed, with this time.
+            The counter.
         """
         connection.execute(
             update(schema.meta).where(schema.meta.c.name == "changes").values(value=schema.meta.c.value + 1)
@@ -144,21 +156,21 @@ class Database:
         return self.changes(connection)
 
     def changes(self, connection: Connection) -> int:
-        """How often keys or tenants have changed."""
+        """Return the change counter of keys and tenants."""
         return self._meta(connection, "changes") or 0
 
     def directory(self, connection: Connection) -> int | None:
-        """The number of the directory that the adapters of this database are in, if it has one."""
+        """Return the number of the directory with the adapters of this database; None before the first start."""
         return self._meta(connection, "directory")
 
     def bind(self, connection: Connection, directory: int) -> None:
-        """Note, as part of a transaction, the number of the directory that the adapters are in."""
+        """Set the number of the directory with the adapters, as part of a transaction."""
         connection.execute(delete(schema.meta).where(schema.meta.c.name == "directory"))
         connection.execute(insert(schema.meta).values(name="directory", value=directory))
 
     def close(self) -> None:
         """Close all connections."""
-        self._let_go()
+        self._unlock()
         self._engine.dispose()
 
     def _open_tables(self, connection: Connection, exclusive: Callable[[], AbstractContextManager[object]]) -> None:
@@ -189,38 +201,38 @@ class Database:
                 fix="Stop the server of the earlier version first.",
             ) from error
 
-    def _holds(self) -> bool:
+    def _has_lock(self) -> bool:
         if self._held is None:
             return False
         try:
             self._held.execute(text("SELECT 1"))
         except SQLAlchemyError:
-            self._let_go()
+            self._unlock()
             return False
         return True
 
-    def _let_go(self) -> None:
+    def _unlock(self) -> None:
         if self._held is not None:
-            self._held.invalidate()  # not back to the pool: the lock is the connection's
+            self._held.invalidate()  # not returned to the pool: the lock belongs to the connection
             self._held.close()
             self._held = None
 
     @contextmanager
-    def _said(self, doing: str) -> Iterator[None]:
+    def _errors(self, doing: str) -> Iterator[None]:
         try:
-            with _said(doing):
+            with _errors(doing):
                 yield
         except ServerError as error:
             if isinstance(error, InsufficientStorage) or not self._opened:
                 raise
             if not isinstance(error.__cause__, OperationalError | PoolTimeout):
                 raise
-            _log.error("%s", error)  # with addresses, which are not for clients
+            _log.error("%s", error)  # the message has addresses, which clients must not see
             raise Unavailable(doing, problem="it does not answer", fix="Try again shortly.") from error.__cause__
 
     @property
     def files(self) -> list[Path]:
-        """The files that it is in on this machine: the database, its log and the log's index."""
+        """Paths of SQLite's files: the database, its log and the log's index."""
         name = self._engine.url.database
         if not self._is_sqlite or not name or name == ":memory:":
             return []
@@ -235,12 +247,12 @@ class Database:
 
 
 def sqlite_url(path: Path) -> URL:
-    """The URL of a database in a file, whatever characters its path has."""
+    """Return the URL of a SQLite file; its path may have any characters."""
     return URL.create("sqlite", database=str(path.resolve()))
 
 
 @contextmanager
-def _said(doing: str) -> Iterator[None]:
+def _errors(doing: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error) as error:
@@ -251,7 +263,7 @@ def _said(doing: str) -> Iterator[None]:
 
 
 def _engine(url: URL) -> Engine:
-    """An engine whose writers come one after another."""
+    """Create an engine that runs one writing transaction at a time."""
     kind = url.get_backend_name()
     if kind not in {"sqlite", "postgresql"}:
         raise ServerError("open the server's database", expected="a URL of sqlite or postgresql", got=kind)
@@ -276,7 +288,7 @@ def _engine(url: URL) -> Engine:
 def _prepare_postgres(engine: Engine) -> None:
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
-        # As with SQLite: what a writer reads is what it changes, also where there is no row yet that could be locked.
+        # As with SQLite: no other writer between a read and its write, even where no row exists to be locked.
         if connection.get_execution_options().get("writes", True):
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITING}, hashtext(current_schema()))")
@@ -285,7 +297,7 @@ def _prepare_postgres(engine: Engine) -> None:
 def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _record: object) -> None:
-        connection.isolation_level = None  # the driver would begin transactions in its own way, too late to be safe
+        connection.isolation_level = None  # the driver would begin transactions too late to be safe
         for pragma in (
             f"busy_timeout={_LOCK_SECONDS * 1000}",
             "journal_mode=WAL",
@@ -296,12 +308,12 @@ def _prepare_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
-        # A writer that begins as a reader may find at its first write that somebody else wrote meanwhile.
+        # A transaction that begins as a reader fails at its first write when another one wrote meanwhile.
         writes = connection.get_execution_options().get("writes", True)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _reason(error: Exception) -> str:
-    # What the driver says, without the statement and its values.
+    # The driver's message, without the statement and its values.
     own = getattr(error, "orig", None)
     return str(own or error).splitlines()[0]

@@ -1,4 +1,4 @@
-"""A server's state: one directory, one server at a time; keys may be made beside it."""
+"""State of a server: a directory that one server uses at a time; keys may be created beside it."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 __all__ = ["State", "open_keys", "open_state"]
 
 _log = logging.getLogger("tpeft_deploy.server")
-_SECONDS = 0.5  # between two looks at what other processes changed
-_SELDOM = 20  # of these looks, one also writes what could not be written, and keeps room on the disk
+_SECONDS = 0.5  # between two polls for changes of other processes
+_SELDOM = 20  # polls between two attempts to write pending revocations and to reserve disk space
 _NAMES = ("lock", "identity", "reserve", "state.db", "state.db-wal", "state.db-shm", "blobs", "incoming")
-_PATIENCE = 10.0  # seconds for which a server that was killed may still seem to be there
+_PATIENCE = 10.0  # seconds for which a killed server may still hold its lock
 
 
 class State:
     """Keys, tenants, tasks and the audit log.
 
     Args:
-        directory: where files are, taken for this process alone.
-        url: of the database; SQLite in the directory by default.
-        default: the quota of tenants that have none of their own.
+        directory: directory of the files, locked for this process.
+        url: URL of the database; by default SQLite in the directory.
+        default: quota of tenants without one; by default without limits.
 
     Raises:
-        ServerError: another server has the directory or the database, which cannot be opened, or is not that of the
-            directory.
-        VersionError: the database was written by another version of the server.
+        ServerError: another server uses the directory or the database, the database cannot be opened, or it does not
+            belong to the directory.
+        VersionError: the database was written by a newer version of the server.
     """
 
     def __init__(self, directory: Path, url: str | None = None, *, default: Quota | None = None) -> None:
         with ExitStack() as stack:
-            stack.enter_context(_taken(directory))
+            stack.enter_context(_locked(directory))
             self._reserve = reserve = Reserve(directory)
-            self._database = database = _opened(directory, url, reserve)
+            self._database = database = _open_database(directory, url, reserve)
             stack.callback(database.close)
             database.hold(_PATIENCE)
             self.tenants = Tenants(database, default or Quota())
@@ -65,7 +65,7 @@ class State:
             self._changes = -1
             self.refresh()
             incoming, blobs = directory / "incoming", Blobs(directory / "blobs")
-            _bind(directory, database, blobs)
+            _check_identity(directory, database, blobs)
             clean(incoming)
             self.tasks = Tasks(database, blobs, incoming, self.tenants.quota)
             self.placements = Placements(database)
@@ -87,23 +87,23 @@ class State:
         self.close()
 
     def refresh(self) -> None:
-        """See what other processes changed of keys and tenants."""
+        """Refresh keys and tenants when another process changed them."""
         with self._database.reading() as connection:
             changes = self._database.changes(connection)
             if changes == self._changes:
                 return
             tenants, keys = self.tenants.read(connection), self.keys.read(connection)
-        self.tenants.see(changes, tenants)
-        self.keys.see(changes, keys)
+        self.tenants.update_cache(changes, tenants)
+        self.keys.update_cache(changes, keys)
         self._changes = changes
 
     @property
     def intact(self) -> bool:
-        """Whether the files that it opened are still there, as far as that was noticed."""
+        """Whether the opened files were still there at the last check."""
         return self._files.intact
 
     def close(self) -> None:
-        """Let another server have the directory; a second time does nothing."""
+        """Close the database and unlock the directory; idempotent."""
         self._stop.set()
         self._watcher.join()
         self._held.close()
@@ -120,40 +120,52 @@ class State:
                     self.keys.write_refused()
                     self._reserve.keep()
             except Exception as error:
-                # Keys that were known stay known; a revocation is seen as soon as the database answers again.
+                # Known keys stay valid; revocations take effect once the database answers again.
                 _log.error("cannot look for changed keys: %s", error, exc_info=not isinstance(error, ServerError))
 
 
 def open_state(directory: Path, url: str | None = None, *, default: Quota | None = None) -> State:
-    """See `State`."""
+    """Open a state; see `State`."""
     return State(directory, url, default=default)
 
 
 def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:
-    """Keys alone, beside a server that may be running; close the database when done."""
+    """Open the keys alone, beside a server that may be running.
+
+    Args:
+        directory: directory of the state.
+        url: URL of the database; by default SQLite in the directory.
+
+    Returns:
+        The keys, and the database, which the caller closes.
+
+    Raises:
+        ServerError: the database cannot be opened, or needs a migration while a server uses it.
+        VersionError: the database was written by a newer version of the server.
+    """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     reserve = Reserve(directory)
-    database = _opened(directory, url, reserve, exclusive=lambda: _taken(directory))
+    database = _open_database(directory, url, reserve, exclusive=lambda: _locked(directory))
     keys = Keys(database, Tenants(database, Quota()), reserve)
     try:
         with database.reading() as connection:
-            keys.see(database.changes(connection), keys.read(connection))
+            keys.update_cache(database.changes(connection), keys.read(connection))
     except BaseException:
         database.close()
         raise
     return keys, database
 
 
-def _opened(
+def _open_database(
     directory: Path,
     url: str | None,
     reserve: Reserve,
     exclusive: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Database:
-    """The database; on a full disk with the room that was kept for revocations, which only it can write."""
+    """Open the database; on a full disk, in the space reserved for revocations."""
     file = directory / "state.db"
     if url is None:
-        os.close(private(str(file), os.O_RDWR | os.O_CREAT))  # SQLite would leave the permissions to the umask
+        os.close(private(str(file), os.O_RDWR | os.O_CREAT))  # SQLite would apply the umask
     try:
         return Database(url or sqlite_url(file), exclusive=exclusive)
     except InsufficientStorage:
@@ -162,13 +174,13 @@ def _opened(
         return Database(url or sqlite_url(file), exclusive=exclusive)
 
 
-def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
-    """Refuse a directory and a database that are not each other's.
+def _check_identity(directory: Path, database: Database, blobs: Blobs) -> None:
+    """Bind a directory and a database to each other, or check that they belong together.
 
-    What no row of the database refers to is removed from the directory: with the wrong one that would be everything.
+    Files that no row refers to are removed from the directory: with another database, all adapters would be.
 
     Raises:
-        ServerError: one of them has adapters, and they do not name each other.
+        ServerError: one of them has adapters, and they do not belong together.
     """
     file = directory / "identity"
     own = int(file.read_text()) if file.exists() else None
@@ -189,13 +201,13 @@ def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
 
 
 @contextmanager
-def _taken(directory: Path) -> Iterator[None]:
+def _locked(directory: Path) -> Iterator[None]:
     """Lock a directory for this process.
 
     Raises:
         ServerError: another server has the directory.
     """
-    handles = _take(directory)
+    handles = _lock(directory)
     try:
         yield
     finally:
@@ -203,8 +215,8 @@ def _taken(directory: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _take(directory: Path) -> list[int]:
-    """Handles that lock a directory: of a file in it, and of itself, as the file may be removed."""
+def _lock(directory: Path) -> list[int]:
+    """Lock a directory by two handles: of a file in it, and of the directory, because the file may be removed."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     handles: list[int] = []
     try:
@@ -231,5 +243,5 @@ def _lock_directory(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
-    except OSError as error:  # some networks' file systems lock files only
+    except OSError as error:  # some network file systems lock only files
         _log.warning("cannot lock the state's directory, only a file in it: %s", error.strerror)
