@@ -116,7 +116,7 @@ class Database:
     def hold(self, patience: float) -> None:
         """Lock the database for this server until it is closed, or lock it again after a lost connection.
 
-        Servers on several machines may use one PostgreSQL; SQLite is locked by its directory.
+        SQLite is locked by its directory; PostgreSQL is reachable from several machines.
 
         Args:
             patience: seconds to wait for another server to stop.

@@ -7,6 +7,7 @@ the new number; a test compares the two.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 from contextlib import closing
@@ -65,6 +66,7 @@ def upgrade(connection: Connection, number: int) -> None:
         connection: connection whose transaction holds the writers' lock.
         number: schema number of the database.
     """
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # its lines say less than the server's
     from alembic import command
     from alembic.config import Config
 
