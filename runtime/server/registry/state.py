@@ -202,40 +202,31 @@ def _check_identity(directory: Path, database: Database, blobs: Blobs) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Lock a directory for this process.
+    """Lock a directory by two handles: of a file in it, and of the directory, because the file may be removed.
 
     Raises:
-        ServerError: another server has the directory.
+        ServerError: another server uses the directory.
     """
-    handles = _lock(directory)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            os.close(handle)
-
-
-def _lock(directory: Path) -> list[int]:
-    """Lock a directory by two handles: of a file in it, and of the directory, because the file may be removed."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handles: list[int] = []
-    try:
-        handles.append(os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        handles.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        _lock_directory(handles[1])
-    except OSError as error:
-        for handle in handles:
-            os.close(handle)
-        if not isinstance(error, BlockingIOError):
-            raise ServerError(f"open the state in {directory}", problem=error.strerror or str(error)) from error
-        raise ServerError(
-            f"open the state in {directory}",
-            expected="a directory that no other server uses",
-            got="one in use",
-            fix="Stop that server, or give this one another --state.",
-        ) from error
-    return handles
+    doing = f"open the state in {directory}"
+    with ExitStack() as stack:
+        try:
+            file = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            _lock_directory(folder)
+        except BlockingIOError as error:
+            raise ServerError(
+                doing,
+                expected="a directory that no other server uses",
+                got="one in use",
+                fix="Stop that server, or give this one another --state.",
+            ) from error
+        except OSError as error:
+            raise ServerError(doing, problem=error.strerror or str(error)) from error
+        yield
 
 
 def _lock_directory(handle: int) -> None:
