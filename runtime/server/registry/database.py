@@ -67,7 +67,9 @@ class Database:
         self.guard: Callable[[], None] = lambda: None
         try:
             with self.writing("open the server's database") as connection:
-                self._open_tables(connection, exclusive)
+                migrated = self._open_tables(connection, exclusive)
+            if migrated:
+                _log.info("the server's database is migrated %s", migrated)
             self._opened = True
         except BaseException:
             self.close()
@@ -173,18 +175,20 @@ class Database:
         self._unlock()
         self._engine.dispose()
 
-    def _open_tables(self, connection: Connection, exclusive: Callable[[], AbstractContextManager[object]]) -> None:
+    def _open_tables(self, connection: Connection, exclusive: Callable[[], AbstractContextManager[object]]) -> str:
+        """Create or migrate the tables; return what was migrated, for the log."""
         number = migrations.stored_schema(connection)
         if number is None:
             migrations.create(connection)
-        elif number < schema.SCHEMA:
-            with exclusive():
-                if not self._is_sqlite:
-                    self._wait_for_server(connection)
-                copy = migrations.copy_sqlite(self.files[0]) if self.files else None
-                migrations.upgrade(connection, number)
-            kept = f"; {copy} is the database before" if copy else ""
-            _log.info("the server's database is migrated from schema %d to %d%s", number, schema.SCHEMA, kept)
+            return ""
+        if number == schema.SCHEMA:
+            return ""
+        with exclusive():
+            if not self._is_sqlite:
+                self._wait_for_server(connection)
+            copy = migrations.copy_sqlite(self.files[0]) if self.files else None
+            migrations.upgrade(connection, number)
+        return f"from schema {number} to {schema.SCHEMA}" + (f"; {copy} is the database before" if copy else "")
 
     def _wait_for_server(self, connection: Connection) -> None:
         """Take the servers' lock until the transaction ends: no server may run on tables that are migrated."""
