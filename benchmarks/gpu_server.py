@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -40,7 +41,8 @@ def expected(bundle: Path, file: Path) -> None:
     """Write what the CPU answers: task -> logits of all samples."""
     with Runtime(bundle, provider="cpu") as runtime:
         inputs = tokens(SAMPLES)
-        np.savez(file, **{task: np.asarray(runtime.run(inputs, task)["logits"]) for task in ("base", *TASKS)})
+        answers: dict[str, Any] = {task: runtime.run(inputs, task)["logits"] for task in ("base", *TASKS)}
+        np.savez(file, **answers)
 
 
 async def ask(url: str, case: str, seconds: float, answers: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
@@ -90,12 +92,13 @@ def serve(bundle: Path, place: Path, options: argparse.Namespace) -> tuple[subpr
     command = [sys.executable, "-c", code, "serve", str(bundle), "--state", str(place / "state"), "--port", "0"]
     command += ["--no-auth", "--provider", options.provider, "--no-access-log"]
     own = os.environ | {"TPEFT_CUDA_GRAPHS": str(options.provider == "cuda" and not options.no_graphs).lower()}
-    log = (place / "log").open("w")
-    process = subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=log, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("serving on"):
-            return process, line.split()[2].rstrip(",")
+    with (place / "log").open("w") as log:
+        process = subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=log, text=True)
+    while process.poll() is None:
+        found = re.search(r"serving on (http\S+)", (place / "log").read_text())
+        if found:
+            return process, found[1]
+        time.sleep(0.1)
     raise RuntimeError((place / "log").read_text()[-2000:])
 
 
