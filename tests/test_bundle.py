@@ -96,7 +96,12 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_written(own_bund
     for adapter, error, message in wrong:
         with pytest.raises(error, match=message):
             own_bundle.add("new", adapter)
-    for name, message in [("base", "the base itself"), ("conv", "the bundle itself"), ("../x", "128"), ("", "128")]:
+    for name, message in [
+        ("base", "the name of the base"),
+        ("conv", "the name of the bundle"),
+        ("../x", "128"),
+        ("", "128"),
+    ]:
         with pytest.raises(BundleError, match=message):
             own_bundle.add(name, fitting)
     assert snapshot(own_bundle.path) == before

@@ -207,7 +207,7 @@ class TestRefusals:
             (RandLoraConfig, {"r": 4, "save_projection": False}, "save_projection=True"),
             (UniLoraConfig, {"r": 2, "theta_d_length": 10}, "Set save_indices to true"),
             (SupertuningConfig, {"save_precomputed_indices": False}, "save_precomputed_indices=True"),
-            (WaveFTConfig, {"n_frequency": 9, "wavelet_family": "db2"}, "has no filters of"),
+            (WaveFTConfig, {"n_frequency": 9, "wavelet_family": "db2"}, "does not support"),
             (BeftConfig, {}, "Give the layer a bias of zeros"),
         ],
     )

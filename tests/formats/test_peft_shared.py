@@ -71,4 +71,4 @@ class TestRefusals:
     def test_changes_that_are_drawn_at_random(self, tmp_path: Path) -> None:
         base, _ = vision()
         save(peft_model(base, PveraConfig(target_modules=["fc"], sample_at_inference=True)), tmp_path)
-        assert "draws its change anew" in refusal(tmp_path, base)
+        assert "samples its change" in refusal(tmp_path, base)

@@ -31,11 +31,7 @@ from tpeft_deploy.bundle import fit, slots
 from tpeft_deploy.bundle.fit import Filled
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, check_name, is_name
 from tpeft_deploy.bundle.slots import Target
-from tpeft_deploy.errors import (
-    BundleError,
-    IntegrityError,
-    UnknownTask,
-)
+from tpeft_deploy.errors import BundleError, IntegrityError, UnknownTask
 from tpeft_deploy.files import digest_file, new_directory, remove_directory, replace_text
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.formats.read.base_view import Lazy

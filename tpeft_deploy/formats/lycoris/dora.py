@@ -1,9 +1,9 @@
-"""DoRA as LyCORIS adds it to LoCon, LoHa and LoKr: each channel's weights are rescaled to a learnt length.
+"""DoRA in LyCORIS' LoCon, LoHa and LoKr: each channel's weights are rescaled to a trained norm.
 
     W' = (W + dW) dora_scale / (|W + dW| + eps)
 
-The norm is over all axes but one: over all but the outputs where dora_scale is (O, 1, ...), over all but the inputs
-where it is (1, I, 1, ...).  eps is that of float32, in which LyCORIS computes.
+The norm is over all axes but one: all but the outputs if dora_scale is (O, 1, ...), all but the inputs if it is
+(1, I, 1, ...).  eps is that of float32, in which LyCORIS computes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SUFFIX = "dora_scale"
 
 
 def dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Mapping[str, Array]:
-    """Pop dora_scale: the weight's gain, dora_scale / (|W + dW| + eps); nothing where the module has none.
+    """Pop dora_scale: the weight's gain, dora_scale / (|W + dW| + eps); empty if the module has none.
 
     Args:
-        module: the module, whose `delta` is already read.
-        checkpoint: its checkpoint, with a base.
-        delta: dW (O, I, K1, ...).
+        module: module after its `delta` was read.
+        checkpoint: checkpoint with a base.
+        delta: dW, (O, I, K1, ...).
 
     Returns:
         The weight's name -> (O, 1, ...) or (1, I, 1, ...), or an empty mapping.
@@ -51,7 +51,7 @@ def dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Map
     axis = _channel_axis(module, checkpoint, magnitude, weight.shape)
     others = tuple(a for a in range(weight.ndim) if a != axis)
     norm = np.sqrt(np.square(adapted).sum(axis=others, keepdims=True))
-    # LyCORIS keeps dora_scale in float32 even where the file has 16 bits.
+    # LyCORIS holds dora_scale in float32 even if the file has 16 bits.
     dtype = np.promote_types(magnitude.dtype, np.float32)
     gain = magnitude.astype(np.float64) / (norm + np.finfo(dtype).eps)
     return {f"{module.name}.weight": gain.astype(dtype)}

@@ -4,7 +4,7 @@
     Tucker      dW = s T1 * T2, Ti = ti x_0 wi_a^T x_1 wi_b^T
                                                         wi_a (r, O), wi_b (r, I), ti (r, r, K1, ...)
 
-with s = alpha / r, once: LyCORIS' merge_to multiplies by it twice, its forward does not.
+with s = alpha / r, applied once as in LyCORIS' forward; its merge_to applies it twice.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ SUFFIXES = frozenset({*_MATRICES, *_CORES, "alpha", "dora_scale"})
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has LoHa's first matrix, in a file that states alpha itself and not in a configuration."""
+    """Whether the module has LoHa's first matrix, in a file without a configuration."""
     return "hada_w1_a" in module.tensors and not checkpoint.config
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's LoHa as a Tucker delta, dense where that is smaller, with a gain where it has a dora_scale.
+    """The module's LoHa as a Tucker delta, dense if that is smaller, with a gain if it has a dora_scale.
 
     Raises:
-        FormatError: no base was given, which says the weight's shape; a tensor is missing or does not fit; alpha is
+        FormatError: no base was given (needed for the weight's shape); a tensor is missing or does not fit; alpha is
             not finite.
     """
     w1a, w1b, w2a, w2b = (take(module, checkpoint, name) for name in _MATRICES)

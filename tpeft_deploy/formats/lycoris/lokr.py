@@ -4,8 +4,8 @@
                             w2 = lokr_w2 (b, d, K1, ...), or lokr_w2_a (b, r) lokr_w2_b (r, d K1 ...),
                             or, Tucker, lokr_t2 (r, r, K1, ...) x_0 lokr_w2_a^T (r, b) x_1 lokr_w2_b^T (r, d)
 
-with s = alpha / r, once: LyCORIS' merge_to multiplies by it twice, its forward does not.  With both halves full there
-is no rank, and s is 1 whatever alpha says.
+with s = alpha / r, applied once as in LyCORIS' forward; its merge_to applies it twice.  With both halves full there is
+no rank, and s is 1 for any alpha.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _FULL = "LoKr of two full halves, read with scale 1; LyCORIS' rs_lora trains the
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has LoKr's first half, in a file that states alpha itself and not in a configuration."""
+    """Whether the module has LoKr's first half, in a file without a configuration."""
     return any(name in module.tensors for name in _STARTS) and not checkpoint.config
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's LoKr as a Tucker delta, dense where that is smaller, with a gain where it has a dora_scale.
+    """The module's LoKr as a Tucker delta, dense if that is smaller, with a gain if it has a dora_scale.
 
     Raises:
-        FormatError: no base was given, which says the weight's shape; a tensor is missing or does not fit; alpha is
+        FormatError: no base was given (needed for the weight's shape); a tensor is missing or does not fit; alpha is
             not finite.
     """
     shape = base_array(module, checkpoint, "weight", "LoKr does not state the weight's shape").shape
@@ -70,7 +70,7 @@ def _half(module: Module, checkpoint: Checkpoint, name: str, kernel: tuple[int, 
 def _scale(module: Module, checkpoint: Checkpoint, first: Half, second: Half) -> tuple[float, str | None]:
     ranks = {half.rank for half in (first, second) if half.rank is not None}
     if not ranks:
-        # Trainers leave placeholders of 1e10 and the like in alpha, which LyCORIS, sd-scripts and ComfyUI ignore.
+        # Trainers write placeholders such as 1e10 as alpha, which LyCORIS, sd-scripts and ComfyUI ignore.
         no_scale(module, checkpoint)
         return 1.0, None if module.tensors.pop("alpha", None) is None else _FULL
     if len(ranks) > 1:

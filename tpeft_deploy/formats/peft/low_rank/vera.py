@@ -1,13 +1,13 @@
-"""VeRA and PVeRA as PEFT saves them: two projections shared by all layers, and two vectors a layer (arXiv 2310.11454).
+"""VeRA and PVeRA as PEFT saves them: two shared projections, and two vectors per layer (arXiv 2310.11454).
 
     dW = (b B[:O]) (d A[:, :I])        vera_lambda_b (O,), vera_lambda_d (r,)
                                        base_model.vera_A (r, I_max), base_model.vera_B (O_max, r)
 
-PVeRA draws the input of B at random in training, from a mean and a variance that halves of A and d give; in evaluation
-it takes the mean, so that only the first half of A and d counts.
+PVeRA samples the input of B in training, with mean and variance from the halves of A and d; in evaluation it uses the
+mean, that is the first half of A and d.
 
-Without save_projection the projections are made again from `projection_prng_key` with torch's generator, which PEFT
-itself calls not accurate on all systems: such files are refused.
+Without save_projection the projections are regenerated from `projection_prng_key` with torch's generator, which
+according to PEFT is not accurate on all systems: such files are refused.
 """
 
 from __future__ import annotations
