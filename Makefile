@@ -2,6 +2,7 @@
 # make test         the test suite           make check   ruff and mypy
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
+# make cuda-dry-run   ONNX Runtime's CUDA provider on a CUDA that computes nothing: placement, copies, recordings
 # make formats      docs/formats.md, after a change of a reader
 # make image        the container image (PROVIDER=cpu or gpu), on its base by digest
 # make image-lock   image/*.txt, after a change of constraints.txt
@@ -14,8 +15,9 @@ PROVIDER := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 OUT ?= quickstart
 ROUNDS ?= 20
+STUB ?= .venv-cuda-stub
 
-.PHONY: quickstart test test-stability check soak proto formats image image-lock clean
+.PHONY: quickstart test test-stability check soak cuda-dry-run proto formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -34,6 +36,9 @@ check: $(VENV)/dev-$(PROVIDER)
 soak: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
+cuda-dry-run: $(VENV)/dev-$(PROVIDER) $(STUB)/built
+	OMP_NUM_THREADS=1 CUDA_STUB=$(STUB) $(BIN)/python -m pytest -n 2 -m cuda_stub tests/cuda_stub $(ARGS)
+
 proto: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/compile_proto.py
 
@@ -50,12 +55,17 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(STUB) $(OUT) build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/it" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+# What it installs is kept until the version of onnxruntime-gpu changes.
+$(STUB)/built: $(wildcard tests/cuda_stub/*.sh tests/cuda_stub/*.c tests/cuda_stub/crt/*.h) constraints.txt | $(BIN)/python
+	PYTHON=$(abspath $(BIN)/python) tests/cuda_stub/build.sh $(STUB)
+	@touch $@
 
 # Installed again whenever the dependencies change.
 $(VENV)/run-$(PROVIDER): pyproject.toml constraints.txt | $(BIN)/python

@@ -16,7 +16,7 @@ from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.runtime.adapters.bank import Bank, Layout, Rows
 from tpeft_deploy.runtime.sessions.banked import Session
-from tpeft_deploy.runtime.sessions.cuda_graph import Captured
+from tpeft_deploy.runtime.sessions.cuda_graph import Captured, Policy
 from tpeft_deploy.runtime.sessions.plain import Plain
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda, open_session
 from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
@@ -241,12 +241,15 @@ def recording_among_others(place: Place) -> Report:
 
     with _meanwhile(write, failures), _meanwhile(fold, failures):
         for length in range(8, 24):
-            for _ in range(3):
+            for _ in range(Policy().patience + 3):  # enough for the recording, however often it is put off
                 try:
                     recorded.run(bank, tokens(2, length), np.array([1, 2]))
                 except Exception as found:  # counted
                     failures.append(f"record: {str(found).splitlines()[0][:160]}")
+    recordings = recorded.recordings
     recorded.close()
+    if place.cuda:
+        report.claim("shapes recorded, of 16", recordings, 16, at_least=True)
     report.figures |= {f"failure {n}": text for n, text in enumerate(dict.fromkeys(failures))}
     report.claim("failures while recording", len(failures), 0, at_least=False)
     return report

@@ -42,6 +42,7 @@ def test_the_layout_is_the_contract(conv_bundle: Bundle) -> None:
         "example.npz",
         "factored.onnx",
         "banked.onnx",
+        "banked.cuda.onnx",
         "weights.data",
         "adapters",
         "folded",

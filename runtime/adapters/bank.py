@@ -19,6 +19,7 @@ import onnxruntime
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.bundle.packing import Packed, pack, with_one_rank
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.tucker import Array
 
@@ -136,12 +137,12 @@ class Bank:
             array = _untouched((rows, *shape), layout.defaults[name].dtype)
             array[0] = slots.pad(layout.defaults[name], shape)
             if old is not None and moves:
-                with device_rows.exclusive:  # a CUDA graph that is being recorded elsewhere suffers no copy
+                with device_lock.using(device):
                     own = old.values[name].numpy()
                 common = tuple(slice(min(sizes)) for sizes in zip(shape, own.shape[1:], strict=True))
                 for of, to in moves.items():
                     array[to][common] = own[of][common]
-            with device_rows.exclusive:  # nor an allocation
+            with device_lock.using(device):
                 values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
         return cls(layout, shapes, rows, values)
 

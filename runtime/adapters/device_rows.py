@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import math
 import operator
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ import numpy as np
 import onnxruntime
 
 from tpeft_deploy.errors import RunError
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.tucker import Array
 
-__all__ = ["DTYPES", "allocate", "allocate_as", "dtype_of", "exclusive", "row_view", "write"]
+__all__ = ["DTYPES", "allocate", "allocate_as", "dtype_of", "row_view", "write"]
 
 # Numpy has no bfloat16: its bits travel as uint16.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -38,9 +38,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(uint64)": np.dtype(np.uint64),
     "tensor(bool)": np.dtype(np.bool_),
 }
-# Held while a CUDA graph is captured, and by whatever allocates or copies on the device meanwhile: CUDA refuses such
-# calls from any thread during a capture, and spoils the capture.
-exclusive = threading.RLock()
 
 _BFLOAT16 = 16  # ONNX's number of the type
 
@@ -80,7 +77,7 @@ def allocate(shape: Sequence[int], dtype: str, device: str) -> onnxruntime.OrtVa
 
 def allocate_as(shape: Sequence[int], kind: int | type, device: str) -> onnxruntime.OrtValue:
     """As `allocate`, of what `OrtValue.element_type` gives, or of a numpy type."""
-    with exclusive:
+    with device_lock.using(device):
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, device, 0)
 
 
@@ -150,7 +147,7 @@ def write(view: onnxruntime.OrtValue, array: Array) -> None:
             got=f"{array.dtype} {list(array.shape)}, {layout}",
         )
     if array.size:
-        with exclusive:
+        with device_lock.using(view.device_name()):
             view.update_inplace(array)
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import onnxruntime
 
 from tpeft_deploy.bundle import slots
+from tpeft_deploy.errors import RunError
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters.bank import Bank
-from tpeft_deploy.runtime.sessions.providers import Choice, Cuda, open_session
+from tpeft_deploy.runtime.sessions.providers import Choice, Cuda, bind, open_session
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Session"]
+__all__ = ["Session", "check_index"]
 
 
 class Session:
@@ -57,13 +59,21 @@ class Session:
 
         Returns:
             Output name -> array of its own.
+
+        Raises:
+            RunError: the bank has no such row.
         """
+        index = check_index(bank.rows, index)  # a bound array must outlive the run, which these locals do
+        with device_lock.using(self._device):
+            return self._run(bank, inputs, index, options)
+
+    def _run(
+        self, bank: Bank, inputs: Mapping[str, Array], index: Array, options: onnxruntime.RunOptions | None
+    ) -> dict[str, Array]:
         try:
             binding = bank.bindings.pop()
         except IndexError:
             binding = self._bind(bank)
-        # A bound array must outlive the run, which these locals do.
-        index = np.ascontiguousarray(index, dtype=np.int64)
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
         binding.bind_cpu_input(slots.INDEX, index)
@@ -76,7 +86,28 @@ class Session:
         return outputs
 
     def _bind(self, bank: Bank) -> onnxruntime.IOBinding:
-        binding = self._session.io_binding()
+        binding = bind(self._session)
         for name, value in bank.values.items():
             binding.bind_ortvalue_input(name, value)
         return binding
+
+
+def check_index(rows: int, index: Array) -> Array:
+    """Bank rows as a graph takes them.
+
+    CUDA's Gather compares no index with the bank's size and reads what lies there; the CPU's counts negative ones from
+    the end.
+
+    Args:
+        rows: number of rows of the bank.
+        index: the bank row of a batch, or of each of its rows.
+
+    Raises:
+        RunError: the bank has no such row.
+    """
+    index = np.ascontiguousarray(index, dtype=np.int64)
+    asked = index.tolist()
+    if asked and not 0 <= min(asked) <= max(asked) < rows:
+        outside = next(row for row in asked if not 0 <= row < rows)
+        raise RunError("run rows of a bank", expected=f"bank rows 0..{rows - 1}", got=outside)
+    return index

@@ -8,10 +8,11 @@ bank needs other recordings.  On the CPU the same code runs without recording.
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,18 +21,35 @@ import onnxruntime
 
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import RunError
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters import device_rows
-from tpeft_deploy.runtime.sessions.providers import GRAPH_ID, ORT_ERRORS, Choice, Cuda, control_flow, open_session
+from tpeft_deploy.runtime.sessions.banked import check_index
+from tpeft_deploy.runtime.sessions.providers import (
+    GRAPH_ID,
+    ORT_ERRORS,
+    Choice,
+    Cuda,
+    bind,
+    control_flow,
+    nodes_on_cpu,
+    open_session,
+)
 from tpeft_deploy.runtime.sessions.shape_buckets import Bucket, Buckets, Recent
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Captured", "Policy"]
 
 _NOT_CAPTURED = "-1"
+_log = logging.getLogger("tpeft_deploy.runtime")
 
 
 class HasValues(Protocol):
     """A bank."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        ...
 
     @property
     def values(self) -> Mapping[str, onnxruntime.OrtValue]:
@@ -46,10 +64,14 @@ class Policy:
     Args:
         buckets: shapes with buffers; the least recently used give way.
         graphs: recordings until the session is opened afresh: not all of ONNX Runtime lets go of them before.
+        failures: failed recordings in a row, of one shape or of all, after which it or all are not recorded any more.
+        patience: how often a recording is put off because a session opens or closes, before it waits for that.
     """
 
     buckets: int = 16
     graphs: int = 64
+    failures: int = 3
+    patience: int = 8
 
 
 @dataclass
@@ -58,6 +80,7 @@ class _Shape:
 
     outputs: Mapping[str, tuple[tuple[int, ...], int]]  # sizes, and ONNX's number of the dtype
     buffers: _Buffers | None = None
+    put_off: int = 0  # recordings, because the device was taken
 
 
 @dataclass
@@ -72,8 +95,9 @@ class _Buffers:
 class Captured:
     """A banked graph with buffers for each shape; safe to call from several threads, which take turns.
 
-    A shape that comes once runs as it is.  When it comes again it gets buffers, and on CUDA its run is recorded.  Runs
-    on a bank that has been replaced meanwhile are not recorded.
+    A shape that comes once runs as it is.  When it comes again it gets buffers, and on CUDA its run is recorded, alone
+    on the device (`device_lock`).  Runs on a bank that has been replaced meanwhile are not recorded.  Where a recording
+    fails all the same, the request is answered by a plain run of a fresh session.
 
     Args:
         model: the ONNX file.
@@ -112,6 +136,9 @@ class Captured:
         self._replaced: weakref.WeakSet[HasValues] = weakref.WeakSet()
         self._ids = itertools.count(1)
         self._recordings = 0
+        self._failures = 0  # in a row
+        self._failed: Recent[Bucket, int] = Recent(64)  # failures of shapes
+        self._device = device_lock.using(choice.device)
         # Graphs, streams and handles belong to the thread that made them.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tpeft-captured")
         self._session: onnxruntime.InferenceSession | None = None
@@ -140,12 +167,18 @@ class Captured:
             Output name -> array of its own.
 
         Raises:
-            RunError: CUDA could not record the run; the session is opened afresh for the next.
+            RunError: the bank has no such row.
         """
+        index = check_index(bank.rows, index)
         bucket = self._buckets.choose(inputs, index)
         filled = self._buckets.fill(bucket, inputs, index)
         cuts = self._buckets.cuts(inputs)
         return self._worker.submit(self._run, bank, bucket, filled, cuts, options).result()
+
+    @property
+    def recordings(self) -> int:
+        """Runs recorded by the present session."""
+        return self._recordings
 
     def close(self) -> None:
         """Let go of the session and its thread, once the runs in flight are done."""
@@ -162,10 +195,10 @@ class Captured:
         except (RuntimeError, *ORT_ERRORS) as error:
             if not self._records:
                 raise
-            found = control_flow(self._opened(Choice("cpu", "to look at its nodes"), self._cuda))
-            raise self._unrecordable(found or [str(error).splitlines()[0][:300]]) from error
+            raise self._unrecordable(self._obstacles(error)) from error
         found = control_flow(session) if self._records else []
         if found:
+            del session
             raise self._unrecordable(found)
         self._session, self._recordings = session, 0
         self._outputs = [output.name for output in session.get_outputs()]
@@ -174,18 +207,31 @@ class Captured:
     def _opened(self, choice: Choice, cuda: Cuda) -> onnxruntime.InferenceSession:
         return open_session(self._model, choice, threads=self._threads, half=self._half, cuda=cuda)
 
+    def _obstacles(self, refusal: Exception) -> list[str]:
+        """Why ONNX Runtime refuses to record, by the nodes of a session that it need not record."""
+        session = self._opened(self._choice, replace(self._cuda, graphs=False, placement=True))
+        found = control_flow(session)
+        if found:
+            return found
+        # By operator: sizes are computed on the CPU by dozens of nodes, which would hide the one that is copied to.
+        on_cpu = sorted({node.split()[0] for node in nodes_on_cpu(session)})
+        return [str(refusal).splitlines()[0][:300], f"with nodes on the CPU ({', '.join(on_cpu) or 'none'})"]
+
     def _unrecordable(self, obstacles: list[str]) -> RunError:
+        scans = any(obstacle.startswith("Scan ") for obstacle in obstacles)
+        hint = "; grouped convs of rows with adapters of their own need Scan" if scans else ""
         return RunError(
             f"record {self._model.name} as a CUDA graph",
-            expected="a graph without If, Loop and Scan, all of it on CUDA",
+            expected="a graph without If, Loop and Scan, and without copies between CUDA and the CPU",
             got=", ".join(obstacles),
-            fix="Serve it without CUDA graphs; grouped convs of rows with adapters of their own need Scan.",
+            fix=f"Serve it without CUDA graphs{hint}.",
         )
 
     def _drop(self) -> None:
-        self._shapes.clear()
-        self._bank = None
-        self._session = None
+        with device_lock.opening(self._choice.device):
+            self._shapes.clear()
+            self._bank = None
+            self._session = None
 
     def _release(self, shape: _Shape) -> None:
         # New in ONNX Runtime 1.32; providers without it do nothing, which is why recordings are counted.
@@ -205,21 +251,30 @@ class Captured:
             self._drop()
             self._open()
         if bank is not self._bank and bank not in self._replaced:
-            if self._bank is not None:
-                self._replaced.add(self._bank)
-            self._shapes.clear()  # their buffers are bound together with the earlier bank
-            self._bank = bank
-        shape = self._shapes.get(bucket)
+            self._take(bank)
+        shape = self._shapes.get(bucket) if bank is self._bank else None
         # A run that was stopped while it was recorded would be repeated as far as it came.
         stopped = options is not None and options.terminate
-        if bank is not self._bank or shape is None or stopped:
-            values: Mapping[str, onnxruntime.OrtValue] = self._run_once(bank, filled, options)
-            if bank is self._bank and shape is None:
-                outputs = {name: (tuple(value.shape()), value.element_type()) for name, value in values.items()}
-                self._shapes.put(bucket, _Shape(outputs))
-        else:
-            values = self._run_fixed(bank, shape, filled, options)
-        return {name: self._own(value, cuts[name]) for name, value in values.items()}
+        values: Mapping[str, onnxruntime.OrtValue] | None = None
+        if shape is not None and not stopped:
+            values = self._run_fixed(bank, bucket, shape, filled, options)
+        if self._session is None:  # a recording failed: the same request on a fresh session
+            shape = None  # which holds what is bound to the old one
+            self._open()
+            self._bank = bank
+        with self._device:
+            if values is None:
+                values = self._run_once(bank, filled, options)
+                if bank is self._bank and shape is None:
+                    self._shapes.put(bucket, _Shape(_ports(values)))
+            return {name: self._own(value, cuts[name]) for name, value in values.items()}
+
+    def _take(self, bank: HasValues) -> None:
+        if self._bank is not None:
+            self._replaced.add(self._bank)
+        with self._device:
+            self._shapes.clear()  # their buffers are bound together with the earlier bank
+        self._bank = bank
 
     def _running(self) -> onnxruntime.InferenceSession:
         if self._session is None:
@@ -230,7 +285,7 @@ class Captured:
         self, bank: HasValues, filled: Mapping[str, Array], options: onnxruntime.RunOptions | None
     ) -> dict[str, onnxruntime.OrtValue]:
         session = self._running()
-        binding = session.io_binding()
+        binding = bind(session)
         for name, value in bank.values.items():
             binding.bind_ortvalue_input(name, value)
         for name, array in filled.items():
@@ -246,40 +301,60 @@ class Captured:
     def _run_fixed(
         self,
         bank: HasValues,
+        bucket: Bucket,
         shape: _Shape,
         filled: Mapping[str, Array],
         options: onnxruntime.RunOptions | None,
-    ) -> Mapping[str, onnxruntime.OrtValue]:
+    ) -> Mapping[str, onnxruntime.OrtValue] | None:
+        """Run with the shape's buffers; None where it has to be recorded first and cannot be."""
         session = self._running()
-        if shape.buffers is None:
-            shape.buffers = self._make_buffers(bank, shape, filled)
-        buffers = shape.buffers
-        for name, array in filled.items():
-            device_rows.write(buffers.inputs[name], array)
-        if not self._records:
-            session.run_with_iobinding(buffers.binding, options)
-        elif buffers.recorded:
-            session.run_with_iobinding(buffers.binding, buffers.options)
-        else:
-            self._record(session, buffers)
+        recorded = shape.buffers is not None and shape.buffers.recorded
+        if self._records and not recorded and not self._may_record(bucket):
+            return None
+        with self._device:
+            if shape.buffers is None:
+                shape.buffers = self._make_buffers(bank, shape, filled)
+            buffers = shape.buffers
+            for name, array in filled.items():
+                device_rows.write(buffers.inputs[name], array)
+            if not self._records or recorded:
+                session.run_with_iobinding(buffers.binding, buffers.options if recorded else options)
+        if self._records and not recorded and not self._record(bucket, shape, buffers):
+            return None
         return buffers.outputs
 
-    def _record(self, session: onnxruntime.InferenceSession, buffers: _Buffers) -> None:
-        try:
-            with device_rows.exclusive:
-                session.run_with_iobinding(buffers.binding, buffers.options)
-        except (RuntimeError, *ORT_ERRORS) as error:  # the former is what a bound run raises
-            self._drop()  # nothing says what state a failed recording leaves
-            raise RunError(
-                f"record {self._model.name} as a CUDA graph",
-                problem=str(error).splitlines()[0][:300],
-                fix="Serve it without CUDA graphs if this comes back.",
-            ) from error
-        buffers.recorded = True
-        self._recordings += 1
+    def _may_record(self, bucket: Bucket) -> bool:
+        return max(self._failures, self._failed.get(bucket) or 0) < self._policy.failures
+
+    def _record(self, bucket: Bucket, shape: _Shape, buffers: _Buffers) -> bool:
+        with device_lock.DEVICE.recording(wait=shape.put_off >= self._policy.patience) as alone:
+            if not alone:
+                shape.put_off += 1
+                return False
+            try:
+                self._running().run_with_iobinding(buffers.binding, buffers.options)
+            except (RuntimeError, *ORT_ERRORS) as error:  # the former is what a bound run raises
+                failure = str(error).splitlines()[0][:300]
+            else:
+                buffers.recorded = True
+                self._recordings += 1
+                self._failures = 0
+                return True
+        self._fail(bucket, failure)
+        return False
+
+    def _fail(self, bucket: Bucket, failure: str) -> None:
+        """Note a failed recording, and let go of the session: nothing says what state it is in."""
+        if not self._failures:
+            _log.warning("record %s as a CUDA graph: %s; answered by a plain run", self._model.name, failure)
+        self._failures += 1
+        self._failed.put(bucket, (self._failed.get(bucket) or 0) + 1)
+        if self._failures == self._policy.failures:
+            _log.warning("%s is not recorded any more: %d recordings in a row failed", self._model.name, self._failures)
+        self._drop()
 
     def _make_buffers(self, bank: HasValues, shape: _Shape, filled: Mapping[str, Array]) -> _Buffers:
-        device, binding = self._choice.device, self._running().io_binding()
+        device, binding = self._choice.device, bind(self._running())
         inputs = {name: device_rows.allocate(array.shape, str(array.dtype), device) for name, array in filled.items()}
         outputs = {
             name: device_rows.allocate_as(sizes, element_type, device)
@@ -299,3 +374,7 @@ class Captured:
         array: Array = value.numpy()
         part = array[cut]
         return array if self._records and part.shape == array.shape else np.array(part)
+
+
+def _ports(values: Mapping[str, onnxruntime.OrtValue]) -> dict[str, tuple[tuple[int, ...], int]]:
+    return {name: (tuple(value.shape()), value.element_type()) for name, value in values.items()}

@@ -10,9 +10,10 @@ import numpy as np
 import onnxruntime
 
 from tpeft_deploy.errors import RunError
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.sessions import onnx_bytes
 from tpeft_deploy.runtime.sessions.onnx_bytes import Declared
-from tpeft_deploy.runtime.sessions.providers import Choice, Cuda, open_session
+from tpeft_deploy.runtime.sessions.providers import Choice, Cuda, bind, open_session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Plain"]
@@ -88,10 +89,14 @@ class Plain:
         """
         if self._device == "cpu":  # where IO binding copies outputs once more
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs), options), strict=True))
+        with device_lock.using(self._device):
+            return self._run_bound(inputs, options)
+
+    def _run_bound(self, inputs: Mapping[str, Array], options: onnxruntime.RunOptions | None) -> dict[str, Array]:
         try:
             binding = self._bindings.pop()
         except IndexError:
-            binding = self._session.io_binding()
+            binding = bind(self._session)
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
         binding.clear_binding_outputs()  # else the last run's buffers would be written again, at their old shapes

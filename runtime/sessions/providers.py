@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,6 +21,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from tpeft_deploy.errors import ProviderUnavailable
+from tpeft_deploy.runtime import device_lock
 
 __all__ = [
     "GRAPH_ID",
@@ -28,8 +30,10 @@ __all__ = [
     "Choice",
     "Cuda",
     "Provider",
+    "bind",
     "choose",
     "control_flow",
+    "nodes_on_cpu",
     "open_session",
 ]
 
@@ -67,10 +71,12 @@ class Cuda:
         memory_bytes: what the session's own arena may take: its weights and intermediate results, not the tensors that
             are bound to it.  By default all there is.
         graphs: whether runs may be captured as CUDA graphs (see `captured`).
+        placement: whether the session can tell where its nodes run, as one with `graphs` can.
     """
 
     memory_bytes: int | None = None
     graphs: bool = False
+    placement: bool = False
 
     def options(self) -> dict[str, str]:
         """As ONNX Runtime takes them."""
@@ -159,14 +165,20 @@ def open_session(
         options.intra_op_num_threads = threads
     if content is not None:
         options.add_session_config_entry(_FOLDER, str(model.parent.resolve()))
-    # What `control_flow` reads.
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1" if cuda.graphs else "0")
+    # What `control_flow` and `nodes_on_cpu` read.
+    told = cuda.graphs or cuda.placement
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1" if told else "0")
     providers = [(_CUDA, cuda.options()), _CPU] if choice.device == "cuda" else [_CPU]
     # A pass without 16-bit kernels to offer, in which ONNX Runtime 1.32 crashes on a transposed 16-bit product.
     disabled = ["NchwcTransformer"] if half else []
-    session = onnxruntime.InferenceSession(
-        str(model) if content is None else content, options, providers=providers, disabled_optimizers=disabled
-    )
+    with device_lock.opening(choice.device):
+        try:
+            session = onnxruntime.InferenceSession(
+                str(model) if content is None else content, options, providers=providers, disabled_optimizers=disabled
+            )
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold what was made of the session, device memory too
+            raise
     session.disable_fallback()
     if choice.device == "cuda" and session.get_providers()[0] != _CUDA:
         raise ProviderUnavailable(
@@ -175,20 +187,44 @@ def open_session(
             got=f"one on {', '.join(session.get_providers())}",
             fix="ONNX Runtime's log above says which library it could not load.",
         )
+    if choice.device == "cuda":
+        device_lock.free_safely(session)
     return session
+
+
+def bind(session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
+    """An IO binding, which like its session is freed only while nothing records."""
+    binding = session.io_binding()
+    if session.get_providers()[0] == _CUDA:
+        device_lock.free_safely(binding)
+    return binding
 
 
 def control_flow(session: onnxruntime.InferenceSession) -> list[str]:
     """The nodes that no CUDA graph can hold, as "operator name".
 
     Args:
-        session: opened with `Cuda(graphs=True)`, on any device.
+        session: opened with `Cuda(graphs=True)` or `Cuda(placement=True)`, on any device.
     """
     return [
         f"{node.op_type} {node.name}"
         for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
         if node.op_type in _CONTROL_FLOW
+    ]
+
+
+def nodes_on_cpu(session: onnxruntime.InferenceSession) -> list[str]:
+    """The nodes that run on the CPU, as "operator name": what the device's nodes exchange with them is copied.
+
+    Args:
+        session: as `control_flow` takes it.
+    """
+    return [
+        f"{node.op_type} {node.name}"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == _CPU
+        for node in part.get_nodes()
     ]
 
 
@@ -202,7 +238,8 @@ def _cuda_obstacle() -> str | None:
     os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     _preload()
     try:
-        onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
+        with device_lock.using("cuda"):
+            onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), "cuda", 0)
     except Exception as error:  # ONNX Runtime raises its own unexported classes and RuntimeError alike
         return f"no tensor could be placed on device 0 ({str(error).strip().splitlines()[0][:160]})"
     return None

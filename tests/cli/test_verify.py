@@ -24,7 +24,7 @@ def test_verify_prints_every_check(conv_bundle: Bundle, tmp_path: Path) -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["form", "task", "sizes", "error", "limit", "oracle"]
-    assert len(lines) == 1 + 44 + 1
+    assert len(lines) == 1 + 68 + 1
     assert lines[-1].split()[:4] == ["training", "library", "not", "checked"]
     assert result.stderr == f"report: {tmp_path / 'page.html'}\n"
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")

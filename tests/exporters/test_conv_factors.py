@@ -23,6 +23,8 @@ from tpeft_deploy.errors import IntegrityError
 from tpeft_deploy.exporters.verify import verify_bundle
 from tpeft_deploy.files import digest_file
 from tpeft_deploy.formats.write import onnx_adapter
+from tpeft_deploy.runtime.adapters.bank import Layout
+from tpeft_deploy.runtime.sessions import onnx_bytes
 from tpeft_deploy.training import TuckerConfig
 from tpeft_deploy.tucker import TuckerDelta
 
@@ -223,6 +225,16 @@ def test_a_bundle_of_before_opens_with_both_factors_and_its_own_ranks(tmp_path: 
     rewrite(bundle, "lora", wrong)
     with pytest.raises(IntegrityError, match=r"adapter\.onnx_adapter.*got another"):
         verify_bundle(bundle.path)
+
+
+def test_no_default_of_a_graph_has_rank_0(conv_bundle: Bundle) -> None:
+    declared = onnx_bytes.declared((conv_bundle.path / "factored.onnx").read_bytes())
+    defaults = {name: tensor.shape for name, tensor in declared.items() if ".tpeft." in name}
+    assert defaults
+    assert all(0 not in shape for shape in defaults.values())
+    rows = Layout.of(conv_bundle).shapes
+    assert {name for name in rows if ".core" in name}
+    assert all(0 not in shape for shape in rows.values())
 
 
 def stored(bundle: Bundle, task: str) -> Path:

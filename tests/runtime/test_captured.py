@@ -17,6 +17,7 @@ from tests.exporters import architectures
 from tests.runtime.banks import all_tasks
 from tpeft_deploy import Bundle, export_bundle
 from tpeft_deploy.errors import RunError
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.runtime.adapters.bank import Bank
 from tpeft_deploy.runtime.sessions import providers
@@ -27,6 +28,7 @@ from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
 from tpeft_deploy.tucker import Array
 
 CPU = Choice("cpu", "a test")
+CUDA = Choice("cuda", "a test pretends")
 MODULE = "tpeft_deploy.runtime.sessions.cuda_graph"
 
 
@@ -190,8 +192,12 @@ def test_the_nodes_that_no_graph_can_hold_are_named(conv_bundle: Bundle, bert_bu
     assert not providers.control_flow(providers.open_session(bert_bundle.path / "banked.onnx", CPU, cuda=options))
 
 
-def pretend_cuda(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> list[str]:
-    """Sessions and tensors on the CPU in place of CUDA's; the graph ids that runs asked for."""
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch, *, failures: int = 0) -> list[str]:
+    """Sessions and tensors on the CPU in place of CUDA's; the graph ids that runs asked for.
+
+    The first recordings fail, as many as told.
+    """
+    left = [failures]
     real_open, real_allocate = providers.open_session, device_rows.allocate_as
     ids: list[str] = []
 
@@ -207,21 +213,23 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> lis
         ) -> None:
             assert options is not None
             ids.append(options.get_run_config_entry("gpu_graph_id"))
-            if fails and ids[-1] != "-1":
+            if left[0] and ids[-1] != "-1":
+                left[0] -= 1
                 raise RuntimeError("a capture was spoilt")
             self._session.run_with_iobinding(binding, options)
 
     monkeypatch.setattr(f"{MODULE}.open_session", lambda model, choice, **_: Recorded(real_open(model, CPU)))
-    monkeypatch.setattr(f"{MODULE}.views.allocate_as", lambda shape, kind, device: real_allocate(shape, kind, "cpu"))
+    monkeypatch.setattr(
+        f"{MODULE}.device_rows.allocate_as", lambda shape, kind, device: real_allocate(shape, kind, "cpu")
+    )
     monkeypatch.setattr(f"{MODULE}.control_flow", lambda session: [])
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_output", _on_cpu(onnxruntime.IOBinding.bind_output))
     return ids
 
 
 def test_each_shape_and_bank_has_a_graph_of_its_own(bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = pretend_cuda(monkeypatch)
-    cuda = Choice("cuda", "a test pretends")
-    monkeypatch.setattr(onnxruntime.IOBinding, "bind_output", _on_cpu(onnxruntime.IOBinding.bind_output))
-    runs = Captured(bert_bundle.path / "banked.onnx", cuda, bert_bundle.manifest, policy=Policy(graphs=3), threads=1)
+    runs = Captured(bert_bundle.path / "banked.onnx", CUDA, bert_bundle.manifest, policy=Policy(graphs=3), threads=1)
     bank, _ = all_tasks(bert_bundle)
     other, _ = all_tasks(bert_bundle)
 
@@ -244,22 +252,89 @@ def _on_cpu(real: object) -> object:
     return lambda binding, name, device="cpu": real(binding, name, "cpu")  # type: ignore[operator]
 
 
-def test_a_recording_that_fails_is_told_and_the_session_opened_afresh(
+def ask(runs: Captured, bundle: Bundle, bank: Bank, times: int, rows: int = 1) -> None:
+    """Several times the same; each answer is that of an ordinary session."""
+    session, (same_rows, _) = Session(bundle.path / "banked.onnx", CPU, threads=1), all_tasks(bundle)
+    expected = session.run(same_rows, tokens(rows, 4), np.array([1]))
+    for _ in range(times):
+        got = runs.run(bank, tokens(rows, 4), np.array([1]))
+        np.testing.assert_allclose(got["logits"], expected["logits"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_request_is_answered_although_the_recording_fails(
+    bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = pretend_cuda(monkeypatch, failures=2)
+    runs = Captured(bert_bundle.path / "banked.onnx", CUDA, bert_bundle.manifest, threads=1)
+    bank, _ = all_tasks(bert_bundle)
+    sessions = {id(runs._session): runs._session}
+    ask(runs, bert_bundle, bank, 2)
+    sessions[id(runs._session)] = runs._session
+    assert len(sessions) == 2  # nothing says what state a failed recording leaves
+    ask(runs, bert_bundle, bank, 3)
+    assert ids == ["-1", "1", "-1", "2", "-1", "3", "3"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "record banked.onnx as a CUDA graph: a capture was spoilt; answered by a plain run"
+    ]
+    assert runs.recordings == 1
+    runs.close()
+
+
+def test_recordings_that_fail_again_and_again_are_given_up(
+    bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = pretend_cuda(monkeypatch, failures=100)
+    runs = Captured(bert_bundle.path / "banked.onnx", CUDA, bert_bundle.manifest, threads=1)
+    bank, _ = all_tasks(bert_bundle)
+    ask(runs, bert_bundle, bank, 8)
+    ask(runs, bert_bundle, bank, 4, rows=2)
+    assert [graph for graph in ids if graph != "-1"] == ["1", "2", "3"]
+    assert caplog.records[-1].getMessage() == "banked.onnx is not recorded any more: 3 recordings in a row failed"
+    assert len(caplog.records) == 2
+    runs.close()
+
+
+def test_a_shape_that_cannot_be_recorded_keeps_no_other_from_it(
     bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend_cuda(monkeypatch, fails=True)
-    monkeypatch.setattr(onnxruntime.IOBinding, "bind_output", _on_cpu(onnxruntime.IOBinding.bind_output))
-    cuda = Choice("cuda", "a test pretends")
-    runs = Captured(bert_bundle.path / "banked.onnx", cuda, bert_bundle.manifest, threads=1)
+    ids = pretend_cuda(monkeypatch, failures=2)
+    policy = Policy(failures=2)
+    runs = Captured(bert_bundle.path / "banked.onnx", CUDA, bert_bundle.manifest, policy=policy, threads=1)
     bank, _ = all_tasks(bert_bundle)
-    runs.run(bank, tokens(1, 4), np.array([1]))
-    with pytest.raises(RunError, match=r"record banked.onnx as a CUDA graph: a capture was spoilt"):
-        runs.run(bank, tokens(1, 4), np.array([1]))
-    session = Session(bert_bundle.path / "banked.onnx", CPU, threads=1)
-    expected = session.run(bank, tokens(1, 4), np.array([1]))
-    again = runs.run(bank, tokens(1, 4), np.array([1]))
-    np.testing.assert_allclose(again["logits"], expected["logits"], rtol=1e-5, atol=1e-6)
+    ask(runs, bert_bundle, bank, 2)
+    runs._failures = 0  # as after another shape's recording
+    ask(runs, bert_bundle, bank, 1)
+    runs._failures = 0
+    ask(runs, bert_bundle, bank, 3)
+    assert ids == ["-1", "1", "-1", "2", "-1", "-1", "-1", "-1"]
+    ids.clear()
+    ask(runs, bert_bundle, bank, 3, rows=2)
+    assert ids == ["-1", "3", "3"]
     runs.close()
+
+
+def test_a_session_that_opens_puts_a_recording_off(bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = pretend_cuda(monkeypatch)
+    runs = Captured(bert_bundle.path / "banked.onnx", CUDA, bert_bundle.manifest, threads=1)
+    bank, _ = all_tasks(bert_bundle)
+    with device_lock.opening("cuda"):
+        ask(runs, bert_bundle, bank, 3)
+    ask(runs, bert_bundle, bank, 2)
+    assert [graph for graph in ids if graph != "-1"] == ["1", "1"]
+    assert ids[:3] == ["-1"] * 3
+    runs.close()
+
+
+@pytest.mark.parametrize("row", [-1, 5, 2**40])
+def test_rows_that_a_bank_does_not_have(
+    conv_bundle: Bundle, runs: Captured, conv: tuple[Bank, Session], row: int
+) -> None:
+    bank, session = conv
+    for run in (session.run, runs.run):
+        with pytest.raises(RunError, match=rf"expected bank rows 0\.\.{bank.rows - 1}, got {row}"):
+            run(bank, images(2), np.array([0, row]))
+        with pytest.raises(RunError, match="bank rows"):
+            run(bank, images(2), np.array([row]))
 
 
 def test_a_model_with_control_flow_is_refused_by_name(conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,16 +344,24 @@ def test_a_model_with_control_flow_is_refused_by_name(conv_bundle: Bundle, monke
         Captured(conv_bundle.path / "banked.onnx", Choice("cuda", "a test pretends"), conv_bundle.manifest)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("conv_bundle", r"got Scan \w+GroupedConv.*grouped convs"),
+        ("bert_bundle", r"got This session cannot use.*, with nodes on the CPU \(\w+, .*\)\. Serve it"),
+    ],
+)
 def test_a_session_that_refuses_graphs_names_the_nodes_too(
-    conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    name: str, told: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bundle = request.getfixturevalue(name)
     real = providers.open_session
 
-    def refusing(model: Path, choice: Choice, **rest: object) -> onnxruntime.InferenceSession:
-        if choice.device == "cuda":
+    def refusing(model: Path, choice: Choice, *, cuda: Cuda, **rest: object) -> onnxruntime.InferenceSession:
+        if cuda.graphs:
             raise ORT_ERRORS[0]("This session cannot use the graph capture feature")
-        return real(model, choice, **rest)  # type: ignore[arg-type]
+        return real(model, CPU, cuda=cuda, **rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(f"{MODULE}.open_session", refusing)
-    with pytest.raises(RunError, match=r"got Scan \w+GroupedConv"):
-        Captured(conv_bundle.path / "banked.onnx", Choice("cuda", "a test pretends"), conv_bundle.manifest)
+    with pytest.raises(RunError, match=told):
+        Captured(bundle.path / "banked.onnx", CUDA, bundle.manifest)

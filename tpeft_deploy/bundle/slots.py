@@ -235,7 +235,7 @@ def change_of(target: Target, tensors: Mapping[str, Array]) -> Array:
 
 
 def neutral(target: Target) -> dict[str, Array]:
-    """Slots of rank 1 that leave the weight unchanged.  Rank 0 works on the CPU; it is untested on CUDA.
+    """Slots of rank 1 that leave the weight unchanged.  cuDNN rejects convolutions of rank 0.
 
     An override has no neutral value: the default of its slot is the base's tensor.
     """

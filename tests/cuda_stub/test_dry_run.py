@@ -1,0 +1,205 @@
+"""What ONNX Runtime's real CUDA provider makes of our graphs, on a CUDA that computes nothing (`make cuda-dry-run`).
+
+Placement, copies, launches and recordings are real. Answers and times are not: nothing here may quote one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from benchmarks import gpu_models
+from tests.exporters import test_architectures as zoo
+from tests.exporters.layers import CASES
+from tests.exporters.test_matrix import adapters_of
+from tpeft_deploy import export_bundle
+
+pytestmark = pytest.mark.cuda_stub
+
+ROOT = Path(__file__).parents[2]
+STUB = Path(os.environ.get("CUDA_STUB", ROOT / ".venv-cuda-stub")).resolve()
+
+
+FORMS = ("base", "factored", "banked one", "banked each")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What keeps a graph from being recorded: control flow, or copies between CUDA and the CPU in the middle of a run.
+
+    Args:
+        recordable: "control flow" or "copies".
+        copies: the operators that write and read each copy.
+    """
+
+    recordable: str = ""
+    copies: tuple[str, ...] = ()
+
+
+# Launches, at most, of a run of four rows: the base's, with factors, with one bank row, with a bank row each.
+LAUNCHES = {
+    "ConvNeXt-V2": (118, 171, 220, 235),
+    "ViT": (64, 106, 120, 120),
+    "DINOv2": (73, 113, 125, 125),
+    "BERT": (73, 113, 124, 124),
+    "DeBERTa-V2": (115, 179, 215, 235),
+    "DeBERTa-V3": (104, 164, 195, 215),
+    "Llama with KV cache": (137, 185, 205, 205),
+    "Llama, tied": (137, 182, 201, 201),
+    "ResNet with BatchNorm": (31, 104, 138, 138),
+    "MultiheadAttention encoder": (53, 77, 97, 101),
+    "Conv1d net": (8, 19, 30, 33),
+    "Conv3d net": (9, 18, 28, 28),
+    "U-Net with cross-attention": (87, 158, 222, 222),
+}
+
+# Scan: grouped and depthwise deltas, and whole convs.
+SCANS = (
+    "ConvNeXt-V2",
+    "Conv1d net",
+    "DeBERTa-V2",
+    "DeBERTa-V3",
+    "conv1d, override",
+    "conv2d, strided, override",
+    "conv2d, dilated, replicate, override",
+    "conv2d, reflect, override",
+    "conv2d, same, override",
+    "conv2d, grouped, delta",
+    "conv2d, grouped, override",
+    "conv2d, depthwise, delta",
+    "conv2d, depthwise, override",
+    "depthwise, blocked, delta",
+    "depthwise, blocked, override",
+    "transposed, grouped, delta",
+)
+# The length of the past is added to a Range; a banked lookup computes flat indices with the vocabulary's size.
+PAST = ("Squeeze > Add",)
+LOOKUP = ("Mul > Mul", "Shape > Mod+Mul")
+WHOLE_LOOKUP = ("Neg > GreaterOrEqual", "ReduceProd > Where", "Shape > Less+Mod", "Unsqueeze > Add")
+COPIES = {
+    ("Llama with KV cache", "base"): PAST,
+    ("Llama with KV cache", "factored"): PAST,
+    ("Llama with KV cache", "banked"): (*LOOKUP, *PAST),
+    ("Llama, tied", "base"): PAST,
+    ("Llama, tied", "factored"): PAST,
+    ("Llama, tied", "banked"): (*LOOKUP, *PAST),
+    ("embedding, delta", "banked"): LOOKUP,
+    ("tied embedding, delta", "banked"): LOOKUP,
+    ("positions that rows share, delta", "banked"): (*LOOKUP, *LOOKUP),
+    ("embedding, override", "banked"): (*WHOLE_LOOKUP, "input > Shape"),
+    ("tied embedding, override", "banked"): (*WHOLE_LOOKUP, "input > Gather+Shape"),
+}
+KNOWN = {(name, "banked"): Known("control flow") for name in SCANS}
+KNOWN |= {key: Known("copies", tuple(sorted(found))) for key, found in COPIES.items()}
+
+
+def on_stub(*command: str, log: Path) -> subprocess.CompletedProcess[str]:
+    if not (STUB / "libcudnn.so.9").is_file():
+        pytest.fail(f"no CUDA stub in {STUB}: run `make cuda-dry-run`")
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(STUB),
+        "CUDA_STUB_LOG": str(log),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [str(STUB / "venv/bin/python"), "-m", *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert not done.returncode, done.stderr[-2000:]
+    return done
+
+
+def surveyed(bundle: Path, place: Path) -> dict[str, dict[str, Any]]:
+    """What `on_stub` finds of each form, and the copies in the optimised graphs."""
+    place.mkdir()
+    found: dict[str, dict[str, Any]] = json.loads(
+        on_stub("tests.cuda_stub.on_stub", str(bundle), str(place), log=place / "log").stdout.splitlines()[-1]
+    )
+    for form, facts in found.items():
+        facts["copies"] = copies(onnx.load(place / f"{form}.onnx", load_external_data=False).graph)
+    return found
+
+
+def copies(graph: onnx.GraphProto) -> list[str]:
+    """Each copy between CUDA and the CPU, by the operators around it."""
+    made = {output: node for node in graph.node for output in node.output}
+    found = []
+    for node in graph.node:
+        if node.op_type.startswith("Memcpy"):
+            source = made[node.input[0]].op_type if node.input[0] in made else "input"
+            readers = sorted({other.op_type for other in graph.node if node.output[0] in other.input})
+            found.append(f"{source} > {'+'.join(readers)}")
+    return found
+
+
+def test_recording_among_others(tmp_path: Path) -> None:
+    models, out, log = tmp_path / "models", tmp_path / "out", tmp_path / "log"
+    gpu_models.encoder(models / "encoder", layers=2, width=128)
+    on_stub(
+        "benchmarks.gpu", "run", str(models), "--out", str(out), "--seconds", "0", "--only", "recording among others",
+        log=log,
+    )  # fmt: skip
+    (check,) = json.loads((out / "gpu.json").read_text())["checks"].values()
+    assert check["status"] == "done"
+    assert {claim["claim"]: claim["holds"] for claim in check["claims"]} == {
+        "shapes recorded, of 16": True,
+        "failures while recording": True,
+    }
+    calls = Counter(line.split("\t")[0] for line in log.read_text().splitlines())
+    assert calls["spoilt by"] == 0
+
+
+ZOO = [pytest.param(name, torch.float32, id=f"{name}-float32") for name in zoo.MODELS]
+ZOO += [pytest.param(name, torch.float16, id=f"{name}-float16") for name in zoo.HALF]
+
+
+@pytest.mark.parametrize(("name", "dtype"), ZOO)
+def test_an_architecture(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    module, inputs, shapes = zoo.MODELS[name]()
+    adapters = zoo.adapters_for(module)
+    module = module.to(dtype)
+    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs, dynamic_shapes=shapes)
+    found = surveyed(bundle.path, tmp_path / "found")
+    obey(name, found)
+    launches = {form: facts["calls"]["launches"] for form, facts in found.items()}
+    assert {form: count for form, count in launches.items() if count > LAUNCHES[name][FORMS.index(form)]} == {}
+
+
+LAYERS = [(name, change) for name, case in CASES.items() for change in ("delta", "override")]
+LAYERS = [(name, change) for name, change in LAYERS if change == "delta" or CASES[name].overrides]
+
+
+@pytest.mark.parametrize(("name", "change"), LAYERS)
+def test_a_layer(tmp_path: Path, name: str, change: str) -> None:
+    case = CASES[name]
+    module, inputs = case.build(torch.float32)
+    shapes = {key: {0: "batch"} | case.free.get(key, {}) for key in inputs}
+    adapters = adapters_of(case, module, change)
+    bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs, dynamic_shapes=shapes)
+    obey(f"{name}, {change}", surveyed(bundle.path, tmp_path / "found"))
+
+
+def obey(name: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """All forms run on CUDA alone and can be recorded, but for what is listed."""
+    listed = {form: KNOWN.get((name, form.split()[0]), Known()) for form in found}
+    got = {form: Known(facts["not recordable"], tuple(sorted(facts["copies"]))) for form, facts in found.items()}
+    assert got == listed
+    assert [form for form, facts in found.items() if facts["calls"].get("DeviceToHost")] == []
