@@ -17,6 +17,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import is_type
+from tpeft_deploy.formats.peft.dense import misfit
 from tpeft_deploy.formats.peft.low_rank.lora import scale_of
 from tpeft_deploy.formats.products.compact import DENSE, dense_is_smaller, is_dense, low_rank, widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -86,12 +87,8 @@ def _parameter(module: Module, checkpoint: Checkpoint) -> str:
     wrapped = _WRAPPED.search(module.key)
     depth = wrapped[0].count(".base_layer") if wrapped else 0
     if depth >= len(names):
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"at least {depth + 1} parameters of this module that target_parameters name",
-            got=", ".join(names),
-            fix="Check that the base is what the adapter was trained on.",
-        )
+        expected = f"at least {depth + 1} parameters of this module that target_parameters name"
+        raise misfit(module, checkpoint, expected, ", ".join(names))
     return names[-1 - depth]
 
 
@@ -143,9 +140,5 @@ def _delta(down: Array, up: Array, scale: float, shape: tuple[int, ...], *, tran
 def _misfit(
     module: Module, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], down: Array, up: Array
 ) -> FormatError:
-    return FormatError(
-        doing(module, checkpoint),
-        expected=f"tensors for the parameter {name!r} of shape {shape}",
-        got=f"lora_A {down.shape} and lora_B {up.shape}",
-        fix="Check that the base is what the adapter was trained on.",
-    )
+    expected = f"tensors for the parameter {name!r} of shape {shape}"
+    return misfit(module, checkpoint, expected, f"lora_A {down.shape} and lora_B {up.shape}")

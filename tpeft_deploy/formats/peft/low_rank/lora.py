@@ -22,6 +22,7 @@ from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft import residual as peft_residual
 from tpeft_deploy.formats.peft.config import alpha_of, base_bias, matrix_delta, of_type, stored_transposed
+from tpeft_deploy.formats.peft.dense import misfit
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import base_array, doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -107,12 +108,8 @@ def _dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, axis:
     weight = base_array(module, checkpoint, "weight", "DoRA's gain depends on the base's weight")
     magnitude = take(module, checkpoint, _MAGNITUDE)
     if delta.shape != weight.shape or magnitude.size != weight.shape[axis]:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"a change of shape {weight.shape} with {weight.shape[axis]} magnitudes, as the base's weight",
-            got=f"{delta.shape} with {magnitude.size}",
-            fix="Check that the base is what the adapter was trained on.",
-        )
+        expected = f"a change of shape {weight.shape} with {weight.shape[axis]} magnitudes, as the base's weight"
+        raise misfit(module, checkpoint, expected, f"{delta.shape} with {magnitude.size}")
     adapted = weight.astype(np.float64) + delta.dense()
     others = tuple(a for a in range(weight.ndim) if a != axis)
     norm = np.sqrt(np.square(adapted).sum(axis=others, keepdims=True))

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import matrix_delta, of_type
+from tpeft_deploy.formats.peft.dense import misfit
 from tpeft_deploy.formats.products.compact import DENSE
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing, no_scale, reporting, take
+from tpeft_deploy.formats.read.take import base_array, no_scale, reporting, take
 from tpeft_deploy.tucker import TuckerDelta
 
 __all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
@@ -37,12 +37,8 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     block = take(module, checkpoint, _BLOCK)
     shape = base_array(module, checkpoint, "weight", "MiSS does not say how many inputs a layer has").shape
     if block.ndim != 2 or len(shape) != 2 or shape[0] % block.shape[1]:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"a block (r, {shape[0]}), or one that repeats to it, for a weight {shape}",
-            got=block.shape,
-            fix="Check that the base is what the adapter was trained on.",
-        )
+        expected = f"a block (r, {shape[0]}), or one that repeats to it, for a weight {shape}"
+        raise misfit(module, checkpoint, expected, block.shape)
     with reporting(module, checkpoint):
         outputs, inputs = shape
         block = block[:inputs]  # rows beyond the inputs have no effect

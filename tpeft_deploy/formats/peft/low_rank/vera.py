@@ -17,6 +17,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import diagonal_delta, is_type, stored_transposed
+from tpeft_deploy.formats.peft.dense import misfit
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import base_array, doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array
@@ -54,12 +55,8 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
         inputs = int(np.prod(shape)) // outputs
         fits = outer.ndim == 1 and first.ndim == last.ndim == 2 and len(shape) == 2 and outputs in shape
         if not fits or inputs > first.shape[1] or outputs > last.shape[0]:
-            raise FormatError(
-                doing(module, checkpoint),
-                expected=f"projections at least as large as the weight {shape}, of {outputs} outputs",
-                got=f"{first.shape} and {last.shape}",
-                fix="Check that the base is what the adapter was trained on.",
-            )
+            expected = f"projections at least as large as the weight {shape}, of {outputs} outputs"
+            raise misfit(module, checkpoint, expected, f"{first.shape} and {last.shape}")
         if kind == "pvera":
             inner, first = inner[: len(inner) // 2], first[: len(first) // 2]
         transposed = stored_transposed(module, checkpoint, outputs, inputs)

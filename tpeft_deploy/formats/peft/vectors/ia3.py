@@ -11,6 +11,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import base_bias, of_type, stored_transposed
+from tpeft_deploy.formats.peft.dense import misfit
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import base_array, doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -77,12 +78,8 @@ def _along(module: Module, checkpoint: Checkpoint, vector: Array, weight: Array,
 
 
 def _misfit(module: Module, checkpoint: Checkpoint, vector: Array, weight: Array, axis: int) -> FormatError:
-    return FormatError(
-        doing(module, checkpoint),
-        expected=f"one number for each channel along axis {axis} of a weight of shape {weight.shape}",
-        got=f"{vector.size}",
-        fix="Check that the base is what the adapter was trained on.",
-    )
+    expected = f"one number for each channel along axis {axis} of a weight of shape {weight.shape}"
+    return misfit(module, checkpoint, expected, vector.size)
 
 
 def _is_feedforward(module: Module, checkpoint: Checkpoint) -> bool:
