@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.lycoris.dora import dora_gain
+from tpeft_deploy.formats.lycoris.dora import change_with_dora
 from tpeft_deploy.formats.lycoris.full import bias_override
 from tpeft_deploy.formats.products.compact import low_rank
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -64,14 +64,8 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     scale, alpha_note = take_scale(module, checkpoint, rank)
     with reporting(module, checkpoint):
         delta = _plain(up, down, scale) if mid is None else _tucker(up, down, mid, scale)
-    target = f"{module.name}.weight"
-    notes = [text for text in (note, alpha_note) if text]
-    return Change(
-        deltas={target: delta},
-        overrides=bias_override(module, checkpoint),
-        gains=dora_gain(module, checkpoint, delta),
-        notes={target: "; ".join(notes)} if notes else {},
-    )
+    overrides = bias_override(module, checkpoint)
+    return change_with_dora(module, checkpoint, delta, note, alpha_note, overrides=overrides)
 
 
 def _plain(up: Array, down: Array, scale: float) -> TuckerDelta:

@@ -13,29 +13,41 @@ from collections.abc import Mapping
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.read.module import Checkpoint, Module
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import base_array, doing
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["SUFFIX", "dora_gain"]
+__all__ = ["SUFFIX", "change_with_dora"]
 
 SUFFIX = "dora_scale"
 
 
-def dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Mapping[str, Array]:
-    """Pop dora_scale: the weight's gain, dora_scale / (|W + dW| + eps); empty if the module has none.
+def change_with_dora(
+    module: Module,
+    checkpoint: Checkpoint,
+    delta: TuckerDelta,
+    *notes: str | None,
+    overrides: Mapping[str, Array] | None = None,
+) -> Change:
+    """The change of a module: its delta, and a gain if it has a dora_scale, which is popped.
 
     Args:
         module: module after its `delta` was read.
-        checkpoint: checkpoint with a base.
+        checkpoint: checkpoint with a base, if there is a dora_scale.
         delta: dW, (O, I, K1, ...).
-
-    Returns:
-        The weight's name -> (O, 1, ...) or (1, I, 1, ...), or an empty mapping.
+        notes: remarks about the weight; None is left out.
+        overrides: whole tensors of the module.
 
     Raises:
         FormatError: no base was given, or dora_scale or dW do not fit its weight.
     """
+    target, note = f"{module.name}.weight", "; ".join(text for text in notes if text)
+    gains = _gain(module, checkpoint, delta)
+    return Change({target: delta}, overrides or {}, gains, {target: note} if note else {})
+
+
+def _gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Mapping[str, Array]:
+    """Pop dora_scale: the weight's gain, (O, 1, ...) or (1, I, 1, ...), by name; empty if the module has none."""
     magnitude = module.tensors.pop(SUFFIX, None)
     if magnitude is None:
         return {}

@@ -10,7 +10,7 @@ with s = alpha / r, applied once as in LyCORIS' forward; its merge_to applies it
 from __future__ import annotations
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.lycoris.dora import dora_gain
+from tpeft_deploy.formats.lycoris.dora import change_with_dora
 from tpeft_deploy.formats.products.compact import DENSE, is_dense
 from tpeft_deploy.formats.products.hadamard import loha, loha_tucker
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -50,10 +50,4 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     else:
         with reporting(module, checkpoint):
             delta = loha(w1a, w1b, w2a, w2b, scale=scale, shape=shape)
-    target = f"{module.name}.weight"
-    notes = [text for text in (DENSE if is_dense(delta) else None, note) if text]
-    return Change(
-        deltas={target: delta},
-        gains=dora_gain(module, checkpoint, delta),
-        notes={target: "; ".join(notes)} if notes else {},
-    )
+    return change_with_dora(module, checkpoint, delta, DENSE if is_dense(delta) else None, note)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.lycoris.dora import dora_gain
+from tpeft_deploy.formats.lycoris.dora import change_with_dora
 from tpeft_deploy.formats.products.compact import DENSE, is_dense
 from tpeft_deploy.formats.products.kronecker import Half, full, lokr, product, tucker
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -49,13 +49,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     scale, note = _scale(module, checkpoint, first, second)
     with reporting(module, checkpoint):
         delta = lokr(first, second, scale=scale, shape=shape)
-    target = f"{module.name}.weight"
-    notes = [text for text in (DENSE if is_dense(delta) else None, note) if text]
-    return Change(
-        deltas={target: delta},
-        gains=dora_gain(module, checkpoint, delta),
-        notes={target: "; ".join(notes)} if notes else {},
-    )
+    return change_with_dora(module, checkpoint, delta, DENSE if is_dense(delta) else None, note)
 
 
 def _half(module: Module, checkpoint: Checkpoint, name: str, kernel: tuple[int, ...]) -> Half:
