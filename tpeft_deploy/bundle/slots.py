@@ -264,8 +264,8 @@ def ranks_of(target: Target, tensors: Mapping[str, Array]) -> dict[str, int]:
                 (wanted, slot.name) if isinstance(wanted, int) else letters.setdefault(wanted, (size, slot.name))
             )
             if size != first:
-                told = f"{wanted} = {first}, as in {owner}" if isinstance(wanted, str) else f"shape {slot.shape}"
-                raise ShapeError(doing, expected=f"{slot.name} with {told}", got=array.shape)
+                rule = f"{wanted} = {first}, as in {owner}" if isinstance(wanted, str) else f"shape {slot.shape}"
+                raise ShapeError(doing, expected=f"{slot.name} with {rule}", got=array.shape)
     return {letter: size for letter, (size, _) in letters.items()}
 
 

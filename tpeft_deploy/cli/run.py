@@ -49,11 +49,11 @@ def run(
         raise click.UsageError("--task and --tasks exclude each other.")
     inputs = _read(source)
     runtime = Runtime(bundle, provider=provider, preload=False, own_copy=False)
-    asked = outputs.split(",") if outputs is not None else None
+    selected = outputs.split(",") if outputs is not None else None
     if tasks is not None:
-        results = runtime.run(inputs, tasks=tasks.split(","), outputs=asked)
+        results = runtime.run(inputs, tasks=tasks.split(","), outputs=selected)
     else:
-        results = dict(runtime.run(inputs, task or "base", outputs=asked))
+        results = dict(runtime.run(inputs, task or "base", outputs=selected))
     arrays = _flat(results)
     with new_file(output) as temporary, temporary.open("wb") as stream:
         import numpy as np

@@ -58,19 +58,19 @@ def health(host: str, port: int, tls_cert: Path | None, ready: bool, timeout: fl
     from tpeft_deploy.errors import ServerError
 
     address = _ANY.get(host, host)
-    asked = "ready" if ready else "live"
+    state = "ready" if ready else "live"
     connection = (
         http.client.HTTPConnection(address, port, timeout=timeout)
         if tls_cert is None
         else http.client.HTTPSConnection(address, port, timeout=timeout, context=ssl._create_unverified_context())
     )
     try:
-        connection.request("GET", f"/v2/health/{asked}")
+        connection.request("GET", f"/v2/health/{state}")
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        raise ServerError(f"ask {address}:{port} whether it is {asked}", problem=str(error) or repr(error)) from None
+        raise ServerError(f"check whether {address}:{port} is {state}", problem=str(error) or repr(error)) from None
     finally:
         connection.close()
     if status != 200:
-        raise ServerError(f"ask {address}:{port} whether it is {asked}", expected="status 200", got=status)
-    note(asked)
+        raise ServerError(f"check whether {address}:{port} is {state}", expected="status 200", got=status)
+    note(state)

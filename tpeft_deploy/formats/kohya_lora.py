@@ -83,7 +83,7 @@ def _tucker(up: Array, down: Array, mid: Array, scale: float) -> TuckerDelta:
 def _matrix(tensor: Array, name: str) -> Array:
     """(a, b, 1, ...) as (a, b); raises for a kernel larger than 1, which a reshape would scramble."""
     if math.prod(tensor.shape[2:]) != 1:
-        raise ValueError(f"{name} has shape {tensor.shape}, where all sizes after the second should be 1")
+        raise ValueError(f"{name} has shape {tensor.shape}; all sizes after the second should be 1")
     return tensor.reshape(tensor.shape[:2])
 
 

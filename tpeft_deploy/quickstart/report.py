@@ -108,13 +108,13 @@ def _gallery(answers: Mapping[str, Answers], tests: Mapping[str, Examples]) -> s
 
 
 def _cell(name: str, meanings: tuple[str, ...], answers: Answers, test: Examples, row: int) -> str:
-    truth, says = int(test.labels[row]), int(answers.forms["banked"][row].argmax())
+    truth, prediction = int(test.labels[row]), int(answers.forms["banked"][row].argmax())
     # The base has no prediction for a task with other classes.
     before = f"{DIGITS[int(answers.base[row].argmax())]} → " if meanings == DIGITS and name != BASE_TASK else ""
-    verdict = "good" if says == truth else "bad"
+    verdict = "good" if prediction == truth else "bad"
     return (
         f'<td><img alt="{meanings[truth]}" src="{figures.picture(test.pixels[row, 0])}">'
-        f'<span class="soft">{before}</span><b class="{verdict}">{meanings[says]}</b></td>'
+        f'<span class="soft">{before}</span><b class="{verdict}">{meanings[prediction]}</b></td>'
     )
 
 

@@ -108,12 +108,12 @@ def mode_ranks(ranks: Ranks, shape: tuple[int, ...]) -> tuple[int, ...]:
     Raises:
         ValueError: `ranks` has more entries than the weight has modes.
     """
-    asked = ranks if isinstance(ranks, list) else [ranks] * 2
-    if len(asked) > len(shape):
-        raise ValueError(f"expected at most {len(shape)} ranks for a weight of shape {shape}, got {asked}")
+    entries = ranks if isinstance(ranks, list) else [ranks] * 2
+    if len(entries) > len(shape):
+        raise ValueError(f"expected at most {len(shape)} ranks for a weight of shape {shape}, got {entries}")
     given = tuple(
         min(size, max(1, round(rank * size)) if isinstance(rank, float) else rank)
-        for rank, size in zip(asked, shape, strict=False)
+        for rank, size in zip(entries, shape, strict=False)
     )
     return given + shape[len(given) :]
 

@@ -59,7 +59,7 @@ def load_diffusers(path: str | os.PathLike[str]) -> Any:
             doing,
             expected=f"the weights of {kind.__name__} and no others",
             got=f"missing, unexpected or of another shape: {', '.join(map(str, sorted(wrong, key=str)[:3]))}",
-            fix="Write the directory anew with save_pretrained() of the model.",
+            fix="Write the directory again with save_pretrained() of the model.",
         )
     return model.eval()
 
@@ -81,7 +81,7 @@ def _check_files(path: Path, doing: str) -> None:
             doing,
             expected=f"weights in {_WEIGHTS}, or in shards with {_WEIGHTS}.index.json",
             got="neither",
-            fix="Load it with diffusers and write it anew with save_pretrained().",
+            fix="Load it with diffusers and write it again with save_pretrained().",
         )
     if _read(path / "config.json").get("quantization_config"):
         raise UnsupportedBase(doing, expected="plain weights", got="quantised ones (quantization_config)")

@@ -98,11 +98,11 @@ def no_module(name: str, got: object) -> UnsupportedBase:
         if callable(got)
         else ""
     )
-    own = getattr(got, "__name__", type(got).__name__)
+    found = getattr(got, "__name__", type(got).__name__)
     return UnsupportedBase(
         f"load base {name}",
         expected="a torch.nn.Module",
-        got=f"{what} ({own})" if what else own,
+        got=f"{what} ({found})" if what else found,
         fix=fixes.get(what, FACTORY),
     )
 
@@ -171,7 +171,7 @@ def architecture(path: Path) -> str:
             doing,
             expected="weights in model.safetensors, or in shards with model.safetensors.index.json",
             got="neither",
-            fix="Load it with transformers and write it anew with save_pretrained().",
+            fix="Load it with transformers and write it again with save_pretrained().",
         )
     names = config.get("architectures") if isinstance(config, dict) else None
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
@@ -225,7 +225,7 @@ def load_model(path: Path, model: Any) -> Any:
 
 def _check_complete(doing: str, name: str, info: Mapping[str, Any]) -> None:
     """Raise if the directory lacks weights, which transformers would initialise at random; name them."""
-    fix = f"Write the directory anew with save_pretrained() of the trained {name}, and name its class in config.json."
+    fix = f"Write the directory again with save_pretrained() of the trained {name}, and name its class in config.json."
     missing, unused = (_listed(info[what]) for what in ("missing_keys", "unexpected_keys"))
     if missing:
         raise UnsupportedBase(doing, expected=f"every weight of {name}", got=f"no weights for {missing}", fix=fix)

@@ -69,7 +69,7 @@ def _scale(module: Module, checkpoint: Checkpoint, rank: int) -> float:
     if config.get("r", rank) != rank:
         raise FormatError(
             doing(module, checkpoint),
-            expected=f"r {config['r']}, as adapter_config.json says",
+            expected=f"r {config['r']}, as in adapter_config.json",
             got=f"rank {rank}",
             fix="Copy both files of one adapter.",
         )

@@ -74,5 +74,5 @@ def _delta(weight: Array, a1: Array, a2: Array, b1: Array, b2: Array, scale: flo
 def _flat(tensor: Array) -> Array:
     """(a, b, 1, ...) as (a, b)."""
     if math.prod(tensor.shape[2:]) != 1:
-        raise ValueError(f"a tensor of shape {tensor.shape}, where all sizes after the second should be 1")
+        raise ValueError(f"a tensor of shape {tensor.shape}; all sizes after the second should be 1")
     return tensor.reshape(tensor.shape[:2])

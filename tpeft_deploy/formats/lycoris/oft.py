@@ -74,7 +74,7 @@ def _diagonal(rows: Array, rotations: Array) -> Array:
 
 
 def _butterfly(rows: Array, rotations: Array) -> Array:
-    """At level i, each block rotates outputs that stand 2^i half blocks apart."""
+    """At level i, each block rotates outputs that are 2^i half blocks apart."""
     _, count, size, _ = rotations.shape
     for level, matrices in enumerate(rotations):
         apart = 2**level * (size // 2)

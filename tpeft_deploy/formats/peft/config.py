@@ -96,7 +96,7 @@ def alpha_of(checkpoint: Checkpoint, name: str, rank: int, field: str) -> float:
     if stated != rank:
         raise FormatError(
             f"read {checkpoint.source}, module {name!r}",
-            expected=f"tensors of rank {stated:g}, as adapter_config.json says",
+            expected=f"tensors of rank {stated:g}, as in adapter_config.json",
             got=f"rank {rank}",
             fix="Copy both files of one adapter.",
         )

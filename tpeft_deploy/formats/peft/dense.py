@@ -20,6 +20,7 @@ __all__ = [
     "indices",
     "linear_layer",
     "misfit",
+    "no_projection",
     "positions",
     "require_values",
     "whole_number",
@@ -86,7 +87,7 @@ def positions(
         raise misfit(module, checkpoint, "one value for each position", f"{rows.shape} and {values.shape}")
     flat = rows * layer.inputs + columns
     if len(np.unique(flat)) != flat.size:
-        raise misfit(module, checkpoint, "positions that differ", "one that stands there twice")
+        raise misfit(module, checkpoint, "distinct positions", "a duplicate")
     change = np.zeros(layer.size, widen(values[:0]).dtype)
     change[flat] = values
     return change.reshape(layer.outputs, layer.inputs)
@@ -135,4 +136,14 @@ def misfit(module: Module, checkpoint: Checkpoint, expected: str, got: object) -
         expected=expected,
         got=got,
         fix="Check that the file is whole and was trained on this base.",
+    )
+
+
+def no_projection(module: Module, checkpoint: Checkpoint, what: str) -> FormatError:
+    """Make the error for a file with the seed of a random projection in place of the projection."""
+    return FormatError(
+        doing(module, checkpoint),
+        expected=f"{what} in the file",
+        got="only the seed of a random generator, which is not the same on all systems",
+        fix="Save the adapter again with save_projection=True in its configuration.",
     )

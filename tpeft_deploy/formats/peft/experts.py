@@ -59,7 +59,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     no_scale(module, checkpoint)
     down, up = take(module, checkpoint, _A), take(module, checkpoint, _B)
     if checkpoint.base is None:
-        raise needs_base(module, checkpoint, "target_parameters are told apart by the base's parameters")
+        raise needs_base(module, checkpoint, "target_parameters are resolved by the base's parameters")
     name = _parameter(module, checkpoint)
     shape = checkpoint.base.shape(name)
     with reporting(module, checkpoint):
@@ -110,7 +110,7 @@ def _transposed(module: Module, checkpoint: Checkpoint, name: str, shape: tuple[
         raise FormatError(
             doing(module, checkpoint),
             expected=f"a parameter {name!r} with different numbers of inputs and outputs",
-            got=f"shape {shape}, of which only the module's code says whether outputs come first",
+            got=f"shape {shape}, for which only the module's code defines whether outputs come first",
             fix="Merge it with PEFT's merge_and_unload and export the merged model as a separate base.",
         )
     return shape[2] == outputs

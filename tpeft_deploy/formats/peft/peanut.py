@@ -70,7 +70,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     if checkpoint.config.get("depth") != depth:
         raise FormatError(
             doing(module, checkpoint),
-            expected=f"as many encoders as depth in adapter_config.json says, {checkpoint.config.get('depth')!r}",
+            expected=f"as many encoders as depth in adapter_config.json, {checkpoint.config.get('depth')!r}",
             got=depth,
             fix=f"Copy both files of one adapter; a depth above {_DEEPEST} is not read.",
         )

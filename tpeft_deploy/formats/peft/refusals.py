@@ -45,7 +45,7 @@ READ_TYPES = frozenset(
     | {"LN_TUNING", "BEFT", "TRAINABLE_TOKENS"}
     | {"OFT", "BOFT", "HRA", "HIRA", "ROAD", "GLORA", "DEFT", "OSF", "PEANUT", "FROD"}
 )
-_UNKNOWN = _Refusal("this version does not know it", _MERGE)
+_UNKNOWN = _Refusal("this version does not support it", _MERGE)
 
 _FIELDS = {
     "use_qalora": _Refusal("QALoRA pools the input before the adapter, which is no change of the weight", _OTHER),

@@ -31,7 +31,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     """
     no_scale(module, checkpoint)
     values, indices = take(module, checkpoint, _VALUES), take(module, checkpoint, _INDICES)
-    layer = linear_layer(module, checkpoint, "SHiRA's indices do not say how large a layer is")
+    layer = linear_layer(module, checkpoint, "SHiRA's indices do not record the size of a layer")
     if indices.ndim != 2 or indices.shape[0] != 2:
         raise misfit(module, checkpoint, "indices (2, n)", indices.shape)
     return dense_change(module, positions(module, checkpoint, indices[0], indices[1], values, layer))

@@ -46,7 +46,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             fix="Save the adapter again with save_precomputed_indices=True in its configuration.",
         )
     values, found = take(module, checkpoint, _VALUES), take(module, checkpoint, _INDICES)
-    layer = linear_layer(module, checkpoint, "Super-Tuning's indices do not say how large a layer is")
+    layer = linear_layer(module, checkpoint, "Super-Tuning's indices do not record the size of a layer")
     flat = indices(module, checkpoint, found, layer.size)
     change = positions(module, checkpoint, flat // layer.inputs, flat % layer.inputs, values, layer)
     if checkpoint.config.get("r") is not None:

@@ -107,13 +107,13 @@ def _difference(adapter: Adapter, name: str, array: Array, base: BaseView | None
     if base is None:
         raise _refusal(adapter, name, "a whole tensor and no base to take the difference to", "Give --base.")
     module, _, leaf = name.rpartition(".")
-    own = base.weights.get(name)
-    if own is None or own.shape != array.shape or leaf not in _SUFFIXES or array.dtype.kind != "f":
+    value = base.weights.get(name)
+    if value is None or value.shape != array.shape or leaf not in _SUFFIXES or array.dtype.kind != "f":
         raise _refusal(adapter, name, "a buffer, or a tensor of another shape than the base's")
     weight = base.weights.get(f"{module}.weight")
     suffixes = _NORM_SUFFIXES if weight is not None and weight.ndim == 1 else _SUFFIXES
     dtype = np.promote_types(array.dtype, np.float32)
-    return suffixes[leaf], (array.astype(np.float64) - own).astype(dtype)
+    return suffixes[leaf], (array.astype(np.float64) - value).astype(dtype)
 
 
 def _refusal(adapter: Adapter, name: str, got: str, fix: str = "Convert it to tpeft or peft-lora.") -> FormatError:

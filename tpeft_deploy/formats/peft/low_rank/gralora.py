@@ -30,7 +30,7 @@ matches = of_type("GRALORA", _A)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change: of rank k r + h where that holds fewer numbers, else dense.
+    """The module's change: of rank k r + h if that has fewer elements, else dense.
 
     Raises:
         FormatError: a tensor is missing or does not fit.

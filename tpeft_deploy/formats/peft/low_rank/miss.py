@@ -35,7 +35,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     """
     no_scale(module, checkpoint)
     block = take(module, checkpoint, _BLOCK)
-    shape = base_array(module, checkpoint, "weight", "MiSS does not say how many inputs a layer has").shape
+    shape = base_array(module, checkpoint, "weight", "MiSS does not record the number of inputs of a layer").shape
     if block.ndim != 2 or len(shape) != 2 or shape[0] % block.shape[1]:
         expected = f"a block (r, {shape[0]}), or one that repeats to it, for a weight {shape}"
         raise misfit(module, checkpoint, expected, block.shape)

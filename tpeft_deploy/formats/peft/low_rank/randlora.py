@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import number, of_type
-from tpeft_deploy.formats.peft.dense import Linear, dense_change, linear_layer, misfit
+from tpeft_deploy.formats.peft.dense import Linear, dense_change, linear_layer, misfit, no_projection
 from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import doing, no_scale, reporting, take
+from tpeft_deploy.formats.read.take import no_scale, reporting, take
 from tpeft_deploy.tucker import Array
 
 __all__ = ["ABOUT", "NAME", "SHARED", "SUFFIXES", "matches", "read"]
@@ -46,11 +45,11 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     no_scale(module, checkpoint)
     outer, inner = take(module, checkpoint, _LAMBDA), take(module, checkpoint, _GAMMA)
     small, large = (_projection(module, checkpoint, name) for name in _PROJECTIONS)
-    layer = linear_layer(module, checkpoint, "RandLoRA's bases do not say how large a layer is")
+    layer = linear_layer(module, checkpoint, "RandLoRA's bases do not record the size of a layer")
     _check(module, checkpoint, layer, outer, inner, small, large)
     rank = number(checkpoint.config, "r", checkpoint.source)
     if rank != outer.shape[0]:
-        raise misfit(module, checkpoint, f"tensors of rank {rank:g}, as adapter_config.json says", outer.shape[0])
+        raise misfit(module, checkpoint, f"tensors of rank {rank:g}, as in adapter_config.json", outer.shape[0])
     scale = number(checkpoint.config, "randlora_alpha", checkpoint.source) / rank
     with reporting(module, checkpoint):
         smallest, largest = sorted((layer.outputs, layer.inputs))
@@ -90,12 +89,7 @@ def _projection(module: Module, checkpoint: Checkpoint, name: str) -> Array:
     copies = [module.tensors.pop(name, None), checkpoint.shared.get(f"base_model.{name}")]
     found = [copy for copy in copies if copy is not None]
     if not found:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"the shared projection base_model.{name} in the file",
-            got="only the key of a random generator, which is not the same on all systems",
-            fix="Save the adapter again with save_projection=True in its configuration.",
-        )
+        raise no_projection(module, checkpoint, f"the shared projection base_model.{name}")
     if not np.array_equal(found[0], found[-1]):
         raise misfit(module, checkpoint, f"one {name} for all modules", "one that differs")
     return found[-1]

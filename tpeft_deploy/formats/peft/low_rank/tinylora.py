@@ -14,6 +14,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import matrix_delta, number, of_type, stored_transposed
+from tpeft_deploy.formats.peft.dense import no_projection
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import doing, needs_base, no_scale, reporting, take
 from tpeft_deploy.tucker import Array
@@ -49,12 +50,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     no_scale(module, checkpoint)
     down, up = take(module, checkpoint, _A), take(module, checkpoint, _B)
     if _P not in module.tensors:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected="the projections tinylora_P in the file",
-            got="only the seed of torch's random generator",
-            fix="Save the adapter again with save_projection=True in its configuration.",
-        )
+        raise no_projection(module, checkpoint, f"the projections {_P}")
     projections, vector = take(module, checkpoint, _P), _vector(module, checkpoint)
     with reporting(module, checkpoint):
         core = np.einsum("i,ijk->jk", vector, projections)
@@ -89,7 +85,7 @@ def _group(module: Module, checkpoint: Checkpoint, groups: int) -> int:
         raise FormatError(
             doing(module, checkpoint),
             expected=f"{expected} groups for the {len(targeted)} modules of {checkpoint.base.name} that are targeted",
-            got=f"{groups} shared tensors, so that the module's own cannot be told",
+            got=f"{groups} shared tensors, so that the module's group is ambiguous",
             fix="Give base= as a torch module and whole, without part=, or train with weight_tying=1.",
         )
     return min(targeted[module.name] // max(1, len(targeted) // groups), groups - 1)

@@ -91,7 +91,7 @@ def _parts(module: Module, checkpoint: Checkpoint, logits: str, bank: Array) -> 
         weights = np.concatenate([saved, 1 - saved.sum(-1, keepdims=True)], axis=-1)
     chosen = indices(module, checkpoint, chosen, len(bank))
     if (np.diff(np.sort(chosen, axis=-1), axis=-1) == 0).any():
-        raise misfit(module, checkpoint, "indices that differ", "one that stands there twice")
+        raise misfit(module, checkpoint, "distinct indices", "a duplicate")
     parts = np.zeros((*chosen.shape[:2], bank.shape[1]))
     for place in range(chosen.shape[2]):
         parts += weights[:, :, place, None] * bank[chosen[:, :, place]]

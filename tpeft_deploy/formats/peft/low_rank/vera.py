@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import diagonal_delta, is_type, stored_transposed
-from tpeft_deploy.formats.peft.dense import misfit
+from tpeft_deploy.formats.peft.dense import misfit, no_projection
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing, no_scale, reporting, take
+from tpeft_deploy.formats.read.take import base_array, no_scale, reporting, take
 from tpeft_deploy.tucker import Array
 
 __all__ = ["ABOUT", "NAME", "SHARED", "SUFFIXES", "matches", "read"]
@@ -42,14 +41,14 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's change, of the rank of the projections.
 
     Raises:
-        FormatError: the file has no projections; a tensor is missing or does not fit; or no base was given, which says
-            how many inputs the layer has.
+        FormatError: the file has no projections; a tensor is missing or does not fit; or no base was given (needed for
+            the number of inputs).
     """
     no_scale(module, checkpoint)
     kind = _KINDS[checkpoint.config["peft_type"]]
     outer, inner = take(module, checkpoint, f"{kind}_lambda_b"), take(module, checkpoint, f"{kind}_lambda_d")
     first, last = (_projection(module, checkpoint, f"base_model.{kind}_{letter}") for letter in "AB")
-    shape = base_array(module, checkpoint, "weight", "VeRA's projections do not say how many inputs a layer has").shape
+    shape = base_array(module, checkpoint, "weight", "VeRA's projections do not record a layer's inputs").shape
     with reporting(module, checkpoint):
         outputs = outer.size
         inputs = int(np.prod(shape)) // outputs
@@ -67,10 +66,5 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 def _projection(module: Module, checkpoint: Checkpoint, key: str) -> Array:
     if key not in checkpoint.shared:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"the shared projection {key} in the file",
-            got="only the key of a random generator, which is not the same on all systems",
-            fix="Save the adapter again with save_projection=True in its configuration.",
-        )
+        raise no_projection(module, checkpoint, f"the shared projection {key}")
     return checkpoint.shared[key]
