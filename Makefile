@@ -3,6 +3,7 @@
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
 # make cuda-dry-run   ONNX Runtime's CUDA provider on a CUDA that computes nothing: placement, copies, recordings
+# make client       the blocking client, after a change of asynchronous.py
 # make formats      docs/formats.md, after a change of a reader
 # make image        the container image (PROVIDER=cpu or gpu), on its base by digest
 # make image-lock   image/*.txt, after a change of constraints.txt
@@ -17,7 +18,7 @@ OUT ?= quickstart
 ROUNDS ?= 20
 STUB ?= .venv-cuda-stub
 
-.PHONY: quickstart test test-stability check soak cuda-dry-run proto formats image image-lock clean
+.PHONY: quickstart test test-stability check soak cuda-dry-run proto client formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -41,6 +42,9 @@ cuda-dry-run: $(VENV)/dev-$(PROVIDER) $(STUB)/built
 
 proto: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/compile_proto.py
+
+client: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/python .ci/unasync.py
 
 formats: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/tpeft-deploy formats --markdown > docs/formats.md

@@ -35,7 +35,7 @@ from benchmarks.runtime import TASKS, cached, texts
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.operations.service import Options, Service, order_of
-from tpeft_deploy.runtime.server.registry import State, database, open_state
+from tpeft_deploy.runtime.server.registry import State, open_state, schema
 from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 from tpeft_deploy.runtime.server.v2.messages import InferRequest
@@ -179,17 +179,17 @@ def _register(bundle: Bundle, place: Path, count: int) -> None:
         digest = _blob(state, bundle)
         own = range(1, count + 1)
         with state._database.writing() as connection:
-            connection.execute(insert(database.tenants).values(name="quiet", quota={}, created=0.0))
+            connection.execute(insert(schema.tenants).values(name="quiet", quota={}, created=0.0))
             tasks = [
                 {"id": n, "tenant": "quiet", "name": f"task-{n}-own", "next_number": 2, "deleted": False} for n in own
             ]
-            connection.execute(insert(database.tasks), tasks)
+            connection.execute(insert(schema.tasks), tasks)
             versions = [
                 {"task": n, "number": 1, "digest": digest, "bytes": 1, "created": 0.0, "by": "a benchmark"} for n in own
             ]
-            connection.execute(insert(database.versions), versions)
+            connection.execute(insert(schema.versions), versions)
             connection.execute(
-                insert(database.aliases), [{"task": n, "alias": "current", "number": 1, "previous": None} for n in own]
+                insert(schema.aliases), [{"task": n, "alias": "current", "number": 1, "previous": None} for n in own]
             )
 
 

@@ -19,6 +19,7 @@ from tests.server.client_peer import Peer, serving
 from tpeft_deploy import AsyncClient, Client
 from tpeft_deploy.errors import FormatError, InputError, ServerError
 
+ROOT = Path(__file__).parents[2]
 URL = "https://server/below"
 ONE = {"name": "t"}
 
@@ -310,3 +311,9 @@ except tpeft_deploy.TpeftError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.startswith("MissingExtra load the client: expected httpx to be installed")
     assert "pip install 'tpeft-deploy[client]'" in done.stdout
+
+
+def test_the_blocking_client_is_made_of_the_asynchronous_one() -> None:
+    command = [sys.executable, str(ROOT / ".ci" / "unasync.py"), "--check"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import text
 
 from tests.server.conftest import PIXELS, Served, serve, upload
+from tests.server.earlier_schemas import state_of_schema
 from tests.server.registry_subjects import adapter, add
 from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import Conflict, NotFound, QuotaExceeded, RunError, Unavailable
-from tpeft_deploy.runtime.server.registry import PinRecord, State, database, open_state
-from tpeft_deploy.runtime.server.registry.database import sqlite_url
+from tpeft_deploy.runtime.server.registry import PinRecord, State, open_state, schema
 from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
 from tpeft_deploy.runtime.server.v2.messages import InferRequest
@@ -215,46 +214,8 @@ def test_a_placement_without_its_entry_in_the_log_is_none(
     assert service.model_ready(who, "mood") is (verb != "load")
 
 
-# The tables of schema 1 as they were before histories and pins.
-OLD = """
-CREATE TABLE meta (name VARCHAR(128) NOT NULL PRIMARY KEY, value INTEGER NOT NULL);
-CREATE TABLE tenants (name VARCHAR(128) NOT NULL PRIMARY KEY, quota JSON NOT NULL, created FLOAT NOT NULL);
-CREATE TABLE keys (id VARCHAR(16) NOT NULL PRIMARY KEY, digest VARCHAR(64) NOT NULL UNIQUE,
-    tenant VARCHAR(128) NOT NULL, role VARCHAR(16) NOT NULL, created FLOAT NOT NULL, expires FLOAT, revoked FLOAT);
-CREATE TABLE tasks (id {serial}, tenant VARCHAR(128) NOT NULL, name VARCHAR(128) NOT NULL, next_number INTEGER NOT NULL,
-    deleted BOOLEAN NOT NULL, UNIQUE (tenant, name));
-CREATE TABLE versions (task INTEGER NOT NULL REFERENCES tasks (id), number INTEGER NOT NULL,
-    digest VARCHAR(64) NOT NULL, bytes BIGINT NOT NULL, created FLOAT NOT NULL, "by" VARCHAR(128) NOT NULL,
-    PRIMARY KEY (task, number));
-CREATE INDEX ix_versions_digest ON versions (digest);
-CREATE TABLE aliases (task INTEGER NOT NULL REFERENCES tasks (id), alias VARCHAR(128) NOT NULL, number INTEGER NOT NULL,
-    previous INTEGER, PRIMARY KEY (task, alias));
-CREATE TABLE audit (id {serial}, time FLOAT NOT NULL, tenant VARCHAR(128) NOT NULL, key VARCHAR(128) NOT NULL,
-    action VARCHAR(32) NOT NULL, target VARCHAR(300) NOT NULL, detail JSON NOT NULL);
-INSERT INTO meta VALUES ('schema', 1), ('changes', 4), ('directory', 17);
-INSERT INTO tenants VALUES ('acme', '{{"requests_per_s": 5.0, "weight": 2.0}}', 1.0);
-INSERT INTO keys VALUES ('0123456789ab', 'd', 'acme', 'infer', 1.0, NULL, NULL);
-INSERT INTO tasks (tenant, name, next_number, deleted) VALUES ('acme', 'mood', 4, {false});
-INSERT INTO versions VALUES (1, 1, '{one}', 10, 1.0, 'a key'), (1, 3, '{two}', 10, 2.0, 'a key');
-INSERT INTO aliases VALUES (1, 'current', 3, 1);
-INSERT INTO audit (time, tenant, key, action, target, detail) VALUES (1.0, 'acme', 'a key', 'register', 'mood', '{{}}')
-"""
-
-
 def test_a_database_of_before_opens_and_works(tmp_path: Path, url: str | None) -> None:
-    engine = create_engine(url or sqlite_url(tmp_path / "state.db"))
-    digests = []
-    for seed in range(2):
-        with open_state(tmp_path / "made") as made:
-            digests.append(add(made, seed=seed).digest)
-    shutil.copytree(tmp_path / "made" / "blobs", tmp_path / "blobs")
-    (tmp_path / "identity").write_text("17")
-    serial, false = ("SERIAL PRIMARY KEY", "false") if url else ("INTEGER NOT NULL PRIMARY KEY", "0")
-    with engine.begin() as connection:
-        for statement in OLD.format(serial=serial, false=false, one=digests[0], two=digests[1]).split(";"):
-            connection.exec_driver_sql(statement)
-        known = set(inspect(connection).get_table_names())
-    engine.dispose()
+    known = state_of_schema(1, tmp_path, url)
     with open_state(tmp_path, url) as state:
         assert {"alias_history", "pins", "unloaded"}.isdisjoint(known)
         assert state.tenants.quota("acme").weight == 2
@@ -272,7 +233,7 @@ def test_a_database_of_before_opens_and_works(tmp_path: Path, url: str | None) -
         assert add(state).number == 4
         assert state.tasks.read(task.version("1")).to_bytes() == adapter(0).to_bytes()
         with state._database.writing() as connection:  # a server of before goes on with it
-            connection.execute(database.aliases.update().values(number=3, previous=4))
+            connection.execute(schema.aliases.update().values(number=3, previous=4))
     with open_state(tmp_path, url) as state:
         assert numbers(state)[:2] == [3, 4]
         assert state.tasks.rollback("acme", "mood", "current", by="a key").aliases == {"current": 4}

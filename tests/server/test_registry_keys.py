@@ -187,7 +187,7 @@ def test_a_read_that_began_before_a_revocation_does_not_undo_it(state: State) ->
     with state._database.reading() as connection:
         late = state._database.changes(connection), state.keys.read(connection)
     state.keys.revoke(record.id, by="a test")
-    state.keys.see(*late)
+    state.keys.update_cache(*late)
     with pytest.raises(Unauthenticated, match="revoked"):
         state.keys.authenticate(key)
 

@@ -18,7 +18,7 @@ from tests.server.processes import command, server
 from tests.server.test_rest import tensor
 from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle, Client, Runtime
-from tpeft_deploy.runtime.server.registry import database, open_state
+from tpeft_deploy.runtime.server.registry import open_state, schema
 
 
 def test_a_key_a_request_and_a_drain(conv_bundle: Bundle, tmp_path: Path, others: list[Adapter]) -> None:
@@ -95,9 +95,9 @@ def _register(place: Path, count: int, adapter: Adapter) -> None:
         ]
         aliases = [{"task": 2 + n, "alias": "current", "number": 1, "previous": None} for n in range(count)]
         with state._database.writing() as connection:
-            connection.execute(insert(database.tasks).values(next_number=2, deleted=False), rows)
-            connection.execute(insert(database.versions), versions)
-            connection.execute(insert(database.aliases), aliases)
+            connection.execute(insert(schema.tasks).values(next_number=2, deleted=False), rows)
+            connection.execute(insert(schema.versions), versions)
+            connection.execute(insert(schema.aliases), aliases)
 
 
 def test_without_keys_on_the_loopback_only(conv_bundle: Bundle, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Calling a server of tpeft_deploy from Python: `Client`, and `AsyncClient` for asyncio.
+"""Clients of a tpeft_deploy server: `Client`, and `AsyncClient` for asyncio.
 
-Both speak V2 REST with the binary tensor extension, through httpx.
+Both use V2 REST with the binary tensor extension, through httpx.
 """
 
 from tpeft_deploy.errors import MissingExtra

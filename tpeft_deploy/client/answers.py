@@ -1,4 +1,4 @@
-"""What a server answers: bytes as they come in, JSON documents, and refusals as the errors they stand for."""
+"""Responses of a server: body buffers, JSON documents, and error statuses as exceptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = [
     "HEADER_LENGTH",
     "Answer",
     "Document",
-    "Landing",
+    "BodyBuffer",
     "document",
     "documents",
     "nothing",
@@ -40,17 +40,17 @@ _KINDS: dict[int, type[errors.TpeftError]] = {
     504: errors.DeadlineExceeded,
     507: errors.InsufficientStorage,
 }
-_ALIGNMENT = 16  # what memory of a bytearray has, and no numpy dtype needs more
+_ALIGNMENT = 16  # of a bytearray's memory; no numpy dtype needs more
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A complete answer.
+    """A complete response.
 
     Attributes:
-        status: of HTTP.
-        headers: by name, in any case.
-        body: decompressed.
+        status: HTTP status.
+        headers: headers by case-insensitive name.
+        body: decompressed body.
     """
 
     status: int
@@ -58,11 +58,11 @@ class Answer:
     body: memoryview
 
 
-class Landing:
-    """Collects the body of an answer so that its tensors can be used where they lie, writable and aligned.
+class BodyBuffer:
+    """Collects the body of a response so that its tensors can be used in place, writable and aligned.
 
     Args:
-        headers: of the answer; they say how long the JSON before the tensors is.
+        headers: headers of the response, with the length of the JSON before the tensors.
     """
 
     def __init__(self, headers: Mapping[str, str]) -> None:
@@ -71,19 +71,19 @@ class Landing:
         self._buffer = bytearray(self._padding)
 
     def add(self, chunk: bytes) -> None:
-        """What came in."""
+        """Append a chunk."""
         self._buffer += chunk
 
-    def body(self) -> memoryview:
-        """All of it."""
+    def view(self) -> memoryview:
+        """Return the whole body."""
         return memoryview(self._buffer)[self._padding :]
 
 
 def document(answer: Answer) -> Document:
-    """A JSON object.
+    """Return a body that is a JSON object.
 
     Raises:
-        ServerError: it is none.
+        ServerError: it is not one.
     """
     found = _json(answer)
     if not isinstance(found, dict):
@@ -92,10 +92,10 @@ def document(answer: Answer) -> Document:
 
 
 def documents(answer: Answer) -> list[Document]:
-    """A JSON array of objects.
+    """Return a body that is a JSON array of objects.
 
     Raises:
-        ServerError: it is none.
+        ServerError: it is not one.
     """
     found = _json(answer)
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
@@ -104,7 +104,7 @@ def documents(answer: Answer) -> list[Document]:
 
 
 def nothing(answer: Answer) -> None:
-    """Nothing but that it was done."""
+    """Ignore the body of a successful response."""
 
 
 def _json(answer: Answer) -> object:
@@ -115,9 +115,9 @@ def _json(answer: Answer) -> object:
 
 
 def refusal(answer: Answer, doing: str) -> errors.TpeftError:
-    """The error that a status other than 200 stands for, with the server's own text.
+    """Return the error for an error status, with the server's text.
 
-    Both a full queue and a server that starts or drains are 503; the queue's text says so.
+    Both a full queue and a server that starts or drains are 503; the text tells them apart.
     """
     text = _error_text(answer.body)
     if text is None:
@@ -148,7 +148,7 @@ def _shown(body: memoryview) -> str:
 
 
 def retry_after(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
-    """Seconds after which a server wants to be asked again; None where it does not say, or says it unreadably."""
+    """Return the seconds of a Retry-After header; None when it is missing or malformed."""
     stated = headers.get("Retry-After", "").strip()
     if not stated:
         return None

@@ -1,4 +1,5 @@
-"""The client for programs that wait for each answer."""
+# Written by .ci/unasync.py from asynchronous.py; change that file, then run `make client`.
+"""The blocking client."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from typing import Self, TypeVar, overload
 import httpx
 
 from tpeft_deploy.client import calls, inference
-from tpeft_deploy.client.answers import Answer, Document, Landing
+from tpeft_deploy.client.answers import Answer, BodyBuffer, Document
 from tpeft_deploy.client.connecting import settings_of
-from tpeft_deploy.client.exchange import CLOCK, Budget, Call, Exchange
-from tpeft_deploy.client.inference import Facts, Outputs, Wish
+from tpeft_deploy.client.exchange import CLOCK, Budget, Call, Exchange, deadline
+from tpeft_deploy.client.inference import BundleInfo, InferArguments, Outputs
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Client"]
@@ -23,24 +24,29 @@ T = TypeVar("T")
 
 
 class Client:
-    """Calls a server; safe to use from several threads.
+    """Blocking client of a server; safe to use from several threads.
 
-    Refusals are raised as the errors of `tpeft_deploy.errors` with the server's own text: InputError (400),
-    Unauthenticated, Forbidden, NotFound, Conflict, TooLarge, QuotaExceeded (with `retry_after`), Unsupported, QueueFull
-    or Unavailable (503), DeadlineExceeded (504, or no answer within the timeout), else ServerError.
+    Use `with`, or `client.close()`.  Error statuses are raised as errors of `tpeft_deploy.errors` with the
+    server's text: InputError (400), Unauthenticated (401), Forbidden (403), NotFound (404), Conflict (409), TooLarge
+    (413), QuotaExceeded (429, with `retry_after`), Unsupported (501), QueueFull or Unavailable (503, or no connection),
+    DeadlineExceeded (504, or no answer within the timeout), InsufficientStorage (507), else ServerError.
 
-    What reads or infers is sent again when the server says that it has no room now (429 with a time, 503), after the
-    time that it names, and as long as the timeout allows.  Whatever it is for, a request is sent again when there was
-    no connection to send it on; what changes the server is sent again in no other case.
+    Calls that read or infer are retried when the server has no capacity now (429 with a time, 503), after the time
+    that the server names and within the timeout.  Every call is retried when the connection cannot be opened; calls
+    that change the server are retried in no other case.
 
     Args:
-        url: of the server.
-        key: by default what TPEFT_KEY holds; none of both for a server without keys.
-        timeout: seconds that a call may take, retries included; None: without end.
-        retries: how often a request is sent again.
-        verify: False checks no certificate; a path names the certificates that are trusted.
-        tenant: whose tasks an admin's calls are about; by default the key's own tenant.
-        transport: sends in place of the network.
+        url: URL of the server, `http://HOST:PORT` or `https://HOST`.
+        key: API key; by default the value of the environment variable TPEFT_KEY.  None in both: no key is sent.
+        timeout: seconds per call, retries included (default 30); None: no limit.
+        retries: maximum number of retries per call (default 3).
+        verify: trusted certificates: httpx's default (True, default), a PEM file (a path), or an SSL context; False
+            disables the check.
+        tenant: tenant that an admin's calls are about; by default the tenant of the key.
+        transport: httpx transport to use instead of the network.
+
+    Raises:
+        InputError: the URL is not an HTTP URL, or the key has characters that cannot be sent.
     """
 
     def __init__(
@@ -54,18 +60,11 @@ class Client:
         tenant: str | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        settings = settings_of(url, key, verify)
-        self._http = httpx.Client(
-            base_url=settings.url,
-            headers=settings.headers,
-            verify=settings.verify,
-            limits=settings.limits,
-            transport=transport,
-        )
+        self._http = httpx.Client(**settings_of(url, key, verify), transport=transport)
         self._timeout = timeout
         self._retries = retries
         self._tenant = tenant
-        self._facts: Facts | None = None
+        self._bundle: BundleInfo | None = None
         self._clock = CLOCK
 
     @overload
@@ -103,148 +102,253 @@ class Client:
         """Run a batch on the server.
 
         Args:
-            inputs: input name -> array with the model's dtype, as nothing is converted; bfloat16 as uint16.
-            task: one task for all rows, `name` or `name@version`; the base when neither `task` nor `tasks` is given.
-            tasks: one task per row.
-            outputs: names of those that are wanted; None: all.
-            timeout: seconds; the server learns how many are left and gives up when they are over.
-            priority: a tenant's requests with a smaller one are served first.
+            inputs: input name -> array with the model's dtype, which is sent unconverted; bfloat16 as uint16.
+            task: task of all rows, `name` or `name@version` (default "base", unless `tasks` is given).
+            tasks: one task per row, instead of `task`.
+            outputs: names of the outputs to return (default all).
+            timeout: seconds for the call (default the client's); the server gets the time left and stops at its end.
+            priority: priority among the tenant's requests (default 0); lower values are served first.
 
         Returns:
-            Output name -> array, which may be written to; of `bytes` objects for BYTES.  With `tasks`, an output whose
-            rows differ in size is a list of arrays, one a row.
+            Output name -> writable array; its elements are `bytes` objects for BYTES.  With `tasks`, an output with
+            rows of different sizes is a list of arrays, one per row.
 
         Raises:
             InputError: inputs, tasks or outputs do not fit the model.
-            NotFound: no such task, or none that the key may see.
-            QuotaExceeded, QueueFull, Unavailable, DeadlineExceeded: not now, after all retries.
+            NotFound: the task does not exist, or the key may not see it.
+            QuotaExceeded, QueueFull, Unavailable: the server has no capacity, after all retries.
+            DeadlineExceeded: no answer within the timeout.
         """
-        wish = Wish(inputs, task, tasks, outputs, priority)
+        arguments = InferArguments(inputs, task, tasks, outputs, priority)
         budget = self._budget(timeout)
-        facts = self._ask_facts(budget) if wish.needs_facts else None
-        return self._do(inference.infer(wish, facts), budget)
+        bundle = self._bundle_info(budget) if arguments.needs_bundle else None
+        return self._do(inference.infer(arguments, bundle), budget)
 
     def tasks(self) -> list[Document]:
-        """The tasks that the key sees, with their versions and aliases."""
+        """List the tasks that the key may see, with their versions and aliases."""
         return self._do(calls.tasks(self._tenant))
 
     def task(self, name: str) -> Document:
-        """One of them."""
+        """Return a task with its versions and aliases.
+
+        Args:
+            name: name of the task.
+
+        Raises:
+            NotFound: the task does not exist, or the key may not see it.
+        """
         return self._do(calls.task(name, self._tenant))
 
     def register(
         self, name: str, path: str | os.PathLike[str], *, alias: str = "current", timeout: float | None = None
     ) -> Document:
-        """Give the server an adapter as a new version of a task, checked and ready when this returns.
+        """Upload an adapter as a new version of a task; the version is checked and ready when this returns.
 
         Args:
-            name: of the task.
-            path: a .safetensors file, or a directory that PEFT saved; it is streamed.
-            alias: that stands for the new version from now on.
-            timeout: seconds that sending and checking may take.
+            name: name of the task; created when it does not exist.
+            path: a .safetensors file, or a directory that PEFT saved; the upload is streamed.
+            alias: alias that points to the new version afterwards (default "current").
+            timeout: seconds for upload and check (default the client's).
+
+        Returns:
+            The task afterwards.
 
         Raises:
-            FormatError: the files are pickles, or no adapter; nothing was sent.
+            FormatError: the files are pickles or no adapter; nothing was sent.
             InputError: the adapter does not fit the server's base.
-            Conflict, QuotaExceeded, TooLarge: the server does not take it.
+            Conflict, QuotaExceeded, TooLarge: the server refuses the adapter.
         """
         return self._do(calls.register(name, path, alias, self._tenant), self._budget(timeout))
 
     def point(self, name: str, alias: str, version: int | str, *, expected: int | str | None = None) -> Document:
-        """Let an alias of a task stand for another version; requests in flight finish on the earlier one.
+        """Point an alias of a task to a version; in-flight requests finish on the earlier one.
 
         Args:
-            name: of the task.
-            alias: alias that changes.
-            version: number or alias of what it is to stand for.
-            expected: number of the version that it has to stand for now; any by default.
+            name: name of the task.
+            alias: alias to change; created when it does not exist.
+            version: number or alias of the version to point to.
+            expected: number of the version that the alias must point to now (default any).
+
+        Returns:
+            The task afterwards.
 
         Raises:
-            Conflict: it stands for another one.
+            NotFound: the task or version does not exist.
+            Conflict: the alias does not point to `expected`.
         """
         return self._do(calls.point(name, alias, version, self._tenant, expected))
 
     def rollback(self, name: str, alias: str = "current", *, expected: int | str | None = None) -> Document:
-        """Let an alias stand again for what it stood for before; a second time undoes that.
+        """Point an alias to its previous version; a second rollback undoes the first.
 
         Args:
-            name: of the task.
-            alias: alias that changes.
-            expected: number of the version that it has to stand for now, so that nobody's later change is undone; any
-                by default.
+            name: name of the task.
+            alias: alias to change (default "current").
+            expected: number of the version that the alias must point to now (default any).
+
+        Returns:
+            The task afterwards.
 
         Raises:
-            Conflict: it stands for another one, or stood for none before.
+            NotFound: the task or alias does not exist.
+            Conflict: the alias does not point to `expected`, or has no previous version.
         """
         return self._do(calls.rollback(name, alias, self._tenant, expected))
 
     def history(self, name: str, alias: str = "current", limit: int = 100) -> list[Document]:
-        """What an alias stands for and stood for before, since when and by which key; the newest first."""
+        """List the versions that an alias pointed to, with time and key of each change, newest first.
+
+        Args:
+            name: name of the task.
+            alias: alias to list (default "current").
+            limit: maximum number of entries (default and largest 100).
+
+        Raises:
+            NotFound: the task or alias does not exist.
+        """
         return self._do(calls.history(name, alias, limit, self._tenant))
 
     def delete(self, name: str, version: int | str | None = None) -> None:
-        """Delete a task, or one version that no alias stands for."""
+        """Delete a task, or one version of it.
+
+        Args:
+            name: name of the task.
+            version: number of the version to delete (default the whole task).
+
+        Raises:
+            NotFound: the task or version does not exist.
+            Conflict: an alias points to the version.
+        """
         return self._do(calls.delete(name, version, self._tenant))
 
     def publish(self, name: str, tenant: str | None = None) -> Document:
-        """Give a tenant's task to all tenants; by default one of the client's tenant.  Needs an admin's key."""
+        """Share a task with all tenants; needs an admin's key.
+
+        Args:
+            name: name of the task.
+            tenant: tenant that has the task (default the client's).
+
+        Returns:
+            The shared task.
+
+        Raises:
+            NotFound: the task does not exist.
+            Conflict: another tenant has a task of that name, or it was shared before.
+        """
         return self._do(calls.publish(name, self._tenant if tenant is None else tenant))
 
     def pin(self, name: str, folded: bool = False) -> Document:
-        """Keep a task's current version on the device, or in a session of its own."""
+        """Pin a task's current version to the device.
+
+        Args:
+            name: name of the task.
+            folded: use a separate session with merged weights instead of the shared bank (default False).
+
+        Returns:
+            The task afterwards.
+
+        Raises:
+            NotFound: the task does not exist.
+            QuotaExceeded: the tenant's pins are used up.
+            Conflict: the task is a shared one, or cannot have a separate session and is pinned without it.
+        """
         return self._do(calls.pin(name, folded, self._tenant))
 
     def unpin(self, name: str) -> None:
-        """Let it leave the device again."""
+        """Allow a task to be evicted from the device again.
+
+        Args:
+            name: name of the task.
+        """
         return self._do(calls.unpin(name, self._tenant))
 
     def ready(self, model: str | None = None) -> bool:
-        """Whether the server takes requests, at all or for one model; Unavailable when there is no connection."""
+        """Return whether the server takes requests.
+
+        Args:
+            model: model to ask about, `name` or `name@version` (default the server as a whole).
+
+        Raises:
+            Unavailable: there is no connection.
+        """
         return self._do(calls.ready(model))
 
     def live(self) -> bool:
-        """Whether the server's process works; Unavailable when there is no connection."""
+        """Return whether the server's process works.
+
+        Raises:
+            Unavailable: there is no connection.
+        """
         return self._do(calls.live())
 
     def metadata(self, model: str | None = None) -> Document:
-        """Of the server, or the versions, inputs and outputs of a model."""
+        """Return metadata: name, version and extensions of the server, or versions, inputs and outputs of a model.
+
+        Args:
+            model: model to ask about, `name` or `name@version` (default the server).
+        """
         return self._do(calls.metadata(model))
 
     def statistics(self, model: str | None = None) -> Document:
-        """Counts and times of all models that the key sees, or of one."""
+        """Return counts and durations of requests per model.
+
+        Args:
+            model: model to ask about, `name` or `name@version` (default all that the key may see).
+        """
         return self._do(calls.statistics(model))
 
     def keys(self) -> list[Document]:
-        """Ids, tenants, roles and times of keys; never the keys.  Needs an admin's key, as all that follow."""
+        """List ids, tenants, roles and times of keys, without the keys; needs an admin's key."""
         return self._do(calls.keys(self._tenant))
 
     def create_key(self, tenant: str, role: str, *, expires_in: float | None = None) -> Document:
-        """A new key, which is in the answer this once, under `key`.
+        """Create a key, returned only this once under `key`; needs an admin's key.
 
         Args:
-            tenant: whose it is.
+            tenant: tenant that the key is for; created when it does not exist.
             role: "infer", "deploy" or "admin".
-            expires_in: seconds; None: never.
+            expires_in: seconds until the key expires (default never).
+
+        Returns:
+            The key with its id, tenant, role and times.
         """
         return self._do(calls.create_key(tenant, role, expires_in))
 
     def revoke_key(self, id: str) -> None:
-        """Let the server refuse a key from now on."""
+        """Revoke a key: the server refuses it from now on; needs an admin's key.
+
+        Args:
+            id: id of the key, as `keys` lists it.
+
+        Raises:
+            NotFound: no key has this id.
+        """
         return self._do(calls.revoke_key(id))
 
     def tenants(self) -> list[Document]:
-        """Tenants, their quotas and what they use."""
+        """List tenants with their quotas and usage; needs an admin's key."""
         return self._do(calls.tenants())
 
     def set_tenant(self, tenant: str, quota: Mapping[str, float | None]) -> Document:
-        """Set quotas of a tenant, None being no limit.
+        """Set quotas of a tenant; needs an admin's key.
 
-        They are requests_per_s, rows_per_s, queue_share, adapters, bytes, pins, folded, and weight.
+        Args:
+            tenant: name of the tenant; created when it does not exist.
+            quota: quota name -> limit, None for no limit: requests_per_s, rows_per_s, queue_share, adapters, bytes,
+                pins, folded, and weight.  Quotas left out get the server's default.
+
+        Returns:
+            The tenant afterwards.
         """
         return self._do(calls.set_tenant(tenant, quota))
 
     def audit(self, limit: int = 100, before: int | None = None) -> list[Document]:
-        """The newest changes first; `before` is the id of the last one of the page before."""
+        """List changes of keys, tenants and tasks, newest first; needs an admin's key.
+
+        Args:
+            limit: maximum number of entries (default 100, largest 1000).
+            before: id of the last entry of the page before (default the first page).
+        """
         return self._do(calls.audit(limit, before))
 
     def close(self) -> None:
@@ -262,17 +366,19 @@ class Client:
     def _budget(self, timeout: float | None = None) -> Budget:
         return Budget(self._timeout if timeout is None else timeout, self._clock)
 
-    def _ask_facts(self, budget: Budget) -> Facts:
-        if self._facts is None:
-            self._facts = self._do(inference.facts_of(self._do(inference.name_of(), budget)), budget)
-        return self._facts
+    def _bundle_info(self, budget: Budget) -> BundleInfo:
+        if self._bundle is None:
+            name = self._do(inference.bundle_name(), budget)
+            self._bundle = self._do(inference.bundle_info(name), budget)
+        return self._bundle
 
     def _do(self, call: Call[T], budget: Budget | None = None) -> T:
         exchange = Exchange(call, budget or self._budget(), self._retries, self._clock)
         while True:
             try:
-                answer = self._send(exchange)
-            except httpx.RequestError as error:
+                with deadline(exchange.left()):
+                    answer = self._send(exchange)
+            except (httpx.RequestError, TimeoutError) as error:
                 wait = exchange.failed(error)
             else:
                 again = exchange.answered(answer)
@@ -284,10 +390,10 @@ class Client:
     def _send(self, exchange: Exchange[T]) -> Answer:
         response = self._http.send(exchange.request(self._http), stream=True)
         try:
-            landing = Landing(response.headers)
+            body = BodyBuffer(response.headers)
             for chunk in response.iter_bytes():
-                landing.add(chunk)
+                body.add(chunk)
                 exchange.left()
-            return Answer(response.status_code, response.headers, landing.body())
+            return Answer(response.status_code, response.headers, body.view())
         finally:
             response.close()

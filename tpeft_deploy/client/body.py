@@ -1,4 +1,4 @@
-"""What a request carries: pieces of memory and of files, sent one after the other without being joined."""
+"""Request bodies: buffers and files, streamed one after the other without being joined."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tpeft_deploy.errors import FormatError
 
 __all__ = ["Body", "FilePiece"]
 
-_CHUNK = 1 << 18  # enough that calls cost little; a copy of it still fits the cache
+_CHUNK = 1 << 18  # large enough to amortise calls, small enough for the cache
 _SMALL = 1 << 16
 
 
@@ -22,8 +22,8 @@ class FilePiece:
     """A whole file.
 
     Attributes:
-        path: where it is.
-        size: in bytes, as told to the server before it is read.
+        path: path of the file.
+        size: bytes, as announced to the server before the file is read.
     """
 
     path: Path
@@ -31,10 +31,10 @@ class FilePiece:
 
 
 class Body:
-    """The body of a request; it can be sent several times.
+    """The body of a request; it can be sent repeatedly.
 
     Args:
-        pieces: in order.
+        pieces: buffers and files, in order.
     """
 
     def __init__(self, pieces: Sequence[Bytes | FilePiece]) -> None:
@@ -42,11 +42,11 @@ class Body:
         self.size = sum(piece.size if isinstance(piece, FilePiece) else len(piece) for piece in pieces)
 
     def blocking(self) -> bytes | Iterator[bytes]:
-        """As `httpx.Client` takes it."""
+        """Return content for `httpx.Client`."""
         return self._whole() if self._is_small() else self._chunks()
 
     def asynchronous(self) -> bytes | AsyncIterator[bytes]:
-        """As `httpx.AsyncClient` takes it; files are read in a thread."""
+        """Return content for `httpx.AsyncClient`; files are read in a thread."""
         return self._whole() if self._is_small() else self._async_chunks()
 
     def _is_small(self) -> bool:

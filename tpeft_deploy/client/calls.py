@@ -1,4 +1,4 @@
-"""Everything but inference that can be asked of a server, as requests; the clients only send them."""
+"""Calls for everything but inference; the clients' methods of the same names send and document them."""
 
 from __future__ import annotations
 
@@ -43,41 +43,34 @@ _DONE = (200, 201, 204)
 
 
 def live() -> Call[bool]:
-    """Whether the process works."""
     return Call("ask whether the server lives", "GET", "/v2/health/live", _is_200, statuses=(200, 400, 503))
 
 
 def ready(name: str | None) -> Call[bool]:
-    """Whether requests are taken, at all or for one task."""
     path = "/v2/health/ready" if name is None else f"{model_path(name)}/ready"
     return Call("ask whether the server is ready", "GET", path, _is_200, statuses=(200, 400, 503))
 
 
 def metadata(name: str | None) -> Call[Document]:
-    """Of the server, or of a model."""
     path = "/v2" if name is None else model_path(name)
     return Call("ask for metadata", "GET", path, document)
 
 
 def statistics(name: str | None) -> Call[Document]:
-    """Of all models that the key sees, or of one."""
     path = "/v2/models/stats" if name is None else f"{model_path(name)}/stats"
     return Call("ask for statistics", "GET", path, document)
 
 
 def tasks(tenant: str | None) -> Call[list[Document]]:
-    """The tasks that the key sees."""
-    return Call("list tasks", "GET", _TASKS, documents, _whose(tenant))
+    return Call("list tasks", "GET", _TASKS, documents, _tenant(tenant))
 
 
 def task(name: str, tenant: str | None) -> Call[Document]:
-    """One of them."""
-    return Call(f"ask for task {name!r}", "GET", _task(name), document, _whose(tenant))
+    return Call(f"ask for task {name!r}", "GET", _task(name), document, _tenant(tenant))
 
 
 def register(name: str, path: str | os.PathLike[str], alias: str, tenant: str | None) -> Call[Document]:
-    """A new version of a task from files."""
-    query = {"alias": alias, **_whose(tenant)}
+    query = {"alias": alias, **_tenant(tenant)}
     upload = Upload(Path(path))
     doing = f"register task {name!r}"
     return _change(doing, "POST", f"{_task(name)}/versions", query, upload=upload)
@@ -86,75 +79,62 @@ def register(name: str, path: str | os.PathLike[str], alias: str, tenant: str | 
 def point(
     name: str, alias: str, version: int | str, tenant: str | None, expected: int | str | None = None
 ) -> Call[Document]:
-    """An alias to another version."""
     doing = f"point alias {alias!r} of task {name!r} to {version}"
-    return _change(doing, "PUT", _alias(name, alias), _whose(tenant), {"version": str(version), **_expected(expected)})
+    return _change(doing, "PUT", _alias(name, alias), _tenant(tenant), {"version": str(version), **_expected(expected)})
 
 
 def rollback(name: str, alias: str, tenant: str | None, expected: int | str | None = None) -> Call[Document]:
-    """An alias to what it stood for before."""
     doing = f"roll back alias {alias!r} of task {name!r}"
-    return _change(doing, "POST", f"{_alias(name, alias)}/rollback", _whose(tenant), _expected(expected))
+    return _change(doing, "POST", f"{_alias(name, alias)}/rollback", _tenant(tenant), _expected(expected))
 
 
 def history(name: str, alias: str, limit: int, tenant: str | None) -> Call[list[Document]]:
-    """What an alias stood for."""
     doing = f"ask for the history of alias {alias!r} of task {name!r}"
-    query = {"limit": str(limit), **_whose(tenant)}
+    query = {"limit": str(limit), **_tenant(tenant)}
     return Call(doing, "GET", f"{_alias(name, alias)}/history", documents, query)
 
 
 def delete(name: str, version: int | str | None, tenant: str | None) -> Call[None]:
-    """A task, or one of its versions."""
     path = _task(name) if version is None else f"{_task(name)}/versions/{part(str(version), 'version')}"
-    return Call(f"delete task {name!r}", "DELETE", path, nothing, _whose(tenant), changes=True, statuses=_DONE)
+    return Call(f"delete task {name!r}", "DELETE", path, nothing, _tenant(tenant), changes=True, statuses=_DONE)
 
 
 def publish(name: str, tenant: str | None) -> Call[Document]:
-    """A tenant's task to all tenants."""
-    return _change(f"publish task {name!r}", "POST", f"{_task(name)}/publish", _whose(tenant))
+    return _change(f"publish task {name!r}", "POST", f"{_task(name)}/publish", _tenant(tenant))
 
 
 def pin(name: str, folded: bool, tenant: str | None) -> Call[Document]:
-    """A task to the device."""
-    return _change(f"pin task {name!r}", "PUT", f"{_task(name)}/pin", _whose(tenant), {"folded": folded})
+    return _change(f"pin task {name!r}", "PUT", f"{_task(name)}/pin", _tenant(tenant), {"folded": folded})
 
 
 def unpin(name: str, tenant: str | None) -> Call[None]:
-    """The opposite."""
     path = f"{_task(name)}/pin"
-    return Call(f"unpin task {name!r}", "DELETE", path, nothing, _whose(tenant), changes=True, statuses=_DONE)
+    return Call(f"unpin task {name!r}", "DELETE", path, nothing, _tenant(tenant), changes=True, statuses=_DONE)
 
 
 def keys(tenant: str | None) -> Call[list[Document]]:
-    """Keys, without what is secret of them."""
-    return Call("list keys", "GET", f"{_ADMIN}/keys", documents, _whose(tenant))
+    return Call("list keys", "GET", f"{_ADMIN}/keys", documents, _tenant(tenant))
 
 
 def create_key(tenant: str, role: str, expires_in: float | None) -> Call[Document]:
-    """A new key."""
     asked = {"tenant": tenant, "role": role} | ({} if expires_in is None else {"expires_in": expires_in})
     return _change(f"create a key of tenant {tenant!r}", "POST", f"{_ADMIN}/keys", {}, asked)
 
 
 def revoke_key(key: str) -> Call[None]:
-    """A key, by its public id."""
     path = f"{_ADMIN}/keys/{part(key, 'key')}"
     return Call(f"revoke key {key!r}", "DELETE", path, nothing, changes=True, statuses=_DONE)
 
 
 def tenants() -> Call[list[Document]]:
-    """Tenants and their quotas."""
     return Call("list tenants", "GET", f"{_ADMIN}/tenants", documents)
 
 
 def set_tenant(tenant: str, quota: Mapping[str, float | None]) -> Call[Document]:
-    """A tenant's quotas."""
     return _change(f"set tenant {tenant!r}", "PUT", f"{_ADMIN}/tenants/{part(tenant, 'tenant')}", {}, dict(quota))
 
 
 def audit(limit: int, before: int | None) -> Call[list[Document]]:
-    """The newest changes."""
     query = {"limit": str(limit)} | ({} if before is None else {"before": str(before)})
     return Call("read the audit log", "GET", f"{_ADMIN}/audit", documents, query)
 
@@ -191,5 +171,5 @@ def _alias(name: str, alias: str) -> str:
     return f"{_task(name)}/aliases/{part(alias, 'alias')}"
 
 
-def _whose(tenant: str | None) -> dict[str, str]:
+def _tenant(tenant: str | None) -> dict[str, str]:
     return {} if tenant is None else {"tenant": tenant}

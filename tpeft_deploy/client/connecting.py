@@ -1,10 +1,10 @@
-"""Where the server is and who asks: what both clients open their connections with."""
+"""Connection settings of both clients."""
 
 from __future__ import annotations
 
 import os
 import ssl
-from dataclasses import dataclass
+from typing import TypedDict
 
 import httpx
 
@@ -13,31 +13,23 @@ from tpeft_deploy import errors
 __all__ = ["Settings", "settings_of"]
 
 _KEY = "TPEFT_KEY"
-_IDLE_SECONDS = 4.0  # less than servers keep idle connections, so that none is closed while a request is on its way
+_IDLE_SECONDS = 4.0  # shorter than a server's keep-alive, so that no request meets a closing connection
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How httpx is opened.
+class Settings(TypedDict):
+    """Arguments of an httpx client."""
 
-    Attributes:
-        url: of the server.
-        headers: of every request.
-        verify: how certificates are checked.
-        limits: of connections.
-    """
-
-    url: str
+    base_url: str
     headers: dict[str, str]
     verify: ssl.SSLContext | bool
     limits: httpx.Limits
 
 
 def settings_of(url: str, key: str | None, verify: ssl.SSLContext | str | bool) -> Settings:
-    """Check what the user gave.
+    """Check URL, key and TLS verification.
 
     Raises:
-        InputError: the URL is none of HTTP, or the key cannot be sent.
+        InputError: the URL is not an HTTP URL, or the key has characters that cannot be sent.
     """
     try:
         parsed = httpx.URL(url)
@@ -45,7 +37,7 @@ def settings_of(url: str, key: str | None, verify: ssl.SSLContext | str | bool) 
         raise errors.InputError(f"connect to {url!r}", expected="a URL", got=str(error)) from error
     if parsed.scheme not in {"http", "https"} or not parsed.host:
         raise errors.InputError(f"connect to {url!r}", expected="http://HOST:PORT or https://HOST", got=repr(url))
-    # Tensors seldom shrink enough to be worth the time that it takes.
+    # Compressing tensors seldom pays off.
     headers = {"Accept-Encoding": "identity"}
     key = os.environ.get(_KEY) if key is None else key
     if key:
@@ -56,4 +48,4 @@ def settings_of(url: str, key: str | None, verify: ssl.SSLContext | str | bool) 
         headers["Authorization"] = f"Bearer {key}"
     context = ssl.create_default_context(cafile=verify) if isinstance(verify, str) else verify
     limits = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=_IDLE_SECONDS)
-    return Settings(url, headers, context, limits)
+    return {"base_url": url, "headers": headers, "verify": context, "limits": limits}

@@ -1,4 +1,4 @@
-"""One call until it is answered: what is sent, how long it may take, and when it is sent again."""
+"""Calls as data, and their attempts: requests, deadlines and retries, without sending anything."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -16,23 +17,23 @@ from tpeft_deploy.client.answers import Answer, refusal, retry_after
 from tpeft_deploy.client.body import Body
 from tpeft_deploy.errors import DeadlineExceeded, ServerError, TpeftError, Unavailable
 
-__all__ = ["CLOCK", "Budget", "Call", "Clock", "Exchange", "Payload"]
+__all__ = ["CLOCK", "Budget", "Call", "Clock", "Exchange", "Payload", "async_deadline", "deadline"]
 
 T = TypeVar("T")
 
-_FIRST_WAIT = 0.1  # seconds before the second attempt where the server names no time; doubled for each further one
+_FIRST_WAIT = 0.1  # seconds before the first retry when the server names no time; doubled for each further one
 _LONGEST_WAIT = 5.0
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Time and chance, which tests replace.
+    """Time and randomness, which tests replace.
 
     Attributes:
-        now: seconds from any start.
-        sleep: waits for so many seconds.
-        pause: the same, without holding up the event loop.
-        chance: a number of [0, 1).
+        now: function that returns monotonic seconds.
+        sleep: function that blocks for some seconds.
+        pause: coroutine function that does not block the event loop.
+        chance: function that returns a random number in [0, 1).
     """
 
     now: Callable[[], float]
@@ -43,10 +44,13 @@ class Clock:
 
 CLOCK = Clock(time.monotonic, time.sleep, asyncio.sleep, random.random)
 
+async_deadline = asyncio.timeout
+deadline = nullcontext[float | None]  # a blocking attempt ends by httpx's timeouts
+
 
 @dataclass(frozen=True)
 class Payload:
-    """Headers of a request's own, and its body."""
+    """Body of a request with the headers that describe it."""
 
     headers: Mapping[str, str]
     body: Body
@@ -58,17 +62,17 @@ def _no_payload(left: float | None) -> Payload | None:
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """A request, and how its answer is read.
+    """A request, and how its response is read.
 
     Attributes:
-        doing: what it is for, in messages.
-        method: of HTTP.
-        path: below the server's URL, percent-encoded.
-        read: makes the result of an answer.
-        query: parameters of the URL.
-        payload: given the seconds that are left, what is carried; made anew for each attempt.
-        changes: it changes the server, so that it is not sent again unless the server cannot have seen it.
-        statuses: that `read` understands; all others are refusals.
+        doing: purpose of the call, for error messages.
+        method: HTTP method.
+        path: percent-encoded path below the server's URL.
+        read: function from the response to the result.
+        query: query parameters.
+        payload: function from the seconds left to the payload, called for each attempt.
+        changes: whether the call changes the server: not retried unless the server cannot have seen it.
+        statuses: statuses that `read` handles; all others are errors.
     """
 
     doing: str
@@ -82,11 +86,11 @@ class Call(Generic[T]):
 
 
 class Budget:
-    """The time that a call of the user's may take, in however many requests.
+    """Time limit of a call, over all its requests.
 
     Args:
-        timeout: seconds; None: without end.
-        clock: what tells the time.
+        timeout: seconds; None: no limit.
+        clock: source of time.
     """
 
     def __init__(self, timeout: float | None, clock: Clock) -> None:
@@ -95,10 +99,10 @@ class Budget:
         self._end = None if timeout is None else clock.now() + timeout
 
     def left(self, doing: str) -> float | None:
-        """Seconds that are left; None: without end.
+        """Return the seconds left; None: no limit.
 
         Raises:
-            DeadlineExceeded: none.
+            DeadlineExceeded: no time is left.
         """
         if self._end is None:
             return None
@@ -108,22 +112,22 @@ class Budget:
         return left
 
     def has(self, seconds: float) -> bool:
-        """Whether something can still be done after so many seconds."""
+        """Whether time is left after so many seconds."""
         return self._end is None or self._now() + seconds < self._end
 
     def over(self, doing: str) -> DeadlineExceeded:
-        """The error that says so."""
+        """Return the error for an exceeded limit."""
         return DeadlineExceeded(doing, expected=f"an answer within {self.timeout:g} s", got="none")
 
 
 class Exchange(Generic[T]):
-    """The attempts of one call.  It decides, and the clients send.
+    """The attempts of one call: builds requests and decides on retries; the clients send.
 
     Args:
-        call: what is asked.
-        budget: of all attempts together.
-        retries: how many further attempts there may be.
-        clock: time and chance.
+        call: the call.
+        budget: time limit of all attempts together.
+        retries: maximum number of retries.
+        clock: time and randomness.
     """
 
     def __init__(self, call: Call[T], budget: Budget, retries: int, clock: Clock) -> None:
@@ -134,11 +138,11 @@ class Exchange(Generic[T]):
         self._attempt = 0
 
     def left(self) -> float | None:
-        """Seconds that are left, or DeadlineExceeded."""
+        """Return the seconds left, or raise DeadlineExceeded."""
         return self._budget.left(self._call.doing)
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
-        """The next attempt."""
+        """Build the request of the next attempt."""
         left, call = self.left(), self._call
         payload = call.payload(left)
         if payload is None:
@@ -154,10 +158,10 @@ class Exchange(Generic[T]):
         )
 
     def answered(self, answer: Answer) -> float | None:
-        """Seconds to wait before the next attempt, or None: the answer is what was asked for.
+        """Return the seconds to wait before a retry; None for a success.
 
         Raises:
-            TpeftError: the server's refusal, when asking again has no use.
+            TpeftError: the server's error, when a retry has no use.
         """
         if answer.status in self._call.statuses:
             return None
@@ -165,29 +169,29 @@ class Exchange(Generic[T]):
         if self._call.changes or answer.status not in {429, 503}:
             raise error
         stated = retry_after(answer.headers)
-        # A quota without a time is not a matter of time.
+        # Without a time, the quota is not one that waiting replenishes.
         if stated is None and answer.status == 429:
             raise error
         return self._wait(error, stated)
 
     def failed(self, error: httpx.RequestError | TimeoutError) -> float:
-        """Seconds to wait before the next attempt after there was no answer.
+        """Return the seconds to wait before a retry after a transport error.
 
         Raises:
-            Unavailable: no connection, or it was lost.
-            DeadlineExceeded: the time was over.
-            ServerError: what came is not HTTP.
+            Unavailable: there is no connection, or it was lost.
+            DeadlineExceeded: the time limit was exceeded.
+            ServerError: the response cannot be decompressed.
         """
-        found = self._told(error)
+        found = self._error(error)
         if isinstance(error, httpx.ConnectError) and not _refused_certificate(error):
             return self._wait(found, None)
         raise found from error
 
     def result(self, answer: Answer) -> T:
-        """What the call was for."""
+        """Return the result of a successful call."""
         return self._call.read(answer)
 
-    def _told(self, error: httpx.RequestError | TimeoutError) -> TpeftError:
+    def _error(self, error: httpx.RequestError | TimeoutError) -> TpeftError:
         doing = self._call.doing
         if isinstance(error, httpx.TimeoutException | TimeoutError):
             return self._budget.over(doing)
@@ -199,7 +203,7 @@ class Exchange(Generic[T]):
         return Unavailable(doing, problem=f"the connection was lost: {str(error) or type(error).__name__}", fix=fix)
 
     def _wait(self, error: TpeftError, stated: float | None) -> float:
-        """A time that is not the same for all who were refused together, or the error when it would be too long."""
+        """Return a jittered wait, or raise the error when no retry or time is left."""
         if stated is None:
             wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0**self._attempt) * (0.5 + 0.5 * self._clock.chance())
         else:

@@ -1,4 +1,4 @@
-"""Inference over V2 REST with the binary tensor extension: requests to bytes, bytes to outputs."""
+"""Inference over V2 REST with the binary tensor extension: encodes requests and decodes responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tpeft_deploy.client.tensors import Tensor, decode, encode, from_json, may_b
 from tpeft_deploy.errors import InputError, ServerError
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Facts", "Outputs", "Wish", "facts_of", "infer", "name_of"]
+__all__ = ["BundleInfo", "InferArguments", "Outputs", "bundle_info", "bundle_name", "infer"]
 
 Outputs = dict[str, Array | list[Array]]
 
@@ -26,30 +26,30 @@ _ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a server's bundle is, as far as requests depend on it.
+class BundleInfo:
+    """Facts about a server's bundle that requests depend on.
 
     Attributes:
-        bundle: its name, under which rows have tasks of their own.
-        bfloat16: inputs that are bfloat16, which numpy has not.
-        outputs: names of the model's outputs.
+        name: name of the bundle: the model that takes one task per row.
+        bfloat16: names of the bfloat16 inputs; numpy has no such dtype.
+        outputs: names of the outputs.
     """
 
-    bundle: str
+    name: str
     bfloat16: frozenset[str]
     outputs: frozenset[str]
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the user asks for.
+class InferArguments:
+    """Arguments of `Client.infer`.
 
     Attributes:
         inputs: input name -> array.
-        task: for all rows, or None.
-        tasks: one a row, or None.
-        outputs: names; None: all.
-        priority: smaller is sooner.
+        task: task of all rows, or None.
+        tasks: one task per row, or None.
+        outputs: names of the outputs to return; None: all.
+        priority: priority among the tenant's requests; lower values are served first.
     """
 
     inputs: Mapping[str, object]
@@ -71,48 +71,49 @@ class Wish:
             raise InputError("run a request", expected="tasks, or an input 'adapter'", got="both")
 
     @property
-    def needs_facts(self) -> bool:
-        """Whether the server has to be asked about its bundle first."""
+    def needs_bundle(self) -> bool:
+        """Whether the request depends on facts about the bundle."""
         return self.tasks is not None or any(may_be_bfloat16(value) for value in self.inputs.values())
 
 
-def name_of() -> Call[str]:
-    """Asks for the bundle's name."""
-    return Call("ask for the bundle's name", "GET", "/v2", _bundle)
+def bundle_name() -> Call[str]:
+    """Ask for the bundle's name."""
+    return Call("ask for the bundle's name", "GET", "/v2", _bundle_name)
 
 
-def facts_of(name: str) -> Call[Facts]:
-    """Asks what the bundle is."""
-    return Call(f"ask about bundle {name!r}", "GET", model_path(name), partial(_facts, name))
+def bundle_info(name: str) -> Call[BundleInfo]:
+    """Ask for the bundle's inputs and outputs."""
+    return Call(f"ask about bundle {name!r}", "GET", model_path(name), partial(_bundle_info, name))
 
 
-def infer(wish: Wish, facts: Facts | None) -> Call[Outputs]:
-    """A request for inference.
+def infer(arguments: InferArguments, bundle: BundleInfo | None) -> Call[Outputs]:
+    """Encode a request for inference.
 
     Args:
-        wish: what the user asks for.
-        facts: about the bundle, where the wish needs them.
+        arguments: arguments of the user's call.
+        bundle: facts about the bundle, where the arguments need them.
     """
-    bfloat16 = facts.bfloat16 if facts else frozenset[str]()
-    tensors = [encode(name, value, bfloat16=name in bfloat16) for name, value in wish.inputs.items()]
+    bfloat16 = bundle.bfloat16 if bundle else frozenset[str]()
+    tensors = [encode(name, value, bfloat16=name in bfloat16) for name, value in arguments.inputs.items()]
     rows = None
-    if wish.tasks is not None and facts is not None:
-        model, doing, rows = facts.bundle, f"run {len(wish.tasks)} rows with tasks of their own", len(wish.tasks)
-        tensors.append(encode(_ADAPTER, np.array(list(wish.tasks), dtype=object)))
+    if arguments.tasks is not None and bundle is not None:
+        model, rows = bundle.name, len(arguments.tasks)
+        doing = f"run {rows} rows with one task each"
+        tensors.append(encode(_ADAPTER, np.array(list(arguments.tasks), dtype=object)))
     else:
-        model = "base" if wish.task is None else wish.task
+        model = "base" if arguments.task is None else arguments.task
         doing = f"run task {model!r}"
-    known = facts.outputs if facts else frozenset[str]()
+    known = bundle.outputs if bundle else frozenset[str]()
     return Call(
         doing,
         "POST",
         f"{model_path(model)}/infer",
         partial(_outputs, rows=rows, known=known),
-        payload=partial(_payload, tensors, _head(wish, tensors), wish.priority),
+        payload=partial(_payload, tensors, _head(arguments, tensors), arguments.priority),
     )
 
 
-def _head(wish: Wish, tensors: Sequence[Tensor]) -> Document:
+def _head(arguments: InferArguments, tensors: Sequence[Tensor]) -> Document:
     head: Document = {
         "inputs": [
             {
@@ -124,8 +125,8 @@ def _head(wish: Wish, tensors: Sequence[Tensor]) -> Document:
             for tensor in tensors
         ]
     }
-    if wish.outputs is not None:
-        head["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in wish.outputs]
+    if arguments.outputs is not None:
+        head["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in arguments.outputs]
     return head
 
 
@@ -161,7 +162,7 @@ def _outputs(answer: Answer, *, rows: int | None, known: frozenset[str]) -> Outp
 
 
 def _by_rows(found: Mapping[str, Array], rows: int, known: frozenset[str]) -> Outputs:
-    """The rows of an output that the server had to name one by one, as they differ in size, together again."""
+    """Collect the rows of outputs that the server sends one by one because their sizes differ."""
     outputs: Outputs = {}
     for name, array in found.items():
         base, _, row = name.rpartition(".")
@@ -206,7 +207,7 @@ def _size(stated: Any, most: int, what: str) -> int:
     return stated
 
 
-def _bundle(answer: Answer) -> str:
+def _bundle_name(answer: Answer) -> str:
     name = document(answer).get("bundle")
     if not isinstance(name, str):
         raise ServerError(
@@ -215,11 +216,11 @@ def _bundle(answer: Answer) -> str:
     return name
 
 
-def _facts(name: str, answer: Answer) -> Facts:
+def _bundle_info(name: str, answer: Answer) -> BundleInfo:
     metadata = document(answer)
     try:
         bfloat16 = frozenset(port["name"] for port in metadata["inputs"] if port["datatype"] == "BF16")
-        return Facts(name, bfloat16, frozenset(port["name"] for port in metadata["outputs"]))
+        return BundleInfo(name, bfloat16, frozenset(port["name"] for port in metadata["outputs"]))
     except (KeyError, TypeError) as error:
         raise ServerError(
             f"ask about bundle {name!r}", expected="its inputs and outputs", got=repr(metadata)[:120]

@@ -1,4 +1,4 @@
-"""Names in URLs."""
+"""Names as parts of URLs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
 def part(name: str, what: str) -> str:
-    """A name as part of a path: names that the server cannot have, such as "..", would lead elsewhere.
+    """Return a name as part of a path; names that no server has, such as "..", would lead to other paths.
+
+    Args:
+        name: name to encode.
+        what: kind of name, for the error message.
 
     Raises:
-        InputError: naming what it was for.
+        InputError: the name is not valid.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
@@ -28,7 +32,7 @@ def part(name: str, what: str) -> str:
 
 
 def model_path(name: str) -> str:
-    """Where the model `name` or `name@version` is."""
+    """Return the path of the model `name` or `name@version`."""
     task, at, version = name.partition("@")
     path = f"/v2/models/{part(task, 'task')}"
     return f"{path}/versions/{part(version, 'version')}" if at else path

@@ -1,4 +1,4 @@
-"""Arrays as the bytes of the V2 protocol's binary tensor extension, and back."""
+"""Encodes and decodes arrays for the V2 protocol's binary tensor extension."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Bytes = bytes | memoryview
 
 _LENGTH = struct.Struct("<I")
 
-# V2's name of an element -> numpy's, little-endian as on the wire.  numpy has no bfloat16: its bits stand for it.
+# V2 datatype -> numpy dtype, little-endian as on the wire.  numpy has no bfloat16: uint16 holds its bits.
 _DTYPES = {
     "BOOL": np.dtype("?"),
     "UINT8": np.dtype("u1"),
@@ -38,13 +38,13 @@ _DATATYPES = {dtype.str[1:]: name for name, dtype in _DTYPES.items() if name != 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An input as it is sent.
+    """An encoded input.
 
     Attributes:
-        name: of the input.
-        datatype: V2's name of its elements.
-        shape: its sizes.
-        data: its bytes; a view of the array wherever that has them in this order.
+        name: name of the input.
+        datatype: V2 datatype.
+        shape: shape of the array.
+        data: bytes; a view of the array where its memory layout allows.
     """
 
     name: str
@@ -54,26 +54,26 @@ class Tensor:
 
 
 def may_be_bfloat16(value: object) -> bool:
-    """Whether only the model can say what the elements are: uint16 numbers, or the bits of bfloat16."""
+    """Whether a value is uint16: only the model's metadata tells integers from the bits of bfloat16."""
     return getattr(value, "dtype", None) == np.uint16
 
 
 def encode(name: str, value: object, *, bfloat16: bool = False) -> Tensor:
-    """An input as the protocol sends it, with the elements it has: nothing is converted.
+    """Encode an input without converting its elements.
 
     Args:
-        name: of the input.
-        value: an array, or what numpy makes one of; str or bytes for BYTES.
-        bfloat16: uint16 elements are the bits of bfloat16.
+        name: name of the input.
+        value: array, or a value that numpy converts to one; str or bytes elements for BYTES.
+        bfloat16: whether uint16 elements are the bits of bfloat16 (default False).
 
     Raises:
-        InputError: numpy makes no array of it, or one whose elements the protocol does not have.
+        InputError: numpy cannot convert the value, or the protocol has no datatype for its dtype.
     """
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"send input {name!r}", expected="an array", got=f"what numpy makes none of ({str(error)[:120]})"
+            f"send input {name!r}", expected="an array", got=f"a value that NumPy cannot convert ({str(error)[:120]})"
         ) from error
     if array.dtype.kind in "OSU":
         return Tensor(name, "BYTES", array.shape, _encode_strings(name, array))
@@ -102,13 +102,13 @@ def _encode_strings(name: str, array: Array) -> bytes:
 
 
 def decode(name: str, datatype: str, shape: tuple[int, ...], data: memoryview) -> Array:
-    """An output from its bytes: a view of them, unless they lie where numpy may not read them as they are.
+    """Decode an output: a view of the bytes, or a copy where they are misaligned.
 
     Returns:
-        An array; of `bytes` objects for BYTES, of uint16 for BF16.
+        An array; its elements are `bytes` objects for BYTES and uint16 for BF16.
 
     Raises:
-        ServerError: the bytes are not as many as the shape needs, or the datatype is unknown.
+        ServerError: the number of bytes does not fit the shape, or the datatype is unknown.
     """
     if datatype == "BYTES":
         return _decode_strings(name, shape, data)
@@ -124,10 +124,10 @@ def decode(name: str, datatype: str, shape: tuple[int, ...], data: memoryview) -
 
 
 def from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) -> Array:
-    """An output that a server sent as JSON, flat or nested.
+    """Decode an output that the server sent as JSON, flat or nested.
 
     Raises:
-        ServerError: the numbers do not fit the datatype and shape.
+        ServerError: the data do not fit the datatype and shape.
     """
     try:
         if datatype == "BYTES":

@@ -1,4 +1,4 @@
-"""Adapters on their way to the server: streamed from disk, and never a pickle."""
+"""Uploads of adapters: streamed from disk; pickles are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Upload"]
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
-_OWN = "adapter.safetensors"  # as `tpeft-deploy convert` names it
+_CONVERTED = "adapter.safetensors"  # written by `tpeft-deploy convert`
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _FIX = "Turn it into safetensors first: 'tpeft-deploy convert ADAPTER OUT --to tpeft'."
 
@@ -27,7 +27,7 @@ class Upload:
         path: a .safetensors file, or a directory that PEFT saved.
 
     Raises:
-        FormatError: it is neither, or a pickle.
+        FormatError: the path is neither, or a pickle.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,11 +35,11 @@ class Upload:
         self._boundary = secrets.token_hex(16)
 
     def payload(self, left: float | None) -> Payload:
-        """What is sent; no path of this machine is part of it."""
+        """Return the multipart body, without paths of this machine."""
         pieces: list[Bytes | FilePiece] = []
         for part, piece in self._parts:
             kind = "application/json" if part == "config" else "application/octet-stream"
-            name = _CONFIG if part == "config" else _OWN
+            name = _CONFIG if part == "config" else _CONVERTED
             head = f'--{self._boundary}\r\nContent-Disposition: form-data; name="{part}"; filename="{name}"\r\n'
             pieces += [f"{head}Content-Type: {kind}\r\n\r\n".encode(), piece, b"\r\n"]
         pieces.append(f"--{self._boundary}--\r\n".encode())
@@ -49,12 +49,12 @@ class Upload:
 def _files(path: Path) -> list[tuple[str, Path]]:
     if path.is_file():
         _check(path)
-        # The configuration of PEFT's file lies beside it; without that its scale would be lost.
+        # Without PEFT's configuration beside its weights, their scale would be lost.
         config = path.parent / _CONFIG
         beside = path.name == _WEIGHTS and config.is_file()
         return [("config", config), ("weights", path)] if beside else [("weights", path)]
-    if (path / _OWN).is_file():
-        return _files(path / _OWN)
+    if (path / _CONVERTED).is_file():
+        return _files(path / _CONVERTED)
     if (path / _CONFIG).is_file() and (path / _WEIGHTS).is_file():
         return _files(path / _WEIGHTS)
     pickle = next((file for file in sorted(path.glob("*")) if file.suffix in _PICKLES), None)

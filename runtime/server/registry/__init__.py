@@ -1,14 +1,20 @@
-"""What is kept: keys, tenants, tasks and their versions, and who changed what.
+"""Registry: keys, tenants, tasks with their versions, and the audit log.
 
 A directory holds the database (SQLite unless a URL names another) and the adapters' files, named by the SHA-256 of
-their content.  What was acknowledged is there after a crash, and what was not is not seen.
+their content.  Changes are durable once they are acknowledged and invisible before.
 """
 
 from tpeft_deploy.runtime.server.registry.audit import Audit, AuditRecord
 from tpeft_deploy.runtime.server.registry.files.uploads import Staged
 from tpeft_deploy.runtime.server.registry.keys import KeyRecord, Keys
 from tpeft_deploy.runtime.server.registry.placements import PinRecord, Placements
-from tpeft_deploy.runtime.server.registry.snapshot import CURRENT, AliasRecord, Catalog, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry.snapshot import (
+    CURRENT,
+    AliasRecord,
+    RegistrySnapshot,
+    TaskRecord,
+    VersionRecord,
+)
 from tpeft_deploy.runtime.server.registry.state import State, open_keys, open_state
 from tpeft_deploy.runtime.server.registry.task_store import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import TenantRecord, Tenants
@@ -18,11 +24,11 @@ __all__ = [
     "Audit",
     "AuditRecord",
     "CURRENT",
-    "Catalog",
     "KeyRecord",
     "Keys",
     "PinRecord",
     "Placements",
+    "RegistrySnapshot",
     "Staged",
     "State",
     "TaskRecord",

@@ -1,4 +1,4 @@
-"""Who changed what, and when."""
+"""Audit log of changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, or_, select
 
-from tpeft_deploy.runtime.server.registry import database
+from tpeft_deploy.runtime.server.registry import schema
 from tpeft_deploy.runtime.server.registry.database import Database
 
 __all__ = ["Audit", "AuditRecord", "write"]
@@ -20,13 +20,13 @@ class AuditRecord:
     """One change.
 
     Attributes:
-        id: rises with time.
+        id: number that rises with time.
         time: seconds since 1970, UTC.
-        tenant: whose thing was changed.
-        key: id of the key that did it, or "command line".
-        action: what was done, e.g. "register".
-        target: to what.
-        detail: the rest, without secrets.
+        tenant: tenant that the change is about.
+        key: id of the key that made the change, or "command line".
+        action: kind of change, e.g. "register".
+        target: name of the changed task, key or tenant.
+        detail: further values, without secrets.
     """
 
     id: int
@@ -39,47 +39,52 @@ class AuditRecord:
 
 
 class Audit:
-    """The log of changes; each is written in the transaction that makes it.
+    """Audit log; each entry is written in the transaction of its change.
 
     Args:
-        database: where it is.
+        database: database of the registry.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def list(self, limit: int = 100, before: int | None = None) -> list[AuditRecord]:
-        """The newest changes first, of those older than the id `before`."""
-        wanted = select(database.audit).order_by(database.audit.c.id.desc()).limit(limit)
+        """List changes, newest first.
+
+        Args:
+            limit: maximum number of entries.
+            before: id that the entries are older than; None: no bound.
+        """
+        wanted = select(schema.audit).order_by(schema.audit.c.id.desc()).limit(limit)
         if before is not None:
-            wanted = wanted.where(database.audit.c.id < before)
+            wanted = wanted.where(schema.audit.c.id < before)
         with self._database.reading() as connection:
             return [AuditRecord(**row) for row in connection.execute(wanted).mappings()]
 
     def sweep(self, *, days: float | None, rows: int | None) -> int:
-        """Remove old entries; how many there were.
+        """Remove old entries and return their number.
 
         Args:
-            days: those that are older; None keeps them.
-            rows: all but the newest so many; None keeps them.
+            days: age from which entries are removed; None: any age stays.
+            rows: number of entries that stay; None: all.
         """
-        own, gone = database.audit.c, []
+        columns, expired = schema.audit.c, []
         if days is not None:
-            gone.append(own.time < time.time() - 86400 * days)
+            expired.append(columns.time < time.time() - 86400 * days)
         with self._database.reading() as connection:
             if rows is not None:
-                oldest = connection.scalar(select(own.id).order_by(own.id.desc()).offset(rows).limit(1))
-                gone += [] if oldest is None else [own.id <= oldest]
-            if not gone or connection.scalar(select(own.id).where(or_(*gone)).limit(1)) is None:
+                oldest = connection.scalar(select(columns.id).order_by(columns.id.desc()).offset(rows).limit(1))
+                expired += [] if oldest is None else [columns.id <= oldest]
+            if not expired or connection.scalar(select(columns.id).where(or_(*expired)).limit(1)) is None:
                 return 0
         with self._database.writing() as connection:
-            return connection.execute(delete(database.audit).where(or_(*gone))).rowcount
+            return connection.execute(delete(schema.audit).where(or_(*expired))).rowcount
 
 
 def write(connection: Connection, by: str, tenant: str, action: str, target: str, **detail: Any) -> None:
-    """Write a change as part of its transaction."""
+    """Write an entry as part of the transaction of its change."""
     connection.execute(
-        insert(database.audit).values(
+        insert(schema.audit).values(
             time=time.time(), tenant=tenant, key=by, action=action, target=target, detail=detail
         )
     )

@@ -1,4 +1,4 @@
-"""What was read of the database last."""
+"""Values cached from the database."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 class Latest(Generic[T]):
-    """A value that many read without waiting, and that is never replaced by one that was read earlier.
+    """Cached value that is read without a lock and never replaced by an older one.
 
-    Two threads may read the database, before and after a change, and come here in the other order: a key that was
-    revoked just now would be good again.
+    Two threads may read the database before and after a change and store their values in reverse order: a revoked key
+    would become valid again.
 
     Args:
-        value: the first.
+        value: initial value.
     """
 
     def __init__(self, value: T) -> None:
@@ -26,11 +26,11 @@ class Latest(Generic[T]):
         self._lock = threading.Lock()
 
     def put(self, changes: int, value: T) -> None:
-        """Replace the value.
+        """Replace the value, unless the cached one is newer.
 
         Args:
-            changes: how many changes the database had seen when it was read.
-            value: the new one.
+            changes: change counter of the database when the value was read.
+            value: new value.
         """
         with self._lock:
             if changes >= self._changes:

@@ -1,4 +1,4 @@
-"""The tables, and a connection whose transactions are durable and one writer's at a time."""
+"""Database of the registry: durable transactions, one writer at a time."""
 
 from __future__ import annotations
 
@@ -6,31 +6,18 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
     URL,
-    BigInteger,
-    Boolean,
-    Column,
     Connection,
     Engine,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    UniqueConstraint,
     create_engine,
     delete,
     event,
     insert,
-    inspect,
     make_url,
     select,
     text,
@@ -39,153 +26,50 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tpeft_deploy.errors import InsufficientStorage, MissingExtra, ServerError, Unavailable, VersionError
+from tpeft_deploy.errors import InsufficientStorage, MissingExtra, ServerError, Unavailable
+from tpeft_deploy.runtime.server.registry import migrations, schema
 from tpeft_deploy.runtime.server.registry.files.disk import full, no_room
 
-__all__ = [
-    "Database",
-    "aliases",
-    "audit",
-    "history",
-    "keys",
-    "pins",
-    "sqlite_url",
-    "tasks",
-    "tenants",
-    "unloaded",
-    "versions",
-]
+__all__ = ["Database", "sqlite_url"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 
-SCHEMA = 1
-_WRITING, _SERVING = 0x7470_6566, 0x7470_6567  # advisory locks: of one transaction that writes, and of one server
+_WRITING, _SERVING = 0x7470_6566, 0x7470_6567  # advisory locks of the one writer and the one server
 _LOCK_SECONDS = 30
-_NAME = String(128)
-
-_metadata = MetaData()
-_meta = Table("meta", _metadata, Column("name", _NAME, primary_key=True), Column("value", Integer, nullable=False))
-tenants = Table(
-    "tenants",
-    _metadata,
-    Column("name", _NAME, primary_key=True),
-    Column("quota", JSON, nullable=False),
-    Column("created", Float, nullable=False),
-)
-keys = Table(
-    "keys",
-    _metadata,
-    Column("id", String(16), primary_key=True),
-    Column("digest", String(64), nullable=False, unique=True),
-    Column("tenant", _NAME, nullable=False),
-    Column("role", String(16), nullable=False),
-    Column("created", Float, nullable=False),
-    Column("expires", Float),
-    Column("revoked", Float),
-)
-# A deleted task keeps its row, so that the numbers of its versions are never given again.
-tasks = Table(
-    "tasks",
-    _metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("tenant", _NAME, nullable=False),
-    Column("name", _NAME, nullable=False),
-    Column("next_number", Integer, nullable=False),
-    Column("deleted", Boolean, nullable=False),
-    UniqueConstraint("tenant", "name"),
-)
-versions = Table(
-    "versions",
-    _metadata,
-    Column("task", ForeignKey("tasks.id"), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("digest", String(64), nullable=False, index=True),
-    Column("bytes", BigInteger, nullable=False),
-    Column("created", Float, nullable=False),
-    Column("by", _NAME, nullable=False),
-)
-aliases = Table(
-    "aliases",
-    _metadata,
-    Column("task", ForeignKey("tasks.id"), primary_key=True),
-    Column("alias", _NAME, primary_key=True),
-    Column("number", Integer, nullable=False),
-    Column("previous", Integer),
-)
-audit = Table(
-    "audit",
-    _metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("time", Float, nullable=False),
-    Column("tenant", _NAME, nullable=False),
-    Column("key", _NAME, nullable=False),
-    Column("action", String(32), nullable=False),
-    Column("target", String(300), nullable=False),
-    Column("detail", JSON, nullable=False),
-)
-# Tables from here on came later: they are made where they are missing, and servers that do not know them leave them.
-# What an alias stood for; without time and key where that was not recorded then.
-history = Table(
-    "alias_history",
-    _metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("task", ForeignKey("tasks.id"), nullable=False),
-    Column("alias", _NAME, nullable=False),
-    Column("number", Integer, nullable=False),
-    Column("time", Float),
-    Column("by", _NAME),
-    Index("alias_history_of", "task", "alias", "id"),
-)
-# By name, as the bundle's own tasks have no row; the version as clients write it.
-pins = Table(
-    "pins",
-    _metadata,
-    Column("tenant", _NAME, primary_key=True),
-    Column("task", _NAME, primary_key=True),
-    Column("version", String(10), primary_key=True),
-    Column("folded", Boolean, nullable=False),
-    Column("time", Float, nullable=False),
-    Column("by", _NAME, nullable=False),
-)
-unloaded = Table(
-    "unloaded",
-    _metadata,
-    Column("tenant", _NAME, primary_key=True),
-    Column("task", _NAME, primary_key=True),
-    Column("time", Float, nullable=False),
-    Column("by", _NAME, nullable=False),
-)
+_STOP_SECONDS = 10  # wait of a migration for a running server to stop
+_LOCK_NOT_AVAILABLE = "55P03"
 
 
 class Database:
-    """A database with the tables above, made where they are missing.
+    """Database with the tables of `schema`, created or migrated when it is opened.
 
     Args:
-        url: of SQLAlchemy: of a file for SQLite, which is kept in WAL mode and synchronised at every commit, or of
-            PostgreSQL.
+        url: SQLAlchemy URL of a SQLite file (in WAL mode, synchronised at every commit) or of PostgreSQL.
+        exclusive: function that returns a context to enter around a migration; the context raises when a server uses
+            the database.
 
     Attributes:
-        guard: called before and after each transaction that writes; raises where the files are no longer there.
+        guard: function called before and after each writing transaction; raises when the files are gone.
 
     Raises:
-        MissingExtra: its driver is not installed.
-        ServerError: it cannot be opened.
-        VersionError: it was written by another version of the server.
+        MissingExtra: the database driver is not installed.
+        ServerError: the database cannot be opened.
+        VersionError: the database was written by a newer version of the server.
     """
 
-    def __init__(self, url: str | URL) -> None:
-        with _said("open the server's database"):
+    def __init__(
+        self, url: str | URL, *, exclusive: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        with _errors("open the server's database"):
             self._engine = _engine(make_url(url))
         self._held: Connection | None = None
         self._opened = False
         self.guard: Callable[[], None] = lambda: None
         try:
             with self.writing("open the server's database") as connection:
-                _check_schema(connection)
-                _metadata.create_all(connection)
-                if self._meta(connection, "schema") is None:
-                    for name, value in (("schema", SCHEMA), ("changes", 0)):
-                        connection.execute(insert(_meta).values(name=name, value=value))
+                migrated = self._open_tables(connection, exclusive)
+            if migrated:
+                _log.info("the server's database is migrated %s", migrated)
             self._opened = True
         except BaseException:
             self.close()
@@ -193,56 +77,67 @@ class Database:
 
     @contextmanager
     def writing(self, doing: str = "write to the server's database") -> Iterator[Connection]:
-        """One transaction that may write: all of it is durable when the block ends, or nothing of it is done.
+        """Open a writing transaction, durable when the block ends and rolled back when it raises.
+
+        Args:
+            doing: purpose of the transaction, for error messages.
 
         Raises:
-            ServerError: the database refuses.
-            Unavailable: it does not answer, or its files are gone.
+            ServerError: the database reports an error.
+            Unavailable: the database does not answer, or its files are gone.
             InsufficientStorage: the disk is full.
         """
         self.guard()
-        with self._said(doing), self._engine.connect().execution_options(writes=True) as connection, connection.begin():
+        with (
+            self._errors(doing),
+            self._engine.connect().execution_options(writes=True) as connection,
+            connection.begin(),
+        ):
             yield connection
-        self.guard()  # else a change would be acknowledged that went into files which nobody opens again
+        self.guard()  # else changes to removed files would be acknowledged
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """One transaction that only reads; it sees one moment, and waits for nobody.
+        """Open a reading transaction: a consistent snapshot, without waiting for writers.
 
         Raises:
-            ServerError: the database refuses.
-            Unavailable: it does not answer.
+            ServerError: the database reports an error.
+            Unavailable: the database does not answer.
         """
         doing = "read the server's database"
         options: dict[str, Any] = {"writes": False}
         if not self._is_sqlite:
             options["isolation_level"] = "REPEATABLE READ"
-        with self._said(doing), self._engine.connect().execution_options(**options) as connection, connection.begin():
+        with (
+            self._errors(doing),
+            self._engine.connect().execution_options(**options) as connection,
+            connection.begin(),
+        ):
             yield connection
 
     def hold(self, patience: float) -> None:
-        """Be the one server of this database until it is closed; again, where the connection that holds it broke.
+        """Lock the database for this server until it is closed, or lock it again after a lost connection.
 
-        SQLite is in a directory, which a server takes; PostgreSQL has servers on many machines.
+        SQLite is locked by its directory; PostgreSQL is reachable from several machines.
 
         Args:
-            patience: seconds to wait for another server to go.
+            patience: seconds to wait for another server to stop.
 
         Raises:
-            ServerError: another server has it.
+            ServerError: another server uses the database.
         """
-        if self._is_sqlite or self._holds():
+        if self._is_sqlite or self._has_lock():
             return
-        with _said("open the server's database"):
+        with _errors("open the server's database"):
             self._held = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT", writes=False)
-            # A machine that is gone says nothing: the database would take it to be there for hours.
+            # Without keep-alives, the database would keep the lock of a lost machine for hours.
             for setting, seconds in (("idle", 3), ("interval", 2), ("count", 3)):
                 self._held.execute(text(f"SET tcp_keepalives_{setting} = {seconds}"))
             until = time.monotonic() + patience
             mine = text("SELECT pg_try_advisory_lock(:lock, hashtext(current_schema()))")
             while not self._held.scalar(mine, {"lock": _SERVING}):
                 if time.monotonic() > until:
-                    self._let_go()
+                    self._unlock()
                     raise ServerError(
                         "open the server's database",
                         expected="one that no other server uses",
@@ -252,64 +147,96 @@ class Database:
                 time.sleep(0.2)
 
     def changed(self, connection: Connection) -> int:
-        """Say, as part of a transaction, that keys or tenants change: other processes look at this.
+        """Increment the change counter of keys and tenants, which other processes poll, as part of a transaction.
 
         Returns:
-            How often they have changed, with this time.
+            The counter.
         """
-        connection.execute(update(_meta).where(_meta.c.name == "changes").values(value=_meta.c.value + 1))
+        connection.execute(
+            update(schema.meta).where(schema.meta.c.name == "changes").values(value=schema.meta.c.value + 1)
+        )
         return self.changes(connection)
 
     def changes(self, connection: Connection) -> int:
-        """How often keys or tenants have changed."""
+        """Return the change counter of keys and tenants."""
         return self._meta(connection, "changes") or 0
 
     def directory(self, connection: Connection) -> int | None:
-        """The number of the directory that the adapters of this database are in, if it has one."""
+        """Return the number of the directory with the adapters of this database; None before the first start."""
         return self._meta(connection, "directory")
 
     def bind(self, connection: Connection, directory: int) -> None:
-        """Note, as part of a transaction, the number of the directory that the adapters are in."""
-        connection.execute(delete(_meta).where(_meta.c.name == "directory"))
-        connection.execute(insert(_meta).values(name="directory", value=directory))
+        """Set the number of the directory with the adapters, as part of a transaction."""
+        connection.execute(delete(schema.meta).where(schema.meta.c.name == "directory"))
+        connection.execute(insert(schema.meta).values(name="directory", value=directory))
 
     def close(self) -> None:
         """Close all connections."""
-        self._let_go()
+        self._unlock()
         self._engine.dispose()
 
-    def _holds(self) -> bool:
+    def _open_tables(self, connection: Connection, exclusive: Callable[[], AbstractContextManager[object]]) -> str:
+        """Create or migrate the tables; return what was migrated, for the log."""
+        number = migrations.stored_schema(connection)
+        if number is None:
+            migrations.create(connection)
+            return ""
+        if number == schema.SCHEMA:
+            return ""
+        with exclusive():
+            if not self._is_sqlite:
+                self._wait_for_server(connection)
+            copy = migrations.copy_sqlite(self.files[0]) if self.files else None
+            migrations.upgrade(connection, number)
+        return f"from schema {number} to {schema.SCHEMA}" + (f"; {copy} is the database before" if copy else "")
+
+    def _wait_for_server(self, connection: Connection) -> None:
+        """Take the servers' lock until the transaction ends: no server may run on tables that are migrated."""
+        try:
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_STOP_SECONDS}s'")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_SERVING}, hashtext(current_schema()))")
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                raise
+            raise ServerError(
+                "migrate the server's database",
+                expected="one that no server uses",
+                got="one in use",
+                fix="Stop the server of the earlier version first.",
+            ) from error
+
+    def _has_lock(self) -> bool:
         if self._held is None:
             return False
         try:
             self._held.execute(text("SELECT 1"))
         except SQLAlchemyError:
-            self._let_go()
+            self._unlock()
             return False
         return True
 
-    def _let_go(self) -> None:
+    def _unlock(self) -> None:
         if self._held is not None:
-            self._held.invalidate()  # not back to the pool: the lock is the connection's
+            self._held.invalidate()  # not returned to the pool: the lock belongs to the connection
             self._held.close()
             self._held = None
 
     @contextmanager
-    def _said(self, doing: str) -> Iterator[None]:
+    def _errors(self, doing: str) -> Iterator[None]:
         try:
-            with _said(doing):
+            with _errors(doing):
                 yield
         except ServerError as error:
             if isinstance(error, InsufficientStorage) or not self._opened:
                 raise
             if not isinstance(error.__cause__, OperationalError | PoolTimeout):
                 raise
-            _log.error("%s", error)  # with addresses, which are not for clients
+            _log.error("%s", error)  # the message has addresses, which clients must not see
             raise Unavailable(doing, problem="it does not answer", fix="Try again shortly.") from error.__cause__
 
     @property
     def files(self) -> list[Path]:
-        """The files that it is in on this machine: the database, its log and the log's index."""
+        """Paths of SQLite's files: the database, its log and the log's index."""
         name = self._engine.url.database
         if not self._is_sqlite or not name or name == ":memory:":
             return []
@@ -320,30 +247,16 @@ class Database:
         return self._engine.dialect.name == "sqlite"
 
     def _meta(self, connection: Connection, name: str) -> int | None:
-        return connection.scalar(select(_meta.c.value).where(_meta.c.name == name))
+        return connection.scalar(select(schema.meta.c.value).where(schema.meta.c.name == name))
 
 
 def sqlite_url(path: Path) -> URL:
-    """The URL of a database in a file, whatever characters its path has."""
+    """Return the URL of a SQLite file; its path may have any characters."""
     return URL.create("sqlite", database=str(path.resolve()))
 
 
-def _check_schema(connection: Connection) -> None:
-    # Before a table is made: a newer server's database stays as it is.
-    if not inspect(connection).has_table(_meta.name):
-        return
-    found = connection.scalar(select(_meta.c.value).where(_meta.c.name == "schema"))
-    if found != SCHEMA:
-        raise VersionError(
-            "open the server's database",
-            expected=f"schema {SCHEMA}",
-            got=found,
-            fix="Start the version of tpeft-deploy that wrote it.",
-        )
-
-
 @contextmanager
-def _said(doing: str) -> Iterator[None]:
+def _errors(doing: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error) as error:
@@ -354,7 +267,7 @@ def _said(doing: str) -> Iterator[None]:
 
 
 def _engine(url: URL) -> Engine:
-    """An engine whose writers come one after another."""
+    """Create an engine that runs one writing transaction at a time."""
     kind = url.get_backend_name()
     if kind not in {"sqlite", "postgresql"}:
         raise ServerError("open the server's database", expected="a URL of sqlite or postgresql", got=kind)
@@ -379,7 +292,7 @@ def _engine(url: URL) -> Engine:
 def _prepare_postgres(engine: Engine) -> None:
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
-        # As with SQLite: what a writer reads is what it changes, also where there is no row yet that could be locked.
+        # As with SQLite: no other writer between a read and its write, even where no row exists to be locked.
         if connection.get_execution_options().get("writes", True):
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITING}, hashtext(current_schema()))")
@@ -388,7 +301,7 @@ def _prepare_postgres(engine: Engine) -> None:
 def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _record: object) -> None:
-        connection.isolation_level = None  # the driver would begin transactions in its own way, too late to be safe
+        connection.isolation_level = None  # the driver would begin transactions too late to be safe
         for pragma in (
             f"busy_timeout={_LOCK_SECONDS * 1000}",
             "journal_mode=WAL",
@@ -399,12 +312,12 @@ def _prepare_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
-        # A writer that begins as a reader may find at its first write that somebody else wrote meanwhile.
+        # A transaction that begins as a reader fails at its first write when another one wrote meanwhile.
         writes = connection.get_execution_options().get("writes", True)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _reason(error: Exception) -> str:
-    # What the driver says, without the statement and its values.
+    # The driver's message, without the statement and its values.
     own = getattr(error, "orig", None)
     return str(own or error).splitlines()[0]

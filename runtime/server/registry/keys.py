@@ -1,4 +1,4 @@
-"""API keys.  Only their digests are kept, and compared in constant time."""
+"""API keys: only digests are stored, and compared in constant time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, insert, select, update
 
 from tpeft_deploy.errors import InsufficientStorage, NotFound, ProtocolError, Unauthenticated, Unavailable
-from tpeft_deploy.runtime.server.registry import audit, database
+from tpeft_deploy.runtime.server.registry import audit, schema
 from tpeft_deploy.runtime.server.registry.cached import Latest
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.files.disk import Reserve
@@ -24,7 +24,7 @@ from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 __all__ = ["KeyRecord", "Keys"]
 
 _ID = re.compile(r"[0-9a-f]{12}")
-_LAST = 253_402_300_800.0  # the end of the year 9999, the last that dates are written in
+_LAST = 253_402_300_800.0  # end of the year 9999, the last that dates can express
 _NOBODY = hashlib.sha256(b"no key has this digest").hexdigest()
 
 
@@ -45,35 +45,35 @@ _Known = dict[str, tuple[KeyRecord, Principal]]
 
 
 class Keys:
-    """Keys by id; asked from memory, which `see` brings up to date.
+    """Keys by id, read from a cache that `update_cache` refreshes.
 
     Args:
-        database: where they are.
-        tenants: a key's tenant is made with it.
-        reserve: room on the database's disk for revocations, if it has a disk here.
+        database: database of the registry.
+        tenants: tenants, created with their first key.
+        reserve: disk space reserved for revocations; None: none is reserved.
     """
 
     def __init__(self, database: Database, tenants: Tenants, reserve: Reserve | None = None) -> None:
         self._reserve = reserve
-        self._refused: dict[str, str] = {}  # revoked here and not in the database yet -> by which key
+        self._refused: dict[str, str] = {}  # id of a revoked key not yet in the database -> id of the revoking key
         self._database = database
         self._tenants = tenants
         self._latest: Latest[_Known] = Latest({})
 
     def create(self, tenant: str, role: str, *, by: str, expires: float | None = None) -> tuple[KeyRecord, str]:
-        """A new key.
+        """Create a key.
 
         Args:
-            tenant: whose; made where there is none.
+            tenant: tenant of the key; created when it does not exist.
             role: "infer", "deploy" or "admin".
-            by: id of the key that asked for it, or "command line".
+            by: id of the key that creates it, or "command line".
             expires: seconds since 1970; None: never.
 
         Returns:
-            Its record, and the key itself, which is kept nowhere.
+            The record, and the key itself, which is not stored.
 
         Raises:
-            ProtocolError: the tenant's name is not allowed, there is no such role, or the time is over already.
+            ProtocolError: the tenant's name or the role is invalid, or `expires` is past or out of range.
         """
         check_tenant(tenant)
         if role not in set(Role):
@@ -90,30 +90,30 @@ class Keys:
         with self._database.writing() as connection:
             ensure(self._database, connection, tenant)
             connection.execute(
-                insert(database.keys).values(
+                insert(schema.keys).values(
                     id=own, digest=record.digest, tenant=tenant, role=role, created=now, expires=expires
                 )
             )
             audit.write(connection, by, tenant, "create key", own, role=role, expires=expires)
             changes = self._database.changed(connection)
             tenants, known = self._tenants.read(connection), self.read(connection)
-        self._tenants.see(changes, tenants)
-        self.see(changes, known)
+        self._tenants.update_cache(changes, tenants)
+        self.update_cache(changes, known)
         return record, key
 
     def list(self, tenant: str | None = None) -> list[KeyRecord]:
-        """Keys, of one tenant or all, the oldest first; revoked ones too."""
+        """List keys of one tenant or all, revoked ones included, oldest first."""
         found = [record for record, _ in self._latest.value.values() if tenant is None or record.tenant == tenant]
         return sorted(found, key=lambda record: (record.created, record.id))
 
     def revoke(self, id: str, *, by: str) -> KeyRecord:
-        """Refuse a key from now on.
+        """Revoke a key.
 
-        Where that cannot be written, the key is refused by this server all the same, and written as soon as possible.
+        When the revocation cannot be written, this server refuses the key anyway and retries the write.
 
         Raises:
-            NotFound: there is none of that id.
-            InsufficientStorage, Unavailable: it could not be written.
+            NotFound: no key has this id.
+            InsufficientStorage, Unavailable: the revocation could not be written.
         """
         try:
             try:
@@ -133,40 +133,40 @@ class Keys:
             ) from error
 
     def write_refused(self) -> None:
-        """Write the revocations that could not be written.
+        """Write pending revocations.
 
         Raises:
-            ServerError: they still cannot.
+            ServerError: they still cannot be written.
         """
         for own, by in list(self._refused.items()):
-            with contextlib.suppress(NotFound):  # its row is gone with all that it allowed
+            with contextlib.suppress(NotFound):  # without its row, the key is invalid anyway
                 self._revoke(own, by)
             self._refused.pop(own, None)
 
     def _revoke(self, id: str, by: str) -> KeyRecord:
         if not _ID.fullmatch(id):
             raise NotFound(f"revoke key {id[:100]!r}", expected="the id of a key", got="another text")
-        own = database.keys.c.id == id
+        own = schema.keys.c.id == id
         with self._database.writing() as connection:
-            row = connection.execute(select(database.keys.c.tenant, database.keys.c.revoked).where(own)).one_or_none()
+            row = connection.execute(select(schema.keys.c.tenant, schema.keys.c.revoked).where(own)).one_or_none()
             if row is None:
                 raise NotFound(f"revoke key {id!r}", expected="the id of a key", got="one that no key has")
             if row.revoked is None:
-                connection.execute(update(database.keys).where(own).values(revoked=time.time()))
+                connection.execute(update(schema.keys).where(own).values(revoked=time.time()))
                 audit.write(connection, by, row.tenant, "revoke key", id)
                 self._database.changed(connection)
             changes, known = self._database.changes(connection), self.read(connection)
-        self.see(changes, known)
+        self.update_cache(changes, known)
         return known[id][0]
 
     def authenticate(self, key: str) -> Principal:
-        """Whose key it is.
+        """Return the principal of a key.
 
         Raises:
-            Unauthenticated: it is malformed, unknown, expired or revoked; the message does not say which of the
-                last three to those who do not have it.
+            Unauthenticated: the key is malformed, unknown, expired or revoked; only a holder of the whole key learns
+                that it expired or was revoked.
         """
-        # Nothing but the digest decides; what else the text may be, it is not the key of that id.
+        # The id only finds the record; the digest of the whole text decides.
         record, principal = self._latest.value.get(key[4:16], (None, None))
         same = hmac.compare_digest(_digest(key), record.digest if record is not None else _NOBODY)
         if not same or record is None or principal is None:
@@ -178,18 +178,18 @@ class Keys:
         return principal
 
     def read(self, connection: Connection) -> _Known:
-        """What a transaction sees."""
+        """Read all keys, as part of a transaction."""
         found = {}
-        for row in connection.execute(select(database.keys)).mappings():
+        for row in connection.execute(select(schema.keys)).mappings():
             record = KeyRecord(**{**row, "role": Role(row["role"])})
             found[record.id] = (record, Principal(record.tenant, record.role, record.id))
         return found
 
-    def see(self, changes: int, known: _Known) -> None:
-        """Take what was read when the database had seen so many changes, and is durable."""
+    def update_cache(self, changes: int, known: _Known) -> None:
+        """Update the cache with keys that were read when the database had a change counter."""
         self._latest.put(changes, known)
 
 
 def _digest(key: str) -> str:
-    # The keys are 256 random bits: a slow hash would protect nothing more.
+    # Keys are 256 random bits: a slow hash would add no protection.
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,4 @@
-"""Names that tenants choose: the only texts from outside that anything is kept under."""
+"""Validation of the names of tenants, tasks and aliases."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from tpeft_deploy.errors import ProtocolError
 __all__ = ["check_alias", "check_task", "check_tenant"]
 
 _FORM = "1 to 128 letters, digits, '.', '_', ':' or '-', starting with a letter or digit"
-_RESERVED = "shared"  # what an admin's requests call that which belongs to everybody
+_RESERVED = "shared"  # stands for the shared tasks in an admin's requests
 
 
 def check_tenant(name: str) -> None:
-    """Refuse a name that no tenant may have.
+    """Check the name of a tenant.
 
     Raises:
-        ProtocolError: it is not of the form of names, or stands for everybody.
+        ProtocolError: the name is malformed or reserved.
     """
     if not is_name(name) or name == _RESERVED:
         raise _refused("tenant", f"{_FORM}, and not {_RESERVED!r}", name)
 
 
 def check_task(name: str) -> None:
-    """Refuse a name that no task may have.
+    """Check the name of a task.
 
     Raises:
-        ProtocolError: it is not of the form of names.
+        ProtocolError: the name is malformed.
     """
     if not is_name(name):
         raise _refused("task", _FORM, name)
 
 
 def check_alias(name: str) -> None:
-    """Refuse a name that no alias may have.
+    """Check the name of an alias.
 
     Raises:
-        ProtocolError: it is not of the form of names, or could be a version's number.
+        ProtocolError: the name is malformed, or a number.
     """
     if not is_name(name) or name.isdigit():
         raise _refused("alias", f"{_FORM}, and not a number", name)

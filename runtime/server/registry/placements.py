@@ -1,4 +1,4 @@
-"""What tenants said of where their tasks are to be: pinned versions, and models that were unloaded."""
+"""Placements that tenants asked for: pinned versions and unloaded models."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, insert, select
 
-from tpeft_deploy.runtime.server.registry import audit, database
+from tpeft_deploy.runtime.server.registry import audit, schema
 from tpeft_deploy.runtime.server.registry.database import Database
 
 __all__ = ["PinRecord", "Placements", "drop"]
 
-_P, _U = database.pins, database.unloaded
+_P, _U = schema.pins, schema.unloaded
 
 
 @dataclass(frozen=True)
 class PinRecord:
-    """A pinned version, by the names that clients know; `folded`: with a session of its own."""
+    """A pinned version by public names; `folded`: in a separate session."""
 
     tenant: str
     task: str
@@ -26,17 +26,17 @@ class PinRecord:
 
 
 class Placements:
-    """Pins and unloaded models, kept over a restart; each change is in the audit log.
+    """Pins and unloaded models, which survive a restart; each change is in the audit log.
 
     Args:
-        database: where they are.
+        database: database of the registry.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def pins(self, tenant: str | None = None, task: str | None = None) -> list[PinRecord]:
-        """Pinned versions, the oldest first: of all tasks, or of one."""
+        """List pinned versions of all tasks, or of one, oldest first."""
         wanted = select(_P.c.tenant, _P.c.task, _P.c.version, _P.c.folded).order_by(_P.c.time)
         if tenant is not None:
             wanted = wanted.where(_P.c.tenant == tenant, _P.c.task == task)
@@ -44,12 +44,12 @@ class Placements:
             return [PinRecord(*row) for row in connection.execute(wanted)]
 
     def unloaded(self) -> list[tuple[str, str]]:
-        """Models that were unloaded, by tenant and name."""
+        """List unloaded models by tenant and name."""
         with self._database.reading() as connection:
             return [(tenant, task) for tenant, task in connection.execute(select(_U.c.tenant, _U.c.task))]
 
     def pin(self, pin: PinRecord, *, by: str) -> None:
-        """Note that a version is pinned."""
+        """Record a pin."""
         with self._database.writing() as connection:
             drop(connection, pin.tenant, pin.task, pin.version, unloaded=False)
             connection.execute(
@@ -60,33 +60,33 @@ class Placements:
             audit.write(connection, by, pin.tenant, "pin", pin.task, version=pin.version, folded=pin.folded)
 
     def unpin(self, tenant: str, task: str, *, by: str) -> None:
-        """Note that no version of a task is pinned any more."""
+        """Remove the pins of a task."""
         with self._database.writing() as connection:
             drop(connection, tenant, task, unloaded=False)
             audit.write(connection, by, tenant, "unpin", task)
 
     def unload(self, tenant: str, task: str, *, by: str) -> None:
-        """Note that a model was unloaded."""
+        """Record an unloaded model."""
         with self._database.writing() as connection:
             connection.execute(delete(_U).where(_U.c.tenant == tenant, _U.c.task == task))
             connection.execute(insert(_U).values(tenant=tenant, task=task, time=time.time(), by=by))
             audit.write(connection, by, tenant, "unload", task)
 
     def load(self, tenant: str, task: str, *, by: str) -> None:
-        """Note that it was loaded again."""
+        """Record that a model is loaded again."""
         with self._database.writing() as connection:
             connection.execute(delete(_U).where(_U.c.tenant == tenant, _U.c.task == task))
             audit.write(connection, by, tenant, "load", task)
 
     def forget(self, pin: PinRecord) -> None:
-        """Drop a pin of what is no longer there."""
+        """Remove the pin of a version that no longer exists, without an audit entry."""
         with self._database.writing() as connection:
             drop(connection, pin.tenant, pin.task, pin.version, unloaded=False)
 
 
 def drop(connection: Connection, tenant: str, task: str, version: str | None = None, *, unloaded: bool = True) -> None:
-    """Forget a task's placements, or the pin of one version, as part of a transaction."""
-    own = (_P.c.tenant == tenant) & (_P.c.task == task)
-    connection.execute(delete(_P).where(own if version is None else own & (_P.c.version == version)))
+    """Remove the placements of a task, or the pin of one version, as part of a transaction."""
+    of_task = (_P.c.tenant == tenant) & (_P.c.task == task)
+    connection.execute(delete(_P).where(of_task if version is None else of_task & (_P.c.version == version)))
     if version is None and unloaded:
         connection.execute(delete(_U).where(_U.c.tenant == tenant, _U.c.task == task))

@@ -1,4 +1,4 @@
-"""Rows of tasks, versions and aliases, within somebody's transaction."""
+"""Queries of tasks, versions and aliases, as parts of a transaction."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any, cast
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
-from tpeft_deploy.runtime.server.registry import database
-from tpeft_deploy.runtime.server.registry.snapshot import AliasRecord, Catalog, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry import schema
+from tpeft_deploy.runtime.server.registry.snapshot import AliasRecord, RegistrySnapshot, TaskRecord, VersionRecord
 
 __all__ = [
     "add_version",
     "any_version",
-    "catalog",
     "drop_task",
     "drop_version",
     "history",
@@ -22,28 +21,29 @@ __all__ = [
     "next_number",
     "point",
     "row",
+    "snapshot",
     "task",
     "usage",
 ]
 
-_T, _V, _A, _H = database.tasks, database.versions, database.aliases, database.history
-_KEPT = 100  # changes of one alias that are remembered
+_T, _V, _A, _H = schema.tasks, schema.versions, schema.aliases, schema.history
+_KEPT = 100  # changes in the history of one alias
 
 
 def row(connection: Connection, tenant: str, name: str) -> Mapping[str, Any] | None:
-    """A task's own row, which a deleted task keeps, locked where the database has such locks."""
+    """Return the row of a task, deleted or not, locked where the database supports it."""
     own = select(_T).where(_T.c.tenant == tenant, _T.c.name == name).with_for_update()
     return cast("Mapping[str, Any] | None", connection.execute(own).mappings().one_or_none())
 
 
 def next_number(connection: Connection, tenant: str, name: str) -> int:
-    """The number that a task's next version has."""
+    """Return the number of a task's next version."""
     found = connection.scalar(select(_T.c.next_number).where(_T.c.tenant == tenant, _T.c.name == name))
     return found or 1
 
 
 def add_version(connection: Connection, record: VersionRecord) -> int:
-    """Write a version, and its task where there is none; the task's id."""
+    """Insert a version, and its task when there is none; return the task's id."""
     number = record.number
     found = row(connection, record.tenant, record.task)
     if found is None:
@@ -61,7 +61,7 @@ def add_version(connection: Connection, record: VersionRecord) -> int:
 
 
 def drop_task(connection: Connection, task: int) -> None:
-    """Delete a task's versions and aliases; its row stays, so that no number is given again."""
+    """Delete a task's versions and aliases; its row stays, so that no version number is reused."""
     connection.execute(delete(_A).where(_A.c.task == task))
     connection.execute(delete(_H).where(_H.c.task == task))
     connection.execute(delete(_V).where(_V.c.task == task))
@@ -74,12 +74,12 @@ def drop_version(connection: Connection, task: int, number: int) -> None:
 
 
 def move(connection: Connection, task: int, tenant: str) -> None:
-    """Give a task to another tenant."""
+    """Move a task to another tenant."""
     connection.execute(update(_T).where(_T.c.id == task).values(tenant=tenant))
 
 
 def point(connection: Connection, task: int, alias: str, number: int, by: str) -> None:
-    """Let an alias stand for a version, and remember what it stood for."""
+    """Point an alias to a version, and add the change to its history."""
     own = (_A.c.task == task) & (_A.c.alias == alias)
     old = connection.scalar(select(_A.c.number).where(own))
     if old is None:
@@ -90,7 +90,7 @@ def point(connection: Connection, task: int, alias: str, number: int, by: str) -
         return
     of = (_H.c.task == task) & (_H.c.alias == alias)
     last = connection.scalar(select(_H.c.number).where(of).order_by(_H.c.id.desc()).limit(1))
-    if old is not None and last != old:  # a server that keeps no history did it
+    if old is not None and last != old:  # changed by a server without histories
         connection.execute(insert(_H).values(task=task, alias=alias, number=old))
     connection.execute(insert(_H).values(task=task, alias=alias, number=number, time=time.time(), by=by))
     oldest = connection.scalar(select(_H.c.id).where(of).order_by(_H.c.id.desc()).offset(_KEPT).limit(1))
@@ -99,7 +99,7 @@ def point(connection: Connection, task: int, alias: str, number: int, by: str) -
 
 
 def history(connection: Connection, tenant: str, name: str, alias: str, limit: int) -> list[AliasRecord]:
-    """What an alias stands for and stood for before, the newest first."""
+    """List the versions that an alias pointed to, newest first."""
     of = (_T.c.tenant == tenant) & (_T.c.name == name)
     now = connection.scalar(select(_A.c.number).join(_T, _T.c.id == _A.c.task).where(of, _A.c.alias == alias))
     columns = select(_H.c.number, _H.c.time, _H.c.by).join(_T, _T.c.id == _H.c.task)
@@ -111,24 +111,24 @@ def history(connection: Connection, tenant: str, name: str, alias: str, limit: i
 
 
 def usage(connection: Connection, tenant: str) -> tuple[int, int]:
-    """How many versions a tenant has, and their bytes."""
+    """Return the number of a tenant's versions, and their bytes."""
     own = select(func.count(), func.coalesce(func.sum(_V.c.bytes), 0)).join(_T, _T.c.id == _V.c.task)
     count, total = connection.execute(own.where(_T.c.tenant == tenant)).one()
     return int(count), int(total)
 
 
 def any_version(connection: Connection) -> bool:
-    """Whether anything is registered."""
+    """Whether any version is registered."""
     return connection.execute(select(_V.c.number).limit(1)).first() is not None
 
 
 def task(connection: Connection, tenant: str, name: str) -> TaskRecord | None:
-    """A task as it is now."""
-    return catalog(connection, (_T.c.tenant == tenant) & (_T.c.name == name)).own(tenant, name)
+    """Return a task; None when it does not exist."""
+    return snapshot(connection, (_T.c.tenant == tenant) & (_T.c.name == name)).own(tenant, name)
 
 
-def catalog(connection: Connection, which: ColumnElement[bool] | None = None) -> Catalog:
-    """All tasks, or those that a condition on their rows is true for."""
+def snapshot(connection: Connection, which: ColumnElement[bool] | None = None) -> RegistrySnapshot:
+    """Return all tasks, or those that a condition on their rows selects."""
     condition = _T.c.deleted.is_(False) if which is None else which & _T.c.deleted.is_(False)
     owners = {row.id: (row.tenant, row.name) for row in connection.execute(select(_T).where(condition))}
     versions: dict[int, dict[int, VersionRecord]] = {task: {} for task in owners}
@@ -147,4 +147,4 @@ def catalog(connection: Connection, which: ColumnElement[bool] | None = None) ->
     for task, (tenant, name) in owners.items():
         record = TaskRecord(tenant, name, versions[task], aliases[task], previous[task])
         tasks.setdefault(tenant, {})[name] = record
-    return Catalog(tasks)
+    return RegistrySnapshot(tasks)

@@ -1,4 +1,4 @@
-"""What is registered at one moment; never changes, so that requests read it without waiting."""
+"""Immutable snapshot of the registry, which requests read without locks."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass, field
 from tpeft_deploy.errors import NotFound
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
 
-__all__ = ["CURRENT", "AliasRecord", "Catalog", "TaskRecord", "VersionRecord"]
+__all__ = ["CURRENT", "AliasRecord", "RegistrySnapshot", "TaskRecord", "VersionRecord"]
 
 CURRENT = "current"
-"""The alias that a request without version gets."""
+"""Alias that requests without a version resolve to."""
 
 
 @dataclass(frozen=True)
 class VersionRecord:
-    """One version of a task: its content never changes, and its number is never given again.
+    """One version of a task: its content never changes, and its number is never reused.
 
     Attributes:
-        tenant: whose task it is; empty: everybody's.
-        task: its name.
-        number: from 1.
+        tenant: tenant of the task; empty for a shared task.
+        task: name of the task.
+        number: version number, from 1.
         digest: SHA-256 of the canonical adapter.
-        bytes: of it.
+        bytes: size of the canonical adapter.
         created: seconds since 1970.
-        by: id of the key that registered it.
+        by: id of the key that registered the version.
     """
 
     tenant: str
@@ -36,7 +36,7 @@ class VersionRecord:
     created: float
     by: str
     key: str = field(init=False)
-    """The runtime's name of it."""
+    """Name of the version in the runtime."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", f"{self.tenant}/{self.task}@{self.number}")
@@ -44,12 +44,12 @@ class VersionRecord:
 
 @dataclass(frozen=True)
 class AliasRecord:
-    """What an alias stood for from some time on.
+    """One entry in the history of an alias.
 
     Attributes:
-        number: of the version.
-        time: seconds since 1970; None where it was not recorded.
-        by: id of the key that did it, likewise.
+        number: version number.
+        time: seconds since 1970 of the change; None when it was not recorded.
+        by: id of the key that made the change; None when it was not recorded.
     """
 
     number: int
@@ -59,7 +59,7 @@ class AliasRecord:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """A task: its versions by number, and what its aliases stand for, now and before."""
+    """A task: versions by number, and current and previous version numbers by alias."""
 
     tenant: str
     name: str
@@ -68,10 +68,13 @@ class TaskRecord:
     previous: Mapping[str, int]
 
     def version(self, wanted: str) -> VersionRecord:
-        """The version of a number or alias; empty: the current one.
+        """Return the version of a number or alias.
+
+        Args:
+            wanted: number or alias; empty: the current version.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such version.
         """
         number = self.aliases.get(wanted or CURRENT)
         if number is None and wanted.isascii() and wanted.isdigit() and len(wanted) < 10:
@@ -87,29 +90,29 @@ class TaskRecord:
         return found
 
 
-class Catalog:
-    """All tasks.
+class RegistrySnapshot:
+    """All tasks at one moment.
 
     Args:
-        tasks: by tenant and name.
+        tasks: tasks by tenant and name.
     """
 
     def __init__(self, tasks: Mapping[str, Mapping[str, TaskRecord]]) -> None:
         self._tasks = tasks
 
     def find(self, tenant: str, name: str, version: str = "") -> VersionRecord:
-        """The version that a tenant means: of its own task, else of the shared one.
+        """Resolve a version for a tenant: of the tenant's task, else of the shared one.
 
         Raises:
-            NotFound: there is none that it may see.
+            NotFound: the tenant sees no such task or version.
         """
         return self.task(tenant, name).version(version)
 
     def task(self, tenant: str, name: str) -> TaskRecord:
-        """The task that a tenant means: its own, else the shared one.
+        """Resolve a task for a tenant: the tenant's task, else the shared one.
 
         Raises:
-            NotFound: there is none that it may see.
+            NotFound: the tenant sees no such task.
         """
         found = self.own(tenant, name) or self.own(SHARED, name)
         if found is None:
@@ -119,33 +122,33 @@ class Catalog:
         return found
 
     def own(self, tenant: str, name: str) -> TaskRecord | None:
-        """A tenant's own task."""
+        """Return a tenant's task, without the shared ones; None when there is none."""
         tasks = self._tasks.get(tenant)
         return None if tasks is None else tasks.get(name)
 
     def owned(self, tenant: str) -> Iterable[TaskRecord]:
-        """A tenant's own tasks."""
+        """Return a tenant's tasks, without the shared ones."""
         return self._tasks.get(tenant, {}).values()
 
     def visible(self, tenant: str | None) -> list[TaskRecord]:
-        """A tenant's own tasks and the shared ones, by name; all there are for None."""
+        """Return a tenant's and the shared tasks, sorted by name; all tasks for None."""
         owners: Iterable[str] = self._tasks if tenant is None else dict.fromkeys((tenant, SHARED))
         found = [task for owner in owners for task in self.owned(owner)]
         return sorted(found, key=lambda task: (task.name, task.tenant))
 
     def owners(self, name: str) -> list[str]:
-        """The tenants that have a task of a name."""
+        """Return the tenants that have a task of a name."""
         return [tenant for tenant, tasks in self._tasks.items() if name in tasks]
 
     def versions(self) -> Iterable[VersionRecord]:
-        """All versions of all tasks."""
+        """Iterate over all versions of all tasks."""
         for tasks in self._tasks.values():
             for task in tasks.values():
                 yield from task.versions.values()
 
-    def replaced(self, tenant: str, name: str, task: TaskRecord | None) -> Catalog:
-        """The same with one task as it is now, or without it."""
+    def replaced(self, tenant: str, name: str, task: TaskRecord | None) -> RegistrySnapshot:
+        """Return a copy with one task replaced, or removed for None."""
         own = {other: record for other, record in self._tasks.get(tenant, {}).items() if other != name}
         if task is not None:
             own[name] = task
-        return Catalog({**self._tasks, tenant: own})
+        return RegistrySnapshot({**self._tasks, tenant: own})

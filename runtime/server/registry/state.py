@@ -1,4 +1,4 @@
-"""A server's state: one directory, one server at a time; keys may be made beside it."""
+"""State of a server: a directory that one server uses at a time; keys may be created beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import logging
 import os
 import secrets
 import threading
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,32 +32,31 @@ from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 __all__ = ["State", "open_keys", "open_state"]
 
 _log = logging.getLogger("tpeft_deploy.server")
-_SECONDS = 0.5  # between two looks at what other processes changed
-_SELDOM = 20  # of these looks, one also writes what could not be written, and keeps room on the disk
+_SECONDS = 0.5  # between two polls for changes of other processes
+_SELDOM = 20  # polls between two attempts to write pending revocations and to reserve disk space
 _NAMES = ("lock", "identity", "reserve", "state.db", "state.db-wal", "state.db-shm", "blobs", "incoming")
-_PATIENCE = 10.0  # seconds for which a server that was killed may still seem to be there
+_PATIENCE = 10.0  # seconds for which a killed server may still hold its lock
 
 
 class State:
     """Keys, tenants, tasks and the audit log.
 
     Args:
-        directory: where files are, taken for this process alone.
-        url: of the database; SQLite in the directory by default.
-        default: the quota of tenants that have none of their own.
+        directory: directory of the files, locked for this process.
+        url: URL of the database; by default SQLite in the directory.
+        default: quota of tenants without one; by default without limits.
 
     Raises:
-        ServerError: another server has the directory or the database, which cannot be opened, or is not that of the
-            directory.
-        VersionError: the database was written by another version of the server.
+        ServerError: another server uses the directory or the database, the database cannot be opened, or it does not
+            belong to the directory.
+        VersionError: the database was written by a newer version of the server.
     """
 
     def __init__(self, directory: Path, url: str | None = None, *, default: Quota | None = None) -> None:
         with ExitStack() as stack:
-            for handle in _take(directory):
-                stack.callback(os.close, handle)
+            stack.enter_context(_locked(directory))
             self._reserve = reserve = Reserve(directory)
-            self._database = database = _opened(directory, url, reserve)
+            self._database = database = _open_database(directory, url, reserve)
             stack.callback(database.close)
             database.hold(_PATIENCE)
             self.tenants = Tenants(database, default or Quota())
@@ -65,7 +65,7 @@ class State:
             self._changes = -1
             self.refresh()
             incoming, blobs = directory / "incoming", Blobs(directory / "blobs")
-            _bind(directory, database, blobs)
+            _check_identity(directory, database, blobs)
             clean(incoming)
             self.tasks = Tasks(database, blobs, incoming, self.tenants.quota)
             self.placements = Placements(database)
@@ -87,23 +87,23 @@ class State:
         self.close()
 
     def refresh(self) -> None:
-        """See what other processes changed of keys and tenants."""
+        """Refresh keys and tenants when another process changed them."""
         with self._database.reading() as connection:
             changes = self._database.changes(connection)
             if changes == self._changes:
                 return
             tenants, keys = self.tenants.read(connection), self.keys.read(connection)
-        self.tenants.see(changes, tenants)
-        self.keys.see(changes, keys)
+        self.tenants.update_cache(changes, tenants)
+        self.keys.update_cache(changes, keys)
         self._changes = changes
 
     @property
     def intact(self) -> bool:
-        """Whether the files that it opened are still there, as far as that was noticed."""
+        """Whether the opened files were still there at the last check."""
         return self._files.intact
 
     def close(self) -> None:
-        """Let another server have the directory; a second time does nothing."""
+        """Close the database and unlock the directory; idempotent."""
         self._stop.set()
         self._watcher.join()
         self._held.close()
@@ -120,50 +120,67 @@ class State:
                     self.keys.write_refused()
                     self._reserve.keep()
             except Exception as error:
-                # Keys that were known stay known; a revocation is seen as soon as the database answers again.
+                # Known keys stay valid; revocations take effect once the database answers again.
                 _log.error("cannot look for changed keys: %s", error, exc_info=not isinstance(error, ServerError))
 
 
 def open_state(directory: Path, url: str | None = None, *, default: Quota | None = None) -> State:
-    """See `State`."""
+    """Open a state; see `State`."""
     return State(directory, url, default=default)
 
 
 def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:
-    """Keys alone, beside a server that may be running; close the database when done."""
+    """Open the keys alone, beside a server that may be running.
+
+    Args:
+        directory: directory of the state.
+        url: URL of the database; by default SQLite in the directory.
+
+    Returns:
+        The keys, and the database, which the caller closes.
+
+    Raises:
+        ServerError: the database cannot be opened, or needs a migration while a server uses it.
+        VersionError: the database was written by a newer version of the server.
+    """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     reserve = Reserve(directory)
-    database = _opened(directory, url, reserve)
+    database = _open_database(directory, url, reserve, exclusive=lambda: _locked(directory))
     keys = Keys(database, Tenants(database, Quota()), reserve)
     try:
         with database.reading() as connection:
-            keys.see(database.changes(connection), keys.read(connection))
+            keys.update_cache(database.changes(connection), keys.read(connection))
     except BaseException:
         database.close()
         raise
     return keys, database
 
 
-def _opened(directory: Path, url: str | None, reserve: Reserve) -> Database:
-    """The database; on a full disk with the room that was kept for revocations, which only it can write."""
+def _open_database(
+    directory: Path,
+    url: str | None,
+    reserve: Reserve,
+    exclusive: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Database:
+    """Open the database; on a full disk, in the space reserved for revocations."""
     file = directory / "state.db"
     if url is None:
-        os.close(private(str(file), os.O_RDWR | os.O_CREAT))  # SQLite would leave the permissions to the umask
+        os.close(private(str(file), os.O_RDWR | os.O_CREAT))  # SQLite would apply the umask
     try:
-        return Database(url or sqlite_url(file))
+        return Database(url or sqlite_url(file), exclusive=exclusive)
     except InsufficientStorage:
         if not reserve.release():
             raise
-        return Database(url or sqlite_url(file))
+        return Database(url or sqlite_url(file), exclusive=exclusive)
 
 
-def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
-    """Refuse a directory and a database that are not each other's.
+def _check_identity(directory: Path, database: Database, blobs: Blobs) -> None:
+    """Bind a directory and a database to each other, or check that they belong together.
 
-    What no row of the database refers to is removed from the directory: with the wrong one that would be everything.
+    Files that no row refers to are removed from the directory: with another database, all adapters would be.
 
     Raises:
-        ServerError: one of them has adapters, and they do not name each other.
+        ServerError: one of them has adapters, and they do not belong together.
     """
     file = directory / "identity"
     own = int(file.read_text()) if file.exists() else None
@@ -183,27 +200,33 @@ def _bind(directory: Path, database: Database, blobs: Blobs) -> None:
         database.bind(connection, own)
 
 
-def _take(directory: Path) -> list[int]:
-    """Handles that lock a directory: of a file in it, and of itself, as the file may be removed."""
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Lock a directory by two handles: of a file in it, and of the directory, because the file may be removed.
+
+    Raises:
+        ServerError: another server uses the directory.
+    """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handles: list[int] = []
-    try:
-        handles.append(os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        handles.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        _lock_directory(handles[1])
-    except OSError as error:
-        for handle in handles:
-            os.close(handle)
-        if not isinstance(error, BlockingIOError):
-            raise ServerError(f"open the state in {directory}", problem=error.strerror or str(error)) from error
-        raise ServerError(
-            f"open the state in {directory}",
-            expected="a directory that no other server uses",
-            got="one in use",
-            fix="Stop that server, or give this one another --state.",
-        ) from error
-    return handles
+    doing = f"open the state in {directory}"
+    with ExitStack() as stack:
+        try:
+            file = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            _lock_directory(folder)
+        except BlockingIOError as error:
+            raise ServerError(
+                doing,
+                expected="a directory that no other server uses",
+                got="one in use",
+                fix="Stop that server, or give this one another --state.",
+            ) from error
+        except OSError as error:
+            raise ServerError(doing, problem=error.strerror or str(error)) from error
+        yield
 
 
 def _lock_directory(handle: int) -> None:
@@ -211,5 +234,5 @@ def _lock_directory(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
-    except OSError as error:  # some networks' file systems lock files only
+    except OSError as error:  # some network file systems lock only files
         _log.warning("cannot lock the state's directory, only a file in it: %s", error.strerror)

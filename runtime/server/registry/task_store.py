@@ -1,4 +1,4 @@
-"""Tasks and their versions: each change is one transaction, and is seen by requests once it is durable."""
+"""Tasks and their versions: each change is one transaction, visible to requests once it is durable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.files.locks import KeyedLocks
 from tpeft_deploy.runtime.server.registry.files.uploads import Run, Staged, staging
 from tpeft_deploy.runtime.server.registry.names import check_alias, check_task, check_tenant
-from tpeft_deploy.runtime.server.registry.snapshot import CURRENT, AliasRecord, Catalog, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry.snapshot import (
+    CURRENT,
+    AliasRecord,
+    RegistrySnapshot,
+    TaskRecord,
+    VersionRecord,
+)
 from tpeft_deploy.runtime.server.registry.tenants import ensure
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
@@ -28,19 +34,19 @@ from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 __all__ = ["Check", "Tasks"]
 
 Check = Callable[[VersionRecord, Adapter], None]
-"""Refuses an adapter that is not fit to serve, by raising."""
+"""Function that raises for an adapter that cannot be served."""
 
-_GRACE = 600.0  # seconds for which a deleted adapter's file stays: requests in flight may still read it
+_GRACE = 600.0  # seconds that a deleted adapter's file stays for in-flight requests
 
 
 class Tasks:
-    """What is registered.  Changes block; `snapshot` never does.
+    """Store of tasks and versions.  Changes block; `snapshot` does not.
 
     Args:
-        database: where it is.
-        blobs: the adapters themselves.
-        incoming: where uploads are staged.
-        quota: a tenant's quota.
+        database: database of the registry.
+        blobs: store of the adapters' files.
+        incoming: directory for staged uploads.
+        quota: function from a tenant to its quota.
     """
 
     def __init__(self, database: Database, blobs: Blobs, incoming: Path, quota: Callable[[str], Quota]) -> None:
@@ -48,23 +54,23 @@ class Tasks:
         self._blobs = blobs
         self._incoming = incoming
         self._quota = quota
-        # Taken first: versions of one task are numbered in their order, and a probe holds up no other task.
+        # Acquired before `_lock`: one registration per task at a time, without blocking other tasks during checks.
         self._turns = KeyedLocks()
-        self._lock = threading.Lock()  # of changes, each short: the snapshot follows the database in their order
+        self._lock = threading.Lock()  # orders short changes, so that the snapshot follows the database
         with database.reading() as connection:
-            self._catalog = queries.catalog(connection)
-        blobs.sweep({version.digest for version in self._catalog.versions()}, grace=0)
+            self._snapshot = queries.snapshot(connection)
+        blobs.sweep({version.digest for version in self._snapshot.versions()}, grace=0)
 
-    def snapshot(self) -> Catalog:
-        """What is registered now."""
-        return self._catalog
+    def snapshot(self) -> RegistrySnapshot:
+        """Return the current snapshot."""
+        return self._snapshot
 
     def staging(self, limit: int, run: Run = asyncio.to_thread) -> AbstractAsyncContextManager[Staged]:
-        """A place for an upload of so many bytes; what is in it goes when the block ends.
+        """Create a temporary directory for an upload.
 
         Args:
-            limit: bytes of all its files.
-            run: calls what blocks in a thread.
+            limit: maximum bytes of all files together.
+            run: function that runs a blocking call in a thread.
         """
         return staging(self._incoming, limit, run)
 
@@ -79,21 +85,24 @@ class Tasks:
         alias: str = CURRENT,
         data: bytes | None = None,
     ) -> VersionRecord:
-        """Register a version and let an alias stand for it.
+        """Register a version and point an alias to it.
 
         Args:
-            tenant: whose task; `SHARED` for everybody's.
-            name: of the task, made where there is none.
-            adapter: its content.
-            check: called before anybody can see it, when its file is durable already; may take its time.
-            by: id of the key that does it.
-            alias: what is to stand for it.
-            data: the adapter's canonical file, where it is there already.
+            tenant: tenant of the task; `SHARED` for a shared task.
+            name: name of the task; created when it does not exist.
+            adapter: content of the version.
+            check: slow check, called when the file is durable and before the version is visible.
+            by: id of the key that registers the version.
+            alias: alias that points to the version afterwards.
+            data: the adapter's canonical file; by default it is encoded here.
+
+        Returns:
+            The record of the version.
 
         Raises:
-            ProtocolError: a name that is not allowed.
-            Conflict: the name is another's: shared, or, for a shared task, a tenant's.
-            QuotaExceeded: the tenant has as many adapters, or bytes, as it may.
+            ProtocolError: a name is invalid.
+            Conflict: the name is that of a shared task or, for a shared task, of a tenant's task.
+            QuotaExceeded: the tenant's quota of adapters or bytes is used up.
         """
         check_task(name)
         check_alias(alias)
@@ -101,18 +110,18 @@ class Tasks:
             check_tenant(tenant)
         data = adapter.to_bytes() if data is None else data
         with self._turns.hold((tenant, name)):
-            # Refused before it is written or run, where that is known already; decided in the transaction below.
+            # An early check, before the file is written; the transaction below decides.
             self._check_owner(tenant, name)
             with self._database.reading() as connection:
                 number = queries.next_number(connection, tenant, name)
                 self._check_quota(connection, tenant, len(data))
             try:
-                with self._blobs.coming(data) as digest:
+                with self._blobs.pending(data) as digest:
                     record = VersionRecord(tenant, name, number, digest, len(data), time.time(), by)
                     check(record, adapter)
                     self._add(record, alias)
             except BaseException:
-                # Not left to a sweep: until then, refused uploads would fill the disk.
+                # Not left to the sweep: refused uploads would fill the disk until then.
                 self._discard(Blobs.digest(data))
                 raise
         return record
@@ -120,20 +129,20 @@ class Tasks:
     def point(
         self, tenant: str, name: str, alias: str, version: str, *, by: str, expected: str | None = None
     ) -> TaskRecord:
-        """Let an alias stand for a version, given by number or by another alias.
+        """Point an alias to a version.
 
         Args:
             tenant: tenant that has the task.
             name: name of the task.
-            alias: alias that changes.
-            version: number or alias of what it is to stand for.
-            by: id of the key that does it.
-            expected: number of the version that it has to stand for now; None for any.
+            alias: alias to change.
+            version: number or alias of the version to point to.
+            by: id of the key that makes the change.
+            expected: number of the version that the alias must point to now; None: any.
 
         Raises:
-            ProtocolError: a name that is not allowed.
-            NotFound: the tenant has no such task or version of its own.
-            Conflict: the alias stands for another version than expected.
+            ProtocolError: a name is invalid.
+            NotFound: the tenant has no such task or version.
+            Conflict: the alias does not point to `expected`.
         """
         check_task(name)
         check_alias(alias)
@@ -144,19 +153,19 @@ class Tasks:
             return self._point(tenant, name, alias, number, by, "point")
 
     def rollback(self, tenant: str, name: str, alias: str, *, by: str, expected: str | None = None) -> TaskRecord:
-        """Let an alias stand again for what it stood for before; a second time undoes that.
+        """Point an alias to its previous version; a second rollback undoes the first.
 
         Args:
             tenant: tenant that has the task.
             name: name of the task.
-            alias: alias that changes.
-            by: id of the key that does it.
-            expected: number of the version that it has to stand for now; None for any.
+            alias: alias to change.
+            by: id of the key that makes the change.
+            expected: number of the version that the alias must point to now; None: any.
 
         Raises:
-            NotFound: the tenant has no such task of its own.
-            Conflict: the alias stood for nothing before, that version was deleted, or it stands for another version
-                than expected.
+            NotFound: the tenant has no such task.
+            Conflict: the alias has no previous version, that version was deleted, or the alias does not point to
+                `expected`.
         """
         with self._lock:
             own = self._own(tenant, name)
@@ -171,10 +180,10 @@ class Tasks:
             return self._point(tenant, name, alias, number, by, "roll back")
 
     def history(self, tenant: str, name: str, alias: str, limit: int = 100) -> list[AliasRecord]:
-        """What an alias stands for and stood for before, the newest first.
+        """List the versions that an alias pointed to, newest first.
 
         Raises:
-            NotFound: the tenant has no such task of its own, or the task no such alias.
+            NotFound: the tenant has no such task, or the task no such alias.
         """
         if alias not in self._own(tenant, name).aliases:
             raise NotFound(f"find alias {alias[:128]!r} of task {name!r}", problem="there is none of that name")
@@ -182,10 +191,10 @@ class Tasks:
             return queries.history(connection, tenant, name, alias, limit)
 
     def remove(self, tenant: str, name: str, *, by: str) -> list[VersionRecord]:
-        """Delete a task with all its versions, which are returned; the numbers are never given again.
+        """Delete a task and return its versions; their numbers are not reused.
 
         Raises:
-            NotFound: the tenant has no such task of its own.
+            NotFound: the tenant has no such task.
         """
         with self._lock:
             gone = list(self._own(tenant, name).versions.values())
@@ -194,15 +203,15 @@ class Tasks:
                 placements.drop(connection, tenant, name)
                 numbers = sorted(version.number for version in gone)
                 audit.write(connection, by, tenant, "delete", name, versions=numbers)
-            self._blobs.free(version.digest for version in gone)
+            self._blobs.release(version.digest for version in gone)
             return gone
 
     def remove_version(self, tenant: str, name: str, number: int, *, by: str) -> VersionRecord:
-        """Delete a version that no alias stands for.
+        """Delete a version that no alias points to, and return its record.
 
         Raises:
-            NotFound: the tenant has no such task or version of its own.
-            Conflict: an alias stands for it.
+            NotFound: the tenant has no such task or version.
+            Conflict: an alias points to the version.
         """
         with self._lock:
             own = self._own(tenant, name)
@@ -219,60 +228,60 @@ class Tasks:
                 queries.drop_version(connection, task, number)
                 placements.drop(connection, tenant, name, str(number))
                 audit.write(connection, by, tenant, "delete version", name, version=number)
-            self._blobs.free([record.digest])
+            self._blobs.release([record.digest])
             return record
 
     def publish(self, tenant: str, name: str, announce: Callable[[TaskRecord], None], *, by: str) -> TaskRecord:
-        """Give a tenant's task to everybody; its versions keep their numbers.
+        """Share a tenant's task with all tenants; its versions keep their numbers.
 
         Args:
-            tenant: whose task it is.
-            name: of the task.
-            announce: called with the task as it will be, before anybody can ask for it.
-            by: id of the key that does it.
+            tenant: tenant that has the task.
+            name: name of the task.
+            announce: function called with the shared task before it is visible.
+            by: id of the key that makes the change.
 
         Raises:
-            NotFound: the tenant has no such task of its own.
+            NotFound: the tenant has no such task.
             Conflict: another tenant has a task of that name, or it was shared before and deleted.
         """
         with self._lock:
             self._own(tenant, name)
-            others = [owner for owner in self._catalog.owners(name) if owner != tenant]
+            others = [owner for owner in self._snapshot.owners(name) if owner != tenant]
             with self._database.writing() as connection:
                 if others or queries.row(connection, SHARED, name) is not None:
                     raise Conflict(
-                        f"publish task {name!r}", expected="a name that nobody else has", got="one that others know"
+                        f"publish task {name!r}", expected="a name that no other tenant has", got="one that is in use"
                     )
                 queries.move(connection, _id(connection, tenant, name), SHARED)
                 placements.drop(connection, tenant, name)
                 audit.write(connection, by, tenant, "publish", name)
                 published = _found(queries.task(connection, SHARED, name), name)
             announce(published)
-            self._catalog = self._catalog.replaced(tenant, name, None).replaced(SHARED, name, published)
+            self._snapshot = self._snapshot.replaced(tenant, name, None).replaced(SHARED, name, published)
         return published
 
     def read(self, record: VersionRecord) -> Adapter:
-        """A version's adapter.
+        """Read the adapter of a version.
 
         Raises:
-            IntegrityError: its file is missing or was altered.
+            IntegrityError: the file is missing or was altered.
         """
         source = f"version {record.number} of task {record.task!r}"
         return canonical.from_bytes(self._blobs.read(record.digest, of=source), source=source)
 
     def usage(self, tenant: str) -> tuple[int, int]:
-        """How many versions a tenant has, and their bytes."""
-        own = [version for task in self._catalog.owned(tenant) for version in task.versions.values()]
+        """Return the number of a tenant's versions, and their bytes."""
+        own = [version for task in self._snapshot.owned(tenant) for version in task.versions.values()]
         return len(own), sum(version.bytes for version in own)
 
     def sweep(self, *, grace: float = _GRACE) -> int:
-        """Remove the files of adapters deleted `grace` seconds ago or before; how many there were."""
+        """Remove files of adapters that were deleted at least `grace` seconds ago, and return their number."""
         with self._lock:
-            return self._blobs.sweep({version.digest for version in self._catalog.versions()}, grace=grace)
+            return self._blobs.sweep({version.digest for version in self._snapshot.versions()}, grace=grace)
 
     def _discard(self, digest: str) -> None:
         with self._lock:
-            self._blobs.discard(digest, {version.digest for version in self._catalog.versions()})
+            self._blobs.discard(digest, {version.digest for version in self._snapshot.versions()})
 
     def _add(self, record: VersionRecord, alias: str) -> None:
         tenant, name = record.tenant, record.task
@@ -288,7 +297,7 @@ class Tasks:
                     version=record.number, digest=record.digest, alias=alias,
                 )  # fmt: skip
                 found = queries.task(connection, tenant, name)
-            self._catalog = self._catalog.replaced(tenant, name, found)
+            self._snapshot = self._snapshot.replaced(tenant, name, found)
 
     def _point(self, tenant: str, name: str, alias: str, number: int, by: str, action: str) -> TaskRecord:
         with self._changing(tenant, name) as (connection, task):
@@ -298,26 +307,26 @@ class Tasks:
 
     @contextmanager
     def _changing(self, tenant: str, name: str) -> Iterator[tuple[Connection, int]]:
-        """A transaction on one task; what it leaves is seen when it is durable."""
+        """Open a transaction on one task; the snapshot is replaced once it is durable."""
         with self._database.writing() as connection:
             yield connection, _id(connection, tenant, name)
             found = queries.task(connection, tenant, name)
-        self._catalog = self._catalog.replaced(tenant, name, found)
+        self._snapshot = self._snapshot.replaced(tenant, name, found)
 
     def _own(self, tenant: str, name: str) -> TaskRecord:
-        return _found(self._catalog.own(tenant, name), name)
+        return _found(self._snapshot.own(tenant, name), name)
 
     def _check_owner(self, tenant: str, name: str) -> None:
-        others = [owner for owner in self._catalog.owners(name) if owner != tenant]
+        others = [owner for owner in self._snapshot.owners(name) if owner != tenant]
         if others and (tenant == SHARED or SHARED in others):
             raise Conflict(
                 f"register task {name!r}",
-                expected="a name of its own",
+                expected="an unused name",
                 got="the name of a shared task" if tenant != SHARED else "one that tenants have",
             )
 
     def _check_quota(self, connection: Connection, tenant: str, size: int) -> None:
-        quota = Quota() if tenant == SHARED else self._quota(tenant)  # what is everybody's is the administrators'
+        quota = Quota() if tenant == SHARED else self._quota(tenant)  # shared tasks count for no tenant
         if quota.adapters is None and quota.bytes is None:
             return
         count, total = queries.usage(connection, tenant)

@@ -1,4 +1,4 @@
-"""Tenants and what they are allowed."""
+"""Tenants and their quotas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import Connection, insert, select, update
 
 from tpeft_deploy.errors import NotFound
-from tpeft_deploy.runtime.server.registry import audit, database
+from tpeft_deploy.runtime.server.registry import audit, schema
 from tpeft_deploy.runtime.server.registry.cached import Latest
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.names import check_tenant
@@ -27,14 +27,14 @@ class TenantRecord:
 
 
 class Tenants:
-    """Tenants by name; asked from memory, which `see` brings up to date.
+    """Tenants by name, read from a cache that `update_cache` refreshes.
 
     Args:
-        database: where they are.
-        default: the quota of a tenant that has none of its own.
+        database: database of the registry.
+        default: quota of tenants without one.
 
     Attributes:
-        default: the same.
+        default: quota of tenants without one.
     """
 
     def __init__(self, database: Database, default: Quota) -> None:
@@ -43,15 +43,15 @@ class Tenants:
         self._latest: Latest[dict[str, TenantRecord]] = Latest({})
 
     def quota(self, tenant: str) -> Quota:
-        """A tenant's quota now; the default for one that was never seen."""
+        """Return a tenant's quota; the default for an unknown tenant."""
         found = self._latest.value.get(tenant)
         return self.default if found is None else found.quota
 
     def get(self, name: str) -> TenantRecord:
-        """A tenant.
+        """Return a tenant.
 
         Raises:
-            NotFound: there is none of that name.
+            NotFound: there is no tenant of that name.
         """
         found = self._latest.value.get(name)
         if found is None:
@@ -59,11 +59,11 @@ class Tenants:
         return found
 
     def list(self) -> list[TenantRecord]:
-        """All tenants, by name."""
+        """List all tenants, sorted by name."""
         return sorted(self._latest.value.values(), key=lambda record: record.name)
 
     def put(self, tenant: str, quota: Quota, *, by: str) -> TenantRecord:
-        """Set a tenant's quota, making the tenant where there is none.
+        """Set a tenant's quota; the tenant is created when it does not exist.
 
         Raises:
             ProtocolError: the name is not allowed.
@@ -71,31 +71,31 @@ class Tenants:
         check_tenant(tenant)
         with self._database.writing() as connection:
             ensure(self._database, connection, tenant)
-            own = update(database.tenants).where(database.tenants.c.name == tenant)
+            own = update(schema.tenants).where(schema.tenants.c.name == tenant)
             connection.execute(own.values(quota=asdict(quota)))
             audit.write(connection, by, tenant, "set quota", tenant, **asdict(quota))
             changes, known = self._database.changed(connection), self.read(connection)
-        self.see(changes, known)
+        self.update_cache(changes, known)
         return known[tenant]
 
     def read(self, connection: Connection) -> dict[str, TenantRecord]:
-        """What a transaction sees."""
-        found = connection.execute(select(database.tenants)).mappings()
+        """Read all tenants, as part of a transaction."""
+        found = connection.execute(select(schema.tenants)).mappings()
         return {row["name"]: self._record(row["name"], row["quota"], row["created"]) for row in found}
 
-    def see(self, changes: int, known: dict[str, TenantRecord]) -> None:
-        """Take what was read when the database had seen so many changes, and is durable."""
+    def update_cache(self, changes: int, known: dict[str, TenantRecord]) -> None:
+        """Update the cache with tenants that were read when the database had a change counter."""
         self._latest.put(changes, known)
 
     def _record(self, name: str, quota: dict[str, float | None], created: float) -> TenantRecord:
-        # What was stored before there were such quotas has none of them.
+        # Quotas stored by earlier servers lack these fields.
         newer = {field: getattr(self.default, field) for field in ("pins", "folded")}
         own = Quota(**{**newer, **quota}) if quota else self.default
         return TenantRecord(name, own, created)
 
 
 def ensure(own: Database, connection: Connection, tenant: str) -> None:
-    """Make a tenant where there is none, as part of a transaction."""
-    if connection.scalar(select(database.tenants.c.name).where(database.tenants.c.name == tenant)) is None:
-        connection.execute(insert(database.tenants).values(name=tenant, quota={}, created=time.time()))
+    """Create a tenant when it does not exist, as part of a transaction."""
+    if connection.scalar(select(schema.tenants.c.name).where(schema.tenants.c.name == tenant)) is None:
+        connection.execute(insert(schema.tenants).values(name=tenant, quota={}, created=time.time()))
         own.changed(connection)

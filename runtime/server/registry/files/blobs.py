@@ -1,4 +1,4 @@
-"""Adapters as files named by the SHA-256 of their content."""
+"""Content-addressed store: adapters as files named by their SHA-256."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Blobs:
-    """A store of immutable files; nothing in it is named by anybody but their content.
+    """Store of immutable files, named by digest.
 
     Args:
-        directory: its own.
+        directory: directory of the store, used by nothing else.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._lock = threading.Lock()  # of sweeping, and of saying what a sweep must leave
-        self._coming: Counter[str] = Counter()  # digests of what is being written, or has no reference yet
-        self._freed: dict[str, float] = {}  # digest -> when (monotonic) a reference to it was dropped
+        self._lock = threading.Lock()  # guards sweeps, and the digests that a sweep must keep
+        self._pending: Counter[str] = Counter()  # digests being written, or not referenced yet
+        self._released: dict[str, float] = {}  # digest -> monotonic time when a reference was dropped
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @staticmethod
     def digest(data: bytes) -> str:
-        """What bytes are kept under."""
+        """Return the digest of bytes."""
         return hashlib.sha256(data).hexdigest()
 
     def write(self, data: bytes) -> str:
-        """Keep bytes durably, and return their digest; a file that was altered is mended.
+        """Store bytes durably and return their digest; an altered file is replaced.
 
         Raises:
             InsufficientStorage: the disk is full.
@@ -58,18 +58,18 @@ class Blobs:
         return digest
 
     def read(self, digest: str, *, of: str) -> bytes:
-        """The bytes of a digest.
+        """Read the bytes of a digest.
 
         Args:
-            digest: of them.
-            of: what they are, for messages.
+            digest: digest of the bytes.
+            of: description of the content, for error messages.
 
         Raises:
-            IntegrityError: they are not there, or were altered.
+            IntegrityError: the file is missing or was altered.
         """
         place = self._place(digest)
         try:
-            # Not through a link: the store holds files that it wrote itself.
+            # Links are not followed: the store writes none.
             data = None if _linked(place) else place.read_bytes()
         except OSError:
             data = None
@@ -78,60 +78,60 @@ class Blobs:
                 f"read {of}",
                 expected=f"its file, with digest {digest[:12]}...",
                 got="none" if data is None else "altered bytes",
-                fix="Register it again; the store was changed by somebody else.",
+                fix="Register it again; another program changed the store.",
             )
         return data
 
     def any(self) -> bool:
-        """Whether there are files."""
+        """Whether the store has any files."""
         return next(self._files(), None) is not None
 
     @contextmanager
-    def coming(self, data: bytes) -> Iterator[str]:
-        """Keep bytes, which no sweep removes before the block ends: by then something refers to them, or nothing will.
+    def pending(self, data: bytes) -> Iterator[str]:
+        """Store bytes that no sweep removes before the block ends; by then they are referenced, or not needed.
 
         Returns:
-            Their digest.
+            The digest.
         """
         digest = self.digest(data)
         with self._lock:
-            self._coming[digest] += 1
+            self._pending[digest] += 1
         try:
             self.write(data)
             yield digest
         finally:
             with self._lock:
-                self._coming[digest] -= 1
-                self._coming = +self._coming
+                self._pending[digest] -= 1
+                self._pending = +self._pending
 
-    def free(self, digests: Iterable[str]) -> None:
-        """Note that something which referred to these does so no longer; a sweep leaves them for its grace."""
+    def release(self, digests: Iterable[str]) -> None:
+        """Record dropped references; a sweep keeps the files for its grace period."""
         now = time.monotonic()
         with self._lock:
-            self._freed |= dict.fromkeys(digests, now)
+            self._released |= dict.fromkeys(digests, now)
 
     def discard(self, digest: str, referred: Set[str]) -> None:
-        """Remove the file of something that was refused, unless another needs it.
+        """Remove the file of a refused upload, unless it is needed otherwise.
 
         Args:
-            digest: of it.
-            referred: digests of what stays.
+            digest: digest of the file.
+            referred: digests that are referenced.
         """
         with self._lock:
-            if digest not in {*referred, *self._freed, *self._coming}:
+            if digest not in {*referred, *self._released, *self._pending}:
                 self._place(digest).unlink(missing_ok=True)
 
     def sweep(self, referred: Set[str], *, grace: float) -> int:
-        """Remove what nothing refers to; how many files there were.
+        """Remove unreferenced files and return their number.
 
         Args:
-            referred: digests of what stays.
-            grace: seconds for which what was freed stays too, as somebody may be about to read it.
+            referred: digests that are referenced.
+            grace: seconds that a file stays after its last reference was dropped, for in-flight reads.
         """
         with self._lock:
             late = time.monotonic() - grace
-            self._freed = {digest: at for digest, at in self._freed.items() if at > late}
-            kept = {*referred, *self._freed, *self._coming}
+            self._released = {digest: at for digest, at in self._released.items() if at > late}
+            kept = {*referred, *self._released, *self._pending}
             gone = [place for place in self._files() if not self._stays(place, kept)]
             for place in gone:
                 place.unlink(missing_ok=True)
@@ -141,11 +141,11 @@ class Blobs:
         digest = place.stem
         if digest in kept and place.name == f"{digest}.safetensors" and place.parent.name == digest[:2]:
             return True
-        return place.name.lstrip(".")[:64] in self._coming  # the file beside it that is to become it
+        return place.name.lstrip(".")[:64] in self._pending  # the temporary file of a pending write
 
     def _files(self) -> Iterator[Path]:
         for folder in self._directory.iterdir():
-            # Not through a link: what is behind it is somebody else's.
+            # Links are not followed: their targets are not the store's.
             if folder.is_dir() and not folder.is_symlink():
                 yield from folder.iterdir()
             else:

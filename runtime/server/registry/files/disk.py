@@ -1,4 +1,4 @@
-"""The disk under a state: what says that it is full, and room kept for changes that must not wait for more."""
+"""Disk of a state: detection of a full disk, space reserved for revocations, and file permissions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Reserve", "full", "make_private", "no_room", "private", "storing"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-# SQLite tells a quota that is used up, and no room for its index of the log, from a full disk.
+# SQLite has separate codes for an exhausted quota and for no space for its log's index.
 _FULL_SQLITE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE}
 _FULL_POSTGRES = "53100"
 _RESERVE_BYTES = 2**20  # hundreds of revocations in SQLite's log
 
 
 def full(error: BaseException | None) -> bool:
-    """Whether an error of the system or of a database's driver says that the disk is full."""
+    """Whether an error of the system or of a database driver means a full disk."""
     if isinstance(error, OSError):
         return error.errno in _FULL
     if isinstance(error, sqlite3.Error):
@@ -34,7 +34,7 @@ def full(error: BaseException | None) -> bool:
 
 @contextmanager
 def storing(doing: str) -> Iterator[None]:
-    """Report a full disk.
+    """Translate errors of a full disk.
 
     Raises:
         InsufficientStorage: the disk is full.
@@ -48,23 +48,23 @@ def storing(doing: str) -> Iterator[None]:
 
 
 def no_room(doing: str, error: BaseException) -> InsufficientStorage:
-    """The refusal of a change for which the disk has no room; the log has what the system said."""
+    """Return the error of a full disk, and log the system's message."""
     _log.error("%s: the disk is full: %s", doing, error)
     return InsufficientStorage(doing, problem="the server's disk is full", fix="The operator has to make room.")
 
 
 class Reserve:
-    """Room on a disk that is given back when a revocation meets a full one.
+    """Disk space that is released when a revocation meets a full disk.
 
     Args:
-        directory: on that disk.
+        directory: directory on that disk.
     """
 
     def __init__(self, directory: Path) -> None:
         self._file = directory / "reserve"
 
     def keep(self) -> None:
-        """Take the room, where it is not taken yet and the disk has some to spare."""
+        """Reserve the space, unless it is reserved or the disk is nearly full."""
         try:
             if self._file.is_file() and self._file.stat().st_size == _RESERVE_BYTES:
                 return
@@ -72,14 +72,14 @@ class Reserve:
             if about.f_bavail * about.f_frsize < 4 * _RESERVE_BYTES:
                 return
             with open(self._file, "wb", opener=private) as file:
-                file.write(os.urandom(_RESERVE_BYTES))  # zeros may take no room at all
+                file.write(os.urandom(_RESERVE_BYTES))  # zeros may be stored sparsely
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             _log.warning("cannot keep room for revocations on the disk: %s", error)
 
     def release(self) -> bool:
-        """Give the room back; whether there was any."""
+        """Release the space; return whether any was reserved."""
         try:
             had = self._file.stat().st_size > 0
             os.truncate(self._file, 0)
@@ -89,14 +89,14 @@ class Reserve:
 
 
 def private(path: str, flags: int) -> int:
-    """An opener of files that only the server's user reads, whatever the umask."""
+    """Open a file that only the server's user may read, whatever the umask; an `opener` for `open`."""
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def make_private(directory: Path, *names: str) -> None:
-    """Take what others may do with a directory, and with what is in it under some names, away from them.
+    """Restrict a directory, and some entries of it with their content, to the server's user.
 
-    Links are left alone, and what belongs to another user is reported.
+    Links are skipped; entries of another user are logged.
     """
     _restrict(directory)
     for name in names:
@@ -106,7 +106,7 @@ def make_private(directory: Path, *names: str) -> None:
 
 
 def _restrict(place: Path) -> bool:
-    """Keep others from a file or directory; whether it is a directory that may be entered."""
+    """Restrict a file or directory to the server's user; return whether it is a directory."""
     try:
         mode = place.lstat().st_mode
         if stat.S_ISLNK(mode):

@@ -1,4 +1,4 @@
-"""One lock per key, for as long as somebody holds or awaits it."""
+"""Locks by key."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["KeyedLocks"]
 
 
 class KeyedLocks:
-    """Locks that are made when first asked for and dropped with their last user: memory follows use, not keys seen."""
+    """Locks created on first use and dropped after the last, so that memory does not grow with the keys."""
 
     def __init__(self) -> None:
-        self._state = threading.Lock()  # guards the mapping and its counts, and is never held while waiting
-        self._used: dict[Hashable, tuple[threading.Lock, int]] = {}  # key -> its lock, and how many hold or await it
+        self._state = threading.Lock()  # guards the mapping, and is never held while waiting
+        self._used: dict[Hashable, tuple[threading.Lock, int]] = {}  # key -> lock and its users
 
     def __len__(self) -> int:
         return len(self._used)
@@ -26,7 +26,7 @@ class KeyedLocks:
 
     @contextmanager
     def hold(self, key: Hashable) -> Iterator[None]:
-        """Hold the lock of `key`; no other key waits for it."""
+        """Hold the lock of `key`; other keys are not blocked."""
         with self._state:
             lock, users = self._used.get(key, (threading.Lock(), 0))
             self._used[key] = lock, users + 1

@@ -1,4 +1,4 @@
-"""Whether the files that a server opened are still those that their paths name."""
+"""Detection of opened files that were removed or replaced."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ _log = logging.getLogger("tpeft_deploy.server")
 
 
 class OpenedFiles:
-    """Files and directories by device and inode.
+    """Opened files and directories, identified by device and inode.
 
-    What was removed or replaced is written to all the same, and gone when the server ends: nothing that is written then
-    may be acknowledged.
+    Writes to a removed or replaced file succeed and are lost when the server ends: they must not be acknowledged.
 
     Args:
-        places: paths of them; one that does not exist yet counts from when it does.
+        places: paths of the files; a path that does not exist yet is watched from its creation.
     """
 
     def __init__(self, places: Iterable[Path]) -> None:
@@ -30,11 +29,11 @@ class OpenedFiles:
 
     @property
     def intact(self) -> bool:
-        """Whether all were there at the last look."""
+        """Whether all files were there at the last check."""
         return self._lost is None
 
     def look(self) -> None:
-        """See whether they are there, and write a change to the log."""
+        """Check the files, and log a change."""
         lost = None
         for place, known in self._known.items():
             now = _identity(place)
@@ -54,10 +53,10 @@ class OpenedFiles:
         self._lost = lost
 
     def check(self) -> None:
-        """Look, and refuse to go on without them.
+        """Check the files before a change.
 
         Raises:
-            Unavailable: one of them was removed or replaced.
+            Unavailable: a file was removed or replaced.
         """
         self.look()
         if self._lost is not None:

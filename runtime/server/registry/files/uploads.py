@@ -1,4 +1,4 @@
-"""Files of an upload on their way in: in a directory of their own, under names of ours."""
+"""Staging of uploads: files in a temporary directory, under fixed names."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ WEIGHTS, CONFIG = "weights", "config"
 _NAMES = {WEIGHTS: WEIGHTS_FILE, CONFIG: CONFIG_FILE}
 _CONFIG_BYTES = 2**20
 Run = Callable[..., Awaitable[Any]]
-"""Calls what blocks in a thread."""
+"""Function that runs a blocking call in a thread."""
 
 
 class Staged:
-    """An upload: one file of weights, and for formats that have one its configuration.
+    """An upload: a file of weights, and a configuration for formats that have one.
 
     Args:
-        directory: for it alone.
-        limit: bytes of all its files.
-        run: calls what blocks in a thread.
+        directory: directory of the upload, used by nothing else.
+        limit: maximum bytes of all files together.
+        run: function that runs a blocking call in a thread.
     """
 
     def __init__(self, directory: Path, limit: int, run: Run = asyncio.to_thread) -> None:
@@ -39,15 +39,15 @@ class Staged:
         self._written = 0
 
     async def write(self, part: str, stream: AsyncIterator[bytes]) -> None:
-        """Take one file.
+        """Write one file.
 
         Args:
             part: "weights" (safetensors) or "config" (adapter_config.json).
-            stream: its bytes as they come.
+            stream: chunks of the file.
 
         Raises:
-            ProtocolError: another part, or one that came before.
-            TooLarge: more bytes than allowed; nothing more is read.
+            ProtocolError: the part is unknown, or repeated.
+            TooLarge: the upload exceeds its limit; the rest is not read.
         """
         if part not in _NAMES:
             raise ProtocolError("take an upload", expected=f"parts named {' and '.join(_NAMES)}", got=repr(part))
@@ -72,7 +72,7 @@ class Staged:
 
 @asynccontextmanager
 async def staging(directory: Path, limit: int, run: Run = asyncio.to_thread) -> AsyncIterator[Staged]:
-    """An upload's own directory, gone with what is in it at the end."""
+    """Create a directory for an upload, removed with its content at the end."""
     with storing("take an upload"):
         own = Path(await run(tempfile.mkdtemp, dir=directory, prefix="upload."))
         try:
@@ -82,7 +82,7 @@ async def staging(directory: Path, limit: int, run: Run = asyncio.to_thread) -> 
 
 
 def clean(directory: Path) -> None:
-    """Make the directory of uploads, without what a server that was killed left in it."""
+    """Create the directory of uploads, without remains of a killed server."""
     if directory.is_symlink() or directory.is_file():
         directory.unlink()
     if directory.exists():
