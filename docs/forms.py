@@ -1,4 +1,4 @@
-"""Draws docs/forms.svg: the three forms in one picture.  Run it after changing it: python docs/forms.py."""
+"""Draw docs/forms.svg, the diagram of the three forms.  Run it after a change: python docs/forms.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Serving many tasks: budgets, pins, sessions of their own, weighted sets, and requests of many callers.
+"""Serve many tasks: memory budgets, pins, folded sessions, weighted sets, and concurrent requests.
 
-Run two_tasks.py first; this runs in the same directory, on the bundle and the adapters that it wrote.
+Run two_tasks.py first, in the same directory: it writes the bundle and the adapters.
 """
 
 import asyncio
@@ -14,11 +14,11 @@ pixels = np.random.rand(3, 1, 16, 16).astype(np.float32)
 
 # README begins
 runtime = Runtime("bundle", device_bytes=2**26, host_bytes=2**28, limits=Limits(max_rows=16))
-runtime.pin("rotated")  # on the device until unpin, whoever else needs room
-runtime.pin("mirrored", folded=True)  # and in a session of its own, which serves once this returns
-runtime.load("third", "adapters/mirrored")  # an adapter from anywhere; the bundle on disk stays as it is
-runtime.load("rotated")  # again, as the bundle has it on disk now; still pinned
-both = {"rotated": 0.7, "mirrored": 1.0}  # W + 0.7 dW + 1.0 dW', wherever a task may stand
+runtime.pin("rotated")  # never evicted from the device until unpin
+runtime.pin("mirrored", folded=True)  # also gets a folded session, which is ready when this returns
+runtime.load("third", "adapters/mirrored")  # any adapter; the bundle on disk is not changed
+runtime.load("rotated")  # reload from the bundle on disk; still pinned
+both = {"rotated": 0.7, "mirrored": 1.0}  # W + 0.7 dW + 1.0 dW'; accepted in place of a task name
 runtime.prefetch(["third", both]).result()  # without .result(), in the background
 print(runtime.residency())  # {"mirrored": "folded", "rotated": "device", "third": "device"}
 tasks: list[str | dict[str, float]] = ["rotated", both, "base"]
@@ -35,7 +35,7 @@ async def ask_all() -> list[np.ndarray]:
     return await asyncio.gather(*[ask(row, task) for row, task in enumerate(tasks)])
 
 
-together = asyncio.run(ask_all())  # joined into batches
+together = asyncio.run(ask_all())  # the requests share batches
 runtime.unpin("mirrored")
 runtime.unload("third")
 # README ends

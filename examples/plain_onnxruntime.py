@@ -1,4 +1,4 @@
-"""The factored form without tpeft_deploy: what an application in any language of ONNX Runtime does.
+"""Run the factored form with ONNX Runtime alone, as an application in any of its languages can.
 
 python plain_onnxruntime.py BUNDLE TASK
 """
@@ -13,7 +13,7 @@ import onnxruntime
 bundle, task = Path(sys.argv[1]), sys.argv[2]
 
 options = onnxruntime.SessionOptions()
-options.log_severity_level = 3  # else one warning for every optional input
+options.log_severity_level = 3  # otherwise one warning per optional input
 session = onnxruntime.InferenceSession(bundle / "factored.onnx", options, providers=["CPUExecutionProvider"])
 
 digest = (bundle / "adapters" / task / "current").read_text().strip()

@@ -1,4 +1,4 @@
-"""Two adapters for one base: train, export, serve a mixed batch.  Writes into the working directory."""
+"""Train two adapters for one base, export them, and run a mixed batch.  Writes into the working directory."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from tpeft_deploy.training import TuckerConfig
 
 
 def train(model: torch.nn.Module, steps: int = 5) -> None:
-    """Stands for your own training loop: PEFT leaves only the adapter's parameters trainable."""
+    """Train the adapter; PEFT freezes all other parameters.  Replace this with your training loop."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(steps):
         labels = torch.randint(0, 10, (16,))
@@ -21,7 +21,7 @@ def train(model: torch.nn.Module, steps: int = 5) -> None:
 
 
 # README begins
-base, inputs = digits()  # any torch module, and its example inputs by name
+base, inputs = digits()  # any torch module, and example inputs by name
 for task in ("rotated", "mirrored"):
     config = TuckerConfig(ranks=8, target_modules=["stem", "depthwise", "expand", "reduce"])
     model = get_peft_model(base, config)

@@ -97,7 +97,12 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_written(own_bund
     for adapter, error, message in wrong:
         with pytest.raises(error, match=message):
             own_bundle.add("new", adapter)
-    for name, message in [("base", "the base itself"), ("conv", "the bundle itself"), ("../x", "128"), ("", "128")]:
+    for name, message in [
+        ("base", "the name of the base"),
+        ("conv", "the name of the bundle"),
+        ("../x", "128"),
+        ("", "128"),
+    ]:
         with pytest.raises(BundleError, match=message):
             own_bundle.add(name, fitting)
     assert snapshot(own_bundle.path) == before
@@ -131,8 +136,8 @@ def truncate(path: Path) -> None:
 
 DAMAGE: list[tuple[str, Callable[[Path], object], type[TpeftError], str]] = [
     ("manifest.json", edit_json(lambda d: d["base"].update(digest="0" * 64)), IntegrityError, "digest"),
-    ("manifest.json", edit_json(lambda d: d.update(digest="0" * 64)), IntegrityError, "its own digest"),
-    ("manifest.json", edit_json(lambda d: d.update(name="x")), IntegrityError, "its own digest"),
+    ("manifest.json", edit_json(lambda d: d.update(digest="0" * 64)), IntegrityError, "the manifest's digest"),
+    ("manifest.json", edit_json(lambda d: d.update(name="x")), IntegrityError, "the manifest's digest"),
     ("manifest.json", edit_json(lambda d: d.update(schema=99)), VersionError, "schema 1, got 99"),
     ("manifest.json", edit_json(lambda d: d.pop("targets")), IntegrityError, "missing or malformed"),
     ("manifest.json", truncate, IntegrityError, "manifest"),

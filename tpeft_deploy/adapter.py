@@ -1,8 +1,8 @@
-"""All that one task changes in a base, however it was trained.
+"""Adapter: all changes that one task makes to a base, independent of the training method.
 
-Also the canonical file of an adapter: one safetensors file whose header says everything, so that its SHA-256
-names its content.  Tensors are `delta/<target>/core`, `delta/<target>/factor.<mode>`, `override/<name>` and
-`gain/<target>`.  Notes and origin are about an import, not about what was imported: they are not in the file.
+An adapter has a canonical file, one safetensors file with all other fields in its header; its SHA-256 identifies the
+content.  Tensors are `delta/<target>/core`, `delta/<target>/factor.<mode>`, `override/<name>` and `gain/<target>`.
+Notes and origin describe the import and are not in the file.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from tpeft_deploy.tucker import Array, TuckerDelta
 __all__ = ["Adapter", "Origin", "gain_mode", "weight_digest"]
 
 _COUNTER = "num_batches_tracked"
-_CHECK_NAMES = (
-    "Check that the base is what the adapter was trained on; if it is a part of that, give the part's prefix (--part)."
-)
+_CHECK_BASE = "Check that the base is what the adapter was trained on."
+_CHECK_NAMES = f"{_CHECK_BASE[:-1]}; if it is a part of that, give the part's prefix (--part)."
 
 
 def weight_digest(weight: Array) -> str:
-    """SHA-256 (hex) of a weight's shape and its values rounded to float16, little-endian, row-major.
+    """Compute the SHA-256 (hex) of a weight's shape and its values rounded to float16, little-endian, row-major.
 
-    Rounded, so that a base has one digest whether it is held in float32 or float16: an adapter trained on the one may
-    be served on the other.
+    The values are rounded so that a base has the same digest in float32 and float16: an adapter trained on one may be
+    served on the other.
     """
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(weight, dtype="<f2")
@@ -39,7 +38,7 @@ def weight_digest(weight: Array) -> str:
 
 
 def gain_mode(gain: Array) -> int | None:
-    """The mode of the weight that a gain has one factor per index of, 0 when it is one number, or None: several."""
+    """Mode of the weight along which a gain varies; 0 if it is one number, None if it varies along several modes."""
     modes = [mode for mode, size in enumerate(gain.shape) if size > 1]
     if len(modes) > 1:
         return None
@@ -48,7 +47,7 @@ def gain_mode(gain: Array) -> int | None:
 
 @dataclass(frozen=True)
 class Origin:
-    """What an adapter was read from, for a proof that asks the training library to read it too.
+    """Source of an adapter, from which an export lets the training library read it again for comparison.
 
     Args:
         path: a PEFT directory, or a .safetensors file.
@@ -63,26 +62,26 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """All that one task changes in a base.
+    """All changes that one task makes to a base.
 
     Args:
         deltas: target weight (its `named_parameters()` name) -> low-rank change.
-        overrides: parameter or buffer name -> the whole tensor that replaces it; it may have another shape than
-            the base's (a head with another number of classes).
-        base_digests: target weight -> `weight_digest` of the base weight the change was trained on; empty when
-            the training side did not record it.
-        source: where it was read from, for messages.
+        overrides: parameter or buffer name -> tensor that replaces it; the shape may differ from the base's (a head
+            with another number of classes).
+        base_digests: target weight -> `weight_digest` of the base weight that the change was trained on; empty if the
+            training library did not record it.
+        source: file or directory that it was read from, for messages.
         gains: target weight -> factors of its channels, of a shape that broadcasts against the weight: (O, 1, ...)
-            or (1, I, 1, ...).  The adapted weight is gain * (W + dW); a gain may stand without a delta.
-        notes: weight -> what a reader of the import should know: kept dense because that is smaller, and the like;
+            or (1, I, 1, ...).  The adapted weight is gain * (W + dW); a gain needs no delta.
+        notes: weight -> remark about the import, for example that the change was kept dense because that is smaller;
             "*" is the adapter as a whole.
         origin: the training library's file, with which an export is compared; None for an adapter made in memory and
             for the canonical file.  Set it to None when the adapter is changed after it was read.
-        left_out: what the file holds and the adapter does not, on the caller's word -> why: tensors of other parts
-            (`load_adapter(part=)`), changes of weights that no output depends on (`unused="skip"`).
+        left_out: tensor of the file that the adapter leaves out at the caller's request -> reason: tensors of other
+            parts (`load_adapter(part=)`), changes of weights that no output depends on (`unused="skip"`).
 
     Raises:
-        FormatError: it has no tensors, an override or a gain is not finite, or a weight has both an override and a
+        FormatError: there are no tensors, an override or a gain is not finite, or a weight has both an override and a
             delta or gain.
     """
 
@@ -123,23 +122,23 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the adapter holds."""
+        """Number of elements of the adapter's tensors."""
         return sum(d.parameters for d in self.deltas.values()) + sum(array.size for array in self._wholes())
 
     @property
     def nbytes(self) -> int:
-        """How many bytes the adapter's tensors hold."""
+        """Bytes of the adapter's tensors."""
         return sum(d.nbytes for d in self.deltas.values()) + sum(array.nbytes for array in self._wholes())
 
     def _wholes(self) -> list[Array]:
         return [*self.overrides.values(), *self.gains.values()]
 
     def merged(self, name: str, weight: Array) -> Array:
-        """What a target's weight becomes, gain * (W + dW), in float64: what is trained is added before it is scaled.
+        """Compute a target's adapted weight, gain * (W + dW), in float64.
 
         Args:
-            name: a target with a delta, a gain or both.
-            weight: the base's, (O, I, K1, ...).
+            name: target with a delta, a gain or both.
+            weight: W, the base's weight, (O, I, K1, ...).
         """
         total: Array = self.deltas[name].dense() if name in self.deltas else np.zeros(weight.shape)
         total += weight
@@ -149,20 +148,20 @@ class Adapter:
 
     @property
     def served_overrides(self) -> dict[str, Array]:
-        """The overrides that an evaluation reads: all but BatchNorm's counters of batches, which only training uses."""
+        """Overrides that inference reads: all but BatchNorm's batch counters, which only training uses."""
         return {name: array for name, array in self.overrides.items() if not name.endswith(_COUNTER)}
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], *, base: str) -> None:
-        """Refuse the adapter unless every target, override and gain exists in a base and has a fitting shape.
+        """Check that every target, override and gain exists in a base and has a fitting shape.
 
         Args:
             shapes: name -> shape of every weight of the base.
-            base: the base's name, for messages.
+            base: name of the base, for messages.
 
         Raises:
             UnknownTarget: a target, an override or a gain is not in the base.
-            ShapeError: a delta has another shape than its weight, an override another number of axes, or a gain does
-                not broadcast against its weight.
+            ShapeError: the shape of a delta differs from its weight's, an override differs beyond its first axis, or a
+                gain does not broadcast against its weight.
         """
         for name, delta in self.deltas.items():
             if name not in shapes:
@@ -182,29 +181,29 @@ class Adapter:
                     f"fit {self.source} to {base}, override {name!r}",
                     expected=f"shape {shapes[name]}, where only the first size may differ",
                     got=array.shape,
-                    fix="Check that the base is what the adapter was trained on.",
+                    fix=_CHECK_BASE,
                 )
         for name, gain in self.gains.items():
             if name not in shapes:
                 raise _unknown(self.source, "gain", name, base, shapes)
             sizes = zip(gain.shape, shapes[name], strict=False)
-            if gain.ndim != len(shapes[name]) or any(own not in (1, size) for own, size in sizes):
+            if gain.ndim != len(shapes[name]) or any(length not in (1, size) for length, size in sizes):
                 raise ShapeError(
                     f"fit {self.source} to {base}, gain {name!r}",
                     expected=f"a shape that broadcasts against {shapes[name]}",
                     got=gain.shape,
-                    fix="Check that the base is what the adapter was trained on.",
+                    fix=_CHECK_BASE,
                 )
 
     def check_digests(self, digests: Mapping[str, str], *, base: str) -> None:
-        """Refuse the adapter when a recorded base digest differs from the base's.
+        """Check the recorded digests of base weights against a base.
 
         Args:
-            digests: name -> `weight_digest` of the base's weights; names the adapter does not mention are ignored.
-            base: the base's name, for messages.
+            digests: name -> `weight_digest` of the base's weights; names without a recorded digest are ignored.
+            base: name of the base, for messages.
 
         Raises:
-            BaseMismatch: the change of a weight was trained on other values than the base holds.
+            BaseMismatch: a digest differs: the change of that weight was trained on other values.
         """
         for name, expected in self.base_digests.items():
             if digests.get(name, expected) != expected:
@@ -217,7 +216,7 @@ class Adapter:
                 )
 
     def to_bytes(self) -> bytes:
-        """The canonical file: safetensors with everything that is not a tensor in its header."""
+        """Serialise to the canonical file: safetensors with all other fields in the header."""
         from safetensors.numpy import save
 
         tensors: dict[str, Array] = {}
@@ -241,13 +240,13 @@ class Adapter:
 
 
 def _other_rows(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """What to do about a change of another shape; one of a table may only have other tokens than the base."""
+    """Fix for a change of another shape; an embedding may differ from the base in the number of tokens alone."""
     if len(got) == 2 and got[1:] == expected[1:]:
         return (
-            "Check that the base is what the adapter was trained on; if its vocabulary was resized first, resize the "
+            f"{_CHECK_BASE[:-1]}; if its vocabulary was resized first, resize the "
             f"base's in the same way (resize_token_embeddings({got[0]})) and save that as the base."
         )
-    return "Check that the base is what the adapter was trained on."
+    return _CHECK_BASE
 
 
 def _unknown(source: str, what: str, name: str, base: str, shapes: Mapping[str, object]) -> UnknownTarget:

@@ -1,7 +1,7 @@
-"""Exact algebra of Tucker deltas: sums, padding, permutation, truncation, and the forms other tools read.
+"""Exact algebra of Tucker deltas: sums, padding, permutation, truncation, and the forms that other tools read.
 
-Every function but `truncate` keeps the change itself: dense() before and after agree to float64 rounding.  Modes are
-in torch order (O, I, K1, ...) as in `tucker`.
+Every function but `truncate` preserves dW: dense() before and after agree to float64 rounding.  Modes are in torch
+order (O, I, K1, ...) as in `tucker`.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ __all__ = [
 ]
 
 
-_LARGE = 2**20  # numbers; what is smaller costs nothing
-_ROWS = 64  # converted to float64 at a time
+_LARGE = 2**20  # elements; the cost of smaller products is negligible
+_ROWS = 64  # rows converted to float64 at a time
 
 
 class LowRankPair(NamedTuple):
-    """dW.reshape(O, -1) = b @ a.reshape(R, -1), the scale inside `a`; both float64."""
+    """dW.reshape(O, -1) = b @ a.reshape(R, -1), with the scale in `a`; both float64."""
 
     a: Array  # (R, I, K1, ...)
     b: Array  # (O, R)
 
 
 class Truncation(NamedTuple):
-    """A delta of smaller ranks, and ||dW - dW'|| / ||dW|| in the Frobenius norm (0 for a change that is zero)."""
+    """A delta with smaller ranks, and ||dW - dW'|| / ||dW|| in the Frobenius norm (0 if dW is 0)."""
 
     delta: TuckerDelta
     error: float
 
 
 def combine(deltas: Sequence[TuckerDelta], weights: Sequence[float] | None = None) -> TuckerDelta:
-    """The weighted sum of changes of one weight, exactly: sum_n w_n dW_n.
+    """Compute the exact weighted sum of changes of one weight: sum_n w_n dW_n.
 
-    Factors stand side by side, [U_m^1 U_m^2 ...], and the cores become the blocks of a block-diagonal core, so ranks
-    add up.  A mode that is an identity for one of the deltas becomes one for all (their factors are absorbed): the
-    blocks then share that mode, and it keeps its size.
+    Factors are concatenated, [U_m^1 U_m^2 ...], and the cores become the blocks of a block-diagonal core, so ranks add
+    up.  If a mode is an identity for one of the deltas, the factors of the others are absorbed there: the blocks then
+    share that mode, and it keeps its size.
 
     Args:
         deltas: at least one, all of one shape.
-        weights: one per delta; all 1 when left out.
+        weights: one per delta; default 1 for all.
 
     Raises:
-        ShapeError: no deltas, shapes that differ, or another number of weights than deltas.
+        ShapeError: no deltas, shapes that differ, or the numbers of weights and deltas differ.
     """
     weights = [1.0] * len(deltas) if weights is None else weights
     shapes = sorted({delta.shape for delta in deltas})
@@ -81,7 +81,7 @@ def combine(deltas: Sequence[TuckerDelta], weights: Sequence[float] | None = Non
     start = [0] * len(sizes)
     for block, weight in zip(blocks, weights, strict=True):
         place = tuple(slice(start[mode], start[mode] + block.ranks[mode]) for mode in modes)
-        # Added, not assigned: where every mode is an identity all blocks lie on the same place.
+        # Added, not assigned: if every mode is an identity, all blocks overlap.
         core[place] += weight * block.scale * block.core
         start = [0 if mode in shared else start[mode] + block.ranks[mode] for mode in modes]
     factors = tuple(None if mode in shared else _side_by_side(blocks, mode) for mode in modes)
@@ -89,17 +89,17 @@ def combine(deltas: Sequence[TuckerDelta], weights: Sequence[float] | None = Non
 
 
 def pad_ranks(delta: TuckerDelta, ranks: Sequence[int]) -> TuckerDelta:
-    """The same change with larger ranks: zeros at the end of the core and of every factor.
+    """Zero-pad the core and every factor of a delta to larger ranks.
 
     Args:
-        delta: any.
-        ranks: one per mode, none smaller than the delta's own.  An identity mode that grows becomes an explicit
-            (d, R) factor.
+        delta: delta to pad.
+        ranks: one per mode, none smaller than the delta's.  An identity mode that grows becomes an explicit (d, R)
+            factor.
 
     Raises:
-        ShapeError: a rank is smaller than the delta's own, or their number is not that of its modes.
+        ShapeError: a rank is smaller than the delta's, or the numbers of ranks and modes differ.
     """
-    grow = [asked - own for asked, own in zip(ranks, delta.ranks, strict=False)]
+    grow = [rank - present for rank, present in zip(ranks, delta.ranks, strict=False)]
     if len(ranks) != len(delta.ranks) or min(grow) < 0:
         raise ShapeError("pad the ranks of a Tucker delta", expected=f"at least {delta.ranks}", got=tuple(ranks))
     factors: list[Array | None] = []
@@ -111,7 +111,7 @@ def pad_ranks(delta: TuckerDelta, ranks: Sequence[int]) -> TuckerDelta:
 
 
 def permute(delta: TuckerDelta, order: Sequence[int]) -> TuckerDelta:
-    """The change of the transposed weight: dense() of the result is dense().transpose(order).
+    """Permute the modes of a delta: dense() of the result is dense().transpose(order).
 
     Raises:
         ShapeError: `order` is no permutation of the modes.
@@ -126,21 +126,21 @@ def permute(delta: TuckerDelta, order: Sequence[int]) -> TuckerDelta:
 
 
 def truncate(delta: TuckerDelta, ranks: Sequence[int]) -> Truncation:
-    """The truncated higher-order SVD: the leading left singular vectors of every unfolding, and what that costs.
+    """Truncate a delta by higher-order SVD: keep the leading left singular vectors of every unfolding.
 
     (De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21(4), 2000: theorem 2 is the decomposition,
     property 10 the bound error^2 <= sum over modes of the discarded singular values squared.)  Factors are first made
-    orthonormal, U = QR with R absorbed in the core, so that the core alone is decomposed.
+    orthonormal, U = QR with R absorbed in the core, so that only the core is decomposed.
 
     Args:
-        delta: any.
-        ranks: one per mode, at least 1; a rank that is not below the delta's own leaves the mode as it is.
+        delta: delta to truncate.
+        ranks: one per mode, at least 1; a rank that is not below the delta's leaves the mode unchanged.
 
     Returns:
-        A delta of those ranks in float64, and its relative error as measured (not the bound).
+        A delta of those ranks in float64, and its measured relative error (not the bound).
 
     Raises:
-        ShapeError: the number of ranks is not that of the modes, or one is below 1.
+        ShapeError: the numbers of ranks and modes differ, or a rank is below 1.
     """
     if len(ranks) != len(delta.ranks) or min(ranks) < 1:
         raise ShapeError(
@@ -163,10 +163,10 @@ def truncate(delta: TuckerDelta, ranks: Sequence[int]) -> Truncation:
 
 
 def low_rank_pair(delta: TuckerDelta) -> LowRankPair:
-    """The change as a product of two, which every LoRA tool reads: a Tucker change is a LoRA of rank R_o.
+    """Write a delta as a LoRA pair: a Tucker change is a LoRA of rank R_o.
 
-    B = U_0 and A = s G x_1 U_1 x_2 U_2 ...; where the other side has the smaller rank (R_i of a matrix, I K1 .. of a
-    kernel) the core goes to B instead.
+    B = U_0 and A = s G x_1 U_1 x_2 U_2 ...; if the other side has the smaller rank (R_i of a matrix, I K1 .. of a
+    kernel), the core is absorbed in B instead.
     """
     delta = delta.narrowed()
     scaled = replace(delta, core=delta.scale * delta.core.astype(np.float64), scale=1.0)
@@ -184,26 +184,26 @@ def low_rank_pair(delta: TuckerDelta) -> LowRankPair:
 
 
 def is_dense(delta: TuckerDelta) -> bool:
-    """Whether the core is the whole change, with no factor at all."""
+    """Whether the delta has no factors, so that the core is dW / scale."""
     return all(factor is None for factor in delta.factors)
 
 
 def is_zero(delta: TuckerDelta) -> bool:
-    """Whether a part of the delta is all zeros, so that it changes nothing."""
+    """Whether the scale, the core or a factor is zero, so that dW is zero."""
     parts = [delta.core, *(factor for factor in delta.factors if factor is not None)]
     return delta.scale == 0.0 or not all(part.any() for part in parts)
 
 
 def dense_nbytes(delta: TuckerDelta) -> int:
-    """How many bytes the whole change would hold in the core's dtype."""
+    """Bytes of dW in the core's dtype."""
     return math.prod(delta.shape) * delta.core.dtype.itemsize
 
 
 def densify(delta: TuckerDelta) -> TuckerDelta:
-    """The change as a core without factors, summed in float64 and rounded once to the core's dtype.
+    """Turn a delta into a core without factors, summed in float64 and rounded once to the core's dtype.
 
-    Unlike `dense` it keeps nothing in float64 that is as large as the change or its factors: a file's changes may be
-    made dense while it is read, within a few times its size.
+    Unlike `dense` it holds no float64 array as large as dW or its factors, so that reading a file with dense changes
+    needs memory of a few times the file's size.
     """
     dtype = delta.core.dtype
     up, *others = delta.factors
@@ -222,7 +222,7 @@ def densify(delta: TuckerDelta) -> TuckerDelta:
 
 
 def smaller(delta: TuckerDelta) -> TuckerDelta:
-    """The delta itself while core and factors hold fewer bytes than the whole change, else the whole change."""
+    """Return the delta if core and factors take fewer bytes than dW, else `densify` of it."""
     if is_dense(delta) or delta.nbytes < dense_nbytes(delta):
         return delta
     return densify(delta)
@@ -234,7 +234,7 @@ def _is_identity(core: Array) -> bool:
 
 
 def _outgrows(delta: TuckerDelta) -> bool:
-    """Whether a product with some of the factors may be far larger than the change and what is held of it."""
+    """Whether a product with some of the factors may be far larger than dW and than core and factors."""
     largest = math.prod(max(rank, size) for rank, size in zip(delta.ranks, delta.shape, strict=True))
     return largest > max(_LARGE, math.prod(delta.shape), 2 * delta.parameters)
 
@@ -257,7 +257,7 @@ def _side_by_side(deltas: Sequence[TuckerDelta], mode: int) -> Array:
 
 
 def _orthonormal(delta: TuckerDelta) -> tuple[Array, list[Array | None]]:
-    """The core in the orthonormal bases of its factors' ranges, and those bases; None is the identity."""
+    """Core in the orthonormal bases of its factors' ranges, and those bases; None is the identity."""
     core: Array = delta.core.astype(np.float64)
     bases: list[Array | None] = []
     for mode, factor in enumerate(delta.factors):

@@ -1,15 +1,15 @@
-"""A weighted set of adapters as one adapter, exactly.
+"""Weighted sums of adapters, exact.
 
     dW = sum_k s_k dW_k
 
-A LoRA's change is dW_k = c_k B_k A_k with c_k = alpha / r, and B stacked beside B, A above A is their sum:
+The change of a LoRA is dW_k = c_k B_k A_k with c_k = alpha / r; concatenation gives the sum:
 
     [B_1 B_2] [s_1 c_1 A_1; s_2 c_2 A_2] = s_1 c_1 B_1 A_1 + s_2 c_2 B_2 A_2
 
-which is what PEFT's `add_weighted_adapter(combination_type="cat")` writes; its "linear" adds B to B and A to A, which
-has the cross terms B_1 A_2 and B_2 A_1 and is no sum of changes.  For a Tucker change G x_0 U_0 x_1 U_1 ... (FLoRA,
-arXiv 2405.14739, equation 6) the same holds mode by mode: factors side by side, [U_m^1 U_m^2], and the cores
-s_k c_k G_k as blocks on the diagonal of one core, whose zeros are what keeps cross terms out (`algebra.combine`).
+as does PEFT's `add_weighted_adapter(combination_type="cat")`; "linear" adds B to B and A to A, which gives the cross
+terms B_1 A_2 and B_2 A_1.  For a Tucker change G x_0 U_0 x_1 U_1 ... (FLoRA, arXiv 2405.14739, equation 6) factors are
+concatenated mode by mode, [U_m^1 U_m^2], and the cores s_k c_k G_k are the blocks of a block-diagonal core, so that
+there are no cross terms (`algebra.combine`).
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ class _Part:
 
 
 def compose(parts: Mapping[str, tuple[Adapter, float]], *, aliases: Mapping[str, str] | None = None) -> Adapter:
-    """The weighted sum of adapters as one adapter.
+    """Compute the weighted sum of adapters as one adapter.
 
-    Each weight takes the form with the fewest numbers: concatenated Tucker factors, concatenated pairs, or the whole
-    change; all are sums in float64 of the same changes.  A weight that one part alone changes keeps that part's delta,
-    and a part of strength 0 does not take part.  Where only one part is left, at strength 1, it is returned itself.
+    Each weight takes the form with the fewest elements: concatenated Tucker factors, concatenated pairs, or dense dW;
+    all are sums in float64 of the same changes.  A weight that a single part changes keeps that part's delta.  Parts
+    of strength 0 are ignored.  If one part remains, at strength 1, its adapter is returned unchanged.
 
-    Whole tensors have no strength, so adapters with gains or overrides take part at strength 1.
+    Gains and overrides cannot be scaled, so adapters that have them need strength 1.
 
     Args:
         parts: task -> (adapter, strength); a strength may be negative.
-        aliases: further name of a module that is registered twice -> the name stored, as in a bundle's
-            `manifest.shared`; changes under two names are then added up (or refused) like those under one.
+        aliases: further name of a module that is registered twice -> stored name, as in a bundle's `manifest.shared`;
+            changes under both names are then treated as changes of one weight.
 
     Raises:
-        CompositionError: no parts; a strength is not a finite number; a part with gains or overrides has another
-            strength than 1; a weight with a gain or an override is changed by another part too (equal overrides may
-            meet); parts change weights of other shapes or values; or the sum overflows.
+        CompositionError: no parts; a strength is not a finite number; a part with gains or overrides has a strength
+            other than 1; a weight with a gain or an override is changed by another part too (equal overrides are
+            allowed); the parts differ in the shapes or digests of their base weights; or the sum overflows.
     """
     if not parts:
         raise CompositionError(
@@ -74,7 +74,7 @@ def compose(parts: Mapping[str, tuple[Adapter, float]], *, aliases: Mapping[str,
     _check_apart(doing, taking)
     digests = _agreed(doing, "base weight", taking, lambda adapter: adapter.base_digests)
     overrides = _agreed(doing, "override", taking, lambda adapter: adapter.served_overrides)
-    # Counters of batches, which nothing that is served reads: any will do.
+    # Batch counters, which inference does not read: any part's will do.
     unread = {name: array for part in reversed(taking) for name, array in part.adapter.overrides.items()}
     gains = {name: gain for part in taking for name, gain in part.adapter.gains.items()}
     names = dict.fromkeys(name for part in taking for name in part.adapter.deltas)
@@ -88,12 +88,12 @@ def compose(parts: Mapping[str, tuple[Adapter, float]], *, aliases: Mapping[str,
 
 
 def at_strength(adapter: Adapter, strength: float, *, task: str) -> Adapter:
-    """An adapter whose whole change is multiplied by a strength, as diffusers' `set_adapters` weighs it.
+    """Multiply an adapter's change by a strength, as diffusers' `set_adapters` does.
 
     Args:
-        adapter: with neither gains nor overrides, which have no strength.
+        adapter: adapter with neither gains nor overrides, which cannot be scaled.
         strength: any finite number.
-        task: for messages.
+        task: name for messages.
 
     Raises:
         CompositionError: the adapter has gains or overrides, or the strength is not finite.
@@ -113,7 +113,7 @@ def _describe(strengths: Mapping[str, object]) -> str:
 
 
 def _spelt(strength: object) -> str:
-    # A bool is an int to Python, and a strength of True is a mistake.
+    # bool is a subclass of int, but a strength of True is a mistake.
     if isinstance(strength, Real) and not isinstance(strength, bool):
         return f"{_as_float(strength):g}"
     return repr(strength)[:40]
@@ -178,7 +178,7 @@ def _renamed(doing: str, part: _Part, aliases: Mapping[str, str]) -> _Part:
 
 
 def _check_apart(doing: str, parts: Sequence[_Part]) -> None:
-    """Refuse a weight that one part scales or replaces and another changes too."""
+    """Raise if one part scales or replaces a weight that another part changes too."""
     for part in parts:
         others = [other for other in parts if other is not part]
         for name in part.adapter.gains:
@@ -202,7 +202,7 @@ def _meeting(doing: str, name: str, expected: str, got: str) -> CompositionError
 def _agreed(
     doing: str, what: str, parts: Sequence[_Part], tensors: Callable[[Adapter], Mapping[str, _T]]
 ) -> dict[str, _T]:
-    """What the parts say about each weight, once those that say something say the same."""
+    """Merge the parts' tensors by weight; parts that have one for the same weight must agree."""
     agreed: dict[str, tuple[str, _T]] = {}
     for part in parts:
         for name, value in tensors(part.adapter).items():
@@ -222,10 +222,10 @@ def _shown(value: object) -> str:
 
 
 def _delta(doing: str, name: str, parts: Iterable[_Part]) -> TuckerDelta:
-    """The sum of what the parts do to one weight."""
+    """Weighted sum of the parts' changes of one weight."""
     terms = [(part, delta) for part in parts if (delta := part.adapter.deltas.get(name)) is not None]
     first, change = terms[0]
-    # One object several times (an adapter under two names) is one change with the sum of its strengths.
+    # The same object several times (an adapter under two names) counts once, with the sum of its strengths.
     strengths: dict[int, float] = {}
     for part, delta in terms:
         if delta.shape != change.shape:
@@ -237,7 +237,7 @@ def _delta(doing: str, name: str, parts: Iterable[_Part]) -> TuckerDelta:
             )
         strengths[id(delta)] = strengths.get(id(delta), 0.0) + part.strength
     weighted = [(delta, strengths.pop(id(delta))) for _, delta in terms if id(delta) in strengths]
-    # Changes of strength 0 add nothing; where all have it, one of them stands for them.
+    # Changes of strength 0 add nothing; if all have strength 0, one is kept.
     weighted = [(delta, strength) for delta, strength in weighted if strength] or weighted[:1]
     try:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -249,7 +249,7 @@ def _delta(doing: str, name: str, parts: Iterable[_Part]) -> TuckerDelta:
 
 
 def _sum(deltas: Sequence[TuckerDelta], strengths: Sequence[float]) -> TuckerDelta:
-    """The weighted sum in the form with the fewest numbers."""
+    """Weighted sum in the form with the fewest elements."""
     if len(deltas) == 1:
         return replace(deltas[0], scale=deltas[0].scale * strengths[0])
     if any(algebra.is_dense(delta) for delta in deltas):
@@ -265,13 +265,13 @@ def _sum(deltas: Sequence[TuckerDelta], strengths: Sequence[float]) -> TuckerDel
 
 
 def _pair(delta: TuckerDelta) -> TuckerDelta:
-    """The same change as a product of two, whose sums need no core: of matrices it never has more numbers."""
+    """The delta as a low-rank pair, which needs no block-diagonal core in a sum; never larger for matrices."""
     a, b = algebra.low_rank_pair(delta)
     return TuckerDelta(a, (b, *(None,) * (a.ndim - 1)))
 
 
 def _numbers(deltas: Sequence[TuckerDelta]) -> int:
-    """How many numbers `algebra.combine` of them holds."""
+    """Number of elements of `algebra.combine(deltas)`."""
     shape = deltas[0].shape
     shared = [any(delta.factors[mode] is None for delta in deltas) for mode in range(len(shape))]
     ranks = [sum(delta.ranks[mode] for delta in deltas) for mode in range(len(shape))]

@@ -12,30 +12,30 @@
     │   └── IntegrityError      a file is missing, truncated or differs from its digest
     ├── ExportError
     │   ├── UnsupportedBase     the base cannot be loaded or exported
-    │   ├── UnsupportedTarget   a weight is used in a way that the asked form cannot express
+    │   ├── UnsupportedTarget   a weight is used in a way that the requested form cannot express
     │   └── NotEquivalent       the exported model does not reproduce the merged torch model
     ├── RunError
     │   ├── UnknownTask         the runtime serves no task of that name
     │   ├── InputError          an input is missing, unknown, or has the wrong dtype, shape or rows
-    │   ├── ProviderUnavailable the execution provider that was asked for cannot be used
-    │   ├── CapacityError       adapters need more memory than the runtime's budget, and none may leave
+    │   ├── ProviderUnavailable the requested execution provider cannot be used
+    │   ├── CapacityError       adapters need more memory than the runtime's budget, and none can be evicted
     │   ├── CompositionError    adapters that cannot be combined exactly, or not at the strengths given
-    │   ├── QueueFull           more requests are waiting than the queue takes
-    │   └── DeadlineExceeded    a request's time was over before its answer was there
+    │   ├── QueueFull           the request queue is full
+    │   └── DeadlineExceeded    a request did not complete before its deadline
     └── ServerError
-        ├── ProtocolError       a request that is not what the protocol says
+        ├── ProtocolError       a malformed request
         ├── TooLarge            a body, tensor or name beyond a limit of the server
         ├── Unauthenticated     no key, or one that is unknown, expired or revoked
         ├── Forbidden           the key's role does not allow it
         ├── NotFound            no such route, model, version, alias, key or tenant, or none that the key may see
-        ├── Conflict            the name is taken, or the thing is in a state that does not allow it
-        ├── QuotaExceeded       the tenant has used up what it is allowed; says when to come again
+        ├── Conflict            the name is taken, or the object is in a state that does not allow the change
+        ├── QuotaExceeded       the tenant has used up a quota; holds the seconds until a retry may succeed
         ├── Unsupported         a part of the protocol that this server does not speak
-        ├── InsufficientStorage the server's disk is full; what was asked for is not done
+        ├── InsufficientStorage the server's disk is full; the change was not made
         └── Unavailable         the server is starting or draining
 
-An error carries what was being done, what was wrong, what was expected against what was found, and what to do
-about it; `str(error)` is that on one line.  Only the command line prints or exits.
+An error holds the operation, the problem, the expected and the actual value, and a fix; `str(error)` is one line with
+all of them.  Only the command line prints or exits.
 """
 
 import re
@@ -77,12 +77,12 @@ __all__ = [
     "brief",
 ]
 
-_LONGEST = 10_000  # letters of a message
+_LONGEST = 10_000  # characters of a message
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def brief(text: object, most: int = 200) -> str:
-    """What a library said, on one line of bounded length and without terminal colours."""
+    """Put a library's message on one line of at most `most` characters, without terminal colours."""
     line = " ".join(_COLOURS.sub("", str(text)).split())
     return line if len(line) <= most else f"{line[: most - 3].rstrip()}..."
 
@@ -91,11 +91,11 @@ class TpeftError(Exception):
     """Root of the errors above.
 
     Args:
-        doing: what was being done, naming the adapter, task, weight or row it was done for.
-        problem: what went wrong, when `expected` and `got` do not say it already.
-        expected: what should have been there.
-        got: the value found instead.
-        fix: what the reader can do about it, as a sentence.
+        doing: operation that failed, with the adapter, task, weight or row concerned.
+        problem: description of the failure, if `expected` and `got` do not give it.
+        expected: expected value.
+        got: actual value.
+        fix: remedy for the user, as a sentence.
     """
 
     exit_code = 1
@@ -118,7 +118,7 @@ class TpeftError(Exception):
 
     @property
     def said(self) -> str:
-        """The problem, what was expected, and what was there instead; empty where none of them is known."""
+        """Problem, expected value and actual value, joined; empty if none is set."""
         parts = [self.problem] if self.problem else []
         if self.expected is not None:
             parts.append(f"expected {self.expected}")
@@ -130,20 +130,20 @@ class TpeftError(Exception):
         text = f"{self.doing}: {self.said}" if self.said else self.doing
         if self.fix:
             text += f". {self.fix}"
-        # On one line of bounded length that UTF-8 can hold, whatever stood in the file that it is about.
+        # `expected` and `got` may quote a file's content, which may hold line breaks and lone surrogates.
         return brief(text, _LONGEST).encode(errors="backslashreplace").decode()
 
 
 class MissingExtra(TpeftError):
-    """Raised when a module of an optional extra is asked for and its packages are not installed."""
+    """Raised when a feature of an optional extra is used and its packages are not installed."""
 
 
 class AdapterError(TpeftError):
-    """Something is wrong with one adapter."""
+    """Base class of errors about one adapter."""
 
 
 class FormatError(AdapterError):
-    """Raised when files cannot be read as an adapter: unknown layout, truncated, left-over tensors, NaN."""
+    """Raised when files cannot be read as an adapter: unknown layout, truncated file, unused tensors, NaN."""
 
 
 class ShapeError(AdapterError):
@@ -155,15 +155,15 @@ class UnknownTarget(AdapterError):
 
 
 class BaseMismatch(AdapterError):
-    """Raised when the base's weight is not the one that the adapter was trained on."""
+    """Raised when a weight of the base differs from the one that the adapter was trained on."""
 
 
 class BundleError(TpeftError):
-    """Something is wrong with a bundle directory."""
+    """Base class of errors about a bundle directory."""
 
 
 class VersionError(BundleError):
-    """Raised when a manifest's schema is newer or older than this version reads."""
+    """Raised when this version does not read the schema of a manifest."""
 
 
 class IntegrityError(BundleError):
@@ -171,7 +171,7 @@ class IntegrityError(BundleError):
 
 
 class ExportError(TpeftError):
-    """Something went wrong between a model and an ONNX file; nothing was written."""
+    """Base class of export errors; nothing was written."""
 
 
 class UnsupportedBase(ExportError):
@@ -179,15 +179,15 @@ class UnsupportedBase(ExportError):
 
 
 class UnsupportedTarget(ExportError):
-    """Raised when a weight is used in the graph in a way that the asked form cannot express."""
+    """Raised when a weight is used in the graph in a way that the requested form cannot express."""
 
 
 class NotEquivalent(ExportError):
-    """Raised when the numeric gate fails: the export differs from the merged torch model."""
+    """Raised when the outputs of the export differ from those of the merged torch model."""
 
 
 class RunError(TpeftError):
-    """Something went wrong while serving a bundle."""
+    """Base class of errors while a bundle is served."""
 
 
 class UnknownTask(RunError):
@@ -199,11 +199,11 @@ class InputError(RunError):
 
 
 class ProviderUnavailable(RunError):
-    """Raised when an execution provider was asked for by name and cannot be used on this machine."""
+    """Raised when an execution provider that was requested by name cannot be used on this machine."""
 
 
 class CapacityError(RunError):
-    """Raised when adapters need more memory than a budget has, and those that hold it are pinned or running."""
+    """Raised when adapters need more memory than a budget has, and all resident adapters are pinned or in use."""
 
 
 class CompositionError(RunError):
@@ -211,23 +211,23 @@ class CompositionError(RunError):
 
 
 class QueueFull(RunError):
-    """Raised when a request would wait behind more rows than the queue takes."""
+    """Raised when the request queue holds its maximum number of rows."""
 
 
 class DeadlineExceeded(RunError):
-    """Raised when a request's time is over while it waits or runs."""
+    """Raised when a request's deadline passes while it waits or runs."""
 
 
 class ServerError(TpeftError):
-    """A request that the server does not answer, or answers with a refusal."""
+    """Base class of errors that the server returns to a client."""
 
 
 class ProtocolError(ServerError):
-    """Raised when a request's framing, JSON or fields are not what the protocol says."""
+    """Raised when the framing, JSON or fields of a request do not conform to the protocol."""
 
 
 class TooLarge(ServerError):
-    """Raised when a body, tensor, header or name is beyond a limit, before memory is taken for it."""
+    """Raised when a body, tensor, header or name exceeds a limit, before memory is allocated for it."""
 
 
 class Unauthenticated(ServerError):
@@ -239,19 +239,19 @@ class Forbidden(ServerError):
 
 
 class NotFound(ServerError):
-    """Raised when nothing of a name exists, or nothing that the key may see."""
+    """Raised when no object of the name exists, or none that the key may see."""
 
 
 class Conflict(ServerError):
-    """Raised when a name is taken, or what it names is in a state that does not allow the change."""
+    """Raised when a name is taken, or the object is in a state that does not allow the change."""
 
 
 class QuotaExceeded(ServerError):
-    """Raised when a tenant has used up what it is allowed.
+    """Raised when a tenant has used up a quota.
 
     Args:
         doing, problem, expected, got, fix: as for `TpeftError`.
-        retry_after: seconds after which the same request may be allowed; None: not before something is deleted.
+        retry_after: seconds until the same request may be allowed; None if the tenant must delete something first.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ class Unsupported(ServerError):
 
 
 class InsufficientStorage(ServerError):
-    """Raised when the server's disk has no room for a change; nothing of it is kept."""
+    """Raised when the server's disk has no room for a change; the change is rolled back."""
 
 
 class Unavailable(ServerError):

@@ -1,4 +1,4 @@
-"""Writing so that a crash leaves either the old or the new content, and digests of files."""
+"""Atomic, durable writes of files and directories, and digests of files."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = [
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes, read in pieces."""
+    """Compute the SHA-256 (hex) of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Flush a directory's entries to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,18 +38,18 @@ def sync_directory(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str, mode: int | None = None) -> None:
-    """Write a small file beside its place and rename it there, durably; with the permissions of `new_file`."""
+    """Replace a text file atomically and durably; permissions as for `new_file`."""
     with new_file(path, mode) as temporary:
         temporary.write_text(text)
 
 
 @contextmanager
 def new_file(path: Path, mode: int | None = None) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed to `path` on success, removed on failure.
+    """Yield a temporary path beside `path` to write to; it is renamed to `path` on success, removed on failure.
 
     Args:
-        path: where the file is to be.
-        mode: its permissions; those that the umask leaves by default.
+        path: final path.
+        mode: permissions; default 0o666 less the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -66,7 +66,7 @@ def new_file(path: Path, mode: int | None = None) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory so that it is there whole or not at all, even if the removal is cut short."""
+    """Remove a directory atomically: an interrupted removal leaves the whole directory or none."""
     trash = path.with_name(f".{path.name}.removed.{os.getpid()}")
     path.rename(trash)
     sync_directory(path.parent)
@@ -75,7 +75,7 @@ def remove_directory(path: Path) -> None:
 
 @contextmanager
 def staging(directory: Path) -> Iterator[Path]:
-    """A private directory inside `directory` to build files in; removed at the end with whatever is left in it."""
+    """Yield a temporary directory inside `directory`; it is removed at the end, with its content."""
     directory.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=directory, prefix=".staging."))
     try:
@@ -85,7 +85,7 @@ def staging(directory: Path) -> Iterator[Path]:
 
 
 def move_into(directory: Path, files: Iterable[Path]) -> None:
-    """Make files durable and rename them, in order, into a directory of the same file system."""
+    """Flush files to disk and rename them, in order, into a directory of the same file system."""
     for file in files:
         file.chmod(0o666 & ~_umask())
         _sync_file(file)
@@ -95,9 +95,9 @@ def move_into(directory: Path, files: Iterable[Path]) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory beside `path` to fill; renamed to `path` on success, removed on failure.
+    """Yield a temporary directory beside `path` to fill; it is renamed to `path` on success, removed on failure.
 
-    `path` itself must not exist, or be an empty directory.
+    `path` must not exist, or be an empty directory.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -122,7 +122,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _umask() -> int:
-    # mkstemp and mkdtemp create private files; a bundle is shared like any other file the user makes.
+    # mkstemp and mkdtemp create files that only the user may read; a bundle gets the user's usual permissions.
     current = os.umask(0)
     os.umask(current)
     return current

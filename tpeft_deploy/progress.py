@@ -1,4 +1,4 @@
-"""What a long call tells while it works: its stage, and how many of its parts are done."""
+"""Progress callbacks of long calls: the current stage, and optionally the number of parts done."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Progress = Callable[[str], None]
 
 
 class Stage(str):
-    """The name of a stage that knows how far the work is; a plain string is a stage of unknown length.
+    """Description of a stage with a known number of parts; a plain string is a stage of unknown length.
 
     Args:
-        text: what is being done.
-        done: parts that are finished.
-        total: parts in all, at least 1.
+        text: description of the stage.
+        done: number of finished parts.
+        total: number of parts, at least 1.
     """
 
     __slots__ = ("done", "total")
@@ -23,12 +23,12 @@ class Stage(str):
     total: int
 
     def __new__(cls, text: str, done: int, total: int) -> Stage:
-        """A string with two numbers."""
+        """Create the string and set both numbers."""
         stage = super().__new__(cls, text)
         stage.done, stage.total = done, total
         return stage
 
 
 def silent(stage: str) -> None:
-    """A listener that does nothing."""
+    """Ignore progress; the default callback."""
     del stage

@@ -1,8 +1,8 @@
 """Changes of tied weights: one tensor that several modules use, each under a separate name.
 
-A change belongs to the uses through the module that it names: training libraries wrap a module, and leave the others
-that share its tensor as they are.  Where each use has an initializer, that is what the names say already.  Where one
-initializer serves several uses, it can only take a change that is the same under all their names.
+Training libraries wrap one module and leave the others that share its tensor unchanged, so a change applies only to
+the module that it names.  If each module has a separate initializer in the graph, nothing needs to be done.  If one
+initializer serves several modules, the change must be the same under all their names.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _ROUNDING = 1e-6
 
 
 def changed_names(adapter: Adapter) -> list[str]:
-    """Every weight that an adapter changes, once."""
+    """Names of the weights that an adapter changes, without duplicates."""
     return list(dict.fromkeys([*adapter.deltas, *adapter.gains, *adapter.served_overrides]))
 
 
 def settle(adapter: Adapter, stored: Mapping[str, str], ties: Ties, *, doing: str) -> Adapter:
-    """The adapter with each change under the name that its weight is stored under.
+    """Rename an adapter's changes to the names that their weights are stored under.
 
-    A change under a name that no forward pass reads is left out if all uses of the tensor change alike.  Names that
-    are not stored otherwise stay as they are.
+    A change under a name that no forward pass reads is dropped if all used names of the tensor have the same change.
+    All other names that are not stored stay as they are.
 
     Args:
-        adapter: named as the model names its weights.
-        stored: name of a weight -> the name it is stored under; a name that is not used is absent.
+        adapter: adapter with the model's names of weights.
+        stored: name of a weight -> stored name; names that no forward pass reads are absent.
         ties: for each tied tensor, one name of every module that holds it, used or not.
-        doing: for messages.
+        doing: operation, for messages.
 
     Raises:
-        UnknownTarget: a change is for some of the uses of one stored weight only, or two names of one module are
-            changed.
+        UnknownTarget: a stored weight serves several modules and the adapter does not change all of them alike, or two
+            names of one module are changed.
     """
     groups = {name: group for group in ties for name in group}
     chosen: dict[str, str] = {}

@@ -45,7 +45,7 @@ class TuckerDelta:
     Args:
         core: (R_o, R_i, R_k1, ...), floating point, at least 2 modes.
         factors: one per mode, (mode size, rank) with rank equal to the core's size at that mode; `None` is the
-            identity, for which the mode size is the core's own size.
+            identity, for which the mode size is the core's size.
         scale: multiplies the whole change; finite.
 
     Raises:
@@ -98,19 +98,22 @@ class TuckerDelta:
 
     @property
     def parameters(self) -> int:
-        """How many numbers core and factors hold."""
+        """Number of elements of core and factors."""
         return self.core.size + sum(f.size for f in self.factors if f is not None)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes core and factors hold."""
+        """Bytes of core and factors."""
         return self.core.nbytes + sum(f.nbytes for f in self.factors if f is not None)
 
     def absorb(self, modes: Iterable[int] | None = None) -> TuckerDelta:
         """Multiply the factors of some modes (all by default) into the core, in float64, leaving identities.
 
-        The change itself stays the same: mode products along different modes commute.  Those that make the core
-        smaller come first.
+        The change stays the same: mode products along different modes commute.  Products that make the core smaller
+        are computed first.
+
+        Args:
+            modes: modes to absorb.
         """
         chosen = sorted(range(self.core.ndim) if modes is None else modes, key=lambda m: not self._is_wide(m))
         core, factors = self.core.astype(np.float64), list(self.factors)
@@ -122,7 +125,7 @@ class TuckerDelta:
         return replace(self, core=core, factors=tuple(factors))
 
     def narrowed(self) -> TuckerDelta:
-        """The same change without ranks above the sizes of their modes, so that no product is larger than dW."""
+        """Absorb each factor with a rank above the size of its mode, so that no product is larger than dW."""
         wide = [mode for mode in range(self.core.ndim) if self._is_wide(mode)]
         return self.absorb(wide) if wide else self
 
@@ -131,7 +134,7 @@ class TuckerDelta:
         return factor is not None and factor.shape[1] > factor.shape[0]
 
     def norm(self) -> float:
-        """Frobenius norm of dW, without forming it: U = QR with orthonormal Q, so only the R enter the core."""
+        """Frobenius norm of dW, computed without dW: U = QR with orthonormal Q, so only R affects the norm."""
         core = self.core.astype(np.float64)
         for mode, factor in enumerate(self.factors):
             if factor is not None:
@@ -139,8 +142,8 @@ class TuckerDelta:
         return abs(self.scale) * float(np.linalg.norm(core))
 
     def dense(self) -> Array:
-        """The whole change dW as a float64 array of shape (O, I, K1, ...)."""
-        # From the last mode to the first: then the largest product comes last, and is laid out as it is wanted.
+        """Dense dW as a float64 array of shape (O, I, K1, ...)."""
+        # From the last mode to the first: the largest product then comes last and is already contiguous.
         narrow = self.narrowed()
         core = self.scale * narrow.core.astype(np.float64)
         for mode in reversed(range(core.ndim)):

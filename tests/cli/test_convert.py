@@ -117,11 +117,11 @@ class TestConvert:
         self, tmp_path: Path, two: Path, gained: Path, conv_bundle: Bundle
     ) -> None:
         before = two.read_bytes()
-        assert "one that holds something" in fail("convert", two, two, "--to", "tpeft")
-        assert "one that holds something" in fail("convert", two, tmp_path, "--to", "peft-lora")
+        assert "one with content" in fail("convert", two, two, "--to", "tpeft")
+        assert "one with content" in fail("convert", two, tmp_path, "--to", "peft-lora")
         assert two.read_bytes() == before
-        assert "--bundle goes with" in fail("convert", two, tmp_path / "o", "--to", "onnx-adapter", code=2)
-        assert "--bundle goes with" in fail("convert", two, tmp_path / "o", "--to", "tpeft", "--bundle", "b", code=2)
+        assert "needs --bundle" in fail("convert", two, tmp_path / "o", "--to", "onnx-adapter", code=2)
+        assert "needs --bundle" in fail("convert", two, tmp_path / "o", "--to", "tpeft", "--bundle", "b", code=2)
         assert "ends in .safetensors" in fail("convert", two, tmp_path / "o", "--to", "locon", code=2)
         assert "got a gain" in fail("convert", gained, tmp_path / "o", "--to", "peft-lora")
         arguments = ("convert", gained, tmp_path / "o", "--to", "onnx-adapter", "--bundle", conv_bundle.path)

@@ -240,7 +240,7 @@ ALTERED: dict[str, tuple[Change, type[TpeftError], str]] = {
     "native adapter": (other_native, IntegrityError, "'up.weight.tpeft.up' of adapter.onnx_adapter"),
     "native adapter without a tensor": (missing_native, IntegrityError, "stem.weight.tpeft.core.*got none"),
     "no native adapter": (broken_native, IntegrityError, "an .onnx_adapter file"),
-    "manifest": (manifest_digest, IntegrityError, "its own digest"),
+    "manifest": (manifest_digest, IntegrityError, "the manifest's digest"),
     "example": (other_example, IntegrityError, "one array for each of pixels"),
     "outputs": (
         lambda b: edit(b, "banked.onnx", rename_output),

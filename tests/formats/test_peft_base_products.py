@@ -239,7 +239,7 @@ class TestRefusals:
             ({"num_cayley_neumann_terms": 10**9}, "a whole number from 1 to 100"),
             ({"num_cayley_neumann_terms": 2.5}, "a whole number from 1 to 100"),
             ({"coft": True, "eps": None}, "a finite number as eps"),
-            ({"block_share": True}, "all share one"),
+            ({"block_share": True}, "block_share is set"),
         ],
     )
     def test_configurations_of_oft(self, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -251,7 +251,7 @@ class TestRefusals:
         ("config", "change", "message"),
         [
             (HRAConfig(r=2, target_modules=["fc"]), lambda u: u.zero_(), "a vector of length zero"),
-            (HRAConfig(r=2, target_modules=["fc"], apply_GS=True), lambda u: u.fill_(1.0), "depend on each other"),
+            (HRAConfig(r=2, target_modules=["fc"], apply_GS=True), lambda u: u.fill_(1.0), "linearly dependent"),
             (boft("fc"), lambda r: r.mul_(1e30), "float32 can compute no rotation"),
         ],
         ids=["zero", "dependent", "huge"],
@@ -294,7 +294,7 @@ class TestRefusals:
         with torch.no_grad():
             base.get_parameter("square.weight").copy_(torch.eye(16))
         path = save(peft_model(base, OSFConfig(effective_rank=3, target_modules=["square"])), tmp_path)
-        assert "nothing says which were replaced" in refusal(path, base)
+        assert "to determine which were replaced" in refusal(path, base)
 
     def test_a_bias_that_is_replaced_as_well(self, tmp_path: Path) -> None:
         base, _ = vision()

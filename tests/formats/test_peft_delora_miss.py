@@ -35,4 +35,4 @@ def test_miss_needs_a_base_that_fits(tmp_path: Path) -> None:
     save(peft_model(base, MissConfig(r=4, target_modules=["fc"])), tmp_path)
     assert "Give base=" in refusal(tmp_path)
     base.fc = nn.Linear(12, 20)
-    assert "Check that the base" in refusal(tmp_path, base)
+    assert "was trained on this base" in refusal(tmp_path, base)

@@ -207,7 +207,7 @@ class TestRefusals:
             (RandLoraConfig, {"r": 4, "save_projection": False}, "save_projection=True"),
             (UniLoraConfig, {"r": 2, "theta_d_length": 10}, "Set save_indices to true"),
             (SupertuningConfig, {"save_precomputed_indices": False}, "save_precomputed_indices=True"),
-            (WaveFTConfig, {"n_frequency": 9, "wavelet_family": "db2"}, "has no filters of"),
+            (WaveFTConfig, {"n_frequency": 9, "wavelet_family": "db2"}, "does not support"),
             (BeftConfig, {}, "Give the layer a bias of zeros"),
         ],
     )
@@ -251,7 +251,7 @@ class TestRefusals:
             (ShiraConfig(r=1, target_modules=["fc"]), {"shira_indices": np.full((2, 28), 16)}, "0 to 15 as indices"),
             (ShiraConfig(r=1, target_modules=["fc"]), {"shira_indices": np.full((2, 28), -1)}, "0 to 15 as indices"),
             (ShiraConfig(r=1, target_modules=["fc"]), {"shira_indices": np.full((2, 28), 0.5)}, "whole numbers"),
-            (ShiraConfig(r=1, target_modules=["fc"]), {"shira_indices": np.full((2, 28), 1)}, "stands there twice"),
+            (ShiraConfig(r=1, target_modules=["fc"]), {"shira_indices": np.full((2, 28), 1)}, "a duplicate"),
             (ShiraConfig(r=1, target_modules=["fc"]), {"shira_weight": np.zeros(9)}, "one value for each"),
             (C3AConfig(block_size=4, target_modules=["fc"]), {"c3a_kernel": np.zeros((1, 1, 100_000))}, "blocks of"),
             (C3AConfig(block_size=4, target_modules=["fc"]), {"c3a_kernel": np.zeros((2**20, 0, 2**20))}, "values in"),
@@ -275,7 +275,7 @@ class TestRefusals:
             (
                 VBLoRAConfig(r=2, num_vectors=9, vector_length=4, save_only_topk_weights=True, target_modules=["fc"]),
                 {"vblora_logits_A_topk_indices": np.full((2, 3, 2), 8)},
-                "stands there twice",
+                "a duplicate",
             ),
             (
                 UniLoraConfig(r=2, theta_d_length=9, save_indices=True, target_modules=["fc"]),

@@ -98,7 +98,7 @@ def test_needs_the_order_of_parameters(tmp_path: Path) -> None:
 def test_square_experts_are_refused(tmp_path: Path) -> None:
     base, _ = mixture(4, hidden=8, inner=8)
     save(peft_model(base, lora("mlp.experts.up")), tmp_path)
-    assert "only the module's code says whether outputs come first" in refusal(tmp_path, base)
+    assert "only the module's code defines whether outputs come first" in refusal(tmp_path, base)
 
 
 def test_another_base(tmp_path: Path) -> None:

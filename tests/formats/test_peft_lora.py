@@ -278,7 +278,7 @@ class TestRefusals:
     def test_a_configuration_of_another_adapter(self, tmp_path: Path) -> None:
         base, _ = vision()
         change_config(save(peft_model(base, lora("fc")), tmp_path), r=8)
-        assert "expected tensors of rank 8, as adapter_config.json says, got rank 4" in refusal(tmp_path, base)
+        assert "expected tensors of rank 8, as in adapter_config.json, got rank 4" in refusal(tmp_path, base)
 
     def test_a_pattern_that_is_none(self, tmp_path: Path) -> None:
         base, _ = vision()
@@ -295,4 +295,4 @@ class TestRefusals:
         save(peft_model(base, lora("fc", use_dora=True)), tmp_path)
         other = copy.deepcopy(base)
         other.fc = nn.Linear(12, 20)
-        assert "Check that the base" in refusal(tmp_path, other)
+        assert "was trained on this base" in refusal(tmp_path, other)

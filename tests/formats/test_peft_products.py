@@ -124,5 +124,5 @@ class TestReading:
         other.fc = nn.Linear(10, 14)
         assert "do not fit each other or the weight" in refusal(tmp_path, other)
         change_config(tmp_path, r=2)
-        assert "as adapter_config.json says" in refusal(tmp_path, base)
+        assert "as in adapter_config.json" in refusal(tmp_path, base)
         assert "a finite number as alpha" in refusal(change_config(tmp_path, alpha=None), base)

@@ -36,7 +36,7 @@ class TestTypes:
         refuse({"peft_type": kind, "save_indices": True}, "some/adapter")
 
     def test_a_type_of_tomorrow(self) -> None:
-        assert "this version does not know it" in message(peft_type="LORA_NEXT")
+        assert "this version does not support it" in message(peft_type="LORA_NEXT")
 
     def test_files_without_a_configuration_pass(self) -> None:
         refuse({}, "some/adapter")
@@ -83,7 +83,7 @@ class TestFields:
         assert "the base weight" in text
 
     def test_an_init_of_tomorrow(self) -> None:
-        assert "does not know it" in message(peft_type="LORA", init_lora_weights="next")
+        assert "does not support it" in message(peft_type="LORA", init_lora_weights="next")
 
     @pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva", "mica", "pissa", "olora"])
     def test_inits_that_pass(self, init: Any) -> None:

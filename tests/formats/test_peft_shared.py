@@ -66,9 +66,9 @@ class TestRefusals:
     def test_groups_that_cannot_be_told(self, tmp_path: Path) -> None:
         base, _ = vision()
         save(peft_model(base, TinyLoraConfig(target_modules=["fc", "head"])), tmp_path)
-        assert "cannot be told" in refusal(change_config(tmp_path, target_modules=["fc", "head", "square"]), base)
+        assert "is ambiguous" in refusal(change_config(tmp_path, target_modules=["fc", "head", "square"]), base)
 
     def test_changes_that_are_drawn_at_random(self, tmp_path: Path) -> None:
         base, _ = vision()
         save(peft_model(base, PveraConfig(target_modules=["fc"], sample_at_inference=True)), tmp_path)
-        assert "draws its change anew" in refusal(tmp_path, base)
+        assert "samples its change" in refusal(tmp_path, base)

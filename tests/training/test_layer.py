@@ -227,7 +227,7 @@ class TestLayersWithTheirOwnForward:
         assert difference(layer(x), adapted) < 1e-12
 
     def test_refuse_dropout(self) -> None:
-        with pytest.raises(ValueError, match="PadsItself has its own forward"):
+        with pytest.raises(ValueError, match="PadsItself overrides forward"):
             wrap(PadsItself(4, 6, 3), 2, dropout=0.1)
 
 

@@ -1,17 +1,17 @@
-"""The directory that export writes and the runtime reads.
+"""Bundle: the directory that an export writes and the runtime reads.
 
     bundle/
-      manifest.json        what it is (see `manifest`)
+      manifest.json        description of the bundle (see `manifest`)
       base.onnx  factored.onnx  banked.onnx  weights.data
-      factored.cpu.onnx  banked.cpu.onnx        where the CPU has a faster form that no other device can run
-      banked.cuda.onnx                          where linear layers have branches: fewer operators
-      example.npz          the example inputs that the base was exported with: `verify` runs on them
-      adapters/<task>/current                   the digest this task is an alias for
+      factored.cpu.onnx  banked.cpu.onnx        if there is a faster form that only the CPU can run
+      banked.cuda.onnx                          if linear layers have branches: fewer operators
+      example.npz          example inputs of the export, on which `verify` runs the bundle
+      adapters/<task>/current                   digest that the task is an alias for
       adapters/<task>/<digest>/adapter.safetensors  adapter.json  adapter.onnx_adapter
       folded/<task>.onnx
 
-Nothing is edited in place.  Adding a task writes one directory and renames one file: it touches neither the graphs
-nor other tasks.  An adapter's digest is the SHA-256 of its adapter.safetensors.
+Files are never edited in place.  Adding a task writes one directory and renames one file; graphs and other tasks are
+not changed.  An adapter's digest is the SHA-256 of its adapter.safetensors.
 """
 
 from __future__ import annotations
@@ -31,11 +31,7 @@ from tpeft_deploy.bundle import fit, slots
 from tpeft_deploy.bundle.fit import Filled
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, check_name, is_name
 from tpeft_deploy.bundle.slots import Target
-from tpeft_deploy.errors import (
-    BundleError,
-    IntegrityError,
-    UnknownTask,
-)
+from tpeft_deploy.errors import BundleError, IntegrityError, UnknownTask
 from tpeft_deploy.files import digest_file, new_directory, remove_directory, replace_text
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.formats.read.base_view import Lazy
@@ -54,11 +50,11 @@ BANKED_CUDA = "banked.cuda.onnx"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk.  Its manifest never changes; its tasks are read from the directory each time.
+    """A bundle on disk.  The manifest never changes; tasks are read from the directory at each call.
 
     Args:
-        path: the bundle's directory.
-        manifest: its parsed manifest.
+        path: directory of the bundle.
+        manifest: parsed manifest.
     """
 
     path: Path
@@ -66,11 +62,15 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Read and check a bundle's manifest, and that its files are there with their sizes.
+        """Open a bundle: parse its manifest and check that every file exists and has its recorded size.
+
+        Args:
+            path: directory of the bundle.
 
         Raises:
-            BundleError: no bundle there.
-            VersionError, IntegrityError: the manifest or a file is not what it should be.
+            BundleError: there is no bundle at the path.
+            VersionError: this version does not read the manifest's schema.
+            IntegrityError: the manifest is damaged, or a file is missing or has another size.
         """
         path = Path(path)
         file = path / MANIFEST
@@ -91,10 +91,10 @@ class Bundle:
         return bundle
 
     def check_file(self, name: str) -> Path:
-        """The path of one of the manifest's files, once its bytes agree with its digest.
+        """Check the digest of a file that the manifest lists, and return its path.
 
         Raises:
-            IntegrityError: the file was altered.
+            IntegrityError: the digest differs.
         """
         file, record = self.path / name, self.manifest.files[name]
         self._check_size(name, record)
@@ -110,13 +110,13 @@ class Bundle:
 
     @property
     def tasks(self) -> dict[str, str]:
-        """Task -> digest of the adapter it stands for, sorted by task."""
-        # Names that begin with a dot are directories on their way in or out, left by a writer that was killed.
+        """Task -> digest of its current adapter, sorted by task."""
+        # A writer that was killed may leave temporary directories, whose names begin with a dot.
         found = sorted((self.path / "adapters").glob("[!.]*/current"))
         return {file.parent.name: self._alias(file) for file in found}
 
     def adapter(self, task: str) -> Adapter:
-        """Read a task's adapter from its content address.
+        """Read a task's current adapter.
 
         Raises:
             UnknownTask: the bundle has no such task.
@@ -125,12 +125,12 @@ class Bundle:
         return self.version(task, self.digest(task))
 
     def version(self, task: str, digest: str, *, native: bool = True) -> Adapter:
-        """Read an adapter that a task stands for or stood for.
+        """Read the current or an earlier version of a task's adapter.
 
         Args:
-            task: of the bundle.
-            digest: of the adapter.
-            native: also check the .onnx_adapter file beside it, which the adapter itself is not read from.
+            task: name of a task of the bundle.
+            digest: digest of the adapter.
+            native: also check the .onnx_adapter file, from which the adapter is not read.
 
         Raises:
             IntegrityError: a file is missing or differs from its digest.
@@ -164,7 +164,7 @@ class Bundle:
         return canonical.from_bytes(data, source=f"task {task!r} of {self.path}")
 
     def digest(self, task: str) -> str:
-        """The digest that a task stands for.
+        """Digest of a task's current adapter.
 
         Raises:
             UnknownTask: the bundle has no such task.
@@ -180,10 +180,10 @@ class Bundle:
         return self._alias(file)
 
     def oracle(self, task: str) -> dict[str, Any]:
-        """What a task's adapter was compared with when the bundle was exported: `oracle`, `reason`, `error`.
+        """Comparison of a task's adapter when the bundle was exported: keys `oracle`, `reason`, `error`, `digest`.
 
-        The oracle of an adapter that was added later is "merged": the bundle has no torch module to give to a training
-        library.
+        The oracle of an adapter that was added later is "merged": the bundle has no torch module, which the training
+        library would need.
 
         Raises:
             UnknownTask: the bundle has no such task.
@@ -195,7 +195,7 @@ class Bundle:
         return {"oracle": "merged", "reason": reason, "error": None, "digest": digest}
 
     def fill(self, adapter: Adapter) -> dict[str, dict[str, Array]]:
-        """An adapter's slots: target key (see `fitting`) -> slot name -> array with the adapter's own ranks.
+        """Compute an adapter's slots: target key (see `fit`) -> slot name -> array with the adapter's ranks.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
@@ -203,11 +203,11 @@ class Bundle:
         return fit.fill(self.manifest, adapter, bundle=str(self.path), base_value=self.base_value)
 
     def factors(self, task: str) -> dict[str, Array]:
-        """A task's tensors by the names of factored.onnx's optional inputs; what is not fed stays the base's."""
+        """Tensors of a task by the names of factored.onnx's optional inputs; inputs left out default to the base."""
         return self.feeds(self.adapter(task))
 
     def feeds(self, adapter: Adapter) -> dict[str, Array]:
-        """`factors` of an adapter that need not be one of the bundle's.
+        """Like `factors`, for an adapter that need not be in the bundle.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
@@ -215,7 +215,7 @@ class Bundle:
         return fit.named(self.manifest, self.fill(adapter))
 
     def native(self, task: str) -> dict[str, Array]:
-        """A task's tensors as its .onnx_adapter file holds them, for comparing with `factors`.
+        """Read a task's .onnx_adapter file; its tensors equal `factors(task)`.
 
         Raises:
             UnknownTask: the bundle has no such task.
@@ -224,10 +224,10 @@ class Bundle:
         return onnx_adapter.read(self.path / "adapters" / task / self.digest(task) / onnx_adapter.FILE)
 
     def example(self) -> dict[str, Array]:
-        """The inputs that the base was exported with, as contiguous arrays.
+        """Read the example inputs that the base was exported with, as contiguous arrays.
 
         Raises:
-            IntegrityError: they were altered, cannot be read, or are not the inputs that the manifest names.
+            IntegrityError: the file was altered, cannot be read, or lacks an input that the manifest names.
         """
         file = self.check_file(EXAMPLE)
         names = [port.name for port in self.manifest.inputs]
@@ -241,9 +241,9 @@ class Bundle:
 
     @property
     def base_view(self) -> BaseView:
-        """The base's weights as `load_adapter(base=...)` takes them, each read from weights.data when asked for."""
+        """Base weights for `load_adapter(base=...)`, each read from weights.data on access."""
         stored = dict(self.manifest.stored)
-        for group in self.manifest.ties:  # a name that no forward pass reads has the values of those tied to it
+        for group in self.manifest.ties:  # a name that no forward pass reads has the values of a tied name
             held = next((stored[name] for name in group if name in stored), None)
             stored |= {name: held for name in group if held is not None and name not in stored}
         values = Lazy(stored, lambda name: self.base_value(stored[name]))
@@ -253,44 +253,44 @@ class Bundle:
         return BaseView(f"bundle {self.path}", values, shapes=shapes, digests=digests)
 
     def default(self, target: Target) -> dict[str, Array]:
-        """The slots of a target for the base itself: no change, or the base's own tensor."""
+        """Slots of a target for the base: zero change, or the base's tensor for an override."""
         if target.kind == "override":
             return {"value": self.base_value(target.name)}
         return slots.neutral(target)
 
     def sizes(self, adapter: Adapter | None) -> dict[str, int]:
-        """For every output that varies per task: the size of its varying axis for an adapter, or the base."""
+        """Output that varies per task -> size of its varying axis for an adapter; None is the base."""
         return fit.sizes(self.manifest, adapter)
 
     def base_value(self, name: str) -> Array:
-        """A base weight, read from weights.data into private memory: (O, I, K1, ...); bfloat16 as float32.
+        """Read a base weight from weights.data: (O, I, K1, ...); bfloat16 as float32.
 
-        A weight that the graphs hold quantised is not a number, everywhere.
+        A weight that the graphs hold quantised is filled with NaN.
         """
         weight = self.manifest.weights[name]
         if not weight.length:
-            # The graphs hold it quantised.  Who only asks for its shape is right; what is computed of it is refused.
+            # Quantised in the graphs: its shape is valid, and any result computed from it is refused as not finite.
             return np.full(weight.shape, np.nan, np.float32)
         with (self.path / "weights.data").open("rb") as stream:
             stream.seek(weight.offset)
             data = stream.read(weight.length)
-        if weight.dtype == "bfloat16":  # the upper half of a float32
+        if weight.dtype == "bfloat16":
             bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
             return bits.view(np.float32).reshape(weight.shape)
         return np.frombuffer(data, weight.dtype).reshape(weight.shape).copy()
 
     def add(self, task: str, adapter: Adapter) -> str:
-        """Store an adapter and let a task stand for it, atomically; an earlier version stays on disk.
+        """Store an adapter as the current version of a task, atomically; earlier versions stay on disk.
 
         Args:
-            task: a new or an existing task.
-            adapter: it must fit the bundle's base and branches.
+            task: name of a new or an existing task.
+            adapter: adapter that fits the bundle's base and branches.
 
         Returns:
-            The adapter's digest.
+            Digest of the adapter.
 
         Raises:
-            BundleError: the name is not allowed.
+            BundleError: the task name is not allowed.
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit; nothing was written.
         """
         check_task(task, self.manifest.name)
@@ -308,7 +308,7 @@ class Bundle:
         return digest
 
     def remove(self, task: str) -> None:
-        """Take a task and all its versions out of the bundle.
+        """Remove a task with all its versions.
 
         Raises:
             UnknownTask: the bundle has no such task.
@@ -371,23 +371,27 @@ class Bundle:
             )
 
     def _drop_folded(self, task: str) -> None:
-        # A fold of an earlier version must not outlive it.
+        # Merged weights of an earlier version would otherwise be served for the new one.
         for file in (f"{task}.onnx", f"{task}.onnx.data"):
             (self.path / "folded" / file).unlink(missing_ok=True)
 
 
 def check_task(task: str, bundle: str) -> str:
-    """The task itself, if a bundle of that name can serve it.
+    """Check a task name and return it.
+
+    Args:
+        task: name to check.
+        bundle: name of the bundle.
 
     Raises:
-        BundleError: the name is malformed, or stands for the base or the bundle already.
+        BundleError: the name is malformed, or is the name of the base or of the bundle.
     """
     check_name(task, "task")
     if task in (BASE_TASK, bundle):
         raise BundleError(
             f"name a task {task!r}",
-            expected="a name of its own",
-            got=f"the name of {'the base' if task == BASE_TASK else 'the bundle'} itself",
+            expected="a name that is not in use",
+            got=f"the name of {'the base' if task == BASE_TASK else 'the bundle'}",
             fix="Choose another name.",
         )
     return task

@@ -1,4 +1,4 @@
-"""Fitting an adapter to a bundle's graphs: the slots it fills, or why it does not fit."""
+"""Fit an adapter to a bundle's graphs: compute its slots, or raise the reason why it does not fit."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ Filled = Mapping[str, Mapping[str, Array]]
 def fill(
     manifest: Manifest, adapter: Adapter, *, bundle: str, base_value: Callable[[str], Array]
 ) -> dict[str, dict[str, Array]]:
-    """An adapter's slots.
+    """Compute an adapter's slots.
 
     Args:
-        manifest: of the bundle.
-        adapter: to be served by it.
-        bundle: where the bundle is, for messages.
-        base_value: reads a base weight by its canonical name; asked only where a gain must be multiplied out.
+        manifest: manifest of the bundle.
+        adapter: adapter to fit.
+        bundle: path of the bundle, for messages.
+        base_value: function that reads a base weight by its canonical name; called only for a gain that must be
+            multiplied out.
 
     Returns:
-        Target key -> slot name -> array with the adapter's own ranks.
+        Target key -> slot name -> array with the adapter's ranks.
 
     Raises:
         UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit.
@@ -53,9 +54,9 @@ def fill(
         with np.errstate(over="ignore", invalid="ignore"):
             try:
                 filled[target.key] = slots.fill(target, change)
-            except ValueError as error:  # of a delta whose products are beyond float64
+            except ValueError as error:  # products of core and factors that overflow float64
                 raise _too_large(doing, name, target.dtype, f"larger ones ({error})") from error
-        _check_slots(manifest, target, filled[target.key], doing)
+        _check_slots(target, filled[target.key], doing)
         _check_rank(manifest, target, change, slots.ranks_of(target, filled[target.key]), doing)
     return filled
 
@@ -63,7 +64,7 @@ def fill(
 def _changes(
     manifest: Manifest, adapter: Adapter, targets: Mapping[str, Target], base_value: Callable[[str], Array], doing: str
 ) -> Iterator[tuple[str, Part, TuckerDelta | Array]]:
-    """What an adapter changes, part by part; a gain that no branch takes is multiplied out where W + dW is computed."""
+    """Yield weight, part and change; a gain without a branch is multiplied out if the graph computes W + dW."""
     for name in dict.fromkeys([*adapter.deltas, *adapter.gains]):
         gain, delta = adapter.gains.get(name), adapter.deltas.get(name)
         mode = gain_mode(gain) if gain is not None else None
@@ -96,7 +97,7 @@ def _multiplied_out(adapter: Adapter, name: str, weight: Array, doing: str) -> T
 
 
 def named(manifest: Manifest, filled: Filled) -> dict[str, Array]:
-    """Filled slots by the names of factored.onnx's optional inputs."""
+    """Map filled slots to the names of factored.onnx's optional inputs."""
     targets = {target.key: target for target in manifest.targets}
     return {
         slots.input_name(targets[key], slot): array
@@ -106,27 +107,27 @@ def named(manifest: Manifest, filled: Filled) -> dict[str, Array]:
 
 
 def sizes(manifest: Manifest, adapter: Adapter | None) -> dict[str, int]:
-    """For every output that varies per task: the size of its varying axis for an adapter, or for the base."""
+    """Output that varies per task -> size of its varying axis for an adapter; None is the base."""
     overrides = adapter.overrides if adapter is not None else {}
-    own = {manifest.canonical(name): array.shape for name, array in overrides.items()}
+    shapes = {manifest.canonical(name): array.shape for name, array in overrides.items()}
     found = {}
     for port in manifest.outputs:
         if (varies := port.varies) is not None:
-            rows = own.get(varies.override, manifest.weights[varies.override].shape)[0]
+            rows = shapes.get(varies.override, manifest.weights[varies.override].shape)[0]
             found[port.name] = varies.times * rows + varies.plus
     return found
 
 
 def _settled(manifest: Manifest, adapter: Adapter, *, bundle: str) -> Adapter:
-    """The adapter by stored names, once it fits the base."""
+    """Rename the adapter's changes to stored names and check that it fits the base."""
     base = f"bundle {bundle}"
     weights = {name: manifest.weights[held] for name, held in manifest.stored.items()}
     adapter = settle(adapter, manifest.stored, manifest.ties, doing=f"fit {adapter.source} to {base}")
     adapter.check_shapes({name: weight.shape for name, weight in weights.items()}, base=base)
     adapter.check_digests({name: weight.digest for name, weight in weights.items()}, base=base)
     for name, array in adapter.served_overrides.items():
-        own = "f" if weights[name].dtype == "bfloat16" else np.dtype(weights[name].dtype).kind
-        if own != array.dtype.kind:
+        kind = "f" if weights[name].dtype == "bfloat16" else np.dtype(weights[name].dtype).kind
+        if kind != array.dtype.kind:
             raise ShapeError(
                 f"fit {adapter.source} to {base}, override {name!r}",
                 expected=f"dtype {weights[name].dtype}",
@@ -137,19 +138,19 @@ def _settled(manifest: Manifest, adapter: Adapter, *, bundle: str) -> Adapter:
 
 
 def _check_heads(manifest: Manifest, adapter: Adapter, base: str) -> None:
-    """Refuse parts of one head, or one norm, that do not agree in size: padded in a bank, they would answer."""
+    """Raise if parameters of one head or norm disagree in size: zero-padded in a bank, they would run unnoticed."""
     firsts = {name: array.shape[:1] for name, array in adapter.served_overrides.items()}
     for name, array in adapter.served_overrides.items():
-        own = manifest.weights[name].shape[:1]
+        rows = manifest.weights[name].shape[:1]
         if array.shape[:1] == (0,):
             raise ShapeError(f"fit {adapter.source} to {base}, override {name!r}", expected="a class", got=array.shape)
-        if array.shape[:1] == own:
+        if array.shape[:1] == rows:
             continue
         module = name.rpartition(".")[0]
         for other, weight in manifest.weights.items():
-            if other.rpartition(".")[0] != module or weight.shape[:1] != own:
+            if other.rpartition(".")[0] != module or weight.shape[:1] != rows:
                 continue
-            size = firsts.get(other, own)
+            size = firsts.get(other, rows)
             if size != array.shape[:1]:
                 raise ShapeError(
                     f"fit {adapter.source} to {base}, override {name!r}",
@@ -159,7 +160,7 @@ def _check_heads(manifest: Manifest, adapter: Adapter, base: str) -> None:
                 )
 
 
-def _check_slots(manifest: Manifest, target: Target, tensors: dict[str, Array], doing: str) -> None:
+def _check_slots(target: Target, tensors: dict[str, Array], doing: str) -> None:
     for slot, array in tensors.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise _too_large(doing, target.name, target.dtype, f"larger ones in its {slot}")
@@ -180,8 +181,8 @@ def _check_rank(
     if not isinstance(change, TuckerDelta):
         return
     rank = max(ranks.values()) if target.factors else min(ranks.values())
-    own = [factor.shape[1] for factor in change.factors[:2] if factor is not None]
-    rank = min([rank, max(own)] if own else [rank])  # a mode without a factor has what others allow: R_i <= R_o K1 ..
+    # A mode without a factor is bounded by the others: R_i <= R_o K1 ...
+    rank = min(rank, max((factor.shape[1] for factor in change.factors[:2] if factor is not None), default=rank))
     if manifest.max_rank is not None and rank > manifest.max_rank:
         raise AdapterError(
             f"{doing}, weight {target.name!r}",

@@ -1,20 +1,20 @@
-"""What a bundle says about itself: `manifest.json`, parsed strictly.
+"""Description of a bundle: `manifest.json`, parsed strictly.
 
-schema      version of this file's layout
-name        the bundle's name
-base        digest of all weights, and per weight its shape, dtype, digest and place in weights.data
-targets     the weights that adapters may change, with their layer kind (see `slots`)
-rows        "each": one run serves rows of different adapters; "group": one adapter per run, and why
-rows_reasons    per weight that takes one adapter per run, why
+schema      version of the file's layout
+name        name of the bundle
+base        digest of all weights, and per weight its shape, dtype, digest and position in weights.data
+targets     weights that adapters may change, with their layer kind (see `slots`)
+rows        "each": one run serves rows of different adapters; "group": one adapter per run, with the reason
+rows_reasons    weight that takes one adapter per run -> reason
 inputs, outputs, files, max_rank, gate
-oracles     per task of the export, what its forms were compared with beside the merged base: a training library's own
-            forward of the adapter's file ("peft 0.21.2"), or "merged" and why there was none; the worst error; and the
-            digest of the adapter that this is about
-empty       free sizes that may be 0, proved: the past of a decoder's first step
-tolerance   relative error in float32 that the caller of the export accepted, where it is more than the limit of 1e-5
-left_out    per task of the export, what its adapter's file holds and the task does not, and why
-rounding    of a base in 16 bits: how far its forward is from the same in 32 bits, and the limits that follow
-digest      SHA-256 of everything above
+oracles     per task of the export, the reference that its forms were compared with beside the merged base: the forward
+            of the training library on the adapter's file ("peft 0.21.2"), or "merged" and the reason; the largest
+            error; and the digest of the adapter
+empty       free sizes that may be 0, as tested at export: the past of a decoder's first step
+tolerance   relative error in float32 that the caller of the export accepted, if above the limit of 1e-5
+left_out    per task of the export, the tensors of its adapter's file that the task leaves out, with the reason
+rounding    for a 16-bit base: error of its forward against the same in 32 bits, and the limits derived from it
+digest      SHA-256 of all other fields
 """
 
 from __future__ import annotations
@@ -48,24 +48,28 @@ __all__ = [
 ]
 
 SCHEMA = 1
-WIDEST_TOLERANCE = 1e-3  # a missing branch of a small adapter may change no more than that
+WIDEST_TOLERANCE = 1e-3  # beyond this, a missing branch of a small adapter could go undetected
 Rows = Literal["each", "group"]
 OutputRows = Literal["each", "shared", "joint"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-_FREE = re.compile(r"[A-Za-z_]\w*")  # a name in a size, which may be a sum: past + sequence
+_FREE = re.compile(r"[A-Za-z_]\w*")  # a symbol in a size, which may be a sum: past + sequence
 
 
 def is_name(name: str) -> bool:
-    """Whether a bundle or a task may have the name."""
+    """Whether a string is a valid name of a bundle or a task."""
     return _NAME.fullmatch(name) is not None
 
 
 def check_name(name: str, what: str) -> str:
-    """The name itself, if it may name a bundle or a task.
+    """Check the name of a bundle or a task, and return it.
+
+    Args:
+        name: name to check.
+        what: "bundle" or "task", for messages.
 
     Raises:
-        BundleError: it is not `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`.
+        BundleError: the name does not match `[A-Za-z0-9][A-Za-z0-9._:-]{0,127}`.
     """
     if not is_name(name):
         raise BundleError(
@@ -78,13 +82,13 @@ def check_name(name: str, what: str) -> str:
 
 @dataclass(frozen=True)
 class Varies:
-    """An axis of an output that has a size C of a task's own: the first of its override (the classes of its head).
+    """An output axis with a size that depends on the task: `times` C + `plus`, for C classes of the task's head.
 
     Args:
-        axis: has `times` C + `plus` entries, of which a narrower head's come first.
-        override: the weight that has C rows.
-        times: entries for each row.
-        plus: entries before those of the first row.
+        axis: index of the axis; the entries of a narrower head come first.
+        override: weight with C rows.
+        times: number of entries for each row.
+        plus: number of entries before those of the first row.
     """
 
     axis: int
@@ -95,18 +99,18 @@ class Varies:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of the model; a size that is a string is free, and equal wherever it has the same name.
+    """An input or output of the model; a string in a shape is a free size, equal for equal strings.
 
     Args:
-        name: of the input or output.
-        dtype: as numpy names it.
-        shape: the sizes of its axes.
-        varies: for an output with an axis of a task's own size.
-        pad: for an input, what a free axis other than the batch may be filled up with at its end, or None: rows of
-            other lengths cannot share a run.
-        rows: for an output, "each": entry r of its first axis depends on row r alone; "shared": no batch axis, and the
-            same whatever the rows and the adapter; "joint": it depends on several rows, or on the adapter without
-            having rows, so that a batch of several tasks or callers has none.  None in bundles that do not say.
+        name: name of the input or output.
+        dtype: NumPy name of the dtype.
+        shape: sizes of the axes.
+        varies: axis of an output with a size that depends on the task.
+        pad: value with which the free axes of an input, except the batch, may be padded at the end; None if rows of
+            different lengths cannot share a run.
+        rows: for an output, "each": entry r of the first axis depends on row r alone; "shared": no batch axis, and the
+            same for all rows and adapters; "joint": depends on several rows, or on the adapter without a batch axis,
+            and is therefore undefined for a batch of several tasks or callers.  None in bundles without the field.
     """
 
     name: str
@@ -119,7 +123,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Weight:
-    """A base weight and where its bytes are in weights.data (little-endian, row-major)."""
+    """A base weight and the position of its bytes in weights.data (little-endian, row-major)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -138,13 +142,13 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Distance between a 16-bit base and the same base computed in 32 bits, and what its exports are held to.
+    """Error of a 16-bit base against the same base computed in 32 bits, and the limits for its exports.
 
     Args:
         dtype: float16 or bfloat16.
-        measured: output name -> relative error of the worst row; empty where it could not be measured.
-        limits: output name -> relative error that an export in 16 bits must stay under.
-        reason: cause of a missing measurement; the limits are then the fixed ones.
+        measured: output name -> largest relative error of a row; empty if it could not be measured.
+        limits: output name -> largest relative error allowed in a 16-bit export.
+        reason: cause of a missing measurement; the limits are then fixed ones.
     """
 
     dtype: str
@@ -158,12 +162,12 @@ class Manifest:
     """The manifest; `to_json` and `from_json` are exact inverses.
 
     Args:
-        aliases: further name of a weight -> the name it is stored under.
+        aliases: further name of a weight -> stored name.
         ties: for each tensor that several modules of the model share, one name per module; a name that is neither a
             weight nor an alias is not read by the forward pass.
-        tolerance: relative error that is accepted of weights in float32, or None for the limit of 1e-5.
-        left_out: task -> name -> why, as `Adapter.left_out`.
-        packing: inputs of banked.cuda.onnx that stand in the place of others of banked.onnx.
+        tolerance: relative error accepted for float32 weights; None for the limit of 1e-5.
+        left_out: task -> tensor -> reason, as `Adapter.left_out`.
+        packing: inputs of banked.cuda.onnx that replace inputs of banked.onnx.
     """
 
     name: str
@@ -194,21 +198,21 @@ class Manifest:
 
     @cached_property
     def batch_axis(self) -> str | None:
-        """Name of the free size that stands for the batch: the first axis of the first input that has one."""
+        """Name of the free batch size: the first axis of the first input with a free first axis."""
         firsts = [port.shape[0] for port in self.inputs if port.shape]
         return next((size for size in firsts if isinstance(size, str)), None)
 
     def batch_axes(self, port: Port) -> list[int]:
-        """The axes of a port along which its size depends on the batch, "2*batch" included."""
+        """Axes of a port with a size that depends on the batch, "2*batch" included."""
         batch = self.batch_axis
         return [axis for axis, size in enumerate(port.shape) if batch is not None and batch in _FREE.findall(str(size))]
 
     @cached_property
     def paddable(self) -> frozenset[str]:
-        """Names of the free sizes along which rows of other lengths may be filled up to one, never the batch.
+        """Names of the free sizes along which shorter rows may be padded; never the batch.
 
-        Every input that has such a size says with what (`Port.pad`), and has it as it is: the end of `past + sequence`
-        is not that of `past`.  An output is cut back along those of its sizes that are among the names.
+        Every input with such a size has a padding value (`Port.pad`) and no sum with the size: padding the end of
+        `past + sequence` is not padding the end of `past`.  Outputs are trimmed along these sizes.
         """
         found, others = set[str](), {self.batch_axis}
         for port in self.inputs:
@@ -222,32 +226,32 @@ class Manifest:
         return frozenset(found - others)
 
     def canonical(self, name: str) -> str:
-        """The name under which a weight is stored; a module that is registered twice has several names."""
+        """Stored name of a weight; a module that is registered twice has several names."""
         return self.aliases.get(name, name)
 
     @cached_property
     def stored(self) -> Mapping[str, str]:
-        """Every name of a weight that the graphs hold -> the name it is stored under."""
+        """Every name of a weight in the graphs -> stored name."""
         return {name: name for name in self.weights} | dict(self.aliases)
 
     @cached_property
     def shared(self) -> Mapping[str, str]:
-        """The aliases that are further names of one module: a change under either name is the same change."""
+        """Aliases that are further names of the same module: a change under either name is the same change."""
         tied = {name for group in self.ties for name in group}
         return {alias: name for alias, name in self.aliases.items() if alias not in tied}
 
     def uses(self, name: str) -> list[str]:
-        """Names of all modules that a stored weight serves; several where it was exported tied."""
+        """Names of all modules that use a stored weight; several if it was exported tied."""
         found = [other for group in self.ties for other in group if self.stored.get(other) == name]
         return found or [name]
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all base weights, equal ones counted once as they are stored."""
+        """Bytes of all base weights in weights.data; shared storage counts once."""
         return sum(length for _, length in {(weight.offset, weight.length) for weight in self.weights.values()})
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Serialise to the text of manifest.json."""
         document = asdict(self)
         document["base"] = {"digest": self.base_digest, "weights": document.pop("weights")}
         document["schema"] = SCHEMA
@@ -256,11 +260,15 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> Manifest:
-        """Parse the file's text.
+        """Parse the text of manifest.json.
+
+        Args:
+            text: content of the file.
+            source: path of the file, for messages.
 
         Raises:
-            VersionError: another schema.
-            IntegrityError: damaged, edited, or with a file name that leaves the bundle.
+            VersionError: this version does not read the schema.
+            IntegrityError: the text is damaged or edited, or holds a file name outside the bundle.
         """
         try:
             document = json.loads(text)
@@ -285,7 +293,7 @@ class Manifest:
 
 
 def base_digest(digests: Mapping[str, str]) -> str:
-    """SHA-256 over the sorted "name digest" lines of a base's weights."""
+    """Compute the SHA-256 of the sorted lines "name digest" of a base's weights."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -297,7 +305,7 @@ def _digest(document: Mapping[str, Any]) -> str:
 
 def _check_digests(document: Mapping[str, Any], manifest: Manifest, source: str) -> None:
     checks = {
-        "its own digest": (_digest(document), document.get("digest")),
+        "the manifest's digest": (_digest(document), document.get("digest")),
         "the base digest": (manifest.base_digest, document["base"].get("digest")),
     }
     for what, (expected, got) in checks.items():
@@ -345,7 +353,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
 
 
 def _ties(document: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """The tied names; of a bundle from before they were written, every alias may be one."""
+    """Tied names; in a bundle of an earlier version without the field, every alias may be tied."""
     if "ties" in document:
         return tuple(tuple(map(str, group)) for group in document["ties"])
     groups: dict[str, list[str]] = {}

@@ -1,29 +1,29 @@
-"""Which tensors an adapter feeds to a target's branch, per layer kind.
+"""Slots: the tensors that an adapter feeds to the branch of a target, per layer kind.
 
-The one place that knows: exporters write graphs to it, the runtime fills banks by it, bundles check with it.
-Every kind is exact for every Tucker delta; they differ in what the graph does with the weight:
+Exporters build graphs from these definitions, the runtime fills banks with them, and bundles check adapters against
+them.  Every kind is exact for every Tucker delta; the kinds differ in how the graph uses the weight:
 
 | kind | slots | used for |
 |---|---|---|
 | linear | `down` (I, R), `up` (R, O); y += (x down) up, R = min(R_o, R_i), core absorbed | W (O, I) in x W^T, W[ids] |
-| matmul | the same, of a weight stored (I, O) | x W (transformers Conv1D, bare tensors) |
+| matmul | the same, for a weight stored (I, O) | x W (transformers Conv1D, bare tensors) |
 | conv | `down` (R_i, I, 1..), `core` (R_o, R_i, *K), `up` (O, R_o, 1..), kernel factors absorbed | Conv, groups = 1 |
 | conv_transpose | `down` (R_i, I, 1..), `core` (R_i, R_o, *K), `up` (O, R_o, 1..) | ConvTranspose, groups = 1 |
 | experts | `up` (E, O, R), `down` (E, R, I); dW[e] = up[e] down[e] | one matrix of a stack (E, O, I) per token |
 | weight | `up` (O, R_o), `core` (R_o, I * K1 ..); W + up core, reshaped | grouped or dense, every other use |
 | gain_0, gain_1 | `value` (size of that mode); gain * (W + dW) | DoRA, IA3: one factor per index of a mode |
-| override | `value` (the tensor itself) | a whole tensor that a task replaces |
+| override | `value` (the tensor) | a whole tensor that a task replaces |
 
-`Target.factors` says which channel modes of a conv or weight have a factor slot; a mode that has none is not reduced,
-and is an identity neither stored nor run.  A LoRA of a conv, `lora_A` (r, I, *K) and `lora_B` (O, r), is `core`
-(R_o, I, *K) and `up`: the Tucker1 form, where a Tucker change with both factors is Tucker2 (Kolda and Bader, SIAM
-Review 51(3), 2009, section 4.2; Kim et al., arXiv 1511.06530).  `best_factors` chooses what holds the fewest numbers;
+`Target.factors` lists the channel modes of a conv or weight with a factor slot; a mode without one is an identity,
+which is neither stored nor computed.  A LoRA of a conv, `lora_A` (r, I, *K) and `lora_B` (O, r), is `core`
+(R_o, I, *K) and `up`: the Tucker1 form; a Tucker change with both factors is Tucker2 (Kolda and Bader, SIAM Review
+51(3), 2009, section 4.2; Kim et al., arXiv 1511.06530).  `best_factors` chooses the factors with the fewest elements;
 any change fits any choice exactly, with ranks no larger than those of its unfoldings (for a LoRA with both factors,
-R_i = min(I, r K1 ..), at most twice its numbers).
+R_i = min(I, r K1 ..), at most twice its elements).
 
-Absorbing the core of a matrix keeps min(R_o, R_i) (I + O) numbers, fewer than core and factors apart, and costs one
-matrix product less.  A bank stacks one slot of all adapters along a new first axis T, zero-padded to the largest
-rank; zero padding is exact.  Graph inputs are named `<weight>.tpeft.<slot>`.
+Absorbing the core of a matrix leaves min(R_o, R_i) (I + O) elements, fewer than core and factors, and saves one matrix
+product.  A bank stacks one slot of all adapters along a new first axis T, zero-padded to the largest rank; zero padding
+is exact.  Graph inputs are named `<weight>.tpeft.<slot>`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = [
     "stack",
 ]
 
-INDEX = "adapter_index"  # input of the banked graph: which bank row each batch row takes
+INDEX = "adapter_index"  # input of the banked graph: bank row of each batch row
 
 Kind = Literal["linear", "matmul", "conv", "conv_transpose", "experts", "weight", "gain_0", "gain_1", "override"]
 
@@ -74,15 +74,15 @@ _FACTORS: dict[Kind, Modes] = {
 
 @dataclass(frozen=True)
 class Target:
-    """A base weight that adapters may change, and how the graph takes the change.
+    """A base weight that adapters may change, and the layer kind by which the graph applies the change.
 
     Args:
-        name: the weight's `named_parameters()` name.
+        name: `named_parameters()` name of the weight.
         kind: one of the kinds above.
-        shape: the base weight's shape (O, I, K1, ...).
-        dtype: numpy name of the dtype that the slots have, e.g. "float32".
-        factors: channel modes (0 and 1 of the shape) that have a factor slot; by default those of the table above.
-            Kinds other than conv, conv_transpose and weight have no choice.
+        shape: shape of the base weight, (O, I, K1, ...).
+        dtype: NumPy name of the slots' dtype, e.g. "float32".
+        factors: channel modes (0 and 1 of the shape) with a factor slot; default as in the table above.  Fixed for
+            kinds other than conv, conv_transpose and weight.
     """
 
     name: str
@@ -99,32 +99,32 @@ class Target:
 
     @property
     def part(self) -> Part:
-        """What of an adapter it takes; a weight has at most one target for each part."""
+        """Part of an adapter that the target takes; a weight has at most one target for each part."""
         if self.kind in ("gain_0", "gain_1", "override"):
             return self.kind
         return "delta"
 
     @property
     def key(self) -> str:
-        """One name per target of a bundle, e.g. "head.weight:override"."""
+        """Unique name of the target in a bundle, e.g. "head.weight:override"."""
         return f"{self.name}:{self.part}"
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a branch; a size that is a string is a rank, or for an override a size the task chooses."""
+    """One tensor of a branch; a string in its shape is a rank, or for an override a size that the task sets."""
 
     name: str
     shape: tuple[int | str, ...]
 
 
 def input_name(target: Target, slot: str) -> str:
-    """The graph input that takes one slot of a target."""
+    """Name of the graph input for one slot of a target."""
     return f"{target.name}.tpeft.{target.kind if target.kind.startswith('gain') else slot}"
 
 
 def slots_of(target: Target) -> tuple[Slot, ...]:
-    """The slots of a target, in the order in which its branch takes them."""
+    """Slots of a target, in the order of its branch's inputs."""
     if target.kind == "override":
         return (Slot("value", ("C", *target.shape[1:]) if target.shape else ()),)
     if target.kind in ("gain_0", "gain_1"):
@@ -150,7 +150,7 @@ def _conv_slots(target: Target) -> tuple[Slot, ...]:
 
 
 def _channels(target: Target) -> tuple[int, int]:
-    """The modes of the output and of the input channels; a `weight` is taken as (O, I, K1, ...)."""
+    """Modes of the output and of the input channels; a `weight` is treated as (O, I, K1, ...)."""
     return (1, 0) if target.kind == "conv_transpose" else (0, 1)
 
 
@@ -159,7 +159,7 @@ def _weight_slots(target: Target) -> tuple[Slot, ...]:
     points = math.prod(kernel)
     up, down = Slot("up", (first, "R_o")), Slot("down", (second, "R_i"))
     return {
-        # Both sizes as ranks: the neutral value is one zero, not a whole weight of them.
+        # Both sizes are ranks, so that the neutral value is a single zero, not a whole weight.
         (): (Slot("core", ("R_o", "R_i")),),
         (0,): (up, Slot("core", ("R_o", second * points))),
         (1,): (down, Slot("core", (first, "R_i", points))),
@@ -168,19 +168,19 @@ def _weight_slots(target: Target) -> tuple[Slot, ...]:
 
 
 def best_factors(kind: Kind, shape: Sequence[int], ranks: Iterable[Sequence[int]]) -> Modes:
-    """The factor slots with which a set of changes holds the fewest numbers; of equal ones, the fewest slots.
+    """Choose the factor slots with which a set of changes has the fewest elements; if equal, the fewest slots.
 
     Args:
-        kind: conv, conv_transpose or weight; others have no choice.
-        shape: the weight's.
-        ranks: per change, the sizes of its core.
+        kind: layer kind; only conv, conv_transpose and weight have a choice.
+        shape: shape of the weight.
+        ranks: per change, the shape of its core.
 
     Returns:
-        For `Target.factors`; () of a conv, which no factor makes smaller, asks for a target of kind weight.
+        Value for `Target.factors`.  () for a conv means that no factor saves elements: use kind weight.
     """
     changes = list(ranks)
     choices = _choices("weight") if kind in ("conv", "conv_transpose") else _choices(kind)
-    return min(choices, key=lambda modes: sum(_numbers(shape, own, modes) for own in changes))
+    return min(choices, key=lambda modes: sum(_numbers(shape, core, modes) for core in changes))
 
 
 def _choices(kind: Kind) -> tuple[Modes, ...]:
@@ -192,7 +192,7 @@ def _choices(kind: Kind) -> tuple[Modes, ...]:
 
 
 def _numbers(shape: Sequence[int], ranks: Sequence[int], modes: Modes) -> int:
-    """How many numbers `_reduced` leaves in the slots of a change with a core of these sizes."""
+    """Number of elements that `_reduced` leaves in the slots of a change with a core of shape `ranks`."""
     least = [min(rank, size) for rank, size in zip(ranks, shape, strict=True)]
     for mode in modes:
         least[mode] = min(least[mode], math.prod(least) // least[mode])
@@ -201,21 +201,21 @@ def _numbers(shape: Sequence[int], ranks: Sequence[int], modes: Modes) -> int:
 
 
 def fill(target: Target, change: TuckerDelta | Array) -> dict[str, Array]:
-    """The slots of one adapter for one target, contracted in float64 and cast to the target's dtype.
+    """Compute the slots of one change, contracted in float64 and cast to the target's dtype.
 
     Args:
-        target: where the change goes.
-        change: a delta of the target's shape; for a gain or an override the array itself.
+        target: target of the change.
+        change: delta of the target's shape; an array for a gain or an override.
 
     Returns:
-        Slot name -> contiguous array of the slot's shape with the adapter's own ranks.
+        Slot name -> contiguous array of the slot's shape with the adapter's ranks.
     """
     tensors = _FILL[target.kind](target, change) if isinstance(change, TuckerDelta) else {"value": change}
     return {name: np.asarray(array, dtype=target.dtype, order="C") for name, array in tensors.items()}
 
 
 def change_of(target: Target, tensors: Mapping[str, Array]) -> Array:
-    """What the slots of a delta add to the weight, in float64: what `fill` was given, up to rounding to the dtype."""
+    """Compute dW from the slots of a delta, in float64: the inverse of `fill`, up to rounding to the slots' dtype."""
     wide = {name: array.astype(np.float64) for name, array in tensors.items()}
     if target.kind in ("linear", "matmul"):
         product: Array = wide["down"] @ wide["up"]
@@ -235,9 +235,9 @@ def change_of(target: Target, tensors: Mapping[str, Array]) -> Array:
 
 
 def neutral(target: Target) -> dict[str, Array]:
-    """Slots of rank 1 that change nothing.  Rank 0 would do on the CPU and for matrices; cuDNN refuses convs of it.
+    """Slots of rank 1 that leave the weight unchanged.  cuDNN rejects convolutions of rank 0.
 
-    An override has no neutral value: its slot's default is the base's own tensor.
+    An override has no neutral value: the default of its slot is the base's tensor.
     """
     if target.part in ("gain_0", "gain_1"):
         return {slot.name: np.ones(slot.shape, target.dtype) for slot in slots_of(target)}  # type: ignore[arg-type]
@@ -246,11 +246,11 @@ def neutral(target: Target) -> dict[str, Array]:
 
 
 def ranks_of(target: Target, tensors: Mapping[str, Array]) -> dict[str, int]:
-    """The sizes that stand for the slot shapes' letters, e.g. {"R_i": 8, "R_o": 16}.
+    """Sizes of the symbols in the slots' shapes, e.g. {"R_i": 8, "R_o": 16}.
 
     Raises:
-        ShapeError: a slot is missing or has another shape, or two slots disagree about a rank: ONNX Runtime would say
-            so only from the middle of a run, or not at all.
+        ShapeError: a slot is missing or has another shape, or two slots disagree about a rank.  ONNX Runtime would
+            report it only during a run, or not at all.
     """
     letters: dict[str, tuple[int, str]] = {}
     doing = f"fill the branch of weight {target.name!r}"
@@ -264,8 +264,8 @@ def ranks_of(target: Target, tensors: Mapping[str, Array]) -> dict[str, int]:
                 (wanted, slot.name) if isinstance(wanted, int) else letters.setdefault(wanted, (size, slot.name))
             )
             if size != first:
-                told = f"{wanted} = {first}, as in {owner}" if isinstance(wanted, str) else f"shape {slot.shape}"
-                raise ShapeError(doing, expected=f"{slot.name} with {told}", got=array.shape)
+                rule = f"{wanted} = {first}, as in {owner}" if isinstance(wanted, str) else f"shape {slot.shape}"
+                raise ShapeError(doing, expected=f"{slot.name} with {rule}", got=array.shape)
     return {letter: size for letter, (size, _) in letters.items()}
 
 
@@ -279,7 +279,7 @@ def pad(array: Array, shape: Sequence[int]) -> Array:
 
 
 def stack(rows: Sequence[Array]) -> Array:
-    """A bank: the rows, zero-padded to their largest size along every axis, along a new first axis T."""
+    """Stack rows to a bank: along a new first axis T, zero-padded to the largest size along every other axis."""
     shape = tuple(max(sizes) for sizes in zip(*(row.shape for row in rows), strict=True))
     return np.stack([pad(row, shape) for row in rows])
 
@@ -292,7 +292,7 @@ def _factor(delta: TuckerDelta, mode: int) -> Array:
 def _linear(_: Target, delta: TuckerDelta) -> dict[str, Array]:
     delta = delta.narrowed()
     core = delta.scale * delta.core.astype(np.float64)
-    # The identity of the larger side alone would be larger than the weight.
+    # An explicit identity on the larger side would be larger than the weight.
     if core.shape[1] <= core.shape[0]:
         up = core if delta.factors[0] is None else _factor(delta, 0) @ core
         return {"down": _factor(delta, 1), "up": up.T}
@@ -306,20 +306,20 @@ def _matmul(target: Target, delta: TuckerDelta) -> dict[str, Array]:
 
 
 def _experts(_: Target, delta: TuckerDelta) -> dict[str, Array]:
-    """Per expert, the directions of its own outputs and inputs that its part of the core uses at all."""
+    """Per expert, the columns of the output and input factors that its slice of the core uses."""
     whole = delta.absorb([0])
     core = whole.core.astype(np.float64) * whole.scale
     outputs, inputs = _factor(whole, 1), _factor(whole, 2)
-    # The core of a LoRA holds the part of each expert in rows, or columns, that no other expert uses.
+    # The core of a LoRA over experts is zero outside the rows, or columns, of each expert.
     used = {axis: np.any(core != 0, axis=axis) for axis in (1, 2)}
     rank = max(1, min(int(used[axis].sum(axis=1).max()) for axis in (1, 2)))
     axis = 2 if used[2].sum(axis=1).max() == rank else 1
     up = np.zeros((len(core), len(outputs), rank))
     down = np.zeros((len(core), rank, len(inputs)))
-    for e, own in enumerate(core):
+    for e, part in enumerate(core):
         kept = np.flatnonzero(used[axis][e])
-        up[e, :, : len(kept)] = outputs[:, kept] if axis == 2 else outputs @ own[:, kept]
-        down[e, : len(kept)] = own[kept] @ inputs.T if axis == 2 else inputs[:, kept].T
+        up[e, :, : len(kept)] = outputs[:, kept] if axis == 2 else outputs @ part[:, kept]
+        down[e, : len(kept)] = part[kept] @ inputs.T if axis == 2 else inputs[:, kept].T
     return {"up": up, "down": down}
 
 
@@ -347,21 +347,21 @@ def _weight(target: Target, delta: TuckerDelta) -> dict[str, Array]:
 
 
 def _reduced(delta: TuckerDelta, modes: Modes) -> TuckerDelta:
-    """The same change in float64, with factors of `modes` alone, of the least rank that sizes promise.
+    """Rewrite a delta in float64 with factors for `modes` alone, of the smallest ranks that the sizes imply.
 
-    The rank of an unfolding (R_m, rest of the core) is at most the size of the mode and of the rest.  Where the rest
-    is smaller, the unfolding itself goes into the factor and leaves an identity behind: exact, and no decomposition.
+    The rank of an unfolding (R_m, rest of the core) is at most the size of the mode and of the rest.  If the rest is
+    smaller, the unfolding is absorbed in the factor and replaced by an identity: exact, without a decomposition.
     """
     wide = [m for m, factor in enumerate(delta.factors) if factor is not None and factor.shape[1] >= factor.shape[0]]
     delta = delta.absorb(wide)
     core, factors = delta.core.astype(np.float64), list(delta.factors)
     for mode in modes:
-        own = np.moveaxis(core, mode, 0)
-        rest = core.size // len(own)
-        if len(own) > rest:
-            unfolding, factor = own.reshape(len(own), rest), factors[mode]
+        moved = np.moveaxis(core, mode, 0)
+        rest = core.size // len(moved)
+        if len(moved) > rest:
+            unfolding, factor = moved.reshape(len(moved), rest), factors[mode]
             factors[mode] = unfolding if factor is None else factor.astype(np.float64) @ unfolding
-            core = np.moveaxis(np.eye(rest).reshape(rest, *own.shape[1:]), 0, mode)
+            core = np.moveaxis(np.eye(rest).reshape(rest, *moved.shape[1:]), 0, mode)
     least = TuckerDelta(core, tuple(factors), delta.scale)
     return least.absorb(mode for mode in range(core.ndim) if mode not in modes)
 

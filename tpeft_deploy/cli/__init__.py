@@ -1,6 +1,6 @@
-"""The command line, `tpeft-deploy`: commands parse, call one function, and print.
+"""The command line, `tpeft-deploy`: a command parses its options, calls one function, and prints the result.
 
-Everything heavy is imported inside a command, so that `--help` and usage errors stay fast.
+Commands import large packages inside their functions, so that `--help` and usage errors stay fast.
 """
 
 import click
@@ -12,12 +12,11 @@ from tpeft_deploy.cli.console import Tool
 from tpeft_deploy.cli.convert import convert
 from tpeft_deploy.cli.export import export
 from tpeft_deploy.cli.formats import formats
-from tpeft_deploy.cli.health import health
 from tpeft_deploy.cli.inspect import inspect
 from tpeft_deploy.cli.keys import keys
 from tpeft_deploy.cli.quickstart import quickstart
 from tpeft_deploy.cli.run import run
-from tpeft_deploy.cli.serve import serve
+from tpeft_deploy.cli.serve import health, serve
 from tpeft_deploy.cli.verify import verify
 
 __all__ = ["main"]
@@ -26,10 +25,10 @@ __all__ = ["main"]
 @click.group(cls=Tool, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tpeft-deploy")
 def main() -> None:
-    """Deploy tensor adapters: one base model, many tasks, through ONNX Runtime.
+    """Deploy tensor adapters: one base model, many tasks, with ONNX Runtime.
 
     Every command that prints a table takes --json; progress and logs go to stderr.
-    Exit codes: 0 done, 1 failed, 2 wrong usage.
+    Exit codes: 0 success, 1 failure, 2 usage error.
     """
 
 

@@ -1,4 +1,4 @@
-"""`adapter`: the tasks of a bundle."""
+"""`adapter`: add, remove and list the tasks of a bundle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 
 @click.group(cls=Group)
 def adapter() -> None:
-    """Add, remove and list the tasks of a bundle; neither graphs nor other tasks are touched."""
+    """Add, remove and list the tasks of a bundle; graphs and other tasks are not changed."""
 
 
 @adapter.command()
@@ -27,7 +27,7 @@ def adapter() -> None:
 @part_option
 @json_option
 def add(bundle: Path, assignment: Assigned, scale: float | None, part: str | None, as_json: bool) -> None:
-    """Let TASK stand for ADAPTER, in place of an earlier one of that name; STRENGTH multiplies its change."""
+    """Add ADAPTER as TASK, or replace the adapter of TASK; STRENGTH multiplies its change."""
     from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.composition import at_strength
     from tpeft_deploy.formats import load_adapter
@@ -45,7 +45,7 @@ def add(bundle: Path, assignment: Assigned, scale: float | None, part: str | Non
 @_BUNDLE
 @click.argument("task")
 def remove(bundle: Path, task: str) -> None:
-    """Take TASK and all its versions out of the bundle."""
+    """Remove TASK with all its versions."""
     from tpeft_deploy.bundle.directory import Bundle
 
     Bundle.open(bundle).remove(task)
@@ -55,7 +55,7 @@ def remove(bundle: Path, task: str) -> None:
 @_BUNDLE
 @json_option
 def list_(bundle: Path, as_json: bool) -> None:
-    """List the tasks, checking each adapter against its digest."""
+    """List the tasks, and check each adapter against its digest."""
     from tpeft_deploy.bundle.directory import Bundle
 
     opened = Bundle.open(bundle)

@@ -1,4 +1,4 @@
-"""What --base means where an adapter is read: the names and values it was trained on."""
+"""Options that several commands share: the base, the adapter's format, and example inputs."""
 
 from __future__ import annotations
 
@@ -27,52 +27,51 @@ __all__ = [
 base_option = click.option(
     "--base",
     metavar="BASE",
-    help="What ADAPTER was trained on, to resolve its names and check it: package.module:factory, a Hugging Face model "
-    "directory, an .onnx file, or a bundle.",
+    help="Base that ADAPTER was trained on, to resolve and check its names: package.module:factory, a Hugging Face "
+    "model directory, an .onnx file, or a bundle.",
 )
-scale_option = click.option(
-    "--scale", type=float, help="What the change is multiplied by, for formats that do not record it."
-)
+scale_option = click.option("--scale", type=float, help="Factor of the change, for formats that do not record it.")
 part_option = click.option(
     "--part",
     metavar="PREFIX",
-    help="What stands before BASE's names in the adapter, where BASE is one part of what was trained: "
-    "model.language_model, lora_unet. The rest is left out, and listed.",
+    help="Prefix of BASE's names in the adapter, if BASE is a part of the trained model: model.language_model, "
+    "lora_unet. Tensors of other parts are left out, and listed.",
 )
 unused_option = click.option(
     "--unused",
     type=click.Choice(["error", "skip"]),
     default="error",
     show_default=True,
-    help="What to do about changes of weights that no output of BASE depends on.",
+    help="Handling of changes of weights that no output of BASE depends on.",
 )
-format_option = click.option("--format", help="The format to read ADAPTER as; found from its files when left out.")
-
+format_option = click.option("--format", help="Format of ADAPTER; detected from its files by default.")
 weights_option = click.option(
     "--weights",
     type=click.Path(path_type=Path),
-    help="The original weights of an .onnx BASE: a .safetensors file, or a Hugging Face model directory.",
+    help="Original weights of an .onnx BASE: a .safetensors file, or a Hugging Face model directory.",
 )
 inputs_option = click.option(
     "--inputs",
     type=click.Path(path_type=Path),
     help="Example inputs: an .npz file with an array for every input of BASE.",
 )
-
-
 rename_option = click.option(
     "--rename",
     type=Renaming(),
     multiple=True,
-    help="Another name for an input or output of BASE; repeatable.",
+    help="New name for an input or output of BASE; repeatable.",
 )
 
 
 def read_inputs(path: Path | None, base: str) -> dict[str, Any] | None:
-    """Example inputs for a base: arrays for an ONNX file, tensors for a factory's module.
+    """Read example inputs for a base: arrays for an ONNX file, tensors for a factory's module.
+
+    Args:
+        path: .npz file, or None.
+        base: base as given on the command line.
 
     Raises:
-        UnsupportedBase: the file is no .npz file of arrays.
+        UnsupportedBase: the file is not an .npz file of arrays.
     """
     if path is None:
         return None
@@ -96,10 +95,10 @@ def read_inputs(path: Path | None, base: str) -> dict[str, Any] | None:
 
 
 def open_base(base: str | None) -> object:
-    """What `load_adapter` takes as base; a bundle's directory is opened.
+    """Convert --base to the `base` of `load_adapter`: open a bundle's directory, return other values unchanged.
 
     Raises:
-        BundleError, VersionError, IntegrityError: a directory with a manifest is no bundle of this version.
+        BundleError, VersionError, IntegrityError: a directory with a manifest is not a bundle of this version.
     """
     from tpeft_deploy.bundle.directory import MANIFEST, Bundle
 

@@ -1,4 +1,4 @@
-"""`bench`: what serving a bundle costs on this machine."""
+"""`bench`: measure latency and memory of serving a bundle on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Rows(click.ParamType[tuple[int, ...]]):
     name = "N,N,.."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Split at commas; every number once, in the order given."""
+        """Split at commas and drop duplicates; the order is kept."""
         if isinstance(value, tuple):
             return value
         parts = str(value).split(",")
@@ -31,15 +31,15 @@ class _Rows(click.ParamType[tuple[int, ...]]):
 @click.argument("bundle", type=click.Path(path_type=Path))
 @provider_option
 @click.option("--rows", type=_Rows(), default="1,8,16", show_default=True, help="Batch sizes.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of a session; one per core when left out.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads per session; one per core by default.")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=20.0,
     show_default=True,
-    help="For everything, about; five rounds are run however long they take.",
+    help="Approximate total time; at least five rounds are run.",
 )
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="An HTML page to write, for people.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="HTML report to write.")
 @json_option
 def bench(
     bundle: Path,
@@ -50,9 +50,9 @@ def bench(
     report: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure what BUNDLE costs to serve, against its base in plain ONNX Runtime.
+    """Measure latency and memory of serving BUNDLE, compared with its base in plain ONNX Runtime.
 
-    All cases take turns in one process; a ratio is the median of the ratios within each round.
+    All cases run alternately in one process; a ratio is the median of the ratios within each round.
     """
     from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.files import new_file
@@ -76,27 +76,28 @@ def bench(
 
 
 def _print(document: dict[str, Any]) -> None:
-    """The tables, one below the other."""
     cases = [
-        {"rows": own["rows"], "case": own["case"], **_columns("ms", own["ms"]), **_columns("ratio", own["ratio"])}
-        for own in document["cases"]
+        {"rows": case["rows"], "case": case["case"], **_columns("ms", case["ms"]), **_columns("ratio", case["ratio"])}
+        for case in document["cases"]
     ]
     emit({"cases": cases}, key="cases", columns=list(cases[0]), as_json=False)
     others = [
-        {"what": f"switch with {own['adapters']} known, µs", **_columns("median", own["microseconds"])}
-        for own in document["switching"]
+        {"what": f"switch with {entry['adapters']} known, µs", **_columns("median", entry["microseconds"])}
+        for entry in document["switching"]
     ]
     if (cold := document["cold"]) is not None:
         others += [
             {"what": "load from disk, ms", **_columns("median", cold["load_ms"])},
-            {"what": "its first run, ms", **_columns("median", cold["first_run_ms"])},
+            {"what": "first run after the load, ms", **_columns("median", cold["first_run_ms"])},
         ]
     others += [
-        {"what": f"memory {own['at']}, MB", **_columns("median", {"median": own["bytes"] / 1e6})}
-        for own in document["memory"]
-        if own["bytes"] is not None
+        {"what": f"memory {entry['at']}, MB", **_columns("median", {"median": entry["bytes"] / 1e6})}
+        for entry in document["memory"]
+        if entry["bytes"] is not None
     ]
-    others += [{"what": f"{own['what']}: {own['reason']}", **_columns("median", {})} for own in document["left_out"]]
+    others += [
+        {"what": f"{entry['what']}: {entry['reason']}", **_columns("median", {})} for entry in document["left_out"]
+    ]
     click.echo()
     emit({"others": others}, key="others", columns=list(others[0]), as_json=False)
 

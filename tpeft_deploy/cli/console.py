@@ -1,4 +1,4 @@
-"""Manners that all commands share: errors on one line, tables or JSON on stdout, progress on stderr."""
+"""Input and output of all commands: errors on one line, tables or JSON on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from tpeft_deploy.errors import TpeftError, brief
+from tpeft_deploy.errors import MissingExtra, TpeftError, brief
 from tpeft_deploy.progress import Progress, Stage, silent
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "json_option",
     "note",
     "provider_option",
+    "server_packages",
     "stages",
     "tell_left_out",
 ]
@@ -38,7 +39,7 @@ provider_option = click.option(
     type=click.Choice(["auto", "cuda", "cpu"]),
     default="auto",
     show_default=True,
-    help="Where ONNX Runtime runs; cuda fails where it cannot be used, auto says what it chose.",
+    help="Execution provider of ONNX Runtime; cuda fails if it is not available, auto reports its choice.",
 )
 
 
@@ -62,24 +63,24 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group whose commands take --debug."""
+    """A group of commands that take --debug."""
 
     command_class = Command
 
 
 class Tool(Group):
-    """The top group: the one place where an error becomes a line on stderr and an exit code."""
+    """The top-level group, which turns errors into a line on stderr and an exit code."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(_debug_option())
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; every error but click's own is shown as one line unless --debug is given."""
+        """Run a command; errors other than click's are shown as one line unless --debug is given."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
-            raise  # click's own; a reader that closed the pipe (| head) is no failure to report
+            raise  # click handles these; a closed pipe (| head) is not a failure
         except Exception as error:
             if ctx.meta.get(_DEBUG):
                 raise
@@ -96,7 +97,7 @@ class _Failure(click.ClickException):
 
 
 class Assigned(NamedTuple):
-    """A task, where its adapter is, and what the adapter's change is multiplied by."""
+    """A task, the path of its adapter, and the factor of the adapter's change."""
 
     task: str
     path: Path
@@ -109,7 +110,7 @@ class TaskAdapter(click.ParamType[Assigned]):
     name = "TASK=ADAPTER[@STRENGTH]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Assigned:
-        """Split at the first '=', and at the last '@' before a number unless that is a path as it is."""
+        """Split at the first '=', and at the last '@' before a number unless a file has that name."""
         if isinstance(value, Assigned):
             return value
         task, path = _pair(self, str(value), "sst2=adapters/sst2", param, ctx)
@@ -140,7 +141,7 @@ class Filling(click.ParamType[tuple[str, int | float]]):
     name = "NAME=VALUE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int | float]:
-        """Split at the first '='; a number without point or exponent is an integer."""
+        """Split at the first '='; a number without a point or exponent is an integer."""
         if isinstance(value, tuple):
             return value
         name, text = _pair(self, str(value), "attention_mask=0", param, ctx)
@@ -163,10 +164,10 @@ def emit(document: dict[str, Any], *, key: str, columns: Sequence[str], as_json:
     """Print a document as JSON, or the list under `key` as a table.
 
     Args:
-        document: what --json prints.
-        key: of a list of objects.
-        columns: which of their fields the table shows, in order.
-        as_json: which of the two.
+        document: output of --json.
+        key: field of the document with a list of objects.
+        columns: fields of these objects that the table shows, in order.
+        as_json: True for JSON, False for the table.
     """
     if as_json:
         click.echo(json.dumps(document, indent=1))
@@ -182,7 +183,7 @@ def emit(document: dict[str, Any], *, key: str, columns: Sequence[str], as_json:
     for row in rows:
         table.add_row(*row)
     console = Console()
-    # A pipe has no width: let lines be as long as they are, so that nothing is cut or wrapped.
+    # A pipe has no width; rich would wrap at 80 columns.
     (console if console.is_terminal else Console(width=10_000)).print(table, markup=False)
 
 
@@ -199,23 +200,40 @@ def _text(value: object) -> str:
 
 
 def tell_left_out(left_out: Mapping[str, str], task: str = "") -> None:
-    """Print how many tensors of an adapter were left out, and some of them, for each reason."""
+    """Print the number of tensors of an adapter that were left out, and some of their names, for each reason."""
     for why in dict.fromkeys(left_out.values()):
-        names = [name for name, own in left_out.items() if own == why]
+        names = [name for name, reason in left_out.items() if reason == why]
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         click.echo(f"{task and f'task {task}: '}left out {len(names)}, {why}: {shown}")
 
 
 def note(text: str) -> None:
-    """A remark for the person at the terminal: stderr."""
+    """Print a remark to stderr."""
     click.echo(text, err=True)
 
 
 @contextmanager
-def stages() -> Iterator[Progress]:
-    """A progress display on stderr, if that is a terminal; call the value with each stage's name as it begins.
+def server_packages(doing: str) -> Iterator[None]:
+    """Turn an ImportError of a package of the server extra into MissingExtra.
 
-    A `Stage` fills a bar; for a plain string, whose length nobody knows, the bar pulses.
+    Args:
+        doing: operation that needs the packages, for the message.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").startswith("tpeft_deploy"):
+            raise
+        raise MissingExtra(
+            doing, expected="the server's packages", got=str(error), fix="pip install 'tpeft-deploy[server,cpu]'."
+        ) from error
+
+
+@contextmanager
+def stages() -> Iterator[Progress]:
+    """Show progress on stderr, if that is a terminal; yield a function to call at the start of each stage.
+
+    A `Stage` fills a bar; for a plain string, a stage of unknown length, the bar pulses.
     """
     from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -240,7 +258,7 @@ def stages() -> Iterator[Progress]:
                 count = f"{min(stage.done + 1, stage.total)} of {stage.total}"
                 display.update(current, description=stage, completed=stage.done, total=stage.total, count=count)
             else:
-                display.tasks[0].total = None  # `update` takes None for no change
+                display.tasks[0].total = None  # update(total=None) means no change
                 display.update(current, description=stage, completed=0, count="")
 
         yield show

@@ -1,4 +1,4 @@
-"""`convert`: an adapter from any format to ours, or to one that other tools load."""
+"""`convert`: convert an adapter from any format to the canonical one, or to one that other tools load."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _TO = ["tpeft", "peft-lora", "locon", "onnx-adapter"]
 @click.command(cls=Command)
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", "target", required=True, type=click.Choice(_TO), help="The format to write.")
-@click.option("--bundle", type=click.Path(path_type=Path), help="Whose factored.onnx an onnx-adapter is for.")
+@click.option("--to", "target", required=True, type=click.Choice(_TO), help="Format to write.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle with the factored.onnx, for onnx-adapter.")
 @base_option
 @scale_option
 @format_option
@@ -41,20 +41,20 @@ def convert(
     """Convert ADAPTER to another format, exactly, and write it to OUT.
 
     \b
-    tpeft         our own: OUT is a .safetensors file, or else a directory
+    tpeft         the canonical format: OUT is a .safetensors file, or else a directory
     peft-lora     a directory that PEFT loads as plain LoRA, convolutions included
     locon         a .safetensors file that LyCORIS and kohya's tools load
     onnx-adapter  a file for the factored.onnx of --bundle
 
-    Pickled adapters (.bin, .pt, .ckpt) are read here and nowhere else, with torch's reader that knows tensors alone.
-    """  # noqa: D301 - click's mark for lines that stay apart
+    Only this command reads pickled adapters (.bin, .pt, .ckpt), with torch.load(weights_only=True).
+    """  # noqa: D301 - click's mark against rewrapping
     from tpeft_deploy.formats import load_pickled
     from tpeft_deploy.formats.read.base_view import view
 
     if (target == "onnx-adapter") != (bundle is not None):
-        raise click.UsageError("--bundle goes with --to onnx-adapter, and only with it.")
+        raise click.UsageError("--to onnx-adapter needs --bundle; other formats do not take it.")
     if target == "locon" and out.suffix != ".safetensors":
-        raise click.UsageError("OUT of a locon is a file that ends in .safetensors.")
+        raise click.UsageError("--to locon needs an OUT that ends in .safetensors.")
     _check_free(out)
     opened = open_base(base)
     found = None if opened is None else view(opened)
@@ -78,8 +78,8 @@ def _check_free(out: Path) -> None:
     if filled:
         raise FormatError(
             f"convert to {out}",
-            expected="a new or empty place",
-            got="one that holds something",
+            expected="a new file, or a new or empty directory",
+            got="one with content",
             fix="Remove it or choose another.",
         )
 

@@ -1,10 +1,10 @@
-"""`export`: from a base and adapters to ONNX."""
+"""`export`: export a base and adapters to ONNX."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,6 +29,9 @@ from tpeft_deploy.cli.console import (
 )
 from tpeft_deploy.progress import Stage
 
+if TYPE_CHECKING:
+    from tpeft_deploy.bundle.directory import Bundle
+
 __all__ = ["export"]
 
 _COLUMNS = ["form", "task", "sizes", "error", "limit"]
@@ -36,47 +39,49 @@ _COLUMNS = ["form", "task", "sizes", "error", "limit"]
 
 @click.group(cls=Group)
 def export() -> None:
-    """Export a base with adapters to ONNX; every export is checked against the merged torch model.
+    """Export a base with adapters to ONNX; every export is compared with the merged torch model.
 
-    BASE is package.module:factory, a callable that returns (module, example inputs) or (module, example inputs,
-    dynamic shapes); the working directory is searched too.  Or it is a Hugging Face model directory.  Or an .onnx file
-    that any exporter wrote: its weights are found by the values that --weights holds, or by the digests that ADAPTER
-    recorded.
+    BASE is one of: package.module:factory, a callable that returns (module, example inputs) or (module, example
+    inputs, dynamic shapes), searched in the working directory too; a Hugging Face model directory; an .onnx file from
+    any exporter, with its original weights in --weights or their digests in ADAPTER.
     """
 
 
-dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Print what would be exported: targets, ranks and bytes; write and check nothing."
+_OPTIONS = (
+    weights_option,
+    inputs_option,
+    rename_option,
+    part_option,
+    unused_option,
+    click.option(
+        "--resize-embeddings",
+        is_flag=True,
+        help="Resize the embeddings of BASE to the number of tokens in the adapters, as resize_token_embeddings does.",
+    ),
+    click.option(
+        "--tolerance",
+        type=float,
+        help="Relative error to accept in float32, 1e-5 to 1e-3; 1e-5 by default. It is recorded in the export.",
+    ),
+    click.option(
+        "--dry-run", is_flag=True, help="Print targets, ranks and bytes of the export; write and check nothing."
+    ),
+    json_option,
 )
 
-resize_option = click.option(
-    "--resize-embeddings",
-    is_flag=True,
-    help="Give BASE as many tokens as the adapters have, which were trained after resize_token_embeddings.",
-)
 
-
-tolerance_option = click.option(
-    "--tolerance",
-    type=float,
-    help="The relative error to accept in float32, 1e-5 to 1e-3; by default 1e-5. It is written into what is exported.",
-)
+def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
 
 
 @export.command()
 @click.argument("base")
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The ONNX file to write.")
-@weights_option
-@inputs_option
-@rename_option
+@click.option("--out", type=click.Path(path_type=Path), help="ONNX file to write.")
 @scale_option
-@part_option
-@unused_option
-@resize_option
-@tolerance_option
-@dry_run_option
-@json_option
+@_shared_options
 def folded(
     base: str,
     adapter: Path,
@@ -128,38 +133,30 @@ def folded(
 
 @export.command()
 @click.argument("base")
-@click.option("--out", type=click.Path(path_type=Path), help="The directory to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory to write.")
 @click.option(
     "--adapter",
     "adapters",
     type=TaskAdapter(),
     multiple=True,
-    help="A task, where its adapter is, and what multiplies its change; repeatable.",
+    help="Name of a task, path of its adapter, and factor of its change; repeatable.",
 )
-@click.option("--max-rank", type=click.IntRange(min=1), help="Refuse adapters of a larger rank, now and later.")
-@click.option("--name", help="The bundle's name; by default the directory's.")
+@click.option("--max-rank", type=click.IntRange(min=1), help="Largest rank of an adapter, now and later.")
+@click.option("--name", help="Name of the bundle; by default the directory's.")
 @click.option(
     "--pad",
     "padding",
     type=Filling(),
     multiple=True,
-    help="What input NAME may be filled up with, so that requests of other lengths share a run; proved; repeatable.",
+    help="Padding value of input NAME, so that requests of different lengths share a run; tested; repeatable.",
 )
 @click.option(
     "--exclude",
     multiple=True,
-    help="A weight or module that no adapter of the bundle may change, * and ? included; repeatable.",
+    help="Pattern (* and ?) of weights or modules that no adapter of the bundle may change; repeatable.",
 )
 @click.option("--folded", "with_folded", is_flag=True, help="Also write folded/TASK.onnx for every adapter.")
-@weights_option
-@inputs_option
-@rename_option
-@part_option
-@unused_option
-@resize_option
-@tolerance_option
-@dry_run_option
-@json_option
+@_shared_options
 def bundle(
     base: str,
     out: Path | None,
@@ -179,7 +176,7 @@ def bundle(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write a bundle: BASE once, as plain, factored and banked graphs, and adapters beside it."""
+    """Write a bundle: plain, factored and banked graphs that share the weights of BASE, and the adapters."""
     from tpeft_deploy.composition import at_strength
     from tpeft_deploy.exporters import export_bundle
     from tpeft_deploy.exporters.bases.load import load_base
@@ -204,17 +201,21 @@ def bundle(
             begin(Stage(f"read {task}", position, len(adapters)))
             loaded[task] = at_strength(load_adapter(path, base=opened.view, part=part), strength, task=task)
         if place is None:
-            own = name or (out.resolve().name if out is not None else "bundle")
-            plan = plan_bundle(opened, loaded, name=own, progress=begin, **options).to_json()
+            named = name or (out.resolve().name if out is not None else "bundle")
+            plan = plan_bundle(opened, loaded, name=named, progress=begin, **options).to_json()
         else:
             options |= {"folded": with_folded, "tolerance": tolerance}
             written = export_bundle(opened, loaded, place, name=name, progress=begin, **options)
     if place is None:
         _show_plan(plan, as_json)
-        return
+    else:
+        _show_written(written, as_json)
+
+
+def _show_written(written: Bundle, as_json: bool) -> None:
     manifest = written.manifest
     document: dict[str, Any] = {
-        "path": str(out),
+        "path": str(written.path),
         "name": manifest.name,
         "rows": manifest.rows,
         "tolerance": manifest.tolerance,
@@ -239,7 +240,7 @@ def _refuse_twice(what: str, names: Sequence[str]) -> None:
 
 def _place(out: Path | None) -> Path:
     if out is None:
-        raise click.UsageError("Missing option '--out'; only --dry-run goes without.")
+        raise click.UsageError("Missing option '--out'; only --dry-run does not need it.")
     return out
 
 
@@ -263,7 +264,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     for task in plan["tasks"]:
         size = f"{task['bytes']:,} bytes, {task['share']:.1%} of the base, as branches {task['slot_bytes']:,} bytes"
         click.echo(f"task {task['task']}: {task['parameters']:,} parameters, {size}")
-    found = f"group ({plan['rows_reason']})" if plan["rows"] else "found by running the graphs"
+    found = f"group ({plan['rows_reason']})" if plan["rows"] else "detected by running the graphs"
     click.echo(f"rows of different tasks in a batch: {found}")
 
 

@@ -1,4 +1,4 @@
-"""`formats`: which adapters are read, and which are refused and why."""
+"""`formats`: list the adapter formats that are read, and those that are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["formats"]
 @click.option("--markdown", is_flag=True, help="Print the page docs/formats.md.")
 @json_option
 def formats(markdown: bool, as_json: bool) -> None:
-    """Print which formats of adapters are read, and which are refused, with the reason."""
+    """List the adapter formats that are read, and those that are refused, with the reason."""
     from tpeft_deploy.formats import catalogue
 
     if markdown:

@@ -1,4 +1,4 @@
-"""`inspect`: what an adapter changes, and whether it can be served."""
+"""`inspect`: show the changes of an adapter, and the forms in which it can be served."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def inspect(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Print what ADAPTER changes, and whether and in which forms it can be served.
+    """Show the changes of ADAPTER, and the forms in which it can be served.
 
-    `share` is the norm of the change over that of the base's weight; `folded` marks gains, which a bundle serves only
-    where it was exported with them.  With --base the forms are what an export or the bundle would do, found by tracing
-    the model; without, what names and shapes tell.  An adapter that is refused is shown with the reason; exit code 1.
+    `share` is the norm of the change divided by that of the base's weight; `folded` marks gains, which a bundle serves
+    only if it was exported with them.  With --base the forms are found by tracing the model; without it, from names and
+    shapes.  If the adapter is refused, the reason is shown and the exit code is 1.
     """
     from tpeft_deploy.formats import load_adapter
     from tpeft_deploy.formats.read.base_view import view
@@ -92,14 +92,14 @@ def _method(path: Path, base: BaseView | None, format: str | None) -> dict[str, 
 
     try:
         return methods_of(path, base, format)
-    except TpeftError:  # the files say nothing of it, or are damaged, which reading them says
+    except TpeftError:  # not recorded, or damaged, which reading the adapter reports
         return {}
 
 
 def _show_serving(document: dict[str, Any]) -> None:
     click.echo(f"method: {', '.join(f'{name} x {count}' for name, count in document['method'].items()) or '-'}")
-    for name, (base, own) in document["heads"].items():
-        click.echo(f"head {name}: {own} rows, {base} in the base")
+    for name, (base, rows) in document["heads"].items():
+        click.echo(f"head {name}: {rows} rows, {base} in the base")
     for missing in document["missing"]:
         click.echo(f"missing: {missing}")
     if document["oracle"] is not None:
@@ -126,7 +126,7 @@ def _weights(adapter: Adapter, base: BaseView | None) -> list[dict[str, Any]]:
 
 
 def _target(adapter: Adapter, name: str, base: BaseView | None) -> dict[str, Any]:
-    """One target; with a gain and a base, the norm is that of the whole change, gain * (W + dW) - W."""
+    """Entry of one target; with a gain and a base, the norm is that of gain * (W + dW) - W."""
     import numpy as np
 
     delta, gain = adapter.deltas.get(name), adapter.gains.get(name)
@@ -170,7 +170,7 @@ def _override(name: str, array: Any, base: BaseView | None) -> dict[str, Any]:
 
 
 def _kind(name: str, base: BaseView | None, shape: tuple[int, ...] | None) -> str | None:
-    """The layer's class where the base tells it, else what a weight of that many axes belongs to."""
+    """Class of the layer if the base records it, else a description by the number of axes."""
     known = base.kinds.get(name.rpartition(".")[0]) if base is not None else None
     if known is not None or shape is None:
         return known

@@ -1,4 +1,4 @@
-"""`keys`: who may call a server."""
+"""`keys`: create, list and revoke the keys of a server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tpeft_deploy.cli.console import Command, Group, emit, json_option, note
+from tpeft_deploy.cli.console import Command, Group, emit, json_option, note, server_packages
 
 if TYPE_CHECKING:
     from tpeft_deploy.runtime.server.registry import KeyRecord, Keys
@@ -25,59 +25,59 @@ _COLUMNS = ["id", "tenant", "role", "created", "expires", "revoked"]
 
 
 class Duration(click.ParamType[float]):
-    """Seconds, written as 30d, 12h, 45m."""
+    """Duration such as 30d, 12h or 45m, in seconds."""
 
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The seconds."""
+        """Parse a duration; return seconds."""
         match = _DURATION.fullmatch(str(value))
         if match is None:
-            self.fail(f"{value!r} is no duration such as 30d, 12h or 45m", param, ctx)
+            self.fail(f"{value!r} is not a duration such as 30d, 12h or 45m", param, ctx)
         return float(int(match[1]) * _UNITS[match[2]])
 
 
 _state = click.option(
     "--state", type=click.Path(path_type=Path), default=Path("tpeft-state"), show_default=True, envvar="TPEFT_STATE",
-    help="The server's directory; it may be running.",
+    help="State directory of the server, which may be running.",
 )  # fmt: skip
-_database = click.option("--database-url", envvar="TPEFT_DATABASE_URL", help="Where the server keeps it elsewhere.")
+_database = click.option("--database-url", envvar="TPEFT_DATABASE_URL", help="Database, if outside the directory.")
 
 
 @click.group(cls=Group)
 def keys() -> None:
-    """Keys of a server's tenants."""
+    """Manage the keys of a server's tenants."""
 
 
 @keys.command(cls=Command)
 @_state
 @_database
-@click.option("--tenant", required=True, help="Whose key; the tenant is made where there is none.")
-@click.option("--role", required=True, type=click.Choice(["infer", "deploy", "admin"]), help="What it is for.")
-@click.option("--expires", type=Duration(), help="After 30d, 12h, 45m; never by default.")
+@click.option("--tenant", required=True, help="Tenant of the key; created if it does not exist.")
+@click.option("--role", required=True, type=click.Choice(["infer", "deploy", "admin"]), help="Role of the key.")
+@click.option("--expires", type=Duration(), help="Lifetime, such as 30d, 12h or 45m; unlimited by default.")
 @json_option
 def create(state: Path, database_url: str | None, tenant: str, role: str, expires: float | None, as_json: bool) -> None:
-    """Make a key and print it, this once."""
-    with _keys(state, database_url) as own:
+    """Create a key and print it; it cannot be shown again."""
+    with _keys(state, database_url) as store:
         until = None if expires is None else time.time() + expires
-        record, key = own.create(tenant, role, by="command line", expires=until)
+        record, key = store.create(tenant, role, by="command line", expires=until)
     document = {"id": record.id, "tenant": record.tenant, "role": record.role.value, "key": key}
     if as_json:
         emit(document, key="", columns=[], as_json=True)
         return
-    note(f"key {record.id} of tenant {tenant}, role {role}; it is kept nowhere, so keep it now:")
+    note(f"key {record.id} of tenant {tenant}, role {role}; it is not stored, so save it now:")
     click.echo(key)
 
 
 @keys.command(name="list", cls=Command)
 @_state
 @_database
-@click.option("--tenant", help="Of one tenant.")
+@click.option("--tenant", help="List the keys of this tenant only.")
 @json_option
 def list_(state: Path, database_url: str | None, tenant: str | None, as_json: bool) -> None:
     """List keys, without their secrets."""
-    with _keys(state, database_url) as own:
-        found = [_shown(record) for record in own.list(tenant)]
+    with _keys(state, database_url) as store:
+        found = [_shown(record) for record in store.list(tenant)]
     emit({"keys": found}, key="keys", columns=_COLUMNS, as_json=as_json)
 
 
@@ -87,27 +87,16 @@ def list_(state: Path, database_url: str | None, tenant: str | None, as_json: bo
 @click.argument("id_", metavar="ID")
 @json_option
 def revoke(state: Path, database_url: str | None, id_: str, as_json: bool) -> None:
-    """Refuse a key from now on; a running server does so within a second."""
-    with _keys(state, database_url) as own:
-        record = own.revoke(id_, by="command line")
+    """Revoke a key; a running server refuses it within a second."""
+    with _keys(state, database_url) as store:
+        record = store.revoke(id_, by="command line")
     emit({"keys": [_shown(record)]}, key="keys", columns=_COLUMNS, as_json=as_json)
 
 
 @contextmanager
 def _keys(state: Path, url: str | None) -> Iterator[Keys]:
-    from tpeft_deploy.errors import MissingExtra
-
-    try:
+    with server_packages("open the server's keys"):
         from tpeft_deploy.runtime.server.registry import open_keys
-    except ImportError as error:
-        if (error.name or "").startswith("tpeft_deploy"):
-            raise
-        raise MissingExtra(
-            "open the server's keys",
-            expected="the server's packages",
-            got=str(error),
-            fix="pip install 'tpeft-deploy[server,cpu]'.",
-        ) from error
     found, database = open_keys(state, url)
     try:
         yield found

@@ -1,4 +1,4 @@
-"""A heat map of an adapter: one row a layer, one column a weight of the layer, the size of its change as colour."""
+"""Heat map of an adapter: one row per layer, one column per weight of the layer, the norm of the change as colour."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def grid(entries: Sequence[dict[str, Any]]) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
-    """Entries of `inspect` as rows (a layer's path up to its number), columns (what follows) and values.
+    """Arrange entries of `inspect` as rows (path up to the layer's number), columns (rest of the path) and values.
 
-    A value is the share of the base's norm where all entries have one, else the norm of the change.
+    A value is the share of the base's norm if all entries have one, else the norm of the change.
     """
     drawn = [entry for entry in entries if entry["change"] != "override" and entry["norm"] is not None]
     field = "share" if drawn and all(entry["share"] is not None for entry in drawn) else "norm"
@@ -33,7 +33,12 @@ def grid(entries: Sequence[dict[str, Any]]) -> tuple[list[str], list[str], dict[
 
 
 def draw(entries: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Write the picture.
+    """Write the heat map as a PNG file.
+
+    Args:
+        entries: entries of `inspect`.
+        path: file to write.
+        title: title of the plot.
 
     Raises:
         MissingExtra: matplotlib is not installed.

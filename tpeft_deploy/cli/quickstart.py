@@ -1,4 +1,4 @@
-"""`quickstart`: the whole path on real data."""
+"""`quickstart`: train, export and serve on a small data set."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["quickstart"]
     default="quickstart",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Where to write the bundle, the adapters and the report.",
+    help="Directory for the bundle, the adapters and the report.",
 )
 @provider_option
 @json_option
 def quickstart(out: Path, provider: str, as_json: bool) -> None:
-    """Train a base and five adapters on handwritten digits, export them, serve them mixed, and report."""
+    """Train a base and five adapters on handwritten digits, export them, run mixed batches, and write a report."""
     from tpeft_deploy.quickstart import run_quickstart
 
     with stages() as begin:
@@ -71,15 +71,15 @@ def _remarks(out: Path, results: Results) -> list[str]:
         ),
         (
             f"switching tasks costs {cost.switch_us:+.0f} us on a run of {cost.repeat_us:.0f} us; "
-            f"opening a session of its own instead costs {cost.session_us:,.0f} us"
+            f"opening a separate session costs {cost.session_us:,.0f} us"
         ),
         (
-            f"{seconds['total']:.0f} s in all on {results.provider}: {seconds['train']:.0f} s training, "
+            f"{seconds['total']:.0f} s in total on {results.provider}: {seconds['train']:.0f} s training, "
             f"{seconds['export']:.0f} s exporting, {seconds['measure']:.0f} s measuring"
         ),
         f"report: {out / 'report.html'}",
         "",
-        "next, on the bundle it wrote:",
+        "next steps with this bundle:",
         f"  {tool} adapter list {bundle}",
         f"  {tool} inspect {adapter}",
         f"  {tool} run {bundle} --input {sample} --output {answers} --tasks {','.join(results.sample.tasks)}",
@@ -87,7 +87,7 @@ def _remarks(out: Path, results: Results) -> list[str]:
 
 
 def _tool() -> str:
-    """How the user can call this command line again: by name if it is on the path, else by its place."""
+    """Command with which the user can call this tool: its name if it is on the path, else its path."""
     found = shutil.which("tpeft-deploy")
     here = Path(sys.argv[0])
     if found is not None and here.exists() and Path(found).resolve() == here.resolve():

@@ -1,4 +1,4 @@
-"""`run`: one batch through a bundle."""
+"""`run`: run one batch through a bundle."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["run"]
 @click.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--input", "source", required=True, type=click.Path(path_type=Path), help="An .npz file, one array an input."
+    "--input", "source", required=True, type=click.Path(path_type=Path), help="An .npz file with one array per input."
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The .npz file to write.")
-@click.option("--task", help="One task for all rows; the base when neither this nor --tasks is given.")
+@click.option("--task", help="Task of all rows; the base by default.")
 @click.option("--tasks", help="One task per row, separated by commas: A,B,A.")
-@click.option("--outputs", help="The only outputs to write, separated by commas; all when left out.")
+@click.option("--outputs", help="Outputs to write, separated by commas; all by default.")
 @provider_option
 @json_option
 def run(
@@ -39,7 +39,7 @@ def run(
 ) -> None:
     """Run a batch of rows through BUNDLE.
 
-    With --tasks, an output whose size differs between the rows' tasks is written as one array a row, NAME.0, NAME.1
+    With --tasks, an output with sizes that differ between the rows is written as one array per row: NAME.0, NAME.1
     and so on.
     """
     from tpeft_deploy.files import new_file
@@ -48,12 +48,12 @@ def run(
     if task is not None and tasks is not None:
         raise click.UsageError("--task and --tasks exclude each other.")
     inputs = _read(source)
-    runtime = Runtime(bundle, provider=provider, preload=False, own_copy=False)  # one batch: nothing to keep
-    asked = outputs.split(",") if outputs is not None else None
+    runtime = Runtime(bundle, provider=provider, preload=False, own_copy=False)
+    selected = outputs.split(",") if outputs is not None else None
     if tasks is not None:
-        results = runtime.run(inputs, tasks=tasks.split(","), outputs=asked)
+        results = runtime.run(inputs, tasks=tasks.split(","), outputs=selected)
     else:
-        results = dict(runtime.run(inputs, task or "base", outputs=asked))
+        results = dict(runtime.run(inputs, task or "base", outputs=selected))
     arrays = _flat(results)
     with new_file(output) as temporary, temporary.open("wb") as stream:
         import numpy as np
@@ -96,7 +96,7 @@ def _read(source: Path) -> dict[str, Array]:
         got = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InputError(
             f"read inputs {source}",
-            expected="an .npz file with one array an input",
+            expected="an .npz file with one array per input",
             got=got,
             fix="Write it with numpy.savez(path, **inputs).",
         ) from error

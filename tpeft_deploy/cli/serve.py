@@ -1,4 +1,4 @@
-"""`serve`: one bundle to many tenants."""
+"""`serve` and `health`: run a server, and probe one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
-from tpeft_deploy.cli.console import Command
+from tpeft_deploy.cli.console import Command, note, server_packages
 
-__all__ = ["serve"]
+__all__ = ["health", "serve"]
+
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
 @click.command(cls=Command)
@@ -16,32 +18,59 @@ __all__ = ["serve"]
 @click.option("--state", type=click.Path(path_type=Path), help="Directory of keys, tenants and adapters.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file with settings.")
 @click.option("--host", help="Address to listen on; 127.0.0.1 by default.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Of HTTP; 8080 by default, 0 takes a free one.")
-@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Of gRPC; none by default.")
+@click.option("--port", type=click.IntRange(0, 65535), help="HTTP port; 8080 by default, 0 picks a free port.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="gRPC port; without it there is no gRPC server.")
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM.")
-@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
-@click.option("--no-auth", is_flag=True, default=None, help="Ask for no keys; on a loopback address only.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Private key of the certificate, PEM.")
+@click.option("--no-auth", is_flag=True, default=None, help="Require no keys; on a loopback address only.")
 @click.option("--provider", type=click.Choice(["auto", "cuda", "cpu"]), help="Execution provider; auto by default.")
-@click.option("--threads", type=click.IntRange(1), help="Of each session; one per core by default.")
-@click.option("--device-bytes", help="What adapters may take on the device, such as 2GiB.")
-@click.option("--folded-bytes", help="What sessions of hot tasks may take, such as 4GiB; none by default.")
+@click.option("--threads", type=click.IntRange(1), help="Threads per session; one per core by default.")
+@click.option("--device-bytes", help="Device memory for adapters, such as 2GiB.")
+@click.option("--folded-bytes", help="Memory for folded sessions of hot tasks, such as 4GiB; 0 by default.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), help="info by default.")
-@click.option("--access-log/--no-access-log", default=None, help="A line of JSON for each request; on by default.")
+@click.option("--access-log/--no-access-log", default=None, help="Log a line of JSON per request; on by default.")
 def serve(bundle: Path, config: Path | None, **flags: object) -> None:
     """Serve BUNDLE over HTTP and gRPC, in the Open Inference Protocol V2.
 
-    Every request needs a key: make one with 'tpeft-deploy keys create'.  What is not given here comes from TPEFT_
-    variables, then from the file, then from defaults.
+    Every request needs a key: create one with 'tpeft-deploy keys create'.  Options that are not given are read from
+    TPEFT_ variables, then from the file, then take defaults.
     """
-    from tpeft_deploy.errors import MissingExtra
-
-    try:
+    with server_packages("start the server"):
         from tpeft_deploy.runtime.server.main import serve as run
         from tpeft_deploy.runtime.server.settings import read
-    except ImportError as error:
-        if (error.name or "").startswith("tpeft_deploy"):
-            raise
-        raise MissingExtra(
-            "start the server", expected="its packages", got=str(error), fix="pip install 'tpeft-deploy[server,cpu]'."
-        ) from error
     run(bundle, read(config, {name: value for name, value in flags.items() if value is not None}))
+
+
+@click.command(cls=Command)
+@click.option("--host", default="127.0.0.1", envvar="TPEFT_HOST", show_default=True, help="Address of the server.")
+@click.option("--port", type=int, default=8080, envvar="TPEFT_PORT", show_default=True, help="HTTP port.")
+@click.option("--tls-cert", type=click.Path(path_type=Path), envvar="TPEFT_TLS_CERT", help="Connect with TLS.")
+@click.option("--ready", is_flag=True, help="Check readiness instead of liveness; a draining server is not ready.")
+@click.option("--timeout", type=float, default=2.0, show_default=True, help="Seconds to wait for the response.")
+def health(host: str, port: int, tls_cert: Path | None, ready: bool, timeout: float) -> None:
+    """Check whether a server on this machine is live: exit code 0 if it is, 1 if not.
+
+    For health checks of containers.  The certificate is not verified: it is rarely issued for this address.
+    """
+    import http.client
+    import ssl
+
+    from tpeft_deploy.errors import ServerError
+
+    address = _ANY.get(host, host)
+    state = "ready" if ready else "live"
+    connection = (
+        http.client.HTTPConnection(address, port, timeout=timeout)
+        if tls_cert is None
+        else http.client.HTTPSConnection(address, port, timeout=timeout, context=ssl._create_unverified_context())
+    )
+    try:
+        connection.request("GET", f"/v2/health/{state}")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerError(f"check whether {address}:{port} is {state}", problem=str(error) or repr(error)) from None
+    finally:
+        connection.close()
+    if status != 200:
+        raise ServerError(f"check whether {address}:{port} is {state}", expected="status 200", got=status)
+    note(state)

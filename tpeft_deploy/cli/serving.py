@@ -1,4 +1,4 @@
-"""Whether an adapter can be served, in which forms, and what each costs: the second half of `inspect`."""
+"""Forms in which an adapter can be served, with their bytes: the second half of `inspect`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "file_bytes", "forms", "heads", "oracle", "refused"]
 
 COLUMNS = ["form", "possible", "rows", "bytes", "reason"]
-_BASE_ALONE = "names and shapes alone say so; --base checks them"
-_ROWS_LATER = "rows of different tasks in a batch: found by running the graphs at export"
+_BASE_ALONE = "by names and shapes alone; --base checks them"
+_ROWS_LATER = "rows of different tasks in a batch: detected by running the graphs at export"
 
 
 def forms(adapter: Adapter, base: str | None, opened: object) -> list[dict[str, Any]]:
-    """The three forms: whether each is possible, with which rows, the bytes that it takes, and the reason.
+    """For each of the three forms: whether it is possible, its rows, its bytes, and the reason.
 
     Args:
-        adapter: adapter that was read, with the base where there is one.
-        base: base as the command line has it.
-        opened: bundle, where the base is one.
+        adapter: adapter, read with the base if there is one.
+        base: base as given on the command line.
+        opened: open bundle, if the base is one.
     """
     if base is None:
         size, dense = adapter.nbytes, sum(all(f is None for f in delta.factors) for delta in adapter.deltas.values())
@@ -38,13 +38,13 @@ def forms(adapter: Adapter, base: str | None, opened: object) -> list[dict[str, 
 
 
 def refused(error: TpeftError) -> dict[str, Any]:
-    """The row that stands for all forms of an adapter that is refused."""
+    """Row for all forms of an adapter that is refused."""
     reason = f"{error.doing}: {error.said}"
     return {"form": "any", "possible": False, "rows": None, "bytes": None, "reason": reason, "fix": error.fix}
 
 
 def heads(adapter: Adapter, base: BaseView | None) -> dict[str, list[int]]:
-    """Overrides with another first size than the base's: name -> sizes of the base and of the adapter."""
+    """Overrides with a first size that differs from the base's: name -> sizes of the base and of the adapter."""
     return {
         name: [base.shape(name)[0], array.shape[0]]
         for name, array in adapter.overrides.items()
@@ -53,17 +53,17 @@ def heads(adapter: Adapter, base: BaseView | None) -> dict[str, list[int]]:
 
 
 def oracle(adapter: Adapter, opened: object) -> dict[str, Any] | None:
-    """What proved the adapter in a bundle that has it as a task: `task`, `oracle`, `reason`, `error`; else None."""
+    """Comparison of the adapter at export, if the bundle has it as a task: `task`, `oracle`, `reason`, `error`."""
     import hashlib
 
     tasks = getattr(opened, "tasks", None) or {}
     digest = hashlib.sha256(adapter.to_bytes()).hexdigest() if tasks else ""
-    task = next((task for task, own in tasks.items() if own == digest), None)
+    task = next((task for task, current in tasks.items() if current == digest), None)
     return None if task is None else {"task": task, **opened.oracle(task)}  # type: ignore[attr-defined]
 
 
 def file_bytes(path: Path) -> int:
-    """Bytes of an adapter's file, or of the files of its directory."""
+    """Bytes of an adapter's file, or of the files in its directory."""
     return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file())
 
 
@@ -75,7 +75,7 @@ def _three(
     several = [name for name, gain in adapter.gains.items() if gain_mode(gain) is None]
     many = f"; gain of {several[0]} has several axes: one task per run" if several else ""
     return [
-        _form("folded", True, None, folded, "the base's own weights, changed" if folded else _BASE_ALONE),
+        _form("folded", True, None, folded, "the base's weights, changed" if folded else _BASE_ALONE),
         _form("factored", True, None, size, reason),
         _form("banked", True, "group" if several else rows, size, f"{reason}{many}"),
     ]

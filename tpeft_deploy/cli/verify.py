@@ -1,4 +1,4 @@
-"""`verify`: the numeric gate again, on a finished bundle."""
+"""`verify`: repeat the numeric checks of the export on a finished bundle."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ __all__ = ["verify"]
 
 @click.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--task", help="The only task to check; all of them when left out.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="An HTML page to write, for people.")
+@click.option("--task", help="Task to check; all by default.")
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="HTML report to write.")
 @click.option(
     "--base",
     metavar="BASE",
-    help="What BUNDLE was exported from: compare with that instead of base.onnx with merged weights.",
+    help="Base that BUNDLE was exported from: compare with it instead of with base.onnx with merged weights.",
 )
 @click.option(
     "--against-source",
     type=click.Path(path_type=Path),
     metavar="ADAPTER",
-    help="What TASK was read from: compare its forms with the forward of the library that trained it, too. Needs a "
-    "BASE with a torch module.",
+    help="Adapter file of TASK: also compare with the forward of the library that trained it. Needs a BASE with a "
+    "torch module.",
 )
 @json_option
 def verify(
     bundle: Path, task: str | None, report: Path | None, base: str | None, against_source: Path | None, as_json: bool
 ) -> None:
-    """Check BUNDLE's digests, then every form of every task, and rows of different tasks, against merged weights.
+    """Check BUNDLE's digests, then compare every form of every task, and mixed batches, with merged weights.
 
-    Nothing in BUNDLE is changed. A bundle with an altered file is not run and has no report; one whose answers differ
-    has a report that shows where.
+    BUNDLE is not changed. If a file was altered, nothing is run and no report is written; if outputs differ, the
+    report shows which.
     """
     from tpeft_deploy.exporters import verify_bundle
 

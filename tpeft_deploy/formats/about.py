@@ -1,4 +1,4 @@
-"""What each reader states about its format, for `tpeft-deploy formats` and docs/formats.md."""
+"""Description of a format, for `tpeft-deploy formats` and docs/formats.md."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ __all__ = ["About"]
 
 
 class About(NamedTuple):
-    """A format as its user knows it.
+    """Description of a format for users.
 
     Args:
         library: library or tool that writes it.
         method: common name of the training method.
         layers: layer kinds that it changes.
         base: "no", "yes", or the case in which the base is needed to read it.
-        stored: how a change is held: low-rank, dense, gain or override.
-        notes: conditions to know beforehand, such as options that files must be saved with.
+        stored: form of the change: low-rank, dense, gain or override.
+        notes: conditions, such as options that files must be saved with.
         types: values of PEFT's `peft_type` that it covers.
     """
 

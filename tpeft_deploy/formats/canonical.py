@@ -1,4 +1,4 @@
-"""tpeft_deploy's own adapter file, as a bundle stores it (`Adapter.to_bytes` writes it)."""
+"""The canonical adapter file of tpeft_deploy, as bundles store it (`Adapter.to_bytes` writes it)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["ABOUT", "FILE", "HEADER", "NAME", "from_bytes", "from_tensors", "mat
 NAME = "tpeft"
 ABOUT = About("tpeft_deploy", "any", "all", "no", "low-rank, dense, gain, override")
 FILE = "adapter.safetensors"
-HEADER = "tpeft"  # the entry of a safetensors file's metadata that makes it ours, whatever the file is called
+HEADER = "tpeft"  # metadata entry that identifies a canonical file, whatever its name
 
 
 def matches(path: Path) -> bool:
-    """Whether `path` is a directory that holds a canonical file; a file itself is known by its header."""
+    """Whether `path` is a directory with a canonical file; a single file is identified by its header."""
     return (path / FILE).is_file()
 
 
@@ -35,16 +35,16 @@ def from_bytes(data: bytes, *, source: str) -> Adapter:
     """Read a canonical file held in memory.
 
     Raises:
-        FormatError: damaged, of another schema, or with a tensor that belongs to no target.
+        FormatError: the file is damaged, has another schema, or has a tensor without a target.
     """
     return from_tensors(*read_tensors(data, source=source), source=source)
 
 
 def from_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str], *, source: str) -> Adapter:
-    """Read what `read_tensors` found in a canonical file.
+    """Build an adapter from the tensors and metadata of a canonical file.
 
     Raises:
-        FormatError: of another schema, or with a tensor that belongs to no target.
+        FormatError: the file has another schema, or a tensor without a target.
     """
     tensors = dict(tensors)
     header = _header(metadata, source=source)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.lycoris.dora import dora_gain
+from tpeft_deploy.formats.lycoris.dora import change_with_dora
 from tpeft_deploy.formats.lycoris.full import bias_override
 from tpeft_deploy.formats.products.compact import low_rank
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -30,7 +30,7 @@ ABOUT = About(
     "low-rank, gain, override",
 )
 
-# Spellings of the same pair: kohya and LyCORIS; diffusers, in three generations.
+# Names of the same pair: kohya and LyCORIS; three generations of diffusers.
 _PAIRS = (
     ("lora_up.weight", "lora_down.weight"),
     ("lora.up.weight", "lora.down.weight"),
@@ -40,7 +40,7 @@ _PAIRS = (
 _MID = "lora_mid.weight"
 SUFFIXES = frozenset({name for pair in _PAIRS for name in pair} | {_MID, "alpha", "dora_scale", "diff_b"})
 JOINED_SUFFIXES = frozenset(name for name in SUFFIXES if name.startswith("_"))
-"""Those that follow the module's name without a dot: "attn.to_q_lora.up.weight" belongs to "attn.to_q"."""
+"""Suffixes that follow the module's name without a dot: "attn.to_q_lora.up.weight" belongs to "attn.to_q"."""
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
@@ -49,7 +49,7 @@ def matches(module: Module, checkpoint: Checkpoint) -> bool:
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's LoRA, LoCon or DyLoRA as a Tucker delta, with a gain where it has a dora_scale.
+    """The module's LoRA, LoCon or DyLoRA as a Tucker delta, with a gain if it has a dora_scale.
 
     Raises:
         FormatError: a tensor is missing or does not fit the others, alpha is not finite, or a dora_scale or diff_b
@@ -64,14 +64,8 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     scale, alpha_note = take_scale(module, checkpoint, rank)
     with reporting(module, checkpoint):
         delta = _plain(up, down, scale) if mid is None else _tucker(up, down, mid, scale)
-    target = f"{module.name}.weight"
-    notes = [text for text in (note, alpha_note) if text]
-    return Change(
-        deltas={target: delta},
-        overrides=bias_override(module, checkpoint),
-        gains=dora_gain(module, checkpoint, delta),
-        notes={target: "; ".join(notes)} if notes else {},
-    )
+    overrides = bias_override(module, checkpoint)
+    return change_with_dora(module, checkpoint, delta, note, alpha_note, overrides=overrides)
 
 
 def _plain(up: Array, down: Array, scale: float) -> TuckerDelta:
@@ -87,14 +81,14 @@ def _tucker(up: Array, down: Array, mid: Array, scale: float) -> TuckerDelta:
 
 
 def _matrix(tensor: Array, name: str) -> Array:
-    """(a, b, 1, ...) as (a, b); reshaping alone would scramble a tensor with a real kernel."""
+    """(a, b, 1, ...) as (a, b); raises for a kernel larger than 1, which a reshape would scramble."""
     if math.prod(tensor.shape[2:]) != 1:
-        raise ValueError(f"{name} has shape {tensor.shape}, where all sizes after the second should be 1")
+        raise ValueError(f"{name} has shape {tensor.shape}; all sizes after the second should be 1")
     return tensor.reshape(tensor.shape[:2])
 
 
 def _dylora_note(up: Array, down: Array, checkpoint: Checkpoint) -> str | None:
-    # LyCORIS' DyLoRA alone writes a matrix as a convolution's up; linear ones are told by the metadata only.
+    # Only LyCORIS' DyLoRA writes a convolution's up as a matrix; for linear layers only the metadata records it.
     written = up.ndim == 2 and down.ndim > 2
     if not written and "dylora" not in checkpoint.metadata.get("ss_network_args", "").lower():
         return None

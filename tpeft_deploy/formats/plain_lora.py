@@ -1,9 +1,9 @@
-"""LoRA under PEFT's names in a file of its own, without adapter_config.json: ai-toolkit, ComfyUI, newer diffusers.
+"""LoRA under PEFT's names in a single file, without adapter_config.json: ai-toolkit, ComfyUI, newer diffusers.
 
     dW = s B A        lora_A.weight (r, I, K1, ...), lora_B.weight (O, r, 1, ...)
 
-with s = alpha / r where the file has an alpha beside them.  Where it has none, tools disagree (1, or what a
-configuration said that is not here), so the scale has to be given.
+with s = alpha / r if the file has an alpha.  If it has none, tools disagree (1, or the value of a missing
+configuration), so the scale must be given.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ABOUT = About(
     "linear, conv",
     "no",
     "low-rank",
-    "the scale must be given where the file has no alpha",
+    "the scale must be given if the file has no alpha",
 )
 _A, _B = "lora_A.weight", "lora_B.weight"
 SUFFIXES = frozenset({_A, _B, "alpha"})
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has one of the pair, in a file that no configuration came with."""
+    """Whether the module has one of the pair, in a file without a configuration."""
     return not checkpoint.config and (_A in module.tensors or _B in module.tensors)
 
 
@@ -45,7 +45,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     if "alpha" not in module.tensors and checkpoint.scale is None:
         raise FormatError(
             doing(module, checkpoint),
-            problem="the file records no alpha and came without adapter_config.json, which would say the scale",
+            problem="the file has no alpha and came without adapter_config.json, so the scale is unknown",
             fix="Give the directory that holds both files, or scale= (lora_alpha / r; 1.0 for ai-toolkit).",
         )
     scale, _ = take_scale(module, checkpoint, max(down.shape[0], 1) if down.ndim else 1)

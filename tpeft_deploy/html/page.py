@@ -1,4 +1,4 @@
-"""What the toolkit's HTML reports share: one file that needs nothing else, light and dark, with the same colours."""
+"""Layout of the HTML reports: one self-contained file, light and dark, with fixed colours for the forms."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ footer { margin-top: 24px; color: var(--soft); font-size: 14px; }
 
 
 def document(title: str, body: str, *, style: str = "") -> str:
-    """A whole page.
+    """Render a page.
 
     Args:
-        title: text, escaped here.
-        body: HTML, whose names are escaped already.
-        style: rules of this page alone.
+        title: plain text; escaped here.
+        body: HTML; names in it must be escaped.
+        style: additional CSS rules.
     """
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -67,12 +67,12 @@ def document(title: str, body: str, *, style: str = "") -> str:
 
 
 def tiles(values: dict[str, str]) -> str:
-    """A row of figures: HTML of each -> the text below it."""
+    """Render a row of figures; keys are the captions, values HTML."""
     items = "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in values.items())
     return f'<div class="tiles">{items}</div>'
 
 
 def scientific(value: float) -> str:
-    """A number as HTML, e.g. 2.0 · 10<sup>-7</sup>."""
+    """Format a number as HTML, e.g. 2.0 · 10<sup>-7</sup>."""
     digits, exponent = f"{value:.1e}".split("e")
     return f"{digits} · 10<sup>{int(exponent)}</sup>"

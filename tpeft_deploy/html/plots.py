@@ -1,4 +1,8 @@
-"""Plots as inline SVG in the page's own colours: nothing to install, nothing to load."""
+"""Plots as inline SVG in the page's colours, without a plotting library.
+
+They are not drawn by matplotlib: the text must stay text (long labels show in full on hover), the colours must follow
+the page's light and dark theme, and `verify` and `bench` run where matplotlib is not installed.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,14 @@ from html import escape
 
 __all__ = ["Bar", "Cell", "Dot", "Interval", "STYLE", "bars", "curve", "dots", "grid", "intervals", "legend"]
 
-WIDTH = 1000  # units of the drawing; the page scales it
+WIDTH = 1000  # user units; the page scales the drawing
 _LINE = 26
-_LETTER = 7.4  # units that a letter takes, about
+_LETTER = 7.4  # approximate width of a character
 _MOST_LETTERS = 54
-_ZERO = 34  # of an axis of errors, for zeros
+_ZERO = 34  # width reserved for zeros beside a logarithmic axis
 
 
-# What the drawings need of a page's style sheet.
+# CSS rules that the plots need.
 STYLE = """
 svg text { font-size: 13px; fill: currentColor; } svg .faint { fill: var(--soft); }
 svg .rule { stroke: var(--line); stroke-width: 1; } svg .limit { stroke: var(--bad); stroke-dasharray: 5 4; }
@@ -28,7 +32,7 @@ svg .cross { stroke: var(--bad); stroke-width: 3; fill: none; stroke-linecap: ro
 
 @dataclass(frozen=True)
 class Dot:
-    """One measured error: a value of 0 or more, infinite or NaN where nothing could be compared."""
+    """One measured error, at least 0; infinite or NaN if there was no comparison."""
 
     value: float
     colour: str
@@ -38,7 +42,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Bar:
-    """A length with the words beside it."""
+    """A bar of a bar chart, with the text beside it."""
 
     label: str
     value: float
@@ -48,7 +52,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Cell:
-    """A field of a grid: what stands in it, how dark it is from 0 to 1, and what is said on hovering."""
+    """A field of a heat map: its text, its intensity from 0 to 1, and its tooltip."""
 
     text: str
     share: float
@@ -68,10 +72,10 @@ class Interval:
 
 
 def dots(rows: Sequence[tuple[str, Sequence[Dot]]], limits: Sequence[float]) -> str:
-    """Errors on a logarithmic axis, a row a label, with the limits as dashed lines.
+    """Plot errors on a logarithmic axis, one row per label, with limits as dashed lines.
 
-    Zeros have a place of their own at the left; what cannot be measured stands at the right edge, as a cross like all
-    that failed.  Dots of another colour lie a little lower, so that equal values of several forms can be seen.
+    Zeros are drawn left of the axis; infinite and NaN values at the right edge.  Failed values are crosses.  Colours
+    are offset vertically, so that equal values of several forms are visible.
     """
     zeros = _ZERO if any(dot.value == 0 for _, row in rows for dot in row) else 0
     left = _margin([label for label, _ in rows]) + zeros
@@ -106,7 +110,7 @@ def dots(rows: Sequence[tuple[str, Sequence[Dot]]], limits: Sequence[float]) -> 
 
 
 def bars(items: Sequence[Bar]) -> str:
-    """Lengths from zero, a row a label."""
+    """Plot bars, one row per label."""
     left = _margin([bar.label for bar in items])
     room = WIDTH - left - _LETTER * max(len(bar.text) for bar in items) - 12
     most = max(bar.value for bar in items) or 1
@@ -122,7 +126,7 @@ def bars(items: Sequence[Bar]) -> str:
 
 
 def intervals(items: Sequence[tuple[str, Sequence[Interval]]], *, mark: float) -> str:
-    """Positive medians with their quartiles on a logarithmic axis, in groups with a heading; the mark is dashed."""
+    """Plot positive medians with quartiles on a logarithmic axis, in groups with a heading; dashed line at `mark`."""
     every = [item for _, group in items for item in group]
     words = _LETTER * max(len(item.text) for item in every) + 16
     left, right = _margin([item.label for item in every]), WIDTH - words
@@ -156,7 +160,7 @@ def intervals(items: Sequence[tuple[str, Sequence[Interval]]], *, mark: float) -
 
 
 def curve(points: Sequence[tuple[float, Interval]], unit: str) -> str:
-    """Medians with their quartiles over positive numbers on a logarithmic axis; upwards is linear and holds zero."""
+    """Plot medians with quartiles over a logarithmic horizontal axis; the vertical axis is linear and includes 0."""
     left, right, top, bottom = 70, WIDTH - 40, 26, 230
     low = min(0.0, *(item.low for _, item in points))
     high = max(*(item.high for _, item in points), low + 1e-9)
@@ -187,7 +191,7 @@ def curve(points: Sequence[tuple[float, Interval]], unit: str) -> str:
 
 
 def grid(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell | None]]], colour: str) -> str:
-    """Shaded fields, a row a label."""
+    """Plot a heat map, one row per label."""
     left = _margin([label for label, _ in rows])
     width = min((WIDTH - left) / max(len(columns), 1), 170)
     letters = max(int(width / _LETTER) - 1, 3)
@@ -203,20 +207,20 @@ def grid(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell | None]
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """Names with their colours, as HTML."""
+    """Render names with their colours as HTML."""
     items = "".join(f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in entries)
     return f'<p class="legend">{items}</p>'
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two positive ones, not too many."""
+    """Round numbers between two positive ones, for tick labels."""
     steps = (1, 1.25, 1.5, 2, 3, 5, 7.5) if high / low < 12 else (1, 2, 5) if high / low < 200 else (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
 
 
 def _step(length: float) -> float:
-    """A round number that divides a length into about five."""
+    """A round number, about a fifth of a length."""
     power = 10.0 ** math.floor(math.log10(length / 5))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= length / 5)
 
@@ -258,7 +262,7 @@ def _margin(labels: Sequence[str]) -> float:
 
 
 def _cut(text: str, letters: int) -> str:
-    """A long name loses its middle: both ends of a weight's name tell it apart."""
+    """Shorten a text in the middle: both ends of a weight's name are needed to identify it."""
     if len(text) <= letters:
         return text
     head = (letters - 1) // 2

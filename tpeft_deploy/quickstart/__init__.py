@@ -1,4 +1,4 @@
-"""The main job on real data: five tensor adapters for one base, trained, exported and served mixed, in minutes."""
+"""Quickstart: train five tensor adapters for one base on real data, export them and run mixed batches, in minutes."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def run_quickstart(
     effort: float = 1.0,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Results:
-    """Train a base and five adapters on handwritten digits, export them, run every form, and report.
+    """Train a base and five adapters on handwritten digits, export them, run every form, and write a report.
 
     Args:
-        out: the directory to write: bundle/, adapters/, base.safetensors, digits_base.py, sample.npz, request.json,
-            results.json and report.html.  An earlier quickstart there is replaced; what its user added is kept.
-        provider: where ONNX Runtime runs: "auto", "cuda" or "cpu".
-        seed: of the split into train and test, and of all training.
-        effort: multiplies the number of training steps; accuracies are what they should be from 1.
-        on_stage: told each stage as it begins.
+        out: directory to write: bundle/, adapters/, base.safetensors, digits_base.py, sample.npz, request.json,
+            results.json and report.html.  An earlier quickstart there is replaced; files that the user added are kept.
+        provider: execution provider of ONNX Runtime: "auto", "cuda" or "cpu".
+        seed: seed of the split into train and test, and of all training.
+        effort: factor of the number of training steps; below 1 accuracies drop.
+        on_stage: function that is called with each stage as it begins.
 
     Returns:
-        What was measured, which is also in results.json.
+        The measurements, as in results.json.
 
     Raises:
         MissingExtra: a package of an optional extra is not installed.
-        TpeftError: `out` holds something that no quickstart wrote.
-        ProviderUnavailable: CUDA was asked for by name and cannot be used.
+        TpeftError: `out` holds files that no quickstart wrote.
+        ProviderUnavailable: CUDA was requested by name and cannot be used.
         NotEquivalent: a form does not reproduce the merged torch model.
     """
     begin = time.perf_counter()

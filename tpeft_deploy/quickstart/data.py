@@ -1,7 +1,7 @@
-"""Real data of the quickstart: scikit-learn's handwritten digits, and what each task makes of them.
+"""Data of the quickstart: scikit-learn's handwritten digits, and a transformation per task.
 
-Every picture is float32 in [0, 1], (1, 16, 16): the bundled 8x8 scans, enlarged.  The held-out digits are the same
-for every task and are never seen in training, neither the base's nor an adapter's.
+Every image is float32 in [0, 1], (1, 16, 16): the 8x8 scans of scikit-learn, enlarged.  The held-out digits are the
+same for every task, and are used in no training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Pictures with their answers.
+    """Images with their labels.
 
     Args:
         pixels: (N, 1, 16, 16) float32 in [0, 1].
@@ -41,13 +41,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class Task:
-    """What one task makes of upright digits.
+    """One task: a transformation of the upright digits.
 
     Args:
-        name: the task's name in the bundle.
-        about: what it does to the digits, in a few words.
-        change: (upright digits, random numbers) -> the task's pictures and answers.
-        answers: what its labels mean.
+        name: name of the task in the bundle.
+        about: short description of the transformation.
+        change: (upright digits, random numbers) -> images and labels of the task.
+        answers: meaning of each label.
     """
 
     name: str
@@ -57,16 +57,16 @@ class Task:
 
     @property
     def shares_head(self) -> bool:
-        """Whether the base's head answers the task; otherwise it brings its own."""
+        """Whether the task uses the base's head; otherwise its adapter replaces the head."""
         return self.answers == DIGITS
 
     def examples(self, digits: Examples, seed: int) -> Examples:
-        """The task's view of some upright digits; the same seed gives the same pictures."""
+        """Transform upright digits; the same seed gives the same images."""
         return self.change(digits, np.random.default_rng(seed))
 
 
 def load_digits(seed: int) -> tuple[Examples, Examples]:
-    """Upright digits, (train, test): a quarter held out, every digit in proportion."""
+    """Load upright digits, (train, test): a quarter is held out, stratified by digit."""
     from sklearn.datasets import load_digits as load_bundled
     from sklearn.model_selection import train_test_split
 
@@ -78,7 +78,7 @@ def load_digits(seed: int) -> tuple[Examples, Examples]:
 
 
 def _enlarge(images: Pixels) -> Pixels:
-    """(N, 8, 8) -> (N, 16, 16), bilinear."""
+    """Enlarge (N, 8, 8) to (N, 16, 16), bilinearly."""
     old = images.shape[-1]
     centres = np.clip((np.arange(SIZE) + 0.5) * old / SIZE - 0.5, 0, old - 1)
     weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(old))).astype(np.float32)
@@ -114,5 +114,5 @@ TASKS: tuple[Task, ...] = (
     Task("inverted", "dark on light, with noise", _inverted),
     Task("mirrored", "left and right exchanged", _mirrored),
     Task("shifted", "by half the width", _shifted),
-    Task("upright", "up or down? its own head", _upright, answers=("up", "down")),
+    Task("upright", "up or down? a new head", _upright, answers=("up", "down")),
 )

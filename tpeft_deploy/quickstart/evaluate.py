@@ -1,4 +1,4 @@
-"""Every form's answers on the held-out digits, and what they amount to."""
+"""Logits of every form on the held-out digits, and the results computed from them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FORMS = ("folded", "factored", "banked")
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Logits on one task's held-out pictures, (N, classes) each.
+    """Logits on one task's held-out images, (N, classes) each.
 
     Args:
-        base: of the base without an adapter.
-        torch: of the PEFT model.
-        merged: of the torch model with the adapter merged, which every form is compared with.
+        base: logits of the base without an adapter.
+        torch: logits of the PEFT model.
+        merged: logits of the torch model with the adapter merged, the reference of every form.
         forms: form -> logits of its export.
     """
 
@@ -50,16 +50,16 @@ def run_forms(
     """Run torch and every exported form.
 
     Args:
-        trained: the torch side.
-        bundle: its export.
-        runtime: on the bundle.
-        choice: what plain sessions are opened with.
-        tests: task -> held-out pictures, `base` included.
-        rows: of every task in one mixed batch.
-        on_stage: told each stage.
+        trained: torch models.
+        bundle: export of the models.
+        runtime: runtime of the bundle.
+        choice: execution provider of plain sessions.
+        tests: task -> held-out images, `base` included.
+        rows: number of rows of every task in one mixed batch.
+        on_stage: function that is called with each stage as it begins.
 
     Returns:
-        Task -> answers; for `base` only the banked form beside torch.
+        Task -> logits; `base` has only the banked form.
     """
     on_stage(f"run batches of {rows * len(tests)} rows that mix all tasks")
     banked = mixed_logits(runtime, {task: examples.pixels for task, examples in tests.items()}, rows)
@@ -84,7 +84,7 @@ def run_forms(
 
 
 def task_result(task: Task, trained: Trained, bundle: Bundle, answers: Answers, test: Examples) -> TaskResult:
-    """What one task's answers amount to."""
+    """Compute the results of one task."""
     file = bundle.path / "adapters" / task.name / bundle.tasks[task.name] / canonical.FILE
     shares = {form: accuracy(answers.forms[form], test.labels) for form in FORMS}
     return TaskResult(
@@ -101,7 +101,7 @@ def task_result(task: Task, trained: Trained, bundle: Bundle, answers: Answers, 
 
 
 def base_result(trained: Trained, answers: Answers, test: Examples) -> BaseResult:
-    """What the base's own rows amount to, and its size."""
+    """Compute the results of the base."""
     weights = list(trained.base.state_dict().values())
     return BaseResult(
         torch=accuracy(answers.base, test.labels),

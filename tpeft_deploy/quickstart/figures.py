@@ -1,4 +1,4 @@
-"""The report's pictures: SVG plots that take the page's colours, and digits as PNG."""
+"""Figures of the report: SVG plots in the page's colours, and digits as PNG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["FORM_COLOURS", "accuracy_plot", "error_plot", "picture", "size_plot"
 FORM_COLOURS = {"torch": "#7c3aed"} | {form: page.FORM_COLOURS[form] for form in ("folded", "factored", "banked")}
 _BASE_COLOUR = page.FORM_COLOURS["base"]
 _LIMIT_COLOUR = "#dc2626"
-# Stand-ins that become the page's own colours, so that the plots follow its light and dark schemes.
+# Placeholders for the page's CSS colours, so that the plots follow the light and dark theme.
 _INK, _LINE = "#010203", "#010204"
 _PAGE_COLOURS = {_INK: "currentColor", _LINE: "var(--line)"}
 _STYLE: dict[str, Any] = {
@@ -46,7 +46,7 @@ _STYLE: dict[str, Any] = {
 
 
 def accuracy_plot(results: Results) -> str:
-    """Accuracy per task: the base, then torch and the three forms."""
+    """Plot accuracy per task: the base, torch and the three forms."""
 
     def draw(axes: Any) -> None:
         series = {"base": _BASE_COLOUR, **FORM_COLOURS}
@@ -70,7 +70,7 @@ def accuracy_plot(results: Results) -> str:
 
 
 def error_plot(results: Results) -> str:
-    """Relative error of the logits against the merged torch model, per form; one dot a task."""
+    """Plot the relative error of the logits against the merged torch model, per form; one dot per task."""
 
     def draw(axes: Any) -> None:
         forms = list(results.tasks[0].errors)
@@ -91,7 +91,7 @@ def error_plot(results: Results) -> str:
 
 
 def size_plot(results: Results) -> str:
-    """Kilobytes of a full copy and of every adapter."""
+    """Plot kilobytes of a full copy and of every adapter."""
     labels = ["full copy", *(task.task for task in results.tasks)]
     sizes = [results.base.bytes / 1000, *(task.adapter_bytes / 1000 for task in results.tasks)]
     colours = [_BASE_COLOUR, *([FORM_COLOURS["folded"]] * len(results.tasks))]
@@ -99,7 +99,7 @@ def size_plot(results: Results) -> str:
 
 
 def switching_plot(results: Results) -> str:
-    """Microseconds of one row: same task again, another task, and opening a session for it."""
+    """Plot microseconds of a run with the same task, of a run with another task, and to open a session."""
     cost = results.switching
     times = [cost.repeat_us, cost.repeat_us + cost.switch_us, cost.session_us]
     labels = ["run, same task", "run, other task", "open a session"]
@@ -108,7 +108,7 @@ def switching_plot(results: Results) -> str:
 
 
 def picture(pixels: Pixels) -> str:
-    """One digit (16, 16) as a data URI."""
+    """Encode one digit (16, 16) as a data URI."""
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, pixels, cmap="gray", vmin=0, vmax=1, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -135,7 +135,7 @@ def _duration(microseconds: float) -> str:
 
 
 def _svg(size: tuple[float, float], draw: Callable[[Any], None]) -> str:
-    """A plot without anything that points outside the page."""
+    """Render a plot as inline SVG without external references."""
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -143,7 +143,7 @@ def _svg(size: tuple[float, float], draw: Callable[[Any], None]) -> str:
         unset = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=unset)
     text = buffer.getvalue()
-    # Inside HTML an SVG needs neither prolog nor namespaces; its size comes from the page.
+    # Inline SVG needs neither prolog nor namespaces; the page sets its size.
     text = text[text.index("<svg") :]
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)

@@ -1,4 +1,4 @@
-"""Running the quickstart's forms and comparing their answers."""
+"""Run the quickstart's forms, and measure accuracy and the cost of switching tasks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SESSIONS = 7
 
 
 def torch_logits(module: nn.Module, pixels: Pixels) -> Logits:
-    """What a torch module answers: (N, classes)."""
+    """Run a torch module; return logits (N, classes)."""
     with torch.inference_mode():
         logits: Logits = module(pixels=torch.from_numpy(pixels))["logits"].numpy()
     return logits
@@ -36,27 +36,27 @@ def torch_logits(module: nn.Module, pixels: Pixels) -> Logits:
 def session_logits(
     session: onnxruntime.InferenceSession, pixels: Pixels, factors: Mapping[str, Array] | None = None
 ) -> Logits:
-    """What a plain ONNX Runtime session answers: (N, classes).
+    """Run a plain ONNX Runtime session; return logits (N, classes).
 
     Args:
-        session: on folded/<task>.onnx or factored.onnx.
+        session: session of folded/<task>.onnx or factored.onnx.
         pixels: (N, 1, 16, 16).
-        factors: for factored.onnx, a task's tensors, which are optional inputs.
+        factors: a task's tensors, optional inputs of factored.onnx.
     """
     (logits,) = session.run(["logits"], {"pixels": pixels, **(factors or {})})
     return np.asarray(logits, np.float32)
 
 
 def mixed_logits(runtime: Runtime, pixels: Mapping[str, Pixels], rows: int) -> dict[str, Logits]:
-    """What the runtime answers when rows of all tasks share every batch.
+    """Run the runtime on batches that mix the rows of all tasks.
 
     Args:
-        runtime: on the bundle.
+        runtime: runtime of the bundle.
         pixels: task -> (N, 1, 16, 16), the same N for all.
-        rows: of every task in one batch; they alternate: a, b, c, a, b, c, ...
+        rows: number of rows of every task in one batch; tasks alternate: a, b, c, a, b, c, ...
 
     Returns:
-        Task -> (N, classes of that task).
+        Task -> logits (N, classes of that task).
     """
     tasks = list(pixels)
     interleaved = np.stack([pixels[task] for task in tasks], axis=1).reshape(-1, *pixels[tasks[0]].shape[1:])
@@ -71,12 +71,12 @@ def mixed_logits(runtime: Runtime, pixels: Mapping[str, Pixels], rows: int) -> d
 
 
 def accuracy(logits: Logits, labels: Labels) -> float:
-    """Share of the rows whose largest logit is the right one."""
+    """Top-1 accuracy, from 0 to 1."""
     return float((logits.argmax(axis=1) == labels).mean())
 
 
 def majority(labels: Labels) -> float:
-    """Share of the commonest answer: what can be had without looking."""
+    """Accuracy of always predicting the most frequent label."""
     return float(np.bincount(labels).max() / len(labels))
 
 
@@ -86,12 +86,12 @@ def switching(
     """Time runs of one row that change the task against runs that repeat it, interleaved.
 
     Args:
-        runtime: on the bundle.
-        folded: a folded model, to time opening a session on instead.
-        choice: what to open it with.
-        tasks: at least two.
+        runtime: runtime of the bundle.
+        folded: path of a folded model, for the time to open a session.
+        choice: execution provider of that session.
+        tasks: at least two tasks.
         pixels: (1, 1, 16, 16).
-        runs: how many of each kind.
+        runs: number of runs of each kind.
     """
     for task in tasks:
         _run_seconds(runtime, task, pixels)

@@ -69,18 +69,18 @@ class DigitsNet(nn.Module):
         self.head = nn.Linear(wide, 10)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """The head sees the mean over all positions."""
+        """(B, 1, 16, 16) -> {"logits": (B, 10)}; the head takes the mean over all positions."""
         features = self.late(self.downsample(self.early(self.stem(pixels))))
         return {"logits": self.head(self.norm(features.mean(dim=(2, 3))))}
 
 
 def digits() -> tuple[DigitsNet, dict[str, Tensor]]:
-    """The base with untrained weights, and example inputs to trace it with."""
+    """Create the base with untrained weights, and example inputs for tracing."""
     return DigitsNet().eval(), {"pixels": torch.zeros(2, 1, SIZE, SIZE).uniform_(generator=torch.Generator())}
 
 
 def trained(directory: str | Path) -> tuple[DigitsNet, dict[str, Tensor]]:
-    """The base with the weights that a quickstart saved in `directory`, and example inputs to trace it with."""
+    """Load the base with the weights that a quickstart saved in `directory`, and example inputs for tracing."""
     from safetensors.torch import load_file
 
     module, example_inputs = digits()

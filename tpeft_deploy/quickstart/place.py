@@ -1,4 +1,4 @@
-"""The quickstart's output directory: written beside and renamed, never over somebody's files."""
+"""Output directory of the quickstart: written to a temporary directory and renamed; keeps the user's files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MARKER = ".quickstart.json"
 
 @contextmanager
 def output_directory(out: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` at the end, and is removed on failure.
+    """Yield a directory to fill; it is renamed to `out` at the end, removed on failure.
 
-    An earlier quickstart's files give way to the new ones.  What its user added or changed stays: in its place, or
-    with the suffix `.kept` where the new quickstart has a file of its own.
+    Files of an earlier quickstart are replaced.  Files that the user added or changed are kept, with the suffix `.kept`
+    if the new quickstart has a file of that name.
 
     Raises:
-        TpeftError: `out` holds something that no quickstart wrote.
+        TpeftError: `out` holds files that no quickstart wrote.
     """
     out = out.resolve()
     written = _written_before(out)
@@ -46,7 +46,7 @@ def output_directory(out: Path) -> Iterator[Path]:
 
 
 def _written_before(out: Path) -> dict[str, str] | None:
-    """Relative path -> digest of the files of an earlier quickstart; None where there is nothing yet."""
+    """Relative path -> digest of the files of an earlier quickstart; None if `out` is new or empty."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
@@ -65,7 +65,7 @@ def _mark(directory: Path) -> None:
     files = {str(file.relative_to(directory)): digest_file(file) for file in _files(directory)}
     marker = directory / MARKER
     marker.write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
-    # safetensors writes files that only their owner can read; here they are results like the others.
+    # safetensors writes files that only the owner can read.
     for name in files:
         (directory / name).chmod(marker.stat().st_mode)
 
@@ -76,7 +76,7 @@ def _move_aside(out: Path) -> Path:
 
 
 def _keep_users_files(aside: Path, out: Path, written: dict[str, str]) -> None:
-    # Those whose names are free go first, so that what an earlier quickstart kept keeps its name.
+    # Files with free names first, so that those kept by an earlier quickstart keep their names.
     for file in sorted(_files(aside), key=lambda file: (out / file.relative_to(aside)).exists()):
         name = str(file.relative_to(aside))
         ours = name == MARKER or (name in written and not file.is_symlink() and digest_file(file) == written[name])

@@ -1,4 +1,4 @@
-"""The quickstart's report: one HTML file that needs nothing else."""
+"""Report of the quickstart: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def write_report(file: Path, results: Results, answers: Mapping[str, Answers], t
     """Write the report.
 
     Args:
-        file: the HTML file.
-        results: what was measured.
+        file: HTML file to write.
+        results: measurements.
         answers: task, or `base` -> logits.
-        tests: task, or `base` -> held-out pictures.
+        tests: task, or `base` -> held-out images.
     """
     file.write_text(render(results, answers, tests), encoding="utf-8")
 
 
 def render(results: Results, answers: Mapping[str, Answers], tests: Mapping[str, Examples]) -> str:
-    """The page as text."""
+    """Render the report as HTML."""
     body = f"""<h1>One base, {len(results.tasks)} tasks, any mixture of them in a batch</h1>
 <p class="soft">A {results.base.parameters:,}-weight ConvNeXt reads scanned digits with {results.base.torch:.1%}
 accuracy. Each task below is a low-rank tensor adapter for its convolutions and linears, trained with PEFT and served
@@ -47,13 +47,13 @@ with ONNX Runtime ({escape(results.provider)}). All figures are from {results.te
 <section><h2>Accuracy</h2><p class="soft small">torch is the PEFT model; folded, factored and banked are its three
 exports. banked ran every task in the same batches of {results.rows_per_batch} rows, tasks alternating row by row.</p>
 <div class="wide">{figures.accuracy_plot(results)}</div><div class="wide">{_table(results)}</div></section>
-<section><h2>The same digits, as each task sees them</h2><p class="soft small">Below each picture: what the base says
-of it, then what the mixed batch says with the task's adapter.</p>
+<section><h2>The same digits in each task</h2><p class="soft small">Below each image: the prediction of the base, then
+the prediction with the task's adapter, from the mixed batch.</p>
 <div class="wide">{_gallery(answers, tests)}</div></section>
 <div class="thirds">
-<section><h2>Exact</h2><p class="soft small">Relative error of the logits against the merged torch model; one dot a
+<section><h2>Exact</h2><p class="soft small">Relative error of the logits against the merged torch model; one dot per
 task.</p>{figures.error_plot(results)}</section>
-<section><h2>Small</h2><p class="soft small">What one more task stores, against a full copy of the base.</p>
+<section><h2>Small</h2><p class="soft small">Storage of one more task, against a full copy of the base.</p>
 {figures.size_plot(results)}</section>
 <section><h2>Switched in microseconds</h2><p class="soft small">A batch of one row; medians of
 {results.switching.runs} interleaved runs.</p>{figures.switching_plot(results)}</section></div>
@@ -97,7 +97,7 @@ def _table(results: Results) -> str:
 
 
 def _gallery(answers: Mapping[str, Answers], tests: Mapping[str, Examples]) -> str:
-    # The first held-out picture of every digit, the same ones for all tasks.
+    # The first held-out image of every digit, the same for all tasks.
     _, columns = np.unique(tests[BASE_TASK].labels, return_index=True)
     shown = [(BASE_TASK, "as scanned, no adapter", DIGITS), *((task.name, task.about, task.answers) for task in TASKS)]
     rows = []
@@ -108,13 +108,13 @@ def _gallery(answers: Mapping[str, Answers], tests: Mapping[str, Examples]) -> s
 
 
 def _cell(name: str, meanings: tuple[str, ...], answers: Answers, test: Examples, row: int) -> str:
-    truth, says = int(test.labels[row]), int(answers.forms["banked"][row].argmax())
-    # A task with answers of its own has none from the base; the base's own row needs no comparison.
+    truth, prediction = int(test.labels[row]), int(answers.forms["banked"][row].argmax())
+    # The base has no prediction for a task with other classes.
     before = f"{DIGITS[int(answers.base[row].argmax())]} → " if meanings == DIGITS and name != BASE_TASK else ""
-    verdict = "good" if says == truth else "bad"
+    verdict = "good" if prediction == truth else "bad"
     return (
         f'<td><img alt="{meanings[truth]}" src="{figures.picture(test.pixels[row, 0])}">'
-        f'<span class="soft">{before}</span><b class="{verdict}">{meanings[says]}</b></td>'
+        f'<span class="soft">{before}</span><b class="{verdict}">{meanings[prediction]}</b></td>'
     )
 
 

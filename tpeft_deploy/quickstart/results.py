@@ -1,4 +1,4 @@
-"""What a quickstart measured, as data."""
+"""Measurements of a quickstart."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ __all__ = ["BaseResult", "Results", "Sample", "Switching", "TaskResult"]
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task, on its held-out pictures; accuracies are from 0 to 1.
+    """Results of one task on its held-out images; accuracies are from 0 to 1.
 
     Args:
-        task: its name in the bundle.
-        classes: how many answers it has.
-        base: accuracy without the adapter; for a task with its own answers, the share of the commonest one.
+        task: name of the task in the bundle.
+        classes: number of classes.
+        base: accuracy without the adapter; for a task with other classes, the share of the most frequent one.
         torch: accuracy of the PEFT model.
         folded: accuracy of folded/<task>.onnx.
-        factored: accuracy of factored.onnx, fed with the adapter's factors.
+        factored: accuracy of factored.onnx with the adapter's factors as inputs.
         banked: accuracy of the runtime, in batches that mix the rows of all tasks.
         errors: form -> relative error of its logits against the merged torch model, in the Frobenius norm.
-        adapter_bytes: size of the adapter's file.
-        adapter_parameters: how many numbers it holds.
-        train_seconds: how long its training took.
+        adapter_bytes: bytes of the adapter's file.
+        adapter_parameters: number of the adapter's parameters.
+        train_seconds: seconds of training.
     """
 
     task: str
@@ -42,15 +42,15 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class BaseResult:
-    """The base on upright digits, and what a full copy of it per task would cost.
+    """Results of the base on upright digits, and its size.
 
     Args:
         torch: accuracy of the torch module.
-        banked: accuracy of the runtime, as the rows of task `base` in the mixed batches.
+        banked: accuracy of the rows of task `base` in mixed batches.
         error: relative error of those rows' logits.
-        parameters: how many numbers the base holds.
-        bytes: size of its weights.
-        train_seconds: how long its training took.
+        parameters: number of the base's parameters.
+        bytes: bytes of the base's weights.
+        train_seconds: seconds of training.
     """
 
     torch: float
@@ -63,13 +63,13 @@ class BaseResult:
 
 @dataclass(frozen=True)
 class Switching:
-    """What another task costs in the next run of one row; medians.
+    """Cost of switching the task between runs of one row; medians.
 
     Args:
-        runs: how many runs of each kind were timed, interleaved.
-        repeat_us: a run of the task that ran before, in microseconds.
-        switch_us: what a run of another task than before costs on top, in microseconds; noise may make it negative.
-        session_us: opening a plain session on a folded model instead, in microseconds.
+        runs: number of timed runs of each kind, interleaved.
+        repeat_us: microseconds of a run with the task of the run before.
+        switch_us: additional microseconds of a run with another task; noise may make it negative.
+        session_us: microseconds to open a plain session of a folded model.
     """
 
     runs: int
@@ -83,8 +83,8 @@ class Sample:
     """The rows of sample.npz.
 
     Args:
-        tasks: the task of each row.
-        answers: the right answer of each row.
+        tasks: task of each row.
+        answers: correct answer of each row.
     """
 
     tasks: tuple[str, ...]
@@ -93,18 +93,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Results:
-    """All of a quickstart.
+    """All measurements of a quickstart.
 
     Args:
-        out: where its files are.
-        tasks: one per adapter.
-        base: the base.
-        switching: the cost of another task.
-        sample: what is in sample.npz.
-        test_digits: how many digits were held out.
-        rows_per_batch: how many rows the mixed batches had.
-        provider: what the runtime ran on, "cpu" or "cuda".
-        seed: of the split and of all training.
+        out: directory of its files.
+        tasks: results per adapter.
+        base: results of the base.
+        switching: cost of switching the task.
+        sample: rows of sample.npz.
+        test_digits: number of held-out digits.
+        rows_per_batch: number of rows in a mixed batch.
+        provider: execution provider of the runtime, "cpu" or "cuda".
+        seed: seed of the split and of all training.
         seconds: wall time of "train", "export", "measure", and "total": from the start to the report.
         versions: package -> version.
     """
@@ -122,5 +122,5 @@ class Results:
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in results.json; `json.dumps` takes it."""
+        """Convert to the content of results.json, for `json.dumps`."""
         return {**asdict(self), "out": str(self.out)}

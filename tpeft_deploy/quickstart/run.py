@@ -1,4 +1,4 @@
-"""The quickstart from beginning to end."""
+"""The quickstart: training, export, measurement and report."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from tpeft_deploy.runtime.sessions.providers import choose
 
 __all__ = ["run"]
 
-_ROWS = 16  # of every task in a mixed batch
+_ROWS = 16  # rows of every task in a mixed batch
 _PACKAGES = ("torch", "peft", "onnx", "onnxscript", "numpy", "scikit-learn")
 
 _BASE_MODULE = '''\
-"""The quickstart's trained base, as BASE on the command line: digits_base:base."""
+"""The quickstart's trained base; on the command line, BASE is digits_base:base."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from tpeft_deploy.quickstart.model import trained
 
 
 def base():
-    """The module and its example inputs."""
+    """Return the module and its example inputs."""
     return trained(Path(__file__).parent)
 '''
 
@@ -49,8 +49,8 @@ Stage = Callable[[str], None]
 
 
 def run(out: Path, *, provider: str, seed: int, effort: float, on_stage: Stage, begin: float) -> Results:
-    """See `run_quickstart`; `begin` is when it was called, by `time.perf_counter`."""
-    # Asked first: a provider that cannot be used should fail now and not after a minute of training.
+    """Run the quickstart; arguments as for `run_quickstart`, `begin` is its start by `time.perf_counter`."""
+    # First, so that an unusable provider fails now and not after a minute of training.
     choice = choose(provider)
     seconds: dict[str, float] = {}
     with output_directory(out) as place:
@@ -105,8 +105,8 @@ def _export(trained: Trained, place: Path, on_stage: Stage) -> Bundle:
 
 
 def _write_sample(place: Path, tests: Mapping[str, Examples]) -> Sample:
-    """A small mixed batch to try `tpeft-deploy run` with, and the same as a request to a server."""
-    # Two digits, one that is upright in the task of that name and one that is not.
+    """Write a small mixed batch as input for `tpeft-deploy run`, and as a request to a server."""
+    # Two digits: one upright and one turned, in the task "upright".
     _, chosen = np.unique(tests["upright"].labels, return_index=True)
     rows = [(task, row) for row in chosen for task in TASKS]
     pixels = np.stack([tests[task.name].pixels[row] for task, row in rows])

@@ -1,4 +1,4 @@
-"""Training of the quickstart: the base once, then one tensor adapter a task, with PEFT as usual."""
+"""Training of the quickstart with PEFT: the base, then one tensor adapter per task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tpeft_deploy.training import TuckerConfig
 
 __all__ = ["TARGETS", "Recipe", "Trained", "merged", "train_adapter", "train_all", "train_base"]
 
-# Every kind of weight a convolutional adapter can change: full, depthwise and strided convolutions, and linears.
+# Every kind of weight that a convolutional adapter can change: full, depthwise and strided convolutions, and linears.
 TARGETS = ("stem", "depthwise", "expand", "reduce", "downsample")
 
 _BATCH = 64
@@ -30,11 +30,11 @@ _Change = Callable[[Examples, np.random.Generator], Examples]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train.
+    """Training length and learning rate.
 
     Args:
-        steps: batches of 64.
-        rate: the highest learning rate.
+        steps: number of batches of 64.
+        rate: maximum learning rate.
         decay: decoupled weight decay.
     """
 
@@ -43,18 +43,18 @@ class Recipe:
     decay: float
 
     def scaled(self, effort: float) -> Recipe:
-        """The same recipe with another number of steps, at least two."""
+        """Multiply the number of steps by a factor; at least two steps."""
         return Recipe(max(2, round(self.steps * effort)), self.rate, self.decay)
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What training leaves.
+    """Result of the training.
 
     Args:
-        base: in eval mode.
+        base: base in eval mode.
         adapters: task -> PEFT model in eval mode.
-        seconds: task, or `base` -> how long it took.
+        seconds: task, or `base` -> seconds of training.
     """
 
     base: DigitsNet
@@ -70,12 +70,12 @@ def train_base(digits: Examples, *, seed: int, recipe: Recipe = BASE_RECIPE) -> 
     """Train the base on upright digits.
 
     Args:
-        digits: the training split.
-        seed: of the weights and of the order of the pictures.
-        recipe: how long and how fast.
+        digits: training split.
+        seed: seed of the weights and of the order of the images.
+        recipe: training length and learning rate.
 
     Returns:
-        The base in eval mode, its weights contiguous.
+        The base in eval mode, with contiguous weights.
     """
     with _reproducible(seed):
         base = DigitsNet()
@@ -89,11 +89,11 @@ def train_adapter(
     """Train one task's adapter on a copy of the base.
 
     Args:
-        base: the trained base; it is left as it is.
-        task: what to make of the digits; a task with answers of its own gets a new head.
-        digits: the training split, upright.
-        seed: of the factors and of the order of the pictures.
-        recipe: how long and how fast.
+        base: trained base; not modified.
+        task: task to train; one with other classes than the base gets a new head.
+        digits: training split, upright.
+        seed: seed of the factors and of the order of the images.
+        recipe: training length and learning rate.
 
     Returns:
         The PEFT model in eval mode.
@@ -104,7 +104,7 @@ def train_adapter(
             model.head = nn.Linear(model.head.in_features, len(task.answers))
         config = TuckerConfig(
             ranks=8,
-            # To turn a picture is to turn every depthwise kernel, each on its own.
+            # Rotated images need every depthwise kernel rotated separately: a change of high rank.
             rank_pattern={"depthwise": 24},
             scale=4.0,
             target_modules=list(TARGETS),
@@ -119,10 +119,10 @@ def train_all(digits: Examples, *, seed: int, effort: float, on_stage: Callable[
     """Train the base, then the adapter of every task.
 
     Args:
-        digits: the training split, upright.
-        seed: of everything random.
-        effort: multiplies the number of steps.
-        on_stage: told each stage.
+        digits: training split, upright.
+        seed: seed of all random numbers.
+        effort: factor of the number of steps.
+        on_stage: function that is called with each stage as it begins.
     """
     on_stage(f"train the base on {len(digits)} upright digits")
     begin = time.perf_counter()
@@ -138,15 +138,15 @@ def train_all(digits: Examples, *, seed: int, effort: float, on_stage: Callable[
 
 
 def merged(adapted: PeftModel) -> nn.Module:
-    """A plain module with the adapter merged into its weights; the PEFT model is left as it is."""
+    """Copy a PEFT model to a plain module with the adapter merged into its weights."""
     return cast(nn.Module, copy.deepcopy(adapted).merge_and_unload().eval())
 
 
 @contextmanager
 def _reproducible(seed: int) -> Iterator[None]:
-    """Random numbers from `seed` and a single thread, both as they were afterwards.
+    """Set torch's seed and a single thread; restore both at the end.
 
-    A net this small gains little from a second thread, and with one the weights do not depend on the machine's cores.
+    With one thread the weights do not depend on the number of cores; a network this small is hardly slower.
     """
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
@@ -162,7 +162,7 @@ def _fit(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], recipe: Rec
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.rate, weight_decay=recipe.decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=recipe.steps, pct_start=0.2)
-    # Twice as fast on CPUs, whose depthwise convolutions want channels last.
+    # Depthwise convolutions on a CPU are fastest in channels-last layout: training takes half the time.
     _lay_out(model.train(), torch.channels_last)
     for pixels, labels in batches:
         loss = nn.functional.cross_entropy(model(pixels=pixels)["logits"], labels)
@@ -181,7 +181,7 @@ def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
 
 
 def _batches(digits: Examples, change: _Change, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in a new order every epoch, each nudged by up to a pixel before the task changes it."""
+    """Yield batches, shuffled every epoch and shifted by up to a pixel before the task's transformation."""
     random = np.random.default_rng(seed)
     order = np.empty(0, np.int64)
     for _ in range(steps):

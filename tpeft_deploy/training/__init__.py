@@ -1,4 +1,4 @@
-"""Training tensor adapters with PEFT: importing this registers the method under the type "TPEFT_TUCKER".
+"""Train tensor adapters with PEFT: importing this package registers the method under the type "TPEFT_TUCKER".
 
 from peft import get_peft_model
 from tpeft_deploy.training import TuckerConfig

@@ -1,4 +1,4 @@
-"""What a user asks of the tensor adapter, and what adapter_config.json records of it."""
+"""Configuration of a tensor adapter, as saved in adapter_config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft import PeftConfig
 
 __all__ = ["PEFT_TYPE", "Ranks", "TuckerConfig", "mode_ranks"]
 
-# "FLORA" is also the name of a gradient compression method that upstream may claim one day.
+# Not "FLORA": that is also the name of a gradient compression method, which PEFT may add.
 PEFT_TYPE = "TPEFT_TUCKER"
 
 Ranks = int | float | list[int | float]
@@ -25,9 +25,9 @@ class TuckerConfig(PeftConfig):  # type: ignore[misc]
         ranks: an int is the rank of the channel modes O and I; a float in (0, 1] is that fraction of the mode's
             size (at least 1); a list has one entry per mode of the weight as torch stores it: (O, I, K1, ...), for
             transposed convolutions and transformers' Conv1D (I, O, K1, ...).  Kernel modes that are not given keep
-            their full size.  A mode whose rank reaches its size has no factor: the core spans it.
-        rank_pattern: module name (a suffix or a regular expression, as elsewhere in PEFT) -> its own `ranks`.
-        scale: multiplies the change; never divided by a rank.
+            their full size.  A mode of full rank has no factor.
+        rank_pattern: module name (a suffix or a regular expression, as elsewhere in PEFT) -> `ranks` of that module.
+        scale: factor of the change; it is not divided by a rank.
         dropout: probability of dropping an input of the branch (for an embedding: a value of the looked-up change).
         target_modules: names (suffixes) or one regular expression of the modules to adapt, or "all-linear".
         exclude_modules: names (suffixes) or one regular expression of modules to leave out.
@@ -35,12 +35,12 @@ class TuckerConfig(PeftConfig):  # type: ignore[misc]
         layers_pattern: name of the list that holds those layers.
         modules_to_save: modules that are trained and saved whole: a new head, norms.  BatchNorm layers that run in
             training mode update their statistics although the base is frozen: name them here, or keep them in eval
-            mode, or the adapter will not fit the base that it is later loaded on.
-        ensure_weight_tying: as in PEFT's LoRA: False lets one use of a tied weight change alone, with a warning; True
-            gives all of its uses (embedding and lm_head) the same adapter.
-        init_weights: True starts exactly at the base (core zero); False draws a small random core, for tests.
-        base_digests: target weight -> `tpeft_deploy.adapter.weight_digest` of the base weight.  Filled when the
-            adapter is injected, and checked when it is loaded onto a base; leave it empty.
+            mode; otherwise the adapter will not fit the base that it is later loaded on.
+        ensure_weight_tying: as in PEFT's LoRA.  False adapts one module of a tied weight alone, with a warning; True
+            gives all modules that use the weight (embedding and lm_head) the same adapter.
+        init_weights: True initialises the core with zeros, so that dW = 0; False draws a small random core, for tests.
+        base_digests: target weight -> `tpeft_deploy.adapter.weight_digest` of the base weight.  Set when the adapter
+            is injected, and checked when it is loaded onto a base; leave it empty.
 
     Raises:
         ValueError: a field is out of its range.
@@ -78,7 +78,7 @@ class TuckerConfig(PeftConfig):  # type: ignore[misc]
         self._check_selection()
 
     def _check_selection(self) -> None:
-        # PEFT matches against sets, and keeps strings as regular expressions.
+        # PEFT matches names against sets; a string is a regular expression.
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list | tuple):
@@ -93,27 +93,27 @@ class TuckerConfig(PeftConfig):  # type: ignore[misc]
             raise ValueError("TuckerConfig layers_pattern: expected layers_to_transform beside it, got None")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; sets are sorted, so that equal configurations give equal files."""
+        """Convert the fields to JSON values; sets are sorted, so that equal configurations give equal files."""
         values: dict[str, Any] = super().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
 
 def mode_ranks(ranks: Ranks, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Rank of every mode of a weight; a rank that equals the mode's size means that the mode has no factor.
+    """Compute the rank of every mode of a weight; a mode with a rank equal to its size has no factor.
 
     Args:
-        ranks: as in `TuckerConfig`.
-        shape: the weight's.
+        ranks: ranks as in `TuckerConfig`.
+        shape: shape of the weight.
 
     Raises:
         ValueError: `ranks` has more entries than the weight has modes.
     """
-    asked = ranks if isinstance(ranks, list) else [ranks] * 2
-    if len(asked) > len(shape):
-        raise ValueError(f"expected at most {len(shape)} ranks for a weight of shape {shape}, got {asked}")
+    entries = ranks if isinstance(ranks, list) else [ranks] * 2
+    if len(entries) > len(shape):
+        raise ValueError(f"expected at most {len(shape)} ranks for a weight of shape {shape}, got {entries}")
     given = tuple(
         min(size, max(1, round(rank * size)) if isinstance(rank, float) else rank)
-        for rank, size in zip(asked, shape, strict=False)
+        for rank, size in zip(entries, shape, strict=False)
     )
     return given + shape[len(given) :]
 
@@ -127,7 +127,7 @@ def _checked_ranks(ranks: object, where: str) -> Ranks:
 
 
 def _checked_rank(rank: object, where: str) -> int | float:
-    # bool is an int: ranks=True would quietly mean rank 1.
+    # bool is a subclass of int: ranks=True would mean rank 1.
     if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
         return rank
     if isinstance(rank, float) and 0.0 < rank <= 1.0:

@@ -1,4 +1,4 @@
-"""One class per kind of layer: how an input runs through the factors, and through dW."""
+"""Adapted layers: one class per layer type, with its forward through the factors and through dW."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TuckerLinear(TuckerLayer):
 
 
 class TuckerTransposedLinear(TuckerLayer):
-    """A linear layer of transformers' GPT-2, Conv1D by name: weight (I, O), y = x W."""
+    """Conv1D of transformers (GPT-2), a linear layer with weight (I, O), y = x W."""
 
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (Conv1D,)
     base_layer: Conv1D
@@ -77,7 +77,7 @@ class TuckerTransposedLinear(TuckerLayer):
 
 
 class TuckerConv(TuckerLayer):
-    """A convolution of 1 to 3 dimensions, weight (O, I per group, K1, ...), of any geometry that torch has."""
+    """A convolution of 1 to 3 dimensions, weight (O, I per group, K1, ...), with any padding, stride and dilation."""
 
     adapts: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -92,9 +92,9 @@ class TuckerConv(TuckerLayer):
         rank_o, rank_i = ranks[:2]
         dense = size_o * size_i * math.prod(kernel)
         if self.base_layer.groups > 1:
-            # Factors would repeat for every group, where one small dW serves them all.
+            # The factors would be repeated for every group.
             return math.inf, dense
-        # The first 1x1 convolution runs at input positions, of which a stride makes more than there are outputs.
+        # The first 1x1 convolution runs at input positions: with a stride these outnumber the output positions.
         into = (rank_i < size_i) * size_i * rank_i * math.prod(self.base_layer.stride)
         return into + rank_i * rank_o * math.prod(kernel) + (rank_o < size_o) * rank_o * size_o, dense
 
@@ -107,12 +107,12 @@ class TuckerConv(TuckerLayer):
         kernel = contract(core, {mode: factor for mode, factor in factors.items() if mode >= 2})
         if 1 in factors:
             x = pointwise(x, factors[1].T.reshape(rank_i, -1, *ones))
-        # Padding of any mode may follow the 1x1 convolution: it repeats positions, or adds zeros, which stay zero.
+        # Padding may follow the 1x1 convolution: it repeats positions or adds zeros, and the convolution has no bias.
         x = self._through_delta(x, kernel)
         return pointwise(x, factors[0].reshape(-1, rank_o, *ones)) if 0 in factors else x
 
     def _through_delta(self, x: Tensor, delta: Tensor) -> Tensor:
-        # torch's own: stride, padding of every mode, dilation and groups are those of the base.
+        # torch's method, with the stride, padding, dilation and groups of the base.
         output: Tensor = self.base_layer._conv_forward(x, delta, None)
         return output
 
@@ -134,7 +134,7 @@ class TuckerConvTranspose(TuckerLayer):
         dense = size_o * size_i * math.prod(kernel)
         if self.base_layer.groups > 1:
             return math.inf, dense  # as TuckerConv
-        # The last 1x1 convolution runs at output positions, of which a stride makes more than there are inputs.
+        # The last 1x1 convolution runs at output positions: with a stride these outnumber the input positions.
         out_of = (rank_o < size_o) * rank_o * size_o * math.prod(self.base_layer.stride)
         return (rank_i < size_i) * size_i * rank_i + rank_i * rank_o * math.prod(kernel) + out_of, dense
 
@@ -169,7 +169,7 @@ class TuckerEmbedding(TuckerLayer):
     def _check_base(self) -> None:
         super()._check_base()
         if self.base_layer.max_norm is not None:
-            raise ValueError("its max_norm rescales the weight while it runs, which no change can be added to")
+            raise ValueError("its max_norm rescales the weight in the forward pass, so no change can be added to it")
 
     def _is_stock(self) -> bool:
         return type(self.base_layer).forward is nn.Embedding.forward
@@ -186,7 +186,7 @@ class TuckerEmbedding(TuckerLayer):
         change = self._change(name, x, core, factors, *args, **kwargs)
         padding = self.base_layer.padding_idx
         if padding is not None:
-            # As in torch, padding has a value but no gradient.
+            # As in torch, the padding entry has no gradient.
             change = torch.where((x == padding).unsqueeze(-1), change.detach(), change)
         dropped: Tensor = self.tucker_dropout[name](change)
         return dropped

@@ -1,4 +1,4 @@
-"""What the adapted layers of every kind share: their parameters, forward, merging, and PEFT's bookkeeping."""
+"""Base class of adapted layers: parameters, forward, merging, and PEFT's interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tpeft_deploy.training.contraction import break_even, contract, initial_core
 
 __all__ = ["TuckerLayer"]
 
-# Of one object alone: copying and pickling ask for the first, accelerate keeps the others on what it has hooked.
+# Attributes that belong to one object: special methods for copying and pickling, and accelerate's hooks.
 _NOT_DELEGATED = ("__", "_hf_hook", "_old_forward")
 
 
@@ -26,26 +26,26 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A frozen layer with the tensor adapters of its weight.
 
     Per adapter it holds `tucker_core` (R_o, R_i, R_k1, ...) and `tucker_factor`, a (mode size, rank) matrix for every
-    mode whose rank is below its size.  Modes are those of the weight as it is stored: (O, I per group, K1, ...), for
-    an embedding (num, dim), for a transposed convolution (I, O per group, K1, ...), for transformers' Conv1D (I, O).
-    Attributes that the layer lacks are those of the base layer.  A kind of layer is a subclass that says how to run an
-    input through factors, and through dW.
+    mode with a rank below its size.  Modes are those of the stored weight: (O, I per group, K1, ...), for an embedding
+    (num, dim), for a transposed convolution (I, O per group, K1, ...), for transformers' Conv1D (I, O).  Attributes
+    that the layer lacks are read from the base layer.  A subclass per layer type defines the forward through the
+    factors and through dW.
 
     Args:
-        base_layer: the layer to adapt, of a type in `adapts`.
-        adapter_name: the first adapter.
-        config: its configuration.
-        ranks: `config.ranks`, or what `config.rank_pattern` gives this layer.
+        base_layer: layer to adapt, of a type in `adapts`.
+        adapter_name: name of the first adapter.
+        config: configuration of that adapter.
+        ranks: `config.ranks`, or the ranks from `config.rank_pattern` for this layer.
 
     Raises:
-        ValueError: the layer, or the adapter on this layer, cannot be expressed.
+        ValueError: the layer cannot be adapted, or the adapter does not fit the layer.
     """
 
     adapts: ClassVar[tuple[type[nn.Module], ...]]
     adapter_layer_names: tuple[str, ...] = ("tucker_core", "tucker_factor")
     other_param_names: tuple[str, ...] = ("tucker_scale", "tucker_dropout", "tucker_break_even")
 
-    # PEFT's own, which type checkers cannot see behind nn.Module.
+    # Inherited from PEFT; type checkers do not see them behind nn.Module.
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
@@ -62,15 +62,15 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.tucker_scale: dict[str, float] = {}
         self.tucker_break_even: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self._unmerged: tuple[nn.Parameter, ...] = ()  # the base's parameter while adapters are merged
+        self._unmerged: tuple[nn.Parameter, ...] = ()  # original parameter while adapters are merged
         self._active_adapter = adapter_name
         self._check_base()
         self.update_layer(adapter_name, config, ranks)
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the base layer, where this layer has none of that name: models read strides and sizes.
+        """Look up attributes that this layer lacks in the base layer: models read strides and sizes.
 
-        A method of the base layer runs with the changed weight, as calling the layer does.
+        Methods of the base layer run with the adapted weight.
         """
         try:
             return super().__getattr__(name)
@@ -85,10 +85,10 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _call_base(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return functional_call(_Method(self.base_layer, method), {"layer.weight": self.weight}, args, kwargs)
 
-    # What a kind of layer provides.
+    # Implemented by subclasses.
 
     def _is_stock(self) -> bool:
-        """Whether the base layer computes what torch's own class does, so that a branch may be added to it."""
+        """Whether the base layer has the forward of torch's class, so that a branch may be added to its output."""
         raise NotImplementedError
 
     def _multiplications(self, ranks: tuple[int, ...]) -> tuple[float, float]:
@@ -96,7 +96,7 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         raise NotImplementedError
 
     def _positions(self, x: Tensor) -> float:
-        """How many output positions an input makes."""
+        """Number of output positions for an input."""
         raise NotImplementedError
 
     def _through_factors(self, x: Tensor, core: Tensor, factors: dict[int, Tensor]) -> Tensor:
@@ -108,10 +108,10 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     # Adapters.
 
     def update_layer(self, adapter_name: str, config: TuckerConfig, ranks: Ranks) -> None:
-        """Add an adapter, or start one again from its initial values."""
+        """Add an adapter, or reset one to its initial values."""
         if config.dropout and not self._is_stock():
             raise ValueError(
-                f"{type(self.base_layer).__name__} has its own forward, which leaves no input to drop; set dropout=0"
+                f"{type(self.base_layer).__name__} overrides forward, so its branch has no input to drop; set dropout=0"
             )
         shape = tuple(self.base_weight.shape)
         core_shape = mode_ranks(ranks, shape)
@@ -130,13 +130,13 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def share(self, adapter_name: str, other: TuckerLayer) -> None:
-        """Let an adapter have the parameters that another layer of a tied weight has under its name."""
-        for mine, theirs in ((self.tucker_core, other.tucker_core), (self.tucker_factor, other.tucker_factor)):
-            mine[adapter_name] = theirs[adapter_name]
+        """Share the parameters of an adapter with another layer that uses the same tied weight."""
+        self.tucker_core[adapter_name] = other.tucker_core[adapter_name]
+        self.tucker_factor[adapter_name] = other.tucker_factor[adapter_name]
         self.tucker_break_even[adapter_name] = other.tucker_break_even[adapter_name]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """dW of one adapter, with the shape of the weight, in float32 or the wider type of its parameters."""
+        """Compute dW of one adapter, with the shape of the weight, in float32 or the wider dtype of its parameters."""
         core, factors = self._parts(adapter)
         wide = torch.promote_types(core.dtype, torch.float32)
         built = contract(core.to(wide), {mode: factor.to(wide) for mode, factor in factors.items()})
@@ -147,7 +147,7 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self.tucker_core[adapter], {int(mode): factor for mode, factor in factors.items()}
 
     def _live(self) -> list[str]:
-        """The active adapters that this layer has and that are not in the base weight already."""
+        """Active adapters of this layer that are not merged."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in dict.fromkeys(self.active_adapters) if name in self.tucker_core]
@@ -163,16 +163,16 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @property
     def base_weight(self) -> Tensor:
-        """The frozen weight of the base, whether adapters are merged or not."""
+        """Frozen weight of the base, without merged adapters."""
         return self._unmerged[0].detach() if self._unmerged else cast(Tensor, self.base_layer.weight)
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer works with now.
+        """Adapted weight of the layer, with all active adapters.
 
-        Some modules read a layer's weight instead of calling it (torch's MultiheadAttention its out_proj, its
-        TransformerEncoderLayer everything when it evaluates): with the base's weight they would ignore the adapter.
-        Dropout of the branch has no effect there.
+        Some modules read a layer's weight instead of calling the layer (torch's MultiheadAttention for out_proj,
+        TransformerEncoderLayer in eval mode): with the base's weight they would ignore the adapter.  Dropout of the
+        branch has no effect there.
         """
         if self.disable_adapters:
             return self.base_weight
@@ -199,14 +199,14 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 weight = (weight + delta.to(weight.device)).to(weight.dtype)
                 if safe_merge and not torch.isfinite(weight).all():
                     raise ValueError(f"merge adapter {name!r}: the merged weight holds NaN or infinity")
-        # Kept rather than subtracted later, so that unmerging restores the base to the bit and its digest holds; and
-        # replaced rather than overwritten, as the other uses of a tied weight do not change.
+        # The parameter is kept, so that unmerging restores the base exactly and its digest holds; and replaced, not
+        # overwritten, because other modules may use the same tied weight.
         self._unmerged = self._unmerged or (parameter,)
         self.base_layer.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put back the base weight as it was before any merge."""
+        """Restore the base weight exactly."""
         if not self._unmerged:
             return
         (parameter,), self._unmerged = self._unmerged, ()
@@ -238,7 +238,7 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self, name: str, x: Tensor, core: Tensor, factors: dict[int, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
         limit = self.tucker_break_even[name]
-        # An infinite limit is asked first: then the choice does not depend on the input's size, and compiles once.
+        # An infinite limit is checked first: the branch then does not depend on the input's size, and compiles once.
         if limit == math.inf or self._positions(x) < limit:
             return self.tucker_scale[name] * self._through_factors(x, core, factors, *args, **kwargs)
         delta = self.get_delta_weight(name).to(x.dtype if x.is_floating_point() else core.dtype)
@@ -246,7 +246,7 @@ class TuckerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 
 class _Method(nn.Module):
-    """A method of a layer as a module of its own, which `functional_call` can run with another weight."""
+    """A method of a layer as a module, which `functional_call` can run with another weight."""
 
     def __init__(self, layer: nn.Module, method: str) -> None:
         super().__init__()

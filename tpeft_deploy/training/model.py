@@ -1,4 +1,4 @@
-"""The tuner: puts tensor adapters into a model, and ties each adapter to the base it was trained on."""
+"""The tuner: injects tensor adapters into a model, and checks each adapter against the base it was trained on."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ __all__ = ["TuckerModel"]
 
 
 class TuckerModel(BaseTuner):  # type: ignore[misc]
-    """A model whose target modules carry tensor adapters; PEFT makes it for a `TuckerConfig`.
+    """A model with tensor adapters in its target modules; PEFT creates it for a `TuckerConfig`.
 
     Raises:
-        ValueError: a target cannot be adapted: its type, or ranks that do not fit it.
-        BaseMismatch, UnknownTarget: the configuration comes from an adapter of another base.
+        ValueError: a target cannot be adapted, because of its type or because the ranks do not fit it.
+        BaseMismatch, UnknownTarget: the configuration belongs to an adapter of another base.
     """
 
     prefix: str = "tucker_"
     tuner_layer_cls = TuckerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    # With `ensure_weight_tying`: which names of a tied weight are adapted, and which share what those have.
+    # For `ensure_weight_tying`: selects the modules of a tied weight that are adapted, and those that share them.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
     _add_targets_to_tie = LoraModel._add_targets_to_tie
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the targets, checking or recording the digests of their base weights."""
-        # A copy: what is recorded for this base must not follow the user's object to the next one.
+        """Add an adapter to the targets, and check or record the digests of their base weights."""
+        # A copy: the digests of this base must not be carried to the next one in the user's object.
         config = cast(TuckerConfig, copy.deepcopy(self.peft_config[adapter_name]))
         self.peft_config[adapter_name] = config
         _check_digests(model, config, adapter_name)
@@ -70,7 +70,7 @@ class TuckerModel(BaseTuner):  # type: ignore[misc]
         parameter_name: str | None = None,
     ) -> None:
         if adapter_name.isdigit():
-            # PEFT drops keys with another adapter's name in them, which are then those of layers and modes.
+            # PEFT drops state dict keys that contain another adapter's name; layers and modes are numbered in keys.
             raise ValueError(f"adapter name {adapter_name!r}: expected more than digits, which number layers and modes")
         config = cast(TuckerConfig, peft_config)
         ranks = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.ranks)
@@ -89,9 +89,9 @@ class TuckerModel(BaseTuner):  # type: ignore[misc]
             raise ValueError(f"adapt module {current_key!r}: {error}") from error
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # Not PEFT's: it copies weight and bias from the old module to the new one, which a container does not have.
+        # PEFT's method copies weight and bias to the new module, which has neither.
         setattr(parent, child_name, new_module)
-        # A module that the model uses twice would keep the plain base under its other names.
+        # A module that is registered several times must be replaced under all its names.
         for module in list(self.model.modules()):
             for name, other in list(module._modules.items()):
                 if other is child and module is not new_module:
@@ -103,17 +103,17 @@ class TuckerModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         loaded: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         first_names: dict[nn.Module, str] = {}
-        # Saved under the first name of a module; the others name the same parameters, and would be reported missing.
+        # Parameters are saved under the first name of a module; the other names would be reported missing.
         for name, module in model.named_modules(remove_duplicate=False):
             first = first_names.setdefault(module, name)
             if isinstance(module, TuckerLayer) and name != first:
-                own = [key for key in loaded if key.startswith(f"{first}.")]
-                loaded |= {name + key.removeprefix(first): loaded[key] for key in own}
+                saved = [key for key in loaded if key.startswith(f"{first}.")]
+                loaded |= {name + key.removeprefix(first): loaded[key] for key in saved}
         return loaded
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT takes adapter_names out of the arguments: without this it would serve every row the active adapter.
+        # PEFT removes adapter_names from the arguments: every row would silently use the active adapter.
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "adapter_names: mixed batches are not supported while training; run one adapter at a time with "

@@ -1,7 +1,7 @@
-"""Making the method known to PEFT.
+"""Registration of the method with PEFT.
 
-PEFT's own `register_peft_method` takes only names of its `PeftType` enum (huggingface/peft#2282), but every look-up
-goes through these dicts, by a string.  They are no documented API: a test pins them.
+`register_peft_method` of PEFT accepts only names in its `PeftType` enum (huggingface/peft#2282), but every look-up
+uses these dicts, by a string.  They are not documented API: a test detects changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Insert the method into PEFT's look-up tables; doing it again changes nothing."""
+    """Insert the method into PEFT's look-up tables; idempotent."""
     key = cast(Any, PEFT_TYPE)
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[key] = TuckerConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[key] = TuckerModel

@@ -1,6 +1,6 @@
-"""A model of diffusers from the directory that its save_pretrained wrote: config.json and safetensors.
+"""Load a diffusers model from a directory written by save_pretrained: config.json and safetensors.
 
-Nothing is downloaded and no code of the directory is run.
+Nothing is downloaded, and no code from the directory is run.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ def is_diffusers(path: str | os.PathLike[str]) -> bool:
 
 
 def load_diffusers(path: str | os.PathLike[str]) -> Any:
-    """A model in evaluation mode, in the dtype and with every weight of its directory.
+    """Load a model in evaluation mode, with the dtype and all weights of its directory.
 
     Args:
-        path: holds config.json with `_class_name`, and diffusion_pytorch_model.safetensors or its shards and index.
+        path: directory with config.json, which has `_class_name`, and diffusion_pytorch_model.safetensors or its shards
+            and index.
 
     Raises:
         MissingExtra: diffusers is not installed.
-        UnsupportedBase: a pipeline, no complete model, or a class that diffusers does not have.
+        UnsupportedBase: the directory holds a pipeline or an incomplete model, or diffusers does not have the class.
     """
     path = Path(path)
     doing = f"load base {path}"
@@ -48,7 +49,7 @@ def load_diffusers(path: str | os.PathLike[str]) -> Any:
             output_loading_info=True,
             torch_dtype=_dtype(path),
         )
-    except Exception as error:  # models raise every kind of exception; the cause is kept
+    except Exception as error:  # models may raise any exception; the cause is kept
         raise UnsupportedBase(
             doing, problem=f"diffusers cannot load it ({type(error).__name__}: {str(error).strip()[:300]})"
         ) from error
@@ -58,7 +59,7 @@ def load_diffusers(path: str | os.PathLike[str]) -> Any:
             doing,
             expected=f"the weights of {kind.__name__} and no others",
             got=f"missing, unexpected or of another shape: {', '.join(map(str, sorted(wrong, key=str)[:3]))}",
-            fix="Write the directory anew with save_pretrained() of the model.",
+            fix="Write the directory again with save_pretrained() of the model.",
         )
     return model.eval()
 
@@ -80,7 +81,7 @@ def _check_files(path: Path, doing: str) -> None:
             doing,
             expected=f"weights in {_WEIGHTS}, or in shards with {_WEIGHTS}.index.json",
             got="neither",
-            fix="Load it with diffusers and write it anew with save_pretrained().",
+            fix="Load it with diffusers and write it again with save_pretrained().",
         )
     if _read(path / "config.json").get("quantization_config"):
         raise UnsupportedBase(doing, expected="plain weights", got="quantised ones (quantization_config)")
@@ -112,7 +113,7 @@ def _diffusers(doing: str) -> ModuleType:
 
 
 def _dtype(path: Path) -> Any:
-    """The dtype of most of the weights; diffusers would make float32 of them."""
+    """The dtype of most weights; diffusers would convert them to float32."""
     import torch
     from safetensors import safe_open
 
@@ -127,7 +128,7 @@ def _dtype(path: Path) -> Any:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    """A JSON file's object; empty where there is none."""
+    """Object of a JSON file; empty if the file does not exist."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,32 +1,32 @@
 """Regular expressions with lookarounds, flags and Unicode, matched in time linear in the text.
 
-A pattern as `re` parses it becomes a program of tests and branches.  Whether the program matches from an instruction at
-a place of the text does not depend on how it came there, so each pair is visited once (as RE2's BitState does), and a
-lookaround is answered once for each place.  Single letters are asked of `re` itself, which decides what case, category
-and range mean.
+A pattern parsed by `re` is compiled to a program of tests and branches.  Whether the program matches from an
+instruction at a position of the text does not depend on the path to it, so each pair is visited once (as in RE2's
+BitState), and a lookaround is evaluated once per position.  Single characters are matched by `re`, so that case,
+categories and ranges have the same meaning.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from re import _parser  # what reads patterns; it has no public name
+from re import _parser  # the pattern parser, which has no public name
 from typing import Any, NamedTuple
 
 __all__ = ["NotRegular", "Program", "TooLarge"]
 
 _MOST = 20_000  # instructions
 _TYPES = re.ASCII | re.LOCALE | re.UNICODE
-_CASES = 50_000  # steps that `re` takes for a class without case that reaches beyond ASCII
-_EMPTY_IS_NO_BOUNDARY = re.match(r"\B", "") is not None  # which newer versions of Python changed
+_CASES = 50_000  # steps of `re` for a case-insensitive class beyond ASCII
+_EMPTY_IS_NO_BOUNDARY = re.match(r"\B", "") is not None  # depends on the version of Python
 
 
 class NotRegular(Exception):
-    """Raised for a pattern of which no linear matching is known; says which part."""
+    """Raised for a pattern that cannot be matched in linear time; names the part."""
 
 
 class TooLarge(Exception):
-    """Raised for a pattern whose repeats make a program beyond the limit."""
+    """Raised for a pattern with repeats that make the program exceed its limit."""
 
 
 class _Letter(NamedTuple):
@@ -61,14 +61,14 @@ class Program:
     """A parsed pattern.
 
     Args:
-        tree: what `re` parsed.
-        flags: of the whole pattern.
-        whole: whether it must match a whole text, as `re.fullmatch` has it; else the beginning, as `re.match`.
-        spend: told the number of steps; may raise.
+        tree: pattern as parsed by `re`.
+        flags: flags of the whole pattern.
+        whole: True to match a whole text, as `re.fullmatch`; False to match its beginning, as `re.match`.
+        spend: function that is called with the number of steps, and may raise.
 
     Raises:
-        NotRegular, TooLarge: it cannot be matched so.
-        re.error: a lookbehind without a fixed width.
+        NotRegular, TooLarge: the pattern cannot be matched in linear time, or its program is too large.
+        re.error: a lookbehind has no fixed width.
     """
 
     def __init__(self, tree: Any, flags: int, *, whole: bool, spend: Callable[[int], None]) -> None:
@@ -127,7 +127,7 @@ class Program:
 
     def _add_repeat(self, code: _Code, value: Any, flags: int) -> None:
         least, most, body = value
-        if not body.getwidth()[1] and least > 1:  # once or more often is the same for what takes no letter
+        if not body.getwidth()[1] and least > 1:  # repeating an empty match changes nothing
             least = 1
         for _ in range(least):
             self._put(code, _Jump((len(code) + 1,)))
@@ -209,7 +209,7 @@ def _is_at(step: _Place, text: str, place: int) -> bool:
 
 
 def _source(kind: str, value: Any) -> str:
-    """One letter of a pattern in the syntax of `re`."""
+    """One character of a pattern in the syntax of `re`."""
     if kind == "LITERAL":
         return _letter(value)
     if kind == "NOT_LITERAL":

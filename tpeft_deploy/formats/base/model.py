@@ -1,7 +1,7 @@
-"""The torch module that a base's name stands for: a Hugging Face model directory, or package.module:factory.
+"""Load the torch module of a base from a Hugging Face model directory or package.module:factory.
 
-Nothing is downloaded and no code of a directory is run.  The module itself is loaded, not its files' headers alone:
-save_pretrained leaves out tied weights and may write others under older names, and only the model class knows which.
+Nothing is downloaded, and no code from a directory is run.  The module is instantiated: file headers are not enough,
+because save_pretrained leaves out tied weights and may use older names, which only the model class resolves.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _COMPUTED = ("position_ids", "rotary_emb.inv_freq")  # older checkpoints hold th
 
 
 def open_model(base: str) -> object:
-    """The module of a Hugging Face or diffusers model directory, or the one that a factory returns.
+    """Load the module of a Hugging Face or diffusers model directory, or of a factory.
 
     Args:
-        base: the directory, or "package.module:factory".
+        base: path of the directory, or "package.module:factory".
 
     Raises:
-        MissingExtra: a directory, and the library that wrote it is not installed.
-        UnsupportedBase: it cannot be loaded.
+        MissingExtra: the library that wrote the directory is not installed.
+        UnsupportedBase: the base cannot be loaded.
     """
     if os.path.isdir(base):
         if is_diffusers(base):
@@ -48,7 +48,7 @@ def open_model(base: str) -> object:
 
 
 def call_factory(name: str) -> object:
-    """What the callable that "package.module:factory" names returns: a module, or a tuple that begins with one.
+    """Call "package.module:factory"; return its result, a module or a tuple that begins with one.
 
     Raises:
         UnsupportedBase: there is no such callable.
@@ -66,7 +66,7 @@ def call_factory(name: str) -> object:
         return factory()
     except TpeftError:
         raise
-    except Exception as error:  # a factory raises every kind of exception; the cause is kept
+    except Exception as error:  # factories may raise any exception; the cause is kept
         raise UnsupportedBase(
             f"load base {name}",
             problem=f"the factory fails ({type(error).__name__}: {brief(error)})",
@@ -75,11 +75,11 @@ def call_factory(name: str) -> object:
 
 
 def no_module(name: str, got: object) -> UnsupportedBase:
-    """The error about a base that is something else than a torch module.
+    """Make the error for a base that is not a torch module.
 
     Args:
-        name: base's name, for the message.
-        got: the value found instead.
+        name: name of the base, for the message.
+        got: value found instead.
     """
     fixes = {
         "a class": "Make an instance of it and load the trained weights.",
@@ -98,18 +98,18 @@ def no_module(name: str, got: object) -> UnsupportedBase:
         if callable(got)
         else ""
     )
-    own = getattr(got, "__name__", type(got).__name__)
+    found = getattr(got, "__name__", type(got).__name__)
     return UnsupportedBase(
         f"load base {name}",
         expected="a torch.nn.Module",
-        got=f"{what} ({own})" if what else own,
+        got=f"{what} ({found})" if what else found,
         fix=fixes.get(what, FACTORY),
     )
 
 
 def _factory(name: str, module_name: str, function_name: str) -> Callable[[], object]:
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: factories live beside the user's own scripts
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: factories are in the user's working directory
     try:
         factory: Callable[[], object] = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
@@ -119,7 +119,7 @@ def _factory(name: str, module_name: str, function_name: str) -> Callable[[], ob
             got=str(error),
             fix="Run from the directory that holds the module, or install it.",
         ) from error
-    except Exception as error:  # what a module raises while it is imported; the cause is kept
+    except Exception as error:  # modules may raise any exception on import; the cause is kept
         raise UnsupportedBase(
             f"load base {name}", problem=f"importing {module_name} fails ({type(error).__name__}: {brief(error)})"
         ) from error
@@ -145,7 +145,7 @@ def _transformers(path: Path) -> ModuleType:
 
 
 def architecture(path: Path) -> str:
-    """The class name in config.json, once the directory is known to hold a whole model and nothing but one."""
+    """Class name in config.json, after checking that the directory holds one complete model."""
     doing = f"load base {path}"
     file = path / "config.json"
     if not file.is_file():
@@ -171,7 +171,7 @@ def architecture(path: Path) -> str:
             doing,
             expected="weights in model.safetensors, or in shards with model.safetensors.index.json",
             got="neither",
-            fix="Load it with transformers and write it anew with save_pretrained().",
+            fix="Load it with transformers and write it again with save_pretrained().",
         )
     names = config.get("architectures") if isinstance(config, dict) else None
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
@@ -187,7 +187,7 @@ def architecture(path: Path) -> str:
 
 
 def model_class(path: Path, name: str) -> Any:
-    """The class of transformers that config.json names."""
+    """Class of transformers that config.json names."""
     transformers = _transformers(path)
     found = getattr(transformers, name, None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
@@ -201,7 +201,7 @@ def model_class(path: Path, name: str) -> Any:
 
 
 def load_model(path: Path, model: Any) -> Any:
-    """A model of a class in evaluation mode, every weight of it from the directory."""
+    """Load a model of a class in evaluation mode, with all weights from the directory."""
     doing = f"load base {path}"
     try:
         with _silent():
@@ -211,11 +211,11 @@ def load_model(path: Path, model: Any) -> Any:
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype="auto",
-                # The other implementations choose by the values of masks, or by shapes, which a trace would freeze.
+                # Other implementations branch on the values of masks or on shapes, which a trace would freeze.
                 attn_implementation="eager",
                 output_loading_info=True,
             )
-    except Exception as error:  # models raise every kind of exception; the cause is kept
+    except Exception as error:  # models may raise any exception; the cause is kept
         raise UnsupportedBase(
             doing, problem=f"transformers cannot load it ({type(error).__name__}: {brief(error, 300)})"
         ) from error
@@ -224,8 +224,8 @@ def load_model(path: Path, model: Any) -> Any:
 
 
 def _check_complete(doing: str, name: str, info: Mapping[str, Any]) -> None:
-    """Refuse a model of which transformers would fill weights with random numbers; say which ones it leaves out."""
-    fix = f"Write the directory anew with save_pretrained() of the trained {name}, and name its class in config.json."
+    """Raise if the directory lacks weights, which transformers would initialise at random; name them."""
+    fix = f"Write the directory again with save_pretrained() of the trained {name}, and name its class in config.json."
     missing, unused = (_listed(info[what]) for what in ("missing_keys", "unexpected_keys"))
     if missing:
         raise UnsupportedBase(doing, expected=f"every weight of {name}", got=f"no weights for {missing}", fix=fix)
@@ -244,7 +244,7 @@ def _listed(keys: Iterable[str]) -> str:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """No progress bars and no report of what could not be loaded: that is raised."""
+    """Disable progress bars and the report of missing weights, which are raised as an error."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""What readers of changes that are products with the base weight share: rotations, and W' - W of this very base.
+"""Helpers for methods that multiply the base weight: rotations, and the change W' - W.
 
-A product with W is a change of weights once W is known: W' - W, exact for that base alone, so its digest is recorded.
-Arithmetic is in float64; a change is rounded once, to the dtype of the adapter's tensors and at least float32.
+The change W' - W holds for this W alone, so its digest is recorded.  Arithmetic is in float64; a change is rounded
+once, to the dtype of the adapter's tensors and at least float32.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["base_weight", "cayley", "change_of_base", "dense_change", "rotate_inputs", "skew_of_triangle"]
 
-_LARGEST = 1e6  # beyond it the libraries, which compute in float32, give no rotation
+_LARGEST = 1e6  # beyond it the libraries' float32 result is not a rotation
 
 
 def base_weight(module: Module, checkpoint: Checkpoint, method: str) -> Array:
-    """The module's weight in float64, for a method that states its scale itself.
+    """The module's weight in float64, for a method that records its scale.
 
     Raises:
-        FormatError: no base was given, it has no such weight, the caller gave a scale, or a tensor of the module but
-            alpha holds integers.
+        FormatError: no base was given, it has no such weight, the caller gave a scale, or a tensor other than alpha
+            holds integers.
     """
     no_scale(module, checkpoint)
     for name, tensor in module.tensors.items():
@@ -36,13 +36,13 @@ def base_weight(module: Module, checkpoint: Checkpoint, method: str) -> Array:
 
 
 def change_of_base(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, *, bias: Array | None = None) -> Change:
-    """A change of this very base's weight, with the digest of that weight.
+    """A change that holds for this base's weight alone, with the digest of that weight.
 
     Args:
         module: module of the weight.
         checkpoint: checkpoint of the module.
         delta: W' - W.
-        bias: bias that replaces the base's; None where the method leaves it as it is.
+        bias: bias that replaces the base's; None if the method does not change it.
 
     Raises:
         FormatError: no base was given.
@@ -55,10 +55,10 @@ def change_of_base(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, *
 
 
 def dense_change(adapted: Array, weight: Array, like: Array) -> TuckerDelta:
-    """W' - W as it is, in the dtype of `like` and at least float32.
+    """Compute W' - W, in the dtype of `like` and at least float32.
 
     Raises:
-        ShapeError: the shapes are those of no weight.
+        ShapeError: the shapes differ.
         ValueError: a value is not finite.
     """
     with np.errstate(over="ignore", invalid="ignore"):
@@ -67,7 +67,7 @@ def dense_change(adapted: Array, weight: Array, like: Array) -> TuckerDelta:
 
 
 def skew_of_triangle(values: Array, size: int) -> Array:
-    """Skew-symmetric matrices (n, size, size) from their upper triangles (n, size (size - 1) / 2), row by row."""
+    """Build skew-symmetric matrices (n, size, size) from upper triangles (n, size (size - 1) / 2), row by row."""
     skew = np.zeros((len(values), size, size))
     rows, columns = np.triu_indices(size, 1)
     skew[:, rows, columns] = values
@@ -75,10 +75,10 @@ def skew_of_triangle(values: Array, size: int) -> Array:
 
 
 def cayley(skew: Array) -> Array:
-    """The rotations (I - Q) (I + Q)^-1 of skew-symmetric matrices Q (..., b, b).
+    """Compute the Cayley transform (I - Q) (I + Q)^-1 of skew-symmetric matrices Q (..., b, b).
 
     Raises:
-        ValueError: values are so large that the result is no rotation.
+        ValueError: values are so large that the result is not a rotation.
     """
     largest = np.abs(skew).max(initial=0.0)
     if not largest <= _LARGEST:  # NaN too
@@ -89,10 +89,10 @@ def cayley(skew: Array) -> Array:
 
 
 def rotate_inputs(weight: Array, blocks: Array) -> Array:
-    """W B^T for a block-diagonal B: each block of a layer's inputs is multiplied by a matrix before the layer.
+    """Compute W B^T for a block-diagonal B, which multiplies each block of a layer's inputs by a matrix.
 
     Args:
-        weight: (O, n * b), with O a multiple of g where the layer has g groups of inputs.
+        weight: (O, n * b), with O a multiple of g for a layer with g groups of inputs.
         blocks: (g * n, b, b).
 
     Raises:
@@ -103,7 +103,7 @@ def rotate_inputs(weight: Array, blocks: Array) -> Array:
     count, left = divmod(inputs, max(1, size))
     if left or count == 0 or len(blocks) % count or not len(blocks) or outputs % (len(blocks) // count):
         raise ValueError(f"{len(blocks)} blocks of size {size} for a weight of shape {weight.shape}")
-    if blocks.strides[0] == 0:  # one matrix for all blocks, which a reshape would write out
+    if blocks.strides[0] == 0:  # one matrix for all blocks, which a reshape would copy
         return np.asarray(weight.reshape(outputs, count, size) @ blocks[0].T).reshape(weight.shape)
     grouped = weight.reshape(len(blocks) // count, -1, count, size)
     rotated: Array = np.einsum("gonk,gnck->gonc", grouped, blocks.reshape(-1, count, size, size))

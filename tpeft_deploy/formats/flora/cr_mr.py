@@ -2,7 +2,7 @@
 
     dW = s B E A        lora_B.weight (O, r), lora_E.weight (r, r), lora_A.weight (r, I), s = lora_alpha / r
 
-Its adapter_config.json calls it LORA: a reader of plain LoRA would leave E out and be silently wrong.
+Its adapter_config.json has peft_type LORA: a reader of plain LoRA would ignore E and give a wrong change.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SUFFIXES = frozenset({"lora_A.weight", _CORE, "lora_B.weight"})
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has E as a layer of its own; ask this before a reader of plain LoRA."""
+    """Whether the module has E as a separate layer; precedes the reader of plain LoRA."""
     return _CORE in module.tensors
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's E as the core and B, A as the factors, swapped where the layer keeps its weight transposed.
+    """The module's E as the core and B, A as the factors, swapped if the layer stores its weight transposed.
 
     Raises:
         FormatError: a tensor is missing or does not fit the others; the configuration lacks lora_alpha or states
@@ -59,7 +59,7 @@ def _scale(module: Module, checkpoint: Checkpoint, rank: int) -> float:
             doing(module, checkpoint),
             expected="enable_lora null",
             got=config["enable_lora"],
-            fix="Parts of a fused layer are not read: train with target_modules that are layers of their own.",
+            fix="Parts of a fused layer are not read: train with target_modules that are separate layers.",
         )
     alpha = config.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
@@ -69,7 +69,7 @@ def _scale(module: Module, checkpoint: Checkpoint, rank: int) -> float:
     if config.get("r", rank) != rank:
         raise FormatError(
             doing(module, checkpoint),
-            expected=f"r {config['r']}, as adapter_config.json says",
+            expected=f"r {config['r']}, as in adapter_config.json",
             got=f"rank {rank}",
             fix="Copy both files of one adapter.",
         )

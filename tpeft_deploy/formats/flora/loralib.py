@@ -2,8 +2,8 @@
 
     dW = s B E A        lora_B (O, r), lora_E (r, r), lora_A (r, I), s = alpha / (ranknum + 1e-5)
 
-alpha is no part of the file: it is r unless a scale is given, which then stands for alpha / r.  AdaLoRA uses the same
-names, with an E of one column.  The file may hold the layer's own weight as well, which training does not change.
+The file does not record alpha: it is r unless a scale is given, which replaces alpha / r.  AdaLoRA uses the same names,
+with an E of one column.  The file may also hold the layer's weight, which training does not change.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SUFFIXES = frozenset({"lora_A", "lora_E", "lora_B", "ranknum", "weight"})
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has a square E under its bare name; of one number only beside a ranknum."""
+    """Whether the module has a square E under its bare name; an E of one element needs a ranknum."""
     core = module.tensors.get("lora_E")
     if core is None or core.ndim != 2 or core.shape[0] != core.shape[1] or checkpoint.config:
         return False
@@ -46,7 +46,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     """
     down, core, up = (take(module, checkpoint, name) for name in ("lora_A", "lora_E", "lora_B"))
     rank = core.shape[0]
-    ranknum = module.tensors.pop("ranknum", None)  # loralib's own lora_state_dict leaves it out
+    ranknum = module.tensors.pop("ranknum", None)  # loralib's lora_state_dict leaves it out
     divisor = float(rank if ranknum is None else ranknum.reshape(-1)[0])
     if ranknum is not None and (ranknum.size != 1 or not divisor > 0):
         raise FormatError(
@@ -63,7 +63,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def _leave_out_weight(module: Module, checkpoint: Checkpoint) -> list[str]:
-    """Pop the layer's own weight once it is certain that it is the base's; without a base, say that it is not."""
+    """Pop the layer's weight if it equals the base's; raise if it differs or there is no base."""
     copy = module.tensors.pop("weight", None)
     if copy is None:
         return []

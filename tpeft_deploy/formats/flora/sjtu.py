@@ -3,8 +3,8 @@
     dW = s G x_0 U_0 x_1 U_1 ...    param_G (R_i, R_o, R_k1, ...)
                                     param_0 (I, R_i), param_1 (O, R_o), param_2 (K1, R_k1), ...
 
-The package puts inputs before outputs, which is swapped here.  s is no part of the file and has to be given.  The file
-is the whole model's state, the base included.
+The package puts inputs before outputs, which is swapped here.  The file does not record s, which must be given.  The
+file is the state dict of the whole model, base included.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""DoRA as LyCORIS adds it to LoCon, LoHa and LoKr: each channel's weights are rescaled to a learnt length.
+"""DoRA in LyCORIS' LoCon, LoHa and LoKr: each channel's weights are rescaled to a trained norm.
 
     W' = (W + dW) dora_scale / (|W + dW| + eps)
 
-The norm is over all axes but one: over all but the outputs where dora_scale is (O, 1, ...), over all but the inputs
-where it is (1, I, 1, ...).  eps is that of float32, in which LyCORIS computes.
+The norm is over all axes but one: all but the outputs if dora_scale is (O, 1, ...), all but the inputs if it is
+(1, I, 1, ...).  eps is that of float32, in which LyCORIS computes.
 """
 
 from __future__ import annotations
@@ -13,29 +13,41 @@ from collections.abc import Mapping
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.read.module import Checkpoint, Module
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import base_array, doing
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["SUFFIX", "dora_gain"]
+__all__ = ["SUFFIX", "change_with_dora"]
 
 SUFFIX = "dora_scale"
 
 
-def dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Mapping[str, Array]:
-    """Pop dora_scale: the weight's gain, dora_scale / (|W + dW| + eps); nothing where the module has none.
+def change_with_dora(
+    module: Module,
+    checkpoint: Checkpoint,
+    delta: TuckerDelta,
+    *notes: str | None,
+    overrides: Mapping[str, Array] | None = None,
+) -> Change:
+    """The change of a module: its delta, and a gain if it has a dora_scale, which is popped.
 
     Args:
-        module: the module, whose `delta` is already read.
-        checkpoint: its checkpoint, with a base.
-        delta: dW (O, I, K1, ...).
-
-    Returns:
-        The weight's name -> (O, 1, ...) or (1, I, 1, ...), or an empty mapping.
+        module: module after its `delta` was read.
+        checkpoint: checkpoint with a base, if there is a dora_scale.
+        delta: dW, (O, I, K1, ...).
+        notes: remarks about the weight; None is left out.
+        overrides: whole tensors of the module.
 
     Raises:
         FormatError: no base was given, or dora_scale or dW do not fit its weight.
     """
+    target, note = f"{module.name}.weight", "; ".join(text for text in notes if text)
+    gains = _gain(module, checkpoint, delta)
+    return Change({target: delta}, overrides or {}, gains, {target: note} if note else {})
+
+
+def _gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Mapping[str, Array]:
+    """Pop dora_scale: the weight's gain, (O, 1, ...) or (1, I, 1, ...), by name; empty if the module has none."""
     magnitude = module.tensors.pop(SUFFIX, None)
     if magnitude is None:
         return {}
@@ -51,7 +63,7 @@ def dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Map
     axis = _channel_axis(module, checkpoint, magnitude, weight.shape)
     others = tuple(a for a in range(weight.ndim) if a != axis)
     norm = np.sqrt(np.square(adapted).sum(axis=others, keepdims=True))
-    # LyCORIS keeps dora_scale in float32 even where the file has 16 bits.
+    # LyCORIS holds dora_scale in float32 even if the file has 16 bits.
     dtype = np.promote_types(magnitude.dtype, np.float32)
     gain = magnitude.astype(np.float64) / (norm + np.finfo(dtype).eps)
     return {f"{module.name}.weight": gain.astype(dtype)}

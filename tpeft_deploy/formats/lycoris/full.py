@@ -1,4 +1,4 @@
-"""LyCORIS' full: the whole change of a weight and of a bias, with no low-rank form.
+"""LyCORIS' full: the dense change of a weight and of a bias.
 
     W' = W + diff           b' = b + diff_b
 
@@ -25,7 +25,7 @@ SUFFIXES = frozenset({"diff", "diff_b"})
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has a whole change of its weight, or only one of its bias."""
+    """Whether the module has a dense change of its weight, or a change of its bias alone."""
     return "diff" in module.tensors or set(module.tensors) == {"diff_b"}
 
 
@@ -49,7 +49,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def bias_override(module: Module, checkpoint: Checkpoint) -> Mapping[str, Array]:
-    """Pop diff_b: the bias's name -> the base's bias + diff_b; nothing where the module has none.
+    """Pop diff_b: the bias's name -> the base's bias + diff_b; empty if the module has none.
 
     Raises:
         FormatError: no base was given, or it has no bias of that shape there.
@@ -59,7 +59,7 @@ def bias_override(module: Module, checkpoint: Checkpoint) -> Mapping[str, Array]
 
 
 def added(module: Module, checkpoint: Checkpoint, tensor: str, difference: Array) -> Array:
-    """The base's parameter plus a difference of its shape, at least in float32.
+    """The base's parameter plus a difference of the same shape, in float32 or wider.
 
     Raises:
         FormatError: no base was given, or its parameter is missing or has another shape.

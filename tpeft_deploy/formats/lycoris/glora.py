@@ -1,8 +1,8 @@
-"""GLoRA as LyCORIS writes it (arXiv 2306.07967): a low-rank change, and one that passes through the base's weight.
+"""GLoRA as LyCORIS writes it (arXiv 2306.07967): a low-rank change, and one multiplied with the base's weight.
 
     dW = s (W x_1 (a1 a2)^T + b1 b2)        a1 (I, r), a2 (r, I), b1 (O, r), b2 (r, I, K1, ...), s = alpha / r
 
-It is exact once W is known, and of rank 2 r where the weight has no kernel; else it is kept dense.
+The change holds for this W alone; it has rank 2 r if the weight has no kernel, else it is kept dense.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _RS_LORA = "GLoRA, read with scale alpha / rank; one trained with rs_lora has an
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has GLoRA's first matrix and another: alone, a1 may be a layer of the base."""
+    """Whether the module has GLoRA's first matrix and another; a1 alone may be the name of a layer."""
     return "a1.weight" in module.tensors and any(name in module.tensors for name in _MATRICES[1:])
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's GLoRA as a delta of this very base.
+    """The module's GLoRA as a delta that holds for this base alone.
 
     Raises:
         FormatError: no base was given, a tensor is missing or does not fit, or alpha is not finite.
@@ -61,7 +61,7 @@ def _delta(weight: Array, a1: Array, a2: Array, b1: Array, b2: Array, scale: flo
         through = mode_product(wide, a1.T, 1)  # (O, r, K1, ...)
         left = np.concatenate([_flat(through).astype(dtype), b1], axis=1)
         return low_rank(left, np.concatenate([a2, _flat(b2)]).astype(dtype, copy=False), scale, kernel)
-    # (W a1) a2 where r is small, else W (a1 a2): a product is then no larger than the weight or the file.
+    # (W a1) a2 for a small r, else W (a1 a2), so that no product is larger than the weight or the file.
     changed = (
         TuckerDelta(wide, (None, a2.T @ a1.T, *[None] * len(kernel))).dense()
         if len(a2) > inputs
@@ -74,5 +74,5 @@ def _delta(weight: Array, a1: Array, a2: Array, b1: Array, b2: Array, scale: flo
 def _flat(tensor: Array) -> Array:
     """(a, b, 1, ...) as (a, b)."""
     if math.prod(tensor.shape[2:]) != 1:
-        raise ValueError(f"a tensor of shape {tensor.shape}, where all sizes after the second should be 1")
+        raise ValueError(f"a tensor of shape {tensor.shape}; all sizes after the second should be 1")
     return tensor.reshape(tensor.shape[:2])

@@ -1,8 +1,8 @@
 """IA3 as LyCORIS writes it (arXiv 2205.05638): each output or each input channel of a weight is rescaled.
 
-    W' = W (1 + weight)     weight (n,), or (1, n, 1, ...) for a convolution; on_input says which channels are meant
+    W' = W (1 + weight)     weight (n,), or (1, n, 1, ...) for a convolution; on_input selects the channels
 
-The bias keeps its size, as in LyCORIS' forward.
+The bias is not rescaled, as in LyCORIS' forward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUFFIXES = frozenset({"weight", "on_input"})
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module says on which side it was trained."""
+    """Whether the module has `on_input`."""
     return "on_input" in module.tensors
 
 
@@ -33,7 +33,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The weight's gain, 1 + weight.
 
     Raises:
-        FormatError: no base was given, which says how many axes a weight has; the channels do not fit it; or a scale
+        FormatError: no base was given (needed for the number of axes); the channels do not fit it; or a scale
             was given.
     """
     no_scale(module, checkpoint)

@@ -4,13 +4,13 @@
     Tucker      dW = s T1 * T2, Ti = ti x_0 wi_a^T x_1 wi_b^T
                                                         wi_a (r, O), wi_b (r, I), ti (r, r, K1, ...)
 
-with s = alpha / r, once: LyCORIS' merge_to multiplies by it twice, its forward does not.
+with s = alpha / r, applied once as in LyCORIS' forward; its merge_to applies it twice.
 """
 
 from __future__ import annotations
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.lycoris.dora import dora_gain
+from tpeft_deploy.formats.lycoris.dora import change_with_dora
 from tpeft_deploy.formats.products.compact import DENSE, is_dense
 from tpeft_deploy.formats.products.hadamard import loha, loha_tucker
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -26,15 +26,15 @@ SUFFIXES = frozenset({*_MATRICES, *_CORES, "alpha", "dora_scale"})
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has LoHa's first matrix, in a file that states alpha itself and not in a configuration."""
+    """Whether the module has LoHa's first matrix, in a file without a configuration."""
     return "hada_w1_a" in module.tensors and not checkpoint.config
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's LoHa as a Tucker delta, dense where that is smaller, with a gain where it has a dora_scale.
+    """The module's LoHa as a Tucker delta, dense if that is smaller, with a gain if it has a dora_scale.
 
     Raises:
-        FormatError: no base was given, which says the weight's shape; a tensor is missing or does not fit; alpha is
+        FormatError: no base was given (needed for the weight's shape); a tensor is missing or does not fit; alpha is
             not finite.
     """
     w1a, w1b, w2a, w2b = (take(module, checkpoint, name) for name in _MATRICES)
@@ -50,10 +50,4 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     else:
         with reporting(module, checkpoint):
             delta = loha(w1a, w1b, w2a, w2b, scale=scale, shape=shape)
-    target = f"{module.name}.weight"
-    notes = [text for text in (DENSE if is_dense(delta) else None, note) if text]
-    return Change(
-        deltas={target: delta},
-        gains=dora_gain(module, checkpoint, delta),
-        notes={target: "; ".join(notes)} if notes else {},
-    )
+    return change_with_dora(module, checkpoint, delta, DENSE if is_dense(delta) else None, note)

@@ -4,15 +4,15 @@
                             w2 = lokr_w2 (b, d, K1, ...), or lokr_w2_a (b, r) lokr_w2_b (r, d K1 ...),
                             or, Tucker, lokr_t2 (r, r, K1, ...) x_0 lokr_w2_a^T (r, b) x_1 lokr_w2_b^T (r, d)
 
-with s = alpha / r, once: LyCORIS' merge_to multiplies by it twice, its forward does not.  With both halves full there
-is no rank, and s is 1 whatever alpha says.
+with s = alpha / r, applied once as in LyCORIS' forward; its merge_to applies it twice.  With both halves full there is
+no rank, and s is 1 for any alpha.
 """
 
 from __future__ import annotations
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.lycoris.dora import dora_gain
+from tpeft_deploy.formats.lycoris.dora import change_with_dora
 from tpeft_deploy.formats.products.compact import DENSE, is_dense
 from tpeft_deploy.formats.products.kronecker import Half, full, lokr, product, tucker
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -32,15 +32,15 @@ _FULL = "LoKr of two full halves, read with scale 1; LyCORIS' rs_lora trains the
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has LoKr's first half, in a file that states alpha itself and not in a configuration."""
+    """Whether the module has LoKr's first half, in a file without a configuration."""
     return any(name in module.tensors for name in _STARTS) and not checkpoint.config
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's LoKr as a Tucker delta, dense where that is smaller, with a gain where it has a dora_scale.
+    """The module's LoKr as a Tucker delta, dense if that is smaller, with a gain if it has a dora_scale.
 
     Raises:
-        FormatError: no base was given, which says the weight's shape; a tensor is missing or does not fit; alpha is
+        FormatError: no base was given (needed for the weight's shape); a tensor is missing or does not fit; alpha is
             not finite.
     """
     shape = base_array(module, checkpoint, "weight", "LoKr does not state the weight's shape").shape
@@ -49,13 +49,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     scale, note = _scale(module, checkpoint, first, second)
     with reporting(module, checkpoint):
         delta = lokr(first, second, scale=scale, shape=shape)
-    target = f"{module.name}.weight"
-    notes = [text for text in (DENSE if is_dense(delta) else None, note) if text]
-    return Change(
-        deltas={target: delta},
-        gains=dora_gain(module, checkpoint, delta),
-        notes={target: "; ".join(notes)} if notes else {},
-    )
+    return change_with_dora(module, checkpoint, delta, DENSE if is_dense(delta) else None, note)
 
 
 def _half(module: Module, checkpoint: Checkpoint, name: str, kernel: tuple[int, ...]) -> Half:
@@ -70,7 +64,7 @@ def _half(module: Module, checkpoint: Checkpoint, name: str, kernel: tuple[int, 
 def _scale(module: Module, checkpoint: Checkpoint, first: Half, second: Half) -> tuple[float, str | None]:
     ranks = {half.rank for half in (first, second) if half.rank is not None}
     if not ranks:
-        # Trainers leave placeholders of 1e10 and the like in alpha, which LyCORIS, sd-scripts and ComfyUI ignore.
+        # Trainers write placeholders such as 1e10 as alpha, which LyCORIS, sd-scripts and ComfyUI ignore.
         no_scale(module, checkpoint)
         return 1.0, None if module.tensors.pop("alpha", None) is None else _FULL
     if len(ranks) > 1:

@@ -1,8 +1,6 @@
-"""LyCORIS' norm: what is added to a norm's weight and bias.
+"""LyCORIS' norm: changes of a norm's weight and bias, which are read as overrides.
 
-    w' = w + w_norm         b' = b + b_norm
-
-The weight and the bias then stand in the adapter as whole tensors.
+w' = w + w_norm         b' = b + b_norm
 """
 
 from __future__ import annotations

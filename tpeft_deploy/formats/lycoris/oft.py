@@ -3,9 +3,9 @@
 diag-OFT    W' = rescale * R^T W, R = blockdiag(R_1 .. R_n)          oft_blocks (n, b, b)
 BOFT        W' = rescale * M_m .. M_1 W, each of n blocks            oft_blocks (m, n, b, b)
 
-R = (I + Q) (I - Q)^-1 with Q = oft_blocks - oft_blocks^T.  alpha is the constraint: where it is above 0, the Q of all
-blocks together are shortened to length alpha O.  rescale (O, 1, ...) is there with `rescaled` only.  The bias stays as
-it is: LyCORIS rotates it too in bypass_mode, of which its file says nothing.
+R = (I + Q) (I - Q)^-1 with Q = oft_blocks - oft_blocks^T.  alpha is the constraint: if it is above 0, the Q of all
+blocks together are shortened to norm alpha O.  rescale (O, 1, ...) exists only with `rescaled`.  The bias is not
+changed: LyCORIS rotates it in bypass_mode, which the file does not record.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _diagonal(rows: Array, rotations: Array) -> Array:
 
 
 def _butterfly(rows: Array, rotations: Array) -> Array:
-    """At level i, each block rotates outputs that stand 2^i half blocks apart."""
+    """At level i, each block rotates outputs that are 2^i half blocks apart."""
     _, count, size, _ = rotations.shape
     for level, matrices in enumerate(rotations):
         apart = 2**level * (size // 2)

@@ -1,4 +1,4 @@
-"""What LyCORIS and its kin write and no reader here follows: recognised, so that the refusal tells why."""
+"""Formats of LyCORIS and related tools that are not read: they are recognised, so that the error states the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ABOUT = About("LyCORIS, ComfyUI", "T-LoRA and others", "none", "no", "refused")
 
 
 class Refusal(NamedTuple):
-    """Why a method cannot be read, and what its user can do."""
+    """Reason why a method is not read, and the remedy."""
 
     problem: str
     fix: str
@@ -24,22 +24,22 @@ class Refusal(NamedTuple):
 
 _MERGE = "Merge it into the base with LyCORIS and export the merged model."
 _OFT = Refusal(
-    "no released version of LyCORIS writes this tensor, so nothing says how its rotation is computed", _MERGE
+    "no released version of LyCORIS writes this tensor, so the computation of its rotation is unknown", _MERGE
 )
 _T_LORA = Refusal(
     "T-LoRA subtracts matrices of the base's SVD that its file does not hold, and masks ranks by timestep",
     "Train it as LoRA, or merge it into the base with LyCORIS and export the merged model.",
 )
 _NEVER = Refusal(
-    "no version of LyCORIS writes this tensor, so nothing says what it would mean",
+    "no version of LyCORIS writes this tensor, so its meaning is unknown",
     "Find the tool that wrote the file, and save the adapter from there as LoRA.",
 )
 _RESHAPED = Refusal(
-    "ComfyUI's set_weight and reshape_weight replace a weight, which this reader does not follow",
+    "ComfyUI's set_weight and reshape_weight replace a weight, which this reader does not support",
     "Apply it in ComfyUI and export the merged model.",
 )
 
-# Tensor suffix -> refusal.  A module with any of these is refused whole.
+# Tensor suffix -> refusal.  A module with any of these is refused.
 REFUSALS: dict[str, Refusal] = {
     "lambda_layer": _T_LORA,
     "oft_diag": _OFT,
@@ -48,13 +48,13 @@ REFUSALS: dict[str, Refusal] = {
     "set_weight": _RESHAPED,
     "reshape_weight": _RESHAPED,
 }
-# Written beside those; alone they may be layers of the base that happen to have such names.
+# Written beside those; on their own they may be names of layers.
 _BESIDE = frozenset({"q_layer.weight", "p_layer.weight"})
 SUFFIXES = frozenset(REFUSALS) | _BESIDE
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has a tensor of a method that is refused; ask this before any other reader."""
+    """Whether the module has a tensor of a refused method; precedes all other readers."""
     return _found(module) is not None
 
 
@@ -70,7 +70,7 @@ def read(module: Module, checkpoint: Checkpoint) -> NoReturn:
 
 
 def _found(module: Module) -> str | None:
-    # bm is GLoRA's only beside b1: a base may have a layer of that name.
+    # bm belongs to GLoRA only beside b1: a base may have a layer of that name.
     return next(
         (
             name

@@ -1,13 +1,13 @@
-"""Other names of a base's modules, as tables: one file for each scheme of names that adapters are written in.
+"""Alternative names of a base's modules, as tables: one file for each naming scheme of adapters.
 
 A table has
 
-    NAMES       module names, one of which a base of this scheme has; empty for any base
-    UNLESS      module names that it does not have
-    RULES       pairs of a pattern of the base's own name and the template of the other one, the first that matches
-    INNER       further patterns and templates, for the end of a name whose beginning a rule of RULES gave
+    NAMES       module names; a base of this scheme has one of them; empty for any base
+    UNLESS      module names; a base of this scheme has none of them
+    RULES       pairs of a pattern of the base's name and a template of the alternative name; the first match applies
+    INNER       further pairs for the rest of a name after a match of RULES
 
-A template may name the pattern's groups, and what `places` counts in a UNet.
+A template may use the pattern's groups, and the counts from `places` in a UNet.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ Rules = tuple[tuple[str, str], ...]
 
 
 class Table(Protocol):
-    """The constants above, as a module of Python has them."""
+    """Protocol of a module with the constants above."""
 
     @property
     def NAMES(self) -> Set[str]:  # noqa: N802 - a constant of the module
-        """Module names, one of which a base must have."""
+        """Module names; a base must have one of them."""
 
     @property
     def UNLESS(self) -> Set[str]:  # noqa: N802
-        """Module names, none of which a base may have."""
+        """Module names; a base may have none of them."""
 
     @property
     def RULES(self) -> Rules:  # noqa: N802
-        """Patterns and templates of beginnings."""
+        """Patterns and templates of the first part of a name."""
 
     @property
     def INNER(self) -> Rules:  # noqa: N802
-        """Patterns and templates of ends."""
+        """Patterns and templates of the rest of a name."""
 
 
 TABLES: tuple[Table, ...] = (sgm_unet, diffusers_processors, clip_text)
 
 
 def other_names(modules: Set[str]) -> Mapping[str, Set[str]]:
-    """Names that adapters may give to modules -> the modules; several where a name does not tell.
+    """Map alternative names to the base's modules; to several if a name is ambiguous.
 
     Args:
         modules: names of all modules of a base.
@@ -78,12 +78,12 @@ def _other(table: Table, module: str, counts: Mapping[str, Mapping[str, int]]) -
 
 
 def _places(modules: Set[str]) -> dict[str, dict[str, int]]:
-    """For each layer of a UNet's blocks: its number, counted over all blocks of its side, and its place beside others.
+    """For each layer of a UNet's blocks: its number over all blocks of its side, and its position within the number.
 
-    A downsampler has a number of its own; an upsampler has that of the last layer of its block, behind the attention.
+    A downsampler has a separate number; an upsampler has that of the last layer of its block, after the attention.
     """
     found: dict[str, dict[str, int]] = {}
-    for side, first in (("down_blocks", 1), ("up_blocks", 0)):  # the convolution of the input is number 0
+    for side, first in (("down_blocks", 1), ("up_blocks", 0)):  # the input convolution is number 0
         number = first
         for block in _numbered(modules, side):
             for layer in _numbered(modules, f"{block}.resnets"):

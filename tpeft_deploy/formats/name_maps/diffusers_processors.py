@@ -1,8 +1,8 @@
-"""Attention layers by the names of diffusers' attention processors, which held the LoRA before 0.22."""
+"""Attention layers under the names of diffusers' attention processors, which held the LoRA before 0.22."""
 
 __all__ = ["INNER", "NAMES", "RULES", "UNLESS"]
 
-NAMES = frozenset[str]()  # any: the names are those of attention layers
+NAMES = frozenset[str]()  # any base with attention layers
 UNLESS = frozenset[str]()
 
 RULES = (

@@ -1,4 +1,4 @@
-"""A UNet's names in the original code of Stable Diffusion (LDM, SGM), which kohya and ComfyUI keep, by diffusers'."""
+"""Map diffusers' names of a UNet to those of Stable Diffusion's original code (LDM, SGM), used by kohya and ComfyUI."""
 
 __all__ = ["INNER", "NAMES", "RULES", "UNLESS"]
 

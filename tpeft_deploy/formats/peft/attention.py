@@ -3,8 +3,8 @@
     in_proj_weight   (3 E, E)   s B A       <module>.lora_A.weight (r, E), lora_B.weight (3 E, r)
     out_proj.weight  (E, E)     2 s B A     <module>.base_layer.out_proj.lora_A.weight, lora_B.weight
 
-The 2 is PEFT's (seen in 0.21.2): its MultiheadAttention.merge, which forward runs too, adds the change of out_proj
-and then calls out_proj.merge, which adds it again.  The adapter was trained with it, so it belongs to the change.
+The factor 2 is a property of PEFT (0.21.2): MultiheadAttention.merge, which forward calls too, adds the change of
+out_proj and then calls out_proj.merge, which adds it again.  The adapter was trained with it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TWICE = "PEFT adds the change of MultiheadAttention's out_proj twice, in traini
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module is a MultiheadAttention of the base, or the out_proj inside one; ask before plain LoRA."""
+    """Whether the module is a MultiheadAttention of the base, or the out_proj inside one; precedes plain LoRA."""
     return is_type(checkpoint, "LORA") and _A in module.tensors and (_is_out(module) or _is_in(module, checkpoint))
 
 
@@ -48,7 +48,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             fix="Train again with lora_bias=False.",
         )
     down, up = take(module, checkpoint, _A), take(module, checkpoint, _B)
-    # PEFT hands the attention's own rank and alpha on to its out_proj.
+    # PEFT uses the attention's rank and alpha for its out_proj.
     attention = module.name.removesuffix(".out_proj") if _is_out(module) else module.name
     with reporting(module, checkpoint):
         delta = matrix_delta(up, down, scale_of(checkpoint, attention, down.shape[0]))

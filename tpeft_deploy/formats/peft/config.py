@@ -1,10 +1,10 @@
-"""What the readers of PEFT's methods share: settings of adapter_config.json, and where a change goes in the base."""
+"""Helpers for the readers of PEFT's methods: settings of adapter_config.json, and deltas of linear weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ __all__ = [
     "is_type",
     "matrix_delta",
     "number",
+    "of_type",
     "stored_transposed",
     "weight_shape",
 ]
@@ -31,30 +32,46 @@ _SAVE_AGAIN = "Save the adapter again with save_pretrained."
 
 
 def is_type(checkpoint: Checkpoint, peft_type: str) -> bool:
-    """Whether adapter_config.json states this `peft_type`."""
+    """Whether adapter_config.json has this `peft_type`."""
     return checkpoint.config.get("peft_type") == peft_type
 
 
+class Matches(Protocol):
+    """Type of a reader's `matches`."""
+
+    def __call__(self, module: Module, checkpoint: Checkpoint) -> bool:
+        """Whether the reader reads the module."""
+
+
+def of_type(peft_type: str, *suffixes: str) -> Matches:
+    """Make a reader's `matches`: the file has this `peft_type`, and the module a tensor with one of the suffixes."""
+
+    def matches(module: Module, checkpoint: Checkpoint) -> bool:
+        return is_type(checkpoint, peft_type) and not module.tensors.keys().isdisjoint(suffixes)
+
+    return matches
+
+
 def number(config: Mapping[str, Any], name: str, source: str) -> float:
-    """A number that the configuration must have.
+    """Read a number that the configuration must have.
 
     Raises:
-        FormatError: it is absent, not a number, or not finite.
+        FormatError: the field is absent, not a number, or not finite.
     """
     return _finite(config.get(name), name, source)
 
 
 def by_pattern(checkpoint: Checkpoint, patterns: str, name: str, default: str) -> float:
-    """A setting that may differ per module: the first pattern that matches the module's name, as PEFT matches it.
+    """Read a setting that may differ per module: the first pattern that matches the module's name, as in PEFT.
 
     Args:
-        checkpoint: whose configuration holds both fields.
+        checkpoint: checkpoint with both fields in its configuration.
         patterns: field that maps a regular expression to a value; it must match the end of the name from a dot on.
-        name: the module's name, or the parameter's for `target_parameters`.
-        default: field of the value where no pattern matches.
+        name: name of the module, or of the parameter for `target_parameters`.
+        default: field with the value for other modules.
 
     Raises:
-        FormatError: the value is not a finite number, or a pattern is none that is matched (`Patterns.first`).
+        FormatError: the value is not a finite number, or a pattern is not supported (`Patterns.first`).
     """
     pattern = checkpoint.matcher(patterns, whole=False).first(checkpoint.trained_name(name))
     if pattern is None:
@@ -63,23 +80,23 @@ def by_pattern(checkpoint: Checkpoint, patterns: str, name: str, default: str) -
 
 
 def alpha_of(checkpoint: Checkpoint, name: str, rank: int, field: str) -> float:
-    """The alpha of a module, once it is certain that its tensors belong to this configuration.
+    """Read the alpha of a module, and check its rank against the configuration.
 
     Args:
-        checkpoint: whose configuration is asked.
-        name: the module's name, or the parameter's for `target_parameters`.
-        rank: of the module's tensors.
+        checkpoint: checkpoint with the configuration.
+        name: name of the module, or of the parameter for `target_parameters`.
+        rank: rank of the module's tensors.
         field: "lora_alpha" or "alpha".
 
     Raises:
-        FormatError: the configuration lacks alpha or r, or states another rank.
+        FormatError: the configuration lacks alpha or r, or has another rank.
     """
     alpha = by_pattern(checkpoint, "alpha_pattern", name, field)
     stated = by_pattern(checkpoint, "rank_pattern", name, "r")
     if stated != rank:
         raise FormatError(
             f"read {checkpoint.source}, module {name!r}",
-            expected=f"tensors of rank {stated:g}, as adapter_config.json says",
+            expected=f"tensors of rank {stated:g}, as in adapter_config.json",
             got=f"rank {rank}",
             fix="Copy both files of one adapter.",
         )
@@ -99,7 +116,7 @@ def _finite(value: object, name: str, source: str) -> float:
 
 
 def finite(value: object) -> float | None:
-    """A number of JSON as a float; None for what is no number, or none that a float holds."""
+    """Convert a JSON value to a float; None if it is not a number or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -110,18 +127,22 @@ def finite(value: object) -> float | None:
 
 
 def weight_shape(name: str, checkpoint: Checkpoint) -> tuple[int, ...] | None:
-    """The shape of a base parameter; None when no base was given, or it has no such parameter."""
+    """Shape of a base parameter; None if there is no base or no such parameter."""
     if checkpoint.base is None or name not in checkpoint.base.weights:
         return None
     return checkpoint.base.shape(name)
 
 
 def base_bias(module: Module, checkpoint: Checkpoint, why: str) -> Array | None:
-    """The bias of a module in float64, None where the layer has none; `why` is what it is needed for, as a clause.
+    """The bias of a module in float64, or None if the layer has none.
+
+    Args:
+        module: module that is read.
+        checkpoint: checkpoint of the module.
+        why: purpose of the bias, as a clause for the message.
 
     Raises:
-        FormatError: no base was given, or the file replaces the bias as well, so that it is not known which comes
-            first.
+        FormatError: no base was given, or the file replaces the bias as well, so that the order is ambiguous.
     """
     if checkpoint.base is None:
         raise needs_base(module, checkpoint, why)
@@ -138,10 +159,10 @@ def base_bias(module: Module, checkpoint: Checkpoint, why: str) -> Array | None:
 
 
 def stored_transposed(module: Module, checkpoint: Checkpoint, outputs: int, inputs: int) -> bool:
-    """Whether the layer is a transformers Conv1D, whose weight is stored as (inputs, outputs).
+    """Whether the layer is a transformers Conv1D, with a weight stored as (inputs, outputs).
 
-    PEFT overwrites `fan_in_fan_out` for the whole adapter with what the last layer needed, so a base decides where
-    there is one.
+    PEFT overwrites `fan_in_fan_out` for the whole adapter with the value of the last layer, so the base takes
+    precedence.
     """
     name = f"{module.name}.weight"
     shape = weight_shape(name, checkpoint)
@@ -156,14 +177,14 @@ def stored_transposed(module: Module, checkpoint: Checkpoint, outputs: int, inpu
 def matrix_delta(
     up: Array, down: Array, scale: float, *, transposed: bool = False, core: Array | None = None
 ) -> TuckerDelta:
-    """The change s * up core down of a linear weight (O, I), or its transpose.
+    """Build the delta s * up core down of a linear weight (O, I), or its transpose.
 
     Args:
         up: (O, R).
         down: (R, I).
-        scale: s.
-        transposed: the weight is stored as (I, O).
-        core: (R, R); an identity when left out.
+        scale: factor s.
+        transposed: True if the weight is stored as (I, O).
+        core: (R, R); default identity.
     """
     if core is None:
         return low_rank(down.T, up.T, scale) if transposed else low_rank(up, down, scale)
@@ -171,17 +192,17 @@ def matrix_delta(
 
 
 def diagonal_delta(up: Array, values: Array, down: Array, scale: float, *, transposed: bool = False) -> TuckerDelta:
-    """The change s * up diag(values) down of a linear weight (O, I), or its transpose.
+    """Build the delta s * up diag(values) down of a linear weight (O, I), or its transpose.
 
     Args:
         up: (O, R).
         values: (R,).
         down: (R, I).
-        scale: s.
-        transposed: the weight is stored as (I, O).
+        scale: factor s.
+        transposed: True if the weight is stored as (I, O).
 
     Raises:
-        ShapeError: there is another number of values than rows of `down`.
+        ShapeError: the numbers of values and of rows of `down` differ.
     """
     if values.shape != down.shape[:1]:
         raise ShapeError("build a change", expected=f"{down.shape[:1]} values for its diagonal", got=values.shape)

@@ -1,9 +1,9 @@
-"""DEFT as PEFT saves it: a subspace of the outputs is taken out of the weight and filled anew.
+"""DEFT as PEFT saves it: a subspace of the outputs is removed from the weight and replaced.
 
 W' = W + Q (s R - P^T W)        deft_P (O, r), deft_R (r, I); s = alpha / r, or 1 without alpha
 
-decomposition_method says what Q and P are: deft_P itself and its positive part (relu), or both the orthonormal basis of
-its QR decomposition (qr), with the signs that Householder reflections give.  `para` only takes out, and has no deft_R.
+decomposition_method defines Q and P: deft_P and its positive part (relu), or for both the orthonormal basis of its QR
+decomposition (qr), with the signs of Householder reflections.  `para` only removes, and has no deft_R.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base.products import base_weight, change_of_base
-from tpeft_deploy.formats.peft.config import is_type, matrix_delta, number, stored_transposed
+from tpeft_deploy.formats.peft.config import matrix_delta, number, of_type, stored_transposed
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import doing, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -24,11 +24,7 @@ NAME = "peft-deft"
 ABOUT = About("PEFT", "DEFT", "linear, Conv1D", "yes", "low-rank", types=("DEFT",))
 _P, _R = "deft_P", "deft_R"
 SUFFIXES = frozenset({_P, _R})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type DEFT has a subspace for the module."""
-    return is_type(checkpoint, "DEFT") and _P in module.tensors
+matches = of_type("DEFT", _P)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
@@ -61,7 +57,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 def _dense(
     checkpoint: Checkpoint, weight: Array, stored: Array, filled: Array | None, *, transposed: bool
 ) -> TuckerDelta:
-    """The change as it is, of relu alone: a rank beyond the outputs would make P^T W larger than weight and file."""
+    """Dense change, for relu with a rank above the number of outputs: P^T W would be larger than weight and file."""
     matrix = weight.T if transposed else weight
     basis = stored.astype(np.float64)
     change = -(basis @ np.maximum(basis, 0).T) @ matrix

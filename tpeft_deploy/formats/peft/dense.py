@@ -1,4 +1,4 @@
-"""What readers of dense and sparse changes of PEFT share: sizes of a layer in the base, and how a change is held."""
+"""Helpers for readers of dense and sparse changes of PEFT: sizes of a layer in the base, and dense deltas."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = [
     "indices",
     "linear_layer",
     "misfit",
+    "no_projection",
     "positions",
     "require_values",
     "whole_number",
@@ -27,7 +28,7 @@ __all__ = [
 
 
 class Linear(NamedTuple):
-    """A linear layer of the base: its sizes, and whether its weight is stored as (inputs, outputs)."""
+    """Sizes of a linear layer of the base, and whether its weight is stored as (inputs, outputs)."""
 
     outputs: int
     inputs: int
@@ -35,16 +36,16 @@ class Linear(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many numbers the weight holds."""
+        """Number of elements of the weight."""
         return self.outputs * self.inputs
 
 
 def linear_layer(module: Module, checkpoint: Checkpoint, why: str) -> Linear:
-    """The linear layer that a module is in the base.
+    """Look up a module's linear layer in the base.
 
     Args:
-        module: the module.
-        checkpoint: its checkpoint.
+        module: module that is read.
+        checkpoint: checkpoint of the module.
         why: purpose of the base, as a clause.
 
     Raises:
@@ -54,19 +55,19 @@ def linear_layer(module: Module, checkpoint: Checkpoint, why: str) -> Linear:
     if len(shape) != 2:
         raise misfit(module, checkpoint, "a linear layer", f"a weight of shape {shape}")
     kind = checkpoint.base.kinds.get(module.name) if checkpoint.base is not None else None
-    # PEFT records the layout of the last layer alone, so a kind decides where it is known.
+    # PEFT records the layout of the last layer alone, so the layer's class takes precedence.
     if kind == "Conv1D" if kind is not None else checkpoint.config.get("fan_in_fan_out"):
         return Linear(shape[1], shape[0], transposed=True)
     return Linear(shape[0], shape[1], transposed=False)
 
 
 def base_digest(checkpoint: Checkpoint, name: str) -> dict[str, str]:
-    """The digest of a weight that a change was computed with, by its name: the change is wrong for any other."""
+    """Digest, by name, of a weight from which a change was computed: the change holds for this weight alone."""
     return {} if checkpoint.base is None else {name: checkpoint.base.digest(name)}
 
 
 def dense_change(module: Module, change: Array, *, transposed: bool = False) -> Change:
-    """A change (O, I) of the module's weight that has no low rank."""
+    """Build a dense change (O, I) of the module's weight."""
     stored = np.ascontiguousarray(change.T) if transposed else change
     return Change(deltas={f"{module.name}.weight": TuckerDelta(stored, (None, None))})
 
@@ -74,10 +75,10 @@ def dense_change(module: Module, change: Array, *, transposed: bool = False) -> 
 def positions(
     module: Module, checkpoint: Checkpoint, rows: Array, columns: Array, values: Array, layer: Linear
 ) -> Array:
-    """The change (O, I) with values at the given positions.
+    """Build a change (O, I) with values at the given positions.
 
     Raises:
-        FormatError: a position is not in the weight, is no whole number or stands there twice.
+        FormatError: a position is outside the weight, not a whole number, or occurs twice.
     """
     rows, columns = (
         indices(module, checkpoint, part, size) for part, size in ((rows, layer.outputs), (columns, layer.inputs))
@@ -86,17 +87,17 @@ def positions(
         raise misfit(module, checkpoint, "one value for each position", f"{rows.shape} and {values.shape}")
     flat = rows * layer.inputs + columns
     if len(np.unique(flat)) != flat.size:
-        raise misfit(module, checkpoint, "positions that differ", "one that stands there twice")
+        raise misfit(module, checkpoint, "distinct positions", "a duplicate")
     change = np.zeros(layer.size, widen(values[:0]).dtype)
     change[flat] = values
     return change.reshape(layer.outputs, layer.inputs)
 
 
 def indices(module: Module, checkpoint: Checkpoint, found: Array, size: int) -> Array:
-    """Indices as int64, once each is a whole number of range(size).
+    """Convert indices to int64, and check that each is a whole number in range(size).
 
     Raises:
-        FormatError: one is not.
+        FormatError: an index is not.
     """
     whole = found.astype(np.int64)
     if not np.array_equal(whole, found) or (whole.size and not 0 <= whole.min() <= whole.max() < size):
@@ -105,17 +106,17 @@ def indices(module: Module, checkpoint: Checkpoint, found: Array, size: int) -> 
 
 
 def require_values(module: Module, checkpoint: Checkpoint, **tensors: Array) -> None:
-    """Refuse tensors without values: their sizes may claim any rank."""
+    """Raise for empty tensors, which could claim any rank."""
     for name, tensor in tensors.items():
         if tensor.size == 0:
             raise misfit(module, checkpoint, f"values in {name}", f"none, of shape {tensor.shape}")
 
 
 def whole_number(checkpoint: Checkpoint, name: str) -> int:
-    """A whole number that the configuration must have.
+    """Read a whole number that the configuration must have.
 
     Raises:
-        FormatError: it is absent or something else.
+        FormatError: the field is absent or not a whole number.
     """
     value = checkpoint.config.get(name)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -129,10 +130,20 @@ def whole_number(checkpoint: Checkpoint, name: str) -> int:
 
 
 def misfit(module: Module, checkpoint: Checkpoint, expected: str, got: object) -> FormatError:
-    """The error about tensors of a module that do not fit each other or the base."""
+    """Make the error for tensors of a module that do not fit each other or the base."""
     return FormatError(
         doing(module, checkpoint),
         expected=expected,
         got=got,
         fix="Check that the file is whole and was trained on this base.",
+    )
+
+
+def no_projection(module: Module, checkpoint: Checkpoint, what: str) -> FormatError:
+    """Make the error for a file with the seed of a random projection in place of the projection."""
+    return FormatError(
+        doing(module, checkpoint),
+        expected=f"{what} in the file",
+        got="only the seed of a random generator, which is not the same on all systems",
+        fix="Save the adapter again with save_projection=True in its configuration.",
     )

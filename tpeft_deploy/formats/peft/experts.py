@@ -1,11 +1,11 @@
-"""LoRA on parameters that are no layer's weight (`target_parameters`), such as the stacked experts of a mixture.
+"""LoRA on parameters that are not a layer's weight (`target_parameters`), such as stacked experts.
 
     parameter (E, O, I)    dW[e] = s B_e A_e          lora_A.weight (r E, I), rows expert by expert
     parameter (E, I, O)    dW[e] = s (B_e A_e)^T      lora_B.weight (O, r E), columns rank by rank
     parameter (O, I)       dW = s B A, as one expert
 
-The file names only the module.  Several parameters of one module are wrapped one around the other, in the order in
-which the module has them: `<module>.lora_A` is the last, `<module>.base_layer.lora_A` the one before it.
+The file names only the module.  Several parameters of a module are wrapped one around the other, in the module's order:
+`<module>.lora_A` is the last, `<module>.base_layer.lora_A` the one before it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import is_type
+from tpeft_deploy.formats.peft.dense import misfit
 from tpeft_deploy.formats.peft.low_rank.lora import scale_of
 from tpeft_deploy.formats.products.compact import DENSE, dense_is_smaller, is_dense, low_rank, widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -34,7 +35,7 @@ _WRAPPED = re.compile(r"(?:\.base_layer)*$")
 
 
 def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the configuration targets a parameter of this module; ask before plain LoRA."""
+    """Whether the configuration targets a parameter of this module; precedes plain LoRA."""
     if not is_type(checkpoint, "LORA") or _A not in module.tensors:
         return False
     targets = checkpoint.config.get("target_parameters")
@@ -49,16 +50,16 @@ def matches(module: Module, checkpoint: Checkpoint) -> bool:
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The change of the parameter that these tensors belong to, dense where that holds fewer numbers.
+    """The change of the parameter that these tensors belong to, dense if that has fewer elements.
 
     Raises:
-        FormatError: no base was given; the tensors do not fit it; or a parameter's inputs and outputs are equally
-            many, so that nothing says which of its axes is which.
+        FormatError: no base was given; the tensors do not fit it; or a parameter has as many inputs as outputs, so
+            that its layout is ambiguous.
     """
     no_scale(module, checkpoint)
     down, up = take(module, checkpoint, _A), take(module, checkpoint, _B)
     if checkpoint.base is None:
-        raise needs_base(module, checkpoint, "target_parameters are told apart by the base's parameters")
+        raise needs_base(module, checkpoint, "target_parameters are resolved by the base's parameters")
     name = _parameter(module, checkpoint)
     shape = checkpoint.base.shape(name)
     with reporting(module, checkpoint):
@@ -74,7 +75,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def _parameter(module: Module, checkpoint: Checkpoint) -> str:
-    """The parameter that these tensors belong to, by how many wrappers are around it."""
+    """The parameter of these tensors, by the number of wrappers around it."""
     names = _targeted(module, checkpoint)
     if len(names) > 1 and checkpoint.base is not None and not checkpoint.base.kinds:
         raise FormatError(
@@ -86,17 +87,13 @@ def _parameter(module: Module, checkpoint: Checkpoint) -> str:
     wrapped = _WRAPPED.search(module.key)
     depth = wrapped[0].count(".base_layer") if wrapped else 0
     if depth >= len(names):
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"at least {depth + 1} parameters of this module that target_parameters name",
-            got=", ".join(names),
-            fix="Check that the base is what the adapter was trained on.",
-        )
+        expected = f"at least {depth + 1} parameters of this module that target_parameters name"
+        raise misfit(module, checkpoint, expected, ", ".join(names))
     return names[-1 - depth]
 
 
 def _own_parameters(module: Module, checkpoint: Checkpoint) -> list[str]:
-    """The parameters that the module holds itself, in the base's order."""
+    """Parameters of the module without those of submodules, in the base's order."""
     return checkpoint.parameters.get(module.name, [])
 
 
@@ -112,8 +109,8 @@ def _transposed(module: Module, checkpoint: Checkpoint, name: str, shape: tuple[
     if shape[1] == shape[2]:
         raise FormatError(
             doing(module, checkpoint),
-            expected=f"a parameter {name!r} whose inputs and outputs differ in number",
-            got=f"shape {shape}, of which only the module's code says whether outputs come first",
+            expected=f"a parameter {name!r} with different numbers of inputs and outputs",
+            got=f"shape {shape}, for which only the module's code defines whether outputs come first",
             fix="Merge it with PEFT's merge_and_unload and export the merged model as a separate base.",
         )
     return shape[2] == outputs
@@ -129,7 +126,7 @@ def _delta(down: Array, up: Array, scale: float, shape: tuple[int, ...], *, tran
         order = "ore,eri->eio" if transposed else "ore,eri->eoi"
         down, up = widen(down).reshape(experts, rank, inputs), widen(up).reshape(-1, rank, experts)
         return TuckerDelta(np.einsum(order, up, down), (None, None, None), scale)
-    # Each expert of the core holds its own rows of A, in the places of its own columns of B.
+    # The core is zero except where the rows of A and the columns of B belong to the same expert.
     core = np.zeros((experts, rank, experts, inputs), down.dtype)
     core[range(experts), :, range(experts)] = down.reshape(experts, rank, inputs)
     core = core.reshape(experts, columns, inputs)
@@ -143,9 +140,5 @@ def _delta(down: Array, up: Array, scale: float, shape: tuple[int, ...], *, tran
 def _misfit(
     module: Module, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], down: Array, up: Array
 ) -> FormatError:
-    return FormatError(
-        doing(module, checkpoint),
-        expected=f"tensors for the parameter {name!r} of shape {shape}",
-        got=f"lora_A {down.shape} and lora_B {up.shape}",
-        fix="Check that the base is what the adapter was trained on.",
-    )
+    expected = f"tensors for the parameter {name!r} of shape {shape}"
+    return misfit(module, checkpoint, expected, f"lora_A {down.shape} and lora_B {up.shape}")

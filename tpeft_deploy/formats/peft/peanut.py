@@ -1,7 +1,7 @@
 """PEANuT as PEFT saves it: a small network computes the change from the base weight (arXiv 2410.01870).
 
 dW = s B h(W)^T        h(W) = act(W^T A^T), then `depth` layers act(. E_i^T), then as many act(. D_i^T), each of which
-                       adds what went into its encoder
+                       adds the input of its encoder
 
 peanut_A.weight (r, O), peanut_B.weight (O, r), peanut_encoders.<i>.weight and peanut_decoders.<i>.weight (r, r); s is
 `scaling` and act is `act_fn`.  The change is of rank r.
@@ -18,7 +18,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base.products import base_weight, change_of_base
-from tpeft_deploy.formats.peft.config import is_type, matrix_delta, number
+from tpeft_deploy.formats.peft.config import matrix_delta, number, of_type
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import doing, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -43,7 +43,7 @@ def _erf_gelu(x: Array) -> Array:
     return gelu
 
 
-# As transformers' ACT2FN names them.
+# Names as in transformers' ACT2FN.
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": lambda x: np.maximum(x, 0),
     "gelu": _erf_gelu,
@@ -53,11 +53,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": np.tanh,
     "linear": lambda x: x,
 }
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type PEANUT has a network for the module."""
-    return is_type(checkpoint, "PEANUT") and _A in module.tensors
+matches = of_type("PEANUT", _A)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
@@ -74,7 +70,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     if checkpoint.config.get("depth") != depth:
         raise FormatError(
             doing(module, checkpoint),
-            expected=f"as many encoders as depth in adapter_config.json says, {checkpoint.config.get('depth')!r}",
+            expected=f"as many encoders as depth in adapter_config.json, {checkpoint.config.get('depth')!r}",
             got=depth,
             fix=f"Copy both files of one adapter; a depth above {_DEEPEST} is not read.",
         )
@@ -99,7 +95,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def _by_columns(weight: Array, first: Array, last: Array, run: Callable[[Array], Array]) -> Array:
-    """B h(W)^T, some columns at a time: a rank beyond the outputs would make h(W) larger than weight and file."""
+    """B h(W)^T, some columns at a time: for a rank above the number of outputs h(W) is larger than weight and file."""
     step = max(1, weight.size // len(first))
     change = np.empty(weight.shape)
     for start in range(0, weight.shape[1], step):

@@ -1,4 +1,4 @@
-"""Adapters that no change of weights can express, or that need what the file does not hold: each with its reason."""
+"""PEFT methods and options that are not read: they are no change of weights, or the file lacks data; with reasons."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _TYPES = (
         _OTHER,
     )
     | _each("XLORA POLY LILY", "it routes between several changes by the input, so there is no one change", _OTHER)
-    | _each("SHADOW", "it runs layers of its own beside the base", _OTHER)
+    | _each("SHADOW", "it runs additional layers beside the base", _OTHER)
     | _each(
         "PSOFT",
-        "it turns singular vectors of the base weight against each other, and does not save which signs they had",
+        "it rotates singular vectors of the base weight, and does not save their signs",
         _MERGE,
     )
     | _each("ADAMSS", "it groups outputs by a clustering of the base weight that is not saved", _MERGE)
@@ -45,7 +45,7 @@ READ_TYPES = frozenset(
     | {"LN_TUNING", "BEFT", "TRAINABLE_TOKENS"}
     | {"OFT", "BOFT", "HRA", "HIRA", "ROAD", "GLORA", "DEFT", "OSF", "PEANUT", "FROD"}
 )
-_UNKNOWN = _Refusal("this version does not know it", _MERGE)
+_UNKNOWN = _Refusal("this version does not support it", _MERGE)
 
 _FIELDS = {
     "use_qalora": _Refusal("QALoRA pools the input before the adapter, which is no change of the weight", _OTHER),
@@ -57,32 +57,34 @@ _FIELDS = {
     "velora_config": _Refusal("VeLoRA's variant of the layer is not read by this version", _MERGE),
     "layer_replication": _Refusal("it repeats layers of the base, which makes another model", _MERGE),
     "megatron_config": _Refusal("its tensors belong to Megatron's layers", _MERGE),
-    "sample_at_inference": _Refusal("PVeRA draws its change anew at each run", _OTHER),
+    "sample_at_inference": _Refusal("PVeRA samples its change at each run", _OTHER),
 }
 
-# Inits that leave the base as it is, and the two that peft_residual computes from the base.
+# Inits that do not change the base, and the two that `residual` computes from the base.
 _HARMLESS = frozenset({"gaussian", "orthogonal", "eva", "mica", "pissa", "olora"})
 _INITS = {
-    "pissa_niter": _Refusal("PiSSA by a randomised decomposition moved the base weight by an unknown amount", _CONVERT),
-    "corda": _Refusal("CorDA moved the base weight by an amount that its data decided", _CONVERT),
+    "pissa_niter": _Refusal(
+        "PiSSA with a randomised decomposition changed the base weight by an unknown amount", _CONVERT
+    ),
+    "corda": _Refusal("CorDA changed the base weight by an amount that depends on its data", _CONVERT),
     "loftq": _Refusal("LoftQ replaced the base weight by a quantised one", _MERGE),
-    "lora_ga": _Refusal("LoRA-GA moved the base weight by an amount that its gradients decided", _CONVERT),
+    "lora_ga": _Refusal("LoRA-GA changed the base weight by an amount that depends on its gradients", _CONVERT),
 }
 _NO_INDICES = _Refusal(
-    "which numbers a layer has follows from the order in which PEFT met the layers",
+    "the indices depend on the order in which PEFT visited the layers",
     "Set save_indices to true in adapter_config.json, load the adapter with PEFT, and save it again.",
 )
 
 
 def refuse(config: Mapping[str, Any], source: str) -> None:
-    """Refuse what adapter_config.json says cannot be read exactly; fields that are off, empty or absent pass.
+    """Raise if adapter_config.json has a method or option that is not read exactly.
 
     Args:
-        config: adapter_config.json; empty for files without one.
-        source: where it was read from, for messages.
+        config: content of adapter_config.json; empty for files without one.
+        source: path of the adapter, for messages.
 
     Raises:
-        FormatError: names the method or the field, says why, and what to do instead.
+        FormatError: names the method or the field, with the reason and a fix.
     """
     check_fields(config, source)
     kind = config.get("peft_type")
@@ -100,10 +102,10 @@ def refuse(config: Mapping[str, Any], source: str) -> None:
 
 
 def check_fields(config: Mapping[str, Any], source: str) -> None:
-    """Refuse a field of another type than PEFT gives it, where readers ask for all modules what it says.
+    """Raise if a field of patterns or names that readers use has another type than in PEFT.
 
     Raises:
-        FormatError: a field of patterns or names is something else.
+        FormatError: a field has another type.
     """
     for field, (expected, fits) in _TYPED.items():
         value = config.get(field)
@@ -135,7 +137,7 @@ _TYPED: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 
 def refusals() -> Iterator[tuple[str, _Refusal]]:
-    """Everything above that is refused, as adapter_config.json states it, with the reason and what to do instead."""
+    """Yield all methods and options that are refused, as written in adapter_config.json, with reason and fix."""
     for kind, refusal in _TYPES.items():
         yield f"peft_type {kind}", refusal
     for field, refusal in _FIELDS.items():

@@ -1,11 +1,11 @@
-"""PiSSA and OLoRA: inits of LoRA that move the base weight, so that the adapter is not a change of the base itself.
+"""PiSSA and OLoRA: inits of LoRA that change the base weight, so that s B A is a change of the changed base.
 
-At injection PEFT takes the first r components of the weight, puts them into A and B and subtracts them:
+At injection PEFT moves the first r components of the weight to A and B:
 
     W' = W - P        P = U_r S_r V_r^T (PiSSA, arXiv 2404.02948), or s Q_r R_r (OLoRA, arXiv 2406.01775)
 
-A file that was saved without conversion still says so in `init_lora_weights`.  The adapted weight is then
-W - P + s B A, and P is computed from the base as PEFT computes it.
+A file that was saved without conversion still has `init_lora_weights`.  The adapted weight is then W - P + s B A, and P
+is computed from the base in the same way as in PEFT.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["subtract_initial"]
 
 
 def subtract_initial(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, *, transposed: bool) -> TuckerDelta:
-    """The change s B A - P for PiSSA and OLoRA, of rank 2 r; the change itself for every other init.
+    """The change s B A - P for PiSSA and OLoRA, of rank 2 r; s B A for every other init.
 
     Args:
-        module: the module.
-        checkpoint: its checkpoint.
+        module: module that is read.
+        checkpoint: checkpoint of the module.
         delta: s B A as factors of a weight.
-        transposed: whether the weight is stored as (I, O).
+        transposed: True if the weight is stored as (I, O).
 
     Raises:
         FormatError: no base was given to compute P from.

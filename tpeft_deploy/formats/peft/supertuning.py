@@ -1,10 +1,10 @@
-"""Super-Tuning as PEFT saves it: a sparse change of single numbers, and LoRA beside it (arXiv 2607.09287).
+"""Super-Tuning as PEFT saves it: a sparse change of single elements, and LoRA beside it (arXiv 2607.09287).
 
-    dW[p // I, p % I] = v, plus lora_alpha / r B A where `r` is set
+    dW[p // I, p % I] = v, plus lora_alpha / r B A if `r` is set
 
 supertuning_indices (n,) as p, supertuning_values (n,) as v, supertuning_lora_A.weight (r, I) and
-supertuning_lora_B.weight (O, r).  Without save_precomputed_indices PEFT chooses the indices again as the largest
-numbers of the base, and equal ones in an order that no one promises: such files are refused.
+supertuning_lora_B.weight (O, r).  Without save_precomputed_indices PEFT recomputes the indices as the largest elements
+of the base, where the order of equal ones is undefined: such files are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import alpha_of, is_type
+from tpeft_deploy.formats.peft.config import alpha_of, of_type
 from tpeft_deploy.formats.peft.dense import dense_change, indices, linear_layer, misfit, positions, require_values
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import doing, no_scale, take
@@ -27,18 +27,14 @@ ABOUT = About(
 _VALUES, _INDICES = "supertuning_values", "supertuning_indices"
 _A, _B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
 SUFFIXES = frozenset({_VALUES, _INDICES, _A, _B})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type SUPERTUNING has values for the module."""
-    return is_type(checkpoint, "SUPERTUNING") and _VALUES in module.tensors
+matches = of_type("SUPERTUNING", _VALUES)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's change, dense.
 
     Raises:
-        FormatError: no base was given, which says how large the layer is; or indices are missing, not in the weight,
+        FormatError: no base was given (needed for the size of the layer); or indices are missing, not in the weight,
             or not distinct; or the factors do not fit.
     """
     no_scale(module, checkpoint)
@@ -50,7 +46,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             fix="Save the adapter again with save_precomputed_indices=True in its configuration.",
         )
     values, found = take(module, checkpoint, _VALUES), take(module, checkpoint, _INDICES)
-    layer = linear_layer(module, checkpoint, "Super-Tuning's indices do not say how large a layer is")
+    layer = linear_layer(module, checkpoint, "Super-Tuning's indices do not record the size of a layer")
     flat = indices(module, checkpoint, found, layer.size)
     change = positions(module, checkpoint, flat // layer.inputs, flat % layer.inputs, values, layer)
     if checkpoint.config.get("r") is not None:

@@ -2,11 +2,11 @@
 
     W'[p] = trainable_tokens_delta (n, D)        p: the n rows that adapter_config.json names
 
-In spite of their name the rows are not added to the base's: they replace them.  As a change they are of rank n, one
-column of ones and zeros for each row, and need the base's rows.
+Despite their name the rows are not added to the base's: they replace them.  The change has rank n, with a one-hot
+column for each row, and needs the base's rows.
 
-PEFT changes the weights that transformers ties to the input embedding along with it, and saves the rows once.  The
-change then stands under every name.  A linear layer that PEFT wraps so runs without its bias.
+PEFT also changes the weights that transformers ties to the input embedding, and saves the rows once.  The adapter then
+holds the change under every name.  A linear layer that PEFT wraps in this way runs without its bias.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def matches(module: Module, checkpoint: Checkpoint) -> bool:
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change, of the rank of the number of rows, under its name and those that are tied to it.
+    """The module's change, with the number of rows as rank, under its name and the names tied to it.
 
     Raises:
-        FormatError: no base was given; the configuration does not name as many rows of the weight; or it cannot be
-            told which weights PEFT tied.
+        FormatError: no base was given; the configuration names another number of rows; or the weights that PEFT tied
+            cannot be determined.
     """
     no_scale(module, checkpoint)
     module.tensors.pop(_ORIGINAL, None)
@@ -88,7 +88,7 @@ def _zeros(checkpoint: Checkpoint, bias: str) -> Array | None:
 
 
 def _chosen(module: Module, checkpoint: Checkpoint, count: int, size: int) -> Array:
-    """The rows that the configuration names for the module."""
+    """Rows that the configuration names for the module."""
     named = _named(module, checkpoint.config)
     whole = isinstance(named, list) and all(isinstance(row, int) and not isinstance(row, bool) for row in named)
     if not whole or len(named) != count or count == 0 or len(set(named)) != count:
@@ -114,14 +114,14 @@ def _named(module: Module, config: Mapping[str, Any]) -> Any:
 
 
 def _tied(module: Module, checkpoint: Checkpoint) -> list[str]:
-    """Names that are tied to the module's weight, where PEFT changes them along with it and saves the rows once.
+    """Names tied to the module's weight that PEFT changes too, without saving their rows separately.
 
     Raises:
-        FormatError: the weight is tied, and it cannot be told whether PEFT changed its other uses.
+        FormatError: the weight is tied, and it is not recorded whether PEFT changed the other modules.
     """
     base, config = checkpoint.base, checkpoint.config
     others = _other_names(base, f"{module.name}.weight") if base is not None else []
-    if not others or base is None or config.get("peft_type") == "TRAINABLE_TOKENS":  # it saves the rows of each use
+    if not others or base is None or config.get("peft_type") == "TRAINABLE_TOKENS":  # saves the rows of each module
         return []
     named = config.get("trainable_token_indices")
     layers = [other.removesuffix(".weight") for other in others]
@@ -131,9 +131,9 @@ def _tied(module: Module, checkpoint: Checkpoint) -> list[str]:
         else []
     )
     if any(rows != _named(module, config) for rows in beside):
-        return []  # each use has rows of another choice, saved beside these
+        return []  # each module has different rows, saved separately
     kind = base.kinds.get(module.name, "" if isinstance(named, dict) and not beside else "Embedding")
-    mapping = config.get("auto_mapping")  # null where PEFT was told the task, which only models of transformers have
+    mapping = config.get("auto_mapping")  # null if task_type was set, which only models of transformers have
     library = str(mapping.get("parent_library")) if isinstance(mapping, dict) else "transformers"
     if not kind or not library.startswith("transformers"):
         raise FormatError(
@@ -146,6 +146,6 @@ def _tied(module: Module, checkpoint: Checkpoint) -> list[str]:
 
 
 def _other_names(base: BaseView, name: str) -> list[str]:
-    """The other weights with the same values: names of a tied weight, however the base holds it."""
+    """Other weights with the same values: names of a tied weight."""
     alike = [other for other in base.weights if other != name and base.shape(other) == base.shape(name)]
     return [other for other in alike if base.digest(other) == base.digest(name)]

@@ -1,13 +1,13 @@
-"""The directory that PEFT's `save_pretrained` writes for a `tpeft_deploy.training.TuckerConfig` model.
+"""Reader of the directory that PEFT's `save_pretrained` writes for a `tpeft_deploy.training.TuckerConfig` model.
 
 adapter_config.json holds the scale and the digests of the base, adapter_model.safetensors the tensors, under
 `base_model.model.`:
 
-    <module>.tucker_core                one rank per mode of the weight as it is stored: (R_o, R_i, R_k1, ...), for
+    <module>.tucker_core                one rank per mode of the stored weight: (R_o, R_i, R_k1, ...), for
                                         transposed convolutions and transformers' Conv1D (R_i, R_o, R_k1, ...)
-    <module>.tucker_factor.<mode>       (mode size, rank); absent where the mode is an identity
-    <parameter or buffer>               of modules_to_save, whole
-    <module>.base_layer.<parameter>     a copy of an adapted embedding's base, which PEFT adds on its own account
+    <module>.tucker_factor.<mode>       (mode size, rank); absent if the mode is an identity
+    <parameter or buffer>               whole tensor of modules_to_save
+    <module>.base_layer.<parameter>     copy of an adapted embedding's base, which PEFT saves unasked
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ABOUT = About(
 
 _CONFIG = "adapter_config.json"
 _TENSORS = "adapter_model.safetensors"
-_TYPE = "TPEFT_TUCKER"  # tpeft_deploy.training.PEFT_TYPE, which needs torch to be imported
+_TYPE = "TPEFT_TUCKER"  # equals tpeft_deploy.training.PEFT_TYPE, which imports torch
 _PREFIX = "base_model.model."
 _CORE = re.compile(r"(?P<module>.+)\.tucker_core")
 _FACTOR = re.compile(r"(?P<module>.+)\.tucker_factor\.(?P<mode>[0-9])")
@@ -46,7 +46,7 @@ _SAVE_AGAIN = "Save the adapter again with save_pretrained."
 
 
 def peft_type(path: Path) -> str | None:
-    """The `peft_type` that a directory's adapter_config.json states; None when there is no such file.
+    """Read `peft_type` from a directory's adapter_config.json; None if there is no such file.
 
     Raises:
         FormatError: the file is not JSON.
@@ -58,7 +58,7 @@ def peft_type(path: Path) -> str | None:
 
 
 def matches(path: Path) -> bool:
-    """Whether `path` is a directory with a tensor adapter that PEFT saved."""
+    """Whether `path` is a directory with a tensor adapter saved by PEFT."""
     return peft_type(path) == _TYPE
 
 
@@ -66,8 +66,8 @@ def read(path: Path) -> Adapter:
     """Read a directory that `save_pretrained` wrote.
 
     Raises:
-        FormatError: a file is missing, truncated or holds NaN; a tensor belongs to nothing or does not fit the
-            others; the configuration lacks the scale.
+        FormatError: a file is missing, truncated or holds NaN; a tensor is unknown or does not fit the others; the
+            configuration lacks the scale.
     """
     source = str(path)
     config = read_config(path / _CONFIG)
@@ -167,7 +167,7 @@ def _overrides(
 
 
 def _check_copy(key: str, copy: Array, digest: str | None, source: str) -> None:
-    """Let a copy of a base weight be left out, once it is certain that it is one."""
+    """Drop a copy of a base weight, after checking it."""
     if weight_digest(copy) != digest:
         raise FormatError(
             f"read {source}, tensor {key!r}",

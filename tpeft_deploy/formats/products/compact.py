@@ -1,6 +1,6 @@
-"""Whether a product's low-rank form is worth having: a Hadamard or Kronecker product has the product of two ranks.
+"""Choice between low-rank and dense form: a Hadamard or Kronecker product has the product of two ranks.
 
-A LoHa adapter of rank 32 has rank 1024, so for many layers the dense change holds fewer numbers.
+A LoHa adapter of rank 32 has rank 1024, so for many layers the dense change has fewer elements.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ DENSE = "kept dense, which holds fewer bytes than its low-rank form"  # a Change
 
 
 def dense_is_smaller(ranks: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether dW (O, I, K1, ...) holds at most as many numbers as core and factors of these ranks.
+    """Whether dW (O, I, K1, ...) has at most as many elements as core and factors of these ranks.
 
-    A matrix counts as its two factors, since its core is absorbed when it is used; a rank as large as its mode needs
-    no factor.
+    A matrix counts as two factors, since its core is absorbed; a rank as large as its mode needs no factor.
     """
     ranks = tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
     if len(shape) == 2:
@@ -33,18 +32,18 @@ def dense_is_smaller(ranks: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 
 def widen(array: Array) -> Array:
-    """At least float32, so that products of float16 tensors do not round to float16."""
+    """Widen to at least float32, so that products of float16 tensors do not round to float16."""
     return array.astype(np.promote_types(array.dtype, np.float32), copy=False)
 
 
 def low_rank(up: Array, down: Array, scale: float, shape: tuple[int, ...] = ()) -> TuckerDelta:
-    """The change s * up down of a matrix, without an identity that a large rank would make larger than the change.
+    """Build the delta s * up down of a matrix, without an identity core larger than dW for a large rank.
 
     Args:
         up: (O, R).
         down: (R, I).
-        scale: s.
-        shape: sizes of 1 behind (O, I), of a convolution that is a matrix.
+        scale: factor s.
+        shape: sizes of 1 after (O, I), for a convolution with a kernel of 1.
 
     Raises:
         ShapeError: the factors do not fit each other.
@@ -58,10 +57,10 @@ def low_rank(up: Array, down: Array, scale: float, shape: tuple[int, ...] = ()) 
 
 
 def finish(delta: TuckerDelta, shape: tuple[int, ...], *, what: str) -> TuckerDelta:
-    """The delta with every factor absorbed that is no narrower than its mode, once its shape is certain.
+    """Check the shape of a delta and absorb every factor that is no narrower than its mode.
 
     Raises:
-        ShapeError: it does not have the weight's shape.
+        ShapeError: the delta does not have the weight's shape.
     """
     if delta.shape != shape:
         raise ShapeError(

@@ -1,8 +1,8 @@
-"""LoHa: the change is an elementwise product of two low-rank ones (FedPara, arXiv 2108.06098; LyCORIS, PEFT).
+"""LoHa: an elementwise product of two low-rank changes (FedPara, arXiv 2108.06098; LyCORIS, PEFT).
 
     dW = s * (W1a W1b) * (W2a W2b)
 
-It is itself of low rank, the product of both ranks: with fs the face-splitting (row-wise Kronecker) product,
+Its rank is the product of both ranks: with fs the face-splitting (row-wise Kronecker) product,
 (P Q) * (R S) = fs(P, R) fs(Q^T, S^T)^T.
 """
 
@@ -20,13 +20,13 @@ __all__ = ["loha", "loha_tucker"]
 
 
 def loha(w1a: Array, w1b: Array, w2a: Array, w2b: Array, *, scale: float, shape: tuple[int, ...]) -> TuckerDelta:
-    """The change s * (W1a W1b) * (W2a W2b), of rank r1 r2, or dense where that holds fewer numbers.
+    """The change s * (W1a W1b) * (W2a W2b), of rank r1 r2, or dense if that has fewer elements.
 
     Args:
         w1a, w2a: (O, r1), (O, r2).
         w1b, w2b: (r1, I K1 ...), (r2, I K1 ...).
-        scale: s.
-        shape: the weight's (O, I, K1, ...).
+        scale: factor s.
+        shape: shape of the weight, (O, I, K1, ...).
 
     Raises:
         ShapeError: the tensors do not fit each other or the weight.
@@ -70,8 +70,8 @@ def loha_tucker(
         t1, t2: (r, r, K1, ...); further axes of size 1, which PEFT gives to Conv1d, are dropped.
         w1a, w2a: (r, O).
         w1b, w2b: (r, I).
-        scale: s.
-        shape: the weight's (O, I, K1, ...).
+        scale: factor s.
+        shape: shape of the weight, (O, I, K1, ...).
 
     Raises:
         ShapeError: the tensors do not fit each other or the weight.
@@ -124,7 +124,7 @@ def _dense(change: Array, scale: float, like: Array) -> TuckerDelta:
 
 
 def _require_sizes(got: tuple[int, ...], expected: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """Before anything of these sizes is made."""
+    """Check shapes before any array of these sizes is allocated."""
     if got != expected:
         raise ShapeError(
             "build a LoHa change",

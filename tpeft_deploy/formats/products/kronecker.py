@@ -1,4 +1,4 @@
-"""LoKr: the change is a Kronecker product, each half of it full, a matrix product or a Tucker product.
+"""LoKr: a Kronecker product of two halves, each full, a matrix product or a Tucker product.
 
     dW = s * kron(W1, W2)        W1 (a, c), W2 (b, d, K1, ...), O = a b, I = c d
 
@@ -22,13 +22,13 @@ __all__ = ["Half", "check_sizes", "full", "lokr", "product", "tucker"]
 
 @dataclass(frozen=True, eq=False)
 class Half:
-    """One half, core x_0 left x_1 right; a factor that is None is an identity.
+    """One half, core x_0 left x_1 right; None is an identity.
 
     Args:
         core: (r1, r2, K1, ...).
         left: (a, r1).
         right: (c, r2).
-        rank: the rank that alpha is divided by; None where the half is stored full.
+        rank: divisor of alpha; None if the half is stored full.
     """
 
     core: Array
@@ -38,7 +38,7 @@ class Half:
 
     @property
     def delta(self) -> TuckerDelta:
-        """The half as a change of its own."""
+        """The half as a Tucker delta."""
         return TuckerDelta(self.core, (self.left, self.right, *[None] * (self.core.ndim - 2)))
 
     @property
@@ -51,7 +51,7 @@ class Half:
         return self.delta.dense()
 
     def narrowed(self) -> Half:
-        """The same half, whose core is no larger than itself."""
+        """Absorb factors that make the core larger than the half."""
         narrow = self.delta.narrowed()
         left, right = narrow.factors[:2]
         return Half(narrow.core.astype(self.core.dtype, copy=False), left, right, self.rank)
@@ -92,13 +92,13 @@ def tucker(core: Array, left: Array, right: Array, kernel: tuple[int, ...]) -> H
 
 
 def lokr(first: Half, second: Half, *, scale: float, shape: tuple[int, ...]) -> TuckerDelta:
-    """The change s * kron(first, second), of low rank, or dense where that holds fewer numbers.
+    """The change s * kron(first, second), of low rank, or dense if that has fewer elements.
 
     Args:
         first: (a, c).
         second: (b, d, K1, ...).
-        scale: s.
-        shape: the weight's (O, I, K1, ...).
+        scale: factor s.
+        shape: shape of the weight, (O, I, K1, ...).
 
     Raises:
         ShapeError: the halves do not fit each other or the weight.
@@ -123,10 +123,10 @@ def lokr(first: Half, second: Half, *, scale: float, shape: tuple[int, ...]) -> 
 
 
 def check_sizes(first: Half, second: Half, shape: tuple[int, ...]) -> None:
-    """Refuse halves whose product is not of the weight's shape, before it is made.
+    """Check that the product of two halves has the weight's shape, before it is computed.
 
     Raises:
-        ShapeError: it is not.
+        ShapeError: the shapes differ.
     """
     (a, c), (b, d, *kernel) = first.shape, second.shape
     if (a * b, c * d, *kernel) != shape:
@@ -139,7 +139,7 @@ def check_sizes(first: Half, second: Half, shape: tuple[int, ...]) -> None:
 
 
 def _narrow(half: Half) -> Half:
-    """A full matrix (a, c) as an identity of its smaller side and a factor of its larger, so that ranks are small."""
+    """Write a full matrix (a, c) with an identity on its smaller side and a factor on its larger: smallest ranks."""
     if half.left is not None or half.right is not None:
         return half
     rows, columns = half.core.shape

@@ -1,12 +1,12 @@
-"""Writing an adapter as a LoCon file that LyCORIS, kohya and their kin load.
+"""Write an adapter as a LoCon file, which LyCORIS, kohya and related tools load.
 
     matrix          lora_up (O, r), lora_down (r, I)
     convolution     lora_up (O, r, 1, ..), lora_mid (r, r, K1, ..), lora_down (r, I, 1, ..), zero-padded to
-                    r = max(R_o, R_i), since LyCORIS' mid is square; or, where that is smaller, lora_up and
+                    r = max(R_o, R_i), since LyCORIS' mid is square; or, if that is smaller, lora_up and
                     lora_down (r, I, K1, ..)
 
-with alpha = r, so that their factor alpha / r is 1; s and the kernel's factors are in lora_mid or lora_down.  A whole
-tensor can only be written as a difference to the base's: diff and diff_b, w_norm and b_norm.
+with alpha = r, so that alpha / r is 1; s and the kernel's factors are absorbed in lora_mid or lora_down.  Whole tensors
+are written as differences to the base's: diff and diff_b, w_norm and b_norm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tpeft_deploy.tucker import Array, TuckerDelta
 __all__ = ["NAME", "write"]
 
 NAME = "locon"
-_PREFIX = "lycoris"  # LyCORIS' own, where it wraps a whole model
+_PREFIX = "lycoris"  # prefix of LyCORIS for a wrapped whole model
 _SUFFIXES = {"weight": "diff", "bias": "diff_b"}
 _NORM_SUFFIXES = {"weight": "w_norm", "bias": "b_norm"}
 
@@ -35,12 +35,12 @@ def write(adapter: Adapter, path: Path, *, base: BaseView | None = None) -> None
     """Write one safetensors file.
 
     Args:
-        adapter: without gains; every target a module's `weight`.
-        path: the file to write.
-        base: needed where the adapter replaces whole tensors.
+        adapter: adapter without gains; every target is a module's `weight`.
+        path: file to write.
+        base: base of the adapter, needed if the adapter replaces whole tensors.
 
     Raises:
-        FormatError: something that the format cannot express; nothing was written.
+        FormatError: the format cannot express the adapter; nothing was written.
     """
     from safetensors.numpy import save_file
 
@@ -69,7 +69,7 @@ def _key(module: str, owners: dict[str, str], adapter: Adapter) -> str:
     if other != module:
         raise FormatError(
             f"write {adapter.source} as {NAME}, module {module!r}",
-            expected="a name of its own with underscores for dots",
+            expected="a name that is unique with underscores for dots",
             got=f"that of {other!r} as well",
             fix="Convert it to peft-lora, which keeps the dots.",
         )
@@ -90,7 +90,7 @@ def _tensors(delta: TuckerDelta) -> dict[str, Array]:
 
 
 def _square(delta: TuckerDelta) -> dict[str, Array]:
-    """The change as up, mid and down of one rank for both channel modes."""
+    """Write the change as up, mid and down, with the same rank for both channel modes."""
     inner = delta.absorb(range(2, delta.core.ndim))
     rank = max(inner.ranks[:2])
     padded = pad_ranks(inner, (rank, rank, *inner.ranks[2:]))
@@ -107,13 +107,13 @@ def _difference(adapter: Adapter, name: str, array: Array, base: BaseView | None
     if base is None:
         raise _refusal(adapter, name, "a whole tensor and no base to take the difference to", "Give --base.")
     module, _, leaf = name.rpartition(".")
-    own = base.weights.get(name)
-    if own is None or own.shape != array.shape or leaf not in _SUFFIXES or array.dtype.kind != "f":
+    value = base.weights.get(name)
+    if value is None or value.shape != array.shape or leaf not in _SUFFIXES or array.dtype.kind != "f":
         raise _refusal(adapter, name, "a buffer, or a tensor of another shape than the base's")
     weight = base.weights.get(f"{module}.weight")
     suffixes = _NORM_SUFFIXES if weight is not None and weight.ndim == 1 else _SUFFIXES
     dtype = np.promote_types(array.dtype, np.float32)
-    return suffixes[leaf], (array.astype(np.float64) - own).astype(dtype)
+    return suffixes[leaf], (array.astype(np.float64) - value).astype(dtype)
 
 
 def _refusal(adapter: Adapter, name: str, got: str, fix: str = "Convert it to tpeft or peft-lora.") -> FormatError:

@@ -1,6 +1,6 @@
 """ONNX Runtime's native adapter file (`.onnx_adapter`): named tensors for a factored graph's optional inputs.
 
-It has no checksum and no metadata; a bundle keeps it beside the canonical file, with its digest.
+It has no checksum and no metadata; a bundle stores it beside the canonical file, with its digest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def write(path: Path, tensors: Mapping[str, Array]) -> None:
 
 
 def read(path: Path) -> dict[str, Array]:
-    """Tensors by input name, read by ONNX Runtime itself, as an application in another language gets them.
+    """Read tensors by input name with ONNX Runtime, as an application in another language does.
 
     Raises:
         MissingExtra: onnxruntime is not installed.

@@ -1,7 +1,7 @@
-"""Writing an adapter as a plain LoRA that PEFT itself loads, convolutions and whole tensors included.
+"""Write an adapter as a plain LoRA that PEFT loads, convolutions and whole tensors included.
 
 A Tucker change is exactly a LoRA of rank R_o (`algebra.low_rank_pair`): lora_B = U_0, lora_A = s G x_1 U_1 x_2 U_2 ..,
-with lora_alpha = r, so that PEFT's own factor is 1.  Ranks differ per module: rank_pattern and alpha_pattern say so.
+with lora_alpha = r, so that PEFT's factor is 1.  Ranks per module are in rank_pattern and alpha_pattern.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from tpeft_deploy.tucker import Array, TuckerDelta
 __all__ = ["NAME", "refuse_gains", "write"]
 
 NAME = "peft-lora"
-_TRANSPOSED = frozenset({"Conv1D", "Embedding"})  # whose weight is (inputs, outputs), so that dW = (B A)^T
+_TRANSPOSED = frozenset({"Conv1D", "Embedding"})  # weight (inputs, outputs), so that dW = (B A)^T
 
 
 def write(adapter: Adapter, path: Path, *, base: BaseView | None = None) -> None:
     """Write adapter_config.json and adapter_model.safetensors.
 
     Args:
-        adapter: without gains; every target a module's `weight`.
-        path: the directory to write; it must not exist or be empty.
-        base: tells embeddings and transformers' Conv1D from linear layers; without it every matrix is taken for a
-            linear layer's.  Where the adapter replaces a part of a module, it has the rest: PEFT loads whole modules.
+        adapter: adapter without gains; every target is a module's `weight`.
+        path: directory to write; it must not exist, or be empty.
+        base: base of the adapter, to distinguish embeddings and transformers' Conv1D from linear layers; without it
+            every matrix is written as a linear layer's.  Also the source of the other tensors of a module that the
+            adapter replaces in part: PEFT loads whole modules.
 
     Raises:
-        FormatError: something that LoRA cannot express; nothing was written.
+        FormatError: LoRA cannot express the adapter; nothing was written.
     """
     from safetensors.numpy import save_file
 
@@ -80,7 +81,7 @@ def _saved_module(name: str, adapter: Adapter, ranks: Mapping[str, int]) -> str:
 
 
 def _whole_modules(adapter: Adapter, saved: Set[str], base: BaseView | None) -> dict[str, Array]:
-    """Everything inside the modules that are saved, from the base where the adapter leaves it alone."""
+    """All tensors of the saved modules: the adapter's, else the base's."""
     inside = {
         name: base.weights[name]
         for name in (base.weights if base is not None else ())
@@ -90,7 +91,7 @@ def _whole_modules(adapter: Adapter, saved: Set[str], base: BaseView | None) -> 
 
 
 def refuse_gains(adapter: Adapter, format: str) -> None:
-    """Refuse an adapter that multiplies weights, for formats that can only add to them."""
+    """Raise for an adapter with gains, for formats that can only add to weights."""
     for name in adapter.gains:
         raise FormatError(
             f"write {adapter.source} as {format}, weight {name!r}",
@@ -107,7 +108,7 @@ def _module(name: str, adapter: Adapter, kinds: Mapping[str, str]) -> str:
         raise FormatError(
             f"write {adapter.source} as {NAME}, weight {name!r}",
             expected="the weight of a linear, convolution or embedding module",
-            got="a parameter of another kind, or of a MultiheadAttention, whose LoRA PEFT applies in its own way",
+            got="a parameter of another kind, or of a MultiheadAttention, for which PEFT applies LoRA differently",
             fix="Convert it to tpeft.",
         )
     return module
@@ -126,8 +127,8 @@ def _tensors(delta: TuckerDelta, kind: str) -> dict[str, Array]:
 
 def _config(ranks: Mapping[str, int], kinds: Mapping[str, str], saved: Set[str]) -> dict[str, Any]:
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    # Anchored and escaped: PEFT takes these for regular expressions that match the end of a name.
-    pattern = {f"^{re.escape(module)}": own for module, own in sorted(ranks.items()) if own != rank}
+    # Anchored and escaped: PEFT treats these as regular expressions that match the end of a name.
+    pattern = {f"^{re.escape(module)}": value for module, value in sorted(ranks.items()) if value != rank}
     return {
         "peft_type": "LORA",
         "task_type": None,

@@ -1,17 +1,17 @@
-"""AdaLoRA as PEFT saves it: a change of low rank whose rank was pruned in training (arXiv 2303.10512).
+"""AdaLoRA as PEFT saves it: a low-rank change with a rank that was pruned in training (arXiv 2303.10512).
 
     dW = s B diag(E) A        lora_B (O, r), lora_E (r, 1), lora_A (r, I), or (r, I K1 K2) for Conv2d
     s = lora_alpha / (init_r + 1e-5)
 
-PEFT divides by the rank that training began with, whatever was pruned since, and does not save it with the tensors:
-`init_r` of adapter_config.json is the only record.  Its `r` is unused, its `rank_pattern` holds masks.
+PEFT divides by the initial rank, which only `init_r` of adapter_config.json records.  Its `r` is unused, and its
+`rank_pattern` holds masks.
 """
 
 from __future__ import annotations
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import diagonal_delta, is_type, number, stored_transposed, weight_shape
+from tpeft_deploy.formats.peft.config import diagonal_delta, number, of_type, stored_transposed, weight_shape
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -21,16 +21,12 @@ __all__ = ["ABOUT", "MAY_BE_EMPTY", "NAME", "SUFFIXES", "matches", "read"]
 NAME = "peft-adalora"
 ABOUT = About("PEFT", "AdaLoRA", "linear, Conv1D, conv 2d", "for convolutions", "low-rank", types=("ADALORA",))
 _A, _E, _B = "lora_A", "lora_E", "lora_B"
-SUFFIXES = MAY_BE_EMPTY = frozenset({_A, _E, _B})  # where training pruned the whole rank
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type ADALORA has singular values for the module."""
-    return is_type(checkpoint, "ADALORA") and _E in module.tensors
+SUFFIXES = MAY_BE_EMPTY = frozenset({_A, _E, _B})  # if training pruned the whole rank
+matches = of_type("ADALORA", _E)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change; none where training pruned its whole rank.
+    """The module's change; none if training pruned its whole rank.
 
     Raises:
         FormatError: a tensor is missing or does not fit, or the configuration lacks lora_alpha or init_r.
@@ -51,7 +47,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 def _scale(checkpoint: Checkpoint) -> float:
     rank = number(checkpoint.config, "init_r", checkpoint.source)
     alpha = number(checkpoint.config, "lora_alpha", checkpoint.source)
-    return (alpha if alpha > 0 else rank) / (rank + 1e-5)  # as AdaLoraLayer.update_layer has it
+    return (alpha if alpha > 0 else rank) / (rank + 1e-5)  # as in AdaLoraLayer.update_layer
 
 
 def _delta(module: Module, checkpoint: Checkpoint, down: Array, values: Array, up: Array, scale: float) -> TuckerDelta:

@@ -1,9 +1,9 @@
-"""DeLoRA as PEFT saves it: LoRA whose change has a bounded norm (arXiv 2503.18225).
+"""DeLoRA as PEFT saves it: LoRA with a bounded norm of the change (arXiv 2503.18225).
 
     dW = B diag(lambda / (r |a_i| |b_i|)) A diag(n)
 
 delora_A (r, I) with rows a_i, delora_B (O, r) with columns b_i, delora_lambda (1,), delora_w_norm (I,) as n: the norms
-of the base's columns when training began.
+of the base's columns at the start of training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import diagonal_delta, is_type
+from tpeft_deploy.formats.peft.config import diagonal_delta, of_type
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import no_scale, reporting, take
 
@@ -21,12 +21,8 @@ NAME = "peft-delora"
 ABOUT = About("PEFT", "DeLoRA", "linear", "no", "low-rank", types=("DELORA",))
 _A, _B, _LAMBDA, _NORM = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
 SUFFIXES = frozenset({_A, _B, _LAMBDA, _NORM})
-_SMALLEST = 1e-4  # PEFT clamps the norms that it divides by
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type DELORA has a factor for the module."""
-    return is_type(checkpoint, "DELORA") and _A in module.tensors
+_SMALLEST = 1e-4  # PEFT clamps the norms to this value
+matches = of_type("DELORA", _A)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:

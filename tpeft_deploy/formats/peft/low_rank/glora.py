@@ -12,7 +12,7 @@ import numpy as np
 
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base.products import base_weight, change_of_base, dense_change
-from tpeft_deploy.formats.peft.config import base_bias, is_type
+from tpeft_deploy.formats.peft.config import base_bias, of_type
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import reporting, take
 from tpeft_deploy.tucker import Array
@@ -22,15 +22,11 @@ __all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
 NAME = "peft-glora"
 ABOUT = About("PEFT", "GLoRA", "linear", "yes", "dense, override", types=("GLORA",))
 SUFFIXES = frozenset(f"glora_{path}.{part}" for path in "ABCDE" for part in ("Xd", "Xu", "X", "zeros"))
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type GLORA has a tensor for the module."""
-    return is_type(checkpoint, "GLORA") and bool(SUFFIXES & module.tensors.keys())
+matches = of_type("GLORA", *SUFFIXES)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's W' - W, and the whole new bias where the layer has one.
+    """The module's W' - W, and the new bias if the layer has one.
 
     Raises:
         FormatError: no base was given, or a tensor is missing or does not fit it.

@@ -4,7 +4,7 @@
 
 gralora_A (k, I / k, r) and gralora_B (k, r, O / k): A_n[j] are columns j r / k to (j + 1) r / k of gralora_A[n], and
 B_j[n] are rows n r / k to (n + 1) r / k of gralora_B[j].  gralora_A_general.weight (h, I) and gralora_B_general.weight
-(O, h) are A and B, where `hybrid_r` is set.  Block rows share no ranks, so the whole has rank k r + h.
+(O, h) are A and B, if `hybrid_r` is set.  Block rows share no ranks, so the change has rank k r + h.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import alpha_of, is_type, matrix_delta, number, stored_transposed, weight_shape
+from tpeft_deploy.formats.peft.config import alpha_of, matrix_delta, number, of_type, stored_transposed, weight_shape
 from tpeft_deploy.formats.peft.dense import dense_change, misfit, require_values
 from tpeft_deploy.formats.products.compact import dense_is_smaller, widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -26,15 +26,11 @@ ABOUT = About("PEFT", "GraLoRA", "linear, Conv1D", "no", "low-rank, dense", type
 _A, _B = "gralora_A", "gralora_B"
 _GENERAL = ("gralora_A_general.weight", "gralora_B_general.weight")
 SUFFIXES = frozenset({_A, _B, *_GENERAL})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type GRALORA has blocks for the module."""
-    return is_type(checkpoint, "GRALORA") and _A in module.tensors
+matches = of_type("GRALORA", _A)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change: of rank k r + h where that holds fewer numbers, else dense.
+    """The module's change: of rank k r + h if that has fewer elements, else dense.
 
     Raises:
         FormatError: a tensor is missing or does not fit.
@@ -67,7 +63,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def _general(module: Module, checkpoint: Checkpoint, outputs: int, inputs: int) -> tuple[Array, Array]:
-    """A (h, I) and B (O, h) of the plain LoRA; h is 0 where there is none."""
+    """A (h, I) and B (O, h) of the plain LoRA; h is 0 if there is none."""
     hybrid = number(checkpoint.config, "hybrid_r", checkpoint.source)
     if hybrid == 0:
         return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)

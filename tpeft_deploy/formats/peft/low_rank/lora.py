@@ -8,9 +8,8 @@
     Conv1d/2d/3d     lora_A.weight (r, I, K1, ...), lora_B.weight (O, r, 1, ...)   (O, I, K1, ...)
     Embedding        lora_embedding_A (r, N), lora_embedding_B (D, r)              (N, D)
 
-lora_magnitude_vector makes it DoRA: the adapted weight is m / |W + dW| times W + dW.  lora_B.bias is added to the
-bias, times s.  A convolution's change has the base layer's own geometry, as PEFT's merge gives it; PEFT's unmerged
-branch leaves out dilation and padding_mode.
+With lora_magnitude_vector m (DoRA) the adapted weight is m / |W + dW| times W + dW.  s times lora_B.bias is added to
+the bias.  The change of a convolution follows PEFT's merge; PEFT's unmerged branch ignores dilation and padding_mode.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft import residual as peft_residual
-from tpeft_deploy.formats.peft.config import alpha_of, base_bias, is_type, matrix_delta, stored_transposed
+from tpeft_deploy.formats.peft.config import alpha_of, base_bias, matrix_delta, of_type, stored_transposed
+from tpeft_deploy.formats.peft.dense import misfit
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import base_array, doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -42,11 +42,7 @@ _A, _B = "lora_A.weight", "lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 _BIAS, _MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
 SUFFIXES = frozenset({_A, _B, _EMBEDDING_A, _EMBEDDING_B, _BIAS, _MAGNITUDE})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type LORA has LoRA's tensors for the module; ask the narrower LoRA readers first."""
-    return is_type(checkpoint, "LORA") and any(name in module.tensors for name in (_A, _B, _EMBEDDING_A, _EMBEDDING_B))
+matches = of_type("LORA", _A, _B, _EMBEDDING_A, _EMBEDDING_B)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
@@ -69,17 +65,17 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def scale_of(checkpoint: Checkpoint, name: str, rank: int) -> float:
-    """The factor s of a module of this name and rank, with the alpha that alpha_pattern gives it.
+    """Compute the factor s of a module by its name and rank, with alpha_pattern.
 
     Raises:
-        FormatError: the configuration has no finite lora_alpha, or states another rank.
+        FormatError: the configuration has no finite lora_alpha, or another rank.
     """
     alpha = alpha_of(checkpoint, name, rank, "lora_alpha")
     return alpha / (math.sqrt(rank) if checkpoint.config.get("use_rslora") else rank)
 
 
 def _delta(module: Module, checkpoint: Checkpoint) -> tuple[TuckerDelta, int]:
-    """The change, and the weight's axis of outputs, which DoRA rescales."""
+    """The change, and the output axis of the weight, along which DoRA rescales."""
     no_scale(module, checkpoint)
     if _EMBEDDING_A in module.tensors or _EMBEDDING_B in module.tensors:
         rows, columns = take(module, checkpoint, _EMBEDDING_A), take(module, checkpoint, _EMBEDDING_B)
@@ -112,12 +108,8 @@ def _dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, axis:
     weight = base_array(module, checkpoint, "weight", "DoRA's gain depends on the base's weight")
     magnitude = take(module, checkpoint, _MAGNITUDE)
     if delta.shape != weight.shape or magnitude.size != weight.shape[axis]:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"a change of shape {weight.shape} with {weight.shape[axis]} magnitudes, as the base's weight",
-            got=f"{delta.shape} with {magnitude.size}",
-            fix="Check that the base is what the adapter was trained on.",
-        )
+        expected = f"a change of shape {weight.shape} with {weight.shape[axis]} magnitudes, as the base's weight"
+        raise misfit(module, checkpoint, expected, f"{delta.shape} with {magnitude.size}")
     adapted = weight.astype(np.float64) + delta.dense()
     others = tuple(a for a in range(weight.ndim) if a != axis)
     norm = np.sqrt(np.square(adapted).sum(axis=others, keepdims=True))

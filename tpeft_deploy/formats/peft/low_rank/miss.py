@@ -3,19 +3,19 @@
     dW = D^T S        miss_block D (r, O), S (r, I) = [I_r I_r ...] cut to I columns
 
 With init_weights='mini' D is (r, mini_r) and repeated along the outputs.  'bat' multiplies by the base weight: see
-peft_miss_bat.
+`miss_bat`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import is_type, matrix_delta
+from tpeft_deploy.formats.peft.config import matrix_delta, of_type
+from tpeft_deploy.formats.peft.dense import misfit
 from tpeft_deploy.formats.products.compact import DENSE
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing, no_scale, reporting, take
+from tpeft_deploy.formats.read.take import base_array, no_scale, reporting, take
 from tpeft_deploy.tucker import TuckerDelta
 
 __all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
@@ -24,32 +24,24 @@ NAME = "peft-miss"
 ABOUT = About("PEFT", "MiSS", "linear", "yes", "low-rank", types=("MISS",))
 _BLOCK = "miss_block"
 SUFFIXES = frozenset({_BLOCK})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type MISS has a block for the module."""
-    return is_type(checkpoint, "MISS") and _BLOCK in module.tensors
+matches = of_type("MISS", _BLOCK)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's change, of rank r.
 
     Raises:
-        FormatError: no base was given, which says how many inputs the layer has, or the block does not fit it.
+        FormatError: no base was given (needed for the number of inputs), or the block does not fit it.
     """
     no_scale(module, checkpoint)
     block = take(module, checkpoint, _BLOCK)
-    shape = base_array(module, checkpoint, "weight", "MiSS does not say how many inputs a layer has").shape
+    shape = base_array(module, checkpoint, "weight", "MiSS does not record the number of inputs of a layer").shape
     if block.ndim != 2 or len(shape) != 2 or shape[0] % block.shape[1]:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"a block (r, {shape[0]}), or one that repeats to it, for a weight {shape}",
-            got=block.shape,
-            fix="Check that the base is what the adapter was trained on.",
-        )
+        expected = f"a block (r, {shape[0]}), or one that repeats to it, for a weight {shape}"
+        raise misfit(module, checkpoint, expected, block.shape)
     with reporting(module, checkpoint):
         outputs, inputs = shape
-        block = block[:inputs]  # further ranks sum no input
+        block = block[:inputs]  # rows beyond the inputs have no effect
         rank = block.shape[0]
         up = np.tile(block, outputs // block.shape[1]).T
         if rank >= min(outputs, inputs):

@@ -1,28 +1,27 @@
 """RandLoRA as PEFT saves it: a sum of random bases, scaled by trained numbers, of full rank (arXiv 2502.00987).
 
-    dW = s sum_j b_j a_j^T, or its transpose where the layer has fewer outputs than inputs; s = alpha / r
+    dW = s sum_j b_j a_j^T, or its transpose if the layer has fewer outputs than inputs; s = alpha / r
     b_j: column j of randlora_B[:max, :n] (max, n, r), flattened to (max, n r)
     a_j: row j of lambda[:, :, None] A[:, :, :min] gamma (r, n, min), flattened to (r n, min)
 
 randlora_lambda (r, n) and randlora_gamma (n, min) are the module's; randlora_A (r, 1, min of all layers) and
-randlora_B (max of all layers, N, r) are shared, and are in the file once more for every module.  min and max are those
-of (O, I).
+randlora_B (max of all layers, N, r) are shared, and repeated in the file for every module.  min and max are those of
+(O, I).
 
-Without save_projection PEFT makes A and B again from `projection_prng_key`, in bfloat16 on devices that have it and in
-float16 on others: such files are refused.
+Without save_projection PEFT regenerates A and B from `projection_prng_key`, in bfloat16 or float16 depending on the
+device: such files are refused.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import is_type, number
-from tpeft_deploy.formats.peft.dense import Linear, dense_change, linear_layer, misfit
+from tpeft_deploy.formats.peft.config import number, of_type
+from tpeft_deploy.formats.peft.dense import Linear, dense_change, linear_layer, misfit, no_projection
 from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import doing, no_scale, reporting, take
+from tpeft_deploy.formats.read.take import no_scale, reporting, take
 from tpeft_deploy.tucker import Array
 
 __all__ = ["ABOUT", "NAME", "SHARED", "SUFFIXES", "matches", "read"]
@@ -33,28 +32,24 @@ _LAMBDA, _GAMMA = "randlora_lambda", "randlora_gamma"
 _PROJECTIONS = ("randlora_A", "randlora_B")
 SUFFIXES = frozenset({_LAMBDA, _GAMMA, *_PROJECTIONS})
 SHARED = frozenset(f"base_model.{name}" for name in _PROJECTIONS)
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type RANDLORA has scales for the module."""
-    return is_type(checkpoint, "RANDLORA") and _LAMBDA in module.tensors
+matches = of_type("RANDLORA", _LAMBDA)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's change, dense.
 
     Raises:
-        FormatError: no base was given, which says how large the layer is; the file has no projections; or a tensor is
+        FormatError: no base was given (needed for the size of the layer); the file has no projections; or a tensor is
             missing or does not fit.
     """
     no_scale(module, checkpoint)
     outer, inner = take(module, checkpoint, _LAMBDA), take(module, checkpoint, _GAMMA)
     small, large = (_projection(module, checkpoint, name) for name in _PROJECTIONS)
-    layer = linear_layer(module, checkpoint, "RandLoRA's bases do not say how large a layer is")
+    layer = linear_layer(module, checkpoint, "RandLoRA's bases do not record the size of a layer")
     _check(module, checkpoint, layer, outer, inner, small, large)
     rank = number(checkpoint.config, "r", checkpoint.source)
     if rank != outer.shape[0]:
-        raise misfit(module, checkpoint, f"tensors of rank {rank:g}, as adapter_config.json says", outer.shape[0])
+        raise misfit(module, checkpoint, f"tensors of rank {rank:g}, as in adapter_config.json", outer.shape[0])
     scale = number(checkpoint.config, "randlora_alpha", checkpoint.source) / rank
     with reporting(module, checkpoint):
         smallest, largest = sorted((layer.outputs, layer.inputs))
@@ -90,16 +85,11 @@ def _check(
 
 
 def _projection(module: Module, checkpoint: Checkpoint, name: str) -> Array:
-    """The projection in the module's copy and among the shared tensors, which are the same."""
+    """The projection, from the module's copy or from the shared tensors, which are equal."""
     copies = [module.tensors.pop(name, None), checkpoint.shared.get(f"base_model.{name}")]
     found = [copy for copy in copies if copy is not None]
     if not found:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"the shared projection base_model.{name} in the file",
-            got="only the key of a random generator, which is not the same on all systems",
-            fix="Save the adapter again with save_projection=True in its configuration.",
-        )
+        raise no_projection(module, checkpoint, f"the shared projection base_model.{name}")
     if not np.array_equal(found[0], found[-1]):
         raise misfit(module, checkpoint, f"one {name} for all modules", "one that differs")
     return found[-1]

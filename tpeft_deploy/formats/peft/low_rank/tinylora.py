@@ -1,10 +1,10 @@
-"""TinyLoRA as PEFT saves it: LoRA-XS whose small core is a random projection of a few trained numbers.
+"""TinyLoRA as PEFT saves it: LoRA-XS with a small core that is a random projection of a few trained numbers.
 
     dW = B R A        R = sum_i v[i] P[i]
 
 tinylora_A (r, I), tinylora_B (O, r) and tinylora_P (u, r, r) are the module's; base_model.tinylora_v.<group> (u,) is
-shared by the modules of a group, which are consecutive in the model's order.  The file does not name a module's group:
-with one group there is nothing to know, else the base's order of the targeted modules tells.
+shared by the modules of a group, which are consecutive in the model's order.  The file does not record a module's
+group: with several groups it follows from the base's order of the targeted modules.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import is_type, matrix_delta, number, stored_transposed
+from tpeft_deploy.formats.peft.config import matrix_delta, number, of_type, stored_transposed
+from tpeft_deploy.formats.peft.dense import no_projection
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import doing, needs_base, no_scale, reporting, take
 from tpeft_deploy.tucker import Array
@@ -33,14 +34,10 @@ ABOUT = About(
 _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
 SUFFIXES = frozenset({_A, _B, _P})
 _VECTOR = "base_model.tinylora_v."
-SHARED = frozenset(f"{_VECTOR}{group}" for group in range(10_000))  # one a module at most
-_ORDER = f"{NAME} order"  # of the modules that are targeted
+SHARED = frozenset(f"{_VECTOR}{group}" for group in range(10_000))  # at most one per module
+_ORDER = f"{NAME} order"  # memo key: order of the targeted modules
 _KINDS = {"Linear", "NonDynamicallyQuantizableLinear", "Conv1D", "Embedding"}
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type TINYLORA has frozen factors for the module."""
-    return is_type(checkpoint, "TINYLORA") and _A in module.tensors
+matches = of_type("TINYLORA", _A)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
@@ -48,17 +45,12 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
     Raises:
         FormatError: the file has no projections P or no vector for the module; a tensor is missing or does not fit; or
-            the group cannot be told for certain.
+            the group is ambiguous.
     """
     no_scale(module, checkpoint)
     down, up = take(module, checkpoint, _A), take(module, checkpoint, _B)
     if _P not in module.tensors:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected="the projections tinylora_P in the file",
-            got="only the seed of torch's random generator",
-            fix="Save the adapter again with save_projection=True in its configuration.",
-        )
+        raise no_projection(module, checkpoint, f"the projections {_P}")
     projections, vector = take(module, checkpoint, _P), _vector(module, checkpoint)
     with reporting(module, checkpoint):
         core = np.einsum("i,ijk->jk", vector, projections)
@@ -81,7 +73,7 @@ def _vector(module: Module, checkpoint: Checkpoint) -> Array:
 
 
 def _group(module: Module, checkpoint: Checkpoint, groups: int) -> int:
-    """Which group the module is in, as TinyLoraModel._create_and_replace counts it."""
+    """Group of the module, counted as in TinyLoraModel._create_and_replace."""
     if checkpoint.base is None:
         raise needs_base(module, checkpoint, "which trained numbers a module has depends on the order of modules")
     if _ORDER not in checkpoint.memo:
@@ -93,7 +85,7 @@ def _group(module: Module, checkpoint: Checkpoint, groups: int) -> int:
         raise FormatError(
             doing(module, checkpoint),
             expected=f"{expected} groups for the {len(targeted)} modules of {checkpoint.base.name} that are targeted",
-            got=f"{groups} shared tensors, so that the module's own cannot be told",
+            got=f"{groups} shared tensors, so that the module's group is ambiguous",
             fix="Give base= as a torch module and whole, without part=, or train with weight_tying=1.",
         )
     return min(targeted[module.name] // max(1, len(targeted) // groups), groups - 1)

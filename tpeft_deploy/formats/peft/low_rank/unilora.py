@@ -1,10 +1,10 @@
-"""Uni-LoRA as PEFT saves it: LoRA whose every number is one of a few trained ones (arXiv 2506.00799).
+"""Uni-LoRA as PEFT saves it: LoRA with elements from a small set of trained numbers (arXiv 2506.00799).
 
     dW = B A        A = t[i_A] s_A, B = t[i_B] s_B, elementwise
 
 base_model.unilora_theta_d is t, for all layers; unilora_indices_A and unilora_scales_A (r, I), unilora_indices_B and
-unilora_scales_B (O, r) are the module's.  Without save_indices, PEFT's default, the file has t alone, and the indices
-follow from the order in which PEFT met the layers: `peft_refusals` refuses such files.
+unilora_scales_B (O, r) are the module's.  Without save_indices, the default in PEFT, the file has t alone, and the
+indices depend on the order in which PEFT visited the layers: `refusals` refuses such files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import is_type, matrix_delta, stored_transposed
+from tpeft_deploy.formats.peft.config import matrix_delta, of_type, stored_transposed
 from tpeft_deploy.formats.peft.dense import indices, misfit, require_values
 from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -27,18 +27,14 @@ ABOUT = About("PEFT", "Uni-LoRA", "linear, Conv1D", "no", "low-rank", "saved wit
 _NUMBERS = "base_model.unilora_theta_d"
 SUFFIXES = frozenset(f"unilora_{what}_{letter}" for what in ("indices", "scales") for letter in "AB")
 SHARED = frozenset({_NUMBERS})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type UNILORA has indices for the module."""
-    return is_type(checkpoint, "UNILORA") and any(name in module.tensors for name in SUFFIXES)
+matches = of_type("UNILORA", *SUFFIXES)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's change, of rank r.
 
     Raises:
-        FormatError: a tensor is missing or does not fit, or an index names no number.
+        FormatError: a tensor is missing or does not fit, or an index is out of range.
     """
     no_scale(module, checkpoint)
     if _NUMBERS not in checkpoint.shared:

@@ -1,10 +1,10 @@
-"""VB-LoRA as PEFT saves it: factors put together from a bank of vectors that all layers share (arXiv 2405.15179).
+"""VB-LoRA as PEFT saves it: factors composed of vectors from a bank that all layers share (arXiv 2405.15179).
 
     dW = B A        each part of L numbers of a row of A, or of a column of B, is sum_k w_k V[i_k]
 
 base_model.vblora_vector_bank is V (N, L).  i and w are the largest `topk` of vblora_logits_A (r, I / L, N) and
-vblora_logits_B (O / L, r, N), and their softmax; with save_only_topk_weights the file has them as *_topk_indices and
-*_topk_weights instead, the last weight left out, as they add up to 1.
+vblora_logits_B (O / L, r, N), and their softmax; with save_only_topk_weights the file has *_topk_indices and
+*_topk_weights instead, without the last weight, as weights add up to 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import is_type, matrix_delta, stored_transposed, weight_shape
+from tpeft_deploy.formats.peft.config import matrix_delta, of_type, stored_transposed, weight_shape
 from tpeft_deploy.formats.peft.dense import indices, misfit, require_values, whole_number
 from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -29,19 +29,15 @@ _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 _INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
 SUFFIXES = frozenset(f"{logits}{part}" for logits in _LOGITS for part in ("", _INDICES, _WEIGHTS))
 SHARED = frozenset({_BANK})
-_RANK = 64  # above what the smaller side of a weight has, as a rank of trained ones may be for tiny layers
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type VBLORA has logits, or the largest of them, for the module."""
-    return is_type(checkpoint, "VBLORA") and any(name in module.tensors for name in SUFFIXES)
+_RANK = 64  # ranks allowed in addition to the smaller side of a weight: tiny layers may have such ranks
+matches = of_type("VBLORA", *SUFFIXES)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's change, of rank r.
 
     Raises:
-        FormatError: the file has no bank; a tensor is missing or does not fit; or an index is not in the bank.
+        FormatError: the file has no bank; a tensor is missing or does not fit; or an index is out of range.
     """
     no_scale(module, checkpoint)
     if _BANK not in checkpoint.shared:
@@ -61,7 +57,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def _check_sizes(module: Module, checkpoint: Checkpoint, length: int) -> None:
-    """Refuse logits of another weight or a rank beyond it, before a bank of long vectors makes them large."""
+    """Check logits against the weight, before they are expanded with the bank's vectors."""
     shape = weight_shape(f"{module.name}.weight", checkpoint)
     if shape is None:
         return
@@ -95,7 +91,7 @@ def _parts(module: Module, checkpoint: Checkpoint, logits: str, bank: Array) -> 
         weights = np.concatenate([saved, 1 - saved.sum(-1, keepdims=True)], axis=-1)
     chosen = indices(module, checkpoint, chosen, len(bank))
     if (np.diff(np.sort(chosen, axis=-1), axis=-1) == 0).any():
-        raise misfit(module, checkpoint, "indices that differ", "one that stands there twice")
+        raise misfit(module, checkpoint, "distinct indices", "a duplicate")
     parts = np.zeros((*chosen.shape[:2], bank.shape[1]))
     for place in range(chosen.shape[2]):
         parts += weights[:, :, place, None] * bank[chosen[:, :, place]]

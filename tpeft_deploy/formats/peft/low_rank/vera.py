@@ -1,24 +1,24 @@
-"""VeRA and PVeRA as PEFT saves them: two projections shared by all layers, and two vectors a layer (arXiv 2310.11454).
+"""VeRA and PVeRA as PEFT saves them: two shared projections, and two vectors per layer (arXiv 2310.11454).
 
     dW = (b B[:O]) (d A[:, :I])        vera_lambda_b (O,), vera_lambda_d (r,)
                                        base_model.vera_A (r, I_max), base_model.vera_B (O_max, r)
 
-PVeRA draws the input of B at random in training, from a mean and a variance that halves of A and d give; in evaluation
-it takes the mean, so that only the first half of A and d counts.
+PVeRA samples the input of B in training, with mean and variance from the halves of A and d; in evaluation it uses the
+mean, that is the first half of A and d.
 
-Without save_projection the projections are made again from `projection_prng_key` with torch's generator, which PEFT
-itself calls not accurate on all systems: such files are refused.
+Without save_projection the projections are regenerated from `projection_prng_key` with torch's generator, which
+according to PEFT is not accurate on all systems: such files are refused.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import diagonal_delta, is_type, stored_transposed
+from tpeft_deploy.formats.peft.dense import misfit, no_projection
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing, no_scale, reporting, take
+from tpeft_deploy.formats.read.take import base_array, no_scale, reporting, take
 from tpeft_deploy.tucker import Array
 
 __all__ = ["ABOUT", "NAME", "SHARED", "SUFFIXES", "matches", "read"]
@@ -41,25 +41,21 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's change, of the rank of the projections.
 
     Raises:
-        FormatError: the file has no projections; a tensor is missing or does not fit; or no base was given, which says
-            how many inputs the layer has.
+        FormatError: the file has no projections; a tensor is missing or does not fit; or no base was given (needed for
+            the number of inputs).
     """
     no_scale(module, checkpoint)
     kind = _KINDS[checkpoint.config["peft_type"]]
     outer, inner = take(module, checkpoint, f"{kind}_lambda_b"), take(module, checkpoint, f"{kind}_lambda_d")
     first, last = (_projection(module, checkpoint, f"base_model.{kind}_{letter}") for letter in "AB")
-    shape = base_array(module, checkpoint, "weight", "VeRA's projections do not say how many inputs a layer has").shape
+    shape = base_array(module, checkpoint, "weight", "VeRA's projections do not record a layer's inputs").shape
     with reporting(module, checkpoint):
         outputs = outer.size
         inputs = int(np.prod(shape)) // outputs
         fits = outer.ndim == 1 and first.ndim == last.ndim == 2 and len(shape) == 2 and outputs in shape
         if not fits or inputs > first.shape[1] or outputs > last.shape[0]:
-            raise FormatError(
-                doing(module, checkpoint),
-                expected=f"projections at least as large as the weight {shape}, of {outputs} outputs",
-                got=f"{first.shape} and {last.shape}",
-                fix="Check that the base is what the adapter was trained on.",
-            )
+            expected = f"projections at least as large as the weight {shape}, of {outputs} outputs"
+            raise misfit(module, checkpoint, expected, f"{first.shape} and {last.shape}")
         if kind == "pvera":
             inner, first = inner[: len(inner) // 2], first[: len(first) // 2]
         transposed = stored_transposed(module, checkpoint, outputs, inputs)
@@ -70,10 +66,5 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 def _projection(module: Module, checkpoint: Checkpoint, key: str) -> Array:
     if key not in checkpoint.shared:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"the shared projection {key} in the file",
-            got="only the key of a random generator, which is not the same on all systems",
-            fix="Save the adapter again with save_projection=True in its configuration.",
-        )
+        raise no_projection(module, checkpoint, f"the shared projection {key}")
     return checkpoint.shared[key]

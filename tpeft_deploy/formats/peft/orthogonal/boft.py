@@ -3,8 +3,8 @@
 y = s (W (x M) ) + b        W' = diag(s) W M^T        M = M_m .. M_1, M_i = P_i blockdiag(R_i1 .. R_in) P_i^T
 
 boft_R (m, n, b, b) of which R = (I - Q) (I + Q)^-1 with Q = (boft_R - boft_R^T) / 2; boft_s (O, 1), or (1, O) for a
-convolution, whose inputs are those of all places of its kernel: M is (I K1 K2, I K1 K2).  A convolution's change has
-the base layer's geometry; PEFT's forward leaves out dilation and padding_mode.
+convolution, where M is (I K1 K2, I K1 K2).  The change of a convolution follows the base layer; PEFT's forward ignores
+dilation and padding_mode.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base.products import base_weight, cayley, change_of_base, dense_change, rotate_inputs
-from tpeft_deploy.formats.peft.config import is_type
+from tpeft_deploy.formats.peft.config import of_type
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import reporting, take
 from tpeft_deploy.tucker import Array
@@ -24,11 +24,7 @@ NAME = "peft-boft"
 ABOUT = About("PEFT", "BOFT", "linear, conv 2d", "yes", "dense", types=("BOFT",))
 _BLOCKS, _SCALE = "boft_R", "boft_s"
 SUFFIXES = frozenset({_BLOCKS, _SCALE})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type BOFT has rotations for the module."""
-    return is_type(checkpoint, "BOFT") and _BLOCKS in module.tensors
+matches = of_type("BOFT", _BLOCKS)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
@@ -55,7 +51,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def _butterfly(count: int, size: int, level: int, factors: int) -> Array:
-    """Which input stands at each place at a level of the butterfly: halves of blocks, the even ones first."""
+    """Permutation of the inputs at a level of the butterfly: halves of blocks, even ones first."""
     inputs = np.arange(count * size)
     if factors == 1:
         return inputs

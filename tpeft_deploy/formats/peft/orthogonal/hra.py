@@ -2,9 +2,9 @@
 
 W' = W (I - 2 u_1 u_1^T) .. (I - 2 u_r u_r^T) = W - (W U) T U^T        hra_u (I, r), or (I K1 K2, r) for a convolution
 
-u_i are the columns of hra_u at length 1, and T = (I / 2 + triu(U^T U, 1))^-1 (the compact WY form of Schreiber and
-Van Loan, 1989).  With apply_GS the columns are made orthogonal first, so that T = 2 I.  A convolution's change has the
-base layer's geometry; PEFT's forward leaves out dilation and padding_mode.
+u_i are the normalised columns of hra_u, and T = (I / 2 + triu(U^T U, 1))^-1 (the compact WY form of Schreiber and Van
+Loan, 1989).  With apply_GS the columns are orthogonalised first, so that T = 2 I.  The change of a convolution follows
+the base layer; PEFT's forward ignores dilation and padding_mode.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base.products import base_weight, change_of_base, dense_change
-from tpeft_deploy.formats.peft.config import is_type, matrix_delta
+from tpeft_deploy.formats.peft.config import matrix_delta, of_type
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -24,11 +24,7 @@ NAME = "peft-hra"
 ABOUT = About("PEFT", "HRA", "linear, conv 2d", "yes", "low-rank", types=("HRA",))
 _VECTORS = "hra_u"
 SUFFIXES = frozenset({_VECTORS})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type HRA has reflections for the module."""
-    return is_type(checkpoint, "HRA") and _VECTORS in module.tensors
+matches = of_type("HRA", _VECTORS)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
@@ -61,9 +57,10 @@ def _low_rank(weight: Array, vectors: Array, like: Array) -> TuckerDelta:
 
 
 def _apart(up: Array, down: Array) -> tuple[Array, Array]:
-    """The same product of orthogonal columns: training starts from pairs of reflections that undo each other.
+    """Rewrite the product with orthogonal columns.
 
-    Rounded to float32, two large columns would leave of a small change what rounding leaves.
+    Training starts from pairs of reflections that cancel: rounded to float32, two large columns would lose the small
+    difference between them.
     """
     (left, first), (right, second) = np.linalg.qr(up), np.linalg.qr(down)
     before, sizes, after = np.linalg.svd(first @ second.T)
@@ -79,7 +76,7 @@ def _reflected(weight: Array, vectors: Array) -> Array:
 
 
 def _unit(vectors: Array, *, orthogonal: bool) -> Array:
-    """The columns at length 1; made orthogonal from the first to the last where that is asked."""
+    """Normalise the columns; optionally orthogonalise them, from first to last."""
     norms = np.linalg.norm(vectors, axis=0)
     if not norms.all() or not np.isfinite(norms).all():
         raise ValueError("a vector of length zero, or too long")
@@ -88,5 +85,5 @@ def _unit(vectors: Array, *, orthogonal: bool) -> Array:
         return units
     basis, triangle = np.linalg.qr(units)
     if basis.shape != units.shape or np.abs(triangle.diagonal()).min() < 1e-6:
-        raise ValueError("vectors that depend on each other, which apply_GS cannot make orthogonal")
+        raise ValueError("linearly dependent vectors, which apply_GS cannot make orthogonal")
     return np.asarray(basis)

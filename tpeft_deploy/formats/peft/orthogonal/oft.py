@@ -2,12 +2,12 @@
 
 y = W (x B) + b        W' = W B^T        B = blockdiag(R_1 .. R_n)        oft_R.weight (n, b (b - 1) / 2)
 
-Each row is the upper triangle of a skew-symmetric Q, of which R = (I - Q) (I + Q)^-1, or with use_cayley_neumann the
-sum that PEFT breaks off after num_cayley_neumann_terms, which is no exact rotation.  coft first shortens each Q to eps;
-block_share repeats one block.  An embedding's rows are rotated after it: W' = W B, oft_embedding_R.weight.
+Each row is the upper triangle of a skew-symmetric Q with R = (I - Q) (I + Q)^-1, or with use_cayley_neumann the Neumann
+sum truncated after num_cayley_neumann_terms, which is not an exact rotation.  coft first limits the norm of each Q to
+eps; block_share repeats one block.  For an embedding the rows are rotated: W' = W B, oft_embedding_R.weight.
 
-A convolution is read where its kernel is 1: PEFT rotates overlapping patches of larger ones and adds them up, which is
-no change of the weight (its merge computes something else than its forward).
+Convolutions are read only with a kernel of 1: for larger kernels PEFT rotates overlapping patches and adds them up,
+which is no change of the weight (merge and forward of PEFT differ).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tpeft_deploy.formats.base.products import (
     rotate_inputs,
     skew_of_triangle,
 )
-from tpeft_deploy.formats.peft.config import is_type, number
+from tpeft_deploy.formats.peft.config import number, of_type
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import doing, reporting, take
 from tpeft_deploy.tucker import Array
@@ -36,13 +36,9 @@ __all__ = ["ABOUT", "MAY_BE_EMPTY", "NAME", "SUFFIXES", "matches", "read"]
 NAME = "peft-oft"
 ABOUT = About("PEFT", "OFT", "linear, embedding, conv with a kernel of 1", "yes", "dense", types=("OFT",))
 _LAYER, _EMBEDDING = "oft_R.weight", "oft_embedding_R.weight"
-SUFFIXES = MAY_BE_EMPTY = frozenset({_LAYER, _EMBEDDING})  # blocks of one input have no angle
+SUFFIXES = MAY_BE_EMPTY = frozenset({_LAYER, _EMBEDDING})  # blocks of size 1 have no angle
 _MOST_TERMS = 100
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type OFT has rotations for the module."""
-    return is_type(checkpoint, "OFT") and bool(SUFFIXES & module.tensors.keys())
+matches = of_type("OFT", *SUFFIXES)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
@@ -50,7 +46,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
     Raises:
         FormatError: no base was given, the rotations do not fit it, the kernel is larger than 1, or the configuration
-            does not say how the rotations are computed.
+            lacks a setting of the rotations.
     """
     weight = base_weight(module, checkpoint, "OFT")
     embedding = _EMBEDDING in module.tensors
@@ -73,7 +69,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def _blocks(checkpoint: Checkpoint, angles: Array, inputs: int, groups: int) -> Array:
-    """The matrices R (n, b, b), for a weight with this number of inputs per group, and at most so many groups."""
+    """Compute the matrices R (n, b, b) for a weight with `inputs` per group and at most `groups` groups."""
     count, elements = angles.shape
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
     fits = size * (size - 1) // 2 == elements and size <= inputs
@@ -85,7 +81,7 @@ def _blocks(checkpoint: Checkpoint, angles: Array, inputs: int, groups: int) -> 
     blocks = _matrices(checkpoint, values, size)
     if checkpoint.config.get("block_share"):
         if count != 1:
-            raise ValueError(f"{count} blocks where block_share says that all share one")
+            raise ValueError(f"{count} blocks, although block_share is set")
         return np.broadcast_to(blocks, (inputs // size, size, size))
     return blocks
 
@@ -113,7 +109,7 @@ def _matrices(checkpoint: Checkpoint, values: Array, size: int) -> Array:
 
 
 def _neumann(skew: Array, terms: int) -> Array:
-    """I + 2 Q + 2 Q^2 + ... + Q^m as PEFT breaks it off: the last power counts once, and 3 terms are as 4."""
+    """Compute I + 2 Q + 2 Q^2 + ... + Q^m as PEFT truncates it: the last power counts once; 3 terms equal 4."""
     total = np.broadcast_to(np.eye(skew.shape[-1]), skew.shape).copy()
     if terms > 1:
         total += 2 * skew
@@ -128,7 +124,7 @@ def _neumann(skew: Array, terms: int) -> Array:
 
 
 def _shortened(values: Array, eps: float) -> Array:
-    """Each Q at most of Frobenius norm eps / sqrt(n), a limit that PEFT computes in float32."""
+    """Limit the Frobenius norm of each Q to eps / sqrt(n), computed in float32 as in PEFT."""
     limit = float(np.float32(eps) / np.sqrt(np.float32(len(values))))
     norm = np.sqrt(2 * np.square(values).sum(axis=1, keepdims=True))
     return np.where(norm <= limit, values, limit * values / np.where(norm > 0, norm, 1))

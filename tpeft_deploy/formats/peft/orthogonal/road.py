@@ -16,7 +16,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base.products import base_weight, change_of_base, dense_change
-from tpeft_deploy.formats.peft.config import base_bias, is_type, number
+from tpeft_deploy.formats.peft.config import base_bias, number, of_type
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import doing, reporting, take
 from tpeft_deploy.tucker import Array
@@ -28,15 +28,11 @@ ABOUT = About("PEFT", "RoAd", "linear", "yes", "dense, override", types=("ROAD",
 _THETA, _ALPHA = "road_theta", "road_alpha"
 SUFFIXES = frozenset({_THETA, _ALPHA})
 _PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # numbers of each kind for two outputs
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type ROAD has angles for the module."""
-    return is_type(checkpoint, "ROAD") and _THETA in module.tensors
+matches = of_type("ROAD", _THETA)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's W' - W, and the whole new bias where the layer has one.
+    """The module's W' - W, and the new bias if the layer has one.
 
     Raises:
         FormatError: no base was given, the tensors do not fit it, or the configuration lacks variant or group_size.
@@ -65,7 +61,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def _columns(variant: str, size: int, theta: Array, alpha: Array) -> tuple[Array, Array]:
-    """c and s of each output."""
+    """Compute c and s of each output."""
     if variant == "road_4":
         first, second = theta.reshape(-1, 2, size).swapaxes(0, 1).reshape(2, -1)
         scales = alpha.reshape(-1, 2, size).swapaxes(0, 1).reshape(2, -1)

@@ -1,10 +1,10 @@
-"""FRoD as PEFT saves it: the weight is decomposed on a basis that layers share, and the coefficients are trained.
+"""FRoD as PEFT saves it: the weight is decomposed in a basis that layers share, and the coefficients are trained.
 
 W = U_0 V^T, the columns of U_0 at length 1 as U        W' = U (diag(l) + S) V^T
 
-frod_lambda_l (I,) as l, and frod_lambda_s_values (n,): the entries of the sparse S.  Basis and places of the entries
-are one for all layers of a name, such as "self_attn_q_proj" of any block: base_model.frod_V.<name> (I, I),
-.frod_s_indices.<name> (2, n), .frod_s_size.<name> (2,).  PEFT saves them with save_projection; without it they hang on
+frod_lambda_l (I,) as l, and frod_lambda_s_values (n,): the entries of the sparse S.  All layers of a name, such as
+"self_attn_q_proj" of any block, share the basis and the positions of the entries: base_model.frod_V.<name> (I, I),
+.frod_s_indices.<name> (2, n), .frod_s_size.<name> (2,).  PEFT saves them with save_projection; otherwise they depend on
 torch's random numbers and on signs of eigenvectors.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base.products import base_weight, change_of_base, dense_change
-from tpeft_deploy.formats.peft.config import is_type, stored_transposed
+from tpeft_deploy.formats.peft.config import of_type, stored_transposed
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import doing, reporting, take
 from tpeft_deploy.tucker import Array
@@ -30,13 +30,9 @@ _DIAGONAL, _ENTRIES = "frod_lambda_l", "frod_lambda_s_values"
 SUFFIXES = frozenset({_DIAGONAL, _ENTRIES})
 MAY_BE_EMPTY = frozenset({_ENTRIES})
 _BASIS, _PLACES, _SIZE = "base_model.frod_V.", "base_model.frod_s_indices.", "base_model.frod_s_size."
-_CONDITION = 1e10  # beyond it float64 loses the coefficients
+_CONDITION = 1e10  # limit of the condition number for float64
 SHARED_PREFIXES = (_BASIS, _PLACES, _SIZE)
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type FROD has coefficients for the module."""
-    return is_type(checkpoint, "FROD") and _DIAGONAL in module.tensors
+matches = of_type("FROD", _DIAGONAL)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
@@ -83,7 +79,7 @@ def _shared(module: Module, checkpoint: Checkpoint, prefix: str) -> Array:
 
 
 def _role(name: str) -> str:
-    """The name that a layer shares with those of other blocks, as _category_from_key of PEFT makes it."""
+    """Name that a layer shares with those of other blocks, as in PEFT's _category_from_key."""
     *above, parent, own = ["", *name.split(".")]
     if not parent or parent.isdigit():
         return own

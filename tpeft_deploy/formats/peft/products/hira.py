@@ -1,4 +1,4 @@
-"""HiRA as PEFT saves it: a product of low rank multiplies the base weight elementwise (ICLR 2025).
+"""HiRA as PEFT saves it: an elementwise product of a low-rank matrix and the base weight (ICLR 2025).
 
 W' = W + W * (B A)
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base.products import base_weight, change_of_base, dense_change
-from tpeft_deploy.formats.peft.config import is_type, stored_transposed
+from tpeft_deploy.formats.peft.config import of_type, stored_transposed
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import reporting, take
 from tpeft_deploy.tucker import Array
@@ -29,11 +29,7 @@ ABOUT = About("PEFT", "HiRA", "linear, Conv1D, conv 1d to 3d, embedding", "yes",
 _A, _B = "hira_A", "hira_B"
 _EMBEDDING_A, _EMBEDDING_B = "hira_embedding_A", "hira_embedding_B"
 SUFFIXES = frozenset({_A, _B, _EMBEDDING_A, _EMBEDDING_B})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type HIRA has a factor for the module."""
-    return is_type(checkpoint, "HIRA") and bool(SUFFIXES & module.tensors.keys())
+matches = of_type("HIRA", *SUFFIXES)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:

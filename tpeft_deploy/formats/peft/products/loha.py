@@ -9,7 +9,7 @@ core has a last axis of size 1.
 from __future__ import annotations
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import alpha_of, is_type, weight_shape
+from tpeft_deploy.formats.peft.config import alpha_of, of_type, weight_shape
 from tpeft_deploy.formats.products.compact import DENSE, is_dense
 from tpeft_deploy.formats.products.hadamard import loha, loha_tucker
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -22,20 +22,16 @@ ABOUT = About("PEFT", "LoHa", "linear, conv 1d and 2d", "for convolutions", "low
 _HALVES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
 SUFFIXES = frozenset({*_HALVES, *_CORES})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type LOHA has a half of the product for the module."""
-    return is_type(checkpoint, "LOHA") and _HALVES[0] in module.tensors
+matches = of_type("LOHA", _HALVES[0])
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change as a Tucker delta, dense where that is smaller.
+    """The module's change as a Tucker delta, dense if that is smaller.
 
-    Without a base the weight is taken for a matrix: the file does not say which kernel a convolution has.
+    Without a base the weight is assumed to be a matrix: the file does not record the kernel of a convolution.
 
     Raises:
-        FormatError: a tensor is missing or does not fit, or the configuration lacks alpha or states another rank.
+        FormatError: a tensor is missing or does not fit, or the configuration lacks alpha or has another rank.
     """
     no_scale(module, checkpoint)
     w1a, w1b, w2a, w2b = (take(module, checkpoint, name) for name in _HALVES)

@@ -4,11 +4,11 @@
                             w2 = lokr_w2 (b, d, K1, ...), or lokr_w2_a (b, r) lokr_w2_b (r, d K1 ...),
                             or, with use_effective_conv2d, lokr_t2 (r, r, K1, K2) x_0 lokr_w2_a^T x_1 lokr_w2_b^T
 
-Two ways in which PEFT (0.21.2) differs from LyCORIS, trained with and therefore part of the change:
+PEFT (0.21.2) differs from LyCORIS in two ways, which are part of the trained change:
 
-- s = alpha / r always, also where both halves are full, for which LyCORIS takes 1; r is then the configuration's.
-- On Conv1d with a full w2 (b, d, K) its Kronecker product runs over the last two axes, kron(w1, w2) of shape
-  (b, a d, c K), and is then reshaped to (O, I, K): scrambled, and consistent with itself.
+- s = alpha / r also if both halves are full, where LyCORIS uses 1; r is then the configuration's.
+- For Conv1d with a full w2 (b, d, K) the Kronecker product runs over the last two axes, kron(w1, w2) of shape
+  (b, a d, c K), and is then reshaped to (O, I, K).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import alpha_of, by_pattern, is_type, weight_shape
+from tpeft_deploy.formats.peft.config import alpha_of, by_pattern, of_type, weight_shape
 from tpeft_deploy.formats.products.compact import DENSE, finish, is_dense, widen
 from tpeft_deploy.formats.products.kronecker import Half, check_sizes, full, lokr, product, tucker
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -30,21 +30,16 @@ ABOUT = About("PEFT", "LoKr", "linear, conv 1d and 2d", "for convolutions", "low
 _FIRST, _SECOND, _CORE = "lokr_w1", "lokr_w2", "lokr_t2"
 SUFFIXES = frozenset({_FIRST, f"{_FIRST}_a", f"{_FIRST}_b", _SECOND, f"{_SECOND}_a", f"{_SECOND}_b", _CORE})
 _SCRAMBLED = "PEFT's Kronecker product of this Conv1d leaves out the kernel's axis, which is read as it was trained"
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type LOKR has the first half of the product for the module."""
-    return is_type(checkpoint, "LOKR") and (_FIRST in module.tensors or f"{_FIRST}_a" in module.tensors)
+matches = of_type("LOKR", _FIRST, f"{_FIRST}_a")
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change as a Tucker delta, dense where that is smaller.
+    """The module's change as a Tucker delta, dense if that is smaller.
 
-    Without a base the weight is taken for a matrix where the second half does not show its kernel.
+    Without a base the weight is assumed to be a matrix if the second half does not show a kernel.
 
     Raises:
-        FormatError: a tensor is missing or does not fit, or the configuration lacks alpha or r or states
-            another rank.
+        FormatError: a tensor is missing or does not fit, or the configuration lacks alpha or r or has another rank.
     """
     no_scale(module, checkpoint)
     target = f"{module.name}.weight"

@@ -1,8 +1,8 @@
-"""C3A as PEFT saves it: a change whose blocks are circulant (arXiv 2407.19342).
+"""C3A as PEFT saves it: a change with circulant blocks (arXiv 2407.19342).
 
     dW[m b + t, n b + j] = k[m, n, (j - t) mod b] / I        c3a_kernel (O / b, I / b, b)
 
-PEFT convolves in float32 by a Fourier transform; this is the same sum without one.
+PEFT computes the convolution with a Fourier transform in float32; here it is summed directly.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import is_type
+from tpeft_deploy.formats.peft.config import of_type
 from tpeft_deploy.formats.peft.dense import dense_change, linear_layer, misfit
 from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -22,18 +22,14 @@ NAME = "peft-c3a"
 ABOUT = About("PEFT", "C3A", "linear", "yes", "dense", types=("C3A",))
 _KERNEL = "c3a_kernel"
 SUFFIXES = frozenset({_KERNEL})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type C3A has a kernel for the module."""
-    return is_type(checkpoint, "C3A") and _KERNEL in module.tensors
+matches = of_type("C3A", _KERNEL)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's change, dense: circulant blocks have full rank.
 
     Raises:
-        FormatError: no base was given, which bounds the size of the change, or the kernel does not fit it.
+        FormatError: no base was given (needed for the size of the layer), or the kernel does not fit it.
     """
     no_scale(module, checkpoint)
     kernel = widen(take(module, checkpoint, _KERNEL))

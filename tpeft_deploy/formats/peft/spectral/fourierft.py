@@ -1,9 +1,9 @@
-"""FourierFT as PEFT saves it: a change with few frequencies, each at a random place (arXiv 2405.03003).
+"""FourierFT as PEFT saves it: a change with few frequencies, each at a random position (arXiv 2405.03003).
 
-    dW = s Re(ifft2(F)), F[p] = fourierft_spectrum at the first n places p of a permutation of O I
+    dW = s Re(ifft2(F)), F[p] = fourierft_spectrum at the first n positions p of a permutation of O I
 
-The file has no places: they follow from `random_loc_seed` by torch's generator.  With few frequencies the change has a
-low rank: F[j, k] adds f / (O I) times the real part of a complex exponential, which is
+The file does not hold the positions: they are drawn from `random_loc_seed` by torch's generator.  With few frequencies
+the change has a low rank: F[j, k] adds f / (O I) times the real part of a complex exponential, which is
 cos(2 pi j o / O) cos(2 pi k i / I) - sin(2 pi j o / O) sin(2 pi k i / I), of rank 2.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import is_type, matrix_delta, number
+from tpeft_deploy.formats.peft.config import matrix_delta, number, of_type
 from tpeft_deploy.formats.peft.dense import Linear, dense_change, linear_layer, misfit, whole_number
 from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -26,18 +26,14 @@ NAME = "peft-fourierft"
 ABOUT = About("PEFT", "FourierFT", "linear, Conv1D", "yes", "low-rank, dense", types=("FOURIERFT",))
 _SPECTRUM = "fourierft_spectrum"
 SUFFIXES = frozenset({_SPECTRUM})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type FOURIERFT has a spectrum for the module."""
-    return is_type(checkpoint, "FOURIERFT") and _SPECTRUM in module.tensors
+matches = of_type("FOURIERFT", _SPECTRUM)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change: of rank 2 n where n frequencies make a low rank, else dense.
+    """The module's change: of rank 2 n if that has fewer elements, else dense.
 
     Raises:
-        FormatError: no base was given, which says how large the layer is, or the spectrum does not fit it.
+        FormatError: no base was given (needed for the size of the layer), or the spectrum does not fit it.
     """
     no_scale(module, checkpoint)
     spectrum = widen(take(module, checkpoint, _SPECTRUM))
@@ -57,16 +53,16 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
 
 
 def places(module: Module, checkpoint: Checkpoint, spectrum: Array, layer: Linear) -> tuple[Array, Array]:
-    """Rows and columns of a spectrum's numbers, as `random_loc_seed` places them.
+    """Compute rows and columns of a spectrum's values from `random_loc_seed`.
 
     Raises:
-        FormatError: the spectrum has more numbers than the layer, or none, or the layer is too large.
+        FormatError: the spectrum has more values than the weight has elements, or none, or the weight is too large.
     """
     if spectrum.ndim != 1 or not 0 < spectrum.size <= layer.size:
         raise misfit(module, checkpoint, f"1 to {layer.size} numbers for a weight of as many", spectrum.shape)
     if layer.size >= LIMIT:
         raise misfit(
-            module, checkpoint, f"a weight of fewer than {LIMIT} numbers, whose places can be told", layer.size
+            module, checkpoint, f"a weight of fewer than {LIMIT} elements, for which positions are known", layer.size
         )
     flat = first_of_permutation(whole_number(checkpoint, "random_loc_seed"), layer.size, spectrum.size)
     return flat // layer.inputs, flat % layer.inputs

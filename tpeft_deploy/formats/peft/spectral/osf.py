@@ -12,7 +12,7 @@ import numpy as np
 
 from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base.products import base_weight, change_of_base
-from tpeft_deploy.formats.peft.config import is_type, matrix_delta
+from tpeft_deploy.formats.peft.config import matrix_delta, of_type
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import reporting, take
 
@@ -22,20 +22,16 @@ NAME = "peft-osf"
 ABOUT = About("PEFT", "OSF", "linear", "yes", "low-rank", types=("OSF",))
 _U, _S, _V = (f"osf_svd_params.{part}_low" for part in "USV")
 SUFFIXES = frozenset({_U, _S, _V})
-_APART = 1e-4  # of the largest value: nearer ones, float32 may have split otherwise
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type OSF has singular values for the module."""
-    return is_type(checkpoint, "OSF") and _S in module.tensors
+_APART = 1e-4  # relative to the largest value; float32 may order closer ones differently
+matches = of_type("OSF", _S)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's change, of rank 2 r.
 
     Raises:
-        FormatError: no base was given, a tensor is missing or does not fit it, or the base's singular values do not
-            say which vectors were replaced.
+        FormatError: no base was given, a tensor is missing or does not fit it, or the base's singular values are too
+            close to determine the replaced vectors.
     """
     weight = base_weight(module, checkpoint, "OSF")
     left, values, right = (take(module, checkpoint, name) for name in (_U, _S, _V))
@@ -47,7 +43,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
         before, sizes, after = np.linalg.svd(weight, full_matrices=False)
         if 0 < kept < len(sizes) and sizes[kept - 1] - sizes[kept] < _APART * sizes[0]:
             raise ValueError(
-                f"the base's singular values {kept} and {kept + 1} are alike, so that nothing says which were replaced"
+                f"the base's singular values {kept} and {kept + 1} are too close to determine which were replaced"
             )
         up = np.hstack([left.astype(np.float64) * values, -before[:, kept:] * sizes[kept:]])
         down = np.vstack([right.astype(np.float64), after[kept:]])

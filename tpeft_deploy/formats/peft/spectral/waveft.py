@@ -1,6 +1,6 @@
-"""WaveFT as PEFT saves it: a change with few wavelet coefficients, each at a random place.
+"""WaveFT as PEFT saves it: a change with few wavelet coefficients, each at a random position.
 
-The coefficients stand in a matrix of even sizes, placed as FourierFT's frequencies are, whose quarters are the
+The coefficients form a matrix of even sizes, with positions as in FourierFT; the quarters of the matrix are the
 approximation A and the details H, V and D.  One step of the inverse transform with the Haar wavelet (db1) is
 
     dW[2 i + p, 2 j + q] = s / 2 (A + (-1)^p H + (-1)^q V + (-1)^(p + q) D)[i, j]
@@ -14,7 +14,7 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import is_type, number
+from tpeft_deploy.formats.peft.config import number, of_type
 from tpeft_deploy.formats.peft.dense import dense_change, linear_layer
 from tpeft_deploy.formats.peft.spectral.fourierft import places
 from tpeft_deploy.formats.products.compact import widen
@@ -29,18 +29,14 @@ ABOUT = About("PEFT", "WaveFT", "linear, Conv1D", "yes", "dense", "the Haar wave
 _SPECTRUM = "waveft_spectrum"
 SUFFIXES = frozenset({_SPECTRUM})
 _HAAR = frozenset({"db1", "haar"})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type WAVEFT has a spectrum for the module."""
-    return is_type(checkpoint, "WAVEFT") and _SPECTRUM in module.tensors
+matches = of_type("WAVEFT", _SPECTRUM)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's change, dense.
 
     Raises:
-        FormatError: no base was given, which says how large the layer is, the spectrum does not fit it, or the wavelet
+        FormatError: no base was given (needed for the size of the layer), the spectrum does not fit it, or the wavelet
             is another than Haar's.
     """
     no_scale(module, checkpoint)
@@ -51,7 +47,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
         raise FormatError(
             doing(module, checkpoint),
             expected="the wavelet db1",
-            got=f"wavelet_family={family!r}, which this version has no filters of",
+            got=f"wavelet_family={family!r}, which this version does not support",
             fix="Merge it with PEFT's merge_and_unload and export the merged model as a separate base.",
         )
     rows, columns = places(module, checkpoint, spectrum, layer)

@@ -1,15 +1,13 @@
-"""BEFT as PEFT saves it: what is added to the bias of a layer (arXiv 2509.15974).
+"""BEFT as PEFT saves it: a change of a layer's bias, read as an override (arXiv 2509.15974).
 
-    b' = b + beft_bias (1, O)
-
-The bias then stands in the adapter as a whole tensor.
+b' = b + beft_bias (1, O)
 """
 
 from __future__ import annotations
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import base_bias, is_type
+from tpeft_deploy.formats.peft.config import base_bias, of_type
 from tpeft_deploy.formats.peft.dense import base_digest, misfit
 from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
@@ -21,18 +19,14 @@ NAME = "peft-beft"
 ABOUT = About("PEFT", "BEFT", "biases of linear layers", "yes", "override", types=("BEFT",))
 _BIAS = "beft_bias"
 SUFFIXES = frozenset({_BIAS})
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type BEFT has a bias for the module."""
-    return is_type(checkpoint, "BEFT") and _BIAS in module.tensors
+matches = of_type("BEFT", _BIAS)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
     """The module's bias as an override.
 
     Raises:
-        FormatError: no base was given, its layer has no bias, or one of another size.
+        FormatError: no base was given, its layer has no bias, or the bias has another size.
     """
     no_scale(module, checkpoint)
     added = take(module, checkpoint, _BIAS)

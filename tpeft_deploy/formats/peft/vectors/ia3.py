@@ -10,7 +10,8 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import base_bias, is_type, stored_transposed
+from tpeft_deploy.formats.peft.config import base_bias, of_type, stored_transposed
+from tpeft_deploy.formats.peft.dense import misfit
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import base_array, doing, no_scale, reporting, take
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -21,20 +22,15 @@ NAME = "peft-ia3"
 ABOUT = About("PEFT", "IA3", "linear, Conv1D, conv 2d and 3d", "yes", "gain, override", types=("IA3",))
 _VECTOR = "ia3_l"
 SUFFIXES = frozenset({_VECTOR})
-_GROUPED = "kept dense, as the gain of each group's inputs is another one"
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type IA3 has a vector for the module."""
-    return is_type(checkpoint, "IA3") and _VECTOR in module.tensors
+_GROUPED = "kept dense, as the gain differs between the groups' inputs"
+matches = of_type("IA3", _VECTOR)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The weight's gain, and the rescaled bias where the layer has one and its outputs are meant.
+    """The weight's gain, and the rescaled bias if the layer has one and its outputs are rescaled.
 
     Raises:
-        FormatError: no base was given, which says how many axes a weight has and what the bias is; or the vector does
-            not fit.
+        FormatError: no base was given (needed for the number of axes and the bias); or the vector does not fit.
     """
     no_scale(module, checkpoint)
     vector = take(module, checkpoint, _VECTOR)
@@ -82,21 +78,17 @@ def _along(module: Module, checkpoint: Checkpoint, vector: Array, weight: Array,
 
 
 def _misfit(module: Module, checkpoint: Checkpoint, vector: Array, weight: Array, axis: int) -> FormatError:
-    return FormatError(
-        doing(module, checkpoint),
-        expected=f"one number for each channel along axis {axis} of a weight of shape {weight.shape}",
-        got=f"{vector.size}",
-        fix="Check that the base is what the adapter was trained on.",
-    )
+    expected = f"one number for each channel along axis {axis} of a weight of shape {weight.shape}"
+    return misfit(module, checkpoint, expected, vector.size)
 
 
 def _is_feedforward(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether inputs are meant, as IA3Model._check_target_module_feedforward tells it."""
+    """Whether inputs are rescaled, as in IA3Model._check_target_module_feedforward."""
     names = checkpoint.config.get("feedforward_modules")
     if not isinstance(names, str | list):
         raise FormatError(
             doing(module, checkpoint),
-            expected="feedforward_modules in adapter_config.json, which say whether inputs or outputs are meant",
+            expected="feedforward_modules in adapter_config.json, which select inputs or outputs",
             got=repr(names),
             fix="Save the adapter again with save_pretrained.",
         )

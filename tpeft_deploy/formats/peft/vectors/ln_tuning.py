@@ -1,12 +1,12 @@
-"""LN tuning as PEFT saves it: a trained copy of each norm (arXiv 2312.11420).
+"""LN tuning as PEFT saves it: a trained copy of each norm, which replaces that of the base (arXiv 2312.11420).
 
-The copy's parameters, and a BatchNorm's statistics, replace those of the base.
+The parameters, and the statistics of a BatchNorm, are read as overrides.
 """
 
 from __future__ import annotations
 
 from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import is_type
+from tpeft_deploy.formats.peft.config import of_type
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.take import no_scale
 
@@ -18,11 +18,7 @@ _COPY = "ln_tuning_layers."
 SUFFIXES = frozenset(
     f"{_COPY}{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 )
-
-
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether a PEFT file of type LN_TUNING has a copy of the module."""
-    return is_type(checkpoint, "LN_TUNING") and any(name in module.tensors for name in SUFFIXES)
+matches = of_type("LN_TUNING", *SUFFIXES)
 
 
 def read(module: Module, checkpoint: Checkpoint) -> Change:
