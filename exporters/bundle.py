@@ -24,8 +24,8 @@ from tpeft_deploy.exporters.graph.unused import Unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, share_weights, write_weights
 from tpeft_deploy.exporters.oracle.compare import check_tolerance
 from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
-from tpeft_deploy.exporters.oracle.sizes import batch_axis, rows_differ
 from tpeft_deploy.exporters.oracle.source import Sources
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
 from tpeft_deploy.exporters.proof.forms_and_rows import prove, with_checks
 from tpeft_deploy.exporters.proof.padding import prove_padding
@@ -118,33 +118,34 @@ def export_bundle(
     adapters = plan.adapters
     with new_directory(path) as new:
         progress("write the graphs")
-        _write_manifest(new, replace(_write_graphs(plan, new), tolerance=tolerance))
-        bundle = Bundle.open(new)
+        subject = Subject(plan.base, plan.raw.graph)
+        bundle = Bundle(new, replace(_write_graphs(plan, subject, new), tolerance=tolerance))
         for position, (task, adapter) in enumerate(adapters.items()):
             progress(Stage(f"store {task}", position, len(adapters)))
             bundle.add(task, adapter)
-        sources = Sources(plan.base, plan.raw.graph, keep=folded)
-        manifest = prove(plan.base, plan.raw.graph, bundle, adapters, progress, sources)
-        manifest = prove_padding(plan.base, plan.raw.graph, bundle, manifest, adapters, plan.padding, progress)
+        sources = Sources(subject, keep=folded)
+        manifest = prove(subject, bundle, adapters, progress, sources)
+        manifest = prove_padding(subject, bundle, manifest, adapters, plan.padding, progress)
         for position, (task, adapter) in enumerate(adapters.items() if folded else ()):
             progress(Stage(f"fold {task}", position, len(adapters)))
-            file, limit = new / "folded" / f"{task}.onnx", limits_of(plan.raw.graph, manifest.rounding, tolerance)
-            checks = write_folded(plan.base, plan.raw, adapter, file, limit, task=task, sources=sources)
+            file, limit = new / "folded" / f"{task}.onnx", limits_of(subject.graph, manifest.rounding, tolerance)
+            checks = write_folded(sources, plan.raw, adapter, file, limit, task=task)
             manifest = with_checks(manifest, checks)
         left_out = {task: dict(adapter.left_out) for task, adapter in adapters.items() if adapter.left_out}
-        _write_manifest(new, replace(manifest, left_out=left_out))
-    return Bundle.open(path)
+        (new / MANIFEST).write_text(replace(manifest, left_out=left_out).to_json(), encoding="utf-8")
+        bundle = Bundle.open(new)
+    return replace(bundle, path=path)
 
 
-def _write_graphs(plan: Plan, place: Path) -> Manifest:
-    base, raw, draft = plan.base, plan.raw, plan.draft
+def _write_graphs(plan: Plan, subject: Subject, place: Path) -> Manifest:
+    raw, draft = plan.raw, plan.draft
     write_weights(raw.graph, draft.weights, place / DATA)
     targets = draft.targets
     graphs = {"base.onnx": raw.clone(), "factored.onnx": raw.clone(), "banked.onnx": raw.clone()}
     attach_factored.attach(graphs["factored.onnx"], targets)
     varies = attach_factored.output_axes(graphs["factored.onnx"], targets, raw.graph.outputs)
     check_vocabulary(plan.base, plan.adapters, varies)
-    orders = batch_axes.find(base, raw, activations(raw.graph, targets).items(), place)
+    orders = batch_axes.find(subject, raw, activations(raw.graph, targets).items(), place)
     single = attach_banked.attach(graphs["banked.onnx"], targets, orders)
     if can_block(raw.graph, targets):
         graphs |= {FACTORED_CPU: raw.clone(), BANKED_CPU: raw.clone()}
@@ -161,10 +162,10 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
         share_weights(model, draft.weights, defaults, place / DATA)
         model.metadata_props["tpeft.form"] = file.partition(".")[0]
         ir.save(model, place / file)
-    np.savez(place / EXAMPLE, **dict(base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
+    np.savez(place / EXAMPLE, **dict(plan.base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
     reason = attach_banked.reason_of(list(single))
     reasons = attach_banked.reasons(raw.graph, [t for t in targets if t.name in single], orders)
-    if batch_axis(raw.graph) is not None and not rows_differ(base, raw.graph):
+    if subject.batch is not None and not subject.rows_differ:
         reason = "the rows of the example inputs are all alike, so nothing tells where rows are: give some that differ"
     return replace(
         draft,
@@ -173,7 +174,7 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
         rows_reasons=reasons,
         outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
         files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
-        rounding=measure_rounding(base, raw.graph),
+        rounding=measure_rounding(subject),
         packing=packing,
     )
 
@@ -191,7 +192,3 @@ def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) 
 
 def _record(file: Path) -> FileRecord:
     return FileRecord(digest_file(file), file.stat().st_size)
-
-
-def _write_manifest(place: Path, manifest: Manifest) -> None:
-    (place / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

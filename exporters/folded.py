@@ -16,6 +16,7 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.graph.merged_weights import held_changes, replace_weights
+from tpeft_deploy.exporters.graph.resolve import resolve
 from tpeft_deploy.exporters.graph.unused import Unused, drop_unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, fuse_norms, held_tensor, prepare, turn_weights
 from tpeft_deploy.exporters.oracle import compare
@@ -23,10 +24,9 @@ from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Check, Limits
 from tpeft_deploy.exporters.oracle.near_ties import explain
 from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
-from tpeft_deploy.exporters.oracle.sizes import empty_shapes, shapes_to_prove, with_sizes
 from tpeft_deploy.exporters.oracle.source import Sources
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.resizing import fit_vocabulary
-from tpeft_deploy.exporters.targets import resolve
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.ties import Ties, changed_names
@@ -84,8 +84,9 @@ def export_folded(
     loaded = fit_vocabulary(loaded, {task: adapter}) if resize_embeddings else loaded
     loaded, raw, adapter = _prepare(*_trace(loaded, adapter, unused, progress))
     progress("fold and check")
-    limit = limits_of(raw.graph, measure_rounding(loaded, raw.graph), tolerance)
-    return write_folded(loaded, raw, adapter, Path(path), limit, task=task, sources=Sources(loaded, raw.graph))
+    subject = Subject(loaded, raw.graph)
+    limit = limits_of(raw.graph, measure_rounding(subject), tolerance)
+    return write_folded(Sources(subject), raw, adapter, Path(path), limit, task=task)
 
 
 def plan_folded(
@@ -152,17 +153,16 @@ def _prepare(loaded: Base, raw: ir.Model, adapter: Adapter) -> tuple[Base, ir.Mo
 
 
 def write_folded(
-    base: Base, raw: ir.Model, adapter: Adapter, path: Path, limit: Limits, *, task: str, sources: Sources
+    sources: Sources, raw: ir.Model, adapter: Adapter, path: Path, limit: Limits, *, task: str
 ) -> list[Check]:
     """Fold, optimise, save beside `path`, check there, and only then move to `path`."""
-    names = [str(value.name) for value in raw.graph.outputs]
+    subject = sources.subject
     # References first: the merged weights that they need are gone before the session takes its own.
     expected = [
-        (sizes, base.reference(adapter, with_sizes(base, raw.graph, sizes), names))
-        for sizes in [*shapes_to_prove(base, raw.graph), *empty_shapes(base, raw.graph).values()]
+        (sizes, subject.reference(adapter, sizes)) for sizes in [*subject.shapes, *subject.empty_shapes.values()]
     ]
     source = sources.of(task, adapter)
-    model = fold(base, raw, adapter, task=task)
+    model = fold(subject.base, raw, adapter, task=task)
     model.metadata_props["tpeft.oracle"] = source.oracle
     if isinstance(limit, float):
         model.metadata_props["tpeft.limit"] = f"{limit:g}"
@@ -174,7 +174,7 @@ def write_folded(
         session = compare.open_session(file)
         checks = []
         for sizes, wanted in expected:
-            inputs = with_sizes(base, raw.graph, sizes)
+            inputs = subject.inputs(sizes)
             answer = partial(compare.run, session, inputs, {})
             for measured in source.measure("folded", task, sizes, answer, wanted, limit):
                 check = explain(measured, file, inputs)

@@ -8,7 +8,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from tpeft_deploy import __version__
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.bundle import fit, slots
 from tpeft_deploy.bundle.directory import check_task
@@ -20,16 +19,18 @@ from tpeft_deploy.exporters.branches import attach_banked
 from tpeft_deploy.exporters.excluding import without
 from tpeft_deploy.exporters.graph import quantised
 from tpeft_deploy.exporters.graph.batch_axes import Order
+from tpeft_deploy.exporters.graph.resolve import held_by, resolve
 from tpeft_deploy.exporters.graph.unused import Unused, drop_unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import complete_shapes, held_tensor, lay_out, prepare
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.bfloat16 import wide
 from tpeft_deploy.exporters.proof.padding import declare
 from tpeft_deploy.exporters.resizing import fit_vocabulary
-from tpeft_deploy.exporters.targets import activations, held_by, plan, plan_all, resolve
+from tpeft_deploy.exporters.targets import activations, plan, plan_all
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array
+from tpeft_deploy.version import __version__
 
 __all__ = ["Need", "Plan", "plan_bundle", "port"]
 

@@ -25,8 +25,8 @@ from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.oracle.rounding import limits_of
-from tpeft_deploy.exporters.oracle.sizes import with_sizes
 from tpeft_deploy.exporters.oracle.source import Sources
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.proof.forms_and_rows import check_forms, check_rows, proved_shapes
 from tpeft_deploy.exporters.proof.padding import check_padding
 from tpeft_deploy.exporters.proof.per_target import TargetCheck, check_targets
@@ -137,11 +137,11 @@ def verify_bundle(
         progress("load the base")
         chosen = _own_base(bundle, load_base(base).knowing(tasks.values()))
         reference = f"{chosen.name}, merged and run as it is"
-    graph = oracle.graph().graph
-    sources = Sources(chosen, graph, keep=True)
+    subject = Subject(chosen, oracle.graph().graph)
+    sources = Sources(subject, keep=True)
     tasks |= {name: replace(tasks[name], origin=origin) for name, origin in sourced.items()}
     reference += "".join(_asked(bundle, sources, name, tasks[name], against_source) for name in sourced)
-    checks = list(check_forms(chosen, graph, bundle, tasks, progress, sources))
+    checks = list(check_forms(subject, bundle, tasks, progress, sources))
     left_out = _unsourced(tasks, sourced)
     left_out += [
         (f"mixed rows of output {port.name!r}", "it does not keep rows apart: only one task and one caller may ask")
@@ -149,16 +149,16 @@ def verify_bundle(
         if port.rows == "joint"
     ]
     if bundle.manifest.rows == "each":
-        checks += check_rows(chosen, graph, bundle, tasks, progress)
+        checks += check_rows(subject, bundle, tasks, progress)
     else:
         left_out.append(("mixed rows", f"one adapter per run: {bundle.manifest.rows_reason}"))
     if bundle.manifest.paddable:
         progress("check rows that are filled up")
-        checks += check_padding(chosen, graph, bundle, bundle.manifest, tasks)
-    checks += _check_folded(chosen, graph, bundle, tasks, progress, sources)
+        checks += check_padding(subject, bundle, bundle.manifest, tasks)
+    checks += _check_folded(bundle, tasks, progress, sources)
     targets: tuple[TargetCheck, ...] = ()
     if report is not None:
-        targets = tuple(check_targets(chosen, graph, bundle, tasks, progress))
+        targets = tuple(check_targets(subject, bundle, tasks, progress))
     found = Verification(bundle, reference, tasks, tuple(checks), targets, tuple(left_out))
     if report is not None:
         from tpeft_deploy.exporters.report import render
@@ -310,7 +310,7 @@ def _asked(bundle: Bundle, sources: Sources, task: str, adapter: Adapter, path: 
     source = sources.of(task, adapter)
     if source.oracle == compare.MERGED:
         doing = f"verify bundle {bundle.path} against the source {path}"
-        kind = UnsupportedBase if sources.base.module is None else FormatError
+        kind = UnsupportedBase if sources.subject.base.module is None else FormatError
         raise kind(doing, expected="a training library that runs it on the base", got=source.reason)
     return f"; task {task!r} also with the forward of {source.oracle} and {path}"
 
@@ -323,11 +323,11 @@ def _unsourced(tasks: Mapping[str, Adapter], sourced: Mapping[str, Origin]) -> l
 
 
 def _check_folded(
-    base: Base, graph: ir.Graph, bundle: Bundle, tasks: Mapping[str, Adapter], progress: Progress, sources: Sources
+    bundle: Bundle, tasks: Mapping[str, Adapter], progress: Progress, sources: Sources
 ) -> Iterator[Check]:
-    names = [str(value.name) for value in graph.outputs]
-    shapes = proved_shapes(base, graph, bundle.manifest)
-    limit = limits_of(graph, bundle.manifest.rounding, bundle.manifest.tolerance)
+    subject = sources.subject
+    shapes = proved_shapes(subject, bundle.manifest)
+    limit = limits_of(subject.graph, bundle.manifest.rounding, bundle.manifest.tolerance)
     for position, (task, adapter) in enumerate(tasks.items()):
         file = bundle.path / "folded" / f"{task}.onnx"
         if not file.is_file():
@@ -336,7 +336,5 @@ def _check_folded(
         session = compare.open_session(file)
         source = sources.of(task, adapter)
         for sizes in shapes:
-            inputs = with_sizes(base, graph, sizes)
-            answer = partial(compare.run, session, inputs, {})
-            expected = base.reference(adapter, inputs, names)
-            yield from source.measure("folded", task, sizes, answer, expected, limit)
+            answer = partial(compare.run, session, subject.inputs(sizes), {})
+            yield from source.measure("folded", task, sizes, answer, subject.reference(adapter, sizes), limit)

@@ -24,7 +24,7 @@ from tpeft_deploy.exporters.graph.merged_weights import replace_weights
 from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
 from tpeft_deploy.exporters.oracle.bfloat16 import HALVES, widened
-from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.formats.read.base_view import Lazy
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.tucker import Array
@@ -139,10 +139,10 @@ class OnnxBase(Base):
         super().check(adapter)
 
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
-        """What the normalised graph computes with merged tensors in place of its own, nothing optimised."""
+        """Run the normalised graph with merged tensors in place of its own, nothing optimised."""
         if self._last is None or self._last[0] is not adapter:
             self._last = None
-            model = self._normal.model.clone()
+            model = self._unproved.model.clone()
             if adapter is not None:
                 replace_weights(self, model, adapter)
             self._last = adapter, _session(model)
@@ -195,7 +195,7 @@ class OnnxBase(Base):
         )
 
     @cached_property
-    def _normal(self) -> _Normal:
+    def _unproved(self) -> _Normal:
         known = self._known or of_adapters([])
         model = open_model(self.path)
         found = identify(model.graph, known)
@@ -203,22 +203,18 @@ class OnnxBase(Base):
             known = known.with_names(found.untied)
             found = identify(model.graph, known)
         proved = normalise(model, found, known)
-        normal = _Normal(model, found, frozenset(proved), {**found.aliases, **known.first})
-        self.__dict__["_normal"] = normal  # the gate below runs the normalised graph through this base
-        self._compare_with_file(model)
-        return normal
+        return _Normal(model, found, frozenset(proved), {**found.aliases, **known.first})
 
-    def _compare_with_file(self, model: ir.Model) -> None:
-        """The normalised graph against the file itself, on the example inputs and at another shape."""
-        session = _plain(self.path)
-        names = [str(value.name) for value in model.graph.outputs]
+    @cached_property
+    def _normal(self) -> _Normal:
+        """The normalised graph, compared with the file on the example inputs and at another shape."""
+        session, subject = _plain(self.path), Subject(self, self._unproved.model.graph)
         self._try_inputs(session)
-        for sizes in shapes_to_prove(self, model.graph):
-            inputs = with_sizes(self, model.graph, sizes)
-            expected = compare.run(session, inputs, {})
-            got = self.reference(None, inputs, names)
+        limit = compare.limit_of(subject.graph)
+        for sizes in subject.shapes:
+            expected = compare.run(session, subject.inputs(sizes), {})
+            got = subject.reference(None, sizes)
             for (name, own), other in zip(got.items(), expected.values(), strict=True):
-                limit = compare.limit_of(model.graph)
                 error = compare.relative_error(own, other) if own.shape == other.shape else float("inf")
                 if not error <= limit:
                     raise NotEquivalent(
@@ -227,6 +223,7 @@ class OnnxBase(Base):
                         got=f"{error:.2e}",
                         fix="Nothing was written; please report the model.",
                     )
+        return self._unproved
 
     def _try_inputs(self, session: onnxruntime.InferenceSession) -> None:
         try:

@@ -112,7 +112,6 @@ class TorchBase(Base):
         """The same with a copy of the module that has so many tokens."""
         other = copy(self)
         other.module = resize(self.module, rows, self.name)
-        other.proved_at = None
         return other
 
     @property

@@ -16,8 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.oracle import compare
-from tpeft_deploy.exporters.oracle.base import Base
-from tpeft_deploy.exporters.oracle.sizes import batch_axis, shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Order", "find", "mark", "order_of", "same_order"]
@@ -55,11 +54,11 @@ def mark(graph: ir.Graph, found: Mapping[str, Order]) -> None:
             value.meta[_KEY] = found[str(value.name)]
 
 
-def find(base: Base, raw: ir.Model, values: Iterable[tuple[str, int]], place: Path) -> dict[str, Order]:
+def find(subject: Subject, raw: ir.Model, values: Iterable[tuple[str, int]], place: Path) -> dict[str, Order]:
     """Run the base on rows of which one was replaced, and see where its values change.
 
     Args:
-        base: gives the rows.
+        subject: base that gives the rows.
         raw: its raw graph, left as it is.
         values: name of a value -> how many of its leading axes are rows and positions; 0 is all of them, negative
             ones leave out axes at the end.
@@ -69,14 +68,14 @@ def find(base: Base, raw: ir.Model, values: Iterable[tuple[str, int]], place: Pa
         The name of every value -> where its rows are.
     """
     wanted = dict(values)
-    batch = batch_axis(raw.graph)
+    batch = subject.batch
     if not wanted or batch is None:
         return {}
     file = place / "rows.onnx"
     ir.save(_showing(raw, wanted), file, external_data="rows.data")
     session = compare.open_session(file)
-    sizes = shapes_to_prove(base, raw.graph)[0] | {batch: _ROWS}
-    inputs = with_sizes(base, raw.graph, sizes)
+    sizes = subject.shapes[0] | {batch: _ROWS}
+    inputs = subject.inputs(sizes)
     batched = {str(v.name) for v in raw.graph.inputs if v.shape and str(v.shape[0]) == batch}
     before = compare.run(session, inputs, {})
     found: dict[str, set[Order]] = {name: set() for name in wanted}

@@ -35,7 +35,6 @@ class Base(ABC):
     def __init__(self, name: str, inputs: Inputs) -> None:
         self.name = name
         self.inputs = inputs
-        self.proved_at: list[dict[str, int]] | None = None  # what `samples.shapes_to_prove` found, which runs the model
         self.padding: Mapping[str, int | float] = {}  # input -> what it may be filled up with, if the proof agrees
 
     @property
@@ -116,7 +115,6 @@ class Base(ABC):
         """This base with other example inputs."""
         other = copy(self)
         other.inputs = inputs
-        other.proved_at = None
         return other
 
     def knowing(self, adapters: Iterable[Adapter]) -> Base:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 
 from tpeft_deploy.adapter import Adapter
@@ -17,12 +16,13 @@ from tpeft_deploy.bundle.manifest import Manifest, OutputRows
 from tpeft_deploy.bundle.packing import pack
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle import bfloat16, compare
-from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
+from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
 from tpeft_deploy.exporters.oracle.compare import MERGED, Check, Limits
 from tpeft_deploy.exporters.oracle.near_ties import explain
 from tpeft_deploy.exporters.oracle.rounding import limits_of
-from tpeft_deploy.exporters.oracle.sizes import Sizes, batch_axis, empty_shapes, shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.sizes import Sizes
 from tpeft_deploy.exporters.oracle.source import Sources
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.proof.output_rows import find_output_rows
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -47,8 +47,7 @@ _MIXED = 6  # given adapters in one mixed batch, so that its size does not grow 
 
 
 def prove(
-    base: Base,
-    graph: ir.Graph,
+    subject: Subject,
     bundle: Bundle,
     adapters: Mapping[str, Adapter],
     progress: Progress,
@@ -57,8 +56,7 @@ def prove(
     """The manifest with what the gate measured, and with whether rows of different adapters may share a run.
 
     Args:
-        base: the oracle.
-        graph: its raw graph, for the names of inputs, outputs and free sizes.
+        subject: oracle.
         bundle: written already, with the adapters in it.
         adapters: task -> adapter.
         progress: told each stage.
@@ -68,27 +66,26 @@ def prove(
         NotEquivalent: a form differs from the merged base, or from what its training library computes.
     """
     progress("check which outputs keep rows apart")
-    kinds = find_output_rows(base, graph, bundle.manifest, probe(bundle, 0))
+    kinds = find_output_rows(subject, bundle.manifest, probe(bundle, 0))
     outputs = tuple(replace(port, rows=kinds[port.name]) for port in bundle.manifest.outputs)
     bundle = replace(bundle, manifest=replace(bundle.manifest, outputs=outputs))
-    manifest = _prove_rows(base, graph, bundle, adapters, progress, sources)
-    return _prove_empty(base, graph, bundle, manifest, adapters, progress, sources)
+    manifest = _prove_rows(subject, bundle, adapters, progress, sources)
+    return _prove_empty(subject, bundle, manifest, adapters, progress, sources)
 
 
 def _prove_rows(
-    base: Base,
-    graph: ir.Graph,
+    subject: Subject,
     bundle: Bundle,
     adapters: Mapping[str, Adapter],
     progress: Progress,
     sources: Sources,
 ) -> Manifest:
-    forms = [check.passed() for check in check_forms(base, graph, bundle, adapters, progress, sources)]
+    forms = [check.passed() for check in check_forms(subject, bundle, adapters, progress, sources)]
     manifest = with_checks(replace(bundle.manifest, oracles=sources.to_json(bundle.tasks)), forms)
     if manifest.rows == "group":
         return manifest
     try:
-        return with_checks(manifest, [check.passed() for check in check_rows(base, graph, bundle, adapters, progress)])
+        return with_checks(manifest, [check.passed() for check in check_rows(subject, bundle, adapters, progress)])
     except NotEquivalent as error:
         # Which row order a layer has can only be proved by running it: a model that fails here is served one adapter
         # per run, which `check_forms` has proved.
@@ -96,15 +93,13 @@ def _prove_rows(
         return replace(manifest, rows="group", rows_reason=reason)
 
 
-def proved_shapes(base: Base, graph: ir.Graph, manifest: Manifest) -> list[Sizes]:
-    """The free sizes to run a bundle at: those of `shapes_to_prove`, and with each size of 0 that the bundle takes."""
-    shapes = shapes_to_prove(base, graph)
-    return [*shapes, *(shapes[0] | {name: 0} for name in manifest.empty)]
+def proved_shapes(subject: Subject, manifest: Manifest) -> list[Sizes]:
+    """The free sizes to run a bundle at: those of `Subject.shapes`, and with each size of 0 that the bundle takes."""
+    return [*subject.shapes, *(subject.shapes[0] | {name: 0} for name in manifest.empty)]
 
 
 def _prove_empty(
-    base: Base,
-    graph: ir.Graph,
+    subject: Subject,
     bundle: Bundle,
     manifest: Manifest,
     adapters: Mapping[str, Adapter],
@@ -112,11 +107,11 @@ def _prove_empty(
     sources: Sources,
 ) -> Manifest:
     """The manifest with the free sizes at whose 0 every form is right: a trace may not hold there."""
-    for name, sizes in empty_shapes(base, graph).items():
+    for name, sizes in subject.empty_shapes.items():
         found: list[Check] = []
-        checks = [partial(check_forms, base, graph, bundle, adapters, progress, sources, [sizes])]
+        checks = [partial(check_forms, subject, bundle, adapters, progress, sources, [sizes])]
         if manifest.rows == "each":
-            checks.append(partial(check_rows, base, graph, bundle, adapters, progress, [sizes]))
+            checks.append(partial(check_rows, subject, bundle, adapters, progress, [sizes]))
         for check in (check for part in checks for check in part()):
             found.append(check)
             if check.failure is not None:
@@ -139,8 +134,7 @@ def with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
 
 
 def check_forms(
-    base: Base,
-    graph: ir.Graph,
+    subject: Subject,
     bundle: Bundle,
     adapters: Mapping[str, Adapter],
     progress: Progress,
@@ -153,12 +147,11 @@ def check_forms(
     at, by default those of `proved_shapes`.
     """
     tasks: Tasks = {BASE_TASK: None, **adapters}
-    names = [str(value.name) for value in graph.outputs]
-    shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
+    shapes = proved_shapes(subject, bundle.manifest) if shapes is None else shapes
     progress(Stage("check the base", 0, len(tasks)))
-    own = list(_check_base(base, graph, bundle, shapes))
+    own = list(_check_base(subject, bundle, shapes))
     yield from own
-    limit = _limit(graph, bundle, own)
+    limit = _limit(subject, bundle, own)
     sessions = {file.removesuffix(".onnx"): compare.open_session(bundle.path / file) for file in _graphs(bundle)}
     filled = {form: banks(bundle, tasks, f"{form}.onnx") for form in sessions if form.startswith("banked")}
     for position, (task, adapter) in enumerate(tasks.items()):
@@ -166,8 +159,8 @@ def check_forms(
         factors = bundle.factors(task) if adapter is not None else {}
         source = sources.of(task, adapter)
         for sizes in shapes:
-            inputs = with_sizes(base, graph, sizes)
-            expected = base.reference(adapter, inputs, names)
+            inputs = subject.inputs(sizes)
+            expected = subject.reference(adapter, sizes)
             for form, session in sessions.items():
                 extra, answer = factors, partial(compare.run, session, inputs, factors)
                 if form in filled:
@@ -177,33 +170,32 @@ def check_forms(
                     yield explain(check, bundle.path / f"{form}.onnx", {**inputs, **extra})
 
 
-def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> Limits:
+def branch_limit(subject: Subject, bundle: Bundle, sizes: Sizes) -> Limits:
     """What a form with branches must stay under: in bfloat16, little more than the error of base.onnx at `sizes`."""
-    return _limit(graph, bundle, _check_base(base, graph, bundle, [sizes]) if bfloat16.holds(graph) else [])
+    return _limit(subject, bundle, _check_base(subject, bundle, [sizes]) if bfloat16.holds(subject.graph) else [])
 
 
-def base_limit(graph: ir.Graph, bundle: Bundle) -> Limits:
+def base_limit(subject: Subject, bundle: Bundle) -> Limits:
     """What base.onnx must stay under: in bfloat16, where a copy in float32 is run, its rounding is no excuse."""
-    if bfloat16.holds(graph):
-        return compare.limit_of(graph)
-    return limits_of(graph, bundle.manifest.rounding, bundle.manifest.tolerance)
+    if bfloat16.holds(subject.graph):
+        return compare.limit_of(subject.graph)
+    return limits_of(subject.graph, bundle.manifest.rounding, bundle.manifest.tolerance)
 
 
-def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, shapes: Iterable[Sizes]) -> Iterator[Check]:
+def _check_base(subject: Subject, bundle: Bundle, shapes: Iterable[Sizes]) -> Iterator[Check]:
     session = compare.open_session(bundle.path / "base.onnx")
-    names = [str(value.name) for value in graph.outputs]
     for sizes in shapes:
-        inputs = with_sizes(base, graph, sizes)
-        expected = base.reference(None, inputs, names)
+        inputs = subject.inputs(sizes)
+        expected = subject.reference(None, sizes)
         answer = partial(compare.run, session, inputs, {})
-        check = compare.measure("base", BASE_TASK, sizes, answer, expected, base_limit(graph, bundle))
+        check = compare.measure("base", BASE_TASK, sizes, answer, expected, base_limit(subject, bundle))
         yield explain(check, bundle.path / "base.onnx", inputs)
 
 
-def _limit(graph: ir.Graph, bundle: Bundle, own: Iterable[Check]) -> Limits:
+def _limit(subject: Subject, bundle: Bundle, own: Iterable[Check]) -> Limits:
     """What forms with branches must stay under, given the checks of the base."""
-    if not bfloat16.holds(graph):
-        return base_limit(graph, bundle)
+    if not bfloat16.holds(subject.graph):
+        return base_limit(subject, bundle)
     worst = max((check.error for check in own), default=0.0)
     return max(compare.LIMIT, min(_SLACK * worst, compare.BFLOAT16_LIMIT))
 
@@ -215,8 +207,7 @@ def _graphs(bundle: Bundle) -> list[str]:
 
 
 def check_rows(
-    base: Base,
-    graph: ir.Graph,
+    subject: Subject,
     bundle: Bundle,
     adapters: Mapping[str, Adapter],
     progress: Progress,
@@ -230,9 +221,8 @@ def check_rows(
     """
     if all(port.rows == "joint" for port in bundle.manifest.outputs):
         return  # no output may be asked of such a batch
-    batch = batch_axis(graph)
-    shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
-    limit = branch_limit(base, graph, bundle, shapes[0])
+    shapes = proved_shapes(subject, bundle.manifest) if shapes is None else shapes
+    limit = branch_limit(subject, bundle, shapes[0])
     files = [file for file in _graphs(bundle) if file.startswith("banked")]
     sessions = {file: compare.open_session(bundle.path / file) for file in files}
     names = list(adapters)
@@ -242,13 +232,12 @@ def check_rows(
         tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": probe(bundle, 0), "probe 1": probe(bundle, 1)}
         # Twice each task at the example's sizes; at the others once, and one row more.
         for sizes, count in zip(shapes, (2 * len(tasks), *[len(tasks) + 1] * len(shapes)), strict=False):
-            rows = sizes | ({batch: count} if batch is not None else {})
-            yield from _check_batch(base, graph, bundle, sessions, tasks, rows, count, limit)
+            rows = sizes | ({subject.batch: count} if subject.batch is not None else {})
+            yield from _check_batch(subject, bundle, sessions, tasks, rows, count, limit)
 
 
 def _check_batch(
-    base: Base,
-    graph: ir.Graph,
+    subject: Subject,
     bundle: Bundle,
     sessions: Mapping[str, onnxruntime.InferenceSession],
     tasks: Tasks,
@@ -256,13 +245,12 @@ def _check_batch(
     count: int,
     limit: Limits,
 ) -> Iterator[Check]:
-    inputs = with_sizes(base, graph, sizes)
+    inputs = subject.inputs(sizes)
     index = np.arange(count) % len(tasks)
     runs = [
         cache(partial(compare.run, session, inputs, banks(bundle, tasks, file) | {slots.INDEX: index}))
         for file, session in sessions.items()
     ]
-    names = [str(value.name) for value in graph.outputs]
     kinds = {port.name: port.rows for port in bundle.manifest.outputs}
     for position, (task, adapter) in enumerate(tasks.items()):
         mine = index == position
@@ -270,7 +258,7 @@ def _check_batch(
         # for each task.
         expected = {
             name: array
-            for name, array in base.reference(adapter, _rows_of(bundle.manifest, inputs, mine), names).items()
+            for name, array in subject.answer(adapter, _rows_of(bundle.manifest, inputs, mine)).items()
             if kinds[name] != "joint"
         }
         for run in runs:

@@ -7,13 +7,12 @@ output has no meaning for rows of different tasks, or of different callers.
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.manifest import Manifest, OutputRows
 from tpeft_deploy.exporters.oracle import compare
-from tpeft_deploy.exporters.oracle.base import Base, Inputs
-from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.base import Inputs
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.tucker import Array
 
 __all__ = ["find_output_rows"]
@@ -21,24 +20,23 @@ __all__ = ["find_output_rows"]
 _ROWS = (3, 5)  # of a run at each proof shape; other numbers of rows tell an axis of rows from one that is as long
 
 
-def find_output_rows(base: Base, graph: ir.Graph, manifest: Manifest, probe: Adapter) -> dict[str, OutputRows | None]:
+def find_output_rows(subject: Subject, manifest: Manifest, probe: Adapter) -> dict[str, OutputRows | None]:
     """What `Port.rows` says of every output; None where the rows of the example do not tell.
 
     Args:
-        base: is run.
-        graph: its raw graph.
+        subject: base to run.
         manifest: describes the outputs.
         probe: changes every weight that an adapter may change.
     """
-    names, batch = [port.name for port in manifest.outputs], str(manifest.batch_axis)
-    found: dict[str, set[OutputRows | None]] = {name: set() for name in names}
-    for sizes, rows in zip(shapes_to_prove(base, graph), _ROWS, strict=False):
-        inputs = with_sizes(base, graph, sizes | {batch: rows})
-        before, adapted = (base.reference(adapter, inputs, names) for adapter in (None, probe))
+    batch = str(manifest.batch_axis)
+    found: dict[str, set[OutputRows | None]] = {name: set() for name in subject.outputs}
+    for sizes, rows in zip(subject.shapes, _ROWS, strict=False):
+        inputs = subject.inputs(sizes | {batch: rows})
+        before, adapted = (subject.answer(adapter, inputs) for adapter in (None, probe))
         for row in (1, rows - 1):
             changed = _with_row_changed(manifest, inputs, row)
             seen = any(not np.array_equal(changed[name], inputs[name]) for name in inputs)
-            after = base.reference(None, changed, names)
+            after = subject.answer(None, changed)
             for port in manifest.outputs:
                 own, axes = (before[port.name], after[port.name]), manifest.batch_axes(port)
                 if axes == [0] or (not axes and isinstance(next(iter(port.shape), 0), str) and len(own[0]) == rows):

@@ -8,15 +8,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import fit, slots
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.exporters.oracle import compare
-from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Check
-from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.proof.forms_and_rows import branch_limit
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.ties import changed_names
@@ -54,13 +52,12 @@ class TargetCheck:
 
 
 def check_targets(
-    base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress
+    subject: Subject, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress
 ) -> Iterator[TargetCheck]:
     """Run every target of every task alone; of a task with many, `MOST` that are spread evenly over it."""
-    names = [str(value.name) for value in graph.outputs]
-    sizes = shapes_to_prove(base, graph)[0]
-    inputs = with_sizes(base, graph, sizes)
-    session, limit = compare.open_session(bundle.path / "factored.onnx"), branch_limit(base, graph, bundle, sizes)
+    sizes = subject.shapes[0]
+    inputs = subject.inputs(sizes)
+    session, limit = compare.open_session(bundle.path / "factored.onnx"), branch_limit(subject, bundle, sizes)
     for position, (task, adapter) in enumerate(adapters.items()):
         progress(Stage(f"check each target of {task}", position, len(adapters)))
         parts = parts_of(bundle, adapter)
@@ -68,7 +65,7 @@ def check_targets(
         for part in (parts[place] for place in chosen):
             filled = bundle.fill(part)
             answer = partial(compare.run, session, inputs, fit.named(bundle.manifest, filled))
-            check = compare.measure("factored", task, sizes, answer, base.reference(part, inputs, names), limit)
+            check = compare.measure("factored", task, sizes, answer, subject.answer(part, inputs), limit)
             kinds = tuple(target.kind for target in bundle.manifest.targets if target.key in filled)
             yield TargetCheck(task, tuple(_changed(part)), kinds, check)
 

@@ -10,16 +10,16 @@ from tests import nets
 from tests.exporters.test_forms import Tagger
 from tpeft_deploy import export_bundle
 from tpeft_deploy.exporters.bases.load import load_base
-from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove
+from tpeft_deploy.exporters.oracle.subject import Subject
 
 
 def test_a_base_with_other_inputs_is_proved_at_their_sizes() -> None:
     shapes = {"ids": {0: "batch", 1: "sequence"}}
     base = load_base(Tagger(), example_inputs={"ids": torch.zeros(2, 5, dtype=torch.int64)}, dynamic_shapes=shapes)
     graph = base.graph().graph
-    assert shapes_to_prove(base, graph) == [{"batch": 2, "sequence": 5}, {"batch": 5, "sequence": 10}]
+    assert Subject(base, graph).shapes == [{"batch": 2, "sequence": 5}, {"batch": 5, "sequence": 10}]
     other = base.at({"ids": base.inputs["ids"][:, :3]})
-    assert shapes_to_prove(other, graph) == [{"batch": 2, "sequence": 3}, {"batch": 5, "sequence": 6}]
+    assert Subject(other, graph).shapes == [{"batch": 2, "sequence": 3}, {"batch": 5, "sequence": 6}]
 
 
 def test_an_example_whose_rows_are_alike_is_named_as_the_reason(tmp_path: Path) -> None:
