@@ -22,11 +22,12 @@ from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.graph import batch_axes
 from tpeft_deploy.exporters.graph.unused import Unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, share_weights, write_weights
-from tpeft_deploy.exporters.oracle.compare import check_tolerance
-from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
+from tpeft_deploy.exporters.oracle.limits import check_tolerance, limits_of
+from tpeft_deploy.exporters.oracle.rounding import measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
+from tpeft_deploy.exporters.proof.bundle_graphs import BANKED, BASE, FACTORED, form_of
 from tpeft_deploy.exporters.proof.forms_and_rows import prove, with_checks
 from tpeft_deploy.exporters.proof.padding import prove_padding
 from tpeft_deploy.exporters.resizing import check_vocabulary
@@ -141,26 +142,26 @@ def _write_graphs(plan: Plan, subject: Subject, place: Path) -> Manifest:
     raw, draft = plan.raw, plan.draft
     write_weights(raw.graph, draft.weights, place / DATA)
     targets = draft.targets
-    graphs = {"base.onnx": raw.clone(), "factored.onnx": raw.clone(), "banked.onnx": raw.clone()}
-    attach_factored.attach(graphs["factored.onnx"], targets)
-    varies = attach_factored.output_axes(graphs["factored.onnx"], targets, raw.graph.outputs)
+    graphs = {BASE: raw.clone(), FACTORED: raw.clone(), BANKED: raw.clone()}
+    attach_factored.attach(graphs[FACTORED], targets)
+    varies = attach_factored.output_axes(graphs[FACTORED], targets, raw.graph.outputs)
     check_vocabulary(plan.base, plan.adapters, varies)
     orders = batch_axes.find(subject, raw, activations(raw.graph, targets).items(), place)
-    single = attach_banked.attach(graphs["banked.onnx"], targets, orders)
+    single = attach_banked.attach(graphs[BANKED], targets, orders)
     if can_block(raw.graph, targets):
         graphs |= {FACTORED_CPU: raw.clone(), BANKED_CPU: raw.clone()}
         attach_factored.attach(graphs[FACTORED_CPU], targets, BLOCKED_BRANCHES)
         attach_banked.attach(graphs[BANKED_CPU], targets, orders, BLOCKED_BRANCHES)
-    graphs[BANKED_CUDA] = graphs["banked.onnx"].clone()
+    graphs[BANKED_CUDA] = graphs[BANKED].clone()
     packing = packed.pack(graphs[BANKED_CUDA])
     if not packing:
         del graphs[BANKED_CUDA]
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
-        _mark_outputs(model, raw, varies if file != "base.onnx" else {})
+        _mark_outputs(model, raw, varies if file != BASE else {})
         clean_up(model)
         share_weights(model, draft.weights, defaults, place / DATA)
-        model.metadata_props["tpeft.form"] = file.partition(".")[0]
+        model.metadata_props["tpeft.form"] = form_of(file)
         ir.save(model, place / file)
     np.savez(place / EXAMPLE, **dict(plan.base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
     reason = attach_banked.reason_of(list(single))

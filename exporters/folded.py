@@ -21,9 +21,10 @@ from tpeft_deploy.exporters.graph.unused import Unused, drop_unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, fuse_norms, held_tensor, prepare, turn_weights
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Base
-from tpeft_deploy.exporters.oracle.compare import Check, Limits
+from tpeft_deploy.exporters.oracle.compare import Check
+from tpeft_deploy.exporters.oracle.limits import Limits, check_tolerance, limits_of
 from tpeft_deploy.exporters.oracle.near_ties import explain
-from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
+from tpeft_deploy.exporters.oracle.rounding import measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.resizing import fit_vocabulary
@@ -77,7 +78,7 @@ def export_folded(
     Raises:
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
-    compare.check_tolerance(tolerance, f"export {path}")
+    check_tolerance(tolerance, f"export {path}")
     loaded = load_base(
         base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
     )

@@ -7,91 +7,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter, Origin, weight_digest
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import BaseMismatch, FormatError, IntegrityError, ShapeError, UnknownTask, UnsupportedBase
 from tpeft_deploy.exporters.bases.bundle import BundleBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Check
-from tpeft_deploy.exporters.oracle.rounding import limits_of
+from tpeft_deploy.exporters.oracle.limits import limits_of
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.proof.bundle_graphs import feed_names, graphs_of
 from tpeft_deploy.exporters.proof.forms_and_rows import check_forms, check_rows, proved_shapes
 from tpeft_deploy.exporters.proof.padding import check_padding
 from tpeft_deploy.exporters.proof.per_target import TargetCheck, check_targets
+from tpeft_deploy.exporters.verification import Verification
 from tpeft_deploy.files import new_file
 from tpeft_deploy.formats import origin_of
 from tpeft_deploy.progress import Progress, Stage, silent
 from tpeft_deploy.tucker import Array
 
-__all__ = ["GRAPHS", "Verification", "verify_bundle"]
+__all__ = ["Verification", "verify_bundle"]
 
 _ROUNDINGS = 4  # of factors and core, in the dtype of the slots
-GRAPHS = ("base.onnx", "factored.onnx", "banked.onnx")
-DEVICE_GRAPHS = (FACTORED_CPU, BANKED_CPU, BANKED_CUDA)
-
-
-@dataclass(frozen=True, eq=False)
-class Verification:
-    """What was measured on a bundle whose digests are right.
-
-    Args:
-        bundle: it.
-        reference: what the forms were compared with.
-        tasks: the tasks that were checked -> adapter.
-        checks: every form of every task, rows of different tasks, and rows filled up to one length.
-        targets: each target alone, when a report was asked for.
-        left_out: what was not checked -> why.
-    """
-
-    bundle: Bundle
-    reference: str
-    tasks: Mapping[str, Adapter]
-    checks: tuple[Check, ...]
-    targets: tuple[TargetCheck, ...] = ()
-    left_out: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def failed(self) -> list[Check]:
-        """The checks that failed, those of single targets last."""
-        return [check for check in [*self.checks, *(t.check for t in self.targets)] if check.failure is not None]
-
-    def passed(self) -> Verification:
-        """The verification itself.
-
-        Raises:
-            NotEquivalent: the first check that failed.
-        """
-        for check in self.failed:
-            check.passed()
-        return self
-
-    def to_json(self) -> dict[str, Any]:
-        """What --json prints."""
-        manifest = self.bundle.manifest
-        return {
-            "name": manifest.name,
-            "base_digest": manifest.base_digest,
-            "reference": self.reference,
-            "rows": manifest.rows,
-            "tolerance": manifest.tolerance,
-            "tasks": {task: self.bundle.digest(task) for task in self.tasks},
-            "files": list(manifest.files),
-            "checks": [check.to_json() for check in self.checks],
-            "targets": [target.to_json() for target in self.targets],
-            "left_out": [{"what": what, "reason": reason} for what, reason in self.left_out],
-        }
 
 
 def verify_bundle(
@@ -174,7 +121,7 @@ def _read(bundle: Bundle, names: list[str], progress: Progress) -> dict[str, Ada
     for position, name in enumerate(bundle.manifest.files):
         progress(Stage(f"check the digest of {name}", position, len(steps)))
         bundle.check_file(name)
-    for graph in GRAPHS + tuple(extra for extra in DEVICE_GRAPHS if extra in bundle.manifest.files):
+    for graph in graphs_of(bundle.manifest, "base", "factored", "banked"):
         if graph not in bundle.manifest.files:
             raise IntegrityError(f"open bundle {bundle.path}", expected=f"{graph} in its manifest", got="none")
         _check_ports(bundle, graph)
@@ -229,13 +176,9 @@ def _same_change(bundle: Bundle, name: str, native: Mapping[str, Array], wanted:
 def _check_ports(bundle: Bundle, file: str) -> None:
     """A graph takes and gives what the manifest says."""
     graph, manifest = ir.load(bundle.path / file).graph, bundle.manifest
-    fed = {slots.input_name(t, slot.name) for t in manifest.targets for slot in slots.slots_of(t)}
-    if file == BANKED_CUDA:
-        fed -= {name for own in manifest.packing for group in own.members for name in group}
-        fed |= {own.name for own in manifest.packing}
-    extra = {"base": set[str](), "factored": fed, "banked": fed | {slots.INDEX}}[file.partition(".")[0]]
+    fed = {port.name for port in manifest.inputs} | feed_names(manifest, file)
     pairs = {
-        "inputs": ({port.name for port in manifest.inputs} | extra, {str(value.name) for value in graph.inputs}),
+        "inputs": (fed, {str(value.name) for value in graph.inputs}),
         "outputs": (
             {f"{port.name} in {port.dtype}" for port in manifest.outputs},
             {f"{value.name} in {value.dtype.numpy().name if value.dtype else None}" for value in graph.outputs},

@@ -24,6 +24,7 @@ from tpeft_deploy.exporters.graph.merged_weights import replace_weights
 from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
 from tpeft_deploy.exporters.oracle.bfloat16 import HALVES, widened
+from tpeft_deploy.exporters.oracle.limits import limit_of
 from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.formats.read.base_view import Lazy
 from tpeft_deploy.formats.read.module import BaseView
@@ -210,7 +211,7 @@ class OnnxBase(Base):
         """The normalised graph, compared with the file on the example inputs and at another shape."""
         session, subject = _plain(self.path), Subject(self, self._unproved.model.graph)
         self._try_inputs(session)
-        limit = compare.limit_of(subject.graph)
+        limit = limit_of(subject.graph)
         for sizes in subject.shapes:
             expected = compare.run(session, subject.inputs(sizes), {})
             got = subject.reference(None, sizes)

@@ -20,39 +20,28 @@ import onnx_ir as ir
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from tpeft_deploy.bundle.manifest import WIDEST_TOLERANCE
-from tpeft_deploy.errors import ExportError, NotEquivalent
+from tpeft_deploy.bundle.tolerances import LIMIT, LIMITS, WIDEST_TOLERANCE
+from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle import bfloat16
 from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
+from tpeft_deploy.exporters.oracle.limits import Limits
 from tpeft_deploy.exporters.oracle.sizes import Sizes
 from tpeft_deploy.tucker import Array
 
 __all__ = [
-    "BFLOAT16_LIMIT",
-    "LIMIT",
     "MERGED",
     "ORT_ERRORS",
     "Check",
-    "Limits",
-    "check_tolerance",
     "compare",
-    "limit_of",
     "measure",
     "open_session",
     "relative_error",
     "run",
 ]
 
-LIMIT = 1e-5
 MERGED = "merged"
-BFLOAT16_LIMIT = 1.6e-2  # for sums that are rounded to bfloat16, which has 3 bits less than float16
-
-Limits = float | Mapping[str, float]
-"""What outputs must stay under: all of them, or each by its name."""
-
 _SUGGESTED = 10  # times the limit: what rounding may explain
 _CPU = "CPUExecutionProvider"
-_HALF_LIMIT = 2e-3
 _FIX = "It must not be served; please report the model."
 _FIX_READING = (
     "The export is not what was trained: the training library computes something else with the same file; please "
@@ -113,29 +102,6 @@ class Check:
         if self.failure is not None:
             raise self.failure
         return self
-
-
-def limit_of(graph: ir.Graph) -> float:
-    """What an export must stay under, by the dtype of its weights: outputs may be wider than what they come from."""
-    dtypes = {value.dtype for value in graph.initializers.values()}
-    if ir.DataType.BFLOAT16 in dtypes:
-        return BFLOAT16_LIMIT
-    return _HALF_LIMIT if ir.DataType.FLOAT16 in dtypes else LIMIT
-
-
-def check_tolerance(tolerance: float | None, doing: str) -> None:
-    """Refuse a tolerance that is below the limit, or so wide that it would prove nothing.
-
-    Raises:
-        ExportError: it is.
-    """
-    if tolerance is not None and not LIMIT <= tolerance <= WIDEST_TOLERANCE:
-        raise ExportError(
-            doing,
-            expected=f"a tolerance from {LIMIT:g} to {WIDEST_TOLERANCE:g}",
-            got=tolerance,
-            fix="A wider one would accept an export whose branches are missing.",
-        )
 
 
 def open_session(file: Path, *, optimized: bool = True) -> onnxruntime.InferenceSession:
@@ -278,7 +244,7 @@ def _tolerable(form: str, error: float, limit: float) -> str | None:
 
 
 def _limits(limit: Limits, outputs: Mapping[str, Array]) -> dict[str, float]:
-    least = _HALF_LIMIT if any(array.dtype.itemsize == 2 for array in outputs.values()) else 0.0
+    least = LIMITS["float16"] if any(array.dtype.itemsize == 2 for array in outputs.values()) else 0.0
     return {name: max(limit if isinstance(limit, float) else limit[name], least) for name in outputs}
 
 

@@ -12,23 +12,18 @@ import logging
 import math
 
 import numpy as np
-import onnx_ir as ir
 
 from tpeft_deploy.bundle.manifest import Rounding
+from tpeft_deploy.bundle.tolerances import LIMIT, ROUNDING_MULTIPLES, WIDEST_LIMIT
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.oracle import bfloat16, compare
-from tpeft_deploy.exporters.oracle.compare import Limits
+from tpeft_deploy.exporters.oracle.limits import limit_of
 from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.tucker import Array
 
-__all__ = ["MULTIPLE", "WIDEST", "limits_of", "measure_rounding"]
+__all__ = ["measure_rounding"]
 
 _log = logging.getLogger(__name__)
-
-# Of 13 architectures the largest error of any form was, in float16, 3.8 times the rounding, of a ResNet whose fused
-# BatchNorms are rounded once more.  In bfloat16, where a copy in float32 runs, it was 1.5 times, of a rounded W + dW.
-MULTIPLE = {"float16": 4.0, "bfloat16": 2.0}
-WIDEST = 0.1  # a wider limit would tell nothing: a missing branch changes less
 
 
 def measure_rounding(subject: Subject) -> Rounding | None:
@@ -40,8 +35,8 @@ def measure_rounding(subject: Subject) -> Rounding | None:
     Returns:
         What was measured, or the fixed limits and why; None for a base in 32 bits or more.
     """
-    fixed = compare.limit_of(subject.graph)
-    if fixed == compare.LIMIT:
+    fixed = limit_of(subject.graph)
+    if fixed == LIMIT:
         return None
     dtype = "bfloat16" if bfloat16.holds(subject.graph) else "float16"
     measured = dict.fromkeys(subject.outputs, 0.0)
@@ -54,19 +49,10 @@ def measure_rounding(subject: Subject) -> Rounding | None:
         return _unmeasured(subject, dtype, fixed, error.problem or str(error))
     if not all(math.isfinite(error) for error in measured.values()):
         return _unmeasured(subject, dtype, fixed, "its outputs in 16 bits are not finite")
-    limits = {name: min(max(MULTIPLE[dtype] * error, fixed), WIDEST) for name, error in measured.items()}
+    limits = {
+        name: min(max(ROUNDING_MULTIPLES[dtype] * error, fixed), WIDEST_LIMIT) for name, error in measured.items()
+    }
     return Rounding(dtype, measured, limits)
-
-
-def limits_of(graph: ir.Graph, rounding: Rounding | None, tolerance: float | None = None) -> Limits:
-    """Largest relative error of an export's outputs, by the dtype of its weights and what its bundle states.
-
-    Args:
-        graph: the raw graph.
-        rounding: measurement of a base in 16 bits.
-        tolerance: accepted error in float32; in 16 bits the limits are wider anyway.
-    """
-    return max(compare.limit_of(graph), tolerance or 0.0) if rounding is None else rounding.limits
 
 
 def _unmeasured(subject: Subject, dtype: str, fixed: float, reason: str) -> Rounding:

@@ -26,7 +26,8 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.exporters.bases import dotted_names
 from tpeft_deploy.exporters.oracle import compare, lycoris, peft
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
-from tpeft_deploy.exporters.oracle.compare import MERGED, Check, Limits
+from tpeft_deploy.exporters.oracle.compare import MERGED, Check
+from tpeft_deploy.exporters.oracle.limits import Limits
 from tpeft_deploy.exporters.oracle.quiet import quiet
 from tpeft_deploy.exporters.oracle.sizes import Sizes
 from tpeft_deploy.exporters.oracle.subject import Subject

@@ -11,24 +11,24 @@ import onnxruntime
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BASE_TASK, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.bundle.manifest import Manifest, OutputRows
-from tpeft_deploy.bundle.packing import pack
+from tpeft_deploy.bundle.tolerances import BRANCH_SLACK, LIMIT, LIMITS
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
-from tpeft_deploy.exporters.oracle.compare import MERGED, Check, Limits
+from tpeft_deploy.exporters.oracle.compare import MERGED, Check
+from tpeft_deploy.exporters.oracle.limits import Limits, limit_of, limits_of
 from tpeft_deploy.exporters.oracle.near_ties import explain
-from tpeft_deploy.exporters.oracle.rounding import limits_of
 from tpeft_deploy.exporters.oracle.sizes import Sizes
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks, graphs_of
 from tpeft_deploy.exporters.proof.output_rows import find_output_rows
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = [
-    "banks",
     "base_limit",
     "branch_limit",
     "check_forms",
@@ -41,8 +41,6 @@ __all__ = [
 ]
 
 Tasks = dict[str, Adapter | None]
-# A graph in bfloat16 has its constants rounded, whatever its weights are; branches must not add to that.
-_SLACK = 4
 _MIXED = 6  # given adapters in one mixed batch, so that its size does not grow with their number
 
 
@@ -152,8 +150,9 @@ def check_forms(
     own = list(_check_base(subject, bundle, shapes))
     yield from own
     limit = _limit(subject, bundle, own)
-    sessions = {file.removesuffix(".onnx"): compare.open_session(bundle.path / file) for file in _graphs(bundle)}
-    filled = {form: banks(bundle, tasks, f"{form}.onnx") for form in sessions if form.startswith("banked")}
+    files = graphs_of(bundle.manifest, "factored", "banked")
+    sessions = {file: compare.open_session(bundle.path / file) for file in files}
+    filled = {file: banks(bundle, tasks, file) for file in graphs_of(bundle.manifest, "banked")}
     for position, (task, adapter) in enumerate(tasks.items()):
         progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
         factors = bundle.factors(task) if adapter is not None else {}
@@ -161,13 +160,13 @@ def check_forms(
         for sizes in shapes:
             inputs = subject.inputs(sizes)
             expected = subject.reference(adapter, sizes)
-            for form, session in sessions.items():
+            for file, session in sessions.items():
                 extra, answer = factors, partial(compare.run, session, inputs, factors)
-                if form in filled:
-                    rows = filled[form] | {slots.INDEX: np.array([position])}
+                if file in filled:
+                    rows = filled[file] | {slots.INDEX: np.array([position])}
                     extra, answer = rows, partial(_run_banked, session, inputs, rows, bundle, adapter)
-                for check in source.measure(form, task, sizes, answer, expected, limit):
-                    yield explain(check, bundle.path / f"{form}.onnx", {**inputs, **extra})
+                for check in source.measure(file.removesuffix(".onnx"), task, sizes, answer, expected, limit):
+                    yield explain(check, bundle.path / file, {**inputs, **extra})
 
 
 def branch_limit(subject: Subject, bundle: Bundle, sizes: Sizes) -> Limits:
@@ -178,18 +177,18 @@ def branch_limit(subject: Subject, bundle: Bundle, sizes: Sizes) -> Limits:
 def base_limit(subject: Subject, bundle: Bundle) -> Limits:
     """What base.onnx must stay under: in bfloat16, where a copy in float32 is run, its rounding is no excuse."""
     if bfloat16.holds(subject.graph):
-        return compare.limit_of(subject.graph)
+        return limit_of(subject.graph)
     return limits_of(subject.graph, bundle.manifest.rounding, bundle.manifest.tolerance)
 
 
 def _check_base(subject: Subject, bundle: Bundle, shapes: Iterable[Sizes]) -> Iterator[Check]:
-    session = compare.open_session(bundle.path / "base.onnx")
+    session = compare.open_session(bundle.path / BASE)
     for sizes in shapes:
         inputs = subject.inputs(sizes)
         expected = subject.reference(None, sizes)
         answer = partial(compare.run, session, inputs, {})
         check = compare.measure("base", BASE_TASK, sizes, answer, expected, base_limit(subject, bundle))
-        yield explain(check, bundle.path / "base.onnx", inputs)
+        yield explain(check, bundle.path / BASE, inputs)
 
 
 def _limit(subject: Subject, bundle: Bundle, own: Iterable[Check]) -> Limits:
@@ -197,13 +196,7 @@ def _limit(subject: Subject, bundle: Bundle, own: Iterable[Check]) -> Limits:
     if not bfloat16.holds(subject.graph):
         return base_limit(subject, bundle)
     worst = max((check.error for check in own), default=0.0)
-    return max(compare.LIMIT, min(_SLACK * worst, compare.BFLOAT16_LIMIT))
-
-
-def _graphs(bundle: Bundle) -> list[str]:
-    """The graphs with branches: the portable two, and those for the CPU where there are any."""
-    own = [file for file in (FACTORED_CPU, BANKED_CPU, BANKED_CUDA) if file in bundle.manifest.files]
-    return ["factored.onnx", "banked.onnx", *own]
+    return max(LIMIT, min(BRANCH_SLACK * worst, LIMITS["bfloat16"]))
 
 
 def check_rows(
@@ -223,7 +216,7 @@ def check_rows(
         return  # no output may be asked of such a batch
     shapes = proved_shapes(subject, bundle.manifest) if shapes is None else shapes
     limit = branch_limit(subject, bundle, shapes[0])
-    files = [file for file in _graphs(bundle) if file.startswith("banked")]
+    files = graphs_of(bundle.manifest, "banked")
     sessions = {file: compare.open_session(bundle.path / file) for file in files}
     names = list(adapters)
     for start in range(0, max(len(names), 1), _MIXED):
@@ -319,19 +312,6 @@ def probe(bundle: Bundle, seed: int) -> Adapter:
             gains |= dict.fromkeys(names, 1 + 0.1 * random.standard_normal(shape))
     kept = {name: array for name, array in overrides.items() if name not in deltas and name not in gains}
     return Adapter(deltas, kept, source=f"probe {seed}", gains=gains)
-
-
-def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None], file: str = "banked.onnx") -> dict[str, Array]:
-    """What a banked graph takes beside inputs and index: the factors of every task, in their order."""
-    packing = bundle.manifest.packing if file == BANKED_CUDA else ()
-    default = {
-        slots.input_name(target, slot): array
-        for target in bundle.manifest.targets
-        for slot, array in bundle.default(target).items()
-    }
-    own = [default | (bundle.feeds(adapter) if adapter is not None else {}) for adapter in tasks.values()]
-    rows = [pack(packing, tensors, {}) for tensors in own]
-    return {name: slots.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def cut(outputs: Outputs, bundle: Bundle, adapter: Adapter | None) -> Outputs:

@@ -10,6 +10,7 @@ import numpy as np
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.manifest import Manifest, OutputRows
+from tpeft_deploy.bundle.tolerances import LIMIT
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Inputs
 from tpeft_deploy.exporters.oracle.subject import Subject
@@ -71,4 +72,4 @@ def _with_row_changed(manifest: Manifest, inputs: Inputs, row: int) -> dict[str,
 
 
 def _alike(got: Array, expected: Array) -> bool:
-    return got.shape == expected.shape and compare.relative_error(got, expected) <= compare.LIMIT
+    return got.shape == expected.shape and compare.relative_error(got, expected) <= LIMIT

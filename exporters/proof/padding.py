@@ -17,16 +17,18 @@ import numpy as np
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BASE_TASK, Bundle
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
 from tpeft_deploy.exporters.causes import said_by
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Outputs
 from tpeft_deploy.exporters.oracle.compare import Check
+from tpeft_deploy.exporters.oracle.limits import limit_of
 from tpeft_deploy.exporters.oracle.sizes import Sizes
 from tpeft_deploy.exporters.oracle.subject import Subject
-from tpeft_deploy.exporters.proof.forms_and_rows import banks, base_limit, branch_limit, cut, probe, with_checks
+from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks, graphs_of
+from tpeft_deploy.exporters.proof.forms_and_rows import base_limit, branch_limit, cut, probe, with_checks
 from tpeft_deploy.exporters.proof.ragged_batches import Batch, Ragged
 from tpeft_deploy.progress import Progress
 
@@ -137,10 +139,9 @@ def check_padding(
     first = dict(islice(adapters.items(), 1))
     tasks: dict[str, Adapter | None] = {BASE_TASK: None, **first, "probe 0": probe(bundle, 0)}
     branches = branch_limit(subject, bundle, ragged.own)
-    limits = {"base.onnx": base_limit(subject, bundle), "banked.onnx": branches}
-    limits |= {file: branches for file in (BANKED_CPU, BANKED_CUDA) if file in manifest.files}
+    banked = {file: banks(bundle, tasks, file) for file in graphs_of(manifest, "banked")}
+    limits = {BASE: base_limit(subject, bundle), **dict.fromkeys(banked, branches)}
     sessions = {file: compare.open_session(bundle.path / file) for file in limits}
-    banked = {file: banks(bundle, tasks, file) for file in limits if file != "base.onnx"}
     for position, (task, adapter) in enumerate(tasks.items()):
         alone = [(sizes, subject.answer(adapter, ragged.rows(sizes))) for sizes in batches[-1].groups]
         alone = [(sizes, {name: answer[name] for name in apart}) for sizes, answer in alone]
@@ -148,7 +149,7 @@ def check_padding(
             inputs = ragged.joined(batch)
             expected = [next(answer for sizes, answer in alone if sizes == own) for own in batch.groups]
             for file, session in sessions.items():
-                if file == "base.onnx" and adapter is not None:
+                if file == BASE and adapter is not None:
                     continue
                 feeds = banked[file] | {slots.INDEX: np.array([position])} if file in banked else {}
                 run = cache(partial(compare.run, session, inputs, feeds))
@@ -218,7 +219,7 @@ def _check_example(subject: Subject, manifest: Manifest) -> None:
             got = subject.answer(None, shorter)
         except Exception as error:  # models raise every kind of exception; the cause is kept
             raise NotEquivalent(doing, problem=f"the base does not run on it ({said_by(error)})") from error
-        if all(compare.relative_error(got[name], whole[name]) <= compare.limit_of(subject.graph) for name in whole):
+        if all(compare.relative_error(got[name], whole[name]) <= limit_of(subject.graph) for name in whole):
             raise NotEquivalent(
                 doing,
                 expected="answers that depend on it",

@@ -15,6 +15,7 @@ from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.proof.bundle_graphs import FACTORED
 from tpeft_deploy.exporters.proof.forms_and_rows import branch_limit
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.ties import changed_names
@@ -57,7 +58,7 @@ def check_targets(
     """Run every target of every task alone; of a task with many, `MOST` that are spread evenly over it."""
     sizes = subject.shapes[0]
     inputs = subject.inputs(sizes)
-    session, limit = compare.open_session(bundle.path / "factored.onnx"), branch_limit(subject, bundle, sizes)
+    session, limit = compare.open_session(bundle.path / FACTORED), branch_limit(subject, bundle, sizes)
     for position, (task, adapter) in enumerate(adapters.items()):
         progress(Stage(f"check each target of {task}", position, len(adapters)))
         parts = parts_of(bundle, adapter)
