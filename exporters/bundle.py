@@ -68,13 +68,13 @@ def export_bundle(
         path: the directory to write; it must not exist or be empty.
         name: the bundle's name; by default the directory's.
         max_rank: the largest rank of an adapter that the bundle takes; by default any.
-        example_inputs: by input name, for a module or an ONNX file; the first axis is the batch.
+        example_inputs: arrays or tensors by input name, for a module or an ONNX file; the first axis is the batch.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
         weights: the original weights of an ONNX file, as `load_base` takes them.
         rename: other names for inputs and outputs: the base's own -> the bundle's.
-        padding: by input name, what rows may be filled up with along free axes but the batch, so that requests of
-            other lengths share a run; refused unless every answer stays as it was.  By default what a Hugging Face
-            text model itself says, where that is proved; {} for none.
+        padding: values by input name to pad rows with along free axes but the batch, so that requests of
+            other lengths share a run; refused unless every answer stays as it was.  By default those of a Hugging Face
+            text model's configuration, where proved; {} for none.
         resize_embeddings: give the base as many tokens as the adapters have, as `resize_token_embeddings` did before
             they were trained; its new rows are zero.
         unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
@@ -83,7 +83,7 @@ def export_bundle(
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
-        progress: told each stage.
+        progress: called at each stage.
 
     Returns:
         The bundle, opened.

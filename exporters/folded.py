@@ -60,7 +60,7 @@ def export_folded(
         base: a torch module, "package.module:factory", a Hugging Face model directory, or an ONNX file.
         adapter: from `load_adapter`.
         path: the ONNX file to write; weights above 100 MB go to `<path>.data` beside it.
-        example_inputs: by input name, for a module or an ONNX file; the first axis is the batch.
+        example_inputs: arrays or tensors by input name, for a module or an ONNX file; the first axis is the batch.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
         task: the adapter's name, for messages and the model's metadata.
         weights: the original weights of an ONNX file, as `load_base` takes them.
@@ -70,7 +70,7 @@ def export_folded(
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the model's metadata as `tpeft.limit`.
         unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
-        progress: told each stage.
+        progress: called at each stage.
 
     Returns:
         What the numeric gate measured.
@@ -100,7 +100,7 @@ def plan_folded(
     unused: Unused = "error",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Everything of `export_folded`, whose arguments these are, up to writing: what a dry run prints.
+    """Plan an `export_folded` with the same arguments: the document that a dry run prints.
 
     Raises:
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch: the base cannot be exported, or the adapter does not
@@ -158,7 +158,7 @@ def write_folded(
 ) -> list[Check]:
     """Fold, optimise, save beside `path`, check there, and only then move to `path`."""
     subject = sources.subject
-    # References first: the merged weights that they need are gone before the session takes its own.
+    # References first: the merged weights that they need are gone before the session takes as much.
     expected = [
         (sizes, subject.reference(adapter, sizes)) for sizes in [*subject.shapes, *subject.empty_shapes.values()]
     ]

@@ -1,4 +1,4 @@
-"""What an export will write, found out before anything is written: the base traced, targets resolved, sizes known."""
+"""Plan of an export before anything is written: the base traced, targets resolved, sizes known."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ORDERS: tuple[Order, ...] = ("major", "minor", "shared")
 
 @dataclass(frozen=True)
 class Need:
-    """What one task feeds to one target: the sizes of its slots' letters, e.g. {"R_i": 8, "R_o": 16}, and bytes."""
+    """Feeds of one task for one target: the sizes of its slots' letters, e.g. {"R_i": 8, "R_o": 16}, and bytes."""
 
     ranks: Mapping[str, int]
     bytes: int
@@ -55,7 +55,7 @@ class Plan:
         resolved: weight -> initializer that holds it.
         adapters: task -> adapter.
         draft: the manifest, without files, and without what only the graphs tell: how outputs vary, rows, padding.
-        padding: what the user says inputs may be filled up with, not proved yet; None leaves it to the base.
+        padding: padding by input name that the user declares, not proved yet; None leaves it to the base.
     """
 
     base: Base
@@ -71,7 +71,7 @@ class Plan:
         return self.draft.weight_bytes
 
     def needs(self, task: str) -> dict[str, Need]:
-        """What a task feeds: target key -> ranks and bytes; a target that it leaves alone is absent.
+        """Feeds of a task: target key -> ranks and bytes; a target that it leaves alone is absent.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch, AdapterError: the bundle would refuse the adapter.
@@ -96,7 +96,7 @@ class Plan:
         return [target.name for target in self.draft.targets if all(target.name in single for single in found)]
 
     def to_json(self) -> dict[str, Any]:
-        """What a dry run prints: `rows` of the bundle and of a target is "group", or None where only running tells."""
+        """Document that a dry run prints: `rows` of bundle and target is "group", or None where only running tells."""
         grouped = self.grouped()
         needs = {task: self.needs(task) for task in self.adapters}
         return {
@@ -146,7 +146,7 @@ def plan_bundle(
     exclude: Iterable[str] = (),
     progress: Progress = silent,
 ) -> Plan:
-    """Everything of `export_bundle`, whose arguments these are, up to writing.
+    """Plan an `export_bundle` with the same arguments.
 
     Raises:
         BundleError: a name is not allowed.

@@ -1,4 +1,4 @@
-"""What `verify` measured as one HTML page that needs nothing else, the same for the same bundle and figures."""
+"""A verification as one HTML page without other files, the same for the same bundle and figures."""
 
 from __future__ import annotations
 

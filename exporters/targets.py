@@ -31,7 +31,7 @@ _LEADING = {"MatMul": -1, "Gemm": -1, "Gather": 0, "Conv": 1, "ConvTranspose": 1
 
 
 def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str, str], *, base: str) -> list[Target]:
-    """The targets of a set of adapters, with the kind that every consumer of each weight allows.
+    """Plan the targets of a set of adapters, with the kind that every consumer of each weight allows.
 
     Raises:
         UnknownTarget: a weight that an adapter changes is in the base but not in its graph.
@@ -60,16 +60,16 @@ def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str
 
 
 def plan_all(graph: ir.Graph, resolved: Mapping[str, str]) -> list[Target]:
-    """A target for every weight that is a linear layer or a convolution at all of its uses."""
+    """Plan a target for every weight that is a linear layer or a convolution at all of its uses."""
     names = sorted(set(resolved.values()))
     return [_target(graph, name, _kind(graph, name)) for name in names if _is_layer(weight_value(graph, name))]
 
 
 def activations(graph: ir.Graph, targets: Iterable[Target]) -> dict[str, int]:
-    """The values whose rows a banked branch must know: what goes into and comes out of every consumer of a target.
+    """Values that a banked branch must know the rows of: inputs and outputs of every consumer of a target.
 
     Returns:
-        Name of the value -> its leading axes, as `rows.find` takes them.
+        Name of the value -> its leading axes, as `batch_axes.find` takes them.
     """
     found: dict[str, int] = {}
     batch = batch_axis(graph)

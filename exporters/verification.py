@@ -16,15 +16,15 @@ __all__ = ["Verification"]
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """What was measured on a bundle whose digests are right.
+    """Measurements on a bundle with correct digests.
 
     Args:
-        bundle: it.
-        reference: what the forms were compared with.
+        bundle: the verified bundle.
+        reference: description of the reference.
         tasks: the tasks that were checked -> adapter.
         checks: every form of every task, rows of different tasks, and rows filled up to one length.
         targets: each target alone, when a report was asked for.
-        left_out: what was not checked -> why.
+        left_out: pairs of what was not checked and the reason.
     """
 
     bundle: Bundle
@@ -50,7 +50,7 @@ class Verification:
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """What --json prints."""
+        """Document that --json prints."""
         manifest = self.bundle.manifest
         return {
             "name": manifest.name,

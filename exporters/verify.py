@@ -1,4 +1,4 @@
-"""Proving a finished bundle again: its bytes against their digests, then every form against a merged reference.
+"""Verify a finished bundle: its bytes against their digests, then every form against a merged reference.
 
 Bytes come first: a bundle with an altered file is refused before any of its graphs is run.
 """
@@ -55,13 +55,13 @@ def verify_bundle(
     Args:
         path: the bundle.
         task: the only task to check; by default all of them.
-        base: what the bundle was exported from, as `export_bundle` takes it, for a reference that is merged and run
+        base: exported base, as `export_bundle` takes it, for a reference that is merged and run
             outside ONNX; by default base.onnx with the merged tensors in place of its initializers.
         against_source: the directory or file that the task's adapter was read from: its forms are compared with the
             forward method of the library that wrote it too.  Needs a `base` with a torch module, and `task` where the
             bundle has several.
         report: an HTML file to write, failures included; it also shows the error of every target alone.
-        progress: told each stage.
+        progress: called at each stage.
 
     Returns:
         What was measured: every check passed.
@@ -128,7 +128,7 @@ def _read(bundle: Bundle, names: list[str], progress: Progress) -> dict[str, Ada
     progress(Stage("check the digests of the weights", len(bundle.manifest.files), len(steps)))
     for name, weight in bundle.manifest.weights.items():
         if not weight.length:
-            continue  # quantised: its bytes are in the graphs, which have digests of their own
+            continue  # quantised: its bytes are in the graphs, which have digests too
         digest = weight_digest(bundle.base_value(name))
         if digest != weight.digest:
             raise _altered(bundle, f"weight {name!r}", f"digest {weight.digest[:12]}...", f"{digest[:12]}...")
@@ -174,7 +174,7 @@ def _same_change(bundle: Bundle, name: str, native: Mapping[str, Array], wanted:
 
 
 def _check_ports(bundle: Bundle, file: str) -> None:
-    """A graph takes and gives what the manifest says."""
+    """Check a graph's inputs and outputs against the manifest."""
     graph, manifest = ir.load(bundle.path / file).graph, bundle.manifest
     fed = {port.name for port in manifest.inputs} | feed_names(manifest, file)
     pairs = {
@@ -201,7 +201,7 @@ def _altered(bundle: Bundle, what: str, expected: str, got: str) -> IntegrityErr
 
 
 def _own_base(bundle: Bundle, base: Base) -> Base:
-    """A base whose weights are those of the bundle, on the bundle's example inputs."""
+    """A base that was checked to have the bundle's weights, on the bundle's example inputs."""
     weights = base.weights
     for name, weight in bundle.manifest.weights.items():
         digest = weight_digest(weights[name]) if name in weights else None
@@ -216,7 +216,7 @@ def _own_base(bundle: Bundle, base: Base) -> Base:
 
 
 def _sourced(bundle: Bundle, task: str | None, base: object, path: str | os.PathLike[str]) -> dict[str, Origin]:
-    """The one task that a training library is to be asked about, and what about."""
+    """The task that a training library is to run, and the files to run."""
     doing = f"verify bundle {bundle.path} against the source {path}"
     names = [task] if task is not None else list(bundle.tasks)
     if len(names) != 1:
@@ -244,7 +244,7 @@ def _sourced(bundle: Bundle, task: str | None, base: object, path: str | os.Path
 
 
 def _asked(bundle: Bundle, sources: Sources, task: str, adapter: Adapter, path: object) -> str:
-    """What is compared with a source, for people.
+    """Describe the comparison with a source.
 
     Raises:
         UnsupportedBase: there is no torch module.

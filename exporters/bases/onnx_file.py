@@ -53,7 +53,7 @@ class OnnxBase(Base):
         known: its original weights; None leaves them to what adapters recorded, see `knowing`.
 
     Raises:
-        UnsupportedBase: the file is no model that can be a base, or the inputs are not its own.
+        UnsupportedBase: the file is no model that can be a base, or the inputs do not fit it.
     """
 
     def __init__(self, path: Path, inputs: Mapping[str, object] | None, known: Known | None) -> None:
@@ -140,7 +140,7 @@ class OnnxBase(Base):
         super().check(adapter)
 
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
-        """Run the normalised graph with merged tensors in place of its own, nothing optimised."""
+        """Run the normalised graph with merged tensors in place of the base's, nothing optimised."""
         if self._last is None or self._last[0] is not adapter:
             self._last = None
             model = self._unproved.model.clone()
@@ -151,7 +151,7 @@ class OnnxBase(Base):
         return {name: outputs[name] for name in names}
 
     def in_both(self, inputs: Inputs, names: Sequence[str]) -> tuple[Outputs, Outputs]:
-        """What the normalised graph computes as it is, and as a copy in float32 with the same weights.
+        """Run the normalised graph as it is, and as a copy in float32 with the same weights.
 
         Raises:
             UnsupportedBase: it is in bfloat16, which ONNX Runtime's CPU does not run.

@@ -186,7 +186,7 @@ def _scan(model: ir.Model, region: Region, index: ir.Value) -> None:
 
 
 def _body(region: Region, kept: Sequence[ir.Value], index: ir.Value, name: str) -> ir.Graph:
-    """The region for one adapter, whose number is the only input."""
+    """The region for one adapter; its number is the only input."""
     row = ir.Value(name=f"{name}.row", shape=ir.Shape([1]), type=index.type)
     inside: dict[ir.Value, ir.Value] = {index: row}
     order = {node: i for i, node in enumerate(region.nodes[0].graph or ())}

@@ -1,4 +1,4 @@
-"""Where the batch is inside an activation, found by changing single rows of the input and looking what changes.
+"""Detect the batch axis of activations by perturbing single rows of the input.
 
 Nothing in an ONNX graph says whether the first axis of an intermediate value is the batch: a layer may lay its rows
 out sequence-major (nn.MultiheadAttention), fold frames into the batch, or work on a table that every row shares.
@@ -22,7 +22,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["Order", "find", "mark", "order_of", "same_order"]
 
 Order = Literal["major", "minor", "shared", "mixed"]
-"""Rows of a batch inside an activation whose axes but the last (convolutions: but the first) are taken as one.
+"""Rows of a batch inside an activation; all axes but the last (convolutions: but the first) are taken as one.
 
 major: entry i belongs to row i // m; minor: to row i % B; shared: to none, it is the same for all rows;
 mixed: rows depend on each other, or are ordered in yet another way.
@@ -33,7 +33,7 @@ _ROWS = 3
 
 
 def order_of(value: ir.Value) -> Order:
-    """What `mark` found out; a weight is the same for all rows, and rows come first where nobody asked."""
+    """Order that `mark` wrote; a weight is the same for all rows, and rows come first in a value without a mark."""
     if value.const_value is not None:
         return "shared"
     found: Order = value.meta.get(_KEY, "major")
@@ -93,7 +93,7 @@ def find(subject: Subject, raw: ir.Model, values: Iterable[tuple[str, int]], pla
 
 
 def _alike(shape: ir.Shape | None, axes: int, batch: str) -> Order | None:
-    """Where the rows are in a value that has a batch axis and is the same for all rows, such as a repeated table."""
+    """Order of rows in a value that has a batch axis and is the same for all rows, such as a repeated table."""
     if shape is None:
         return None
     sizes = [str(size) if isinstance(size, int) else str(size.value) for size in shape]
@@ -115,7 +115,7 @@ def _showing(raw: ir.Model, wanted: Iterable[str]) -> ir.Model:
     values = {value.name: value for node in model.graph for value in node.outputs}
     values |= {value.name: value for value in model.graph.inputs}
     for name in wanted:
-        # Through an Identity: a value that is an input or an output already cannot be an output under its own name.
+        # Through an Identity: a value that is an input or an output already cannot be an output under the same name.
         node = ir.node("Identity", [values[name]], name=_shown(name))
         node.outputs[0].name = _shown(name)
         node.outputs[0].type, node.outputs[0].shape = values[name].type, values[name].shape

@@ -1,6 +1,6 @@
-"""The numeric gate: no export leaves without having been compared with the merged model.
+"""The numeric gate: every export is compared with the merged model.
 
-The reference is the base itself, run with gain * (W + dW) (in float64) and the task's overrides in place of its own
+The reference is the base itself, run with gain * (W + dW) (in float64) and the task's overrides in place of the base's
 tensors.  Relative error is ||export - reference|| / ||reference|| in the Frobenius norm, the worst over outputs;
 limits are those of the project: 1e-5 in float32, and in 16 bits what `oracle.rounding` derives, or a fixed one.
 """
@@ -82,7 +82,7 @@ class Check:
     oracle: str = MERGED
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest, which holds no check that failed."""
+        """Entry of a manifest, which holds no check that failed."""
         return {
             "form": self.form,
             "task": self.task,
@@ -105,7 +105,7 @@ class Check:
 
 
 def open_session(file: Path, *, optimized: bool = True) -> onnxruntime.InferenceSession:
-    """A CPU session that keeps to itself: no spinning threads, no log, and no packed copies of the weights.
+    """A CPU session without spinning threads, log and packed copies of the weights.
 
     A model in bfloat16, which the CPU cannot run, is run as a copy in float32 with the same weights.
 
@@ -188,12 +188,12 @@ def measure(
     limit: Limits = LIMIT,
     oracle: str = MERGED,
 ) -> Check:
-    """Compare all outputs of a run, and say what is wrong instead of raising it.
+    """Compare all outputs of a run; a failure is part of the result, not raised.
 
     Args:
-        form: as in `Check`, like `task` and `sizes`.
+        form: form that was run, as in `Check`.
         task: the task that was run.
-        sizes: the sizes it was run at.
+        sizes: free sizes of the inputs.
         answer: runs the form.
         expected: the reference's outputs.
         limit: relative error allowed for all outputs, or for each; at least 2e-3 where an output is in 16 bits.

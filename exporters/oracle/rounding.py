@@ -1,4 +1,4 @@
-"""The rounding of a 16-bit base, measured on the base itself, and the limits of its exports that follow from it.
+"""Measure the rounding of a 16-bit base; limits of its exports follow from it.
 
 A fixed limit accepts or refuses a 16-bit model by the luck of its weights and inputs: what 16 bits cost depends on the
 depth of a model and on what cancels in it.  The library's own 16-bit forward, against its 32-bit forward on the same
@@ -30,7 +30,7 @@ def measure_rounding(subject: Subject) -> Rounding | None:
     """Compare a base in 16 bits with itself in 32 bits, at the sizes that an export is proved at.
 
     Args:
-        subject: base, whose raw graph's weights tell the dtype.
+        subject: base with its raw graph, which tells the dtype.
 
     Returns:
         What was measured, or the fixed limits and why; None for a base in 32 bits or more.

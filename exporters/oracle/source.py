@@ -42,7 +42,7 @@ _HALVES = {torch.float16, torch.bfloat16}
 
 @dataclass(frozen=True)
 class Source:
-    """What proves that an adapter was read as it was meant.
+    """Evidence that an adapter was read correctly.
 
     Args:
         oracle: the library and its version, "peft 0.21.2"; "merged" where the merged base is all there is.
@@ -66,9 +66,9 @@ class Source:
         """Compare a run with the merged base, and with the library where it was asked at these sizes.
 
         Args:
-            form: as for `gate.measure`, like all that follow.
+            form: form that is run, as for `compare.measure`.
             task: the task that was run.
-            sizes: the sizes it was run at.
+            sizes: free sizes of the inputs.
             answer: runs the form, once.
             expected: the merged base's outputs.
             limit: relative error allowed.
@@ -104,7 +104,7 @@ class Sources:
         return source
 
     def to_json(self, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """What a manifest records: task -> its oracle, with no error yet.
+        """Records for a manifest: task -> its oracle, with no error yet.
 
         Args:
             digests: task -> digest of the adapter that the record is about.

@@ -1,4 +1,4 @@
-"""What an export is compared with: a base with its raw graph, its free sizes, inputs and reference answers."""
+"""Subject of an export: a base with its raw graph, its free sizes, inputs and reference answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proving a bundle: every form of every task, and rows of different tasks in one run, against the merged base."""
+"""Prove a bundle: every form of every task, and rows of different tasks in one run, against the merged base."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def prove(
     progress: Progress,
     sources: Sources,
 ) -> Manifest:
-    """The manifest with what the gate measured, and with whether rows of different adapters may share a run.
+    """Prove a bundle; the manifest gains all measurements, and whether rows of different adapters may share a run.
 
     Args:
         subject: oracle.
         bundle: written already, with the adapters in it.
         adapters: task -> adapter.
-        progress: told each stage.
+        progress: called at each stage.
         sources: answers of the training libraries.
 
     Raises:
@@ -104,7 +104,7 @@ def _prove_empty(
     progress: Progress,
     sources: Sources,
 ) -> Manifest:
-    """The manifest with the free sizes at whose 0 every form is right: a trace may not hold there."""
+    """Add the free sizes that may be 0 to the manifest: every form is right there, although a trace may not hold."""
     for name, sizes in subject.empty_shapes.items():
         found: list[Check] = []
         checks = [partial(check_forms, subject, bundle, adapters, progress, sources, [sizes])]
@@ -170,12 +170,12 @@ def check_forms(
 
 
 def branch_limit(subject: Subject, bundle: Bundle, sizes: Sizes) -> Limits:
-    """What a form with branches must stay under: in bfloat16, little more than the error of base.onnx at `sizes`."""
+    """Limit of a form with branches: in bfloat16, little more than the error of base.onnx at `sizes`."""
     return _limit(subject, bundle, _check_base(subject, bundle, [sizes]) if bfloat16.holds(subject.graph) else [])
 
 
 def base_limit(subject: Subject, bundle: Bundle) -> Limits:
-    """What base.onnx must stay under: in bfloat16, where a copy in float32 is run, its rounding is no excuse."""
+    """Limit of base.onnx: fixed in bfloat16, where a copy in float32 is run and rounding is no excuse."""
     if bfloat16.holds(subject.graph):
         return limit_of(subject.graph)
     return limits_of(subject.graph, bundle.manifest.rounding, bundle.manifest.tolerance)
@@ -192,7 +192,7 @@ def _check_base(subject: Subject, bundle: Bundle, shapes: Iterable[Sizes]) -> It
 
 
 def _limit(subject: Subject, bundle: Bundle, own: Iterable[Check]) -> Limits:
-    """What forms with branches must stay under, given the checks of the base."""
+    """Limit of forms with branches, given the checks of the base."""
     if not bfloat16.holds(subject.graph):
         return base_limit(subject, bundle)
     worst = max((check.error for check in own), default=0.0)

@@ -1,4 +1,4 @@
-"""Which outputs keep the rows of a batch apart, found by changing single rows of the base's inputs.
+"""Detect the outputs that keep the rows of a batch apart by changing single rows of the base's inputs.
 
 A contrastive model scores every row against every other, a mean over the batch belongs to none of its rows: such an
 output has no meaning for rows of different tasks, or of different callers.
@@ -22,12 +22,12 @@ _ROWS = (3, 5)  # of a run at each proof shape; other numbers of rows tell an ax
 
 
 def find_output_rows(subject: Subject, manifest: Manifest, probe: Adapter) -> dict[str, OutputRows | None]:
-    """What `Port.rows` says of every output; None where the rows of the example do not tell.
+    """Find `Port.rows` of every output; None where the rows of the example do not tell.
 
     Args:
         subject: base to run.
-        manifest: describes the outputs.
-        probe: changes every weight that an adapter may change.
+        manifest: description of the outputs.
+        probe: adapter that changes every weight that an adapter may change.
     """
     batch = str(manifest.batch_axis)
     found: dict[str, set[OutputRows | None]] = {name: set() for name in subject.outputs}

@@ -1,8 +1,7 @@
-"""Proving that rows may be filled up to one length: every answer, cut back, is the one of the row alone.
+"""Prove that rows may be padded to one length: every answer, cut back, is the one of the row alone.
 
-What a free size may be filled up with stands in the manifest (`Port.pad`), and only there may a runtime join requests
-of different lengths.  A mask that hides the padding makes it so; a mean over the sequence, or a second convolution over
-time, sees it.
+The padding value stands in the manifest (`Port.pad`), and only there may a runtime join requests of different lengths.
+A mask that hides the padding makes it so; a mean over the sequence, or a second convolution over time, sees it.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _FIX = "The model reads what it is filled up with: leave it out of padding= (--p
 
 
 def declare(draft: Manifest, padding: Mapping[str, Pad], base: str) -> Manifest:
-    """A manifest whose inputs say what they may be filled up with; nothing is proved by it.
+    """Declare the padding of a manifest's inputs; nothing is proved by it.
 
     Args:
         draft: its inputs are the base's.
@@ -75,15 +74,15 @@ def prove_padding(
     padding: Mapping[str, Pad] | None,
     progress: Progress,
 ) -> Manifest:
-    """The manifest with what its inputs may be filled up with, and what was measured for it.
+    """Prove the padding of a base's inputs; the manifest gains it, and its measurements.
 
     Args:
         subject: base; the padding that it declares itself is left out, with a warning, where the proof fails.
         bundle: written already.
-        manifest: of what was proved before.
+        manifest: manifest with all that was proved before.
         adapters: task -> adapter.
-        padding: what the user declares instead; None leaves it to the base.
-        progress: told the stage.
+        padding: padding that the user declares instead; None leaves it to the base.
+        progress: called at the stage.
 
     Raises:
         UnsupportedBase: an input cannot be filled up as the user declares.
@@ -108,16 +107,16 @@ def prove_padding(
 def check_padding(
     subject: Subject, bundle: Bundle, manifest: Manifest, adapters: Mapping[str, Adapter]
 ) -> Iterator[Check]:
-    """Compare rows that are filled up, cut back to their own lengths, with the merged base on the rows alone.
+    """Compare rows that are filled up, cut back to their lengths, with the merged base on the rows alone.
 
     All rows one and seven longer than the example, then rows of different lengths in one run: the base, the first of
     the adapters, and a random probe that changes every target, for the adapters that are added later.  As in
-    `proof.check_forms`, comparisons that failed are among those that come back; each is the worst of its rows.
+    `check_forms`, comparisons that failed are among those that come back; each is the worst of its rows.
 
     Args:
         subject: oracle.
         bundle: written already.
-        manifest: says what its inputs are filled up with.
+        manifest: manifest with declared padding.
         adapters: task -> adapter.
 
     Raises:
@@ -205,7 +204,7 @@ def _shape(port: Port) -> str:
 
 
 def _check_example(subject: Subject, manifest: Manifest) -> None:
-    """Refuse an example that would prove nothing: one whose last entries no answer depends on.
+    """Refuse an example that would prove nothing: no answer depends on its last entries.
 
     Raises:
         NotEquivalent: filling up in place of the last entries makes no difference, or the base fails on it.

@@ -1,4 +1,4 @@
-"""The error of one target alone: what a report shows, to tell which branch a deviation comes from."""
+"""The error of each target alone, for a report to show which branch a deviation comes from."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class TargetCheck:
     """The factored form fed one weight's change alone, against the reference with that change alone.
 
     Args:
-        task: whose change it is.
-        weights: usually one; heads of another size change with their biases.
-        kinds: of the branches that took it.
-        check: what was measured, at the example's own sizes.
+        task: task that the change belongs to.
+        weights: names, usually one; heads of another size change with their biases.
+        kinds: kinds of the branches that took it.
+        check: measurement at the example's sizes.
     """
 
     task: str
@@ -42,7 +42,7 @@ class TargetCheck:
     check: Check
 
     def to_json(self) -> dict[str, Any]:
-        """As --json prints it."""
+        """Entry that --json prints."""
         return {
             "task": self.task,
             "weights": list(self.weights),

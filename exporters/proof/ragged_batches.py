@@ -37,7 +37,7 @@ class Ragged:
 
     Args:
         subject: base that gives the example, and is tried at other lengths.
-        manifest: says along which names rows are filled up, and with what.
+        manifest: states the free sizes along which rows are filled up, and the values.
     """
 
     def __init__(self, subject: Subject, manifest: Manifest) -> None:
@@ -50,7 +50,7 @@ class Ragged:
         self._whole = subject.inputs(self.longer[-1])
 
     def batches(self) -> list[Batch]:
-        """What to run: rows of one length, and at last rows of every length that any batch has."""
+        """Batches to run: rows of one length, and at last rows of every length that any batch has."""
         groups = [self.own, self.longer[-1]]
         for turn in range(4):
             # Each name at another of its lengths, so that one is filled up where another is whole.
@@ -89,7 +89,7 @@ class Ragged:
         }
 
     def cut_back(self, outputs: Mapping[str, Array], batch: Batch, place: int) -> Outputs:
-        """The answers of one of a batch's groups, at its own lengths."""
+        """Outputs of one of a batch's groups, cut to its lengths."""
         rows = slice(place * _EACH, (place + 1) * _EACH)
         found = {}
         for port in self._manifest.outputs:
