@@ -87,7 +87,7 @@ class Plan:
         }
 
     def grouped(self) -> list[str]:
-        """Weights that take one adapter per run wherever the rows are; of others only a run of the base can tell."""
+        """Weights that take one adapter per run wherever the rows are; others are found by a run of the base."""
         values = activations(self.raw.graph, self.draft.targets)
         found = [
             set(attach_banked.attach(self.raw.clone(), self.draft.targets, dict.fromkeys(values, order)))

@@ -157,7 +157,7 @@ def _check_native(bundle: Bundle, task: str, adapter: Adapter) -> None:
 
 
 def _same_change(bundle: Bundle, name: str, native: Mapping[str, Array], wanted: Mapping[str, Array]) -> bool:
-    """Whether the slots of the target that takes a tensor have other ranks in two sets, and say the same change."""
+    """Whether the slots of the target that takes a tensor have other ranks in two sets, for the same change."""
     for target in bundle.manifest.targets:
         inputs = {slot.name: slots.input_name(target, slot.name) for slot in slots.slots_of(target)}
         if target.part != "delta" or name not in inputs.values():

@@ -46,7 +46,7 @@ class BundleBase(Base):
 
     @property
     def weights(self) -> Mapping[str, Array]:
-        """Every weight by every name it has, read from weights.data when it is asked for."""
+        """Every weight by every name it has, read from weights.data on access."""
         return self._bundle.base_view.weights
 
     @property

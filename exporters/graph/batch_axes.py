@@ -105,7 +105,7 @@ def _alike(shape: ir.Shape | None, axes: int, batch: str) -> Order | None:
 
 
 def _agreed(orders: set[Order]) -> Order:
-    """One answer of those that replacing each row gave; a row that was like its replacement says nothing."""
+    """Join the orders found by replacing each row; a row that was like its replacement shows nothing."""
     told = orders - {"shared"} or orders
     return told.pop() if len(told) == 1 else "mixed"
 

@@ -39,7 +39,7 @@ def operands(graph: ir.Graph) -> list[str]:
 
 
 def tag(node: ir.Node, name: str, shape: tuple[int, ...], digest: str) -> None:
-    """Let a product say which weight it holds."""
+    """Name the weight of a product."""
     node.metadata_props[_NAME] = name
     node.metadata_props[_SHAPE] = ",".join(map(str, shape))
     node.metadata_props[_DIGEST] = digest

@@ -63,7 +63,7 @@ class Source:
         expected: Outputs,
         limit: Limits,
     ) -> Iterator[Check]:
-        """Compare a run with the merged base, and with the library where it was asked at these sizes.
+        """Compare a run with the merged base, and with the library where it ran at these sizes.
 
         Args:
             form: form that is run, as for `compare.measure`.
@@ -81,7 +81,7 @@ class Source:
 
 
 class Sources:
-    """The sources of the tasks of one base, each asked once.
+    """The sources of the tasks of one base, each run once.
 
     Args:
         subject: base of all adapters.

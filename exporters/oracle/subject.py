@@ -69,7 +69,7 @@ class Subject:
 
     @property
     def rows_differ(self) -> bool:
-        """Whether the example has rows that differ: where all are alike, nothing tells them apart in a model."""
+        """Whether the example has rows that differ: rows that are alike cannot be told apart in a model."""
         if self.batch is None:
             return False
         inputs = self.inputs(self.example_sizes | {self.batch: _ROWS[0]})

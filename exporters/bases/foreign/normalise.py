@@ -52,7 +52,7 @@ def normalise(model: ir.Model, found: Found, known: Known) -> set[str]:
 
 
 def _tag(graph: ir.Graph, found: Found, known: Known) -> set[str]:
-    """Let quantised products say which weight they hold."""
+    """Name the weights of quantised products."""
     held = {name for _, name in found.quantised if name not in found.problems and name not in graph.initializers}
     for node, name in found.quantised:
         if name in held:
