@@ -125,7 +125,7 @@ def export_bundle(
             progress(Stage(f"store {task}", position, len(adapters)))
             bundle.add(task, adapter)
         sources = Sources(subject, keep=folded)
-        manifest = prove(subject, bundle, adapters, progress, sources)
+        manifest = prove(sources, bundle, adapters, progress)
         manifest = prove_padding(subject, bundle, manifest, adapters, plan.padding, progress)
         for position, (task, adapter) in enumerate(adapters.items() if folded else ()):
             progress(Stage(f"fold {task}", position, len(adapters)))

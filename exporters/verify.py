@@ -88,7 +88,7 @@ def verify_bundle(
     sources = Sources(subject, keep=True)
     tasks |= {name: replace(tasks[name], origin=origin) for name, origin in sourced.items()}
     reference += "".join(_asked(bundle, sources, name, tasks[name], against_source) for name in sourced)
-    checks = list(check_forms(subject, bundle, tasks, progress, sources))
+    checks = list(check_forms(sources, bundle, tasks, progress))
     left_out = _unsourced(tasks, sourced)
     left_out += [
         (f"mixed rows of output {port.name!r}", "it does not keep rows apart: only one task and one caller may ask")

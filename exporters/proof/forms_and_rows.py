@@ -44,51 +44,39 @@ Tasks = dict[str, Adapter | None]
 _MIXED = 6  # given adapters in one mixed batch, so that its size does not grow with their number
 
 
-def prove(
-    subject: Subject,
-    bundle: Bundle,
-    adapters: Mapping[str, Adapter],
-    progress: Progress,
-    sources: Sources,
-) -> Manifest:
+def prove(sources: Sources, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress) -> Manifest:
     """Prove a bundle; the manifest gains all measurements, and whether rows of different adapters may share a run.
 
     Args:
-        subject: oracle.
+        sources: answers of the training libraries, with the subject that they are about.
         bundle: written already, with the adapters in it.
         adapters: task -> adapter.
         progress: called at each stage.
-        sources: answers of the training libraries.
 
     Raises:
         NotEquivalent: a form differs from the merged base, or from what its training library computes.
     """
     progress("check which outputs keep rows apart")
-    kinds = find_output_rows(subject, bundle.manifest, probe(bundle, 0))
+    kinds = find_output_rows(sources.subject, bundle.manifest, probe(bundle, 0))
     outputs = tuple(replace(port, rows=kinds[port.name]) for port in bundle.manifest.outputs)
     bundle = replace(bundle, manifest=replace(bundle.manifest, outputs=outputs))
-    manifest = _prove_rows(subject, bundle, adapters, progress, sources)
-    return _prove_empty(subject, bundle, manifest, adapters, progress, sources)
+    manifest = _prove_rows(sources, bundle, adapters, progress)
+    return _prove_empty(sources, bundle, manifest, adapters, progress)
 
 
-def _prove_rows(
-    subject: Subject,
-    bundle: Bundle,
-    adapters: Mapping[str, Adapter],
-    progress: Progress,
-    sources: Sources,
-) -> Manifest:
-    forms = [check.passed() for check in check_forms(subject, bundle, adapters, progress, sources)]
+def _prove_rows(sources: Sources, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress) -> Manifest:
+    forms = [check.passed() for check in check_forms(sources, bundle, adapters, progress)]
     manifest = with_checks(replace(bundle.manifest, oracles=sources.to_json(bundle.tasks)), forms)
     if manifest.rows == "group":
         return manifest
     try:
-        return with_checks(manifest, [check.passed() for check in check_rows(subject, bundle, adapters, progress)])
+        rows = [check.passed() for check in check_rows(sources.subject, bundle, adapters, progress)]
     except NotEquivalent as error:
         # Which row order a layer has can only be proved by running it: a model that fails here is served one adapter
         # per run, which `check_forms` has proved.
         reason = f"rows of different adapters did not keep apart: {error.problem or f'got {error.got}'}"
         return replace(manifest, rows="group", rows_reason=reason)
+    return with_checks(manifest, rows)
 
 
 def proved_shapes(subject: Subject, manifest: Manifest) -> list[Sizes]:
@@ -97,19 +85,14 @@ def proved_shapes(subject: Subject, manifest: Manifest) -> list[Sizes]:
 
 
 def _prove_empty(
-    subject: Subject,
-    bundle: Bundle,
-    manifest: Manifest,
-    adapters: Mapping[str, Adapter],
-    progress: Progress,
-    sources: Sources,
+    sources: Sources, bundle: Bundle, manifest: Manifest, adapters: Mapping[str, Adapter], progress: Progress
 ) -> Manifest:
     """Add the free sizes that may be 0 to the manifest: every form is right there, although a trace may not hold."""
-    for name, sizes in subject.empty_shapes.items():
+    for name, sizes in sources.subject.empty_shapes.items():
         found: list[Check] = []
-        checks = [partial(check_forms, subject, bundle, adapters, progress, sources, [sizes])]
+        checks = [partial(check_forms, sources, bundle, adapters, progress, [sizes])]
         if manifest.rows == "each":
-            checks.append(partial(check_rows, subject, bundle, adapters, progress, [sizes]))
+            checks.append(partial(check_rows, sources.subject, bundle, adapters, progress, [sizes]))
         for check in (check for part in checks for check in part()):
             found.append(check)
             if check.failure is not None:
@@ -132,11 +115,10 @@ def with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
 
 
 def check_forms(
-    subject: Subject,
+    sources: Sources,
     bundle: Bundle,
     adapters: Mapping[str, Adapter],
     progress: Progress,
-    sources: Sources,
     shapes: Sequence[Sizes] | None = None,
 ) -> Iterator[Check]:
     """Compare the base, factored and banked forms with the merged base and with `sources`, one adapter per run.
@@ -144,6 +126,7 @@ def check_forms(
     Each comparison is made when it is asked for; those that failed are among them.  `shapes` are the free sizes to run
     at, by default those of `proved_shapes`.
     """
+    subject = sources.subject
     tasks: Tasks = {BASE_TASK: None, **adapters}
     shapes = proved_shapes(subject, bundle.manifest) if shapes is None else shapes
     progress(Stage("check the base", 0, len(tasks)))
