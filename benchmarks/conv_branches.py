@@ -27,7 +27,7 @@ import torch
 
 from tpeft_deploy import Adapter, export_bundle
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.exporters.proof.forms_and_rows import banks
+from tpeft_deploy.exporters.proof.bundle_graphs import banks
 from tpeft_deploy.tucker import TuckerDelta
 
 RANK, ROWS = 8, 4

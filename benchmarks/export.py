@@ -33,8 +33,10 @@ from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.graph import batch_axes
+from tpeft_deploy.exporters.graph.resolve import resolve
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, complete_shapes, prepare
-from tpeft_deploy.exporters.targets import activations, plan, resolve
+from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.targets import activations, plan
 from tpeft_deploy.tucker import Array
 
 RANK = 8
@@ -106,7 +108,7 @@ def exporting(name: str, place: Path) -> dict[str, float]:
     held = resolve(raw.graph, base.weights, base.aliases)
     optimising, raw = timed(partial(prepare, raw, held.values()))
     targets = plan(raw.graph, {"a": adapter}, held, base=name)
-    orders = batch_axes.find(base, raw, activations(raw.graph, targets).items(), place)
+    orders = batch_axes.find(Subject(base, raw.graph), raw, activations(raw.graph, targets).items(), place)
 
     def attach(form: str, branches: Any = None) -> None:
         model = raw.clone()

@@ -22,11 +22,12 @@ from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.graph import batch_axes
 from tpeft_deploy.exporters.graph.unused import Unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, share_weights, write_weights
-from tpeft_deploy.exporters.oracle.compare import check_tolerance
-from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
-from tpeft_deploy.exporters.oracle.sizes import batch_axis, rows_differ
+from tpeft_deploy.exporters.oracle.limits import check_tolerance, limits_of
+from tpeft_deploy.exporters.oracle.rounding import measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.planning import Plan, plan_bundle, port
+from tpeft_deploy.exporters.proof.bundle_graphs import BANKED, BASE, FACTORED, form_of
 from tpeft_deploy.exporters.proof.forms_and_rows import prove, with_checks
 from tpeft_deploy.exporters.proof.padding import prove_padding
 from tpeft_deploy.exporters.resizing import check_vocabulary
@@ -67,13 +68,13 @@ def export_bundle(
         path: the directory to write; it must not exist or be empty.
         name: the bundle's name; by default the directory's.
         max_rank: the largest rank of an adapter that the bundle takes; by default any.
-        example_inputs: by input name, for a module or an ONNX file; the first axis is the batch.
+        example_inputs: arrays or tensors by input name, for a module or an ONNX file; the first axis is the batch.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
         weights: the original weights of an ONNX file, as `load_base` takes them.
         rename: other names for inputs and outputs: the base's own -> the bundle's.
-        padding: by input name, what rows may be filled up with along free axes but the batch, so that requests of
-            other lengths share a run; refused unless every answer stays as it was.  By default what a Hugging Face
-            text model itself says, where that is proved; {} for none.
+        padding: values by input name to pad rows with along free axes but the batch, so that requests of
+            other lengths share a run; refused unless every answer stays as it was.  By default those of a Hugging Face
+            text model's configuration, where proved; {} for none.
         resize_embeddings: give the base as many tokens as the adapters have, as `resize_token_embeddings` did before
             they were trained; its new rows are zero.
         unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
@@ -82,7 +83,7 @@ def export_bundle(
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
-        progress: told each stage.
+        progress: called at each stage.
 
     Returns:
         The bundle, opened.
@@ -118,53 +119,54 @@ def export_bundle(
     adapters = plan.adapters
     with new_directory(path) as new:
         progress("write the graphs")
-        _write_manifest(new, replace(_write_graphs(plan, new), tolerance=tolerance))
-        bundle = Bundle.open(new)
+        subject = Subject(plan.base, plan.raw.graph)
+        bundle = Bundle(new, replace(_write_graphs(plan, subject, new), tolerance=tolerance))
         for position, (task, adapter) in enumerate(adapters.items()):
             progress(Stage(f"store {task}", position, len(adapters)))
             bundle.add(task, adapter)
-        sources = Sources(plan.base, plan.raw.graph, keep=folded)
-        manifest = prove(plan.base, plan.raw.graph, bundle, adapters, progress, sources)
-        manifest = prove_padding(plan.base, plan.raw.graph, bundle, manifest, adapters, plan.padding, progress)
+        sources = Sources(subject, keep=folded)
+        manifest = prove(sources, bundle, adapters, progress)
+        manifest = prove_padding(subject, bundle, manifest, adapters, plan.padding, progress)
         for position, (task, adapter) in enumerate(adapters.items() if folded else ()):
             progress(Stage(f"fold {task}", position, len(adapters)))
-            file, limit = new / "folded" / f"{task}.onnx", limits_of(plan.raw.graph, manifest.rounding, tolerance)
-            checks = write_folded(plan.base, plan.raw, adapter, file, limit, task=task, sources=sources)
+            file, limit = new / "folded" / f"{task}.onnx", limits_of(subject.graph, manifest.rounding, tolerance)
+            checks = write_folded(sources, plan.raw, adapter, file, limit, task=task)
             manifest = with_checks(manifest, checks)
         left_out = {task: dict(adapter.left_out) for task, adapter in adapters.items() if adapter.left_out}
-        _write_manifest(new, replace(manifest, left_out=left_out))
-    return Bundle.open(path)
+        (new / MANIFEST).write_text(replace(manifest, left_out=left_out).to_json(), encoding="utf-8")
+        bundle = Bundle.open(new)
+    return replace(bundle, path=path)
 
 
-def _write_graphs(plan: Plan, place: Path) -> Manifest:
-    base, raw, draft = plan.base, plan.raw, plan.draft
+def _write_graphs(plan: Plan, subject: Subject, place: Path) -> Manifest:
+    raw, draft = plan.raw, plan.draft
     write_weights(raw.graph, draft.weights, place / DATA)
     targets = draft.targets
-    graphs = {"base.onnx": raw.clone(), "factored.onnx": raw.clone(), "banked.onnx": raw.clone()}
-    attach_factored.attach(graphs["factored.onnx"], targets)
-    varies = attach_factored.output_axes(graphs["factored.onnx"], targets, raw.graph.outputs)
+    graphs = {BASE: raw.clone(), FACTORED: raw.clone(), BANKED: raw.clone()}
+    attach_factored.attach(graphs[FACTORED], targets)
+    varies = attach_factored.output_axes(graphs[FACTORED], targets, raw.graph.outputs)
     check_vocabulary(plan.base, plan.adapters, varies)
-    orders = batch_axes.find(base, raw, activations(raw.graph, targets).items(), place)
-    single = attach_banked.attach(graphs["banked.onnx"], targets, orders)
+    orders = batch_axes.find(subject, raw, activations(raw.graph, targets).items(), place)
+    single = attach_banked.attach(graphs[BANKED], targets, orders)
     if can_block(raw.graph, targets):
         graphs |= {FACTORED_CPU: raw.clone(), BANKED_CPU: raw.clone()}
         attach_factored.attach(graphs[FACTORED_CPU], targets, BLOCKED_BRANCHES)
         attach_banked.attach(graphs[BANKED_CPU], targets, orders, BLOCKED_BRANCHES)
-    graphs[BANKED_CUDA] = graphs["banked.onnx"].clone()
+    graphs[BANKED_CUDA] = graphs[BANKED].clone()
     packing = packed.pack(graphs[BANKED_CUDA])
     if not packing:
         del graphs[BANKED_CUDA]
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
-        _mark_outputs(model, raw, varies if file != "base.onnx" else {})
+        _mark_outputs(model, raw, varies if file != BASE else {})
         clean_up(model)
         share_weights(model, draft.weights, defaults, place / DATA)
-        model.metadata_props["tpeft.form"] = file.partition(".")[0]
+        model.metadata_props["tpeft.form"] = form_of(file)
         ir.save(model, place / file)
-    np.savez(place / EXAMPLE, **dict(base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
+    np.savez(place / EXAMPLE, **dict(plan.base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
     reason = attach_banked.reason_of(list(single))
     reasons = attach_banked.reasons(raw.graph, [t for t in targets if t.name in single], orders)
-    if batch_axis(raw.graph) is not None and not rows_differ(base, raw.graph):
+    if subject.batch is not None and not subject.rows_differ:
         reason = "the rows of the example inputs are all alike, so nothing tells where rows are: give some that differ"
     return replace(
         draft,
@@ -173,7 +175,7 @@ def _write_graphs(plan: Plan, place: Path) -> Manifest:
         rows_reasons=reasons,
         outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
         files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
-        rounding=measure_rounding(base, raw.graph),
+        rounding=measure_rounding(subject),
         packing=packing,
     )
 
@@ -191,7 +193,3 @@ def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) 
 
 def _record(file: Path) -> FileRecord:
     return FileRecord(digest_file(file), file.stat().st_size)
-
-
-def _write_manifest(place: Path, manifest: Manifest) -> None:
-    (place / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

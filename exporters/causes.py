@@ -27,14 +27,14 @@ _STANDARD = Path(sysconfig.get_paths()["stdlib"])
 
 
 class Cause(NamedTuple):
-    """Why a module cannot be exported, and what its user can do."""
+    """Reason that a module cannot be exported, and the fix."""
 
     problem: str
     fix: str
 
 
 def cause_of(error: BaseException) -> Cause:
-    """The cause of an exporter's exception: a known pattern in its chain, else what the innermost library said."""
+    """The cause of an exporter's exception: a known pattern in its chain, else the message of the innermost library."""
     chain = [link for link in _chain(error) if not str(link).startswith(_NO_CAUSE)]
     texts = [str(link) for link in chain]
     for pattern, explain in _KNOWN:

@@ -1,4 +1,4 @@
-"""Weights that a bundle's adapters may not change: what would make all rows of a run take one adapter, for example."""
+"""Weights that a bundle's adapters may not change, such as those that make all rows of a run take one adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def without(
     """The targets that are left.
 
     Args:
-        targets: what adapters may change.
+        targets: weights that adapters may change.
         exclude: names of weights or of modules, `*` and `?` included; a module stands for all weights inside it.
         names: every weight of the base.
         base: the base's name.

@@ -16,17 +16,18 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.graph.merged_weights import held_changes, replace_weights
+from tpeft_deploy.exporters.graph.resolve import resolve
 from tpeft_deploy.exporters.graph.unused import Unused, drop_unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, fuse_norms, held_tensor, prepare, turn_weights
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Base
-from tpeft_deploy.exporters.oracle.compare import Check, Limits
+from tpeft_deploy.exporters.oracle.compare import Check
+from tpeft_deploy.exporters.oracle.limits import Limits, check_tolerance, limits_of
 from tpeft_deploy.exporters.oracle.near_ties import explain
-from tpeft_deploy.exporters.oracle.rounding import limits_of, measure_rounding
-from tpeft_deploy.exporters.oracle.sizes import empty_shapes, shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.rounding import measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.resizing import fit_vocabulary
-from tpeft_deploy.exporters.targets import resolve
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.ties import Ties, changed_names
@@ -59,7 +60,7 @@ def export_folded(
         base: a torch module, "package.module:factory", a Hugging Face model directory, or an ONNX file.
         adapter: from `load_adapter`.
         path: the ONNX file to write; weights above 100 MB go to `<path>.data` beside it.
-        example_inputs: by input name, for a module or an ONNX file; the first axis is the batch.
+        example_inputs: arrays or tensors by input name, for a module or an ONNX file; the first axis is the batch.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
         task: the adapter's name, for messages and the model's metadata.
         weights: the original weights of an ONNX file, as `load_base` takes them.
@@ -69,7 +70,7 @@ def export_folded(
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the model's metadata as `tpeft.limit`.
         unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
-        progress: told each stage.
+        progress: called at each stage.
 
     Returns:
         What the numeric gate measured.
@@ -77,15 +78,16 @@ def export_folded(
     Raises:
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
-    compare.check_tolerance(tolerance, f"export {path}")
+    check_tolerance(tolerance, f"export {path}")
     loaded = load_base(
         base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
     )
     loaded = fit_vocabulary(loaded, {task: adapter}) if resize_embeddings else loaded
     loaded, raw, adapter = _prepare(*_trace(loaded, adapter, unused, progress))
     progress("fold and check")
-    limit = limits_of(raw.graph, measure_rounding(loaded, raw.graph), tolerance)
-    return write_folded(loaded, raw, adapter, Path(path), limit, task=task, sources=Sources(loaded, raw.graph))
+    subject = Subject(loaded, raw.graph)
+    limit = limits_of(raw.graph, measure_rounding(subject), tolerance)
+    return write_folded(Sources(subject), raw, adapter, Path(path), limit, task=task)
 
 
 def plan_folded(
@@ -98,7 +100,7 @@ def plan_folded(
     unused: Unused = "error",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Everything of `export_folded`, whose arguments these are, up to writing: what a dry run prints.
+    """Plan an `export_folded` with the same arguments: the document that a dry run prints.
 
     Raises:
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch: the base cannot be exported, or the adapter does not
@@ -152,17 +154,16 @@ def _prepare(loaded: Base, raw: ir.Model, adapter: Adapter) -> tuple[Base, ir.Mo
 
 
 def write_folded(
-    base: Base, raw: ir.Model, adapter: Adapter, path: Path, limit: Limits, *, task: str, sources: Sources
+    sources: Sources, raw: ir.Model, adapter: Adapter, path: Path, limit: Limits, *, task: str
 ) -> list[Check]:
     """Fold, optimise, save beside `path`, check there, and only then move to `path`."""
-    names = [str(value.name) for value in raw.graph.outputs]
-    # References first: the merged weights that they need are gone before the session takes its own.
+    subject = sources.subject
+    # References first: the merged weights that they need are gone before the session takes as much.
     expected = [
-        (sizes, base.reference(adapter, with_sizes(base, raw.graph, sizes), names))
-        for sizes in [*shapes_to_prove(base, raw.graph), *empty_shapes(base, raw.graph).values()]
+        (sizes, subject.reference(adapter, sizes)) for sizes in [*subject.shapes, *subject.empty_shapes.values()]
     ]
     source = sources.of(task, adapter)
-    model = fold(base, raw, adapter, task=task)
+    model = fold(subject.base, raw, adapter, task=task)
     model.metadata_props["tpeft.oracle"] = source.oracle
     if isinstance(limit, float):
         model.metadata_props["tpeft.limit"] = f"{limit:g}"
@@ -174,7 +175,7 @@ def write_folded(
         session = compare.open_session(file)
         checks = []
         for sizes, wanted in expected:
-            inputs = with_sizes(base, raw.graph, sizes)
+            inputs = subject.inputs(sizes)
             answer = partial(compare.run, session, inputs, {})
             for measured in source.measure("folded", task, sizes, answer, wanted, limit):
                 check = explain(measured, file, inputs)

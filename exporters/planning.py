@@ -1,4 +1,4 @@
-"""What an export will write, found out before anything is written: the base traced, targets resolved, sizes known."""
+"""Plan of an export before anything is written: the base traced, targets resolved, sizes known."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from tpeft_deploy import __version__
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.bundle import fit, slots
 from tpeft_deploy.bundle.directory import check_task
@@ -20,16 +19,18 @@ from tpeft_deploy.exporters.branches import attach_banked
 from tpeft_deploy.exporters.excluding import without
 from tpeft_deploy.exporters.graph import quantised
 from tpeft_deploy.exporters.graph.batch_axes import Order
+from tpeft_deploy.exporters.graph.resolve import held_by, resolve
 from tpeft_deploy.exporters.graph.unused import Unused, drop_unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import complete_shapes, held_tensor, lay_out, prepare
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.bfloat16 import wide
 from tpeft_deploy.exporters.proof.padding import declare
 from tpeft_deploy.exporters.resizing import fit_vocabulary
-from tpeft_deploy.exporters.targets import activations, held_by, plan, plan_all, resolve
+from tpeft_deploy.exporters.targets import activations, plan, plan_all
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array
+from tpeft_deploy.version import __version__
 
 __all__ = ["Need", "Plan", "plan_bundle", "port"]
 
@@ -38,7 +39,7 @@ _ORDERS: tuple[Order, ...] = ("major", "minor", "shared")
 
 @dataclass(frozen=True)
 class Need:
-    """What one task feeds to one target: the sizes of its slots' letters, e.g. {"R_i": 8, "R_o": 16}, and bytes."""
+    """Feeds of one task for one target: the sizes of its slots' letters, e.g. {"R_i": 8, "R_o": 16}, and bytes."""
 
     ranks: Mapping[str, int]
     bytes: int
@@ -54,7 +55,7 @@ class Plan:
         resolved: weight -> initializer that holds it.
         adapters: task -> adapter.
         draft: the manifest, without files, and without what only the graphs tell: how outputs vary, rows, padding.
-        padding: what the user says inputs may be filled up with, not proved yet; None leaves it to the base.
+        padding: padding by input name that the user declares, not proved yet; None leaves it to the base.
     """
 
     base: Base
@@ -70,7 +71,7 @@ class Plan:
         return self.draft.weight_bytes
 
     def needs(self, task: str) -> dict[str, Need]:
-        """What a task feeds: target key -> ranks and bytes; a target that it leaves alone is absent.
+        """Feeds of a task: target key -> ranks and bytes; a target that it leaves alone is absent.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch, AdapterError: the bundle would refuse the adapter.
@@ -86,7 +87,7 @@ class Plan:
         }
 
     def grouped(self) -> list[str]:
-        """Weights that take one adapter per run wherever the rows are; of others only a run of the base can tell."""
+        """Weights that take one adapter per run wherever the rows are; others are found by a run of the base."""
         values = activations(self.raw.graph, self.draft.targets)
         found = [
             set(attach_banked.attach(self.raw.clone(), self.draft.targets, dict.fromkeys(values, order)))
@@ -95,7 +96,7 @@ class Plan:
         return [target.name for target in self.draft.targets if all(target.name in single for single in found)]
 
     def to_json(self) -> dict[str, Any]:
-        """What a dry run prints: `rows` of the bundle and of a target is "group", or None where only running tells."""
+        """Document that a dry run prints: `rows` of bundle and target is "group", or None where only running tells."""
         grouped = self.grouped()
         needs = {task: self.needs(task) for task in self.adapters}
         return {
@@ -145,7 +146,7 @@ def plan_bundle(
     exclude: Iterable[str] = (),
     progress: Progress = silent,
 ) -> Plan:
-    """Everything of `export_bundle`, whose arguments these are, up to writing.
+    """Plan an `export_bundle` with the same arguments.
 
     Raises:
         BundleError: a name is not allowed.

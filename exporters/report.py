@@ -1,4 +1,4 @@
-"""What `verify` measured as one HTML page that needs nothing else, the same for the same bundle and figures."""
+"""A verification as one HTML page without other files, the same for the same bundle and figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.proof import per_target
 from tpeft_deploy.exporters.proof.per_target import TargetCheck
-from tpeft_deploy.exporters.verify import Verification
+from tpeft_deploy.exporters.verification import Verification
 from tpeft_deploy.files import digest_file
 from tpeft_deploy.html import plots
 from tpeft_deploy.html.page import FORM_COLOURS, document, scientific, tiles

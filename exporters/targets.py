@@ -1,24 +1,19 @@
-"""From weight names to the initializers that hold them, and to the kind of branch that their uses allow.
-
-Resolution is by name AND value, on the raw graph only: after an optimiser has run, an initializer may keep its name
-and hold other values (a conv with its BatchNorm folded in), and a branch there would be silently wrong.
-"""
+"""The targets of adapters: weights that get a branch, with the kind of branch that their uses allow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter, gain_mode
 from tpeft_deploy.bundle.slots import Kind, Target, best_factors
-from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
 from tpeft_deploy.exporters.branches import gain
 from tpeft_deploy.exporters.branches.experts import expert_sites
 from tpeft_deploy.exporters.branches.lifted import partners
 from tpeft_deploy.exporters.graph import quantised
+from tpeft_deploy.exporters.graph.resolve import held_by
 from tpeft_deploy.exporters.graph.weight_uses import (
     conv_sites,
     linear_sites,
@@ -26,66 +21,17 @@ from tpeft_deploy.exporters.graph.weight_uses import (
     value_uses,
     weight_value,
 )
-from tpeft_deploy.exporters.oracle.bfloat16 import wide
 from tpeft_deploy.exporters.oracle.sizes import batch_axis
-from tpeft_deploy.tucker import Array
 
-__all__ = ["activations", "held_by", "plan", "plan_all", "resolve"]
+__all__ = ["activations", "plan", "plan_all"]
 
 _MATRIX = 2  # axes of a weight
 # How many leading axes of an operand are rows and positions, by operator; 0 is all, negative leaves out the last.
 _LEADING = {"MatMul": -1, "Gemm": -1, "Gather": 0, "Conv": 1, "ConvTranspose": 1, "BatchNormalization": 1}
 
 
-def resolve(graph: ir.Graph, weights: Mapping[str, Array], aliases: Mapping[str, str]) -> dict[str, str]:
-    """Check every initializer that carries a weight's name against the weight's value.
-
-    Args:
-        graph: a raw export.
-        weights: every weight of the base by every name it has, tied ones included.
-        aliases: every such name -> one name for all names of the same parameter of the same module.
-
-    Returns:
-        Weight name -> name of the initializer that holds it; a weight that the graph does not use is absent.
-
-    Raises:
-        UnsupportedTarget: an initializer has a weight's name and another value.
-    """
-    held: dict[str, str] = {}
-    for name, value in graph.initializers.items():
-        if name not in weights or value.const_value is None:
-            continue
-        if not np.array_equal(wide(value.const_value), weights[name]):
-            raise UnsupportedTarget(
-                f"resolve weight {name!r} in the exported graph",
-                expected="the initializer to hold the weight's own values",
-                got="other values under the same name",
-                fix="Give the module itself or a raw export (optimize=False).",
-            )
-        held[aliases[name]] = name
-    for name in filter(None, map(quantised.name_of, graph)):
-        held[aliases.get(name, name)] = name
-    return {name: held[alias] for name, alias in aliases.items() if alias in held}
-
-
-def held_by(resolved: Mapping[str, str], name: str, *, doing: str) -> str:
-    """The initializer that holds a weight.
-
-    Raises:
-        UnknownTarget: the weight is in the base but not in its graph.
-    """
-    if name not in resolved:
-        raise UnknownTarget(
-            f"{doing}, weight {name!r}",
-            expected="a weight that the forward pass uses",
-            got="one that is not in the exported graph",
-            fix="Leave its module out of target_modules and modules_to_save, or give unused='skip' (--unused skip).",
-        )
-    return resolved[name]
-
-
 def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str, str], *, base: str) -> list[Target]:
-    """The targets of a set of adapters, with the kind that every consumer of each weight allows.
+    """Plan the targets of a set of adapters, with the kind that every consumer of each weight allows.
 
     Raises:
         UnknownTarget: a weight that an adapter changes is in the base but not in its graph.
@@ -114,16 +60,16 @@ def plan(graph: ir.Graph, adapters: Mapping[str, Adapter], resolved: Mapping[str
 
 
 def plan_all(graph: ir.Graph, resolved: Mapping[str, str]) -> list[Target]:
-    """A target for every weight that is a linear layer or a convolution at all of its uses."""
+    """Plan a target for every weight that is a linear layer or a convolution at all of its uses."""
     names = sorted(set(resolved.values()))
     return [_target(graph, name, _kind(graph, name)) for name in names if _is_layer(weight_value(graph, name))]
 
 
 def activations(graph: ir.Graph, targets: Iterable[Target]) -> dict[str, int]:
-    """The values whose rows a banked branch must know: what goes into and comes out of every consumer of a target.
+    """Values that a banked branch must know the rows of: inputs and outputs of every consumer of a target.
 
     Returns:
-        Name of the value -> its leading axes, as `rows.find` takes them.
+        Name of the value -> its leading axes, as `batch_axes.find` takes them.
     """
     found: dict[str, int] = {}
     batch = batch_axis(graph)

@@ -1,4 +1,4 @@
-"""Proving a finished bundle again: its bytes against their digests, then every form against a merged reference.
+"""Verify a finished bundle: its bytes against their digests, then every form against a merged reference.
 
 Bytes come first: a bundle with an altered file is refused before any of its graphs is run.
 """
@@ -7,91 +7,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter, Origin, weight_digest
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import BaseMismatch, FormatError, IntegrityError, ShapeError, UnknownTask, UnsupportedBase
 from tpeft_deploy.exporters.bases.bundle import BundleBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Check
-from tpeft_deploy.exporters.oracle.rounding import limits_of
-from tpeft_deploy.exporters.oracle.sizes import with_sizes
+from tpeft_deploy.exporters.oracle.limits import limits_of
 from tpeft_deploy.exporters.oracle.source import Sources
+from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.proof.bundle_graphs import feed_names, graphs_of
 from tpeft_deploy.exporters.proof.forms_and_rows import check_forms, check_rows, proved_shapes
 from tpeft_deploy.exporters.proof.padding import check_padding
 from tpeft_deploy.exporters.proof.per_target import TargetCheck, check_targets
+from tpeft_deploy.exporters.verification import Verification
 from tpeft_deploy.files import new_file
 from tpeft_deploy.formats import origin_of
 from tpeft_deploy.progress import Progress, Stage, silent
 from tpeft_deploy.tucker import Array
 
-__all__ = ["GRAPHS", "Verification", "verify_bundle"]
+__all__ = ["Verification", "verify_bundle"]
 
 _ROUNDINGS = 4  # of factors and core, in the dtype of the slots
-GRAPHS = ("base.onnx", "factored.onnx", "banked.onnx")
-DEVICE_GRAPHS = (FACTORED_CPU, BANKED_CPU, BANKED_CUDA)
-
-
-@dataclass(frozen=True, eq=False)
-class Verification:
-    """What was measured on a bundle whose digests are right.
-
-    Args:
-        bundle: it.
-        reference: what the forms were compared with.
-        tasks: the tasks that were checked -> adapter.
-        checks: every form of every task, rows of different tasks, and rows filled up to one length.
-        targets: each target alone, when a report was asked for.
-        left_out: what was not checked -> why.
-    """
-
-    bundle: Bundle
-    reference: str
-    tasks: Mapping[str, Adapter]
-    checks: tuple[Check, ...]
-    targets: tuple[TargetCheck, ...] = ()
-    left_out: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def failed(self) -> list[Check]:
-        """The checks that failed, those of single targets last."""
-        return [check for check in [*self.checks, *(t.check for t in self.targets)] if check.failure is not None]
-
-    def passed(self) -> Verification:
-        """The verification itself.
-
-        Raises:
-            NotEquivalent: the first check that failed.
-        """
-        for check in self.failed:
-            check.passed()
-        return self
-
-    def to_json(self) -> dict[str, Any]:
-        """What --json prints."""
-        manifest = self.bundle.manifest
-        return {
-            "name": manifest.name,
-            "base_digest": manifest.base_digest,
-            "reference": self.reference,
-            "rows": manifest.rows,
-            "tolerance": manifest.tolerance,
-            "tasks": {task: self.bundle.digest(task) for task in self.tasks},
-            "files": list(manifest.files),
-            "checks": [check.to_json() for check in self.checks],
-            "targets": [target.to_json() for target in self.targets],
-            "left_out": [{"what": what, "reason": reason} for what, reason in self.left_out],
-        }
 
 
 def verify_bundle(
@@ -108,13 +55,13 @@ def verify_bundle(
     Args:
         path: the bundle.
         task: the only task to check; by default all of them.
-        base: what the bundle was exported from, as `export_bundle` takes it, for a reference that is merged and run
+        base: exported base, as `export_bundle` takes it, for a reference that is merged and run
             outside ONNX; by default base.onnx with the merged tensors in place of its initializers.
         against_source: the directory or file that the task's adapter was read from: its forms are compared with the
             forward method of the library that wrote it too.  Needs a `base` with a torch module, and `task` where the
             bundle has several.
         report: an HTML file to write, failures included; it also shows the error of every target alone.
-        progress: told each stage.
+        progress: called at each stage.
 
     Returns:
         What was measured: every check passed.
@@ -137,11 +84,11 @@ def verify_bundle(
         progress("load the base")
         chosen = _own_base(bundle, load_base(base).knowing(tasks.values()))
         reference = f"{chosen.name}, merged and run as it is"
-    graph = oracle.graph().graph
-    sources = Sources(chosen, graph, keep=True)
+    subject = Subject(chosen, oracle.graph().graph)
+    sources = Sources(subject, keep=True)
     tasks |= {name: replace(tasks[name], origin=origin) for name, origin in sourced.items()}
     reference += "".join(_asked(bundle, sources, name, tasks[name], against_source) for name in sourced)
-    checks = list(check_forms(chosen, graph, bundle, tasks, progress, sources))
+    checks = list(check_forms(sources, bundle, tasks, progress))
     left_out = _unsourced(tasks, sourced)
     left_out += [
         (f"mixed rows of output {port.name!r}", "it does not keep rows apart: only one task and one caller may ask")
@@ -149,16 +96,16 @@ def verify_bundle(
         if port.rows == "joint"
     ]
     if bundle.manifest.rows == "each":
-        checks += check_rows(chosen, graph, bundle, tasks, progress)
+        checks += check_rows(subject, bundle, tasks, progress)
     else:
         left_out.append(("mixed rows", f"one adapter per run: {bundle.manifest.rows_reason}"))
     if bundle.manifest.paddable:
         progress("check rows that are filled up")
-        checks += check_padding(chosen, graph, bundle, bundle.manifest, tasks)
-    checks += _check_folded(chosen, graph, bundle, tasks, progress, sources)
+        checks += check_padding(subject, bundle, bundle.manifest, tasks)
+    checks += _check_folded(bundle, tasks, progress, sources)
     targets: tuple[TargetCheck, ...] = ()
     if report is not None:
-        targets = tuple(check_targets(chosen, graph, bundle, tasks, progress))
+        targets = tuple(check_targets(subject, bundle, tasks, progress))
     found = Verification(bundle, reference, tasks, tuple(checks), targets, tuple(left_out))
     if report is not None:
         from tpeft_deploy.exporters.report import render
@@ -174,14 +121,14 @@ def _read(bundle: Bundle, names: list[str], progress: Progress) -> dict[str, Ada
     for position, name in enumerate(bundle.manifest.files):
         progress(Stage(f"check the digest of {name}", position, len(steps)))
         bundle.check_file(name)
-    for graph in GRAPHS + tuple(extra for extra in DEVICE_GRAPHS if extra in bundle.manifest.files):
+    for graph in graphs_of(bundle.manifest, "base", "factored", "banked"):
         if graph not in bundle.manifest.files:
             raise IntegrityError(f"open bundle {bundle.path}", expected=f"{graph} in its manifest", got="none")
         _check_ports(bundle, graph)
     progress(Stage("check the digests of the weights", len(bundle.manifest.files), len(steps)))
     for name, weight in bundle.manifest.weights.items():
         if not weight.length:
-            continue  # quantised: its bytes are in the graphs, which have digests of their own
+            continue  # quantised: its bytes are in the graphs, which have digests too
         digest = weight_digest(bundle.base_value(name))
         if digest != weight.digest:
             raise _altered(bundle, f"weight {name!r}", f"digest {weight.digest[:12]}...", f"{digest[:12]}...")
@@ -210,7 +157,7 @@ def _check_native(bundle: Bundle, task: str, adapter: Adapter) -> None:
 
 
 def _same_change(bundle: Bundle, name: str, native: Mapping[str, Array], wanted: Mapping[str, Array]) -> bool:
-    """Whether the slots of the target that takes a tensor have other ranks in two sets, and say the same change."""
+    """Whether the slots of the target that takes a tensor have other ranks in two sets, for the same change."""
     for target in bundle.manifest.targets:
         inputs = {slot.name: slots.input_name(target, slot.name) for slot in slots.slots_of(target)}
         if target.part != "delta" or name not in inputs.values():
@@ -227,15 +174,11 @@ def _same_change(bundle: Bundle, name: str, native: Mapping[str, Array], wanted:
 
 
 def _check_ports(bundle: Bundle, file: str) -> None:
-    """A graph takes and gives what the manifest says."""
+    """Check a graph's inputs and outputs against the manifest."""
     graph, manifest = ir.load(bundle.path / file).graph, bundle.manifest
-    fed = {slots.input_name(t, slot.name) for t in manifest.targets for slot in slots.slots_of(t)}
-    if file == BANKED_CUDA:
-        fed -= {name for own in manifest.packing for group in own.members for name in group}
-        fed |= {own.name for own in manifest.packing}
-    extra = {"base": set[str](), "factored": fed, "banked": fed | {slots.INDEX}}[file.partition(".")[0]]
+    fed = {port.name for port in manifest.inputs} | feed_names(manifest, file)
     pairs = {
-        "inputs": ({port.name for port in manifest.inputs} | extra, {str(value.name) for value in graph.inputs}),
+        "inputs": (fed, {str(value.name) for value in graph.inputs}),
         "outputs": (
             {f"{port.name} in {port.dtype}" for port in manifest.outputs},
             {f"{value.name} in {value.dtype.numpy().name if value.dtype else None}" for value in graph.outputs},
@@ -258,7 +201,7 @@ def _altered(bundle: Bundle, what: str, expected: str, got: str) -> IntegrityErr
 
 
 def _own_base(bundle: Bundle, base: Base) -> Base:
-    """A base whose weights are those of the bundle, on the bundle's example inputs."""
+    """A base that was checked to have the bundle's weights, on the bundle's example inputs."""
     weights = base.weights
     for name, weight in bundle.manifest.weights.items():
         digest = weight_digest(weights[name]) if name in weights else None
@@ -273,7 +216,7 @@ def _own_base(bundle: Bundle, base: Base) -> Base:
 
 
 def _sourced(bundle: Bundle, task: str | None, base: object, path: str | os.PathLike[str]) -> dict[str, Origin]:
-    """The one task that a training library is to be asked about, and what about."""
+    """The task that a training library is to run, and the files to run."""
     doing = f"verify bundle {bundle.path} against the source {path}"
     names = [task] if task is not None else list(bundle.tasks)
     if len(names) != 1:
@@ -301,7 +244,7 @@ def _sourced(bundle: Bundle, task: str | None, base: object, path: str | os.Path
 
 
 def _asked(bundle: Bundle, sources: Sources, task: str, adapter: Adapter, path: object) -> str:
-    """What is compared with a source, for people.
+    """Describe the comparison with a source.
 
     Raises:
         UnsupportedBase: there is no torch module.
@@ -310,7 +253,7 @@ def _asked(bundle: Bundle, sources: Sources, task: str, adapter: Adapter, path: 
     source = sources.of(task, adapter)
     if source.oracle == compare.MERGED:
         doing = f"verify bundle {bundle.path} against the source {path}"
-        kind = UnsupportedBase if sources.base.module is None else FormatError
+        kind = UnsupportedBase if sources.subject.base.module is None else FormatError
         raise kind(doing, expected="a training library that runs it on the base", got=source.reason)
     return f"; task {task!r} also with the forward of {source.oracle} and {path}"
 
@@ -323,11 +266,11 @@ def _unsourced(tasks: Mapping[str, Adapter], sourced: Mapping[str, Origin]) -> l
 
 
 def _check_folded(
-    base: Base, graph: ir.Graph, bundle: Bundle, tasks: Mapping[str, Adapter], progress: Progress, sources: Sources
+    bundle: Bundle, tasks: Mapping[str, Adapter], progress: Progress, sources: Sources
 ) -> Iterator[Check]:
-    names = [str(value.name) for value in graph.outputs]
-    shapes = proved_shapes(base, graph, bundle.manifest)
-    limit = limits_of(graph, bundle.manifest.rounding, bundle.manifest.tolerance)
+    subject = sources.subject
+    shapes = proved_shapes(subject, bundle.manifest)
+    limit = limits_of(subject.graph, bundle.manifest.rounding, bundle.manifest.tolerance)
     for position, (task, adapter) in enumerate(tasks.items()):
         file = bundle.path / "folded" / f"{task}.onnx"
         if not file.is_file():
@@ -336,7 +279,5 @@ def _check_folded(
         session = compare.open_session(file)
         source = sources.of(task, adapter)
         for sizes in shapes:
-            inputs = with_sizes(base, graph, sizes)
-            answer = partial(compare.run, session, inputs, {})
-            expected = base.reference(adapter, inputs, names)
-            yield from source.measure("folded", task, sizes, answer, expected, limit)
+            answer = partial(compare.run, session, subject.inputs(sizes), {})
+            yield from source.measure("folded", task, sizes, answer, subject.reference(adapter, sizes), limit)

@@ -72,6 +72,7 @@ ALLOWED = {
     "training": {"errors", "tucker", "adapter"},
     "exporters": {
         *{"adapter", "bundle", "errors", "files", "formats", "html", "progress", "ties", "training", "tucker"},
+        "version",
     },
     "runtime": {
         *{"adapter", "bundle", "composition", "errors", "files", "formats", "html", "progress", "ties", "tucker"},

@@ -7,6 +7,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from tpeft_deploy.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
     from tpeft_deploy.bundle.directory import Bundle
@@ -30,8 +32,6 @@ __all__ = [
     "load_adapter",
     "verify_bundle",
 ]
-
-__version__ = "0.1.0"
 
 # ONNX Runtime reads this once, when it is loaded, and otherwise reports model names, graph names and error messages to
 # its vendor; ORT_DISABLE_TELEMETRY=0 in the environment keeps it on.

@@ -46,7 +46,7 @@ class BundleBase(Base):
 
     @property
     def weights(self) -> Mapping[str, Array]:
-        """Every weight by every name it has, read from weights.data when it is asked for."""
+        """Every weight by every name it has, read from weights.data on access."""
         return self._bundle.base_view.weights
 
     @property
@@ -56,7 +56,7 @@ class BundleBase(Base):
 
     @property
     def ties(self) -> Ties:
-        """As the manifest has them."""
+        """Ties that the manifest states."""
         return self._bundle.manifest.ties
 
     @property
@@ -66,7 +66,7 @@ class BundleBase(Base):
 
     @property
     def batched(self) -> bool:
-        """Always: a bundle without a batch is not exported."""
+        """Whether there is a batch: always, as a bundle without one is not exported."""
         return self._bundle.manifest.batch_axis is not None
 
     def graph(self) -> ir.Model:
@@ -74,7 +74,7 @@ class BundleBase(Base):
         return ir.load(self._bundle.path / "base.onnx")
 
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
-        """What base.onnx computes with the merged tensors in place of its own; a 16-bit one in float32."""
+        """Run base.onnx with the merged tensors in place of the base's; a 16-bit one in float32."""
         outputs = compare.run(self._session(adapter), {name: widened(array) for name, array in inputs.items()}, {})
         return {name: outputs[name] for name in names}
 

@@ -25,7 +25,7 @@ BATCH, SEQUENCE, CACHED = 2, 7, 4  # all different and none of them 1, which the
 
 
 def parameters(model: type[nn.Module]) -> list[str]:
-    """What the forward method of a class takes, by name."""
+    """Parameters of a class's forward method, by name."""
     return [name for name in inspect.signature(model.forward).parameters if name != "self"]
 
 
@@ -66,7 +66,7 @@ def text(model: Any, doing: str) -> tuple[Tensors, dict[str, Any]]:
 
 
 def text_padding(model: Any) -> dict[str, int]:
-    """What the inputs of `text` are filled up with at their end: the config's padding token, hidden by a mask of 0."""
+    """Padding values of the inputs of `text`: the config's padding token, hidden by a mask of 0."""
     token = getattr(model.config, "pad_token_id", None)
     if not isinstance(token, int) or not 0 <= token < model.config.vocab_size:
         token = 0
@@ -102,7 +102,7 @@ def cached_text(model: Any, doing: str) -> tuple[Tensors, dict[str, Any]]:
 
 
 def images(model: Any, doing: str) -> tuple[Tensors, dict[str, Any]]:
-    """Pixels of another size than the config's if the model takes them: at its own it may skip what others need."""
+    """Pixels of another size than the config's if the model takes them: at that size it may skip what others need."""
     own = _pair(getattr(model.config, "image_size", None))
     other = _other_size(model.config, own)
     pixels = {"pixel_values": _pixels(model, other)}

@@ -21,7 +21,7 @@ def cache_parameter(forward: Callable[..., object]) -> str | None:
 
 
 class CachedDecoder(nn.Module):
-    """What `with_cache` puts before a model's own class: a forward method that takes and returns plain tensors.
+    """Mixin that `with_cache` puts before a model's class: a forward method that takes and returns plain tensors.
 
     Being a subclass and not a wrapper, it leaves every weight the name that adapters know it by.
     """

@@ -44,13 +44,13 @@ def load_base(
     """Make a base of a torch module, of the name of a callable that returns one, or of an ONNX file.
 
     Args:
-        base: a module; "package.module:factory" whose factory returns (module, example inputs) or (module, example
+        base: a module; "package.module:factory", which returns (module, example inputs) or (module, example
             inputs, dynamic shapes); a Hugging Face or diffusers model directory, of which `hugging_face` and
             `diffusers_directory` make all three; or the path of an .onnx file.  A base that is loaded already is
             returned as it is.
-        example_inputs: by input name, a dict for an input that is one; the first axis is the batch.  An ONNX file
-            takes arrays as well as tensors, and goes without: its inputs are then made at random, two rows, with
-            integers of 0 and 1.
+        example_inputs: tensors by input name, a dict for an input that is one; the first axis is the batch.  An ONNX
+            file takes arrays too, and needs none: its inputs are then made at random, two rows, with integers of 0
+            and 1.
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input is dynamic.
         weights: the original weights of an ONNX file, by which its initializers are found: a .safetensors file, a
             Hugging Face model directory, a torch module or its state_dict, or a mapping of names to arrays.  Without
@@ -97,7 +97,7 @@ def _load(
     if dynamic_shapes is None:
         inputs = _two_rows(inputs)
         dynamic_shapes = {key: {0: "batch"} if value.ndim else None for key, value in inputs.items()}
-    given: Any = dynamic_shapes  # by a caller, who may not have looked at the annotation
+    given: Any = dynamic_shapes  # from a caller, perhaps of another type than annotated
     shapes = dotted_names.flatten(given) if isinstance(given, Mapping) else given
     _check_shapes(name, inputs, shapes)
     made = TorchBase(name.rpartition(":")[2], base, inputs, shapes)

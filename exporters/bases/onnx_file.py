@@ -24,7 +24,8 @@ from tpeft_deploy.exporters.graph.merged_weights import replace_weights
 from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
 from tpeft_deploy.exporters.oracle.bfloat16 import HALVES, widened
-from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.limits import limit_of
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.formats.read.base_view import Lazy
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.tucker import Array
@@ -52,7 +53,7 @@ class OnnxBase(Base):
         known: its original weights; None leaves them to what adapters recorded, see `knowing`.
 
     Raises:
-        UnsupportedBase: the file is no model that can be a base, or the inputs are not its own.
+        UnsupportedBase: the file is no model that can be a base, or the inputs do not fit it.
     """
 
     def __init__(self, path: Path, inputs: Mapping[str, object] | None, known: Known | None) -> None:
@@ -139,10 +140,10 @@ class OnnxBase(Base):
         super().check(adapter)
 
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
-        """What the normalised graph computes with merged tensors in place of its own, nothing optimised."""
+        """Run the normalised graph with merged tensors in place of the base's, nothing optimised."""
         if self._last is None or self._last[0] is not adapter:
             self._last = None
-            model = self._normal.model.clone()
+            model = self._unproved.model.clone()
             if adapter is not None:
                 replace_weights(self, model, adapter)
             self._last = adapter, _session(model)
@@ -150,7 +151,7 @@ class OnnxBase(Base):
         return {name: outputs[name] for name in names}
 
     def in_both(self, inputs: Inputs, names: Sequence[str]) -> tuple[Outputs, Outputs]:
-        """What the normalised graph computes as it is, and as a copy in float32 with the same weights.
+        """Run the normalised graph as it is, and as a copy in float32 with the same weights.
 
         Raises:
             UnsupportedBase: it is in bfloat16, which ONNX Runtime's CPU does not run.
@@ -195,7 +196,7 @@ class OnnxBase(Base):
         )
 
     @cached_property
-    def _normal(self) -> _Normal:
+    def _unproved(self) -> _Normal:
         known = self._known or of_adapters([])
         model = open_model(self.path)
         found = identify(model.graph, known)
@@ -203,22 +204,18 @@ class OnnxBase(Base):
             known = known.with_names(found.untied)
             found = identify(model.graph, known)
         proved = normalise(model, found, known)
-        normal = _Normal(model, found, frozenset(proved), {**found.aliases, **known.first})
-        self.__dict__["_normal"] = normal  # the gate below runs the normalised graph through this base
-        self._compare_with_file(model)
-        return normal
+        return _Normal(model, found, frozenset(proved), {**found.aliases, **known.first})
 
-    def _compare_with_file(self, model: ir.Model) -> None:
-        """The normalised graph against the file itself, on the example inputs and at another shape."""
-        session = _plain(self.path)
-        names = [str(value.name) for value in model.graph.outputs]
+    @cached_property
+    def _normal(self) -> _Normal:
+        """The normalised graph, compared with the file on the example inputs and at another shape."""
+        session, subject = _plain(self.path), Subject(self, self._unproved.model.graph)
         self._try_inputs(session)
-        for sizes in shapes_to_prove(self, model.graph):
-            inputs = with_sizes(self, model.graph, sizes)
-            expected = compare.run(session, inputs, {})
-            got = self.reference(None, inputs, names)
+        limit = limit_of(subject.graph)
+        for sizes in subject.shapes:
+            expected = compare.run(session, subject.inputs(sizes), {})
+            got = subject.reference(None, sizes)
             for (name, own), other in zip(got.items(), expected.values(), strict=True):
-                limit = compare.limit_of(model.graph)
                 error = compare.relative_error(own, other) if own.shape == other.shape else float("inf")
                 if not error <= limit:
                     raise NotEquivalent(
@@ -227,6 +224,7 @@ class OnnxBase(Base):
                         got=f"{error:.2e}",
                         fix="Nothing was written; please report the model.",
                     )
+        return self._unproved
 
     def _try_inputs(self, session: onnxruntime.InferenceSession) -> None:
         try:

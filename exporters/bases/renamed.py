@@ -1,4 +1,4 @@
-"""A base whose inputs and outputs the user has given other names."""
+"""A base with other names for inputs and outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Renamed(Base):
 
     Args:
         base: the base itself.
-        names: its own name of an input or output -> the new one.
+        names: name of an input or output in the base -> new name.
 
     Raises:
         UnsupportedBase: by `graph`, when a name is not one of its inputs or outputs, or a new one is taken.
@@ -65,7 +65,7 @@ class Renamed(Base):
 
     @property
     def batched(self) -> bool:
-        """As the base is."""
+        """Whether the base is batched."""
         return self._base.batched
 
     def graph(self) -> ir.Model:
@@ -87,7 +87,7 @@ class Renamed(Base):
         return model
 
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
-        """What the base computes, under the new names."""
+        """Run the base, under the new names."""
         old = {new: name for name, new in self._names.items()}
         own = {old.get(name, name): array for name, array in inputs.items()}
         outputs = self._base.reference(adapter, own, [old.get(name, name) for name in names])

@@ -34,7 +34,7 @@ __all__ = ["OPSET", "TorchBase", "output_names"]
 
 OPSET = 20
 SUFFIX = "_out"  # of an output with the name of an input or a weight: ONNX has one space of names
-BFLOAT16_OPSET = 22  # the first whose convolutions take it
+BFLOAT16_OPSET = 22  # the first with convolutions in it
 
 _DTYPES = {
     torch.float32,
@@ -59,7 +59,7 @@ class TorchBase(Base):
     Args:
         name: for messages and as the default name of a bundle.
         module: in whatever mode it is; it is traced and run in evaluation mode and left as it was.
-        inputs: by input name.
+        inputs: example inputs by name.
         dynamic_shapes: as `torch.export` takes them, by input name.
 
     Raises:
@@ -91,7 +91,7 @@ class TorchBase(Base):
 
     @property
     def ties(self) -> Ties:
-        """For each tensor that several modules hold, a name of every one of them."""
+        """Tensors that several modules hold: for each, a name in every module."""
         named, groups = self._named(), dict[int, list[str]]()
         for name in dict.fromkeys(self.aliases.values()):
             groups.setdefault(id(named[name]), []).append(name)
@@ -112,7 +112,6 @@ class TorchBase(Base):
         """The same with a copy of the module that has so many tokens."""
         other = copy(self)
         other.module = resize(self.module, rows, self.name)
-        other.proved_at = None
         return other
 
     @property
@@ -121,7 +120,7 @@ class TorchBase(Base):
         return any(_is_dynamic(self.dynamic_shapes.get(name)) for name in self.inputs)
 
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
-        """What the module computes with the merged tensors in place of its own; a 16-bit module in float32."""
+        """Run the module with the merged tensors in place of the base's; a 16-bit module in float32."""
         own, aliases = self._named(), self.aliases
         half = any(tensor.dtype in _HALVES for tensor in own.values())
         changed = changed_names(adapter) if adapter is not None else []

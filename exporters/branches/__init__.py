@@ -1,6 +1,6 @@
 """Tucker branches on a base graph: one file a layer kind, each with the verbs `factored` and `banked`.
 
-factored(model, target, slots)              one adapter, whose slots are overridable initializers
+factored(model, target, slots)              one adapter; its slots are overridable initializers
 banked(model, target, slots, index) -> Rows one bank row per batch row, or per run where a layer cannot do that
 """
 
@@ -44,7 +44,7 @@ BRANCHES: Branches = {
 
 
 BLOCKED_BRANCHES: Branches = {**BRANCHES, "weight": Branch(blocked.factored, blocked.banked)}
-"""For graphs that only the CPU runs."""
+"""Branches of graphs that only the CPU runs."""
 
 
 def fit_factors(model: ir.Model, targets: Sequence[Target], made: Mapping[str, Slots], function: str) -> None:
@@ -52,9 +52,9 @@ def fit_factors(model: ir.Model, targets: Sequence[Target], made: Mapping[str, S
 
     Args:
         model: a graph to which no branch is attached yet.
-        targets: of all tasks.
+        targets: targets of all tasks.
         made: the slots of every target by its key.
-        function: what fits a factor.
+        function: function that fits a factor.
     """
     replaced = {target.name: made[target.key]["value"] for target in targets if target.kind == "override"}
     for target in targets:

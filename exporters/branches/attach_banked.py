@@ -34,11 +34,11 @@ def attach(
 
     Args:
         model: changed.
-        targets: what adapters may change.
-        orders: where the rows are in the activations, from `rows.find`.
+        targets: weights that adapters may change.
+        orders: order of rows in each activation, from `batch_axes.find`.
 
     Returns:
-        The weights whose branches take one adapter per run; with none, one run serves rows of different adapters.
+        Weights with branches that take one adapter per run; with none, one run serves rows of different adapters.
     """
     batch_axes.mark(model.graph, orders)
     index = add_input(model.graph, slots.INDEX, ["N"], ir.DataType.INT64)
@@ -65,7 +65,7 @@ def attach(
 
 
 def reasons(graph: ir.Graph, targets: Sequence[Target], orders: Mapping[str, Order]) -> dict[str, str]:
-    """Why each of these targets takes one adapter per run.
+    """Find the reason that each of these targets takes one adapter per run.
 
     Args:
         graph: the raw graph.
@@ -111,5 +111,5 @@ def _order(node: ir.Node) -> Order:
 
 
 def reason_of(single: Sequence[str]) -> str:
-    """Why a bundle takes one adapter per run: the weights that do; empty where there are none."""
+    """Reason that a bundle takes one adapter per run: the weights that do; empty where there are none."""
     return f"one adapter per run at {', '.join(single)}; --exclude leaves a weight out" if single else ""

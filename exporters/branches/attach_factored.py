@@ -1,4 +1,4 @@
-"""The factored form: a base graph whose targets carry Tucker branches with overridable factors.
+"""The factored form: a base graph with Tucker branches at its targets, their factors overridable.
 
 Nothing fed, it computes the base; fed one adapter's tensors it computes that task, whatever the ranks.
 """
@@ -49,11 +49,11 @@ def attach(model: ir.Model, targets: Sequence[Target], branches: Branches = BRAN
 
 
 def output_axes(model: ir.Model, targets: Sequence[Target], outputs: Sequence[ir.Value]) -> dict[str, Varies]:
-    """Which axis of which output has the size of which override, by shape inference through the functions.
+    """Find the output axes that have an override's size, by shape inference through the functions.
 
     Args:
         model: a graph that `attach` has worked on.
-        targets: what was attached.
+        targets: attached targets.
         outputs: the raw graph's outputs, with their shapes.
 
     Raises:

@@ -2,7 +2,7 @@
 
 ONNX Runtime gives a conv its fast blocked kernel only when the weight is a constant; one that is fed, or computed as
 W + dW, costs six times as much (`benchmarks/depthwise.py`).  Its internal operators do not ask for a constant: a
-depthwise weight in their layout is, byte for byte, an image of C channels, so their own reordering of images makes it,
+depthwise weight in their layout is, byte for byte, an image of C channels, so their reordering of images makes it,
 whatever block size the CPU has.  They exist on the CPU only, and for channels that are a multiple of 16; graphs that
 use them stand beside the portable ones.
 """

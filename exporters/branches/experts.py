@@ -22,7 +22,7 @@ _ROUTED = 3  # axes of an activation of routed tokens: one token an entry, its c
 
 
 class ExpertSite(NamedTuple):
-    """A batched product of looked-up experts and tokens: `side` says on which side of the token the expert is."""
+    """A batched product of looked-up experts and tokens: `side` is the expert's side of the token."""
 
     node: ir.Node
     side: str

@@ -23,7 +23,7 @@ _MATRIX = 2  # axes of a product that do not broadcast
 
 
 class Meeting(NamedTuple):
-    """An input of a node at which a shared value meets the batch; `partner` tells how often a row repeats there."""
+    """An input of a node at which a shared value meets the batch; `partner` shows how often a row repeats there."""
 
     node: ir.Node
     position: int
@@ -38,7 +38,7 @@ class Region(NamedTuple):
 
 
 def has_batch(value: ir.Value, batch: str) -> bool:
-    """Whether an axis of a value depends on the size of the batch, as far as shapes tell."""
+    """Whether an axis of a value depends on the size of the batch, as far as shapes show."""
     if value.const_value is not None:
         return False
     if value.shape is not None:
@@ -186,7 +186,7 @@ def _scan(model: ir.Model, region: Region, index: ir.Value) -> None:
 
 
 def _body(region: Region, kept: Sequence[ir.Value], index: ir.Value, name: str) -> ir.Graph:
-    """The region for one adapter, whose number is the only input."""
+    """The region for one adapter; its number is the only input."""
     row = ir.Value(name=f"{name}.row", shape=ir.Shape([1]), type=index.type)
     inside: dict[ir.Value, ir.Value] = {index: row}
     order = {node: i for i, node in enumerate(region.nodes[0].graph or ())}

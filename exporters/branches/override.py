@@ -120,7 +120,7 @@ def _columns(vector: ir.Value) -> list[tuple[ir.Node, ir.Value]] | None:
 
 
 def _meets(column: ir.Value) -> ir.Value | None:
-    """The activation that a column is added to, or multiplied with, perhaps after arithmetic of its own."""
+    """The activation that a column is added to, or multiplied with, perhaps after other arithmetic."""
     uses = list(column.uses())
     if len(uses) != 1 or uses[0][0].op_type not in _POINTWISE:
         return None

@@ -29,7 +29,7 @@ _STACK = 32  # outputs of a Split that ONNX Runtime's CUDA kernel takes without 
 
 
 class _Branch(NamedTuple):
-    """A branch of a linear layer whose rows take different adapters."""
+    """A branch of a linear layer with a different adapter for each row."""
 
     node: ir.Node
     y: ir.Value

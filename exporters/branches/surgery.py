@@ -40,7 +40,7 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def constant_ints(model: ir.Model, numbers: Sequence[int]) -> ir.Value:
-    """A constant list of integers, shared by all who ask for the same."""
+    """A constant list of integers, shared between equal requests."""
     name = f"tpeft.ints.{'x'.join(map(str, numbers))}"
     return add_constant(model.graph, name, np.array(numbers, np.int64))
 
@@ -80,7 +80,7 @@ def call(
     """Insert a call of one of our functions behind a node, or before all others when that is None.
 
     Args:
-        name: of the new node.
+        name: name of the new node.
         like: a value that the result resembles in shape, type and order of rows; None when that is not known.
     """
     node = _node(model, function, inputs, name, like, attributes)

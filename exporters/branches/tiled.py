@@ -1,4 +1,4 @@
-"""A linear layer on a table that all rows share, whose result is laid out anew and then repeated for every row.
+"""A linear layer on a table that all rows share; its result is laid out anew and then repeated for every row.
 
 DeBERTa projects its relative positions (1, L, I) this way.  Rows of different adapters have different results, so the
 change is computed per adapter, taken through the same layout, and added where the repeated result is complete.
@@ -27,7 +27,7 @@ class Repeated(NamedTuple):
 
 
 def repeated(site: Site) -> Repeated | None:
-    """What follows a site, when it is a bias, a new layout and a repetition, and nothing else uses it on the way."""
+    """The nodes after a site, when they are a bias, a new layout and a repetition that nothing else uses on the way."""
     layout: list[ir.Node] = []
     value = site.y
     while True:

@@ -1,4 +1,4 @@
-"""Every other use of a weight: W + dW in the graph.  Grouped and depthwise convs (whose dW is tiny) live here too.
+"""Every other use of a weight: W + dW in the graph.  Grouped and depthwise convs, with a tiny dW, are here too.
 
 Banked, a conv runs row by row with that row's own weight; any other use takes one adapter per run.
 """

@@ -1,4 +1,4 @@
-"""Where the batch is inside an activation, found by changing single rows of the input and looking what changes.
+"""Detect the batch axis of activations by perturbing single rows of the input.
 
 Nothing in an ONNX graph says whether the first axis of an intermediate value is the batch: a layer may lay its rows
 out sequence-major (nn.MultiheadAttention), fold frames into the batch, or work on a table that every row shares.
@@ -16,14 +16,13 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.oracle import compare
-from tpeft_deploy.exporters.oracle.base import Base
-from tpeft_deploy.exporters.oracle.sizes import batch_axis, shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Order", "find", "mark", "order_of", "same_order"]
 
 Order = Literal["major", "minor", "shared", "mixed"]
-"""Rows of a batch inside an activation whose axes but the last (convolutions: but the first) are taken as one.
+"""Rows of a batch inside an activation; all axes but the last (convolutions: but the first) are taken as one.
 
 major: entry i belongs to row i // m; minor: to row i % B; shared: to none, it is the same for all rows;
 mixed: rows depend on each other, or are ordered in yet another way.
@@ -34,7 +33,7 @@ _ROWS = 3
 
 
 def order_of(value: ir.Value) -> Order:
-    """What `mark` found out; a weight is the same for all rows, and rows come first where nobody asked."""
+    """Order that `mark` wrote; a weight is the same for all rows, and rows come first in a value without a mark."""
     if value.const_value is not None:
         return "shared"
     found: Order = value.meta.get(_KEY, "major")
@@ -55,11 +54,11 @@ def mark(graph: ir.Graph, found: Mapping[str, Order]) -> None:
             value.meta[_KEY] = found[str(value.name)]
 
 
-def find(base: Base, raw: ir.Model, values: Iterable[tuple[str, int]], place: Path) -> dict[str, Order]:
+def find(subject: Subject, raw: ir.Model, values: Iterable[tuple[str, int]], place: Path) -> dict[str, Order]:
     """Run the base on rows of which one was replaced, and see where its values change.
 
     Args:
-        base: gives the rows.
+        subject: base that gives the rows.
         raw: its raw graph, left as it is.
         values: name of a value -> how many of its leading axes are rows and positions; 0 is all of them, negative
             ones leave out axes at the end.
@@ -69,14 +68,14 @@ def find(base: Base, raw: ir.Model, values: Iterable[tuple[str, int]], place: Pa
         The name of every value -> where its rows are.
     """
     wanted = dict(values)
-    batch = batch_axis(raw.graph)
+    batch = subject.batch
     if not wanted or batch is None:
         return {}
     file = place / "rows.onnx"
     ir.save(_showing(raw, wanted), file, external_data="rows.data")
     session = compare.open_session(file)
-    sizes = shapes_to_prove(base, raw.graph)[0] | {batch: _ROWS}
-    inputs = with_sizes(base, raw.graph, sizes)
+    sizes = subject.shapes[0] | {batch: _ROWS}
+    inputs = subject.inputs(sizes)
     batched = {str(v.name) for v in raw.graph.inputs if v.shape and str(v.shape[0]) == batch}
     before = compare.run(session, inputs, {})
     found: dict[str, set[Order]] = {name: set() for name in wanted}
@@ -94,7 +93,7 @@ def find(base: Base, raw: ir.Model, values: Iterable[tuple[str, int]], place: Pa
 
 
 def _alike(shape: ir.Shape | None, axes: int, batch: str) -> Order | None:
-    """Where the rows are in a value that has a batch axis and is the same for all rows, such as a repeated table."""
+    """Order of rows in a value that has a batch axis and is the same for all rows, such as a repeated table."""
     if shape is None:
         return None
     sizes = [str(size) if isinstance(size, int) else str(size.value) for size in shape]
@@ -106,7 +105,7 @@ def _alike(shape: ir.Shape | None, axes: int, batch: str) -> Order | None:
 
 
 def _agreed(orders: set[Order]) -> Order:
-    """One answer of those that replacing each row gave; a row that was like its replacement says nothing."""
+    """Join the orders found by replacing each row; a row that was like its replacement shows nothing."""
     told = orders - {"shared"} or orders
     return told.pop() if len(told) == 1 else "mixed"
 
@@ -116,7 +115,7 @@ def _showing(raw: ir.Model, wanted: Iterable[str]) -> ir.Model:
     values = {value.name: value for node in model.graph for value in node.outputs}
     values |= {value.name: value for value in model.graph.inputs}
     for name in wanted:
-        # Through an Identity: a value that is an input or an output already cannot be an output under its own name.
+        # Through an Identity: a value that is an input or an output already cannot be an output under the same name.
         node = ir.node("Identity", [values[name]], name=_shown(name))
         node.outputs[0].name = _shown(name)
         node.outputs[0].type, node.outputs[0].shape = values[name].type, values[name].shape

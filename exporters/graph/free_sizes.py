@@ -40,7 +40,7 @@ class _Size:
 
 
 class _Stuck(Exception):
-    """What a node does to the size of a head, where that cannot be undone.
+    """A node's effect on the size of a head, where it cannot be undone.
 
     Args:
         reason: completes "node .. of the base".
@@ -57,8 +57,8 @@ def free_sizes(model: ir.Model, names: Iterable[str], resized: Iterable[str] = (
 
     Args:
         model: a raw graph with the shapes of the trace.
-        names: initializers whose first size a task may change.
-        resized: those of them whose first size a task is known to change.
+        names: initializers with a first size that a task may change.
+        resized: those of them with a first size that a task is known to change.
         folded: whether each graph will hold one head alone, so that none is padded to the size of another.
 
     Raises:
@@ -88,7 +88,7 @@ def free_sizes(model: ir.Model, names: Iterable[str], resized: Iterable[str] = (
 
 
 def varies_of(output: ir.Value) -> Varies | None:
-    """What `free_sizes` found of an output."""
+    """Result of `free_sizes` for an output."""
     found: Varies | None = output.meta.get(_KEY)
     return found
 
@@ -303,7 +303,7 @@ def _entries(shape: ir.Value) -> list[int | None]:
 
 
 def _regrouped(before: Sequence[_Dim], after: Sequence[_Dim], axis: int) -> tuple[int, int] | None:
-    """Where a Reshape puts an axis: the new axis, and how many entries for each old one it has."""
+    """Place of an axis after a Reshape: the new axis, and its number of entries for each old one."""
     old, new = [_number(size, _PRIME) for size in before], [_number(size, _PRIME) for size in after]
     if None in old or None in new:
         return None
@@ -317,7 +317,7 @@ def _regrouped(before: Sequence[_Dim], after: Sequence[_Dim], axis: int) -> tupl
 
 
 def _number(size: _Dim, least: int) -> int | None:
-    """A size where every free one has a large value of its own, so that equal products are products of the same."""
+    """A size with a different large value for every free one, so that equal products are products of the same."""
     if isinstance(size, int):
         return size
     try:

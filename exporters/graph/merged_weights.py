@@ -10,9 +10,9 @@ from onnx_ir.passes import common as passes
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.exporters.graph import quantised
+from tpeft_deploy.exporters.graph.resolve import held_by, resolve
 from tpeft_deploy.exporters.graph.weights_and_shapes import forget_shapes, held_tensor
 from tpeft_deploy.exporters.oracle.base import Base
-from tpeft_deploy.exporters.targets import held_by, resolve
 from tpeft_deploy.ties import changed_names, settle
 
 __all__ = ["held_changes", "replace_weights"]

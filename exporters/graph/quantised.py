@@ -1,6 +1,6 @@
-"""Linear layers whose weights are held in 8 or 4 bits: branches attach to what goes in and comes out.
+"""Linear layers with weights in 8 or 4 bits: branches attach to their inputs and outputs.
 
-A product is recognised as MatMulNBits (ONNX Runtime's own), or as a MatMul whose matrix a DequantizeLinear makes.  Once
+A product is recognised as MatMulNBits (of ONNX Runtime), or as a MatMul whose matrix a DequantizeLinear makes.  Once
 its weight is identified, the node says so itself, in metadata that a saved graph keeps: the name, the shape, and the
 digest of the weight that was quantised.
 """
@@ -39,7 +39,7 @@ def operands(graph: ir.Graph) -> list[str]:
 
 
 def tag(node: ir.Node, name: str, shape: tuple[int, ...], digest: str) -> None:
-    """Let a product say which weight it holds."""
+    """Name the weight of a product."""
     node.metadata_props[_NAME] = name
     node.metadata_props[_SHAPE] = ",".join(map(str, shape))
     node.metadata_props[_DIGEST] = digest
@@ -144,7 +144,7 @@ def _tagged(graph: ir.Graph, name: str) -> list[ir.Node]:
 
 
 def _dequantiser(node: ir.Node) -> ir.Node | None:
-    """What makes the matrix of a MatMul from a constant in few bits, perhaps through a Transpose."""
+    """The node that makes the matrix of a MatMul from a constant in few bits, perhaps through a Transpose."""
     producer = node.inputs[1].producer() if node.inputs[1] is not None else None
     if producer is not None and producer.op_type == "Transpose":
         producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None

@@ -1,4 +1,4 @@
-"""Changes of weights that no output depends on: the last layer of a vision tower whose last but one is what is read."""
+"""Changes of weights that no output depends on, such as the last layer of a vision tower."""
 
 from __future__ import annotations
 

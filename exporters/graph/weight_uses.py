@@ -1,4 +1,4 @@
-"""Where a graph uses a weight, and as what: the uses that a branch can attach to."""
+"""Uses of a weight in a graph that a branch can attach to."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Site:
         use: linear is y = x W^T, matmul y = x W, lookup y = W[x], conv any convolution, vector y = x + W or x * W
             along the last axis.
         x: the other operand, which carries the batch.
-        y: what the node computes.
+        y: output of the node.
     """
 
     node: ir.Node
@@ -51,7 +51,7 @@ class Site:
 
     @property
     def order(self) -> Order:
-        """Where the batch is in `x`."""
+        """Place of the batch in `x`."""
         return order_of(self.x)
 
 
@@ -121,7 +121,7 @@ def geometry(node: ir.Node, kernel_axes: int) -> dict[str, list[int]]:
 
 
 def one_hot_window(kernel: Iterable[int]) -> np.ndarray:
-    """The conv weight (K, 1, *kernel) that copies each of the K = K1 K2 .. taps into a channel of its own."""
+    """The conv weight (K, 1, *kernel) that copies each of the K = K1 K2 .. taps into a separate channel."""
     kernel = tuple(kernel)
     taps = math.prod(kernel)
     return np.eye(taps).reshape(taps, 1, *kernel)

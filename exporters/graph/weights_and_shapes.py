@@ -52,7 +52,7 @@ def optimize(model: ir.Model, keep: Iterable[str] = (), *, inline: bool = False)
 
     Args:
         model: changed in place.
-        keep: initializers whose names and values must survive, those that can be overridden included.
+        keep: initializers that must keep names and values, those that can be overridden included.
         inline: whether model-local functions are inlined.
     """
     with _hidden(model.graph, [*keep, *quantised.operands(model.graph)]), quiet():
@@ -130,7 +130,7 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _below(values: Iterable[ir.Value]) -> list[ir.Value]:
-    """Everything that is computed from some values."""
+    """All values that are computed from some values."""
     found: dict[int, ir.Value] = {}
     waiting = list(values)
     while waiting:
@@ -223,7 +223,7 @@ def _turned(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
 
 
 def forget_shapes(graph: ir.Graph, changed: Iterable[ir.Value]) -> None:
-    """Drop the shapes of the values that are computed from some whose traced shapes are wrong.
+    """Drop the shapes of values that are computed from values with wrong traced shapes.
 
     ONNX Runtime fuses by shapes, so all others keep theirs.
 
@@ -250,7 +250,7 @@ def _outer_values(attribute: ir.Attr) -> Iterator[ir.Value]:
 
 
 def lay_out(graph: ir.Graph, digests: Mapping[str, str]) -> dict[str, Weight]:
-    """Where each of the named initializers of a graph goes in one file, one after another; equal ones share a place.
+    """Lay out the named initializers of a graph in one file, one after another; equal ones share a place.
 
     Args:
         graph: holds every initializer named in `digests`.
@@ -302,8 +302,8 @@ def share_weights(model: ir.Model, weights: Mapping[str, Weight], aliases: Mappi
 
     Args:
         model: changed in place.
-        weights: what `lay_out` returned.
-        aliases: initializer of this graph -> weight whose value it has.
+        weights: result of `lay_out`.
+        aliases: initializer of this graph -> weight with the same value.
         file: the shared file, to stand beside the model's own.
     """
     for name, value in model.graph.initializers.items():

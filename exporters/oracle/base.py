@@ -1,4 +1,4 @@
-"""What a base model is to the exporters: a raw graph, its weights, and an oracle that knows nothing of branches."""
+"""Base models as the exporters see them: a raw graph, its weights, and an oracle that knows nothing of branches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ class Base(ABC):
     def __init__(self, name: str, inputs: Inputs) -> None:
         self.name = name
         self.inputs = inputs
-        self.proved_at: list[dict[str, int]] | None = None  # what `samples.shapes_to_prove` found, which runs the model
         self.padding: Mapping[str, int | float] = {}  # input -> what it may be filled up with, if the proof agrees
 
     @property
@@ -50,13 +49,13 @@ class Base(ABC):
 
     @property
     def ties(self) -> Ties:
-        """For each tensor that several modules hold, a name of every one of them, as `aliases` gives it."""
+        """Tensors that several modules hold: for each, a name in every module, as `aliases` gives it."""
         return ()
 
     @property
     @abstractmethod
     def view(self) -> object:
-        """What `load_adapter(base=...)` takes to resolve names."""
+        """Object that `load_adapter(base=...)` takes to resolve names."""
 
     @property
     def vocabulary(self) -> frozenset[str]:
@@ -83,7 +82,7 @@ class Base(ABC):
 
     @abstractmethod
     def graph(self) -> ir.Model:
-        """The model as a raw graph: every weight under its own name with its own value, nothing optimised.
+        """The model as a raw graph: every weight under its name with its value, nothing optimised.
 
         Raises:
             UnsupportedBase: it cannot be exported.
@@ -91,19 +90,19 @@ class Base(ABC):
 
     @abstractmethod
     def reference(self, adapter: Adapter | None, inputs: Inputs, names: Sequence[str]) -> Outputs:
-        """What the model with the adapter's merged weights computes, found without any branch: output -> array.
+        """Run the model with the adapter's merged weights, without any branch: output -> array.
 
         Args:
             adapter: or None for the base itself.
-            inputs: by name.
-            names: of the outputs, in the graph's order.
+            inputs: arrays by input name.
+            names: output names, in the graph's order.
         """
 
     def in_both(self, inputs: Inputs, names: Sequence[str]) -> tuple[Outputs, Outputs]:
-        """What a model in 16 bits computes in them, and what it computes in 32 bits with the same weights.
+        """Run a model in 16 bits as it is, and in 32 bits with the same weights.
 
         Args:
-            inputs: by name.
+            inputs: arrays by input name.
             names: output names, in the graph's order.
 
         Raises:
@@ -116,7 +115,6 @@ class Base(ABC):
         """This base with other example inputs."""
         other = copy(self)
         other.inputs = inputs
-        other.proved_at = None
         return other
 
     def knowing(self, adapters: Iterable[Adapter]) -> Base:
@@ -130,7 +128,7 @@ class Base(ABC):
         return True
 
     def check(self, adapter: Adapter) -> None:
-        """Refuse an adapter whose names, shapes or recorded base digests do not fit.
+        """Refuse an adapter with names, shapes or recorded base digests that do not fit.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: it does not fit.
@@ -142,7 +140,7 @@ class Base(ABC):
         adapter.check_digests(digests, base=f"base {self.name}")
 
     def merged(self, adapter: Adapter, name: str) -> Array:
-        """What a weight becomes: gain * (W + dW), in float64 and rounded once, or the override."""
+        """Merge a weight: gain * (W + dW), in float64 and rounded once, or the override."""
         weight = self.weights[name]
         if name in adapter.overrides:
             return np.array(adapter.overrides[name], dtype=weight.dtype)

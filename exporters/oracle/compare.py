@@ -1,6 +1,6 @@
-"""The numeric gate: no export leaves without having been compared with the merged model.
+"""The numeric gate: every export is compared with the merged model.
 
-The reference is the base itself, run with gain * (W + dW) (in float64) and the task's overrides in place of its own
+The reference is the base itself, run with gain * (W + dW) (in float64) and the task's overrides in place of the base's
 tensors.  Relative error is ||export - reference|| / ||reference|| in the Frobenius norm, the worst over outputs;
 limits are those of the project: 1e-5 in float32, and in 16 bits what `oracle.rounding` derives, or a fixed one.
 """
@@ -20,39 +20,28 @@ import onnx_ir as ir
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from tpeft_deploy.bundle.manifest import WIDEST_TOLERANCE
-from tpeft_deploy.errors import ExportError, NotEquivalent
+from tpeft_deploy.bundle.tolerances import LIMIT, LIMITS, WIDEST_TOLERANCE
+from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle import bfloat16
 from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
+from tpeft_deploy.exporters.oracle.limits import Limits
 from tpeft_deploy.exporters.oracle.sizes import Sizes
 from tpeft_deploy.tucker import Array
 
 __all__ = [
-    "BFLOAT16_LIMIT",
-    "LIMIT",
     "MERGED",
     "ORT_ERRORS",
     "Check",
-    "Limits",
-    "check_tolerance",
     "compare",
-    "limit_of",
     "measure",
     "open_session",
     "relative_error",
     "run",
 ]
 
-LIMIT = 1e-5
 MERGED = "merged"
-BFLOAT16_LIMIT = 1.6e-2  # for sums that are rounded to bfloat16, which has 3 bits less than float16
-
-Limits = float | Mapping[str, float]
-"""What outputs must stay under: all of them, or each by its name."""
-
 _SUGGESTED = 10  # times the limit: what rounding may explain
 _CPU = "CPUExecutionProvider"
-_HALF_LIMIT = 2e-3
 _FIX = "It must not be served; please report the model."
 _FIX_READING = (
     "The export is not what was trained: the training library computes something else with the same file; please "
@@ -93,7 +82,7 @@ class Check:
     oracle: str = MERGED
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in a manifest, which holds no check that failed."""
+        """Entry of a manifest, which holds no check that failed."""
         return {
             "form": self.form,
             "task": self.task,
@@ -115,31 +104,8 @@ class Check:
         return self
 
 
-def limit_of(graph: ir.Graph) -> float:
-    """What an export must stay under, by the dtype of its weights: outputs may be wider than what they come from."""
-    dtypes = {value.dtype for value in graph.initializers.values()}
-    if ir.DataType.BFLOAT16 in dtypes:
-        return BFLOAT16_LIMIT
-    return _HALF_LIMIT if ir.DataType.FLOAT16 in dtypes else LIMIT
-
-
-def check_tolerance(tolerance: float | None, doing: str) -> None:
-    """Refuse a tolerance that is below the limit, or so wide that it would prove nothing.
-
-    Raises:
-        ExportError: it is.
-    """
-    if tolerance is not None and not LIMIT <= tolerance <= WIDEST_TOLERANCE:
-        raise ExportError(
-            doing,
-            expected=f"a tolerance from {LIMIT:g} to {WIDEST_TOLERANCE:g}",
-            got=tolerance,
-            fix="A wider one would accept an export whose branches are missing.",
-        )
-
-
 def open_session(file: Path, *, optimized: bool = True) -> onnxruntime.InferenceSession:
-    """A CPU session that keeps to itself: no spinning threads, no log, and no packed copies of the weights.
+    """A CPU session without spinning threads, log and packed copies of the weights.
 
     A model in bfloat16, which the CPU cannot run, is run as a copy in float32 with the same weights.
 
@@ -222,12 +188,12 @@ def measure(
     limit: Limits = LIMIT,
     oracle: str = MERGED,
 ) -> Check:
-    """Compare all outputs of a run, and say what is wrong instead of raising it.
+    """Compare all outputs of a run; a failure is part of the result, not raised.
 
     Args:
-        form: as in `Check`, like `task` and `sizes`.
+        form: form that was run, as in `Check`.
         task: the task that was run.
-        sizes: the sizes it was run at.
+        sizes: free sizes of the inputs.
         answer: runs the form.
         expected: the reference's outputs.
         limit: relative error allowed for all outputs, or for each; at least 2e-3 where an output is in 16 bits.
@@ -278,7 +244,7 @@ def _tolerable(form: str, error: float, limit: float) -> str | None:
 
 
 def _limits(limit: Limits, outputs: Mapping[str, Array]) -> dict[str, float]:
-    least = _HALF_LIMIT if any(array.dtype.itemsize == 2 for array in outputs.values()) else 0.0
+    least = LIMITS["float16"] if any(array.dtype.itemsize == 2 for array in outputs.values()) else 0.0
     return {name: max(limit if isinstance(limit, float) else limit[name], least) for name in outputs}
 
 

@@ -47,7 +47,7 @@ def load(model: nn.Module, path: Path) -> Callable[..., object]:
 
 
 def _prefix(tensors: Mapping[str, torch.Tensor]) -> str:
-    """What stands before every module's name in a file; LyCORIS reads one prefix at a time."""
+    """Prefix of every module's name in a file; LyCORIS reads one prefix at a time."""
     for prefix in _PREFIXES:
         if all(key.startswith(f"{prefix}_") for key in tensors):
             return prefix

@@ -1,4 +1,4 @@
-"""Ties that are too near to call: what an operator that picks among scores does to an error that is within the limit.
+"""Near ties: how an operator that picks among scores enlarges an error that is within the limit.
 
 TopK and ArgMax answer with whole numbers, and route rows elsewhere by them.  Where the last chosen score and the first
 one left out differ by less than rounding does, two exact implementations pick differently, and everything behind jumps.
@@ -31,7 +31,7 @@ def explain(check: Check, file: Path, feeds: Inputs) -> Check:
     Args:
         check: a failed check; one that passed comes back unchanged, as does one of a graph that picks nothing.
         file: the graph that was run.
-        feeds: everything that it was run with.
+        feeds: all inputs that it was run with.
     """
     failure = check.failure
     if failure is None:
@@ -76,7 +76,7 @@ def _upstream(outputs: list[ir.Value]) -> list[ir.Node]:
 
 
 def _scores(model: ir.Model, picks: list[ir.Node], feeds: Inputs) -> Mapping[str, Array]:
-    """What goes into these operators: the graph run once more, with their operands for outputs."""
+    """Inputs of these operators: the graph is run once more, with their operands for outputs."""
     operands = {str(value.name): value for node in picks for value in node.inputs if value is not None}
     held = {name: value.const_value.numpy() for name, value in operands.items() if value.const_value is not None}
     given = {name: feeds[name] for name in operands if name in feeds}

@@ -1,4 +1,4 @@
-"""Keeping remarks of the libraries below off the user's terminal while they work for us."""
+"""Suppress remarks of torch and onnxscript during an export."""
 
 from __future__ import annotations
 

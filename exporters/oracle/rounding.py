@@ -1,4 +1,4 @@
-"""The rounding of a 16-bit base, measured on the base itself, and the limits of its exports that follow from it.
+"""Measure the rounding of a 16-bit base; limits of its exports follow from it.
 
 A fixed limit accepts or refuses a 16-bit model by the luck of its weights and inputs: what 16 bits cost depends on the
 depth of a model and on what cancels in it.  The library's own 16-bit forward, against its 32-bit forward on the same
@@ -12,69 +12,52 @@ import logging
 import math
 
 import numpy as np
-import onnx_ir as ir
 
 from tpeft_deploy.bundle.manifest import Rounding
+from tpeft_deploy.bundle.tolerances import LIMIT, ROUNDING_MULTIPLES, WIDEST_LIMIT
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.oracle import bfloat16, compare
-from tpeft_deploy.exporters.oracle.base import Base
-from tpeft_deploy.exporters.oracle.compare import Limits
-from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.limits import limit_of
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.tucker import Array
 
-__all__ = ["MULTIPLE", "WIDEST", "limits_of", "measure_rounding"]
+__all__ = ["measure_rounding"]
 
 _log = logging.getLogger(__name__)
 
-# Of 13 architectures the largest error of any form was, in float16, 3.8 times the rounding, of a ResNet whose fused
-# BatchNorms are rounded once more.  In bfloat16, where a copy in float32 runs, it was 1.5 times, of a rounded W + dW.
-MULTIPLE = {"float16": 4.0, "bfloat16": 2.0}
-WIDEST = 0.1  # a wider limit would tell nothing: a missing branch changes less
 
-
-def measure_rounding(base: Base, graph: ir.Graph) -> Rounding | None:
+def measure_rounding(subject: Subject) -> Rounding | None:
     """Compare a base in 16 bits with itself in 32 bits, at the sizes that an export is proved at.
 
     Args:
-        base: the oracle.
-        graph: its raw graph; the weights tell the dtype.
+        subject: base with its raw graph, which tells the dtype.
 
     Returns:
         What was measured, or the fixed limits and why; None for a base in 32 bits or more.
     """
-    fixed = compare.limit_of(graph)
-    if fixed == compare.LIMIT:
+    fixed = limit_of(subject.graph)
+    if fixed == LIMIT:
         return None
-    dtype = "bfloat16" if bfloat16.holds(graph) else "float16"
-    names = [str(value.name) for value in graph.outputs]
-    measured = dict.fromkeys(names, 0.0)
+    dtype = "bfloat16" if bfloat16.holds(subject.graph) else "float16"
+    measured = dict.fromkeys(subject.outputs, 0.0)
     try:
-        for sizes in shapes_to_prove(base, graph):
-            narrow, wide = base.in_both(with_sizes(base, graph, sizes), names)
-            for name in names:
+        for sizes in subject.shapes:
+            narrow, wide = subject.base.in_both(subject.inputs(sizes), subject.outputs)
+            for name in measured:
                 measured[name] = max(measured[name], _worst_row(narrow[name], wide[name]))
     except UnsupportedBase as error:
-        return _unmeasured(base, dtype, names, fixed, error.problem or str(error))
+        return _unmeasured(subject, dtype, fixed, error.problem or str(error))
     if not all(math.isfinite(error) for error in measured.values()):
-        return _unmeasured(base, dtype, names, fixed, "its outputs in 16 bits are not finite")
-    limits = {name: min(max(MULTIPLE[dtype] * error, fixed), WIDEST) for name, error in measured.items()}
+        return _unmeasured(subject, dtype, fixed, "its outputs in 16 bits are not finite")
+    limits = {
+        name: min(max(ROUNDING_MULTIPLES[dtype] * error, fixed), WIDEST_LIMIT) for name, error in measured.items()
+    }
     return Rounding(dtype, measured, limits)
 
 
-def limits_of(graph: ir.Graph, rounding: Rounding | None, tolerance: float | None = None) -> Limits:
-    """Largest relative error of an export's outputs, by the dtype of its weights and what its bundle states.
-
-    Args:
-        graph: the raw graph.
-        rounding: measurement of a base in 16 bits.
-        tolerance: accepted error in float32; in 16 bits the limits are wider anyway.
-    """
-    return max(compare.limit_of(graph), tolerance or 0.0) if rounding is None else rounding.limits
-
-
-def _unmeasured(base: Base, dtype: str, names: list[str], fixed: float, reason: str) -> Rounding:
-    _log.warning("the rounding of %s is not known, its exports are held to %g: %s", base.name, fixed, reason)
-    return Rounding(dtype, {}, dict.fromkeys(names, fixed), reason)
+def _unmeasured(subject: Subject, dtype: str, fixed: float, reason: str) -> Rounding:
+    _log.warning("the rounding of %s is not known, its exports are held to %g: %s", subject.base.name, fixed, reason)
+    return Rounding(dtype, {}, dict.fromkeys(subject.outputs, fixed), reason)
 
 
 def _worst_row(got: Array, expected: Array) -> float:

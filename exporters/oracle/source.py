@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -27,9 +26,11 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.exporters.bases import dotted_names
 from tpeft_deploy.exporters.oracle import compare, lycoris, peft
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
-from tpeft_deploy.exporters.oracle.compare import MERGED, Check, Limits
+from tpeft_deploy.exporters.oracle.compare import MERGED, Check
+from tpeft_deploy.exporters.oracle.limits import Limits
 from tpeft_deploy.exporters.oracle.quiet import quiet
-from tpeft_deploy.exporters.oracle.sizes import Sizes, shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.sizes import Sizes
+from tpeft_deploy.exporters.oracle.subject import Subject
 
 __all__ = ["Source", "Sources"]
 
@@ -41,7 +42,7 @@ _HALVES = {torch.float16, torch.bfloat16}
 
 @dataclass(frozen=True)
 class Source:
-    """What proves that an adapter was read as it was meant.
+    """Evidence that an adapter was read correctly.
 
     Args:
         oracle: the library and its version, "peft 0.21.2"; "merged" where the merged base is all there is.
@@ -62,12 +63,12 @@ class Source:
         expected: Outputs,
         limit: Limits,
     ) -> Iterator[Check]:
-        """Compare a run with the merged base, and with the library where it was asked at these sizes.
+        """Compare a run with the merged base, and with the library where it ran at these sizes.
 
         Args:
-            form: as for `gate.measure`, like all that follow.
+            form: form that is run, as for `compare.measure`.
             task: the task that was run.
-            sizes: the sizes it was run at.
+            sizes: free sizes of the inputs.
             answer: runs the form, once.
             expected: the merged base's outputs.
             limit: relative error allowed.
@@ -80,17 +81,15 @@ class Source:
 
 
 class Sources:
-    """The sources of the tasks of one base, each asked once.
+    """The sources of the tasks of one base, each run once.
 
     Args:
-        base: the base of all adapters.
-        graph: its raw graph, for the names of inputs, outputs and free sizes.
+        subject: base of all adapters.
         keep: whether outputs are kept after they were given once.
     """
 
-    def __init__(self, base: Base, graph: ir.Graph, *, keep: bool = False) -> None:
-        self.base = base
-        self._graph = graph
+    def __init__(self, subject: Subject, *, keep: bool = False) -> None:
+        self.subject = subject
         self._keep = keep
         self._found: dict[str, Source] = {}
 
@@ -100,12 +99,12 @@ class Sources:
             return Source(MERGED)
         if task in self._found:
             return self._found[task]
-        source = _ask(self.base, self._graph, adapter)
+        source = _ask(self.subject, adapter)
         self._found[task] = source if self._keep else replace(source, outputs=())
         return source
 
     def to_json(self, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """What a manifest records: task -> its oracle, with no error yet.
+        """Records for a manifest: task -> its oracle, with no error yet.
 
         Args:
             digests: task -> digest of the adapter that the record is about.
@@ -116,8 +115,8 @@ class Sources:
         }
 
 
-def _ask(base: Base, graph: ir.Graph, adapter: Adapter) -> Source:
-    origin = adapter.origin
+def _ask(subject: Subject, adapter: Adapter) -> Source:
+    base, origin = subject.base, adapter.origin
     if origin is None:
         return Source(MERGED, "made in memory, or read from a file that no training library reads")
     if origin.part:
@@ -131,12 +130,10 @@ def _ask(base: Base, graph: ir.Graph, adapter: Adapter) -> Source:
         oracle = f"{library.DISTRIBUTION.partition('-')[0]} {version(library.DISTRIBUTION)}"
     except PackageNotFoundError:
         return Source(MERGED, f"{library.DISTRIBUTION} is not installed")
-    names = [str(value.name) for value in graph.outputs]
-    shapes = shapes_to_prove(base, graph)
     try:
         with _apart():
             forward = library.load(_copy(base.module, adapter), origin.path)
-            outputs = [(sizes, _run(forward, base, with_sizes(base, graph, sizes), names)) for sizes in shapes]
+            outputs = [(sizes, _run(forward, base, subject.inputs(sizes), subject.outputs)) for sizes in subject.shapes]
     except Exception as error:  # libraries and models raise every kind of exception
         what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         reason = f"{oracle} cannot be asked about {origin.path}: {' '.join(what.split())[:300]}"

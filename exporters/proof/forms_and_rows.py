@@ -1,4 +1,4 @@
-"""Proving a bundle: every form of every task, and rows of different tasks in one run, against the merged base."""
+"""Prove a bundle: every form of every task, and rows of different tasks in one run, against the merged base."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BASE_TASK, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.bundle.manifest import Manifest, OutputRows
-from tpeft_deploy.bundle.packing import pack
+from tpeft_deploy.bundle.tolerances import BRANCH_SLACK, LIMIT, LIMITS
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle import bfloat16, compare
-from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
-from tpeft_deploy.exporters.oracle.compare import MERGED, Check, Limits
+from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
+from tpeft_deploy.exporters.oracle.compare import MERGED, Check
+from tpeft_deploy.exporters.oracle.limits import Limits, limit_of, limits_of
 from tpeft_deploy.exporters.oracle.near_ties import explain
-from tpeft_deploy.exporters.oracle.rounding import limits_of
-from tpeft_deploy.exporters.oracle.sizes import Sizes, batch_axis, empty_shapes, shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.sizes import Sizes
 from tpeft_deploy.exporters.oracle.source import Sources
+from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks, graphs_of
 from tpeft_deploy.exporters.proof.output_rows import find_output_rows
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = [
-    "banks",
     "base_limit",
     "branch_limit",
     "check_forms",
@@ -41,82 +41,58 @@ __all__ = [
 ]
 
 Tasks = dict[str, Adapter | None]
-# A graph in bfloat16 has its constants rounded, whatever its weights are; branches must not add to that.
-_SLACK = 4
 _MIXED = 6  # given adapters in one mixed batch, so that its size does not grow with their number
 
 
-def prove(
-    base: Base,
-    graph: ir.Graph,
-    bundle: Bundle,
-    adapters: Mapping[str, Adapter],
-    progress: Progress,
-    sources: Sources,
-) -> Manifest:
-    """The manifest with what the gate measured, and with whether rows of different adapters may share a run.
+def prove(sources: Sources, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress) -> Manifest:
+    """Prove a bundle; the manifest gains all measurements, and whether rows of different adapters may share a run.
 
     Args:
-        base: the oracle.
-        graph: its raw graph, for the names of inputs, outputs and free sizes.
+        sources: answers of the training libraries, with the subject that they are about.
         bundle: written already, with the adapters in it.
         adapters: task -> adapter.
-        progress: told each stage.
-        sources: answers of the training libraries.
+        progress: called at each stage.
 
     Raises:
         NotEquivalent: a form differs from the merged base, or from what its training library computes.
     """
     progress("check which outputs keep rows apart")
-    kinds = find_output_rows(base, graph, bundle.manifest, probe(bundle, 0))
+    kinds = find_output_rows(sources.subject, bundle.manifest, probe(bundle, 0))
     outputs = tuple(replace(port, rows=kinds[port.name]) for port in bundle.manifest.outputs)
     bundle = replace(bundle, manifest=replace(bundle.manifest, outputs=outputs))
-    manifest = _prove_rows(base, graph, bundle, adapters, progress, sources)
-    return _prove_empty(base, graph, bundle, manifest, adapters, progress, sources)
+    manifest = _prove_rows(sources, bundle, adapters, progress)
+    return _prove_empty(sources, bundle, manifest, adapters, progress)
 
 
-def _prove_rows(
-    base: Base,
-    graph: ir.Graph,
-    bundle: Bundle,
-    adapters: Mapping[str, Adapter],
-    progress: Progress,
-    sources: Sources,
-) -> Manifest:
-    forms = [check.passed() for check in check_forms(base, graph, bundle, adapters, progress, sources)]
+def _prove_rows(sources: Sources, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress) -> Manifest:
+    forms = [check.passed() for check in check_forms(sources, bundle, adapters, progress)]
     manifest = with_checks(replace(bundle.manifest, oracles=sources.to_json(bundle.tasks)), forms)
     if manifest.rows == "group":
         return manifest
     try:
-        return with_checks(manifest, [check.passed() for check in check_rows(base, graph, bundle, adapters, progress)])
+        rows = [check.passed() for check in check_rows(sources.subject, bundle, adapters, progress)]
     except NotEquivalent as error:
         # Which row order a layer has can only be proved by running it: a model that fails here is served one adapter
         # per run, which `check_forms` has proved.
         reason = f"rows of different adapters did not keep apart: {error.problem or f'got {error.got}'}"
         return replace(manifest, rows="group", rows_reason=reason)
+    return with_checks(manifest, rows)
 
 
-def proved_shapes(base: Base, graph: ir.Graph, manifest: Manifest) -> list[Sizes]:
-    """The free sizes to run a bundle at: those of `shapes_to_prove`, and with each size of 0 that the bundle takes."""
-    shapes = shapes_to_prove(base, graph)
-    return [*shapes, *(shapes[0] | {name: 0} for name in manifest.empty)]
+def proved_shapes(subject: Subject, manifest: Manifest) -> list[Sizes]:
+    """The free sizes to run a bundle at: those of `Subject.shapes`, and with each size of 0 that the bundle takes."""
+    return [*subject.shapes, *(subject.shapes[0] | {name: 0} for name in manifest.empty)]
 
 
 def _prove_empty(
-    base: Base,
-    graph: ir.Graph,
-    bundle: Bundle,
-    manifest: Manifest,
-    adapters: Mapping[str, Adapter],
-    progress: Progress,
-    sources: Sources,
+    sources: Sources, bundle: Bundle, manifest: Manifest, adapters: Mapping[str, Adapter], progress: Progress
 ) -> Manifest:
-    """The manifest with the free sizes at whose 0 every form is right: a trace may not hold there."""
-    for name, sizes in empty_shapes(base, graph).items():
+    """Add the free sizes that may be 0 to the manifest: every form is right there, although a trace may not hold."""
+    for name, sizes in sources.subject.empty_shapes.items():
         found: list[Check] = []
-        checks = [partial(check_forms, base, graph, bundle, adapters, progress, sources, [sizes])]
+        checks = [partial(check_forms, sources, bundle, adapters, progress, [sizes])]
         if manifest.rows == "each":
-            checks.append(partial(check_rows, base, graph, bundle, adapters, progress, [sizes]))
+            checks.append(partial(check_rows, sources.subject, bundle, adapters, progress, [sizes]))
         for check in (check for part in checks for check in part()):
             found.append(check)
             if check.failure is not None:
@@ -139,12 +115,10 @@ def with_checks(manifest: Manifest, checks: Iterable[Check]) -> Manifest:
 
 
 def check_forms(
-    base: Base,
-    graph: ir.Graph,
+    sources: Sources,
     bundle: Bundle,
     adapters: Mapping[str, Adapter],
     progress: Progress,
-    sources: Sources,
     shapes: Sequence[Sizes] | None = None,
 ) -> Iterator[Check]:
     """Compare the base, factored and banked forms with the merged base and with `sources`, one adapter per run.
@@ -152,71 +126,64 @@ def check_forms(
     Each comparison is made when it is asked for; those that failed are among them.  `shapes` are the free sizes to run
     at, by default those of `proved_shapes`.
     """
+    subject = sources.subject
     tasks: Tasks = {BASE_TASK: None, **adapters}
-    names = [str(value.name) for value in graph.outputs]
-    shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
+    shapes = proved_shapes(subject, bundle.manifest) if shapes is None else shapes
     progress(Stage("check the base", 0, len(tasks)))
-    own = list(_check_base(base, graph, bundle, shapes))
+    own = list(_check_base(subject, bundle, shapes))
     yield from own
-    limit = _limit(graph, bundle, own)
-    sessions = {file.removesuffix(".onnx"): compare.open_session(bundle.path / file) for file in _graphs(bundle)}
-    filled = {form: banks(bundle, tasks, f"{form}.onnx") for form in sessions if form.startswith("banked")}
+    limit = _limit(subject, bundle, own)
+    files = graphs_of(bundle.manifest, "factored", "banked")
+    sessions = {file: compare.open_session(bundle.path / file) for file in files}
+    filled = {file: banks(bundle, tasks, file) for file in graphs_of(bundle.manifest, "banked")}
     for position, (task, adapter) in enumerate(tasks.items()):
         progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
         factors = bundle.factors(task) if adapter is not None else {}
         source = sources.of(task, adapter)
         for sizes in shapes:
-            inputs = with_sizes(base, graph, sizes)
-            expected = base.reference(adapter, inputs, names)
-            for form, session in sessions.items():
+            inputs = subject.inputs(sizes)
+            expected = subject.reference(adapter, sizes)
+            for file, session in sessions.items():
                 extra, answer = factors, partial(compare.run, session, inputs, factors)
-                if form in filled:
-                    rows = filled[form] | {slots.INDEX: np.array([position])}
+                if file in filled:
+                    rows = filled[file] | {slots.INDEX: np.array([position])}
                     extra, answer = rows, partial(_run_banked, session, inputs, rows, bundle, adapter)
-                for check in source.measure(form, task, sizes, answer, expected, limit):
-                    yield explain(check, bundle.path / f"{form}.onnx", {**inputs, **extra})
+                for check in source.measure(file.removesuffix(".onnx"), task, sizes, answer, expected, limit):
+                    yield explain(check, bundle.path / file, {**inputs, **extra})
 
 
-def branch_limit(base: Base, graph: ir.Graph, bundle: Bundle, sizes: Sizes) -> Limits:
-    """What a form with branches must stay under: in bfloat16, little more than the error of base.onnx at `sizes`."""
-    return _limit(graph, bundle, _check_base(base, graph, bundle, [sizes]) if bfloat16.holds(graph) else [])
+def branch_limit(subject: Subject, bundle: Bundle, sizes: Sizes) -> Limits:
+    """Limit of a form with branches: in bfloat16, little more than the error of base.onnx at `sizes`."""
+    return _limit(subject, bundle, _check_base(subject, bundle, [sizes]) if bfloat16.holds(subject.graph) else [])
 
 
-def base_limit(graph: ir.Graph, bundle: Bundle) -> Limits:
-    """What base.onnx must stay under: in bfloat16, where a copy in float32 is run, its rounding is no excuse."""
-    if bfloat16.holds(graph):
-        return compare.limit_of(graph)
-    return limits_of(graph, bundle.manifest.rounding, bundle.manifest.tolerance)
+def base_limit(subject: Subject, bundle: Bundle) -> Limits:
+    """Limit of base.onnx: fixed in bfloat16, where a copy in float32 is run and rounding is no excuse."""
+    if bfloat16.holds(subject.graph):
+        return limit_of(subject.graph)
+    return limits_of(subject.graph, bundle.manifest.rounding, bundle.manifest.tolerance)
 
 
-def _check_base(base: Base, graph: ir.Graph, bundle: Bundle, shapes: Iterable[Sizes]) -> Iterator[Check]:
-    session = compare.open_session(bundle.path / "base.onnx")
-    names = [str(value.name) for value in graph.outputs]
+def _check_base(subject: Subject, bundle: Bundle, shapes: Iterable[Sizes]) -> Iterator[Check]:
+    session = compare.open_session(bundle.path / BASE)
     for sizes in shapes:
-        inputs = with_sizes(base, graph, sizes)
-        expected = base.reference(None, inputs, names)
+        inputs = subject.inputs(sizes)
+        expected = subject.reference(None, sizes)
         answer = partial(compare.run, session, inputs, {})
-        check = compare.measure("base", BASE_TASK, sizes, answer, expected, base_limit(graph, bundle))
-        yield explain(check, bundle.path / "base.onnx", inputs)
+        check = compare.measure("base", BASE_TASK, sizes, answer, expected, base_limit(subject, bundle))
+        yield explain(check, bundle.path / BASE, inputs)
 
 
-def _limit(graph: ir.Graph, bundle: Bundle, own: Iterable[Check]) -> Limits:
-    """What forms with branches must stay under, given the checks of the base."""
-    if not bfloat16.holds(graph):
-        return base_limit(graph, bundle)
+def _limit(subject: Subject, bundle: Bundle, own: Iterable[Check]) -> Limits:
+    """Limit of forms with branches, given the checks of the base."""
+    if not bfloat16.holds(subject.graph):
+        return base_limit(subject, bundle)
     worst = max((check.error for check in own), default=0.0)
-    return max(compare.LIMIT, min(_SLACK * worst, compare.BFLOAT16_LIMIT))
-
-
-def _graphs(bundle: Bundle) -> list[str]:
-    """The graphs with branches: the portable two, and those for the CPU where there are any."""
-    own = [file for file in (FACTORED_CPU, BANKED_CPU, BANKED_CUDA) if file in bundle.manifest.files]
-    return ["factored.onnx", "banked.onnx", *own]
+    return max(LIMIT, min(BRANCH_SLACK * worst, LIMITS["bfloat16"]))
 
 
 def check_rows(
-    base: Base,
-    graph: ir.Graph,
+    subject: Subject,
     bundle: Bundle,
     adapters: Mapping[str, Adapter],
     progress: Progress,
@@ -230,10 +197,9 @@ def check_rows(
     """
     if all(port.rows == "joint" for port in bundle.manifest.outputs):
         return  # no output may be asked of such a batch
-    batch = batch_axis(graph)
-    shapes = proved_shapes(base, graph, bundle.manifest) if shapes is None else shapes
-    limit = branch_limit(base, graph, bundle, shapes[0])
-    files = [file for file in _graphs(bundle) if file.startswith("banked")]
+    shapes = proved_shapes(subject, bundle.manifest) if shapes is None else shapes
+    limit = branch_limit(subject, bundle, shapes[0])
+    files = graphs_of(bundle.manifest, "banked")
     sessions = {file: compare.open_session(bundle.path / file) for file in files}
     names = list(adapters)
     for start in range(0, max(len(names), 1), _MIXED):
@@ -242,13 +208,12 @@ def check_rows(
         tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": probe(bundle, 0), "probe 1": probe(bundle, 1)}
         # Twice each task at the example's sizes; at the others once, and one row more.
         for sizes, count in zip(shapes, (2 * len(tasks), *[len(tasks) + 1] * len(shapes)), strict=False):
-            rows = sizes | ({batch: count} if batch is not None else {})
-            yield from _check_batch(base, graph, bundle, sessions, tasks, rows, count, limit)
+            rows = sizes | ({subject.batch: count} if subject.batch is not None else {})
+            yield from _check_batch(subject, bundle, sessions, tasks, rows, count, limit)
 
 
 def _check_batch(
-    base: Base,
-    graph: ir.Graph,
+    subject: Subject,
     bundle: Bundle,
     sessions: Mapping[str, onnxruntime.InferenceSession],
     tasks: Tasks,
@@ -256,13 +221,12 @@ def _check_batch(
     count: int,
     limit: Limits,
 ) -> Iterator[Check]:
-    inputs = with_sizes(base, graph, sizes)
+    inputs = subject.inputs(sizes)
     index = np.arange(count) % len(tasks)
     runs = [
         cache(partial(compare.run, session, inputs, banks(bundle, tasks, file) | {slots.INDEX: index}))
         for file, session in sessions.items()
     ]
-    names = [str(value.name) for value in graph.outputs]
     kinds = {port.name: port.rows for port in bundle.manifest.outputs}
     for position, (task, adapter) in enumerate(tasks.items()):
         mine = index == position
@@ -270,7 +234,7 @@ def _check_batch(
         # for each task.
         expected = {
             name: array
-            for name, array in base.reference(adapter, _rows_of(bundle.manifest, inputs, mine), names).items()
+            for name, array in subject.answer(adapter, _rows_of(bundle.manifest, inputs, mine)).items()
             if kinds[name] != "joint"
         }
         for run in runs:
@@ -331,19 +295,6 @@ def probe(bundle: Bundle, seed: int) -> Adapter:
             gains |= dict.fromkeys(names, 1 + 0.1 * random.standard_normal(shape))
     kept = {name: array for name, array in overrides.items() if name not in deltas and name not in gains}
     return Adapter(deltas, kept, source=f"probe {seed}", gains=gains)
-
-
-def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None], file: str = "banked.onnx") -> dict[str, Array]:
-    """What a banked graph takes beside inputs and index: the factors of every task, in their order."""
-    packing = bundle.manifest.packing if file == BANKED_CUDA else ()
-    default = {
-        slots.input_name(target, slot): array
-        for target in bundle.manifest.targets
-        for slot, array in bundle.default(target).items()
-    }
-    own = [default | (bundle.feeds(adapter) if adapter is not None else {}) for adapter in tasks.values()]
-    rows = [pack(packing, tensors, {}) for tensors in own]
-    return {name: slots.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def cut(outputs: Outputs, bundle: Bundle, adapter: Adapter | None) -> Outputs:

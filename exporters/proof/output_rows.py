@@ -1,4 +1,4 @@
-"""Which outputs keep the rows of a batch apart, found by changing single rows of the base's inputs.
+"""Detect the outputs that keep the rows of a batch apart by changing single rows of the base's inputs.
 
 A contrastive model scores every row against every other, a mean over the batch belongs to none of its rows: such an
 output has no meaning for rows of different tasks, or of different callers.
@@ -7,13 +7,13 @@ output has no meaning for rows of different tasks, or of different callers.
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.manifest import Manifest, OutputRows
+from tpeft_deploy.bundle.tolerances import LIMIT
 from tpeft_deploy.exporters.oracle import compare
-from tpeft_deploy.exporters.oracle.base import Base, Inputs
-from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.base import Inputs
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.tucker import Array
 
 __all__ = ["find_output_rows"]
@@ -21,24 +21,23 @@ __all__ = ["find_output_rows"]
 _ROWS = (3, 5)  # of a run at each proof shape; other numbers of rows tell an axis of rows from one that is as long
 
 
-def find_output_rows(base: Base, graph: ir.Graph, manifest: Manifest, probe: Adapter) -> dict[str, OutputRows | None]:
-    """What `Port.rows` says of every output; None where the rows of the example do not tell.
+def find_output_rows(subject: Subject, manifest: Manifest, probe: Adapter) -> dict[str, OutputRows | None]:
+    """Find `Port.rows` of every output; None where the rows of the example do not tell.
 
     Args:
-        base: is run.
-        graph: its raw graph.
-        manifest: describes the outputs.
-        probe: changes every weight that an adapter may change.
+        subject: base to run.
+        manifest: description of the outputs.
+        probe: adapter that changes every weight that an adapter may change.
     """
-    names, batch = [port.name for port in manifest.outputs], str(manifest.batch_axis)
-    found: dict[str, set[OutputRows | None]] = {name: set() for name in names}
-    for sizes, rows in zip(shapes_to_prove(base, graph), _ROWS, strict=False):
-        inputs = with_sizes(base, graph, sizes | {batch: rows})
-        before, adapted = (base.reference(adapter, inputs, names) for adapter in (None, probe))
+    batch = str(manifest.batch_axis)
+    found: dict[str, set[OutputRows | None]] = {name: set() for name in subject.outputs}
+    for sizes, rows in zip(subject.shapes, _ROWS, strict=False):
+        inputs = subject.inputs(sizes | {batch: rows})
+        before, adapted = (subject.answer(adapter, inputs) for adapter in (None, probe))
         for row in (1, rows - 1):
             changed = _with_row_changed(manifest, inputs, row)
             seen = any(not np.array_equal(changed[name], inputs[name]) for name in inputs)
-            after = base.reference(None, changed, names)
+            after = subject.answer(None, changed)
             for port in manifest.outputs:
                 own, axes = (before[port.name], after[port.name]), manifest.batch_axes(port)
                 if axes == [0] or (not axes and isinstance(next(iter(port.shape), 0), str) and len(own[0]) == rows):
@@ -73,4 +72,4 @@ def _with_row_changed(manifest: Manifest, inputs: Inputs, row: int) -> dict[str,
 
 
 def _alike(got: Array, expected: Array) -> bool:
-    return got.shape == expected.shape and compare.relative_error(got, expected) <= compare.LIMIT
+    return got.shape == expected.shape and compare.relative_error(got, expected) <= LIMIT

@@ -1,8 +1,7 @@
-"""Proving that rows may be filled up to one length: every answer, cut back, is the one of the row alone.
+"""Prove that rows may be padded to one length: every answer, cut back, is the one of the row alone.
 
-What a free size may be filled up with stands in the manifest (`Port.pad`), and only there may a runtime join requests
-of different lengths.  A mask that hides the padding makes it so; a mean over the sequence, or a second convolution over
-time, sees it.
+The padding value stands in the manifest (`Port.pad`), and only there may a runtime join requests of different lengths.
+A mask that hides the padding makes it so; a mean over the sequence, or a second convolution over time, sees it.
 """
 
 from __future__ import annotations
@@ -14,19 +13,21 @@ from functools import cache, partial
 from itertools import islice
 
 import numpy as np
-import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BASE_TASK, Bundle
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
 from tpeft_deploy.exporters.causes import said_by
 from tpeft_deploy.exporters.oracle import compare
-from tpeft_deploy.exporters.oracle.base import Base, Outputs
+from tpeft_deploy.exporters.oracle.base import Outputs
 from tpeft_deploy.exporters.oracle.compare import Check
-from tpeft_deploy.exporters.oracle.sizes import Sizes, takes
-from tpeft_deploy.exporters.proof.forms_and_rows import banks, base_limit, branch_limit, cut, probe, with_checks
+from tpeft_deploy.exporters.oracle.limits import limit_of
+from tpeft_deploy.exporters.oracle.sizes import Sizes
+from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks, graphs_of
+from tpeft_deploy.exporters.proof.forms_and_rows import base_limit, branch_limit, cut, probe, with_checks
 from tpeft_deploy.exporters.proof.ragged_batches import Batch, Ragged
 from tpeft_deploy.progress import Progress
 
@@ -39,7 +40,7 @@ _FIX = "The model reads what it is filled up with: leave it out of padding= (--p
 
 
 def declare(draft: Manifest, padding: Mapping[str, Pad], base: str) -> Manifest:
-    """A manifest whose inputs say what they may be filled up with; nothing is proved by it.
+    """Declare the padding of a manifest's inputs; nothing is proved by it.
 
     Args:
         draft: its inputs are the base's.
@@ -66,37 +67,35 @@ def declare(draft: Manifest, padding: Mapping[str, Pad], base: str) -> Manifest:
 
 
 def prove_padding(
-    base: Base,
-    graph: ir.Graph,
+    subject: Subject,
     bundle: Bundle,
     manifest: Manifest,
     adapters: Mapping[str, Adapter],
     padding: Mapping[str, Pad] | None,
     progress: Progress,
 ) -> Manifest:
-    """The manifest with what its inputs may be filled up with, and what was measured for it.
+    """Prove the padding of a base's inputs; the manifest gains it, and its measurements.
 
     Args:
-        base: the oracle; what it says of its own padding is left out, with a warning, where the proof fails.
-        graph: its raw graph.
+        subject: base; the padding that it declares itself is left out, with a warning, where the proof fails.
         bundle: written already.
-        manifest: of what was proved before.
+        manifest: manifest with all that was proved before.
         adapters: task -> adapter.
-        padding: what the user declares instead; None leaves it to the base.
-        progress: told the stage.
+        padding: padding that the user declares instead; None leaves it to the base.
+        progress: called at the stage.
 
     Raises:
         UnsupportedBase: an input cannot be filled up as the user declares.
         NotEquivalent: an answer changes with what the user declares.
     """
-    wanted = base.padding if padding is None else padding
+    wanted = subject.base.padding if padding is None else padding
     if not wanted:
         return manifest
     progress("check rows that are filled up")
     try:
-        declared = declare(manifest, wanted, base.name)
-        _check_example(base, graph, declared)
-        checks = [_passed(check, base, declared) for check in check_padding(base, graph, bundle, declared, adapters)]
+        declared = declare(manifest, wanted, subject.base.name)
+        _check_example(subject, declared)
+        checks = [_passed(check, subject, declared) for check in check_padding(subject, bundle, declared, adapters)]
     except (UnsupportedBase, NotEquivalent) as error:
         if padding is not None:
             raise
@@ -106,19 +105,18 @@ def prove_padding(
 
 
 def check_padding(
-    base: Base, graph: ir.Graph, bundle: Bundle, manifest: Manifest, adapters: Mapping[str, Adapter]
+    subject: Subject, bundle: Bundle, manifest: Manifest, adapters: Mapping[str, Adapter]
 ) -> Iterator[Check]:
-    """Compare rows that are filled up, cut back to their own lengths, with the merged base on the rows alone.
+    """Compare rows that are filled up, cut back to their lengths, with the merged base on the rows alone.
 
     All rows one and seven longer than the example, then rows of different lengths in one run: the base, the first of
     the adapters, and a random probe that changes every target, for the adapters that are added later.  As in
-    `proof.check_forms`, comparisons that failed are among those that come back; each is the worst of its rows.
+    `check_forms`, comparisons that failed are among those that come back; each is the worst of its rows.
 
     Args:
-        base: the oracle.
-        graph: its raw graph.
+        subject: oracle.
         bundle: written already.
-        manifest: says what its inputs are filled up with.
+        manifest: manifest with declared padding.
         adapters: task -> adapter.
 
     Raises:
@@ -127,11 +125,11 @@ def check_padding(
     apart = [port.name for port in manifest.outputs if port.rows != "joint"]  # others are never filled up
     if not apart:
         return
-    ragged = Ragged(base, graph, manifest)
+    ragged = Ragged(subject, manifest)
     for sizes in ragged.longer:
-        if not takes(base, graph, sizes):
+        if not subject.takes(sizes):
             raise NotEquivalent(
-                _doing(base, manifest),
+                _doing(subject, manifest),
                 expected=f"a base that runs at {_at(sizes)}, longer than its example",
                 got="one that does not",
                 fix="Give shorter example inputs.",
@@ -139,20 +137,18 @@ def check_padding(
     batches = ragged.batches()
     first = dict(islice(adapters.items(), 1))
     tasks: dict[str, Adapter | None] = {BASE_TASK: None, **first, "probe 0": probe(bundle, 0)}
-    branches = branch_limit(base, graph, bundle, ragged.own)
-    limits = {"base.onnx": base_limit(graph, bundle), "banked.onnx": branches}
-    limits |= {file: branches for file in (BANKED_CPU, BANKED_CUDA) if file in manifest.files}
+    branches = branch_limit(subject, bundle, ragged.own)
+    banked = {file: banks(bundle, tasks, file) for file in graphs_of(manifest, "banked")}
+    limits = {BASE: base_limit(subject, bundle), **dict.fromkeys(banked, branches)}
     sessions = {file: compare.open_session(bundle.path / file) for file in limits}
-    banked = {file: banks(bundle, tasks, file) for file in limits if file != "base.onnx"}
-    outputs = [port.name for port in manifest.outputs]
     for position, (task, adapter) in enumerate(tasks.items()):
-        alone = [(sizes, base.reference(adapter, ragged.rows(sizes), outputs)) for sizes in batches[-1].groups]
+        alone = [(sizes, subject.answer(adapter, ragged.rows(sizes))) for sizes in batches[-1].groups]
         alone = [(sizes, {name: answer[name] for name in apart}) for sizes, answer in alone]
         for batch in batches:
             inputs = ragged.joined(batch)
             expected = [next(answer for sizes, answer in alone if sizes == own) for own in batch.groups]
             for file, session in sessions.items():
-                if file == "base.onnx" and adapter is not None:
+                if file == BASE and adapter is not None:
                     continue
                 feeds = banked[file] | {slots.INDEX: np.array([position])} if file in banked else {}
                 run = cache(partial(compare.run, session, inputs, feeds))
@@ -207,22 +203,22 @@ def _shape(port: Port) -> str:
     return " x ".join(map(str, port.shape))
 
 
-def _check_example(base: Base, graph: ir.Graph, manifest: Manifest) -> None:
-    """Refuse an example that would prove nothing: one whose last entries no answer depends on.
+def _check_example(subject: Subject, manifest: Manifest) -> None:
+    """Refuse an example that would prove nothing: no answer depends on its last entries.
 
     Raises:
         NotEquivalent: filling up in place of the last entries makes no difference, or the base fails on it.
     """
-    ragged, names = Ragged(base, graph, manifest), [str(value.name) for value in graph.outputs]
-    whole = base.reference(None, ragged.rows(ragged.own), names)
+    ragged = Ragged(subject, manifest)
+    whole = subject.answer(None, ragged.rows(ragged.own))
     for free in sorted(manifest.paddable):
         shorter = ragged.filled(ragged.own | {free: ragged.own[free] - 1}, ragged.own)
-        doing = f"{_doing(base, manifest)}, the last of {free} {ragged.own[free]} in the example"
+        doing = f"{_doing(subject, manifest)}, the last of {free} {ragged.own[free]} in the example"
         try:
-            got = base.reference(None, shorter, names)
+            got = subject.answer(None, shorter)
         except Exception as error:  # models raise every kind of exception; the cause is kept
             raise NotEquivalent(doing, problem=f"the base does not run on it ({said_by(error)})") from error
-        if all(compare.relative_error(got[name], whole[name]) <= compare.limit_of(graph) for name in names):
+        if all(compare.relative_error(got[name], whole[name]) <= limit_of(subject.graph) for name in whole):
             raise NotEquivalent(
                 doing,
                 expected="answers that depend on it",
@@ -237,21 +233,21 @@ def _worst(checks: Iterable[Check]) -> Check:
     return failed or max(found, key=lambda check: check.error)
 
 
-def _passed(check: Check, base: Base, manifest: Manifest) -> Check:
+def _passed(check: Check, subject: Subject, manifest: Manifest) -> Check:
     failure = check.failure
     if failure is None:
         return check
     measured = f"expected {failure.expected}, got {failure.got}" if failure.problem is None else failure.problem
     raise NotEquivalent(
-        _doing(base, manifest),
+        _doing(subject, manifest),
         problem=f"the answers of task {check.task!r} change at {_at(check.sizes)} ({measured})",
         fix=_FIX,
     ) from failure
 
 
-def _doing(base: Base, manifest: Manifest) -> str:
+def _doing(subject: Subject, manifest: Manifest) -> str:
     pads = ", ".join(f"{port.name} with {port.pad}" for port in manifest.inputs if port.pad is not None)
-    return f"pad {pads} of base {base.name} along {', '.join(sorted(manifest.paddable))}"
+    return f"pad {pads} of base {subject.base.name} along {', '.join(sorted(manifest.paddable))}"
 
 
 def _at(sizes: Sizes) -> str:

@@ -1,4 +1,4 @@
-"""The error of one target alone: what a report shows, to tell which branch a deviation comes from."""
+"""The error of each target alone, for a report to show which branch a deviation comes from."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import fit, slots
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.exporters.oracle import compare
-from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Check
-from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.proof.bundle_graphs import FACTORED
 from tpeft_deploy.exporters.proof.forms_and_rows import branch_limit
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.ties import changed_names
@@ -31,10 +30,10 @@ class TargetCheck:
     """The factored form fed one weight's change alone, against the reference with that change alone.
 
     Args:
-        task: whose change it is.
-        weights: usually one; heads of another size change with their biases.
-        kinds: of the branches that took it.
-        check: what was measured, at the example's own sizes.
+        task: task that the change belongs to.
+        weights: names, usually one; heads of another size change with their biases.
+        kinds: kinds of the branches that took it.
+        check: measurement at the example's sizes.
     """
 
     task: str
@@ -43,7 +42,7 @@ class TargetCheck:
     check: Check
 
     def to_json(self) -> dict[str, Any]:
-        """As --json prints it."""
+        """Entry that --json prints."""
         return {
             "task": self.task,
             "weights": list(self.weights),
@@ -54,13 +53,12 @@ class TargetCheck:
 
 
 def check_targets(
-    base: Base, graph: ir.Graph, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress
+    subject: Subject, bundle: Bundle, adapters: Mapping[str, Adapter], progress: Progress
 ) -> Iterator[TargetCheck]:
     """Run every target of every task alone; of a task with many, `MOST` that are spread evenly over it."""
-    names = [str(value.name) for value in graph.outputs]
-    sizes = shapes_to_prove(base, graph)[0]
-    inputs = with_sizes(base, graph, sizes)
-    session, limit = compare.open_session(bundle.path / "factored.onnx"), branch_limit(base, graph, bundle, sizes)
+    sizes = subject.shapes[0]
+    inputs = subject.inputs(sizes)
+    session, limit = compare.open_session(bundle.path / FACTORED), branch_limit(subject, bundle, sizes)
     for position, (task, adapter) in enumerate(adapters.items()):
         progress(Stage(f"check each target of {task}", position, len(adapters)))
         parts = parts_of(bundle, adapter)
@@ -68,7 +66,7 @@ def check_targets(
         for part in (parts[place] for place in chosen):
             filled = bundle.fill(part)
             answer = partial(compare.run, session, inputs, fit.named(bundle.manifest, filled))
-            check = compare.measure("factored", task, sizes, answer, base.reference(part, inputs, names), limit)
+            check = compare.measure("factored", task, sizes, answer, subject.answer(part, inputs), limit)
             kinds = tuple(target.kind for target in bundle.manifest.targets if target.key in filled)
             yield TargetCheck(task, tuple(_changed(part)), kinds, check)
 

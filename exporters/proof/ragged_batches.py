@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from tpeft_deploy.bundle.manifest import Manifest, Port
-from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
-from tpeft_deploy.exporters.oracle.sizes import Sizes, own_sizes, takes, with_sizes
+from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
+from tpeft_deploy.exporters.oracle.sizes import Sizes
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.tucker import Array
 
 __all__ = ["STEPS", "Batch", "Ragged"]
@@ -36,28 +36,27 @@ class Ragged:
     """Two rows of a base's example at every length, alone and filled up.
 
     Args:
-        base: gives the example, and is tried at other lengths.
-        graph: its raw graph.
-        manifest: says along which names rows are filled up, and with what.
+        subject: base that gives the example, and is tried at other lengths.
+        manifest: states the free sizes along which rows are filled up, and the values.
     """
 
-    def __init__(self, base: Base, graph: ir.Graph, manifest: Manifest) -> None:
+    def __init__(self, subject: Subject, manifest: Manifest) -> None:
         self._manifest = manifest
         self._names = sorted(manifest.paddable)
         self._batch = manifest.batch_axis
-        self._base, self._graph = base, graph
-        self.own = own_sizes(base, graph) | self._rows_of(1)
+        self._subject = subject
+        self.own = subject.example_sizes | self._rows_of(1)
         self.longer = [self.own | {name: self.own[name] + step for name in self._names} for step in STEPS]
-        self._whole = with_sizes(base, graph, self.longer[-1])
+        self._whole = subject.inputs(self.longer[-1])
 
     def batches(self) -> list[Batch]:
-        """What to run: rows of one length, and at last rows of every length that any batch has."""
+        """Batches to run: rows of one length, and at last rows of every length that any batch has."""
         groups = [self.own, self.longer[-1]]
         for turn in range(4):
             # Each name at another of its lengths, so that one is filled up where another is whole.
             lengths = {name: _lengths(self.own[name])[(turn + i) % 4] for i, name in enumerate(self._names)}
             sizes = self.own | lengths
-            if sizes not in groups and takes(self._base, self._graph, sizes):
+            if sizes not in groups and self._subject.takes(sizes):
                 groups.append(sizes)
         alike = [Batch(sizes, (self.own,)) for sizes in self.longer]
         return [*alike, Batch(self.longer[-1] | self._rows_of(len(groups)), tuple(groups))]
@@ -90,7 +89,7 @@ class Ragged:
         }
 
     def cut_back(self, outputs: Mapping[str, Array], batch: Batch, place: int) -> Outputs:
-        """The answers of one of a batch's groups, at its own lengths."""
+        """Outputs of one of a batch's groups, cut to its lengths."""
         rows = slice(place * _EACH, (place + 1) * _EACH)
         found = {}
         for port in self._manifest.outputs:

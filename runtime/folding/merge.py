@@ -18,6 +18,7 @@ import numpy as np
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.bundle.manifest import Manifest
+from tpeft_deploy.bundle.tolerances import LIMIT, LIMITS
 from tpeft_deploy.errors import AdapterError, RunError, ShapeError
 from tpeft_deploy.runtime.folding.prepacked import packed_copy
 from tpeft_deploy.runtime.sessions.plain import Plain
@@ -28,8 +29,6 @@ from tpeft_deploy.tucker import Array
 __all__ = ["agree", "cost", "fold", "limit_of", "prove", "to_bfloat16", "weights"]
 
 BASE = "base.onnx"
-_LIMITS = {"bfloat16": 1.6e-2, "float16": 2e-3}  # what an export is held to; see the exporters' gate
-_LIMIT = 1e-5
 
 
 def weights(bundle: Bundle, adapter: Adapter) -> dict[str, Array]:
@@ -107,10 +106,10 @@ def cost(bundle: Bundle, adapter: Adapter, *, shared: bool) -> int:
 def limit_of(manifest: Manifest) -> float:
     """How far two forms of one task may be apart: each is held to half of it against the merged model."""
     if manifest.rounding is not None:
-        return 2 * max(manifest.rounding.limits.values(), default=_LIMIT)
+        return 2 * max(manifest.rounding.limits.values(), default=LIMIT)
     dtypes = {weight.dtype for weight in manifest.weights.values()}
-    narrow = [limit for dtype, limit in _LIMITS.items() if dtype in dtypes]
-    return 2 * max([*narrow, manifest.tolerance or _LIMIT])
+    narrow = [limit for dtype, limit in LIMITS.items() if dtype in dtypes]
+    return 2 * max([*narrow, manifest.tolerance or LIMIT])
 
 
 def agree(answer: Mapping[str, Array], expected: Mapping[str, Array]) -> float:

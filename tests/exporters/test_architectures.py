@@ -18,7 +18,7 @@ from tests.exporters import architectures
 from tests.exporters.architectures import Built
 from tpeft_deploy import Adapter, Runtime, export_bundle
 from tpeft_deploy.exporters.bases.load import load_base
-from tpeft_deploy.exporters.oracle.sizes import shapes_to_prove, with_sizes
+from tpeft_deploy.exporters.oracle.subject import Subject
 
 MODELS: dict[str, Callable[[], Built]] = {
     "ConvNeXt-V2": architectures.convnext,
@@ -102,8 +102,8 @@ def test_a_real_architecture_in_every_form(tmp_path: Path, name: str, dtype: tor
         assert limit < 1e-2
     assert {check["form"] for check in bundle.manifest.gate} >= {"base", "folded", "factored", "banked", "mixed rows"}
     base = load_base(module, example_inputs=inputs, dynamic_shapes=shapes)
-    graph = base.graph().graph
-    sizes = shapes_to_prove(base, graph)
+    subject = Subject(base, base.graph().graph)
+    sizes = subject.shapes
     assert len(sizes) == 2
     assert all(sizes[0][free] != sizes[1][free] for free in sizes[0])
 
@@ -111,7 +111,7 @@ def test_a_real_architecture_in_every_form(tmp_path: Path, name: str, dtype: tor
     exact = module.float()
     tasks = ["rank2", "base", "rank3", "base", "rank2"]
     for free in sizes:
-        batch = with_sizes(base, graph, free | {"batch": len(tasks)})
+        batch = subject.inputs(free | {"batch": len(tasks)})
         wide = {key: torch.from_numpy(value) for key, value in batch.items()}
         wide = {key: value.float() if value.is_floating_point() else value for key, value in wide.items()}
         mixed = list(runtime.run(batch, tasks=tasks).values())

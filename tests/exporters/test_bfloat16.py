@@ -12,8 +12,8 @@ import torch
 from tests.exporters.layers import CASES
 from tests.exporters.test_matrix import adapters_of
 from tpeft_deploy import Runtime, export_bundle, load_adapter
+from tpeft_deploy.bundle.tolerances import LIMITS
 from tpeft_deploy.errors import NotEquivalent, ProviderUnavailable
-from tpeft_deploy.exporters.oracle import compare
 
 NAMES = [
     ("linear, 3-D", "delta"),
@@ -38,7 +38,7 @@ def test_every_form_is_proved_on_a_copy_in_float32(tmp_path: Path, name: str, ch
     packed = [form for form in ("banked.cuda",) if f"{form}.onnx" in bundle.manifest.files]
     assert set(worst) == {"base", "folded", "factored", "banked", "mixed rows", *packed}
     # Constants of the graph are rounded too: the scale of attention is, in this one.
-    limits = dict.fromkeys(worst, 4e-4 if name == "attention" else 1e-5) | {"folded": compare.BFLOAT16_LIMIT}
+    limits = dict.fromkeys(worst, 4e-4 if name == "attention" else 1e-5) | {"folded": LIMITS["bfloat16"]}
     assert all(error <= limits[form] for form, error in worst.items()), worst
     for form in ("base", "factored", "banked", *packed, "folded/a"):
         model = onnx.load(bundle.path / f"{form}.onnx")

@@ -22,8 +22,8 @@ from tpeft_deploy.errors import (
 )
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.bases.torch_module import TorchBase
+from tpeft_deploy.exporters.graph.resolve import resolve
 from tpeft_deploy.exporters.graph.weights_and_shapes import optimize
-from tpeft_deploy.exporters.targets import resolve
 
 
 @pytest.fixture

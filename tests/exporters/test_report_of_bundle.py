@@ -16,7 +16,7 @@ from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.proof import per_target
 from tpeft_deploy.exporters.report import render
-from tpeft_deploy.exporters.verify import Verification
+from tpeft_deploy.exporters.verification import Verification
 from tpeft_deploy.html import plots
 from tpeft_deploy.html.plots import Bar, Cell, Dot
 

@@ -16,10 +16,11 @@ from tpeft_deploy import Adapter, Bundle, export_bundle, export_folded
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.directory import MANIFEST
 from tpeft_deploy.bundle.manifest import Manifest
+from tpeft_deploy.bundle.tolerances import ROUNDING_MULTIPLES, WIDEST_LIMIT
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
 from tpeft_deploy.exporters.bases.torch_module import TorchBase
 from tpeft_deploy.exporters.oracle.compare import measure
-from tpeft_deploy.exporters.oracle.rounding import MULTIPLE, WIDEST, _worst_row
+from tpeft_deploy.exporters.oracle.rounding import _worst_row
 from tpeft_deploy.exporters.verify import verify_bundle
 from tpeft_deploy.runtime.folding import merge
 
@@ -60,9 +61,9 @@ def test_a_model_that_loses_more_is_held_to_what_it_loses_itself(tmp_path: Path)
     rounding = bundle.manifest.rounding
     assert rounding is not None
     assert (rounding.dtype, rounding.reason) == ("float16", "")
-    assert rounding.measured["output"] > 2e-3 / MULTIPLE["float16"]
+    assert rounding.measured["output"] > 2e-3 / ROUNDING_MULTIPLES["float16"]
     limit = rounding.limits["output"]
-    assert limit == MULTIPLE["float16"] * rounding.measured["output"] < WIDEST
+    assert limit == ROUNDING_MULTIPLES["float16"] * rounding.measured["output"] < WIDEST_LIMIT
     assert max(check["error"] for check in bundle.manifest.gate) > 2e-3  # it was refused
     assert limits(bundle) == {form: {limit} for form in ("base", "factored", "banked", "mixed rows", "folded")}
     assert {check.limit for check in verify_bundle(bundle.path).checks} == {limit}
@@ -95,7 +96,7 @@ def test_in_bfloat16_only_what_is_stored_rounded_is_excused(tmp_path: Path) -> N
     bundle = export_bundle(module, {"a": adapter}, tmp_path / "b", example_inputs=inputs, folded=True)
     rounding = bundle.manifest.rounding
     assert rounding is not None
-    limit = max(1.6e-2, min(MULTIPLE["bfloat16"] * rounding.measured["output"], WIDEST))
+    limit = max(1.6e-2, min(ROUNDING_MULTIPLES["bfloat16"] * rounding.measured["output"], WIDEST_LIMIT))
     assert limits(bundle)["folded"] == {limit}
     assert max(limits(bundle)["factored"]) < 1e-3
 

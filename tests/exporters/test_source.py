@@ -22,6 +22,7 @@ from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import FormatError, NotEquivalent, UnknownTask, UnsupportedBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle.source import Sources
+from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.training import TuckerConfig
 
 PEFT, LYCORIS = "peft 0.21.2", "lycoris 4.1.3"
@@ -173,7 +174,7 @@ def test_what_no_library_runs_is_never_said_to_be_proved(tmp_path: Path) -> None
     }
     base = load_base(net(), example_inputs=INPUTS)
     raw = base.graph()
-    sources = Sources(base, raw.graph)
+    sources = Sources(Subject(base, raw.graph))
     for task, state in states.items():
         save_file(state, tmp_path / f"{task}.safetensors")
         found = sources.of(task, load_adapter(tmp_path / f"{task}.safetensors", base=base.module))
@@ -188,7 +189,7 @@ def test_what_no_library_runs_is_never_said_to_be_proved(tmp_path: Path) -> None
     adapter = load_adapter(place, base=base.module)
     ir.save(raw, tmp_path / "base.onnx")
     file = load_base(tmp_path / "base.onnx", weights=net().state_dict())
-    assert "is no torch module" in Sources(file, raw.graph).of("a", adapter).reason
+    assert "is no torch module" in Sources(Subject(file, raw.graph)).of("a", adapter).reason
     assert sources.of("a", adapter).oracle == PEFT
     (place / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors is no longer there" in sources.of("b", adapter).reason

@@ -29,11 +29,11 @@ from typing import Any, Literal, get_args
 
 from tpeft_deploy.bundle.packing import Packed, packed_of
 from tpeft_deploy.bundle.slots import Kind, Target
+from tpeft_deploy.bundle.tolerances import WIDEST_TOLERANCE
 from tpeft_deploy.errors import BundleError, IntegrityError, VersionError
 
 __all__ = [
     "SCHEMA",
-    "WIDEST_TOLERANCE",
     "FileRecord",
     "Manifest",
     "OutputRows",
@@ -48,7 +48,6 @@ __all__ = [
 ]
 
 SCHEMA = 1
-WIDEST_TOLERANCE = 1e-3  # beyond this, a missing branch of a small adapter could go undetected
 Rows = Literal["each", "group"]
 OutputRows = Literal["each", "shared", "joint"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -56,14 +56,14 @@ def read(
             refused, a base or scale that is missing, or a scale that is not needed.
         UnknownTarget: a module that the base does not have.
     """
-    there, left_out = prefixes(saved.tensors), dict[str, str]()
+    parts_there, left_out = partial(prefixes, saved.tensors), dict[str, str]()
     if part is not None:
         saved, left_out = cut_saved(saved, part, shared=_is_shared)
-    saved = diffusers_metadata.configured(saved)
+    saved = saved if saved.config else diffusers_metadata.configured(saved)
     peft_refusals.refuse(saved.config, saved.source)
     readers = [reader for reader in READERS if format in (None, reader.NAME)]
     weights = frozenset(base.weights) if base else frozenset[str]()
-    names = Names(saved.source, base.name if base else None, weights, part or "", tuple(there))
+    names = Names(saved.source, base.name if base else None, weights, part or "", parts_there)
     modules, shared, rest = _cut(saved, names)
     trained = {module.name: inner(module.key).removeprefix(PEFT_PREFIX) for module in modules}
     checkpoint = Checkpoint(
@@ -71,7 +71,7 @@ def read(
     )
     parts, asked, adapted = _Parts(), set[str](), set[str]()
     for module in modules:
-        reader = next((reader for reader in readers if reader.matches(module, checkpoint)), None)
+        reader = _reader_of(module, checkpoint, readers)
         if reader is None:
             rest |= {_key(module.key, suffix): tensor for suffix, tensor in module.tensors.items()}
             continue
@@ -96,8 +96,14 @@ def methods(saved: Saved, *, base: BaseView | None, format: str | None = None) -
     modules, shared, _ = _cut(saved, names)
     checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, None, base, shared)
     readers = [reader for reader in READERS if format in (None, reader.NAME)]
-    found = (next((r.NAME for r in readers if r.matches(module, checkpoint)), None) for module in modules)
-    return dict(Counter(name for name in found if name is not None))
+    found = (_reader_of(module, checkpoint, readers) for module in modules)
+    return dict(Counter(reader.NAME for reader in found if reader is not None))
+
+
+def _reader_of(module: Module, checkpoint: Checkpoint, readers: Sequence[Reader]) -> Reader | None:
+    """The first reader that matches, of those that know one of the module's suffixes."""
+    known = (reader for reader in readers if not reader.SUFFIXES.isdisjoint(module.tensors))
+    return next((reader for reader in known if reader.matches(module, checkpoint)), None)
 
 
 @cache

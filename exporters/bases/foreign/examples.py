@@ -89,7 +89,7 @@ def _array(value: object) -> Array:
 
 
 def _two_rows(graph: ir.Graph, inputs: dict[str, Array]) -> dict[str, Array]:
-    """At least two rows where the batch is free: one row tells nothing of how rows lie."""
+    """At least two rows where the batch is free: one row does not show how rows lie."""
     free = {str(v.name) for v in graph.inputs if v.shape and isinstance(v.shape[0], ir.SymbolicDim)}
     if any(inputs[name].shape[0] == 1 for name in free):
         return {name: np.concatenate([a, a]) if name in free else a for name, a in inputs.items()}

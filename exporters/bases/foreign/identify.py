@@ -1,4 +1,4 @@
-"""Which initializer of a foreign graph is which weight of the base.
+"""Match the initializers of a foreign graph with the weights of the base.
 
 Four things say so: the initializer's own name, the exporter's metadata on its consumers, their paths, and the values.
 Values are required; the others choose between weights of equal values, and must not contradict.
@@ -42,8 +42,8 @@ class Place:
     """A use that was identified.
 
     Args:
-        use: where.
-        name: of the weight.
+        use: place of the weight in the graph.
+        name: name of the weight.
         turned: whether the file holds it transposed.
         factors: (O,) what its rows were multiplied by, when a norm was folded into it.
     """
@@ -56,11 +56,11 @@ class Place:
 
 @dataclass(eq=False)
 class Found:
-    """What `identify` found.
+    """Result of `identify`.
 
     Args:
-        places: every use whose weight is certain.
-        quantised: every product whose quantised weight is certain, and that weight.
+        places: every use with a certain weight.
+        quantised: every product with a certain quantised weight, and that weight.
         problems: weight -> why an adapter must not change it.
         aliases: name that only the file has for a weight -> the weight's known name.
         untied: those of them that are a further use of the weight, by another module than the known name's.
@@ -151,7 +151,7 @@ class _Identifier:
         return {self._first(name) for name in names if not module or name.startswith(f"{module}.")}
 
     def _decide(self, entry: _Evidence, held: Mapping[str, int]) -> None:
-        """Choose among the weights whose values an initializer has."""
+        """Choose among the weights that have an initializer's values."""
         picks, exact = set(entry.values), entry.exact
         claimed = {label: names for label, names in entry.claims.items() if names}
         if self._another(entry):
@@ -198,17 +198,17 @@ class _Identifier:
         return {name for name in picks if name.rpartition(".")[2] == parts[use.index - 1]}
 
     def _stand_apart(self, picks: Iterable[str]) -> bool:
-        """Whether each of some weights of equal values has an initializer of its own name: nothing was merged."""
+        """Whether each of some weights of equal values has an initializer of the same name: nothing was merged."""
         named = {self._first(self.found.rename(name)) for name in self.graph.initializers}
         return all(name in named for name in picks)
 
     def _modules_of(self, use: Use) -> list[str]:
-        """What the weight of a module without known weights is called, by what says which module a use is in."""
+        """Names of the weight of a module without known weights, by the evidence for the module that a use is in."""
         modules = [module for module in map(self.found.rename, use.claims.values()) if module and use.index <= 1]
         return [f"{module}.weight" for module in modules if f"{module}.weight" not in self.known.shapes]
 
     def _alias(self, name: str, use: Use) -> None:
-        """A module without weights of its own that uses another's: a name that checkpoints leave out."""
+        """A module that uses another's weight and has none: a name that checkpoints leave out."""
         for alias in self._modules_of(use):
             self._name(alias, name, use)
         own = self.found.rename(str(use.value.name))
@@ -265,7 +265,7 @@ class _Identifier:
         if len(shape) < 2 or _PARAMETER.match(str(use.value.name)) or entry.exact in self.known.shapes:
             return
         modules, sizes = set(map(self.found.rename, use.claims.values())), _products(shape)
-        # Adapters do not know the weights of the layers beside their own.
+        # Adapters record the weights of the layers that they change, and no others.
         beside = self._full or not use.is_kernel
         for name, own in self.known.shapes.items():
             # A product has the weight's rows along an axis, or heads and their sizes along two; or q, k or v of three.

@@ -1,4 +1,4 @@
-"""What is known of a base's weights beside its ONNX file: names, shapes, and values or digests of them."""
+"""Known weights of a base beside its ONNX file: names, shapes, and values or digests."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Known:
 
 
 def of_adapters(adapters: Iterable[Adapter]) -> Known:
-    """What adapters recorded about the base that they were trained on."""
+    """Known weights from the digests that adapters recorded."""
     shapes: dict[str, tuple[int, ...]] = {}
     digests: dict[str, str] = {}
     for adapter in adapters:

@@ -1,4 +1,4 @@
-"""A foreign graph brought to what a raw export looks like: weights under their own names, in torch's layout."""
+"""Bring a foreign graph to the form of a raw export: weights under the module's names, in torch's layout."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def normalise(model: ir.Model, found: Found, known: Known) -> set[str]:
 
     Args:
         model: as `open_model` gives it.
-        found: what `identify` found in it.
+        found: result of `identify`.
         known: the weights that it was found with.
 
     Returns:
-        The names of the weights whose values were proved.
+        Names of the weights with proved values.
     """
     graph = model.graph
     places: dict[str, list[Place]] = defaultdict(list)
@@ -52,7 +52,7 @@ def normalise(model: ir.Model, found: Found, known: Known) -> set[str]:
 
 
 def _tag(graph: ir.Graph, found: Found, known: Known) -> set[str]:
-    """Let quantised products say which weight they hold."""
+    """Name the weights of quantised products."""
     held = {name for _, name in found.quantised if name not in found.problems and name not in graph.initializers}
     for node, name in found.quantised:
         if name in held:

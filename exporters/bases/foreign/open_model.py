@@ -142,7 +142,7 @@ def _put_back(graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol]) -> None
 
 
 def _name_batch(graph: ir.Graph) -> None:
-    """Name the free sizes that have no name; first axes without one of their own are the batch together."""
+    """Name the free sizes that have no name; all first axes without one are the batch."""
     for value in graph.inputs:
         if value.shape is None:
             continue

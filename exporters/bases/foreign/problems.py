@@ -1,4 +1,4 @@
-"""Why a weight of a foreign graph cannot be a target, in the words of the error that a target of it raises."""
+"""Reasons that a weight of a foreign graph cannot be a target, in the words of the error that it raises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIVE_WEIGHTS = "Give the original weights: weights=, or --weights on the command
 
 @dataclass(frozen=True)
 class Problem:
-    """For an error's `expected`, `got` and `fix`; and whether it is that values differ."""
+    """An error's `expected`, `got` and `fix`, and whether the reason is that values differ."""
 
     expected: str
     got: str
@@ -26,8 +26,8 @@ def differs(use: Use, digest: str | None) -> Problem:
     """A weight's name stands beside other values than the weight has.
 
     Args:
-        use: where.
-        digest: what adapters recorded; None when the original weights were compared.
+        use: place of the weight in the graph.
+        digest: digest that adapters recorded; None when the original weights were compared.
     """
     where = f"{use.value.name!r}, where it is used by {use.node.op_type} {use.node.name!r}"
     if digest is None:
@@ -46,10 +46,10 @@ def differs(use: Use, digest: str | None) -> Problem:
 
 
 def disagree(use: Use, claims: Mapping[str, Iterable[str]], values: Iterable[str], *, full: bool) -> Problem:
-    """What the initializer's name, its consumers and its values say does not fit together.
+    """An initializer's name, consumers and values that contradict each other.
 
     Args:
-        claims: what says which weights it may be -> those.
+        claims: kind of evidence -> weights that it allows.
         values: the weights that have its values.
         full: whether the original weights are at hand.
     """

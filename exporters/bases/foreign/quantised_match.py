@@ -1,4 +1,4 @@
-"""Which quantised product holds which weight of the base: few bits keep a weight near, and all others far."""
+"""Match quantised products with the weights of the base: few bits keep a weight near, and all others far."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NEAR = 0.3  # 4 bits in blocks are off by a tenth of the norm; another weight b
 def find_quantised(
     graph: ir.Graph, known: Known, rename: Callable[[str], str]
 ) -> tuple[list[tuple[ir.Node, str]], dict[str, Problem]]:
-    """The products whose weights are certain, and why the weights of others must not be changed.
+    """The products with certain weights, and the reasons that the weights of others must not be changed.
 
     Args:
-        graph: of the file.
+        graph: graph of the file.
         known: the base's weights.
         rename: from names of the file to names of the base.
     """

@@ -53,7 +53,7 @@ class Values:
 
 
 def stored(value: ir.Value, *, turned: bool = False) -> Array:
-    """What an initializer holds, or its transpose."""
+    """Values of an initializer, or their transpose."""
     if value.const_value is None:
         raise ValueError(f"initializer {value.name!r} has no value")
     array: Array = value.const_value.numpy()

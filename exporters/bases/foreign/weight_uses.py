@@ -1,4 +1,4 @@
-"""Where a foreign graph uses its initializers, and what the consumers say about the module that they belong to."""
+"""Uses of initializers in a foreign graph, and the consumers' evidence for the module that they belong to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Use:
         value: the initializer.
         node: its consumer.
         index: which input of the consumer it is.
-        claims: what says which module the consumer belongs to -> that module's path.
+        claims: kind of evidence -> path of the module that the consumer belongs to.
     """
 
     value: ir.Value
@@ -60,7 +60,7 @@ def uses_of(graph: ir.Graph) -> Iterator[Use]:
 
 
 def modules_of(node: ir.Node) -> Iterator[tuple[str, str]]:
-    """What tells of a node's module, and the module's dotted path; nothing where an exporter left no trace."""
+    """Evidence for a node's module, and the module's dotted path; nothing where an exporter left no trace."""
     scopes = _strings(node, _SCOPES)
     if len(scopes) >= 2 and scopes[0] == "":
         yield "the exporter's metadata", scopes[-2]
@@ -78,7 +78,7 @@ def class_names(graph: ir.Graph) -> dict[str, str]:
 
 
 def renaming(paths: Iterable[str], places: frozenset[str]) -> Callable[[str], str]:
-    """How to get from names of the file to names of the base, which may have or lack a wrapper's prefix.
+    """Find the way from names of the file to names of the base, which may have or lack a wrapper's prefix.
 
     Args:
         paths: names of initializers and modules in the file.

@@ -12,7 +12,7 @@ An adapter for a part of a model has the part's prefix before the part's own nam
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -56,14 +56,14 @@ class Names:
         base: the base's name, for messages; None when there is none.
         weights: names of the base's parameters and buffers.
         part: prefix of the part of the trained model that the base is; empty for the whole model.
-        parts: prefixes of the parts that the file has, for messages.
+        parts: finds prefixes of the parts that the file has, for messages.
     """
 
     source: str
     base: str | None = None
     weights: frozenset[str] = frozenset()
     part: str = ""
-    parts: tuple[str, ...] = ()
+    parts: Callable[[], Sequence[str]] = tuple
     _modules: frozenset[str] = field(init=False)
     _underscored: Mapping[str, list[str]] = field(init=False)
 
@@ -148,13 +148,12 @@ class Names:
                 fix="Train again with module names that differ by more than dots and underscores.",
             )
         if not found:
+            parts = self.parts()
             raise UnknownTarget(
                 doing,
                 expected=f"a module of {self.base} that is called {rest!r} with underscores for dots",
                 got="none",
-                fix=_CHECK_BASE
-                if len(self.parts) < 2
-                else f"The file has {', '.join(self.parts)}: give one as --part.",
+                fix=_CHECK_BASE if len(parts) < 2 else f"The file has {', '.join(parts)}: give one as --part.",
             )
         return found[0]
 

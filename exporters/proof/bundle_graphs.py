@@ -1,0 +1,55 @@
+"""The graphs of a bundle, and what each takes beside the inputs of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle.manifest import Manifest
+from tpeft_deploy.bundle.packing import Packed, pack
+from tpeft_deploy.tucker import Array
+
+__all__ = ["BANKED", "BASE", "FACTORED", "banks", "feed_names", "form_of", "graphs_of"]
+
+BASE, FACTORED, BANKED = "base.onnx", "factored.onnx", "banked.onnx"
+_DEVICE = (FACTORED_CPU, BANKED_CPU, BANKED_CUDA)
+
+
+def form_of(file: str) -> str:
+    """Form of a graph: base, factored or banked."""
+    return file.partition(".")[0]
+
+
+def graphs_of(manifest: Manifest, *forms: str) -> list[str]:
+    """Graphs of some forms: portable ones, then those for one device that the bundle has."""
+    files = [BASE, FACTORED, BANKED, *(file for file in _DEVICE if file in manifest.files)]
+    return [file for file in files if form_of(file) in forms]
+
+
+def feed_names(manifest: Manifest, file: str) -> set[str]:
+    """Names of a graph's inputs beside those of the model."""
+    if file == BASE:
+        return set()
+    names = {slots.input_name(target, slot.name) for target in manifest.targets for slot in slots.slots_of(target)}
+    for packed in _packing(manifest, file):
+        names -= {name for group in packed.members for name in group}
+        names.add(packed.name)
+    return names | {slots.INDEX} if form_of(file) == "banked" else names
+
+
+def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None], file: str = BANKED) -> dict[str, Array]:
+    """Feeds of a banked graph beside inputs and index: the factors of every task, in the order of the tasks."""
+    default = {
+        slots.input_name(target, slot): array
+        for target in bundle.manifest.targets
+        for slot, array in bundle.default(target).items()
+    }
+    feeds = [default | (bundle.feeds(adapter) if adapter is not None else {}) for adapter in tasks.values()]
+    rows = [pack(_packing(bundle.manifest, file), tensors, {}) for tensors in feeds]
+    return {name: slots.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _packing(manifest: Manifest, file: str) -> Sequence[Packed]:
+    return manifest.packing if file == BANKED_CUDA else ()
