@@ -18,24 +18,24 @@ from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.isolation.pool import Pool
+from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.pools import Pools
-from tpeft_deploy.runtime.server.operations.service import Options, Service, order_of
+from tpeft_deploy.runtime.server.operations.service import Service, order_of
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.transport.listener import HttpServer
-from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.settings import Settings, is_loopback
 from tpeft_deploy.runtime.server.telemetry.access_log import AccessLog
-from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHandler
 from tpeft_deploy.runtime.server.telemetry.metrics import Metrics
 from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
 from tpeft_deploy.runtime.server.telemetry.tracing import tracing
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
-from tpeft_deploy.runtime.server.v2.limits import Limits as RestLimits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits, RpcLimits
 from tpeft_deploy.runtime.sessions.providers import choose
 
 __all__ = ["serve"]
@@ -134,10 +134,10 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
     )
     traced = tracing()
 
-    def observe(observed: Observed) -> None:
-        metrics.inference(observed)
+    def observe(event: InferenceEvent) -> None:
+        metrics.inference(event)
         if traced is not None:
-            traced.inference(observed)
+            traced.inference(event)
 
     pools = Pools()
     stack.callback(pools.close)

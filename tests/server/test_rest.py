@@ -26,7 +26,7 @@ from tpeft_deploy.runtime.server.rest.openapi import ROUTE, document
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
 from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
 from tpeft_deploy.runtime.server.tenancy.access import Action
-from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 
 
 class Live(Asking):
@@ -44,7 +44,7 @@ def running(own: Served) -> Iterator[Live]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else an answer of two parts takes 40 ms
         live = Live(own, listener.getsockname()[1])
-        app = application(own.service, Limits(), live.exchanges.append)
+        app = application(own.service, RestLimits(), live.exchanges.append)
         config = uvicorn.Config(app, log_level="warning", loop="uvloop", http="httptools", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)

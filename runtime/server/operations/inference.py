@@ -11,10 +11,10 @@ from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import InputError, NotFound, Unavailable, UnknownTask
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.server.operations.targets import Lookup, Target, resolve
-from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+from tpeft_deploy.runtime.server.operations.targets import Lookup, resolve
+from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
-from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse
+from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse, Target
 from tpeft_deploy.runtime.server.v2.metadata import ADAPTER_INPUT, datatype
 from tpeft_deploy.tucker import Array
 
@@ -32,7 +32,7 @@ class Inference:
         find: what a tenant means by a name.
         spend: takes rows from a tenant's quota at a time, or raises QuotaExceeded.
         accepting: whether requests are taken.
-        tell: is told of each; on the event loop, so it must not block.
+        publish: called with the event of each inference; on the event loop, so it must not block.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Inference:
         find: Lookup,
         spend: Spend,
         accepting: Callable[[], bool],
-        tell: Callable[[Observed], None],
+        publish: Callable[[InferenceEvent], None],
     ) -> None:
         self._runtime = runtime
         self._manifest = manifest
@@ -50,7 +50,7 @@ class Inference:
         self._find = find
         self._spend = spend
         self._accepting = accepting
-        self._tell = tell
+        self._publish = publish
         self._datatypes = {port.name: datatype(port) for port in manifest.outputs}
         self._scalars = [port.name for port in manifest.inputs if not port.shape]
         self._first = next((p.name for p in manifest.inputs if p.shape and p.shape[0] == manifest.batch_axis), None)
@@ -115,7 +115,9 @@ class Inference:
         failed: bool,
     ) -> None:
         took = time.monotonic() - timing.arrived
-        self._tell(Observed(principal.tenant, request.model, targets, rows, timing, took, failed, request.traceparent))
+        self._publish(
+            InferenceEvent(principal.tenant, request.model, targets, rows, timing, took, failed, request.traceparent)
+        )
 
     def _rows(self, inputs: Mapping[str, Array]) -> int:
         """For the quota, before the runtime checks the inputs: never 0, as nothing is free."""

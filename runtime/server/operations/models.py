@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.errors import NotFound, Unavailable
-from tpeft_deploy.runtime.server.operations.targets import Target
 from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
+from tpeft_deploy.runtime.server.v2.messages import Target
 
 __all__ = ["Model", "Models"]
 

@@ -5,37 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import msgspec
-
 from tpeft_deploy.bundle.directory import BASE_TASK
 from tpeft_deploy.errors import NotFound, ProtocolError
-from tpeft_deploy.runtime.server.tenancy.access import SHARED
-from tpeft_deploy.runtime.server.v2.messages import InferRequest
+from tpeft_deploy.runtime.server.v2.messages import BASE, InferRequest, Target
 from tpeft_deploy.runtime.server.v2.metadata import ADAPTER_INPUT
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Lookup", "Resolved", "Target", "resolve"]
-
-
-class Target(msgspec.Struct, frozen=True):
-    """What a row runs on.
-
-    Attributes:
-        key: the runtime's name of it.
-        tenant: whose it is.
-        task: its name.
-        version: its number; "1" for the base.
-        digest: SHA-256 of the adapter; "base" for none.
-    """
-
-    key: str
-    tenant: str
-    task: str
-    version: str
-    digest: str
-
-
-BASE = Target(BASE_TASK, SHARED, BASE_TASK, "1", BASE_TASK)
+__all__ = ["Lookup", "Resolved", "resolve"]
 
 
 class Lookup(Protocol):

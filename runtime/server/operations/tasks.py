@@ -16,12 +16,11 @@ from tpeft_deploy.runtime.server.isolation.outcomes import Upload
 from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
-from tpeft_deploy.runtime.server.operations.targets import Target
 from tpeft_deploy.runtime.server.registry import CURRENT, PinRecord, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.pins import Pins
-from tpeft_deploy.runtime.server.v2.operations import Part
+from tpeft_deploy.runtime.server.v2.messages import Part, Target
 
 __all__ = ["Management", "owner"]
 

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import compile_path
 
 from tpeft_deploy.errors import NotFound, ProtocolError, ServerError, Unavailable, Unsupported
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.operations.slices import encoded
 from tpeft_deploy.runtime.server.rest import openapi
 from tpeft_deploy.runtime.server.rest.context import Asked, Route
@@ -21,8 +22,7 @@ from tpeft_deploy.runtime.server.rest.routes import ROUTES
 from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
 from tpeft_deploy.runtime.server.tenancy.access import Action, allow
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
-from tpeft_deploy.runtime.server.v2.limits import Limits
-from tpeft_deploy.runtime.server.v2.operations import Core
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.statuses import MethodNotAllowed
 
 __all__ = ["Application", "application"]
@@ -42,8 +42,8 @@ class Application:
 
     def __init__(
         self,
-        core: Core,
-        limits: Limits,
+        core: Service,
+        limits: RestLimits,
         observe: Callable[[Exchange], None] | None = None,
         intake: Intake | None = None,
     ) -> None:
@@ -130,13 +130,13 @@ class Application:
 
 
 def application(
-    core: Core,
-    limits: Limits | None = None,
+    core: Service,
+    limits: RestLimits | None = None,
     observe: Callable[[Exchange], None] | None = None,
     intake: Intake | None = None,
 ) -> Application:
     """See `Application`."""
-    return Application(core, limits or Limits(), observe, intake)
+    return Application(core, limits or RestLimits(), observe, intake)
 
 
 def _raw(scope: Scope) -> str:

@@ -11,11 +11,11 @@ from starlette.requests import Request
 
 from tpeft_deploy.bundle.manifest import is_name
 from tpeft_deploy.errors import ProtocolError, TooLarge
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rest.transport.compression import decompress
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
-from tpeft_deploy.runtime.server.v2.limits import Limits
-from tpeft_deploy.runtime.server.v2.operations import Core
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["Asked", "Handler", "Route"]
@@ -33,8 +33,8 @@ class Asked:
         intake: budgets and threads.
     """
 
-    core: Core
-    limits: Limits
+    core: Service
+    limits: RestLimits
     request: Request
     caller: Principal | None
     intake: Intake

@@ -12,7 +12,7 @@ from tpeft_deploy.runtime.server.rest.context import Asked
 from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
 from tpeft_deploy.runtime.server.rest.uploads import parts
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
-from tpeft_deploy.runtime.server.v2.operations import Document
+from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 
@@ -143,41 +143,43 @@ async def unpin(asked: Asked) -> object:
 
 
 async def keys(asked: Asked) -> object:
-    return await asked.core.keys(asked.principal, asked.tenant)
+    return await asked.core.admin.keys(asked.principal, asked.tenant)
 
 
 async def create_key(asked: Asked) -> object:
     wanted = await asked.fields(tenant=str, role=str, expires_in=(int, float))
     if not {"tenant", "role"} <= set(wanted):
         raise ProtocolError("read a body", expected="fields 'tenant' and 'role'", got=", ".join(wanted) or "none")
-    return await asked.core.create_key(asked.principal, wanted["tenant"], wanted["role"], wanted.get("expires_in"))
+    return await asked.core.admin.create_key(
+        asked.principal, wanted["tenant"], wanted["role"], wanted.get("expires_in")
+    )
 
 
 async def revoke_key(asked: Asked) -> object:
-    await asked.core.revoke_key(asked.principal, asked.path("key"))
+    await asked.core.admin.revoke_key(asked.principal, asked.path("key"))
     return None
 
 
 async def tenants(asked: Asked) -> object:
-    return await asked.core.tenants(asked.principal)
+    return await asked.core.admin.tenants(asked.principal)
 
 
 async def set_tenant(asked: Asked) -> object:
     number = (int, float, type(None))
     names = [limit.name for limit in fields(Quota)]
-    return await asked.core.set_tenant(
+    return await asked.core.admin.set_tenant(
         asked.principal, asked.path("tenant"), await asked.fields(**dict.fromkeys(names, number))
     )
 
 
 async def audit(asked: Asked) -> object:
     limit = asked.number("limit")
-    found = await asked.core.audit(asked.principal, 100 if limit is None else limit, asked.number("before"))
+    found = await asked.core.admin.audit(asked.principal, 100 if limit is None else limit, asked.number("before"))
     return list(found)
 
 
 async def metrics(asked: Asked) -> object:
-    return await asked.core.metrics(asked.principal)
+    return await asked.core.admin.metrics(asked.principal)
 
 
 def _expected(wanted: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rest.infer_codec import (
     ADAPTER_HEADERS,
     HEADER,
@@ -24,10 +25,9 @@ from tpeft_deploy.runtime.server.rest.transport.compression import compress, dec
 from tpeft_deploy.runtime.server.rest.transport.disconnects import Left, Watch
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
-from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.messages import InferResponse
 from tpeft_deploy.runtime.server.v2.offload import PIECE
-from tpeft_deploy.runtime.server.v2.operations import Core
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["Inferring", "Receive", "Scope", "Send", "model_of"]
@@ -62,7 +62,7 @@ class Inferring:
         intake: budgets and threads.
     """
 
-    def __init__(self, core: Core, limits: Limits, intake: Intake) -> None:
+    def __init__(self, core: Service, limits: RestLimits, intake: Intake) -> None:
         self._core = core
         self._limits = limits
         self._intake = intake

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from tpeft_deploy.errors import Conflict, ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.rest.context import Asked
-from tpeft_deploy.runtime.server.v2.operations import Part
+from tpeft_deploy.runtime.server.v2.messages import Part
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["parts"]

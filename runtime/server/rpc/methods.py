@@ -10,16 +10,16 @@ import msgspec
 from google.protobuf.message import Message
 
 from tpeft_deploy.errors import ProtocolError, Unauthenticated
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.messages import adapter_of, is_raw, raw_response, request_of, response_of
 from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.server.v2.messages import InferResponse, LoadParameter
 from tpeft_deploy.runtime.server.v2.offload import PIECE, Offload
-from tpeft_deploy.runtime.server.v2.operations import Core
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["METHODS", "SERVICE", "Call", "Method"]
@@ -45,8 +45,8 @@ class Call:
         heavy: whether translating the message would hold up others.
     """
 
-    core: Core
-    limits: Limits
+    core: Service
+    limits: RpcLimits
     caller: Principal | None
     metadata: Mapping[str, str]
     hold: Hold

@@ -5,34 +5,34 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded, ServerError, Unauthenticated, Unsupported
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.account import Account
 from tpeft_deploy.runtime.server.rpc.field_limit import parse, split_raw
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Call, Method
 from tpeft_deploy.runtime.server.rpc.reading import read_message
-from tpeft_deploy.runtime.server.rpc.streaming import in_order
 from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
 from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.server.v2.offload import PIECE
-from tpeft_deploy.runtime.server.v2.operations import Core
 from tpeft_deploy.runtime.server.v2.statuses import Status, status_of
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["Observer", "Servicer"]
 
+T = TypeVar("T")
 Observer = Callable[[Exchange], None]
 _LOG = logging.getLogger(__name__)
 _GONE = 499
@@ -55,7 +55,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     """
 
     def __init__(
-        self, core: Core, limits: Limits, observe: Observer | None = None, intake: Intake | None = None
+        self, core: Service, limits: RpcLimits, observe: Observer | None = None, intake: Intake | None = None
     ) -> None:
         self._core = core
         self._limits = limits
@@ -165,7 +165,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
                 held.discard(hold)
 
         try:
-            await in_order(context, read, answer, self._limits.in_flight)
+            await _in_order(context, read, answer, self._limits.in_flight)
         finally:
             for hold in held:
                 hold.close()
@@ -223,6 +223,38 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         if self._observe is not None:
             account.end()
             self._observe(account)
+
+
+async def _in_order(
+    context: Any, read: Callable[[], Awaitable[T | None]], answer: Callable[[T], Awaitable[bytes]], in_flight: int
+) -> None:
+    """Answer the messages of a stream concurrently and in order; an error cancels the pending answers.
+
+    Args:
+        context: gRPC context of the call.
+        read: returns the next message; None at the end.
+        answer: answers one message; an exception ends the stream.
+        in_flight: maximum number of in-flight messages; the client waits beyond it.
+    """
+    room = asyncio.Semaphore(in_flight)
+    waiting: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+    async with asyncio.TaskGroup() as group:
+
+        async def one(data: T) -> bytes:
+            return await answer(data)
+
+        async def read_all() -> None:
+            await room.acquire()
+            while (data := await read()) is not None:
+                waiting.put_nowait(group.create_task(one(data)))
+                del data
+                await room.acquire()
+            waiting.put_nowait(None)
+
+        group.create_task(read_all())
+        while (task := await waiting.get()) is not None:
+            await context.write(await task)
+            room.release()
 
 
 def _allowed(path: str, method: Method | None, caller: Principal | None) -> Method:

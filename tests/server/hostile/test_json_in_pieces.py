@@ -14,9 +14,9 @@ from tpeft_deploy.errors import ProtocolError, ServerError, TooLarge
 from tpeft_deploy.runtime.server.rest import infer_json, json_data
 from tpeft_deploy.runtime.server.rest.infer_json import Head, Heads
 from tpeft_deploy.runtime.server.rest.json_data import SMALL, cut_strings
-from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 
-LIMITS = Limits()
+LIMITS = RestLimits()
 
 
 @pytest.fixture(scope="module")

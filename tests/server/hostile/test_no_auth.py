@@ -11,7 +11,8 @@ import pytest
 from tests.server.conftest import serve
 from tpeft_deploy import Bundle
 from tpeft_deploy.errors import Conflict
-from tpeft_deploy.runtime.server.operations.service import Options, Service
+from tpeft_deploy.runtime.server.operations.options import Options
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
 from tpeft_deploy.runtime.server.tenancy.access import LOCAL
@@ -21,7 +22,7 @@ from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
 @pytest.fixture(scope="module")
 def service(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     own = serve(conv_bundle, tmp_path_factory.mktemp("local") / "state")
-    yield Service(own.runtime, own.bundle, own.state, own.service._order, Options(authenticate=False))
+    yield Service(own.runtime, own.bundle, own.state, own.service.admin._order, Options(authenticate=False))
     own.runtime.close()
     own.state.close()
 
@@ -105,5 +106,5 @@ def test_no_key_is_created(service: Service) -> None:
     assert answer.status_code == 409
     assert "--no-auth" in answer.json()["error"]
     with pytest.raises(Conflict):
-        asyncio.run(service.create_key(LOCAL, "evil", "admin"))
+        asyncio.run(service.admin.create_key(LOCAL, "evil", "admin"))
     assert service._state.keys.list(None) == []
