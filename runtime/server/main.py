@@ -31,7 +31,7 @@ from tpeft_deploy.runtime.server.telemetry.access_log import AccessLog
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHandler
 from tpeft_deploy.runtime.server.telemetry.metrics import Metrics
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.telemetry.tracing import tracing
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
@@ -77,10 +77,10 @@ def _serve(
         service, metrics, runtime = _open(bundle, settings, stack, lines)
         log = AccessLog(lines) if settings.access_log else None
 
-        def observe(exchange: Exchange) -> None:
-            metrics.request(exchange)
+        def observe(record: RequestRecord) -> None:
+            metrics.request(record)
             if log is not None:
-                log.write(exchange)
+                log.write(record)
 
         say(f"provider: {runtime.provider} ({runtime.provider_reason})")
         if settings.tls_cert is None and not is_loopback(settings.host):
@@ -163,7 +163,7 @@ async def _run(
     service: Service,
     settings: Settings,
     listener: socket.socket,
-    observe: Callable[[Exchange], None],
+    observe: Callable[[RequestRecord], None],
     say: Callable[[str], None],
     certificates: Certificates | None,
 ) -> None:
@@ -217,7 +217,7 @@ async def _renewing(certificates: Certificates | None, http: HttpServer, grpc: R
                 grpc.renew(Tls(*certificates.pem))
 
 
-def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake) -> HttpServer:
+def _http(service: Service, settings: Settings, observe: Callable[[RequestRecord], None], intake: Intake) -> HttpServer:
     limits = RestLimits(
         elements=settings.max_elements,
         body_bytes=min(settings.max_body_bytes, service.largest_body or settings.max_body_bytes),
@@ -242,7 +242,7 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
 def _grpc(
     service: Service,
     settings: Settings,
-    observe: Callable[[Exchange], None],
+    observe: Callable[[RequestRecord], None],
     intake: Intake,
     certificates: Certificates | None,
 ) -> RpcServer | None:

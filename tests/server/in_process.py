@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.server.conftest import Served
 from tpeft_deploy.runtime.server.rest import infer_codec
-from tpeft_deploy.runtime.server.rest.infer_json import Heads
+from tpeft_deploy.runtime.server.rest.infer_json import InferenceHeaderCache
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.messages import request_of, response_of
 from tpeft_deploy.runtime.server.v2.limits import RestLimits, RpcLimits
@@ -34,7 +34,7 @@ def over_rest(
     if tasks:
         tensors.append({"name": "adapter", "shape": [len(tasks)], "datatype": "BYTES", "data": list(tasks)})
     body = json.dumps({"inputs": tensors, "outputs": [{"name": name} for name in outputs]}).encode()
-    framed = infer_codec.decode(model, "", {}, body, Heads(RestLimits()))
+    framed = infer_codec.decode(model, "", {}, body, InferenceHeaderCache(RestLimits()))
     response = asyncio.run(own.service.infer(own.who("acme", "infer"), framed.request))
     answer = json.loads(infer_codec.encode(response, framed)[1])
     return {

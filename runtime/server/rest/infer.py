@@ -18,11 +18,11 @@ from tpeft_deploy.runtime.server.rest.infer_codec import (
     is_heavy,
     json_bytes,
 )
-from tpeft_deploy.runtime.server.rest.infer_json import Heads
+from tpeft_deploy.runtime.server.rest.infer_json import InferenceHeaderCache
 from tpeft_deploy.runtime.server.rest.json_data import SMALL
-from tpeft_deploy.runtime.server.rest.responses import GONE, Exchanged, told
+from tpeft_deploy.runtime.server.rest.responses import GONE, HttpRecord, told
 from tpeft_deploy.runtime.server.rest.transport.compression import compress, decompress, encoding_for, is_compressed
-from tpeft_deploy.runtime.server.rest.transport.disconnects import Left, Watch
+from tpeft_deploy.runtime.server.rest.transport.disconnects import ClientLeft, Watch
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
@@ -30,7 +30,7 @@ from tpeft_deploy.runtime.server.v2.messages import InferResponse
 from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
-__all__ = ["Inferring", "Receive", "Scope", "Send", "model_of"]
+__all__ = ["InferenceEndpoint", "Receive", "Scope", "Send", "model_of"]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -51,7 +51,7 @@ def model_of(path: str) -> tuple[str, str] | None:
     return None
 
 
-class Inferring:
+class InferenceEndpoint:
     """Answers `POST /v2/models/MODEL[/versions/VERSION]/infer`.
 
     In this order: key, role, quota of requests, declared sizes, room for the body; only then is it read.
@@ -66,46 +66,46 @@ class Inferring:
         self._core = core
         self._limits = limits
         self._intake = intake
-        self._heads = Heads(limits)
+        self._heads = InferenceHeaderCache(limits)
         self._watch = Watch()
 
-    async def __call__(self, model: str, version: str, exchanged: Exchanged, receive: Receive, send: Send) -> None:
+    async def __call__(self, model: str, version: str, record: HttpRecord, receive: Receive, send: Send) -> None:
         """Answer one request."""
         try:
-            exchanged.caller = principal = self._core.authenticate(exchanged.authorization)
-            exchanged.task = model
+            record.caller = principal = self._core.authenticate(record.authorization)
+            record.task = model
             self._core.admit(principal)
             hold = self._intake.memory.hold(principal.tenant)
             self._intake.requests.enter(principal.key)
             try:
-                framed = await self._framed(model, version, exchanged, receive, hold)
-                response = await self._watch.unless_left(self._core.infer(principal, framed.request), receive)
+                framed = await self._framed(model, version, record, receive, hold)
+                response = await self._watch.cancel_on_disconnect(self._core.infer(principal, framed.request), receive)
                 size = sum([array.nbytes for array in response.outputs.values()])
                 hold.take(size)
                 parts: Sequence[bytes]
-                if size <= SMALL and b"accept-encoding" not in exchanged.headers:
+                if size <= SMALL and b"accept-encoding" not in record.headers:
                     own, parts = encode_parts(response, framed)
                 else:
-                    own, parts = await self._encoded(response, size, framed, exchanged.headers, hold)
+                    own, parts = await self._encoded(response, size, framed, record.headers, hold)
                 del framed, response
-                await exchanged.send(send, 200, own, parts)
+                await record.send(send, 200, own, parts)
                 return
             finally:
                 hold.close()
                 self._intake.requests.leave(principal.key)
-        except Left:
-            exchanged.status = GONE
+        except ClientLeft:
+            record.status = GONE
             return
         except Exception as error:
-            refusal = told(error, exchanged)
-            if exchanged.caller is not None and exchanged.bytes_in > PIECE:
-                self._intake.refused.charge(exchanged.caller.tenant, exchanged.bytes_in)
+            refusal = told(error, record)
+            if record.caller is not None and record.bytes_in > PIECE:
+                self._intake.refused.charge(record.caller.tenant, record.bytes_in)
         # Out here nothing refers to the error any more, and so to what was read.
-        await exchanged.send(send, *refusal)
+        await record.send(send, *refusal)
 
-    async def _framed(self, model: str, version: str, exchanged: Exchanged, receive: Receive, hold: Hold) -> Framed:
+    async def _framed(self, model: str, version: str, record: HttpRecord, receive: Receive, hold: Hold) -> Framed:
         """The request of a body; `hold` has what it keeps in memory."""
-        headers = exchanged.headers
+        headers = record.headers
         given = headers.get(b"content-length", b"")
         declared = 0 if not given.isdigit() else int(given) if len(given) < _DIGITS else sys.maxsize
         limit = self._limit(headers, declared)
@@ -117,8 +117,8 @@ class Inferring:
         message = await receive()
         body = message.get("body", b"")
         if message.get("more_body", True) or len(body) > declared:  # most bodies come in one, and say how long they are
-            body = await _read_body(message, receive, limit, exchanged, hold)
-        exchanged.bytes_in = len(body)
+            body = await _read_body(message, receive, limit, record, hold)
+        record.bytes_in = len(body)
         if is_compressed(headers):
             body = await decompress(headers, body, limit, hold, self._intake.offload)
         if not is_heavy(headers, body):
@@ -126,8 +126,8 @@ class Inferring:
         read = len(body)
         hold.take(_ARRAYS * read)
         adapter = _adapter(headers)
-        # Heads that are remembered belong to the event loop.
-        heads = Heads(self._limits)
+        # The cache belongs to the event loop.
+        heads = InferenceHeaderCache(self._limits)
         framed = await self._intake.offload.run(hold.tenant, decode, model, version, headers, body, heads, adapter)
         hold.resize(read + sum(array.nbytes for array in framed.request.inputs.values()))
         return framed
@@ -168,7 +168,7 @@ class Inferring:
 
 
 async def _read_body(
-    message: MutableMapping[str, Any], receive: Receive, limit: int, exchanged: Exchanged, hold: Hold
+    message: MutableMapping[str, Any], receive: Receive, limit: int, record: HttpRecord, hold: Hold
 ) -> bytes | bytearray:
     """All of a body that begins with a message; more room is taken as it comes where `hold` has less.
 
@@ -181,10 +181,10 @@ async def _read_body(
     size = 0
     while True:
         if message["type"] == "http.disconnect":
-            raise Left
+            raise ClientLeft
         part = message.get("body", b"")
         size += len(part)
-        exchanged.bytes_in = size
+        record.bytes_in = size
         if size > limit:
             raise _too_large(limit, "more")
         if size > hold.size:

@@ -20,7 +20,7 @@ from tpeft_deploy.runtime.server.v2.messages import Parameter
 from tpeft_deploy.runtime.server.v2.tensors import DTYPES, check_shape, check_size, objects, quoted
 from tpeft_deploy.tucker import Array
 
-__all__ = ["FLOATS", "Head", "Heads", "Input"]
+__all__ = ["FLOATS", "Head", "InferenceHeaderCache", "Input"]
 
 FLOATS = {"FP16", "FP32", "FP64"}
 _KEPT = 1024
@@ -97,7 +97,7 @@ class Head(msgspec.Struct, frozen=True):
     chosen: Mapping[str, bool]
 
 
-class Heads:
+class InferenceHeaderCache:
     """Reads heads, and remembers those that come again.
 
     Args:

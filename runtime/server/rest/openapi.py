@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import tpeft_deploy
-from tpeft_deploy.runtime.server.rest.context import Asked, Route
+from tpeft_deploy.runtime.server.rest.context import RequestContext, Route
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
 from tpeft_deploy.runtime.server.tenancy.access import Action
 
@@ -66,11 +66,11 @@ _INFER = {
 }
 
 
-async def _openapi(_: Asked) -> object:
+async def _openapi(_: RequestContext) -> object:
     return document()
 
 
-async def _never(_: Asked) -> object:
+async def _never(_: RequestContext) -> object:
     raise RuntimeError("inference is answered before the table is asked")
 
 

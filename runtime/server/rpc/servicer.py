@@ -16,11 +16,10 @@ from google.protobuf.message import Message
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded, ServerError, Unauthenticated, Unsupported
 from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
-from tpeft_deploy.runtime.server.rpc.account import Account
 from tpeft_deploy.runtime.server.rpc.field_limit import parse, split_raw
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Call, Method
 from tpeft_deploy.runtime.server.rpc.reading import read_message
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT, RequestRecord, request_id
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
 from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
@@ -30,14 +29,58 @@ from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.runtime.server.v2.statuses import Status, status_of
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
-__all__ = ["Observer", "Servicer"]
+__all__ = ["Observer", "RpcRecord", "Servicer"]
 
 T = TypeVar("T")
-Observer = Callable[[Exchange], None]
+Observer = Callable[[RequestRecord], None]
 _LOG = logging.getLogger(__name__)
 _GONE = 499
 _ELEMENT = 16  # bytes in memory of one of typed contents, parsed and as an array
 _TEXT_BYTES = 1000  # clients take 8 KiB of trailers, in which each byte may become three
+
+
+class RpcRecord(RequestRecord):
+    """Request record of a gRPC call.
+
+    Args:
+        method: name of the rpc.
+        route: full name of the rpc.
+        metadata: metadata of the call.
+        caller: principal, if it is known already.
+        size: size of the message.
+    """
+
+    __slots__ = ("_id", "_metadata", "_own")
+
+    def __init__(
+        self, method: str, route: str, metadata: Mapping[str, str], caller: Principal | None = None, size: int = 0
+    ) -> None:
+        super().__init__("grpc", method)
+        self.route = route
+        self.status = 200
+        self.caller = caller
+        self.bytes_in = size
+        self._metadata = metadata
+        self._id = ""
+        self._own = b""
+
+    def describe(self, request: Any) -> None:
+        """Take the model and the id from a message."""
+        self.task = getattr(request, "model_name", "") or getattr(request, "name", "")
+        self._id = getattr(request, "id", "")
+        self._own = b""
+
+    @property
+    def request_id(self) -> str:
+        """Request id of the client where it is safe to log; else one of the server."""
+        if not self._own:
+            self._own = request_id((self._id or self._metadata.get("x-request-id", "")).encode("utf-8", "replace"))
+        return self._own.decode("latin-1")
+
+    @property
+    def traceparent(self) -> str:
+        """W3C trace context of the caller."""
+        return self._metadata.get("traceparent", "")[:TRACEPARENT]
 
 
 class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type information
@@ -68,17 +111,17 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         name = path.removeprefix(f"/{SERVICE}/")
         method = METHODS.get(name)
         metadata = _texts(handler_call_details.invocation_metadata)
-        account = Account(name, path, metadata) if method else Account("unknown", "unknown", metadata)
+        record = RpcRecord(name, path, metadata) if method else RpcRecord("unknown", "unknown", metadata)
         try:
-            account.caller = self._caller(method, handler_call_details.invocation_metadata)
-            method = _allowed(path, method, account.caller)
+            record.caller = self._caller(method, handler_call_details.invocation_metadata)
+            method = _allowed(path, method, record.caller)
         except Exception as error:
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, _status(error), account))
-        hold = self._intake.memory.hold(account.tenant)
-        call = Call(self._core, self._limits, account.caller, metadata, hold, self._intake.offload)
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, _status(error), record))
+        hold = self._intake.memory.hold(record.tenant)
+        call = Call(self._core, self._limits, record.caller, metadata, hold, self._intake.offload)
         if method.stream:
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, method, call, account))
-        return grpc.stream_stream_rpc_method_handler(functools.partial(self._unary, method, call, account))
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, method, call, record))
+        return grpc.stream_stream_rpc_method_handler(functools.partial(self._unary, method, call, record))
 
     def _caller(self, method: Method | None, metadata: Sequence[tuple[str, str | bytes]]) -> Principal | None:
         if method is not None and method.action is Action.HEALTH:
@@ -88,52 +131,52 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             raise Unauthenticated("authorization", expected="one text", got=f"{len(found)} values")
         return self._core.authenticate(str(found[0]) if found else None)
 
-    async def _refuse(self, status: Status, account: Account, _: Any, context: Any) -> None:
-        account.status = status.http
-        self._tell(account)
+    async def _refuse(self, status: Status, record: RpcRecord, _: Any, context: Any) -> None:
+        record.status = status.http
+        self._tell(record)
         await _abort(context, status)
 
-    async def _unary(self, method: Method, call: Call, account: Account, _: Any, context: Any) -> None:
+    async def _unary(self, method: Method, call: Call, record: RpcRecord, _: Any, context: Any) -> None:
         call.timeout = context.time_remaining()
         try:
             with _one(call.caller, self._intake.requests), call.hold:
-                answer = await self._answered(method, call, account, context)
-                account.bytes_out = len(answer)
+                answer = await self._answered(method, call, record, context)
+                record.bytes_out = len(answer)
                 await context.write(answer)
         except asyncio.CancelledError:
-            account.status = _GONE
-            self._tell(account)
+            record.status = _GONE
+            self._tell(record)
             raise
         except Exception as error:
             status = _status(error)
-            self._charge(call.caller, account.bytes_in)
+            self._charge(call.caller, record.bytes_in)
         else:
-            self._tell(account)
+            self._tell(record)
             return
         finally:
             call.raws = None  # what ends a call in grpc keeps this frame until a collection
         # Out here nothing refers to the error any more, and so to what was read.
-        await self._refuse(status, account, None, context)
+        await self._refuse(status, record, None, context)
 
-    async def _answered(self, method: Method, call: Call, account: Account, context: Any) -> bytes:
+    async def _answered(self, method: Method, call: Call, record: RpcRecord, context: Any) -> bytes:
         if method.action is Action.INFER:
             self._core.admit(call.principal)
         await self._pay(call.caller)
         data = await read_message(context, call.hold, self._limits, self._limits.read_seconds, lent=call.caller is None)
         if data is None:
             raise ProtocolError("request", expected="a message", got="none")
-        account.bytes_in = len(data)
+        record.bytes_in = len(data)
         request = await self._parsed(method, call, data)
         del data
-        account.asked(request)
+        record.describe(request)
         return _bytes_of(await method.answer(call, request))
 
-    async def _stream(self, method: Method, call: Call, account: Account, _: Any, context: Any) -> None:
+    async def _stream(self, method: Method, call: Call, record: RpcRecord, _: Any, context: Any) -> None:
         try:
             with _one(call.caller, self._intake.streams):
-                status = await self._answer_stream(method, call, account.method, context)
+                status = await self._answer_stream(method, call, record.method, context)
         except QuotaExceeded as error:
-            await self._refuse(_status(error), account, None, context)
+            await self._refuse(_status(error), record, None, context)
         else:
             if status is not None:
                 await _abort(context, status)
@@ -156,10 +199,10 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 
         async def answer(message: tuple[bytes, Hold]) -> bytes:
             data, hold = message
-            account = Account(name, f"/{SERVICE}/{name}", call.metadata, call.caller, len(data))
+            record = RpcRecord(name, f"/{SERVICE}/{name}", call.metadata, call.caller, len(data))
             one = replace(call, hold=hold, timeout=context.time_remaining(), streamed=True)
             try:
-                return await self._one_of_stream(method, one, account, data)
+                return await self._one_of_stream(method, one, record, data)
             finally:
                 hold.close()
                 held.discard(hold)
@@ -171,30 +214,30 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
                 hold.close()
         return refused.pop() if refused else None
 
-    async def _one_of_stream(self, method: Method, call: Call, account: Account, data: bytes) -> bytes:
+    async def _one_of_stream(self, method: Method, call: Call, record: RpcRecord, data: bytes) -> bytes:
         request = None
         try:
             # Streams last: a key may be revoked meanwhile.
-            call.caller = account.caller = self._core.authenticate(call.metadata.get("authorization"))
+            call.caller = record.caller = self._core.authenticate(call.metadata.get("authorization"))
             allow(call.caller, method.action)
             self._core.admit(call.caller)
             with _one(call.caller, self._intake.requests):
                 request = await self._parsed(method, call, data)
-                account.asked(request)
+                record.describe(request)
                 answer = _bytes_of(await method.answer(call, request))
         except asyncio.CancelledError:
-            account.status = _GONE
-            self._tell(account)
+            record.status = _GONE
+            self._tell(record)
             raise
         except Exception as error:
             status = _status(error)
             self._charge(call.caller, len(data))
-            account.status = status.http
+            record.status = status.http
             asked = {} if request is None else {"id": request.id, "model_name": request.model_name}
             message = pb.ModelStreamInferResponse(error_message=_clipped(status.text), infer_response=asked)
             answer = _bytes_of(message)
-        account.bytes_out = len(answer)
-        self._tell(account)
+        record.bytes_out = len(answer)
+        self._tell(record)
         return answer
 
     def _charge(self, caller: Principal | None, size: int) -> None:
@@ -219,10 +262,10 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         call.hold.take(len(data) + _ELEMENT * min(len(data), self._limits.typed_elements))
         return await call.offload.run(call.hold.tenant, parse, method.request, data, self._limits)
 
-    def _tell(self, account: Account) -> None:
+    def _tell(self, record: RpcRecord) -> None:
         if self._observe is not None:
-            account.end()
-            self._observe(account)
+            record.end()
+            self._observe(record)
 
 
 async def _in_order(

@@ -14,7 +14,7 @@ from tpeft_deploy.errors import Conflict
 from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rest.app import application
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.tenancy.access import LOCAL
 from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
 
@@ -27,8 +27,10 @@ def service(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> It
     own.state.close()
 
 
-def asked(service: Service, method: str, path: str, headers: dict[str, str]) -> tuple[httpx.Response, list[Exchange]]:
-    told: list[Exchange] = []
+def asked(
+    service: Service, method: str, path: str, headers: dict[str, str]
+) -> tuple[httpx.Response, list[RequestRecord]]:
+    told: list[RequestRecord] = []
 
     async def main() -> httpx.Response:
         transport = httpx.ASGITransport(LocalOnly(application(service, observe=told.append), told.append))
