@@ -1,4 +1,4 @@
-"""From the names in a request to what each of its rows runs on."""
+"""Resolution of a request's names to the target of each row."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ __all__ = ["Lookup", "Resolved", "resolve"]
 
 
 class Lookup(Protocol):
-    """Finds what a tenant means by a name."""
+    """Resolves a model name for a tenant."""
 
     def __call__(self, tenant: str, name: str, version: str) -> Target:
-        """The target.
+        """Return the target.
 
         Raises:
-            NotFound: there is none of that name or version that the tenant may see.
+            NotFound: no visible task has that name and version.
         """
 
 
 class Resolved(NamedTuple):
-    """A request's targets: one for all rows, or one a row."""
+    """Targets of a request: one for all rows, or one per row."""
 
     targets: Sequence[Target]
     per_row: bool
 
 
 def resolve(find: Lookup, bundle: str, tenant: str, request: InferRequest) -> Resolved:
-    """What a request's rows run on.
+    """Resolve the targets of a request.
 
-    A task's own name decides; the bundle's name and `base` leave it to the parameter (or header) `adapter`, and the
-    bundle's also to the input `adapter`.  Two that disagree are refused, and so is the bundle's name with neither: an
-    answer of the base that nobody asked for would pass for the task's.
+    A task name selects that task; the bundle's name and `base` use the parameter (or header) `adapter`, and the
+    bundle's name also the input `adapter`. Conflicting names are refused, and so is the bundle's name without an
+    adapter: the base's answer could be mistaken for the task's.
 
     Raises:
         ProtocolError: no adapter, two different ones, or an input `adapter` that is not names.
-        NotFound: a task that the tenant cannot see; with the row, where there are several.
+        NotFound: a task is not visible to the tenant; names the row where there are several.
     """
     if request.model != bundle:
         return Resolved([_single(find, tenant, request)], per_row=False)
@@ -77,7 +77,7 @@ def _single(find: Lookup, tenant: str, request: InferRequest) -> Target:
 
 
 def _named(find: Lookup, tenant: str, name: str, row: int | None = None) -> Target:
-    """The target of a name, or of `name@version`."""
+    """Resolve `name` or `name@version`."""
     if name == BASE_TASK:
         return BASE
     task, _, version = name.partition("@")

@@ -34,9 +34,9 @@ class Application:
     """An ASGI application.
 
     Args:
-        core: the operations.
-        limits: on bodies and tensors.
-        observe: told of each request once it was answered; on the event loop, so it must not block.
+        core: the server's operations.
+        limits: limits of bodies and tensors.
+        observe: called with the record of each finished request, on the event loop; must not block.
         intake: budgets and threads, shared with other protocols.
     """
 
@@ -98,7 +98,7 @@ class Application:
             record.route = route.path
             request = Request(scope, receive)
             return await route.handler(RequestContext(self._core, self._limits, request, None, self._intake))
-        # Before anything is said of the path: what there is, is for those with a key.
+        # Before the path is checked: routes are revealed only to authenticated clients.
         principal = record.caller = self._core.authenticate(record.authorization)
         if not isinstance(route, Route):
             raise route
@@ -141,13 +141,13 @@ def application(
 
 
 def _raw(scope: Scope) -> str:
-    """The path as it came: proxies look at that, and what is decoded may have other parts."""
+    """Return the undecoded path, as proxies see it; decoding may add segments."""
     raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
     return raw.decode("latin-1")
 
 
 def _asked(scope: Scope) -> tuple[str, str] | None:
-    """Model and version of the path of inference; None for other paths."""
+    """Return model and version of an inference path; None for other paths."""
     path = _raw(scope)
     asked = model_of(path)
     if asked is None or "%" not in path:
@@ -157,7 +157,7 @@ def _asked(scope: Scope) -> tuple[str, str] | None:
 
 
 def _unquoted(names: dict[str, str]) -> dict[str, str] | None:
-    """Names in a path without percent-encoding; None where one would be a path."""
+    """Percent-decode the names of a path; None where one would become a path."""
     found = {part: unquote(name) if "%" in name else name for part, name in names.items()}
     return None if any("/" in name or name in {".", ".."} for name in found.values()) else found
 

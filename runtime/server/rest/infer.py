@@ -1,4 +1,4 @@
-"""The path of inference over HTTP, as a plain ASGI application: what is called most is short."""
+"""Inference endpoint over HTTP, as a plain ASGI application to keep the hot path short."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _DIGITS = 19
 
 
 def model_of(path: str) -> tuple[str, str] | None:
-    """Model and version of `/v2/models/MODEL[/versions/VERSION]/infer`; None for other paths."""
+    """Return model and version of `/v2/models/MODEL[/versions/VERSION]/infer`; None for other paths."""
     parts = path.split("/")
     if len(parts) == 5 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "infer":
         return parts[3], ""
@@ -52,13 +52,13 @@ def model_of(path: str) -> tuple[str, str] | None:
 
 
 class InferenceEndpoint:
-    """Answers `POST /v2/models/MODEL[/versions/VERSION]/infer`.
+    """Serves `POST /v2/models/MODEL[/versions/VERSION]/infer`.
 
-    In this order: key, role, quota of requests, declared sizes, room for the body; only then is it read.
+    Checks key, role, request quota, declared sizes and memory budget, in this order, before the body is read.
 
     Args:
-        core: the operations.
-        limits: on bodies and tensors.
+        core: the server's operations.
+        limits: limits of bodies and tensors.
         intake: budgets and threads.
     """
 
@@ -70,7 +70,7 @@ class InferenceEndpoint:
         self._watch = Watch()
 
     async def __call__(self, model: str, version: str, record: HttpRecord, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Serve one request."""
         try:
             record.caller = principal = self._core.authenticate(record.authorization)
             record.task = model
@@ -100,11 +100,11 @@ class InferenceEndpoint:
             refusal = told(error, record)
             if record.caller is not None and record.bytes_in > PIECE:
                 self._intake.refused.charge(record.caller.tenant, record.bytes_in)
-        # Out here nothing refers to the error any more, and so to what was read.
+        # Here the error, and so the body, is no longer referenced.
         await record.send(send, *refusal)
 
     async def _framed(self, model: str, version: str, record: HttpRecord, receive: Receive, hold: Hold) -> Framed:
-        """The request of a body; `hold` has what it keeps in memory."""
+        """Read and decode the body; its memory is reserved in `hold`."""
         headers = record.headers
         given = headers.get(b"content-length", b"")
         declared = 0 if not given.isdigit() else int(given) if len(given) < _DIGITS else sys.maxsize
@@ -133,7 +133,7 @@ class InferenceEndpoint:
         return framed
 
     def _limit(self, headers: Mapping[bytes, bytes], declared: int) -> int:
-        """Bytes that a body may have; refuses what says that it has more."""
+        """Return the maximum body size; raise TooLarge if the declared size exceeds it."""
         own = self._limits
         given = headers.get(HEADER)
         limit = own.body_bytes if given is not None else min(own.json_bytes, own.body_bytes)
@@ -147,7 +147,7 @@ class InferenceEndpoint:
     async def _encoded(
         self, response: InferResponse, size: int, framed: Framed, headers: Mapping[bytes, bytes], hold: Hold
     ) -> tuple[list[tuple[bytes, bytes]], Sequence[bytes]]:
-        """Headers and parts of an answer; `hold` has its `size` as arrays."""
+        """Encode a response to headers and body parts; `hold` already covers its arrays."""
         json = json_bytes(response, framed.head) if size > SMALL else 0
         run = self._intake.offload.run
         if json > SMALL:
@@ -170,7 +170,7 @@ class InferenceEndpoint:
 async def _read_body(
     message: MutableMapping[str, Any], receive: Receive, limit: int, record: HttpRecord, hold: Hold
 ) -> bytes | bytearray:
-    """All of a body that begins with a message; more room is taken as it comes where `hold` has less.
+    """Read the rest of a body; memory is reserved as it arrives.
 
     Raises:
         TooLarge: it is larger than `limit` bytes; what is beyond is not kept.
@@ -201,7 +201,7 @@ async def _read_body(
 
 
 def _too_large(limit: int, got: str) -> TooLarge:
-    """The refusal of a body that has more than `limit` bytes."""
+    """Return the error for a body of more than `limit` bytes."""
     fix = "Large tensors go as raw bytes behind the JSON, with binary_data_size."
     return TooLarge("read a body", expected=f"at most {limit:,} bytes", got=got, fix=fix)
 

@@ -1,4 +1,4 @@
-"""Every rpc that this server answers, what it needs a key for, and how it asks the core."""
+"""Table of the rpcs: required action, request type and handler."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _FINAL = "triton_enable_empty_final_response"
 
 @dataclass
 class Call:
-    """What a method knows beside its message.
+    """Call context of a handler.
 
     Attributes:
-        core: what it asks.
-        limits: on messages.
-        caller: who asks; None for calls that need no key.
-        metadata: keys in lower case; without those whose values are bytes.
-        hold: what the request holds in memory.
-        offload: threads for long work.
-        timeout: seconds left until the client's deadline; None: it set none.
+        core: the server's operations.
+        limits: limits of messages.
+        caller: principal; None for calls without authentication.
+        metadata: text metadata, keys in lower case.
+        hold: memory reservation of the request.
+        offload: threads for large messages.
+        timeout: seconds until the client's deadline; None without one.
         streamed: whether the message is one of a stream.
-        raws: raw tensors of the message, where they were taken out of it.
-        heavy: whether translating the message would hold up others.
+        raws: raw tensors, where they were split off the message.
+        heavy: whether decoding the message would block the event loop for long.
     """
 
     core: Service
@@ -58,10 +58,10 @@ class Call:
 
     @property
     def principal(self) -> Principal:
-        """Who asks.
+        """The principal.
 
         Raises:
-            Unauthenticated: nobody known.
+            Unauthenticated: the call has no key.
         """
         if self.caller is None:
             raise Unauthenticated("request", expected="a key", got="none")
@@ -73,10 +73,10 @@ class Method:
     """An rpc.
 
     Attributes:
-        action: what its caller must be allowed to do.
-        request: class of its messages.
-        answer: the answer to one of them, or its bytes.
-        stream: whether they come, and are answered, as streams.
+        action: action that the role must allow.
+        request: request message type.
+        answer: handler; returns a message or serialised bytes.
+        stream: whether requests and responses are streams.
     """
 
     action: Action
@@ -138,7 +138,7 @@ async def _model_infer(call: Call, message: pb.ModelInferRequest) -> Message | b
 
 
 async def _response(call: Call, response: InferResponse, raw: bool, final: bool) -> Message | bytes:
-    """The message of an answer, for which there is room."""
+    """Encode a response, after reserving memory for it."""
     size = sum(array.nbytes for array in response.outputs.values())
     call.hold.take(size)
     if size > PIECE and is_raw(response, raw):
@@ -175,7 +175,7 @@ def _named(model: str) -> str:
 
 
 def _parameters(parameters: Mapping[str, pb.ModelRepositoryParameter]) -> dict[str, LoadParameter]:
-    """Files are bytes here, and base64 over REST."""
+    """Convert load parameters; files are raw bytes here, base64 over REST."""
     found: dict[str, LoadParameter] = {}
     for key, parameter in parameters.items():
         kind = parameter.WhichOneof("parameter_choice")

@@ -1,4 +1,4 @@
-"""The calls of gRPC: who may make them, how they end, and what is told about them."""
+"""gRPC servicer: authentication, limits, errors and request records."""
 
 from __future__ import annotations
 
@@ -84,16 +84,15 @@ class RpcRecord(RequestRecord):
 
 
 class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type information
-    """Answers the rpcs of `METHODS` by asking a core.
+    """Serves the rpcs of `METHODS`.
 
-    The key is looked at before a message is received, so that nobody without one makes the server read; rpcs that
-    there are not are told from those that there are only with a key.  Handlers are those of streams, as these receive
-    a message when they ask for it, while one of another kind is called when it is there; clients see no difference.
+    Keys are checked before a message is received; unknown rpcs are reported only to authenticated clients. All
+    handlers are stream handlers, because only these control when a message is received; clients see no difference.
 
     Args:
-        core: what is asked.
-        limits: on messages.
-        observe: told of every request that was answered, each of a stream's among them; must not block or raise.
+        core: the server's operations.
+        limits: limits of messages.
+        observe: called with the record of each request, including each message of a stream; must not block or raise.
         intake: budgets and threads, shared with other protocols.
     """
 
@@ -106,7 +105,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         self._intake = intake or Intake()
 
     def service(self, handler_call_details: Any) -> Any:
-        """How to answer a call, from its name and metadata."""
+        """Return the handler of a call."""
         path: str = handler_call_details.method
         name = path.removeprefix(f"/{SERVICE}/")
         method = METHODS.get(name)
@@ -155,7 +154,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             return
         finally:
             call.raws = None  # what ends a call in grpc keeps this frame until a collection
-        # Out here nothing refers to the error any more, and so to what was read.
+        # Here the error, and so the message, is no longer referenced.
         await self._refuse(status, record, None, context)
 
     async def _answered(self, method: Method, call: Call, record: RpcRecord, context: Any) -> bytes:
@@ -182,9 +181,9 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
                 await _abort(context, status)
 
     async def _answer_stream(self, method: Method, call: Call, name: str, context: Any) -> Status | None:
-        """Answer a stream to its end; return what ends it earlier."""
+        """Serve a stream; return the status that ends it early."""
         refused: list[Status] = []
-        held: set[Hold] = set()  # of messages that are not answered yet
+        held: set[Hold] = set()  # of in-flight messages
 
         async def read() -> tuple[bytes, Hold] | None:
             hold = self._intake.memory.hold(call.hold.tenant)
@@ -241,7 +240,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         return answer
 
     def _charge(self, caller: Principal | None, size: int) -> None:
-        """Let the sender of a large message that was refused wait before the next is received."""
+        """Delay the tenant's next message after a large refused one."""
         if caller is not None and size > PIECE:
             self._intake.refused.charge(caller.tenant, size)
 
@@ -251,7 +250,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             await asyncio.sleep(seconds)
 
     async def _parsed(self, method: Method, call: Call, data: bytes) -> Any:
-        """The message, whose raw tensors are left in `call` where it is large; long work goes off the event loop."""
+        """Parse a message; raw tensors of a large one go to `call.raws`, long work to other threads."""
         if len(data) <= PIECE:
             return parse(method.request, data, self._limits)
         if method.request is pb.ModelInferRequest:
