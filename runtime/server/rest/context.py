@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import msgspec
 import orjson
 from starlette.requests import Request
 
 from tpeft_deploy.bundle.manifest import is_name
 from tpeft_deploy.errors import ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.operations.service import Service
+from tpeft_deploy.runtime.server.rest.bodies import Body
 from tpeft_deploy.runtime.server.rest.transport.compression import decompress
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
@@ -19,6 +21,9 @@ from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["RequestContext", "Handler", "Route"]
+
+B = TypeVar("B", bound=Body)
+_SHOWN = 200
 
 
 @dataclass
@@ -120,6 +125,16 @@ class RequestContext:
         """Read the body as a JSON object; an empty body is {}."""
         return self.parsed(await self.body(self.limits.document_bytes))
 
+    async def read(self, kind: type[B]) -> B:
+        """Read the body as JSON of a type; unknown fields and other types are refused."""
+        text = await self.body(self.limits.document_bytes)
+        try:
+            return msgspec.json.decode(text if text.strip() else b"{}", type=kind)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise ProtocolError(
+                "read a body", expected=f"fields {', '.join(kind.__struct_fields__)}", problem=_line(error)
+            ) from None
+
     @staticmethod
     def parsed(text: bytes | bytearray) -> dict[str, Any]:
         """Parse a JSON object; an empty text is {}."""
@@ -131,16 +146,6 @@ class RequestContext:
             raise ProtocolError("read a body", expected="JSON", problem=str(error)) from None
         if not isinstance(found, dict):
             raise ProtocolError("read a body", expected="a JSON object", got=type(found).__name__)
-        return found
-
-    async def fields(self, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
-        """Read the fields of a JSON body and check their types; unknown fields are refused."""
-        found = await self.json()
-        for name, value in found.items():
-            if name not in kinds:
-                raise ProtocolError("read a body", expected=f"fields {', '.join(kinds)}", got=quoted(name))
-            if not isinstance(value, kinds[name]) or (isinstance(value, bool) and kinds[name] is not bool):
-                raise ProtocolError(f"read field {name!r}", expected="another type", got=type(value).__name__)
         return found
 
 
@@ -158,7 +163,7 @@ class Route:
         handler: returns the response document; bytes are text, None is an empty object.
         summary: summary for OpenAPI.
         query: query parameter -> description.
-        body: JSON schema of the request body, or None.
+        body: type of the JSON body, or None.
         upload: whether the body is an upload.
     """
 
@@ -168,5 +173,10 @@ class Route:
     handler: Handler
     summary: str
     query: Mapping[str, str] = field(default_factory=dict)
-    body: Mapping[str, Any] | None = None
+    body: type[Body] | None = None
     upload: bool = False
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

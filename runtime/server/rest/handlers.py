@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+import msgspec
+from msgspec import UNSET
 
 from tpeft_deploy.errors import ProtocolError, Unavailable
 from tpeft_deploy.runtime.server.operations.slices import in_slices
+from tpeft_deploy.runtime.server.rest import bodies
 from tpeft_deploy.runtime.server.rest.context import RequestContext
 from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
 from tpeft_deploy.runtime.server.rest.uploads import parts
-from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
@@ -52,8 +51,7 @@ async def statistics(context: RequestContext) -> object:
 
 
 async def index(context: RequestContext) -> object:
-    wanted = await context.fields(ready=bool)
-    return await context.core.index(context.principal, ready=wanted.get("ready", False))
+    return await context.core.index(context.principal, ready=(await context.read(bodies.Index)).ready)
 
 
 async def load(context: RequestContext) -> object:
@@ -99,19 +97,16 @@ async def register(context: RequestContext) -> object:
 
 
 async def point(context: RequestContext) -> object:
-    wanted = await context.fields(version=(str, int), expected=(str, int))
-    if "version" not in wanted:
-        raise ProtocolError("read a body", expected="a field 'version'", got="none")
+    body = await context.read(bodies.Alias)
     task, alias = context.path("task"), context.path("alias")
-    return await context.core.point(
-        context.principal, task, alias, str(wanted["version"]), context.tenant, _expected(wanted)
-    )
+    version, expected = str(body.version), _expected(body)
+    return await context.core.point(context.principal, task, alias, version, context.tenant, expected)
 
 
 async def rollback(context: RequestContext) -> object:
-    wanted = await context.fields(expected=(str, int))
+    body = await context.read(bodies.Expected)
     task, alias = context.path("task"), context.path("alias")
-    return await context.core.rollback(context.principal, task, alias, context.tenant, _expected(wanted))
+    return await context.core.rollback(context.principal, task, alias, context.tenant, _expected(body))
 
 
 async def history(context: RequestContext) -> object:
@@ -133,10 +128,8 @@ async def publish(context: RequestContext) -> object:
 
 
 async def pin(context: RequestContext) -> object:
-    wanted = await context.fields(folded=bool)
-    return await context.core.pin(
-        context.principal, context.path("task"), folded=wanted.get("folded", False), tenant=context.tenant
-    )
+    folded = (await context.read(bodies.Pin)).folded
+    return await context.core.pin(context.principal, context.path("task"), folded=folded, tenant=context.tenant)
 
 
 async def unpin(context: RequestContext) -> object:
@@ -149,12 +142,9 @@ async def keys(context: RequestContext) -> object:
 
 
 async def create_key(context: RequestContext) -> object:
-    wanted = await context.fields(tenant=str, role=str, expires_in=(int, float))
-    if not {"tenant", "role"} <= set(wanted):
-        raise ProtocolError("read a body", expected="fields 'tenant' and 'role'", got=", ".join(wanted) or "none")
-    return await context.core.admin.create_key(
-        context.principal, wanted["tenant"], wanted["role"], wanted.get("expires_in")
-    )
+    body = await context.read(bodies.Key)
+    expires_in = None if body.expires_in is UNSET else body.expires_in
+    return await context.core.admin.create_key(context.principal, body.tenant, body.role, expires_in)
 
 
 async def revoke_key(context: RequestContext) -> object:
@@ -167,11 +157,8 @@ async def tenants(context: RequestContext) -> object:
 
 
 async def set_tenant(context: RequestContext) -> object:
-    number = (int, float, type(None))
-    names = [limit.name for limit in fields(Quota)]
-    return await context.core.admin.set_tenant(
-        context.principal, context.path("tenant"), await context.fields(**dict.fromkeys(names, number))
-    )
+    quota = msgspec.to_builtins(await context.read(bodies.Quota))  # without the fields that are not set
+    return await context.core.admin.set_tenant(context.principal, context.path("tenant"), quota)
 
 
 async def audit(context: RequestContext) -> object:
@@ -184,5 +171,5 @@ async def metrics(context: RequestContext) -> object:
     return await context.core.admin.metrics(context.principal)
 
 
-def _expected(wanted: Mapping[str, Any]) -> str | None:
-    return str(wanted["expected"]) if "expected" in wanted else None
+def _expected(body: bodies.Expected) -> str | None:
+    return None if body.expected is UNSET else str(body.expected)
