@@ -18,24 +18,24 @@ from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.isolation.pool import Pool
+from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.pools import Pools
-from tpeft_deploy.runtime.server.operations.service import Options, Service, order_of
+from tpeft_deploy.runtime.server.operations.service import Service, order_of
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.transport.listener import HttpServer
-from tpeft_deploy.runtime.server.rpc.limits import Limits as RpcLimits
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.settings import Settings, is_loopback
 from tpeft_deploy.runtime.server.telemetry.access_log import AccessLog
-from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHandler
 from tpeft_deploy.runtime.server.telemetry.metrics import Metrics
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.telemetry.tracing import tracing
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
-from tpeft_deploy.runtime.server.v2.limits import Limits as RestLimits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits, RpcLimits
 from tpeft_deploy.runtime.sessions.providers import choose
 
 __all__ = ["serve"]
@@ -77,10 +77,10 @@ def _serve(
         service, metrics, runtime = _open(bundle, settings, stack, lines)
         log = AccessLog(lines) if settings.access_log else None
 
-        def observe(exchange: Exchange) -> None:
-            metrics.request(exchange)
+        def observe(record: RequestRecord) -> None:
+            metrics.request(record)
             if log is not None:
-                log.write(exchange)
+                log.write(record)
 
         say(f"provider: {runtime.provider} ({runtime.provider_reason})")
         if settings.tls_cert is None and not is_loopback(settings.host):
@@ -134,10 +134,10 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
     )
     traced = tracing()
 
-    def observe(observed: Observed) -> None:
-        metrics.inference(observed)
+    def observe(event: InferenceEvent) -> None:
+        metrics.inference(event)
         if traced is not None:
-            traced.inference(observed)
+            traced.inference(event)
 
     pools = Pools()
     stack.callback(pools.close)
@@ -163,7 +163,7 @@ async def _run(
     service: Service,
     settings: Settings,
     listener: socket.socket,
-    observe: Callable[[Exchange], None],
+    observe: Callable[[RequestRecord], None],
     say: Callable[[str], None],
     certificates: Certificates | None,
 ) -> None:
@@ -217,7 +217,7 @@ async def _renewing(certificates: Certificates | None, http: HttpServer, grpc: R
                 grpc.renew(Tls(*certificates.pem))
 
 
-def _http(service: Service, settings: Settings, observe: Callable[[Exchange], None], intake: Intake) -> HttpServer:
+def _http(service: Service, settings: Settings, observe: Callable[[RequestRecord], None], intake: Intake) -> HttpServer:
     limits = RestLimits(
         elements=settings.max_elements,
         body_bytes=min(settings.max_body_bytes, service.largest_body or settings.max_body_bytes),
@@ -242,7 +242,7 @@ def _http(service: Service, settings: Settings, observe: Callable[[Exchange], No
 def _grpc(
     service: Service,
     settings: Settings,
-    observe: Callable[[Exchange], None],
+    observe: Callable[[RequestRecord], None],
     intake: Intake,
     certificates: Certificates | None,
 ) -> RpcServer | None:

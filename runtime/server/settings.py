@@ -1,4 +1,4 @@
-"""What can be set: by flags, by the environment (TPEFT_...), by a file; each before the next."""
+"""Server settings, from flags, then the environment (TPEFT_...), then a file, then defaults."""
 
 from __future__ import annotations
 
@@ -48,128 +48,128 @@ def _bytes(size: int) -> Any:
 
 
 class Settings(BaseSettings):
-    """Everything that can be set; names are those of the file's keys, of flags, and of TPEFT_ variables."""
+    """All settings; the names are also the keys of the file and, with TPEFT_, the environment variables."""
 
     model_config = SettingsConfigDict(env_prefix="TPEFT_", extra="forbid", frozen=True)
 
     state: Path = Path("tpeft-state")
-    """Directory of keys, tenants and registered adapters."""
+    """State directory: keys, tenants and registered adapters."""
     database_url: str | None = Field(default=None, repr=False)
-    """URL of PostgreSQL or SQLite; SQLite in `state` by default."""
+    """PostgreSQL or SQLite URL (default: SQLite in `state`)."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=8080, ge=0, le=65535)
-    """Of HTTP; 0 takes a free one and prints it."""
+    """HTTP port (default 8080; 0 picks a free port and prints it)."""
     grpc_port: int | None = Field(default=None, ge=0, le=65535)
-    """Of gRPC; no gRPC by default."""
+    """gRPC port (default: no gRPC)."""
     tls_cert: Path | None = None
-    """Certificate chain, PEM."""
+    """TLS certificate chain, PEM."""
     tls_key: Path | None = None
-    """Its private key, PEM."""
+    """TLS private key, PEM."""
     no_auth: bool = False
-    """Ask for no keys; only where `host` is a loopback address."""
+    """Disable authentication; allowed only on a loopback `host`."""
     provider: Literal["auto", "cuda", "cpu"] = "auto"
-    """Execution provider."""
+    """ONNX Runtime execution provider."""
     threads: int | None = Field(default=None, ge=1)
-    """Of each session; one per core by default."""
+    """Intra-op threads per session (default: one per core)."""
     device_bytes: ByteSize = _bytes(_GIB)
-    """What adapters may take on the device."""
+    """Device memory for adapters."""
     host_bytes: ByteSize | None = None
-    """What copies of adapters may take in host memory."""
+    """Host memory for cached adapters."""
     folded_bytes: ByteSize = _bytes(0)
-    """What sessions of hot tasks may take."""
+    """Memory for folded sessions of hot tasks."""
     cuda_graphs: bool = False
-    """Record runs as CUDA graphs."""
+    """Capture and replay runs as CUDA graphs."""
     max_rows: int | None = Field(default=None, ge=1)
-    """Rows of one run; 8 on the CPU, where more gains little and delays others, and 32 on CUDA by default."""
+    """Maximum rows per run (default: 8 on the CPU, where larger runs gain little and delay others; 32 on CUDA)."""
     max_delay: Seconds = 0.002
-    """How long a request may wait for company while nothing runs."""
+    """Dynamic batching delay: how long a request waits for others while nothing runs."""
     max_queue_rows: int = Field(default=1024, ge=1)
-    """Rows that may wait; of more, the tenant with the most waiting loses its newest request."""
+    """Maximum queued rows; beyond it, the newest request of the tenant with the most queued rows is rejected."""
     large_requests: Literal["split", "refuse"] = "split"
-    """What happens to requests of more than `max_rows` rows: cut into runs that others alternate with, or refused."""
+    """Requests of more than `max_rows` rows: split into runs interleaved with others, or refused."""
     max_request_rows: int | None = Field(default=None, ge=1)
-    """Rows of one request; as many as may wait of its tenant by default."""
+    """Maximum rows per request (default: the tenant's share of the queue)."""
     max_run_elements: int | None = Field(default=None, ge=1)
-    """Elements of the inputs of one run, and so of one row; 65,536 of integers, 8,388,608 of others by default."""
+    """Maximum input elements per run, hence also per row (default: 65,536 for integers, else 8,388,608)."""
     max_body_bytes: ByteSize = _bytes(64 * _MIB)
-    """Of a request, after decompression."""
+    """Maximum request body size after decompression."""
     max_grpc_bytes: ByteSize | None = Field(default=None, ge=1)
-    """Of a message over gRPC, received at once; what fills the model's inputs, 4 MiB at least, by default."""
+    """Maximum gRPC message size (default: what the model's inputs can fill, at least 4 MiB)."""
     max_upload_bytes: ByteSize = _bytes(512 * _MIB)
-    """Of an uploaded adapter."""
+    """Maximum size of an uploaded adapter."""
     upload_readers: int = Field(default=2, ge=1)
-    """Processes that read uploads, one upload each at a time."""
+    """Processes that parse uploads, one upload each at a time."""
     upload_queue: int = Field(default=32, ge=1)
-    """Uploads that may wait for such a process; a quarter of them of one tenant."""
+    """Maximum queued uploads; at most a quarter of them from one tenant."""
     upload_cpu_seconds: Seconds = 20.0
-    """Processor time for reading one upload."""
+    """CPU time limit for parsing one upload."""
     upload_wall_seconds: Seconds = 60.0
-    """Time for reading one upload once a process begins on it."""
+    """Wall time limit for parsing one upload, without its time in the queue."""
     upload_memory_bytes: ByteSize = _bytes(2 * _GIB)
-    """Address space for reading one upload."""
+    """Address space limit for parsing one upload."""
     max_json_bytes: ByteSize = _bytes(16 * _MIB)
-    """Of a request's JSON, after decompression; raw tensors behind it are not counted."""
+    """Maximum JSON size of a request after decompression, without the raw tensors that follow it."""
     max_json_upload_bytes: ByteSize = _bytes(16 * _MIB)
-    """Of an adapter uploaded as base64 in JSON, by the repository's load call."""
+    """Maximum size of an adapter uploaded as base64 JSON, by the repository's load call."""
     max_inflight_bytes: ByteSize | None = None
-    """Bodies, tensors and answers that are in memory at once; 16 times max_body_bytes, 1 GiB at least, by default."""
+    """Maximum memory for in-flight requests and answers (default: 16 times `max_body_bytes`, at least 1 GiB)."""
     max_inflight_bytes_per_tenant: ByteSize | None = None
-    """What a tenant may have of them; half by default."""
+    """Maximum memory for one tenant's in-flight requests (default: half of `max_inflight_bytes`)."""
     max_staging_bytes: ByteSize | None = None
-    """Unfinished uploads on disk; 4 times max_upload_bytes by default."""
+    """Maximum disk space for unfinished uploads (default: 4 times `max_upload_bytes`)."""
     max_staging_bytes_per_tenant: ByteSize | None = None
-    """What a tenant may have of them; half by default."""
+    """Maximum disk space for one tenant's unfinished uploads (default: half of `max_staging_bytes`)."""
     max_connections: int | None = Field(default=None, ge=1)
-    """Open connections over HTTP, and as many over gRPC; what open files allow, at most 1000, by default."""
+    """Maximum open connections over HTTP, and as many over gRPC (default: as open files allow, at most 1000)."""
     max_connections_per_address: int = Field(default=256, ge=0)
-    """Open connections over HTTP of one client address; 0 is no limit, as it has to be behind a proxy."""
+    """Maximum open HTTP connections per client address or IPv6 /64; 0 disables it, as needed behind a proxy."""
     max_requests_per_key: int = Field(default=256, ge=1)
-    """Requests of one key that are not answered yet."""
+    """Maximum concurrent requests per key."""
     max_streams_per_key: int = Field(default=64, ge=1)
-    """Open streams over gRPC of one key."""
+    """Maximum open gRPC streams per key."""
     head_timeout: Seconds = 10.0
-    """How long the head of a request may take, from its first byte or the connection's start; also a TLS handshake."""
+    """Timeout for request headers, from the first byte or the start of the connection; also for a TLS handshake."""
     stall_timeout: Seconds = 10.0
-    """How long 64 KiB of a body may take to come, or 64 KiB of an answer to be read."""
+    """Timeout for receiving 64 KiB of a body, or for the client to read 64 KiB of an answer."""
     idle_timeout: Seconds = 20.0
-    """How long a connection may wait for its next request."""
+    """Keep-alive timeout: how long a connection may wait for its next request."""
     max_elements: int = Field(default=1 << 26, ge=1)
-    """Of a tensor."""
+    """Maximum elements per tensor."""
     requests_per_s: float | None = None
-    """Default quota of a tenant; none by default, as for the next three."""
+    """Default tenant quota: requests per second (default: unlimited, as for the next three)."""
     rows_per_s: float | None = None
-    """Default quota of a tenant."""
+    """Default tenant quota: rows per second."""
     queue_share: float | None = 0.5
-    """Share of the queue that a tenant may take."""
+    """Default tenant quota: share of the queue."""
     max_adapters: int | None = None
-    """Default quota of registered versions."""
+    """Default tenant quota: registered versions."""
     max_adapter_bytes: ByteSize | None = None
-    """Default quota of bytes stored."""
+    """Default tenant quota: stored bytes."""
     max_pins: int | None = Field(default=8, ge=0)
-    """Default quota of pinned versions; those of all tenants take at most half of the rows on the device."""
+    """Default tenant quota: pinned versions; those of all tenants take at most half of the rows on the device."""
     max_folded: int | None = Field(default=2, ge=0)
-    """Default quota of pinned versions with sessions of their own."""
+    """Default tenant quota: pinned versions with a folded session."""
     max_folded_in_all: int = Field(default=8, ge=0)
-    """Pinned versions with sessions of their own, of all tenants together."""
+    """Maximum pinned versions with a folded session, over all tenants."""
     drain_seconds: Seconds = 30.0
-    """How long requests may take to finish once the server is told to stop."""
+    """Shutdown timeout: how long in-flight requests may take to finish."""
     drain_grace: Seconds = 0.0
-    """How long the server goes on answering, no longer ready, once it is told to stop: load balancers notice."""
+    """How long the server keeps serving, not ready, before shutdown, so that load balancers notice."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of the log on stderr."""
+    """Log level on stderr."""
     access_log: bool = True
-    """A line of JSON on stderr for each request."""
+    """Write a JSON line per request to stderr."""
     metrics_for_all_keys: bool = False
-    """Whether keys without the role admin may read /metrics, which name all tenants and tasks."""
+    """Let keys without the admin role read /metrics, which name all tenants and tasks."""
     max_task_series: int = Field(default=1000, ge=1)
-    """Tasks with metrics of their own; others are counted together."""
+    """Maximum tasks with separate metrics; the others share one series."""
     changes_per_s: float = Field(default=10.0, ge=0)
-    """Uploads, swaps, pins and other changes a second with one key; ten seconds' worth may come at once, 0: any."""
+    """Uploads, alias changes, pins and other changes per second and key, in bursts of ten seconds; 0: unlimited."""
     audit_days: float = Field(default=365.0, ge=0)
-    """Days for which entries of the audit log stay; 0: for ever."""
+    """Days to keep audit log entries; 0: forever."""
     audit_rows: int = Field(default=1_000_000, ge=0)
-    """Entries of the audit log that stay, the newest; 0: all."""
+    """Number of audit log entries to keep; 0: all."""
 
     @classmethod
     def settings_customise_sources(
@@ -180,7 +180,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, environment, file; nothing else is read."""
+        """Read flags, then the environment, then the file; nothing else."""
         found: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
         if settings_cls.model_config.get("toml_file"):
             found.append(TomlConfigSettingsSource(settings_cls))
@@ -196,7 +196,7 @@ class Settings(BaseSettings):
 
     @property
     def quota(self) -> Quota:
-        """Of tenants that have none of their own."""
+        """Default quota of tenants."""
         return Quota(
             self.requests_per_s,
             self.rows_per_s,
@@ -209,7 +209,7 @@ class Settings(BaseSettings):
 
     @property
     def reading(self) -> Reading:
-        """Limits of reading uploads."""
+        """Limits of the processes that parse uploads."""
         return Reading(
             readers=self.upload_readers,
             waiting=self.upload_queue,
@@ -222,7 +222,7 @@ class Settings(BaseSettings):
 
     @property
     def intake(self) -> Intake:
-        """Budgets and threads of a server."""
+        """Memory and disk budgets, and request limits per key."""
         memory = budget_of_bodies(self.max_body_bytes, self.max_inflight_bytes, self.max_inflight_bytes_per_tenant)
         staging = self.max_staging_bytes or 4 * self.max_upload_bytes
         return Intake(
@@ -234,7 +234,7 @@ class Settings(BaseSettings):
 
     @property
     def patience(self) -> Patience:
-        """Limits of connections over HTTP."""
+        """Limits and timeouts of HTTP connections."""
         return Patience(
             connections=self.max_connections or affordable(1 if self.grpc_port is None else 2),
             per_address=self.max_connections_per_address,
@@ -244,7 +244,7 @@ class Settings(BaseSettings):
         )
 
     def batching(self, device: str, *, tokens: bool = False) -> Batching:
-        """Limits of batching on a device.
+        """Return the batching limits for a device.
 
         Args:
             device: "cpu" or "cuda".
@@ -262,14 +262,14 @@ class Settings(BaseSettings):
 
 
 def read(file: Path | None, flags: Mapping[str, object]) -> Settings:
-    """The settings of a run.
+    """Read and validate the settings.
 
     Args:
-        file: TOML, or None.
-        flags: those that were given.
+        file: path of a TOML file, or None.
+        flags: values of the flags that were given.
 
     Raises:
-        ServerError: something unknown, or of the wrong kind; one line that names it, without its value.
+        ServerError: an unknown or invalid setting; the message names it, without its value.
     """
     kind = Settings
     if file is not None:
@@ -288,12 +288,12 @@ def read(file: Path | None, flags: Mapping[str, object]) -> Settings:
         where = f" from {file}, the environment and flags" if file is not None else ""
         doing = f"read settings{where}" + (f", {name!r}" if name else "")
         raise ServerError(doing, problem=first["msg"].removeprefix("Value error, ")) from None
-    except ValueError as error:  # TOML that is none
+    except ValueError as error:  # malformed TOML
         raise ServerError(f"read settings from {file}", problem=str(error).splitlines()[0]) from None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Whether an address is a loopback address."""
     if host == "localhost":
         return True
     try:

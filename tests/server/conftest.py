@@ -13,11 +13,12 @@ from tests import nets
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.isolation.pool import Reader
-from tpeft_deploy.runtime.server.operations.service import Options, Service, order_of
+from tpeft_deploy.runtime.server.operations.options import Options
+from tpeft_deploy.runtime.server.operations.service import Service, order_of
 from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
-from tpeft_deploy.runtime.server.v2.operations import Part
+from tpeft_deploy.runtime.server.v2.messages import Part
 
 if TYPE_CHECKING:
     from tests.server.audited import Audited  # which imports this

@@ -19,9 +19,9 @@ from tpeft_deploy.errors import (
     Unauthenticated,
     Unavailable,
 )
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.tenancy.access import SHARED, Action, Principal, Role, allow
-from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse, LoadParameter
-from tpeft_deploy.runtime.server.v2.operations import Document
+from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, InferResponse, LoadParameter
 from tpeft_deploy.tucker import Array
 
 BUNDLE = "digits"
@@ -59,7 +59,7 @@ def facts(tenant: str = "acme") -> Facts:
     )
 
 
-class FakeCore:
+class FakeCore(Service):
     """Only what gRPC calls; further models of no tenant: `echo`, `slow`, `broken`, `metered`, `draining`."""
 
     special = ("echo", "slow", "broken", "metered", "draining")
@@ -129,7 +129,7 @@ class FakeCore:
         return not self._is_unloaded(principal, name)
 
     async def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
-        names = [name] if name else [*self._visible(principal), BUNDLE]
+        names = [name] if name else [*self._names(principal), BUNDLE]
         return {"model_stats": [self._statistics_of(principal, one, version) for one in names]}
 
     def _statistics_of(self, principal: Principal, name: str, version: str) -> Document:
@@ -149,7 +149,7 @@ class FakeCore:
     async def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
         allow(principal, Action.READ)
         found: list[Document] = []
-        for name in [*self._visible(principal), BUNDLE]:
+        for name in [*self._names(principal), BUNDLE]:
             off = self._is_unloaded(principal, name)
             if not (ready and off):
                 state = "UNAVAILABLE" if off else "READY"
@@ -227,7 +227,7 @@ class FakeCore:
         outputs = dict(request.inputs)
         return InferResponse(request.model, "1", request.id, outputs, [_datatype(a) for a in outputs.values()])
 
-    def _visible(self, principal: Principal) -> list[str]:
+    def _names(self, principal: Principal) -> list[str]:
         return [name for owner, name in TASKS if owner in (SHARED, principal.tenant)]
 
     def _find(self, principal: Principal, action: Action, name: str, version: str) -> Mapping[str, float]:

@@ -11,11 +11,10 @@ import numpy as np
 
 from tests.server.conftest import Served
 from tpeft_deploy.runtime.server.rest import infer_codec
-from tpeft_deploy.runtime.server.rest.infer_json import Heads
+from tpeft_deploy.runtime.server.rest.infer_json import InferenceHeaderCache
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
-from tpeft_deploy.runtime.server.rpc import limits as rpc_limits
 from tpeft_deploy.runtime.server.rpc.messages import request_of, response_of
-from tpeft_deploy.runtime.server.v2 import limits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits, RpcLimits
 from tpeft_deploy.runtime.server.v2.tensors import DTYPES
 from tpeft_deploy.tucker import Array
 
@@ -35,7 +34,7 @@ def over_rest(
     if tasks:
         tensors.append({"name": "adapter", "shape": [len(tasks)], "datatype": "BYTES", "data": list(tasks)})
     body = json.dumps({"inputs": tensors, "outputs": [{"name": name} for name in outputs]}).encode()
-    framed = infer_codec.decode(model, "", {}, body, Heads(limits.Limits()))
+    framed = infer_codec.decode(model, "", {}, body, InferenceHeaderCache(RestLimits()))
     response = asyncio.run(own.service.infer(own.who("acme", "infer"), framed.request))
     answer = json.loads(infer_codec.encode(response, framed)[1])
     return {
@@ -57,7 +56,7 @@ def over_grpc(
         message.raw_input_contents.append(b"".join(len(t).to_bytes(4, "little") + t.encode() for t in tasks))
     for name in outputs:
         message.outputs.add(name=name)
-    request = request_of(pb.ModelInferRequest.FromString(message.SerializeToString()), rpc_limits.Limits())
+    request = request_of(pb.ModelInferRequest.FromString(message.SerializeToString()), RpcLimits())
     response = asyncio.run(own.service.infer(own.who("acme", "infer"), request))
     answer = response_of(response, raw=True)
     return {

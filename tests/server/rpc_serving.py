@@ -15,12 +15,12 @@ from google.protobuf.message import Message
 
 from tests.server.fake_rpc_core import FakeCore, X
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.tucker import Array
 
 
@@ -30,14 +30,14 @@ class Serving:
 
     address: str
     core: FakeCore
-    exchanges: list[Exchange]
+    exchanges: list[RequestRecord]
 
 
 @contextlib.contextmanager
-def serving(limits: Limits | None = None, tls: Tls | None = None) -> Iterator[Serving]:
-    limits = limits or Limits()
+def serving(limits: RpcLimits | None = None, tls: Tls | None = None) -> Iterator[Serving]:
+    limits = limits or RpcLimits()
     core = FakeCore()
-    exchanges: list[Exchange] = []
+    exchanges: list[RequestRecord] = []
     ready = threading.Event()
     port = 0
     loop: asyncio.AbstractEventLoop
@@ -74,7 +74,7 @@ class Talking:
 
     channel: Any
     core: FakeCore
-    exchanges: list[Exchange]
+    exchanges: list[RequestRecord]
     server: RpcServer
 
     def begin(
@@ -108,10 +108,10 @@ class Talking:
 
 
 @contextlib.asynccontextmanager
-async def talking(limits: Limits | None = None, intake: Intake | None = None) -> AsyncIterator[Talking]:
-    limits = limits or Limits()
+async def talking(limits: RpcLimits | None = None, intake: Intake | None = None) -> AsyncIterator[Talking]:
+    limits = limits or RpcLimits()
     core = FakeCore()
-    exchanges: list[Exchange] = []
+    exchanges: list[RequestRecord] = []
     server = RpcServer(Servicer(core, limits, exchanges.append, intake), limits, host="127.0.0.1", port=0)
     await server.start()
     try:

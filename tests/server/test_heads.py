@@ -10,8 +10,8 @@ import pytest
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.rest.infer_codec import HEADER, decode
-from tpeft_deploy.runtime.server.rest.infer_json import Heads
-from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.rest.infer_json import InferenceHeaderCache
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 
 
 def head(size: int = 8, **fields: Any) -> bytes:
@@ -20,7 +20,7 @@ def head(size: int = 8, **fields: Any) -> bytes:
 
 
 def test_what_comes_again_is_read_once_and_elements_are_each_requests_own() -> None:
-    heads = Heads(Limits())
+    heads = InferenceHeaderCache(RestLimits())
     text = head()
     found = []
     for value in (1.0, 2.0):
@@ -34,7 +34,7 @@ def test_what_comes_again_is_read_once_and_elements_are_each_requests_own() -> N
 
 
 def test_what_is_one_request_only_is_not_remembered() -> None:
-    heads = Heads(Limits())
+    heads = InferenceHeaderCache(RestLimits())
     heads.read("m", head(id="mine"))
     heads.read("m", json.dumps({"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}).encode())
     heads.read("m", head(parameters={"note": "x" * 5000}))
@@ -45,7 +45,7 @@ def test_what_is_one_request_only_is_not_remembered() -> None:
 
 
 def test_a_head_is_remembered_for_all_models_and_still_not_taken_for_another() -> None:
-    heads = Heads(Limits())
+    heads = InferenceHeaderCache(RestLimits())
     text = head(model_name="one")
     body, headers = text + bytes(8), {HEADER: b"%d" % len(text)}
     assert decode("one", "", headers, body, heads).request.model == "one"
@@ -55,7 +55,7 @@ def test_a_head_is_remembered_for_all_models_and_still_not_taken_for_another() -
 
 
 def test_bytes_are_counted_for_each_request() -> None:
-    heads = Heads(Limits())
+    heads = InferenceHeaderCache(RestLimits())
     text = head()
     headers = {HEADER: b"%d" % len(text)}
     decode("m", "", headers, text + bytes(8), heads)
@@ -65,9 +65,9 @@ def test_bytes_are_counted_for_each_request() -> None:
 
 
 def test_nobody_fills_the_memory_with_heads() -> None:
-    heads = Heads(Limits())
+    heads = InferenceHeaderCache(RestLimits())
     for number in range(3000):
         heads.read("m", head(parameters={"note": number}))
     assert len(heads) <= 1024
     with pytest.raises(TooLarge):
-        Heads(Limits(elements=1)).read("m", head())
+        InferenceHeaderCache(RestLimits(elements=1)).read("m", head())

@@ -292,7 +292,7 @@ def test_every_change_counts_and_a_revocation_is_always_taken(
     who, admin = served.who(), Principal("operator", Role.ADMIN, "the operator's")
     service = served.service
     wait(service.register(who, "mood", upload(weights=others[0].to_bytes())))
-    record = wait(service.create_key(admin, "acme", "infer"))
+    record = wait(service.admin.create_key(admin, "acme", "infer"))
     spent: list[str] = []
 
     def spend(key: str) -> None:
@@ -305,12 +305,12 @@ def test_every_change_counts_and_a_revocation_is_always_taken(
         *(service.load(who, "mood", {}), service.unload(who, "mood", {})),
         *(service.point(who, "mood", "live", "1"), service.rollback(who, "mood", "current")),
         *(service.pin(who, "mood", folded=False), service.unpin(who, "mood"), service.delete(who, "mood")),
-        *(service.publish(admin, "mood", "acme"), service.create_key(admin, "acme", "infer")),
-        service.set_tenant(admin, "acme", {}),
+        *(service.publish(admin, "mood", "acme"), service.admin.create_key(admin, "acme", "infer")),
+        service.admin.set_tenant(admin, "acme", {}),
     ]
     for change in changes:
         with pytest.raises(QuotaExceeded):
             wait(change)
     assert len(spent) == len(changes)
-    wait(service.revoke_key(admin, record["id"]))
+    wait(service.admin.revoke_key(admin, record["id"]))
     assert service.task(who, "mood")["aliases"] == {"current": "1"}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tpeft_deploy.runtime.server.rest.responses import GONE, Exchanged
-from tpeft_deploy.runtime.server.rest.transport.disconnects import Left, Watch
+from tpeft_deploy.runtime.server.rest.responses import GONE, HttpRecord
+from tpeft_deploy.runtime.server.rest.transport.disconnects import ClientLeft, Watch
 
 
 def receiving(goes: asyncio.Event) -> Callable[[], Awaitable[dict[str, Any]]]:
@@ -37,11 +37,11 @@ def test_the_work_of_who_leaves_is_cancelled_and_nobody_elses() -> None:
                 raise
             return "answer"
 
-        leaving = asyncio.create_task(watch.unless_left(work(), receiving(goes)))
-        staying = asyncio.create_task(watch.unless_left(work(), receiving(stays)))
+        leaving = asyncio.create_task(watch.cancel_on_disconnect(work(), receiving(goes)))
+        staying = asyncio.create_task(watch.cancel_on_disconnect(work(), receiving(stays)))
         await asyncio.sleep(0.05)
         goes.set()
-        with pytest.raises(Left):
+        with pytest.raises(ClientLeft):
             await leaving
         assert stopped.is_set()
         assert not staying.done()
@@ -62,9 +62,9 @@ def test_who_is_answered_at_once_is_not_watched() -> None:
             await asyncio.sleep(0)
             return 7
 
-        assert await watch.unless_left(work(), never) == 7
+        assert await watch.cancel_on_disconnect(work(), never) == 7
         with pytest.raises(ZeroDivisionError):
-            await watch.unless_left(fail(), never)
+            await watch.cancel_on_disconnect(fail(), never)
 
     async def fail() -> None:
         raise ZeroDivisionError
@@ -76,7 +76,7 @@ def test_a_cancellation_from_elsewhere_stays_one() -> None:
     async def test() -> None:
         watch, goes = Watch(0.01), asyncio.Event()
         before = asyncio.all_tasks()
-        task = asyncio.create_task(watch.unless_left(asyncio.Event().wait(), receiving(goes)))
+        task = asyncio.create_task(watch.cancel_on_disconnect(asyncio.Event().wait(), receiving(goes)))
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -93,6 +93,6 @@ def test_an_answer_to_who_left_is_no_failure_of_the_server() -> None:
     async def send(_: object) -> None:
         raise RuntimeError("unable to perform operation on a closed transport; the handler is closed")
 
-    exchanged = Exchanged("POST", [])
-    asyncio.run(exchanged.send(send, 200, [], [b"answer"]))
-    assert exchanged.status == GONE
+    record = HttpRecord("POST", [])
+    asyncio.run(record.send(send, 200, [], [b"answer"]))
+    assert record.status == GONE

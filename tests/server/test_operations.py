@@ -105,11 +105,11 @@ def test_keys_finds_the_image_s_state_by_itself(tmp_path: Path) -> None:
 
 def test_series_are_capped_and_dropped() -> None:
     from tpeft_deploy.runtime.batching.timing import Timing
-    from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+    from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 
     metrics = Metrics(2, dict, dict, lambda: 0)
     for number in range(50):
-        metrics.inference(Observed("acme", f"task-{number}", [], 1, Timing(0.0), 0.1, failed=False))
+        metrics.inference(InferenceEvent("acme", f"task-{number}", [], 1, Timing(0.0), 0.1, failed=False))
     text = metrics.render().decode()
     rows = re.findall(r'^tpeft_rows_total\{task="(\S*)",tenant="\S*"\} (\S+)', text, re.MULTILINE)
     assert dict(rows) == {"task-0": "1.0", "task-1": "1.0", "other": "48.0"}

@@ -24,9 +24,9 @@ from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.openapi import ROUTE, document
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.tenancy.access import Action
-from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 
 
 class Live(Asking):
@@ -36,7 +36,7 @@ class Live(Asking):
         who = [("acme", "infer"), ("acme", "deploy"), ("rival", "infer"), ("rival", "deploy"), ("operator", "admin")]
         super().__init__(port, {(one, role): own.state.keys.create(one, role, by="a test")[1] for one, role in who})
         self.served = own
-        self.exchanges: list[Exchange] = []
+        self.exchanges: list[RequestRecord] = []
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def running(own: Served) -> Iterator[Live]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else an answer of two parts takes 40 ms
         live = Live(own, listener.getsockname()[1])
-        app = application(own.service, Limits(), live.exchanges.append)
+        app = application(own.service, RestLimits(), live.exchanges.append)
         config = uvicorn.Config(app, log_level="warning", loop="uvloop", http="httptools", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)

@@ -10,9 +10,9 @@ from google.protobuf.message import Message
 from tests.server.fake_rpc_core import BUNDLE, KEYS, X, answers
 from tests.server.rpc_serving import Talking, infer, key_of, run, scores, talking
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE
 from tpeft_deploy.runtime.server.tenancy.access import Action, Role
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 NOT_OURS = [
     *(f"{kind}SharedMemory{verb}" for kind in ("System", "Cuda") for verb in ("Status", "Register", "Unregister")),
@@ -186,7 +186,7 @@ def test_a_client_that_goes_away_cancels_the_inference() -> None:
 
 def test_a_stream_answers_in_order_bounded_and_with_its_errors() -> None:
     async def test() -> None:
-        async with talking(Limits(in_flight=3)) as server:
+        async with talking(RpcLimits(in_flight=3)) as server:
             stream = server.stream()
             slow = infer("slow", id="slow", parameters={"timeout": {"int64_param": 200_000}})
             right = [slow, infer(id="1"), infer("gamma", id="3"), infer("beta", id="4"), infer("broken")]

@@ -15,10 +15,10 @@ from tests.server.rpc_serving import infer, key_of, run, serving, talking
 from tpeft_deploy.errors import Conflict, ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.field_limit import parse
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -43,19 +43,19 @@ def test_tls(tls: Tls) -> None:
 
 def test_an_unusable_certificate_and_a_taken_port_are_told(tls: Tls) -> None:
     async def test() -> None:
-        servicer = Servicer(FakeCore(), Limits())
+        servicer = Servicer(FakeCore(), RpcLimits())
         with pytest.raises(Conflict, match="certificate"):
-            RpcServer(servicer, Limits(), host="127.0.0.1", port=0, tls=Tls(tls.certificate, b"no key"))
+            RpcServer(servicer, RpcLimits(), host="127.0.0.1", port=0, tls=Tls(tls.certificate, b"no key"))
         async with talking() as server:
             with pytest.raises(Conflict, match=f"127.0.0.1:{server.server.port}: cannot listen"):
-                RpcServer(servicer, Limits(), host="127.0.0.1", port=server.server.port)
+                RpcServer(servicer, RpcLimits(), host="127.0.0.1", port=server.server.port)
 
     run(test())
 
 
 def test_messages_beyond_the_limit_and_bombs() -> None:
     async def test() -> None:
-        async with talking(Limits(message_bytes=1 << 20)) as server:
+        async with talking(RpcLimits(message_bytes=1 << 20)) as server:
             large = pb.ModelInferRequest(raw_input_contents=[bytes(2 << 20)])
             assert await server.status("ModelInfer", large) == "RESOURCE_EXHAUSTED"
             # Without a key it is not even received.
@@ -76,7 +76,7 @@ def test_messages_beyond_the_limit_and_bombs() -> None:
 
 
 def test_fields_are_counted_before_a_message_is_parsed() -> None:
-    limits = Limits(fields=10)
+    limits = RpcLimits(fields=10)
     whole = infer()
     assert parse(pb.ModelInferRequest, whole.SerializeToString(), limits) == whole
     assert len(whole.SerializeToString()) > 20
@@ -86,7 +86,7 @@ def test_fields_are_counted_before_a_message_is_parsed() -> None:
 
     def refuse(fields: int) -> None:
         with pytest.raises(TooLarge):
-            parse(pb.ModelInferRequest, b"\x2a\x00" * fields, Limits())
+            parse(pb.ModelInferRequest, b"\x2a\x00" * fields, RpcLimits())
 
     refuse(1 << 20)  # whatever is made once only
     assert operations(lambda: refuse(32 << 20)) == operations(lambda: refuse(1 << 20))

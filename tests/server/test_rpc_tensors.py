@@ -14,15 +14,15 @@ from tritonclient.utils import serialize_byte_tensor
 from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc import tensors
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.messages import adapter_of, request_of, response_of
 from tpeft_deploy.runtime.server.rpc.tensors import decode, encode_contents, has_contents
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.server.v2.messages import InferResponse
 from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.runtime.server.v2.tensors import encode_raw
 from tpeft_deploy.tucker import Array
 
-LIMITS = Limits()
+LIMITS = RpcLimits()
 Tensor = pb.ModelInferRequest.InferInputTensor
 PLAIN = {
     "BOOL": "bool",
@@ -149,7 +149,7 @@ def test_elements_that_do_not_fit_datatype_and_shape(tensor: Tensor, raw: bytes 
 def test_shapes_beyond_the_limits_take_no_memory(shape: list[int], kind: str) -> None:
     for raw in (b"", None):
         with pytest.raises(TooLarge, match="at most"):
-            decode(Tensor(name="x", datatype=kind, shape=shape), raw, Limits(elements=1 << 18, strings=1 << 10))
+            decode(Tensor(name="x", datatype=kind, shape=shape), raw, RpcLimits(elements=1 << 18, strings=1 << 10))
 
 
 def request(**fields: object) -> pb.ModelInferRequest:

@@ -165,12 +165,12 @@ def test_uploads_that_are_not_fit_to_serve_leave_nothing(served: Served, others:
 
 def test_limits_of_uploads_and_quotas(served: Served, others: list[Adapter]) -> None:
     admin = served.who("operator", "admin")
-    wait(served.service.set_tenant(admin, "acme", {"adapters": 1}))
+    wait(served.service.admin.set_tenant(admin, "acme", {"adapters": 1}))
     register(served, others[0])
     with pytest.raises(QuotaExceeded, match="at most 1 adapters"):
         register(served, others[1])
     close(ask(served).outputs["logits"], merged(others[0]))
-    wait(served.service.set_tenant(admin, "acme", {"requests_per_s": 2}))
+    wait(served.service.admin.set_tenant(admin, "acme", {"requests_per_s": 2}))
     for _ in range(2):
         ask(served)
     with pytest.raises(QuotaExceeded) as caught:
@@ -210,7 +210,7 @@ def test_a_published_task_is_everybodys(served: Served, others: list[Adapter]) -
     close(ask(served, tenant="third").outputs["logits"], merged(others[0]))
     with pytest.raises(Conflict):
         register(served, others[1], tenant="rival")
-    actions = [entry["action"] for entry in wait(served.service.audit(admin))]
+    actions = [entry["action"] for entry in wait(served.service.admin.audit(admin))]
     assert actions == ["publish", "register"]
 
 

@@ -1,1 +1,1 @@
-"""What the server's operations are made of."""
+"""Operations of the server, independent of the protocol."""

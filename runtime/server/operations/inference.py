@@ -1,4 +1,4 @@
-"""The path of an inference: names to rows, quota, the runtime's queue, and the answer."""
+"""Inference: resolve targets, spend quota, run, build the response."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import InputError, NotFound, Unavailable, UnknownTask
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.server.operations.targets import Lookup, Target, resolve
-from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+from tpeft_deploy.runtime.server.operations.targets import Lookup, resolve
+from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
-from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse
+from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse, Target
 from tpeft_deploy.runtime.server.v2.metadata import ADAPTER_INPUT, datatype
 from tpeft_deploy.tucker import Array
 
@@ -24,15 +24,15 @@ Spend = Callable[[str, int, float], None]
 
 
 class Inference:
-    """Answers requests on a runtime.
+    """Runs inference requests on a runtime.
 
     Args:
-        runtime: what runs them.
-        manifest: its bundle's.
-        find: what a tenant means by a name.
-        spend: takes rows from a tenant's quota at a time, or raises QuotaExceeded.
-        accepting: whether requests are taken.
-        tell: is told of each; on the event loop, so it must not block.
+        runtime: the runtime.
+        manifest: manifest of the bundle.
+        find: resolves a model name for a tenant.
+        spend: spends rows of a tenant's quota, or raises QuotaExceeded.
+        accepting: returns whether requests are accepted.
+        publish: called with the event of each inference; on the event loop, so it must not block.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Inference:
         find: Lookup,
         spend: Spend,
         accepting: Callable[[], bool],
-        tell: Callable[[Observed], None],
+        publish: Callable[[InferenceEvent], None],
     ) -> None:
         self._runtime = runtime
         self._manifest = manifest
@@ -50,13 +50,13 @@ class Inference:
         self._find = find
         self._spend = spend
         self._accepting = accepting
-        self._tell = tell
+        self._publish = publish
         self._datatypes = {port.name: datatype(port) for port in manifest.outputs}
         self._scalars = [port.name for port in manifest.inputs if not port.shape]
         self._first = next((p.name for p in manifest.inputs if p.shape and p.shape[0] == manifest.batch_axis), None)
 
     async def infer(self, principal: Principal, request: InferRequest) -> InferResponse:
-        """Answer a request; cancelling takes it out of its queue, or stops its run.
+        """Run a request; cancelling removes it from the queue, or stops its run.
 
         Raises:
             Forbidden, NotFound, ProtocolError, InputError, QuotaExceeded, QueueFull, DeadlineExceeded, Unavailable.
@@ -98,7 +98,7 @@ class Inference:
         except Exception as error:
             self._over(principal, request, targets, rows, timing, failed=True)
             if isinstance(error, UnknownTask):
-                # The runtime's own message names what others have.
+                # The runtime's message may name other tenants' tasks.
                 raise NotFound(f"run model {request.model!r}", problem="a task of it was deleted meanwhile") from None
             raise
         self._over(principal, request, targets, rows, timing, failed=False)
@@ -115,15 +115,17 @@ class Inference:
         failed: bool,
     ) -> None:
         took = time.monotonic() - timing.arrived
-        self._tell(Observed(principal.tenant, request.model, targets, rows, timing, took, failed, request.traceparent))
+        self._publish(
+            InferenceEvent(principal.tenant, request.model, targets, rows, timing, took, failed, request.traceparent)
+        )
 
     def _rows(self, inputs: Mapping[str, Array]) -> int:
-        """For the quota, before the runtime checks the inputs: never 0, as nothing is free."""
+        """Return the number of rows to spend, at least 1; the inputs are not validated yet."""
         array = inputs.get(self._first) if self._first is not None else None
         return array.shape[0] or 1 if array is not None and array.ndim else 1
 
     def _scalars_of(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """The inputs, those that the model takes as scalars without the axis of size 1 that clients send them with."""
+        """Reshape inputs of shape [1] to scalars where the model takes scalars."""
         wide = [name for name in self._scalars if name in inputs and inputs[name].shape == (1,)]
         return {**inputs, **{name: inputs[name].reshape(()) for name in wide}} if wide else inputs
 
@@ -160,7 +162,7 @@ class Inference:
 
 
 def _named(name: str, rows: Sequence[Array]) -> dict[str, Array]:
-    """One output, or one for each row where rows differ in size: padding would be taken for answers."""
+    """Stack the rows of an output, or name one output per row where their shapes differ."""
     if len({array.shape for array in rows}) == 1:
         return {name: np.stack(rows)}
     return {f"{name}.{row}": array for row, array in enumerate(rows)}

@@ -1,4 +1,4 @@
-"""The models that a tenant sees: the base, the bundle, its tasks, and the registry's."""
+"""Models visible to a tenant: the base, the bundle, its tasks, and registered tasks."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass, field, replace
 
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.errors import NotFound, Unavailable
-from tpeft_deploy.runtime.server.operations.targets import Target
 from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
+from tpeft_deploy.runtime.server.v2.messages import Target
 
 __all__ = ["Model", "Models"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model as a tenant sees it.
+    """A model as seen by a tenant.
 
     Attributes:
-        tenant: whose it is.
-        name: its name.
-        versions: number -> what it runs on, the lowest first; the bundle's own model runs on nothing by itself.
-        aliases: name -> number.
-        mixed: rows choose their tasks: the bundle's own model.
+        tenant: owner of the task.
+        name: name of the model.
+        versions: version number -> target, the lowest first.
+        aliases: alias -> version number.
+        mixed: whether rows select their tasks, as with the bundle's name.
     """
 
     tenant: str
@@ -35,10 +35,10 @@ class Model:
 
 
 class Models:
-    """Finds models by name; reads immutable snapshots only, so it never waits.
+    """Finds models by name, in immutable snapshots; never blocks.
 
     Args:
-        bundle: its tasks are shared by all tenants.
+        bundle: bundle, with tasks shared by all tenants.
         state: the registry.
     """
 
@@ -50,14 +50,14 @@ class Models:
 
     @property
     def reserved(self) -> frozenset[str]:
-        """Names that no registered task may have."""
+        """Names not available to registered tasks."""
         return frozenset({BASE_TASK, self.bundle, *self._own})
 
     def target(self, tenant: str, name: str, version: str = "") -> Target:
-        """What a tenant's request for a name runs on.
+        """Return the target of a model name for a tenant.
 
         Raises:
-            NotFound: there is none of that name or version that the tenant may see.
+            NotFound: no visible task has that name and version.
             Unavailable: it was unloaded.
         """
         found = self._own.get(name)
@@ -71,10 +71,10 @@ class Models:
         return found
 
     def model(self, tenant: str, name: str, version: str = "") -> Model:
-        """The model of a name, with the one version or all of them.
+        """Return a model with one version, or with all of them.
 
         Raises:
-            NotFound: there is none of that name or version that the tenant may see.
+            NotFound: no visible task has that name and version.
         """
         if name in {BASE_TASK, self.bundle} or name in self._own:
             model = self._fixed(name)
@@ -89,15 +89,15 @@ class Models:
         return replace(_model_of(task), versions={str(record.number): target_of(record)})
 
     def registered(self, tenant: str | None) -> list[TaskRecord]:
-        """All tasks that a tenant sees, by name; sorts them, so not on the event loop."""
+        """Return all visible tasks by name; sorts them, so not for the event loop."""
         return self._state.tasks.snapshot().visible(tenant)
 
     def listed(self, records: Sequence[TaskRecord], after: str | None = None) -> Iterator[Model]:
-        """The models of the bundle and of registered tasks, one by one.
+        """Yield the models of the bundle and of registered tasks.
 
         Args:
-            records: the tasks, by name.
-            after: name of the model after which to begin.
+            records: tasks sorted by name.
+            after: name after which to begin.
         """
         fixed = [BASE_TASK, self.bundle, *self._own]
         if after in fixed:
@@ -108,14 +108,14 @@ class Models:
         yield from map(_model_of, records)
 
     def is_ready(self, model: Model) -> bool:
-        """Whether it has not been unloaded."""
+        """Whether a model is loaded."""
         return (model.tenant, model.name) not in self._unloaded
 
     def key(self, tenant: str, name: str, version: str) -> str:
-        """The runtime's name of a version of a tenant's own task, loaded or not.
+        """Return the runtime's name of a version, loaded or not.
 
         Raises:
-            NotFound: it is no longer there.
+            NotFound: the version was deleted.
         """
         found = self._own.get(name) if tenant == SHARED else None
         if found is None:
@@ -123,11 +123,11 @@ class Models:
         return found.key
 
     def unload(self, own: tuple[str, str]) -> None:
-        """Refuse requests for a tenant's model until `reload`."""
+        """Refuse requests for a model until `reload`."""
         self._unloaded = self._unloaded | {own}
 
     def reload(self, own: tuple[str, str]) -> None:
-        """Take requests for it again."""
+        """Accept requests for a model again."""
         self._unloaded = self._unloaded - {own}
 
     def _fixed(self, name: str) -> Model:
@@ -144,5 +144,5 @@ def _model_of(task: TaskRecord) -> Model:
 
 
 def target_of(record: VersionRecord) -> Target:
-    """What a registered version runs on."""
+    """Return the target of a registered version."""
     return Target(record.key, record.tenant, record.task, str(record.number), record.digest)

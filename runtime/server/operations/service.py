@@ -1,93 +1,61 @@
-"""The server's operations, as REST and gRPC call them: who may do it, then the part that does it."""
+"""The server's operations, shared by REST and gRPC: each checks the role, then delegates."""
 
 from __future__ import annotations
 
 import asyncio
-import binascii
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 import tpeft_deploy
 from tpeft_deploy.bundle.directory import Bundle
-from tpeft_deploy.errors import Conflict, ProtocolError, ServerError, TooLarge, Unauthenticated, Unsupported
+from tpeft_deploy.errors import ServerError, Unauthenticated
 from tpeft_deploy.runtime import Limits, Runtime
-from tpeft_deploy.runtime.server.isolation.pool import Direct, Reader
+from tpeft_deploy.runtime.server.isolation.pool import Direct
+from tpeft_deploy.runtime.server.operations.admin import Admin
 from tpeft_deploy.runtime.server.operations.admission import Admission
 from tpeft_deploy.runtime.server.operations.inference import Inference
+from tpeft_deploy.runtime.server.operations.load_parameters import check_unload_parameters, files_of, parts_of
 from tpeft_deploy.runtime.server.operations.models import Model, Models
-from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.slices import Turns, in_slices
 from tpeft_deploy.runtime.server.operations.tasks import Management, owner
-from tpeft_deploy.runtime.server.registry import CURRENT, KeyRecord, State, TaskRecord, TenantRecord
-from tpeft_deploy.runtime.server.telemetry.inference_events import Observed, Observers
+from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord
+from tpeft_deploy.runtime.server.telemetry.inference_events import EventBuffer
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import LOCAL, SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
 from tpeft_deploy.runtime.server.tenancy.pins import Pins
-from tpeft_deploy.runtime.server.tenancy.quotas import Meter, Quota, queue_shares
+from tpeft_deploy.runtime.server.tenancy.quotas import Meter, queue_shares
 from tpeft_deploy.runtime.server.v2 import metadata
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body
-from tpeft_deploy.runtime.server.v2.messages import Encoded, LoadParameter, Parameter
-from tpeft_deploy.runtime.server.v2.operations import Document, Part
-from tpeft_deploy.runtime.server.v2.tensors import quoted
+from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, InferResponse, LoadParameter, Part
 
-__all__ = ["Options", "Service", "order_of"]
+__all__ = ["Service", "order_of"]
 
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
-_BASE64 = 1 << 18  # of text that is decoded at once; whole groups of four
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the operations need to know of the configuration.
-
-    Attributes:
-        limits: of batching.
-        authenticate: whether keys are asked for.
-        max_upload_bytes: of one upload.
-        reader: reads the files of uploads; in this process and without limits by default.
-        max_folded: pinned versions with sessions of their own, of all tenants together.
-        metrics: renders the metrics; blocks.
-        metrics_for_all: whether any key may read them.
-        changes_per_s: changes a second that one key may make.
-        audit_days: age of the entries that the audit log keeps.
-        audit_rows: number of them.
-        observe: told of each inference, on the event loop, soon after it.
-        forget: told of tasks that are gone: tenant and name.
-        pools: threads for what blocks.
-    """
-
-    limits: Limits = field(default_factory=Limits)
-    authenticate: bool = True
-    max_upload_bytes: int = 2**30
-    reader: Reader | None = None
-    max_folded: int = 8
-    metrics: Callable[[], bytes] = lambda: b""
-    metrics_for_all: bool = False
-    changes_per_s: float | None = None
-    audit_days: float | None = None
-    audit_rows: int | None = None
-    observe: Callable[[Observed], None] = lambda _: None
-    forget: Callable[[str, str], None] = lambda _tenant, _task: None
-    pools: Pools = field(default_factory=Pools)
+_EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
 
 
 class Service:
-    """One bundle served to many tenants; implements `core.Core`.
+    """Serves one bundle to many tenants.
+
+    Each operation takes the principal first, checks what its role allows, and raises errors of `tpeft_deploy.errors`.
+    Documents are plain dicts in the field names of the V2 protocol. `tenant` names the owner of a task; None for the
+    principal's tenant. Changes need DEPLOY.
 
     Args:
-        runtime: serves the bundle, with `order` as its queue's order.
-        bundle: what is served.
+        runtime: runs the bundle, with `order` as the order of its queue.
+        bundle: the served bundle.
         state: the registry.
-        order: of the runtime's queue.
-        options: the rest.
+        order: order of the runtime's queue.
+        options: configuration.
 
     Attributes:
-        largest_body: bytes of the largest request that the model's inputs can fill; None where they have no bound.
+        admin: operations on keys, tenants, the audit log and the metrics.
+        infer: `Inference.infer`; not wrapped, as it is called most.
+        largest_body: size of the largest useful request body; None where the model's inputs are unbounded.
     """
 
     def __init__(
@@ -100,17 +68,16 @@ class Service:
         self.largest_body = largest_body(bundle.manifest, self._options.limits.max_request_rows)
         self._runtime = runtime
         self._state = state
-        self._order = order
         self._ready = self._accepting = True
         self._meter = Meter(state.tenants.quota)
         self._changes = ChangeRate(self._options.changes_per_s)
         self._statistics = Statistics()
         self._models = Models(bundle, state)
-        self._observers = Observers(self._statistics.inference, self._options.observe)
+        self._events = EventBuffer(self._statistics.inference, self._options.observe)
         self._inference = Inference(
-            runtime, bundle.manifest, self._models.target, self._meter.spend_rows, self.accepting, self._observers.tell
+            runtime, bundle.manifest, self._models.target, self._meter.spend_rows, self.accepting, self._events.publish
         )
-        self.infer = self._inference.infer  # as it is: what is called most is not handed on
+        self.infer: Callable[[Principal, InferRequest], Coroutine[Any, Any, InferResponse]] = self._inference.infer
         self._management = Management(
             runtime,
             self._models,
@@ -122,43 +89,48 @@ class Service:
             pins=Pins(runtime, state.tenants.quota, self._options.max_folded, pools.uploads),
             pools=pools,
         )
+        self.admin = Admin(state, self._options, order, self._management.pins, self._changes, self._events)
         self._management.announce(list(state.tasks.snapshot().versions()))
         self._management.restore()
 
     def live(self) -> bool:
-        """Whether the process works at all."""
+        """Whether the process is alive; needs no key."""
         return True
 
     def ready(self) -> bool:
-        """Whether requests should be sent here."""
+        """Whether the server is ready: false while starting and draining; needs no key."""
         return self._ready and self._state.intact
 
     def accepting(self) -> bool:
-        """Whether inference is taken."""
+        """Whether inference requests are accepted."""
         return self._accepting
 
     def drain(self) -> None:
-        """Say that requests should be sent elsewhere; those that come all the same are answered."""
+        """Report not ready; requests that arrive nevertheless are answered."""
         self._ready = False
 
     def refuse(self) -> None:
-        """Take no more inference; what came is answered."""
+        """Accept no more inference requests; in-flight requests finish."""
         self._ready = self._accepting = False
 
     async def sweep(self, seconds: float) -> None:
-        """Remove the files of deleted adapters and old audit entries every so many seconds, until cancelled."""
+        """Remove files of deleted adapters and old audit entries every `seconds`, until cancelled."""
         days, rows = self._options.audit_days, self._options.audit_rows
         while True:
             await asyncio.sleep(seconds)
             await self._pools.changes.run(self._state.tasks.sweep)
-            with contextlib.suppress(ServerError):  # a full disk, which was logged: the next time, then
+            with contextlib.suppress(ServerError):  # a full disk, which was logged; retried next time
                 await self._pools.changes.run(self._state.audit.sweep, days=days, rows=rows)
 
     def authenticate(self, authorization: str | None) -> Principal:
-        """Who sent `Authorization: Bearer KEY`."""
+        """Return the principal of `Authorization: Bearer KEY`.
+
+        Raises:
+            Unauthenticated: no key, or one that is unknown, expired or revoked.
+        """
         if not self._options.authenticate:
             return LOCAL
-        if authorization is not None and authorization.startswith("Bearer "):  # as nearly everybody writes it
+        if authorization is not None and authorization.startswith("Bearer "):  # the usual spelling
             return self._state.keys.authenticate(authorization[7:].strip())
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
@@ -171,27 +143,32 @@ class Service:
         return self._state.keys.authenticate(key.strip())
 
     def admit(self, principal: Principal) -> None:
-        """Take one inference request from the tenant's quota, if the role allows any."""
+        """Spend one inference request of the tenant's quota, before the body is read; never refunded.
+
+        Raises:
+            Forbidden: the role allows no inference.
+            QuotaExceeded: the tenant has no request left.
+        """
         allow(principal, Action.INFER)
         self._meter.spend_request(principal.tenant, time.monotonic())
 
     def server_metadata(self, principal: Principal) -> Document:
-        """Name, version, extensions."""
+        """Return name, version and extensions of the server."""
         allow(principal, Action.READ)
         return {
             "name": "tpeft-deploy",
             "version": tpeft_deploy.__version__,
-            "extensions": list(EXTENSIONS),
+            "extensions": list(_EXTENSIONS),
             "bundle": self._manifest.name,
         }
 
     def model_metadata(self, principal: Principal, name: str, version: str = "") -> Document:
-        """Name, versions, platform, inputs, outputs."""
+        """Return name, versions, platform, inputs and outputs of a model."""
         model = self._model(principal, name, version)
         return metadata.metadata(self._manifest, name, list(model.versions), mixed=model.mixed)
 
     def model_config(self, principal: Principal, name: str, version: str = "") -> Document:
-        """Triton's ModelConfig as JSON."""
+        """Return a model's configuration in the fields of Triton's ModelConfig."""
         model = self._model(principal, name, version)
         limits = self._options.limits
         return metadata.config(
@@ -208,13 +185,13 @@ class Service:
         return self._ready and self._models.is_ready(self._model(principal, name, version))
 
     async def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
-        """What models have answered so far."""
+        """Return {"model_stats": [...]} of one model, or of all models that the principal sees."""
         if name:
             models = iter([self._model(principal, name, version)])
         else:
             allow(principal, Action.READ)
             models = await self._visible(principal.tenant)
-        self._observers.settle()
+        self._events.flush()
         asked_by = None if Action.ADMIN in principal.actions else principal.tenant
         found: list[Document] = []
 
@@ -228,7 +205,7 @@ class Service:
         return {"model_stats": found}
 
     async def index(self, principal: Principal, *, ready: bool = False) -> list[Document]:
-        """Models and whether they are ready."""
+        """List models as {name, version, state, reason}; only the ready ones with `ready`."""
         allow(principal, Action.READ)
         found: list[Document] = []
 
@@ -246,22 +223,11 @@ class Service:
         return found
 
     async def load(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
-        """Make a model ready; with "file:..." parameters, register a new version first."""
+        """Load a model; with "file:..." parameters, register a new version first."""
         self._change(principal)
-        files = {key: value for key, value in parameters.items() if key.startswith("file:")}
-        unknown = sorted(set(parameters) - set(files) - {"pin"})
-        if "config" in unknown:
-            raise Unsupported(
-                f"load model {name!r}", problem="a model's configuration follows from its bundle", fix="Send no config."
-            )
-        if unknown:
-            raise ProtocolError(
-                f"load model {name!r}",
-                expected="parameters 'file:...' and 'pin'",
-                got=", ".join(map(quoted, unknown)),
-            )
+        files = files_of(name, parameters)
         if files:
-            await self._management.register(principal, name, _parts(name, files, self._options.max_upload_bytes))
+            await self._management.register(principal, name, parts_of(name, files, self._options.max_upload_bytes))
         model = self._changeable(principal, name)
         await self._pools.changes.run_for(
             principal.tenant, self._state.placements.load, model.tenant, model.name, by=principal.key
@@ -274,18 +240,15 @@ class Service:
                 await self._management.pin(principal, name, folded=False, tenant=model.tenant or "shared")
 
     async def unload(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
-        """Refuse requests for a model until it is loaded again."""
+        """Unload a model: requests for it are refused until it is loaded again."""
         self._change(principal)
-        unknown = sorted(set(parameters) - {"unload_dependents"})
-        if unknown:
-            got = ", ".join(map(quoted, unknown))
-            raise ProtocolError(f"unload model {name!r}", expected="no parameters but 'unload_dependents'", got=got)
+        check_unload_parameters(name, parameters)
         model = self._changeable(principal, name)
         await self._pools.changes.run_for(
             principal.tenant, self._state.placements.unload, model.tenant, model.name, by=principal.key
         )
         self._models.unload((model.tenant, model.name))
-        self._observers.settle()
+        self._events.flush()
         self._statistics.drop(model.tenant, model.name)
         self._options.forget(model.tenant, model.name)
 
@@ -298,14 +261,21 @@ class Service:
         alias: str = CURRENT,
         tenant: str | None = None,
     ) -> Document:
-        """A new version of a task from an upload; checked and ready when this returns."""
+        """Register an upload as a new version of a task; checked and ready when this returns."""
         self._change(principal)
         return self._shown(await self._management.register(principal, name, parts, alias=alias, tenant=tenant))
 
     async def tasks(
         self, principal: Principal, tenant: str | None = None, *, limit: int | None = None, after: str | None = None
     ) -> list[Document]:
-        """The tasks that the principal sees, or so many of them after a name; a name is never cut in two."""
+        """List the visible tasks, with versions, aliases and residency; a page never splits tasks of one name.
+
+        Args:
+            principal: the caller.
+            tenant: owner of the tasks.
+            limit: number of tasks (default: all).
+            after: name after which the page begins.
+        """
         whose = self._reader(principal, tenant)
         found: list[Document] = []
         async with self._lists.turn(principal.tenant):
@@ -314,7 +284,7 @@ class Service:
         return found
 
     def task(self, principal: Principal, name: str, tenant: str | None = None) -> Document:
-        """One of them."""
+        """Return one task."""
         model = self._models.model(self._reader(principal, tenant), name)
         return self._document(model)
 
@@ -327,106 +297,49 @@ class Service:
         tenant: str | None = None,
         expected: str | None = None,
     ) -> Document:
-        """Let an alias stand for another version."""
+        """Point an alias at a version; with `expected`, only if that is its current version."""
         self._change(principal)
         return self._shown(await self._management.point(principal, name, alias, version, tenant, expected))
 
     async def rollback(
         self, principal: Principal, name: str, alias: str, tenant: str | None = None, expected: str | None = None
     ) -> Document:
-        """Let an alias stand again for what it stood for before."""
+        """Point an alias back at its previous version, with `expected` as for `point`."""
         self._change(principal)
         return self._shown(await self._management.rollback(principal, name, alias, tenant, expected))
 
     async def history(
         self, principal: Principal, name: str, alias: str, limit: int = 100, tenant: str | None = None
     ) -> Sequence[Document]:
-        """What an alias stands for and stood for before."""
+        """List the versions of an alias as {version, time, key}, the newest first."""
         whose = self._models.model(self._reader(principal, tenant), name).tenant
         found = await self._pools.control.run(self._state.tasks.history, whose, name, alias, max(1, min(limit, 100)))
-        shown = whose == principal.tenant or Action.ADMIN in principal.actions  # keys of others are theirs alone
+        shown = whose == principal.tenant or Action.ADMIN in principal.actions  # never another tenant's key id
         return [{"version": str(one.number), "time": one.time, "key": one.by if shown else None} for one in found]
 
     async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
-        """Delete a task, or one version that no alias stands for."""
+        """Delete a task, or one version without an alias; in-flight requests finish."""
         self._change(principal)
-        self._observers.settle()
+        self._events.flush()
         await self._management.delete(principal, name, version, tenant)
         if not version:
             self._options.forget(owner(principal, tenant), name)
 
     async def publish(self, principal: Principal, name: str, tenant: str) -> Document:
-        """Give a tenant's task to all tenants."""
+        """Share a tenant's task with all tenants; needs ADMIN."""
         self._change(principal, Action.ADMIN)
         return self._shown(await self._management.publish(principal, name, tenant))
 
     async def pin(self, principal: Principal, name: str, *, folded: bool, tenant: str | None = None) -> Document:
-        """Keep a task's current version on the device, or in a session of its own."""
+        """Pin a task's current version on the device, or in a folded session."""
         self._change(principal)
         await self._management.pin(principal, name, folded=folded, tenant=tenant)
         return self.task(principal, name, tenant)
 
     async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:
-        """Let it leave the device again."""
+        """Unpin a task."""
         self._change(principal)
         await self._management.unpin(principal, name, tenant)
-
-    async def create_key(
-        self, principal: Principal, tenant: str, role: str, expires_in: float | None = None
-    ) -> Document:
-        """A new key, shown this once."""
-        self._change(principal, Action.ADMIN)
-        if not self._options.authenticate:  # it would outlive this mode, in which everybody here is an admin
-            raise Conflict(
-                f"create a key for tenant {quoted(tenant)}",
-                problem="this server asks for none",
-                fix="Start it without --no-auth, or use tpeft-deploy keys create.",
-            )
-        expires = None if expires_in is None else time.time() + expires_in
-        record, key = await self._pools.control.run(
-            self._state.keys.create, tenant, role, by=principal.key, expires=expires
-        )
-        return {**_key(record), "key": key}
-
-    async def keys(self, principal: Principal, tenant: str | None = None) -> list[Document]:
-        """Keys without their secrets."""
-        allow(principal, Action.ADMIN)
-        return [_key(record) for record in self._state.keys.list(tenant)]
-
-    async def revoke_key(self, principal: Principal, id: str) -> None:
-        """Refuse a key from now on."""
-        allow(principal, Action.ADMIN)
-        await self._pools.control.run(self._state.keys.revoke, id, by=principal.key)
-
-    async def tenants(self, principal: Principal) -> list[Document]:
-        """Tenants, their quotas and what they use."""
-        allow(principal, Action.ADMIN)
-        return [self._tenant(record) for record in self._state.tenants.list()]
-
-    async def set_tenant(self, principal: Principal, tenant: str, quota: Mapping[str, float | None]) -> Document:
-        """Set a tenant's quotas and weight: None is no limit, what is left out as for tenants without a quota."""
-        self._change(principal, Action.ADMIN)
-        known = set(asdict(Quota()))
-        if not set(quota) <= known:
-            raise ProtocolError(
-                f"set the quota of tenant {tenant!r}",
-                expected=f"fields among {', '.join(sorted(known))}",
-                got=", ".join(sorted(set(quota) - known)),
-            )
-        own = replace(self._state.tenants.default, **quota)  # type: ignore[arg-type]  # it checks its fields itself
-        return self._tenant(await self._pools.control.run(self._state.tenants.put, tenant, own, by=principal.key))
-
-    async def audit(self, principal: Principal, limit: int = 100, before: int | None = None) -> Sequence[Document]:
-        """The newest changes first."""
-        allow(principal, Action.ADMIN)
-        found = await self._pools.control.run(self._state.audit.list, max(1, min(limit, 1000)), before)
-        return [asdict(record) for record in found]
-
-    async def metrics(self, principal: Principal) -> bytes:
-        """In the text format of Prometheus."""
-        allow(principal, Action.READ if self._options.metrics_for_all else Action.ADMIN)
-        self._observers.settle()
-        return await self._pools.control.run(self._options.metrics)
 
     def _change(self, principal: Principal, action: Action = Action.DEPLOY) -> None:
         allow(principal, action)
@@ -439,7 +352,7 @@ class Service:
     def _changeable(self, principal: Principal, name: str) -> Model:
         model = self._models.model(principal.tenant, name)
         if model.tenant != principal.tenant:
-            allow(principal, Action.ADMIN)  # what all tenants share
+            allow(principal, Action.ADMIN)  # shared by all tenants
         return model
 
     def _reader(self, principal: Principal, tenant: str | None) -> str:
@@ -469,20 +382,6 @@ class Service:
             "ready": self._ready and self._models.is_ready(model),
         }
 
-    def _tenant(self, record: TenantRecord) -> Document:
-        adapters, size = self._state.tasks.usage(record.name)
-        return {
-            "name": record.name,
-            "quota": asdict(record.quota),
-            "created": record.created,
-            "used": {
-                "adapters": adapters,
-                "bytes": size,
-                "queued_rows": self._order.waiting_rows(record.name),
-                **self._management.pins.used(record.name),
-            },
-        }
-
 
 def _page(models: Iterator[Model], limit: int | None) -> Iterator[Model]:
     last = None
@@ -494,51 +393,7 @@ def _page(models: Iterator[Model], limit: int | None) -> Iterator[Model]:
 
 
 def order_of(state: State, limits: Limits) -> Fair[Any]:
-    """The order of a queue with such limits: fair by the tenants' weights, each within its share."""
+    """Create the order of a queue: weighted fair queueing over tenants, each within its share."""
     return Fair(
         lambda tenant: state.tenants.quota(tenant).weight, queue_shares(state.tenants.quota, limits.max_queue_rows)
     )
-
-
-def _key(record: KeyRecord) -> Document:
-    return {
-        "id": record.id,
-        "tenant": record.tenant,
-        "role": record.role.value,
-        "created": record.created,
-        "expires": record.expires,
-        "revoked": record.revoked,
-    }
-
-
-async def _parts(name: str, files: Mapping[str, LoadParameter], limit: int) -> AsyncIterator[Part]:
-    """The files of Triton's load call; told apart by how their names end, which go no further."""
-    for key, value in files.items():
-        part = "config" if key.endswith("adapter_config.json") else "weights"
-        if not key.endswith((".safetensors", "adapter_config.json")):
-            raise ProtocolError(
-                f"load model {name!r}", expected="files *.safetensors and adapter_config.json", got=repr(key[:100])
-            )
-        doing = f"load model {name!r}, {key[:100]!r}"
-        yield part, _bytes(value) if isinstance(value, bytes) else _decoded(doing, value, limit)
-
-
-async def _bytes(data: bytes) -> AsyncIterator[bytes]:
-    yield data
-
-
-async def _decoded(doing: str, value: Parameter | Encoded, limit: int) -> AsyncIterator[bytes]:
-    """Base64 in pieces, so that no second copy of a file is held."""
-    if not isinstance(value, str | Encoded):
-        raise ProtocolError(doing, expected="base64", got=type(value).__name__)
-    try:
-        text = value.text if isinstance(value, Encoded) else memoryview(value.encode("ascii"))
-        if len(text) > 4 * limit // 3 + 4:
-            raise TooLarge(doing, expected=f"at most {limit:,} bytes", got="more")
-        for at in range(0, len(text), _BASE64):
-            data = binascii.a2b_base64(text[at : at + _BASE64], strict_mode=True)
-            if len(data) < _BASE64 // 4 * 3 and at + _BASE64 < len(text):
-                raise ProtocolError(doing, expected="base64", got="padding before its end")
-            yield data
-    except (binascii.Error, ValueError) as error:
-        raise ProtocolError(doing, expected="base64", got=str(error)) from None

@@ -1,71 +1,47 @@
-"""From the names in a request to what each of its rows runs on."""
+"""Resolution of a request's names to the target of each row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import msgspec
-
 from tpeft_deploy.bundle.directory import BASE_TASK
 from tpeft_deploy.errors import NotFound, ProtocolError
-from tpeft_deploy.runtime.server.tenancy.access import SHARED
-from tpeft_deploy.runtime.server.v2.messages import InferRequest
+from tpeft_deploy.runtime.server.v2.messages import BASE, InferRequest, Target
 from tpeft_deploy.runtime.server.v2.metadata import ADAPTER_INPUT
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Lookup", "Resolved", "Target", "resolve"]
-
-
-class Target(msgspec.Struct, frozen=True):
-    """What a row runs on.
-
-    Attributes:
-        key: the runtime's name of it.
-        tenant: whose it is.
-        task: its name.
-        version: its number; "1" for the base.
-        digest: SHA-256 of the adapter; "base" for none.
-    """
-
-    key: str
-    tenant: str
-    task: str
-    version: str
-    digest: str
-
-
-BASE = Target(BASE_TASK, SHARED, BASE_TASK, "1", BASE_TASK)
+__all__ = ["Lookup", "Resolved", "resolve"]
 
 
 class Lookup(Protocol):
-    """Finds what a tenant means by a name."""
+    """Resolves a model name for a tenant."""
 
     def __call__(self, tenant: str, name: str, version: str) -> Target:
-        """The target.
+        """Return the target.
 
         Raises:
-            NotFound: there is none of that name or version that the tenant may see.
+            NotFound: no visible task has that name and version.
         """
 
 
 class Resolved(NamedTuple):
-    """A request's targets: one for all rows, or one a row."""
+    """Targets of a request: one for all rows, or one per row."""
 
     targets: Sequence[Target]
     per_row: bool
 
 
 def resolve(find: Lookup, bundle: str, tenant: str, request: InferRequest) -> Resolved:
-    """What a request's rows run on.
+    """Resolve the targets of a request.
 
-    A task's own name decides; the bundle's name and `base` leave it to the parameter (or header) `adapter`, and the
-    bundle's also to the input `adapter`.  Two that disagree are refused, and so is the bundle's name with neither: an
-    answer of the base that nobody asked for would pass for the task's.
+    A task name selects that task; the bundle's name and `base` use the parameter (or header) `adapter`, and the
+    bundle's name also the input `adapter`. Conflicting names are refused, and so is the bundle's name without an
+    adapter: the base's answer could be mistaken for the task's.
 
     Raises:
         ProtocolError: no adapter, two different ones, or an input `adapter` that is not names.
-        NotFound: a task that the tenant cannot see; with the row, where there are several.
+        NotFound: a task is not visible to the tenant; names the row where there are several.
     """
     if request.model != bundle:
         return Resolved([_single(find, tenant, request)], per_row=False)
@@ -101,7 +77,7 @@ def _single(find: Lookup, tenant: str, request: InferRequest) -> Target:
 
 
 def _named(find: Lookup, tenant: str, name: str, row: int | None = None) -> Target:
-    """The target of a name, or of `name@version`."""
+    """Resolve `name` or `name@version`."""
     if name == BASE_TASK:
         return BASE
     task, _, version = name.partition("@")

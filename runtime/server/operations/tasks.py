@@ -1,4 +1,4 @@
-"""Changes: registering, pointing, pinning, deleting.  Each is done, and durable, before it is acknowledged."""
+"""Changes of tasks: register, point, pin, delete; each is durable before it is acknowledged."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from tpeft_deploy.runtime.server.isolation.outcomes import Upload
 from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
-from tpeft_deploy.runtime.server.operations.targets import Target
 from tpeft_deploy.runtime.server.registry import CURRENT, PinRecord, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.pins import Pins
-from tpeft_deploy.runtime.server.v2.operations import Part
+from tpeft_deploy.runtime.server.v2.messages import Part, Target
 
 __all__ = ["Management", "owner"]
 
@@ -29,18 +28,18 @@ _log = logging.getLogger("tpeft_deploy.server")
 
 
 class Management:
-    """Changes what is served.
+    """Registers, changes, pins and deletes tasks.
 
     Args:
-        runtime: what serves.
-        models: what tenants see.
+        runtime: the runtime.
+        models: models visible to tenants.
         state: the registry.
-        statistics: forgotten with what they count.
-        admit: refuses an adapter that is not fit to serve; blocks.
+        statistics: statistics, dropped with their task.
+        admit: raises for an adapter that cannot be served; blocks.
         reader: reads the files of uploads.
-        max_upload_bytes: of one upload, all files together.
-        pins: what tenants have pinned.
-        pools: threads for what blocks.
+        max_upload_bytes: maximum size of one upload, all files together.
+        pins: pinned versions of tenants.
+        pools: threads for blocking work.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Management:
         self._max_upload_bytes = max_upload_bytes
 
     def announce(self, records: list[VersionRecord]) -> None:
-        """Let the runtime know versions, without reading them."""
+        """Register versions with the runtime, without reading them."""
         read = self._state.tasks.read
         self._runtime.register({record.key: Source(record.digest, partial(read, record)) for record in records})
 
@@ -80,7 +79,7 @@ class Management:
         alias: str = CURRENT,
         tenant: str | None = None,
     ) -> TaskRecord:
-        """A new version of a task from an upload, checked and ready when this returns."""
+        """Register an upload as a new version, checked and ready when this returns."""
         whose = owner(principal, tenant)
         self._check_free(name)
         self._reader.check_room(principal.tenant)
@@ -89,7 +88,7 @@ class Management:
             async for part, stream in parts:
                 await staged.write(part, stream)
             upload = await self._reader.read(principal.tenant, staged.directory, f"the upload for task {name!r}")
-            # Not cancelled half-way: whoever hangs up now finds the version registered, or not, but nothing between.
+            # Shielded, so that a disconnect never leaves a half-registered version.
             await asyncio.shield(
                 self._pools.uploads.run_for(principal.tenant, self._add, whose, name, upload, alias, principal.key)
             )
@@ -104,7 +103,7 @@ class Management:
         tenant: str | None = None,
         expected: str | None = None,
     ) -> TaskRecord:
-        """Let an alias stand for another version."""
+        """Point an alias at a version."""
         whose = owner(principal, tenant)
         return await self._pools.changes.run_for(
             whose, self._state.tasks.point, whose, name, alias, version, by=principal.key, expected=expected
@@ -113,14 +112,14 @@ class Management:
     async def rollback(
         self, principal: Principal, name: str, alias: str, tenant: str | None = None, expected: str | None = None
     ) -> TaskRecord:
-        """Let an alias stand again for what it stood for before."""
+        """Point an alias back at its previous version."""
         whose = owner(principal, tenant)
         return await self._pools.changes.run_for(
             whose, self._state.tasks.rollback, whose, name, alias, by=principal.key, expected=expected
         )
 
     async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
-        """Delete a task, or one version that no alias stands for; requests in flight finish."""
+        """Delete a task, or one version without an alias; in-flight requests finish."""
         whose = owner(principal, tenant)
         if version and not (version.isascii() and version.isdigit() and len(version) < 10):
             raise ProtocolError(f"delete version {version!r} of task {name!r}", expected="a number", got="another name")
@@ -130,7 +129,7 @@ class Management:
             self._statistics.drop(whose, name)
 
     async def publish(self, principal: Principal, name: str, tenant: str) -> TaskRecord:
-        """Give a tenant's task to all tenants."""
+        """Share a tenant's task with all tenants."""
         allow(principal, Action.ADMIN)
         self._check_free(name)
         before = self.task(tenant, name)
@@ -146,7 +145,7 @@ class Management:
         return published
 
     async def pin(self, principal: Principal, name: str, *, folded: bool, tenant: str | None = None) -> None:
-        """Keep a task's current version on the device, or in a session of its own."""
+        """Pin a task's current version on the device, or in a folded session."""
         whose = owner(principal, tenant)
         target = self._models.target(whose, name)
         self._check_own(whose, target.tenant, name)
@@ -163,23 +162,23 @@ class Management:
             raise refused
 
     async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:
-        """Let it leave the device again."""
+        """Unpin a task."""
         whose = owner(principal, tenant)
         target = self._models.target(whose, name)
         self._check_own(whose, target.tenant, name)
         await asyncio.shield(self._pools.changes.run_for(whose, self._unpin, target, principal.key))
 
     def restore(self) -> None:
-        """Pin again what was pinned when the server ended; blocks for what needs no session of its own."""
+        """Restore the pins of the previous run; blocks, except for folded sessions."""
         folded = [pin for pin in self._state.placements.pins() if not self._restore(pin, folded=False) and pin.folded]
         if folded:
             threading.Thread(target=self._fold_again, args=[folded], name="tpeft-folds", daemon=True).start()
 
     def task(self, tenant: str, name: str) -> TaskRecord:
-        """A task as a tenant sees it.
+        """Return a task visible to a tenant.
 
         Raises:
-            NotFound: there is none that it may see.
+            NotFound: no visible task has that name.
         """
         return self._state.tasks.snapshot().task(tenant, name)
 
@@ -216,7 +215,7 @@ class Management:
             self._restore(pin, folded=True)
 
     def _restore(self, pin: PinRecord, *, folded: bool) -> bool:
-        """Pin a version again; whether that failed."""
+        """Pin a version again; return whether it failed."""
         try:
             self._runtime.pin(self._models.key(pin.tenant, pin.task, pin.version), folded=folded)
         except (UnknownTask, NotFound):
@@ -249,10 +248,10 @@ class Management:
 
 
 def owner(principal: Principal, tenant: str | None) -> str:
-    """Whose tasks a change is for: the principal's own, or, for an admin, anybody's ("shared" for everybody's).
+    """Return the owner of the changed task: the principal's tenant, or any for an admin ("shared" for shared tasks).
 
     Raises:
-        Forbidden: the role does not allow changes, or not those of others.
+        Forbidden: the role does not allow the change.
     """
     allow(principal, Action.DEPLOY)
     if tenant is None or tenant == principal.tenant:

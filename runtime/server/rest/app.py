@@ -12,17 +12,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import compile_path
 
 from tpeft_deploy.errors import NotFound, ProtocolError, ServerError, Unavailable, Unsupported
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.operations.slices import encoded
 from tpeft_deploy.runtime.server.rest import openapi
-from tpeft_deploy.runtime.server.rest.context import Asked, Route
-from tpeft_deploy.runtime.server.rest.infer import Inferring, Receive, Scope, Send, model_of
-from tpeft_deploy.runtime.server.rest.responses import GONE, Exchanged, told
+from tpeft_deploy.runtime.server.rest.context import RequestContext, Route
+from tpeft_deploy.runtime.server.rest.infer import InferenceEndpoint, Receive, Scope, Send, model_of
+from tpeft_deploy.runtime.server.rest.responses import GONE, HttpRecord, told
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.tenancy.access import Action, allow
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
-from tpeft_deploy.runtime.server.v2.limits import Limits
-from tpeft_deploy.runtime.server.v2.operations import Core
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.statuses import MethodNotAllowed
 
 __all__ = ["Application", "application"]
@@ -34,24 +34,24 @@ class Application:
     """An ASGI application.
 
     Args:
-        core: the operations.
-        limits: on bodies and tensors.
-        observe: told of each request once it was answered; on the event loop, so it must not block.
+        core: the server's operations.
+        limits: limits of bodies and tensors.
+        observe: called with the record of each finished request, on the event loop; must not block.
         intake: budgets and threads, shared with other protocols.
     """
 
     def __init__(
         self,
-        core: Core,
-        limits: Limits,
-        observe: Callable[[Exchange], None] | None = None,
+        core: Service,
+        limits: RestLimits,
+        observe: Callable[[RequestRecord], None] | None = None,
         intake: Intake | None = None,
     ) -> None:
         self._core = core
         self._limits = limits
         self._observe = observe
         self._intake = intake or Intake()
-        self._infer = Inferring(core, limits, self._intake)
+        self._infer = InferenceEndpoint(core, limits, self._intake)
         self._table: list[tuple[re.Pattern[str], Route]] = [(compile_path(own.path)[0], own) for own in ROUTES]
         self._table.append((compile_path(openapi.ROUTE.path)[0], openapi.ROUTE))
 
@@ -62,54 +62,55 @@ class Application:
             return
         if scope["type"] != "http":
             return
-        exchanged = Exchanged(scope["method"], scope["headers"])
+        record = HttpRecord(scope["method"], scope["headers"])
         try:
             asked = _asked(scope)
             if asked is not None and scope["method"] == "POST":
-                exchanged.route = _INFER[bool(asked[1])]
-                await self._infer(*asked, exchanged, receive, send)
+                record.route = _INFER[bool(asked[1])]
+                await self._infer(*asked, record, receive, send)
             else:
-                await self._other(asked is not None, exchanged, scope, receive, send)
+                await self._other(asked is not None, record, scope, receive, send)
         except asyncio.CancelledError:
             # The time of a drain is over: what is left is cancelled, and would be answered without our words.
-            if not exchanged.started:
+            if not record.started:
                 error = Unavailable("answer a request", problem="the server stops", fix="Ask another, or come again.")
-                await exchanged.send(send, *told(error, exchanged))
+                await record.send(send, *told(error, record))
         finally:
             if self._observe is not None:
-                exchanged.end()
-                self._observe(exchanged)
+                record.end()
+                self._observe(record)
 
-    async def _other(self, inference: bool, exchanged: Exchanged, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _other(self, inference: bool, record: HttpRecord, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            document = await self._document(inference, exchanged, scope, receive)
+            document = await self._document(inference, record, scope, receive)
         except ClientDisconnect:
-            exchanged.status = GONE
+            record.status = GONE
             return
         except Exception as error:
-            answer = told(error, exchanged)
+            answer = told(error, record)
         else:
             answer = await _answer(document)
-        await exchanged.send(send, *answer)
+        await record.send(send, *answer)
 
-    async def _document(self, inference: bool, exchanged: Exchanged, scope: Scope, receive: Receive) -> object:
+    async def _document(self, inference: bool, record: HttpRecord, scope: Scope, receive: Receive) -> object:
         route, parameters = self._find(scope, inference)
         if isinstance(route, Route) and route.action is Action.HEALTH:
-            exchanged.route = route.path
-            return await route.handler(Asked(self._core, self._limits, Request(scope, receive), None, self._intake))
-        # Before anything is said of the path: what there is, is for those with a key.
-        principal = exchanged.caller = self._core.authenticate(exchanged.authorization)
+            record.route = route.path
+            request = Request(scope, receive)
+            return await route.handler(RequestContext(self._core, self._limits, request, None, self._intake))
+        # Before the path is checked: routes are revealed only to authenticated clients.
+        principal = record.caller = self._core.authenticate(record.authorization)
         if not isinstance(route, Route):
             raise route
-        exchanged.route = route.path
-        exchanged.task = parameters.get("model") or parameters.get("task") or ""
+        record.route = route.path
+        record.task = parameters.get("model") or parameters.get("task") or ""
         allow(principal, route.action)
-        if route.upload and exchanged.headers.get(b"content-encoding", b"identity") not in {b"identity", b""}:
+        if route.upload and record.headers.get(b"content-encoding", b"identity") not in {b"identity", b""}:
             raise Unsupported("read an upload", expected="no Content-Encoding", got="one")
         request = Request({**scope, "path_params": parameters}, receive)
-        asked = Asked(self._core, self._limits, request, principal, self._intake)
-        with self._intake.requests.one(principal.key), asked:
-            return await route.handler(asked)
+        context = RequestContext(self._core, self._limits, request, principal, self._intake)
+        with self._intake.requests.one(principal.key), context:
+            return await route.handler(context)
 
     def _find(self, scope: Scope, inference: bool) -> tuple[Route | ServerError, dict[str, str]]:
         methods = {"POST"} if inference else set[str]()
@@ -130,23 +131,23 @@ class Application:
 
 
 def application(
-    core: Core,
-    limits: Limits | None = None,
-    observe: Callable[[Exchange], None] | None = None,
+    core: Service,
+    limits: RestLimits | None = None,
+    observe: Callable[[RequestRecord], None] | None = None,
     intake: Intake | None = None,
 ) -> Application:
     """See `Application`."""
-    return Application(core, limits or Limits(), observe, intake)
+    return Application(core, limits or RestLimits(), observe, intake)
 
 
 def _raw(scope: Scope) -> str:
-    """The path as it came: proxies look at that, and what is decoded may have other parts."""
+    """Return the undecoded path, as proxies see it; decoding may add segments."""
     raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
     return raw.decode("latin-1")
 
 
 def _asked(scope: Scope) -> tuple[str, str] | None:
-    """Model and version of the path of inference; None for other paths."""
+    """Return model and version of an inference path; None for other paths."""
     path = _raw(scope)
     asked = model_of(path)
     if asked is None or "%" not in path:
@@ -156,7 +157,7 @@ def _asked(scope: Scope) -> tuple[str, str] | None:
 
 
 def _unquoted(names: dict[str, str]) -> dict[str, str] | None:
-    """Names in a path without percent-encoding; None where one would be a path."""
+    """Percent-decode the names of a path; None where one would become a path."""
     found = {part: unquote(name) if "%" in name else name for part, name in names.items()}
     return None if any("/" in name or name in {".", ".."} for name in found.values()) else found
 

@@ -1,40 +1,45 @@
-"""A request as handlers see it, and a route of the table."""
+"""Request context of the handlers, and the routes of the table."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import msgspec
 import orjson
 from starlette.requests import Request
 
 from tpeft_deploy.bundle.manifest import is_name
 from tpeft_deploy.errors import ProtocolError, TooLarge
+from tpeft_deploy.runtime.server.operations.service import Service
+from tpeft_deploy.runtime.server.rest.bodies import Body
 from tpeft_deploy.runtime.server.rest.transport.compression import decompress
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
-from tpeft_deploy.runtime.server.v2.limits import Limits
-from tpeft_deploy.runtime.server.v2.operations import Core
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
-__all__ = ["Asked", "Handler", "Route"]
+__all__ = ["RequestContext", "Handler", "Route"]
+
+B = TypeVar("B", bound=Body)
+_SHOWN = 200
 
 
 @dataclass
-class Asked:
-    """A request as handlers see it.
+class RequestContext:
+    """Request context of a handler: the request, its principal, and what it holds until the end of its block.
 
     Attributes:
-        core: the operations.
-        limits: on bodies.
-        request: of starlette.
-        caller: whose key it has; None on routes without one.
-        intake: budgets and threads.
+        core: the server's operations.
+        limits: limits of bodies.
+        request: Starlette request.
+        caller: principal; None on routes without authentication.
+        intake: budgets and threads of the server.
     """
 
-    core: Core
-    limits: Limits
+    core: Service
+    limits: RestLimits
     request: Request
     caller: Principal | None
     intake: Intake
@@ -45,27 +50,27 @@ class Asked:
         self.staging = self.intake.staging.hold(tenant)
 
     def __enter__(self) -> Self:
-        """Return the request, which holds what it reads until the end of the block."""
+        """Return the context."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give back everything."""
+        """Release its memory and disk space."""
         self.memory.close()
         self.staging.close()
 
     @property
     def principal(self) -> Principal:
-        """Whose key it has."""
+        """The principal of an authenticated request."""
         if self.caller is None:
             raise RuntimeError("a route without keys asked for one")
         return self.caller
 
     def path(self, name: str) -> str:
-        """A part of the path; empty where the route has none of that name."""
+        """Return a path parameter; empty where the route has none of that name."""
         return str(self.request.path_params.get(name, ""))
 
     def query(self, name: str) -> str | None:
-        """A query parameter."""
+        """Return a query parameter."""
         return self.request.query_params.get(name)
 
     @property
@@ -77,7 +82,7 @@ class Asked:
         return found
 
     def number(self, name: str) -> int | None:
-        """A query parameter that is a whole number."""
+        """Return an integer query parameter."""
         found = self.query(name)
         if found is None:
             return None
@@ -87,20 +92,20 @@ class Asked:
 
     @property
     def declared(self) -> int:
-        """Size of the body, where the client says it; else 0."""
+        """Declared size of the body; 0 if unknown."""
         given = self.request.headers.get("content-length", "")
         return int(given) if given.isascii() and given.isdigit() and len(given) < 20 else 0
 
     async def body(self, limit: int, fix: str | None = None) -> bytes | bytearray:
-        """The body without its encoding, for which room is taken before it is read.
+        """Read and decompress the body; memory is reserved before it is read.
 
         Args:
-            limit: bytes that it may have, before and after decompression.
-            fix: what to do about a larger one.
+            limit: maximum size, before and after decompression.
+            fix: advice for the error about a larger body.
 
         Raises:
-            TooLarge: it is larger.
-            QuotaExceeded, Unavailable: there is no room for it.
+            TooLarge: the body is larger.
+            QuotaExceeded, Unavailable: the memory budget is used up.
         """
         declared = self.declared
         if declared > limit:
@@ -117,12 +122,22 @@ class Asked:
         return await decompress(headers, body, limit, self.memory, self.intake.offload) if body else body
 
     async def json(self) -> dict[str, Any]:
-        """The body as a JSON object; an empty one is {}."""
+        """Read the body as a JSON object; an empty body is {}."""
         return self.parsed(await self.body(self.limits.document_bytes))
+
+    async def read(self, kind: type[B]) -> B:
+        """Read the body as JSON of a type; unknown fields and other types are refused."""
+        text = await self.body(self.limits.document_bytes)
+        try:
+            return msgspec.json.decode(text if text.strip() else b"{}", type=kind)
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
+            raise ProtocolError(
+                "read a body", expected=f"fields {', '.join(kind.__struct_fields__)}", problem=_line(error)
+            ) from None
 
     @staticmethod
     def parsed(text: bytes | bytearray) -> dict[str, Any]:
-        """A text as a JSON object; an empty one is {}."""
+        """Parse a JSON object; an empty text is {}."""
         if not text.strip():
             return {}
         try:
@@ -133,18 +148,8 @@ class Asked:
             raise ProtocolError("read a body", expected="a JSON object", got=type(found).__name__)
         return found
 
-    async def fields(self, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
-        """The body's fields, each of its kind; those that are missing are left out, others are refused."""
-        found = await self.json()
-        for name, value in found.items():
-            if name not in kinds:
-                raise ProtocolError("read a body", expected=f"fields {', '.join(kinds)}", got=quoted(name))
-            if not isinstance(value, kinds[name]) or (isinstance(value, bool) and kinds[name] is not bool):
-                raise ProtocolError(f"read field {name!r}", expected="another type", got=type(value).__name__)
-        return found
 
-
-Handler = Callable[[Asked], Awaitable[object]]
+Handler = Callable[[RequestContext], Awaitable[object]]
 
 
 @dataclass(frozen=True)
@@ -152,13 +157,13 @@ class Route:
     """One operation over HTTP.
 
     Attributes:
-        method: of HTTP.
-        path: its template.
-        action: what a key has to allow.
-        handler: gives the document to answer with; bytes are text, None is an empty object.
-        summary: one line.
-        query: parameters -> what they are.
-        body: JSON schema of the request's body, or None.
+        method: HTTP method.
+        path: path template.
+        action: action that the role must allow.
+        handler: returns the response document; bytes are text, None is an empty object.
+        summary: summary for OpenAPI.
+        query: query parameter -> description.
+        body: type of the JSON body, or None.
         upload: whether the body is an upload.
     """
 
@@ -168,5 +173,10 @@ class Route:
     handler: Handler
     summary: str
     query: Mapping[str, str] = field(default_factory=dict)
-    body: Mapping[str, Any] | None = None
+    body: type[Body] | None = None
     upload: bool = False
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -2,71 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+import msgspec
+from msgspec import UNSET
 
 from tpeft_deploy.errors import ProtocolError, Unavailable
 from tpeft_deploy.runtime.server.operations.slices import in_slices
-from tpeft_deploy.runtime.server.rest.context import Asked
+from tpeft_deploy.runtime.server.rest import bodies
+from tpeft_deploy.runtime.server.rest.context import RequestContext
 from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
 from tpeft_deploy.runtime.server.rest.uploads import parts
-from tpeft_deploy.runtime.server.tenancy.quotas import Quota
-from tpeft_deploy.runtime.server.v2.operations import Document
+from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 
-async def live(asked: Asked) -> object:
-    if not asked.core.live():
+async def live(context: RequestContext) -> object:
+    if not context.core.live():
         raise Unavailable("be live", problem="the server does not work")
     return {"live": True}
 
 
-async def ready(asked: Asked) -> object:
-    if not asked.core.ready():
+async def ready(context: RequestContext) -> object:
+    if not context.core.ready():
         raise Unavailable("be ready", problem="the server is starting or draining, or its files are gone")
     return {"ready": True}
 
 
-async def server(asked: Asked) -> object:
-    return asked.core.server_metadata(asked.principal)
+async def server(context: RequestContext) -> object:
+    return context.core.server_metadata(context.principal)
 
 
-async def model(asked: Asked) -> object:
-    return asked.core.model_metadata(asked.principal, asked.path("model"), asked.path("version"))
+async def model(context: RequestContext) -> object:
+    return context.core.model_metadata(context.principal, context.path("model"), context.path("version"))
 
 
-async def model_ready(asked: Asked) -> object:
-    name = asked.path("model")
-    if not asked.core.model_ready(asked.principal, name, asked.path("version")):
+async def model_ready(context: RequestContext) -> object:
+    name = context.path("model")
+    if not context.core.model_ready(context.principal, name, context.path("version")):
         raise Unavailable(f"be ready with model {quoted(name)}", problem="it was unloaded, or the server drains")
     return {"name": name, "ready": True}
 
 
-async def config(asked: Asked) -> object:
-    return asked.core.model_config(asked.principal, asked.path("model"), asked.path("version"))
+async def config(context: RequestContext) -> object:
+    return context.core.model_config(context.principal, context.path("model"), context.path("version"))
 
 
-async def statistics(asked: Asked) -> object:
-    return await asked.core.statistics(asked.principal, asked.path("model"), asked.path("version"))
+async def statistics(context: RequestContext) -> object:
+    return await context.core.statistics(context.principal, context.path("model"), context.path("version"))
 
 
-async def index(asked: Asked) -> object:
-    wanted = await asked.fields(ready=bool)
-    return await asked.core.index(asked.principal, ready=wanted.get("ready", False))
+async def index(context: RequestContext) -> object:
+    return await context.core.index(context.principal, ready=(await context.read(bodies.Index)).ready)
 
 
-async def load(asked: Asked) -> object:
-    await asked.core.load(asked.principal, asked.path("model"), await load_parameters(asked))
+async def load(context: RequestContext) -> object:
+    await context.core.load(context.principal, context.path("model"), await load_parameters(context))
     return None
 
 
-async def unload(asked: Asked) -> object:
-    await asked.core.unload(asked.principal, asked.path("model"), parameters_of(await asked.json()))
+async def unload(context: RequestContext) -> object:
+    await context.core.unload(context.principal, context.path("model"), parameters_of(await context.json()))
     return None
 
 
-async def openai(asked: Asked) -> object:
+async def openai(context: RequestContext) -> object:
     found: list[object] = []
 
     def show(task: Document) -> None:
@@ -76,109 +74,102 @@ async def openai(asked: Asked) -> object:
         owner = task["tenant"] or "shared"
         found.append({"id": task["name"], "object": "model", "owned_by": owner, "root": digest, "parent": parent})
 
-    tasks = await asked.core.tasks(asked.principal, limit=asked.number("limit"), after=asked.query("after"))
+    tasks = await context.core.tasks(context.principal, limit=context.number("limit"), after=context.query("after"))
     await in_slices(tasks, show)
     return {"object": "list", "data": found}
 
 
-async def tasks(asked: Asked) -> object:
-    return await asked.core.tasks(
-        asked.principal, asked.tenant, limit=asked.number("limit"), after=asked.query("after")
+async def tasks(context: RequestContext) -> object:
+    return await context.core.tasks(
+        context.principal, context.tenant, limit=context.number("limit"), after=context.query("after")
     )
 
 
-async def task(asked: Asked) -> object:
-    return asked.core.task(asked.principal, asked.path("task"), asked.tenant)
+async def task(context: RequestContext) -> object:
+    return context.core.task(context.principal, context.path("task"), context.tenant)
 
 
-async def register(asked: Asked) -> object:
-    alias = asked.query("alias") or "current"
-    return await asked.core.register(
-        asked.principal, asked.path("task"), parts(asked), alias=alias, tenant=asked.tenant
+async def register(context: RequestContext) -> object:
+    alias = context.query("alias") or "current"
+    return await context.core.register(
+        context.principal, context.path("task"), parts(context), alias=alias, tenant=context.tenant
     )
 
 
-async def point(asked: Asked) -> object:
-    wanted = await asked.fields(version=(str, int), expected=(str, int))
-    if "version" not in wanted:
-        raise ProtocolError("read a body", expected="a field 'version'", got="none")
-    task, alias = asked.path("task"), asked.path("alias")
-    return await asked.core.point(asked.principal, task, alias, str(wanted["version"]), asked.tenant, _expected(wanted))
+async def point(context: RequestContext) -> object:
+    body = await context.read(bodies.Alias)
+    task, alias = context.path("task"), context.path("alias")
+    version, expected = str(body.version), _expected(body)
+    return await context.core.point(context.principal, task, alias, version, context.tenant, expected)
 
 
-async def rollback(asked: Asked) -> object:
-    wanted = await asked.fields(expected=(str, int))
-    task, alias = asked.path("task"), asked.path("alias")
-    return await asked.core.rollback(asked.principal, task, alias, asked.tenant, _expected(wanted))
+async def rollback(context: RequestContext) -> object:
+    body = await context.read(bodies.Expected)
+    task, alias = context.path("task"), context.path("alias")
+    return await context.core.rollback(context.principal, task, alias, context.tenant, _expected(body))
 
 
-async def history(asked: Asked) -> object:
-    limit = asked.number("limit")
-    task, alias = asked.path("task"), asked.path("alias")
-    found = await asked.core.history(asked.principal, task, alias, 100 if limit is None else limit, asked.tenant)
+async def history(context: RequestContext) -> object:
+    limit = context.number("limit")
+    task, alias = context.path("task"), context.path("alias")
+    found = await context.core.history(context.principal, task, alias, 100 if limit is None else limit, context.tenant)
     return list(found)
 
 
-async def delete(asked: Asked) -> object:
-    await asked.core.delete(asked.principal, asked.path("task"), asked.path("version"), asked.tenant)
+async def delete(context: RequestContext) -> object:
+    await context.core.delete(context.principal, context.path("task"), context.path("version"), context.tenant)
     return None
 
 
-async def publish(asked: Asked) -> object:
-    if asked.tenant is None:
+async def publish(context: RequestContext) -> object:
+    if context.tenant is None:
         raise ProtocolError("publish a task", expected="the query parameter 'tenant'", got="none")
-    return await asked.core.publish(asked.principal, asked.path("task"), asked.tenant)
+    return await context.core.publish(context.principal, context.path("task"), context.tenant)
 
 
-async def pin(asked: Asked) -> object:
-    wanted = await asked.fields(folded=bool)
-    return await asked.core.pin(
-        asked.principal, asked.path("task"), folded=wanted.get("folded", False), tenant=asked.tenant
-    )
+async def pin(context: RequestContext) -> object:
+    folded = (await context.read(bodies.Pin)).folded
+    return await context.core.pin(context.principal, context.path("task"), folded=folded, tenant=context.tenant)
 
 
-async def unpin(asked: Asked) -> object:
-    await asked.core.unpin(asked.principal, asked.path("task"), asked.tenant)
+async def unpin(context: RequestContext) -> object:
+    await context.core.unpin(context.principal, context.path("task"), context.tenant)
     return None
 
 
-async def keys(asked: Asked) -> object:
-    return await asked.core.keys(asked.principal, asked.tenant)
+async def keys(context: RequestContext) -> object:
+    return await context.core.admin.keys(context.principal, context.tenant)
 
 
-async def create_key(asked: Asked) -> object:
-    wanted = await asked.fields(tenant=str, role=str, expires_in=(int, float))
-    if not {"tenant", "role"} <= set(wanted):
-        raise ProtocolError("read a body", expected="fields 'tenant' and 'role'", got=", ".join(wanted) or "none")
-    return await asked.core.create_key(asked.principal, wanted["tenant"], wanted["role"], wanted.get("expires_in"))
+async def create_key(context: RequestContext) -> object:
+    body = await context.read(bodies.Key)
+    expires_in = None if body.expires_in is UNSET else body.expires_in
+    return await context.core.admin.create_key(context.principal, body.tenant, body.role, expires_in)
 
 
-async def revoke_key(asked: Asked) -> object:
-    await asked.core.revoke_key(asked.principal, asked.path("key"))
+async def revoke_key(context: RequestContext) -> object:
+    await context.core.admin.revoke_key(context.principal, context.path("key"))
     return None
 
 
-async def tenants(asked: Asked) -> object:
-    return await asked.core.tenants(asked.principal)
+async def tenants(context: RequestContext) -> object:
+    return await context.core.admin.tenants(context.principal)
 
 
-async def set_tenant(asked: Asked) -> object:
-    number = (int, float, type(None))
-    names = [limit.name for limit in fields(Quota)]
-    return await asked.core.set_tenant(
-        asked.principal, asked.path("tenant"), await asked.fields(**dict.fromkeys(names, number))
-    )
+async def set_tenant(context: RequestContext) -> object:
+    quota = msgspec.to_builtins(await context.read(bodies.Quota))  # without the fields that are not set
+    return await context.core.admin.set_tenant(context.principal, context.path("tenant"), quota)
 
 
-async def audit(asked: Asked) -> object:
-    limit = asked.number("limit")
-    found = await asked.core.audit(asked.principal, 100 if limit is None else limit, asked.number("before"))
+async def audit(context: RequestContext) -> object:
+    limit = context.number("limit")
+    found = await context.core.admin.audit(context.principal, 100 if limit is None else limit, context.number("before"))
     return list(found)
 
 
-async def metrics(asked: Asked) -> object:
-    return await asked.core.metrics(asked.principal)
+async def metrics(context: RequestContext) -> object:
+    return await context.core.admin.metrics(context.principal)
 
 
-def _expected(wanted: Mapping[str, Any]) -> str | None:
-    return str(wanted["expected"]) if "expected" in wanted else None
+def _expected(body: bodies.Expected) -> str | None:
+    return None if body.expected is UNSET else str(body.expected)

@@ -1,4 +1,4 @@
-"""The path of inference over HTTP, as a plain ASGI application: what is called most is short."""
+"""Inference endpoint over HTTP, as a plain ASGI application to keep the hot path short."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rest.infer_codec import (
     ADAPTER_HEADERS,
     HEADER,
@@ -17,20 +18,19 @@ from tpeft_deploy.runtime.server.rest.infer_codec import (
     is_heavy,
     json_bytes,
 )
-from tpeft_deploy.runtime.server.rest.infer_json import Heads
+from tpeft_deploy.runtime.server.rest.infer_json import InferenceHeaderCache
 from tpeft_deploy.runtime.server.rest.json_data import SMALL
-from tpeft_deploy.runtime.server.rest.responses import GONE, Exchanged, told
+from tpeft_deploy.runtime.server.rest.responses import GONE, HttpRecord, told
 from tpeft_deploy.runtime.server.rest.transport.compression import compress, decompress, encoding_for, is_compressed
-from tpeft_deploy.runtime.server.rest.transport.disconnects import Left, Watch
+from tpeft_deploy.runtime.server.rest.transport.disconnects import ClientLeft, Watch
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
-from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.messages import InferResponse
 from tpeft_deploy.runtime.server.v2.offload import PIECE
-from tpeft_deploy.runtime.server.v2.operations import Core
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
-__all__ = ["Inferring", "Receive", "Scope", "Send", "model_of"]
+__all__ = ["InferenceEndpoint", "Receive", "Scope", "Send", "model_of"]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -42,7 +42,7 @@ _DIGITS = 19
 
 
 def model_of(path: str) -> tuple[str, str] | None:
-    """Model and version of `/v2/models/MODEL[/versions/VERSION]/infer`; None for other paths."""
+    """Return model and version of `/v2/models/MODEL[/versions/VERSION]/infer`; None for other paths."""
     parts = path.split("/")
     if len(parts) == 5 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "infer":
         return parts[3], ""
@@ -51,61 +51,61 @@ def model_of(path: str) -> tuple[str, str] | None:
     return None
 
 
-class Inferring:
-    """Answers `POST /v2/models/MODEL[/versions/VERSION]/infer`.
+class InferenceEndpoint:
+    """Serves `POST /v2/models/MODEL[/versions/VERSION]/infer`.
 
-    In this order: key, role, quota of requests, declared sizes, room for the body; only then is it read.
+    Checks key, role, request quota, declared sizes and memory budget, in this order, before the body is read.
 
     Args:
-        core: the operations.
-        limits: on bodies and tensors.
+        core: the server's operations.
+        limits: limits of bodies and tensors.
         intake: budgets and threads.
     """
 
-    def __init__(self, core: Core, limits: Limits, intake: Intake) -> None:
+    def __init__(self, core: Service, limits: RestLimits, intake: Intake) -> None:
         self._core = core
         self._limits = limits
         self._intake = intake
-        self._heads = Heads(limits)
+        self._heads = InferenceHeaderCache(limits)
         self._watch = Watch()
 
-    async def __call__(self, model: str, version: str, exchanged: Exchanged, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+    async def __call__(self, model: str, version: str, record: HttpRecord, receive: Receive, send: Send) -> None:
+        """Serve one request."""
         try:
-            exchanged.caller = principal = self._core.authenticate(exchanged.authorization)
-            exchanged.task = model
+            record.caller = principal = self._core.authenticate(record.authorization)
+            record.task = model
             self._core.admit(principal)
             hold = self._intake.memory.hold(principal.tenant)
             self._intake.requests.enter(principal.key)
             try:
-                framed = await self._framed(model, version, exchanged, receive, hold)
-                response = await self._watch.unless_left(self._core.infer(principal, framed.request), receive)
+                framed = await self._framed(model, version, record, receive, hold)
+                response = await self._watch.cancel_on_disconnect(self._core.infer(principal, framed.request), receive)
                 size = sum([array.nbytes for array in response.outputs.values()])
                 hold.take(size)
                 parts: Sequence[bytes]
-                if size <= SMALL and b"accept-encoding" not in exchanged.headers:
+                if size <= SMALL and b"accept-encoding" not in record.headers:
                     own, parts = encode_parts(response, framed)
                 else:
-                    own, parts = await self._encoded(response, size, framed, exchanged.headers, hold)
+                    own, parts = await self._encoded(response, size, framed, record.headers, hold)
                 del framed, response
-                await exchanged.send(send, 200, own, parts)
+                await record.send(send, 200, own, parts)
                 return
             finally:
                 hold.close()
                 self._intake.requests.leave(principal.key)
-        except Left:
-            exchanged.status = GONE
+        except ClientLeft:
+            record.status = GONE
             return
         except Exception as error:
-            refusal = told(error, exchanged)
-            if exchanged.caller is not None and exchanged.bytes_in > PIECE:
-                self._intake.refused.charge(exchanged.caller.tenant, exchanged.bytes_in)
-        # Out here nothing refers to the error any more, and so to what was read.
-        await exchanged.send(send, *refusal)
+            refusal = told(error, record)
+            if record.caller is not None and record.bytes_in > PIECE:
+                self._intake.refused.charge(record.caller.tenant, record.bytes_in)
+        # Here the error, and so the body, is no longer referenced.
+        await record.send(send, *refusal)
 
-    async def _framed(self, model: str, version: str, exchanged: Exchanged, receive: Receive, hold: Hold) -> Framed:
-        """The request of a body; `hold` has what it keeps in memory."""
-        headers = exchanged.headers
+    async def _framed(self, model: str, version: str, record: HttpRecord, receive: Receive, hold: Hold) -> Framed:
+        """Read and decode the body; its memory is reserved in `hold`."""
+        headers = record.headers
         given = headers.get(b"content-length", b"")
         declared = 0 if not given.isdigit() else int(given) if len(given) < _DIGITS else sys.maxsize
         limit = self._limit(headers, declared)
@@ -117,8 +117,8 @@ class Inferring:
         message = await receive()
         body = message.get("body", b"")
         if message.get("more_body", True) or len(body) > declared:  # most bodies come in one, and say how long they are
-            body = await _read_body(message, receive, limit, exchanged, hold)
-        exchanged.bytes_in = len(body)
+            body = await _read_body(message, receive, limit, record, hold)
+        record.bytes_in = len(body)
         if is_compressed(headers):
             body = await decompress(headers, body, limit, hold, self._intake.offload)
         if not is_heavy(headers, body):
@@ -126,14 +126,14 @@ class Inferring:
         read = len(body)
         hold.take(_ARRAYS * read)
         adapter = _adapter(headers)
-        # Heads that are remembered belong to the event loop.
-        heads = Heads(self._limits)
+        # The cache belongs to the event loop.
+        heads = InferenceHeaderCache(self._limits)
         framed = await self._intake.offload.run(hold.tenant, decode, model, version, headers, body, heads, adapter)
         hold.resize(read + sum(array.nbytes for array in framed.request.inputs.values()))
         return framed
 
     def _limit(self, headers: Mapping[bytes, bytes], declared: int) -> int:
-        """Bytes that a body may have; refuses what says that it has more."""
+        """Return the maximum body size; raise TooLarge if the declared size exceeds it."""
         own = self._limits
         given = headers.get(HEADER)
         limit = own.body_bytes if given is not None else min(own.json_bytes, own.body_bytes)
@@ -147,7 +147,7 @@ class Inferring:
     async def _encoded(
         self, response: InferResponse, size: int, framed: Framed, headers: Mapping[bytes, bytes], hold: Hold
     ) -> tuple[list[tuple[bytes, bytes]], Sequence[bytes]]:
-        """Headers and parts of an answer; `hold` has its `size` as arrays."""
+        """Encode a response to headers and body parts; `hold` already covers its arrays."""
         json = json_bytes(response, framed.head) if size > SMALL else 0
         run = self._intake.offload.run
         if json > SMALL:
@@ -168,9 +168,9 @@ class Inferring:
 
 
 async def _read_body(
-    message: MutableMapping[str, Any], receive: Receive, limit: int, exchanged: Exchanged, hold: Hold
+    message: MutableMapping[str, Any], receive: Receive, limit: int, record: HttpRecord, hold: Hold
 ) -> bytes | bytearray:
-    """All of a body that begins with a message; more room is taken as it comes where `hold` has less.
+    """Read the rest of a body; memory is reserved as it arrives.
 
     Raises:
         TooLarge: it is larger than `limit` bytes; what is beyond is not kept.
@@ -181,10 +181,10 @@ async def _read_body(
     size = 0
     while True:
         if message["type"] == "http.disconnect":
-            raise Left
+            raise ClientLeft
         part = message.get("body", b"")
         size += len(part)
-        exchanged.bytes_in = size
+        record.bytes_in = size
         if size > limit:
             raise _too_large(limit, "more")
         if size > hold.size:
@@ -201,7 +201,7 @@ async def _read_body(
 
 
 def _too_large(limit: int, got: str) -> TooLarge:
-    """The refusal of a body that has more than `limit` bytes."""
+    """Return the error for a body of more than `limit` bytes."""
     fix = "Large tensors go as raw bytes behind the JSON, with binary_data_size."
     return TooLarge("read a body", expected=f"at most {limit:,} bytes", got=got, fix=fix)
 

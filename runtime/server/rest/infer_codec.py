@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from tpeft_deploy.errors import ProtocolError, Unsupported
-from tpeft_deploy.runtime.server.rest.infer_json import FLOATS, Head, Heads
+from tpeft_deploy.runtime.server.rest.infer_json import FLOATS, Head, InferenceHeaderCache
 from tpeft_deploy.runtime.server.rest.json_data import SMALL
 from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT
 from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse
@@ -52,7 +52,7 @@ def decode(
     version: str,
     headers: Mapping[bytes, bytes],
     body: bytes | bytearray,
-    heads: Heads,
+    heads: InferenceHeaderCache,
     adapter: str | None = None,
 ) -> Framed:
     """What a body asks for.

@@ -15,12 +15,12 @@ import numpy as np
 
 from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
 from tpeft_deploy.runtime.server.rest.json_data import Block, cut
-from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.messages import Parameter
 from tpeft_deploy.runtime.server.v2.tensors import DTYPES, check_shape, check_size, objects, quoted
 from tpeft_deploy.tucker import Array
 
-__all__ = ["FLOATS", "Head", "Heads", "Input"]
+__all__ = ["FLOATS", "Head", "InferenceHeaderCache", "Input"]
 
 FLOATS = {"FP16", "FP32", "FP64"}
 _KEPT = 1024
@@ -97,14 +97,14 @@ class Head(msgspec.Struct, frozen=True):
     chosen: Mapping[str, bool]
 
 
-class Heads:
+class InferenceHeaderCache:
     """Reads heads, and remembers those that come again.
 
     Args:
         limits: on tensors.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: RestLimits) -> None:
         self._limits = limits
         self._known: dict[bytes, Head] = {}
 
@@ -141,7 +141,7 @@ class Heads:
         return _head(model, parts.head, self._limits, parts.blocks)
 
 
-def _head(model: str, text: bytes, limits: Limits, blocks: Mapping[bytes, Block] | None = None) -> Head:
+def _head(model: str, text: bytes, limits: RestLimits, blocks: Mapping[bytes, Block] | None = None) -> Head:
     doing = f"read a request for model {quoted(model)}"
     blocks = blocks or {}
     try:
@@ -178,7 +178,7 @@ def _head(model: str, text: bytes, limits: Limits, blocks: Mapping[bytes, Block]
     )
 
 
-def _inputs(tensors: Sequence[_Tensor], limits: Limits, blocks: Mapping[bytes, Block]) -> tuple[Input, ...]:
+def _inputs(tensors: Sequence[_Tensor], limits: RestLimits, blocks: Mapping[bytes, Block]) -> tuple[Input, ...]:
     inputs: dict[str, Input] = {}
     for tensor in tensors:
         doing = f"input {quoted(tensor.name)}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError
-from tpeft_deploy.runtime.server.rest.context import Asked
+from tpeft_deploy.runtime.server.rest.context import RequestContext
 from tpeft_deploy.runtime.server.rest.json_data import SMALL, cut_strings
 from tpeft_deploy.runtime.server.v2.messages import Encoded, LoadParameter
 from tpeft_deploy.runtime.server.v2.tensors import quoted
@@ -14,7 +14,7 @@ from tpeft_deploy.runtime.server.v2.tensors import quoted
 __all__ = ["load_parameters", "parameters_of"]
 
 
-async def load_parameters(asked: Asked) -> dict[str, LoadParameter]:
+async def load_parameters(context: RequestContext) -> dict[str, LoadParameter]:
     """The parameters; large files stay in the body, which is decoded as they are stored.
 
     Raises:
@@ -22,22 +22,22 @@ async def load_parameters(asked: Asked) -> dict[str, LoadParameter]:
         TooLarge: it is larger than a JSON upload may be.
         QuotaExceeded, Unavailable: there is no room for it.
     """
-    limits = asked.limits
+    limits = context.limits
     limit = min(limits.json_upload_bytes, 4 * limits.upload_bytes // 3 + limits.document_bytes)
     fix = "Upload it by POST /v2/registry/tasks/TASK/versions, which takes files as they are."
-    asked.staging.take(min(asked.declared, limit))
-    text = await asked.body(limit, fix)
-    asked.staging.resize(len(text))
+    context.staging.take(min(context.declared, limit))
+    text = await context.body(limit, fix)
+    context.staging.resize(len(text))
     if len(text) <= SMALL:
-        return dict(parameters_of(asked.parsed(text)))
-    head, strings = await asked.intake.offload.run(asked.memory.tenant, cut_strings, "read a body", text)
+        return dict(parameters_of(context.parsed(text)))
+    head, strings = await context.intake.offload.run(context.memory.tenant, cut_strings, "read a body", text)
     found: dict[str, LoadParameter] = {}
-    for name, value in parameters_of(asked.parsed(head)).items():
+    for name, value in parameters_of(context.parsed(head)).items():
         place = strings.get(value) if isinstance(value, str) else None
         if place is None:
             found[name] = value
         elif text.find(b"\\", *place) >= 0:  # as some escape the slashes of base64
-            found[name] = asked.parsed(b'{"":"%b"}' % bytes(text[place[0] : place[1]]))[""]
+            found[name] = context.parsed(b'{"":"%b"}' % bytes(text[place[0] : place[1]]))[""]
         else:
             found[name] = Encoded(memoryview(text)[place[0] : place[1]])
     return found

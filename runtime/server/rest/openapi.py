@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import msgspec
+
 import tpeft_deploy
-from tpeft_deploy.runtime.server.rest.context import Asked, Route
+from tpeft_deploy.runtime.server.rest.bodies import Body
+from tpeft_deploy.runtime.server.rest.context import RequestContext, Route
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
 from tpeft_deploy.runtime.server.tenancy.access import Action
 
@@ -66,17 +69,17 @@ _INFER = {
 }
 
 
-async def _openapi(_: Asked) -> object:
+async def _openapi(_: RequestContext) -> object:
     return document()
 
 
-async def _never(_: Asked) -> object:
+async def _never(_: RequestContext) -> object:
     raise RuntimeError("inference is answered before the table is asked")
 
 
 ROUTE = Route("GET", "/openapi.json", Action.READ, _openapi, "This document")
 _INFERENCE = tuple(
-    Route("POST", path, Action.INFER, _never, "Run a model on inputs; raw tensors may follow the JSON", body=_INFER)
+    Route("POST", path, Action.INFER, _never, "Run a model on inputs; raw tensors may follow the JSON")
     for path in ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
 )
 
@@ -126,12 +129,20 @@ def _operation(route: Route) -> dict[str, Any]:
         "security": [] if route.action is Action.HEALTH else [{"key": []}],
         "x-role": _role(route.action),
     }
-    if route.body is not None:
-        content = {"application/json": {"schema": route.body}}
-        own["requestBody"] = {"required": "required" in route.body, "content": content}
+    schema = _INFER if route.action is Action.INFER else None if route.body is None else _schema(route.body)
+    if schema is not None:
+        own["requestBody"] = {
+            "required": bool(schema.get("required")),
+            "content": {"application/json": {"schema": schema}},
+        }
     if route.upload:
         own["requestBody"] = {"required": True, "content": _upload()}
     return own
+
+
+def _schema(body: type[Body]) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.json.schema(body)["$defs"][body.__name__]
+    return found
 
 
 def _upload() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One request on its way: what is known of it, and how it is answered."""
+"""HTTP responses: sending them, and turning errors into them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import orjson
 
 from tpeft_deploy.errors import Unauthenticated
-from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT, Exchange, request_id
+from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT, RequestRecord, request_id
 from tpeft_deploy.runtime.server.v2.statuses import MethodNotAllowed, status_of
 
-__all__ = ["GONE", "Exchanged", "told"]
+__all__ = ["GONE", "HttpRecord", "told"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 _PIECE = 1 << 20
 GONE = 499
-"""Status of a request whose client went away: nobody sees it but logs and metrics."""
+"""Status of a request whose client disconnected; seen in logs and metrics only."""
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-class Exchanged(Exchange):
-    """An `Exchange` over HTTP, and the way its answer takes.
+class HttpRecord(RequestRecord):
+    """Request record of an HTTP request, which also sends the response.
 
     Args:
-        method: of HTTP.
-        headers: of the request, names in lower case.
+        method: HTTP method.
+        headers: request headers, names in lower case.
     """
 
     __slots__ = ("_has_two", "_id", "headers", "started")
@@ -41,10 +41,10 @@ class Exchanged(Exchange):
 
     @property
     def authorization(self) -> str | None:
-        """The header of that name.
+        """The Authorization header.
 
         Raises:
-            Unauthenticated: there are two.
+            Unauthenticated: the header is repeated.
         """
         if self._has_two:
             raise Unauthenticated("authenticate", expected="one header Authorization", got="two")
@@ -53,16 +53,16 @@ class Exchanged(Exchange):
 
     @property
     def request_id(self) -> str:
-        """The client's own, where it can do no harm in a log; else the server's."""
+        """Request id of the client where it is safe to log; else one of the server."""
         return self._id.decode("latin-1")
 
     @property
     def traceparent(self) -> str:
-        """The header of that name."""
+        """W3C trace context of the caller."""
         return self.headers.get(b"traceparent", b"")[:TRACEPARENT].decode("latin-1")
 
     async def send(self, send: _Send, status: int, headers: list[tuple[bytes, bytes]], parts: Sequence[bytes]) -> None:
-        """Send a whole answer, of one part or more; a large one goes piece by piece, each after the one before."""
+        """Send a response; a large body is sent in pieces, each after the previous one."""
         self.status = status
         self.started = True
         self.bytes_out = sum(map(len, parts))
@@ -86,11 +86,11 @@ class Exchanged(Exchange):
         await send({"type": "http.response.body", "body": b""})
 
 
-def told(error: Exception, exchanged: Exchanged) -> tuple[int, list[tuple[bytes, bytes]], Sequence[bytes]]:
-    """Status, headers and body that tell a client about an error; what the server did not expect goes to the log."""
+def told(error: Exception, record: HttpRecord) -> tuple[int, list[tuple[bytes, bytes]], Sequence[bytes]]:
+    """Convert an error to status, headers and body; unexpected errors are logged."""
     status = status_of(error)
     if status.http == 500:
-        _log.error("%s %s failed, request %s", exchanged.method, exchanged.route, exchanged.request_id, exc_info=error)
+        _log.error("%s %s failed, request %s", record.method, record.route, record.request_id, exc_info=error)
     headers = [(b"content-type", b"application/json")]
     if status.retry_after is not None:
         headers.append((b"retry-after", b"%d" % status.retry_after))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpeft_deploy.runtime.server.rest import handlers
+from tpeft_deploy.runtime.server.rest import bodies, handlers
 from tpeft_deploy.runtime.server.rest.context import Handler, Route
 from tpeft_deploy.runtime.server.tenancy.access import Action
 
@@ -10,38 +10,6 @@ __all__ = ["ROUTES"]
 
 _TENANT = {"tenant": 'whose task is meant; only an admin may name another\'s, or "shared"'}
 _PAGE = {"limit": "how many, all unless given", "after": "only those that follow the one of this name"}
-_PARAMETERS = {"type": "object", "properties": {"parameters": {"type": "object"}}, "additionalProperties": False}
-_NUMBERED = {"type": ["string", "integer"]}
-_VERSION = {
-    "type": "object",
-    "required": ["version"],
-    "properties": {"version": _NUMBERED, "expected": _NUMBERED},
-    "additionalProperties": False,
-}
-_EXPECTED = {"type": "object", "properties": {"expected": _NUMBERED}, "additionalProperties": False}
-_NUMBER = {"type": ["number", "null"]}
-_QUOTA = {
-    "type": "object",
-    "properties": {
-        **dict.fromkeys(
-            ("requests_per_s", "rows_per_s", "queue_share", "adapters", "bytes", "pins", "folded"), _NUMBER
-        ),
-        "weight": {"type": "number", "exclusiveMinimum": 0},
-    },
-    "additionalProperties": False,
-}
-_KEY = {
-    "type": "object",
-    "required": ["tenant", "role"],
-    "properties": {
-        "tenant": {"type": "string"},
-        "role": {"enum": ["infer", "deploy", "admin"]},
-        "expires_in": {"type": "number", "exclusiveMinimum": 0},
-    },
-    "additionalProperties": False,
-}
-_READY = {"type": "object", "properties": {"ready": {"type": "boolean"}}, "additionalProperties": False}
-_FOLDED = {"type": "object", "properties": {"folded": {"type": "boolean"}}, "additionalProperties": False}
 _TASK = "/v2/registry/tasks/{task}"
 
 
@@ -59,14 +27,14 @@ ROUTES: tuple[Route, ...] = (
     *_of_models("/ready", handlers.model_ready, "Whether a model would answer"),
     *_of_models("/config", handlers.config, "A model's configuration, as Triton's ModelConfig"),
     *_of_models("/stats", handlers.statistics, "What a model has answered"),
-    Route("POST", "/v2/repository/index", Action.READ, handlers.index, "Models and their states", body=_READY),
+    Route("POST", "/v2/repository/index", Action.READ, handlers.index, "Models and their states", body=bodies.Index),
     Route(
         "POST",
         "/v2/repository/models/{model}/load",
         Action.DEPLOY,
         handlers.load,
         "Make a model ready",
-        body=_PARAMETERS,
+        body=bodies.Parameters,
     ),
     Route(
         "POST",
@@ -74,7 +42,7 @@ ROUTES: tuple[Route, ...] = (
         Action.DEPLOY,
         handlers.unload,
         "Refuse requests for a model",
-        body=_PARAMETERS,
+        body=bodies.Parameters,
     ),
     Route("GET", "/v1/models", Action.READ, handlers.openai, "Models, as OpenAI's API lists them", _PAGE),
     Route(
@@ -102,7 +70,7 @@ ROUTES: tuple[Route, ...] = (
         handlers.point,
         "Let an alias stand for a version",
         _TENANT,
-        _VERSION,
+        bodies.Alias,
     ),
     Route(
         "POST",
@@ -111,7 +79,7 @@ ROUTES: tuple[Route, ...] = (
         handlers.rollback,
         "Undo the last change of an alias",
         _TENANT,
-        _EXPECTED,
+        bodies.Expected,
     ),
     Route(
         "GET",
@@ -124,15 +92,22 @@ ROUTES: tuple[Route, ...] = (
     Route("DELETE", _TASK, Action.DEPLOY, handlers.delete, "Delete a task", _TENANT),
     Route("DELETE", f"{_TASK}/versions/{{version}}", Action.DEPLOY, handlers.delete, "Delete a version", _TENANT),
     Route("POST", f"{_TASK}/publish", Action.ADMIN, handlers.publish, "Give a tenant's task to all", _TENANT),
-    Route("PUT", f"{_TASK}/pin", Action.DEPLOY, handlers.pin, "Keep a task on the device", _TENANT, _FOLDED),
+    Route("PUT", f"{_TASK}/pin", Action.DEPLOY, handlers.pin, "Keep a task on the device", _TENANT, bodies.Pin),
     Route("DELETE", f"{_TASK}/pin", Action.DEPLOY, handlers.unpin, "Let a task leave the device", _TENANT),
     Route(
         "GET", "/v2/admin/keys", Action.ADMIN, handlers.keys, "Keys, without their secrets", {"tenant": "of one tenant"}
     ),
-    Route("POST", "/v2/admin/keys", Action.ADMIN, handlers.create_key, "A new key, shown this once", body=_KEY),
+    Route("POST", "/v2/admin/keys", Action.ADMIN, handlers.create_key, "A new key, shown this once", body=bodies.Key),
     Route("DELETE", "/v2/admin/keys/{key}", Action.ADMIN, handlers.revoke_key, "Revoke a key"),
     Route("GET", "/v2/admin/tenants", Action.ADMIN, handlers.tenants, "Tenants, their quotas and what they use"),
-    Route("PUT", "/v2/admin/tenants/{tenant}", Action.ADMIN, handlers.set_tenant, "Set a tenant's quotas", body=_QUOTA),
+    Route(
+        "PUT",
+        "/v2/admin/tenants/{tenant}",
+        Action.ADMIN,
+        handlers.set_tenant,
+        "Set a tenant's quotas",
+        body=bodies.Quota,
+    ),
     Route(
         "GET",
         "/v2/admin/audit",

@@ -10,8 +10,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from tpeft_deploy.errors import Conflict, ProtocolError, TooLarge
-from tpeft_deploy.runtime.server.rest.context import Asked
-from tpeft_deploy.runtime.server.v2.operations import Part
+from tpeft_deploy.runtime.server.rest.context import RequestContext
+from tpeft_deploy.runtime.server.v2.messages import Part
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["parts"]
@@ -19,7 +19,7 @@ __all__ = ["parts"]
 _PARTS = 4  # of a form; an upload has two
 
 
-async def parts(asked: Asked) -> AsyncIterator[Part]:
+async def parts(context: RequestContext) -> AsyncIterator[Part]:
     """The files of an upload: parts of a form, or the body itself as the weights.
 
     Raises:
@@ -28,8 +28,8 @@ async def parts(asked: Asked) -> AsyncIterator[Part]:
         ProtocolError: it is no form that has files only.
         Conflict: the client went away.
     """
-    kind = asked.request.headers.get("content-type", "")
-    pieces = _counted(asked)
+    kind = context.request.headers.get("content-type", "")
+    pieces = _counted(context)
     if kind.partition(";")[0].strip().lower() != "multipart/form-data":
         yield "weights", pieces
         return
@@ -38,21 +38,21 @@ async def parts(asked: Asked) -> AsyncIterator[Part]:
         yield name, form.pieces()
 
 
-async def _counted(asked: Asked) -> AsyncIterator[bytes]:
+async def _counted(context: RequestContext) -> AsyncIterator[bytes]:
     """The body, for which there is room among unfinished uploads."""
-    limit = asked.limits.upload_bytes + asked.limits.document_bytes
-    declared = asked.declared
+    limit = context.limits.upload_bytes + context.limits.document_bytes
+    declared = context.declared
     if declared > limit:
         raise TooLarge("read an upload", expected=f"at most {limit:,} bytes", got=f"{declared:,}")
-    asked.staging.take(declared)
+    context.staging.take(declared)
     size = 0
     try:
-        async for part in asked.request.stream():
+        async for part in context.request.stream():
             size += len(part)
             if size > limit:
                 raise TooLarge("read an upload", expected=f"at most {limit:,} bytes", got="more")
-            if size > asked.staging.size:
-                asked.staging.resize(size)
+            if size > context.staging.size:
+                context.staging.resize(size)
             yield part
     except ClientDisconnect:
         raise Conflict("read an upload", problem="the client went away before its end") from None

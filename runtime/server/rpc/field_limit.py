@@ -9,7 +9,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
-from tpeft_deploy.runtime.server.rpc.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 __all__ = ["join_raw", "parse", "split_raw"]
 
@@ -28,7 +28,7 @@ _LENGTHS = {1: 8, 5: 4}  # wire types of fixed size
 M = TypeVar("M", bound=Message)
 
 
-def parse(kind: type[M], data: bytes, limits: Limits) -> M:
+def parse(kind: type[M], data: bytes, limits: RpcLimits) -> M:
     """A message from its bytes.
 
     Raises:
@@ -44,7 +44,7 @@ def parse(kind: type[M], data: bytes, limits: Limits) -> M:
     return message
 
 
-def split_raw(data: bytes, limits: Limits) -> tuple[bytes, list[memoryview]]:
+def split_raw(data: bytes, limits: RpcLimits) -> tuple[bytes, list[memoryview]]:
     """A ModelInferRequest without its raw tensors, and these as views of it.
 
     Raises:
@@ -96,7 +96,7 @@ def _length_prefix(number: int, size: int) -> bytes:
     return bytes(found)
 
 
-def _count(data: memoryview, limits: Limits) -> None:
+def _count(data: memoryview, limits: RpcLimits) -> None:
     left, elements = limits.fields, limits.typed_elements
     for number, inner in _fields(data):
         left -= 1
@@ -184,7 +184,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
     raise _malformed("a number of more than ten bytes")
 
 
-def _too_many(limits: Limits) -> TooLarge:
+def _too_many(limits: RpcLimits) -> TooLarge:
     return TooLarge("message", expected=f"at most {limits.fields} fields", got="more")
 
 

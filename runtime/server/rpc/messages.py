@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.field_limit import join_raw
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.tensors import decode, encode_contents, has_contents
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse, Parameter
 from tpeft_deploy.runtime.server.v2.tensors import encode_raw, quoted, raw_view
 from tpeft_deploy.tucker import Array
@@ -23,7 +23,7 @@ _LARGEST = (2 << 30) - (1 << 20)  # protobuf has no messages of 2 GiB
 
 def request_of(
     message: pb.ModelInferRequest,
-    limits: Limits,
+    limits: RpcLimits,
     adapter: str | None = None,
     timeout: float | None = None,
     raws: Sequence[bytes | memoryview] | None = None,
@@ -133,7 +133,7 @@ def _head_of(response: InferResponse, final: bool) -> pb.ModelInferResponse:
     return message
 
 
-def _inputs(message: pb.ModelInferRequest, given: Sequence[bytes | memoryview], limits: Limits) -> dict[str, Array]:
+def _inputs(message: pb.ModelInferRequest, given: Sequence[bytes | memoryview], limits: RpcLimits) -> dict[str, Array]:
     raws: Iterable[bytes | memoryview | None] = given
     if not given:
         raws = [None] * len(message.inputs)

@@ -1,4 +1,4 @@
-"""Every rpc that this server answers, what it needs a key for, and how it asks the core."""
+"""Table of the rpcs: required action, request type and handler."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import msgspec
 from google.protobuf.message import Message
 
 from tpeft_deploy.errors import ProtocolError, Unauthenticated
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.messages import adapter_of, is_raw, raw_response, request_of, response_of
 from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.server.v2.messages import InferResponse, LoadParameter
 from tpeft_deploy.runtime.server.v2.offload import PIECE, Offload
-from tpeft_deploy.runtime.server.v2.operations import Core
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["METHODS", "SERVICE", "Call", "Method"]
@@ -30,23 +30,23 @@ _FINAL = "triton_enable_empty_final_response"
 
 @dataclass
 class Call:
-    """What a method knows beside its message.
+    """Call context of a handler.
 
     Attributes:
-        core: what it asks.
-        limits: on messages.
-        caller: who asks; None for calls that need no key.
-        metadata: keys in lower case; without those whose values are bytes.
-        hold: what the request holds in memory.
-        offload: threads for long work.
-        timeout: seconds left until the client's deadline; None: it set none.
+        core: the server's operations.
+        limits: limits of messages.
+        caller: principal; None for calls without authentication.
+        metadata: text metadata, keys in lower case.
+        hold: memory reservation of the request.
+        offload: threads for large messages.
+        timeout: seconds until the client's deadline; None without one.
         streamed: whether the message is one of a stream.
-        raws: raw tensors of the message, where they were taken out of it.
-        heavy: whether translating the message would hold up others.
+        raws: raw tensors, where they were split off the message.
+        heavy: whether decoding the message would block the event loop for long.
     """
 
-    core: Core
-    limits: Limits
+    core: Service
+    limits: RpcLimits
     caller: Principal | None
     metadata: Mapping[str, str]
     hold: Hold
@@ -58,10 +58,10 @@ class Call:
 
     @property
     def principal(self) -> Principal:
-        """Who asks.
+        """The principal.
 
         Raises:
-            Unauthenticated: nobody known.
+            Unauthenticated: the call has no key.
         """
         if self.caller is None:
             raise Unauthenticated("request", expected="a key", got="none")
@@ -73,10 +73,10 @@ class Method:
     """An rpc.
 
     Attributes:
-        action: what its caller must be allowed to do.
-        request: class of its messages.
-        answer: the answer to one of them, or its bytes.
-        stream: whether they come, and are answered, as streams.
+        action: action that the role must allow.
+        request: request message type.
+        answer: handler; returns a message or serialised bytes.
+        stream: whether requests and responses are streams.
     """
 
     action: Action
@@ -138,7 +138,7 @@ async def _model_infer(call: Call, message: pb.ModelInferRequest) -> Message | b
 
 
 async def _response(call: Call, response: InferResponse, raw: bool, final: bool) -> Message | bytes:
-    """The message of an answer, for which there is room."""
+    """Encode a response, after reserving memory for it."""
     size = sum(array.nbytes for array in response.outputs.values())
     call.hold.take(size)
     if size > PIECE and is_raw(response, raw):
@@ -175,7 +175,7 @@ def _named(model: str) -> str:
 
 
 def _parameters(parameters: Mapping[str, pb.ModelRepositoryParameter]) -> dict[str, LoadParameter]:
-    """Files are bytes here, and base64 over REST."""
+    """Convert load parameters; files are raw bytes here, base64 over REST."""
     found: dict[str, LoadParameter] = {}
     for key, parameter in parameters.items():
         kind = parameter.WhichOneof("parameter_choice")

@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 
 from tpeft_deploy.errors import DeadlineExceeded, ServerError, Unavailable
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 __all__ = ["FIRST", "read_message"]
 
@@ -20,7 +20,7 @@ _AT_ONCE = 0.05  # seconds: what comes within these is little, for all calls tog
 
 
 async def read_message(
-    context: Any, hold: Hold, limits: Limits, seconds: float | None, *, lent: bool = False
+    context: Any, hold: Hold, limits: RpcLimits, seconds: float | None, *, lent: bool = False
 ) -> bytes | None:
     """The next message of a call; None: there is none.
 

@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 
 from tpeft_deploy.errors import Conflict
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 __all__ = ["RpcServer", "Tls"]
 
@@ -48,7 +48,7 @@ class RpcServer:
         Conflict: the port is taken, or certificate and key are unusable.
     """
 
-    def __init__(self, servicer: Servicer, limits: Limits, *, host: str, port: int, tls: Tls | None = None) -> None:
+    def __init__(self, servicer: Servicer, limits: RpcLimits, *, host: str, port: int, tls: Tls | None = None) -> None:
         options = [
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),

@@ -1,61 +1,103 @@
-"""The calls of gRPC: who may make them, how they end, and what is told about them."""
+"""gRPC servicer: authentication, limits, errors and request records."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded, ServerError, Unauthenticated, Unsupported
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
-from tpeft_deploy.runtime.server.rpc.account import Account
 from tpeft_deploy.runtime.server.rpc.field_limit import parse, split_raw
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Call, Method
 from tpeft_deploy.runtime.server.rpc.reading import read_message
-from tpeft_deploy.runtime.server.rpc.streaming import in_order
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT, RequestRecord, request_id
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
 from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.server.v2.offload import PIECE
-from tpeft_deploy.runtime.server.v2.operations import Core
 from tpeft_deploy.runtime.server.v2.statuses import Status, status_of
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
-__all__ = ["Observer", "Servicer"]
+__all__ = ["Observer", "RpcRecord", "Servicer"]
 
-Observer = Callable[[Exchange], None]
+T = TypeVar("T")
+Observer = Callable[[RequestRecord], None]
 _LOG = logging.getLogger(__name__)
 _GONE = 499
 _ELEMENT = 16  # bytes in memory of one of typed contents, parsed and as an array
 _TEXT_BYTES = 1000  # clients take 8 KiB of trailers, in which each byte may become three
 
 
-class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type information
-    """Answers the rpcs of `METHODS` by asking a core.
-
-    The key is looked at before a message is received, so that nobody without one makes the server read; rpcs that
-    there are not are told from those that there are only with a key.  Handlers are those of streams, as these receive
-    a message when they ask for it, while one of another kind is called when it is there; clients see no difference.
+class RpcRecord(RequestRecord):
+    """Request record of a gRPC call.
 
     Args:
-        core: what is asked.
-        limits: on messages.
-        observe: told of every request that was answered, each of a stream's among them; must not block or raise.
+        method: name of the rpc.
+        route: full name of the rpc.
+        metadata: metadata of the call.
+        caller: principal, if it is known already.
+        size: size of the message.
+    """
+
+    __slots__ = ("_id", "_metadata", "_own")
+
+    def __init__(
+        self, method: str, route: str, metadata: Mapping[str, str], caller: Principal | None = None, size: int = 0
+    ) -> None:
+        super().__init__("grpc", method)
+        self.route = route
+        self.status = 200
+        self.caller = caller
+        self.bytes_in = size
+        self._metadata = metadata
+        self._id = ""
+        self._own = b""
+
+    def describe(self, request: Any) -> None:
+        """Take the model and the id from a message."""
+        self.task = getattr(request, "model_name", "") or getattr(request, "name", "")
+        self._id = getattr(request, "id", "")
+        self._own = b""
+
+    @property
+    def request_id(self) -> str:
+        """Request id of the client where it is safe to log; else one of the server."""
+        if not self._own:
+            self._own = request_id((self._id or self._metadata.get("x-request-id", "")).encode("utf-8", "replace"))
+        return self._own.decode("latin-1")
+
+    @property
+    def traceparent(self) -> str:
+        """W3C trace context of the caller."""
+        return self._metadata.get("traceparent", "")[:TRACEPARENT]
+
+
+class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type information
+    """Serves the rpcs of `METHODS`.
+
+    Keys are checked before a message is received; unknown rpcs are reported only to authenticated clients. All
+    handlers are stream handlers, because only these control when a message is received; clients see no difference.
+
+    Args:
+        core: the server's operations.
+        limits: limits of messages.
+        observe: called with the record of each request, including each message of a stream; must not block or raise.
         intake: budgets and threads, shared with other protocols.
     """
 
     def __init__(
-        self, core: Core, limits: Limits, observe: Observer | None = None, intake: Intake | None = None
+        self, core: Service, limits: RpcLimits, observe: Observer | None = None, intake: Intake | None = None
     ) -> None:
         self._core = core
         self._limits = limits
@@ -63,22 +105,22 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         self._intake = intake or Intake()
 
     def service(self, handler_call_details: Any) -> Any:
-        """How to answer a call, from its name and metadata."""
+        """Return the handler of a call."""
         path: str = handler_call_details.method
         name = path.removeprefix(f"/{SERVICE}/")
         method = METHODS.get(name)
         metadata = _texts(handler_call_details.invocation_metadata)
-        account = Account(name, path, metadata) if method else Account("unknown", "unknown", metadata)
+        record = RpcRecord(name, path, metadata) if method else RpcRecord("unknown", "unknown", metadata)
         try:
-            account.caller = self._caller(method, handler_call_details.invocation_metadata)
-            method = _allowed(path, method, account.caller)
+            record.caller = self._caller(method, handler_call_details.invocation_metadata)
+            method = _allowed(path, method, record.caller)
         except Exception as error:
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, _status(error), account))
-        hold = self._intake.memory.hold(account.tenant)
-        call = Call(self._core, self._limits, account.caller, metadata, hold, self._intake.offload)
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, _status(error), record))
+        hold = self._intake.memory.hold(record.tenant)
+        call = Call(self._core, self._limits, record.caller, metadata, hold, self._intake.offload)
         if method.stream:
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, method, call, account))
-        return grpc.stream_stream_rpc_method_handler(functools.partial(self._unary, method, call, account))
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, method, call, record))
+        return grpc.stream_stream_rpc_method_handler(functools.partial(self._unary, method, call, record))
 
     def _caller(self, method: Method | None, metadata: Sequence[tuple[str, str | bytes]]) -> Principal | None:
         if method is not None and method.action is Action.HEALTH:
@@ -88,60 +130,60 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             raise Unauthenticated("authorization", expected="one text", got=f"{len(found)} values")
         return self._core.authenticate(str(found[0]) if found else None)
 
-    async def _refuse(self, status: Status, account: Account, _: Any, context: Any) -> None:
-        account.status = status.http
-        self._tell(account)
+    async def _refuse(self, status: Status, record: RpcRecord, _: Any, context: Any) -> None:
+        record.status = status.http
+        self._tell(record)
         await _abort(context, status)
 
-    async def _unary(self, method: Method, call: Call, account: Account, _: Any, context: Any) -> None:
+    async def _unary(self, method: Method, call: Call, record: RpcRecord, _: Any, context: Any) -> None:
         call.timeout = context.time_remaining()
         try:
             with _one(call.caller, self._intake.requests), call.hold:
-                answer = await self._answered(method, call, account, context)
-                account.bytes_out = len(answer)
+                answer = await self._answered(method, call, record, context)
+                record.bytes_out = len(answer)
                 await context.write(answer)
         except asyncio.CancelledError:
-            account.status = _GONE
-            self._tell(account)
+            record.status = _GONE
+            self._tell(record)
             raise
         except Exception as error:
             status = _status(error)
-            self._charge(call.caller, account.bytes_in)
+            self._charge(call.caller, record.bytes_in)
         else:
-            self._tell(account)
+            self._tell(record)
             return
         finally:
             call.raws = None  # what ends a call in grpc keeps this frame until a collection
-        # Out here nothing refers to the error any more, and so to what was read.
-        await self._refuse(status, account, None, context)
+        # Here the error, and so the message, is no longer referenced.
+        await self._refuse(status, record, None, context)
 
-    async def _answered(self, method: Method, call: Call, account: Account, context: Any) -> bytes:
+    async def _answered(self, method: Method, call: Call, record: RpcRecord, context: Any) -> bytes:
         if method.action is Action.INFER:
             self._core.admit(call.principal)
         await self._pay(call.caller)
         data = await read_message(context, call.hold, self._limits, self._limits.read_seconds, lent=call.caller is None)
         if data is None:
             raise ProtocolError("request", expected="a message", got="none")
-        account.bytes_in = len(data)
+        record.bytes_in = len(data)
         request = await self._parsed(method, call, data)
         del data
-        account.asked(request)
+        record.describe(request)
         return _bytes_of(await method.answer(call, request))
 
-    async def _stream(self, method: Method, call: Call, account: Account, _: Any, context: Any) -> None:
+    async def _stream(self, method: Method, call: Call, record: RpcRecord, _: Any, context: Any) -> None:
         try:
             with _one(call.caller, self._intake.streams):
-                status = await self._answer_stream(method, call, account.method, context)
+                status = await self._answer_stream(method, call, record.method, context)
         except QuotaExceeded as error:
-            await self._refuse(_status(error), account, None, context)
+            await self._refuse(_status(error), record, None, context)
         else:
             if status is not None:
                 await _abort(context, status)
 
     async def _answer_stream(self, method: Method, call: Call, name: str, context: Any) -> Status | None:
-        """Answer a stream to its end; return what ends it earlier."""
+        """Serve a stream; return the status that ends it early."""
         refused: list[Status] = []
-        held: set[Hold] = set()  # of messages that are not answered yet
+        held: set[Hold] = set()  # of in-flight messages
 
         async def read() -> tuple[bytes, Hold] | None:
             hold = self._intake.memory.hold(call.hold.tenant)
@@ -156,49 +198,49 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 
         async def answer(message: tuple[bytes, Hold]) -> bytes:
             data, hold = message
-            account = Account(name, f"/{SERVICE}/{name}", call.metadata, call.caller, len(data))
+            record = RpcRecord(name, f"/{SERVICE}/{name}", call.metadata, call.caller, len(data))
             one = replace(call, hold=hold, timeout=context.time_remaining(), streamed=True)
             try:
-                return await self._one_of_stream(method, one, account, data)
+                return await self._one_of_stream(method, one, record, data)
             finally:
                 hold.close()
                 held.discard(hold)
 
         try:
-            await in_order(context, read, answer, self._limits.in_flight)
+            await _in_order(context, read, answer, self._limits.in_flight)
         finally:
             for hold in held:
                 hold.close()
         return refused.pop() if refused else None
 
-    async def _one_of_stream(self, method: Method, call: Call, account: Account, data: bytes) -> bytes:
+    async def _one_of_stream(self, method: Method, call: Call, record: RpcRecord, data: bytes) -> bytes:
         request = None
         try:
             # Streams last: a key may be revoked meanwhile.
-            call.caller = account.caller = self._core.authenticate(call.metadata.get("authorization"))
+            call.caller = record.caller = self._core.authenticate(call.metadata.get("authorization"))
             allow(call.caller, method.action)
             self._core.admit(call.caller)
             with _one(call.caller, self._intake.requests):
                 request = await self._parsed(method, call, data)
-                account.asked(request)
+                record.describe(request)
                 answer = _bytes_of(await method.answer(call, request))
         except asyncio.CancelledError:
-            account.status = _GONE
-            self._tell(account)
+            record.status = _GONE
+            self._tell(record)
             raise
         except Exception as error:
             status = _status(error)
             self._charge(call.caller, len(data))
-            account.status = status.http
+            record.status = status.http
             asked = {} if request is None else {"id": request.id, "model_name": request.model_name}
             message = pb.ModelStreamInferResponse(error_message=_clipped(status.text), infer_response=asked)
             answer = _bytes_of(message)
-        account.bytes_out = len(answer)
-        self._tell(account)
+        record.bytes_out = len(answer)
+        self._tell(record)
         return answer
 
     def _charge(self, caller: Principal | None, size: int) -> None:
-        """Let the sender of a large message that was refused wait before the next is received."""
+        """Delay the tenant's next message after a large refused one."""
         if caller is not None and size > PIECE:
             self._intake.refused.charge(caller.tenant, size)
 
@@ -208,7 +250,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             await asyncio.sleep(seconds)
 
     async def _parsed(self, method: Method, call: Call, data: bytes) -> Any:
-        """The message, whose raw tensors are left in `call` where it is large; long work goes off the event loop."""
+        """Parse a message; raw tensors of a large one go to `call.raws`, long work to other threads."""
         if len(data) <= PIECE:
             return parse(method.request, data, self._limits)
         if method.request is pb.ModelInferRequest:
@@ -219,10 +261,42 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         call.hold.take(len(data) + _ELEMENT * min(len(data), self._limits.typed_elements))
         return await call.offload.run(call.hold.tenant, parse, method.request, data, self._limits)
 
-    def _tell(self, account: Account) -> None:
+    def _tell(self, record: RpcRecord) -> None:
         if self._observe is not None:
-            account.end()
-            self._observe(account)
+            record.end()
+            self._observe(record)
+
+
+async def _in_order(
+    context: Any, read: Callable[[], Awaitable[T | None]], answer: Callable[[T], Awaitable[bytes]], in_flight: int
+) -> None:
+    """Answer the messages of a stream concurrently and in order; an error cancels the pending answers.
+
+    Args:
+        context: gRPC context of the call.
+        read: returns the next message; None at the end.
+        answer: answers one message; an exception ends the stream.
+        in_flight: maximum number of in-flight messages; the client waits beyond it.
+    """
+    room = asyncio.Semaphore(in_flight)
+    waiting: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+    async with asyncio.TaskGroup() as group:
+
+        async def one(data: T) -> bytes:
+            return await answer(data)
+
+        async def read_all() -> None:
+            await room.acquire()
+            while (data := await read()) is not None:
+                waiting.put_nowait(group.create_task(one(data)))
+                del data
+                await room.acquire()
+            waiting.put_nowait(None)
+
+        group.create_task(read_all())
+        while (task := await waiting.get()) is not None:
+            await context.write(await task)
+            room.release()
 
 
 def _allowed(path: str, method: Method | None, caller: Principal | None) -> Method:

@@ -23,7 +23,7 @@ import numpy as np
 
 from tpeft_deploy.errors import ProtocolError
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
-from tpeft_deploy.runtime.server.rpc.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.server.v2.offload import PIECE, breathe
 from tpeft_deploy.runtime.server.v2.tensors import DTYPES, check_shape, checked, from_raw, objects, quoted, texts
 from tpeft_deploy.tucker import Array
@@ -52,7 +52,7 @@ def has_contents(datatype: str) -> bool:
     return datatype in _FIELDS
 
 
-def decode(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryview | None, limits: Limits) -> Array:
+def decode(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryview | None, limits: RpcLimits) -> Array:
     """An input as an array.
 
     Args:

@@ -7,7 +7,7 @@ import time
 import orjson
 
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 
 __all__ = ["AccessLog"]
 
@@ -24,23 +24,23 @@ class AccessLog:
     def __init__(self, lines: LogLines) -> None:
         self._lines = lines
 
-    def write(self, exchange: Exchange) -> None:
+    def write(self, record: RequestRecord) -> None:
         """Log a request; dropped, and counted, where too many lines wait already."""
         self._lines.put(
             orjson.dumps(
                 {
                     "time": round(time.time(), 3),
-                    "request": exchange.request_id[:_TEXT],
-                    "tenant": exchange.tenant[:_TEXT],
-                    "key": exchange.key[:_TEXT],
-                    "protocol": exchange.protocol,
-                    "method": exchange.method[:_TEXT],
-                    "route": exchange.route,
-                    "task": exchange.task[:_TEXT],
-                    "status": exchange.status,
-                    "ms": round(1000 * exchange.seconds, 3),
-                    "in": exchange.bytes_in,
-                    "out": exchange.bytes_out,
+                    "request": record.request_id[:_TEXT],
+                    "tenant": record.tenant[:_TEXT],
+                    "key": record.key[:_TEXT],
+                    "protocol": record.protocol,
+                    "method": record.method[:_TEXT],
+                    "route": record.route,
+                    "task": record.task[:_TEXT],
+                    "status": record.status,
+                    "ms": round(1000 * record.seconds, 3),
+                    "in": record.bytes_in,
+                    "out": record.bytes_out,
                 }
             )
         )

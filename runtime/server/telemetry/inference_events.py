@@ -1,4 +1,4 @@
-"""What one inference took, and who is told of it."""
+"""Inference events, and the buffer that delivers them to statistics, metrics and traces."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.server.operations.targets import Target
+from tpeft_deploy.runtime.server.v2.messages import Target
 
-__all__ = ["Observed", "Observers"]
+__all__ = ["EventBuffer", "InferenceEvent"]
 
 _MOST = 256
 _SECONDS = 0.1
 
 
-class Observed(msgspec.Struct, frozen=True):
-    """What one inference took, for statistics, metrics and spans.
+class InferenceEvent(msgspec.Struct, frozen=True):
+    """One finished inference.
 
     Attributes:
-        tenant: who asked.
-        task: what was asked for, by name; the bundle's where rows had tasks of their own.
-        targets: what it ran on: one for all rows, or one a row.
-        rows: of the request.
-        timing: when it waited and ran.
-        seconds: from its arrival to its answer.
-        failed: whether it has no answer.
-        traceparent: the caller's W3C trace context; empty: none.
+        tenant: tenant of the caller.
+        task: requested model name; the bundle's name where rows have different tasks.
+        targets: target of all rows, or one per row.
+        rows: number of rows.
+        timing: times of queueing and running.
+        seconds: time from arrival to answer.
+        failed: whether the inference raised.
+        traceparent: W3C trace context of the caller; empty if there is none.
     """
 
     tenant: str
@@ -40,36 +40,35 @@ class Observed(msgspec.Struct, frozen=True):
     traceparent: str = ""
 
 
-class Observers:
-    """Tells those who count what was answered, many at a time and soon; belongs to the event loop.
+class EventBuffer:
+    """Buffers inference events and delivers them in batches; belongs to the event loop.
 
-    A request would wait for it otherwise; and what is done many times in a row costs less than the same done once for
-    each request, with all else that a request needs in between.
+    Keeps observers out of the request's path; a batch of events also costs less than the same events one by one.
 
     Args:
-        hear: told of each inference, in order; must not block.
+        observers: called with each event, in order; must not block.
     """
 
-    def __init__(self, *hear: Callable[[Observed], None]) -> None:
-        self._hear = hear
-        self._waiting: list[Observed] = []
+    def __init__(self, *observers: Callable[[InferenceEvent], None]) -> None:
+        self._observers = observers
+        self._buffered: list[InferenceEvent] = []
         self._timer: asyncio.TimerHandle | None = None
 
-    def tell(self, observed: Observed) -> None:
-        """An inference is over."""
-        self._waiting.append(observed)
+    def publish(self, event: InferenceEvent) -> None:
+        """Buffer an event for delivery within 0.1 s."""
+        self._buffered.append(event)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_SECONDS, self._due)
-        elif len(self._waiting) >= _MOST:
-            self.settle()
+        elif len(self._buffered) >= _MOST:
+            self.flush()
 
-    def settle(self) -> None:
-        """Let everybody know by now: to be called before what was counted is asked for, or forgotten."""
-        waiting, self._waiting = self._waiting, []
-        for hear in self._hear:
-            for observed in waiting:
-                hear(observed)
+    def flush(self) -> None:
+        """Deliver all buffered events; call it before statistics are read or dropped."""
+        buffered, self._buffered = self._buffered, []
+        for observe in self._observers:
+            for event in buffered:
+                observe(event)
 
     def _due(self) -> None:
         self._timer = None
-        self.settle()
+        self.flush()

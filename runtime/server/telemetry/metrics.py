@@ -21,8 +21,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 
 __all__ = ["Metrics"]
 
@@ -90,12 +90,12 @@ class Metrics(Collector):
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
-    def request(self, exchange: Exchange) -> None:
+    def request(self, record: RequestRecord) -> None:
         """Count a request that was answered."""
-        key = (exchange.protocol, exchange.route, exchange.status)
+        key = (record.protocol, record.route, record.status)
         self._requests[key] = self._requests.get(key, 0) + 1
 
-    def inference(self, observed: Observed) -> None:
+    def inference(self, observed: InferenceEvent) -> None:
         """Count an inference and its times."""
         own = self._tasks.get((observed.tenant, observed.task)) or self._new(observed.tenant, observed.task)
         if observed.failed:

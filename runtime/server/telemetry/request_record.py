@@ -1,4 +1,4 @@
-"""What is known of a request, filled in while it is answered; metrics, access log and traces are made from it."""
+"""Record of a request, filled in while it is answered; the source of metrics, access log and traces."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ import time
 
 from tpeft_deploy.runtime.server.tenancy.access import Principal
 
-__all__ = ["TRACEPARENT", "Exchange", "request_id"]
+__all__ = ["TRACEPARENT", "RequestRecord", "request_id"]
 
 TRACEPARENT = 128
-"""Characters of a caller's trace context; version 00 has 55."""
+"""Maximum length of a trace context; version 00 has 55 characters."""
 
-_PROCESS = secrets.token_hex(6).encode()  # ids of one server are not those of another, nor of its next start
+_PROCESS = secrets.token_hex(6).encode()  # ids are unique across servers and restarts
 _COUNT = itertools.count(1)
 _ID = 128
 
 
-class Exchange:
-    """One request and its answer.
+class RequestRecord:
+    """Record of one request and its response.
 
     Args:
         protocol: "http" or "grpc".
-        method: the HTTP method, or the name of the rpc.
+        method: HTTP method, or name of the rpc.
 
     Attributes:
-        route: the route's template, or the rpc's full name; "unknown" where there is none, so that what clients make
-            up never becomes a label.
-        status: HTTP status, of gRPC the one that REST would have answered; 499 when the client went away.
-        caller: whose key it had; None when there was none.
-        task: the model that was asked for, as the client wrote it; empty when the request names none.
-        seconds: from the request's arrival to its last byte handed to the transport; 0 until then.
-        bytes_in: size of the request's body or message.
-        bytes_out: size of the answer's.
+        route: path template, or full name of the rpc; "unknown" where there is none, so that invented paths never
+            become a label.
+        status: HTTP status, for gRPC the equivalent one; 499 when the client disconnected.
+        caller: principal; None without authentication.
+        task: requested model, as the client wrote it; empty if there is none.
+        seconds: time from arrival to the last byte given to the transport; 0 until then.
+        bytes_in: size of the request body or message.
+        bytes_out: size of the response body or message.
     """
 
     __slots__ = (
@@ -63,38 +63,38 @@ class Exchange:
 
     @property
     def tenant(self) -> str:
-        """Of the key; empty when there was none."""
+        """Tenant of the caller; empty without authentication."""
         return "" if self.caller is None else self.caller.tenant
 
     @property
     def role(self) -> str:
-        """Of the key; empty when there was none."""
+        """Role of the caller; empty without authentication."""
         return "" if self.caller is None else self.caller.role.value
 
     @property
     def key(self) -> str:
-        """The key's public id; empty when there was none."""
+        """Public id of the key; empty without authentication."""
         return "" if self.caller is None else self.caller.key
 
     @property
     def request_id(self) -> str:
-        """The client's own; where it has none the server's, if it gives any."""
+        """Request id; empty if there is none."""
         return ""
 
     @property
     def traceparent(self) -> str:
-        """Of W3C trace context, as it came; empty when there was none."""
+        """W3C trace context as received; empty if there is none."""
         return ""
 
     def end(self) -> None:
-        """It was answered."""
+        """Record the duration."""
         self.seconds = time.perf_counter() - self._began
 
 
 def request_id(given: bytes | None) -> bytes:
-    """The id that a client gave, or one of the server.
+    """Return the client's request id, or a new one.
 
-    A client's own goes into logs and back into a header: only if it can do no harm there.
+    The client's id is used only where it is safe in logs and in a response header.
     """
     if given and len(given) <= _ID and all(33 <= byte < 127 for byte in given):
         return given

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 
-from tpeft_deploy.runtime.server.operations.targets import Target
-from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
-from tpeft_deploy.runtime.server.v2.operations import Document
+from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
+from tpeft_deploy.runtime.server.v2.messages import Document, Target
 
 __all__ = ["Statistics", "Tally"]
 
@@ -98,7 +97,7 @@ class Statistics:
     def __init__(self) -> None:
         self._tallies: dict[tuple[str, str, str], dict[str, Tally]] = {}
 
-    def inference(self, observed: Observed) -> None:
+    def inference(self, observed: InferenceEvent) -> None:
         """Count an inference for each version that it ran on."""
         targets, timing = observed.targets, observed.timing
         for target in set(targets) if len(targets) > 1 else targets:

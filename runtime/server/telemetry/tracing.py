@@ -12,7 +12,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from tpeft_deploy.runtime.server.telemetry.inference_events import Observed
+from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 
 __all__ = ["Tracing", "tracing"]
 
@@ -29,7 +29,7 @@ class Tracing:
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 
-    def inference(self, observed: Observed) -> None:
+    def inference(self, observed: InferenceEvent) -> None:
         """The spans of an inference that is over, beneath the caller's own."""
         parent: Context = _PROPAGATOR.extract({"traceparent": observed.traceparent}, context=Context())
         timing = observed.timing

@@ -1,4 +1,4 @@
-"""Bytes that requests hold at once: reserved before they are read, and given back however a request ends."""
+"""Memory and disk budgets: bytes are reserved before a request is read, and released when it ends."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LEAST = 1 << 30
 
 
 class ByteBudget:
-    """Counts what is held by all requests, and by those of each tenant.  Belongs to one thread: the event loop's.
+    """Counts the bytes reserved by all requests and by each tenant; belongs to the event loop's thread.
 
     Args:
-        total: bytes for the whole server.
+        total: bytes for the server.
         per_tenant: bytes for one tenant; None: half of `total`.
-        what: noun for messages.
+        what: noun for error messages.
     """
 
     def __init__(self, total: int, per_tenant: int | None = None, what: str = "bytes in flight") -> None:
@@ -28,24 +28,24 @@ class ByteBudget:
         self.per_tenant = min(total, total // 2 if per_tenant is None else per_tenant)
         self._what = what
         self._used = 0
-        self._of: dict[str, int] = {}  # only of tenants that hold something
-        self._lent: dict[Hold, Callable[[], None]] = {}  # how to end those that others may have, longest first
+        self._of: dict[str, int] = {}  # only tenants with reservations
+        self._lent: dict[Hold, Callable[[], None]] = {}  # reservations that others may reclaim, longest lent first
 
     @property
     def used(self) -> int:
-        """Bytes that are held now."""
+        """Reserved bytes."""
         return self._used
 
     def used_by(self, tenant: str) -> int:
-        """Bytes that a tenant's requests hold now."""
+        """Return the bytes reserved by a tenant."""
         return self._of.get(tenant, 0)
 
     def hold(self, tenant: str) -> Hold:
-        """Empty reservation for one request of a tenant."""
+        """Create an empty reservation for a request."""
         return Hold(self, tenant)
 
     def take(self, tenant: str, size: int, held: int) -> None:
-        """Reserve bytes, or nothing at all; see `Hold.take`."""
+        """Reserve all of `size` bytes or none; see `Hold.take`."""
         mine = self._of.get(tenant, 0)
         if mine + size > self.per_tenant or self._used + size > self.total:
             if not self._reclaim(tenant, size):
@@ -55,7 +55,7 @@ class ByteBudget:
         self._used += size
 
     def give(self, tenant: str, size: int) -> None:
-        """Give back bytes that were taken."""
+        """Release reserved bytes."""
         left = self._of.get(tenant, 0) - size
         if left > 0:
             self._of[tenant] = left
@@ -64,15 +64,15 @@ class ByteBudget:
         self._used -= size
 
     def lend(self, hold: Hold, end: Callable[[], None]) -> None:
-        """Let others have what is held; see `Hold.lend`."""
+        """Make a reservation reclaimable; see `Hold.lend`."""
         self._lent[hold] = end
 
     def keep(self, hold: Hold) -> None:
-        """Lend no longer."""
+        """Make it no longer reclaimable."""
         self._lent.pop(hold, None)
 
     def _reclaim(self, tenant: str, size: int) -> bool:
-        """Take back what is lent until there is room, the tenant's own first; nothing if that would not do."""
+        """Reclaim lent reservations until there is room, the same tenant's first; none if that is not enough."""
         own = [hold for hold in self._lent if hold.tenant == tenant]
         others = [hold for hold in self._lent if hold.tenant != tenant]
         mine = sum(hold.size for hold in own)
@@ -101,7 +101,7 @@ class ByteBudget:
                 fix="Send it again when others were answered.",
                 retry_after=_RETRY_SECONDS,
             )
-        # Nothing of how much others hold.
+        # Do not reveal how much others hold.
         return Unavailable(
             "take a request",
             problem=f"the server holds as many {self._what} as it may",
@@ -110,14 +110,14 @@ class ByteBudget:
 
 
 class Hold:
-    """What one request holds of a budget; given back at the end of a `with` block, or by `close`.
+    """Reservation of one request; released at the end of a `with` block, or by `close`.
 
     Args:
-        budget: where it is taken from.
-        tenant: owner of the request.
+        budget: budget to reserve from.
+        tenant: tenant of the request.
 
     Attributes:
-        size: bytes that it holds.
+        size: reserved bytes.
     """
 
     __slots__ = ("_budget", "_tenant", "size")
@@ -129,61 +129,61 @@ class Hold:
 
     @property
     def tenant(self) -> str:
-        """Owner of the request."""
+        """Tenant of the request."""
         return self._tenant
 
     def take(self, size: int) -> None:
-        """Reserve more bytes, before memory is taken for them.
+        """Reserve more bytes, before memory is allocated.
 
         Raises:
-            TooLarge: the request alone would need more than a tenant may hold.
-            QuotaExceeded: the tenant holds too much.
-            Unavailable: the server does.
+            TooLarge: the request alone exceeds the limit of a tenant.
+            QuotaExceeded: the tenant's limit is reached.
+            Unavailable: the server's limit is reached.
         """
         if size:
             self._budget.take(self._tenant, size, self.size)
             self.size += size
 
     def give(self, size: int) -> None:
-        """Give back some of it."""
+        """Release some bytes."""
         self._budget.give(self._tenant, size)
         self.size -= size
 
     def resize(self, size: int) -> None:
-        """Take or give the difference to what it is to hold; raises as `take` does."""
+        """Reserve or release the difference to `size`; raises as `take` does."""
         if size > self.size:
             self.take(size - self.size)
         elif size < self.size:
             self.give(self.size - size)
 
     def lend(self, end: Callable[[], None]) -> None:
-        """Let other requests have what is held, until `keep`; the longest lent goes first.
+        """Let other requests reclaim this reservation until `keep`; the longest lent goes first.
 
         Args:
-            end: called after it was given back, to end what it was held for.
+            end: called after it was reclaimed, to end its request.
         """
         self._budget.lend(self, end)
 
     def keep(self) -> None:
-        """Lend no longer."""
+        """Make it no longer reclaimable."""
         self._budget.keep(self)
 
     def close(self) -> None:
-        """Give back everything."""
+        """Release all bytes."""
         if self.size:
             self.give(self.size)
 
     def __enter__(self) -> Self:
-        """Return the hold."""
+        """Return the reservation."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give back everything."""
+        """Release all bytes."""
         self.close()
 
 
 def budget_of_bodies(max_body_bytes: int, total: int | None = None, per_tenant: int | None = None) -> ByteBudget:
-    """Budget of bytes in flight; by default room for sixteen of the largest bodies, and 1 GiB at least."""
+    """Create the memory budget (default: sixteen of the largest bodies, at least 1 GiB)."""
     return ByteBudget(max(16 * max_body_bytes, _LEAST) if total is None else total, per_tenant)

@@ -1,4 +1,4 @@
-"""How much each key may do at once."""
+"""Concurrency limit per key."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ _RETRY_SECONDS = 1.0
 
 
 class Concurrency:
-    """Counts what is in progress for each key.  Belongs to one thread: the event loop's.
+    """Counts in-flight requests (or streams) per key; belongs to the event loop's thread.
 
     Args:
-        most: at once for one key.
-        what: noun for messages.
+        most: maximum number in flight per key.
+        what: noun for error messages.
     """
 
     def __init__(self, most: int = 256, what: str = "requests") -> None:
         self._most = most
         self._what = what
-        self._of: dict[str, int] = {}  # only of keys that have something in progress
+        self._of: dict[str, int] = {}  # only keys with requests in flight
 
     def used_by(self, key: str) -> int:
-        """Number in progress for a key."""
+        """Return the number in flight for a key."""
         return self._of.get(key, 0)
 
     def one(self, key: str) -> _One:
-        """One of a key, in progress from now until the end of a `with` block; raises as `enter` does."""
+        """Count one until the end of a `with` block; raises as `enter` does."""
         self.enter(key)
         return _One(self, key)
 
     def enter(self, key: str) -> None:
-        """Begin one of a key.
+        """Count one in flight.
 
         Raises:
-            QuotaExceeded: the key has as many as it may.
+            QuotaExceeded: the key has reached its limit.
         """
         count = self._of.get(key, 0)
         if count >= self._most:
@@ -49,7 +49,7 @@ class Concurrency:
         self._of[key] = count + 1
 
     def leave(self, key: str) -> None:
-        """End one of a key."""
+        """Count one as finished."""
         left = self._of[key] - 1
         if left:
             self._of[key] = left

@@ -1,4 +1,4 @@
-"""What all protocols share to take requests in: budgets of bytes, and threads for what is large."""
+"""Budgets and threads shared by all protocols."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Intake:
-    """Budgets and threads of one server.
+    """Budgets and threads of a server.
 
     Attributes:
-        memory: bytes of bodies, tensors and answers in memory.
-        staging: bytes of unfinished uploads on disk.
-        offload: threads that decompress, decode and encode.
-        requests: in progress for each key.
-        streams: open over gRPC for each key.
-        refused: time that tenants wait for the bytes of refused messages.
+        memory: memory budget for bodies, tensors and answers.
+        staging: disk budget for unfinished uploads.
+        offload: threads for decompressing, decoding and encoding.
+        requests: limit of concurrent requests per key.
+        streams: limit of open gRPC streams per key.
+        refused: delay of tenants that send large refused messages.
     """
 
     memory: ByteBudget = field(default_factory=lambda: ByteBudget(_GIB))

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from tpeft_deploy.errors import Forbidden
 from tpeft_deploy.runtime.server.rest.infer import Receive, Scope, Send
-from tpeft_deploy.runtime.server.rest.responses import Exchanged, told
+from tpeft_deploy.runtime.server.rest.responses import HttpRecord, told
 from tpeft_deploy.runtime.server.settings import is_loopback
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["LocalOnly", "check"]
@@ -31,7 +31,7 @@ class LocalOnly:
     """
 
     def __init__(
-        self, application: Callable[[Scope, Receive, Send], Awaitable[None]], observe: Callable[[Exchange], None]
+        self, application: Callable[[Scope, Receive, Send], Awaitable[None]], observe: Callable[[RequestRecord], None]
     ) -> None:
         self._application = application
         self._observe = observe
@@ -42,10 +42,10 @@ class LocalOnly:
             if scope["type"] == "http":
                 check(scope["headers"])
         except Forbidden as error:
-            exchanged = Exchanged(scope["method"], scope["headers"])
-            await exchanged.send(send, *told(error, exchanged))
-            exchanged.end()
-            self._observe(exchanged)
+            record = HttpRecord(scope["method"], scope["headers"])
+            await record.send(send, *told(error, record))
+            record.end()
+            self._observe(record)
         else:
             await self._application(scope, receive, send)
 

@@ -1,46 +1,84 @@
-"""Requests and answers as the protocols share them: what REST and gRPC translate to and from."""
+"""Protocol-independent inference messages, and the values that REST, gRPC and the operations exchange."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
+from tpeft_deploy.bundle.directory import BASE_TASK
+from tpeft_deploy.runtime.server.tenancy.access import SHARED
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Encoded", "InferRequest", "InferResponse", "LoadParameter", "Parameter"]
+__all__ = [
+    "BASE",
+    "Document",
+    "Encoded",
+    "InferRequest",
+    "InferResponse",
+    "LoadParameter",
+    "Parameter",
+    "Part",
+    "Target",
+]
 
+Document = dict[str, Any]
+"""A JSON object in the field names of the V2 protocol."""
+Part = tuple[str, AsyncIterator[bytes]]
+"""One file of an upload: "weights" or "config", and its bytes as they arrive."""
 Parameter = str | int | float | bool
 
 
-class Encoded(msgspec.Struct, frozen=True):
-    """A file in base64, decoded as it is stored.
+class Target(msgspec.Struct, frozen=True):
+    """The adapter version that a row runs on.
 
     Attributes:
-        text: as it stands in JSON; a view of the request's body.
+        key: the runtime's name of the version.
+        tenant: owner of the task.
+        task: name of the task.
+        version: version number; "1" for the base.
+        digest: SHA-256 of the adapter; "base" for the base model.
+    """
+
+    key: str
+    tenant: str
+    task: str
+    version: str
+    digest: str
+
+
+BASE = Target(BASE_TASK, SHARED, BASE_TASK, "1", BASE_TASK)
+
+
+class Encoded(msgspec.Struct, frozen=True):
+    """A base64 file, decoded while it is stored.
+
+    Attributes:
+        text: base64 text; a view of the request body.
     """
 
     text: memoryview
 
 
 LoadParameter = Parameter | bytes | Encoded
-"""A parameter of a load call; a file is base64 as text, or bytes as they are."""
+"""A parameter of a load call; a file is base64 text (REST) or raw bytes (gRPC)."""
 
 
 class InferRequest(msgspec.Struct, frozen=True):
-    """A V2 inference request, decoded and checked against the protocol but not yet against the model.
+    """A decoded V2 inference request, validated against the protocol but not yet against the model.
 
     Attributes:
         model: name of a task, of `base`, or of the bundle.
-        version: of the task, or one of its aliases; empty: the one it stands for now.
-        id: the client's own, given back.
-        inputs: input name -> array, contiguous or a view of the request's bytes; BYTES are arrays of `bytes` objects,
+        version: version number or alias of the task; empty for the current version.
+        id: request id given by the client; returned in the response.
+        inputs: input name -> array, contiguous or a view of the request body; BYTES are arrays of `bytes` objects,
             BF16 are uint16.
-        outputs: names that are asked for, in order; empty: all.
-        adapter: a task for the whole batch named outside the inputs, by parameter or header; None: not so.
-        timeout: seconds within which an answer is of use; None: always.
-        priority: 0 unless given; requests of a tenant with a smaller one are served first.
-        traceparent: of W3C trace context, as it came; empty: none.
+        outputs: requested output names, in order; empty for all.
+        adapter: task for the whole batch, from a parameter or header; None if not given.
+        timeout: seconds until the request expires; None for no timeout.
+        priority: scheduling priority (default 0); within a tenant, smaller values are served first.
+        traceparent: W3C trace context as received; empty if there is none.
     """
 
     model: str
@@ -55,16 +93,16 @@ class InferRequest(msgspec.Struct, frozen=True):
 
 
 class InferResponse(msgspec.Struct, frozen=True):
-    """The answer.
+    """The response to an inference request.
 
     Attributes:
-        model: the name that was asked for.
-        version: the version that answered; empty where rows had tasks of their own.
-        id: the request's.
-        outputs: output name -> array, in the order asked for, or of the model.
+        model: model name from the request.
+        version: version that ran; empty where the rows have different tasks.
+        id: id from the request.
+        outputs: output name -> array, in the requested order or the model's.
         datatypes: V2 datatype of each output, in the same order.
-        parameters: among them `adapter_digest`, the SHA-256 of the adapter that answered, or one a row joined by
-            commas, "base" for rows without.
+        parameters: response parameters, among them `adapter_digest`: the SHA-256 of the adapter ("base" for none), or
+            one per row, separated by commas.
     """
 
     model: str

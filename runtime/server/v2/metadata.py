@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import Unsupported
-from tpeft_deploy.runtime.server.v2.operations import Document
+from tpeft_deploy.runtime.server.v2.messages import Document
 
 __all__ = ["ADAPTER_INPUT", "DATATYPES", "PLATFORM", "config", "datatype", "metadata"]
 

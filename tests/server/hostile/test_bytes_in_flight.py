@@ -28,7 +28,7 @@ from tpeft_deploy.runtime.server.rest.transport import compression
 from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget, budget_of_bodies
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
-from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 
 MIB = 1 << 20
 INFER = "/v2/models/base/infer"
@@ -121,7 +121,7 @@ class Front:
 @pytest.fixture
 def front(served: Served) -> Iterator[Front]:
     intake = Intake(ByteBudget(8 * MIB, 6 * MIB), ByteBudget(4 * MIB, 3 * MIB))
-    limits = Limits(body_bytes=4 * MIB, json_bytes=MIB, upload_bytes=2 * MIB, json_upload_bytes=MIB)
+    limits = RestLimits(body_bytes=4 * MIB, json_bytes=MIB, upload_bytes=2 * MIB, json_upload_bytes=MIB)
     _, key = served.state.keys.create("acme", "deploy", by="a test")
     own = Front(application(served.service, limits, None, intake), intake, served, key)
     yield own
@@ -200,7 +200,7 @@ def test_what_is_refused_is_not_read(front: Front) -> None:
     huge = {"content-length": "9" * 4000}
     unread = [(INFER, over), (INFER, {"content-length": str(MIB + 1)}), (INFER, head), (INFER, huge)]
     unread += [(UPLOAD, {"content-length": str(4 * MIB)}), (LOAD, {"content-length": str(MIB + 1)})]
-    unread += [("/v2/repository/index", {"content-length": str(Limits().document_bytes + 1)})]
+    unread += [("/v2/repository/index", {"content-length": str(RestLimits().document_bytes + 1)})]
     for path, own in unread:
         found = front.ask(path, [body], own)
         assert (found.status, found.received) == (413, 0), (path, own)

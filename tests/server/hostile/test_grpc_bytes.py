@@ -21,13 +21,13 @@ from tpeft_deploy.errors import ProtocolError, QuotaExceeded, TooLarge
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc import reading
 from tpeft_deploy.runtime.server.rpc.field_limit import join_raw, parse, split_raw
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.messages import raw_response, response_of
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.tenancy.access import Principal
 from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.server.v2.messages import InferResponse
 from tpeft_deploy.tucker import Array
 
@@ -98,11 +98,11 @@ def test_what_is_refused_is_not_received() -> None:
 
     async def test() -> None:
         own, budgets = FakeCore(), intake()
-        servicer = Servicer(own, Limits(), None, budgets)
+        servicer = Servicer(own, RpcLimits(), None, budgets)
         message = infer().SerializeToString()
         assert await answered(servicer, Context(message)) == "OK"
         refused = Context(message)
-        assert await answered(Servicer(Metered(), Limits(), None, budgets), refused) == "RESOURCE_EXHAUSTED"
+        assert await answered(Servicer(Metered(), RpcLimits(), None, budgets), refused) == "RESOURCE_EXHAUSTED"
         assert (refused.reads, refused.trailers) == (0, (("retry-after", "3"),))
         for tenant, size, status in (("acme", 6 * MIB, "RESOURCE_EXHAUSTED"), ("globex", 6 * MIB, "UNAVAILABLE")):
             with budgets.memory.hold(tenant) as used, budgets.memory.hold("third") as rest:
@@ -122,7 +122,7 @@ def test_a_message_that_does_not_come_counts_as_the_largest_and_not_for_ever(mon
 
     async def test() -> None:
         budgets = Intake(ByteBudget(7 * MIB, 6 * MIB))
-        servicer = Servicer(FakeCore(), Limits(message_bytes=4 * MIB), None, budgets)
+        servicer = Servicer(FakeCore(), RpcLimits(message_bytes=4 * MIB), None, budgets)
         slow = Context()
         first = asyncio.create_task(answered(servicer, slow))
         while budgets.memory.used < 4 * MIB:
@@ -135,7 +135,7 @@ def test_a_message_that_does_not_come_counts_as_the_largest_and_not_for_ever(mon
         slow.sent.set()
         assert await first == "OK"
         assert budgets.memory.used == 0
-        hasty = Servicer(FakeCore(), Limits(message_bytes=MIB, read_seconds=0.0), None, budgets)
+        hasty = Servicer(FakeCore(), RpcLimits(message_bytes=MIB, read_seconds=0.0), None, budgets)
         assert await answered(hasty, Context()) == "DEADLINE_EXCEEDED"
         assert await answered(servicer, Context(b"\xff")) == "INVALID_ARGUMENT"
         leaving = Context()
@@ -219,15 +219,15 @@ def test_raw_tensors_are_taken_out_and_put_in_as_protobuf_does(text: bytes, raws
     message.inputs.add(name="raw", shape=[1])
     rest = message.SerializeToString()
     message.raw_input_contents.extend(raws)
-    left, found = split_raw(join_raw(b"", 7, raws) + rest if front else message.SerializeToString(), Limits())
+    left, found = split_raw(join_raw(b"", 7, raws) + rest if front else message.SerializeToString(), RpcLimits())
     assert left == rest
     assert [bytes(raw) for raw in found] == raws
     assert pb.ModelInferRequest.FromString(join_raw(rest, 7, raws)) == message
     for malformed in (b"\x3a\x7f1", b"\x3b", b"\xff" * 12):
         with pytest.raises(ProtocolError):
-            split_raw(malformed, Limits())
+            split_raw(malformed, RpcLimits())
     with pytest.raises(TooLarge):
-        split_raw(bytes(20_000), Limits())
+        split_raw(bytes(20_000), RpcLimits())
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -245,7 +245,7 @@ def test_a_large_raw_answer_is_the_message_it_would_be(streamed: bool) -> None:
 
 
 def test_elements_of_typed_contents_are_counted_on_the_wire() -> None:
-    limits = Limits(typed_elements=1000)
+    limits = RpcLimits(typed_elements=1000)
     for field, value in (("fp32_contents", 1.5), ("int64_contents", 1 << 40), ("bool_contents", True)):
         for count, fits in ((1000, True), (1001, False)):
             message = pb.ModelInferRequest()
@@ -274,6 +274,6 @@ def test_a_text_of_megabytes_is_not_parsed(field: str) -> None:
     message = pb.ModelInferRequest()
     setattr(message, field, "x" * (5 << 20))
     with pytest.raises(TooLarge, match="names and an id"):
-        split_raw(message.SerializeToString(), Limits())
+        split_raw(message.SerializeToString(), RpcLimits())
     setattr(message, field, "x" * 1000)
-    assert split_raw(message.SerializeToString(), Limits())[1] == []
+    assert split_raw(message.SerializeToString(), RpcLimits())[1] == []

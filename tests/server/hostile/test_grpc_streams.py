@@ -18,11 +18,11 @@ from tests.server.rpc_serving import run, talking
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc import reading
-from tpeft_deploy.runtime.server.rpc.limits import Limits
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget, Hold
 from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 
 @settings(max_examples=200, deadline=None)
@@ -98,7 +98,7 @@ def test_idle_streams_cause_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def test() -> None:
         budgets = Intake(ByteBudget(12 * MIB, 8 * MIB))
-        servicer = Servicer(FakeCore(), Limits(message_bytes=2 * MIB), None, budgets)
+        servicer = Servicer(FakeCore(), RpcLimits(message_bytes=2 * MIB), None, budgets)
         streams = []
         for key in ["acme-infer"] * 8 + ["globex-infer"] * 8:
             streams.append(streaming(servicer, key))
@@ -127,7 +127,7 @@ def test_calls_without_a_key_are_in_nobodys_way(monkeypatch: pytest.MonkeyPatch)
 
     async def test() -> None:
         budgets = Intake(ByteBudget(8 * MIB, 8 * MIB))
-        servicer = Servicer(FakeCore(), Limits(message_bytes=2 * MIB), None, budgets)
+        servicer = Servicer(FakeCore(), RpcLimits(message_bytes=2 * MIB), None, budgets)
         silent = [asyncio.create_task(answered(servicer, Context(), "ServerLive")) for _ in range(9)]
         await settle()
         with budgets.memory.hold("acme") as request:
@@ -173,7 +173,7 @@ def test_a_key_has_so_many_streams_and_requests() -> None:
 
 def test_connections_that_say_nothing_end_and_no_more_are_taken_than_may_be() -> None:
     async def test() -> None:
-        async with talking(Limits(connections=4, handshake_seconds=0.3)) as server:
+        async with talking(RpcLimits(connections=4, handshake_seconds=0.3)) as server:
             address = ("127.0.0.1", server.server.port)
             with contextlib.ExitStack() as stack:
                 silent = [stack.enter_context(socket.create_connection(address, timeout=100)) for _ in range(8)]

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from tpeft_deploy.errors import ProtocolError, ServerError, TooLarge
 from tpeft_deploy.runtime.server.rest import infer_json, json_data
-from tpeft_deploy.runtime.server.rest.infer_json import Head, Heads
+from tpeft_deploy.runtime.server.rest.infer_json import Head, InferenceHeaderCache
 from tpeft_deploy.runtime.server.rest.json_data import SMALL, cut_strings
-from tpeft_deploy.runtime.server.v2.limits import Limits
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 
-LIMITS = Limits()
+LIMITS = RestLimits()
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def tiny_pieces() -> Any:
 
 
 def read(text: bytes, *, pieces: bool) -> Head | str:
-    own = Heads(LIMITS)
+    own = InferenceHeaderCache(LIMITS)
     try:
         return own.read_in_pieces("m", text) if pieces else own.read("m", text)
     except ServerError as error:
@@ -104,7 +104,7 @@ def test_no_piece_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     data = np.arange(count).reshape(-1, 2).tolist()
     inputs = [{"name": "x", "datatype": "INT64", "shape": [count // 2, 2], "data": data}]
     text = json.dumps({"inputs": inputs}, separators=(",", ":")).encode()
-    found = Heads(LIMITS).read_in_pieces("m", bytearray(text))
+    found = InferenceHeaderCache(LIMITS).read_in_pieces("m", bytearray(text))
     assert found.inputs[0].elements is not None
     assert np.array_equal(found.inputs[0].elements, np.arange(count))
     assert sum(sizes) == count
@@ -126,7 +126,7 @@ def test_no_piece_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_no_number_of_a_tensor_is_small(text: bytes) -> None:
     with pytest.raises(TooLarge, match=r"262,144 bytes of JSON beside"):
-        Heads(LIMITS).read_in_pieces("m", text)
+        InferenceHeaderCache(LIMITS).read_in_pieces("m", text)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_what_is_no_number_of_a_tensor_is_small(text: bytes) -> None:
 def test_lists_that_do_not_fit_make_nothing_large(shape: list[int], data: bytes) -> None:
     text = b'{"inputs":[{"name":"x","datatype":"INT64","shape":%b,"data":[%b]}]}' % (json.dumps(shape).encode(), data)
     with pytest.raises(ProtocolError):
-        Heads(LIMITS).read_in_pieces("m", text)
+        InferenceHeaderCache(LIMITS).read_in_pieces("m", text)
 
 
 def test_data_elsewhere_is_refused() -> None:
     numbers = b"[" + b"1," * 100_000 + b"1]"
     with pytest.raises(ProtocolError):
-        Heads(LIMITS).read_in_pieces("m", b'{"inputs":[],"parameters":{"data":%b}}' % numbers)
+        InferenceHeaderCache(LIMITS).read_in_pieces("m", b'{"inputs":[],"parameters":{"data":%b}}' % numbers)
 
 
 def test_large_strings_are_cut_out() -> None:

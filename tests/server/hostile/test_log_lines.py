@@ -8,17 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from tpeft_deploy.runtime.server.rest.responses import Exchanged
-from tpeft_deploy.runtime.server.rpc.account import Account
+from tpeft_deploy.runtime.server.rest.responses import HttpRecord
+from tpeft_deploy.runtime.server.rpc.servicer import RpcRecord
 from tpeft_deploy.runtime.server.telemetry.access_log import AccessLog
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 
 LONG = "x" * 5_000_000
 
 
-def line(exchange: Exchange) -> str:
+def line(exchange: RequestRecord) -> str:
     stream = io.StringIO()
     lines = LogLines(stream)
     AccessLog(lines).write(exchange)
@@ -28,27 +28,27 @@ def line(exchange: Exchange) -> str:
 
 @pytest.mark.parametrize("given", [LONG, "two\nlines", "\x1b[31m", "\udce4", "ä", "x" * 129])
 def test_an_id_over_grpc_that_could_do_harm_is_replaced(given: str) -> None:
-    account = Account("ModelInfer", "/inference/ModelInfer", {"x-request-id": given, "traceparent": LONG})
+    account = RpcRecord("ModelInfer", "/inference/ModelInfer", {"x-request-id": given, "traceparent": LONG})
     assert account.request_id.isascii()
     assert len(account.request_id) <= 128
     assert len(account.traceparent) <= 128
     assert account.request_id == account.request_id
-    account.asked(SimpleNamespace(model_name=LONG, id=given))
+    account.describe(SimpleNamespace(model_name=LONG, id=given))
     assert given not in line(account)
     assert len(line(account)) < 1000
 
 
 def test_an_id_over_grpc_that_is_harmless_stays() -> None:
-    account = Account("ModelInfer", "/inference/ModelInfer", {"x-request-id": "outer"})
+    account = RpcRecord("ModelInfer", "/inference/ModelInfer", {"x-request-id": "outer"})
     assert account.request_id == "outer"
-    account.asked(SimpleNamespace(model_name="mood", id="inner"))
+    account.describe(SimpleNamespace(model_name="mood", id="inner"))
     assert json.loads(line(account))["request"] == "inner"
 
 
 def test_every_text_of_a_request_over_http_is_bounded() -> None:
     headers = [(b"x-request-id", LONG.encode()), (b"traceparent", LONG.encode())]
-    exchanged = Exchanged(LONG, headers)
-    exchanged.task = LONG
-    exchanged.caller = Principal(LONG, Role("infer"), LONG)
-    assert len(exchanged.traceparent) <= 128
-    assert len(line(exchanged)) < 2000
+    record = HttpRecord(LONG, headers)
+    record.task = LONG
+    record.caller = Principal(LONG, Role("infer"), LONG)
+    assert len(record.traceparent) <= 128
+    assert len(line(record)) < 2000

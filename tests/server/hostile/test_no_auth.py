@@ -11,9 +11,10 @@ import pytest
 from tests.server.conftest import serve
 from tpeft_deploy import Bundle
 from tpeft_deploy.errors import Conflict
-from tpeft_deploy.runtime.server.operations.service import Options, Service
+from tpeft_deploy.runtime.server.operations.options import Options
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rest.app import application
-from tpeft_deploy.runtime.server.telemetry.request_record import Exchange
+from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.tenancy.access import LOCAL
 from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
 
@@ -21,13 +22,15 @@ from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
 @pytest.fixture(scope="module")
 def service(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     own = serve(conv_bundle, tmp_path_factory.mktemp("local") / "state")
-    yield Service(own.runtime, own.bundle, own.state, own.service._order, Options(authenticate=False))
+    yield Service(own.runtime, own.bundle, own.state, own.service.admin._order, Options(authenticate=False))
     own.runtime.close()
     own.state.close()
 
 
-def asked(service: Service, method: str, path: str, headers: dict[str, str]) -> tuple[httpx.Response, list[Exchange]]:
-    told: list[Exchange] = []
+def asked(
+    service: Service, method: str, path: str, headers: dict[str, str]
+) -> tuple[httpx.Response, list[RequestRecord]]:
+    told: list[RequestRecord] = []
 
     async def main() -> httpx.Response:
         transport = httpx.ASGITransport(LocalOnly(application(service, observe=told.append), told.append))
@@ -105,5 +108,5 @@ def test_no_key_is_created(service: Service) -> None:
     assert answer.status_code == 409
     assert "--no-auth" in answer.json()["error"]
     with pytest.raises(Conflict):
-        asyncio.run(service.create_key(LOCAL, "evil", "admin"))
+        asyncio.run(service.admin.create_key(LOCAL, "evil", "admin"))
     assert service._state.keys.list(None) == []

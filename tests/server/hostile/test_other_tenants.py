@@ -69,7 +69,7 @@ def test_no_answer_names_another_tenants_things(served: Served, others: list[Ada
         *(lambda: service.server_metadata(acme), lambda: service.task(acme, "same")),
         *(lambda: service.model_metadata(acme, "same"), lambda: service.model_config(acme, "same")),
         *(lambda: service.history(acme, "same", "current"), lambda: service.task(acme, "same", MARK[:5])),
-        *(lambda: service.metrics(acme), lambda: service.audit(acme), lambda: service.tenants(acme)),
+        *(lambda: service.admin.metrics(acme), lambda: service.admin.audit(acme), lambda: service.admin.tenants(acme)),
     ]
     assert not [text for text in map(told, reads) if MARK in text]
     # What exists with another is answered as what exists nowhere.

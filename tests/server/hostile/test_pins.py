@@ -93,7 +93,7 @@ def test_a_tenant_pins_as_many_as_its_quota_says_however_it_asks(
 
 
 def used(own: Served) -> Any:
-    return asyncio.run(own.service.tenants(own.who("root", "admin")))
+    return asyncio.run(own.service.admin.tenants(own.who("root", "admin")))
 
 
 def test_pins_leave_rows_for_those_that_have_none(small: Served, pins: Callable[..., list[str]]) -> None:

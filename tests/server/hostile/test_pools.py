@@ -44,11 +44,11 @@ def test_blocked_uploads_stop_neither_revocation_nor_metrics_nor_the_end(
             while not begun.acquire(blocking=False):
                 await asyncio.sleep(0.002)
         assert service.authenticate(f"Bearer {key}").tenant == "acme"
-        await service.revoke_key(admin, record.id)
+        await service.admin.revoke_key(admin, record.id)
         with pytest.raises(Unauthenticated):
             service.authenticate(f"Bearer {key}")
-        assert await service.metrics(admin) == b""
-        assert (await service.audit(admin, 1))[0]["action"]
+        assert await service.admin.metrics(admin) == b""
+        assert (await service.admin.audit(admin, 1))[0]["action"]
         for one in uploads:
             one.cancel()
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Stopping the work for clients that went away."""
+"""Cancellation of requests whose client disconnected."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
-__all__ = ["Left", "Watch"]
+__all__ = ["ClientLeft", "Watch"]
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
-class Left(Exception):
-    """The client went away."""
+class ClientLeft(Exception):
+    """The client disconnected."""
 
 
 class _Waiting:
-    """A request that is waited for; `watching` once somebody looks whether its client is still there."""
+    """A pending request; `watching` is set once its connection is watched."""
 
     __slots__ = ("is_old", "left", "receive", "task", "watching")
 
@@ -36,13 +36,13 @@ class _Waiting:
 
 
 class Watch:
-    """Looks after all requests of one event loop that are waited for.
+    """Cancels pending requests of one event loop whose client disconnects.
 
-    A task that only waits for a client to leave costs as much as a fast answer, which is there before stopping it
-    would save anything: so only requests that have waited for a while have one.
+    Watching a connection takes a task, which costs as much as a fast answer; so only requests that have been pending
+    for a while are watched.
 
     Args:
-        patience: seconds, once to twice which a request waits without being watched.
+        patience: a request is watched once it has been pending for one to two times as many seconds.
     """
 
     def __init__(self, patience: float = 0.02) -> None:
@@ -50,16 +50,16 @@ class Watch:
         self._waiting: set[_Waiting] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    async def unless_left(self, work: Awaitable[T], receive: Receive) -> T:
-        """The result of some work, which is cancelled when the client goes away.
+    async def cancel_on_disconnect(self, work: Awaitable[T], receive: Receive) -> T:
+        """Await some work, and cancel it when the client disconnects.
 
         Raises:
-            Left: it did.
+            ClientLeft: the client disconnected.
         """
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
         if task is None:
-            raise RuntimeError("nobody to cancel: this is called from a task")
+            raise RuntimeError("expected to be called from a task")
         own = _Waiting(task, receive)
         self._waiting.add(own)
         if self._timer is None:
@@ -68,7 +68,7 @@ class Watch:
             return await work
         except asyncio.CancelledError:
             if own.left and task.uncancel() == 0:
-                raise Left from None
+                raise ClientLeft from None
             raise
         finally:
             self._waiting.discard(own)

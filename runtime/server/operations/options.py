@@ -1,0 +1,48 @@
+"""Configuration of the operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tpeft_deploy.runtime import Limits
+from tpeft_deploy.runtime.server.isolation.pool import Reader
+from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Configuration of `Service`.
+
+    Attributes:
+        limits: limits of batching.
+        authenticate: whether requests need a key.
+        max_upload_bytes: maximum size of one upload.
+        reader: reads the files of uploads (default: in this process, without limits).
+        max_folded: maximum number of pinned versions with a folded session, over all tenants.
+        metrics: renders the metrics; blocks.
+        metrics_for_all: whether any key may read the metrics.
+        changes_per_s: changes per second that one key may make.
+        audit_days: days that audit entries are kept.
+        audit_rows: number of audit entries that are kept.
+        observe: receives each inference event, on the event loop, shortly after the inference.
+        forget: receives tenant and name of each deleted task.
+        pools: threads for blocking work.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    authenticate: bool = True
+    max_upload_bytes: int = 2**30
+    reader: Reader | None = None
+    max_folded: int = 8
+    metrics: Callable[[], bytes] = lambda: b""
+    metrics_for_all: bool = False
+    changes_per_s: float | None = None
+    audit_days: float | None = None
+    audit_rows: int | None = None
+    observe: Callable[[InferenceEvent], None] = lambda _: None
+    forget: Callable[[str, str], None] = lambda _tenant, _task: None
+    pools: Pools = field(default_factory=Pools)
