@@ -23,7 +23,7 @@ from benchmarks.gpu_fixed import Fixed, Place
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.adapters.bank import Bank, Layout, widened
 from tpeft_deploy.runtime.sessions import providers
-from tpeft_deploy.runtime.sessions.open_banked import computes_in_half
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Cuda
 from tpeft_deploy.tucker import Array
 
@@ -110,7 +110,7 @@ def main(path: Path, optimised: Path) -> None:
     """Print what is found of each form."""
     choice, log, bundle = providers.choose("cuda"), Log(), Bundle.open(path)
     place = Place(path, choice, 0.0)
-    half = computes_in_half(bundle.manifest, choice)
+    half = SessionFactory.of(bundle.manifest, choice).half
     inputs, bank = batch(bundle), bank_of(bundle)
     found: dict[str, Any] = {}
     for form in FORMS:
