@@ -24,6 +24,7 @@ import onnxruntime
 
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.folding import merge
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.plain import Plain
 from tpeft_deploy.runtime.sessions.providers import choose
 
@@ -92,7 +93,7 @@ def folded(bundle: Bundle, task: str, made: onnxruntime.SessionOptions) -> tuple
 
 def each(bundle: Bundle, task: str, number: int, place: Path) -> tuple[Run, object]:
     """As it is: every session packs all weights."""
-    plain = merge.fold(bundle, bundle.adapter(task), choose("cpu"), threads=1)
+    plain = merge.fold(bundle, bundle.adapter(task), SessionFactory(choose("cpu"), threads=1))
     return plain.run, plain
 
 
@@ -104,7 +105,7 @@ def unpacked(bundle: Bundle, task: str, number: int, place: Path) -> tuple[Run, 
 
 def shared(bundle: Bundle, task: str, number: int, place: Path) -> tuple[Run, object]:
     """On one packed copy of what no task changes."""
-    plain = merge.fold(bundle, bundle.adapter(task), choose("cpu"), threads=1, place=place)
+    plain = merge.fold(bundle, bundle.adapter(task), SessionFactory(choose("cpu"), threads=1), place=place)
     return plain.run, plain
 
 
@@ -158,7 +159,7 @@ def measure(way: str, path: Path, tasks: list[str], place: Path) -> dict[str, fl
         anonymous.append(after[0] - before[0])
         mapped.append(after[1] - before[1])
     assert run is not None
-    run_base = Plain(path / "base.onnx", choose("cpu"), threads=1).run
+    run_base = Plain(path / "base.onnx", SessionFactory(choose("cpu"), threads=1)).run
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(RUNS):
         for call, spent in zip((run_base, run), times, strict=True):

@@ -17,6 +17,7 @@ from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.runtime.adapters.bank import Bank, Layout, Rows
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured, Policy
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.plain import Plain
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda, open_session
 from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
@@ -92,8 +93,8 @@ def recorded_answers(place: Place) -> Report:
     """Recorded runs at several shapes, on rows that are written and banks that change, against the CPU."""
     report, bundle = Report(), Bundle.open(place.path / "encoder")
     model, manifest = bundle.path / graph_of(bundle, place.choice.device), bundle.manifest
-    plain, (on_cpu, _) = Session(bundle.path / "banked.onnx", CPU), bank_of(bundle, 3, "cpu")
-    recorded = Captured(model, place.choice, manifest, buckets=Buckets(manifest, lengths=[16, 64]))
+    plain, (on_cpu, _) = Session(bundle.path / "banked.onnx", SessionFactory(CPU)), bank_of(bundle, 3, "cpu")
+    recorded = Captured(model, SessionFactory(place.choice), manifest, buckets=Buckets(manifest, lengths=[16, 64]))
     worst = 0.0
     for generation in range(2):
         bank, _ = bank_of(bundle, 3, place.choice.device)
@@ -154,8 +155,11 @@ def served_rows(place: Place) -> Report:
     report, bundle = Report(), Bundle.open(place.path / "encoder")
     bank, _ = bank_of(bundle, ROWS, place.choice.device)
     inputs, each, file = tokens(ROWS), np.arange(1, ROWS + 1), bundle.path / graph_of(bundle, place.choice.device)
-    base, plain = Plain(bundle.path / "base.onnx", place.choice), Session(file, place.choice)
-    recorded = Captured(file, place.choice, bundle.manifest)
+    base, plain = (
+        Plain(bundle.path / "base.onnx", SessionFactory(place.choice)),
+        Session(file, SessionFactory(place.choice)),
+    )
+    recorded = Captured(file, SessionFactory(place.choice), bundle.manifest)
     calls: dict[str, Callable[[], object]] = {
         "base": lambda: base.run(inputs),
         "32 adapters": lambda: plain.run(bank, inputs, each),
@@ -230,14 +234,16 @@ def recording_among_others(place: Place) -> Report:
     """Recording while other threads write rows and run sessions of their own: does either spoil the other?"""
     report, bundle = Report(), Bundle.open(place.path / "encoder")
     bank, rows = bank_of(bundle, 3, place.choice.device)
-    recorded = Captured(bundle.path / graph_of(bundle, place.choice.device), place.choice, bundle.manifest)
+    recorded = Captured(
+        bundle.path / graph_of(bundle, place.choice.device), SessionFactory(place.choice), bundle.manifest
+    )
     failures: list[str] = []
 
     def write() -> None:
         bank.write(3, rows[0])
 
     def fold() -> None:
-        Plain(bundle.path / "base.onnx", place.choice).run(tokens(2))
+        Plain(bundle.path / "base.onnx", SessionFactory(place.choice)).run(tokens(2))
 
     with _meanwhile(write, failures), _meanwhile(fold, failures):
         for length in range(8, 24):

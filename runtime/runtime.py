@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -18,9 +17,9 @@ import onnxruntime
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import fit
-from tpeft_deploy.bundle.directory import BANKED_CUDA, BASE_TASK, Bundle, check_task
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle, check_task
 from tpeft_deploy.bundle.manifest import Port
-from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError, UnknownTask
+from tpeft_deploy.errors import AdapterError, InputError, RunError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.bank import Layout
@@ -35,12 +34,14 @@ from tpeft_deploy.runtime.batching.stats import Figures
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.batching.worker import Batcher
 from tpeft_deploy.runtime.engine import Engine, Outputs
+from tpeft_deploy.runtime.folding.compare import differs
 from tpeft_deploy.runtime.folding.manager import Folds
-from tpeft_deploy.runtime.folding.probing import differs
+from tpeft_deploy.runtime.pins import Pins
 from tpeft_deploy.runtime.private_copy import PrivateCopy
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured
-from tpeft_deploy.runtime.sessions.open_banked import banked_file, computes_in_half, files_to_serve, open_banked
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import Cuda, choose
+from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs, open_banked
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Runtime"]
@@ -107,19 +108,17 @@ class Runtime:
         # Resolved, as tasks are read later, wherever the process has gone.
         self._bundle = Bundle.open(Path(bundle).resolve())
         self._manifest = self._bundle.manifest
-        half = computes_in_half(self._manifest, choice)
         cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs)
-        copy = PrivateCopy(self._bundle, files_to_serve(self._manifest, choice) if own_copy else [])
+        sessions = SessionFactory.of(self._manifest, choice, threads=threads, cuda=cuda)
+        graphs = ServedGraphs.on(sessions.device, self._manifest)
+        copy = PrivateCopy(self._bundle, graphs.files if own_copy else [])
         self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
-        self._pinned: dict[str, bool] = {}  # task, whatever it stands for -> whether it is to be folded too
-        self._pinning = threading.Lock()  # what `_pinned` says and what is done about it change together
         with ExitStack() as failed:  # not left to the collector: the exception refers to this object
             failed.callback(self._release)
             if not own_copy:
                 self._bundle.check_file("weights.data")
             self._base = copy.bundle if own_copy else self._bundle
-            file = banked_file(self._manifest, choice)
-            self._layout = Layout.of(self._base, self._manifest.packing if file == BANKED_CUDA else ())
+            self._layout = Layout.of(self._base, graphs.packing)
             self._tiers = Tiers(
                 self._layout,
                 self._lay_out,
@@ -129,10 +128,9 @@ class Runtime:
                 pinned_share=pinned_share,
             )
             self._catalogue = Catalogue(self._bundle, self._retire)
-            self._folds = Folds(
-                self._base, choice, threads, half, self._banked_answer, cuda=cuda, place=copy.path, budget=folded_bytes
-            )
-            self._session, remark = open_banked(self._base, choice, threads=threads, half=half, cuda=cuda)
+            self._folds = Folds(self._base, sessions, self._banked_answer, place=copy.path, budget=folded_bytes)
+            self._pins = Pins(self._catalogue, self._tiers, self._folds)
+            self._session, remark = open_banked(self._base, graphs, sessions)
             if remark:
                 self.provider_reason += f"; {remark}"
             self._engine = Engine(self._manifest, self._session, self._tiers, self._folds, self._bundle.sizes(None))
@@ -190,8 +188,7 @@ class Runtime:
 
     def pins(self) -> dict[str, bool]:
         """The tasks that are pinned, and whether each is to have a session of its own."""
-        with self._pinning:
-            return dict(self._pinned)
+        return self._pins.all()
 
     def batching(self) -> Figures:
         """What `infer` has joined and refused so far, and what waits."""
@@ -347,10 +344,10 @@ class Runtime:
         served = False
         try:
             with self._tiers.using([version]):
-                self._keep(task, version)
+                self._pins.apply(task, version)
                 self._catalogue.put({task: version})
                 served = True
-                self._keep(task, version)  # somebody may have pinned it meanwhile, or not any more
+                self._pins.apply(task, version)  # it may have been pinned or unpinned meanwhile
         except BaseException:
             if not served:
                 self._retire(version)  # else it would stay, pinned for a task that never stood for it
@@ -375,9 +372,7 @@ class Runtime:
         found = {task: Version(task, source.digest, source.read) for task, source in sources.items()}
         changed = self._catalogue.changed(found)
         self._catalogue.put(changed)
-        for task in self._pinned.keys() & changed.keys():
-            with self._tiers.using([changed[task]]):
-                self._keep(task, changed[task])
+        self._pins.apply_changed(changed)
 
     def forget(self, tasks: Iterable[str]) -> None:
         """`unload` of several: all of them or, where one is unknown, none.
@@ -387,8 +382,7 @@ class Runtime:
         """
         names = list(tasks)
         self._catalogue.remove(names)
-        for task in names:
-            self._pinned.pop(task, None)
+        self._pins.forget(names)
 
     def probe(self, task: str) -> bool:
         """Whether a task answers differently from the base on the bundle's own example.
@@ -397,7 +391,7 @@ class Runtime:
             UnknownTask: there is no such task.
             AdapterError, BundleError, CapacityError: it cannot be served, or an output is not finite.
         """
-        version = self._version(task, "probe")
+        version = self._catalogue.adapter(task, "probe")
         example = requests.check_inputs(self._manifest, self._base.example())
         # Both from the bank: a session of its own rounds otherwise.
         base = self._engine.run_banked(example, None)
@@ -432,16 +426,7 @@ class Runtime:
             CapacityError: it does not fit into the budget beside those that are pinned.
             AdapterError, RunError: it cannot be folded; it stays pinned on the bank.
         """
-        version = self._version(task, "pin")
-        with self._tiers.using([version]), self._pinning:
-            self._tiers.pin(version, True)
-            self._pinned[task] = folded
-        # Not while the row is in use: the fold may come after one that waits for rows.
-        try:
-            self._keep(task, self._version(task, "pin"))  # what the task stands for now
-        except TpeftError:
-            self._pinned[task] = False
-            raise
+        self._pins.pin(task, folded=folded)
 
     def unpin(self, task: str) -> None:
         """Let a task leave the device again when others need room, and its own session at once.
@@ -449,10 +434,7 @@ class Runtime:
         Raises:
             UnknownTask: there is no such task, or it is the base.
         """
-        self._version(task, "unpin")
-        with self._pinning:
-            self._pinned.pop(task, None)
-            self._let_go(self._version(task, "unpin"))
+        self._pins.unpin(task)
 
     def prefetch(self, tasks: Iterable[Task]) -> Future[None]:
         """Begin to bring tasks to the device in the background.
@@ -509,29 +491,7 @@ class Runtime:
             if self._tiers.full:
                 _log.info("%d of %d tasks fit on the device at once", self.usage()["rows_taken"], len(self.tasks))
                 return
-            self._holder.bring([self._version(task, "load")])
-
-    def _version(self, task: str, verb: str) -> Version:
-        version = self._catalogue.find(task, doing=f"{verb} task {task!r}")
-        if version is None:
-            raise UnknownTask(f"{verb} task {task!r}", expected="a task with an adapter", got="the base, always there")
-        return version
-
-    def _keep(self, task: str, version: Version) -> None:
-        """Pin a version, and fold it, if that is what its task was told to be; else let it go."""
-        with self._pinning:
-            folded = self._pinned.get(task)
-            if folded is None:
-                self._let_go(version)
-                return
-            self._tiers.pin(version, True)
-            job = self._folds.keep(version) if folded else None
-        if job is not None:
-            job.result()
-
-    def _let_go(self, version: Version) -> None:
-        self._tiers.pin(version, False)
-        self._folds.drop(version)
+            self._holder.bring([self._catalogue.adapter(task, "load")])
 
     def _retire(self, version: Version) -> None:
         self._tiers.retire(version)  # first: whoever folds it looks at this last

@@ -67,6 +67,21 @@ class Catalogue:
             fix="Use tasks=[...] for one task per row.",
         )
 
+    def adapter(self, task: str, verb: str) -> Version:
+        """Return the version of a task that has an adapter.
+
+        Args:
+            task: name of a task.
+            verb: begins the message of errors.
+
+        Raises:
+            UnknownTask: there is no such task, or it is the base.
+        """
+        version = self.find(task, doing=f"{verb} task {task!r}")
+        if version is None:
+            raise UnknownTask(f"{verb} task {task!r}", expected="a task with an adapter", got="the base, always there")
+        return version
+
     def put(self, versions: Mapping[str, Version]) -> None:
         """Let tasks stand for versions; earlier ones go when nobody uses them."""
         with self._lock:

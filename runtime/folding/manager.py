@@ -11,16 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.errors import RunError, TpeftError
 from tpeft_deploy.runtime.adapters.version import Version
-from tpeft_deploy.runtime.folding import merge
+from tpeft_deploy.runtime.folding import compare, merge
 from tpeft_deploy.runtime.folding.hotness import Heat
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.plain import Plain
-from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda
+from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Answer", "Folds"]
@@ -37,11 +37,8 @@ class Folds:
 
     Args:
         bundle: its base.onnx and weights.data, whose digests were checked.
-        choice: the device.
-        threads: intra-op threads of each session.
-        half: whether the model computes in 16 bits.
+        sessions: makes the sessions; none of them is recorded as a CUDA graph.
         answer: what the bank answers to inputs for a version.
-        cuda: what each session may do on CUDA; none of them is recorded as a graph.
         place: a directory of this process for packed copies of the base, which folds on the CPU share.
         budget: bytes of memory for the sessions of versions that nobody asked to fold, those that most rows go to.
     """
@@ -49,25 +46,19 @@ class Folds:
     def __init__(
         self,
         bundle: Bundle,
-        choice: Choice,
-        threads: int | None,
-        half: bool,
+        sessions: SessionFactory,
         answer: Answer,
         *,
-        cuda: Cuda,
         place: Path,
         budget: int = 0,
     ) -> None:
         self._bundle = bundle
-        self._choice = choice
-        self._threads = threads
-        self._half = half
+        self._factory = sessions.with_cuda(graphs=False)
         self._answer = answer
         self._lock = threading.Lock()
         self._jobs: dict[Version | None, Future[None]] = {}
         self._sessions: Mapping[Version | None, Plain] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tpeft-fold")
-        self._cuda = replace(cuda, graphs=False)
         self._place = place
         # Two of every weight, as it is and packed, until a version's adapter was read and says it better.
         most = 2 * sum(weight.length for weight in bundle.manifest.weights.values())
@@ -171,7 +162,7 @@ class Folds:
                 fix="It goes on being served from the bank.",
             ) from error
         inputs = self._bundle.example()
-        off = merge.prove(session, self._bundle.manifest, inputs, self._answer(inputs, version), task=name)
+        off = compare.prove(session, self._bundle.manifest, inputs, self._answer(inputs, version), task=name)
         with self._lock:
             if version in self._jobs and (version is None or version.current):
                 self._sessions = {**self._sessions, version: session}
@@ -185,18 +176,10 @@ class Folds:
     def _open(self, version: Version | None) -> Plain:
         if version is None:
             file = self._bundle.check_file("base.onnx")
-            return Plain(file, self._choice, threads=self._threads, half=self._half, cuda=self._cuda)
+            return Plain(file, self._factory)
         adapter = version.read()
-        self._costs[version] = merge.cost(self._bundle, adapter, shared=self._choice.device == "cpu")
-        return merge.fold(
-            self._bundle,
-            adapter,
-            self._choice,
-            threads=self._threads,
-            half=self._half,
-            place=self._place,
-            cuda=self._cuda,
-        )
+        self._costs[version] = merge.cost(self._bundle, adapter, shared=self._factory.device == "cpu")
+        return merge.fold(self._bundle, adapter, self._factory, place=self._place)
 
     def _report(self, version: Version | None, job: Future[None]) -> None:
         if job.cancelled():

@@ -9,24 +9,21 @@ One folded session holds the changed weights, and what ONNX Runtime packs of all
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.directory import Bundle
-from tpeft_deploy.bundle.manifest import Manifest
-from tpeft_deploy.bundle.tolerances import LIMIT, LIMITS
-from tpeft_deploy.errors import AdapterError, RunError, ShapeError
+from tpeft_deploy.errors import AdapterError, ShapeError
 from tpeft_deploy.runtime.folding.prepacked import packed_copy
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.plain import Plain
-from tpeft_deploy.runtime.sessions.providers import Choice, Cuda
 from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array
 
-__all__ = ["agree", "cost", "fold", "limit_of", "prove", "to_bfloat16", "weights"]
+__all__ = ["cost", "fold", "to_bfloat16", "weights"]
 
 BASE = "base.onnx"
 
@@ -49,39 +46,25 @@ def weights(bundle: Bundle, adapter: Adapter) -> dict[str, Array]:
     return dict(_merged(bundle, _checked(bundle, adapter)))
 
 
-def fold(
-    bundle: Bundle,
-    adapter: Adapter,
-    choice: Choice,
-    *,
-    threads: int | None = None,
-    half: bool | None = None,
-    place: Path | None = None,
-    cuda: Cuda | None = None,
-) -> Plain:
+def fold(bundle: Bundle, adapter: Adapter, sessions: SessionFactory, *, place: Path | None = None) -> Plain:
     """A session of the base with an adapter merged into its weights.
 
     Args:
         bundle: its base.onnx and weights.data, whose digests the caller has checked.
         adapter: for it.
-        choice: the device, from `providers.choose`.
-        threads: intra-op threads; by default one per core.
-        half: whether the model computes in 16 bits; by default, by the dtypes of the base's weights.
+        sessions: makes the session; from `SessionFactory.of` the bundle's manifest.
         place: a directory of this process for copies of the base with packed weights, which folds that change the same
             weights share on the CPU (see `packed`); without one, each session packs all weights for itself.
-        cuda: what the session may do on CUDA.
 
     Raises:
         AdapterError: as `weights`.
         ProviderUnavailable: as `Plain`.
     """
-    if half is None:
-        half = any(weight.dtype == "float16" for weight in bundle.manifest.weights.values())
     changed = weights(bundle, adapter)
     model = bundle.path / BASE
-    if place is not None and choice.device == "cpu":
-        model = packed_copy(model, changed, place, threads=threads)
-    return Plain(model, choice, threads=threads, half=half, initializers=changed, cuda=cuda)
+    if place is not None and sessions.device == "cpu":
+        model = packed_copy(model, changed, place, threads=sessions.threads)
+    return Plain(model, sessions, initializers=changed)
 
 
 def cost(bundle: Bundle, adapter: Adapter, *, shared: bool) -> int:
@@ -101,55 +84,6 @@ def cost(bundle: Bundle, adapter: Adapter, *, shared: bool) -> int:
         blocked = len(weight.shape) > 2
         total += weight.length * (2 if blocked or name in changed else 0 if shared else 1)
     return total
-
-
-def limit_of(manifest: Manifest) -> float:
-    """How far two forms of one task may be apart: each is held to half of it against the merged model."""
-    if manifest.rounding is not None:
-        return 2 * max(manifest.rounding.limits.values(), default=LIMIT)
-    dtypes = {weight.dtype for weight in manifest.weights.values()}
-    narrow = [limit for dtype, limit in LIMITS.items() if dtype in dtypes]
-    return 2 * max([*narrow, manifest.tolerance or LIMIT])
-
-
-def agree(answer: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
-    """The relative L2 error ||answer - expected|| / ||expected|| of the worst output.
-
-    Infinite where an output is missing, has another shape, or holds what is no number in one answer alone.
-    """
-    worst = 0.0 if set(answer) == set(expected) else math.inf
-    for name in set(answer) & set(expected):
-        worst = max(worst, _error(answer[name], expected[name]))
-    return worst
-
-
-def prove(
-    plain: Plain, manifest: Manifest, inputs: Mapping[str, Array], expected: Mapping[str, Array], *, task: str
-) -> float:
-    """Compare a folded session with another form's answer before it takes over.
-
-    Args:
-        plain: from `fold`.
-        manifest: of its bundle.
-        inputs: of `Bundle.example`, or others.
-        expected: output name -> the task's answer to `inputs`, at the task's own sizes.
-        task: for the message.
-
-    Returns:
-        The relative error.
-
-    Raises:
-        RunError: they differ by more than `limit_of` the bundle; the session must not be used.
-    """
-    error, limit = agree(plain.run(inputs), expected), limit_of(manifest)
-    if not error <= limit:
-        raise RunError(
-            f"fold task {task!r}",
-            expected=f"the answer of the banked graph, up to a relative error of {limit:g}",
-            got=f"one with {error:.2e}",
-            fix="It goes on being served from the bank; please report the model.",
-        )
-    return error
 
 
 def to_bfloat16(array: Array) -> Array:
@@ -205,19 +139,3 @@ def _cast(bundle: Bundle, adapter: Adapter, name: str, value: Array) -> Array:
             fix="Serve it with a float32 base.",
         )
     return result
-
-
-def _error(answer: Array, expected: Array) -> float:
-    if answer.shape != expected.shape:
-        return math.inf
-    if expected.dtype.kind != "f":
-        return 0.0 if np.array_equal(answer, expected) else math.inf
-    # What is infinite or NaN in both, such as a mask's, must be so at the same places.
-    finite = np.isfinite(expected)
-    if not np.array_equal(answer[~finite], expected[~finite], equal_nan=True):
-        return math.inf
-    wanted = expected[finite].astype(np.float64)
-    difference = float(np.linalg.norm(answer[finite].astype(np.float64) - wanted))
-    size = float(np.linalg.norm(wanted))
-    error = difference / size if size else difference
-    return error if math.isfinite(error) else math.inf

@@ -21,7 +21,8 @@ from pathlib import Path
 import onnxruntime
 
 from tpeft_deploy.runtime.sessions import onnx_bytes
-from tpeft_deploy.runtime.sessions.providers import Choice, open_session
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
+from tpeft_deploy.runtime.sessions.providers import Choice
 
 __all__ = ["packed_copy"]
 
@@ -74,14 +75,8 @@ def _write(model: Path, changed: Collection[str], place: Path, threads: int | No
     ):
         options.add_session_config_entry(entry, value)
     # half: without blocked layouts, which convolutions with changed weights could not join any more.
-    open_session(
-        model,
-        Choice("cpu", "weights are packed for it"),
-        threads=threads,
-        half=True,
-        content=onnx_bytes.hidden(content, free),
-        options=options,
-    )
+    sessions = SessionFactory(Choice("cpu", "weights are packed for it"), threads, half=True)
+    sessions.open(model, content=onnx_bytes.hidden(content, free), options=options)
     saved = place / _GRAPH
     tensors = {name: found[name] for name in changed}
     saved.write_bytes(onnx_bytes.shown(saved.read_bytes(), tensors, _NOWHERE))

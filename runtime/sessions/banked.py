@@ -12,7 +12,8 @@ from tpeft_deploy.bundle import slots
 from tpeft_deploy.errors import RunError
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters.bank import Bank
-from tpeft_deploy.runtime.sessions.providers import Choice, Cuda, bind, open_session
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
+from tpeft_deploy.runtime.sessions.providers import bind
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Session", "check_index"]
@@ -22,24 +23,13 @@ class Session:
     """A banked graph on one device.
 
     Args:
-        model: the ONNX file.
-        choice: the device, from `providers.choose`.
-        threads: intra-op threads; by default one per core.
-        half: whether the model computes in 16 bits.
-        cuda: what it may do on CUDA.
+        model: ONNX file.
+        sessions: makes the session.
     """
 
-    def __init__(
-        self,
-        model: Path,
-        choice: Choice,
-        *,
-        threads: int | None = None,
-        half: bool = False,
-        cuda: Cuda | None = None,
-    ) -> None:
-        self._session = open_session(model, choice, threads=threads, half=half, cuda=cuda or Cuda())
-        self._device = choice.device
+    def __init__(self, model: Path, sessions: SessionFactory) -> None:
+        self._session = sessions.open(model)
+        self._device = sessions.device
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(

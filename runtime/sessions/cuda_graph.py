@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,15 +24,13 @@ from tpeft_deploy.errors import RunError
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.runtime.sessions.banked import check_index
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import (
     GRAPH_ID,
     ORT_ERRORS,
-    Choice,
-    Cuda,
     bind,
     control_flow,
     nodes_on_cpu,
-    open_session,
 )
 from tpeft_deploy.runtime.sessions.shape_buckets import Bucket, Buckets, Recent
 from tpeft_deploy.tucker import Array
@@ -100,14 +98,11 @@ class Captured:
     fails all the same, the request is answered by a plain run of a fresh session.
 
     Args:
-        model: the ONNX file.
-        choice: the device, from `providers.choose`.
-        manifest: of the bundle.
-        buckets: the shapes to fill up to; by default rows alone, up to 64.
+        model: ONNX file.
+        sessions: opens the session, again whenever its recordings have to go.
+        manifest: inputs and outputs of the bundle.
+        buckets: shapes to fill up to; by default rows alone, up to 64.
         policy: how many shapes are kept.
-        threads: intra-op threads; by default one per core.
-        half: whether the model computes in 16 bits.
-        memory_bytes: what the session's arena may take on CUDA.
 
     Raises:
         ProviderUnavailable: the session came up without CUDA although CUDA was chosen.
@@ -117,20 +112,17 @@ class Captured:
     def __init__(
         self,
         model: Path,
-        choice: Choice,
+        sessions: SessionFactory,
         manifest: Manifest,
         *,
         buckets: Buckets | None = None,
         policy: Policy | None = None,
-        threads: int | None = None,
-        half: bool = False,
-        memory_bytes: int | None = None,
     ) -> None:
-        self._model, self._choice, self._threads, self._half = model, choice, threads, half
+        self._model = model
         self._buckets = Buckets(manifest) if buckets is None else buckets
         self._policy = Policy() if policy is None else policy
-        self._records = choice.device == "cuda"
-        self._cuda = Cuda(memory_bytes=memory_bytes, graphs=self._records)
+        self._records = sessions.device == "cuda"
+        self._sessions = sessions.with_cuda(graphs=self._records)
         self._shapes: Recent[Bucket, _Shape] = Recent(self._policy.buckets, self._release)
         self._bank: HasValues | None = None
         self._replaced: weakref.WeakSet[HasValues] = weakref.WeakSet()
@@ -138,7 +130,7 @@ class Captured:
         self._recordings = 0
         self._failures = 0  # in a row
         self._failed: Recent[Bucket, int] = Recent(64)  # failures of shapes
-        self._device = device_lock.using(choice.device)
+        self._device = device_lock.using(sessions.device)
         # Graphs, streams and handles belong to the thread that made them.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tpeft-captured")
         self._session: onnxruntime.InferenceSession | None = None
@@ -191,7 +183,7 @@ class Captured:
 
     def _open(self) -> onnxruntime.InferenceSession:
         try:
-            session = self._opened(self._choice, self._cuda)
+            session = self._sessions.open(self._model)
         except (RuntimeError, *ORT_ERRORS) as error:
             if not self._records:
                 raise
@@ -204,12 +196,9 @@ class Captured:
         self._outputs = [output.name for output in session.get_outputs()]
         return session
 
-    def _opened(self, choice: Choice, cuda: Cuda) -> onnxruntime.InferenceSession:
-        return open_session(self._model, choice, threads=self._threads, half=self._half, cuda=cuda)
-
     def _obstacles(self, refusal: Exception) -> list[str]:
         """Why ONNX Runtime refuses to record, by the nodes of a session that it need not record."""
-        session = self._opened(self._choice, replace(self._cuda, graphs=False, placement=True))
+        session = self._sessions.with_cuda(graphs=False, placement=True).open(self._model)
         found = control_flow(session)
         if found:
             return found
@@ -228,7 +217,7 @@ class Captured:
         )
 
     def _drop(self) -> None:
-        with device_lock.opening(self._choice.device):
+        with device_lock.opening(self._sessions.device):
             self._shapes.clear()
             self._bank = None
             self._session = None
@@ -291,7 +280,7 @@ class Captured:
         for name, array in filled.items():
             binding.bind_cpu_input(name, array)
         for name in self._outputs:
-            binding.bind_output(name, self._choice.device)
+            binding.bind_output(name, self._sessions.device)
         if self._records:
             options = onnxruntime.RunOptions() if options is None else options
             options.add_run_config_entry(GRAPH_ID, _NOT_CAPTURED)
@@ -354,7 +343,7 @@ class Captured:
         self._drop()
 
     def _make_buffers(self, bank: HasValues, shape: _Shape, filled: Mapping[str, Array]) -> _Buffers:
-        device, binding = self._choice.device, bind(self._running())
+        device, binding = self._sessions.device, bind(self._running())
         inputs = {name: device_rows.allocate(array.shape, str(array.dtype), device) for name, array in filled.items()}
         outputs = {
             name: device_rows.allocate_as(sizes, element_type, device)

@@ -12,8 +12,9 @@ import onnxruntime
 from tpeft_deploy.errors import RunError
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.sessions import onnx_bytes
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.onnx_bytes import Declared
-from tpeft_deploy.runtime.sessions.providers import Choice, Cuda, bind, open_session
+from tpeft_deploy.runtime.sessions.providers import bind
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Plain"]
@@ -27,13 +28,10 @@ class Plain:
     """A session of a graph whose weights are its own; safe to use from several threads.
 
     Args:
-        model: the ONNX file, with its weights in an external file.
-        choice: the device, from `providers.choose`.
-        threads: intra-op threads; by default one per core.
-        half: whether the model computes in 16 bits.
+        model: ONNX file with its weights in an external file.
+        sessions: makes the session.
         initializers: name of an external initializer -> array in its place, of another shape where the graph allows
             it; bfloat16 as uint16.
-        cuda: what it may do on CUDA.
 
     Raises:
         RunError: an initializer is not one of the model's, or has another dtype.
@@ -41,14 +39,7 @@ class Plain:
     """
 
     def __init__(
-        self,
-        model: Path,
-        choice: Choice,
-        *,
-        threads: int | None = None,
-        half: bool = False,
-        initializers: Mapping[str, Array] | None = None,
-        cuda: Cuda | None = None,
+        self, model: Path, sessions: SessionFactory, *, initializers: Mapping[str, Array] | None = None
     ) -> None:
         content = model.read_bytes() if initializers else b""
         found = onnx_bytes.declared(content)
@@ -59,16 +50,9 @@ class Plain:
         if self._values:
             options.add_external_initializers(list(self._values), list(self._values.values()))
         shapes = {name: a.shape for name, a in self._kept.items() if a.shape != found[name].shape}
-        self._session = open_session(
-            model,
-            choice,
-            threads=threads,
-            half=half,
-            content=onnx_bytes.resized(content, shapes) if shapes else None,
-            options=options,
-            cuda=cuda or Cuda(),
-        )
-        self._device = choice.device
+        resized = onnx_bytes.resized(content, shapes) if shapes else None
+        self._session = sessions.open(model, content=resized, options=options)
+        self._device = sessions.device
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._bindings: deque[onnxruntime.IOBinding] = deque()
 

@@ -24,6 +24,7 @@ from tpeft_deploy.errors import ProviderUnavailable
 from tpeft_deploy.runtime import device_lock
 
 __all__ = [
+    "DEFAULT_CUDA",
     "GRAPH_ID",
     "ORT_ERRORS",
     "ORT_REFUSALS",
@@ -97,7 +98,7 @@ class Cuda:
 
 
 _BOTH = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
-_DEFAULT = Cuda()
+DEFAULT_CUDA = Cuda()
 
 
 def choose(provider: str) -> Choice:
@@ -139,7 +140,7 @@ def open_session(
     half: bool = False,
     content: bytes | None = None,
     options: onnxruntime.SessionOptions | None = None,
-    cuda: Cuda = _DEFAULT,
+    cuda: Cuda = DEFAULT_CUDA,
 ) -> onnxruntime.InferenceSession:
     """A session on the chosen device, and nowhere else.
 

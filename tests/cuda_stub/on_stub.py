@@ -24,8 +24,9 @@ from tpeft_deploy import Bundle
 from tpeft_deploy.bundle.directory import BANKED_CUDA
 from tpeft_deploy.runtime.adapters.bank import Bank, Layout
 from tpeft_deploy.runtime.sessions import providers
-from tpeft_deploy.runtime.sessions.open_banked import banked_file, computes_in_half
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Cuda
+from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs
 from tpeft_deploy.tucker import Array
 
 ROWS = 4
@@ -111,8 +112,8 @@ def main(path: Path, optimised: Path) -> None:
     """Print what is found of each form."""
     choice, log, bundle = providers.choose("cuda"), Log(), Bundle.open(path)
     place = Place(path, choice, 0.0)
-    half = computes_in_half(bundle.manifest, choice)
-    banked = banked_file(bundle.manifest, choice)
+    half = SessionFactory.of(bundle.manifest, choice).half
+    banked = ServedGraphs.on("cuda", bundle.manifest).banked
     inputs, bank = batch(bundle), bank_of(bundle, banked)
     found: dict[str, Any] = {}
     for form in FORMS:

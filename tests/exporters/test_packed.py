@@ -18,8 +18,7 @@ from tests.nets import adapter_for
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle
 from tpeft_deploy.bundle.directory import BANKED_CUDA
 from tpeft_deploy.bundle.packing import Packed, pack
-from tpeft_deploy.runtime import runtime
-from tpeft_deploy.runtime.sessions import open_banked
+from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs
 
 LAYER = "bert.encoder.layer.{}"
 QUERY, KEY, VALUE = (f"{LAYER}.attention.self.{name}.weight" for name in ("query", "key", "value"))
@@ -71,8 +70,9 @@ def test_a_runtime_serves_it_as_it_serves_the_portable_graph(bundle: Bundle, mon
     tasks = ["query", "base", "all", "head", "ranks", "query"]
     with Runtime(bundle.path, provider="cpu", threads=1) as portable:
         expected = portable.run(inputs, tasks=tasks)["logits"]
-    for module in (open_banked, runtime):
-        monkeypatch.setattr(module, "banked_file", lambda *_: BANKED_CUDA)
+    on_cuda = ServedGraphs.on("cuda", bundle.manifest)
+    assert on_cuda.banked == BANKED_CUDA
+    monkeypatch.setattr(ServedGraphs, "on", lambda *_: on_cuda)
     with Runtime(bundle.path, provider="cpu", threads=1, preload=False) as packed:
         assert packed.run(inputs, task="all")["logits"].shape == (6, 2)
         got = packed.run(inputs, tasks=tasks)["logits"]

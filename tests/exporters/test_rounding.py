@@ -22,7 +22,7 @@ from tpeft_deploy.exporters.bases.torch_module import TorchBase
 from tpeft_deploy.exporters.oracle.compare import measure
 from tpeft_deploy.exporters.oracle.rounding import _worst_row
 from tpeft_deploy.exporters.verify import verify_bundle
-from tpeft_deploy.runtime.folding import merge
+from tpeft_deploy.runtime.folding import compare
 
 
 class Cancelling(nn.Module):
@@ -67,7 +67,7 @@ def test_a_model_that_loses_more_is_held_to_what_it_loses_itself(tmp_path: Path)
     assert max(check["error"] for check in bundle.manifest.gate) > 2e-3  # it was refused
     assert limits(bundle) == {form: {limit} for form in ("base", "factored", "banked", "mixed rows", "folded")}
     assert {check.limit for check in verify_bundle(bundle.path).checks} == {limit}
-    assert merge.limit_of(bundle.manifest) == 2 * limit
+    assert compare.limit_of(bundle.manifest) == 2 * limit
     (check, *_) = export_folded(module, adapter, tmp_path / "folded.onnx", example_inputs=inputs)
     assert check.limit == limit
 
@@ -142,7 +142,7 @@ def test_a_bundle_that_states_nothing_is_held_to_the_fixed_limits(tmp_path: Path
     assert json.loads(text)["rounding"] is None
     with pytest.raises(NotEquivalent, match=r"error <= 0\.002"):
         verify_bundle(bundle.path)
-    assert merge.limit_of(Bundle.open(bundle.path).manifest) == pytest.approx(4e-3)
+    assert compare.limit_of(Bundle.open(bundle.path).manifest) == pytest.approx(4e-3)
 
 
 def test_the_worst_row_counts_and_each_output_has_a_limit_of_its_own() -> None:

@@ -21,7 +21,7 @@ from tpeft_deploy.exporters.bases import torch_module
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.bases.torch_module import TorchBase
 from tpeft_deploy.exporters.oracle import compare
-from tpeft_deploy.runtime.folding import merge
+from tpeft_deploy.runtime.folding.compare import limit_of
 from tpeft_deploy.tucker import Array
 
 
@@ -70,7 +70,7 @@ def test_a_stated_tolerance_is_suggested_accepted_and_written_down(
     assert bundle.manifest.tolerance == 3e-5
     assert {check["limit"] for check in bundle.manifest.gate} == {3e-5}
     assert all(1.7e-5 < check["error"] < 2e-5 for check in bundle.manifest.gate)
-    assert merge.limit_of(bundle.manifest) == 6e-5
+    assert limit_of(bundle.manifest) == 6e-5
     found = verify_bundle(tmp_path / "b")
     assert found.to_json()["tolerance"] == 3e-5
     assert {check.limit for check in found.checks} == {3e-5}

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -23,6 +24,7 @@ from tpeft_deploy.runtime.adapters.bank import Bank
 from tpeft_deploy.runtime.sessions import providers
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured, Policy
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda
 from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
 from tpeft_deploy.tucker import Array
@@ -30,6 +32,7 @@ from tpeft_deploy.tucker import Array
 CPU = Choice("cpu", "a test")
 CUDA = Choice("cuda", "a test pretends")
 MODULE = "tpeft_deploy.runtime.sessions.cuda_graph"
+OPEN_SESSION = "tpeft_deploy.runtime.sessions.factory.open_session"
 
 
 def images(rows: int, seed: int = 0) -> dict[str, Array]:
@@ -51,7 +54,7 @@ def same(got: dict[str, Array], expected: dict[str, Array]) -> None:
 
 @pytest.fixture(scope="module")
 def conv(conv_bundle: Bundle) -> tuple[Bank, Session]:
-    return all_tasks(conv_bundle)[0], Session(conv_bundle.path / "banked.onnx", CPU, threads=1)
+    return all_tasks(conv_bundle)[0], Session(conv_bundle.path / "banked.onnx", SessionFactory(CPU, threads=1))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,9 @@ def runs(conv_bundle: Bundle) -> Iterator[Captured]:
 
 
 def open_captured(bundle: Bundle, buckets: Buckets | None = None, policy: Policy | None = None) -> Captured:
-    return Captured(bundle.path / "banked.onnx", CPU, bundle.manifest, buckets=buckets, policy=policy, threads=1)
+    return Captured(
+        bundle.path / "banked.onnx", SessionFactory(CPU, threads=1), bundle.manifest, buckets=buckets, policy=policy
+    )
 
 
 def test_closing_twice_is_closing_once(conv_bundle: Bundle) -> None:
@@ -92,7 +97,7 @@ def test_every_number_of_rows_and_every_time_of_asking(runs: Captured, conv: tup
 
 def test_lengths_are_filled_up_and_cut_back(bert_bundle: Bundle) -> None:
     bank, rows = all_tasks(bert_bundle)
-    session = Session(bert_bundle.path / "banked.onnx", CPU, threads=1)
+    session = Session(bert_bundle.path / "banked.onnx", SessionFactory(CPU, threads=1))
     runs = open_captured(bert_bundle, Buckets(bert_bundle.manifest, max_rows=4, lengths=[8, 16]))
     for time in range(3):
         for count, length in ((1, 3), (3, 8), (3, 11), (2, 16), (5, 18)):
@@ -218,7 +223,10 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, *, failures: int = 0) -> list[
                 raise RuntimeError("a capture was spoilt")
             self._session.run_with_iobinding(binding, options)
 
-    monkeypatch.setattr(f"{MODULE}.open_session", lambda model, choice, **_: Recorded(real_open(model, CPU)))
+    def open_session(model: Path, choice: Choice, **rest: Any) -> object:
+        return Recorded(real_open(model, CPU)) if choice is CUDA else real_open(model, choice, **rest)
+
+    monkeypatch.setattr(OPEN_SESSION, open_session)
     monkeypatch.setattr(
         f"{MODULE}.device_rows.allocate_as", lambda shape, kind, device: real_allocate(shape, kind, "cpu")
     )
@@ -229,7 +237,9 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch, *, failures: int = 0) -> list[
 
 def test_each_shape_and_bank_has_a_graph_of_its_own(bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = pretend_cuda(monkeypatch)
-    runs = Captured(bert_bundle.path / "banked.onnx", CUDA, bert_bundle.manifest, policy=Policy(graphs=3), threads=1)
+    runs = Captured(
+        bert_bundle.path / "banked.onnx", SessionFactory(CUDA, threads=1), bert_bundle.manifest, policy=Policy(graphs=3)
+    )
     bank, _ = all_tasks(bert_bundle)
     other, _ = all_tasks(bert_bundle)
 
@@ -254,7 +264,7 @@ def _on_cpu(real: object) -> object:
 
 def ask(runs: Captured, bundle: Bundle, bank: Bank, times: int, rows: int = 1) -> None:
     """Several times the same; each answer is that of an ordinary session."""
-    session, (same_rows, _) = Session(bundle.path / "banked.onnx", CPU, threads=1), all_tasks(bundle)
+    session, (same_rows, _) = Session(bundle.path / "banked.onnx", SessionFactory(CPU, threads=1)), all_tasks(bundle)
     expected = session.run(same_rows, tokens(rows, 4), np.array([1]))
     for _ in range(times):
         got = runs.run(bank, tokens(rows, 4), np.array([1]))
@@ -265,7 +275,7 @@ def test_a_request_is_answered_although_the_recording_fails(
     bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = pretend_cuda(monkeypatch, failures=2)
-    runs = Captured(bert_bundle.path / "banked.onnx", CUDA, bert_bundle.manifest, threads=1)
+    runs = Captured(bert_bundle.path / "banked.onnx", SessionFactory(CUDA, threads=1), bert_bundle.manifest)
     bank, _ = all_tasks(bert_bundle)
     sessions = {id(runs._session): runs._session}
     ask(runs, bert_bundle, bank, 2)
@@ -284,7 +294,7 @@ def test_recordings_that_fail_again_and_again_are_given_up(
     bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = pretend_cuda(monkeypatch, failures=100)
-    runs = Captured(bert_bundle.path / "banked.onnx", CUDA, bert_bundle.manifest, threads=1)
+    runs = Captured(bert_bundle.path / "banked.onnx", SessionFactory(CUDA, threads=1), bert_bundle.manifest)
     bank, _ = all_tasks(bert_bundle)
     ask(runs, bert_bundle, bank, 8)
     ask(runs, bert_bundle, bank, 4, rows=2)
@@ -299,7 +309,9 @@ def test_a_shape_that_cannot_be_recorded_keeps_no_other_from_it(
 ) -> None:
     ids = pretend_cuda(monkeypatch, failures=2)
     policy = Policy(failures=2)
-    runs = Captured(bert_bundle.path / "banked.onnx", CUDA, bert_bundle.manifest, policy=policy, threads=1)
+    runs = Captured(
+        bert_bundle.path / "banked.onnx", SessionFactory(CUDA, threads=1), bert_bundle.manifest, policy=policy
+    )
     bank, _ = all_tasks(bert_bundle)
     ask(runs, bert_bundle, bank, 2)
     runs._failures = 0  # as after another shape's recording
@@ -315,7 +327,7 @@ def test_a_shape_that_cannot_be_recorded_keeps_no_other_from_it(
 
 def test_a_session_that_opens_puts_a_recording_off(bert_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = pretend_cuda(monkeypatch)
-    runs = Captured(bert_bundle.path / "banked.onnx", CUDA, bert_bundle.manifest, threads=1)
+    runs = Captured(bert_bundle.path / "banked.onnx", SessionFactory(CUDA, threads=1), bert_bundle.manifest)
     bank, _ = all_tasks(bert_bundle)
     with device_lock.opening("cuda"):
         ask(runs, bert_bundle, bank, 3)
@@ -339,9 +351,11 @@ def test_rows_that_a_bank_does_not_have(
 
 def test_a_model_with_control_flow_is_refused_by_name(conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     real = providers.open_session
-    monkeypatch.setattr(f"{MODULE}.open_session", lambda model, choice, **rest: real(model, CPU, **rest))
+    monkeypatch.setattr(OPEN_SESSION, lambda model, choice, **rest: real(model, CPU, **rest))
     with pytest.raises(RunError, match=r"without If, Loop and Scan.*got Scan \w+GroupedConv.*, Scan .*Serve it"):
-        Captured(conv_bundle.path / "banked.onnx", Choice("cuda", "a test pretends"), conv_bundle.manifest)
+        Captured(
+            conv_bundle.path / "banked.onnx", SessionFactory(Choice("cuda", "a test pretends")), conv_bundle.manifest
+        )
 
 
 @pytest.mark.parametrize(
@@ -362,6 +376,6 @@ def test_a_session_that_refuses_graphs_names_the_nodes_too(
             raise ORT_ERRORS[0]("This session cannot use the graph capture feature")
         return real(model, CPU, cuda=cuda, **rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(f"{MODULE}.open_session", refusing)
+    monkeypatch.setattr(OPEN_SESSION, refusing)
     with pytest.raises(RunError, match=told):
-        Captured(bundle.path / "banked.onnx", CUDA, bundle.manifest)
+        Captured(bundle.path / "banked.onnx", SessionFactory(CUDA), bundle.manifest)

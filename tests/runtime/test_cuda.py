@@ -16,6 +16,7 @@ from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.runtime.sessions import providers
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Cuda, open_session
 from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
 from tpeft_deploy.tucker import Array
@@ -85,8 +86,8 @@ def test_recorded_runs_answer_as_others(text_bundle: Bundle) -> None:
     bank, rows = all_tasks(text_bundle, "cuda")
     other, _ = all_tasks(text_bundle, "cuda")
     on_cpu, _ = all_tasks(text_bundle)
-    plain = Session(model, CPU)
-    recorded = Captured(model, CHOICE, manifest, buckets=Buckets(manifest, max_rows=4, lengths=[8, 16]))
+    plain = Session(model, SessionFactory(CPU))
+    recorded = Captured(model, SessionFactory(CHOICE), manifest, buckets=Buckets(manifest, max_rows=4, lengths=[8, 16]))
     for own in (bank, other, bank):
         for time in range(4):
             for count, length in ((1, 3), (3, 11), (4, 16)):
@@ -98,7 +99,7 @@ def test_recorded_runs_answer_as_others(text_bundle: Bundle) -> None:
 
 def test_a_recorded_run_sees_a_row_that_was_written_since(text_bundle: Bundle) -> None:
     bank, rows = all_tasks(text_bundle, "cuda")
-    recorded = Captured(text_bundle.path / "banked.onnx", CHOICE, text_bundle.manifest)
+    recorded = Captured(text_bundle.path / "banked.onnx", SessionFactory(CHOICE), text_bundle.manifest)
     inputs = tokens(2, 6)
     for _ in range(4):
         recorded.run(bank, inputs, np.array([rows["a"]]))
@@ -110,7 +111,7 @@ def test_a_recorded_run_sees_a_row_that_was_written_since(text_bundle: Bundle) -
 
 def test_grouped_convs_are_not_recorded_and_the_refusal_names_them(conv_bundle: Bundle) -> None:
     with pytest.raises(RunError, match=r"got Scan \w+GroupedConv"):
-        Captured(conv_bundle.path / "banked.onnx", CHOICE, conv_bundle.manifest)
+        Captured(conv_bundle.path / "banked.onnx", SessionFactory(CHOICE), conv_bundle.manifest)
 
 
 def test_the_options_arrive(conv_bundle: Bundle) -> None:

@@ -16,6 +16,7 @@ from tpeft_deploy import Bundle
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.device_lock import DeviceLock
 from tpeft_deploy.runtime.sessions.banked import Session
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.plain import Plain
 from tpeft_deploy.runtime.sessions.providers import Choice
 
@@ -269,8 +270,8 @@ def test_the_cpu_takes_no_lock(conv_bundle: Bundle, monkeypatch: pytest.MonkeyPa
         bank.write(1, {})
         inputs = {"pixels": np.zeros((2, 1, 12, 14), np.float32)}
         choice = Choice("cpu", "a test")
-        Session(conv_bundle.path / "banked.onnx", choice).run(bank, inputs, np.array([rows["wide"]]))
-        Plain(conv_bundle.path / "base.onnx", choice).run(inputs)
+        Session(conv_bundle.path / "banked.onnx", SessionFactory(choice)).run(bank, inputs, np.array([rows["wide"]]))
+        Plain(conv_bundle.path / "base.onnx", SessionFactory(choice)).run(inputs)
 
 
 def test_cuda_takes_the_lock() -> None:

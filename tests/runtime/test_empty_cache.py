@@ -122,13 +122,14 @@ def test_steps_from_nothing(folder: Path, poet: Adapter, llama: Bundle, tasks: l
 def test_a_pinned_task_and_fixed_buffers_take_it_too(folder: Path, poet: Adapter, llama: Bundle) -> None:
     from tests.runtime.banks import all_tasks
     from tpeft_deploy.runtime.sessions.cuda_graph import Captured
+    from tpeft_deploy.runtime.sessions.factory import SessionFactory
     from tpeft_deploy.runtime.sessions.providers import Choice
 
     with Runtime(llama.path, provider="cpu", threads=1) as runtime:
         runtime.pin("poet", folded=True)
         check_steps(folder, poet, lambda inputs: runtime.run(inputs, "poet"), ["poet"])
     bank, rows = all_tasks(llama)
-    captured = Captured(llama.path / "banked.onnx", Choice("cpu", "a test"), llama.manifest, threads=1)
+    captured = Captured(llama.path / "banked.onnx", SessionFactory(Choice("cpu", "a test"), threads=1), llama.manifest)
     try:
         for _ in range(2):  # the second of a shape has buffers
             index = np.array([rows[task] for task in TASKS])

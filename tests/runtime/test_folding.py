@@ -22,8 +22,9 @@ from tests.exporters.test_quantised_bases import TARGETS, quantise
 from tpeft_deploy import Adapter, Bundle, Runtime, TuckerDelta, export_bundle
 from tpeft_deploy.errors import AdapterError, BaseMismatch, IntegrityError, RunError, ShapeError, UnknownTarget
 from tpeft_deploy.exporters.bases.load import load_base
-from tpeft_deploy.runtime.folding import merge
+from tpeft_deploy.runtime.folding import compare, merge
 from tpeft_deploy.runtime.sessions import onnx_bytes
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.plain import Plain
 from tpeft_deploy.runtime.sessions.providers import Choice
 
@@ -32,7 +33,7 @@ TASKS = ("plain", "partial", "two", "wide")
 
 
 def fold(bundle: Bundle, adapter: Adapter, place: Path | None = None) -> Plain:
-    return merge.fold(bundle, adapter, CPU, threads=1, place=place)
+    return merge.fold(bundle, adapter, SessionFactory(CPU, threads=1), place=place)
 
 
 def images(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -65,7 +66,7 @@ def test_a_folded_session_equals_the_merged_model(tmp_path: Path, name: str, dty
         for place in (None, tmp_path):
             got = fold(bundle, adapter, place).run(feeds(batch))["output"]
             assert error(got, expected) <= limit, (task, place)
-            assert merge.agree({"output": got}, answer) <= merge.limit_of(bundle.manifest)
+            assert compare.agree({"output": got}, answer) <= compare.limit_of(bundle.manifest)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -87,7 +88,7 @@ def test_heads_of_other_sizes(
     banked = Runtime(conv_bundle.path, provider="cpu", threads=1)
     own = conv_bundle.example()
     answer = {name: np.asarray(array) for name, array in banked.run(own, task=task).items()}
-    assert merge.prove(plain, conv_bundle.manifest, own, answer, task=task) <= 1e-6
+    assert compare.prove(plain, conv_bundle.manifest, own, answer, task=task) <= 1e-6
 
 
 @pytest.mark.soak  # the parts of these models are folded above; these take half a minute
@@ -112,7 +113,7 @@ def test_folds_that_change_the_same_weights_share_one_copy_with_heads_of_any_siz
         own = replace(adapter, overrides={name: array.astype(np.float32) for name, array in head.items()})
         packed, plain = fold(conv_bundle, own, tmp_path).run(images(3)), fold(conv_bundle, own).run(images(3))
         assert packed["logits"].shape == (3, classes)
-        assert merge.agree(packed, plain) <= 1e-6
+        assert compare.agree(packed, plain) <= 1e-6
     (copy,) = tmp_path.iterdir()
     fold(conv_bundle, conv_adapters["partial"], tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
@@ -121,7 +122,7 @@ def test_folds_that_change_the_same_weights_share_one_copy_with_heads_of_any_siz
     whole = merge.weights(conv_bundle, adapter)
     for missing in ({}, {name: array for name, array in whole.items() if name != "up.weight"}):
         with pytest.raises(Exception, match="brought-by-each-session"):
-            Plain(copy / "base.onnx", CPU, threads=1, initializers=missing)
+            Plain(copy / "base.onnx", SessionFactory(CPU, threads=1), initializers=missing)
 
 
 def test_threads_that_ask_for_one_copy_at_once_get_it(
@@ -195,7 +196,7 @@ def test_bfloat16_weights_are_handed_over_as_their_bits(tmp_path: Path) -> None:
     value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
     assert value.data_type() == "tensor(bfloat16)"
     assert value.shape() == list(bits.shape)
-    assert merge.limit_of(bundle.manifest) == pytest.approx(3.2e-2)
+    assert compare.limit_of(bundle.manifest) == pytest.approx(3.2e-2)
 
 
 def test_rounding_to_bfloat16_is_torchs() -> None:
@@ -238,7 +239,7 @@ def test_quantised_weights_are_refused_and_others_beside_them_folded(tmp_path: P
     bundle.add("head", head)
     answer = Runtime(bundle.path, provider="cpu", threads=1).run(feeds(inputs), task="head")
     expected = {name: np.asarray(array) for name, array in answer.items()}
-    assert merge.agree(fold(bundle, head).run(feeds(inputs)), expected) <= 1e-6
+    assert compare.agree(fold(bundle, head).run(feeds(inputs)), expected) <= 1e-6
 
 
 def test_adapters_that_do_not_fit_are_refused(conv_bundle: Bundle, conv_adapters: dict[str, Adapter]) -> None:
@@ -283,7 +284,7 @@ def test_initializers_that_the_graph_does_not_have_are_refused(conv_bundle: Bund
         ({"stem.bias": np.zeros(12, np.float16)}, "expected float32, got float16"),
     ):
         with pytest.raises(RunError, match=message):
-            Plain(file, CPU, threads=1, initializers=arrays)
+            Plain(file, SessionFactory(CPU, threads=1), initializers=arrays)
 
 
 def test_what_the_file_declares_is_what_onnx_reads(conv_bundle: Bundle) -> None:
@@ -309,18 +310,18 @@ def test_what_the_file_declares_is_what_onnx_reads(conv_bundle: Bundle) -> None:
 
 def test_the_proof_finds_what_is_wrong(conv_bundle: Bundle, conv_adapters: dict[str, Adapter]) -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
-    assert merge.agree({"y": x}, {"y": x}) == 0
-    assert merge.agree({"y": 1.01 * x}, {"y": x}) == pytest.approx(0.01, rel=1e-3)
+    assert compare.agree({"y": x}, {"y": x}) == 0
+    assert compare.agree({"y": 1.01 * x}, {"y": x}) == pytest.approx(0.01, rel=1e-3)
     nan, mask = np.where(x == 1, np.nan, x), np.where(x == 1, -np.inf, x)
     for wrong in ({"y": x[:1]}, {"z": x}, {}, {"y": nan}, {"y": x, "z": x}):
-        assert merge.agree(wrong, {"y": x}) == np.inf
-    assert merge.agree({"y": mask}, {"y": mask}) == 0
-    assert merge.agree({"y": x}, {"y": mask}) == np.inf
+        assert compare.agree(wrong, {"y": x}) == np.inf
+    assert compare.agree({"y": mask}, {"y": mask}) == 0
+    assert compare.agree({"y": x}, {"y": mask}) == np.inf
     other = fold(conv_bundle, conv_adapters["partial"])
     own = conv_bundle.example()
     expected = fold(conv_bundle, conv_adapters["plain"]).run(own)
     with pytest.raises(RunError, match=r"fold task 'plain': expected the answer of the banked graph"):
-        merge.prove(other, conv_bundle.manifest, own, expected, task="plain")
+        compare.prove(other, conv_bundle.manifest, own, expected, task="plain")
 
 
 def test_altered_examples_are_found(own_bundle: Bundle) -> None:
@@ -351,7 +352,7 @@ def test_threads_get_their_own_answers(conv_bundle: Bundle, conv_adapters: dict[
 
 
 def test_a_run_is_stopped_by_its_options(conv_bundle: Bundle) -> None:
-    plain, options = Plain(conv_bundle.path / "base.onnx", CPU, threads=1), onnxruntime.RunOptions()
+    plain, options = Plain(conv_bundle.path / "base.onnx", SessionFactory(CPU, threads=1)), onnxruntime.RunOptions()
     assert plain.run(images(2), options)["logits"].shape == (2, 10)
     options.terminate = True
     with pytest.raises(Exception, match="terminate"):

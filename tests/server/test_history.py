@@ -140,14 +140,14 @@ def test_pins_and_unloaded_models_are_there_after_a_restart(
     again = serve(conv_bundle, tmp_path)
     assert residency(again)["acme/mood@1"] == "device"
     wait_until(lambda: residency(again)["acme/tone@1"] == "folded", "a fold")
-    assert again.runtime._pinned == {"acme/mood@1": False, "acme/tone@1": True, "plain": False}
+    assert again.runtime.pins() == {"acme/mood@1": False, "acme/tone@1": True, "plain": False}
     request = InferRequest("cold", inputs={"pixels": PIXELS})
     with pytest.raises(Unavailable, match="unloaded"):
         wait(again.service.infer(who, request))
     wait(again.service.load(who, "cold", {}))
     assert wait(again.service.infer(who, request)).outputs["logits"].shape[0] == len(PIXELS)
     wait(again.service.unpin(who, "mood"))
-    assert "acme/mood@1" not in again.runtime._pinned
+    assert "acme/mood@1" not in again.runtime.pins()
     again.runtime.close()
     again.state.close()
     with open_state(tmp_path) as state:
@@ -180,9 +180,9 @@ def test_unpinning_lets_every_version_go(served: Served, others: list[Adapter]) 
     for own in others[:2]:
         wait(served.service.register(who, "mood", upload(weights=own.to_bytes())))
         wait(served.service.pin(who, "mood", folded=False))
-    assert set(served.runtime._pinned) == {"acme/mood@1", "acme/mood@2"}
+    assert set(served.runtime.pins()) == {"acme/mood@1", "acme/mood@2"}
     wait(served.service.unpin(who, "mood"))
-    assert not served.runtime._pinned
+    assert not served.runtime.pins()
     assert not pins(served)
 
 
@@ -196,7 +196,7 @@ def test_a_placement_without_its_entry_in_the_log_is_none(
         wait(service.pin(who, "mood", folded=False))
     if verb == "load":
         wait(service.unload(who, "mood", {}))
-    before = served.runtime._pinned.copy(), served.state.placements.pins(), served.state.placements.unloaded()
+    before = served.runtime.pins(), served.state.placements.pins(), served.state.placements.unloaded()
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no log")
@@ -210,7 +210,7 @@ def test_a_placement_without_its_entry_in_the_log_is_none(
     }
     with pytest.raises(RuntimeError, match="no log"):
         wait(calls[verb]())
-    assert (served.runtime._pinned, served.state.placements.pins(), served.state.placements.unloaded()) == before
+    assert (served.runtime.pins(), served.state.placements.pins(), served.state.placements.unloaded()) == before
     assert service.model_ready(who, "mood") is (verb != "load")
 
 

@@ -150,4 +150,4 @@ def test_a_task_that_cannot_be_folded_stays_pinned_and_is_no_failure(
     assert status_of(refused.value).http == 409
     (pin,) = served.state.placements.pins()
     assert (pin.task, pin.folded) == ("bred", False)
-    assert served.runtime._pinned == {"acme/bred@1": False}
+    assert served.runtime.pins() == {"acme/bred@1": False}

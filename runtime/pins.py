@@ -1,0 +1,91 @@
+"""Tasks that stay on the device until they are unpinned, and those of them that are folded too."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+
+from tpeft_deploy.errors import TpeftError
+from tpeft_deploy.runtime.adapters.residency import Tiers
+from tpeft_deploy.runtime.adapters.task_versions import Catalogue
+from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.folding.manager import Folds
+
+__all__ = ["Pins"]
+
+
+class Pins:
+    """Pinned tasks: a pin belongs to the task, whichever version it stands for; safe to use from several threads.
+
+    Args:
+        catalogue: version of each task.
+        tiers: rows on the device.
+        folds: folded sessions.
+    """
+
+    def __init__(self, catalogue: Catalogue, tiers: Tiers, folds: Folds) -> None:
+        self._catalogue = catalogue
+        self._tiers = tiers
+        self._folds = folds
+        self._folded: dict[str, bool] = {}  # pinned task -> whether it is folded too
+        self._lock = threading.Lock()  # the pins and what is done about them change together
+
+    def all(self) -> dict[str, bool]:
+        """The pinned tasks, and whether each is to be folded."""
+        with self._lock:
+            return dict(self._folded)
+
+    def pin(self, task: str, *, folded: bool) -> None:
+        """Pin a task, and return once its version is on the device and, with `folded`, has a session.
+
+        Raises:
+            UnknownTask, CapacityError, AdapterError, RunError: as `Runtime.pin`.
+        """
+        version = self._catalogue.adapter(task, "pin")
+        with self._tiers.using([version]), self._lock:
+            self._tiers.pin(version, True)
+            self._folded[task] = folded
+        # After the row is released: the fold may be queued behind one that waits for rows.
+        try:
+            self.apply(task, self._catalogue.adapter(task, "pin"))  # the task may have another version by now
+        except TpeftError:
+            self._folded[task] = False
+            raise
+
+    def unpin(self, task: str) -> None:
+        """Unpin a task and drop its folded session.
+
+        Raises:
+            UnknownTask: there is no such task, or it is the base.
+        """
+        self._catalogue.adapter(task, "unpin")
+        with self._lock:
+            self._folded.pop(task, None)
+            self._release(self._catalogue.adapter(task, "unpin"))
+
+    def apply(self, task: str, version: Version) -> None:
+        """Pin and fold a version as its task is, or release it where the task is not pinned."""
+        with self._lock:
+            folded = self._folded.get(task)
+            if folded is None:
+                self._release(version)
+                return
+            self._tiers.pin(version, True)
+            job = self._folds.keep(version) if folded else None
+        if job is not None:
+            job.result()
+
+    def apply_changed(self, versions: Mapping[str, Version]) -> None:
+        """Bring the new versions of pinned tasks to the device."""
+        for task in self._folded.keys() & versions.keys():
+            with self._tiers.using([versions[task]]):
+                self.apply(task, versions[task])
+
+    def forget(self, tasks: Iterable[str]) -> None:
+        """Remove the pins of tasks that are no longer served."""
+        for task in tasks:
+            self._folded.pop(task, None)
+
+    def _release(self, version: Version) -> None:
+        self._tiers.pin(version, False)
+        self._folds.drop(version)

@@ -1,0 +1,92 @@
+"""One object that makes all ONNX Runtime sessions of a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import onnxruntime
+
+from tpeft_deploy.bundle.manifest import Manifest
+from tpeft_deploy.errors import ProviderUnavailable
+from tpeft_deploy.runtime.sessions.providers import DEFAULT_CUDA, Choice, Cuda, open_session
+
+__all__ = ["SessionFactory"]
+
+
+@dataclass(frozen=True)
+class SessionFactory:
+    """Makes sessions on one device.
+
+    Args:
+        choice: device, from `providers.choose`.
+        threads: number of intra-op threads per session; by default one per core.
+        half: whether the model computes in 16 bits.
+        cuda: options of sessions on CUDA; ignored on the CPU.
+    """
+
+    choice: Choice
+    threads: int | None = None
+    half: bool = False
+    cuda: Cuda = DEFAULT_CUDA
+
+    @classmethod
+    def of(cls, manifest: Manifest, choice: Choice, *, threads: int | None = None, cuda: Cuda = DEFAULT_CUDA) -> Self:
+        """Return the factory for a bundle's graphs.
+
+        Args:
+            manifest: bundle to serve; the dtypes of its weights decide about `half`.
+            choice: device, from `providers.choose`.
+            threads: number of intra-op threads per session.
+            cuda: options of sessions on CUDA.
+
+        Raises:
+            ProviderUnavailable: the device does not compute in the weights' dtype.
+        """
+        dtypes = {weight.dtype for weight in manifest.weights.values()}
+        if choice.device == "cpu" and "bfloat16" in dtypes:
+            raise ProviderUnavailable(
+                f"open bundle {manifest.name!r}, whose weights are bfloat16, on the CPU",
+                expected="CUDA: ONNX Runtime's CPU cannot compute in bfloat16",
+                got=choice.reason,
+                fix="Export the module with .float() or .half() for the CPU.",
+            )
+        return cls(choice, threads, "float16" in dtypes, cuda)
+
+    @property
+    def device(self) -> str:
+        """Memory device that sessions read and write, as ONNX Runtime names it."""
+        return self.choice.device
+
+    def with_cuda(self, *, graphs: bool, placement: bool = False) -> Self:
+        """Return the same factory with other CUDA options.
+
+        Args:
+            graphs: whether runs may be recorded as CUDA graphs.
+            placement: whether sessions report the provider of each node.
+        """
+        return replace(self, cuda=replace(self.cuda, graphs=graphs, placement=placement))
+
+    def open(
+        self, model: Path, *, content: bytes | None = None, options: onnxruntime.SessionOptions | None = None
+    ) -> onnxruntime.InferenceSession:
+        """Open a session.
+
+        Args:
+            model: ONNX file.
+            content: bytes in place of the file's; external data is still read beside the file.
+            options: session options to add to.
+
+        Raises:
+            ProviderUnavailable: the session came up without CUDA although CUDA was chosen.
+        """
+        return open_session(
+            model,
+            self.choice,
+            threads=self.threads,
+            half=self.half,
+            content=content,
+            options=options,
+            cuda=self.cuda,
+        )

@@ -1,0 +1,85 @@
+"""The graphs of a bundle that serve on a device, and the session on the banked one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, EXAMPLE, Bundle
+from tpeft_deploy.bundle.manifest import Manifest
+from tpeft_deploy.bundle.packing import Packed
+from tpeft_deploy.errors import ProviderUnavailable
+from tpeft_deploy.runtime.sessions.banked import Session
+from tpeft_deploy.runtime.sessions.cuda_graph import Captured
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
+from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS
+
+__all__ = ["ServedGraphs", "open_banked"]
+
+_PORTABLE = "banked.onnx"
+_log = logging.getLogger("tpeft_deploy.runtime")
+
+
+@dataclass(frozen=True)
+class ServedGraphs:
+    """Files that one device serves from.
+
+    Attributes:
+        banked: fastest banked graph for the device.
+        fallback: banked graph that takes the same inputs, for builds of ONNX Runtime that cannot open `banked`.
+        packing: inputs of `banked` that stand in place of several inputs of the portable graph.
+    """
+
+    banked: str
+    fallback: str | None = None
+    packing: Sequence[Packed] = ()
+
+    @classmethod
+    def on(cls, device: str, manifest: Manifest) -> ServedGraphs:
+        """Return the graphs that a bundle has for a device."""
+        if device == "cpu" and BANKED_CPU in manifest.files:
+            # It uses internal operators of ONNX Runtime, which a build may lack.
+            return cls(BANKED_CPU, fallback=_PORTABLE)
+        if device == "cuda" and BANKED_CUDA in manifest.files:
+            return cls(BANKED_CUDA, packing=manifest.packing)
+        return cls(_PORTABLE)
+
+    @property
+    def files(self) -> list[str]:
+        """All files that sessions read, now or later."""
+        return list(dict.fromkeys(["weights.data", "base.onnx", _PORTABLE, self.banked, EXAMPLE]))
+
+
+def open_banked(bundle: Bundle, graphs: ServedGraphs, sessions: SessionFactory) -> tuple[Session | Captured, str]:
+    """Open a session on the banked graph.
+
+    Args:
+        bundle: bundle to serve.
+        graphs: graphs for the device.
+        sessions: makes the session.
+
+    Returns:
+        The session, and why it is not on the fastest graph; an empty string where it is.
+
+    Raises:
+        ProviderUnavailable: CUDA graphs on the CPU.
+        RunError: the model cannot be recorded as a CUDA graph.
+    """
+    file = bundle.check_file(graphs.banked)
+    if sessions.cuda.graphs:
+        if sessions.device != "cuda":
+            raise ProviderUnavailable(
+                f"open bundle {bundle.manifest.name!r} with CUDA graphs",
+                expected="the CUDA provider",
+                got=sessions.choice.reason,
+            )
+        return Captured(file, sessions, bundle.manifest), ""
+    try:
+        return Session(file, sessions), ""
+    except ORT_ERRORS as error:
+        if graphs.fallback is None:
+            raise
+        remark = f"{graphs.banked} not used ({str(error).splitlines()[0][:160]})"
+    _log.warning("bundle %r: %s", bundle.manifest.name, remark)
+    return Session(bundle.check_file(graphs.fallback), sessions), remark
