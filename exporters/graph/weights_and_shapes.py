@@ -103,7 +103,21 @@ def prepare(
 
 
 def clean_up(model: ir.Model) -> None:
-    """Remove what nothing uses, in place, and let every tensor have the name of its initializer."""
+    """Remove what nothing uses, in place, and let every tensor have the name of its initializer.
+
+    torch's stack traces go too: they tell where the exporting machine keeps its files, and a digest would depend on it.
+    """
+    nodes = [
+        node for part in (model.graph, *model.functions.values()) for node in ir.traversal.RecursiveGraphIterator(part)
+    ]
+    values = [
+        *model.graph.inputs,
+        *model.graph.initializers.values(),
+        *(value for node in nodes for value in node.outputs),
+    ]
+    for holder in (model, model.graph, *nodes, *values):
+        for key in [key for key in holder.metadata_props if key.startswith("pkg.")]:
+            del holder.metadata_props[key]
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     passes.RemoveUnusedOpsetsPass()(model)
