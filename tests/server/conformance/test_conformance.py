@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from tests.helpers import nets
+from tests.helpers.server import conformance
 from tests.helpers.server.conformance_facts import Facts
 from tests.helpers.server.processes import COMMAND, ROOT, command
-from tests.server import conformance
 from tests.server.conftest import PIXELS
 from tpeft_deploy import Adapter, Bundle, Client
 from tpeft_deploy.tucker import Array
