@@ -29,7 +29,11 @@ def measured() -> dict[str, dict[str, int]]:
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "coverage.json"
         subprocess.run([sys.executable, "-m", "coverage", "json", "-q", "-o", str(out)], check=True)
-        return {name: file["summary"] for name, file in json.loads(out.read_text())["files"].items()}
+        return {
+            name: file["summary"]
+            for name, file in json.loads(out.read_text())["files"].items()
+            if file["summary"]["num_statements"]
+        }
 
 
 def main() -> int:
