@@ -38,8 +38,8 @@ def make(model: str, width: int, layers: int, place: Path) -> None:
     import transformers
     from torch import nn
 
-    from tests import nets
-    from tests.exporters.architectures import randomise
+    from tests.helpers import nets
+    from tests.helpers.exporters.architectures import randomise
     from tpeft_deploy import export_bundle
 
     torch.set_num_threads(1)

@@ -134,7 +134,7 @@ def gpu_tests(seconds: float) -> str:
         "gpu",
         "-p",
         "no:cacheprovider",
-        "tests/runtime/test_cuda.py",
+        "tests/runtime/gpu/test_cuda.py",
     ]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1), check=False)

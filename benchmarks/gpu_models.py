@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.nets import adapter_for
+from tests.helpers.nets import adapter_for
 from tpeft_deploy import Bundle, export_bundle
 
 RANK = 8

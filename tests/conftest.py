@@ -15,7 +15,7 @@ from torch._export import utils
 from torch.export import decomp_utils, exported_program
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from tests import nets
+from tests.helpers import nets
 from tpeft_deploy import Adapter, Bundle, export_bundle
 
 # Both of what is left out depend on how busy the machine is.

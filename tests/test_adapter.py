@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests import nets
+from tests.helpers import nets
 from tpeft_deploy import Adapter
 from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
-from tests import nets
-from tests.exporters.layers import CASES
-from tests.formats import pefts
+from tests.helpers import nets
+from tests.helpers.exporters.layers import CASES
+from tests.helpers.formats import pefts
 from tests.property.test_algebra_laws import changes_of_one_weight
 from tpeft_deploy import Adapter, Runtime, export_bundle, load_adapter
 from tpeft_deploy.composition import compose

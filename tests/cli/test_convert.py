@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import nets
-from tests.cli.test_commands import BASE, fail, succeed
+from tests.cli.test_cli import BASE, fail, succeed
+from tests.helpers import nets
 from tpeft_deploy import Adapter, Bundle, TuckerDelta, load_adapter
 
 

@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
-from tests import nets
+from tests.helpers import nets
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.cli import main
 
-BASE = "tests.nets:conv_net"
+BASE = "tests.helpers.nets:conv_net"
 
 
 def inspect(*arguments: object, code: int = 0) -> dict[str, Any]:

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_models
-from tests.exporters import test_architectures as zoo
-from tests.exporters.layers import CASES
-from tests.exporters.test_matrix import adapters_of
+from tests.exporters.forms import test_architectures as zoo
+from tests.exporters.forms.test_matrix import adapters_of
+from tests.helpers.exporters.layers import CASES
 from tpeft_deploy import export_bundle
 
 pytestmark = pytest.mark.cuda_stub

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests import nets
+from tests.helpers import nets
 from tpeft_deploy import export_bundle
 from tpeft_deploy.bundle.manifest import base_digest
 from tpeft_deploy.exporters.planning import plan_bundle

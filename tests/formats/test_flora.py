@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.formats.trained import KINDS, distance, error_of, net, randomise, rows, save
+from tests.helpers.formats.trained import KINDS, distance, error_of, net, randomise, rows, save
 from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.errors import AdapterError, FormatError
 from tpeft_deploy.formats import load_adapter

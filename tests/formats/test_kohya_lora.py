@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.formats.trained import save
+from tests.helpers.formats.trained import save
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import kohya_lora, load_adapter

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from tests.formats.trained import adapted, distance, save
+from tests.helpers.formats.trained import adapted, distance, save
 from tpeft_deploy.errors import FormatError, UnknownTarget
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.formats.name_maps import other_names

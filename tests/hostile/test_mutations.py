@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.hostile.subjects import Meaning, Subject, meaning, net, subjects
+from tests.helpers.hostile.subjects import Meaning, Subject, meaning, net, subjects
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.formats import load_adapter

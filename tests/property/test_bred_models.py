@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 import torch
 
-from tests import nets
-from tests.property.bred_models import breed_adapter, breed_model, inputs_for
+from tests.helpers import nets
+from tests.helpers.property.bred_models import breed_adapter, breed_model, inputs_for
 from tpeft_deploy import Adapter, Runtime, export_bundle, load_adapter
 from tpeft_deploy.tucker import TuckerDelta
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.runtime.banks import all_tasks
-from tests.waiting import SECONDS, wait_until
+from tests.helpers.runtime.banks import all_tasks
+from tests.helpers.waiting import SECONDS, wait_until
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.device_lock import DeviceLock

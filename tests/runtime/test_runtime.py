@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import nets
+from tests.helpers import nets
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import BundleError, FormatError, InputError, ShapeError, UnknownTask
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests import nets
+from tests.helpers import nets
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.isolation.pool import Reader
@@ -21,8 +21,8 @@ from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 from tpeft_deploy.runtime.server.v2.messages import Part
 
 if TYPE_CHECKING:
-    from tests.server.audited import Audited  # which imports this
-    from tests.server.postgres import Postgres
+    from tests.helpers.server.audited import Audited  # which imports this
+    from tests.helpers.server.postgres import Postgres
 
 PIXELS = np.random.default_rng(0).standard_normal((4, 1, 12, 14)).astype(np.float32)
 
@@ -92,7 +92,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL for the whole run."""
     pytest.importorskip("psycopg", reason="PostgreSQL's driver is not installed: pip install 'psycopg[binary]'")
-    from tests.server.postgres import running
+    from tests.helpers.server.postgres import running
 
     with running() as own:
         yield own
@@ -110,7 +110,7 @@ def url(request: pytest.FixtureRequest) -> str | None:
 @pytest.fixture(scope="session")
 def server(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, others: list[Adapter]) -> Iterator[Audited]:
     """One with the default settings and an adapter of each of two tenants; a module may have another of its own."""
-    from tests.server.audited import audited
+    from tests.helpers.server.audited import audited
 
     with audited(conv_bundle, tmp_path_factory.mktemp("audited")) as found:
         assert found.register(others[0]).status_code == 200

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import uvicorn
 
-from tests.server.asking import Asking
+from tests.helpers.server.asking import Asking
+from tests.helpers.waiting import wait_until
 from tests.server.conftest import PIXELS, Served, serve
-from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.openapi import ROUTE, document

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.processes import server
-from tests.waiting import wait_until
+from tests.helpers.server.processes import server
+from tests.helpers.waiting import wait_until
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.server.telemetry import log_lines
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHandler

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.hostile.apart import Observed, send_staged, staged
-from tests.server.hostile.bred_uploads import breed
-from tests.waiting import wait_until
+from tests.helpers.hostile_server.apart import Observed, send_staged, staged
+from tests.helpers.hostile_server.bred_uploads import breed
+from tests.helpers.waiting import wait_until
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.server.isolation.limits import Limits
 from tpeft_deploy.runtime.server.isolation.pool import Pool

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
-from tests.server.processes import COMMAND, ROOT
+from tests.helpers.server.processes import COMMAND, ROOT
 from tpeft_deploy import Bundle
 from tpeft_deploy.errors import QuotaExceeded
 from tpeft_deploy.runtime.server.certificates import Certificates

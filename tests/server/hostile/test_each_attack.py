@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.hostile.arena import arena
-from tests.server.hostile.attacks import ATTACKS
+from tests.helpers.hostile_server.arena import arena
+from tests.helpers.hostile_server.attacks import ATTACKS
 from tpeft_deploy import Adapter, Bundle
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]

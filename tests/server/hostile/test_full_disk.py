@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
+from tests.helpers.server.registry_subjects import adapter, add
 from tests.server.conftest import Served, serve, upload
-from tests.server.registry_subjects import adapter, add
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import InsufficientStorage, Unauthenticated
 from tpeft_deploy.runtime.server.registry import audit, open_keys, open_state

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.server.fake_rpc_core import FakeCore, X
-from tests.server.rpc_serving import talking
+from tests.helpers.server.fake_rpc_core import FakeCore, X
+from tests.helpers.server.rpc_serving import talking
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded, TooLarge
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc import reading

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.runtime.test_batcher import MANIFEST, rows
+from tests.runtime.batching.test_worker import MANIFEST, rows
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import QueueFull, QuotaExceeded, TooLarge, TpeftError
 from tpeft_deploy.runtime.batching.collate import Outputs, Task

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.server.audited import Audited
+from tests.helpers.server.audited import Audited
 from tpeft_deploy import Bundle
 from tpeft_deploy.bundle.manifest import Port
 from tpeft_deploy.runtime.server import main

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.waiting import wait_until
 from tests.server.conftest import Served, upload
-from tests.waiting import wait_until
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import Unauthenticated
 from tpeft_deploy.runtime.server.operations.pools import Pools, Workers

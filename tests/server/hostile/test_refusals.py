@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from tests import nets
+from tests.helpers import nets
 from tests.server.conftest import Served, upload
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import RunError, TpeftError

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.server.registry_subjects import add
+from tests.helpers.waiting import wait_until
 from tests.server.conftest import Served, serve
-from tests.server.registry_subjects import add
-from tests.waiting import wait_until
 from tpeft_deploy import Bundle
 from tpeft_deploy.errors import ServerError, Unauthenticated, Unavailable
 from tpeft_deploy.runtime.server.registry import State, open_keys, open_state

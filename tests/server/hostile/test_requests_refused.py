@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.server.audited import Audited
+from tests.helpers.server.audited import Audited
 from tpeft_deploy.runtime.server.rest.app import _asked, application
 from tpeft_deploy.runtime.server.rest.infer import model_of
 

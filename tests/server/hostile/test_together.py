@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.hostile.arena import arena
-from tests.server.hostile.attacks import ATTACKS
+from tests.helpers.hostile_server.arena import arena
+from tests.helpers.hostile_server.attacks import ATTACKS
 from tpeft_deploy import Adapter, Bundle
 
 MIB = 1 << 20

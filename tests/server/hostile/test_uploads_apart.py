@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.server.asking import Asking
+from tests.helpers.hostile_server.apart import ACTS, ATTACKS, OF, Observed, act, safetensors, send, sent, staged
+from tests.helpers.server.asking import Asking
+from tests.helpers.server.processes import server
+from tests.helpers.waiting import wait_until
 from tests.server.conftest import serve, upload
-from tests.server.hostile.apart import ACTS, ATTACKS, OF, Observed, act, safetensors, send, sent, staged
-from tests.server.processes import server
-from tests.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import AdapterError, FormatError, ProtocolError, QuotaExceeded, Unavailable
 from tpeft_deploy.runtime.server.isolation import reader
