@@ -103,21 +103,8 @@ def prepare(
 
 
 def clean_up(model: ir.Model) -> None:
-    """Remove what nothing uses, in place, and let every tensor have the name of its initializer.
-
-    torch's stack traces go too: they tell where the exporting machine keeps its files, and a digest would depend on it.
-    """
-    nodes = [
-        node for part in (model.graph, *model.functions.values()) for node in ir.traversal.RecursiveGraphIterator(part)
-    ]
-    values = [
-        *model.graph.inputs,
-        *model.graph.initializers.values(),
-        *(value for node in nodes for value in node.outputs),
-    ]
-    for holder in (model, model.graph, *nodes, *values):
-        for key in [key for key in holder.metadata_props if key.startswith("pkg.")]:
-            del holder.metadata_props[key]
+    """Remove what nothing uses, in place, and let every tensor have the name of its initializer."""
+    _remove_traces(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     passes.RemoveUnusedOpsetsPass()(model)
@@ -125,6 +112,18 @@ def clean_up(model: ir.Model) -> None:
     for value in model.graph.initializers.values():
         if value.const_value is not None:
             value.const_value.name = value.name
+
+
+def _remove_traces(model: ir.Model) -> None:
+    """Remove torch's stack traces: they name directories of the exporting machine, and digests would depend on them."""
+    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    nodes = [node for part in parts for node in ir.traversal.RecursiveGraphIterator(part)]
+    holders: list[ir.Model | ir.Graph | ir.Node | ir.Value] = [model, model.graph, *nodes, *model.graph.inputs]
+    holders += model.graph.initializers.values()
+    holders += [value for node in nodes for value in node.outputs]
+    for holder in holders:
+        for key in [key for key in holder.metadata_props if key.startswith("pkg.")]:
+            del holder.metadata_props[key]
 
 
 def fuse_norms(model: ir.Model) -> None:

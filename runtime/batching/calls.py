@@ -15,7 +15,7 @@ from tpeft_deploy.errors import DeadlineExceeded
 from tpeft_deploy.runtime.batching.collate import Form, Task
 from tpeft_deploy.runtime.batching.policy import Request
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.sessions.providers import GRAPH_ID
+from tpeft_deploy.runtime.sessions.providers import GRAPH_ID, NOT_CAPTURED
 from tpeft_deploy.tucker import Array
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def _options() -> onnxruntime.RunOptions:
     options = onnxruntime.RunOptions()
     # ONNX Runtime would print an error for every run that is stopped on purpose; it raises all of them anyway.
     options.log_severity_level = 4
-    # Its default.  Where it is missing, ONNX Runtime's Python asks for it by an exception, which costs more than
-    # the run of a small model.
-    options.add_run_config_entry(GRAPH_ID, "0")
+    # A run that is not recorded says so; where nothing is said, ONNX Runtime's Python asks by an exception, which costs
+    # more than the run of a small model.
+    options.add_run_config_entry(GRAPH_ID, NOT_CAPTURED)
     return options
 
 

@@ -27,6 +27,7 @@ from tpeft_deploy.runtime.sessions.banked import check_index
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import (
     GRAPH_ID,
+    NOT_CAPTURED,
     ORT_ERRORS,
     bind,
     control_flow,
@@ -37,7 +38,6 @@ from tpeft_deploy.tucker import Array
 
 __all__ = ["Captured", "Policy"]
 
-_NOT_CAPTURED = "-1"
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 
@@ -281,9 +281,9 @@ class Captured:
             binding.bind_cpu_input(name, array)
         for name in self._outputs:
             binding.bind_output(name, self._sessions.device)
-        if self._records:
-            options = onnxruntime.RunOptions() if options is None else options
-            options.add_run_config_entry(GRAPH_ID, _NOT_CAPTURED)
+        if self._records and options is None:  # those of a batch say so already; to say it twice prints a warning
+            options = onnxruntime.RunOptions()
+            options.add_run_config_entry(GRAPH_ID, NOT_CAPTURED)
         session.run_with_iobinding(binding, options)
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 

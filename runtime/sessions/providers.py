@@ -26,6 +26,7 @@ from tpeft_deploy.runtime import device_lock
 __all__ = [
     "DEFAULT_CUDA",
     "GRAPH_ID",
+    "NOT_CAPTURED",
     "ORT_ERRORS",
     "ORT_REFUSALS",
     "Choice",
@@ -42,6 +43,7 @@ Provider = Literal["auto", "cuda", "cpu"]
 
 ORT_ERRORS = (ort.Fail, ort.RuntimeException, ort.InvalidArgument, ort.InvalidGraph, ort.NotImplemented)
 ORT_REFUSALS = (ort.InvalidArgument,)
+NOT_CAPTURED = "-1"
 GRAPH_ID = "gpu_graph_id"  # the entry of RunOptions that says which CUDA graph a run is
 
 _CUDA = "CUDAExecutionProvider"
