@@ -1,5 +1,6 @@
 # make quickstart   a virtual environment, the main job, a report: the fastest way to see what this is
 # make test         the test suite           make check   ruff and mypy
+# make coverage     the test suite with coverage of lines and branches, at least 90 % of each package
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
 # make cuda-dry-run   ONNX Runtime's CUDA provider on a CUDA that computes nothing: placement, copies, recordings
@@ -18,13 +19,18 @@ OUT ?= quickstart
 ROUNDS ?= 20
 STUB ?= .venv-cuda-stub
 
-.PHONY: quickstart test test-stability check soak cuda-dry-run proto client formats image image-lock clean
+.PHONY: quickstart test coverage test-stability check soak cuda-dry-run proto client formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
 
 test: $(VENV)/dev-$(PROVIDER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+coverage: $(VENV)/dev-$(PROVIDER)
+	rm -f .coverage .coverage.*
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report= $(ARGS)
+	$(BIN)/python .ci/coverage_report.py
 
 test-stability: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/stability.py --rounds $(ROUNDS) $(if $(NEIGHBOURS),--neighbours $(NEIGHBOURS)) -- $(ARGS)

@@ -93,7 +93,7 @@ def folded(bundle: Bundle, task: str, made: onnxruntime.SessionOptions) -> tuple
 
 def each(bundle: Bundle, task: str, number: int, place: Path) -> tuple[Run, object]:
     """As it is: every session packs all weights."""
-    plain = merge.fold(bundle, bundle.adapter(task), SessionFactory(choose("cpu"), threads=1))
+    plain = merge.fold(bundle, bundle.adapter(task), SessionFactory.of(bundle.manifest, choose("cpu"), threads=1))
     return plain.run, plain
 
 
@@ -105,7 +105,9 @@ def unpacked(bundle: Bundle, task: str, number: int, place: Path) -> tuple[Run, 
 
 def shared(bundle: Bundle, task: str, number: int, place: Path) -> tuple[Run, object]:
     """On one packed copy of what no task changes."""
-    plain = merge.fold(bundle, bundle.adapter(task), SessionFactory(choose("cpu"), threads=1), place=place)
+    plain = merge.fold(
+        bundle, bundle.adapter(task), SessionFactory.of(bundle.manifest, choose("cpu"), threads=1), place=place
+    )
     return plain.run, plain
 
 

@@ -33,7 +33,7 @@ TASKS = ("plain", "partial", "two", "wide")
 
 
 def fold(bundle: Bundle, adapter: Adapter, place: Path | None = None) -> Plain:
-    return merge.fold(bundle, adapter, SessionFactory(CPU, threads=1), place=place)
+    return merge.fold(bundle, adapter, SessionFactory.of(bundle.manifest, CPU, threads=1), place=place)
 
 
 def images(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
