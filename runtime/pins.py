@@ -49,7 +49,9 @@ class Pins:
         try:
             self.apply(task, self._catalogue.adapter(task, "pin"))  # the task may have another version by now
         except TpeftError:
-            self._folded[task] = False
+            with self._lock:
+                if task in self._folded:  # unpinned meanwhile, it stays so
+                    self._folded[task] = False
             raise
 
     def unpin(self, task: str) -> None:
@@ -77,14 +79,15 @@ class Pins:
 
     def apply_changed(self, versions: Mapping[str, Version]) -> None:
         """Bring the new versions of pinned tasks to the device."""
-        for task in self._folded.keys() & versions.keys():
+        for task in self.all().keys() & versions.keys():
             with self._tiers.using([versions[task]]):
                 self.apply(task, versions[task])
 
     def forget(self, tasks: Iterable[str]) -> None:
         """Remove the pins of tasks that are no longer served."""
-        for task in tasks:
-            self._folded.pop(task, None)
+        with self._lock:
+            for task in tasks:
+                self._folded.pop(task, None)
 
     def _release(self, version: Version) -> None:
         self._tiers.pin(version, False)

@@ -277,7 +277,7 @@ def clip(path: Path) -> Path:
     ("make", "message"),
     [
         (lambda path: path, r"expected a Hugging Face model directory.*got a directory without config.json"),
-        (headless, r"every weight.*got no weights for classifier.bias, classifier.weight\. Write the directory anew"),
+        (headless, r"every weight.*got no weights for classifier.bias, classifier.weight\. Write the directory again"),
         (
             lambda path: edited(path, architectures=["MyOwnModel"]),
             "a model class of transformers.*'MyOwnModel'.*package",

@@ -144,7 +144,7 @@ def test_a_task_that_cannot_be_folded_stays_pinned_and_is_no_failure(
     def differing(*_: object, task: str, **__: object) -> float:
         raise RunError(f"fold task {task!r}", expected="the answer of the banked graph", got="another")
 
-    monkeypatch.setattr("tpeft_deploy.runtime.folding.merge.prove", differing)
+    monkeypatch.setattr("tpeft_deploy.runtime.folding.compare.prove", differing)
     with pytest.raises(TpeftError) as refused:
         asyncio.run(served.service.pin(served.who(), "bred", folded=True))
     assert status_of(refused.value).http == 409
