@@ -22,7 +22,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["Block", "Cut", "SMALL", "cut", "cut_strings"]
 
 SMALL = 1 << 18
-"""Bytes of JSON that are parsed in one step, and of those beside the data in larger ones."""
+"""Maximum bytes of JSON parsed in one step; in larger JSON, maximum bytes besides tensor data."""
 _OPENS = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
 _MISPLACED = re.compile(rb"[0-9a-zA-Z][ \t\r\n]*\[|\][ \t\r\n]*[-0-9a-zA-Z]")
 _OTHERS = bytes(set(range(256)) - set(b"[],"))

@@ -17,7 +17,7 @@ __all__ = ["GONE", "HttpRecord", "told"]
 _log = logging.getLogger("tpeft_deploy.server")
 _PIECE = 1 << 20
 GONE = 499
-"""Status of a request whose client disconnected; seen in logs and metrics only."""
+"""Status of a request after its client disconnected; used in logs and metrics only."""
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 

@@ -14,7 +14,7 @@ from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 __all__ = ["FIRST", "read_message"]
 
 FIRST = 1 << 16
-"""Bytes that are reserved for a message of which nothing is known."""
+"""Bytes reserved for a message of unknown size."""
 _IDLE = "none came, and others needed the room that was kept for it"
 _AT_ONCE = 0.05  # seconds; network speed bounds the bytes that all calls together receive in this time
 

@@ -20,7 +20,7 @@ from tpeft_deploy.errors import Forbidden
 __all__ = ["Action", "LOCAL", "Principal", "Role", "SHARED", "allow"]
 
 SHARED = ""
-"""The tenant that owns what all tenants may call: the bundle's own tasks, and those that an admin publishes."""
+"""Tenant that owns the shared tasks: those of the bundle, and those published by an admin."""
 
 
 class Role(enum.StrEnum):
@@ -70,7 +70,7 @@ class Principal:
 
 
 LOCAL = Principal(tenant="local", role=Role.ADMIN, key="no-auth")
-"""Everybody, on a server without keys, which listens on the loopback only."""
+"""Principal of every request on a server without keys, which listens on the loopback only."""
 
 
 def allow(principal: Principal, action: Action) -> None:

@@ -11,7 +11,7 @@ from itertools import chain
 __all__ = ["SPARE", "Patience", "Seat", "Seats", "affordable"]
 
 SPARE = 8
-"""Connections beyond the limit that are read for a moment, as one of them may ask for health."""
+"""Connections beyond the limit that are read briefly, as one of them may be a health check."""
 _FILES = 20  # reserved for adapters, databases and the pipes of processes that read uploads
 _DRAIN = 64 << 20  # bytes per second of refused bodies, of all connections: reading them is wasted work
 _MOST = 1000
