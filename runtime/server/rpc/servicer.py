@@ -270,12 +270,12 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 async def _in_order(
     context: Any, read: Callable[[], Awaitable[T | None]], answer: Callable[[T], Awaitable[bytes]], in_flight: int
 ) -> None:
-    """Answer the messages of a stream concurrently and in order; an error cancels the pending answers.
+    """Serve the messages of a stream concurrently, responding in order; an error cancels in-flight messages.
 
     Args:
         context: gRPC context of the call.
         read: returns the next message; None at the end.
-        answer: answers one message; an exception ends the stream.
+        answer: returns the response to one message; an exception ends the stream.
         in_flight: maximum number of in-flight messages; the client waits beyond it.
     """
     room = asyncio.Semaphore(in_flight)

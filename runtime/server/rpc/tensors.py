@@ -12,7 +12,7 @@
 | FP32, FP64 | float32, float64 | fp32_contents, fp64_contents |
 | BYTES | objects of type bytes | bytes_contents |
 
-Raw tensors are little-endian and row-major; each element of BYTES has its length before it, in four bytes.
+Raw tensors are little-endian and row-major; each element of BYTES is prefixed by its length in four bytes.
 """
 
 from __future__ import annotations

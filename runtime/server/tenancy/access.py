@@ -3,7 +3,7 @@
 | action | infer | deploy | admin |
 |---|---|---|---|
 | INFER, READ | yes | yes | yes |
-| DEPLOY: register, swap, pin and delete the tenant's own tasks | | yes | yes |
+| DEPLOY: register, swap, pin and delete tasks of the tenant | | yes | yes |
 | ADMIN: keys, tenants and their quotas, shared tasks, the audit log, metrics | | | yes |
 
 Every route and every rpc declares its action; one without an action is refused.  Only health needs no key.

@@ -103,7 +103,7 @@ def from_raw(doing: str, datatype: str, raw: bytes | memoryview, count: int) -> 
 
 
 def check_size(doing: str, datatype: str, count: int, size: int) -> None:
-    """Check the number of raw bytes of `count` elements; not possible for BYTES, as each element has a size.
+    """Check the number of raw bytes of `count` elements; skipped for BYTES, as elements differ in size.
 
     Raises:
         ProtocolError: the number is wrong.

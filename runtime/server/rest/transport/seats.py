@@ -63,7 +63,7 @@ class Seats:
     """Admission control of connections.
 
     At the limit the eviction victim is a connection with a refused body, else the one that has waited longest for a
-    request.  Without a victim the new connection gets a spare seat, and the oldest spare seat is evicted.
+    request.  Without a victim the new connection gets a spare seat; if none is free, the oldest is evicted.
 
     Args:
         patience: limits and timeouts.
