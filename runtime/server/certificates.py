@@ -1,4 +1,4 @@
-"""The certificate that a server shows, read again when its files change."""
+"""TLS certificate of a server, reloaded when its files change."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _log = logging.getLogger("tpeft_deploy.server")
 
 
 class Certificates:
-    """A certificate chain and its key, which new connections get as they are in their files now.
+    """Certificate chain and private key, reloadable for new connections.
 
     Args:
         certificate: file with the chain, PEM.
         key: file with the private key, PEM, not encrypted.
 
     Attributes:
-        context: for connections over HTTP.
+        context: TLS context of HTTP connections.
         pem: certificate and key, for gRPC.
 
     Raises:
-        ServerError: one of them cannot be read, or they are not each other's.
+        ServerError: a file cannot be read, or the key does not match the certificate.
     """
 
     context: ssl.SSLContext
@@ -37,10 +37,10 @@ class Certificates:
         self._load()
 
     def renew(self) -> bool:
-        """Read the files again if they have changed; what cannot be used is logged, and the present ones stay.
+        """Reload the files if they have changed; unusable files are logged, and the current certificate stays.
 
         Returns:
-            Whether there is another certificate.
+            Whether the certificate has changed.
         """
         state = self._state()
         if state == self._seen:
@@ -51,7 +51,7 @@ class Certificates:
             _log.error("%s; the present certificate stays", error)
             self._seen = state
             return False
-        self._seen = state  # as it was before: what changed while it was read is read again
+        self._seen = state  # state before reading: changes while reading cause another reload
         _log.info("new connections get the certificate that is now in %s", self._files[0])
         return True
 
@@ -61,7 +61,7 @@ class Certificates:
     def _load(self) -> None:
         doing = f"use certificate {self._files[0]} and key {self._files[1]}"
 
-        def password() -> str:  # else OpenSSL would ask for it on the terminal
+        def password() -> str:  # otherwise OpenSSL would prompt on the terminal
             raise ServerError(doing, expected="a key that is not encrypted", got="an encrypted one")
 
         try:
@@ -77,7 +77,7 @@ class Certificates:
 
 
 def _state_of(file: Path) -> object:
-    """What changes with a file, or with what a link stands for."""
+    """Return a value that changes with a file, or with the target of a link."""
     try:
         found = file.stat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A server's life: open, listen, answer, and on SIGTERM stop taking requests, finish, and go."""
+"""Server process: start-up, serving, and graceful shutdown on SIGTERM."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def serve(bundle: Path, settings: Settings, say: Callable[[str], None] | None = 
     """Serve a bundle until SIGTERM or SIGINT; a second one ends the process at once.
 
     Args:
-        bundle: its directory.
-        settings: everything else.
-        say: told in one line each where the server listens, on which provider, and that it stops; by default
-            these are lines on stderr.
+        bundle: directory of the bundle.
+        settings: server settings.
+        say: called with a line each for the listening address, the provider, and the shutdown (default: writes them to
+            stderr).
 
     Raises:
-        BundleError, ProviderUnavailable, ServerError, Conflict: it cannot start.
+        BundleError, ProviderUnavailable, ServerError, Conflict: the server cannot start.
     """
     certificates = None
     if settings.tls_cert is not None and settings.tls_key is not None:
@@ -180,7 +180,7 @@ async def _run(
     while not http.started and not serving.done():
         await asyncio.sleep(0.01)
     if serving.done():
-        await serving  # raises why it did not start
+        await serving  # raises the reason why it did not start
     scheme = "https" if settings.tls_cert is not None else "http"
     say(f"serving on {scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}")
     if grpc is not None:
@@ -201,7 +201,7 @@ async def _run(
 
 
 async def _renewing(certificates: Certificates | None, http: HttpServer, grpc: RpcServer | None) -> None:
-    """Give new connections the certificate that its files have, each few seconds and on SIGHUP."""
+    """Reload the certificate for new connections every few seconds and on SIGHUP."""
     if certificates is None:
         return
     asked = asyncio.Event()
@@ -228,9 +228,9 @@ def _http(service: Service, settings: Settings, observe: Callable[[RequestRecord
     answer = application(service, limits, observe, intake)
     config = uvicorn.Config(
         LocalOnly(answer, observe) if settings.no_auth else answer,
-        ws="none",  # else a library for it answers before keys are looked at, wherever one is installed
+        ws="none",  # otherwise an installed WebSocket library responds before authentication
         lifespan="off",
-        proxy_headers=False,  # nothing here asks where a request comes from
+        proxy_headers=False,  # client addresses are not used
         log_config=None,
         access_log=False,
         server_header=False,
@@ -248,7 +248,7 @@ def _grpc(
 ) -> RpcServer | None:
     if settings.grpc_port is None:
         return None
-    # grpc hands a message over as a whole: the event loop is held up by 2 ms a MB, whatever becomes of the message.
+    # grpc delivers messages as a whole, which blocks the event loop for 2 ms per MB even if the message is refused.
     useful = max(service.largest_body or settings.max_body_bytes, _GRPC_BYTES)
     limits = RpcLimits(
         elements=settings.max_elements,
@@ -267,7 +267,7 @@ def _on_signals(stop: asyncio.Event) -> None:
 
         def asked(number: signal.Signals = number) -> None:
             stop.set()
-            for other in (signal.SIGTERM, signal.SIGINT):  # the second time it is not asked but told
+            for other in (signal.SIGTERM, signal.SIGINT):  # a second signal ends the process at once
                 loop.remove_signal_handler(other)
                 signal.signal(other, signal.SIG_DFL)
 
@@ -286,7 +286,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             fix="Take another --port, or stop what listens there.",
         ) from None
     with listener:
-        # Connections have it from here, whatever the event loop does: an answer of two parts would take 40 ms.
+        # Inherited by connections on any event loop: without it a response of two parts takes 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield listener
 

@@ -1,5 +1,5 @@
-"""Uploads read apart: in child processes with limits on time, memory and files.
+"""Isolated parsing of uploads, in child processes with limits on time, memory and files.
 
-`reader` is the child's program and imports nothing of the server; `process` is one child as the server sees it;
-`pool` shares a few of them among tenants.
+`reader` is the program of a child process and imports nothing of the server; `process` controls one child process from
+the server; `pool` schedules uploads of all tenants on a few child processes.
 """

@@ -1,4 +1,4 @@
-"""Limits of reading uploads."""
+"""Limits of isolated parsing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Limits:
 
     Attributes:
         readers: number of child processes, each for one upload at a time.
-        waiting: number of uploads that may wait for a reader.
-        tenant_waiting: number of those from one tenant.
-        cpu_seconds: processor time of one upload.
-        wall_seconds: time of one upload from the moment a reader begins on it.
-        memory_bytes: address space of one upload, beyond that of an idle reader.
-        result_bytes: size of the canonical file.
+        waiting: maximum number of uploads that wait for a reader.
+        tenant_waiting: maximum number of waiting uploads per tenant.
+        cpu_seconds: maximum CPU time of one upload.
+        wall_seconds: maximum time of one upload, from its dispatch to a reader.
+        memory_bytes: maximum address space of one upload, beyond that of an idle reader.
+        result_bytes: maximum size of the canonical file.
     """
 
     readers: int = 2

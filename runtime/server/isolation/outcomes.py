@@ -1,6 +1,6 @@
-"""What becomes of an upload when its process has ended: the adapter, or a refusal.
+"""Result of an upload after its process has ended: the adapter, or an error.
 
-Nothing that the process left is trusted.
+Output of the process is untrusted.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ __all__ = ["Upload", "closing", "collect", "crashed", "header_bytes", "no_proces
 
 _log = logging.getLogger("tpeft_deploy.server")
 _REFUSAL_BYTES = 1 << 16
-# What the header of a canonical file takes for one weight: a few tensors with offsets, a scale, a digest; and for all.
+# Header bytes of a canonical file: per byte of a weight's name, per weight (a few tensors with offsets, a scale, a
+# digest), and for the file.
 _HEAD_TIMES, _HEAD_MORE, _HEAD_LEAST = 8, 1024, 1 << 16
 
 
 class Upload(NamedTuple):
-    """An upload that was read.
+    """A parsed upload.
 
     Attributes:
-        adapter: what it says.
-        data: the same as a canonical file.
+        adapter: parsed adapter.
+        data: content of its canonical file.
     """
 
     adapter: Adapter
@@ -44,18 +45,18 @@ class Upload(NamedTuple):
 
 
 def collect(directory: Path, of: str, outcome: Outcome, limits: Limits, header: int) -> Upload:
-    """What a process left of an upload.
+    """Return the upload that a process has parsed.
 
     Args:
-        directory: files of the upload.
-        of: name for it in messages.
-        outcome: how its process ended.
-        limits: what it had to keep to.
-        header: bytes that the canonical file's header may have (`header_bytes`).
+        directory: directory of the upload's files.
+        of: name of the upload in messages.
+        outcome: outcome of the process.
+        limits: limits of the process.
+        header: maximum size of the canonical file's header (`header_bytes`).
 
     Raises:
-        ProtocolError, AdapterError: the refusal.
-        Unavailable: there was no process for it.
+        ProtocolError, AdapterError: the upload is invalid.
+        Unavailable: no process could be forked.
         OSError: the disk is full.
     """
     _check(of, outcome, limits)
@@ -64,29 +65,29 @@ def collect(directory: Path, of: str, outcome: Outcome, limits: Limits, header: 
     if data is None:
         raise crashed(of, "its process left no result")
     length = int.from_bytes(data[:8], "little")
-    if length > header:  # parsed here, it would hold up everything else
+    if length > header:  # parsing it here would block the server
         raise AdapterError(f"read {of}", expected=f"names and digests of at most {header:,} bytes", got=f"{length:,}")
     return Upload(canonical.from_bytes(data, source=of), data)
 
 
 def header_bytes(manifest: Manifest) -> int:
-    """Bytes that the header of a bundle's adapters has at most."""
+    """Return the maximum size of the header of a bundle's adapters."""
     return _HEAD_LEAST + sum(_HEAD_TIMES * len(name.encode()) + _HEAD_MORE for name in manifest.stored)
 
 
 def _bounded(place: Path, limit: int) -> bytes | None:
-    """A file's bytes; None for one that is missing, longer or no plain file."""
+    """Return the bytes of a file; None if it is missing, longer than `limit` or not a regular file."""
     try:
         handle = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    with os.fdopen(handle, "rb", buffering=0) as file:  # a buffer would be copied while all threads wait
+    with os.fdopen(handle, "rb", buffering=0) as file:  # a buffer would be copied while holding the GIL
         about = os.fstat(handle)
         return file.readall() if stat.S_ISREG(about.st_mode) and about.st_size <= limit else None
 
 
 def _raise_refusal(directory: Path, of: str) -> None:
-    """Raise a refusal, of a class for files that are wrong, with one line of bounded length."""
+    """Raise the error in REFUSAL; only classes for invalid files, and one line of bounded length, are accepted."""
     place = directory / reader.REFUSAL
     if not place.exists() and not place.is_symlink():
         return
@@ -125,17 +126,17 @@ def _over(of: str, expected: str) -> AdapterError:
 
 
 def crashed(of: str, problem: str) -> AdapterError:
-    """The refusal of an upload whose process did not end as it should."""
+    """Return the error for an upload after an abnormal end of its process."""
     return AdapterError(f"read {of}", problem=problem, fix="Check what saved it, or send it again.")
 
 
 def no_process(of: str) -> Unavailable:
-    """The refusal where the machine has no process to spare."""
+    """Return the error for an upload without a process, as the fork failed."""
     return Unavailable(f"read {of}", problem="the server cannot start a process for it now", fix="Send it again later.")
 
 
 def closing(of: str) -> Unavailable:
-    """The refusal while the server stops."""
+    """Return the error for an upload during shutdown."""
     return Unavailable(f"read {of}", problem="the server is stopping")
 
 

@@ -1,4 +1,4 @@
-"""A few readers for all tenants: round-robin, with bounded waiting, replaced when they end."""
+"""Pool of readers: round-robin over tenants, with bounded queues; readers that end are replaced."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ _log = logging.getLogger("tpeft_deploy.server")
 
 
 class Reader(Protocol):
-    """Reads the files of uploads."""
+    """Parser of uploads."""
 
     def check_room(self, tenant: str) -> None:
-        """Refuse an upload that could not wait, before it is received.
+        """Raise if the queue has no room for an upload, before it is received.
 
         Raises:
-            Unavailable, QuotaExceeded: too many uploads wait.
+            Unavailable, QuotaExceeded: too many uploads are queued.
         """
 
     async def read(self, tenant: str, directory: Path, of: str) -> Upload:
-        """The adapter of an upload, fitted to the bundle.
+        """Parse an upload and fit its adapter to the bundle.
 
         Args:
-            tenant: which sends it.
-            directory: its files.
-            of: name for it in messages.
+            tenant: tenant of the upload.
+            directory: directory of its files.
+            of: name of the upload in messages.
 
         Raises:
-            ProtocolError, AdapterError: it is refused.
-            Unavailable, QuotaExceeded: too many uploads wait.
+            ProtocolError, AdapterError: the upload is invalid.
+            Unavailable, QuotaExceeded: too many uploads are queued.
         """
 
 
 class Direct:
-    """Reads in this process, without limits: for a service that is part of another program.
+    """Reader in this process, without limits: for a service embedded in another program.
 
     Args:
-        bundle: what adapters have to fit.
-        workers: threads to read in; some of this object by default.
+        bundle: bundle that adapters must fit.
+        workers: threads for parsing (default: separate ones).
     """
 
     def __init__(self, bundle: Bundle, workers: Workers | None = None) -> None:
@@ -70,10 +70,10 @@ class Direct:
         self._workers = workers or Workers("tpeft-read", 2)
 
     def check_room(self, tenant: str) -> None:
-        """Refuse nothing."""
+        """Accept every upload."""
 
     async def read(self, tenant: str, directory: Path, of: str) -> Upload:
-        """The adapter of an upload."""
+        """Parse an upload."""
         return await self._workers.run_for(tenant, self._read, directory, of)
 
     def _read(self, directory: Path, of: str) -> Upload:
@@ -87,21 +87,21 @@ class _Job:
     directory: Path
     of: str
     future: Future[Upload] = field(default_factory=Future)
-    lock: threading.Lock = field(default_factory=threading.Lock)  # of the two below
+    lock: threading.Lock = field(default_factory=threading.Lock)  # guards the fields below
     process: Process | None = None
     abandoned: bool = False
 
 
 class Pool:
-    """Reads uploads in child processes.
+    """Reader that parses uploads in child processes.
 
-    A tenant never holds all readers where there are several, so that an upload of another always finds one.
+    With several readers, a tenant never occupies all of them, so that an upload of another tenant always finds one.
 
     Args:
-        bundle: what adapters have to fit.
-        limits: of the pool and of each upload.
-        program: what the children run.
-        observe: called with how the process of each upload ended, in a thread of the pool.
+        bundle: bundle that adapters must fit.
+        limits: limits of the pool and of each upload.
+        program: program of the child processes.
+        observe: called with the outcome of each upload's process, in a thread of the pool.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class Pool:
         self._limits = limits or Limits()
         self._program = program
         self._observe = observe
-        self._lock = threading.Lock()  # of all below
-        self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()  # the tenant whose turn it is first
+        self._lock = threading.Lock()  # guards the fields below
+        self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()  # in round-robin order
         self._running: Counter[str] = Counter()
         self._processes: set[Process] = set()
         self._idle: list[Process] = []
@@ -133,12 +133,12 @@ class Pool:
             return [process.pid for process in self._processes]
 
     def check_room(self, tenant: str) -> None:
-        """Refuse an upload that could not wait, before it is received."""
+        """Raise if the queue has no room for an upload, before it is received."""
         with self._lock:
             self._check_room(tenant)
 
     async def read(self, tenant: str, directory: Path, of: str) -> Upload:
-        """The adapter of an upload; one whose caller is cancelled is read no further."""
+        """Parse an upload; cancelling stops its process."""
         job = _Job(tenant, directory, of)
         with self._lock:
             self._check_room(tenant)
@@ -149,13 +149,13 @@ class Pool:
             return await asyncio.shield(waiter)
         except asyncio.CancelledError:
             self._abandon(job)
-            await asyncio.wait([waiter])  # until then its process may write
+            await asyncio.wait([waiter])  # the process may write to the directory until it ends
             with contextlib.suppress(TpeftError, OSError):
                 waiter.result()
             raise
 
     def close(self) -> None:
-        """End all readers; uploads that wait are refused."""
+        """Terminate all readers; queued uploads are refused."""
         with self._lock:
             self._closed = True
             waiting = [job for jobs in self._waiting.values() for job in jobs]
@@ -187,13 +187,13 @@ class Pool:
             )
 
     def _dispatch(self) -> None:
-        """Begin with what waits, as far as readers are free."""
+        """Dispatch queued uploads to free readers."""
         while self._running.total() < self._limits.readers and (job := self._take()) is not None:
             self._running[job.tenant] += 1
             self._threads.submit(self._run, job)
 
     def _take(self) -> _Job | None:
-        """The first upload of the first tenant that does not hold all readers but one already."""
+        """Dequeue the next upload of the first tenant that may occupy another reader (all but one)."""
         most = max(1, self._limits.readers - 1)
         tenant = next((tenant for tenant in self._waiting if self._running[tenant] < most), None)
         if tenant is None:
@@ -201,7 +201,7 @@ class Pool:
         jobs = self._waiting.pop(tenant)
         job = jobs.popleft()
         if jobs:
-            self._waiting[tenant] = jobs  # behind the others
+            self._waiting[tenant] = jobs  # to the end of the round-robin order
         return job
 
     def _run(self, job: _Job) -> None:
@@ -256,7 +256,7 @@ class Pool:
                 job.process.abandon()
 
     def _ready(self, of: str) -> Process:
-        """An idle reader, or a new one."""
+        """Return an idle reader, or start a new one."""
         with self._lock:
             process = self._idle.pop() if self._idle else None
         if process is not None and process.alive():

@@ -1,4 +1,4 @@
-"""A reader's process, as the server starts, asks and ends it."""
+"""Control of a reader process from the server."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from tpeft_deploy.runtime.server.isolation.limits import Limits
 
 __all__ = ["Outcome", "Process"]
 
-_START_SECONDS = 60.0  # an import from a cold disk
-_GRACE_SECONDS = 5.0  # what a reader has, beyond an upload's limit, to end it itself
+_START_SECONDS = 60.0  # imports from a cold disk
+_GRACE_SECONDS = 5.0  # time for a reader to end an upload after its wall limit
 _LONGEST = 4096
-_KEPT = ("LD_LIBRARY_PATH", "PYTHONHOME")  # all that a reader's Python may need of the server's environment
+_KEPT = ("LD_LIBRARY_PATH", "PYTHONHOME")  # variables that a reader's Python may need
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the process of one upload ended.
+    """Outcome of the process of one upload.
 
     Attributes:
-        status: exit status, or minus the signal that ended it.
-        late: it took more than the wall limit.
-        cpu: seconds of processor time.
-        rss: bytes of memory at most.
+        status: exit status, or the negative number of the signal that ended it.
+        late: whether it exceeded the wall limit.
+        cpu: CPU time in seconds.
+        rss: peak resident memory in bytes.
     """
 
     status: int
@@ -44,11 +44,11 @@ class Outcome:
 
 
 class Process:
-    """One reader; used by one thread at a time, but for `abandon` and `kill`.
+    """One reader process; only `abandon` and `kill` are thread-safe.
 
     Args:
         bundle: path of the bundle.
-        program: `reader`'s file.
+        program: path of the reader program.
     """
 
     def __init__(self, bundle: Path, program: Path) -> None:
@@ -64,7 +64,7 @@ class Process:
         )
         self._stdin: IO[bytes] = self._process.stdin  # type: ignore[assignment]  # both are pipes
         self._stdout: IO[bytes] = self._process.stdout  # type: ignore[assignment]
-        self._lock = threading.Lock()  # of signals: none goes to a process that took over the number
+        self._lock = threading.Lock()  # guards signals: none may reach a process that reuses the pid
         self._ready = False
 
     @property
@@ -73,17 +73,17 @@ class Process:
         return self._process.pid
 
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process is running."""
         with self._lock:
             return self._process.poll() is None
 
     def wait_ready(self) -> bool:
-        """Whether it has started; blocks until then."""
+        """Block until the process is ready; return whether it is."""
         self._ready = self._ready or self._line(_START_SECONDS) == b"ready\n"
         return self._ready
 
     def ask(self, directory: Path, of: str, limits: Limits) -> Outcome | None:
-        """Have an upload read; None where the reader itself ended, or had to be ended."""
+        """Parse an upload and return the outcome; None if the reader ended or had to be killed."""
         job = {
             "directory": str(directory),
             "of": of,
@@ -102,11 +102,11 @@ class Process:
         return Outcome(status, answer["late"], answer["cpu"], answer["rss"])
 
     def abandon(self) -> None:
-        """End the upload that is read now."""
+        """Abort the current upload."""
         self._write(b"\n")
 
     def kill(self) -> None:
-        """End it and the process of its upload."""
+        """Kill the reader and the process of its upload."""
         with self._lock:
             if self._process.poll() is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -115,7 +115,7 @@ class Process:
             self._process.wait()
 
     def close(self) -> None:
-        """End it, and let go of its pipes; no other thread uses it any more."""
+        """Terminate the reader and close its pipes; no other thread may use it."""
         self.kill()
         self._stdin.close()
         self._stdout.close()
@@ -123,7 +123,7 @@ class Process:
     def _write(self, data: bytes) -> bool:
         try:
             return self._stdin.write(data) == len(data)
-        except (OSError, ValueError):  # it ended, or is closed
+        except (OSError, ValueError):  # the process ended, or is closed
             return False
 
     def _line(self, seconds: float) -> bytes | None:
@@ -143,7 +143,7 @@ class Process:
 
 
 def _environment() -> dict[str, str]:
-    """A reader's environment: nothing of the server's, which may hold passwords."""
+    """Return the environment of a reader, without the server's variables, which may contain passwords."""
     once = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], "1")
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     if sys.dont_write_bytecode:

@@ -1,12 +1,12 @@
-"""A reader: a small process that forks one more for each upload, which parses it under limits and ends.
+"""Reader: a small process that forks a child per upload; the child parses the upload under limits and exits.
 
 The server runs this file as a program (`process`), so nothing of the server, ONNX Runtime or torch is imported here.
-The parent of the forks parses nothing of an upload: it starts them, waits, and says how they ended.  An upload
-therefore has whole limits, and reaches neither the server nor the next upload.
+The parent does not parse uploads: it forks, waits, and reports the outcome.  Limits therefore apply per upload, and an
+upload affects neither the server nor the next upload.
 
-    stdin    a line of JSON for each upload; an empty line abandons the one that is read; the end ends the process
-    stdout   "ready", then a line of JSON for each upload: how its process ended, and what that took
-    files    the upload's directory gets RESULT, the canonical adapter, or REFUSAL, a line of JSON
+    stdin    a line of JSON for each upload; an empty line aborts the current upload; end of file ends the process
+    stdout   "ready", then a line of JSON for each upload: exit status and resource usage of its process
+    files    in the upload's directory, RESULT, the canonical adapter, or REFUSAL, a line of JSON
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import safetensors.numpy  # noqa: F401  # else each fork would import it
+import safetensors.numpy  # noqa: F401  # otherwise each fork would import it
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import fit
@@ -39,10 +39,10 @@ __all__ = ["CONFIG_FILE", "NO_FORK", "NO_MEMORY", "REFUSAL", "RESULT", "WEIGHTS_
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 RESULT, REFUSAL = "result.safetensors", "refusal.json"
-NO_MEMORY, BROKEN, NO_FORK = 3, 4, 5  # exit statuses where there is no refusal to read
+NO_MEMORY, BROKEN, NO_FORK = 3, 4, 5  # exit statuses without a REFUSAL file
 
 _FILES = 64
-_NICE = 10  # inference goes before it
+_NICE = 10  # inference has priority
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _LONGEST = 4000
 
@@ -51,25 +51,25 @@ def read(bundle: Bundle, directory: Path, of: str) -> Adapter:
     """Read the adapter of an upload, whatever its format, and fit it to a bundle.
 
     Args:
-        bundle: what it is to be served by.
-        directory: the files of the upload.
-        of: name for it in messages, which name no files.
+        bundle: bundle that is to serve the adapter.
+        directory: directory of the upload's files.
+        of: name of the upload in messages, in place of file names.
 
     Raises:
-        ProtocolError: it has no weights.
-        AdapterError: it cannot be read, or does not fit the base.
+        ProtocolError: the upload has no weights.
+        AdapterError: the adapter cannot be read, or does not fit the base.
     """
     weights, manifest = directory / WEIGHTS_FILE, bundle.manifest
     if not weights.exists():
         raise ProtocolError(f"read {of}", expected="a part 'weights' with the adapter", got="none")
     place = directory if (directory / CONFIG_FILE).exists() else weights
-    base = replace(bundle.base_view, name=f"bundle {manifest.name!r}")  # not its path
+    base = replace(bundle.base_view, name=f"bundle {manifest.name!r}")  # keeps the path out of messages
     try:
         found = load_adapter(place, base=base)
     except TpeftError as error:
         text = str(error).replace(str(weights), of).replace(str(directory), of)
         raise type(error)(text) from error
-    found = replace(found, source=of)  # later messages name it too
+    found = replace(found, source=of)  # also for later messages
     fit.fill(manifest, found, bundle=repr(manifest.name), base_value=bundle.base_value)
     return found
 
@@ -116,7 +116,7 @@ def _jobs() -> Iterator[dict[str, Any]]:
 
 
 def _wait(pid: int, woken: int, seconds: float) -> dict[str, object]:
-    """How a fork ended; one that takes too long, or that is abandoned, is killed."""
+    """Wait for a fork and return its outcome; kill it on timeout or abort."""
     until, late = time.monotonic() + seconds, False
     while True:
         found, status, usage = os.wait4(pid, os.WNOHANG)
@@ -136,13 +136,13 @@ def _wait(pid: int, woken: int, seconds: float) -> dict[str, object]:
 
 
 def _fork(bundle: Bundle, job: dict[str, Any], parent: int, handles: list[int]) -> NoReturn:
-    """Read one upload and end."""
+    """Parse one upload and exit."""
     status = BROKEN
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for standard in (0, 2):
-            os.dup2(1, standard)  # nothing is heard of it but its files
+            os.dup2(1, standard)  # the child communicates by files only
         for handle in handles:
             os.close(handle)
         _end_with(parent)
@@ -161,7 +161,7 @@ def _convert(bundle: Bundle, directory: Path, of: str) -> int:
         refusal = {"kind": type(error).__name__, "text": str(error)[:_LONGEST]}
     except OSError as error:
         refusal = {"kind": "OSError", "text": errno.errorcode.get(error.errno or 0, "EIO")}
-    except Exception as error:  # what no reader foresaw, or something of the server: for the log
+    except Exception as error:  # unexpected error, possibly of the server: reported to its log
         refusal = {"kind": type(error).__name__, "text": "", "trace": traceback.format_exc()[-_LONGEST:]}
     else:
         return 0
@@ -176,7 +176,7 @@ def _limit(job: dict[str, Any]) -> None:
     cpu = int(job["cpu_seconds"])
     limits = {
         resource.RLIMIT_CORE: (0, 0),
-        resource.RLIMIT_CPU: (cpu, cpu + 1),  # equal ones would kill without telling why
+        resource.RLIMIT_CPU: (cpu, cpu + 1),  # with equal limits SIGKILL would hide the reason
         resource.RLIMIT_NOFILE: (_FILES, _FILES),
         resource.RLIMIT_FSIZE: (int(job["result_bytes"]),) * 2,
         resource.RLIMIT_NPROC: (0, 0),
@@ -191,12 +191,12 @@ def _limit(job: dict[str, Any]) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Have the kernel end this process with its parent, however that ends."""
+    """Make the kernel kill this process when its parent ends for any reason."""
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
         library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         library.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before
+    if os.getppid() != parent:  # the parent ended before prctl
         os._exit(BROKEN)
 
 

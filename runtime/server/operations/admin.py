@@ -23,7 +23,7 @@ __all__ = ["Admin"]
 
 
 class Admin:
-    """Operations on keys, tenants, the audit log and the metrics; all need ADMIN, but see `metrics`.
+    """Operations on keys, tenants, the audit log and the metrics; all but `metrics` need ADMIN.
 
     Args:
         state: the registry.
@@ -50,7 +50,7 @@ class Admin:
     ) -> Document:
         """Create a key: {id, tenant, role, created, expires, revoked, key}; the key itself is shown only here."""
         self._change(principal)
-        if not self._options.authenticate:  # it would outlive this mode, in which everybody here is an admin
+        if not self._options.authenticate:  # the key would outlive this mode, in which every request is an admin's
             raise Conflict(
                 f"create a key for tenant {quoted(tenant)}",
                 problem="this server asks for none",
@@ -85,11 +85,11 @@ class Admin:
                 expected=f"fields among {', '.join(sorted(known))}",
                 got=", ".join(sorted(set(quota) - known)),
             )
-        own = replace(self._state.tenants.default, **quota)  # type: ignore[arg-type]  # it checks its fields itself
+        own = replace(self._state.tenants.default, **quota)  # type: ignore[arg-type]  # Quota validates its fields
         return self._tenant(await self._run(self._state.tenants.put, tenant, own, by=principal.key))
 
     async def audit(self, principal: Principal, limit: int = 100, before: int | None = None) -> Sequence[Document]:
-        """List audit entries, the newest first; those with an id below `before`, at most 1000."""
+        """List at most 1000 audit entries, the newest first; with `before`, only those with a smaller id."""
         allow(principal, Action.ADMIN)
         found = await self._run(self._state.audit.list, max(1, min(limit, 1000)), before)
         return [asdict(record) for record in found]

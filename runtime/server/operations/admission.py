@@ -1,4 +1,4 @@
-"""What an upload must prove before anybody can call it."""
+"""End-to-end check of an upload before it is served."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _log = logging.getLogger("tpeft_deploy.server")
 
 
 class Admission:
-    """Checks adapters end to end on the runtime that is to serve them.
+    """End-to-end check of adapters on the runtime that is to serve them.
 
     Args:
-        bundle: whose targets they have to fit.
-        runtime: runs the probe, as it would any request.
-        read: a version's adapter, from where it is stored.
+        bundle: bundle with the targets that adapters must fit.
+        runtime: runtime that runs the probe like a request.
+        read: reads a stored version's adapter.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, read: Callable[[VersionRecord], Adapter]) -> None:
@@ -34,18 +34,18 @@ class Admission:
         self._read = read
 
     def check(self, record: VersionRecord, adapter: Adapter) -> None:
-        """Refuse an adapter that does not fit the base, or answers as the base does.
+        """Check that an adapter fits the base, and that its outputs differ from the base's.
 
-        Targets, shapes, ranks and finiteness first; then a run on the bundle's example under the runtime's own name
-        for it, whose outputs have to be finite and to differ from the base's.  It stays known to the runtime when this
-        returns.  Blocks; not for the event loop.
+        Targets, shapes, ranks and finiteness are checked first; then a run on the bundle's example, under the version's
+        key in the runtime, must give finite outputs that differ from the base's.  The version then stays registered
+        with the runtime.  Blocks, so it must not run on the event loop.
 
         Raises:
-            UnknownTarget, ShapeError, BaseMismatch: it does not fit.
-            AdapterError: it changes no output, its outputs are not finite, or its numbers cannot be computed with.
-            CapacityError: it has no room.
+            UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit the base.
+            AdapterError: no output changes, outputs are not finite, or its values make arithmetic fail.
+            CapacityError: the device has no room for the adapter.
         """
-        # Named as clients know it: Bundle.fill would tell them where it lies.
+        # Not `Bundle.fill`: its messages would reveal the path of the bundle to clients.
         bundle = self._bundle
         with _refusing(record.task):
             fit.fill(bundle.manifest, adapter, bundle=repr(bundle.manifest.name), base_value=bundle.base_value)
@@ -68,7 +68,7 @@ class Admission:
 
 @contextmanager
 def _refusing(task: str) -> Iterator[None]:
-    """Refuse an adapter for what its content makes Python's or numpy's arithmetic raise; the log says where."""
+    """Convert arithmetic errors of Python or NumPy to an AdapterError; the traceback is logged."""
     try:
         yield
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:

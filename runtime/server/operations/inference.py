@@ -125,7 +125,7 @@ class Inference:
         return array.shape[0] or 1 if array is not None and array.ndim else 1
 
     def _scalars_of(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Reshape inputs of shape [1] to scalars where the model takes scalars."""
+        """Reshape inputs of shape [1] to scalars if the model takes scalars."""
         wide = [name for name in self._scalars if name in inputs and inputs[name].shape == (1,)]
         return {**inputs, **{name: inputs[name].reshape(()) for name in wide}} if wide else inputs
 
@@ -162,7 +162,7 @@ class Inference:
 
 
 def _named(name: str, rows: Sequence[Array]) -> dict[str, Array]:
-    """Stack the rows of an output, or name one output per row where their shapes differ."""
+    """Stack the rows of an output, or name one output per row if their shapes differ."""
     if len({array.shape for array in rows}) == 1:
         return {name: np.stack(rows)}
     return {f"{name}.{row}": array for row, array in enumerate(rows)}

@@ -15,11 +15,11 @@ _BASE64 = 1 << 18  # characters decoded at once; a multiple of four
 
 
 def files_of(name: str, parameters: Mapping[str, LoadParameter]) -> dict[str, LoadParameter]:
-    """The files among the parameters of a load call.
+    """Return the files among the parameters of a load call.
 
     Raises:
-        Unsupported: a parameter `config`.
-        ProtocolError: an unknown parameter.
+        Unsupported: the parameter `config` is given.
+        ProtocolError: a parameter is unknown.
     """
     files = {key: value for key, value in parameters.items() if key.startswith("file:")}
     unknown = sorted(set(parameters) - set(files) - {"pin"})

@@ -35,7 +35,7 @@ class Model:
 
 
 class Models:
-    """Finds models by name, in immutable snapshots; never blocks.
+    """Lookup of models by name in immutable snapshots; never blocks.
 
     Args:
         bundle: bundle, with tasks shared by all tenants.
@@ -58,7 +58,7 @@ class Models:
 
         Raises:
             NotFound: no visible task has that name and version.
-            Unavailable: it was unloaded.
+            Unavailable: the model was unloaded.
         """
         found = self._own.get(name)
         if found is not None:
@@ -89,7 +89,7 @@ class Models:
         return replace(_model_of(task), versions={str(record.number): target_of(record)})
 
     def registered(self, tenant: str | None) -> list[TaskRecord]:
-        """Return all visible tasks by name; sorts them, so not for the event loop."""
+        """Return all visible tasks by name; sorts them, so it must not run on the event loop."""
         return self._state.tasks.snapshot().visible(tenant)
 
     def listed(self, records: Sequence[TaskRecord], after: str | None = None) -> Iterator[Model]:
@@ -97,7 +97,7 @@ class Models:
 
         Args:
             records: tasks sorted by name.
-            after: name after which to begin.
+            after: name after which the listing starts.
         """
         fixed = [BASE_TASK, self.bundle, *self._own]
         if after in fixed:
@@ -112,7 +112,7 @@ class Models:
         return (model.tenant, model.name) not in self._unloaded
 
     def key(self, tenant: str, name: str, version: str) -> str:
-        """Return the runtime's name of a version, loaded or not.
+        """Return the key of a version in the runtime, loaded or not.
 
         Raises:
             NotFound: the version was deleted.

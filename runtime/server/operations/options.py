@@ -25,9 +25,9 @@ class Options:
         max_folded: maximum number of pinned versions with a folded session, over all tenants.
         metrics: renders the metrics; blocks.
         metrics_for_all: whether any key may read the metrics.
-        changes_per_s: changes per second that one key may make.
-        audit_days: days that audit entries are kept.
-        audit_rows: number of audit entries that are kept.
+        changes_per_s: maximum changes per second of one key.
+        audit_days: retention of audit entries in days.
+        audit_rows: maximum number of retained audit entries.
         observe: receives each inference event, on the event loop, shortly after the inference.
         forget: receives tenant and name of each deleted task.
         pools: threads for blocking work.

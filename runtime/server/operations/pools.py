@@ -1,4 +1,4 @@
-"""Threads for what blocks: changes of control never wait behind uploads, nor one tenant's uploads behind another's."""
+"""Thread pools for blocking work: control never waits for uploads, nor one tenant's uploads for another's."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _Job = tuple[Future[Any], Callable[[], Any]]
 
 
 class Workers:
-    """Daemon threads that take work of tenants in turn; one tenant never holds all of them.
+    """Daemon threads with round-robin queues of tenants; one tenant never occupies all threads.
 
-    The threads of `ThreadPoolExecutor` are waited for when the process ends, however long a disk takes; these are not.
+    Unlike those of `ThreadPoolExecutor`, these threads are not joined at exit, however long a disk takes.
 
     Args:
         name: prefix of the threads' names.
-        threads: number of threads at most; they start when they are needed.
+        threads: maximum number of threads, which start on demand.
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -39,15 +39,15 @@ class Workers:
         self._closed = False
 
     async def run(self, work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
-        """The result of work of the server."""
+        """Run work of the server, and return the result."""
         return await self.run_for("", work, *args, **options)
 
     async def run_for(self, tenant: str, work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
-        """The result of work of a tenant; not begun when this is cancelled before its turn."""
+        """Run work of a tenant, and return the result; cancelling removes queued work."""
         return await asyncio.wrap_future(self._submit(tenant, partial(work, *args, **options)))
 
     def close(self, timeout: float) -> None:
-        """Begin nothing more, and wait for what runs, some seconds at most."""
+        """Cancel queued work, and wait at most `timeout` seconds for running work."""
         until = time.monotonic() + timeout
         with self._changed:
             self._closed = True
@@ -76,7 +76,7 @@ class Workers:
         while (taken := self._take()) is not None:
             tenant = taken[0]
             _settle(*taken[1])
-            del taken  # what it read is not kept until the next comes
+            del taken  # frees the memory of the work before waiting for the next
             with self._changed:
                 self._running[tenant] -= 1
                 if not self._running[tenant]:
@@ -106,7 +106,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class Pools:
-    """Threads of one server.
+    """Thread pools of one server.
 
     Attributes:
         control: keys, tenants, the audit log and metrics.
@@ -119,7 +119,7 @@ class Pools:
     uploads: Workers = field(default_factory=lambda: Workers("tpeft-uploads", 4))
 
     def close(self, timeout: float = 5.0) -> None:
-        """Wait for what runs, some seconds at most: the registry is closed next."""
+        """Wait at most `timeout` seconds for running work, before the registry is closed."""
         until = time.monotonic() + timeout
         for workers in (self.uploads, self.changes, self.control):
             workers.close(max(0.0, until - time.monotonic()))
@@ -132,6 +132,6 @@ def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
         found = work()
     except BaseException as error:
         future.set_exception(error)
-        del future, work  # the error refers to this frame: what the work read would stay until a collection
+        del future, work  # breaks the cycle of error and frame, which would keep memory until a garbage collection
     else:
         future.set_result(found)

@@ -39,7 +39,7 @@ _EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", 
 
 
 class Service:
-    """Serves one bundle to many tenants.
+    """Operations of one bundle for many tenants.
 
     Each operation takes the principal first, checks what its role allows, and raises errors of `tpeft_deploy.errors`.
     Documents are plain dicts in the field names of the V2 protocol. `tenant` names the owner of a task; None for the
@@ -55,7 +55,7 @@ class Service:
     Attributes:
         admin: operations on keys, tenants, the audit log and the metrics.
         infer: `Inference.infer`; not wrapped, as it is called most.
-        largest_body: size of the largest useful request body; None where the model's inputs are unbounded.
+        largest_body: size of the largest useful request body; None if the model's inputs are unbounded.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class Service:
         self._management.restore()
 
     def live(self) -> bool:
-        """Whether the process is alive; needs no key."""
+        """Return whether the process is alive; needs no key."""
         return True
 
     def ready(self) -> bool:
-        """Whether the server is ready: false while starting and draining; needs no key."""
+        """Return whether the server is ready: false while starting and draining; needs no key."""
         return self._ready and self._state.intact
 
     def accepting(self) -> bool:
@@ -106,11 +106,11 @@ class Service:
         return self._accepting
 
     def drain(self) -> None:
-        """Report not ready; requests that arrive nevertheless are answered."""
+        """Report not ready; requests are still accepted."""
         self._ready = False
 
     def refuse(self) -> None:
-        """Accept no more inference requests; in-flight requests finish."""
+        """Stop accepting inference requests; in-flight requests finish."""
         self._ready = self._accepting = False
 
     async def sweep(self, seconds: float) -> None:
@@ -119,18 +119,18 @@ class Service:
         while True:
             await asyncio.sleep(seconds)
             await self._pools.changes.run(self._state.tasks.sweep)
-            with contextlib.suppress(ServerError):  # a full disk, which was logged; retried next time
+            with contextlib.suppress(ServerError):  # a full disk: logged, and retried next time
                 await self._pools.changes.run(self._state.audit.sweep, days=days, rows=rows)
 
     def authenticate(self, authorization: str | None) -> Principal:
         """Return the principal of `Authorization: Bearer KEY`.
 
         Raises:
-            Unauthenticated: no key, or one that is unknown, expired or revoked.
+            Unauthenticated: the key is missing, unknown, expired or revoked.
         """
         if not self._options.authenticate:
             return LOCAL
-        if authorization is not None and authorization.startswith("Bearer "):  # the usual spelling
+        if authorization is not None and authorization.startswith("Bearer "):  # fast path for the usual spelling
             return self._state.keys.authenticate(authorization[7:].strip())
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
@@ -181,7 +181,7 @@ class Service:
         )
 
     def model_ready(self, principal: Principal, name: str, version: str = "") -> bool:
-        """Whether a request for the model would be served."""
+        """Return whether a request for the model would be served."""
         return self._ready and self._models.is_ready(self._model(principal, name, version))
 
     async def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
@@ -273,8 +273,8 @@ class Service:
         Args:
             principal: the caller.
             tenant: owner of the tasks.
-            limit: number of tasks (default: all).
-            after: name after which the page begins.
+            limit: maximum number of tasks (default: all).
+            after: name after which the page starts.
         """
         whose = self._reader(principal, tenant)
         found: list[Document] = []
@@ -393,7 +393,7 @@ def _page(models: Iterator[Model], limit: int | None) -> Iterator[Model]:
 
 
 def order_of(state: State, limits: Limits) -> Fair[Any]:
-    """Create the order of a queue: weighted fair queueing over tenants, each within its share."""
+    """Create the order of a queue: weighted fair queueing over tenants, each limited to its share."""
     return Fair(
         lambda tenant: state.tenants.quota(tenant).weight, queue_shares(state.tenants.quota, limits.max_queue_rows)
     )

@@ -1,4 +1,4 @@
-"""Long lists in slices: other requests run between them, and a tenant makes one list at a time."""
+"""Long lists in slices: other requests run between slices, and a tenant builds one list at a time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["Turns", "encoded", "in_slices"]
 T = TypeVar("T")
 
 SLICE = 32
-"""Entries that are made or encoded in one step of the event loop: less than a millisecond."""
+"""Entries created or encoded in one step of the event loop, which takes less than a millisecond."""
 
 
 class Turns:
-    """One whole list of a tenant at a time; further ones wait."""
+    """Locks that serialise the long lists of each tenant."""
 
     def __init__(self) -> None:
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:
-        """Hold the tenant's turn until the block ends."""
+        """Hold the tenant's lock until the block ends."""
         own = self._turns.get(tenant)
         if own is None:
             own = self._turns[tenant] = asyncio.Lock()
@@ -35,7 +35,7 @@ class Turns:
 
 
 async def in_slices(items: Iterable[T], use: Callable[[T], object]) -> None:
-    """Use each item, and let other requests run after every few."""
+    """Call `use` with each item, and yield to the event loop after each slice."""
     for count, item in enumerate(items, 1):
         use(item)
         if not count % SLICE:
@@ -43,7 +43,7 @@ async def in_slices(items: Iterable[T], use: Callable[[T], object]) -> None:
 
 
 async def encoded(document: object) -> Sequence[bytes]:
-    """A document as JSON, in parts where it is, or has, a long list."""
+    """Encode a document as JSON, in parts if it is or contains a long list."""
     if isinstance(document, list) and len(document) > SLICE:
         return await _elements(document)
     if isinstance(document, dict):

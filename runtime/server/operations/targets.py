@@ -37,11 +37,11 @@ def resolve(find: Lookup, bundle: str, tenant: str, request: InferRequest) -> Re
 
     A task name selects that task; the bundle's name and `base` use the parameter (or header) `adapter`, and the
     bundle's name also the input `adapter`. Conflicting names are refused, and so is the bundle's name without an
-    adapter: the base's answer could be mistaken for the task's.
+    adapter: the base's output could be mistaken for the task's.
 
     Raises:
-        ProtocolError: no adapter, two different ones, or an input `adapter` that is not names.
-        NotFound: a task is not visible to the tenant; names the row where there are several.
+        ProtocolError: no adapter, two different ones, or an invalid input `adapter`.
+        NotFound: a task is not visible to the tenant; the error names the row if there are several.
     """
     if request.model != bundle:
         return Resolved([_single(find, tenant, request)], per_row=False)

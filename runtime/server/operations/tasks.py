@@ -36,7 +36,7 @@ class Management:
         state: the registry.
         statistics: statistics, dropped with their task.
         admit: raises for an adapter that cannot be served; blocks.
-        reader: reads the files of uploads.
+        reader: parser of uploads.
         max_upload_bytes: maximum size of one upload, all files together.
         pins: pinned versions of tenants.
         pools: threads for blocking work.

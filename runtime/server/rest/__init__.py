@@ -1,1 +1,1 @@
-"""The V2 protocol over HTTP, and the registry's and the administration's own routes."""
+"""The V2 protocol over HTTP, and the routes of the registry and of the administration."""

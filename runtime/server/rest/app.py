@@ -31,7 +31,7 @@ _INFER = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/inf
 
 
 class Application:
-    """An ASGI application.
+    """ASGI application: inference endpoint and the table of routes.
 
     Args:
         core: the server's operations.
@@ -71,7 +71,7 @@ class Application:
             else:
                 await self._other(asked is not None, record, scope, receive, send)
         except asyncio.CancelledError:
-            # The time of a drain is over: what is left is cancelled, and would be answered without our words.
+            # After the drain timeout pending requests are cancelled; without this, uvicorn would write the response.
             if not record.started:
                 error = Unavailable("answer a request", problem="the server stops", fix="Ask another, or come again.")
                 await record.send(send, *told(error, record))
@@ -98,7 +98,7 @@ class Application:
             record.route = route.path
             request = Request(scope, receive)
             return await route.handler(RequestContext(self._core, self._limits, request, None, self._intake))
-        # Before the path is checked: routes are revealed only to authenticated clients.
+        # Authenticate before the path is checked: routes are revealed only to authenticated clients.
         principal = record.caller = self._core.authenticate(record.authorization)
         if not isinstance(route, Route):
             raise route
@@ -136,7 +136,7 @@ def application(
     observe: Callable[[RequestRecord], None] | None = None,
     intake: Intake | None = None,
 ) -> Application:
-    """See `Application`."""
+    """Return an `Application` for `core`."""
     return Application(core, limits or RestLimits(), observe, intake)
 
 
@@ -147,7 +147,7 @@ def _raw(scope: Scope) -> str:
 
 
 def _asked(scope: Scope) -> tuple[str, str] | None:
-    """Return model and version of an inference path; None for other paths."""
+    """Return the model and version of an inference path; None for other paths."""
     path = _raw(scope)
     asked = model_of(path)
     if asked is None or "%" not in path:
@@ -157,13 +157,13 @@ def _asked(scope: Scope) -> tuple[str, str] | None:
 
 
 def _unquoted(names: dict[str, str]) -> dict[str, str] | None:
-    """Percent-decode the names of a path; None where one would become a path."""
+    """Percent-decode the names of a path; return None if a decoded name would contain a path."""
     found = {part: unquote(name) if "%" in name else name for part, name in names.items()}
     return None if any("/" in name or name in {".", ".."} for name in found.values()) else found
 
 
 async def _answer(document: object) -> tuple[int, list[tuple[bytes, bytes]], Sequence[bytes]]:
-    # Not compressed: tritonclient's client for asyncio always says that it takes gzip, and reads it for tensors only.
+    # Not compressed: tritonclient's asyncio client always accepts gzip, but decompresses it for tensors only.
     if isinstance(document, bytes):
         return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], [document]
     return 200, [(b"content-type", b"application/json")], await encoded({} if document is None else document)

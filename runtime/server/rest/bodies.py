@@ -1,4 +1,4 @@
-"""JSON bodies of requests other than inference; decoding and the OpenAPI document follow from them."""
+"""JSON bodies of requests other than inference; decoding and the OpenAPI document are derived from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 __all__ = ["Alias", "Body", "Expected", "Index", "Key", "Parameters", "Pin", "Quota"]
 
-Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # as SQL stores them
+Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # range of an SQL integer
 Version = str | Int
 Number = Int | float
 Positive = Annotated[int, msgspec.Meta(gt=0, le=2**63 - 1)] | Annotated[float, msgspec.Meta(gt=0)]

@@ -1,4 +1,4 @@
-"""Request context of the handlers, and the routes of the table."""
+"""Request context of the handlers, and the entries of the route table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHOWN = 200
 
 @dataclass
 class RequestContext:
-    """Request context of a handler: the request, its principal, and what it holds until the end of its block.
+    """Request context of a handler: the request, its principal, and the memory and disk space reserved for it.
 
     Attributes:
         core: the server's operations.
@@ -54,7 +54,7 @@ class RequestContext:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release its memory and disk space."""
+        """Release the reserved memory and disk space."""
         self.memory.close()
         self.staging.close()
 
@@ -66,7 +66,7 @@ class RequestContext:
         return self.caller
 
     def path(self, name: str) -> str:
-        """Return a path parameter; empty where the route has none of that name."""
+        """Return a path parameter; an empty string if the route has none of that name."""
         return str(self.request.path_params.get(name, ""))
 
     def query(self, name: str) -> str | None:
@@ -92,7 +92,7 @@ class RequestContext:
 
     @property
     def declared(self) -> int:
-        """Declared size of the body; 0 if unknown."""
+        """Declared size of the body in bytes; 0 if unknown."""
         given = self.request.headers.get("content-length", "")
         return int(given) if given.isascii() and given.isdigit() and len(given) < 20 else 0
 
@@ -126,7 +126,7 @@ class RequestContext:
         return self.parsed(await self.body(self.limits.document_bytes))
 
     async def read(self, kind: type[B]) -> B:
-        """Read the body as JSON of a type; unknown fields and other types are refused."""
+        """Read the body as JSON of type `kind`; reject unknown fields and other types."""
         text = await self.body(self.limits.document_bytes)
         try:
             return msgspec.json.decode(text if text.strip() else b"{}", type=kind)
@@ -137,7 +137,7 @@ class RequestContext:
 
     @staticmethod
     def parsed(text: bytes | bytearray) -> dict[str, Any]:
-        """Parse a JSON object; an empty text is {}."""
+        """Parse a JSON object; an empty body is {}."""
         if not text.strip():
             return {}
         try:

@@ -1,4 +1,4 @@
-"""What each route does: read the request, call the core, give back the document."""
+"""Handlers of the routes: read the request, call the core, return the response document."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ async def tenants(context: RequestContext) -> object:
 
 
 async def set_tenant(context: RequestContext) -> object:
-    quota = msgspec.to_builtins(await context.read(bodies.Quota))  # without the fields that are not set
+    quota = msgspec.to_builtins(await context.read(bodies.Quota))  # omits unset fields
     return await context.core.admin.set_tenant(context.principal, context.path("tenant"), quota)
 
 

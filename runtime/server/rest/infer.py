@@ -36,13 +36,13 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_ARRAYS = 5  # bytes of arrays and scratch that may come of a byte of JSON: a digit and a comma are eight
-_TEXT = 6  # bytes of JSON that may come of a byte of an output
+_ARRAYS = 5  # bytes of arrays and scratch per byte of JSON: a digit and a comma become eight
+_TEXT = 6  # bytes of JSON per byte of an output
 _DIGITS = 19
 
 
 def model_of(path: str) -> tuple[str, str] | None:
-    """Return model and version of `/v2/models/MODEL[/versions/VERSION]/infer`; None for other paths."""
+    """Return the model and version of `/v2/models/MODEL[/versions/VERSION]/infer`; None for other paths."""
     parts = path.split("/")
     if len(parts) == 5 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "infer":
         return parts[3], ""
@@ -52,9 +52,9 @@ def model_of(path: str) -> tuple[str, str] | None:
 
 
 class InferenceEndpoint:
-    """Serves `POST /v2/models/MODEL[/versions/VERSION]/infer`.
+    """Serve `POST /v2/models/MODEL[/versions/VERSION]/infer`.
 
-    Checks key, role, request quota, declared sizes and memory budget, in this order, before the body is read.
+    Key, role, request quota, declared sizes and memory budget are checked in this order before the body is read.
 
     Args:
         core: the server's operations.
@@ -100,7 +100,7 @@ class InferenceEndpoint:
             refusal = told(error, record)
             if record.caller is not None and record.bytes_in > PIECE:
                 self._intake.refused.charge(record.caller.tenant, record.bytes_in)
-        # Here the error, and so the body, is no longer referenced.
+        # Sent outside the except block, so that the error and the body that it references are freed first.
         await record.send(send, *refusal)
 
     async def _framed(self, model: str, version: str, record: HttpRecord, receive: Receive, hold: Hold) -> Framed:
@@ -116,7 +116,7 @@ class InferenceEndpoint:
         hold.take(declared)
         message = await receive()
         body = message.get("body", b"")
-        if message.get("more_body", True) or len(body) > declared:  # most bodies come in one, and say how long they are
+        if message.get("more_body", True) or len(body) > declared:  # most bodies are one message of the declared size
             body = await _read_body(message, receive, limit, record, hold)
         record.bytes_in = len(body)
         if is_compressed(headers):
@@ -126,7 +126,7 @@ class InferenceEndpoint:
         read = len(body)
         hold.take(_ARRAYS * read)
         adapter = _adapter(headers)
-        # The cache belongs to the event loop.
+        # The shared cache is not thread-safe; it belongs to the event loop.
         heads = InferenceHeaderCache(self._limits)
         framed = await self._intake.offload.run(hold.tenant, decode, model, version, headers, body, heads, adapter)
         hold.resize(read + sum(array.nbytes for array in framed.request.inputs.values()))
@@ -173,8 +173,8 @@ async def _read_body(
     """Read the rest of a body; memory is reserved as it arrives.
 
     Raises:
-        TooLarge: it is larger than `limit` bytes; what is beyond is not kept.
-        QuotaExceeded, Unavailable: there is no room.
+        TooLarge: the body is larger than `limit` bytes; the excess is discarded.
+        QuotaExceeded, Unavailable: the memory budget is used up.
     """
     first = b""
     body = bytearray()
@@ -191,7 +191,7 @@ async def _read_body(
             hold.resize(size)
         more = message.get("more_body", False)
         if size == len(part):
-            first = part  # most bodies come in one
+            first = part  # avoids a copy: most bodies are one message
         else:
             body += first + part if first else part
             first = b""

@@ -1,8 +1,8 @@
-"""Inference requests and answers as bodies: JSON, with the binary tensor extension after it.
+"""Codec of inference request and response bodies: JSON followed by the binary tensor extension.
 
-Elements of a tensor are in its `data`, or raw behind the JSON in the order of the tensors; the header
-`Inference-Header-Content-Length` says where the JSON ends, after decompression.  A body is told apart by that header
-alone, as clients send JSON without a content type.
+The elements of a tensor are in its `data`, or raw after the JSON in the order of the tensors; the header
+`Inference-Header-Content-Length` is the length of the JSON after decompression.  That header alone selects the format,
+as clients send JSON without a content type.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = [
 
 HEADER = b"inference-header-content-length"
 ADAPTER_HEADERS = frozenset({b"x-adapter", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id"})
-_CHECKED = {"BOOL", "BYTES"}  # not every byte is an element of these
+_CHECKED = {"BOOL", "BYTES"}  # datatypes with invalid byte patterns
 
 
 class Framed(msgspec.Struct, frozen=True):
-    """A request, and the head that says how its answer is to be framed."""
+    """A decoded request, and the head that determines the format of its response."""
 
     request: InferRequest
     head: Head
@@ -55,20 +55,20 @@ def decode(
     heads: InferenceHeaderCache,
     adapter: str | None = None,
 ) -> Framed:
-    """What a body asks for.
+    """Decode the body of an inference request.
 
     Args:
-        model: from the path.
-        version: from the path.
-        headers: of the request, in lower case.
-        body: decompressed.
-        heads: reads its JSON.
-        adapter: named by a header.
+        model: model name in the path.
+        version: model version in the path.
+        headers: request headers, names in lower case.
+        body: decompressed body.
+        heads: cache of parsed inference headers.
+        adapter: adapter named by a header.
 
     Raises:
-        ProtocolError: the body is not what the protocol says.
-        TooLarge: a tensor is beyond the limits.
-        Unsupported: tensors in shared memory, or an answer as classification.
+        ProtocolError: the body violates the protocol.
+        TooLarge: a tensor exceeds the limits.
+        Unsupported: the request uses shared memory or the classification extension.
     """
     end = header_length(headers, len(body))
     whole = body if end == len(body) else body[:end]
@@ -94,10 +94,10 @@ def decode(
 
 
 def is_heavy(headers: Mapping[bytes, bytes], body: bytes | bytearray) -> bool:
-    """Whether decoding a body would hold up others; raw tensors of numbers are views, whatever their size.
+    """Return whether decoding a body would block the event loop; raw numeric tensors are views of any size.
 
     Raises:
-        ProtocolError, Unsupported: the header that says where its JSON ends makes no sense.
+        ProtocolError, Unsupported: the header with the length of the JSON is invalid.
     """
     if len(body) <= SMALL:
         return False
@@ -106,20 +106,20 @@ def is_heavy(headers: Mapping[bytes, bytes], body: bytes | bytearray) -> bool:
 
 
 def encode(response: InferResponse, framed: Framed) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Headers and body of an answer.
+    """Encode a response to headers and body.
 
     Raises:
-        ProtocolError: an output that JSON has no form for was asked for in JSON.
+        ProtocolError: an output was requested as JSON but has no JSON representation.
     """
     headers, parts = encode_parts(response, framed)
     return headers, parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def encode_parts(response: InferResponse, framed: Framed) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
-    """Headers of an answer, and the parts of its body: JSON and raw outputs, which are not copied where they are large.
+    """Encode a response to headers and body parts: JSON, and raw outputs, which are not copied if large.
 
     Raises:
-        ProtocolError: an output that JSON has no form for was asked for in JSON.
+        ProtocolError: an output was requested as JSON but has no JSON representation.
     """
     outputs = []
     raws: list[bytes] = []
@@ -144,7 +144,7 @@ def encode_parts(response: InferResponse, framed: Framed) -> tuple[list[tuple[by
 
 
 def json_bytes(response: InferResponse, head: Head) -> int:
-    """Bytes of the outputs that an answer has in JSON."""
+    """Return the size in bytes of the outputs that a response encodes as JSON."""
     return sum(array.nbytes for name, array in response.outputs.items() if not _is_raw(name, head))
 
 
@@ -154,10 +154,10 @@ def _is_raw(name: str, head: Head) -> bool:
 
 
 def header_length(headers: Mapping[bytes, bytes], size: int) -> int:
-    """Bytes of JSON at the beginning of a body of some size.
+    """Return the length of the JSON at the start of a body of `size` bytes.
 
     Raises:
-        ProtocolError, Unsupported: the header that says so makes no sense.
+        ProtocolError, Unsupported: the header with the length is invalid.
     """
     given = headers.get(HEADER)
     if given is None:
@@ -178,7 +178,7 @@ def header_length(headers: Mapping[bytes, bytes], size: int) -> int:
 
 
 def _inputs(head: Head, body: bytes | bytearray, at: int) -> dict[str, Array]:
-    """The tensors of a body, those that are raw as views of it."""
+    """Return the tensors of a body; raw tensors are views of it."""
     inputs: dict[str, Array] = {}
     for own in head.inputs:
         if own.elements is not None:
@@ -217,7 +217,7 @@ def _as_json(name: str, array: Array, datatype: str) -> Any:
         raise _no_form(name, "BF16")
     flat = np.ascontiguousarray(array).ravel()
     if datatype in FLOATS:
-        # JSON has no such numbers, and null would be taken for one.
+        # JSON has no NaN or infinity, and clients would read null as a number.
         if not np.isfinite(flat).all():
             raise _no_form(name, "numbers that are not finite")
         flat = flat.astype(np.float32) if datatype == "FP16" else flat

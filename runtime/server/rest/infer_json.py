@@ -1,7 +1,7 @@
-"""The JSON of an inference request: what is sent, what is asked for, and how it is to be answered.
+"""Parser of the JSON of an inference request: inputs, requested outputs, and response format.
 
-Clients that send their tensors raw repeat the same JSON with every request of the same shapes, so what was read and
-checked once is remembered: by all of its bytes, and only where it holds no data and no id of a request.
+Clients that send raw tensors repeat the same JSON with every request of the same shapes, so parsed and validated heads
+are cached.  The cache key is the whole JSON; JSON with tensor data or a request id is not cached.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["FLOATS", "Head", "InferenceHeaderCache", "Input"]
 
 FLOATS = {"FP16", "FP32", "FP64"}
 _KEPT = 1024
-_KEPT_BYTES = 4096  # of each that is remembered
+_KEPT_BYTES = 4096  # maximum size of a cached head
 
 
 class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
@@ -52,15 +52,15 @@ _decoder = msgspec.json.Decoder(_Request)
 
 
 class Input(msgspec.Struct, frozen=True):
-    """A tensor of a request.
+    """An input tensor of a request.
 
     Attributes:
-        name: of the input.
-        datatype: of V2.
-        shape: checked against the limits.
-        count: of its elements.
-        size: bytes of it that follow the JSON.
-        elements: flat, where they are in the JSON.
+        name: name of the input.
+        datatype: V2 datatype.
+        shape: shape, checked against the limits.
+        count: number of elements.
+        size: bytes of raw data after the JSON.
+        elements: flat elements if they are in the JSON.
     """
 
     name: str
@@ -72,18 +72,18 @@ class Input(msgspec.Struct, frozen=True):
 
 
 class Head(msgspec.Struct, frozen=True):
-    """What the JSON of a request says.
+    """Parsed JSON of an inference request.
 
     Attributes:
-        inputs: in the order of their raw elements.
-        outputs: names that are asked for, in order; empty: all.
-        model_name: of the model, where it is repeated.
-        id: the client's own.
-        adapter: the parameter of that name.
-        timeout: seconds; None: always.
-        priority: 0 unless given.
-        raw: whether outputs are sent raw that `chosen` says nothing about.
-        chosen: output name -> whether it is sent raw.
+        inputs: inputs in the order of their raw data.
+        outputs: names of the requested outputs, in order; empty means all.
+        model_name: model name, if the JSON repeats it.
+        id: request id set by the client.
+        adapter: parameter `adapter`.
+        timeout: timeout in seconds; None means no timeout.
+        priority: request priority; 0 by default.
+        raw: whether outputs missing from `chosen` are sent raw.
+        chosen: output name -> whether the output is sent raw.
     """
 
     inputs: tuple[Input, ...]
@@ -98,10 +98,10 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class InferenceHeaderCache:
-    """Reads heads, and remembers those that come again.
+    """Parser of inference heads with a cache of repeated ones.
 
     Args:
-        limits: on tensors.
+        limits: limits of tensors.
     """
 
     def __init__(self, limits: RestLimits) -> None:
@@ -109,16 +109,16 @@ class InferenceHeaderCache:
         self._known: dict[bytes, Head] = {}
 
     def __len__(self) -> int:
-        """How many are remembered."""
+        """Return the number of cached heads."""
         return len(self._known)
 
     def read(self, model: str, text: bytes) -> Head:
-        """What the JSON of a request for a model says.
+        """Parse and validate the JSON of a request for a model.
 
         Raises:
-            ProtocolError: it is not what the protocol says.
-            TooLarge: a tensor is beyond the limits.
-            Unsupported: tensors in shared memory, or an answer as classification.
+            ProtocolError: the JSON violates the protocol.
+            TooLarge: a tensor exceeds the limits.
+            Unsupported: the request uses shared memory or the classification extension.
         """
         if len(text) > _KEPT_BYTES:
             return _head(model, text, self._limits)
@@ -132,7 +132,7 @@ class InferenceHeaderCache:
         return found
 
     def read_in_pieces(self, model: str, text: bytes | bytearray) -> Head:
-        """The same of JSON that is too large for one step; other threads run between its pieces.
+        """Parse JSON that is too large for one step; other threads run between its pieces.
 
         Raises:
             ProtocolError, TooLarge, Unsupported: see `read`.
@@ -252,7 +252,7 @@ def _floats(doing: str, values: Sequence[float], datatype: str) -> Array:
 
 
 def _flat(doing: str, values: object, shape: Sequence[int]) -> list[Any]:
-    """Elements in a flat list, or in lists nested as the shape says."""
+    """Return the elements of a flat list, or of lists nested according to the shape, as a flat list."""
     if not shape and not isinstance(values, list):
         return [values]
     if not isinstance(values, list):

@@ -1,7 +1,7 @@
-"""JSON of a request that is too large for one step: numbers of tensors are cut out, and converted in pieces.
+"""Parsing of JSON that is too large for one step: tensor data is cut out and converted in pieces.
 
-The interpreter lets no other thread run while it parses, and makes an object of each number.  So the `data` of tensors
-is taken apart at commas, and what is left has to be as small as that of any other request.
+The JSON parser holds the GIL, and makes an object of each number.  So the `data` of tensors is split at commas, and the
+remaining JSON must be as small as that of any other request.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tpeft_deploy.tucker import Array
 __all__ = ["Block", "Cut", "SMALL", "cut", "cut_strings"]
 
 SMALL = 1 << 18
-"""Bytes of JSON that are parsed in one step, and of those beside the data in larger ones."""
+"""Maximum bytes of JSON parsed in one step; in larger JSON, maximum bytes besides tensor data."""
 _OPENS = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*(?=\[)')
 _MISPLACED = re.compile(rb"[0-9a-zA-Z][ \t\r\n]*\[|\][ \t\r\n]*[-0-9a-zA-Z]")
 _OTHERS = bytes(set(range(256)) - set(b"[],"))
 _FLATTEN = bytes.maketrans(b"[]", b"  ")
-_NONCE = secrets.token_hex(8)  # nobody's text is taken for a place that was cut
+_NONCE = secrets.token_hex(8)  # keeps client strings from matching a placeholder
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Block:
     """A list of numbers in a text.
 
     Attributes:
-        text: all of it.
-        start: of the list, at its bracket.
-        stop: behind its last bracket.
+        text: the whole text.
+        start: index of the opening bracket.
+        stop: index after the closing bracket.
     """
 
     text: bytes | bytearray
@@ -47,17 +47,17 @@ class Block:
     def flat(
         self, doing: str, shape: Sequence[int], count: int, dtype: Any, convert: Callable[[list[Any]], Array]
     ) -> Array:
-        """The elements, nested as the shape says or in one list.
+        """Return the elements of a flat list, or of lists nested according to the shape, as an array.
 
         Args:
-            doing: for messages.
-            shape: of the tensor.
-            count: of its elements.
-            dtype: of the array.
-            convert: the array of some of them; refuses what is no such element.
+            doing: operation named in error messages.
+            shape: shape of the tensor.
+            count: number of elements.
+            dtype: NumPy dtype of the array.
+            convert: converts a list of elements to an array; raises for invalid elements.
 
         Raises:
-            ProtocolError: others than these.
+            ProtocolError: the elements do not match the shape or the datatype.
         """
         wrong = ProtocolError(
             f"{doing}: data", expected=f"{count} elements, in one list or nested as {list(shape)}", got="others"
@@ -102,11 +102,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Cut:
-    """A text without its large lists of numbers.
+    """JSON without its large lists of numbers.
 
     Attributes:
-        head: what is left, with a text in the place of each.
-        blocks: text in its place -> the list.
+        head: remaining JSON, with a placeholder string for each list.
+        blocks: placeholder -> list.
     """
 
     head: bytes
@@ -114,10 +114,10 @@ class Cut:
 
 
 def cut(doing: str, text: bytes | bytearray) -> Cut:
-    """Take the large lists of numbers out of a request's JSON; what is malformed is left to the parser.
+    """Cut the large lists of numbers out of a request's JSON; malformed JSON is left to the parser.
 
     Raises:
-        TooLarge: what is left is larger than `SMALL`.
+        TooLarge: the remaining JSON is larger than `SMALL`.
     """
     head = bytearray()
     blocks: dict[bytes, Block] = {}
@@ -144,13 +144,13 @@ def cut(doing: str, text: bytes | bytearray) -> Cut:
 
 
 def cut_strings(doing: str, text: bytes | bytearray) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Take large strings out of JSON.
+    """Cut large strings out of JSON.
 
     Returns:
-        What is left, with a short text in the place of each; and that text -> where the string begins and ends.
+        The remaining JSON with a placeholder for each string, and placeholder -> start and end of the string.
 
     Raises:
-        TooLarge: what is left is larger than `SMALL`.
+        TooLarge: the remaining JSON is larger than `SMALL`.
     """
     head = bytearray()
     found: dict[str, tuple[int, int]] = {}
@@ -182,7 +182,7 @@ def _string_end(text: bytes | bytearray, quote: int, longest: int) -> int:
 
 
 def _list_end(text: bytes | bytearray, start: int) -> int:
-    # Numbers have neither braces nor quotes, and something with one of them follows.
+    # Numbers contain neither braces nor quotes, and valid JSON has one of them after the list.
     brace = text.find(b"}", start)
     if brace < 0:
         return start
@@ -206,7 +206,7 @@ def _nested_size(shape: Sequence[int]) -> int:
 
 
 def _nested(shape: Sequence[int]) -> bytes:
-    """Brackets and commas of lists nested as a shape says."""
+    """Return the brackets and commas of lists nested according to a shape."""
     marks = b""
     for length in reversed(shape):
         marks = b"[%b]" % ((marks + b",") * length)[:-1]

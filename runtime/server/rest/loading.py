@@ -1,4 +1,4 @@
-"""The parameters of the repository's load call, whose files are base64 in JSON."""
+"""Parameters of the repository's load call, with files as base64 in JSON."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["load_parameters", "parameters_of"]
 
 
 async def load_parameters(context: RequestContext) -> dict[str, LoadParameter]:
-    """The parameters; large files stay in the body, which is decoded as they are stored.
+    """Read the parameters; large files stay in the body and are decoded while they are stored.
 
     Raises:
-        ProtocolError: the body is no such JSON.
-        TooLarge: it is larger than a JSON upload may be.
-        QuotaExceeded, Unavailable: there is no room for it.
+        ProtocolError: the body is not valid JSON of this form.
+        TooLarge: the body exceeds the limit of JSON uploads.
+        QuotaExceeded, Unavailable: the memory budget is used up.
     """
     limits = context.limits
     limit = min(limits.json_upload_bytes, 4 * limits.upload_bytes // 3 + limits.document_bytes)
@@ -36,7 +36,7 @@ async def load_parameters(context: RequestContext) -> dict[str, LoadParameter]:
         place = strings.get(value) if isinstance(value, str) else None
         if place is None:
             found[name] = value
-        elif text.find(b"\\", *place) >= 0:  # as some escape the slashes of base64
+        elif text.find(b"\\", *place) >= 0:  # some clients escape the slashes of base64
             found[name] = context.parsed(b'{"":"%b"}' % bytes(text[place[0] : place[1]]))[""]
         else:
             found[name] = Encoded(memoryview(text)[place[0] : place[1]])
@@ -44,10 +44,10 @@ async def load_parameters(context: RequestContext) -> dict[str, LoadParameter]:
 
 
 def parameters_of(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The field `parameters` of a document that has nothing else.
+    """Return the field `parameters` of a document without other fields.
 
     Raises:
-        ProtocolError: it has.
+        ProtocolError: the document has other fields.
     """
     if not set(document) <= {"parameters"}:
         raise ProtocolError("read a body", expected="a field 'parameters'", got=", ".join(map(quoted, document)))

@@ -1,4 +1,4 @@
-"""The OpenAPI document, made from the table of routes."""
+"""OpenAPI document, generated from the table of routes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _INFERENCE = tuple(
 
 
 def document() -> dict[str, Any]:
-    """The document, in OpenAPI 3.1."""
+    """Return the OpenAPI 3.1 document."""
     paths: dict[str, dict[str, Any]] = {}
     for route in (*_INFERENCE, *ROUTES, ROUTE):
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)

@@ -1,4 +1,4 @@
-"""HTTP responses: sending them, and turning errors into them."""
+"""HTTP responses: sending, and conversion of errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["GONE", "HttpRecord", "told"]
 _log = logging.getLogger("tpeft_deploy.server")
 _PIECE = 1 << 20
 GONE = 499
-"""Status of a request whose client disconnected; seen in logs and metrics only."""
+"""Status of a request after its client disconnected; used in logs and metrics only."""
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
@@ -53,7 +53,7 @@ class HttpRecord(RequestRecord):
 
     @property
     def request_id(self) -> str:
-        """Request id of the client where it is safe to log; else one of the server."""
+        """Request id of the client if it is safe to log; else a generated one."""
         return self._id.decode("latin-1")
 
     @property
@@ -69,7 +69,7 @@ class HttpRecord(RequestRecord):
         headers += ((b"content-length", b"%d" % self.bytes_out), (b"x-request-id", self._id))
         try:
             await self._write(send, status, headers, parts)
-        except (RuntimeError, OSError):  # what event loops say of a connection that is closed
+        except (RuntimeError, OSError):  # raised by event loops for a closed connection
             _log.debug("request %s went away before its answer", self.request_id, exc_info=True)
             self.status = GONE
 

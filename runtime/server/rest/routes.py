@@ -1,4 +1,4 @@
-"""Every route but inference, in one table: routing, roles and the OpenAPI document are made from it."""
+"""Table of all routes except inference; routing, roles and the OpenAPI document are derived from it."""
 
 from __future__ import annotations
 

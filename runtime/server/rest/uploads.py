@@ -1,4 +1,4 @@
-"""Files of an upload as they come: the parts of a form, or one body; neither is held in memory."""
+"""Streaming of uploaded files, from the parts of a form or a single body; neither is held in memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["parts"]
 
-_PARTS = 4  # of a form; an upload has two
+_PARTS = 4  # maximum parts of a form; an upload has two
 
 
 async def parts(context: RequestContext) -> AsyncIterator[Part]:
-    """The files of an upload: parts of a form, or the body itself as the weights.
+    """Yield the files of an upload: the parts of a form, or the body itself as the weights.
 
     Raises:
-        TooLarge: it is larger than an upload may be.
-        QuotaExceeded, Unavailable: there is no room for it on disk; nothing of it was read.
-        ProtocolError: it is no form that has files only.
-        Conflict: the client went away.
+        TooLarge: the upload exceeds the limit.
+        QuotaExceeded, Unavailable: the disk budget is used up; nothing was read.
+        ProtocolError: the form is malformed or has fields other than files.
+        Conflict: the client disconnected.
     """
     kind = context.request.headers.get("content-type", "")
     pieces = _counted(context)
@@ -39,7 +39,7 @@ async def parts(context: RequestContext) -> AsyncIterator[Part]:
 
 
 async def _counted(context: RequestContext) -> AsyncIterator[bytes]:
-    """The body, for which there is room among unfinished uploads."""
+    """Yield the body; disk space is reserved among unfinished uploads before it is read."""
     limit = context.limits.upload_bytes + context.limits.document_bytes
     declared = context.declared
     if declared > limit:
@@ -59,7 +59,7 @@ async def _counted(context: RequestContext) -> AsyncIterator[bytes]:
 
 
 class _Form:
-    """Parts of a form, in their order, parsed as their bytes come."""
+    """Incremental parser of the parts of a form, in order."""
 
     def __init__(self, kind: str, pieces: AsyncIterator[bytes]) -> None:
         boundary = parse_options_header(kind)[1].get(b"boundary")
@@ -86,14 +86,14 @@ class _Form:
             raise _malformed() from None
 
     async def next_part(self) -> str | None:
-        """The next part's name; None at the end."""
+        """Return the name of the next part; None at the end."""
         while (event := await self._next()) is not None:
             if event[0] == "part":
                 return event[1].decode("utf-8", "replace")
         return None
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """What the part has."""
+        """Yield the content of the current part."""
         while (event := await self._next()) is not None:
             if event[0] == "end":
                 return

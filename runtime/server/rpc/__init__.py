@@ -1,1 +1,1 @@
-"""The V2 protocol over gRPC: its messages, their tensors, and the server that answers its calls."""
+"""V2 protocol over gRPC: message and tensor codecs, and the server."""

@@ -1,4 +1,4 @@
-"""Reading and writing messages: fields and elements are counted before parsing, and raw tensors are not copied."""
+"""Message codec that counts fields and elements before parsing, and does not copy raw tensors."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 __all__ = ["join_raw", "parse", "split_raw"]
 
-_TEXTS = frozenset({1, 2, 3})  # names and the id of ModelInferRequest
+_TEXTS = frozenset({1, 2, 3})  # field numbers of the names and the id in ModelInferRequest
 _TEXT_BYTES = 1 << 16
-_TENSORS = frozenset({5, 6})  # inputs and outputs of ModelInferRequest
-_CONTENTS = 5  # of an input
-_RAW = 7  # raw_input_contents of ModelInferRequest
-_BYTES = 8  # bytes_contents
-_WIDTHS = {6: 4, 7: 8}  # fp32_contents and fp64_contents
-_STRING = 16  # elements that one of bytes counts as
-_LENGTH = 2  # wire type of what says its length
-_LENGTHS = {1: 8, 5: 4}  # wire types of fixed size
+_TENSORS = frozenset({5, 6})  # field numbers of inputs and outputs in ModelInferRequest
+_CONTENTS = 5  # field number of contents in an input
+_RAW = 7  # field number of raw_input_contents in ModelInferRequest
+_BYTES = 8  # field number of bytes_contents
+_WIDTHS = {6: 4, 7: 8}  # bytes per element of fp32_contents and fp64_contents
+_STRING = 16  # elements that one bytes element counts as
+_LENGTH = 2  # wire type of length-delimited fields
+_LENGTHS = {1: 8, 5: 4}  # bytes of the fixed-size wire types
 
 
 M = TypeVar("M", bound=Message)
 
 
 def parse(kind: type[M], data: bytes, limits: RpcLimits) -> M:
-    """A message from its bytes.
+    """Parse a message.
 
     Raises:
-        TooLarge: it has more fields than `limits.fields`, or elements in typed contents than `limits.typed_elements`.
-        ProtocolError: it is not a message of that kind.
+        TooLarge: more fields than `limits.fields`, or more typed elements than `limits.typed_elements`.
+        ProtocolError: `data` is not a message of type `kind`.
     """
-    if len(data) > 2 * limits.fields:  # a field takes two bytes at least
+    if len(data) > 2 * limits.fields:  # a field takes at least two bytes
         _count(memoryview(data), limits)
     try:
         message: M = kind.FromString(data)
-    except DecodeError:  # whose text says nothing more
+    except DecodeError:  # its text has no details
         raise _malformed("a field that does not fit") from None
     return message
 
 
 def split_raw(data: bytes, limits: RpcLimits) -> tuple[bytes, list[memoryview]]:
-    """A ModelInferRequest without its raw tensors, and these as views of it.
+    """Split a ModelInferRequest into the message without raw tensors, and the raw tensors as views of `data`.
 
     Raises:
-        TooLarge: it has more fields than `limits.fields`.
-        ProtocolError: it is no message.
+        TooLarge: more fields than `limits.fields`.
+        ProtocolError: `data` is not a message.
     """
     view = memoryview(data)
     rest: list[memoryview] = []
@@ -71,13 +71,13 @@ def split_raw(data: bytes, limits: RpcLimits) -> tuple[bytes, list[memoryview]]:
 
 
 def join_raw(head: bytes, number: int, raws: Sequence[Any], within: int | None = None) -> bytes:
-    """A message of some fields and raw tensors, each of which is copied once.
+    """Serialise a message with raw tensors, copying each tensor once.
 
     Args:
-        head: its other fields.
-        number: of the field of raw tensors.
-        raws: bytes, or views of bytes.
-        within: number of the field of another message that is to have it alone; None: none.
+        head: serialised other fields.
+        number: field number of the raw tensors.
+        raws: raw tensors, as bytes or views.
+        within: field number in an enclosing message that has no other field; None for no enclosing message.
     """
     parts: list[Any] = [head]
     for raw in raws:
@@ -101,7 +101,7 @@ def _count(data: memoryview, limits: RpcLimits) -> None:
     for number, inner in _fields(data):
         left -= 1
         if number in _TENSORS:
-            # Strings of these numbers in other messages need not be messages themselves.
+            # In other messages these field numbers may be strings, which need not parse as messages.
             fields, typed = _count_inner(inner, left, elements)
             left -= fields
             elements -= typed
@@ -126,7 +126,7 @@ def _count_inner(data: memoryview, limit: int, elements: int) -> tuple[int, int]
             if count > limit or typed > elements:
                 break
     except ProtocolError:
-        pass  # the parser says what is wrong
+        pass  # the parser reports the error
     return count, typed
 
 
@@ -134,11 +134,11 @@ def _count_elements(data: memoryview, limit: int) -> int:
     count = 0
     for number, inner in _fields(data):
         if number == _BYTES or not len(inner):
-            count += _STRING  # bytes, or an element on its own
+            count += _STRING  # bytes, or a single element
         elif number in _WIDTHS:
             count += len(inner) // _WIDTHS[number]
         else:
-            # A varint ends where the highest bit is clear.
+            # The last byte of a varint has a clear high bit.
             count += int(np.count_nonzero(np.frombuffer(inner, np.uint8) < 128))
         if count > limit:
             break
@@ -150,7 +150,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _placed(data: memoryview) -> Iterator[tuple[int, int, int, memoryview]]:
-    """Each field's number and wire type, where it ends, and its bytes where it says its length."""
+    """Yield number, wire type, end offset, and length-delimited bytes of each field."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)

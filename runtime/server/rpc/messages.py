@@ -1,4 +1,4 @@
-"""Requests and answers of inference, between the messages of gRPC and those that the core takes."""
+"""Conversion of inference requests and responses between gRPC messages and protocol-independent ones."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["adapter_of", "is_raw", "raw_response", "request_of", "response_of"]
 
 _ADAPTER_KEYS = ("x-adapter", "serve_multiplexed_model_id", "multiplexed_model_id")
 _RAW_OUTPUTS = 6  # number of the field raw_output_contents
-_INFER_RESPONSE = 2  # of infer_response in ModelStreamInferResponse
-_LARGEST = (2 << 30) - (1 << 20)  # protobuf has no messages of 2 GiB
+_INFER_RESPONSE = 2  # number of the field infer_response in ModelStreamInferResponse
+_LARGEST = (2 << 30) - (1 << 20)  # protobuf messages are smaller than 2 GiB
 
 
 def request_of(
@@ -28,19 +28,19 @@ def request_of(
     timeout: float | None = None,
     raws: Sequence[bytes | memoryview] | None = None,
 ) -> InferRequest:
-    """What a message asks for.
+    """Convert a ModelInferRequest.
 
     Args:
-        message: as parsed.
-        limits: on its tensors.
-        adapter: the task that the call's metadata name, from `adapter_of`.
-        timeout: seconds left until the call's deadline; the message's own `timeout` counts where it is smaller.
-        raws: its raw tensors; None: those in it.
+        message: parsed message.
+        limits: limits of tensors.
+        adapter: task named by the call's metadata, from `adapter_of`.
+        timeout: seconds until the call's deadline; a smaller `timeout` in the message takes precedence.
+        raws: raw tensors; None for those in the message.
 
     Raises:
-        ProtocolError: the message is not what the protocol says.
-        TooLarge: a tensor is beyond the limits.
-        Unsupported: tensors in shared memory, or an answer as classification.
+        ProtocolError: the message violates the protocol.
+        TooLarge: a tensor exceeds the limits.
+        Unsupported: the request uses shared memory or the classification extension.
     """
     if not message.model_name:
         raise ProtocolError("request", expected="model_name", got="an empty one")
@@ -62,24 +62,24 @@ def request_of(
 
 
 def adapter_of(metadata: Mapping[str, str]) -> str | None:
-    """The task that a call's metadata name for the whole batch, if they do.
+    """Return the task that a call's metadata name for the whole batch; None if they name none.
 
     Raises:
-        ProtocolError: they name several.
+        ProtocolError: the metadata name several tasks.
     """
     return _agreed([metadata[key] for key in _ADAPTER_KEYS if key in metadata])
 
 
 def response_of(response: InferResponse, *, raw: bool, final: bool = False) -> pb.ModelInferResponse:
-    """The message of an answer.
+    """Convert a response to a message.
 
     Args:
-        response: of the core.
-        raw: elements as raw bytes; otherwise as typed contents, where all outputs have a datatype with such.
-        final: say that no other answer to the request follows.
+        response: inference response.
+        raw: send raw bytes; otherwise typed contents, if all output datatypes have them.
+        final: mark the response as the last one to the request.
 
     Raises:
-        TooLarge: protobuf has no message of that size.
+        TooLarge: the message exceeds the size limit of protobuf.
     """
     _check_size(response)
     raw = is_raw(response, raw)
@@ -93,15 +93,15 @@ def response_of(response: InferResponse, *, raw: bool, final: bool = False) -> p
 
 
 def raw_response(response: InferResponse, *, final: bool, streamed: bool) -> bytes:
-    """The bytes of an answer whose elements are raw, each of which is copied once.
+    """Serialise a response with raw outputs, copying each output once.
 
     Args:
-        response: of the core.
-        final: say that no other answer to the request follows.
-        streamed: within the message of a stream.
+        response: inference response.
+        final: mark the response as the last one to the request.
+        streamed: wrap the response in a ModelStreamInferResponse.
 
     Raises:
-        TooLarge: protobuf has no message of that size.
+        TooLarge: the message exceeds the size limit of protobuf.
     """
     _check_size(response)
     raws = [
@@ -112,7 +112,7 @@ def raw_response(response: InferResponse, *, final: bool, streamed: bool) -> byt
 
 
 def is_raw(response: InferResponse, raw: bool) -> bool:
-    """Whether elements go as raw bytes, as asked or because a datatype has no other form."""
+    """Return whether outputs are sent raw, as requested or because a datatype has no typed contents."""
     return raw or not all(map(has_contents, response.datatypes))
 
 
@@ -202,7 +202,7 @@ def _agreed(names: list[str]) -> str | None:
 
 
 def _set(parameter: pb.InferParameter, value: Parameter) -> None:
-    # bool first: it is an int too.
+    # bool before int, as bool is a subclass of int.
     if isinstance(value, bool):
         parameter.bool_param = value
     elif isinstance(value, int):

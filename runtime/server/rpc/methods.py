@@ -37,11 +37,11 @@ class Call:
         limits: limits of messages.
         caller: principal; None for calls without authentication.
         metadata: text metadata, keys in lower case.
-        hold: memory reservation of the request.
+        hold: memory reserved for the request.
         offload: threads for large messages.
         timeout: seconds until the client's deadline; None without one.
         streamed: whether the message is one of a stream.
-        raws: raw tensors, where they were split off the message.
+        raws: raw tensors that were split off the message.
         heavy: whether decoding the message would block the event loop for long.
     """
 
@@ -130,7 +130,7 @@ async def _model_infer(call: Call, message: pb.ModelInferRequest) -> Message | b
         request = request_of(message, call.limits, adapter, call.timeout, call.raws or None)
     if "traceparent" in call.metadata:
         request = msgspec.structs.replace(request, traceparent=call.metadata["traceparent"][:TRACEPARENT])
-    # A client that sends raw bytes reads such; one that sent no tensor has said nothing, and raw is what all read.
+    # Clients that send raw tensors can read them; without any input the response is raw, which every client reads.
     raw = bool(call.raws) or bool(message.raw_input_contents) or not message.inputs
     final = call.streamed and _FINAL in message.parameters and message.parameters[_FINAL].bool_param
     del message

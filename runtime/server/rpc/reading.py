@@ -1,4 +1,4 @@
-"""Receiving messages: room is taken before one is received, and no call waits for ever."""
+"""Receiving of messages, with memory reserved before each one and a timeout."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 __all__ = ["FIRST", "read_message"]
 
 FIRST = 1 << 16
-"""Bytes that are reserved for a message of which nothing is known."""
+"""Bytes reserved for a message of unknown size."""
 _IDLE = "none came, and others needed the room that was kept for it"
-_AT_ONCE = 0.05  # seconds: what comes within these is little, for all calls together, as the network is no faster
+_AT_ONCE = 0.05  # seconds; network speed bounds the bytes that all calls together receive in this time
 
 
 async def read_message(
     context: Any, hold: Hold, limits: RpcLimits, seconds: float | None, *, lent: bool = False
 ) -> bytes | None:
-    """The next message of a call; None: there is none.
+    """Receive the next message of a call; return None at the end.
 
-    Nobody says how large a message is before it is whole.  One that is not there at once counts as the largest until
-    it is; one that is counts as what it has.
+    The size of a message is unknown until it is complete.  A message that is not available at once is charged as the
+    largest possible until it arrives; one that is available is charged by its size.
 
     Args:
-        context: of the call.
-        hold: takes the room.
-        limits: on messages.
-        seconds: that it may take; None: any.
-        lent: whether others may have the room while none comes, which ends the call.
+        context: gRPC context of the call.
+        hold: reservation for the message.
+        limits: limits of messages.
+        seconds: timeout; None for no timeout.
+        lent: whether other requests may reclaim the memory while no message arrives, which ends the call.
 
     Raises:
-        QuotaExceeded, Unavailable: there is no room, or others have it.
-        DeadlineExceeded: it took too long.
+        QuotaExceeded, Unavailable: the memory budget is used up, or the memory was reclaimed.
+        DeadlineExceeded: the message did not arrive in time.
     """
     if hold.size < FIRST:
         hold.resize(FIRST)

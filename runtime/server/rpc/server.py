@@ -1,4 +1,4 @@
-"""The server that listens for gRPC."""
+"""gRPC server."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 __all__ = ["RpcServer", "Tls"]
 
-_AGE_MS = 3_600_000  # then clients open another connection for their next call, which load balancers spread
-_PING_MS = 60_000  # a client that does not answer within two of them is gone, and so are its streams
+_AGE_MS = 3_600_000  # clients then reconnect for the next call, which lets load balancers rebalance
+_PING_MS = 60_000  # a client that is silent for two intervals is disconnected, which ends its streams
 _METADATA_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
 class Tls:
-    """What a server shows its clients.
+    """TLS credentials of a server.
 
     Attributes:
-        certificate: chain in PEM.
-        key: in PEM.
+        certificate: certificate chain in PEM.
+        key: private key in PEM.
     """
 
     certificate: bytes
@@ -32,17 +32,17 @@ class Tls:
 
 
 class RpcServer:
-    """A gRPC server on one port; made, started and stopped on the event loop that it answers on.
+    """A gRPC server on one port; created, started and stopped on the event loop that serves it.
 
     Args:
-        servicer: what answers.
-        limits: the same that the servicer has.
+        servicer: generic handler of all calls.
+        limits: limits of messages and connections, the same as the servicer's.
         host: name or address to listen on; IPv6 without brackets.
-        port: 0 for any that is free.
-        tls: None for plain text.
+        port: port to listen on; 0 picks a free port.
+        tls: TLS credentials; None for plain text.
 
     Attributes:
-        port: that it listens on.
+        port: port that the server listens on.
 
     Raises:
         Conflict: the port is taken, or certificate and key are unusable.
@@ -52,7 +52,7 @@ class RpcServer:
         options = [
             ("grpc.max_receive_message_length", limits.message_bytes),
             ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),  # else a second server on the port takes half of the calls
+            ("grpc.so_reuseport", 0),  # otherwise a second server on the port receives half of the calls
             ("grpc.max_allowed_incoming_connections", limits.connections),
             ("grpc.max_concurrent_streams", limits.calls),
             ("grpc.server_handshake_timeout_ms", max(1, round(1000 * limits.handshake_seconds))),
@@ -72,7 +72,7 @@ class RpcServer:
                 self._tls = tls
                 credentials = grpc.dynamic_ssl_server_credentials(_shown(tls), self._shown_now)
                 self.port = self._server.add_secure_port(address, credentials)
-        except RuntimeError:  # whose text says no more
+        except RuntimeError:  # its text has no details
             raise Conflict(
                 f"gRPC on {address}",
                 problem="cannot listen there",
@@ -80,18 +80,18 @@ class RpcServer:
             ) from None
 
     def renew(self, tls: Tls) -> None:
-        """Show something else to clients that connect from now on."""
+        """Use other TLS credentials for new connections."""
         self._tls = tls
 
     def _shown_now(self) -> Any:
         return _shown(self._tls)
 
     async def start(self) -> None:
-        """Take calls from now on."""
+        """Start accepting calls."""
         await self._server.start()
 
     async def stop(self, grace: float) -> None:
-        """Take no more calls, and end those that still run after `grace` seconds."""
+        """Stop accepting calls, and cancel in-flight calls after `grace` seconds."""
         await self._server.stop(grace)
 
 

@@ -35,8 +35,8 @@ T = TypeVar("T")
 Observer = Callable[[RequestRecord], None]
 _LOG = logging.getLogger(__name__)
 _GONE = 499
-_ELEMENT = 16  # bytes in memory of one of typed contents, parsed and as an array
-_TEXT_BYTES = 1000  # clients take 8 KiB of trailers, in which each byte may become three
+_ELEMENT = 16  # bytes of memory per typed element, parsed and as an array
+_TEXT_BYTES = 1000  # clients accept 8 KiB of trailers, and percent-encoding triples a byte
 
 
 class RpcRecord(RequestRecord):
@@ -65,14 +65,14 @@ class RpcRecord(RequestRecord):
         self._own = b""
 
     def describe(self, request: Any) -> None:
-        """Take the model and the id from a message."""
+        """Record model and id of a message."""
         self.task = getattr(request, "model_name", "") or getattr(request, "name", "")
         self._id = getattr(request, "id", "")
         self._own = b""
 
     @property
     def request_id(self) -> str:
-        """Request id of the client where it is safe to log; else one of the server."""
+        """Request id of the client if it is safe to log; else a generated one."""
         if not self._own:
             self._own = request_id((self._id or self._metadata.get("x-request-id", "")).encode("utf-8", "replace"))
         return self._own.decode("latin-1")
@@ -84,7 +84,7 @@ class RpcRecord(RequestRecord):
 
 
 class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type information
-    """Serves the rpcs of `METHODS`.
+    """Handler of the rpcs of `METHODS`.
 
     Keys are checked before a message is received; unknown rpcs are reported only to authenticated clients. All
     handlers are stream handlers, because only these control when a message is received; clients see no difference.
@@ -153,8 +153,8 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             self._tell(record)
             return
         finally:
-            call.raws = None  # what ends a call in grpc keeps this frame until a collection
-        # Here the error, and so the message, is no longer referenced.
+            call.raws = None  # grpc keeps this frame alive until a garbage collection
+        # Sent outside the except block, so that the error and the message that it references are freed first.
         await self._refuse(status, record, None, context)
 
     async def _answered(self, method: Method, call: Call, record: RpcRecord, context: Any) -> bytes:
@@ -216,7 +216,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     async def _one_of_stream(self, method: Method, call: Call, record: RpcRecord, data: bytes) -> bytes:
         request = None
         try:
-            # Streams last: a key may be revoked meanwhile.
+            # Authenticated per message: a key may be revoked while the stream is open.
             call.caller = record.caller = self._core.authenticate(call.metadata.get("authorization"))
             allow(call.caller, method.action)
             self._core.admit(call.caller)
@@ -250,7 +250,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             await asyncio.sleep(seconds)
 
     async def _parsed(self, method: Method, call: Call, data: bytes) -> Any:
-        """Parse a message; raw tensors of a large one go to `call.raws`, long work to other threads."""
+        """Parse a message; raw tensors of a large one go to `call.raws`, long work runs in other threads."""
         if len(data) <= PIECE:
             return parse(method.request, data, self._limits)
         if method.request is pb.ModelInferRequest:
@@ -270,12 +270,12 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 async def _in_order(
     context: Any, read: Callable[[], Awaitable[T | None]], answer: Callable[[T], Awaitable[bytes]], in_flight: int
 ) -> None:
-    """Answer the messages of a stream concurrently and in order; an error cancels the pending answers.
+    """Serve the messages of a stream concurrently, responding in order; an error cancels in-flight messages.
 
     Args:
         context: gRPC context of the call.
         read: returns the next message; None at the end.
-        answer: answers one message; an exception ends the stream.
+        answer: returns the response to one message; an exception ends the stream.
         in_flight: maximum number of in-flight messages; the client waits beyond it.
     """
     room = asyncio.Semaphore(in_flight)

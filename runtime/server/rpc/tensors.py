@@ -1,4 +1,4 @@
-"""Tensors of the V2 protocol over gRPC: raw bytes or typed contents on one side, numpy arrays on the other.
+"""Codec of tensors over gRPC: raw bytes or typed contents to NumPy arrays and back.
 
 | datatype | numpy | contents |
 |---|---|---|
@@ -12,7 +12,7 @@
 | FP32, FP64 | float32, float64 | fp32_contents, fp64_contents |
 | BYTES | objects of type bytes | bytes_contents |
 
-Raw tensors are little-endian and row-major; each element of BYTES has its length before it, in four bytes.
+Raw tensors are little-endian and row-major; each element of BYTES is prefixed by its length in four bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tpeft_deploy.tucker import Array
 
 __all__ = ["decode", "encode_contents", "has_contents"]
 
-_STEP = 1 << 13  # elements that become objects at once
+_STEP = 1 << 13  # elements converted to objects at once
 _FIELDS = {
     "BOOL": ("bool_contents", np.dtype(np.bool_)),
     "UINT8": ("uint_contents", np.dtype("<u4")),
@@ -48,20 +48,20 @@ _FIELDS = {
 
 
 def has_contents(datatype: str) -> bool:
-    """Whether elements of the datatype can be sent as typed contents."""
+    """Return whether the datatype can be sent as typed contents."""
     return datatype in _FIELDS
 
 
 def decode(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | memoryview | None, limits: RpcLimits) -> Array:
-    """An input as an array.
+    """Convert an input to an array.
 
     Args:
-        tensor: name, datatype and shape, and the elements unless they are raw.
-        raw: the elements, or None when the tensor has them.
-        limits: on shape and size, checked before anything is allocated.
+        tensor: name, datatype and shape, with the elements unless they are raw.
+        raw: raw elements; None if the tensor has typed contents.
+        limits: limits of shape and size, checked before memory is allocated.
 
     Returns:
-        An array of the tensor's shape; a view of `raw` wherever the datatype has a fixed size.
+        An array of the tensor's shape; a view of `raw` if the datatype has a fixed size.
 
     Raises:
         ProtocolError: unknown datatype, or elements that do not fit datatype and shape.
@@ -98,18 +98,18 @@ def _from_contents(doing: str, tensor: pb.ModelInferRequest.InferInputTensor, co
 
 
 def _steps(count: int) -> Iterator[int]:
-    """Where each step begins; others run between two of them where they are many, which is never on an event loop."""
+    """Yield the start of each step; for many elements, let other threads run between steps (not on an event loop)."""
     for at in range(0, count, _STEP):
-        if at and count > PIECE:  # and so of more bytes than are converted on one
+        if at and count > PIECE:  # more than an event loop ever converts
             breathe()
         yield at
 
 
 def encode_contents(array: Array, datatype: str) -> pb.InferTensorContents:
-    """An output's elements as typed contents; only of a datatype that `has_contents`.
+    """Convert an output to typed contents; its datatype must satisfy `has_contents`.
 
     Raises:
-        TypeError: the array is not of that datatype, which is a fault of the server.
+        TypeError: the array does not have that datatype, which is a server error.
     """
     field, _ = _FIELDS[datatype]
     values = texts(array) if datatype == "BYTES" else checked(array, datatype).ravel()

@@ -1,1 +1,1 @@
-"""What the server tells of itself."""
+"""Metrics, statistics, traces and logs."""

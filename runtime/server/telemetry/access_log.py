@@ -1,4 +1,4 @@
-"""A line of JSON on stderr for each request: who asked for what, and what came of it; never what was in it."""
+"""Access log: a line of JSON on stderr for each request, with caller, route and result but never its content."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 
 __all__ = ["AccessLog"]
 
-_TEXT = 128  # characters of each text of a client
+_TEXT = 128  # maximum characters of each client string
 
 
 class AccessLog:
-    """Tells of requests.
+    """Access log.
 
     Args:
-        lines: writes them, in a thread of its own, so that a slow reader of stderr holds up no request.
+        lines: writer with a dedicated thread, so that a slow reader of stderr does not block requests.
     """
 
     def __init__(self, lines: LogLines) -> None:
         self._lines = lines
 
     def write(self, record: RequestRecord) -> None:
-        """Log a request; dropped, and counted, where too many lines wait already."""
+        """Log a request; dropped and counted if too many lines are queued."""
         self._lines.put(
             orjson.dumps(
                 {

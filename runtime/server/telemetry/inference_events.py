@@ -1,4 +1,4 @@
-"""Inference events, and the buffer that delivers them to statistics, metrics and traces."""
+"""Inference events, and the buffer that delivers them to their observers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class InferenceEvent(msgspec.Struct, frozen=True):
 
     Attributes:
         tenant: tenant of the caller.
-        task: requested model name; the bundle's name where rows have different tasks.
+        task: requested model name; the bundle's name if the rows have different tasks.
         targets: target of all rows, or one per row.
         rows: number of rows.
         timing: times of queueing and running.
-        seconds: time from arrival to answer.
+        seconds: time from arrival to response.
         failed: whether the inference raised.
         traceparent: W3C trace context of the caller; empty if there is none.
     """
@@ -43,7 +43,7 @@ class InferenceEvent(msgspec.Struct, frozen=True):
 class EventBuffer:
     """Buffers inference events and delivers them in batches; belongs to the event loop.
 
-    Keeps observers out of the request's path; a batch of events also costs less than the same events one by one.
+    Keeps observers out of the request's path; delivering events in batches also costs less than one by one.
 
     Args:
         observers: called with each event, in order; must not block.

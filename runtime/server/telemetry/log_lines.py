@@ -1,4 +1,4 @@
-"""Lines for stderr, written by a separate thread: a pipe that nobody reads stops nothing but the log."""
+"""Lines for stderr, written by a separate thread, so that a blocked pipe stops only the log."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import TextIO
 
 __all__ = ["LogLines", "QueuedHandler", "clipped"]
 
-_MOST = 10_000  # lines that wait
-_MOST_BYTES = 8 << 20  # of them together
-_LINE = 16_384  # characters of one
-_TEXT = 256  # of what a client wrote
+_MOST = 10_000  # maximum queued lines
+_MOST_BYTES = 8 << 20  # maximum bytes of all queued lines
+_LINE = 16_384  # maximum characters of a line
+_TEXT = 256  # maximum characters of a client string
 _PAUSE = 0.05
 
 
 class LogLines:
-    """Writes lines in the order in which they come; those that find no room are dropped and counted.
+    """Bounded FIFO queue of lines with a writer thread; lines beyond the bound are dropped and counted.
 
     Args:
-        stream: destination; stderr by default, by its descriptor: a lock that a blocked write held would stop the
-            process from ending.
+        stream: destination; by default the file descriptor of stderr, without the lock of `sys.stderr`: held by a
+            blocked write, it would prevent the process from exiting.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -38,7 +38,7 @@ class LogLines:
         self._thread.start()
 
     def put(self, line: bytes) -> None:
-        """Write a line soon, without waiting for anything."""
+        """Queue a line without blocking."""
         with self._lock:
             if self._lines.qsize() >= _MOST or self._taken - self._written > _MOST_BYTES:
                 self.dropped += 1
@@ -47,11 +47,11 @@ class LogLines:
             self._lines.put(line)
 
     def say(self, text: str) -> None:
-        """Write a text as a line."""
+        """Queue a text as a line."""
         self.put(text.encode("utf-8", "backslashreplace"))
 
     def close(self, timeout: float = 1.0) -> None:
-        """Write what waits, as far as that is possible within some seconds."""
+        """Write the queued lines, for at most `timeout` seconds."""
         self._lines.put(None)
         self._thread.join(timeout)
 
@@ -73,15 +73,15 @@ class LogLines:
                 return
             while data:
                 data = data[_written(self._descriptor, data) :]
-        except (OSError, ValueError):  # nobody will read it any more
+        except (OSError, ValueError):  # the reader closed the pipe
             self.dropped += 1
 
 
 class QueuedHandler(logging.Handler):
-    """Hands log records on as lines of bounded length.
+    """Logging handler that queues records as lines of bounded length.
 
     Args:
-        lines: writes them.
+        lines: queue of lines.
     """
 
     def __init__(self, lines: LogLines) -> None:
@@ -93,19 +93,19 @@ class QueuedHandler(logging.Handler):
         """Queue a record."""
         try:
             self._lines.say(clipped(self.format(record), _LINE))
-        except Exception:  # a log call never fails its caller
+        except Exception:  # a logging call must not raise
             self._lines.say(f"a record of {record.name} cannot be shown")
 
 
 def clipped(text: str, most: int = _TEXT) -> str:
-    """A text of bounded length; what is left out is counted."""
+    """Truncate a text; the number of omitted characters is appended."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text) - most:,} more)"
 
 
 def _written(descriptor: int, data: bytes) -> int:
     try:
         return os.write(descriptor, data)
-    except BlockingIOError:  # another process made the pipe that both share so
+    except BlockingIOError:  # another process made the shared pipe non-blocking
         time.sleep(_PAUSE)
         return 0
 

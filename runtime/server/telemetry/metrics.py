@@ -1,10 +1,10 @@
-"""Counters and times for Prometheus.
+"""Prometheus metrics.
 
-A task's series begin with its first request and go when it is unloaded or deleted; beyond `max_task_series` tasks,
-others are counted under the name "other", so that nobody can fill the server's memory with names.
+The series of a task begin with its first request and end when it is unloaded or deleted.  Beyond `max_task_series`
+tasks, others are counted under the name "other", so that clients cannot exhaust memory with task names.
 
-Counting is done in plain numbers by the event loop, as each request is counted several times; Prometheus' own objects
-are made of them when somebody asks.
+The event loop counts in plain numbers, as each request is counted several times; the objects of prometheus_client are
+created at scrape time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TIERS = ("disk", "host", "device", "folded")
 
 
 class _Bins:
-    """A histogram: how many values were at most each bound, and their sum."""
+    """Histogram: counts by upper bound, and the sum."""
 
     __slots__ = ("_bounds", "_counts", "_sum")
 
@@ -53,7 +53,7 @@ class _Bins:
 
 
 class _Task:
-    """What one task was asked by one tenant."""
+    """Counters of one task and tenant."""
 
     __slots__ = ("failed", "rows", "seconds")
 
@@ -64,14 +64,14 @@ class _Task:
 
 
 class Metrics(Collector):
-    """The server's metrics; belongs to the event loop but for `render`.
+    """Metrics of the server; all methods except `render` run on the event loop.
 
     Args:
-        max_task_series: tasks with series of their own.
-        residency: task as the runtime names it -> tier.
-        usage: bytes and rows that adapters take.
-        waiting: rows that wait.
-        dropped: log lines that were dropped so far.
+        max_task_series: maximum number of tasks with separate series.
+        residency: returns runtime key of the task -> tier.
+        usage: returns the bytes and rows that adapters occupy.
+        waiting: returns the number of queued rows.
+        dropped: returns the number of dropped log lines.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def request(self, record: RequestRecord) -> None:
-        """Count a request that was answered."""
+        """Count a finished request."""
         key = (record.protocol, record.route, record.status)
         self._requests[key] = self._requests.get(key, 0) + 1
 
@@ -109,16 +109,16 @@ class Metrics(Collector):
         self._batch.observe(timing.rows)
 
     def drop(self, tenant: str, task: str) -> None:
-        """Forget a task's series; of a shared task, every tenant's."""
+        """Remove the series of a task; those of a shared task for all tenants."""
         for key in [key for key in self._tasks if key[1] == task and tenant in {"", key[0]}]:
             del self._tasks[key]
 
     def render(self) -> bytes:
-        """All of them in Prometheus' text format; takes long with many tasks, so not on the event loop."""
+        """Render the Prometheus text format; slow with many tasks, so it must not run on the event loop."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """As Prometheus' library asks for them."""
+        """Yield the metrics to prometheus_client."""
         requests = CounterMetricFamily("tpeft_requests", "Requests answered", labels=("protocol", "route", "code"))
         for (protocol, route, status), count in self._requests.copy().items():
             requests.add_metric((protocol, route, str(status)), count)

@@ -1,4 +1,4 @@
-"""Record of a request, filled in while it is answered; the source of metrics, access log and traces."""
+"""Record of a request, filled in while it is served; the source of metrics, access log and traces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["TRACEPARENT", "RequestRecord", "request_id"]
 TRACEPARENT = 128
 """Maximum length of a trace context; version 00 has 55 characters."""
 
-_PROCESS = secrets.token_hex(6).encode()  # ids are unique across servers and restarts
+_PROCESS = secrets.token_hex(6).encode()  # makes ids unique across servers and restarts
 _COUNT = itertools.count(1)
 _ID = 128
 
@@ -26,7 +26,7 @@ class RequestRecord:
         method: HTTP method, or name of the rpc.
 
     Attributes:
-        route: path template, or full name of the rpc; "unknown" where there is none, so that invented paths never
+        route: path template, or full name of the rpc; "unknown" if there is none, so that invented paths never
             become a label.
         status: HTTP status, for gRPC the equivalent one; 499 when the client disconnected.
         caller: principal; None without authentication.
@@ -94,7 +94,7 @@ class RequestRecord:
 def request_id(given: bytes | None) -> bytes:
     """Return the client's request id, or a new one.
 
-    The client's id is used only where it is safe in logs and in a response header.
+    The client's id is used only if it is safe in logs and in a response header.
     """
     if given and len(given) <= _ID and all(33 <= byte < 127 for byte in given):
         return given

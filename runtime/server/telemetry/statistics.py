@@ -1,4 +1,4 @@
-"""What each task has answered so far, for the statistics extension.  All of it belongs to the event loop."""
+"""Counts and durations by task for the statistics extension; not thread-safe, used on the event loop only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Statistics", "Tally"]
 
 
 class Tally:
-    """Counts and seconds of one version of a task."""
+    """Counts and durations of one version of a task."""
 
     __slots__ = ("answered", "batches", "failed", "failing", "inferences", "last", "queued", "ran", "took")
 
@@ -24,17 +24,17 @@ class Tally:
         self.failed = 0
         self.failing = 0.0
         self.last = 0.0
-        self.batches: dict[int, tuple[int, float]] = {}  # rows of a run -> how many, and their seconds
+        self.batches: dict[int, tuple[int, float]] = {}  # batch size -> number of runs, and their seconds
 
     def succeeded(self, rows: int, *, total: float, queue: float, run: float, batch: int) -> None:
-        """A request was answered.
+        """Count a successful request.
 
         Args:
-            rows: its own.
-            total: seconds from its arrival to its answer.
-            queue: of them, waiting.
-            run: of them, in the run that answered it.
-            batch: rows of that run.
+            rows: number of rows in the request.
+            total: seconds from arrival to response.
+            queue: seconds in the queue.
+            run: seconds of the run.
+            batch: number of rows in the run.
         """
         self.inferences += rows
         self.answered += 1
@@ -46,12 +46,12 @@ class Tally:
         self.batches[batch] = (count + 1, seconds + run)
 
     def failing_after(self, total: float) -> None:
-        """A request was not answered, after so many seconds."""
+        """Count a request that failed after `total` seconds."""
         self.failed += 1
         self.failing += total
 
     def add(self, other: Tally) -> None:
-        """Count what another one has counted too."""
+        """Add the counts of another tally."""
         for name in ("inferences", "answered", "took", "queued", "ran", "failed", "failing"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.last = max(self.last, other.last)
@@ -60,7 +60,7 @@ class Tally:
             self.batches[size] = (own + count, before + seconds)
 
     def document(self, name: str, version: str) -> Document:
-        """In the fields of the protocol; a request that shared a run counts that run as its own."""
+        """Return the statistics document of the protocol; each request of a shared run counts the whole run."""
         nothing = {"count": 0, "ns": 0}
         return {
             "name": name,
@@ -92,7 +92,7 @@ class Tally:
 
 
 class Statistics:
-    """Tallies by task, version and the tenant that asked; forgotten when a task is unloaded or deleted."""
+    """Tallies by task, version and calling tenant; dropped when a task is unloaded or deleted."""
 
     def __init__(self) -> None:
         self._tallies: dict[tuple[str, str, str], dict[str, Tally]] = {}
@@ -109,18 +109,18 @@ class Statistics:
             tally.succeeded(own, total=observed.seconds, queue=timing.queued, run=timing.ran, batch=timing.rows)
 
     def drop(self, tenant: str, task: str) -> None:
-        """Forget a task's."""
+        """Drop the tallies of a task."""
         for key in [key for key in self._tallies if key[:2] == (tenant, task)]:
             del self._tallies[key]
 
     def document(self, tenant: str, task: str, version: str, asked_by: str | None = None) -> Document:
-        """What the protocol says about a version; zeros when it has answered nothing.
+        """Return the statistics document of a version; all zeros before its first request.
 
         Args:
-            tenant: tenant that has the task.
-            task: its name.
-            version: its number.
-            asked_by: count the requests of this tenant only; those of all for None.
+            tenant: owner of the task.
+            task: name of the task.
+            version: version number.
+            asked_by: count the requests of this tenant only; None counts all.
         """
         found = self._tallies.get((tenant, task, version), {})
         if asked_by is not None:

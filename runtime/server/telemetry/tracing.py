@@ -1,6 +1,6 @@
-"""Spans of OpenTelemetry, where a tracer provider is set up: `infer TASK` with `queue` and `run` beneath it.
+"""OpenTelemetry spans if a tracer provider is configured: `infer TASK` with the children `queue` and `run`.
 
-They are made once an inference is over, from the times that were taken anyway: a request does not wait for them.
+Spans are created after an inference has finished, from recorded times, so that requests do not wait for them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """Makes spans.
+    """Observer that creates spans.
 
     Args:
-        tracer: what makes them; must not block, as batching processors do not.
+        tracer: OpenTelemetry tracer; must not block (batching span processors do not).
     """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
 
     def inference(self, observed: InferenceEvent) -> None:
-        """The spans of an inference that is over, beneath the caller's own."""
+        """Create the spans of a finished inference as children of the caller's span."""
         parent: Context = _PROPAGATOR.extract({"traceparent": observed.traceparent}, context=Context())
         timing = observed.timing
         offset = time.time() - time.monotonic()
@@ -63,7 +63,7 @@ class Tracing:
 
 
 def tracing() -> Tracing | None:
-    """As the process' tracer provider says; None where there is none, so that nothing is paid for."""
+    """Return a `Tracing` for the process's tracer provider; None without one, to avoid the overhead."""
     if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return None
     return Tracing(trace.get_tracer("tpeft_deploy"))

@@ -1,1 +1,1 @@
-"""Limits of tenants: what each may hold, and what one may not take from the others."""
+"""Limits of tenants: quotas, budgets and fair scheduling."""

@@ -1,12 +1,12 @@
-"""Who may do what: the roles of keys, and every thing that a request can ask for.
+"""Access control: roles of keys, and the actions that each role allows.
 
 | action | infer | deploy | admin |
 |---|---|---|---|
 | INFER, READ | yes | yes | yes |
-| DEPLOY: register, swap, pin and delete the tenant's own tasks | | yes | yes |
+| DEPLOY: register, swap, pin and delete tasks of the tenant | | yes | yes |
 | ADMIN: keys, tenants and their quotas, shared tasks, the audit log, metrics | | | yes |
 
-Every route and every rpc names its action; what names none is refused.  Health is the only thing without a key.
+Every route and every rpc declares its action; one without an action is refused.  Only health needs no key.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tpeft_deploy.errors import Forbidden
 __all__ = ["Action", "LOCAL", "Principal", "Role", "SHARED", "allow"]
 
 SHARED = ""
-"""The tenant that owns what all tenants may call: the bundle's own tasks, and those that an admin publishes."""
+"""Tenant that owns the shared tasks: those of the bundle, and those published by an admin."""
 
 
 class Role(enum.StrEnum):
-    """What a key is for; each includes those before it."""
+    """Role of a key; each includes the previous ones."""
 
     INFER = "infer"
     DEPLOY = "deploy"
@@ -32,7 +32,7 @@ class Role(enum.StrEnum):
 
 
 class Action(enum.Enum):
-    """What a request asks for."""
+    """Action of a request."""
 
     HEALTH = "health"
     READ = "read"
@@ -41,7 +41,7 @@ class Action(enum.Enum):
     ADMIN = "admin"
 
 
-# In tuples, which are searched by identity: the hash of a member of an enumeration is computed in Python.
+# Tuples, as they are searched by identity; hashing an enum member runs Python code.
 _ALLOWED = {
     Role.INFER: (Action.INFER, Action.HEALTH, Action.READ),
     Role.DEPLOY: (Action.INFER, Action.HEALTH, Action.READ, Action.DEPLOY),
@@ -51,12 +51,12 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class Principal:
-    """Whoever sent a request, once its key was found.
+    """Authenticated sender of a request.
 
     Attributes:
-        tenant: whose tasks and quotas these are.
-        role: of the key.
-        key: its public id, for logs and the audit.
+        tenant: tenant of the key.
+        role: role of the key.
+        key: public id of the key, for the logs and the audit log.
     """
 
     tenant: str
@@ -65,19 +65,19 @@ class Principal:
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
-        """What the role allows."""
+        """Actions that the role allows."""
         return _ALLOWED[self.role]
 
 
 LOCAL = Principal(tenant="local", role=Role.ADMIN, key="no-auth")
-"""Everybody, on a server without keys, which listens on the loopback only."""
+"""Principal of every request on a server without keys, which listens on the loopback only."""
 
 
 def allow(principal: Principal, action: Action) -> None:
-    """Refuse what the principal's role does not include.
+    """Check that the principal's role allows an action.
 
     Raises:
-        Forbidden: naming the role that would be needed.
+        Forbidden: the role does not allow it; the error names the required role.
     """
     if action not in principal.actions:
         needed = next(role for role in Role if action in _ALLOWED[role])

@@ -19,7 +19,7 @@ class ByteBudget:
 
     Args:
         total: bytes for the server.
-        per_tenant: bytes for one tenant; None: half of `total`.
+        per_tenant: bytes for one tenant (default: half of `total`).
         what: noun for error messages.
     """
 
@@ -68,11 +68,11 @@ class ByteBudget:
         self._lent[hold] = end
 
     def keep(self, hold: Hold) -> None:
-        """Make it no longer reclaimable."""
+        """Make the reservation no longer reclaimable."""
         self._lent.pop(hold, None)
 
     def _reclaim(self, tenant: str, size: int) -> bool:
-        """Reclaim lent reservations until there is room, the same tenant's first; none if that is not enough."""
+        """Reclaim lent reservations until there is room, the same tenant's first; none if all are not enough."""
         own = [hold for hold in self._lent if hold.tenant == tenant]
         others = [hold for hold in self._lent if hold.tenant != tenant]
         mine = sum(hold.size for hold in own)
@@ -101,7 +101,7 @@ class ByteBudget:
                 fix="Send it again when others were answered.",
                 retry_after=_RETRY_SECONDS,
             )
-        # Do not reveal how much others hold.
+        # The text must not reveal how much other tenants hold.
         return Unavailable(
             "take a request",
             problem=f"the server holds as many {self._what} as it may",
@@ -157,15 +157,15 @@ class Hold:
             self.give(self.size - size)
 
     def lend(self, end: Callable[[], None]) -> None:
-        """Let other requests reclaim this reservation until `keep`; the longest lent goes first.
+        """Let other requests reclaim this reservation until `keep`; the longest lent is reclaimed first.
 
         Args:
-            end: called after it was reclaimed, to end its request.
+            end: called after the reservation was reclaimed, to end its request.
         """
         self._budget.lend(self, end)
 
     def keep(self) -> None:
-        """Make it no longer reclaimable."""
+        """Make the reservation no longer reclaimable."""
         self._budget.keep(self)
 
     def close(self) -> None:

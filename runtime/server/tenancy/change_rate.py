@@ -1,4 +1,4 @@
-"""How often a key may change what is registered: each change is written to disk and to the audit log."""
+"""Rate limit of registry changes per key, as each change is written to disk and to the audit log."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _KEYS = 10_000
 
 
 class ChangeRate:
-    """A token bucket for each key.  Belongs to one thread: the event loop's.
+    """Token bucket per key; not thread-safe, used on the event loop only.
 
     Args:
-        per_second: changes; a burst of ten seconds' worth may come at once.  None is no limit.
-        clock: seconds that do not run backwards.
+        per_second: changes per second, with bursts of ten seconds' worth; None means no limit.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(self, per_second: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = per_second
         self._clock = clock
-        self._full: OrderedDict[str, float] = OrderedDict()  # key -> when its bucket is full again
+        self._full: OrderedDict[str, float] = OrderedDict()  # key -> time at which its bucket is full
 
     def spend(self, key: str) -> None:
-        """Take one change from a key's bucket.
+        """Spend one change of a key.
 
         Raises:
-            QuotaExceeded: with the seconds after which it is allowed.
+            QuotaExceeded: the bucket is empty; `retry_after` is the time until the change is allowed.
         """
         if self._rate is None:
             return

@@ -1,10 +1,10 @@
-"""Whose request is next: tenants share the computation by their weights, and a tenant's tasks share what it gets.
+"""Weighted fair queueing of requests over tenants, and fair queueing over the tasks of a tenant.
 
 The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024, arXiv 2401.00588),
-with a request's elements as its cost: each tenant has a counter of what it was served, divided by its weight, and the
-waiting tenant with the smallest is next.  Who comes back after a pause is lifted to the smallest counter of those who
-wait, so that being away saves nothing up.  Within a tenant the same holds between lanes (what a request runs on), and
-within a lane the smaller priority goes first, then who came first.
+with the elements of a request as its cost: each tenant has a counter of the cost served, divided by its weight, and the
+waiting tenant with the smallest counter is next.  The counter of a tenant that returns after a pause is lifted to the
+smallest counter of the waiting tenants, so that idle time earns no credit.  Within a tenant the same applies to lanes
+(the target of a request); within a lane requests are ordered by priority, smaller values first, then by arrival.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ __all__ = ["Fair"]
 
 Form = TypeVar("Form")
 
-# How many later requests of its lane may overtake a request for each step of priority: more than a queue usually
-# holds, so that priorities decide, and a bound, so that the least urgent is served too.
+# Number of later requests in the lane that may overtake a request per step of priority: more than a queue usually
+# holds, so that priorities decide, but bounded, so that the lowest priority does not starve.
 _PATIENCE = 1024
 
 
 class _Lane(Counted, Generic[Form]):
-    """Requests on one task, in the order in which they are served."""
+    """Requests of one task, in the order of service."""
 
     def __init__(self) -> None:
         super().__init__()
         self.requests: list[Request[Form]] = []
-        self._places: list[tuple[int, int]] = []  # of those, and when they came
+        self._places: list[tuple[int, int]] = []  # sort keys of `requests`
         self._arrivals = 0
 
     def add(self, request: Request[Form]) -> tuple[int, int]:
@@ -50,26 +50,26 @@ class _Lane(Counted, Generic[Form]):
 
 
 class _Tenant(Counted, Generic[Form]):
-    """What one tenant has waiting."""
+    """Waiting requests of one tenant."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
-        self.weight = weight  # as it was when the tenant came, or was served last
+        self.weight = weight  # as of the tenant's arrival or last service
         self.rows = self.size = 0
         self.lanes: Counters[Hashable, _Lane[Form]] = Counters()
 
     def __iter__(self) -> Iterator[Request[Form]]:
-        """Its requests, as they would be served if all were its own."""
+        """Iterate over its requests, in the order of service without other tenants."""
         lanes = self.lanes.waiting.values()
         turns = [(lane.served, lane.turn, 1.0, iter(lane.requests)) for lane in lanes]
         yield from _merged(turns) if len(turns) > 1 else turns[0][3]
 
 
 def _merged(turns: list[tuple[float, int, float, Iterator[Request[Form]]]]) -> Iterator[Request[Form]]:
-    """One request after the other of whoever has the smallest counter; of equals, see `Counted.turn`.
+    """Merge requests by the smallest counter; for ties, see `Counted.turn`.
 
     Args:
-        turns: for each: its counter, its turn, which no other has, its weight, and its requests.
+        turns: counter, unique turn, weight and requests of each member.
     """
     heapq.heapify(turns)
     later = itertools.count(LATER)
@@ -84,18 +84,18 @@ def _merged(turns: list[tuple[float, int, float, Iterator[Request[Form]]]]) -> I
 
 
 class Fair(Generic[Form]):
-    """An order for `batching.Queue` that is fair to tenants, and to the tasks of a tenant.
+    """Order for `batching.Queue`: weighted fair queueing over tenants, fair queueing over the tasks of a tenant.
 
-    While two tenants have requests waiting that may share a batch, what they are served differs from the ratio of
-    their weights by less than the cost of one batch.  What is served because it fits into a batch that nobody else
-    can fill is charged like all else, and the others catch up later.  Every request is served: what waits keeps its
-    counter, and the others' grow.
+    While two tenants have waiting requests that may share a batch, the cost served to them differs from the ratio of
+    their weights by less than the cost of one batch.  A request that fills a batch which no other tenant can fill is
+    charged as usual, and the other tenants catch up later.  No request starves: the counter of a waiting tenant stays,
+    and those of served tenants grow.
 
     Args:
-        weight: a tenant's weight, above 0.
-        admit: told before each request its tenant, what that tenant has waiting and what would be added, in rows as
-            they count in the queue; raises what refuses it.  Called under the queue's lock: it must be quick and call
-            neither queue nor order.
+        weight: returns the weight of a tenant, above 0.
+        admit: admission control, called before each request with its tenant, the tenant's waiting rows and the rows to
+            add, as they count in the queue; raises to refuse the request.  It is called under the queue's lock: it must
+            be quick, and must not call the queue or the order.
     """
 
     def __init__(self, weight: Callable[[str], float], admit: Callable[[str, int, int], None] | None = None) -> None:
@@ -105,10 +105,10 @@ class Fair(Generic[Form]):
         self._places: dict[int, tuple[_Tenant[Form], _Lane[Form], tuple[int, int]]] = {}
 
     def add(self, request: Request[Form]) -> None:
-        """Let a request wait.
+        """Add a waiting request.
 
         Raises:
-            TpeftError: what `admit` raised; nothing has changed then.
+            TpeftError: `admit` refused the request; nothing has changed.
         """
         tenant = self._tenants.waiting.get(request.tenant)
         if self._admit is not None and request.asked:
@@ -123,27 +123,27 @@ class Fair(Generic[Form]):
         tenant.size += request.size
 
     def drop(self, request: Request[Form]) -> None:
-        """Forget a request that will not run; nobody is charged."""
+        """Remove a request that will not run, without charging for it."""
         self._take([request], charge=False)
 
     def serve(self, requests: Sequence[Request[Form]]) -> None:
-        """Charge tenants and lanes for requests that run now."""
+        """Remove requests that are dispatched, and charge their tenants and lanes."""
         for name in {request.tenant for request in requests}:
             self._tenants.waiting[name].weight = self._weight(name)
         self._take(requests, charge=True)
 
     def waiting_rows(self, tenant: str) -> int:
-        """Rows of a tenant that wait; may be asked from any thread."""
+        """Return the number of waiting rows of a tenant; thread-safe."""
         own = self._tenants.waiting.get(tenant)
         return 0 if own is None else own.rows
 
     def __iter__(self) -> Iterator[Request[Form]]:
-        """All waiting requests, the next to serve first; each step as if those before it had been served."""
+        """Iterate over the waiting requests in the order of service."""
         tenants = self._tenants.waiting.values()
         return _merged([(own.served, own.turn, own.weight, iter(own)) for own in tenants])
 
     def __len__(self) -> int:
-        """How many wait."""
+        """Return the number of waiting requests."""
         return len(self._places)
 
     def _take(self, requests: Sequence[Request[Form]], *, charge: bool) -> None:
@@ -162,7 +162,7 @@ class Fair(Generic[Form]):
         for name, tenant in touched.items():
             if not tenant.lanes.waiting:
                 self._tenants.leave(name)
-            elif charge:  # who is dropped may be one of many that are, and moves no counter
+            elif charge:  # drops often come in bulk, and change no counter
                 tenant.lanes.settle()
         if charge or not self._tenants.waiting:
             self._tenants.settle()

@@ -19,7 +19,7 @@ class Intake:
     """Budgets and threads of a server.
 
     Attributes:
-        memory: memory budget for bodies, tensors and answers.
+        memory: memory budget for bodies, tensors and responses.
         staging: disk budget for unfinished uploads.
         offload: threads for decompressing, decoding and encoding.
         requests: limit of concurrent requests per key.

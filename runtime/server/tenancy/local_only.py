@@ -1,4 +1,4 @@
-"""A server without keys answers this machine only, and no page of another site that a browser here shows."""
+"""Middleware for a server without keys: serves this machine only, and no foreign page in a local browser."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _FIX = "Start the server with keys for others than this machine."
 
 
 class LocalOnly:
-    """An ASGI application before another, which it keeps from other sites.
+    """ASGI middleware that refuses requests of other machines and sites.
 
-    A foreign page reaches loopback addresses through the browser: by simple requests, which it may send anywhere, and
-    by a name of its own that it lets stand for 127.0.0.1.
+    A foreign page reaches loopback addresses through the browser: by simple requests, which may be cross-origin, and by
+    DNS rebinding, a domain that resolves to 127.0.0.1.
 
     Args:
-        application: answers what is allowed.
-        observe: told of each request that is refused.
+        application: wrapped application.
+        observe: called with the record of each refused request.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class LocalOnly:
         self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Pass on or refuse one request."""
         try:
             if scope["type"] == "http":
                 check(scope["headers"])
@@ -51,13 +51,13 @@ class LocalOnly:
 
 
 def check(headers: Sequence[tuple[bytes, bytes]]) -> None:
-    """Refuse what does not come from this machine.
+    """Check that a request comes from this machine.
 
     Args:
-        headers: of a request, names in lower case.
+        headers: request headers, names in lower case.
 
     Raises:
-        Forbidden: its Host or Origin is another one, or the browser says that another site asks.
+        Forbidden: Host or Origin is not local, or the browser reports a cross-site request.
     """
     hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
     if len(hosts) != 1 or not _is_local(hosts[0]):

@@ -1,4 +1,4 @@
-"""Pins within the quotas of tenants."""
+"""Pinned versions, within the quotas of tenants."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Pins"]
 
 
 class Pins:
-    """Which versions stay on the device.  Belongs to one event loop.
+    """Versions pinned on the device; not thread-safe, used on one event loop.
 
     Args:
-        runtime: holds them.
-        quota: a tenant's quota now.
-        max_folded: versions with sessions of their own, of all tenants together.
-        workers: threads in which the runtime brings them.
+        runtime: runtime that holds the versions.
+        quota: returns the current quota of a tenant.
+        max_folded: maximum number of versions with a folded session, over all tenants.
+        workers: threads for loading and folding.
     """
 
     def __init__(self, runtime: Runtime, quota: Callable[[str], Quota], max_folded: int, workers: Workers) -> None:
@@ -28,10 +28,10 @@ class Pins:
         self._quota = quota
         self._max_folded = max_folded
         self._workers = workers
-        self._coming: dict[str, bool] = {}  # those being pinned, which the runtime may not know yet
+        self._coming: dict[str, bool] = {}  # being pinned, possibly not yet known to the runtime
 
     def used(self, tenant: str) -> dict[str, int]:
-        """Pins of a tenant, and how many of them are folded."""
+        """Return the number of pinned and of folded versions of a tenant."""
         own = [folded for key, folded in self._known().items() if key.startswith(f"{tenant}/")]
         return {"pins": len(own), "folded": sum(own)}
 
@@ -39,15 +39,15 @@ class Pins:
         """Pin a version.
 
         Args:
-            tenant: the tenant that has it; no quota holds for what all share, which only admins pin.
-            name: the task's.
-            key: the version's, in the runtime.
-            folded: also give it a session of its own.
+            tenant: owner of the version; shared versions have no quota, as only admins pin them.
+            name: name of the task.
+            key: key of the version in the runtime.
+            folded: whether to also create a folded session.
 
         Raises:
-            QuotaExceeded: the tenant has as many as it may.
-            Conflict: no room on the device, or for sessions, that pins may take.
-            AdapterError, RunError: it cannot be brought or folded.
+            QuotaExceeded: the tenant's quota is used up.
+            Conflict: no room for pins on the device, or for folded sessions.
+            AdapterError, RunError: the version cannot be loaded or folded.
         """
         self._check(tenant, name, key, folded)
         self._coming[key] = folded

@@ -1,4 +1,4 @@
-"""What tenants are allowed, and the meter that says when it is used up."""
+"""Quotas of tenants, and the meter that enforces rates."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from tpeft_deploy.errors import ProtocolError, QuotaExceeded, TooLarge
 __all__ = ["Meter", "Quota", "queue_shares"]
 
 
-_KEPT = 64  # tenants that are remembered, whatever they have left
+_KEPT = 64  # tenants kept regardless of their remaining tokens
 
 
 @dataclass(frozen=True)
 class Quota:
-    """What a tenant is allowed; None is no limit.
+    """Quotas and weight of a tenant; None means no limit.
 
     Attributes:
-        requests_per_s: inference requests a second; a burst of one second's worth, at least 1, may come at once.
-        rows_per_s: rows a second, likewise; a request of more rows than a burst is let through when the bucket is full.
-        queue_share: of the rows that may wait for the runtime, 0 to 1.
-        adapters: registered versions.
-        bytes: of registered adapters.
-        weight: of the tenant in the queue: twice the weight gets twice the computation while both wait.
-        pins: versions that stay on the device.
-        folded: of those, the ones with sessions of their own.
+        requests_per_s: inference requests per second, with bursts of one second's worth, at least 1.
+        rows_per_s: rows per second, likewise; a request larger than a burst is admitted when the bucket is full.
+        queue_share: share of the rows that may wait for the runtime, 0 to 1.
+        adapters: maximum number of registered versions.
+        bytes: maximum size of all registered adapters.
+        weight: weight in weighted fair queueing: twice the weight gets twice the computation while both tenants wait.
+        pins: maximum number of pinned versions.
+        folded: maximum number of pinned versions with a folded session.
 
     Raises:
-        ProtocolError: a limit that makes no sense.
+        ProtocolError: a limit is invalid.
     """
 
     requests_per_s: float | None = None
@@ -64,7 +64,7 @@ class Quota:
 
 @dataclass(slots=True)
 class _Account:
-    """What a tenant has left: tokens come at a rate, and as many are kept as one second brings, or 1."""
+    """Token buckets of a tenant; each holds the tokens of one second, at least 1."""
 
     quota: Quota
     at: float
@@ -86,7 +86,7 @@ class _Account:
             self.rows = min(self.most_rows, self.rows + passed * (quota.rows_per_s or math.inf))
 
     def is_full(self, now: float) -> bool:
-        """Whether it would be the same to have none."""
+        """Return whether the buckets are full, so that the account can be dropped."""
         self.fill(self.quota, now)
         return self.requests >= self.most_requests and self.rows >= self.most_rows
 
@@ -98,29 +98,29 @@ class _Account:
 
 
 class Meter:
-    """Token buckets of requests and rows, per tenant.  Belongs to one thread: the event loop's.
+    """Token buckets of requests and rows per tenant; not thread-safe, used on the event loop only.
 
     Args:
-        quota: a tenant's quota now.
+        quota: returns the current quota of a tenant.
     """
 
     def __init__(self, quota: Callable[[str], Quota]) -> None:
         self._quota = quota
-        self._accounts: OrderedDict[str, _Account] = OrderedDict()  # only of tenants that have limits
+        self._accounts: OrderedDict[str, _Account] = OrderedDict()  # only tenants with limits
 
     def __len__(self) -> int:
-        """Tenants of whom something is remembered."""
+        """Return the number of accounts."""
         return len(self._accounts)
 
     def spend_request(self, tenant: str, now: float) -> None:
-        """Take a request from a tenant's quota; before its body is read, so it stays spent whatever comes of it.
+        """Spend a request of a tenant's quota before the body is read; never refunded.
 
         Args:
-            tenant: whose.
-            now: seconds of any clock that does not run backwards.
+            tenant: tenant of the request.
+            now: time of a monotonic clock in seconds.
 
         Raises:
-            QuotaExceeded: with the seconds after which a request is allowed.
+            QuotaExceeded: the bucket is empty; `retry_after` is the time until a request is allowed.
         """
         quota = self._quota(tenant)
         if quota.requests_per_s is None:
@@ -132,21 +132,21 @@ class Meter:
         account.requests -= 1
 
     def spend_rows(self, tenant: str, rows: int, now: float) -> None:
-        """Take the rows of a request from a tenant's quota, or nothing at all.
+        """Spend all rows of a request of a tenant's quota, or none.
 
         Args:
-            tenant: whose.
-            rows: of the request.
-            now: seconds of any clock that does not run backwards.
+            tenant: tenant of the request.
+            rows: number of rows in the request.
+            now: time of a monotonic clock in seconds.
 
         Raises:
-            QuotaExceeded: with the seconds after which as many rows are allowed.
+            QuotaExceeded: too few tokens; `retry_after` is the time until as many rows are allowed.
         """
         quota = self._quota(tenant)
         if quota.rows_per_s is None:
             return
         account = self._account(tenant, quota, now)
-        # What is larger than a burst waits for a full bucket and leaves a debt.
+        # A request larger than a burst needs a full bucket, and leaves a negative balance.
         needed = min(rows, account.most_rows)
         if account.rows < needed:
             raise _exceeded(tenant, (needed - account.rows) / quota.rows_per_s, quota.rows_per_s, "rows")
@@ -161,7 +161,7 @@ class Meter:
         return account
 
     def _forget(self, now: float) -> None:
-        # Two for each that comes, in turn: what is full goes, and no request pays for all.
+        # Checking two accounts per new account, in turn, bounds both memory and the cost of a request.
         if len(self._accounts) < _KEPT:
             return
         for _ in range(min(2, len(self._accounts))):
@@ -185,15 +185,15 @@ def _exceeded(tenant: str, wait: float, rate: float, what: str) -> QuotaExceeded
 
 
 def queue_shares(quota: Callable[[str], Quota], max_queue_rows: int) -> Callable[[str, int, int], None]:
-    """What refuses a request that would let a tenant take more of the queue than its share; see `Fair`.
+    """Return the admission control that keeps each tenant within its share of the queue; see `Fair`.
 
     Args:
-        quota: a tenant's quota now.
-        max_queue_rows: of the whole queue.
+        quota: returns the current quota of a tenant.
+        max_queue_rows: maximum rows of the whole queue.
 
     Returns:
-        Raises for a tenant, its rows that wait, and those of the request: TooLarge for one that is larger than the
-        share and could never wait, QuotaExceeded for one that has to come later.
+        A function of tenant, its waiting rows and the rows of the request, which raises TooLarge for a request larger
+        than the share, and QuotaExceeded for one that may be retried later.
     """
 
     def admit(tenant: str, waiting: int, rows: int) -> None:

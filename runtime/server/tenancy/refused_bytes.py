@@ -1,4 +1,4 @@
-"""Time that a tenant waits for the bytes of its refused messages: receiving them was work for nothing."""
+"""Backpressure on tenants for the bytes of their refused messages, as receiving them was wasted work."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from tpeft_deploy.errors import QuotaExceeded
 
 __all__ = ["RefusedBytes"]
 
-_RATE = 64 << 20  # bytes a second
-_KEPT = 64  # tenants
-_LONGEST = 5.0  # seconds
+_RATE = 64 << 20  # bytes per second
+_KEPT = 64  # tenants before expired debts are removed
+_LONGEST = 5.0  # seconds before messages are refused
 _APART = 0.02
 
 
 class RefusedBytes:
-    """Debts of tenants, in seconds.  Belongs to one thread: the event loop's.
+    """Debts of tenants in seconds; not thread-safe, used on the event loop only.
 
     Args:
-        clock: time in seconds.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
@@ -27,11 +27,11 @@ class RefusedBytes:
         self._until: dict[str, float] = {}
 
     def charge(self, tenant: str, size: int) -> None:
-        """Note a message that was received, and refused.
+        """Charge a tenant for a received and refused message.
 
         Args:
-            tenant: sender.
-            size: bytes of it.
+            tenant: tenant that sent the message.
+            size: size of the message in bytes.
         """
         now = self._clock()
         if len(self._until) >= _KEPT:
@@ -39,10 +39,10 @@ class RefusedBytes:
         self._until[tenant] = max(self._until.get(tenant, now), now) + size / _RATE
 
     def wait(self, tenant: str) -> float:
-        """Seconds until another message of a tenant may be received; of several that wait, one after the other.
+        """Return the seconds until a tenant's next message may be received; concurrent calls get increasing times.
 
         Raises:
-            QuotaExceeded: so many that it should come again.
+            QuotaExceeded: the debt is too large to wait for.
         """
         if not self._until:
             return 0.0

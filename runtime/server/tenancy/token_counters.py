@@ -1,4 +1,4 @@
-"""Counters of service: who waits, what they and those who left were served, and where who comes begins."""
+"""Virtual token counters of waiting and departed members, and the initial counter of newcomers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Generic, TypeVar
 
 __all__ = ["LATER", "Counted", "Counters"]
 
-LATER = 2**62  # added to a turn, it is after all others
-_KEPT = 64  # of those who left, beside two for each who waits
+LATER = 2**62  # offset that puts a turn after all others
+_KEPT = 64  # departed members kept, in addition to two per waiting member
 
 
 class Counted:
-    """One that waits.
+    """A waiting member.
 
     Attributes:
-        served: its counter.
-        stranger: whether nothing is known of what it was served before.
-        turn: of equals, the smaller is next: those that were not served since they came, then those served longest ago.
+        served: virtual token counter.
+        stranger: whether the member has no known counter, as a newcomer.
+        turn: tie-breaker, the smaller is next: members not served since they entered, then the least recently served.
     """
 
     def __init__(self) -> None:
@@ -31,21 +31,21 @@ Member = TypeVar("Member", bound=Counted)
 
 
 class Counters(Generic[Key, Member]):
-    """Those who wait, by counters of what they were served.
+    """Virtual token counters of the waiting members.
 
     Attributes:
-        waiting: key -> who waits, the one that has waited longest first.
+        waiting: key -> member, the longest waiting first.
     """
 
     def __init__(self) -> None:
         self.waiting: dict[Key, Member] = {}
         self._away: dict[Key, float] = {}
         self._turns = 0
-        self._least = 0.0  # the smallest counter of those who wait
-        self._entry = 0.0  # where strangers begin
+        self._least = 0.0  # smallest counter of the waiting members
+        self._entry = 0.0  # initial counter of newcomers
 
     def enter(self, key: Key, member: Member) -> Member:
-        """Let one wait that did not, at its own counter or that of those who were served least."""
+        """Add a waiting member with its known counter, lifted to the smallest counter of the waiting members."""
         known = self._away.pop(key, None)
         self._turns += 1
         member.turn = self._turns - LATER
@@ -55,35 +55,35 @@ class Counters(Generic[Key, Member]):
         return member
 
     def charge(self, member: Member, cost: float) -> None:
-        """Count what one is served that waits."""
+        """Add the cost of a service to the counter of a waiting member."""
         self._turns += 1
         member.turn = self._turns
         if member.stranger:
-            # An endless row of strangers who all began at the smallest counter would starve all the others: so
-            # strangers begin later by what was served to those before them, in equal parts for all who wait.
+            # An endless sequence of newcomers that all start at the smallest counter would starve the others.  So the
+            # initial counter grows by the cost served to newcomers, divided by the number of waiting members.
             member.stranger = False
             self._entry = max(self._entry, self._least) + cost / len(self.waiting)
         member.served += cost
 
     def leave(self, key: Key) -> None:
-        """Let one wait no longer; its counter is known when it comes back, unless nothing was charged."""
+        """Remove a waiting member; its counter is kept for its return, unless nothing was charged."""
         member = self.waiting.pop(key)
         if not member.stranger:
             self._away[key] = member.served
 
     def settle(self) -> None:
-        """To be said after members were charged or left, before one enters."""
+        """Update the smallest counter; call it after members were charged or left, before another enters."""
         if not self.waiting:
-            # Nobody was kept from anything: all begin again as equals.
+            # Without contention no member is owed anything: all restart as equals.
             self._away.clear()
             self._least = self._entry = 0.0
             return
         self._least = max(self._least, min(member.served for member in self.waiting.values()))
         if len(self._away) > 2 * len(self.waiting) + _KEPT:
-            # Whoever was served less than that would be lifted to it: nothing to remember.
+            # Smaller counters would be lifted to the smallest on return, so they need not be kept.
             self._away = {key: served for key, served in self._away.items() if served > self._least}
 
     @property
     def remembered(self) -> int:
-        """How many are known that do not wait."""
+        """Number of kept counters of departed members."""
         return len(self._away)

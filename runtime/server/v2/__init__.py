@@ -1,1 +1,1 @@
-"""The V2 protocol, as REST and gRPC share it."""
+"""Parts of the V2 protocol shared by REST and gRPC."""

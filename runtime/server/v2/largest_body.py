@@ -1,4 +1,4 @@
-"""The largest body that a model's inputs can fill: what declares more is refused before it is read."""
+"""Size of the largest body that a model's inputs can fill; larger declared sizes are refused unread."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from tpeft_deploy.bundle.manifest import Manifest
 
 __all__ = ["largest_body"]
 
-_NUMBER = 32  # bytes of a number in JSON, with what separates it from the next
-_NAME = 512  # of an adapter's name, for each row
-_REST = 256 << 10  # names, shapes, parameters
+_NUMBER = 32  # bytes of a number in JSON, with its separator
+_NAME = 512  # bytes of an adapter's name, per row
+_REST = 256 << 10  # bytes of names, shapes and parameters
 
 
 def largest_body(manifest: Manifest, rows: int | None) -> int | None:
-    """Bytes of the largest useful request, in JSON or raw.
+    """Return the size in bytes of the largest useful request, in JSON or raw.
 
     Args:
-        manifest: the model's inputs.
-        rows: most rows of a request.
+        manifest: manifest with the model's inputs.
+        rows: maximum rows of a request.
 
     Returns:
-        None where rows, or an axis of an input other than the batch, have no bound.
+        None if the rows, or a non-batch axis of an input, are unbounded.
     """
     if rows is None:
         return None

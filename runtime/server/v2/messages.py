@@ -31,10 +31,10 @@ Parameter = str | int | float | bool
 
 
 class Target(msgspec.Struct, frozen=True):
-    """The adapter version that a row runs on.
+    """Adapter version that a row runs on.
 
     Attributes:
-        key: the runtime's name of the version.
+        key: key of the version in the runtime.
         tenant: owner of the task.
         task: name of the task.
         version: version number; "1" for the base.
@@ -97,7 +97,7 @@ class InferResponse(msgspec.Struct, frozen=True):
 
     Attributes:
         model: model name from the request.
-        version: version that ran; empty where the rows have different tasks.
+        version: version that ran; empty if the rows have different tasks.
         id: id from the request.
         outputs: output name -> array, in the requested order or the model's.
         datatypes: V2 datatype of each output, in the same order.

@@ -1,4 +1,4 @@
-"""What the V2 protocol says about a model, from the bundle's manifest."""
+"""Metadata and configuration of a model in the V2 protocol, from the bundle's manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ADAPTER_INPUT", "DATATYPES", "PLATFORM", "config", "datatype", "meta
 ADAPTER_INPUT = "adapter"
 PLATFORM = "onnxruntime_onnx"
 
-# numpy's name of an element -> V2's, which ModelConfig writes with TYPE_ before it (and STRING for BYTES).
+# NumPy dtype -> V2 datatype; ModelConfig adds the prefix TYPE_ (and has STRING for BYTES).
 DATATYPES = {
     "bool": "BOOL",
     "uint8": "UINT8",
@@ -32,10 +32,10 @@ DATATYPES = {
 
 
 def datatype(port: Port) -> str:
-    """V2's name for the elements of an input or output.
+    """Return the V2 datatype of an input or output.
 
     Raises:
-        Unsupported: the protocol has none.
+        Unsupported: the protocol has no such datatype.
     """
     if port.dtype not in DATATYPES:
         raise Unsupported(
@@ -45,13 +45,13 @@ def datatype(port: Port) -> str:
 
 
 def metadata(manifest: Manifest, name: str, versions: Sequence[str], *, mixed: bool = False) -> Document:
-    """The model's metadata; sizes that are free are -1.
+    """Return the metadata of a model; dynamic sizes are -1.
 
     Args:
-        manifest: of the bundle.
-        name: the model's.
-        versions: that can be asked for.
-        mixed: the model takes a task per row in the extra input `adapter`.
+        manifest: manifest of the bundle.
+        name: name of the model.
+        versions: available versions.
+        mixed: whether the model takes a task per row in the extra input `adapter`.
     """
     inputs = [_tensor(port) for port in manifest.inputs]
     if mixed:
@@ -68,17 +68,17 @@ def metadata(manifest: Manifest, name: str, versions: Sequence[str], *, mixed: b
 def config(
     manifest: Manifest, name: str, versions: Sequence[str], *, max_rows: int, max_delay: float, mixed: bool = False
 ) -> Document:
-    """The model's configuration, in the fields of Triton's ModelConfig.
+    """Return the configuration of a model in the fields of Triton's ModelConfig.
 
     Args:
-        manifest: of the bundle.
-        name: the model's.
-        versions: that can be asked for.
-        max_rows: of one run; sizes are those of a row, without the batch, where the model has one.
-        max_delay: seconds that a request may wait for company.
-        mixed: the model takes a task per row in the extra input `adapter`.
+        manifest: manifest of the bundle.
+        name: name of the model.
+        versions: available versions.
+        max_rows: maximum batch size; if the model has a batch axis, sizes omit it.
+        max_delay: maximum queue delay of dynamic batching in seconds.
+        mixed: whether the model takes a task per row in the extra input `adapter`.
     """
-    # Rows of the mixed model choose their tasks, one or one each, so that its sizes are those of whole requests.
+    # The mixed model's input `adapter` has one element or one per row, so its sizes include the batch.
     ports = (*manifest.inputs, *manifest.outputs)
     batch = manifest.batch_axis
     batched = not mixed and batch is not None and all(port.shape and port.shape[0] == batch for port in ports)

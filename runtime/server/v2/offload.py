@@ -1,4 +1,4 @@
-"""Long computations on bytes, off the event loop."""
+"""Threads for long computations on bytes, off the event loop."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PIECE = 1 << 16
-"""Bytes of text that are converted in one step: about a millisecond, for which no other thread runs."""
+"""Bytes of text converted in one step; no other thread runs for about a millisecond."""
 _PAUSE = 1e-4
 
 
 class Offload:
-    """Few threads that decompress, decode and encode what is large; one piece of work of a tenant at a time.
+    """Small thread pool for decompressing, decoding and encoding large bodies; one call per tenant at a time.
 
     Args:
-        threads: how many; two tenants are served at once by two.
+        threads: number of threads, and so of tenants served concurrently.
     """
 
     def __init__(self, threads: int = 2) -> None:
@@ -35,7 +35,7 @@ class Offload:
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     async def run(self, tenant: str, work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
-        """The result of some work, which ends before this does: what it reads stays reserved until then."""
+        """Return the result of `work`; wait for it even if cancelled, so that its memory stays reserved until then."""
         turn = self._turns.get(tenant)
         if turn is None:
             turn = self._turns[tenant] = asyncio.Lock()
@@ -53,13 +53,13 @@ class Offload:
 
 
 def _give_way() -> None:
-    # On Linux a thread has a priority of its own: the event loop and the runs go first.
+    # Linux has priorities per thread: the event loop and the runs take precedence.
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _outcome(work: Callable[[], R]) -> tuple[R | None, list[Exception]]:
-    # A future and the error that it has refer to each other: what the work read would stay until a collection.
+    # A future and its exception reference each other, which would keep the work's memory until a garbage collection.
     try:
         return work(), []
     except Exception as error:
@@ -67,5 +67,5 @@ def _outcome(work: Callable[[], R]) -> tuple[R | None, list[Exception]]:
 
 
 def breathe() -> None:
-    """Let other threads run between two pieces, which the interpreter alone does only every 5 ms."""
+    """Yield to other threads between two pieces; the interpreter alone switches only every 5 ms."""
     time.sleep(_PAUSE)

@@ -1,4 +1,4 @@
-"""Which status an error has over HTTP and over gRPC: one table for both."""
+"""HTTP and gRPC status of each error."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _log = logging.getLogger("tpeft_deploy.server")
 
 @dataclass(frozen=True)
 class Status:
-    """How a refusal is told.
+    """Status and text of an error.
 
     Attributes:
-        http: status code.
+        http: HTTP status code.
         grpc: name of the gRPC status.
         text: one line for the client, without paths, keys or other tenants' names.
         retry_after: seconds to wait before the same request may work, or None.
@@ -33,14 +33,14 @@ class Status:
 
 
 class MethodNotAllowed(errors.ServerError):
-    """Raised for a path that exists, with a method that it does not have; `allowed` are those it has."""
+    """Raised for a method that a path does not support; `allowed` are the supported ones."""
 
     def __init__(self, method: str, allowed: Iterable[str]) -> None:
         self.allowed = ", ".join(sorted(allowed))
         super().__init__("answer a request", expected=f"the method {self.allowed}", got=method[:20])
 
 
-# The first class that fits decides.
+# The first matching class applies.
 _TABLE: list[tuple[type[errors.TpeftError], int, str]] = [
     (errors.ProtocolError, 400, "INVALID_ARGUMENT"),
     (errors.TooLarge, 413, "RESOURCE_EXHAUSTED"),
@@ -61,21 +61,21 @@ _TABLE: list[tuple[type[errors.TpeftError], int, str]] = [
     (errors.CompositionError, 400, "INVALID_ARGUMENT"),
     (errors.AdapterError, 400, "INVALID_ARGUMENT"),
 ]
-# Their own texts count what other tenants have waiting, pinned or on the device.
+# The texts of these errors reveal what other tenants have queued, pinned or on the device.
 _NEUTRAL: dict[type[errors.TpeftError], str] = {
     errors.QueueFull: "queue a request: the server has no room for more that wait. Send it again later.",
     errors.CapacityError: (
         "bring a task to the device: there is no room for it now. Send it again later, or ask for fewer tasks at once."
     ),
 }
-_LONGEST = 1500  # some texts repeat what the client called something, which may be as long as a body
-_OVERLOAD_SECONDS = 1  # queues hold a second of work at most; who comes again by then finds room or another answer
+_LONGEST = 1500  # some texts repeat names from the client, which may be as long as a body
+_OVERLOAD_SECONDS = 1  # queues hold at most a second of work, so a retry finds room or another result
 
 
 def status_of(error: BaseException) -> Status:
-    """How a client is told about an error.
+    """Return the status and text of an error.
 
-    What the server did not expect has no text of its own, as that might name files: the log has it.
+    Unexpected errors get a generic text, as their message might name files; the log has it.
     """
     if isinstance(error, OSError) and full(error):
         error = no_room("store what was sent", error)

@@ -1,6 +1,6 @@
-"""The elements of V2 tensors as raw bytes, and what is checked before memory is taken for them.
+"""Raw codec of V2 tensors, with checks before memory is allocated.
 
-Raw tensors are little-endian and row-major; each element of BYTES has its length before it, in four bytes.
+Raw tensors are little-endian and row-major; each element of BYTES is prefixed by its length in four bytes.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _SHOWN = 80
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one tensor may have.
+    """Limits of one tensor.
 
     Attributes:
-        elements: of a tensor.
-        strings: elements of a BYTES tensor, each of which becomes an object.
-        dimensions: of a tensor.
+        elements: maximum number of elements.
+        strings: maximum number of elements of a BYTES tensor, each of which becomes an object.
+        dimensions: maximum number of dimensions.
     """
 
     elements: int = 1 << 26
@@ -63,15 +63,15 @@ class Bounds:
 
 
 def quoted(name: str) -> str:
-    """A client's own word for use in a text: on one line, and not longer than a line."""
+    """Quote a client string for a message: on one line, truncated to the length of a line."""
     return repr(name if len(name) <= _SHOWN else name[:_SHOWN] + "...")
 
 
 def check_shape(doing: str, shape: Sequence[int], datatype: str, bounds: Bounds) -> int:
-    """The number of elements of a shape.
+    """Validate a shape, and return its number of elements.
 
     Raises:
-        ProtocolError: an unknown datatype, or a negative size.
+        ProtocolError: unknown datatype, or negative size.
         TooLarge: more dimensions or elements than allowed.
     """
     if datatype != "BYTES" and datatype not in DTYPES:
@@ -82,17 +82,17 @@ def check_shape(doing: str, shape: Sequence[int], datatype: str, bounds: Bounds)
     if any(size < 0 for size in shape):
         raise ProtocolError(f"{doing}: shape", expected="sizes of 0 or more", got=list(shape))
     count = math.prod(shape)
-    # numpy refuses an empty shape whose other sizes overflow
+    # NumPy rejects empty shapes if the product of the other sizes overflows.
     if max(count, math.prod(size for size in shape if size)) > limit:
         raise TooLarge(f"{doing}: shape", expected=f"at most {limit} elements", got=list(shape))
     return count
 
 
 def from_raw(doing: str, datatype: str, raw: bytes | memoryview, count: int) -> Array:
-    """A flat array of raw elements; a view of them where the datatype has a fixed size.
+    """Decode raw elements to a flat array; a view if the datatype has a fixed size.
 
     Raises:
-        ProtocolError: bytes of another size, or that are no such elements.
+        ProtocolError: the number of bytes is wrong, or the elements are invalid.
     """
     if datatype == "BYTES":
         return objects(_split(doing, bytes(raw), count))
@@ -103,17 +103,17 @@ def from_raw(doing: str, datatype: str, raw: bytes | memoryview, count: int) -> 
 
 
 def check_size(doing: str, datatype: str, count: int, size: int) -> None:
-    """Refuse a number of raw bytes that so many elements do not have; those of BYTES say their own sizes.
+    """Check the number of raw bytes of `count` elements; skipped for BYTES, as elements differ in size.
 
     Raises:
-        ProtocolError: another number.
+        ProtocolError: the number is wrong.
     """
     if datatype != "BYTES" and size != count * DTYPES[datatype].itemsize:
         raise ProtocolError(f"{doing}: raw contents", expected=f"{count * DTYPES[datatype].itemsize} bytes", got=size)
 
 
 def objects(elements: Iterable[bytes]) -> Array:
-    """A flat array of `bytes` objects."""
+    """Return a flat array of `bytes` objects."""
     found = list(elements)
     flat = np.empty(len(found), object)
     flat[:] = found
@@ -121,10 +121,10 @@ def objects(elements: Iterable[bytes]) -> Array:
 
 
 def encode_raw(array: Array, datatype: str) -> bytes:
-    """An output's elements as raw bytes.
+    """Encode an output as raw bytes.
 
     Raises:
-        TypeError: the array is not of that datatype, which is a fault of the server.
+        TypeError: the array does not have that datatype, which is a server error.
     """
     if datatype == "BYTES":
         return b"".join(len(one).to_bytes(4, "little") + one for one in texts(array))
@@ -132,10 +132,10 @@ def encode_raw(array: Array, datatype: str) -> bytes:
 
 
 def raw_view(array: Array, datatype: str) -> Any:
-    """The same as `encode_raw`, as a view of the array where it can be one.
+    """Encode like `encode_raw`, as a view of the array if possible.
 
     Raises:
-        TypeError: the array is not of that datatype, which is a fault of the server.
+        TypeError: the array does not have that datatype, which is a server error.
     """
     if datatype == "BYTES" or not array.size:
         return encode_raw(array, datatype)
@@ -143,15 +143,15 @@ def raw_view(array: Array, datatype: str) -> Any:
 
 
 def texts(array: Array) -> list[bytes]:
-    """The elements of BYTES."""
+    """Return the elements of a BYTES array."""
     return [one.encode() if isinstance(one, str) else bytes(one) for one in array.ravel().tolist()]
 
 
 def checked(array: Array, datatype: str) -> Array:
-    """The array as little-endian, if it is of the datatype.
+    """Return the array as little-endian after checking its datatype.
 
     Raises:
-        TypeError: it is not, which is a fault of the server.
+        TypeError: the array does not have that datatype, which is a server error.
     """
     if array.dtype == DTYPES[datatype]:
         return array

@@ -1,4 +1,4 @@
-"""Bodies in gzip and deflate, both ways, and never more of them than allowed."""
+"""Compression and bounded decompression of bodies with gzip and deflate."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from tpeft_deploy.runtime.server.v2.offload import PIECE, Offload
 
 __all__ = ["compress", "decompress", "encoding_for", "is_compressed"]
 
-_WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # deflate is zlib's format, as tritonclient sends it
-_SMALLEST = 1024  # what is smaller gains nothing
-_STEP = 1 << 20  # bytes that come out at once; more are reserved before more come
+_WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}  # deflate means the zlib format, which tritonclient sends
+_SMALLEST = 1024  # smaller bodies do not get shorter
+_STEP = 1 << 20  # bytes decompressed at once; memory is reserved before each step
 
 
 def is_compressed(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether a body has a Content-Encoding."""
+    """Return whether a body has a Content-Encoding."""
     return headers.get(b"content-encoding", b"identity").strip().lower() not in {b"identity", b""}
 
 
 async def decompress(
     headers: Mapping[bytes, bytes], body: bytes | bytearray, limit: int, hold: Hold, offload: Offload
 ) -> bytes | bytearray:
-    """A body without its `Content-Encoding`; `hold` has what comes out in place of what went in.
+    """Decompress a body; in `hold`, the memory of the result replaces that of the compressed body.
 
     Raises:
         Unsupported: an encoding other than gzip, deflate and identity.
-        ProtocolError: it is not in that encoding.
-        TooLarge: it is larger than `limit` bytes; no more than that is ever held.
-        QuotaExceeded, Unavailable: there is no room for what comes out.
+        ProtocolError: the body is not in that encoding.
+        TooLarge: the result is larger than `limit` bytes; no more than that is ever held.
+        QuotaExceeded, Unavailable: the memory budget is used up.
     """
     if not is_compressed(headers):
         return body
@@ -56,7 +56,7 @@ async def decompress(
 
 
 class _Stream:
-    """One compressed body, decompressed a step at a time."""
+    """Incremental decompressor of one body."""
 
     def __init__(self, encoding: bytes, body: bytes | bytearray) -> None:
         self._encoding = encoding.decode()
@@ -67,14 +67,14 @@ class _Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more comes out, be it whole or not."""
+        """Whether there is no more output, even if the body is truncated."""
         return self._stream.eof or self._empty
 
     def step(self, size: int) -> bytes:
-        """At most so many bytes more."""
+        """Return at most `size` more decompressed bytes."""
         parts: list[bytes] = []
         while size > 0 and not self.ended:
-            # What is left over of a piece is copied by zlib: so pieces are small.
+            # zlib copies the unconsumed rest of each piece, so pieces are small.
             left = self._stream.unconsumed_tail
             piece: bytes | memoryview = left or self._body[self._at : self._at + PIECE]
             if not left:
@@ -88,14 +88,14 @@ class _Stream:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def check_end(self) -> None:
-        """Refuse what is cut off, or goes on behind its end."""
+        """Reject truncated bodies and trailing data."""
         rest = self._stream.unused_data or self._at < len(self._body)
         if not self._stream.eof or rest:
             raise ProtocolError("read a body", expected=f"one whole stream of {self._encoding}", got="less, or more")
 
 
 def encoding_for(headers: Mapping[bytes, bytes], size: int) -> bytes | None:
-    """The encoding that a client asks for, if any, and an answer of that size gains from."""
+    """Return the accepted encoding for a response of `size` bytes; None if it would not get shorter."""
     accepted = headers.get(b"accept-encoding")
     if accepted is None or size < _SMALLEST:
         return None
@@ -104,7 +104,7 @@ def encoding_for(headers: Mapping[bytes, bytes], size: int) -> bytes | None:
 
 
 def compress(encoding: bytes, parts: Sequence[Any]) -> bytes:
-    """The parts of a body, one after the other, in an encoding."""
+    """Compress the concatenated parts of a body."""
     return b"".join(_compressed(encoding, parts))
 
 

@@ -1,4 +1,4 @@
-"""A connection of uvicorn's that reads no head without end: memory is taken for one before anybody sees a key."""
+"""uvicorn connection with bounded request heads, which take memory before the client is authenticated."""
 
 from __future__ import annotations
 
@@ -14,82 +14,82 @@ from tpeft_deploy.runtime.server.rest.transport.seats import Seat, Seats
 
 __all__ = ["Connection"]
 
-_BYTES = 1 << 16  # beyond the read that a head, an extension of a chunk, or trailers begin in
-_FIELDS = 128  # headers of a request and its trailers
-_LEAST = 1 << 16  # bytes of a body or an answer within `stall_seconds`
+_BYTES = 1 << 16  # not counting the read in which a head, a chunk extension, or trailers begin
+_FIELDS = 128  # maximum headers and trailers of a request
+_LEAST = 1 << 16  # minimum bytes of a body or a response within `stall_seconds`
 _HEALTH = b"/v2/health/"
-# Of two of them each reader may take another.
+# Readers disagree on which of two duplicates applies.
 _ONCE = {b"host", b"transfer-encoding", b"content-type", b"content-encoding", b"inference-header-content-length"}
 
 
 class _Phase(Enum):
-    """What a connection waits for."""
+    """Event that a connection waits for."""
 
-    REQUEST = auto()  # its first byte
-    HEAD = auto()  # the rest of it
+    REQUEST = auto()  # first byte of a request
+    HEAD = auto()  # rest of the head
     BODY = auto()
     SERVER = auto()
-    REST = auto()  # of a body that nobody reads any more
-    READER = auto()  # the client, to take an answer
+    REST = auto()  # rest of a body that is discarded
+    READER = auto()  # client, to read a response
     END = auto()
 
 
 class Connection(HttpToolsProtocol):
-    """Answers 431 where more than 64 KiB come that are no body, or more than 128 fields, before a request is whole.
+    """HTTP connection that responds 431 to a request with more than 64 KiB outside its body, or more than 128 fields.
 
     Args:
-        seats: limits, and who waits for a request.
-        seat: of this connection.
-        uvicorn: what uvicorn gives to its connections.
+        seats: connection limits, and the connections that wait for a request.
+        seat: seat of this connection.
+        uvicorn: arguments that uvicorn passes to its connections.
     """
 
     def __init__(self, seats: Seats, seat: Seat, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._seats = seats
         self._seat = seat
-        self._beyond = 0  # bytes since the last piece of a body, or the last end of a head
+        self._beyond = 0  # bytes since the last piece of a body or the end of the last head
         self._heard = 0  # bytes
-        self._requests = 0  # heads that were whole
+        self._requests = 0  # complete heads
         self._in_body = False
-        self._drained = 0  # how often the client took what it was to take before more was written
-        self._mark: object = None  # phase and request at the last look but one that was the same
+        self._drained = 0  # times that the client read enough for writing to resume
+        self._mark: object = None  # phase and request since `_since`
         self._since = 0.0
         self._progress = (0, 0, 0)
 
     def connection_made(self, transport: Any) -> None:
-        """Begin."""
+        """Register the connection."""
         super().connection_made(transport)
         self._seat.end = transport.abort
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
+        """Release the seat."""
         super().connection_lost(exc)
         self._seats.leave(self._seat)
 
     def resume_writing(self) -> None:
-        """Go on with an answer."""
+        """Resume writing a response."""
         self._drained += 1
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Read what came."""
+        """Parse received data."""
         self._seats.waiting.pop(self._seat, None)
         self._beyond += len(data)
         self._heard += len(data)
         super().data_received(data)
-        # Looked at afterwards: what comes at once is mostly a body, which is counted where it is read.
-        scope = getattr(self.cycle, "scope", None)  # there is no cycle before the first request
+        # Checked after parsing: most of a read is usually a body, and `on_body` resets the count.
+        scope = getattr(self.cycle, "scope", None)  # unset before the first request
         if scope is not None and scope is self.scope and not self.cycle.more_body:
-            self._beyond = 0  # a whole request, as most are when they come
+            self._beyond = 0  # complete request, the usual case
         elif self._beyond > _BYTES or self._has_too_many():
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "more headers than this server takes")
         elif self._is_refused():
             self._drain(len(data))
 
     def on_headers_complete(self) -> None:
-        """Answer the request that a head is of."""
+        """Validate a complete head and start its request."""
         if len(self.headers) > _FIELDS:
-            raise OverflowError  # which ends the reading
+            raise OverflowError  # stops the parser
         problem = _problem(self.parser.get_http_version(), self.headers)
         if problem is not None:
             self._refuse(HTTPStatus.BAD_REQUEST, f"read a request: {problem}")
@@ -101,17 +101,17 @@ class Connection(HttpToolsProtocol):
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "there is no room for a connection", "retry-after: 1\r\n")
             raise OverflowError
         super().on_headers_complete()
-        self.headers = [*self.headers]  # trailers are counted here, and are not among the request's own
+        self.headers = [*self.headers]  # the parser appends trailers to the copy, not to the request
         if self._seat.spare:
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """Take a piece of a body."""
+        """Receive a piece of a body."""
         self._beyond = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """End a request."""
+        """Receive the end of a request."""
         self._in_body = False
         self._seats.refused.pop(self._seat, None)
         if self.cycle.response_complete:
@@ -119,7 +119,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Go on with the next request; without a timer for each, as uvicorn has: `look` does that."""
+        """Continue with the next request; `look` replaces uvicorn's keep-alive timer per request."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -130,10 +130,10 @@ class Connection(HttpToolsProtocol):
             self._wait()
 
     def look(self, now: float) -> None:
-        """End the connection if its client has had its time.
+        """Close the connection if its client has exceeded its time limit.
 
         Args:
-            now: time in seconds, of any clock.
+            now: time of a monotonic clock in seconds.
         """
         phase = self._phase()
         mark = (phase, self._requests)
@@ -147,22 +147,22 @@ class Connection(HttpToolsProtocol):
                 self._cut(phase)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what cannot be read; `msg` says no more than that."""
+        """Reject an unreadable request; `msg` contains no further information."""
         if not self._has_too_many():
             self._refuse(HTTPStatus.BAD_REQUEST, "read a request: it is not what HTTP says")
 
     def _wait(self) -> None:
-        """Be the last to go of those that wait for a request, if this does."""
+        """If waiting for a request, become the last eviction victim."""
         if not self._in_body and not self._seat.spare:
             self._seats.waiting[self._seat] = None
 
     def _is_refused(self) -> bool:
-        """Whether a body comes that was answered already."""
-        cycle = getattr(self, "cycle", None)  # there is none before the first request
+        """Return whether the rest of a body is arriving after its response."""
+        cycle = getattr(self, "cycle", None)  # unset before the first request
         return self._in_body and cycle is not None and bool(cycle.response_complete)
 
     def _drain(self, size: int) -> None:
-        """Read no more of a refused body for a while: clients that send faster wait."""
+        """Pause reading of a refused body: backpressure on fast clients."""
         if not self._seat.spare:
             self._seats.refused[self._seat] = None
         seconds = self._seats.drain(size, self.loop.time())
@@ -175,7 +175,7 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _phase(self) -> _Phase:
-        cycle = getattr(self, "cycle", None)  # there is none before the first request
+        cycle = getattr(self, "cycle", None)  # unset before the first request
         if self.transport.get_write_buffer_size():
             return _Phase.READER
         if self.transport.is_closing():
@@ -191,7 +191,7 @@ class Connection(HttpToolsProtocol):
         return _Phase.BODY
 
     def _seconds(self, phase: _Phase) -> float:
-        """Time that a phase may take without `_has_moved`."""
+        """Return the maximum seconds of a phase without progress according to `_has_moved`."""
         own = self._seats.patience
         if phase is _Phase.SERVER:
             return float("inf")
@@ -214,7 +214,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _has_too_many(self) -> bool:
-        return bool(self.headers) and len(self.headers) > _FIELDS  # there are none before a first request
+        return bool(self.headers) and len(self.headers) > _FIELDS  # None before the first request
 
     def _refuse(self, status: HTTPStatus, text: str, more: str = "") -> None:
         if self.transport.is_closing():
@@ -226,7 +226,7 @@ class Connection(HttpToolsProtocol):
 
 
 def _problem(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
-    """What a proxy may read in another way than this server, and the parser takes."""
+    """Return a problem of a head that the parser accepts but a proxy may interpret differently."""
     fields = dict(headers)
     if version not in {"1.1", "1.0"}:
         return "expected HTTP 1.0 or 1.1"

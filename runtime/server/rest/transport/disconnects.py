@@ -1,4 +1,4 @@
-"""Cancellation of requests whose client disconnected."""
+"""Cancellation of requests after their client disconnected."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class _Waiting:
 
 
 class Watch:
-    """Cancels pending requests of one event loop whose client disconnects.
+    """Cancellation of in-flight requests of one event loop on disconnect of their client.
 
-    Watching a connection takes a task, which costs as much as a fast answer; so only requests that have been pending
+    Watching a connection takes a task, which costs as much as a fast response; so only requests that have been pending
     for a while are watched.
 
     Args:
-        patience: a request is watched once it has been pending for one to two times as many seconds.
+        patience: seconds; a request is watched after it has been pending for one to two times as long.
     """
 
     def __init__(self, patience: float = 0.02) -> None:
@@ -51,7 +51,7 @@ class Watch:
         self._timer: asyncio.TimerHandle | None = None
 
     async def cancel_on_disconnect(self, work: Awaitable[T], receive: Receive) -> T:
-        """Await some work, and cancel it when the client disconnects.
+        """Await `work`, and cancel it when the client disconnects.
 
         Raises:
             ClientLeft: the client disconnected.

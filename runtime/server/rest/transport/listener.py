@@ -1,4 +1,4 @@
-"""The HTTP server: accepts connections as far as there are seats, and looks each second which have had their time."""
+"""HTTP server: accepts connections within the limits, and checks their time limits each second."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class HttpServer(uvicorn.Server):
     """uvicorn's server with limits on connections.
 
     Args:
-        config: of uvicorn.
+        config: uvicorn configuration.
         patience: limits on connections.
 
     Attributes:
-        tls: of connections that come; None for plain text.
+        tls: TLS context of new connections; None for plain text.
     """
 
     def __init__(self, config: uvicorn.Config, patience: Patience) -> None:
@@ -39,16 +39,16 @@ class HttpServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone: `serving` has an order of stopping."""
+        """Install no signal handlers: `serving` controls the order of shutdown."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept connections from now on."""
+        """Start accepting connections."""
         self.servers = [_Listener(self, listener) for listener in sockets or []]  # type: ignore[misc]  # as it is used
         self.started = True
 
     async def main_loop(self) -> None:
-        """Look after connections until the server is to stop."""
+        """Check the time limits of connections until the server is told to stop."""
         sweeping = asyncio.create_task(self._sweep())
         try:
             await super().main_loop()
@@ -58,7 +58,7 @@ class HttpServer(uvicorn.Server):
         self._sweeping = sweeping
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, and wait for what came."""
+        """Stop accepting connections, and wait for in-flight requests."""
         try:
             await super().shutdown(sockets)
         finally:
@@ -70,13 +70,13 @@ class HttpServer(uvicorn.Server):
             await asyncio.sleep(_SWEEP_SECONDS)
             for connection in list(self.server_state.connections):
                 try:
-                    connection.look(now())  # type: ignore[union-attr]  # there are none but ours
-                except Exception:  # one that fails is not to keep the others
+                    connection.look(now())  # type: ignore[union-attr]  # all are `Connection`
+                except Exception:  # a failing connection must not affect the others
                     _log.exception("cannot look after a connection")
 
 
 class _Listener:
-    """Accepts connections of one socket; has what uvicorn asks of a server of asyncio."""
+    """Acceptor of connections of one socket, with the part of `asyncio.Server` that uvicorn uses."""
 
     def __init__(self, server: HttpServer, listener: socket.socket) -> None:
         self._server = server
@@ -89,7 +89,7 @@ class _Listener:
         while True:
             try:
                 connection, address = await loop.sock_accept(listener)
-            except OSError as error:  # a client that has left, or no more files
+            except OSError as error:  # client disconnected, or out of file descriptors
                 _log.warning("cannot accept a connection: %s", error.strerror)
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
@@ -115,7 +115,7 @@ class _Listener:
                 await loop.connect_accepted_socket(
                     made, connection, ssl=tls, ssl_handshake_timeout=seconds if tls else None
                 )
-        except (OSError, TimeoutError):  # no TLS, or one that took too long, or left
+        except (OSError, TimeoutError):  # TLS handshake failed or timed out, or client disconnected
             server.seats.leave(seat)
             connection.close()
         except asyncio.CancelledError:
@@ -124,11 +124,11 @@ class _Listener:
             raise
 
     def close(self) -> None:
-        """Accept no more."""
+        """Stop accepting connections."""
         for task in (self._accepting, *self._connecting):
             task.cancel()
 
     async def wait_closed(self) -> None:
-        """Wait until nothing is accepted any more."""
+        """Wait until accepting has stopped."""
         with suppress(asyncio.CancelledError):
             await self._accepting

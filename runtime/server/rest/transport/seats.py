@@ -1,4 +1,4 @@
-"""Which connections there may be: a limit for all, one for each address, and a few spare ones for health checks."""
+"""Connection limits: a total, one per client address, and a few spare connections for health checks."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from itertools import chain
 __all__ = ["SPARE", "Patience", "Seat", "Seats", "affordable"]
 
 SPARE = 8
-"""Connections beyond the limit that are read for a moment, as one of them may ask for health."""
-_FILES = 20  # that stay free for adapters, databases and the pipes of processes that read uploads
-_DRAIN = 64 << 20  # bytes a second of refused bodies, of all connections: reading them is work for nothing
+"""Connections beyond the limit that are read briefly, as one of them may be a health check."""
+_FILES = 20  # reserved for adapters, databases and the pipes of processes that read uploads
+_DRAIN = 64 << 20  # bytes per second of refused bodies, of all connections: reading them is wasted work
 _MOST = 1000
 _LEAST = 4
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How many connections there may be, and how long each may take.
+    """Limits on the number of connections, and timeouts of each.
 
     Attributes:
-        connections: open at once.
-        per_address: the same for one client address, or one network of IPv6; 0: no limit.
-        head_seconds: from the first byte of a request, or from the start of a connection, to the end of the head;
-            also for a TLS handshake.
-        stall_seconds: time for 64 KiB of a body, or of an answer.
-        idle_seconds: time between an answer and the next request.
+        connections: maximum open connections.
+        per_address: maximum open connections per client address or IPv6 network; 0 means no limit.
+        head_seconds: seconds from the first byte of a request, or the start of a connection, to the end of the head;
+            also the limit of a TLS handshake.
+        stall_seconds: seconds for 64 KiB of a body or a response.
+        idle_seconds: seconds between a response and the next request.
         spare_seconds: head_seconds of connections beyond the limit.
     """
 
@@ -41,14 +41,14 @@ class Patience:
 
 
 class Seat:
-    """The place of one connection, from its acceptance to its end.
+    """Slot of one connection, from its acceptance to its end.
 
     Args:
-        address: client, as it is counted.
-        spare: whether it is beyond the limits.
+        address: client address as it is counted.
+        spare: whether the connection is beyond the limits.
 
     Attributes:
-        end: ends the connection at once.
+        end: closes the connection at once.
     """
 
     __slots__ = ("address", "end", "spare")
@@ -60,19 +60,19 @@ class Seat:
 
 
 class Seats:
-    """Counts connections.
+    """Admission control of connections.
 
-    Where there is no room, one whose body was refused goes, else the one that has waited longest for a request; where
-    there is none, the newcomer gets one of the spare seats, of which the oldest goes.
+    At the limit the eviction victim is a connection with a refused body, else the one that has waited longest for a
+    request.  Without a victim the new connection gets a spare seat; if none is free, the oldest is evicted.
 
     Args:
-        patience: limits.
+        patience: limits and timeouts.
     """
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
-        self.waiting: dict[Seat, None] = {}  # for a request, longest first
-        self.refused: dict[Seat, None] = {}  # with a body that comes though it was refused
+        self.waiting: dict[Seat, None] = {}  # waiting for a request, longest first
+        self.refused: dict[Seat, None] = {}  # still sending a refused body
         self._taken: dict[Seat, None] = {}
         self._spare: dict[Seat, None] = {}
         self._of: dict[str, int] = {}
@@ -83,7 +83,7 @@ class Seats:
         return len(self._taken)
 
     def arrive(self, host: str) -> Seat:
-        """Seat for a connection that was accepted.
+        """Return a seat for an accepted connection.
 
         Args:
             host: client address.
@@ -108,18 +108,18 @@ class Seats:
         return seat
 
     def drain(self, size: int, now: float) -> float:
-        """Seconds to wait before more is read of a body that was refused.
+        """Return the seconds to wait before reading more of a refused body.
 
         Args:
-            size: bytes that were read of it.
-            now: time in seconds, of any clock.
+            size: bytes of the body just read.
+            now: time of a monotonic clock in seconds.
         """
         begin = max(self._drained, now)
         self._drained = begin + size / _DRAIN
         return begin - now
 
     def leave(self, seat: Seat) -> None:
-        """Give a seat back; a second time does nothing."""
+        """Release a seat; idempotent."""
         self._spare.pop(seat, None)
         self.waiting.pop(seat, None)
         self.refused.pop(seat, None)
@@ -138,10 +138,10 @@ class Seats:
 
 
 def affordable(protocols: int) -> int:
-    """Connections that open files allow for each of some protocols, 1000 at most."""
+    """Return the connections per protocol that the open-file limit allows, at most 1000."""
     try:
         import resource
-    except ImportError:  # Windows, where there is no such limit
+    except ImportError:  # Windows has no such limit
         return _MOST
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files == resource.RLIM_INFINITY:
@@ -154,7 +154,7 @@ def affordable(protocols: int) -> int:
 
 
 def _counted(host: str) -> str:
-    """Address that is counted: of IPv6 the network, as a client has all addresses of it."""
+    """Return the address to count: for IPv6 the network, as a client controls all its addresses."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
