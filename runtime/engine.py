@@ -58,9 +58,9 @@ class Engine:
     """Answers batches; safe to use from several threads.
 
     Args:
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
         banked: the session that serves all.
-        tiers: where the versions are.
+        tiers: residency of the versions.
         own: the sessions of the base and of hot versions.
         sizes: output -> size of its varying axis for the base.
     """

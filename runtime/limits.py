@@ -74,8 +74,8 @@ class Limits:
         """Refuse a request that would hold the worker too long.
 
         Args:
-            rows: of the request.
-            elements: of its inputs.
+            rows: number of rows of the request.
+            elements: number of elements of its inputs.
             alone: whether it can only run as a whole.
 
         Raises:

@@ -31,7 +31,7 @@ class PrivateCopy:
 
     Args:
         bundle: to copy from.
-        names: of the manifest's files; with none the directory is for others to use.
+        names: names of files in the manifest; with none the directory is for others to use.
 
     Raises:
         IntegrityError: a file differs from its digest.

@@ -61,13 +61,13 @@ class Runtime:
         provider: "cuda", "cpu", or "auto": CUDA where it works, else the CPU; `provider` and `provider_reason` say
             which and why.
         threads: intra-op threads of each session; by default one per core.
-        device_bytes: what adapters may take on the device.  The least recently used give way; pinned ones stay.
+        device_bytes: bytes for adapters on the device.  The least recently used are evicted; pinned ones stay.
             While the bank grows, the old one lives until its runs are done.
-        host_bytes: what copies of adapters may take in host memory, so that those that had to leave the device
+        host_bytes: bytes for copies of adapters in host memory, so that those that had to leave the device
             return without being read again; by default 1 GiB on CUDA, none on the CPU.
-        folded_bytes: what sessions of hot tasks may take: the tasks that most rows ask for are folded in the background
+        folded_bytes: bytes for sessions of hot tasks: the tasks that most rows ask for are folded in the background
             as far as this goes, and unfolded when others are hotter.  `pin(task, folded=True)` needs no budget.
-        session_bytes: what each session's weights and intermediate results may take on CUDA; by default all there is.
+        session_bytes: bytes for the weights and intermediate results of each session on CUDA; by default all memory.
         cuda_graphs: on CUDA, record runs of the bank as CUDA graphs, one for each shape that comes again; inputs are
             filled up to a few shapes for it (see `captured`).
         pinned_share: part of the rows that `device_bytes` has room for, the base's not counted, which pinned tasks may
@@ -327,7 +327,7 @@ class Runtime:
 
         Args:
             task: the name to serve it under.
-            adapter: what `load_adapter` takes, or an adapter, which is copied; None: what the bundle now has on disk
+            adapter: a path or module as `load_adapter` takes it, or an adapter, which is copied; None: what the bundle now has on disk
                 under that name.
 
         Raises:

@@ -98,7 +98,7 @@ class Bank:
     """Rows on the device.
 
     Args:
-        layout: of the bundle.
+        layout: layout of the bundle.
         shapes: graph input -> shape of its rows.
         rows: how many there are, the base's included.
         values: graph input -> bank (T, ...) on the device.
@@ -125,8 +125,8 @@ class Bank:
         """A bank with the base in its first row and rows of another one, padded or cut; the others hold nothing yet.
 
         Args:
-            layout: of the bundle.
-            shapes: of its rows; they must hold what the rows that move hold.
+            layout: layout of the bundle.
+            shapes: shapes of its rows; they must hold what the rows that move hold.
             rows: how many.
             device: "cpu" or "cuda".
             old: the other one; it stays as it is.

@@ -19,7 +19,7 @@ class Holder:
     """Threads that wait for disks and rows in the place of event loops, for one tenant after the other.
 
     Args:
-        tiers: where the versions are.
+        tiers: residency of the versions.
         most: requests of one tenant that may wait for adapters.
     """
 

@@ -32,11 +32,11 @@ class Tiers:
     """The bank and who is in it, under byte budgets; safe to use from several threads.
 
     Args:
-        layout: of the bundle's banked graph.
+        layout: layout of the bundle's banked graph.
         lay_out: an adapter as rows; raises where it does not fit the bundle.
         device: "cpu" or "cuda".
-        device_bytes: what the bank may take; while it is replaced by a larger one, both live.
-        host_bytes: what copies of adapters in host memory may take, so that they return to the device without being
+        device_bytes: bytes for the bank; while it is replaced by a larger one, both live.
+        host_bytes: bytes for copies of adapters in host memory, so that they return to the device without being
             read again.
         pinned_share: part of the rows that the budget has room for which pinned versions may take.
     """

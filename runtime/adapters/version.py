@@ -58,8 +58,8 @@ class Version:
     What changes is guarded by the lock of the `Tiers` that it belongs to.
 
     Args:
-        name: of the task, or of a weighted set, for messages.
-        digest: of the adapter's content.
+        name: name of the task or weighted set, for messages.
+        digest: SHA-256 of the adapter's content.
         read: reads the adapter again, from disk or from memory.
     """
 

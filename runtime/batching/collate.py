@@ -53,7 +53,7 @@ def fits(batch: Form, request: Form, *, max_waste: float) -> Form | None:
 
     Args:
         batch: a batch, or its first request.
-        request: what may be added to it.
+        request: request that may be added.
         max_waste: share of the whole batch's elements that may be padding.
     """
     if batch.key != request.key:
@@ -122,7 +122,7 @@ class Joiner:
 
         Args:
             inputs: as `requests.check_inputs` gives them.
-            task: what all its rows run on, or a tuple with one task a row.
+            task: task of all rows, or a tuple with one task per row.
             outputs: that it asks for; all by default.
         """
         asked = self._ports if outputs is None else [port.name for port in outputs]

@@ -26,8 +26,8 @@ class Answering:
     """Sends requests to the batcher with their versions on the device.
 
     Args:
-        manifest: of the bundle.
-        tiers: where the versions are.
+        manifest: manifest of the bundle.
+        tiers: residency of the versions.
         holder: waits for them.
         batcher: joins and runs.
     """

@@ -26,12 +26,12 @@ class Request(Generic[Form]):
     Attributes:
         id: unique among those that wait.
         rows: its size along the batch.
-        form: what decides which requests it can be joined with; None if it runs alone.
+        form: requests of equal form can share a run; None if it runs alone.
         deadline: the time after which nobody wants the answer.
         tenant: whom an order may charge for the rows.
-        cost: what an order may charge: the elements of its inputs, padding not counted.
+        cost: amount that an order may charge: the elements of its inputs, padding not counted.
         priority: among the requests of a tenant and lane, the smaller first.
-        lane: what it runs on; an order may take turns between the lanes of a tenant.
+        lane: key of the task; an order may take turns between the lanes of a tenant.
         size: rows that it counts as while it waits; its rows unless given.
         call: requests of the same call are pieces of one, and leave the queue together when one is refused.
         asked: size of all pieces of the call, for the one that is added first, and 0 for the others; its own size
@@ -182,7 +182,7 @@ class Queue(Generic[Form]):
         that stays below the queue's size divided by the number of tenants in it is never refused.
 
         Args:
-            request: what comes, or the first piece of it.
+            request: new request, or its first piece.
             now: the time.
             pieces: the other pieces; all wait, or none.
 

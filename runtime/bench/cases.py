@@ -34,7 +34,7 @@ class Plain:
     """The bundle's graphs without the runtime: sessions with the same options.
 
     Args:
-        bundle: whose files are checked against their digests.
+        bundle: bundle; its files are checked against their digests.
         choice: the device.
         threads: intra-op threads; by default one per core.
     """
@@ -130,7 +130,7 @@ def served(
         plain: the sessions to compare with.
         tasks: that take turns; where there is only the base, what needs a task is not among the cases.
         folded: a task with a session of its own, or None.
-        rows: of a batch.
+        rows: rows of a batch.
     """
     inputs = batch(bundle, rows)
     cases: dict[str, Case] = {"plain": plain.base(inputs), "base": lambda: runtime.run(inputs)}

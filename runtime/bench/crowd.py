@@ -23,7 +23,7 @@ class Crowd:
     Args:
         bundle: has a task at least.
         runtime: serves it; loads go there.
-        rows: of the batches that are run.
+        rows: rows of each batch.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, rows: int) -> None:

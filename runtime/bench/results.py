@@ -24,7 +24,7 @@ class CaseCost:
 
     Args:
         case: its name, one of `cases.CASES`.
-        rows: of the batch.
+        rows: rows of the batch.
         ms: milliseconds of a batch.
         ratio: to the plain run of the same round.
         repeats: rounds.
@@ -43,10 +43,10 @@ class Switching:
 
     Args:
         adapters: that the runtime knows.
-        repeated_ms: of a run of the task that ran before.
-        switched_ms: of a run of another task than the one before.
-        microseconds: what a switched run takes longer than the repeated run of the same round.
-        ratio: of the two.
+        repeated_ms: milliseconds of a run of the task that ran before.
+        switched_ms: milliseconds of a run of another task than the one before.
+        microseconds: difference between the switched and the repeated run of the same round.
+        ratio: ratio of the two.
     """
 
     adapters: int
@@ -61,10 +61,10 @@ class ColdLoad:
     """An adapter of the bundle that comes from disk, its digests checked.
 
     Args:
-        task: whose adapter it is.
-        bytes: of its file.
+        task: task of the adapter.
+        bytes: size of its file.
         load_ms: until `Runtime.load` returns.
-        first_run_ms: of the first run after that; what it takes above a banked run is part of the load.
+        first_run_ms: milliseconds of the first run after that; what it takes above a banked run is part of the load.
         repeats: how often.
     """
 
@@ -97,7 +97,7 @@ class Benchmark:
 
     Args:
         bundle: its name.
-        digest: of its manifest.
+        digest: digest of its manifest.
         provider: "cuda" or "cpu".
         provider_reason: why that one.
         threads: intra-op threads, None for one per core.
@@ -106,9 +106,9 @@ class Benchmark:
         cases: per number of rows and case.
         switching: per number of adapters.
         cold: None where the bundle has no task.
-        memory: of the process, in the order of time.
-        usage: what the runtime says that its adapters take, with all of `switching` loaded.
-        left_out: what was not measured.
+        memory: memory of the process, in the order of time.
+        usage: bytes that the runtime reports for its adapters, with all of `switching` loaded.
+        left_out: parts that were not measured.
     """
 
     bundle: str

@@ -43,8 +43,8 @@ def prove(
 
     Args:
         plain: from `fold`.
-        manifest: of its bundle.
-        inputs: of `Bundle.example`, or others.
+        manifest: manifest of its bundle.
+        inputs: inputs of `Bundle.example`, or others.
         expected: output name -> the task's answer to `inputs`, at the task's own sizes.
         task: for the message.
 

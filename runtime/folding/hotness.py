@@ -30,7 +30,7 @@ class Heat(Generic[K]):
     seconds, and tasks of similar rate must not take turns.
 
     Args:
-        budget: what all folded sessions may cost together: a number of sessions, or bytes.
+        budget: total cost of all folded sessions: a number of sessions, or bytes.
         cost: key -> what its session costs; by default 1, for a budget in sessions.
         window: seconds.
         minimum: rows per second below which nothing is folded.
@@ -73,7 +73,7 @@ class Heat(Generic[K]):
         """Count the rows of one run.
 
         Args:
-            key: whose rows.
+            key: key of the rows.
             rows: how many.
             now: seconds on the caller's monotonic clock.
         """

@@ -38,7 +38,7 @@ class Folds:
     Args:
         bundle: its base.onnx and weights.data, whose digests were checked.
         sessions: makes the sessions; none of them is recorded as a CUDA graph.
-        answer: what the bank answers to inputs for a version.
+        answer: computes the outputs of a version from the bank.
         place: a directory of this process for packed copies of the base, which folds on the CPU share.
         budget: bytes of memory for the sessions of versions that nobody asked to fold, those that most rows go to.
     """

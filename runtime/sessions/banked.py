@@ -42,10 +42,10 @@ class Session:
         """Run rows of a batch on rows of a bank.
 
         Args:
-            bank: what to serve from; safe to use from several threads.
+            bank: bank to serve from; safe to use from several threads.
             inputs: contiguous arrays by input name.
             index: int64 (1,) or (batch,): the bank row of the batch, or of each of its rows.
-            options: of this run; setting its `terminate` stops it.
+            options: options of this run; setting its `terminate` stops it.
 
         Returns:
             Output name -> array of its own.

@@ -150,10 +150,10 @@ class Captured:
         """Run rows of a batch on rows of a bank.
 
         Args:
-            bank: what to serve from.
+            bank: bank to serve from.
             inputs: contiguous arrays by input name, checked against the manifest.
             index: int64 (1,) or (batch,): the bank row of the batch, or of each of its rows.
-            options: of this run; setting its `terminate` stops it, unless it is a recorded one that has begun.
+            options: options of this run; setting its `terminate` stops it, unless it is a recorded one that has begun.
 
         Returns:
             Output name -> array of its own.

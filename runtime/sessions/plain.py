@@ -66,7 +66,7 @@ class Plain:
 
         Args:
             inputs: contiguous arrays by input name.
-            options: of this run; its `terminate` stops the run.
+            options: options of this run; its `terminate` stops the run.
 
         Returns:
             Output name -> array of its own.

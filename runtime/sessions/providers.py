@@ -71,7 +71,7 @@ class Cuda:
     """What a session on CUDA may do; on the CPU it means nothing.
 
     Args:
-        memory_bytes: what the session's own arena may take: its weights and intermediate results, not the tensors that
+        memory_bytes: bytes for the arena of the session: its weights and intermediate results, not the tensors that
             are bound to it.  By default all there is.
         graphs: whether runs may be captured as CUDA graphs (see `captured`).
         placement: whether the session can tell where its nodes run, as one with `graphs` can.
@@ -152,8 +152,8 @@ def open_session(
         threads: intra-op threads; by default one per core.
         half: whether the model computes in 16 bits.
         content: bytes in place of the file's own, whose external data is beside the file.
-        options: what the caller has set already; the rest is added to it.
-        cuda: what it may do on CUDA.
+        options: options that are set already; the others are added.
+        cuda: options of a session on CUDA.
 
     Raises:
         ProviderUnavailable: the session came up without CUDA although CUDA was chosen.

@@ -43,9 +43,9 @@ class Buckets:
     """Which shapes a model is run at.
 
     Args:
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
         max_rows: up to how many rows are filled up; larger batches run at their own size.
-        lengths: what the sizes that may be filled up are filled up to; longer ones run at their own length.  None are
+        lengths: sizes to which paddable axes are padded; longer ones run at their own length.  None are
             safe to assume: a model has a longest input that its graph does not tell, see `ladder`.
     """
 

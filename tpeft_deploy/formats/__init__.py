@@ -42,10 +42,10 @@ def load_adapter(
     """Read an adapter from where it was trained.
 
     Args:
-        path: what the training side saved: a directory or a file.
+        path: directory or file that the training side saved.
         format: one of `FORMATS`; found from the files, module by module, when left out.
         scale: for formats that do not record their scale; refused by those that do.
-        base: what the adapter was trained on, to resolve names against and to check it with: a torch module, a
+        base: model that the adapter was trained on, to resolve names against and to check it with: a torch module, a
             Hugging Face model directory, "package.module:factory", an open bundle, or the path of an ONNX file whose
             initializers have the parameters' names.  Some formats cannot be read without.
         part: prefix of the names of one part of the trained model, which `base` is: "model.language_model",

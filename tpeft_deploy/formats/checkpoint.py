@@ -45,9 +45,9 @@ def read(
     """The adapter in a training side's tensors.
 
     Args:
-        saved: what it left on disk.
+        saved: tensors and configuration on disk.
         scale: the caller's, for formats that record none.
-        base: what names are resolved against, and what some formats cannot be read without.
+        base: model to resolve names against; some formats cannot be read without it.
         format: the one reader to ask; all of them when left out.
         part: prefix of the names that are read; the others are left out.
 

@@ -50,10 +50,10 @@ class Checkpoint:
     """What a training side saved.
 
     Args:
-        source: where it was read from, for messages.
+        source: path it was read from, for messages.
         config: adapter_config.json of a PEFT directory, else empty.
         metadata: the safetensors header's.
-        scale: what the caller gave for formats that do not record one.
+        scale: scale that the caller gave for formats that do not record one.
         base: the base, when the caller gave it; readers that need it raise FormatError without it, saying
             "give base=".
         shared: tensors that belong to no single module (VeRA's projections), by their whole key.
@@ -61,7 +61,7 @@ class Checkpoint:
         trained: name of a module in the base -> the name it had in the model that was trained, which configurations
             mean; they differ where the base is a part of that model.
         part: prefix of that part; empty for the whole model.
-        memo: what holds for all modules, once a reader has computed it.
+        memo: results that readers compute once for all modules.
     """
 
     source: str

@@ -52,7 +52,7 @@ class Names:
     """Resolves module names against a base, or without one where that is certain.
 
     Args:
-        source: where the adapter was read from, for messages.
+        source: path of the adapter, for messages.
         base: the base's name, for messages; None when there is none.
         weights: names of the base's parameters and buffers.
         part: prefix of the part of the trained model that the base is; empty for the whole model.

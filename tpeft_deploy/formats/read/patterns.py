@@ -58,7 +58,7 @@ class Patterns:
         whole: whether one must match a whole name, as `re.fullmatch` has it; else the end of a name from a dot on, as
             `get_pattern_key` of PEFT has it.
         field: name of the field, for messages.
-        source: where the configuration was read from, for messages.
+        source: path of the configuration, for messages.
 
     `work` counts the steps taken so far.
     """

@@ -66,7 +66,7 @@ def read_tensors(data: bytes, *, source: str) -> tuple[dict[str, Array], dict[st
 
     Args:
         data: the file's bytes.
-        source: where they came from, for messages.
+        source: path they were read from, for messages.
 
     Returns:
         Tensors (float32 where the file has bfloat16, which is exact), and the file's metadata.

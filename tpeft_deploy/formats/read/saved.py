@@ -33,10 +33,10 @@ class Saved:
     """Tensors by the keys that the file gives them.
 
     Args:
-        source: where they came from, for messages.
+        source: path they were read from, for messages.
         tensors: key -> tensor, finite.
         config: adapter_config.json of a PEFT directory, else empty.
-        metadata: of the safetensors header.
+        metadata: metadata of the safetensors header.
         directory: whether this is a PEFT directory, which may hold whole tensors (heads, biases) as well.
     """
 
