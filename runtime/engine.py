@@ -47,7 +47,7 @@ class Whole(Protocol):
 
 
 class Sessions(Protocol):
-    """Who has a session of its own; None is the base."""
+    """Versions that have folded sessions; None is the base."""
 
     def find(self, version: Version | None, rows: int) -> Whole | None:
         """The session for this many rows of a version, if it has one."""
@@ -97,7 +97,7 @@ class Engine:
         version: Version | None,
         options: onnxruntime.RunOptions | None = None,
     ) -> dict[str, Array]:
-        """As `run_one`, on the bank even where there is a session of its own."""
+        """As `run_one`, on the bank even where there is a folded session."""
         with self._tiers.using([] if version is None else [version]):
             bank, rows = self._tiers.rows([version])
             with _translated(self._manifest.name):
@@ -112,7 +112,7 @@ class Engine:
         versions: Sequence[Version | None],
         options: onnxruntime.RunOptions | None = None,
     ) -> Outputs:
-        """Each row on its own version; None is the base.
+        """Each row on the version of its task; None is the base.
 
         Returns:
             Output name -> array, or a list with one array a row where the output's size varies per task; without the

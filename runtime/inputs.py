@@ -140,10 +140,10 @@ def as_rows(port: Port, array: Array) -> Array | list[Array]:
 
 
 def cut_rows(port: Port, array: Array, sizes: Sequence[int]) -> Array | list[Array]:
-    """Each row of an output cut to its own size, as `as_rows`."""
+    """Each row of an output cut to its size, as `as_rows`."""
     if port.varies is None:
         return array
-    # Axis 0 is the batch; a row on its own has one axis less.
+    # Axis 0 is the batch; a single row has one axis less.
     axis = port.varies.axis - 1
     return [row.take(range(size), axis=axis) for row, size in zip(array, sizes, strict=True)]
 

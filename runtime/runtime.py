@@ -163,7 +163,7 @@ class Runtime:
         return self._catalogue.tasks
 
     def residency(self, tasks: Iterable[str] | None = None) -> dict[str, Tier]:
-        """Where tasks are: "disk", "host", "device" (a row of the bank), or "folded" (a session of its own).
+        """Where tasks are: "disk", "host", "device" (a row of the bank), or "folded" (a separate session).
 
         Args:
             tasks: names; all by default.  Those that are unknown, and the base, are left out.
@@ -187,7 +187,7 @@ class Runtime:
         return self._tiers.usage() | {"folded_bytes": self._folds.nbytes}
 
     def pins(self) -> dict[str, bool]:
-        """The tasks that are pinned, and whether each is to have a session of its own."""
+        """The tasks that are pinned, and whether each is to have a separate session."""
         return self._pins.all()
 
     def batching(self) -> Figures:
@@ -224,7 +224,7 @@ class Runtime:
 
         Returns:
             Output name -> array.  With `tasks`, an output whose size varies per task is a list of arrays, one a
-            row, each with its own task's size.
+            row, each of the size of its task.
 
         Raises:
             UnknownTask: there is no such task; the message names its row.
@@ -327,8 +327,8 @@ class Runtime:
 
         Args:
             task: the name to serve it under.
-            adapter: a path or module as `load_adapter` takes it, or an adapter, which is copied; None: what the bundle now has on disk
-                under that name.
+            adapter: a path or module as `load_adapter` takes it, or an adapter, which is copied; None
+                for the version that the bundle now has on disk under that name.
 
         Raises:
             AdapterError: it cannot be read or does not fit; the old one goes on being served.
@@ -393,7 +393,7 @@ class Runtime:
         """
         version = self._catalogue.adapter(task, "probe")
         example = requests.check_inputs(self._manifest, self._base.example())
-        # Both from the bank: a session of its own rounds otherwise.
+        # Both from the bank: a folded session rounds otherwise.
         base = self._engine.run_banked(example, None)
         try:
             own = self._engine.run_banked(example, version)

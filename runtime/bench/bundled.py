@@ -35,7 +35,7 @@ def bench_bundle(
 ) -> Benchmark:
     """Measure what serving a bundle costs.
 
-    Cases take turns in rounds, each in an order of its own, so that ratios hold on a busy machine too.
+    Cases take turns in rounds, each in another order, so that ratios hold on a busy machine too.
 
     Args:
         bundle: opened; nothing in it is changed.

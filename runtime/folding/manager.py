@@ -33,7 +33,7 @@ _log = logging.getLogger("tpeft_deploy.runtime")
 
 
 class Folds:
-    """Who has a session of its own; safe to use from several threads.
+    """Versions that have folded sessions; safe to use from several threads.
 
     Args:
         bundle: its base.onnx and weights.data, whose digests were checked.
@@ -115,7 +115,7 @@ class Folds:
         self._let_go(version)
 
     def has(self, version: Version) -> bool:
-        """Whether a version is served by a session of its own."""
+        """Whether a version is served by a folded session."""
         return version in self._sessions
 
     @property

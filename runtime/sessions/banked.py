@@ -48,7 +48,7 @@ class Session:
             options: options of this run; setting its `terminate` stops it.
 
         Returns:
-            Output name -> array of its own.
+            Output name -> new array.
 
         Raises:
             RunError: the bank has no such row.

@@ -156,7 +156,7 @@ class Captured:
             options: options of this run; setting its `terminate` stops it, unless it is a recorded one that has begun.
 
         Returns:
-            Output name -> array of its own.
+            Output name -> new array.
 
         Raises:
             RunError: the bank has no such row.

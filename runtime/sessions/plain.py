@@ -1,4 +1,4 @@
-"""One session of a graph without banks: a base as it is, or with other weights in place of its own."""
+"""One session of a graph without banks: a base as it is, or with other weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DTYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "
 
 
 class Plain:
-    """A session of a graph whose weights are its own; safe to use from several threads.
+    """A session of a graph without banks; safe to use from several threads.
 
     Args:
         model: ONNX file with its weights in an external file.
@@ -69,7 +69,7 @@ class Plain:
             options: options of this run; its `terminate` stops the run.
 
         Returns:
-            Output name -> array of its own.
+            Output name -> new array.
         """
         if self._device == "cpu":  # where IO binding copies outputs once more
             return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs), options), strict=True))
