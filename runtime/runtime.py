@@ -295,7 +295,7 @@ class Runtime:
             outputs: names of those to return, as for `run`.  A request for one that depends on the batch as a
                 whole runs alone.
             timeout: seconds after which the answer is of no use.
-            tenant: whom the order of the queue may charge for the request.
+            tenant: tenant that the order of the queue charges for the request.
             priority: for that order; the smaller first.
             timing: is told when the request's run began and ended.
 

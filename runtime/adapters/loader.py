@@ -1,4 +1,4 @@
-"""Bringing versions to the device without holding up whoever asks."""
+"""Loads versions onto the device in background threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Holder:
         self._waiting: OrderedDict[str, OrderedDict[Future[None], Sequence[Version]]] = OrderedDict()
 
     async def take(self, versions: Sequence[Version], timeout: float | None, tenant: str = "") -> None:
-        """`Tiers.take`; who awaits it gives them back.
+        """Acquire versions as `Tiers.take` does; the caller releases them.
 
         Raises:
             AdapterError, BundleError, CapacityError: as there.

@@ -67,7 +67,7 @@ class Tiers:
         self._pins: dict[Version, None] = {}  # those that are pinned
         self._copies: dict[Version, int] = {}  # those in host memory and their bytes, likewise
         self._copied = 0
-        self._leaving: Version | None = None  # whom nobody begins to use, so that its row becomes free
+        self._leaving: Version | None = None  # eviction victim: new requests may not acquire it
         if self._bank.nbytes > device_bytes:
             raise CapacityError(
                 "open the bank",

@@ -53,7 +53,7 @@ class Source:
 
 @dataclass(eq=False, repr=False)
 class Version:
-    """One content that a task stands for, or stood for: whoever began on it ends on it.
+    """An immutable, reference-counted version of a task; in-flight requests finish on it.
 
     What changes is guarded by the lock of the `Tiers` that it belongs to.
 

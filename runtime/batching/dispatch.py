@@ -59,7 +59,7 @@ class Answering:
             apart: as `Joiner.cut`.
             outputs: that are asked for.
             timeout: seconds until the answer is of no use.
-            tenant: whom the queue's order may charge.
+            tenant: tenant that the order of the queue charges.
             priority: as `batching.Request`.
             timing: is told when the run began and ended.
             since: when the timeout began, by `time.monotonic`; by default now.

@@ -28,7 +28,7 @@ class Request(Generic[Form]):
         rows: its size along the batch.
         form: requests of equal form can share a run; None if it runs alone.
         deadline: the time after which nobody wants the answer.
-        tenant: whom an order may charge for the rows.
+        tenant: tenant that an order charges for the rows.
         cost: amount that an order may charge: the elements of its inputs, padding not counted.
         priority: among the requests of a tenant and lane, the smaller first.
         lane: key of the task; an order may take turns between the lanes of a tenant.
@@ -132,7 +132,7 @@ class Queue(Generic[Form]):
         limits: bounds.
         join: the form of a batch (first) with one more request (second), or None if that does not fit; a batch starts
             as the form of its first request.
-        order: who is next; first come, first served by default.
+        order: scheduling order; first come, first served by default.
         evicted: is told of each waiting request that has to leave for one of another tenant; `add` calls it.
     """
 
@@ -313,8 +313,9 @@ class Queue(Generic[Form]):
         return batch
 
     def ended(self, now: float) -> None:
-        """The batch has run.  To be said before its requests are answered, as clients who send again would be counted
-        twice; nothing happens if no batch was running.
+        """Record that the batch has run; does nothing if no batch was running.
+
+        Call it before the futures are resolved: clients that send again at once would be counted twice.
         """
         if self._running:
             self._free_since = now

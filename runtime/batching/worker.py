@@ -55,7 +55,7 @@ class Batcher:
         manifest: the model's inputs and outputs.
         engine: runs a batch.
         limits: bounds.
-        order: who is next; first come, first served by default.
+        order: scheduling order; first come, first served by default.
         clock: seconds since any moment.
     """
 
@@ -116,7 +116,7 @@ class Batcher:
                 a whole keeps the request apart from those of other callers.
             timeout: seconds until the answer is of no use; by default it always is.
             since: when those began, by the batcher's clock; by default now.
-            tenant: whom the order may charge for the rows.
+            tenant: tenant that the order charges for the rows.
             priority: among the tenant's own requests on the same task, the smaller first.
             timing: is told when the request's run began and ended.
 
