@@ -20,6 +20,7 @@ from tpeft_deploy.runtime.sessions.cuda_graph import Captured, Policy
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.plain import Plain
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda, open_session
+from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs
 from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
 from tpeft_deploy.tucker import Array
 
@@ -56,7 +57,7 @@ def bank_of(
 
 def graph_of(bundle: Bundle, device: str) -> str:
     """The banked graph that a device runs."""
-    return BANKED_CUDA if device == "cuda" and BANKED_CUDA in bundle.manifest.files else "banked.onnx"
+    return ServedGraphs.on(device, bundle.manifest).banked
 
 
 def answers(name: str) -> Callable[[Place], Report]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle import fit, slots
 from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, FACTORED_CPU, Bundle
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.bundle.packing import Packed, pack
@@ -41,11 +41,7 @@ def feed_names(manifest: Manifest, file: str) -> set[str]:
 
 def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None], file: str = BANKED) -> dict[str, Array]:
     """Feeds of a banked graph beside inputs and index: the factors of every task, in the order of the tasks."""
-    default = {
-        slots.input_name(target, slot): array
-        for target in bundle.manifest.targets
-        for slot, array in bundle.default(target).items()
-    }
+    default = fit.named(bundle.manifest, {target.key: bundle.default(target) for target in bundle.manifest.targets})
     feeds = [default | (bundle.feeds(adapter) if adapter is not None else {}) for adapter in tasks.values()]
     rows = [pack(_packing(bundle.manifest, file), tensors, {}) for tensors in feeds]
     return {name: slots.stack([row[name] for row in rows]) for name in rows[0]}

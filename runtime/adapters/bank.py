@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import onnxruntime
 
-from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle import fit, slots
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.bundle.packing import Packed, pack, with_one_rank
 from tpeft_deploy.runtime import device_lock
@@ -44,11 +44,7 @@ class Layout:
     @classmethod
     def of(cls, bundle: Bundle, packing: Sequence[Packed] = ()) -> Layout:
         """The layout of a bundle's banked graph; reads the base's own tensors where tasks replace them."""
-        neutral = {
-            slots.input_name(target, slot): array
-            for target in bundle.manifest.targets
-            for slot, array in bundle.default(target).items()
-        }
+        neutral = fit.named(bundle.manifest, {target.key: bundle.default(target) for target in bundle.manifest.targets})
         return cls(neutral, packing)
 
     @cached_property
