@@ -30,13 +30,13 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import torch
 from torch import nn
 
 from benchmarks.export import Logits, adapter_for
 from tpeft_deploy import Bundle, Runtime, export_bundle
 from tpeft_deploy.runtime.bench.measure import Case, interleave, spread
-from tpeft_deploy.runtime.sessions.providers import choose, open_session
 from tpeft_deploy.tucker import Array
 
 ROWS, TOKENS, WORDS, RANK = 16, 8, 1000, 8
@@ -123,10 +123,18 @@ def ratio(times: Mapping[str, list[float]], case: str, to: str) -> Figures:
     return {f"{case} / {to}": found.median, f"{case} / {to}, quartiles apart": found.high - found.low}
 
 
+def as_by_default(model: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Open a session as a user of ONNX Runtime does, but for threads that spin against those of other sessions."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def measure_encoder(options: argparse.Namespace) -> Figures:
     bundle = cached(options.cache, "encoder", TASKS)
     runtime = Runtime(bundle.path, provider="cpu", threads=options.threads)
-    plain = open_session(bundle.path / "base.onnx", choose("cpu"), threads=options.threads)
+    plain = as_by_default(bundle.path / "base.onnx", options.threads)
     inputs = texts(ROWS)
     mixed = [task for task, _ in zip(cycle(MIXED), range(ROWS), strict=False)]
     single = [{name: array[row : row + 1] for name, array in inputs.items()} for row in range(ROWS)]

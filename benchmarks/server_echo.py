@@ -154,7 +154,7 @@ def with_wrk(target: Target, seconds: float, connections: int, place: Path) -> i
     script = place / "requests.lua"
     lines = ["local requests = {}"]
     for path, headers, body in target.requests:
-        own = ", ".join(f'["{name}"] = "{value}"' for name, value in headers.items())
+        own = '["Host"] = "localhost", ' + ", ".join(f'["{name}"] = "{value}"' for name, value in headers.items())
         escaped = "".join(f"\\{byte:03d}" for byte in body)
         lines.append(f'requests[#requests + 1] = wrk.format("POST", "{path}", {{{own}}}, "{escaped}")')
     lines += ["local at = 0", "function request()", "  at = at % #requests + 1", "  return requests[at]", "end"]

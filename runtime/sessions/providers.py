@@ -50,6 +50,8 @@ _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _CONTROL_FLOW = ("If", "Loop", "Scan")
+# The fused kernel takes 1.6 to 7 times as long as Add and LayerNormalization: benchmarks/fusions.py.
+_SLOW_ON_CPU = ("SkipLayerNormFusion",)
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 
@@ -172,8 +174,9 @@ def open_session(
     told = cuda.graphs or cuda.placement
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1" if told else "0")
     providers = [(_CUDA, cuda.options()), _CPU] if choice.device == "cuda" else [_CPU]
-    # A pass without 16-bit kernels to offer, in which ONNX Runtime 1.32 crashes on a transposed 16-bit product.
-    disabled = ["NchwcTransformer"] if half else []
+    disabled = [*_SLOW_ON_CPU] if choice.device == "cpu" else []
+    if half:
+        disabled.append("NchwcTransformer")  # without 16-bit kernels; ONNX Runtime 1.32 crashes in it
     with device_lock.opening(choice.device):
         try:
             session = onnxruntime.InferenceSession(
