@@ -14,12 +14,12 @@ from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import FormatError, ShapeError
 from tpeft_deploy.formats.peft import refusals as peft_refusals
 from tpeft_deploy.formats.products.compact import DENSE
-from tpeft_deploy.formats.read import diffusers_metadata
 from tpeft_deploy.formats.read.module import BaseView, Change, Checkpoint, Module
 from tpeft_deploy.formats.read.names import PEFT_PREFIX, Names, inner
 from tpeft_deploy.formats.read.parts import cut_saved, prefixes
-from tpeft_deploy.formats.read.saved import Saved
-from tpeft_deploy.formats.readers import READERS, WHOLE_MODEL, Reader
+from tpeft_deploy.formats.read.saved import Saved, configured
+from tpeft_deploy.formats.reader import Reader
+from tpeft_deploy.formats.readers import READERS, WHOLE_MODEL
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["methods", "read"]
@@ -59,9 +59,9 @@ def read(
     parts_there, left_out = partial(prefixes, saved.tensors), dict[str, str]()
     if part is not None:
         saved, left_out = cut_saved(saved, part, shared=_is_shared)
-    saved = saved if saved.config else diffusers_metadata.configured(saved)
+    saved = configured(saved)
     peft_refusals.refuse(saved.config, saved.source)
-    readers = [reader for reader in READERS if format in (None, reader.NAME)]
+    readers = [reader for reader in READERS if format in (None, reader.name)]
     weights = frozenset(base.weights) if base else frozenset[str]()
     names = Names(saved.source, base.name if base else None, weights, part or "", parts_there)
     modules, shared, rest = _cut(saved, names)
@@ -75,7 +75,7 @@ def read(
         if reader is None:
             rest |= {_key(module.key, suffix): tensor for suffix, tensor in module.tensors.items()}
             continue
-        asked.add(reader.NAME)
+        asked.add(reader.name)
         adapted.add(module.name)
         _add(parts, _change(reader, module, checkpoint), module, checkpoint)
     _check_recognised(checkpoint, asked, directory=saved.directory)
@@ -95,23 +95,23 @@ def methods(saved: Saved, *, base: BaseView | None, format: str | None = None) -
     peft_refusals.check_fields(saved.config, saved.source)
     modules, shared, _ = _cut(saved, names)
     checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, None, base, shared)
-    readers = [reader for reader in READERS if format in (None, reader.NAME)]
+    readers = [reader for reader in READERS if format in (None, reader.name)]
     found = (_reader_of(module, checkpoint, readers) for module in modules)
-    return dict(Counter(reader.NAME for reader in found if reader is not None))
+    return dict(Counter(reader.name for reader in found if reader is not None))
 
 
 def _reader_of(module: Module, checkpoint: Checkpoint, readers: Sequence[Reader]) -> Reader | None:
-    """The first reader that matches, of those that know one of the module's suffixes."""
-    known = (reader for reader in readers if not reader.SUFFIXES.isdisjoint(module.tensors))
+    """The first reader that matches, of those with a mark in the module."""
+    known = (reader for reader in readers if not reader.marks.isdisjoint(module.tensors))
     return next((reader for reader in known if reader.matches(module, checkpoint)), None)
 
 
 @cache
 def _suffixes() -> tuple[Set[str], Set[str], Set[str]]:
     """Of all readers: suffixes after a dot, suffixes joined to the module's name, and whole keys of shared tensors."""
-    joined = frozenset[str]().union(*(getattr(reader, "JOINED_SUFFIXES", ()) for reader in READERS))
-    shared = frozenset[str]().union(*(getattr(reader, "SHARED", ()) for reader in READERS))
-    return frozenset[str]().union(*(reader.SUFFIXES for reader in READERS)) - joined, joined, shared
+    joined = frozenset[str]().union(*(reader.joined_suffixes for reader in READERS))
+    shared = frozenset[str]().union(*(reader.shared for reader in READERS))
+    return frozenset[str]().union(*(reader.suffixes for reader in READERS)) - joined, joined, shared
 
 
 def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], dict[str, Array]]:
@@ -143,7 +143,7 @@ def _is_shared(key: str) -> bool:
 
 @cache
 def _shared_prefixes() -> tuple[str, ...]:
-    return tuple(prefix for reader in READERS for prefix in getattr(reader, "SHARED_PREFIXES", ()))
+    return tuple(prefix for reader in READERS for prefix in reader.shared_prefixes)
 
 
 @cache
@@ -185,20 +185,20 @@ def _change(reader: Reader, module: Module, checkpoint: Checkpoint) -> Change:
         change = reader.read(module, checkpoint)
     except MemoryError as error:
         raise FormatError(
-            f"{doing} as {reader.NAME}",
+            f"{doing} as {reader.name}",
             problem="its tensors claim a change that is larger than the memory there is",
             fix="Give base=, with which sizes are checked first.",
         ) from error
     except (ShapeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A reader says what it can of tensors that do not fit; what it did not foresee is no less a damaged file.
         raise FormatError(
-            f"{doing} as {reader.NAME}",
+            f"{doing} as {reader.name}",
             problem=f"its tensors do not fit each other ({error})",
             fix="Check that the file is whole and was trained on this base.",
         ) from error
     if module.tensors:
         raise FormatError(
-            f"{doing} as {reader.NAME}, tensor {min(module.tensors)!r}",
+            f"{doing} as {reader.name}, tensor {min(module.tensors)!r}",
             problem="nothing is known of it",
             fix="The module was written by a newer version of its library, or by another tool.",
         )
@@ -207,11 +207,10 @@ def _change(reader: Reader, module: Module, checkpoint: Checkpoint) -> Change:
 
 def _check_values(reader: Reader, module: Module, doing: str) -> None:
     """Refuse a tensor without values, whose other sizes may claim any rank."""
-    allowed: Set[str] = getattr(reader, "MAY_BE_EMPTY", frozenset())
     for suffix, tensor in module.tensors.items():
-        if tensor.size == 0 and suffix in reader.SUFFIXES - allowed:
+        if tensor.size == 0 and suffix in reader.suffixes - reader.may_be_empty:
             raise FormatError(
-                f"{doing} as {reader.NAME}, tensor {suffix!r}",
+                f"{doing} as {reader.name}, tensor {suffix!r}",
                 expected=f"values in {suffix}",
                 got=f"none, of shape {tensor.shape}",
                 fix="The file is not whole: save or copy the adapter again.",
@@ -252,7 +251,7 @@ def _check_recognised(checkpoint: Checkpoint, asked: Set[str], *, directory: boo
     if directory and not asked:
         raise FormatError(
             f"read {checkpoint.source}",
-            expected=f"modules in a format of {', '.join(reader.NAME for reader in READERS)}",
+            expected=f"modules in a format of {', '.join(reader.name for reader in READERS)}",
             got=f"a PEFT adapter of peft_type {checkpoint.config.get('peft_type')!r} without any",
             fix="Merge it with PEFT's merge_and_unload and export the merged model as a separate base.",
         )
@@ -276,7 +275,7 @@ def _check_beside(rest: Mapping[str, Array], names: Names, adapted: Set[str], ch
 
 
 def _check_shared(checkpoint: Checkpoint, readers: Sequence[Reader], asked: Set[str]) -> None:
-    used = frozenset[str]().union(*(getattr(r, "SHARED", ()) for r in readers if r.NAME in asked))
+    used = frozenset[str]().union(*(r.shared for r in readers if r.name in asked))
     for key in sorted(checkpoint.shared.keys() - used - checkpoint.used):
         raise FormatError(f"read {checkpoint.source}, tensor {key!r}", problem="no module of the file uses it")
 

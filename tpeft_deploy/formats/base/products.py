@@ -9,11 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing, needs_base, no_scale
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, base_array, doing, needs_base, no_scale
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["base_weight", "cayley", "change_of_base", "dense_change", "rotate_inputs", "skew_of_triangle"]
+__all__ = ["base_weight", "cayley", "change_of_base", "dense_delta", "rotate_inputs", "skew_of_triangle"]
 
 _LARGEST = 1e6  # beyond it the libraries' float32 result is not a rotation
 
@@ -54,7 +53,7 @@ def change_of_base(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, *
     return Change(deltas={name: delta}, overrides=overrides, digests={name: checkpoint.base.digest(name)})
 
 
-def dense_change(adapted: Array, weight: Array, like: Array) -> TuckerDelta:
+def dense_delta(adapted: Array, weight: Array, like: Array) -> TuckerDelta:
     """Compute W' - W, in the dtype of `like` and at least float32.
 
     Raises:

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, base_array, doing
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["SUFFIX", "change_with_dora"]

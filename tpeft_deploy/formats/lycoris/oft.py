@@ -13,31 +13,24 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.base.products import base_weight, cayley, change_of_base, dense_change
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import doing, reporting, take
+from tpeft_deploy.formats.base.products import base_weight, cayley, change_of_base, dense_delta
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, doing, reporting, take
+from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array
 
-__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["read_oft"]
 
-NAME = "lycoris-oft"
-ABOUT = About("LyCORIS", "Diag-OFT, BOFT", "linear, conv", "yes", "dense")
 _BLOCKS, _RESCALE, _ALPHA = "oft_blocks", "rescale", "alpha"
-SUFFIXES = frozenset({_BLOCKS, _RESCALE, _ALPHA})
 
 
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has rotations."""
-    return _BLOCKS in module.tensors
-
-
-def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's W' - W.
-
-    Raises:
-        FormatError: no base was given, or a tensor is missing or does not fit it.
-    """
+@reader(
+    "lycoris-oft",
+    About("LyCORIS", "Diag-OFT, BOFT", "linear, conv", "yes", "dense"),
+    {_BLOCKS, _RESCALE, _ALPHA},
+    marks={_BLOCKS},
+)
+def read_oft(module: Module, checkpoint: Checkpoint) -> Change:
+    """The module's W' - W."""
     weight = base_weight(module, checkpoint, "OFT")
     stored = take(module, checkpoint, _BLOCKS)
     constraint = _constraint(module, checkpoint)
@@ -50,7 +43,7 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             raise ValueError(f"rescale of shape {rescale.shape} for a weight of shape {weight.shape}")
         rotations = _rotations(stored.astype(np.float64), constraint * len(rows))
         turned = _diagonal(rows, rotations) if stored.ndim == 3 else _butterfly(rows, rotations)
-        return change_of_base(module, checkpoint, dense_change(rescale * turned.reshape(weight.shape), weight, stored))
+        return change_of_base(module, checkpoint, dense_delta(rescale * turned.reshape(weight.shape), weight, stored))
 
 
 def _constraint(module: Module, checkpoint: Checkpoint) -> float:

@@ -10,8 +10,7 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError, ShapeError, brief
 from tpeft_deploy.formats.products.compact import low_rank
-from tpeft_deploy.formats.read.module import Checkpoint, Module
-from tpeft_deploy.formats.read.take import doing, needs_base
+from tpeft_deploy.formats.read.module import Checkpoint, Module, doing, needs_base
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = [

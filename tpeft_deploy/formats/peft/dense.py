@@ -9,8 +9,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft.config import weight_shape
 from tpeft_deploy.formats.products.compact import widen
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, base_array, doing
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = [

@@ -16,22 +16,16 @@ from functools import partial
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.base.products import base_weight, change_of_base
-from tpeft_deploy.formats.peft.config import matrix_delta, number, of_type
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import doing, reporting, take
+from tpeft_deploy.formats.peft.config import matrix_delta, number
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, doing, reporting, take
+from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["read_peanut"]
 
-NAME = "peft-peanut"
-ABOUT = About("PEFT", "PEANuT", "linear", "yes", "low-rank", types=("PEANUT",))
 _A, _B = "peanut_A.weight", "peanut_B.weight"
 _DEEPEST = 32
-SUFFIXES = frozenset({_A, _B}) | {
-    f"peanut_{side}.{layer}.weight" for side in ("encoders", "decoders") for layer in range(_DEEPEST)
-}
 
 
 def _sigmoid(x: Array) -> Array:
@@ -53,15 +47,17 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": np.tanh,
     "linear": lambda x: x,
 }
-matches = of_type("PEANUT", _A)
 
 
-def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change, of rank r.
-
-    Raises:
-        FormatError: no base was given, a tensor is missing or does not fit it, or the activation is not known here.
-    """
+@reader(
+    "peft-peanut",
+    About("PEFT", "PEANuT", "linear", "yes", "low-rank", types=("PEANUT",)),
+    frozenset({_A, _B})
+    | {f"peanut_{side}.{layer}.weight" for side in ("encoders", "decoders") for layer in range(_DEEPEST)},
+    marks={_A},
+)
+def read_peanut(module: Module, checkpoint: Checkpoint) -> Change:
+    """The module's change, of rank r."""
     weight = base_weight(module, checkpoint, "PEANuT")
     first, last = take(module, checkpoint, _A), take(module, checkpoint, _B)
     activation = _activation(module, checkpoint)

@@ -17,39 +17,36 @@ from typing import Any
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import matrix_delta
 from tpeft_deploy.formats.peft.dense import base_digest, indices, misfit
 from tpeft_deploy.formats.products.compact import dense_is_smaller, widen
-from tpeft_deploy.formats.read.module import BaseView, Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing, no_scale, take
+from tpeft_deploy.formats.read.module import BaseView, Change, Checkpoint, Module, base_array, doing, no_scale, take
+from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["read_tokens"]
 
-NAME = "peft-tokens"
-ABOUT = About("PEFT", "trainable tokens", "embedding", "yes", "low-rank, dense, override", types=("TRAINABLE_TOKENS",))
 _ALONE, _ORIGINAL, _BESIDE = (
     "trainable_tokens_delta",
     "trainable_tokens_original",
     "token_adapter.trainable_tokens_delta",
 )
-SUFFIXES = frozenset({_ALONE, _ORIGINAL, _BESIDE})
 _NO_BIAS = "PEFT runs this layer without its bias"
 
 
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
+def _is_tokens(module: Module, checkpoint: Checkpoint) -> bool:
     """Whether a PEFT file has rows of an embedding for the module."""
     return bool(checkpoint.config) and (_ALONE in module.tensors or _BESIDE in module.tensors)
 
 
-def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change, with the number of rows as rank, under its name and the names tied to it.
-
-    Raises:
-        FormatError: no base was given; the configuration names another number of rows; or the weights that PEFT tied
-            cannot be determined.
-    """
+@reader(
+    "peft-tokens",
+    About("PEFT", "trainable tokens", "embedding", "yes", "low-rank, dense, override", types=("TRAINABLE_TOKENS",)),
+    {_ALONE, _ORIGINAL, _BESIDE},
+    matches=_is_tokens,
+)
+def read_tokens(module: Module, checkpoint: Checkpoint) -> Change:
+    """The module's change, with the number of rows as rank, under its name and the names tied to it."""
     no_scale(module, checkpoint)
     module.tensors.pop(_ORIGINAL, None)
     rows = take(module, checkpoint, _ALONE if _ALONE in module.tensors else _BESIDE)

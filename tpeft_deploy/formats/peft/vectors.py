@@ -1,36 +1,60 @@
-"""IA3 as PEFT saves it: each output or each input channel of a layer is rescaled (arXiv 2205.05638).
-
-y = l (W x + b)        W' = l W, b' = l b      ia3_l (O, 1), or (1, O, 1, ...) for convolutions
-y = W (l x) + b        W' = W l                ia3_l (1, I), or (1, I, 1, ...), of feedforward_modules
-"""
+"""Readers of PEFT's methods that train a vector per layer."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.peft.config import base_bias, of_type, stored_transposed
-from tpeft_deploy.formats.peft.dense import misfit
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing, no_scale, reporting, take
+from tpeft_deploy.formats.peft.config import base_bias, stored_transposed
+from tpeft_deploy.formats.peft.dense import base_digest, misfit
+from tpeft_deploy.formats.products.compact import widen
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, base_array, doing, no_scale, reporting, take
+from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["read_beft", "read_ia3", "read_ln_tuning"]
 
-NAME = "peft-ia3"
-ABOUT = About("PEFT", "IA3", "linear, Conv1D, conv 2d and 3d", "yes", "gain, override", types=("IA3",))
+_BIAS = "beft_bias"
+
+
+@reader("peft-beft", About("PEFT", "BEFT", "biases of linear layers", "yes", "override", types=("BEFT",)), {_BIAS})
+def read_beft(module: Module, checkpoint: Checkpoint) -> Change:
+    """BEFT as PEFT saves it: a change of a layer's bias, read as an override (arXiv 2509.15974).
+
+    b' = b + beft_bias (1, O)
+    """
+    no_scale(module, checkpoint)
+    added = take(module, checkpoint, _BIAS)
+    bias = base_bias(module, checkpoint, "BEFT adds to the base's bias")
+    if bias is None:
+        raise FormatError(
+            doing(module, checkpoint),
+            expected=f"a bias {module.name}.bias in the base, which BEFT adds to",
+            got="a layer without one",
+            fix="Give the layer a bias of zeros in the base, which changes no output.",
+        )
+    if added.shape != (1, *bias.shape):
+        raise misfit(module, checkpoint, f"a tensor {(1, *bias.shape)}", added.shape)
+    name = f"{module.name}.bias"
+    return Change(
+        overrides={name: (bias + added[0]).astype(widen(added[:0]).dtype)}, digests=base_digest(checkpoint, name)
+    )
+
+
 _VECTOR = "ia3_l"
-SUFFIXES = frozenset({_VECTOR})
 _GROUPED = "kept dense, as the gain differs between the groups' inputs"
-matches = of_type("IA3", _VECTOR)
 
 
-def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The weight's gain, and the rescaled bias if the layer has one and its outputs are rescaled.
+@reader(
+    "peft-ia3",
+    About("PEFT", "IA3", "linear, Conv1D, conv 2d and 3d", "yes", "gain, override", types=("IA3",)),
+    {_VECTOR},
+)
+def read_ia3(module: Module, checkpoint: Checkpoint) -> Change:
+    """IA3 as PEFT saves it: each output or each input channel of a layer is rescaled (arXiv 2205.05638).
 
-    Raises:
-        FormatError: no base was given (needed for the number of axes and the bias); or the vector does not fit.
+    y = l (W x + b)        W' = l W, b' = l b      ia3_l (O, 1), or (1, O, 1, ...) for convolutions
+    y = W (l x) + b        W' = W l                ia3_l (1, I), or (1, I, 1, ...), of feedforward_modules
     """
     no_scale(module, checkpoint)
     vector = take(module, checkpoint, _VECTOR)
@@ -95,3 +119,22 @@ def _is_feedforward(module: Module, checkpoint: Checkpoint) -> bool:
     if isinstance(names, str):
         return checkpoint.matcher("feedforward_modules", whole=True).first(module.name) is not None
     return checkpoint.endings("feedforward_modules").end(module.name)
+
+
+_COPY = "ln_tuning_layers."
+_LN_TUNING_SUFFIXES = frozenset(
+    f"{_COPY}{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+)
+
+
+@reader(
+    "peft-ln-tuning", About("PEFT", "LN tuning", "norms", "no", "override", types=("LN_TUNING",)), _LN_TUNING_SUFFIXES
+)
+def read_ln_tuning(module: Module, checkpoint: Checkpoint) -> Change:
+    """LN tuning as PEFT saves it: a trained copy of each norm, which replaces that of the base (arXiv 2312.11420).
+
+    The parameters, and the statistics of a BatchNorm, are read as overrides.
+    """
+    no_scale(module, checkpoint)
+    found = {name.removeprefix(_COPY): module.tensors.pop(name) for name in _LN_TUNING_SUFFIXES & module.tensors.keys()}
+    return Change(overrides={f"{module.name}.{name}": tensor for name, tensor in found.items()})

@@ -1,0 +1,115 @@
+"""A reader of modules: the function that reads one format, with what the file's walk needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
+
+__all__ = ["About", "Reader", "reader", "without_config"]
+
+
+class About(NamedTuple):
+    """Description of a format for users: `tpeft-deploy formats` and docs/formats.md.
+
+    Args:
+        library: library or tool that writes it.
+        method: common name of the training method.
+        layers: layer kinds that it changes.
+        base: "no", "yes", or the case in which the base is needed to read it.
+        stored: form of the change: low-rank, dense, gain or override.
+        notes: conditions, such as options that files must be saved with.
+        types: values of PEFT's `peft_type` that it covers.
+    """
+
+    library: str
+    method: str
+    layers: str
+    base: str
+    stored: str
+    notes: str = ""
+    types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Reader of one format.
+
+    Args:
+        name: name of the format, as `load_adapter(format=...)` takes it.
+        about: description for users.
+        suffixes: exact suffixes of the tensors that it consumes.
+        marks: suffixes of which a module has at least one.
+        matches: whether a module with a mark is of this format.
+        read: computes the module's Change and pops every tensor that it consumes.  Raises FormatError if a tensor is
+            missing or does not fit, if the configuration lacks a setting, and if no base was given that is needed.
+        joined_suffixes: suffixes that follow the module's name without a dot.
+        may_be_empty: suffixes of tensors that may be without values.
+        shared: whole keys of tensors that several modules use, given as `checkpoint.shared`.
+        shared_prefixes: prefixes of such keys; the reader adds those that it takes to `checkpoint.used`.
+    """
+
+    name: str
+    about: About
+    suffixes: frozenset[str]
+    marks: frozenset[str]
+    matches: Callable[[Module, Checkpoint], bool]
+    read: Callable[[Module, Checkpoint], Change]
+    joined_suffixes: frozenset[str]
+    may_be_empty: frozenset[str]
+    shared: frozenset[str]
+    shared_prefixes: tuple[str, ...]
+
+
+def reader(
+    name: str,
+    about: About,
+    suffixes: Iterable[str],
+    *,
+    marks: Iterable[str] | None = None,
+    matches: Callable[[Module, Checkpoint], bool] | None = None,
+    joined_suffixes: Iterable[str] = (),
+    may_be_empty: Iterable[str] = (),
+    shared: Iterable[str] = (),
+    shared_prefixes: tuple[str, ...] = (),
+) -> Callable[[Callable[[Module, Checkpoint], Change]], Reader]:
+    """Make the decorated function a reader.
+
+    Args:
+        name: as in `Reader`, like the others.
+        about: description.
+        suffixes: suffixes that it consumes.
+        marks: suffixes of which a module has one; default all.
+        matches: further condition; default a PEFT file of one of the types in `about`, or none if it has no types.
+        joined_suffixes: suffixes without a dot.
+        may_be_empty: suffixes that may be without values.
+        shared: keys of shared tensors.
+        shared_prefixes: prefixes of keys of shared tensors.
+    """
+    consumed = frozenset(suffixes)
+
+    def of_type(module: Module, checkpoint: Checkpoint) -> bool:
+        return not about.types or checkpoint.config.get("peft_type") in about.types
+
+    def decorate(read: Callable[[Module, Checkpoint], Change]) -> Reader:
+        return Reader(
+            name,
+            about,
+            consumed,
+            consumed if marks is None else frozenset(marks),
+            matches or of_type,
+            read,
+            frozenset(joined_suffixes),
+            frozenset(may_be_empty),
+            frozenset(shared),
+            shared_prefixes,
+        )
+
+    return decorate
+
+
+def without_config(module: Module, checkpoint: Checkpoint) -> bool:
+    """Whether the file came without adapter_config.json: `matches` of formats with PEFT's suffixes in a single file."""
+    return not checkpoint.config
