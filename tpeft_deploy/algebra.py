@@ -1,6 +1,6 @@
-"""Exact algebra of Tucker deltas: sums, padding, permutation, truncation, and the forms that other tools read.
+"""Exact algebra of Tucker deltas: sums, padding, and the forms that other tools read.
 
-Every function but `truncate` preserves dW: dense() before and after agree to float64 rounding.  Modes are in torch
+Every function preserves dW: dense() before and after agree to float64 rounding.  Modes are in torch
 order (O, I, K1, ...) as in `tucker`.
 """
 
@@ -14,11 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from tpeft_deploy.errors import ShapeError
-from tpeft_deploy.tucker import Array, TuckerDelta, mode_product
+from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = [
     "LowRankPair",
-    "Truncation",
     "combine",
     "dense_nbytes",
     "densify",
@@ -26,9 +25,7 @@ __all__ = [
     "is_zero",
     "low_rank_pair",
     "pad_ranks",
-    "permute",
     "smaller",
-    "truncate",
 ]
 
 
@@ -41,13 +38,6 @@ class LowRankPair(NamedTuple):
 
     a: Array  # (R, I, K1, ...)
     b: Array  # (O, R)
-
-
-class Truncation(NamedTuple):
-    """A delta with smaller ranks, and ||dW - dW'|| / ||dW|| in the Frobenius norm (0 if dW is 0)."""
-
-    delta: TuckerDelta
-    error: float
 
 
 def combine(deltas: Sequence[TuckerDelta], weights: Sequence[float] | None = None) -> TuckerDelta:
@@ -108,58 +98,6 @@ def pad_ranks(delta: TuckerDelta, ranks: Sequence[int]) -> TuckerDelta:
             factor = np.eye(delta.ranks[mode], dtype=delta.core.dtype)  # noqa: PLW2901 - the identity, spelt out
         factors.append(None if factor is None else np.pad(factor, ((0, 0), (0, more))))
     return replace(delta, core=np.pad(delta.core, [(0, more) for more in grow]), factors=tuple(factors))
-
-
-def permute(delta: TuckerDelta, order: Sequence[int]) -> TuckerDelta:
-    """Permute the modes of a delta: dense() of the result is dense().transpose(order).
-
-    Raises:
-        ShapeError: `order` is no permutation of the modes.
-    """
-    if sorted(order) != list(range(delta.core.ndim)):
-        raise ShapeError(
-            "permute the modes of a Tucker delta",
-            expected=f"a permutation of {list(range(delta.core.ndim))}",
-            got=list(order),
-        )
-    return replace(delta, core=delta.core.transpose(order), factors=tuple(delta.factors[mode] for mode in order))
-
-
-def truncate(delta: TuckerDelta, ranks: Sequence[int]) -> Truncation:
-    """Truncate a delta by higher-order SVD: keep the leading left singular vectors of every unfolding.
-
-    (De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21(4), 2000: theorem 2 is the decomposition,
-    property 10 the bound error^2 <= sum over modes of the discarded singular values squared.)  Factors are first made
-    orthonormal, U = QR with R absorbed in the core, so that only the core is decomposed.
-
-    Args:
-        delta: delta to truncate.
-        ranks: one per mode, at least 1; a rank that is not below the delta's leaves the mode unchanged.
-
-    Returns:
-        A delta of those ranks in float64, and its measured relative error (not the bound).
-
-    Raises:
-        ShapeError: the numbers of ranks and modes differ, or a rank is below 1.
-    """
-    if len(ranks) != len(delta.ranks) or min(ranks) < 1:
-        raise ShapeError(
-            "truncate a Tucker delta", expected=f"{len(delta.ranks)} ranks of at least 1", got=tuple(ranks)
-        )
-    core, bases = _orthonormal(delta)
-    kept, turns = core, {}
-    for mode, rank in enumerate(ranks):
-        if rank < core.shape[mode]:
-            unfolding = np.moveaxis(core, mode, 0).reshape(core.shape[mode], -1)
-            turns[mode] = np.linalg.svd(unfolding, full_matrices=False)[0][:, :rank]
-            kept = mode_product(kept, turns[mode].T, mode)
-    again = kept
-    for mode, turn in turns.items():
-        again = mode_product(again, turn, mode)
-    norm = float(np.linalg.norm(core))
-    factors = tuple(_compose(base, turns.get(mode)) for mode, base in enumerate(bases))
-    error = float(np.linalg.norm(core - again)) / norm if norm else 0.0
-    return Truncation(TuckerDelta(kept, factors, delta.scale), error)
 
 
 def low_rank_pair(delta: TuckerDelta) -> LowRankPair:
@@ -254,24 +192,3 @@ def _product(left: Array, right: Array) -> Array:
 
 def _side_by_side(deltas: Sequence[TuckerDelta], mode: int) -> Array:
     return np.concatenate([factor for delta in deltas if (factor := delta.factors[mode]) is not None], axis=1)
-
-
-def _orthonormal(delta: TuckerDelta) -> tuple[Array, list[Array | None]]:
-    """Core in the orthonormal bases of its factors' ranges, and those bases; None is the identity."""
-    core: Array = delta.core.astype(np.float64)
-    bases: list[Array | None] = []
-    for mode, factor in enumerate(delta.factors):
-        if factor is None:
-            bases.append(None)
-            continue
-        basis, triangle = np.linalg.qr(factor.astype(np.float64))
-        core = mode_product(core, triangle, mode)
-        bases.append(np.asarray(basis))
-    return core, bases
-
-
-def _compose(basis: Array | None, turn: Array | None) -> Array | None:
-    if basis is None or turn is None:
-        return turn if basis is None else basis
-    product: Array = basis @ turn
-    return product

@@ -39,6 +39,8 @@ all of them.  Only the command line prints or exits.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "AdapterError",
@@ -75,6 +77,7 @@ __all__ = [
     "UnsupportedTarget",
     "VersionError",
     "brief",
+    "requires",
 ]
 
 _LONGEST = 10_000  # characters of a message
@@ -136,6 +139,26 @@ class TpeftError(Exception):
 
 class MissingExtra(TpeftError):
     """Raised when a feature of an optional extra is used and its packages are not installed."""
+
+
+@contextmanager
+def requires(package: str, extra: str, doing: str) -> Iterator[None]:
+    """Turn the ImportError of a block that imports a package into MissingExtra.
+
+    Args:
+        package: package, with its purpose where that is not obvious.
+        extra: optional extra that installs it.
+        doing: operation that needs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtra(
+            doing,
+            expected=f"{package} to be installed",
+            got=str(error) or "no such package",
+            fix=f"pip install 'tpeft-deploy[{extra}]'.",
+        ) from error
 
 
 class AdapterError(TpeftError):

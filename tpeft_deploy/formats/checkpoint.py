@@ -64,20 +64,18 @@ def read(
     readers = [reader for reader in READERS if format in (None, reader.name)]
     weights = frozenset(base.weights) if base else frozenset[str]()
     names = Names(saved.source, base.name if base else None, weights, part or "", parts_there)
-    modules, shared, rest = _cut(saved, names)
-    trained = {module.name: inner(module.key).removeprefix(PEFT_PREFIX) for module in modules}
-    checkpoint = Checkpoint(
-        saved.source, saved.config, saved.metadata, scale, base, shared, trained=trained, part=part or ""
-    )
+    checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, scale, base, part=part or "")
+    modules, rest = _cut(saved, names, checkpoint)
+    checkpoint.trained.update((module.name, inner(module.key).removeprefix(PEFT_PREFIX)) for module in modules)
     parts, asked, adapted = _Parts(), set[str](), set[str]()
     for module in modules:
-        reader = _reader_of(module, checkpoint, readers)
+        reader = _reader_of(module, readers)
         if reader is None:
             rest |= {_key(module.key, suffix): tensor for suffix, tensor in module.tensors.items()}
             continue
         asked.add(reader.name)
         adapted.add(module.name)
-        _add(parts, _change(reader, module, checkpoint), module, checkpoint)
+        _add(parts, _change(reader, module), module)
     _check_recognised(checkpoint, asked, directory=saved.directory)
     _check_shared(checkpoint, readers, asked)
     _check_beside(rest, names, adapted, checkpoint)
@@ -93,17 +91,16 @@ def methods(saved: Saved, *, base: BaseView | None, format: str | None = None) -
     """Which reader would read how many of the modules; nothing is read, and nothing refused."""
     names = Names(saved.source, base.name, frozenset(base.weights)) if base else Names(saved.source)
     peft_refusals.check_fields(saved.config, saved.source)
-    modules, shared, _ = _cut(saved, names)
-    checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, None, base, shared)
+    modules, _ = _cut(saved, names, Checkpoint(saved.source, saved.config, saved.metadata, None, base))
     readers = [reader for reader in READERS if format in (None, reader.name)]
-    found = (_reader_of(module, checkpoint, readers) for module in modules)
+    found = (_reader_of(module, readers) for module in modules)
     return dict(Counter(reader.name for reader in found if reader is not None))
 
 
-def _reader_of(module: Module, checkpoint: Checkpoint, readers: Sequence[Reader]) -> Reader | None:
+def _reader_of(module: Module, readers: Sequence[Reader]) -> Reader | None:
     """The first reader that matches, of those with a mark in the module."""
     known = (reader for reader in readers if not reader.marks.isdisjoint(module.tensors))
-    return next((reader for reader in known if reader.matches(module, checkpoint)), None)
+    return next((reader for reader in known if reader.matches(module)), None)
 
 
 @cache
@@ -114,15 +111,14 @@ def _suffixes() -> tuple[Set[str], Set[str], Set[str]]:
     return frozenset[str]().union(*(reader.suffixes for reader in READERS)) - joined, joined, shared
 
 
-def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], dict[str, Array]]:
-    """Modules in the order of their keys, shared tensors, and tensors whose suffix no reader knows."""
+def _cut(saved: Saved, names: Names, checkpoint: Checkpoint) -> tuple[list[Module], dict[str, Array]]:
+    """Modules in the order of their keys, and tensors with a suffix that no reader knows; fills `checkpoint.shared`."""
     modules: dict[str, Module] = {}
-    shared: dict[str, Array] = {}
     rest: dict[str, Array] = {}
     wrapped = any(_FLORA in key for key in saved.tensors) and all(key.startswith(_WRAPPER) for key in saved.tensors)
     for key, tensor in sorted(saved.tensors.items()):
         if _is_shared(key):
-            shared[key] = tensor
+            checkpoint.shared[key] = tensor
             continue
         place = _split(key)
         if place is None:
@@ -131,10 +127,10 @@ def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], di
         module, suffix = place
         if module not in modules:
             known = module.removeprefix(_WRAPPER) if wrapped and names.base is None else module
-            modules[module] = Module(names.module(known), {}, module)
+            modules[module] = Module(names.module(known), {}, module, checkpoint)
         modules[module].tensors[suffix] = tensor
     _check_twice(saved)
-    return list(modules.values()), shared, rest
+    return list(modules.values()), rest
 
 
 def _is_shared(key: str) -> bool:
@@ -178,27 +174,27 @@ def _check_twice(saved: Saved) -> None:
             )
 
 
-def _change(reader: Reader, module: Module, checkpoint: Checkpoint) -> Change:
-    doing = f"read {checkpoint.source}, module {module.key!r}"
+def _change(reader: Reader, module: Module) -> Change:
+    doing = f"{module.doing} as {reader.name}"
     _check_values(reader, module, doing)
     try:
-        change = reader.read(module, checkpoint)
+        change = reader.read(module)
     except MemoryError as error:
         raise FormatError(
-            f"{doing} as {reader.name}",
+            doing,
             problem="its tensors claim a change that is larger than the memory there is",
             fix="Give base=, with which sizes are checked first.",
         ) from error
     except (ShapeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A reader says what it can of tensors that do not fit; what it did not foresee is no less a damaged file.
         raise FormatError(
-            f"{doing} as {reader.name}",
+            doing,
             problem=f"its tensors do not fit each other ({error})",
             fix="Check that the file is whole and was trained on this base.",
         ) from error
     if module.tensors:
         raise FormatError(
-            f"{doing} as {reader.name}, tensor {min(module.tensors)!r}",
+            f"{doing}, tensor {min(module.tensors)!r}",
             problem="nothing is known of it",
             fix="The module was written by a newer version of its library, or by another tool.",
         )
@@ -210,23 +206,21 @@ def _check_values(reader: Reader, module: Module, doing: str) -> None:
     for suffix, tensor in module.tensors.items():
         if tensor.size == 0 and suffix in reader.suffixes - reader.may_be_empty:
             raise FormatError(
-                f"{doing} as {reader.name}, tensor {suffix!r}",
+                f"{doing}, tensor {suffix!r}",
                 expected=f"values in {suffix}",
                 got=f"none, of shape {tensor.shape}",
                 fix="The file is not whole: save or copy the adapter again.",
             )
 
 
-def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) -> None:
+def _add(parts: _Parts, change: Change, module: Module) -> None:
     twice = [
         *(parts.deltas.keys() & change.deltas.keys()),
         *(parts.overrides.keys() & change.overrides.keys()),
         *(parts.gains.keys() & change.gains.keys()),
     ]
     if twice:
-        raise FormatError(
-            f"read {checkpoint.source}, module {module.key!r}", problem=f"{min(twice)!r} is changed twice in this file"
-        )
+        raise FormatError(module.doing, problem=f"{min(twice)!r} is changed twice in this file")
     parts.deltas.update(change.deltas)
     parts.overrides.update(change.overrides)
     parts.gains.update(change.gains)
@@ -237,7 +231,7 @@ def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) 
             small = algebra.smaller(delta)
         except ValueError as error:
             raise FormatError(
-                f"read {checkpoint.source}, module {module.key!r}",
+                module.doing,
                 expected=f"a change that {delta.core.dtype} can hold",
                 got=f"one that is not finite ({error})",
             ) from error

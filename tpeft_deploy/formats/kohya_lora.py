@@ -14,7 +14,7 @@ import math
 from tpeft_deploy.formats.lycoris.dora import change_with_dora
 from tpeft_deploy.formats.lycoris.whole import bias_override
 from tpeft_deploy.formats.products.compact import low_rank
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, reporting, take, take_scale
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
 
@@ -45,19 +45,19 @@ _SUFFIXES = frozenset({name for pair in _PAIRS for name in pair} | {_MID, "alpha
     marks=(name for pair in _PAIRS for name in pair),
     joined_suffixes={name for name in _SUFFIXES if name.startswith("_")},
 )
-def read_kohya_lora(module: Module, checkpoint: Checkpoint) -> Change:
+def read_kohya_lora(module: Module) -> Change:
     """The module's LoRA, LoCon or DyLoRA as a Tucker delta, with a gain if it has a dora_scale."""
     up_name, down_name = next(pair for pair in _PAIRS if any(name in module.tensors for name in pair))
-    up, down = take(module, checkpoint, up_name), take(module, checkpoint, down_name)
+    up, down = module.take(up_name), module.take(down_name)
     mid = module.tensors.pop(_MID, None)
-    with reporting(module, checkpoint):
+    with module.reporting():
         rank = down.shape[0]
-        note = _dylora_note(up, down, checkpoint)
-    scale, alpha_note = take_scale(module, checkpoint, rank)
-    with reporting(module, checkpoint):
+        note = _dylora_note(up, down, module.checkpoint)
+    scale, alpha_note = module.take_scale(rank)
+    with module.reporting():
         delta = _plain(up, down, scale) if mid is None else _tucker(up, down, mid, scale)
-    overrides = bias_override(module, checkpoint)
-    return change_with_dora(module, checkpoint, delta, note, alpha_note, overrides=overrides)
+    overrides = bias_override(module)
+    return change_with_dora(module, delta, note, alpha_note, overrides=overrides)
 
 
 def _plain(up: Array, down: Array, scale: float) -> TuckerDelta:

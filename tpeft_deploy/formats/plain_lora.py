@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.products.compact import low_rank
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, doing, reporting, take, take_scale
+from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.formats.reader import About, reader, without_config
 from tpeft_deploy.tucker import TuckerDelta
 
@@ -33,17 +33,17 @@ _A, _B = "lora_A.weight", "lora_B.weight"
     marks={_A, _B},
     matches=without_config,
 )
-def read_plain_lora(module: Module, checkpoint: Checkpoint) -> Change:
+def read_plain_lora(module: Module) -> Change:
     """The module's change."""
-    down, up = take(module, checkpoint, _A), take(module, checkpoint, _B)
-    if "alpha" not in module.tensors and checkpoint.scale is None:
+    down, up = module.take(_A), module.take(_B)
+    if "alpha" not in module.tensors and module.checkpoint.scale is None:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             problem="the file has no alpha and came without adapter_config.json, so the scale is unknown",
             fix="Give the directory that holds both files, or scale= (lora_alpha / r; 1.0 for ai-toolkit).",
         )
-    scale, _ = take_scale(module, checkpoint, max(down.shape[0], 1) if down.ndim else 1)
-    with reporting(module, checkpoint):
+    scale, _ = module.take_scale(max(down.shape[0], 1) if down.ndim else 1)
+    with module.reporting():
         if up.ndim != down.ndim or any(size != 1 for size in up.shape[2:]):
             raise ValueError(f"lora_B has shape {up.shape} beside lora_A {down.shape}")
         if down.ndim == 2:

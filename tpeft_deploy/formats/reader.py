@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.read.module import Change, Module
 
 __all__ = ["About", "Reader", "reader", "without_config"]
 
@@ -47,16 +47,16 @@ class Reader:
             missing or does not fit, if the configuration lacks a setting, and if no base was given that is needed.
         joined_suffixes: suffixes that follow the module's name without a dot.
         may_be_empty: suffixes of tensors that may be without values.
-        shared: whole keys of tensors that several modules use, given as `checkpoint.shared`.
-        shared_prefixes: prefixes of such keys; the reader adds those that it takes to `checkpoint.used`.
+        shared: whole keys of tensors that several modules use, given as `module.checkpoint.shared`.
+        shared_prefixes: prefixes of such keys; the reader adds those that it takes to `used` there.
     """
 
     name: str
     about: About
     suffixes: frozenset[str]
     marks: frozenset[str]
-    matches: Callable[[Module, Checkpoint], bool]
-    read: Callable[[Module, Checkpoint], Change]
+    matches: Callable[[Module], bool]
+    read: Callable[[Module], Change]
     joined_suffixes: frozenset[str]
     may_be_empty: frozenset[str]
     shared: frozenset[str]
@@ -69,12 +69,12 @@ def reader(
     suffixes: Iterable[str],
     *,
     marks: Iterable[str] | None = None,
-    matches: Callable[[Module, Checkpoint], bool] | None = None,
+    matches: Callable[[Module], bool] | None = None,
     joined_suffixes: Iterable[str] = (),
     may_be_empty: Iterable[str] = (),
     shared: Iterable[str] = (),
     shared_prefixes: tuple[str, ...] = (),
-) -> Callable[[Callable[[Module, Checkpoint], Change]], Reader]:
+) -> Callable[[Callable[[Module], Change]], Reader]:
     """Make the decorated function a reader.
 
     Args:
@@ -90,10 +90,10 @@ def reader(
     """
     consumed = frozenset(suffixes)
 
-    def of_type(module: Module, checkpoint: Checkpoint) -> bool:
-        return not about.types or checkpoint.config.get("peft_type") in about.types
+    def of_type(module: Module) -> bool:
+        return not about.types or module.checkpoint.config.get("peft_type") in about.types
 
-    def decorate(read: Callable[[Module, Checkpoint], Change]) -> Reader:
+    def decorate(read: Callable[[Module], Change]) -> Reader:
         return Reader(
             name,
             about,
@@ -110,6 +110,6 @@ def reader(
     return decorate
 
 
-def without_config(module: Module, checkpoint: Checkpoint) -> bool:
+def without_config(module: Module) -> bool:
     """Whether the file came without adapter_config.json: `matches` of formats with PEFT's suffixes in a single file."""
-    return not checkpoint.config
+    return not module.checkpoint.config

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tpeft_deploy.errors import MissingExtra, UnsupportedBase
+from tpeft_deploy.errors import UnsupportedBase, requires
 
 __all__ = ["is_diffusers", "load_diffusers"]
 
@@ -99,15 +99,8 @@ def _class(path: Path, doing: str) -> Any:
 
 
 def _diffusers(doing: str) -> ModuleType:
-    try:
+    with requires("diffusers", "diffusers", doing):
         import diffusers
-    except ImportError as error:
-        raise MissingExtra(
-            doing,
-            expected="diffusers to be installed, for a directory that it wrote",
-            got=str(error),
-            fix="pip install 'tpeft-deploy[diffusers]'.",
-        ) from error
     module: ModuleType = diffusers
     return module
 

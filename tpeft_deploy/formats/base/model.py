@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tpeft_deploy.errors import MissingExtra, TpeftError, UnsupportedBase, brief
+from tpeft_deploy.errors import TpeftError, UnsupportedBase, brief, requires
 from tpeft_deploy.formats.base.diffusers_model import is_diffusers, load_diffusers
 
 __all__ = ["FACTORY", "architecture", "call_factory", "load_model", "model_class", "no_module", "open_model"]
@@ -131,15 +131,8 @@ def _factory(name: str, module_name: str, function_name: str) -> Callable[[], ob
 
 
 def _transformers(path: Path) -> ModuleType:
-    try:
+    with requires("transformers", "hf", f"load base {path}"):
         import transformers
-    except ImportError as error:
-        raise MissingExtra(
-            f"load base {path}",
-            expected="transformers to be installed, for a Hugging Face model directory",
-            got=str(error),
-            fix="pip install 'tpeft-deploy[hf]'.",
-        ) from error
     module: ModuleType = transformers
     return module
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, base_array, doing, needs_base, no_scale
+from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["base_weight", "cayley", "change_of_base", "dense_delta", "rotate_inputs", "skew_of_triangle"]
@@ -17,40 +17,37 @@ __all__ = ["base_weight", "cayley", "change_of_base", "dense_delta", "rotate_inp
 _LARGEST = 1e6  # beyond it the libraries' float32 result is not a rotation
 
 
-def base_weight(module: Module, checkpoint: Checkpoint, method: str) -> Array:
+def base_weight(module: Module, method: str) -> Array:
     """The module's weight in float64, for a method that records its scale.
 
     Raises:
         FormatError: no base was given, it has no such weight, the caller gave a scale, or a tensor other than alpha
             holds integers.
     """
-    no_scale(module, checkpoint)
+    module.no_scale()
     for name, tensor in module.tensors.items():
         if tensor.dtype.kind != "f" and name != "alpha":
-            raise FormatError(
-                f"{doing(module, checkpoint)}, tensor {name!r}", expected="a floating point tensor", got=tensor.dtype
-            )
-    weight = base_array(module, checkpoint, "weight", f"{method} computes its change from the base's weight")
+            raise FormatError(f"{module.doing}, tensor {name!r}", expected="a floating point tensor", got=tensor.dtype)
+    weight = module.base_array("weight", f"{method} computes its change from the base's weight")
     return weight.astype(np.float64)
 
 
-def change_of_base(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, *, bias: Array | None = None) -> Change:
+def change_of_base(module: Module, delta: TuckerDelta, *, bias: Array | None = None) -> Change:
     """A change that holds for this base's weight alone, with the digest of that weight.
 
     Args:
         module: module of the weight.
-        checkpoint: checkpoint of the module.
         delta: W' - W.
         bias: bias that replaces the base's; None if the method does not change it.
 
     Raises:
         FormatError: no base was given.
     """
-    if checkpoint.base is None:
-        raise needs_base(module, checkpoint, "the change belongs to one base")
+    if module.checkpoint.base is None:
+        raise module.needs_base("the change belongs to one base")
     name = f"{module.name}.weight"
     overrides = {} if bias is None else {f"{module.name}.bias": bias}
-    return Change(deltas={name: delta}, overrides=overrides, digests={name: checkpoint.base.digest(name)})
+    return Change(deltas={name: delta}, overrides=overrides, digests={name: module.checkpoint.base.digest(name)})
 
 
 def dense_delta(adapted: Array, weight: Array, like: Array) -> TuckerDelta:

@@ -11,17 +11,7 @@ from tpeft_deploy.formats.lycoris.dora import change_with_dora
 from tpeft_deploy.formats.products.compact import DENSE, is_dense, low_rank, widen
 from tpeft_deploy.formats.products.hadamard import loha, loha_tucker
 from tpeft_deploy.formats.products.kronecker import Half, full, lokr, product, tucker
-from tpeft_deploy.formats.read.module import (
-    Change,
-    Checkpoint,
-    Module,
-    base_array,
-    doing,
-    no_scale,
-    reporting,
-    take,
-    take_scale,
-)
+from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.formats.reader import About, reader, without_config
 from tpeft_deploy.tucker import Array, TuckerDelta, mode_product
 
@@ -31,7 +21,7 @@ _GLORA_MATRICES = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 _RS_LORA = "GLoRA, read with scale alpha / rank; one trained with rs_lora has another scale, which its file omits"
 
 
-def _is_glora(module: Module, checkpoint: Checkpoint) -> bool:
+def _is_glora(module: Module) -> bool:
     """Whether the module has GLoRA's first matrix and another; a1 alone may be the name of a layer."""
     return "a1.weight" in module.tensors and any(name in module.tensors for name in _GLORA_MATRICES[1:])
 
@@ -42,19 +32,19 @@ def _is_glora(module: Module, checkpoint: Checkpoint) -> bool:
     {*_GLORA_MATRICES, "alpha"},
     matches=_is_glora,
 )
-def read_glora(module: Module, checkpoint: Checkpoint) -> Change:
+def read_glora(module: Module) -> Change:
     """GLoRA as LyCORIS writes it (arXiv 2306.07967): a low-rank change, and one multiplied with the base's weight.
 
         dW = s (W x_1 (a1 a2)^T + b1 b2)        a1 (I, r), a2 (r, I), b1 (O, r), b2 (r, I, K1, ...), s = alpha / r
 
     The change holds for this W alone; it has rank 2 r if the weight has no kernel, else it is kept dense.
     """
-    a1, a2, b1, b2 = (widen(take(module, checkpoint, name)) for name in _GLORA_MATRICES)
-    weight = base_array(module, checkpoint, "weight", "GLoRA's change depends on the base's weight")
-    with reporting(module, checkpoint):
+    a1, a2, b1, b2 = (widen(module.take(name)) for name in _GLORA_MATRICES)
+    weight = module.base_array("weight", "GLoRA's change depends on the base's weight")
+    with module.reporting():
         rank = a2.shape[0]
-    scale, note = take_scale(module, checkpoint, rank)
-    with reporting(module, checkpoint):
+    scale, note = module.take_scale(rank)
+    with module.reporting():
         delta = _delta(weight, _flat(a1), _flat(a2), _flat(b1), b2, scale)
         if delta.shape != weight.shape:
             raise ValueError(f"a change of shape {delta.shape} for a weight of shape {weight.shape}")
@@ -101,7 +91,7 @@ _CORES = ("hada_t1", "hada_t2")
     marks={"hada_w1_a"},
     matches=without_config,
 )
-def read_loha(module: Module, checkpoint: Checkpoint) -> Change:
+def read_loha(module: Module) -> Change:
     """LoHa as LyCORIS and sd-scripts write it: an elementwise product of two low-rank changes.
 
         plain       dW = s (w1_a w1_b) * (w2_a w2_b)        w*_a (O, r), w*_b (r, I K1 ...)
@@ -110,20 +100,20 @@ def read_loha(module: Module, checkpoint: Checkpoint) -> Change:
 
     with s = alpha / r, applied once as in LyCORIS' forward; its merge_to applies it twice.
     """
-    w1a, w1b, w2a, w2b = (take(module, checkpoint, name) for name in _LOHA_MATRICES)
-    shape = base_array(module, checkpoint, "weight", "LoHa does not state the weight's shape").shape
+    w1a, w1b, w2a, w2b = (module.take(name) for name in _LOHA_MATRICES)
+    shape = module.base_array("weight", "LoHa does not state the weight's shape").shape
     tucker = any(name in module.tensors for name in _CORES)
-    with reporting(module, checkpoint):
+    with module.reporting():
         rank = w1b.shape[0]  # (r, I K1 ...) and (r, I): the rank comes first in both layouts
-    scale, note = take_scale(module, checkpoint, rank)
+    scale, note = module.take_scale(rank)
     if tucker:
-        t1, t2 = (take(module, checkpoint, name) for name in _CORES)
-        with reporting(module, checkpoint):
+        t1, t2 = (module.take(name) for name in _CORES)
+        with module.reporting():
             delta = loha_tucker(t1, w1a, w1b, t2, w2a, w2b, scale=scale, shape=shape)
     else:
-        with reporting(module, checkpoint):
+        with module.reporting():
             delta = loha(w1a, w1b, w2a, w2b, scale=scale, shape=shape)
-    return change_with_dora(module, checkpoint, delta, DENSE if is_dense(delta) else None, note)
+    return change_with_dora(module, delta, DENSE if is_dense(delta) else None, note)
 
 
 _STARTS = ("lokr_w1", "lokr_w1_a")
@@ -140,7 +130,7 @@ _FULL = "LoKr of two full halves, read with scale 1; LyCORIS' rs_lora trains the
     marks=_STARTS,
     matches=without_config,
 )
-def read_lokr(module: Module, checkpoint: Checkpoint) -> Change:
+def read_lokr(module: Module) -> Change:
     """LoKr as LyCORIS and sd-scripts write it: a Kronecker product, each half full or factored.
 
         dW = s kron(w1, w2)     w1 = lokr_w1 (a, c), or lokr_w1_a (a, r) lokr_w1_b (r, c)
@@ -150,30 +140,30 @@ def read_lokr(module: Module, checkpoint: Checkpoint) -> Change:
     with s = alpha / r, applied once as in LyCORIS' forward; its merge_to applies it twice.  With both halves full there
     is no rank, and s is 1 for any alpha.
     """
-    shape = base_array(module, checkpoint, "weight", "LoKr does not state the weight's shape").shape
-    first = _half(module, checkpoint, "lokr_w1", ())
-    second = _half(module, checkpoint, "lokr_w2", shape[2:])
-    scale, note = _scale(module, checkpoint, first, second)
-    with reporting(module, checkpoint):
+    shape = module.base_array("weight", "LoKr does not state the weight's shape").shape
+    first = _half(module, "lokr_w1", ())
+    second = _half(module, "lokr_w2", shape[2:])
+    scale, note = _scale(module, first, second)
+    with module.reporting():
         delta = lokr(first, second, scale=scale, shape=shape)
-    return change_with_dora(module, checkpoint, delta, DENSE if is_dense(delta) else None, note)
+    return change_with_dora(module, delta, DENSE if is_dense(delta) else None, note)
 
 
-def _half(module: Module, checkpoint: Checkpoint, name: str, kernel: tuple[int, ...]) -> Half:
+def _half(module: Module, name: str, kernel: tuple[int, ...]) -> Half:
     if name in module.tensors:
         return full(module.tensors.pop(name))
-    left, right = take(module, checkpoint, f"{name}_a"), take(module, checkpoint, f"{name}_b")
+    left, right = module.take(f"{name}_a"), module.take(f"{name}_b")
     core = module.tensors.pop(_CORE, None) if name == "lokr_w2" else None
-    with reporting(module, checkpoint):
+    with module.reporting():
         return product(left, right, kernel) if core is None else tucker(core, left, right, kernel)
 
 
-def _scale(module: Module, checkpoint: Checkpoint, first: Half, second: Half) -> tuple[float, str | None]:
+def _scale(module: Module, first: Half, second: Half) -> tuple[float, str | None]:
     ranks = {half.rank for half in (first, second) if half.rank is not None}
     if not ranks:
         # Trainers write placeholders such as 1e10 as alpha, which LyCORIS, sd-scripts and ComfyUI ignore.
-        no_scale(module, checkpoint)
+        module.no_scale()
         return 1.0, None if module.tensors.pop("alpha", None) is None else _FULL
     if len(ranks) > 1:
-        raise FormatError(doing(module, checkpoint), expected="both halves of one rank", got=f"ranks {sorted(ranks)}")
-    return take_scale(module, checkpoint, ranks.pop())
+        raise FormatError(module.doing, expected="both halves of one rank", got=f"ranks {sorted(ranks)}")
+    return module.take_scale(ranks.pop())

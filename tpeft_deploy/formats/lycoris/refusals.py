@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, NoReturn
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.read.module import Checkpoint, Module, doing
+from tpeft_deploy.formats.read.module import Module
 from tpeft_deploy.formats.reader import About, reader
 
 __all__ = ["REFUSALS", "Refusal", "read_refusals"]
@@ -47,7 +47,7 @@ REFUSALS: dict[str, Refusal] = {
 _BESIDE = frozenset({"q_layer.weight", "p_layer.weight"})
 
 
-def _is_refusals(module: Module, checkpoint: Checkpoint) -> bool:
+def _is_refusals(module: Module) -> bool:
     """Whether the module has a tensor of a refused method; precedes all other readers."""
     return _found(module) is not None
 
@@ -58,11 +58,11 @@ def _is_refusals(module: Module, checkpoint: Checkpoint) -> bool:
     frozenset(REFUSALS) | _BESIDE,
     matches=_is_refusals,
 )
-def read_refusals(module: Module, checkpoint: Checkpoint) -> NoReturn:
+def read_refusals(module: Module) -> NoReturn:
     """Refuse the module."""
     name = _found(module) or min(module.tensors)
     refusal = REFUSALS.get(name, _NEVER)
-    raise FormatError(f"{doing(module, checkpoint)}, tensor {name!r}", problem=refusal.problem, fix=refusal.fix)
+    raise FormatError(f"{module.doing}, tensor {name!r}", problem=refusal.problem, fix=refusal.fix)
 
 
 def _found(module: Module) -> str | None:

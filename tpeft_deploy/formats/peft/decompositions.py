@@ -7,7 +7,7 @@ import numpy as np
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.base.products import base_weight, change_of_base, dense_delta
 from tpeft_deploy.formats.peft.config import matrix_delta, number, stored_transposed
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, doing, reporting, take
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
 
@@ -17,7 +17,7 @@ _P, _R = "deft_P", "deft_R"
 
 
 @reader("peft-deft", About("PEFT", "DEFT", "linear, Conv1D", "yes", "low-rank", types=("DEFT",)), {_P, _R}, marks={_P})
-def read_deft(module: Module, checkpoint: Checkpoint) -> Change:
+def read_deft(module: Module) -> Change:
     """DEFT as PEFT saves it: a subspace of the outputs is removed from the weight and replaced.
 
     W' = W + Q (s R - P^T W)        deft_P (O, r), deft_R (r, I); s = alpha / r, or 1 without alpha
@@ -25,25 +25,25 @@ def read_deft(module: Module, checkpoint: Checkpoint) -> Change:
     decomposition_method defines Q and P: deft_P and its positive part (relu), or for both the orthonormal basis of its
     QR decomposition (qr), with the signs of Householder reflections.  `para` only removes, and has no deft_R.
     """
-    weight = base_weight(module, checkpoint, "DEFT")
-    stored = take(module, checkpoint, _P)
-    filled = None if checkpoint.config.get("para") else take(module, checkpoint, _R)
-    with reporting(module, checkpoint):
+    weight = base_weight(module, "DEFT")
+    stored = module.take(_P)
+    filled = None if module.checkpoint.config.get("para") else module.take(_R)
+    with module.reporting():
         outputs, rank = stored.shape
-        transposed = stored_transposed(module, checkpoint, outputs, weight.size // max(1, outputs))
+        transposed = stored_transposed(module, outputs, weight.size // max(1, outputs))
         matrix = weight.T if transposed else weight
         shapes = [tensor.shape for tensor in (stored, filled) if tensor is not None]
         if weight.ndim != 2 or shapes != [(len(matrix), rank), (rank, matrix.shape[1])][: len(shapes)]:
             raise ValueError(f"tensors of shapes {shapes} for a weight of shape {weight.shape}")
-        left, right = _sides(module, checkpoint, stored.astype(np.float64))
-        if rank > outputs and checkpoint.config.get("decomposition_method") == "relu":
-            return change_of_base(module, checkpoint, _dense(checkpoint, weight, stored, filled, transposed=transposed))
+        left, right = _sides(module, stored.astype(np.float64))
+        if rank > outputs and module.checkpoint.config.get("decomposition_method") == "relu":
+            return change_of_base(module, _dense(module.checkpoint, weight, stored, filled, transposed=transposed))
         inner = -(right.T @ matrix)
         if filled is not None:
-            inner += _scale(checkpoint, rank) * filled.astype(np.float64)
+            inner += _scale(module.checkpoint, rank) * filled.astype(np.float64)
         dtype = np.promote_types(stored.dtype, np.float32)
         delta = matrix_delta(left.astype(dtype), inner.astype(dtype), 1.0, transposed=transposed)
-        return change_of_base(module, checkpoint, delta)
+        return change_of_base(module, delta)
 
 
 def _dense(
@@ -60,16 +60,16 @@ def _dense(
 
 
 def _scale(checkpoint: Checkpoint, rank: int) -> float:
-    return number(checkpoint.config, "alpha", checkpoint.source) / rank if checkpoint.config.get("alpha") else 1.0
+    return number(checkpoint, "alpha") / rank if checkpoint.config.get("alpha") else 1.0
 
 
-def _sides(module: Module, checkpoint: Checkpoint, basis: Array) -> tuple[Array, Array]:
-    method = checkpoint.config.get("decomposition_method")
+def _sides(module: Module, basis: Array) -> tuple[Array, Array]:
+    method = module.checkpoint.config.get("decomposition_method")
     if method == "relu":
         return basis, np.maximum(basis, 0)
     if method != "qr":
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected="relu or qr as decomposition_method in adapter_config.json",
             got=repr(method),
             fix="Save the adapter again with save_pretrained.",
@@ -94,7 +94,7 @@ _FROD_SHARED_PREFIXES = (_BASIS, _PLACES, _SIZE)
     may_be_empty={_ENTRIES},
     shared_prefixes=_FROD_SHARED_PREFIXES,
 )
-def read_frod(module: Module, checkpoint: Checkpoint) -> Change:
+def read_frod(module: Module) -> Change:
     """FRoD as PEFT saves it: the weight is decomposed in a basis that layers share, and the coefficients are trained.
 
     W = U_0 V^T, the columns of U_0 at length 1 as U        W' = U (diag(l) + S) V^T
@@ -104,12 +104,12 @@ def read_frod(module: Module, checkpoint: Checkpoint) -> Change:
     .frod_s_indices.<name> (2, n), .frod_s_size.<name> (2,).  PEFT saves them with save_projection; otherwise they
     depend on torch's random numbers and on signs of eigenvectors.
     """
-    weight = base_weight(module, checkpoint, "FRoD")
-    diagonal, entries = take(module, checkpoint, _DIAGONAL), take(module, checkpoint, _ENTRIES)
-    basis, places, size = (_shared(module, checkpoint, prefix) for prefix in _FROD_SHARED_PREFIXES)
-    with reporting(module, checkpoint):
+    weight = base_weight(module, "FRoD")
+    diagonal, entries = module.take(_DIAGONAL), module.take(_ENTRIES)
+    basis, places, size = (_shared(module, prefix) for prefix in _FROD_SHARED_PREFIXES)
+    with module.reporting():
         inputs = diagonal.size
-        transposed = stored_transposed(module, checkpoint, weight.size // max(1, inputs), inputs)
+        transposed = stored_transposed(module, weight.size // max(1, inputs), inputs)
         matrix = weight.T if transposed else weight
         fits = weight.ndim == 2 and basis.shape == (matrix.shape[1],) * 2 and size.tolist() == [inputs, inputs]
         fits = fits and places.dtype.kind == "i" and places.shape == (2, entries.size) and inputs == len(basis)
@@ -125,20 +125,20 @@ def read_frod(module: Module, checkpoint: Checkpoint) -> Change:
         np.add.at(middle, tuple(places), entries.reshape(-1))
         adapted = units @ middle @ basis.T
         delta = dense_delta(adapted.T if transposed else adapted, weight, diagonal)
-        return change_of_base(module, checkpoint, delta)
+        return change_of_base(module, delta)
 
 
-def _shared(module: Module, checkpoint: Checkpoint, prefix: str) -> Array:
+def _shared(module: Module, prefix: str) -> Array:
     key = prefix + _role(module.name)
-    if key not in checkpoint.shared:
+    if key not in module.checkpoint.shared:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected=f"a tensor {key}",
             got="none",
             fix="Save the adapter again with save_projection=True.",
         )
-    checkpoint.used.add(key)
-    return checkpoint.shared[key]
+    module.checkpoint.used.add(key)
+    return module.checkpoint.shared[key]
 
 
 def _role(name: str) -> str:
@@ -156,7 +156,7 @@ _APART = 1e-4  # relative to the largest value; float32 may order closer ones di
 
 
 @reader("peft-osf", About("PEFT", "OSF", "linear", "yes", "low-rank", types=("OSF",)), {_U, _S, _V}, marks={_S})
-def read_osf(module: Module, checkpoint: Checkpoint) -> Change:
+def read_osf(module: Module) -> Change:
     """OSF as PEFT saves it: the small singular values of the weight, and vectors are replaced (arXiv 2504.07097).
 
     W' = W + U S V - U_0 S_0 V_0        osf_svd_params.U_low (O, r), .S_low (r,), .V_low (r, I)
@@ -164,9 +164,9 @@ def read_osf(module: Module, checkpoint: Checkpoint) -> Change:
     U_0 S_0 V_0 is the part of the base weight's singular value decomposition that belongs to its r smallest values;
     PEFT does not save it, and computes it from the base in float32.
     """
-    weight = base_weight(module, checkpoint, "OSF")
-    left, values, right = (take(module, checkpoint, name) for name in (_U, _S, _V))
-    with reporting(module, checkpoint):
+    weight = base_weight(module, "OSF")
+    left, values, right = (module.take(name) for name in (_U, _S, _V))
+    with module.reporting():
         kept = min(weight.shape) - values.size
         shapes = (left.shape, values.shape, right.shape)
         if kept < 0 or shapes != ((len(weight), values.size), (values.size,), (values.size, *weight.shape[1:])):
@@ -179,4 +179,4 @@ def read_osf(module: Module, checkpoint: Checkpoint) -> Change:
         up = np.hstack([left.astype(np.float64) * values, -before[:, kept:] * sizes[kept:]])
         down = np.vstack([right.astype(np.float64), after[kept:]])
         dtype = np.promote_types(left.dtype, np.float32)
-        return change_of_base(module, checkpoint, matrix_delta(up.astype(dtype), down.astype(dtype), 1.0))
+        return change_of_base(module, matrix_delta(up.astype(dtype), down.astype(dtype), 1.0))

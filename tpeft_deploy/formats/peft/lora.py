@@ -10,19 +10,8 @@ import numpy as np
 
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft.config import alpha_of, base_bias, is_type, matrix_delta, stored_transposed
-from tpeft_deploy.formats.peft.dense import misfit
 from tpeft_deploy.formats.products.compact import DENSE, dense_is_smaller, is_dense, low_rank, widen
-from tpeft_deploy.formats.read.module import (
-    Change,
-    Checkpoint,
-    Module,
-    base_array,
-    doing,
-    needs_base,
-    no_scale,
-    reporting,
-    take,
-)
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.patterns import Endings
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -47,7 +36,7 @@ _LORA_BIAS, _MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
     {_LORA_A, _LORA_B, _EMBEDDING_A, _EMBEDDING_B, _LORA_BIAS, _MAGNITUDE},
     marks={_LORA_A, _LORA_B, _EMBEDDING_A, _EMBEDDING_B},
 )
-def read_lora(module: Module, checkpoint: Checkpoint) -> Change:
+def read_lora(module: Module) -> Change:
     """LoRA as PEFT saves it, with rsLoRA, DoRA, biases and patterns (arXiv 2106.09685, 2312.03732, 2402.09353).
 
         dW = s B A        s = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
@@ -63,14 +52,14 @@ def read_lora(module: Module, checkpoint: Checkpoint) -> Change:
     padding_mode.
     """
     target = f"{module.name}.weight"
-    with reporting(module, checkpoint):
-        delta, axis = _lora_delta(module, checkpoint)
+    with module.reporting():
+        delta, axis = _lora_delta(module)
         gains = {}
         if _MAGNITUDE in module.tensors:
-            gains = {target: _dora_gain(module, checkpoint, delta, axis)}
+            gains = {target: _dora_gain(module, delta, axis)}
         overrides = {}
         if _LORA_BIAS in module.tensors:
-            overrides = {f"{module.name}.bias": _bias(module, checkpoint, delta.scale)}
+            overrides = {f"{module.name}.bias": _bias(module, delta.scale)}
     return Change(deltas={target: delta}, overrides=overrides, gains=gains)
 
 
@@ -84,26 +73,26 @@ def scale_of(checkpoint: Checkpoint, name: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if checkpoint.config.get("use_rslora") else rank)
 
 
-def _lora_delta(module: Module, checkpoint: Checkpoint) -> tuple[TuckerDelta, int]:
+def _lora_delta(module: Module) -> tuple[TuckerDelta, int]:
     """The change, and the output axis of the weight, along which DoRA rescales."""
-    no_scale(module, checkpoint)
+    module.no_scale()
     if _EMBEDDING_A in module.tensors or _EMBEDDING_B in module.tensors:
-        rows, columns = take(module, checkpoint, _EMBEDDING_A), take(module, checkpoint, _EMBEDDING_B)
-        return matrix_delta(rows.T, columns.T, scale_of(checkpoint, module.name, rows.shape[0])), 1
-    down, up = take(module, checkpoint, _LORA_A), take(module, checkpoint, _LORA_B)
-    scale = scale_of(checkpoint, module.name, down.shape[0])
+        rows, columns = module.take(_EMBEDDING_A), module.take(_EMBEDDING_B)
+        return matrix_delta(rows.T, columns.T, scale_of(module.checkpoint, module.name, rows.shape[0])), 1
+    down, up = module.take(_LORA_A), module.take(_LORA_B)
+    scale = scale_of(module.checkpoint, module.name, down.shape[0])
     if down.ndim > 2:
-        return _convolution(module, checkpoint, down, up, scale), 0
-    transposed = stored_transposed(module, checkpoint, up.shape[0], down.shape[1])
+        return _convolution(module, down, up, scale), 0
+    transposed = stored_transposed(module, up.shape[0], down.shape[1])
     delta = matrix_delta(up, down, scale, transposed=transposed)
-    delta = subtract_initial(module, checkpoint, delta, transposed=transposed)
+    delta = subtract_initial(module, delta, transposed=transposed)
     return delta, int(transposed)
 
 
-def _convolution(module: Module, checkpoint: Checkpoint, down: Array, up: Array, scale: float) -> TuckerDelta:
+def _convolution(module: Module, down: Array, up: Array, scale: float) -> TuckerDelta:
     if up.shape[1] != down.shape[0]:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected="a convolution of one group",
             got=f"lora_A of {down.shape[0]} channels that lora_B takes in groups of {up.shape[1]}: each group of "
             "outputs then sees all inputs, which a weight in groups cannot hold",
@@ -113,28 +102,28 @@ def _convolution(module: Module, checkpoint: Checkpoint, down: Array, up: Array,
     return TuckerDelta(down, (up.reshape(up.shape[:2]), *[None] * (down.ndim - 1)), scale)
 
 
-def _dora_gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, axis: int) -> Array:
+def _dora_gain(module: Module, delta: TuckerDelta, axis: int) -> Array:
     """The magnitude over the norm of W + dW along all axes but `axis`, of a shape that broadcasts against W."""
-    weight = base_array(module, checkpoint, "weight", "DoRA's gain depends on the base's weight")
-    magnitude = take(module, checkpoint, _MAGNITUDE)
+    weight = module.base_array("weight", "DoRA's gain depends on the base's weight")
+    magnitude = module.take(_MAGNITUDE)
     if delta.shape != weight.shape or magnitude.size != weight.shape[axis]:
         expected = f"a change of shape {weight.shape} with {weight.shape[axis]} magnitudes, as the base's weight"
-        raise misfit(module, checkpoint, expected, f"{delta.shape} with {magnitude.size}")
+        raise module.misfit(expected, f"{delta.shape} with {magnitude.size}")
     adapted = weight.astype(np.float64) + delta.dense()
     others = tuple(a for a in range(weight.ndim) if a != axis)
     norm = np.sqrt(np.square(adapted).sum(axis=others, keepdims=True))
     if not norm.all():
-        raise FormatError(doing(module, checkpoint), problem="a channel of W + dW is zero, which DoRA divides by")
+        raise FormatError(module.doing, problem="a channel of W + dW is zero, which DoRA divides by")
     gain: Array = magnitude.astype(np.float64).reshape(norm.shape) / norm
     return gain.astype(np.promote_types(magnitude.dtype, np.float32))
 
 
-def _bias(module: Module, checkpoint: Checkpoint, scale: float) -> Array:
-    added = take(module, checkpoint, _LORA_BIAS)
-    bias = base_bias(module, checkpoint, "lora_bias adds to the base's bias")
+def _bias(module: Module, scale: float) -> Array:
+    added = module.take(_LORA_BIAS)
+    bias = base_bias(module, "lora_bias adds to the base's bias")
     if bias is None or bias.shape != added.shape:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected=f"a bias of shape {added.shape} in the base, which lora_bias adds to",
             got="none" if bias is None else bias.shape,
             fix="Train again with lora_bias=False for layers without a bias.",
@@ -142,28 +131,25 @@ def _bias(module: Module, checkpoint: Checkpoint, scale: float) -> Array:
     return (bias + scale * added).astype(np.promote_types(added.dtype, np.float32))
 
 
-def subtract_initial(module: Module, checkpoint: Checkpoint, delta: TuckerDelta, *, transposed: bool) -> TuckerDelta:
+def subtract_initial(module: Module, delta: TuckerDelta, *, transposed: bool) -> TuckerDelta:
     """The change s B A - P for PiSSA and OLoRA, of rank 2 r; s B A for every other init.
 
     Args:
         module: module that is read.
-        checkpoint: checkpoint of the module.
         delta: s B A as factors of a weight.
         transposed: True if the weight is stored as (I, O).
 
     Raises:
         FormatError: no base was given to compute P from.
     """
-    init = checkpoint.config.get("init_lora_weights")
+    init = module.checkpoint.config.get("init_lora_weights")
     if not isinstance(init, str) or init.lower() not in {"pissa", "olora"}:
         return delta
-    weight = base_array(
-        module, checkpoint, "weight", f"init_lora_weights={init!r} subtracts a part of the base's weight"
-    )
+    weight = module.base_array("weight", f"init_lora_weights={init!r} subtracts a part of the base's weight")
     if init.lower() == "olora" and transposed:
-        raise FormatError(doing(module, checkpoint), expected="OLoRA on a Linear layer", got="a transformers Conv1D")
+        raise FormatError(module.doing, expected="OLoRA on a Linear layer", got="a transformers Conv1D")
     if weight.shape != delta.shape:
-        raise FormatError(doing(module, checkpoint), expected=f"a change of shape {weight.shape}", got=delta.shape)
+        raise FormatError(module.doing, expected=f"a change of shape {weight.shape}", got=delta.shape)
     rank = delta.ranks[0]
     left, right, factor = _pissa(weight, rank, delta.scale) if init.lower() == "pissa" else _olora(weight, rank)
     core = np.zeros((rank + left.shape[1],) * 2, delta.core.dtype)
@@ -171,7 +157,7 @@ def subtract_initial(module: Module, checkpoint: Checkpoint, delta: TuckerDelta,
     core[rank:, rank:] = -factor * np.eye(left.shape[1])
     up, down = delta.factors
     if up is None or down is None:
-        raise FormatError(doing(module, checkpoint), expected="two factors", got="one")
+        raise FormatError(module.doing, expected="two factors", got="one")
     factors = (np.hstack([up, left.astype(up.dtype)]), np.hstack([down, right.astype(down.dtype)]))
     return TuckerDelta(core, factors, delta.scale)
 
@@ -194,13 +180,9 @@ _OUT = ".base_layer.out_proj"
 _TWICE = "PEFT adds the change of MultiheadAttention's out_proj twice, in training as well, so it is read as 2 s B A"
 
 
-def _is_attention(module: Module, checkpoint: Checkpoint) -> bool:
+def _is_attention(module: Module) -> bool:
     """Whether the module is a MultiheadAttention of the base, or the out_proj inside one; precedes plain LoRA."""
-    return (
-        is_type(checkpoint, "LORA")
-        and _ATTENTION_A in module.tensors
-        and (_is_out(module) or _is_in(module, checkpoint))
-    )
+    return is_type(module.checkpoint, "LORA") and _ATTENTION_A in module.tensors and (_is_out(module) or _is_in(module))
 
 
 @reader(
@@ -209,7 +191,7 @@ def _is_attention(module: Module, checkpoint: Checkpoint) -> bool:
     {_ATTENTION_A, _ATTENTION_B, _ATTENTION_BIAS},
     matches=_is_attention,
 )
-def read_attention(module: Module, checkpoint: Checkpoint) -> Change:
+def read_attention(module: Module) -> Change:
     """LoRA on torch's MultiheadAttention as PEFT saves it: both projections, in_proj as one matrix.
 
         in_proj_weight   (3 E, E)   s B A       <module>.lora_A.weight (r, E), lora_B.weight (3 E, r)
@@ -218,19 +200,19 @@ def read_attention(module: Module, checkpoint: Checkpoint) -> Change:
     The factor 2 is a property of PEFT (0.21.2): MultiheadAttention.merge, which forward calls too, adds the change of
     out_proj and then calls out_proj.merge, which adds it again.  The adapter was trained with it.
     """
-    no_scale(module, checkpoint)
+    module.no_scale()
     if _ATTENTION_BIAS in module.tensors:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected="LoRA without biases on MultiheadAttention",
             got="lora_bias, which PEFT leaves out of one projection and not of the other",
             fix="Train again with lora_bias=False.",
         )
-    down, up = take(module, checkpoint, _ATTENTION_A), take(module, checkpoint, _ATTENTION_B)
+    down, up = module.take(_ATTENTION_A), module.take(_ATTENTION_B)
     # PEFT uses the attention's rank and alpha for its out_proj.
     attention = module.name.removesuffix(".out_proj") if _is_out(module) else module.name
-    with reporting(module, checkpoint):
-        delta = matrix_delta(up, down, scale_of(checkpoint, attention, down.shape[0]))
+    with module.reporting():
+        delta = matrix_delta(up, down, scale_of(module.checkpoint, attention, down.shape[0]))
     if not _is_out(module):
         return Change(deltas={f"{module.name}.in_proj_weight": delta})
     target = f"{module.name}.weight"
@@ -241,8 +223,8 @@ def _is_out(module: Module) -> bool:
     return module.key.endswith(_OUT)
 
 
-def _is_in(module: Module, checkpoint: Checkpoint) -> bool:
-    return checkpoint.base is not None and f"{module.name}.in_proj_weight" in checkpoint.base.weights
+def _is_in(module: Module) -> bool:
+    return module.checkpoint.base is not None and f"{module.name}.in_proj_weight" in module.checkpoint.base.weights
 
 
 _EXPERTS_A, _EXPERTS_B = "lora_A.weight", "lora_B.weight"
@@ -250,19 +232,19 @@ _WRAPPED = re.compile(r"(?:\.base_layer)*$")
 _EXPERTS_NAME = "peft-lora-parameter"
 
 
-def _is_experts(module: Module, checkpoint: Checkpoint) -> bool:
+def _is_experts(module: Module) -> bool:
     """Whether the configuration targets a parameter of this module; precedes plain LoRA."""
-    if not is_type(checkpoint, "LORA") or _EXPERTS_A not in module.tensors:
+    if not is_type(module.checkpoint, "LORA") or _EXPERTS_A not in module.tensors:
         return False
-    targets = checkpoint.config.get("target_parameters")
+    targets = module.checkpoint.config.get("target_parameters")
     if not targets:
         return False
-    if checkpoint.base is None:
-        if _EXPERTS_NAME not in checkpoint.memo:
-            checkpoint.memo[_EXPERTS_NAME] = Endings(target.rpartition(".")[0] for target in targets)
-        owners: Endings = checkpoint.memo[_EXPERTS_NAME]
-        return owners.end_module(checkpoint.trained_name(module.name))
-    return bool(_targeted(module, checkpoint))
+    if module.checkpoint.base is None:
+        if _EXPERTS_NAME not in module.checkpoint.memo:
+            module.checkpoint.memo[_EXPERTS_NAME] = Endings(target.rpartition(".")[0] for target in targets)
+        owners: Endings = module.checkpoint.memo[_EXPERTS_NAME]
+        return owners.end_module(module.checkpoint.trained_name(module.name))
+    return bool(_targeted(module))
 
 
 @reader(
@@ -271,7 +253,7 @@ def _is_experts(module: Module, checkpoint: Checkpoint) -> bool:
     {_EXPERTS_A, _EXPERTS_B},
     matches=_is_experts,
 )
-def read_experts(module: Module, checkpoint: Checkpoint) -> Change:
+def read_experts(module: Module) -> Change:
     """LoRA on parameters that are not a layer's weight (`target_parameters`), such as stacked experts.
 
         parameter (E, O, I)    dW[e] = s B_e A_e          lora_A.weight (r E, I), rows expert by expert
@@ -281,30 +263,30 @@ def read_experts(module: Module, checkpoint: Checkpoint) -> Change:
     The file names only the module.  Several parameters of a module are wrapped one around the other, in the module's
     order: `<module>.lora_A` is the last, `<module>.base_layer.lora_A` the one before it.
     """
-    no_scale(module, checkpoint)
-    down, up = take(module, checkpoint, _EXPERTS_A), take(module, checkpoint, _EXPERTS_B)
-    if checkpoint.base is None:
-        raise needs_base(module, checkpoint, "target_parameters are resolved by the base's parameters")
-    name = _parameter(module, checkpoint)
-    shape = checkpoint.base.shape(name)
-    with reporting(module, checkpoint):
+    module.no_scale()
+    down, up = module.take(_EXPERTS_A), module.take(_EXPERTS_B)
+    if module.checkpoint.base is None:
+        raise module.needs_base("target_parameters are resolved by the base's parameters")
+    name = _parameter(module)
+    shape = module.checkpoint.base.shape(name)
+    with module.reporting():
         experts = shape[0] if len(shape) == 3 else 1
         rank, left = divmod(down.shape[0], experts)
         fits = len(shape) in {2, 3} and not left and rank and up.shape[1:] == down.shape[:1]
         if not fits or sorted(shape[-2:]) != sorted((up.shape[0], down.shape[1])):
-            raise _misfit(module, checkpoint, name, shape, down, up)
-        scale = scale_of(checkpoint, name, rank)
-        transposed = _transposed(module, checkpoint, name, shape, outputs=up.shape[0])
+            raise _misfit(module, name, shape, down, up)
+        scale = scale_of(module.checkpoint, name, rank)
+        transposed = _transposed(module, name, shape, outputs=up.shape[0])
         delta = _experts_delta(down, up, scale, shape, transposed=transposed)
     return Change(deltas={name: delta}, notes={name: DENSE} if is_dense(delta) else {})
 
 
-def _parameter(module: Module, checkpoint: Checkpoint) -> str:
+def _parameter(module: Module) -> str:
     """The parameter of these tensors, by the number of wrappers around it."""
-    names = _targeted(module, checkpoint)
-    if len(names) > 1 and checkpoint.base is not None and not checkpoint.base.kinds:
+    names = _targeted(module)
+    if len(names) > 1 and module.checkpoint.base is not None and not module.checkpoint.base.kinds:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected="a torch module as base, which keeps the order of a module's parameters",
             got=f"a base without it, and {len(names)} parameters that target_parameters name",
             fix="Give base= as a torch module.",
@@ -313,27 +295,27 @@ def _parameter(module: Module, checkpoint: Checkpoint) -> str:
     depth = wrapped[0].count(".base_layer") if wrapped else 0
     if depth >= len(names):
         expected = f"at least {depth + 1} parameters of this module that target_parameters name"
-        raise misfit(module, checkpoint, expected, ", ".join(names))
+        raise module.misfit(expected, ", ".join(names))
     return names[-1 - depth]
 
 
-def _own_parameters(module: Module, checkpoint: Checkpoint) -> list[str]:
+def _own_parameters(module: Module) -> list[str]:
     """Parameters of the module without those of submodules, in the base's order."""
-    return checkpoint.parameters.get(module.name, [])
+    return module.checkpoint.parameters.get(module.name, [])
 
 
-def _targeted(module: Module, checkpoint: Checkpoint) -> list[str]:
-    targets = checkpoint.endings("target_parameters")
-    names = _own_parameters(module, checkpoint)
-    return [name for name in names if targets.end_module(checkpoint.trained_name(name))]
+def _targeted(module: Module) -> list[str]:
+    targets = module.checkpoint.endings("target_parameters")
+    names = _own_parameters(module)
+    return [name for name in names if targets.end_module(module.checkpoint.trained_name(name))]
 
 
-def _transposed(module: Module, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], *, outputs: int) -> bool:
+def _transposed(module: Module, name: str, shape: tuple[int, ...], *, outputs: int) -> bool:
     if len(shape) == 2:
         return False
     if shape[1] == shape[2]:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected=f"a parameter {name!r} with different numbers of inputs and outputs",
             got=f"shape {shape}, for which only the module's code defines whether outputs come first",
             fix="Merge it with PEFT's merge_and_unload and export the merged model as a separate base.",
@@ -362,8 +344,6 @@ def _experts_delta(down: Array, up: Array, scale: float, shape: tuple[int, ...],
     )
 
 
-def _misfit(
-    module: Module, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], down: Array, up: Array
-) -> FormatError:
+def _misfit(module: Module, name: str, shape: tuple[int, ...], down: Array, up: Array) -> FormatError:
     expected = f"tensors for the parameter {name!r} of shape {shape}"
-    return misfit(module, checkpoint, expected, f"lora_A {down.shape} and lora_B {up.shape}")
+    return module.misfit(expected, f"lora_A {down.shape} and lora_B {up.shape}")

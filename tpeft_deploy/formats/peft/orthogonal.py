@@ -16,7 +16,7 @@ from tpeft_deploy.formats.base.products import (
     skew_of_triangle,
 )
 from tpeft_deploy.formats.peft.config import base_bias, matrix_delta, number
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, doing, reporting, take
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
 
@@ -32,7 +32,7 @@ _MOST_TERMS = 100
     {_LAYER, _EMBEDDING},
     may_be_empty={_LAYER, _EMBEDDING},
 )
-def read_oft(module: Module, checkpoint: Checkpoint) -> Change:
+def read_oft(module: Module) -> Change:
     """OFT as PEFT saves it: blocks of a layer's inputs are rotated (arXiv 2306.07280, 2506.19847).
 
     y = W (x B) + b        W' = W B^T        B = blockdiag(R_1 .. R_n)        oft_R.weight (n, b (b - 1) / 2)
@@ -45,24 +45,24 @@ def read_oft(module: Module, checkpoint: Checkpoint) -> Change:
     Convolutions are read only with a kernel of 1: for larger kernels PEFT rotates overlapping patches and adds them up,
     which is no change of the weight (merge and forward of PEFT differ).
     """
-    weight = base_weight(module, checkpoint, "OFT")
+    weight = base_weight(module, "OFT")
     embedding = _EMBEDDING in module.tensors
-    angles = take(module, checkpoint, _EMBEDDING if embedding else _LAYER)
+    angles = module.take(_EMBEDDING if embedding else _LAYER)
     if math.prod(weight.shape[2:]) != 1:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected="a linear layer, an embedding, or a convolution with a kernel of 1",
             got=f"a kernel of {weight.shape[2:]}: PEFT's OFT adds up its rotated patches where they overlap, which is "
             "no change of the weight",
             fix="Train again without this layer in target_modules, or with BOFT or HRA, which change its weight.",
         )
-    with reporting(module, checkpoint):
+    with module.reporting():
         flat = weight.reshape(len(weight), -1)
-        blocks = _blocks(checkpoint, angles, flat.shape[1], 1 if weight.ndim == 2 else len(weight))
+        blocks = _blocks(module.checkpoint, angles, flat.shape[1], 1 if weight.ndim == 2 else len(weight))
         if weight.ndim == 2 and len(blocks) * blocks.shape[1] != flat.shape[1]:
             raise ValueError(f"{len(blocks)} blocks of size {blocks.shape[1]} for a weight of shape {weight.shape}")
         adapted = rotate_inputs(flat, blocks.swapaxes(1, 2) if embedding else blocks)
-        return change_of_base(module, checkpoint, dense_delta(adapted, weight, angles))
+        return change_of_base(module, dense_delta(adapted, weight, angles))
 
 
 def _blocks(checkpoint: Checkpoint, angles: Array, inputs: int, groups: int) -> Array:
@@ -74,7 +74,7 @@ def _blocks(checkpoint: Checkpoint, angles: Array, inputs: int, groups: int) -> 
         raise ValueError(f"angles of shape {angles.shape}, which are those of no blocks within {inputs} inputs")
     values = angles.astype(np.float64)
     if checkpoint.config.get("coft"):
-        values = _shortened(values, number(checkpoint.config, "eps", checkpoint.source))
+        values = _shortened(values, number(checkpoint, "eps"))
     blocks = _matrices(checkpoint, values, size)
     if checkpoint.config.get("block_share"):
         if count != 1:
@@ -94,7 +94,7 @@ def _matrices(checkpoint: Checkpoint, values: Array, size: int) -> Array:
         )
     if not config["use_cayley_neumann"]:
         return cayley(skew_of_triangle(values, size))
-    terms = number(config, "num_cayley_neumann_terms", checkpoint.source)
+    terms = number(checkpoint, "num_cayley_neumann_terms")
     if terms != int(terms) or not 1 <= terms <= _MOST_TERMS:
         raise FormatError(
             f"read {checkpoint.source}, adapter_config.json",
@@ -136,7 +136,7 @@ _BLOCKS, _SCALE = "boft_R", "boft_s"
     {_BLOCKS, _SCALE},
     marks={_BLOCKS},
 )
-def read_boft(module: Module, checkpoint: Checkpoint) -> Change:
+def read_boft(module: Module) -> Change:
     """BOFT as PEFT saves it: inputs are rotated by a butterfly of blocks, and outputs rescaled (arXiv 2311.06243).
 
     y = s (W (x M) ) + b        W' = diag(s) W M^T        M = M_m .. M_1, M_i = P_i blockdiag(R_i1 .. R_in) P_i^T
@@ -145,9 +145,9 @@ def read_boft(module: Module, checkpoint: Checkpoint) -> Change:
     convolution, where M is (I K1 K2, I K1 K2).  The change of a convolution follows the base layer; PEFT's forward
     ignores dilation and padding_mode.
     """
-    weight = base_weight(module, checkpoint, "BOFT")
-    values, scale = take(module, checkpoint, _BLOCKS), take(module, checkpoint, _SCALE)
-    with reporting(module, checkpoint):
+    weight = base_weight(module, "BOFT")
+    values, scale = module.take(_BLOCKS), module.take(_SCALE)
+    with module.reporting():
         flat = weight.reshape(len(weight), -1)
         factors, count, size, _ = values.shape
         if factors == 0 or count * size != flat.shape[1] or scale.size != len(weight):
@@ -159,7 +159,7 @@ def read_boft(module: Module, checkpoint: Checkpoint) -> Change:
             rotated = rotate_inputs(flat[:, np.argsort(order)], blocks)
             flat = rotated[:, order]
         adapted = scale.reshape(-1, 1) * flat
-        return change_of_base(module, checkpoint, dense_delta(adapted, weight, values))
+        return change_of_base(module, dense_delta(adapted, weight, values))
 
 
 def _butterfly(count: int, size: int, level: int, factors: int) -> Array:
@@ -177,7 +177,7 @@ _VECTORS = "hra_u"
 
 
 @reader("peft-hra", About("PEFT", "HRA", "linear, conv 2d", "yes", "low-rank", types=("HRA",)), {_VECTORS})
-def read_hra(module: Module, checkpoint: Checkpoint) -> Change:
+def read_hra(module: Module) -> Change:
     """HRA as PEFT saves it: the weight is reflected r times, which is a change of rank r (arXiv 2405.17484).
 
     W' = W (I - 2 u_1 u_1^T) .. (I - 2 u_r u_r^T) = W - (W U) T U^T        hra_u (I, r), or (I K1 K2, r) for a
@@ -187,16 +187,16 @@ def read_hra(module: Module, checkpoint: Checkpoint) -> Change:
     Van Loan, 1989).  With apply_GS the columns are orthogonalised first, so that T = 2 I.  The change of a convolution
     follows the base layer; PEFT's forward ignores dilation and padding_mode.
     """
-    weight = base_weight(module, checkpoint, "HRA")
-    stored = take(module, checkpoint, _VECTORS)
-    with reporting(module, checkpoint):
+    weight = base_weight(module, "HRA")
+    stored = module.take(_VECTORS)
+    with module.reporting():
         flat = weight.reshape(len(weight), -1)
         if stored.ndim != 2 or len(stored) != flat.shape[1]:
             raise ValueError(f"vectors of shape {stored.shape} for a weight of shape {weight.shape}")
-        vectors = _unit(stored.astype(np.float64), orthogonal=bool(checkpoint.config.get("apply_GS")))
+        vectors = _unit(stored.astype(np.float64), orthogonal=bool(module.checkpoint.config.get("apply_GS")))
         if vectors.shape[1] >= len(vectors):
-            return change_of_base(module, checkpoint, dense_delta(_reflected(flat, vectors), weight, stored))
-        return change_of_base(module, checkpoint, _low_rank(weight, vectors, stored))
+            return change_of_base(module, dense_delta(_reflected(flat, vectors), weight, stored))
+        return change_of_base(module, _low_rank(weight, vectors, stored))
 
 
 def _low_rank(weight: Array, vectors: Array, like: Array) -> TuckerDelta:
@@ -253,7 +253,7 @@ _PER_PAIR = {"road_1": 1, "road_2": 2, "road_4": 4}  # numbers of each kind for 
     {_THETA, _ALPHA},
     marks={_THETA},
 )
-def read_road(module: Module, checkpoint: Checkpoint) -> Change:
+def read_road(module: Module) -> Change:
     """RoAd as PEFT saves it: pairs of a layer's outputs are rotated and rescaled (arXiv 2409.00119).
 
     y = R (W x + b)        W' = R W, b' = R b
@@ -264,27 +264,27 @@ def read_road(module: Module, checkpoint: Checkpoint) -> Change:
 
     with one alpha and one theta for each pair (road_1), for each output (road_2), or for each c and s (road_4).
     """
-    weight = base_weight(module, checkpoint, "RoAd")
-    theta, alpha = take(module, checkpoint, _THETA), take(module, checkpoint, _ALPHA)
-    size = number(checkpoint.config, "group_size", checkpoint.source)
-    variant = checkpoint.config.get("variant")
+    weight = base_weight(module, "RoAd")
+    theta, alpha = module.take(_THETA), module.take(_ALPHA)
+    size = number(module.checkpoint, "group_size")
+    variant = module.checkpoint.config.get("variant")
     expected = _PER_PAIR.get(str(variant), 0) * len(weight) // 2
     if weight.ndim != 2 or size < 2 or size % 2 or len(weight) % size or not theta.size == alpha.size == expected:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected=f"variant {', '.join(_PER_PAIR)} with an even group_size that divides the {len(weight)} outputs "
             "of a linear layer, and an angle and a scale for each of its pairs",
             got=f"variant {variant!r}, group_size {size:g}, {theta.size} angles and {alpha.size} scales",
             fix="Check that the base and adapter_config.json are those of this adapter.",
         )
-    with reporting(module, checkpoint):
+    with module.reporting():
         cosines, sines = _columns(str(variant), int(size), theta.astype(np.float64), alpha.astype(np.float64))
         adapted = _rotated(weight, cosines, sines, int(size))
-        bias = base_bias(module, checkpoint, "RoAd rotates the base's bias as well")
+        bias = base_bias(module, "RoAd rotates the base's bias as well")
         if bias is not None:
             turned = _rotated(bias[:, None], cosines, sines, int(size))[:, 0]
             bias = turned.astype(np.promote_types(theta.dtype, np.float32))
-        return change_of_base(module, checkpoint, dense_delta(adapted, weight, theta), bias=bias)
+        return change_of_base(module, dense_delta(adapted, weight, theta), bias=bias)
 
 
 def _columns(variant: str, size: int, theta: Array, alpha: Array) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from tpeft_deploy.formats.peft.config import alpha_of, by_pattern, stored_transp
 from tpeft_deploy.formats.products.compact import DENSE, finish, is_dense, widen
 from tpeft_deploy.formats.products.hadamard import loha, loha_tucker
 from tpeft_deploy.formats.products.kronecker import Half, check_sizes, full, lokr, product, tucker
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module, no_scale, reporting, take
+from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
 
@@ -26,7 +26,7 @@ _EMBEDDING_A, _EMBEDDING_B = "hira_embedding_A", "hira_embedding_B"
     About("PEFT", "HiRA", "linear, Conv1D, conv 1d to 3d, embedding", "yes", "dense", types=("HIRA",)),
     {_A, _B, _EMBEDDING_A, _EMBEDDING_B},
 )
-def read_hira(module: Module, checkpoint: Checkpoint) -> Change:
+def read_hira(module: Module) -> Change:
     """HiRA as PEFT saves it: an elementwise product of a low-rank matrix and the base weight (ICLR 2025).
 
     W' = W + W * (B A)
@@ -37,19 +37,19 @@ def read_hira(module: Module, checkpoint: Checkpoint) -> Change:
     Conv1d/2d/3d     hira_A (r, I, K1, ...), hira_B (O, r, 1, ...)                 (O, I, K1, ...)
     Embedding        hira_embedding_A (r, N), hira_embedding_B (D, r)              (N, D)
     """
-    weight = base_weight(module, checkpoint, "HiRA")
+    weight = base_weight(module, "HiRA")
     embedding = _EMBEDDING_A in module.tensors
-    down = take(module, checkpoint, _EMBEDDING_A if embedding else _A)
-    up = take(module, checkpoint, _EMBEDDING_B if embedding else _B)
-    with reporting(module, checkpoint):
+    down = module.take(_EMBEDDING_A if embedding else _A)
+    up = module.take(_EMBEDDING_B if embedding else _B)
+    with module.reporting():
         outputs, inputs = len(up), math.prod(down.shape[1:])
-        transposed = embedding or (weight.ndim == 2 and stored_transposed(module, checkpoint, outputs, inputs))
+        transposed = embedding or (weight.ndim == 2 and stored_transposed(module, outputs, inputs))
         expected = weight.shape[::-1] if transposed else weight.shape
         if (outputs, *down.shape[1:]) != expected or up.size != outputs * len(down):
             raise ValueError(f"factors {up.shape} and {down.shape} for a weight of shape {weight.shape}")
         product = _product(up.reshape(outputs, -1), down)
         adapted = weight * (1 + (product.T if transposed else product.reshape(weight.shape)))
-        return change_of_base(module, checkpoint, dense_delta(adapted, weight, down))
+        return change_of_base(module, dense_delta(adapted, weight, down))
 
 
 def _product(up: Array, down: Array) -> Array:
@@ -68,7 +68,7 @@ _CORES = ("hada_t1", "hada_t2")
     {*_HALVES, *_CORES},
     marks={_HALVES[0]},
 )
-def read_loha(module: Module, checkpoint: Checkpoint) -> Change:
+def read_loha(module: Module) -> Change:
     """LoHa as PEFT saves it: LyCORIS' tensors and algebra, with alpha in adapter_config.json (arXiv 2108.06098).
 
         dW = s (hada_w1_a hada_w1_b) * (hada_w2_a hada_w2_b)        s = alpha / r
@@ -78,14 +78,14 @@ def read_loha(module: Module, checkpoint: Checkpoint) -> Change:
 
     Without a base the weight is assumed to be a matrix: the file does not record the kernel of a convolution.
     """
-    no_scale(module, checkpoint)
-    w1a, w1b, w2a, w2b = (take(module, checkpoint, name) for name in _HALVES)
+    module.no_scale()
+    w1a, w1b, w2a, w2b = (module.take(name) for name in _HALVES)
     target = f"{module.name}.weight"
-    cores = [take(module, checkpoint, name) for name in _CORES if _CORES[0] in module.tensors or name in module.tensors]
-    with reporting(module, checkpoint):
+    cores = [module.take(name) for name in _CORES if _CORES[0] in module.tensors or name in module.tensors]
+    with module.reporting():
         rank = w1a.shape[0] if cores else w1a.shape[1]
-        scale = alpha_of(checkpoint, module.name, rank, "alpha") / rank
-        shape = weight_shape(target, checkpoint)
+        scale = alpha_of(module.checkpoint, module.name, rank, "alpha") / rank
+        shape = weight_shape(target, module.checkpoint)
         if cores:
             shape = shape or (w1a.shape[1], w1b.shape[1], *cores[0].shape[2:])
             delta = loha_tucker(cores[0], w1a, w1b, cores[1], w2a, w2b, scale=scale, shape=shape)
@@ -104,7 +104,7 @@ _SCRAMBLED = "PEFT's Kronecker product of this Conv1d leaves out the kernel's ax
     {_FIRST, f"{_FIRST}_a", f"{_FIRST}_b", _SECOND, f"{_SECOND}_a", f"{_SECOND}_b", _CORE},
     marks={_FIRST, f"{_FIRST}_a"},
 )
-def read_lokr(module: Module, checkpoint: Checkpoint) -> Change:
+def read_lokr(module: Module) -> Change:
     """LoKr as PEFT saves it: LyCORIS' tensors, with alpha in adapter_config.json (arXiv 2309.14859, section 3).
 
         dW = s kron(w1, w2)     w1 = lokr_w1 (a, c), or lokr_w1_a (a, r) lokr_w1_b (r, c)
@@ -119,36 +119,36 @@ def read_lokr(module: Module, checkpoint: Checkpoint) -> Change:
 
     Without a base the weight is assumed to be a matrix if the second half does not show a kernel.
     """
-    no_scale(module, checkpoint)
+    module.no_scale()
     target = f"{module.name}.weight"
-    shape = weight_shape(target, checkpoint)
-    with reporting(module, checkpoint):
-        first = _half(module, checkpoint, _FIRST, ())
-        second = _half(module, checkpoint, _SECOND, () if shape is None else shape[2:])
+    shape = weight_shape(target, module.checkpoint)
+    with module.reporting():
+        first = _half(module, _FIRST, ())
+        second = _half(module, _SECOND, () if shape is None else shape[2:])
         if shape is None:
             (a, c), (b, d, *kernel) = first.shape, second.shape
             shape = (a * b, c * d, *kernel)
-        scale = _scale(module, checkpoint, first, second)
+        scale = _scale(module, first, second)
         if len(shape) == 3 and second.rank is None:
             return Change(deltas={target: _scrambled(first, second, scale, shape)}, notes={target: _SCRAMBLED})
         delta = lokr(first, second, scale=scale, shape=shape)
     return Change(deltas={target: delta}, notes={target: DENSE} if is_dense(delta) else {})
 
 
-def _half(module: Module, checkpoint: Checkpoint, name: str, kernel: tuple[int, ...]) -> Half:
+def _half(module: Module, name: str, kernel: tuple[int, ...]) -> Half:
     if name in module.tensors:
         return full(module.tensors.pop(name))
-    left, right = take(module, checkpoint, f"{name}_a"), take(module, checkpoint, f"{name}_b")
+    left, right = module.take(f"{name}_a"), module.take(f"{name}_b")
     core = module.tensors.pop(_CORE, None) if name == _SECOND else None
     return product(left, right, kernel) if core is None else tucker(core, left, right, kernel or core.shape[2:])
 
 
-def _scale(module: Module, checkpoint: Checkpoint, first: Half, second: Half) -> float:
+def _scale(module: Module, first: Half, second: Half) -> float:
     rank = second.rank or first.rank
     if rank is None:
-        alpha = by_pattern(checkpoint, "alpha_pattern", module.name, "alpha")
-        return alpha / by_pattern(checkpoint, "rank_pattern", module.name, "r")
-    return alpha_of(checkpoint, module.name, rank, "alpha") / rank
+        alpha = by_pattern(module.checkpoint, "alpha_pattern", module.name, "alpha")
+        return alpha / by_pattern(module.checkpoint, "rank_pattern", module.name, "r")
+    return alpha_of(module.checkpoint, module.name, rank, "alpha") / rank
 
 
 def _scrambled(first: Half, second: Half, scale: float, shape: tuple[int, ...]) -> TuckerDelta:

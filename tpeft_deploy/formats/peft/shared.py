@@ -18,23 +18,12 @@ from tpeft_deploy.formats.peft.dense import (
     dense_change,
     indices,
     linear_layer,
-    misfit,
     no_projection,
     require_values,
     whole_number,
 )
 from tpeft_deploy.formats.products.compact import widen
-from tpeft_deploy.formats.read.module import (
-    Change,
-    Checkpoint,
-    Module,
-    base_array,
-    doing,
-    needs_base,
-    no_scale,
-    reporting,
-    take,
-)
+from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array
 
@@ -43,9 +32,11 @@ __all__ = ["read_randlora", "read_tinylora", "read_unilora", "read_vblora", "rea
 _VERA_KINDS = {"VERA": "vera", "PVERA": "pvera"}
 
 
-def _is_vera(module: Module, checkpoint: Checkpoint) -> bool:
+def _is_vera(module: Module) -> bool:
     """Whether a PEFT file of type VERA or PVERA has a vector for the module."""
-    return any(is_type(checkpoint, kind) and f"{name}_lambda_d" in module.tensors for kind, name in _VERA_KINDS.items())
+    return any(
+        is_type(module.checkpoint, kind) and f"{name}_lambda_d" in module.tensors for kind, name in _VERA_KINDS.items()
+    )
 
 
 @reader(
@@ -63,7 +54,7 @@ def _is_vera(module: Module, checkpoint: Checkpoint) -> bool:
     matches=_is_vera,
     shared={f"base_model.{kind}_{letter}" for kind in _VERA_KINDS.values() for letter in "AB"},
 )
-def read_vera(module: Module, checkpoint: Checkpoint) -> Change:
+def read_vera(module: Module) -> Change:
     """VeRA and PVeRA as PEFT saves them: two shared projections, and two vectors per layer (arXiv 2310.11454).
 
         dW = (b B[:O]) (d A[:, :I])        vera_lambda_b (O,), vera_lambda_d (r,)
@@ -75,30 +66,30 @@ def read_vera(module: Module, checkpoint: Checkpoint) -> Change:
     Without save_projection the projections are regenerated from `projection_prng_key` with torch's generator, which
     according to PEFT is not accurate on all systems: such files are refused.
     """
-    no_scale(module, checkpoint)
-    kind = _VERA_KINDS[checkpoint.config["peft_type"]]
-    outer, inner = take(module, checkpoint, f"{kind}_lambda_b"), take(module, checkpoint, f"{kind}_lambda_d")
-    first, last = (_vera_projection(module, checkpoint, f"base_model.{kind}_{letter}") for letter in "AB")
-    shape = base_array(module, checkpoint, "weight", "VeRA's projections do not record a layer's inputs").shape
-    with reporting(module, checkpoint):
+    module.no_scale()
+    kind = _VERA_KINDS[module.checkpoint.config["peft_type"]]
+    outer, inner = module.take(f"{kind}_lambda_b"), module.take(f"{kind}_lambda_d")
+    first, last = (_vera_projection(module, f"base_model.{kind}_{letter}") for letter in "AB")
+    shape = module.base_array("weight", "VeRA's projections do not record a layer's inputs").shape
+    with module.reporting():
         outputs = outer.size
         inputs = int(np.prod(shape)) // outputs
         fits = outer.ndim == 1 and first.ndim == last.ndim == 2 and len(shape) == 2 and outputs in shape
         if not fits or inputs > first.shape[1] or outputs > last.shape[0]:
             expected = f"projections at least as large as the weight {shape}, of {outputs} outputs"
-            raise misfit(module, checkpoint, expected, f"{first.shape} and {last.shape}")
+            raise module.misfit(expected, f"{first.shape} and {last.shape}")
         if kind == "pvera":
             inner, first = inner[: len(inner) // 2], first[: len(first) // 2]
-        transposed = stored_transposed(module, checkpoint, outputs, inputs)
+        transposed = stored_transposed(module, outputs, inputs)
         up, down = outer[:, None] * last[:outputs], first[:, :inputs]
         delta = diagonal_delta(up, inner, down, 1.0, transposed=transposed)
     return Change(deltas={f"{module.name}.weight": delta})
 
 
-def _vera_projection(module: Module, checkpoint: Checkpoint, key: str) -> Array:
-    if key not in checkpoint.shared:
-        raise no_projection(module, checkpoint, f"the shared projection {key}")
-    return checkpoint.shared[key]
+def _vera_projection(module: Module, key: str) -> Array:
+    if key not in module.checkpoint.shared:
+        raise no_projection(module, f"the shared projection {key}")
+    return module.checkpoint.shared[key]
 
 
 _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
@@ -123,7 +114,7 @@ _TINYLORA_KINDS = {"Linear", "NonDynamicallyQuantizableLinear", "Conv1D", "Embed
     marks={_A},
     shared={f"{_VECTOR}{group}" for group in range(10_000)},
 )
-def read_tinylora(module: Module, checkpoint: Checkpoint) -> Change:
+def read_tinylora(module: Module) -> Change:
     """TinyLoRA as PEFT saves it: LoRA-XS with a small core that is a random projection of a few trained numbers.
 
         dW = B R A        R = sum_i v[i] P[i]
@@ -132,48 +123,46 @@ def read_tinylora(module: Module, checkpoint: Checkpoint) -> Change:
     is shared by the modules of a group, which are consecutive in the model's order.  The file does not record a
     module's group: with several groups it follows from the base's order of the targeted modules.
     """
-    no_scale(module, checkpoint)
-    down, up = take(module, checkpoint, _A), take(module, checkpoint, _B)
+    module.no_scale()
+    down, up = module.take(_A), module.take(_B)
     if _P not in module.tensors:
-        raise no_projection(module, checkpoint, f"the projections {_P}")
-    projections, vector = take(module, checkpoint, _P), _vector(module, checkpoint)
-    with reporting(module, checkpoint):
+        raise no_projection(module, f"the projections {_P}")
+    projections, vector = module.take(_P), _vector(module)
+    with module.reporting():
         core = np.einsum("i,ijk->jk", vector, projections)
-        transposed = stored_transposed(module, checkpoint, up.shape[0], down.shape[1])
+        transposed = stored_transposed(module, up.shape[0], down.shape[1])
         delta = matrix_delta(up, down, 1.0, transposed=transposed, core=core)
     return Change(deltas={f"{module.name}.weight": delta})
 
 
-def _vector(module: Module, checkpoint: Checkpoint) -> Array:
-    if _TINYLORA_NAME not in checkpoint.memo:
-        checkpoint.memo[_TINYLORA_NAME] = sum(key.startswith(_VECTOR) for key in checkpoint.shared)
-    groups: int = checkpoint.memo[_TINYLORA_NAME]
-    group = 0 if groups == 1 else _group(module, checkpoint, groups)
-    vector = checkpoint.shared.get(f"{_VECTOR}{group}")
+def _vector(module: Module) -> Array:
+    if _TINYLORA_NAME not in module.checkpoint.memo:
+        module.checkpoint.memo[_TINYLORA_NAME] = sum(key.startswith(_VECTOR) for key in module.checkpoint.shared)
+    groups: int = module.checkpoint.memo[_TINYLORA_NAME]
+    group = 0 if groups == 1 else _group(module, groups)
+    vector = module.checkpoint.shared.get(f"{_VECTOR}{group}")
     if vector is None:
-        raise FormatError(
-            doing(module, checkpoint), expected=f"a shared tensor {_VECTOR}{group}", got=f"{groups} shared tensors"
-        )
+        raise FormatError(module.doing, expected=f"a shared tensor {_VECTOR}{group}", got=f"{groups} shared tensors")
     return vector
 
 
-def _group(module: Module, checkpoint: Checkpoint, groups: int) -> int:
+def _group(module: Module, groups: int) -> int:
     """Group of the module, counted as in TinyLoraModel._create_and_replace."""
-    if checkpoint.base is None:
-        raise needs_base(module, checkpoint, "which trained numbers a module has depends on the order of modules")
-    if _ORDER not in checkpoint.memo:
+    if module.checkpoint.base is None:
+        raise module.needs_base("which trained numbers a module has depends on the order of modules")
+    if _ORDER not in module.checkpoint.memo:
         known = [
             name
-            for name, kind in checkpoint.base.kinds.items()
-            if kind in _TINYLORA_KINDS and _targets(checkpoint, name)
+            for name, kind in module.checkpoint.base.kinds.items()
+            if kind in _TINYLORA_KINDS and _targets(module.checkpoint, name)
         ]
-        checkpoint.memo[_ORDER] = {name: place for place, name in enumerate(known)}
-    targeted: dict[str, int] = checkpoint.memo[_ORDER]
-    expected = max(1, round(len(targeted) * (1 - number(checkpoint.config, "weight_tying", checkpoint.source))))
-    if module.name not in targeted or expected != groups or checkpoint.part:
+        module.checkpoint.memo[_ORDER] = {name: place for place, name in enumerate(known)}
+    targeted: dict[str, int] = module.checkpoint.memo[_ORDER]
+    expected = max(1, round(len(targeted) * (1 - number(module.checkpoint, "weight_tying"))))
+    if module.name not in targeted or expected != groups or module.checkpoint.part:
         raise FormatError(
-            doing(module, checkpoint),
-            expected=f"{expected} groups for the {len(targeted)} modules of {checkpoint.base.name} that are targeted",
+            module.doing,
+            expected=f"{expected} groups for the {len(targeted)} targeted modules of {module.checkpoint.base.name}",
             got=f"{groups} shared tensors, so that the module's group is ambiguous",
             fix="Give base= as a torch module and whole, without part=, or train with weight_tying=1.",
         )
@@ -198,7 +187,7 @@ _PROJECTIONS = ("randlora_A", "randlora_B")
     marks={_LAMBDA},
     shared={f"base_model.{name}" for name in _PROJECTIONS},
 )
-def read_randlora(module: Module, checkpoint: Checkpoint) -> Change:
+def read_randlora(module: Module) -> Change:
     """RandLoRA as PEFT saves it: a sum of random bases, scaled by trained numbers, of full rank (arXiv 2502.00987).
 
         dW = s sum_j b_j a_j^T, or its transpose if the layer has fewer outputs than inputs; s = alpha / r
@@ -212,16 +201,16 @@ def read_randlora(module: Module, checkpoint: Checkpoint) -> Change:
     Without save_projection PEFT regenerates A and B from `projection_prng_key`, in bfloat16 or float16 depending on the
     device: such files are refused.
     """
-    no_scale(module, checkpoint)
-    outer, inner = take(module, checkpoint, _LAMBDA), take(module, checkpoint, _GAMMA)
-    small, large = (_randlora_projection(module, checkpoint, name) for name in _PROJECTIONS)
-    layer = linear_layer(module, checkpoint, "RandLoRA's bases do not record the size of a layer")
-    _check(module, checkpoint, layer, outer, inner, small, large)
-    rank = number(checkpoint.config, "r", checkpoint.source)
+    module.no_scale()
+    outer, inner = module.take(_LAMBDA), module.take(_GAMMA)
+    small, large = (_randlora_projection(module, name) for name in _PROJECTIONS)
+    layer = linear_layer(module, "RandLoRA's bases do not record the size of a layer")
+    _check(module, layer, outer, inner, small, large)
+    rank = number(module.checkpoint, "r")
     if rank != outer.shape[0]:
-        raise misfit(module, checkpoint, f"tensors of rank {rank:g}, as in adapter_config.json", outer.shape[0])
-    scale = number(checkpoint.config, "randlora_alpha", checkpoint.source) / rank
-    with reporting(module, checkpoint):
+        raise module.misfit(f"tensors of rank {rank:g}, as in adapter_config.json", outer.shape[0])
+    scale = number(module.checkpoint, "randlora_alpha") / rank
+    with module.reporting():
         smallest, largest = sorted((layer.outputs, layer.inputs))
         scaled = outer[:, :, None].astype(np.float64) * small[:, :, :smallest] * inner
         bases = large[:largest, : inner.shape[0]].reshape(largest, -1)
@@ -230,9 +219,7 @@ def read_randlora(module: Module, checkpoint: Checkpoint) -> Change:
     return dense_change(module, change if layer.outputs == largest else change.T, transposed=layer.transposed)
 
 
-def _check(
-    module: Module, checkpoint: Checkpoint, layer: Linear, outer: Array, inner: Array, small: Array, large: Array
-) -> None:
+def _check(module: Module, layer: Linear, outer: Array, inner: Array, small: Array, large: Array) -> None:
     smallest, largest = sorted((layer.outputs, layer.inputs))
     if outer.ndim == 2 and outer.size and small.ndim == large.ndim == 3:
         rank, bases = outer.shape
@@ -246,22 +233,20 @@ def _check(
             and large.shape[2] == rank
         ):
             return
-    raise misfit(
-        module,
-        checkpoint,
+    raise module.misfit(
         f"scales (r, n) and (n, {smallest}) with n r at least {smallest}, and bases at least as large as the weight",
         f"{outer.shape} and {inner.shape}, {small.shape} and {large.shape}",
     )
 
 
-def _randlora_projection(module: Module, checkpoint: Checkpoint, name: str) -> Array:
+def _randlora_projection(module: Module, name: str) -> Array:
     """The projection, from the module's copy or from the shared tensors, which are equal."""
-    copies = [module.tensors.pop(name, None), checkpoint.shared.get(f"base_model.{name}")]
+    copies = [module.tensors.pop(name, None), module.checkpoint.shared.get(f"base_model.{name}")]
     found = [copy for copy in copies if copy is not None]
     if not found:
-        raise no_projection(module, checkpoint, f"the shared projection base_model.{name}")
+        raise no_projection(module, f"the shared projection base_model.{name}")
     if not np.array_equal(found[0], found[-1]):
-        raise misfit(module, checkpoint, f"one {name} for all modules", "one that differs")
+        raise module.misfit(f"one {name} for all modules", "one that differs")
     return found[-1]
 
 
@@ -274,7 +259,7 @@ _NUMBERS = "base_model.unilora_theta_d"
     {f"unilora_{what}_{letter}" for what in ("indices", "scales") for letter in "AB"},
     shared={_NUMBERS},
 )
-def read_unilora(module: Module, checkpoint: Checkpoint) -> Change:
+def read_unilora(module: Module) -> Change:
     """Uni-LoRA as PEFT saves it: LoRA with elements from a small set of trained numbers (arXiv 2506.00799).
 
         dW = B A        A = t[i_A] s_A, B = t[i_B] s_B, elementwise
@@ -283,24 +268,24 @@ def read_unilora(module: Module, checkpoint: Checkpoint) -> Change:
     and unilora_scales_B (O, r) are the module's.  Without save_indices, the default in PEFT, the file has t alone, and
     the indices depend on the order in which PEFT visited the layers: `refusals` refuses such files.
     """
-    no_scale(module, checkpoint)
-    if _NUMBERS not in checkpoint.shared:
-        raise FormatError(doing(module, checkpoint), expected=f"the shared tensor {_NUMBERS}", got="none")
-    numbers = widen(checkpoint.shared[_NUMBERS].reshape(-1))
-    down, up = (_factor(module, checkpoint, letter, numbers) for letter in "AB")
+    module.no_scale()
+    if _NUMBERS not in module.checkpoint.shared:
+        raise FormatError(module.doing, expected=f"the shared tensor {_NUMBERS}", got="none")
+    numbers = widen(module.checkpoint.shared[_NUMBERS].reshape(-1))
+    down, up = (_factor(module, letter, numbers) for letter in "AB")
     if down.shape[0] != up.shape[1]:
-        raise misfit(module, checkpoint, "indices of one rank", f"{down.shape} and {up.shape}")
-    transposed = stored_transposed(module, checkpoint, up.shape[0], down.shape[1])
+        raise module.misfit("indices of one rank", f"{down.shape} and {up.shape}")
+    transposed = stored_transposed(module, up.shape[0], down.shape[1])
     return Change(deltas={f"{module.name}.weight": matrix_delta(up, down, 1.0, transposed=transposed)})
 
 
-def _factor(module: Module, checkpoint: Checkpoint, letter: str, numbers: Array) -> Array:
-    chosen = take(module, checkpoint, f"unilora_indices_{letter}")
-    scales = take(module, checkpoint, f"unilora_scales_{letter}")
-    require_values(module, checkpoint, scales=scales)
+def _factor(module: Module, letter: str, numbers: Array) -> Array:
+    chosen = module.take(f"unilora_indices_{letter}")
+    scales = module.take(f"unilora_scales_{letter}")
+    require_values(module, scales=scales)
     if chosen.ndim != 2 or scales.shape != chosen.shape:
-        raise misfit(module, checkpoint, "a scale for each index of a matrix", f"{scales.shape} and {chosen.shape}")
-    factor: Array = numbers[indices(module, checkpoint, chosen, numbers.size)] * scales
+        raise module.misfit("a scale for each index of a matrix", f"{scales.shape} and {chosen.shape}")
+    factor: Array = numbers[indices(module, chosen, numbers.size)] * scales
     return factor.astype(np.result_type(numbers, np.float32))
 
 
@@ -316,7 +301,7 @@ _RANK = 64  # ranks allowed in addition to the smaller side of a weight: tiny la
     {f"{logits}{part}" for logits in _LOGITS for part in ("", _INDICES, _WEIGHTS)},
     shared={_BANK},
 )
-def read_vblora(module: Module, checkpoint: Checkpoint) -> Change:
+def read_vblora(module: Module) -> Change:
     """VB-LoRA as PEFT saves it: factors composed of vectors from a bank that all layers share (arXiv 2405.15179).
 
         dW = B A        each part of L numbers of a row of A, or of a column of B, is sum_k w_k V[i_k]
@@ -325,26 +310,26 @@ def read_vblora(module: Module, checkpoint: Checkpoint) -> Change:
     vblora_logits_B (O / L, r, N), and their softmax; with save_only_topk_weights the file has *_topk_indices and
     *_topk_weights instead, without the last weight, as weights add up to 1.
     """
-    no_scale(module, checkpoint)
-    if _BANK not in checkpoint.shared:
-        raise FormatError(doing(module, checkpoint), expected=f"the shared tensor {_BANK}", got="none")
-    bank = widen(checkpoint.shared[_BANK])
+    module.no_scale()
+    if _BANK not in module.checkpoint.shared:
+        raise FormatError(module.doing, expected=f"the shared tensor {_BANK}", got="none")
+    bank = widen(module.checkpoint.shared[_BANK])
     if bank.ndim != 2:
-        raise misfit(module, checkpoint, "a bank (N, L)", bank.shape)
-    require_values(module, checkpoint, **{_BANK: bank})
-    _check_sizes(module, checkpoint, bank.shape[1])
-    first, last = (_parts(module, checkpoint, logits, bank) for logits in _LOGITS)  # (r, I/L, L), (O/L, r, L)
+        raise module.misfit("a bank (N, L)", bank.shape)
+    require_values(module, **{_BANK: bank})
+    _check_sizes(module, bank.shape[1])
+    first, last = (_parts(module, logits, bank) for logits in _LOGITS)  # (r, I/L, L), (O/L, r, L)
     if first.shape[0] != last.shape[1]:
-        raise misfit(module, checkpoint, "logits of one rank", f"{first.shape[0]} and {last.shape[1]}")
+        raise module.misfit("logits of one rank", f"{first.shape[0]} and {last.shape[1]}")
     down = first.reshape(first.shape[0], -1)
     up = np.swapaxes(last, 1, 2).reshape(-1, last.shape[1])
-    transposed = stored_transposed(module, checkpoint, up.shape[0], down.shape[1])
+    transposed = stored_transposed(module, up.shape[0], down.shape[1])
     return Change(deltas={f"{module.name}.weight": matrix_delta(up, down, 1.0, transposed=transposed)})
 
 
-def _check_sizes(module: Module, checkpoint: Checkpoint, length: int) -> None:
+def _check_sizes(module: Module, length: int) -> None:
     """Check logits against the weight, before they are expanded with the bank's vectors."""
-    shape = weight_shape(f"{module.name}.weight", checkpoint)
+    shape = weight_shape(f"{module.name}.weight", module.checkpoint)
     if shape is None:
         return
     first, last = (
@@ -353,43 +338,39 @@ def _check_sizes(module: Module, checkpoint: Checkpoint, length: int) -> None:
     )
     sizes = sorted((last[0] * length, first[1] * length)) if len(first) == len(last) == 3 else []
     if sizes != sorted(shape) or first[0] > max(_RANK, min(shape)):
-        raise misfit(
-            module,
-            checkpoint,
+        raise module.misfit(
             f"vectors of length {length} for a weight {shape}, of rank {max(_RANK, min(shape))} at most",
             f"logits {first} and {last}",
         )
 
 
-def _parts(module: Module, checkpoint: Checkpoint, logits: str, bank: Array) -> Array:
+def _parts(module: Module, logits: str, bank: Array) -> Array:
     """The weighted sums of vectors, (a, b, L)."""
     if logits in module.tensors:
-        chosen, weights = _largest(module, checkpoint, take(module, checkpoint, logits), len(bank))
+        chosen, weights = _largest(module, module.take(logits), len(bank))
     else:
-        chosen = take(module, checkpoint, f"{logits}{_INDICES}")
-        saved = take(module, checkpoint, f"{logits}{_WEIGHTS}").astype(np.float64)
-        require_values(module, checkpoint, **{f"{logits}{_INDICES}": chosen, _BANK: bank})
-        count = whole_number(checkpoint, "topk")
+        chosen = module.take(f"{logits}{_INDICES}")
+        saved = module.take(f"{logits}{_WEIGHTS}").astype(np.float64)
+        require_values(module, **{f"{logits}{_INDICES}": chosen, _BANK: bank})
+        count = whole_number(module.checkpoint, "topk")
         if chosen.ndim != 3 or chosen.shape[2] != count or saved.shape != (*chosen.shape[:2], chosen.shape[2] - 1):
-            raise misfit(
-                module, checkpoint, f"{count} indices, and one weight fewer", f"{saved.shape} and {chosen.shape}"
-            )
+            raise module.misfit(f"{count} indices, and one weight fewer", f"{saved.shape} and {chosen.shape}")
         weights = np.concatenate([saved, 1 - saved.sum(-1, keepdims=True)], axis=-1)
-    chosen = indices(module, checkpoint, chosen, len(bank))
+    chosen = indices(module, chosen, len(bank))
     if (np.diff(np.sort(chosen, axis=-1), axis=-1) == 0).any():
-        raise misfit(module, checkpoint, "distinct indices", "a duplicate")
+        raise module.misfit("distinct indices", "a duplicate")
     parts = np.zeros((*chosen.shape[:2], bank.shape[1]))
     for place in range(chosen.shape[2]):
         parts += weights[:, :, place, None] * bank[chosen[:, :, place]]
     return parts.astype(bank.dtype)
 
 
-def _largest(module: Module, checkpoint: Checkpoint, logits: Array, vectors: int) -> tuple[Array, Array]:
+def _largest(module: Module, logits: Array, vectors: int) -> tuple[Array, Array]:
     """Indices of the largest logits, and their softmax."""
-    require_values(module, checkpoint, logits=logits)
-    count = whole_number(checkpoint, "topk")
+    require_values(module, logits=logits)
+    count = whole_number(module.checkpoint, "topk")
     if logits.ndim != 3 or logits.shape[2] != vectors or not 0 < count <= vectors:
-        raise misfit(module, checkpoint, f"logits of {vectors} vectors, and topk of 1 to as many", logits.shape)
+        raise module.misfit(f"logits of {vectors} vectors, and topk of 1 to as many", logits.shape)
     chosen = np.argpartition(logits, vectors - count, axis=-1)[..., vectors - count :]
     largest = np.take_along_axis(logits, chosen, axis=-1).astype(np.float64)
     powers = np.exp(largest - largest.max(axis=-1, keepdims=True))

@@ -20,19 +20,7 @@ from tpeft_deploy.errors import FormatError, ShapeError
 from tpeft_deploy.formats.read.patterns import Endings, Patterns
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = [
-    "BaseView",
-    "Change",
-    "Checkpoint",
-    "Module",
-    "base_array",
-    "doing",
-    "needs_base",
-    "no_scale",
-    "reporting",
-    "take",
-    "take_scale",
-]
+__all__ = ["BaseView", "Change", "Checkpoint", "Module"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +75,7 @@ class Checkpoint:
     base: BaseView | None
     shared: dict[str, Array] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
-    trained: Mapping[str, str] = field(default_factory=dict)
+    trained: dict[str, str] = field(default_factory=dict)
     part: str = ""
     memo: dict[str, Any] = field(default_factory=dict)
 
@@ -127,21 +115,6 @@ class Checkpoint:
         return self.trained.get(name, own)
 
 
-@dataclass(eq=False)
-class Module:
-    """The tensors of one module; a reader pops what it understands, and what is left makes the load fail.
-
-    Args:
-        name: dotted path of the module in the base, without prefixes, e.g. "encoder.layer.0.query".
-        tensors: suffix -> tensor, e.g. "lora_A.weight".
-        key: the module as the file names it, for messages; underscore names differ from `name`.
-    """
-
-    name: str
-    tensors: dict[str, Array]
-    key: str
-
-
 @dataclass(frozen=True, eq=False)
 class Change:
     """What one module contributes to an adapter; all names are whole names of the base's parameters.
@@ -158,106 +131,124 @@ class Change:
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
-def doing(module: Module, checkpoint: Checkpoint) -> str:
-    """What an error about a module says was being done."""
-    return f"read {checkpoint.source}, module {module.key!r}"
-
-
-@contextmanager
-def reporting(module: Module, checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn what algebra raises about shapes and values into a FormatError that names the module."""
-    try:
-        yield
-    except (ShapeError, ValueError, IndexError) as error:
-        raise FormatError(
-            doing(module, checkpoint),
-            problem=f"its tensors do not fit each other or the weight ({error})",
-            fix="Check that the file is whole and was trained on this base.",
-        ) from error
-
-
-def take(module: Module, checkpoint: Checkpoint, suffix: str) -> Array:
-    """Pop a tensor that the module's format cannot do without.
-
-    Raises:
-        FormatError: it is not there.
-    """
-    if suffix not in module.tensors:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"a tensor {suffix}",
-            got=f"only {', '.join(sorted(module.tensors)) or 'nothing'}",
-            fix="The file is not whole: save or copy the adapter again.",
-        )
-    return module.tensors.pop(suffix)
-
-
-def take_scale(module: Module, checkpoint: Checkpoint, rank: int) -> tuple[float, str | None]:
-    """Pop alpha: the factor alpha / rank, and a note where the file has none.
-
-    Without alpha the factor is what the caller gave as scale, else 1.
-
-    Raises:
-        FormatError: alpha is not one finite number, the rank is 0, or the caller gave a scale beside it.
-    """
-    alpha = module.tensors.pop("alpha", None)
-    if alpha is None:
-        if checkpoint.scale is not None:
-            return checkpoint.scale, None
-        return 1.0, "the file has no alpha, so the change is taken as it is, with scale 1"
-    no_scale(module, checkpoint)
-    if rank == 0:
-        raise FormatError(doing(module, checkpoint), expected="a rank of at least 1", got="tensors of rank 0")
-    if alpha.size != 1 or not np.isfinite(alpha).all():
-        raise FormatError(
-            doing(module, checkpoint),
-            expected="one finite number as alpha",
-            got=f"{alpha.reshape(-1)[:4].tolist()} of dtype {alpha.dtype}",
-            fix="float16 ends at 65504: save the adapter again in float32, or with alpha equal to the rank.",
-        )
-    return float(alpha.reshape(())) / rank, None
-
-
-def no_scale(module: Module, checkpoint: Checkpoint) -> None:
-    """Refuse a scale that the caller gave for a module that states its own."""
-    if checkpoint.scale is not None:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected="no scale, as the module states its own",
-            got=f"scale={checkpoint.scale}",
-            fix="Leave scale out.",
-        )
-
-
-def needs_base(module: Module, checkpoint: Checkpoint, why: str) -> FormatError:
-    """The error of a reader that cannot do without the base."""
-    return FormatError(
-        doing(module, checkpoint),
-        problem=f"{why} and no base was given",
-        fix="Give base=, the model that the adapter was trained on.",
-    )
-
-
-def base_array(module: Module, checkpoint: Checkpoint, tensor: str, why: str) -> Array:
-    """A parameter of the module in the base.
+@dataclass(eq=False)
+class Module:
+    """The tensors of one module; a reader pops what it understands, and what is left makes the load fail.
 
     Args:
-        module: the module.
-        checkpoint: its checkpoint.
-        tensor: "weight" or "bias".
-        why: purpose of the base, as a clause.
-
-    Raises:
-        FormatError: no base was given, or its module has no such parameter.
+        name: dotted path of the module in the base, without prefixes, e.g. "encoder.layer.0.query".
+        tensors: suffix -> tensor, e.g. "lora_A.weight".
+        key: the module as the file names it, for messages; underscore names differ from `name`.
+        checkpoint: checkpoint of the module.
     """
-    if checkpoint.base is None:
-        raise needs_base(module, checkpoint, why)
-    name = f"{module.name}.{tensor}"
-    if name not in checkpoint.base.weights:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"{name!r} in {checkpoint.base.name}",
-            got="no parameter of that name",
-            fix="Check that the base is what the adapter was trained on.",
+
+    name: str
+    tensors: dict[str, Array]
+    key: str
+    checkpoint: Checkpoint
+
+    @property
+    def doing(self) -> str:
+        """Operation that an error about the module names."""
+        return f"read {self.checkpoint.source}, module {self.key!r}"
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Turn errors of the algebra about shapes and values into a FormatError that names the module."""
+        try:
+            yield
+        except (ShapeError, ValueError, IndexError) as error:
+            raise FormatError(
+                self.doing,
+                problem=f"its tensors do not fit each other or the weight ({error})",
+                fix="Check that the file is whole and was trained on this base.",
+            ) from error
+
+    def take(self, suffix: str) -> Array:
+        """Pop a tensor that the format requires.
+
+        Raises:
+            FormatError: it is not there.
+        """
+        if suffix not in self.tensors:
+            raise FormatError(
+                self.doing,
+                expected=f"a tensor {suffix}",
+                got=f"only {', '.join(sorted(self.tensors)) or 'nothing'}",
+                fix="The file is not whole: save or copy the adapter again.",
+            )
+        return self.tensors.pop(suffix)
+
+    def take_scale(self, rank: int) -> tuple[float, str | None]:
+        """Pop alpha: the factor alpha / rank, and a note where the file has none.
+
+        Without alpha the factor is what the caller gave as scale, else 1.
+
+        Raises:
+            FormatError: alpha is not one finite number, the rank is 0, or the caller gave a scale beside it.
+        """
+        alpha = self.tensors.pop("alpha", None)
+        if alpha is None:
+            if self.checkpoint.scale is not None:
+                return self.checkpoint.scale, None
+            return 1.0, "the file has no alpha, so the change is taken as it is, with scale 1"
+        self.no_scale()
+        if rank == 0:
+            raise FormatError(self.doing, expected="a rank of at least 1", got="tensors of rank 0")
+        if alpha.size != 1 or not np.isfinite(alpha).all():
+            raise FormatError(
+                self.doing,
+                expected="one finite number as alpha",
+                got=f"{alpha.reshape(-1)[:4].tolist()} of dtype {alpha.dtype}",
+                fix="float16 ends at 65504: save the adapter again in float32, or with alpha equal to the rank.",
+            )
+        return float(alpha.reshape(())) / rank, None
+
+    def no_scale(self) -> None:
+        """Refuse a scale that the caller gave for a module that states its own."""
+        if self.checkpoint.scale is not None:
+            raise FormatError(
+                self.doing,
+                expected="no scale, as the module states its own",
+                got=f"scale={self.checkpoint.scale}",
+                fix="Leave scale out.",
+            )
+
+    def misfit(self, expected: str, got: object) -> FormatError:
+        """The error for tensors that do not fit each other or the base."""
+        return FormatError(
+            self.doing,
+            expected=expected,
+            got=got,
+            fix="Check that the file is whole and was trained on this base.",
         )
-    return checkpoint.base.weights[name]
+
+    def needs_base(self, why: str) -> FormatError:
+        """The error of a reader that cannot do without the base."""
+        return FormatError(
+            self.doing,
+            problem=f"{why} and no base was given",
+            fix="Give base=, the model that the adapter was trained on.",
+        )
+
+    def base_array(self, tensor: str, why: str) -> Array:
+        """Look up a parameter of the module in the base.
+
+        Args:
+            tensor: "weight" or "bias".
+            why: purpose of the base, as a clause.
+
+        Raises:
+            FormatError: no base was given, or its module has no such parameter.
+        """
+        if self.checkpoint.base is None:
+            raise self.needs_base(why)
+        name = f"{self.name}.{tensor}"
+        if name not in self.checkpoint.base.weights:
+            raise FormatError(
+                self.doing,
+                expected=f"{name!r} in {self.checkpoint.base.name}",
+                got="no parameter of that name",
+                fix="Check that the base is what the adapter was trained on.",
+            )
+        return self.checkpoint.base.weights[name]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tpeft_deploy.errors import FormatError, MissingExtra, brief
+from tpeft_deploy.errors import FormatError, brief, requires
 from tpeft_deploy.formats.read.safetensors_file import parse_json, read_bytes, read_tensors, require_finite
 from tpeft_deploy.tucker import Array
 
@@ -138,15 +138,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _unpickle(file: Path) -> dict[str, Array]:
-    try:
+    with requires("torch, which reads pickles,", "export", f"read {file}"):
         import torch
-    except ImportError as error:
-        raise MissingExtra(
-            f"read {file}",
-            expected="torch to be installed, which reads pickles",
-            got="no such package",
-            fix="pip install 'tpeft-deploy[export]'.",
-        ) from error
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises every kind of exception; the cause is kept
