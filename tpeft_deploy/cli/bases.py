@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tpeft_deploy.cli.console import Renaming
+from tpeft_deploy.cli.console import Pair
 from tpeft_deploy.errors import UnsupportedBase
 
 __all__ = [
@@ -57,7 +57,7 @@ inputs_option = click.option(
 )
 rename_option = click.option(
     "--rename",
-    type=Renaming(),
+    type=Pair("OLD=NEW", "output=logits"),
     multiple=True,
     help="New name for an input or output of BASE; repeatable.",
 )

@@ -1,11 +1,11 @@
-"""Reading adapters, however they were trained.
+"""Read adapters of all training libraries.
 
-Files are of one of three kinds, told apart by what is there:
+Three kinds of files are distinguished by their content:
 
-    tpeft           our own file (`canonical`)
-    peft-tucker     a directory that PEFT saved for our own method (`peft_tucker`)
+    tpeft           the canonical file (`canonical`)
+    peft-tucker     a directory that PEFT saved for `tpeft_deploy.training` (`peft_tucker`)
     anything else   tensors `<module>.<suffix>` of a PEFT directory or a .safetensors file, each module read by the
-                    first of `readers.READERS` that knows its suffixes
+                    first of `readers.READERS` that matches
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def load_adapter(
 
     Args:
         path: directory or file that the training side saved.
-        format: one of `FORMATS`; found from the files, module by module, when left out.
+        format: one of `FORMATS`; default: detected from the files, module by module.
         scale: for formats that do not record their scale; refused by those that do.
         base: model that the adapter was trained on, to resolve names against and to check it with: a torch module, a
-            Hugging Face model directory, "package.module:factory", an open bundle, or the path of an ONNX file whose
-            initializers have the parameters' names.  Some formats cannot be read without.
+            Hugging Face model directory, "package.module:factory", an open bundle, or the path of an ONNX file with the
+            parameters' names as initializers.  Some formats cannot be read without.
         part: prefix of the names of one part of the trained model, which `base` is: "model.language_model",
             "lora_unet".  Names without it are left out, and listed in the adapter's `left_out`.
 
@@ -98,7 +98,7 @@ def _load(
 
 
 def origin_of(path: Path) -> Origin | None:
-    """What a training library would read at `path`; None for a directory or file that none of them writes.
+    """Path that a training library would read; None for a directory or file that none of them writes.
 
     Raises:
         FormatError: nothing there.
@@ -113,7 +113,7 @@ def origin_of(path: Path) -> Origin | None:
 
 
 def methods_of(path: Path, base: BaseView | None = None, format: str | None = None) -> dict[str, int]:
-    """Format -> how many modules of an adapter it reads; empty for one whose files say nothing of it.
+    """Format -> number of modules of an adapter that it reads; empty if the files do not show it.
 
     Raises:
         FormatError: a file is damaged.
@@ -176,7 +176,7 @@ def _whole(adapter: Adapter, scale: float | None, part: str | None, base: BaseVi
     if scale is not None:
         raise FormatError(
             f"read {adapter.source}",
-            expected="no scale, as this format records its own",
+            expected="no scale, as this format records it",
             got=f"scale={scale}",
             fix="Leave scale out.",
         )

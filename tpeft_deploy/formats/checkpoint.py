@@ -18,7 +18,7 @@ from tpeft_deploy.formats.read.module import BaseView, Change, Checkpoint, Modul
 from tpeft_deploy.formats.read.names import PEFT_PREFIX, Names, inner
 from tpeft_deploy.formats.read.parts import cut_saved, prefixes
 from tpeft_deploy.formats.read.saved import Saved, configured
-from tpeft_deploy.formats.reader import Reader
+from tpeft_deploy.formats.reader import FormatReader
 from tpeft_deploy.formats.readers import READERS, WHOLE_MODEL
 from tpeft_deploy.tucker import Array, TuckerDelta
 
@@ -97,7 +97,7 @@ def methods(saved: Saved, *, base: BaseView | None, format: str | None = None) -
     return dict(Counter(reader.name for reader in found if reader is not None))
 
 
-def _reader_of(module: Module, readers: Sequence[Reader]) -> Reader | None:
+def _reader_of(module: Module, readers: Sequence[FormatReader]) -> FormatReader | None:
     """The first reader that matches, of those with a mark in the module."""
     known = (reader for reader in readers if not reader.marks.isdisjoint(module.tensors))
     return next((reader for reader in known if reader.matches(module)), None)
@@ -150,7 +150,7 @@ def _most_dots() -> int:
 def _split(key: str) -> tuple[str, str] | None:
     """A key as module and suffix, the longest suffix that a reader knows."""
     dotted, joined, _ = _suffixes()
-    # First, as they end in "weight", which is also a dotted suffix of its own.
+    # First, as they end in "weight", which is also a separate dotted suffix.
     suffix = max((s for s in joined if key.endswith(s) and len(key) > len(s)), key=len, default=None)
     if suffix is not None:
         return key.removesuffix(suffix), suffix
@@ -174,7 +174,7 @@ def _check_twice(saved: Saved) -> None:
             )
 
 
-def _change(reader: Reader, module: Module) -> Change:
+def _change(reader: FormatReader, module: Module) -> Change:
     doing = f"{module.doing} as {reader.name}"
     _check_values(reader, module, doing)
     try:
@@ -186,7 +186,7 @@ def _change(reader: Reader, module: Module) -> Change:
             fix="Give base=, with which sizes are checked first.",
         ) from error
     except (ShapeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # A reader says what it can of tensors that do not fit; what it did not foresee is no less a damaged file.
+        # Errors that a reader does not expect also come from damaged files.
         raise FormatError(
             doing,
             problem=f"its tensors do not fit each other ({error})",
@@ -201,8 +201,8 @@ def _change(reader: Reader, module: Module) -> Change:
     return change
 
 
-def _check_values(reader: Reader, module: Module, doing: str) -> None:
-    """Refuse a tensor without values, whose other sizes may claim any rank."""
+def _check_values(reader: FormatReader, module: Module, doing: str) -> None:
+    """Refuse a tensor without values: its other sizes may claim any rank."""
     for suffix, tensor in module.tensors.items():
         if tensor.size == 0 and suffix in reader.suffixes - reader.may_be_empty:
             raise FormatError(
@@ -241,7 +241,7 @@ def _add(parts: _Parts, change: Change, module: Module) -> None:
 
 
 def _check_recognised(checkpoint: Checkpoint, asked: Set[str], *, directory: bool) -> None:
-    """Refuse a PEFT directory of a method that nobody here has heard of: its tensors would pass for overrides."""
+    """Refuse a PEFT directory of an unknown method: its tensors would be read as overrides."""
     if directory and not asked:
         raise FormatError(
             f"read {checkpoint.source}",
@@ -252,7 +252,7 @@ def _check_recognised(checkpoint: Checkpoint, asked: Set[str], *, directory: boo
 
 
 def _check_beside(rest: Mapping[str, Array], names: Names, adapted: Set[str], checkpoint: Checkpoint) -> None:
-    """Refuse what stands beside the tensors that a reader took and is no parameter of the adapted layer itself."""
+    """Refuse tensors of an adapted module that no reader took and that are no parameters of the layer."""
     lengths = sorted({len(name) for name in adapted}, reverse=True)
     for key in sorted(rest):
         name = names.weight(key)
@@ -268,7 +268,7 @@ def _check_beside(rest: Mapping[str, Array], names: Names, adapted: Set[str], ch
             )
 
 
-def _check_shared(checkpoint: Checkpoint, readers: Sequence[Reader], asked: Set[str]) -> None:
+def _check_shared(checkpoint: Checkpoint, readers: Sequence[FormatReader], asked: Set[str]) -> None:
     used = frozenset[str]().union(*(r.shared for r in readers if r.name in asked))
     for key in sorted(checkpoint.shared.keys() - used - checkpoint.used):
         raise FormatError(f"read {checkpoint.source}, tensor {key!r}", problem="no module of the file uses it")
@@ -279,8 +279,7 @@ def _account_for(
 ) -> None:
     """Turn the tensors of no reader into overrides, or refuse them.
 
-    A copy of an adapted weight is what the training side had as the base: its digest is recorded, so that the adapter
-    will refuse any other.
+    A copy of an adapted weight is the base of the training: its digest is recorded, so that any other base is refused.
     """
     for key, tensor in sorted(rest.items()):
         name = names.weight(key.removeprefix(_WRAPPER) if whole and names.base is None else key)
@@ -309,7 +308,7 @@ def _check_scale_used(checkpoint: Checkpoint, parts: _Parts) -> None:
     if checkpoint.scale is not None and (checkpoint.config or not parts.deltas):
         raise FormatError(
             f"read {checkpoint.source}",
-            expected="no scale, as the adapter records its own" if parts.deltas else "no scale, as nothing is scaled",
+            expected="no scale, as the adapter records it" if parts.deltas else "no scale, as nothing is scaled",
             got=f"scale={checkpoint.scale}",
             fix="Leave scale out.",
         )

@@ -69,13 +69,13 @@ def read_cr_mr(module: Module) -> Change:
     """
     down, core, up = (module.take(name) for name in ("lora_A.weight", _CR_MR_CORE, "lora_B.weight"))
     with module.reporting():
-        scale = _scale(module, core.shape[0])
+        scale = _cr_mr_scale(module, core.shape[0])
         factors = (down.T, up) if module.checkpoint.config.get("fan_in_fan_out") else (up, down.T)
         delta = TuckerDelta(core.T if factors[0] is not up else core, factors, scale)
     return Change(deltas={f"{module.name}.weight": delta})
 
 
-def _scale(module: Module, rank: int) -> float:
+def _cr_mr_scale(module: Module, rank: int) -> float:
     config = module.checkpoint.config
     if not config:
         if module.checkpoint.scale is None:

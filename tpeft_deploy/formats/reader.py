@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tpeft_deploy.formats.read.module import Change, Module
 
-__all__ = ["About", "Reader", "reader", "without_config"]
+__all__ = ["About", "FormatReader", "reader", "without_config"]
 
 
 class About(NamedTuple):
@@ -34,7 +34,7 @@ class About(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Reader:
+class FormatReader:
     """Reader of one format.
 
     Args:
@@ -74,27 +74,19 @@ def reader(
     may_be_empty: Iterable[str] = (),
     shared: Iterable[str] = (),
     shared_prefixes: tuple[str, ...] = (),
-) -> Callable[[Callable[[Module], Change]], Reader]:
-    """Make the decorated function a reader.
+) -> Callable[[Callable[[Module], Change]], FormatReader]:
+    """Make the decorated function the `read` of a FormatReader with these fields.
 
-    Args:
-        name: as in `Reader`, like the others.
-        about: description.
-        suffixes: suffixes that it consumes.
-        marks: suffixes of which a module has one; default all.
-        matches: further condition; default a PEFT file of one of the types in `about`, or none if it has no types.
-        joined_suffixes: suffixes without a dot.
-        may_be_empty: suffixes that may be without values.
-        shared: keys of shared tensors.
-        shared_prefixes: prefixes of keys of shared tensors.
+    `marks` defaults to all suffixes; `matches` to a PEFT file of one of the types in `about`, or any file if it has no
+    types.
     """
     consumed = frozenset(suffixes)
 
     def of_type(module: Module) -> bool:
         return not about.types or module.checkpoint.config.get("peft_type") in about.types
 
-    def decorate(read: Callable[[Module], Change]) -> Reader:
-        return Reader(
+    def decorate(read: Callable[[Module], Change]) -> FormatReader:
+        return FormatReader(
             name,
             about,
             consumed,

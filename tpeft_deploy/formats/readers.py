@@ -21,11 +21,11 @@ from tpeft_deploy.formats.peft import sparse as peft_sparse
 from tpeft_deploy.formats.peft import spectral as peft_spectral
 from tpeft_deploy.formats.peft import tokens as peft_tokens
 from tpeft_deploy.formats.peft import vectors as peft_vectors
-from tpeft_deploy.formats.reader import Reader
+from tpeft_deploy.formats.reader import FormatReader
 
 __all__ = ["READERS", "WHOLE_MODEL"]
 
-READERS: tuple[Reader, ...] = (
+READERS: tuple[FormatReader, ...] = (
     lycoris_refusals.read_refusals,
     flora.read_sjtu,
     flora.read_cr_mr,

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.tucker import Array, TuckerDelta
 
@@ -51,12 +50,7 @@ def _gain(module: Module, delta: TuckerDelta) -> Mapping[str, Array]:
         return {}
     weight = module.base_array("weight", "DoRA's gain depends on the base's weight")
     if delta.shape != weight.shape:
-        raise FormatError(
-            module.doing,
-            expected=f"a change of shape {weight.shape}, as the base's weight",
-            got=delta.shape,
-            fix="Check that the base is what the adapter was trained on.",
-        )
+        raise module.misfit(f"a change of shape {weight.shape}, as the base's weight", delta.shape)
     adapted = weight.astype(np.float64) + delta.dense()
     axis = _channel_axis(module, magnitude, weight.shape)
     others = tuple(a for a in range(weight.ndim) if a != axis)
@@ -72,10 +66,7 @@ def _channel_axis(module: Module, magnitude: Array, shape: tuple[int, ...]) -> i
     fitting = {(shape[0], 1, *ones): 0, (1, shape[1], *ones): 1}
     axis = fitting.get(magnitude.shape)
     if axis is None:
-        raise FormatError(
-            module.doing,
-            expected=f"dora_scale of shape {' or '.join(str(s) for s in fitting)}, as the weight is {shape}",
-            got=magnitude.shape,
-            fix="Check that the base is what the adapter was trained on.",
+        raise module.misfit(
+            f"dora_scale of shape {' or '.join(str(s) for s in fitting)}, as the weight is {shape}", magnitude.shape
         )
     return axis

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.base.products import base_weight, cayley, change_of_base, dense_delta
+from tpeft_deploy.formats.base.weight_changes import base_weight, cayley, change_of_base, dense_delta
 from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array

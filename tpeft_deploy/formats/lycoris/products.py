@@ -45,14 +45,14 @@ def read_glora(module: Module) -> Change:
         rank = a2.shape[0]
     scale, note = module.take_scale(rank)
     with module.reporting():
-        delta = _delta(weight, _flat(a1), _flat(a2), _flat(b1), b2, scale)
+        delta = _glora_delta(weight, _flat(a1), _flat(a2), _flat(b1), b2, scale)
         if delta.shape != weight.shape:
             raise ValueError(f"a change of shape {delta.shape} for a weight of shape {weight.shape}")
     target = f"{module.name}.weight"
     return Change(deltas={target: delta}, notes={target: "; ".join(text for text in (_RS_LORA, note) if text)})
 
 
-def _delta(weight: Array, a1: Array, a2: Array, b1: Array, b2: Array, scale: float) -> TuckerDelta:
+def _glora_delta(weight: Array, a1: Array, a2: Array, b1: Array, b2: Array, scale: float) -> TuckerDelta:
     dtype = np.result_type(a1, b1, np.float32)
     kernel, inputs = weight.shape[2:], weight.shape[1]
     sizes = a1.shape, a2.shape, b1.shape, b2.shape
@@ -141,15 +141,15 @@ def read_lokr(module: Module) -> Change:
     is no rank, and s is 1 for any alpha.
     """
     shape = module.base_array("weight", "LoKr does not state the weight's shape").shape
-    first = _half(module, "lokr_w1", ())
-    second = _half(module, "lokr_w2", shape[2:])
-    scale, note = _scale(module, first, second)
+    first = _lokr_half(module, "lokr_w1", ())
+    second = _lokr_half(module, "lokr_w2", shape[2:])
+    scale, note = _lokr_scale(module, first, second)
     with module.reporting():
         delta = lokr(first, second, scale=scale, shape=shape)
     return change_with_dora(module, delta, DENSE if is_dense(delta) else None, note)
 
 
-def _half(module: Module, name: str, kernel: tuple[int, ...]) -> Half:
+def _lokr_half(module: Module, name: str, kernel: tuple[int, ...]) -> Half:
     if name in module.tensors:
         return full(module.tensors.pop(name))
     left, right = module.take(f"{name}_a"), module.take(f"{name}_b")
@@ -158,7 +158,7 @@ def _half(module: Module, name: str, kernel: tuple[int, ...]) -> Half:
         return product(left, right, kernel) if core is None else tucker(core, left, right, kernel)
 
 
-def _scale(module: Module, first: Half, second: Half) -> tuple[float, str | None]:
+def _lokr_scale(module: Module, first: Half, second: Half) -> tuple[float, str | None]:
     ranks = {half.rank for half in (first, second) if half.rank is not None}
     if not ranks:
         # Trainers write placeholders such as 1e10 as alpha, which LyCORIS, sd-scripts and ComfyUI ignore.

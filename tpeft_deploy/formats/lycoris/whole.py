@@ -64,12 +64,7 @@ def added(module: Module, tensor: str, difference: Array) -> Array:
     """
     base = module.base_array(tensor, f"the file has only the difference to the base's {tensor}")
     if base.shape != difference.shape:
-        raise FormatError(
-            module.doing,
-            expected=f"a difference of shape {base.shape}, as the base's {tensor}",
-            got=difference.shape,
-            fix="Check that the base is what the adapter was trained on.",
-        )
+        raise module.misfit(f"a difference of shape {base.shape}, as the base's {tensor}", difference.shape)
     dtype = np.result_type(np.float32, base.dtype, difference.dtype)
     return (base.astype(np.float64) + difference).astype(dtype)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.base.products import base_weight, change_of_base, dense_delta
+from tpeft_deploy.formats.base.weight_changes import base_weight, change_of_base, dense_delta
 from tpeft_deploy.formats.peft.config import matrix_delta, number, stored_transposed
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.reader import About, reader
@@ -13,10 +13,15 @@ from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["read_deft", "read_frod", "read_osf"]
 
-_P, _R = "deft_P", "deft_R"
+_DEFT_P, _DEFT_R = "deft_P", "deft_R"
 
 
-@reader("peft-deft", About("PEFT", "DEFT", "linear, Conv1D", "yes", "low-rank", types=("DEFT",)), {_P, _R}, marks={_P})
+@reader(
+    "peft-deft",
+    About("PEFT", "DEFT", "linear, Conv1D", "yes", "low-rank", types=("DEFT",)),
+    {_DEFT_P, _DEFT_R},
+    marks={_DEFT_P},
+)
 def read_deft(module: Module) -> Change:
     """DEFT as PEFT saves it: a subspace of the outputs is removed from the weight and replaced.
 
@@ -26,8 +31,8 @@ def read_deft(module: Module) -> Change:
     QR decomposition (qr), with the signs of Householder reflections.  `para` only removes, and has no deft_R.
     """
     weight = base_weight(module, "DEFT")
-    stored = module.take(_P)
-    filled = None if module.checkpoint.config.get("para") else module.take(_R)
+    stored = module.take(_DEFT_P)
+    filled = None if module.checkpoint.config.get("para") else module.take(_DEFT_R)
     with module.reporting():
         outputs, rank = stored.shape
         transposed = stored_transposed(module, outputs, weight.size // max(1, outputs))
@@ -35,18 +40,18 @@ def read_deft(module: Module) -> Change:
         shapes = [tensor.shape for tensor in (stored, filled) if tensor is not None]
         if weight.ndim != 2 or shapes != [(len(matrix), rank), (rank, matrix.shape[1])][: len(shapes)]:
             raise ValueError(f"tensors of shapes {shapes} for a weight of shape {weight.shape}")
-        left, right = _sides(module, stored.astype(np.float64))
+        left, right = _deft_sides(module, stored.astype(np.float64))
         if rank > outputs and module.checkpoint.config.get("decomposition_method") == "relu":
-            return change_of_base(module, _dense(module.checkpoint, weight, stored, filled, transposed=transposed))
+            return change_of_base(module, _deft_dense(module.checkpoint, weight, stored, filled, transposed=transposed))
         inner = -(right.T @ matrix)
         if filled is not None:
-            inner += _scale(module.checkpoint, rank) * filled.astype(np.float64)
+            inner += _deft_scale(module.checkpoint, rank) * filled.astype(np.float64)
         dtype = np.promote_types(stored.dtype, np.float32)
         delta = matrix_delta(left.astype(dtype), inner.astype(dtype), 1.0, transposed=transposed)
         return change_of_base(module, delta)
 
 
-def _dense(
+def _deft_dense(
     checkpoint: Checkpoint, weight: Array, stored: Array, filled: Array | None, *, transposed: bool
 ) -> TuckerDelta:
     """Dense change, for relu with a rank above the number of outputs: P^T W would be larger than weight and file."""
@@ -54,16 +59,16 @@ def _dense(
     basis = stored.astype(np.float64)
     change = -(basis @ np.maximum(basis, 0).T) @ matrix
     if filled is not None:
-        change += _scale(checkpoint, len(filled)) * (basis @ filled.astype(np.float64))
+        change += _deft_scale(checkpoint, len(filled)) * (basis @ filled.astype(np.float64))
     stored_change = (change.T if transposed else change).astype(np.promote_types(stored.dtype, np.float32))
     return TuckerDelta(stored_change, (None, None))
 
 
-def _scale(checkpoint: Checkpoint, rank: int) -> float:
+def _deft_scale(checkpoint: Checkpoint, rank: int) -> float:
     return number(checkpoint, "alpha") / rank if checkpoint.config.get("alpha") else 1.0
 
 
-def _sides(module: Module, basis: Array) -> tuple[Array, Array]:
+def _deft_sides(module: Module, basis: Array) -> tuple[Array, Array]:
     method = module.checkpoint.config.get("decomposition_method")
     if method == "relu":
         return basis, np.maximum(basis, 0)
@@ -106,7 +111,7 @@ def read_frod(module: Module) -> Change:
     """
     weight = base_weight(module, "FRoD")
     diagonal, entries = module.take(_DIAGONAL), module.take(_ENTRIES)
-    basis, places, size = (_shared(module, prefix) for prefix in _FROD_SHARED_PREFIXES)
+    basis, places, size = (_frod_shared(module, prefix) for prefix in _FROD_SHARED_PREFIXES)
     with module.reporting():
         inputs = diagonal.size
         transposed = stored_transposed(module, weight.size // max(1, inputs), inputs)
@@ -128,8 +133,8 @@ def read_frod(module: Module) -> Change:
         return change_of_base(module, delta)
 
 
-def _shared(module: Module, prefix: str) -> Array:
-    key = prefix + _role(module.name)
+def _frod_shared(module: Module, prefix: str) -> Array:
+    key = prefix + _frod_role(module.name)
     if key not in module.checkpoint.shared:
         raise FormatError(
             module.doing,
@@ -141,7 +146,7 @@ def _shared(module: Module, prefix: str) -> Array:
     return module.checkpoint.shared[key]
 
 
-def _role(name: str) -> str:
+def _frod_role(name: str) -> str:
     """Name that a layer shares with those of other blocks, as in PEFT's _category_from_key."""
     *above, parent, own = ["", *name.split(".")]
     if not parent or parent.isdigit():

@@ -18,9 +18,9 @@ from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["read_attention", "read_experts", "read_lora", "scale_of", "subtract_initial"]
 
-_LORA_A, _LORA_B = "lora_A.weight", "lora_B.weight"
+_A, _B = "lora_A.weight", "lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
-_LORA_BIAS, _MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
+_BIAS, _MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
 
 
 @reader(
@@ -33,8 +33,8 @@ _LORA_BIAS, _MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
         "low-rank, gain, override",
         types=("LORA",),
     ),
-    {_LORA_A, _LORA_B, _EMBEDDING_A, _EMBEDDING_B, _LORA_BIAS, _MAGNITUDE},
-    marks={_LORA_A, _LORA_B, _EMBEDDING_A, _EMBEDDING_B},
+    {_A, _B, _EMBEDDING_A, _EMBEDDING_B, _BIAS, _MAGNITUDE},
+    marks={_A, _B, _EMBEDDING_A, _EMBEDDING_B},
 )
 def read_lora(module: Module) -> Change:
     """LoRA as PEFT saves it, with rsLoRA, DoRA, biases and patterns (arXiv 2106.09685, 2312.03732, 2402.09353).
@@ -58,8 +58,8 @@ def read_lora(module: Module) -> Change:
         if _MAGNITUDE in module.tensors:
             gains = {target: _dora_gain(module, delta, axis)}
         overrides = {}
-        if _LORA_BIAS in module.tensors:
-            overrides = {f"{module.name}.bias": _bias(module, delta.scale)}
+        if _BIAS in module.tensors:
+            overrides = {f"{module.name}.bias": _lora_bias(module, delta.scale)}
     return Change(deltas={target: delta}, overrides=overrides, gains=gains)
 
 
@@ -79,7 +79,7 @@ def _lora_delta(module: Module) -> tuple[TuckerDelta, int]:
     if _EMBEDDING_A in module.tensors or _EMBEDDING_B in module.tensors:
         rows, columns = module.take(_EMBEDDING_A), module.take(_EMBEDDING_B)
         return matrix_delta(rows.T, columns.T, scale_of(module.checkpoint, module.name, rows.shape[0])), 1
-    down, up = module.take(_LORA_A), module.take(_LORA_B)
+    down, up = module.take(_A), module.take(_B)
     scale = scale_of(module.checkpoint, module.name, down.shape[0])
     if down.ndim > 2:
         return _convolution(module, down, up, scale), 0
@@ -118,8 +118,8 @@ def _dora_gain(module: Module, delta: TuckerDelta, axis: int) -> Array:
     return gain.astype(np.promote_types(magnitude.dtype, np.float32))
 
 
-def _bias(module: Module, scale: float) -> Array:
-    added = module.take(_LORA_BIAS)
+def _lora_bias(module: Module, scale: float) -> Array:
+    added = module.take(_BIAS)
     bias = base_bias(module, "lora_bias adds to the base's bias")
     if bias is None or bias.shape != added.shape:
         raise FormatError(
@@ -132,7 +132,14 @@ def _bias(module: Module, scale: float) -> Array:
 
 
 def subtract_initial(module: Module, delta: TuckerDelta, *, transposed: bool) -> TuckerDelta:
-    """The change s B A - P for PiSSA and OLoRA, of rank 2 r; s B A for every other init.
+    """Compute the change s B A - P for PiSSA and OLoRA, of rank 2 r; s B A for every other init.
+
+    At injection PEFT moves the first r components of the weight to A and B:
+
+        W' = W - P        P = U_r S_r V_r^T (PiSSA, arXiv 2404.02948), or s Q_r R_r (OLoRA, arXiv 2406.01775)
+
+    A file that was saved without conversion still has `init_lora_weights`.  The adapted weight is then W - P + s B A,
+    and P is computed from the base in the same way as in PEFT.
 
     Args:
         module: module that is read.
@@ -175,20 +182,19 @@ def _olora(weight: Array, rank: int) -> tuple[Array, Array, float]:
     return left[:, :rank], right[:rank].T, 1.0
 
 
-_ATTENTION_A, _ATTENTION_B, _ATTENTION_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 _OUT = ".base_layer.out_proj"
 _TWICE = "PEFT adds the change of MultiheadAttention's out_proj twice, in training as well, so it is read as 2 s B A"
 
 
 def _is_attention(module: Module) -> bool:
     """Whether the module is a MultiheadAttention of the base, or the out_proj inside one; precedes plain LoRA."""
-    return is_type(module.checkpoint, "LORA") and _ATTENTION_A in module.tensors and (_is_out(module) or _is_in(module))
+    return is_type(module.checkpoint, "LORA") and _A in module.tensors and (_is_out(module) or _is_in(module))
 
 
 @reader(
     "peft-lora-attention",
     About("PEFT", "LoRA", "MultiheadAttention", "yes", "low-rank"),
-    {_ATTENTION_A, _ATTENTION_B, _ATTENTION_BIAS},
+    {_A, _B, _BIAS},
     matches=_is_attention,
 )
 def read_attention(module: Module) -> Change:
@@ -201,14 +207,14 @@ def read_attention(module: Module) -> Change:
     out_proj and then calls out_proj.merge, which adds it again.  The adapter was trained with it.
     """
     module.no_scale()
-    if _ATTENTION_BIAS in module.tensors:
+    if _BIAS in module.tensors:
         raise FormatError(
             module.doing,
             expected="LoRA without biases on MultiheadAttention",
             got="lora_bias, which PEFT leaves out of one projection and not of the other",
             fix="Train again with lora_bias=False.",
         )
-    down, up = module.take(_ATTENTION_A), module.take(_ATTENTION_B)
+    down, up = module.take(_A), module.take(_B)
     # PEFT uses the attention's rank and alpha for its out_proj.
     attention = module.name.removesuffix(".out_proj") if _is_out(module) else module.name
     with module.reporting():
@@ -227,14 +233,13 @@ def _is_in(module: Module) -> bool:
     return module.checkpoint.base is not None and f"{module.name}.in_proj_weight" in module.checkpoint.base.weights
 
 
-_EXPERTS_A, _EXPERTS_B = "lora_A.weight", "lora_B.weight"
 _WRAPPED = re.compile(r"(?:\.base_layer)*$")
 _EXPERTS_NAME = "peft-lora-parameter"
 
 
 def _is_experts(module: Module) -> bool:
     """Whether the configuration targets a parameter of this module; precedes plain LoRA."""
-    if not is_type(module.checkpoint, "LORA") or _EXPERTS_A not in module.tensors:
+    if not is_type(module.checkpoint, "LORA") or _A not in module.tensors:
         return False
     targets = module.checkpoint.config.get("target_parameters")
     if not targets:
@@ -250,7 +255,7 @@ def _is_experts(module: Module) -> bool:
 @reader(
     _EXPERTS_NAME,
     About("PEFT", "LoRA (target_parameters)", "stacked experts, other parameters", "yes", "low-rank, dense"),
-    {_EXPERTS_A, _EXPERTS_B},
+    {_A, _B},
     matches=_is_experts,
 )
 def read_experts(module: Module) -> Change:
@@ -264,24 +269,24 @@ def read_experts(module: Module) -> Change:
     order: `<module>.lora_A` is the last, `<module>.base_layer.lora_A` the one before it.
     """
     module.no_scale()
-    down, up = module.take(_EXPERTS_A), module.take(_EXPERTS_B)
+    down, up = module.take(_A), module.take(_B)
     if module.checkpoint.base is None:
         raise module.needs_base("target_parameters are resolved by the base's parameters")
-    name = _parameter(module)
+    name = _experts_parameter(module)
     shape = module.checkpoint.base.shape(name)
     with module.reporting():
         experts = shape[0] if len(shape) == 3 else 1
         rank, left = divmod(down.shape[0], experts)
         fits = len(shape) in {2, 3} and not left and rank and up.shape[1:] == down.shape[:1]
         if not fits or sorted(shape[-2:]) != sorted((up.shape[0], down.shape[1])):
-            raise _misfit(module, name, shape, down, up)
+            raise _experts_misfit(module, name, shape, down, up)
         scale = scale_of(module.checkpoint, name, rank)
-        transposed = _transposed(module, name, shape, outputs=up.shape[0])
+        transposed = _experts_transposed(module, name, shape, outputs=up.shape[0])
         delta = _experts_delta(down, up, scale, shape, transposed=transposed)
     return Change(deltas={name: delta}, notes={name: DENSE} if is_dense(delta) else {})
 
 
-def _parameter(module: Module) -> str:
+def _experts_parameter(module: Module) -> str:
     """The parameter of these tensors, by the number of wrappers around it."""
     names = _targeted(module)
     if len(names) > 1 and module.checkpoint.base is not None and not module.checkpoint.base.kinds:
@@ -299,18 +304,13 @@ def _parameter(module: Module) -> str:
     return names[-1 - depth]
 
 
-def _own_parameters(module: Module) -> list[str]:
-    """Parameters of the module without those of submodules, in the base's order."""
-    return module.checkpoint.parameters.get(module.name, [])
-
-
 def _targeted(module: Module) -> list[str]:
     targets = module.checkpoint.endings("target_parameters")
-    names = _own_parameters(module)
+    names = module.checkpoint.parameters.get(module.name, [])
     return [name for name in names if targets.end_module(module.checkpoint.trained_name(name))]
 
 
-def _transposed(module: Module, name: str, shape: tuple[int, ...], *, outputs: int) -> bool:
+def _experts_transposed(module: Module, name: str, shape: tuple[int, ...], *, outputs: int) -> bool:
     if len(shape) == 2:
         return False
     if shape[1] == shape[2]:
@@ -344,6 +344,6 @@ def _experts_delta(down: Array, up: Array, scale: float, shape: tuple[int, ...],
     )
 
 
-def _misfit(module: Module, name: str, shape: tuple[int, ...], down: Array, up: Array) -> FormatError:
+def _experts_misfit(module: Module, name: str, shape: tuple[int, ...], down: Array, up: Array) -> FormatError:
     expected = f"tensors for the parameter {name!r} of shape {shape}"
     return module.misfit(expected, f"lora_A {down.shape} and lora_B {up.shape}")

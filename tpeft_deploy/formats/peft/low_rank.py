@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.base.products import base_weight, change_of_base, dense_delta
+from tpeft_deploy.formats.base.weight_changes import base_weight, change_of_base, dense_delta
 from tpeft_deploy.formats.peft.config import (
     alpha_of,
     base_bias,
@@ -46,23 +46,23 @@ def read_adalora(module: Module) -> Change:
     module.no_scale()
     down, values, up = (module.take(name) for name in (_ADALORA_A, _E, _ADALORA_B))
     target = f"{module.name}.weight"
-    scale = _scale(module.checkpoint)
+    scale = _adalora_scale(module.checkpoint)
     if values.shape != (down.shape[0], 1):
         raise FormatError(module.doing, expected=f"lora_E of shape {(down.shape[0], 1)}", got=values.shape)
     if not values.size:
         return Change(notes={target: "AdaLoRA pruned its whole rank: nothing changes"})
     with module.reporting():
-        delta = _delta(module, down, values, up, scale)
+        delta = _adalora_delta(module, down, values, up, scale)
     return Change(deltas={target: delta})
 
 
-def _scale(checkpoint: Checkpoint) -> float:
+def _adalora_scale(checkpoint: Checkpoint) -> float:
     rank = number(checkpoint, "init_r")
     alpha = number(checkpoint, "lora_alpha")
     return (alpha if alpha > 0 else rank) / (rank + 1e-5)  # as in AdaLoraLayer.update_layer
 
 
-def _delta(module: Module, down: Array, values: Array, up: Array, scale: float) -> TuckerDelta:
+def _adalora_delta(module: Module, down: Array, values: Array, up: Array, scale: float) -> TuckerDelta:
     shape = weight_shape(f"{module.name}.weight", module.checkpoint)
     if shape is not None and len(shape) > 2:
         core = (values * down).reshape(-1, *shape[1:])
@@ -120,9 +120,9 @@ def read_glora(module: Module) -> Change:
         if weight.ndim != 2:
             raise ValueError(f"a weight of shape {weight.shape}, where GLoRA changes linear layers")
         outputs, inputs = weight.shape
-        scale, shift = (_path(module, path, (outputs, inputs)) for path in "AB")
-        through = _path(module, "C", (inputs, 1))
-        bias_scale, bias_shift = (_path(module, path, (outputs,)) for path in "DE")
+        scale, shift = (_glora_path(module, path, (outputs, inputs)) for path in "AB")
+        through = _glora_path(module, "C", (inputs, 1))
+        bias_scale, bias_shift = (_glora_path(module, path, (outputs,)) for path in "DE")
         bias = base_bias(module, "GLoRA changes the base's bias as well")
         if bias is not None:
             bias = bias + bias * bias_scale + bias_shift + (weight @ np.broadcast_to(through, (inputs, 1)))[:, 0]
@@ -131,7 +131,7 @@ def read_glora(module: Module) -> Change:
         return change_of_base(module, delta, bias=bias)
 
 
-def _path(module: Module, path: str, shape: tuple[int, ...]) -> Array:
+def _glora_path(module: Module, path: str, shape: tuple[int, ...]) -> Array:
     """One of A to E in float64, of a shape that broadcasts to `shape`."""
     zeros = module.tensors.pop(f"glora_{path}.zeros", None)
     if zeros is not None:
@@ -182,19 +182,19 @@ def read_gralora(module: Module) -> Change:
     shape = weight_shape(f"{module.name}.weight", module.checkpoint)
     if shape is not None and sorted(shape) != sorted((outputs, inputs)):
         raise module.misfit(f"blocks of a weight {shape}", f"{(outputs, inputs)}")
-    down, up = _general(module, outputs, inputs)
+    down, up = _gralora_general(module, outputs, inputs)
     scale = alpha_of(module.checkpoint, module.name, rank, "alpha") / (rank + len(down))
     transposed = stored_transposed(module, outputs, inputs)
     ranks = (count * rank + len(down),) * 2
     if dense_is_smaller(ranks, (outputs, inputs)):
-        change = scale * (_dense(first, last) + np.matmul(up, down, dtype=np.float64))
+        change = scale * (_gralora_dense(first, last) + np.matmul(up, down, dtype=np.float64))
         return dense_change(module, change.astype(first.dtype), transposed=transposed)
-    left, right = _factors(first, last)
+    left, right = _gralora_factors(first, last)
     delta = matrix_delta(np.hstack([left, up]), np.vstack([right, down]), scale, transposed=transposed)
     return Change(deltas={f"{module.name}.weight": delta})
 
 
-def _general(module: Module, outputs: int, inputs: int) -> tuple[Array, Array]:
+def _gralora_general(module: Module, outputs: int, inputs: int) -> tuple[Array, Array]:
     """A (h, I) and B (O, h) of the plain LoRA; h is 0 if there is none."""
     hybrid = number(module.checkpoint, "hybrid_r")
     if hybrid == 0:
@@ -208,7 +208,7 @@ def _general(module: Module, outputs: int, inputs: int) -> tuple[Array, Array]:
     return widen(down), widen(up)
 
 
-def _blocks(first: Array, last: Array) -> tuple[Array, Array]:
+def _gralora_blocks(first: Array, last: Array) -> tuple[Array, Array]:
     """A as (n, i, j, t) and B as (j, n, t, o), of ranks t of each block."""
     count, width, rank = first.shape
     return (
@@ -217,17 +217,17 @@ def _blocks(first: Array, last: Array) -> tuple[Array, Array]:
     )
 
 
-def _dense(first: Array, last: Array) -> Array:
-    down, up = _blocks(first.astype(np.float64), last)
+def _gralora_dense(first: Array, last: Array) -> Array:
+    down, up = _gralora_blocks(first.astype(np.float64), last)
     outputs, inputs = last.shape[0] * last.shape[2], first.shape[0] * first.shape[1]
     change: Array = np.einsum("nijt,jnto->joni", down, up, optimize=True)
     return change.reshape(outputs, inputs)
 
 
-def _factors(first: Array, last: Array) -> tuple[Array, Array]:
+def _gralora_factors(first: Array, last: Array) -> tuple[Array, Array]:
     """(O, k r) and (k r, I), ranks in the order (j, n, t)."""
     count, width, rank = first.shape
-    down, _ = _blocks(first, last)
+    down, _ = _gralora_blocks(first, last)
     left = np.zeros((count, last.shape[2], count, rank), last.dtype)
     right = np.zeros((count, count, rank // count, count, width), first.dtype)
     for block in range(count):
@@ -236,10 +236,10 @@ def _factors(first: Array, last: Array) -> tuple[Array, Array]:
     return left.reshape(-1, count * rank), right.reshape(count * rank, -1)
 
 
-_MISS_BLOCK = "miss_block"
+_BLOCK = "miss_block"
 
 
-@reader("peft-miss", About("PEFT", "MiSS", "linear", "yes", "low-rank", types=("MISS",)), {_MISS_BLOCK})
+@reader("peft-miss", About("PEFT", "MiSS", "linear", "yes", "low-rank", types=("MISS",)), {_BLOCK})
 def read_miss(module: Module) -> Change:
     """MiSS as PEFT saves it: inputs are summed in strides of r, then multiplied by one small matrix (arXiv 2409.15371).
 
@@ -249,7 +249,7 @@ def read_miss(module: Module) -> Change:
     `miss_bat`.
     """
     module.no_scale()
-    block = module.take(_MISS_BLOCK)
+    block = module.take(_BLOCK)
     shape = module.base_array("weight", "MiSS does not record the number of inputs of a layer").shape
     if block.ndim != 2 or len(shape) != 2 or shape[0] % block.shape[1]:
         expected = f"a block (r, {shape[0]}), or one that repeats to it, for a weight {shape}"
@@ -268,22 +268,19 @@ def read_miss(module: Module) -> Change:
     return Change(deltas={f"{module.name}.weight": delta})
 
 
-_MISS_BAT_BLOCK = "miss_block"
-
-
 def _is_miss_bat(module: Module) -> bool:
     """Whether a PEFT file of type MISS with init_weights='bat' has blocks for the module."""
     return (
         is_type(module.checkpoint, "MISS")
         and module.checkpoint.config.get("init_weights") == "bat"
-        and _MISS_BAT_BLOCK in module.tensors
+        and _BLOCK in module.tensors
     )
 
 
 @reader(
     "peft-miss-bat",
     About("PEFT", "MiSS (init_weights='bat')", "linear", "yes", "dense"),
-    {_MISS_BAT_BLOCK},
+    {_BLOCK},
     matches=_is_miss_bat,
 )
 def read_miss_bat(module: Module) -> Change:
@@ -292,7 +289,7 @@ def read_miss_bat(module: Module) -> Change:
     W'[o, i] = W[o, i] + W[o, i] D[o] + D[o] for tiles of size (r, r)        miss_block D (O / r, r, r)
     """
     weight = base_weight(module, "MiSS")
-    stored = module.take(_MISS_BAT_BLOCK)
+    stored = module.take(_BLOCK)
     with module.reporting():
         count, size, _ = stored.shape
         if weight.ndim != 2 or stored.shape != (count, size, size) or count * size != len(weight):

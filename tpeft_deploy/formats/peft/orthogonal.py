@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.base.products import (
+from tpeft_deploy.formats.base.weight_changes import (
     base_weight,
     cayley,
     change_of_base,
@@ -58,14 +58,14 @@ def read_oft(module: Module) -> Change:
         )
     with module.reporting():
         flat = weight.reshape(len(weight), -1)
-        blocks = _blocks(module.checkpoint, angles, flat.shape[1], 1 if weight.ndim == 2 else len(weight))
+        blocks = _oft_blocks(module.checkpoint, angles, flat.shape[1], 1 if weight.ndim == 2 else len(weight))
         if weight.ndim == 2 and len(blocks) * blocks.shape[1] != flat.shape[1]:
             raise ValueError(f"{len(blocks)} blocks of size {blocks.shape[1]} for a weight of shape {weight.shape}")
         adapted = rotate_inputs(flat, blocks.swapaxes(1, 2) if embedding else blocks)
         return change_of_base(module, dense_delta(adapted, weight, angles))
 
 
-def _blocks(checkpoint: Checkpoint, angles: Array, inputs: int, groups: int) -> Array:
+def _oft_blocks(checkpoint: Checkpoint, angles: Array, inputs: int, groups: int) -> Array:
     """Compute the matrices R (n, b, b) for a weight with `inputs` per group and at most `groups` groups."""
     count, elements = angles.shape
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
@@ -75,7 +75,7 @@ def _blocks(checkpoint: Checkpoint, angles: Array, inputs: int, groups: int) -> 
     values = angles.astype(np.float64)
     if checkpoint.config.get("coft"):
         values = _shortened(values, number(checkpoint, "eps"))
-    blocks = _matrices(checkpoint, values, size)
+    blocks = _oft_matrices(checkpoint, values, size)
     if checkpoint.config.get("block_share"):
         if count != 1:
             raise ValueError(f"{count} blocks, although block_share is set")
@@ -83,7 +83,7 @@ def _blocks(checkpoint: Checkpoint, angles: Array, inputs: int, groups: int) -> 
     return blocks
 
 
-def _matrices(checkpoint: Checkpoint, values: Array, size: int) -> Array:
+def _oft_matrices(checkpoint: Checkpoint, values: Array, size: int) -> Array:
     config = checkpoint.config
     if not isinstance(config.get("use_cayley_neumann"), bool):
         raise FormatError(
@@ -196,10 +196,10 @@ def read_hra(module: Module) -> Change:
         vectors = _unit(stored.astype(np.float64), orthogonal=bool(module.checkpoint.config.get("apply_GS")))
         if vectors.shape[1] >= len(vectors):
             return change_of_base(module, dense_delta(_reflected(flat, vectors), weight, stored))
-        return change_of_base(module, _low_rank(weight, vectors, stored))
+        return change_of_base(module, _hra_low_rank(weight, vectors, stored))
 
 
-def _low_rank(weight: Array, vectors: Array, like: Array) -> TuckerDelta:
+def _hra_low_rank(weight: Array, vectors: Array, like: Array) -> TuckerDelta:
     gram = vectors.T @ vectors
     triangle = np.linalg.inv(np.eye(len(gram)) / 2 + np.triu(gram, 1))
     up, down = _apart(-(weight.reshape(len(weight), -1) @ vectors) @ triangle, vectors)
@@ -278,16 +278,16 @@ def read_road(module: Module) -> Change:
             fix="Check that the base and adapter_config.json are those of this adapter.",
         )
     with module.reporting():
-        cosines, sines = _columns(str(variant), int(size), theta.astype(np.float64), alpha.astype(np.float64))
-        adapted = _rotated(weight, cosines, sines, int(size))
+        cosines, sines = _road_columns(str(variant), int(size), theta.astype(np.float64), alpha.astype(np.float64))
+        adapted = _road_rotated(weight, cosines, sines, int(size))
         bias = base_bias(module, "RoAd rotates the base's bias as well")
         if bias is not None:
-            turned = _rotated(bias[:, None], cosines, sines, int(size))[:, 0]
+            turned = _road_rotated(bias[:, None], cosines, sines, int(size))[:, 0]
             bias = turned.astype(np.promote_types(theta.dtype, np.float32))
         return change_of_base(module, dense_delta(adapted, weight, theta), bias=bias)
 
 
-def _columns(variant: str, size: int, theta: Array, alpha: Array) -> tuple[Array, Array]:
+def _road_columns(variant: str, size: int, theta: Array, alpha: Array) -> tuple[Array, Array]:
     """Compute c and s of each output."""
     if variant == "road_4":
         first, second = theta.reshape(-1, 2, size).swapaxes(0, 1).reshape(2, -1)
@@ -298,7 +298,7 @@ def _columns(variant: str, size: int, theta: Array, alpha: Array) -> tuple[Array
     return alpha * np.cos(theta), alpha * np.sin(theta)
 
 
-def _rotated(rows: Array, cosines: Array, sines: Array, size: int) -> Array:
+def _road_rotated(rows: Array, cosines: Array, sines: Array, size: int) -> Array:
     halves = rows.reshape(-1, 2, size // 2, rows.shape[1])
     partners = np.stack([-halves[:, 1], halves[:, 0]], axis=1).reshape(rows.shape)
     rotated: Array = cosines[:, None] * rows + sines[:, None] * partners

@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.base.products import base_weight, change_of_base
+from tpeft_deploy.formats.base.weight_changes import base_weight, change_of_base
 from tpeft_deploy.formats.peft.config import matrix_delta, number
 from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.formats.reader import About, reader

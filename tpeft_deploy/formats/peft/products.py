@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tpeft_deploy.formats.base.products import base_weight, change_of_base, dense_delta
+from tpeft_deploy.formats.base.weight_changes import base_weight, change_of_base, dense_delta
 from tpeft_deploy.formats.peft.config import alpha_of, by_pattern, stored_transposed, weight_shape
 from tpeft_deploy.formats.products.compact import DENSE, finish, is_dense, widen
 from tpeft_deploy.formats.products.hadamard import loha, loha_tucker
@@ -17,14 +17,14 @@ from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["read_hira", "read_loha", "read_lokr"]
 
-_A, _B = "hira_A", "hira_B"
+_HIRA_A, _HIRA_B = "hira_A", "hira_B"
 _EMBEDDING_A, _EMBEDDING_B = "hira_embedding_A", "hira_embedding_B"
 
 
 @reader(
     "peft-hira",
     About("PEFT", "HiRA", "linear, Conv1D, conv 1d to 3d, embedding", "yes", "dense", types=("HIRA",)),
-    {_A, _B, _EMBEDDING_A, _EMBEDDING_B},
+    {_HIRA_A, _HIRA_B, _EMBEDDING_A, _EMBEDDING_B},
 )
 def read_hira(module: Module) -> Change:
     """HiRA as PEFT saves it: an elementwise product of a low-rank matrix and the base weight (ICLR 2025).
@@ -39,20 +39,20 @@ def read_hira(module: Module) -> Change:
     """
     weight = base_weight(module, "HiRA")
     embedding = _EMBEDDING_A in module.tensors
-    down = module.take(_EMBEDDING_A if embedding else _A)
-    up = module.take(_EMBEDDING_B if embedding else _B)
+    down = module.take(_EMBEDDING_A if embedding else _HIRA_A)
+    up = module.take(_EMBEDDING_B if embedding else _HIRA_B)
     with module.reporting():
         outputs, inputs = len(up), math.prod(down.shape[1:])
         transposed = embedding or (weight.ndim == 2 and stored_transposed(module, outputs, inputs))
         expected = weight.shape[::-1] if transposed else weight.shape
         if (outputs, *down.shape[1:]) != expected or up.size != outputs * len(down):
             raise ValueError(f"factors {up.shape} and {down.shape} for a weight of shape {weight.shape}")
-        product = _product(up.reshape(outputs, -1), down)
+        product = _hira_product(up.reshape(outputs, -1), down)
         adapted = weight * (1 + (product.T if transposed else product.reshape(weight.shape)))
         return change_of_base(module, dense_delta(adapted, weight, down))
 
 
-def _product(up: Array, down: Array) -> Array:
+def _hira_product(up: Array, down: Array) -> Array:
     """(O, I K1 ...) in float64."""
     product: Array = up.astype(np.float64) @ down.reshape(len(down), -1).astype(np.float64)
     return product
@@ -123,19 +123,19 @@ def read_lokr(module: Module) -> Change:
     target = f"{module.name}.weight"
     shape = weight_shape(target, module.checkpoint)
     with module.reporting():
-        first = _half(module, _FIRST, ())
-        second = _half(module, _SECOND, () if shape is None else shape[2:])
+        first = _lokr_half(module, _FIRST, ())
+        second = _lokr_half(module, _SECOND, () if shape is None else shape[2:])
         if shape is None:
             (a, c), (b, d, *kernel) = first.shape, second.shape
             shape = (a * b, c * d, *kernel)
-        scale = _scale(module, first, second)
+        scale = _lokr_scale(module, first, second)
         if len(shape) == 3 and second.rank is None:
             return Change(deltas={target: _scrambled(first, second, scale, shape)}, notes={target: _SCRAMBLED})
         delta = lokr(first, second, scale=scale, shape=shape)
     return Change(deltas={target: delta}, notes={target: DENSE} if is_dense(delta) else {})
 
 
-def _half(module: Module, name: str, kernel: tuple[int, ...]) -> Half:
+def _lokr_half(module: Module, name: str, kernel: tuple[int, ...]) -> Half:
     if name in module.tensors:
         return full(module.tensors.pop(name))
     left, right = module.take(f"{name}_a"), module.take(f"{name}_b")
@@ -143,7 +143,7 @@ def _half(module: Module, name: str, kernel: tuple[int, ...]) -> Half:
     return product(left, right, kernel) if core is None else tucker(core, left, right, kernel or core.shape[2:])
 
 
-def _scale(module: Module, first: Half, second: Half) -> float:
+def _lokr_scale(module: Module, first: Half, second: Half) -> float:
     rank = second.rank or first.rank
     if rank is None:
         alpha = by_pattern(module.checkpoint, "alpha_pattern", module.name, "alpha")

@@ -92,7 +92,7 @@ def _vera_projection(module: Module, key: str) -> Array:
     return module.checkpoint.shared[key]
 
 
-_A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
+_TINYLORA_A, _TINYLORA_B, _TINYLORA_P = "tinylora_A", "tinylora_B", "tinylora_P"
 _VECTOR = "base_model.tinylora_v."
 _TINYLORA_NAME = "peft-tinylora"
 _ORDER = f"{_TINYLORA_NAME} order"  # memo key: order of the targeted modules
@@ -110,8 +110,8 @@ _TINYLORA_KINDS = {"Linear", "NonDynamicallyQuantizableLinear", "Conv1D", "Embed
         "the file must hold its projections",
         types=("TINYLORA",),
     ),
-    {_A, _B, _P},
-    marks={_A},
+    {_TINYLORA_A, _TINYLORA_B, _TINYLORA_P},
+    marks={_TINYLORA_A},
     shared={f"{_VECTOR}{group}" for group in range(10_000)},
 )
 def read_tinylora(module: Module) -> Change:
@@ -124,10 +124,10 @@ def read_tinylora(module: Module) -> Change:
     module's group: with several groups it follows from the base's order of the targeted modules.
     """
     module.no_scale()
-    down, up = module.take(_A), module.take(_B)
-    if _P not in module.tensors:
-        raise no_projection(module, f"the projections {_P}")
-    projections, vector = module.take(_P), _vector(module)
+    down, up = module.take(_TINYLORA_A), module.take(_TINYLORA_B)
+    if _TINYLORA_P not in module.tensors:
+        raise no_projection(module, f"the projections {_TINYLORA_P}")
+    projections, vector = module.take(_TINYLORA_P), _tinylora_vector(module)
     with module.reporting():
         core = np.einsum("i,ijk->jk", vector, projections)
         transposed = stored_transposed(module, up.shape[0], down.shape[1])
@@ -135,18 +135,18 @@ def read_tinylora(module: Module) -> Change:
     return Change(deltas={f"{module.name}.weight": delta})
 
 
-def _vector(module: Module) -> Array:
+def _tinylora_vector(module: Module) -> Array:
     if _TINYLORA_NAME not in module.checkpoint.memo:
         module.checkpoint.memo[_TINYLORA_NAME] = sum(key.startswith(_VECTOR) for key in module.checkpoint.shared)
     groups: int = module.checkpoint.memo[_TINYLORA_NAME]
-    group = 0 if groups == 1 else _group(module, groups)
+    group = 0 if groups == 1 else _tinylora_group(module, groups)
     vector = module.checkpoint.shared.get(f"{_VECTOR}{group}")
     if vector is None:
         raise FormatError(module.doing, expected=f"a shared tensor {_VECTOR}{group}", got=f"{groups} shared tensors")
     return vector
 
 
-def _group(module: Module, groups: int) -> int:
+def _tinylora_group(module: Module, groups: int) -> int:
     """Group of the module, counted as in TinyLoraModel._create_and_replace."""
     if module.checkpoint.base is None:
         raise module.needs_base("which trained numbers a module has depends on the order of modules")
@@ -205,7 +205,7 @@ def read_randlora(module: Module) -> Change:
     outer, inner = module.take(_LAMBDA), module.take(_GAMMA)
     small, large = (_randlora_projection(module, name) for name in _PROJECTIONS)
     layer = linear_layer(module, "RandLoRA's bases do not record the size of a layer")
-    _check(module, layer, outer, inner, small, large)
+    _randlora_check(module, layer, outer, inner, small, large)
     rank = number(module.checkpoint, "r")
     if rank != outer.shape[0]:
         raise module.misfit(f"tensors of rank {rank:g}, as in adapter_config.json", outer.shape[0])
@@ -219,7 +219,7 @@ def read_randlora(module: Module) -> Change:
     return dense_change(module, change if layer.outputs == largest else change.T, transposed=layer.transposed)
 
 
-def _check(module: Module, layer: Linear, outer: Array, inner: Array, small: Array, large: Array) -> None:
+def _randlora_check(module: Module, layer: Linear, outer: Array, inner: Array, small: Array, large: Array) -> None:
     smallest, largest = sorted((layer.outputs, layer.inputs))
     if outer.ndim == 2 and outer.size and small.ndim == large.ndim == 3:
         rank, bases = outer.shape
@@ -272,14 +272,14 @@ def read_unilora(module: Module) -> Change:
     if _NUMBERS not in module.checkpoint.shared:
         raise FormatError(module.doing, expected=f"the shared tensor {_NUMBERS}", got="none")
     numbers = widen(module.checkpoint.shared[_NUMBERS].reshape(-1))
-    down, up = (_factor(module, letter, numbers) for letter in "AB")
+    down, up = (_unilora_factor(module, letter, numbers) for letter in "AB")
     if down.shape[0] != up.shape[1]:
         raise module.misfit("indices of one rank", f"{down.shape} and {up.shape}")
     transposed = stored_transposed(module, up.shape[0], down.shape[1])
     return Change(deltas={f"{module.name}.weight": matrix_delta(up, down, 1.0, transposed=transposed)})
 
 
-def _factor(module: Module, letter: str, numbers: Array) -> Array:
+def _unilora_factor(module: Module, letter: str, numbers: Array) -> Array:
     chosen = module.take(f"unilora_indices_{letter}")
     scales = module.take(f"unilora_scales_{letter}")
     require_values(module, scales=scales)
@@ -317,8 +317,8 @@ def read_vblora(module: Module) -> Change:
     if bank.ndim != 2:
         raise module.misfit("a bank (N, L)", bank.shape)
     require_values(module, **{_BANK: bank})
-    _check_sizes(module, bank.shape[1])
-    first, last = (_parts(module, logits, bank) for logits in _LOGITS)  # (r, I/L, L), (O/L, r, L)
+    _vblora_check_sizes(module, bank.shape[1])
+    first, last = (_vblora_parts(module, logits, bank) for logits in _LOGITS)  # (r, I/L, L), (O/L, r, L)
     if first.shape[0] != last.shape[1]:
         raise module.misfit("logits of one rank", f"{first.shape[0]} and {last.shape[1]}")
     down = first.reshape(first.shape[0], -1)
@@ -327,7 +327,7 @@ def read_vblora(module: Module) -> Change:
     return Change(deltas={f"{module.name}.weight": matrix_delta(up, down, 1.0, transposed=transposed)})
 
 
-def _check_sizes(module: Module, length: int) -> None:
+def _vblora_check_sizes(module: Module, length: int) -> None:
     """Check logits against the weight, before they are expanded with the bank's vectors."""
     shape = weight_shape(f"{module.name}.weight", module.checkpoint)
     if shape is None:
@@ -344,7 +344,7 @@ def _check_sizes(module: Module, length: int) -> None:
         )
 
 
-def _parts(module: Module, logits: str, bank: Array) -> Array:
+def _vblora_parts(module: Module, logits: str, bank: Array) -> Array:
     """The weighted sums of vectors, (a, b, L)."""
     if logits in module.tensors:
         chosen, weights = _largest(module, module.take(logits), len(bank))

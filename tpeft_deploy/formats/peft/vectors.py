@@ -62,30 +62,30 @@ def read_ia3(module: Module) -> Change:
     weight = module.base_array("weight", "IA3 names channels of the base's weight")
     with module.reporting():
         if _is_feedforward(module):
-            return _on_inputs(module, vector.reshape(-1), weight)
-        return _on_outputs(module, vector.reshape(-1), weight)
+            return _ia3_on_inputs(module, vector.reshape(-1), weight)
+        return _ia3_on_outputs(module, vector.reshape(-1), weight)
 
 
-def _on_outputs(module: Module, vector: Array, weight: Array) -> Change:
+def _ia3_on_outputs(module: Module, vector: Array, weight: Array) -> Change:
     axis = 0
     if weight.ndim == 2:
         axis = int(stored_transposed(module, vector.size, weight.size // max(1, vector.size)))
-    gain = _along(module, vector, weight, axis)
+    gain = _ia3_along(module, vector, weight, axis)
     bias = base_bias(module, "IA3 rescales the base's bias as well")
     overrides = {} if bias is None else {f"{module.name}.bias": (bias * vector).astype(vector.dtype)}
     return Change(gains={f"{module.name}.weight": gain}, overrides=overrides)
 
 
-def _on_inputs(module: Module, vector: Array, weight: Array) -> Change:
+def _ia3_on_inputs(module: Module, vector: Array, weight: Array) -> Change:
     target = f"{module.name}.weight"
     if weight.ndim == 2:
         transposed = stored_transposed(module, weight.size // max(1, vector.size), vector.size)
-        return Change(gains={target: _along(module, vector, weight, 0 if transposed else 1)})
+        return Change(gains={target: _ia3_along(module, vector, weight, 0 if transposed else 1)})
     groups, left = divmod(vector.size, weight.shape[1])
     if left or groups == 0 or weight.shape[0] % groups:
-        raise _misfit(module, vector, weight, 1)
+        raise _ia3_misfit(module, vector, weight, 1)
     if groups == 1:
-        return Change(gains={target: _along(module, vector, weight, 1)})
+        return Change(gains={target: _ia3_along(module, vector, weight, 1)})
     gain = np.repeat(vector.reshape(groups, -1), weight.shape[0] // groups, axis=0)
     gain = gain.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2))
     if weight.shape[1] == 1:
@@ -94,14 +94,14 @@ def _on_inputs(module: Module, vector: Array, weight: Array) -> Change:
     return Change(deltas={target: TuckerDelta(change, (None,) * change.ndim)}, notes={target: _GROUPED})
 
 
-def _along(module: Module, vector: Array, weight: Array, axis: int) -> Array:
+def _ia3_along(module: Module, vector: Array, weight: Array, axis: int) -> Array:
     """The vector as a gain along one axis of the weight."""
     if vector.size != weight.shape[axis]:
-        raise _misfit(module, vector, weight, axis)
+        raise _ia3_misfit(module, vector, weight, axis)
     return vector.reshape([-1 if a == axis else 1 for a in range(weight.ndim)])
 
 
-def _misfit(module: Module, vector: Array, weight: Array, axis: int) -> FormatError:
+def _ia3_misfit(module: Module, vector: Array, weight: Array, axis: int) -> FormatError:
     expected = f"one number for each channel along axis {axis} of a weight of shape {weight.shape}"
     return module.misfit(expected, vector.size)
 

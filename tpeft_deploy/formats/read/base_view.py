@@ -46,7 +46,7 @@ def view(base: object) -> BaseView:
 
     Args:
         base: a torch module (anything with its `named_parameters`, `named_buffers` and `named_modules`), the path of
-            an ONNX file whose initializers have the parameters' names, a Hugging Face model directory,
+            an ONNX file with the parameters' names as initializers, a Hugging Face model directory,
             "package.module:factory", an open bundle, or a view already.
 
     Raises:

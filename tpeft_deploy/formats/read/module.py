@@ -1,4 +1,4 @@
-"""What readers of training-side files share: a checkpoint cut into modules, the base it belongs to, and a change.
+"""Types that readers share: a checkpoint cut into modules, the base, and the change of a module.
 
 A training-side file is a set of tensors `<module>.<suffix>`.  The suffixes of one module say which method wrote them,
 so a format is chosen per module, never per file: files with several methods exist.
@@ -28,7 +28,7 @@ class BaseView:
     """The names and values of a base's parameters and buffers.
 
     Args:
-        name: for messages.
+        name: name for messages.
         weights: name -> array; every name of a tied weight.
         kinds: module path -> class name of the layer, where it is known ("Linear", "Conv2d", "MultiheadAttention").
         shapes, digests: of weights, where they are known without reading them.
@@ -51,7 +51,7 @@ class BaseView:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a training side saved.
+    """Content of a training library's files.
 
     Args:
         source: path it was read from, for messages.
@@ -117,10 +117,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one module contributes to an adapter; all names are whole names of the base's parameters.
+    """Contribution of one module to an adapter; all names are whole names of the base's parameters.
 
     Args:
-        deltas, overrides, gains, notes: as in Adapter.
+        deltas, overrides, gains, notes: fields of the same names in Adapter.
         digests: digests of base weights that the change was computed from, and holds for alone.
     """
 
@@ -133,7 +133,7 @@ class Change:
 
 @dataclass(eq=False)
 class Module:
-    """The tensors of one module; a reader pops what it understands, and what is left makes the load fail.
+    """The tensors of one module; a reader pops those that it consumes, and the load fails if any is left.
 
     Args:
         name: dotted path of the module in the base, without prefixes, e.g. "encoder.layer.0.query".
@@ -205,11 +205,11 @@ class Module:
         return float(alpha.reshape(())) / rank, None
 
     def no_scale(self) -> None:
-        """Refuse a scale that the caller gave for a module that states its own."""
+        """Refuse a scale from the caller, for a module that records its scale."""
         if self.checkpoint.scale is not None:
             raise FormatError(
                 self.doing,
-                expected="no scale, as the module states its own",
+                expected="no scale, as the module records it",
                 got=f"scale={self.checkpoint.scale}",
                 fix="Leave scale out.",
             )

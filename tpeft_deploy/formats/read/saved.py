@@ -1,10 +1,10 @@
-"""What a training side left on disk, before anyone asks what the tensors mean.
+"""Files of training libraries as tensors and configuration, before their formats are detected.
 
     a PEFT directory       adapter_config.json and adapter_model.safetensors
     a .safetensors file    all that LyCORIS, kohya and FLoRA write
 
-Pickles run code when they are read, so only `convert` reads them, on its user's word (`pickles=True`), and then with
-torch's reader that knows tensors alone.
+Pickles can run code when they are read, so only `convert` reads them (`pickles=True`), with torch's reader that is
+restricted to tensors.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Saved:
 
 
 def peft_directory(path: Path) -> Path | None:
-    """The PEFT directory that `path` is, or whose tensors file it is: without its config the scale would be lost."""
+    """The PEFT directory at `path`, or of the tensors file at `path`: without its config the scale would be lost."""
     place = path.parent if path.name in (TENSORS, _PEFT_PICKLE) else path
     return place if (place / CONFIG).is_file() else None
 
@@ -166,7 +166,7 @@ def diffusers_file(path: Path) -> Path | None:
 
 
 def configured(saved: Saved) -> Saved:
-    """What was saved with the configuration of its header, where there is one and the tensors are PEFT's.
+    """Add the configuration of the file's header, if there is one and the tensors are PEFT's.
 
     `save_lora_adapter` of one model writes the fields of a LoraConfig; `save_lora_weights` of a pipeline writes those
     of every model after the model's name: "unet.r", "text_encoder.lora_alpha".
