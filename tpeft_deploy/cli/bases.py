@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tpeft_deploy.cli.console import Pair
-from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.errors import TpeftError, UnsupportedBase
 
 __all__ = [
     "base_option",
@@ -17,6 +17,7 @@ __all__ = [
     "inputs_option",
     "open_base",
     "part_option",
+    "read_arrays",
     "read_inputs",
     "rename_option",
     "scale_option",
@@ -63,6 +64,27 @@ rename_option = click.option(
 )
 
 
+def read_arrays(path: Path, doing: str, error_class: type[TpeftError]) -> dict[str, Any]:
+    """Read an .npz file with one array per input.
+
+    Raises:
+        TpeftError: the file is not an .npz file of arrays; of the class `error_class`.
+    """
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        got = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise error_class(
+            f"{doing} {path}",
+            expected="an .npz file with one array per input",
+            got=got[:200],
+            fix="Write it with numpy.savez(path, **inputs).",
+        ) from error
+
+
 def read_inputs(path: Path | None, base: str) -> dict[str, Any] | None:
     """Read example inputs for a base: arrays for an ONNX file, tensors for a factory's module.
 
@@ -75,18 +97,7 @@ def read_inputs(path: Path | None, base: str) -> dict[str, Any] | None:
     """
     if path is None:
         return None
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UnsupportedBase(
-            f"read example inputs {path}",
-            expected="an .npz file of arrays",
-            got=str(error)[:200],
-            fix="Write it with numpy.savez(path, **{input name: array}).",
-        ) from error
+    arrays = read_arrays(path, "read example inputs", UnsupportedBase)
     if base.endswith(".onnx"):
         return arrays
     import torch

@@ -11,9 +11,9 @@ import numpy as np
 
 from tpeft_deploy import algebra
 from tpeft_deploy.adapter import Adapter, weight_digest
+from tpeft_deploy.algebra import DENSE
 from tpeft_deploy.errors import FormatError, ShapeError
 from tpeft_deploy.formats.peft import refusals as peft_refusals
-from tpeft_deploy.formats.products.compact import DENSE
 from tpeft_deploy.formats.read.module import BaseView, Change, Checkpoint, Module
 from tpeft_deploy.formats.read.names import PEFT_PREFIX, Names, inner
 from tpeft_deploy.formats.read.parts import cut_saved, prefixes

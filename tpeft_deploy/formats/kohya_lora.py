@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 
+from tpeft_deploy.algebra import low_rank
 from tpeft_deploy.formats.lycoris.dora import change_with_dora
 from tpeft_deploy.formats.lycoris.whole import bias_override
-from tpeft_deploy.formats.products.compact import low_rank
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta

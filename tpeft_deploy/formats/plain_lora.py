@@ -8,8 +8,8 @@ configuration), so the scale must be given.
 
 from __future__ import annotations
 
+from tpeft_deploy.algebra import low_rank
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.products.compact import low_rank
 from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.formats.reader import About, reader, without_config
 from tpeft_deploy.tucker import TuckerDelta

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from tpeft_deploy.errors import UnsupportedBase, requires
@@ -88,7 +87,8 @@ def _check_files(path: Path, doing: str) -> None:
 
 
 def _class(path: Path, doing: str) -> Any:
-    diffusers = _diffusers(doing)
+    with requires("diffusers", "diffusers", doing):
+        import diffusers
     name = str(_read(path / "config.json").get("_class_name"))
     found = getattr(diffusers, name, None)
     if not isinstance(found, type) or not issubclass(found, diffusers.ModelMixin):
@@ -96,13 +96,6 @@ def _class(path: Path, doing: str) -> Any:
             doing, expected=f"a model class of diffusers {diffusers.__version__}", got=f"_class_name {name!r}"
         )
     return found
-
-
-def _diffusers(doing: str) -> ModuleType:
-    with requires("diffusers", "diffusers", doing):
-        import diffusers
-    module: ModuleType = diffusers
-    return module
 
 
 def _dtype(path: Path) -> Any:

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from tpeft_deploy.errors import TpeftError, UnsupportedBase, brief, requires
@@ -130,13 +129,6 @@ def _factory(name: str, module_name: str, function_name: str) -> Callable[[], ob
     return factory
 
 
-def _transformers(path: Path) -> ModuleType:
-    with requires("transformers", "hf", f"load base {path}"):
-        import transformers
-    module: ModuleType = transformers
-    return module
-
-
 def architecture(path: Path) -> str:
     """Class name in config.json, after checking that the directory holds one complete model."""
     doing = f"load base {path}"
@@ -181,7 +173,8 @@ def architecture(path: Path) -> str:
 
 def model_class(path: Path, name: str) -> Any:
     """Class of transformers that config.json names."""
-    transformers = _transformers(path)
+    with requires("transformers", "hf", f"load base {path}"):
+        import transformers
     found = getattr(transformers, name, None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise UnsupportedBase(

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
+from tpeft_deploy.algebra import DENSE, is_dense, low_rank, widen
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.lycoris.dora import change_with_dora
-from tpeft_deploy.formats.products.compact import DENSE, is_dense, low_rank, widen
 from tpeft_deploy.formats.products.hadamard import loha, loha_tucker
 from tpeft_deploy.formats.products.kronecker import Half, full, lokr, product, tucker
 from tpeft_deploy.formats.read.module import Change, Module

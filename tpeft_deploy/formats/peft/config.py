@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from tpeft_deploy.algebra import low_rank
 from tpeft_deploy.errors import FormatError, ShapeError, brief
-from tpeft_deploy.formats.products.compact import low_rank
 from tpeft_deploy.formats.read.module import Checkpoint, Module
 from tpeft_deploy.tucker import Array, TuckerDelta
 

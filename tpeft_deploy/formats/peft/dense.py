@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpeft_deploy.algebra import widen
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft.config import weight_shape
-from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.tucker import Array, TuckerDelta
 

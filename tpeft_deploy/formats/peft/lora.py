@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from tpeft_deploy.algebra import DENSE, dense_is_smaller, is_dense, low_rank, widen
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft.config import alpha_of, base_bias, is_type, matrix_delta, stored_transposed
-from tpeft_deploy.formats.products.compact import DENSE, dense_is_smaller, is_dense, low_rank, widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.read.patterns import Endings
 from tpeft_deploy.formats.reader import About, reader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.algebra import DENSE, dense_is_smaller, widen
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.base.weight_changes import base_weight, change_of_base, dense_delta
 from tpeft_deploy.formats.peft.config import (
@@ -17,7 +18,6 @@ from tpeft_deploy.formats.peft.config import (
     weight_shape,
 )
 from tpeft_deploy.formats.peft.dense import dense_change, require_values
-from tpeft_deploy.formats.products.compact import DENSE, dense_is_smaller, widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta

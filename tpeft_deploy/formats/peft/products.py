@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
+from tpeft_deploy.algebra import DENSE, finish, is_dense, widen
 from tpeft_deploy.formats.base.weight_changes import base_weight, change_of_base, dense_delta
 from tpeft_deploy.formats.peft.config import alpha_of, by_pattern, stored_transposed, weight_shape
-from tpeft_deploy.formats.products.compact import DENSE, finish, is_dense, widen
 from tpeft_deploy.formats.products.hadamard import loha, loha_tucker
 from tpeft_deploy.formats.products.kronecker import Half, check_sizes, full, lokr, product, tucker
 from tpeft_deploy.formats.read.module import Change, Module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.algebra import widen
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft.config import (
     diagonal_delta,
@@ -22,7 +23,6 @@ from tpeft_deploy.formats.peft.dense import (
     require_values,
     whole_number,
 )
-from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.algebra import widen
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft.config import matrix_delta, number
 from tpeft_deploy.formats.peft.dense import Linear, dense_change, linear_layer, whole_number
-from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.formats.read.torch_random import LIMIT, first_of_permutation
 from tpeft_deploy.formats.reader import About, reader

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from tpeft_deploy.algebra import dense_is_smaller, widen
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft.config import matrix_delta
 from tpeft_deploy.formats.peft.dense import base_digest, indices
-from tpeft_deploy.formats.products.compact import dense_is_smaller, widen
 from tpeft_deploy.formats.read.module import BaseView, Change, Checkpoint, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from tpeft_deploy.algebra import widen
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft.config import base_bias, stored_transposed
 from tpeft_deploy.formats.peft.dense import base_digest
-from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta

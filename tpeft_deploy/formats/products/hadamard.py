@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from tpeft_deploy.algebra import dense_is_smaller, finish, widen
 from tpeft_deploy.errors import ShapeError
-from tpeft_deploy.formats.products.compact import dense_is_smaller, finish, widen
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["loha", "loha_tucker"]
