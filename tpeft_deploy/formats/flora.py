@@ -1,4 +1,4 @@
-"""Readers of FLoRA: of the authors' code, of Subspace-Tuning, and AdaLoRA's loralib."""
+"""Readers of FLoRA: as the authors write it, and as two forks in Subspace-Tuning, of PEFT and of loralib, do."""
 
 from __future__ import annotations
 
