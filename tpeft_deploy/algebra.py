@@ -1,7 +1,7 @@
-"""Exact algebra of Tucker deltas: sums, padding, permutation, truncation, and the forms that other tools read.
+"""Exact algebra of Tucker deltas: sums, padding, and the forms that other tools read.
 
-Every function but `truncate` preserves dW: dense() before and after agree to float64 rounding.  Modes are in torch
-order (O, I, K1, ...) as in `tucker`.
+Every function preserves dW: dense() before and after agree to float64 rounding.  Modes are in torch order
+(O, I, K1, ...) as in `tucker`.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from typing import NamedTuple
 import numpy as np
 
 from tpeft_deploy.errors import ShapeError
-from tpeft_deploy.tucker import Array, TuckerDelta, mode_product
+from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = [
+    "DENSE",
     "LowRankPair",
-    "Truncation",
     "combine",
     "dense_nbytes",
+    "dense_is_smaller",
     "densify",
+    "finish",
     "is_dense",
     "is_zero",
+    "low_rank",
     "low_rank_pair",
     "pad_ranks",
-    "permute",
     "smaller",
-    "truncate",
+    "widen",
 ]
 
 
+DENSE = "kept dense, which holds fewer bytes than its low-rank form"  # note on a weight of an adapter
 _LARGE = 2**20  # elements; the cost of smaller products is negligible
 _ROWS = 64  # rows converted to float64 at a time
 
@@ -41,13 +44,6 @@ class LowRankPair(NamedTuple):
 
     a: Array  # (R, I, K1, ...)
     b: Array  # (O, R)
-
-
-class Truncation(NamedTuple):
-    """A delta with smaller ranks, and ||dW - dW'|| / ||dW|| in the Frobenius norm (0 if dW is 0)."""
-
-    delta: TuckerDelta
-    error: float
 
 
 def combine(deltas: Sequence[TuckerDelta], weights: Sequence[float] | None = None) -> TuckerDelta:
@@ -110,58 +106,6 @@ def pad_ranks(delta: TuckerDelta, ranks: Sequence[int]) -> TuckerDelta:
     return replace(delta, core=np.pad(delta.core, [(0, more) for more in grow]), factors=tuple(factors))
 
 
-def permute(delta: TuckerDelta, order: Sequence[int]) -> TuckerDelta:
-    """Permute the modes of a delta: dense() of the result is dense().transpose(order).
-
-    Raises:
-        ShapeError: `order` is no permutation of the modes.
-    """
-    if sorted(order) != list(range(delta.core.ndim)):
-        raise ShapeError(
-            "permute the modes of a Tucker delta",
-            expected=f"a permutation of {list(range(delta.core.ndim))}",
-            got=list(order),
-        )
-    return replace(delta, core=delta.core.transpose(order), factors=tuple(delta.factors[mode] for mode in order))
-
-
-def truncate(delta: TuckerDelta, ranks: Sequence[int]) -> Truncation:
-    """Truncate a delta by higher-order SVD: keep the leading left singular vectors of every unfolding.
-
-    (De Lathauwer, De Moor and Vandewalle, SIAM J. Matrix Anal. Appl. 21(4), 2000: theorem 2 is the decomposition,
-    property 10 the bound error^2 <= sum over modes of the discarded singular values squared.)  Factors are first made
-    orthonormal, U = QR with R absorbed in the core, so that only the core is decomposed.
-
-    Args:
-        delta: delta to truncate.
-        ranks: one per mode, at least 1; a rank that is not below the delta's leaves the mode unchanged.
-
-    Returns:
-        A delta of those ranks in float64, and its measured relative error (not the bound).
-
-    Raises:
-        ShapeError: the numbers of ranks and modes differ, or a rank is below 1.
-    """
-    if len(ranks) != len(delta.ranks) or min(ranks) < 1:
-        raise ShapeError(
-            "truncate a Tucker delta", expected=f"{len(delta.ranks)} ranks of at least 1", got=tuple(ranks)
-        )
-    core, bases = _orthonormal(delta)
-    kept, turns = core, {}
-    for mode, rank in enumerate(ranks):
-        if rank < core.shape[mode]:
-            unfolding = np.moveaxis(core, mode, 0).reshape(core.shape[mode], -1)
-            turns[mode] = np.linalg.svd(unfolding, full_matrices=False)[0][:, :rank]
-            kept = mode_product(kept, turns[mode].T, mode)
-    again = kept
-    for mode, turn in turns.items():
-        again = mode_product(again, turn, mode)
-    norm = float(np.linalg.norm(core))
-    factors = tuple(_compose(base, turns.get(mode)) for mode, base in enumerate(bases))
-    error = float(np.linalg.norm(core - again)) / norm if norm else 0.0
-    return Truncation(TuckerDelta(kept, factors, delta.scale), error)
-
-
 def low_rank_pair(delta: TuckerDelta) -> LowRankPair:
     """Write a delta as a LoRA pair: a Tucker change is a LoRA of rank R_o.
 
@@ -181,6 +125,65 @@ def low_rank_pair(delta: TuckerDelta) -> LowRankPair:
         a = np.eye(delta.shape[1]) if down is None else down.T.astype(np.float64)
         return LowRankPair(a, scaled.absorb([0]).core)
     return LowRankPair(np.eye(other).reshape(other, *rest), scaled.absorb().core.reshape(outputs, other))
+
+
+def dense_is_smaller(ranks: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether dW (O, I, K1, ...) has at most as many elements as core and factors of these ranks.
+
+    A Hadamard or Kronecker product has the product of two ranks: a LoHa of rank 32 has rank 1024, so for many layers
+    the dense change has fewer elements.  A matrix counts as two factors, since its core is absorbed; a rank as large
+    as its mode needs no factor.
+    """
+    ranks = tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
+    if len(shape) == 2:
+        return min(ranks) * sum(shape) >= math.prod(shape)
+    factors = sum(size * rank for size, rank in zip(shape, ranks, strict=True) if size != rank)
+    return math.prod(ranks) + factors >= math.prod(shape)
+
+
+def widen(array: Array) -> Array:
+    """Widen to at least float32, so that products of float16 tensors do not round to float16."""
+    return array.astype(np.promote_types(array.dtype, np.float32), copy=False)
+
+
+def low_rank(up: Array, down: Array, scale: float, shape: tuple[int, ...] = ()) -> TuckerDelta:
+    """Build the delta s * up down of a matrix, without an identity core larger than dW for a large rank.
+
+    Args:
+        up: (O, R).
+        down: (R, I).
+        scale: factor s.
+        shape: sizes of 1 after (O, I), for a convolution with a kernel of 1.
+
+    Raises:
+        ShapeError: the factors do not fit each other.
+    """
+    if not down.ndim == up.ndim == 2 or up.shape[1] != down.shape[0]:
+        raise ShapeError("build a low-rank change", expected="factors (O, r) and (r, I)", got=(up.shape, down.shape))
+    rank, kernel = down.shape[0], [None] * len(shape)
+    if rank > min(up.shape[0], down.shape[1]):
+        return TuckerDelta(down.reshape(*down.shape, *shape), (up, None, *kernel), scale)
+    return TuckerDelta(np.eye(rank, dtype=down.dtype).reshape(rank, rank, *shape), (up, down.T, *kernel), scale)
+
+
+def finish(delta: TuckerDelta, shape: tuple[int, ...], *, what: str) -> TuckerDelta:
+    """Check the shape of a delta and absorb every factor that is no narrower than its mode.
+
+    Raises:
+        ShapeError: the delta does not have the weight's shape.
+    """
+    if delta.shape != shape:
+        raise ShapeError(
+            f"build {what}",
+            expected=f"a change of the weight's shape {shape}",
+            got=delta.shape,
+            fix="Check that the base is what the adapter was trained on.",
+        )
+    wide = [m for m, factor in enumerate(delta.factors) if factor is not None and factor.shape[1] >= factor.shape[0]]
+    if not wide:
+        return delta
+    absorbed = delta.absorb(wide)
+    return replace(absorbed, core=absorbed.core.astype(delta.core.dtype))
 
 
 def is_dense(delta: TuckerDelta) -> bool:
@@ -254,24 +257,3 @@ def _product(left: Array, right: Array) -> Array:
 
 def _side_by_side(deltas: Sequence[TuckerDelta], mode: int) -> Array:
     return np.concatenate([factor for delta in deltas if (factor := delta.factors[mode]) is not None], axis=1)
-
-
-def _orthonormal(delta: TuckerDelta) -> tuple[Array, list[Array | None]]:
-    """Core in the orthonormal bases of its factors' ranges, and those bases; None is the identity."""
-    core: Array = delta.core.astype(np.float64)
-    bases: list[Array | None] = []
-    for mode, factor in enumerate(delta.factors):
-        if factor is None:
-            bases.append(None)
-            continue
-        basis, triangle = np.linalg.qr(factor.astype(np.float64))
-        core = mode_product(core, triangle, mode)
-        bases.append(np.asarray(basis))
-    return core, bases
-
-
-def _compose(basis: Array | None, turn: Array | None) -> Array | None:
-    if basis is None or turn is None:
-        return turn if basis is None else basis
-    product: Array = basis @ turn
-    return product

@@ -1,44 +1,12 @@
 """Everything that tpeft_deploy raises on purpose.
 
-    TpeftError
-    ├── MissingExtra            a part of the toolkit needs a package that is not installed
-    ├── AdapterError
-    │   ├── FormatError         the files cannot be read as an adapter
-    │   ├── ShapeError          core, factors, overrides or targets disagree in shape or rank
-    │   ├── UnknownTarget       the adapter changes a weight that the base does not have
-    │   └── BaseMismatch        the adapter was made for another base
-    ├── BundleError
-    │   ├── VersionError        the manifest has a schema that this version does not read
-    │   └── IntegrityError      a file is missing, truncated or differs from its digest
-    ├── ExportError
-    │   ├── UnsupportedBase     the base cannot be loaded or exported
-    │   ├── UnsupportedTarget   a weight is used in a way that the requested form cannot express
-    │   └── NotEquivalent       the exported model does not reproduce the merged torch model
-    ├── RunError
-    │   ├── UnknownTask         the runtime serves no task of that name
-    │   ├── InputError          an input is missing, unknown, or has the wrong dtype, shape or rows
-    │   ├── ProviderUnavailable the requested execution provider cannot be used
-    │   ├── CapacityError       adapters need more memory than the runtime's budget, and none can be evicted
-    │   ├── CompositionError    adapters that cannot be combined exactly, or not at the strengths given
-    │   ├── QueueFull           the request queue is full
-    │   └── DeadlineExceeded    a request did not complete before its deadline
-    └── ServerError
-        ├── ProtocolError       a malformed request
-        ├── TooLarge            a body, tensor or name beyond a limit of the server
-        ├── Unauthenticated     no key, or one that is unknown, expired or revoked
-        ├── Forbidden           the key's role does not allow it
-        ├── NotFound            no such route, model, version, alias, key or tenant, or none that the key may see
-        ├── Conflict            the name is taken, or the object is in a state that does not allow the change
-        ├── QuotaExceeded       the tenant has used up a quota; holds the seconds until a retry may succeed
-        ├── Unsupported         a part of the protocol that this server does not speak
-        ├── InsufficientStorage the server's disk is full; the change was not made
-        └── Unavailable         the server is starting or draining
-
 An error holds the operation, the problem, the expected and the actual value, and a fix; `str(error)` is one line with
 all of them.  Only the command line prints or exits.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "AdapterError",
@@ -75,6 +43,7 @@ __all__ = [
     "UnsupportedTarget",
     "VersionError",
     "brief",
+    "requires",
 ]
 
 _LONGEST = 10_000  # characters of a message
@@ -136,6 +105,26 @@ class TpeftError(Exception):
 
 class MissingExtra(TpeftError):
     """Raised when a feature of an optional extra is used and its packages are not installed."""
+
+
+@contextmanager
+def requires(package: str, extra: str, doing: str) -> Iterator[None]:
+    """Turn the ImportError of a block that imports a package into MissingExtra.
+
+    Args:
+        package: package, with its purpose where that is not obvious.
+        extra: optional extra that installs it.
+        doing: operation that needs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtra(
+            doing,
+            expected=f"{package} to be installed",
+            got=str(error) or "no such package",
+            fix=f"pip install 'tpeft-deploy[{extra}]'.",
+        ) from error
 
 
 class AdapterError(TpeftError):

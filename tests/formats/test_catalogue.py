@@ -19,7 +19,7 @@ STORED = {"low-rank", "dense", "gain", "override"}
 
 def test_every_format_describes_itself() -> None:
     abouts = dict(catalogue.abouts())
-    assert {*abouts, lycoris_refusals.NAME} == set(FORMATS)
+    assert {*abouts, lycoris_refusals.read_refusals.name} == set(FORMATS)
     for name, about in abouts.items():
         assert about.library, name
         assert about.method, name

@@ -110,7 +110,7 @@ class TestFiles:
     def test_every_reader_has_the_verbs_and_a_name_of_its_own(self) -> None:
         assert len(set(FORMATS)) == len(FORMATS) == len(READERS) + 2
         for reader in READERS:
-            assert reader.SUFFIXES
+            assert reader.marks <= reader.suffixes
             assert callable(reader.matches)
             assert callable(reader.read)
 

@@ -93,7 +93,7 @@ class TestAlpha:
             "alpha": np.array(np.inf, np.float16),
         }
         with pytest.raises(FormatError, match=r"expected one finite number as alpha.*float16 ends at 65504"):
-            kohya_lora.read(Module("fc", tensors, "fc"), Checkpoint("file", {}, {}, None, None))
+            kohya_lora.read_kohya_lora.read(Module("fc", tensors, "fc", Checkpoint("file", {}, {}, None, None)))
 
     def test_of_several_numbers(self, tmp_path: Path) -> None:
         assert "expected one finite number as alpha" in refused(tmp_path, self.tensors(alpha=torch.ones(RANK)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tpeft_deploy.algebra import dense_is_smaller, is_dense
 from tpeft_deploy.errors import ShapeError
-from tpeft_deploy.formats.products.compact import dense_is_smaller, is_dense
 from tpeft_deploy.formats.products.hadamard import loha, loha_tucker
 from tpeft_deploy.formats.products.kronecker import Half, full, lokr, product, tucker
 from tpeft_deploy.tucker import Array

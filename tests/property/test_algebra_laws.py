@@ -84,55 +84,6 @@ def test_padding_ranks_changes_nothing(delta: TuckerDelta, data: st.DataObject) 
     close(padded.dense(), delta.dense())
 
 
-@given(deltas(), st.data())
-def test_permuted_modes_agree(delta: TuckerDelta, data: st.DataObject) -> None:
-    order = data.draw(st.permutations(range(delta.core.ndim)))
-    permuted = algebra.permute(delta, order)
-    close(permuted.dense(), delta.dense().transpose(order))
-    close(algebra.permute(permuted, np.argsort(order).tolist()).dense(), delta.dense())
-
-
-@given(changes_of_one_weight(least=2), st.data())
-def test_permuting_a_sum_is_the_sum_of_the_permuted(changes: list[TuckerDelta], data: st.DataObject) -> None:
-    order = data.draw(st.permutations(range(changes[0].core.ndim)))
-    permuted = algebra.combine([algebra.permute(delta, order) for delta in changes])
-    close(permuted.dense(), algebra.combine(changes).dense().transpose(order))
-
-
-@given(deltas(), st.data())
-def test_truncation_states_its_error_and_keeps_de_lathauwers_bound(delta: TuckerDelta, data: st.DataObject) -> None:
-    ranks = [data.draw(st.integers(1, rank)) for rank in delta.ranks]
-    truncated, error = algebra.truncate(delta, ranks)
-    dense = delta.dense()
-    assert truncated.shape == delta.shape
-    assert all(got <= asked for got, asked in zip(truncated.ranks, ranks, strict=True))
-    norm = float(np.linalg.norm(dense))
-    if norm < 1e-6:
-        return
-    assert error == pytest.approx(float(np.linalg.norm(truncated.dense() - dense)) / norm, rel=1e-6, abs=1e-9)
-    discarded = 0.0
-    for mode, rank in enumerate(ranks):
-        values = np.linalg.svd(np.moveaxis(dense, mode, 0).reshape(dense.shape[mode], -1), compute_uv=False)
-        discarded += float(np.square(values[rank:]).sum())
-    assert error * norm <= np.sqrt(discarded) + 1e-8
-
-
-@given(deltas())
-def test_truncation_to_the_own_ranks_is_exact(delta: TuckerDelta) -> None:
-    truncated, error = algebra.truncate(delta, delta.ranks)
-    assert error <= 1e-12
-    close(truncated.dense(), delta.dense())
-
-
-@given(changes_of_one_weight(least=2, most=2))
-def test_truncation_undoes_the_ranks_that_a_sum_does_not_need(changes: list[TuckerDelta]) -> None:
-    delta = changes[0]
-    doubled = algebra.combine([delta, delta])
-    truncated, error = algebra.truncate(doubled, delta.ranks)
-    assert error <= 1e-9
-    close(truncated.dense(), 2 * delta.dense())
-
-
 @given(deltas())
 def test_a_low_rank_pair_is_the_change_at_the_smaller_rank(delta: TuckerDelta) -> None:
     a, b = algebra.low_rank_pair(delta)
@@ -178,7 +129,3 @@ def test_what_does_not_fit_is_refused() -> None:
         algebra.combine([one], [1.0, 2.0])
     with pytest.raises(ShapeError, match="at least"):
         algebra.pad_ranks(one, (1, 3))
-    with pytest.raises(ShapeError, match="permutation"):
-        algebra.permute(one, (0, 0))
-    with pytest.raises(ShapeError, match="2 ranks"):
-        algebra.truncate(one, (1, 0))

@@ -9,7 +9,7 @@ import pytest
 from tpeft_deploy.quickstart.data import DIGITS, TASKS, Examples
 from tpeft_deploy.quickstart.evaluate import FORMS, Answers
 from tpeft_deploy.quickstart.report import render
-from tpeft_deploy.quickstart.results import BaseResult, Results, Sample, Switching, TaskResult
+from tpeft_deploy.quickstart.results import BaseResult, Results, Sample, SwitchingCost, TaskResult
 
 ROWS = 20
 
@@ -35,7 +35,7 @@ def results() -> Results:
         out=Path("a <b>"),
         tasks=tasks,
         base=BaseResult(0.99, 0.99, 1e-7, 44_714, 178_856, 8.0),
-        switching=Switching(300, 400.0, -1.5, 3400.0),
+        switching=SwitchingCost(300, 400.0, -1.5, 3400.0),
         sample=Sample(("rotated", "upright"), ("3", "up")),
         test_digits=ROWS,
         rows_per_batch=96,

@@ -111,7 +111,7 @@ class Bundle:
     @property
     def tasks(self) -> dict[str, str]:
         """Task -> digest of its current adapter, sorted by task."""
-        # A writer that was killed may leave temporary directories, whose names begin with a dot.
+        # A writer that was killed may leave temporary directories, with names that begin with a dot.
         found = sorted((self.path / "adapters").glob("[!.]*/current"))
         return {file.parent.name: self._alias(file) for file in found}
 

@@ -25,10 +25,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from tpeft_deploy.bundle.packing import Packed, packed_of
-from tpeft_deploy.bundle.slots import Kind, Target
+import msgspec
+
+from tpeft_deploy.bundle.packing import Packed
+from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.bundle.tolerances import WIDEST_TOLERANCE
 from tpeft_deploy.errors import BundleError, IntegrityError, VersionError
 
@@ -285,7 +287,7 @@ class Manifest:
             )
         try:
             manifest = _parse(cls, document)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (msgspec.ValidationError, KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"read {source}", problem=f"a field is missing or malformed ({error!r})") from error
         _check_digests(document, manifest, source)
         return manifest
@@ -321,68 +323,18 @@ def _check_digests(document: Mapping[str, Any], manifest: Manifest, source: str)
 
 
 def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
-    weights = {
-        name: Weight(tuple(w["shape"]), w["dtype"], w["digest"], int(w["offset"]), int(w["length"]))
-        for name, w in document["base"]["weights"].items()
-    }
-    if document["rows"] not in get_args(Rows):
-        raise ValueError(f"rows {document['rows']!r}")
-    return cls(
-        name=document["name"],
-        producer=document["producer"],
-        weights=weights,
-        aliases=dict(document["aliases"]),
-        targets=tuple(_target(t) for t in document["targets"]),
-        rows=document["rows"],
-        rows_reason=str(document["rows_reason"]),
-        inputs=tuple(_port(p) for p in document["inputs"]),
-        outputs=tuple(_port(p) for p in document["outputs"]),
-        files={n: FileRecord(f["sha256"], int(f["bytes"])) for n, f in document["files"].items()},
-        max_rank=document["max_rank"],
-        gate=tuple(document["gate"]),
-        ties=_ties(document),
-        oracles={task: dict(record) for task, record in document.get("oracles", {}).items()},
-        empty=tuple(document.get("empty", ())),
-        rounding=_rounding(document.get("rounding")),
-        tolerance=_tolerance(document.get("tolerance")),
-        left_out={task: dict(names) for task, names in document.get("left_out", {}).items()},
-        rows_reasons={str(name): str(why) for name, why in document.get("rows_reasons", {}).items()},
-        packing=tuple(packed_of(entry) for entry in document.get("packing", ())),
-    )
+    fields = {**document, "weights": document["base"]["weights"], "ties": _ties(document)}
+    manifest = msgspec.convert(fields, cls)
+    if manifest.tolerance is not None and not 0 < manifest.tolerance <= WIDEST_TOLERANCE:
+        raise ValueError(f"tolerance {manifest.tolerance!r}")
+    return manifest
 
 
-def _ties(document: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+def _ties(document: Mapping[str, Any]) -> Any:
     """Tied names; in a bundle of an earlier version without the field, every alias may be tied."""
     if "ties" in document:
-        return tuple(tuple(map(str, group)) for group in document["ties"])
+        return document["ties"]
     groups: dict[str, list[str]] = {}
     for alias, name in sorted(dict(document["aliases"]).items()):
         groups.setdefault(name, [name]).append(alias)
-    return tuple(map(tuple, groups.values()))
-
-
-def _rounding(entry: Mapping[str, Any] | None) -> Rounding | None:
-    if entry is None:
-        return None
-    measured, limits = ({str(n): float(e) for n, e in entry[part].items()} for part in ("measured", "limits"))
-    return Rounding(str(entry["dtype"]), measured, limits, str(entry["reason"]))
-
-
-def _tolerance(entry: float | None) -> float | None:
-    if entry is not None and not 0 < entry <= WIDEST_TOLERANCE:
-        raise ValueError(f"tolerance {entry!r}")
-    return entry
-
-
-def _target(entry: Mapping[str, Any]) -> Target:
-    if entry["kind"] not in get_args(Kind):
-        raise ValueError(f"kind {entry['kind']!r}")
-    return Target(entry["name"], entry["kind"], tuple(entry["shape"]), entry["dtype"], entry.get("factors"))
-
-
-def _port(entry: Mapping[str, Any]) -> Port:
-    varies = Varies(**entry["varies"]) if entry["varies"] is not None else None
-    rows = entry.get("rows")
-    if rows not in {None, *get_args(OutputRows)}:
-        raise ValueError(f"rows {rows!r} of {entry['name']!r}")
-    return Port(entry["name"], entry["dtype"], tuple(entry["shape"]), varies, entry.get("pad"), rows)
+    return list(groups.values())

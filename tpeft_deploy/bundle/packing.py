@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Packed", "pack", "packed_of", "with_one_rank"]
+__all__ = ["Packed", "pack", "with_one_rank"]
 
 Shape = tuple[int, ...]
 
@@ -33,12 +32,6 @@ class Packed:
     name: str
     members: tuple[tuple[str, ...], ...]
     turned: bool
-
-
-def packed_of(entry: Mapping[str, Any]) -> Packed:
-    """Parse one entry of the manifest's `packing`."""
-    members = tuple(tuple(map(str, group)) for group in entry["members"])
-    return Packed(str(entry["name"]), members, bool(entry["turned"]))
 
 
 def pack(packing: Sequence[Packed], rows: Mapping[str, Array], defaults: Mapping[str, Array]) -> dict[str, Array]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from tpeft_deploy.cli.console import Renaming
-from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.cli.console import Pair
+from tpeft_deploy.errors import TpeftError, UnsupportedBase
 
 __all__ = [
     "base_option",
@@ -17,6 +17,7 @@ __all__ = [
     "inputs_option",
     "open_base",
     "part_option",
+    "read_arrays",
     "read_inputs",
     "rename_option",
     "scale_option",
@@ -57,10 +58,31 @@ inputs_option = click.option(
 )
 rename_option = click.option(
     "--rename",
-    type=Renaming(),
+    type=Pair("OLD=NEW", "output=logits"),
     multiple=True,
     help="New name for an input or output of BASE; repeatable.",
 )
+
+
+def read_arrays(path: Path, doing: str, error_class: type[TpeftError]) -> dict[str, Any]:
+    """Read an .npz file with one array per input.
+
+    Raises:
+        TpeftError: the file is not an .npz file of arrays; of the class `error_class`.
+    """
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        got = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise error_class(
+            f"{doing} {path}",
+            expected="an .npz file with one array per input",
+            got=got[:200],
+            fix="Write it with numpy.savez(path, **inputs).",
+        ) from error
 
 
 def read_inputs(path: Path | None, base: str) -> dict[str, Any] | None:
@@ -75,18 +97,7 @@ def read_inputs(path: Path | None, base: str) -> dict[str, Any] | None:
     """
     if path is None:
         return None
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UnsupportedBase(
-            f"read example inputs {path}",
-            expected="an .npz file of arrays",
-            got=str(error)[:200],
-            fix="Write it with numpy.savez(path, **{input name: array}).",
-        ) from error
+    arrays = read_arrays(path, "read example inputs", UnsupportedBase)
     if base.endswith(".onnx"):
         return arrays
     import torch

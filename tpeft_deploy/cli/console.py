@@ -15,14 +15,14 @@ from tpeft_deploy.progress import Progress, Stage, silent
 
 __all__ = [
     "Assigned",
-    "Filling",
     "Group",
-    "Renaming",
+    "Pair",
     "TaskAdapter",
     "Tool",
     "emit",
     "json_option",
     "note",
+    "number",
     "provider_option",
     "server_packages",
     "stages",
@@ -123,32 +123,32 @@ class TaskAdapter(click.ParamType[Assigned]):
         return Assigned(task, Path(path))
 
 
-class Renaming(click.ParamType[tuple[str, str]]):
-    """OLD=NEW."""
+class Pair(click.ParamType[tuple[str, Any]]):
+    """A name and a value, joined by '='.
 
-    name = "OLD=NEW"
+    Args:
+        name: form of the argument, as --help shows it.
+        example: an argument of that form.
+        parse: function that converts the value, and raises ValueError.
+    """
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+    def __init__(self, name: str, example: str, parse: Callable[[str], object] = str) -> None:
+        self.name, self._example, self._parse = name, example, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
         """Split at the first '='."""
         if isinstance(value, tuple):
             return value
-        return _pair(self, str(value), "output=logits", param, ctx)
-
-
-class Filling(click.ParamType[tuple[str, int | float]]):
-    """NAME=VALUE."""
-
-    name = "NAME=VALUE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int | float]:
-        """Split at the first '='; a number without a point or exponent is an integer."""
-        if isinstance(value, tuple):
-            return value
-        name, text = _pair(self, str(value), "attention_mask=0", param, ctx)
+        name, text = _pair(self, str(value), self._example, param, ctx)
         try:
-            return name, float(text) if set(text.lower()) & set(".einf") else int(text)
+            return name, self._parse(text)
         except ValueError:
             self.fail(f"{text!r} in {value!r} is not a number.", param, ctx)
+
+
+def number(text: str) -> int | float:
+    """Parse a number; without a point or exponent it is an integer."""
+    return float(text) if set(text.lower()) & set(".einf") else int(text)
 
 
 def _pair(

@@ -19,11 +19,12 @@ from tpeft_deploy.cli.bases import (
 )
 from tpeft_deploy.cli.console import (
     Assigned,
-    Filling,
     Group,
+    Pair,
     TaskAdapter,
     emit,
     json_option,
+    number,
     stages,
     tell_left_out,
 )
@@ -146,7 +147,7 @@ def folded(
 @click.option(
     "--pad",
     "padding",
-    type=Filling(),
+    type=Pair("NAME=VALUE", "attention_mask=0", number),
     multiple=True,
     help="Padding value of input NAME, so that requests of different lengths share a run; tested; repeatable.",
 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tpeft_deploy.errors import MissingExtra
+from tpeft_deploy.errors import requires
 
 __all__ = ["draw", "grid"]
 
@@ -43,15 +43,8 @@ def draw(entries: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    try:
+    with requires("matplotlib", "examples", f"draw {path}"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra(
-            f"draw {path}",
-            expected="matplotlib to be installed",
-            got="no such package",
-            fix="pip install 'tpeft-deploy[examples]'.",
-        ) from error
     from tpeft_deploy.files import new_file
 
     rows, columns, values = grid(entries)

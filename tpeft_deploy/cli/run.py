@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tpeft_deploy.cli.bases import read_arrays
 from tpeft_deploy.cli.console import Command, emit, json_option, note, provider_option
+from tpeft_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from tpeft_deploy.tucker import Array
@@ -47,7 +49,7 @@ def run(
 
     if task is not None and tasks is not None:
         raise click.UsageError("--task and --tasks exclude each other.")
-    inputs = _read(source)
+    inputs = read_arrays(source, "read inputs", InputError)
     runtime = Runtime(bundle, provider=provider, preload=False, own_copy=False)
     selected = outputs.split(",") if outputs is not None else None
     if tasks is not None:
@@ -80,23 +82,3 @@ def _flat(results: Mapping[str, Array | list[Array]]) -> dict[str, Array]:
         else:
             arrays |= {f"{name}.{i}": row for i, row in enumerate(value)}
     return arrays
-
-
-def _read(source: Path) -> dict[str, Array]:
-    import zipfile
-
-    import numpy as np
-
-    from tpeft_deploy.errors import InputError
-
-    try:
-        with np.load(source, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-        got = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(
-            f"read inputs {source}",
-            expected="an .npz file with one array per input",
-            got=got,
-            fix="Write it with numpy.savez(path, **inputs).",
-        ) from error

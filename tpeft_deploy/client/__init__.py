@@ -3,17 +3,10 @@
 Both use V2 REST with the binary tensor extension, through httpx.
 """
 
-from tpeft_deploy.errors import MissingExtra
+from tpeft_deploy.errors import requires
 
-try:
+with requires("httpx", "client", "load the client"):
     import httpx as _httpx  # noqa: F401
-except ModuleNotFoundError as error:
-    raise MissingExtra(
-        "load the client",
-        expected="httpx to be installed",
-        got=str(error),
-        fix="pip install 'tpeft-deploy[client]'.",
-    ) from error
 
 from tpeft_deploy.client.asynchronous import AsyncClient
 from tpeft_deploy.client.blocking import Client

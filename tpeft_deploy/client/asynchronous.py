@@ -12,9 +12,9 @@ import httpx
 
 from tpeft_deploy.client import calls, inference
 from tpeft_deploy.client.answers import Answer, BodyBuffer, Document
-from tpeft_deploy.client.connecting import settings_of
-from tpeft_deploy.client.exchange import CLOCK, Budget, Call, Exchange, async_deadline
+from tpeft_deploy.client.exchange import CLOCK, Budget, Exchange, ServerCall, async_deadline
 from tpeft_deploy.client.inference import BundleInfo, InferArguments, Outputs
+from tpeft_deploy.client.url import settings_of
 from tpeft_deploy.tucker import Array
 
 __all__ = ["AsyncClient"]
@@ -371,7 +371,7 @@ class AsyncClient:
             self._bundle = await self._do(inference.bundle_info(name), budget)
         return self._bundle
 
-    async def _do(self, call: Call[T], budget: Budget | None = None) -> T:
+    async def _do(self, call: ServerCall[T], budget: Budget | None = None) -> T:
         exchange = Exchange(call, budget or self._budget(), self._retries, self._clock)
         while True:
             try:

@@ -13,9 +13,9 @@ import httpx
 
 from tpeft_deploy.client import calls, inference
 from tpeft_deploy.client.answers import Answer, BodyBuffer, Document
-from tpeft_deploy.client.connecting import settings_of
-from tpeft_deploy.client.exchange import CLOCK, Budget, Call, Exchange, deadline
+from tpeft_deploy.client.exchange import CLOCK, Budget, Exchange, ServerCall, deadline
 from tpeft_deploy.client.inference import BundleInfo, InferArguments, Outputs
+from tpeft_deploy.client.url import settings_of
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Client"]
@@ -372,7 +372,7 @@ class Client:
             self._bundle = self._do(inference.bundle_info(name), budget)
         return self._bundle
 
-    def _do(self, call: Call[T], budget: Budget | None = None) -> T:
+    def _do(self, call: ServerCall[T], budget: Budget | None = None) -> T:
         exchange = Exchange(call, budget or self._budget(), self._retries, self._clock)
         while True:
             try:

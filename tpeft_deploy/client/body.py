@@ -11,7 +11,7 @@ from typing import BinaryIO
 from tpeft_deploy.client.tensors import Bytes
 from tpeft_deploy.errors import FormatError
 
-__all__ = ["Body", "FilePiece"]
+__all__ = ["RequestBody", "FilePiece"]
 
 _CHUNK = 1 << 18  # large enough to amortise calls, small enough for the cache
 _SMALL = 1 << 16
@@ -30,7 +30,7 @@ class FilePiece:
     size: int
 
 
-class Body:
+class RequestBody:
     """The body of a request; it can be sent repeatedly.
 
     Args:

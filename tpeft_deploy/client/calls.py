@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from tpeft_deploy.client.answers import Answer, Document, document, documents, nothing
-from tpeft_deploy.client.body import Body
-from tpeft_deploy.client.exchange import Call, Payload
-from tpeft_deploy.client.names import model_path, part
-from tpeft_deploy.client.uploads import Upload
+from tpeft_deploy.client.body import RequestBody
+from tpeft_deploy.client.exchange import Payload, ServerCall
+from tpeft_deploy.client.uploads import AdapterUpload
+from tpeft_deploy.client.url import model_path, part
 
 __all__ = [
     "audit",
@@ -42,101 +42,101 @@ _ADMIN = "/v2/admin"
 _DONE = (200, 201, 204)
 
 
-def live() -> Call[bool]:
-    return Call("ask whether the server lives", "GET", "/v2/health/live", _is_200, statuses=(200, 400, 503))
+def live() -> ServerCall[bool]:
+    return ServerCall("ask whether the server lives", "GET", "/v2/health/live", _is_200, statuses=(200, 400, 503))
 
 
-def ready(name: str | None) -> Call[bool]:
+def ready(name: str | None) -> ServerCall[bool]:
     path = "/v2/health/ready" if name is None else f"{model_path(name)}/ready"
-    return Call("ask whether the server is ready", "GET", path, _is_200, statuses=(200, 400, 503))
+    return ServerCall("ask whether the server is ready", "GET", path, _is_200, statuses=(200, 400, 503))
 
 
-def metadata(name: str | None) -> Call[Document]:
+def metadata(name: str | None) -> ServerCall[Document]:
     path = "/v2" if name is None else model_path(name)
-    return Call("ask for metadata", "GET", path, document)
+    return ServerCall("ask for metadata", "GET", path, document)
 
 
-def statistics(name: str | None) -> Call[Document]:
+def statistics(name: str | None) -> ServerCall[Document]:
     path = "/v2/models/stats" if name is None else f"{model_path(name)}/stats"
-    return Call("ask for statistics", "GET", path, document)
+    return ServerCall("ask for statistics", "GET", path, document)
 
 
-def tasks(tenant: str | None) -> Call[list[Document]]:
-    return Call("list tasks", "GET", _TASKS, documents, _tenant(tenant))
+def tasks(tenant: str | None) -> ServerCall[list[Document]]:
+    return ServerCall("list tasks", "GET", _TASKS, documents, _tenant(tenant))
 
 
-def task(name: str, tenant: str | None) -> Call[Document]:
-    return Call(f"ask for task {name!r}", "GET", _task(name), document, _tenant(tenant))
+def task(name: str, tenant: str | None) -> ServerCall[Document]:
+    return ServerCall(f"ask for task {name!r}", "GET", _task(name), document, _tenant(tenant))
 
 
-def register(name: str, path: str | os.PathLike[str], alias: str, tenant: str | None) -> Call[Document]:
+def register(name: str, path: str | os.PathLike[str], alias: str, tenant: str | None) -> ServerCall[Document]:
     query = {"alias": alias, **_tenant(tenant)}
-    upload = Upload(Path(path))
+    upload = AdapterUpload(Path(path))
     doing = f"register task {name!r}"
     return _change(doing, "POST", f"{_task(name)}/versions", query, upload=upload)
 
 
 def point(
     name: str, alias: str, version: int | str, tenant: str | None, expected: int | str | None = None
-) -> Call[Document]:
+) -> ServerCall[Document]:
     doing = f"point alias {alias!r} of task {name!r} to {version}"
     return _change(doing, "PUT", _alias(name, alias), _tenant(tenant), {"version": str(version), **_expected(expected)})
 
 
-def rollback(name: str, alias: str, tenant: str | None, expected: int | str | None = None) -> Call[Document]:
+def rollback(name: str, alias: str, tenant: str | None, expected: int | str | None = None) -> ServerCall[Document]:
     doing = f"roll back alias {alias!r} of task {name!r}"
     return _change(doing, "POST", f"{_alias(name, alias)}/rollback", _tenant(tenant), _expected(expected))
 
 
-def history(name: str, alias: str, limit: int, tenant: str | None) -> Call[list[Document]]:
+def history(name: str, alias: str, limit: int, tenant: str | None) -> ServerCall[list[Document]]:
     doing = f"ask for the history of alias {alias!r} of task {name!r}"
     query = {"limit": str(limit), **_tenant(tenant)}
-    return Call(doing, "GET", f"{_alias(name, alias)}/history", documents, query)
+    return ServerCall(doing, "GET", f"{_alias(name, alias)}/history", documents, query)
 
 
-def delete(name: str, version: int | str | None, tenant: str | None) -> Call[None]:
+def delete(name: str, version: int | str | None, tenant: str | None) -> ServerCall[None]:
     path = _task(name) if version is None else f"{_task(name)}/versions/{part(str(version), 'version')}"
-    return Call(f"delete task {name!r}", "DELETE", path, nothing, _tenant(tenant), changes=True, statuses=_DONE)
+    return ServerCall(f"delete task {name!r}", "DELETE", path, nothing, _tenant(tenant), changes=True, statuses=_DONE)
 
 
-def publish(name: str, tenant: str | None) -> Call[Document]:
+def publish(name: str, tenant: str | None) -> ServerCall[Document]:
     return _change(f"publish task {name!r}", "POST", f"{_task(name)}/publish", _tenant(tenant))
 
 
-def pin(name: str, folded: bool, tenant: str | None) -> Call[Document]:
+def pin(name: str, folded: bool, tenant: str | None) -> ServerCall[Document]:
     return _change(f"pin task {name!r}", "PUT", f"{_task(name)}/pin", _tenant(tenant), {"folded": folded})
 
 
-def unpin(name: str, tenant: str | None) -> Call[None]:
+def unpin(name: str, tenant: str | None) -> ServerCall[None]:
     path = f"{_task(name)}/pin"
-    return Call(f"unpin task {name!r}", "DELETE", path, nothing, _tenant(tenant), changes=True, statuses=_DONE)
+    return ServerCall(f"unpin task {name!r}", "DELETE", path, nothing, _tenant(tenant), changes=True, statuses=_DONE)
 
 
-def keys(tenant: str | None) -> Call[list[Document]]:
-    return Call("list keys", "GET", f"{_ADMIN}/keys", documents, _tenant(tenant))
+def keys(tenant: str | None) -> ServerCall[list[Document]]:
+    return ServerCall("list keys", "GET", f"{_ADMIN}/keys", documents, _tenant(tenant))
 
 
-def create_key(tenant: str, role: str, expires_in: float | None) -> Call[Document]:
+def create_key(tenant: str, role: str, expires_in: float | None) -> ServerCall[Document]:
     asked = {"tenant": tenant, "role": role} | ({} if expires_in is None else {"expires_in": expires_in})
     return _change(f"create a key of tenant {tenant!r}", "POST", f"{_ADMIN}/keys", {}, asked)
 
 
-def revoke_key(key: str) -> Call[None]:
+def revoke_key(key: str) -> ServerCall[None]:
     path = f"{_ADMIN}/keys/{part(key, 'key')}"
-    return Call(f"revoke key {key!r}", "DELETE", path, nothing, changes=True, statuses=_DONE)
+    return ServerCall(f"revoke key {key!r}", "DELETE", path, nothing, changes=True, statuses=_DONE)
 
 
-def tenants() -> Call[list[Document]]:
-    return Call("list tenants", "GET", f"{_ADMIN}/tenants", documents)
+def tenants() -> ServerCall[list[Document]]:
+    return ServerCall("list tenants", "GET", f"{_ADMIN}/tenants", documents)
 
 
-def set_tenant(tenant: str, quota: Mapping[str, float | None]) -> Call[Document]:
+def set_tenant(tenant: str, quota: Mapping[str, float | None]) -> ServerCall[Document]:
     return _change(f"set tenant {tenant!r}", "PUT", f"{_ADMIN}/tenants/{part(tenant, 'tenant')}", {}, dict(quota))
 
 
-def audit(limit: int, before: int | None) -> Call[list[Document]]:
+def audit(limit: int, before: int | None) -> ServerCall[list[Document]]:
     query = {"limit": str(limit)} | ({} if before is None else {"before": str(before)})
-    return Call("read the audit log", "GET", f"{_ADMIN}/audit", documents, query)
+    return ServerCall("read the audit log", "GET", f"{_ADMIN}/audit", documents, query)
 
 
 def _change(
@@ -145,10 +145,10 @@ def _change(
     path: str,
     query: Mapping[str, str],
     content: Mapping[str, object] | None = None,
-    upload: Upload | None = None,
-) -> Call[Document]:
+    upload: AdapterUpload | None = None,
+) -> ServerCall[Document]:
     payload = upload.payload if upload is not None else partial(_json, {} if content is None else content)
-    return Call(doing, method, path, document, query, payload, changes=True, statuses=_DONE)
+    return ServerCall(doing, method, path, document, query, payload, changes=True, statuses=_DONE)
 
 
 def _expected(version: int | str | None) -> dict[str, object]:
@@ -156,7 +156,7 @@ def _expected(version: int | str | None) -> dict[str, object]:
 
 
 def _json(content: Mapping[str, object], left: float | None) -> Payload:
-    return Payload({"Content-Type": "application/json"}, Body([json.dumps(content).encode()]))
+    return Payload({"Content-Type": "application/json"}, RequestBody([json.dumps(content).encode()]))
 
 
 def _is_200(answer: Answer) -> bool:

@@ -14,10 +14,10 @@ from typing import Generic, TypeVar
 import httpx
 
 from tpeft_deploy.client.answers import Answer, refusal, retry_after
-from tpeft_deploy.client.body import Body
+from tpeft_deploy.client.body import RequestBody
 from tpeft_deploy.errors import DeadlineExceeded, ServerError, TpeftError, Unavailable
 
-__all__ = ["CLOCK", "Budget", "Call", "Clock", "Exchange", "Payload", "async_deadline", "deadline"]
+__all__ = ["CLOCK", "Budget", "ServerCall", "Clock", "Exchange", "Payload", "async_deadline", "deadline"]
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Payload:
     """Body of a request with the headers that describe it."""
 
     headers: Mapping[str, str]
-    body: Body
+    body: RequestBody
 
 
 def _no_payload(left: float | None) -> Payload | None:
@@ -61,7 +61,7 @@ def _no_payload(left: float | None) -> Payload | None:
 
 
 @dataclass(frozen=True)
-class Call(Generic[T]):
+class ServerCall(Generic[T]):
     """A request, and how its response is read.
 
     Attributes:
@@ -130,7 +130,7 @@ class Exchange(Generic[T]):
         clock: time and randomness.
     """
 
-    def __init__(self, call: Call[T], budget: Budget, retries: int, clock: Clock) -> None:
+    def __init__(self, call: ServerCall[T], budget: Budget, retries: int, clock: Clock) -> None:
         self._call = call
         self._budget = budget
         self._retries = retries

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from tpeft_deploy.client.answers import HEADER_LENGTH, Answer, Document, document
-from tpeft_deploy.client.body import Body
-from tpeft_deploy.client.exchange import Call, Payload
-from tpeft_deploy.client.names import model_path
+from tpeft_deploy.client.body import RequestBody
+from tpeft_deploy.client.exchange import Payload, ServerCall
 from tpeft_deploy.client.tensors import Tensor, decode, encode, from_json, may_be_bfloat16
+from tpeft_deploy.client.url import model_path
 from tpeft_deploy.errors import InputError, ServerError
 from tpeft_deploy.tucker import Array
 
@@ -76,17 +76,17 @@ class InferArguments:
         return self.tasks is not None or any(may_be_bfloat16(value) for value in self.inputs.values())
 
 
-def bundle_name() -> Call[str]:
+def bundle_name() -> ServerCall[str]:
     """Ask for the bundle's name."""
-    return Call("ask for the bundle's name", "GET", "/v2", _bundle_name)
+    return ServerCall("ask for the bundle's name", "GET", "/v2", _bundle_name)
 
 
-def bundle_info(name: str) -> Call[BundleInfo]:
+def bundle_info(name: str) -> ServerCall[BundleInfo]:
     """Ask for the bundle's inputs and outputs."""
-    return Call(f"ask about bundle {name!r}", "GET", model_path(name), partial(_bundle_info, name))
+    return ServerCall(f"ask about bundle {name!r}", "GET", model_path(name), partial(_bundle_info, name))
 
 
-def infer(arguments: InferArguments, bundle: BundleInfo | None) -> Call[Outputs]:
+def infer(arguments: InferArguments, bundle: BundleInfo | None) -> ServerCall[Outputs]:
     """Encode a request for inference.
 
     Args:
@@ -104,7 +104,7 @@ def infer(arguments: InferArguments, bundle: BundleInfo | None) -> Call[Outputs]
         model = "base" if arguments.task is None else arguments.task
         doing = f"run task {model!r}"
     known = bundle.outputs if bundle else frozenset[str]()
-    return Call(
+    return ServerCall(
         doing,
         "POST",
         f"{model_path(model)}/infer",
@@ -138,7 +138,7 @@ def _payload(tensors: Sequence[Tensor], head: Document, priority: int, left: flo
         parameters["priority"] = priority
     first = json.dumps({"parameters": parameters, **head}, separators=(",", ":")).encode()
     headers = {HEADER_LENGTH: str(len(first)), "Content-Type": "application/octet-stream"}
-    return Payload(headers, Body([first, *(tensor.data for tensor in tensors)]))
+    return Payload(headers, RequestBody([first, *(tensor.data for tensor in tensors)]))
 
 
 def _outputs(answer: Answer, *, rows: int | None, known: frozenset[str]) -> Outputs:

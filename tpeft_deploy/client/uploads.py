@@ -6,12 +6,12 @@ import secrets
 import struct
 from pathlib import Path
 
-from tpeft_deploy.client.body import Body, FilePiece
+from tpeft_deploy.client.body import FilePiece, RequestBody
 from tpeft_deploy.client.exchange import Payload
 from tpeft_deploy.client.tensors import Bytes
 from tpeft_deploy.errors import FormatError
 
-__all__ = ["Upload"]
+__all__ = ["AdapterUpload"]
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
@@ -20,7 +20,7 @@ _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 _FIX = "Turn it into safetensors first: 'tpeft-deploy convert ADAPTER OUT --to tpeft'."
 
 
-class Upload:
+class AdapterUpload:
     """The files of an adapter as multipart/form-data.
 
     Args:
@@ -43,7 +43,7 @@ class Upload:
             head = f'--{self._boundary}\r\nContent-Disposition: form-data; name="{part}"; filename="{name}"\r\n'
             pieces += [f"{head}Content-Type: {kind}\r\n\r\n".encode(), piece, b"\r\n"]
         pieces.append(f"--{self._boundary}--\r\n".encode())
-        return Payload({"Content-Type": f"multipart/form-data; boundary={self._boundary}"}, Body(pieces))
+        return Payload({"Content-Type": f"multipart/form-data; boundary={self._boundary}"}, RequestBody(pieces))
 
 
 def _files(path: Path) -> list[tuple[str, Path]]:

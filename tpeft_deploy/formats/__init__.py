@@ -1,11 +1,11 @@
-"""Reading adapters, however they were trained.
+"""Read adapters of all training libraries.
 
-Files are of one of three kinds, told apart by what is there:
+Three kinds of files are distinguished by their content:
 
-    tpeft           our own file (`canonical`)
-    peft-tucker     a directory that PEFT saved for our own method (`peft_tucker`)
+    tpeft           the canonical file (`canonical`)
+    peft-tucker     a directory that PEFT saved for `tpeft_deploy.training` (`peft_tucker`)
     anything else   tensors `<module>.<suffix>` of a PEFT directory or a .safetensors file, each module read by the
-                    first of `readers.READERS` that knows its suffixes
+                    first of `readers.READERS` that matches
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -21,15 +22,14 @@ from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import canonical, checkpoint
 from tpeft_deploy.formats.peft import tucker as peft_tucker
 from tpeft_deploy.formats.read.base_view import Lazy, view
-from tpeft_deploy.formats.read.diffusers_metadata import diffusers_file
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.formats.read.parts import cut_adapter
-from tpeft_deploy.formats.read.saved import peft_directory, read_saved
+from tpeft_deploy.formats.read.saved import diffusers_file, peft_directory, peft_type, read_saved
 from tpeft_deploy.formats.readers import READERS
 
 __all__ = ["FORMATS", "load_adapter", "load_pickled", "methods_of", "origin_of"]
 
-FORMATS = (canonical.NAME, peft_tucker.NAME, *(reader.NAME for reader in READERS))
+FORMATS = (canonical.NAME, peft_tucker.NAME, *(reader.name for reader in READERS))
 
 
 def load_adapter(
@@ -43,11 +43,11 @@ def load_adapter(
 
     Args:
         path: directory or file that the training side saved.
-        format: one of `FORMATS`; found from the files, module by module, when left out.
+        format: one of `FORMATS`; default: detected from the files, module by module.
         scale: for formats that do not record their scale; refused by those that do.
         base: model that the adapter was trained on, to resolve names against and to check it with: a torch module, a
-            Hugging Face model directory, "package.module:factory", an open bundle, or the path of an ONNX file whose
-            initializers have the parameters' names.  Some formats cannot be read without.
+            Hugging Face model directory, "package.module:factory", an open bundle, or the path of an ONNX file with the
+            parameters' names as initializers.  Some formats cannot be read without.
         part: prefix of the names of one part of the trained model, which `base` is: "model.language_model",
             "lora_unet".  Names without it are left out, and listed in the adapter's `left_out`.
 
@@ -98,7 +98,7 @@ def _load(
 
 
 def origin_of(path: Path) -> Origin | None:
-    """What a training library would read at `path`; None for a directory or file that none of them writes.
+    """Path that a training library would read; None for a directory or file that none of them writes.
 
     Raises:
         FormatError: nothing there.
@@ -113,16 +113,16 @@ def origin_of(path: Path) -> Origin | None:
 
 
 def methods_of(path: Path, base: BaseView | None = None, format: str | None = None) -> dict[str, int]:
-    """Format -> how many modules of an adapter it reads; empty for one whose files say nothing of it.
+    """Format -> number of modules of an adapter that it reads; empty if the files do not show it.
 
     Raises:
         FormatError: a file is damaged.
     """
-    for whole in (canonical, peft_tucker):
-        if format == whole.NAME or (format is None and whole.matches(path)):
-            adapter = whole.read(path)
-            count = len({*adapter.deltas, *adapter.gains})
-            return {whole.NAME: count} if count else {}
+    whole = _whole_format(path, format)
+    if whole is not None:
+        adapter = whole.read(path)
+        count = len({*adapter.deltas, *adapter.gains})
+        return {whole.NAME: count} if count else {}
     if not path.exists() or (path.is_dir() and peft_directory(path) is None):
         return {}
     return checkpoint.methods(read_saved(path, pickles=False), base=base, format=format)
@@ -131,10 +131,10 @@ def methods_of(path: Path, base: BaseView | None = None, format: str | None = No
 def _read(
     path: Path, format: str | None, scale: float | None, base: BaseView | None, part: str | None, *, pickles: bool
 ) -> Adapter:
-    if format == canonical.NAME or (format is None and canonical.matches(path)):
-        return _whole(canonical.read(path), scale, part, base)
-    if format == peft_tucker.NAME or (format is None and peft_tucker.matches(path)):
-        return replace(_whole(peft_tucker.read(path), scale, part, base), origin=_origin(path, part))
+    whole = _whole_format(path, format)
+    if whole is not None:
+        adapter = _whole(whole.read(path), scale, part, base)
+        return adapter if whole is canonical else replace(adapter, origin=_origin(path, part))
     path = diffusers_file(path) or path
     if path.is_dir() and peft_directory(path) is None:
         raise FormatError(
@@ -149,6 +149,15 @@ def _read(
         return _whole(own, scale, part, base)
     adapter = checkpoint.read(saved, scale=scale, base=base, format=format, part=part)
     return adapter if pickles else replace(adapter, origin=_origin(path, part))
+
+
+def _whole_format(path: Path, format: str | None) -> ModuleType | None:
+    """Reader of the whole adapter, for a format that is not read module by module."""
+    if format == canonical.NAME or (format is None and (path / canonical.FILE).is_file()):
+        return canonical
+    if format == peft_tucker.NAME or (format is None and peft_type(path) == peft_tucker.TYPE):
+        return peft_tucker
+    return None
 
 
 def _origin(path: Path, part: str | None) -> Origin | None:
@@ -167,7 +176,7 @@ def _whole(adapter: Adapter, scale: float | None, part: str | None, base: BaseVi
     if scale is not None:
         raise FormatError(
             f"read {adapter.source}",
-            expected="no scale, as this format records its own",
+            expected="no scale, as this format records it",
             got=f"scale={scale}",
             fix="Leave scale out.",
         )

@@ -8,21 +8,16 @@ from typing import NamedTuple
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import FormatError, brief
-from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.read.safetensors_file import parse_json, read_bytes, read_tensors
+from tpeft_deploy.formats.reader import About
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["ABOUT", "FILE", "HEADER", "NAME", "from_bytes", "from_tensors", "matches", "read"]
+__all__ = ["ABOUT", "FILE", "HEADER", "NAME", "from_bytes", "from_tensors", "read"]
 
 NAME = "tpeft"
 ABOUT = About("tpeft_deploy", "any", "all", "no", "low-rank, dense, gain, override")
 FILE = "adapter.safetensors"
 HEADER = "tpeft"  # metadata entry that identifies a canonical file, whatever its name
-
-
-def matches(path: Path) -> bool:
-    """Whether `path` is a directory with a canonical file; a single file is identified by its header."""
-    return (path / FILE).is_file()
 
 
 def read(path: Path) -> Adapter:

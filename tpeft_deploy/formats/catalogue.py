@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpeft_deploy.formats import canonical
-from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.lycoris import refusals as lycoris_refusals
 from tpeft_deploy.formats.peft import refusals as peft_refusals
 from tpeft_deploy.formats.peft import tucker as peft_tucker
+from tpeft_deploy.formats.reader import About
 from tpeft_deploy.formats.readers import READERS
 
 __all__ = ["READ_COLUMNS", "REFUSED_COLUMNS", "abouts", "document", "markdown"]
@@ -36,8 +36,8 @@ def abouts() -> Iterator[tuple[str, About]]:
     yield canonical.NAME, canonical.ABOUT
     yield peft_tucker.NAME, peft_tucker.ABOUT
     for reader in READERS:
-        if reader.NAME != lycoris_refusals.NAME:
-            yield reader.NAME, reader.ABOUT
+        if reader.name != lycoris_refusals.read_refusals.name:
+            yield reader.name, reader.about
 
 
 def document() -> dict[str, list[dict[str, Any]]]:
@@ -57,7 +57,7 @@ def document() -> dict[str, list[dict[str, Any]]]:
     ]
     peft = [("PEFT", what, refusal.reason, refusal.fix) for what, refusal in peft_refusals.refusals()]
     others = [
-        (lycoris_refusals.ABOUT.library, f"tensor {suffix}", refusal.problem, refusal.fix)
+        (lycoris_refusals.read_refusals.about.library, f"tensor {suffix}", refusal.problem, refusal.fix)
         for suffix, refusal in lycoris_refusals.REFUSALS.items()
     ]
     refused = [

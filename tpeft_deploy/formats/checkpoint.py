@@ -11,15 +11,15 @@ import numpy as np
 
 from tpeft_deploy import algebra
 from tpeft_deploy.adapter import Adapter, weight_digest
+from tpeft_deploy.algebra import DENSE
 from tpeft_deploy.errors import FormatError, ShapeError
 from tpeft_deploy.formats.peft import refusals as peft_refusals
-from tpeft_deploy.formats.products.compact import DENSE
-from tpeft_deploy.formats.read import diffusers_metadata
 from tpeft_deploy.formats.read.module import BaseView, Change, Checkpoint, Module
 from tpeft_deploy.formats.read.names import PEFT_PREFIX, Names, inner
 from tpeft_deploy.formats.read.parts import cut_saved, prefixes
-from tpeft_deploy.formats.read.saved import Saved
-from tpeft_deploy.formats.readers import READERS, WHOLE_MODEL, Reader
+from tpeft_deploy.formats.read.saved import Saved, configured
+from tpeft_deploy.formats.reader import FormatReader
+from tpeft_deploy.formats.readers import READERS, WHOLE_MODEL
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["methods", "read"]
@@ -59,25 +59,23 @@ def read(
     parts_there, left_out = partial(prefixes, saved.tensors), dict[str, str]()
     if part is not None:
         saved, left_out = cut_saved(saved, part, shared=_is_shared)
-    saved = saved if saved.config else diffusers_metadata.configured(saved)
+    saved = configured(saved)
     peft_refusals.refuse(saved.config, saved.source)
-    readers = [reader for reader in READERS if format in (None, reader.NAME)]
+    readers = [reader for reader in READERS if format in (None, reader.name)]
     weights = frozenset(base.weights) if base else frozenset[str]()
     names = Names(saved.source, base.name if base else None, weights, part or "", parts_there)
-    modules, shared, rest = _cut(saved, names)
-    trained = {module.name: inner(module.key).removeprefix(PEFT_PREFIX) for module in modules}
-    checkpoint = Checkpoint(
-        saved.source, saved.config, saved.metadata, scale, base, shared, trained=trained, part=part or ""
-    )
+    checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, scale, base, part=part or "")
+    modules, rest = _cut(saved, names, checkpoint)
+    checkpoint.trained.update((module.name, inner(module.key).removeprefix(PEFT_PREFIX)) for module in modules)
     parts, asked, adapted = _Parts(), set[str](), set[str]()
     for module in modules:
-        reader = _reader_of(module, checkpoint, readers)
+        reader = _reader_of(module, readers)
         if reader is None:
             rest |= {_key(module.key, suffix): tensor for suffix, tensor in module.tensors.items()}
             continue
-        asked.add(reader.NAME)
+        asked.add(reader.name)
         adapted.add(module.name)
-        _add(parts, _change(reader, module, checkpoint), module, checkpoint)
+        _add(parts, _change(reader, module), module)
     _check_recognised(checkpoint, asked, directory=saved.directory)
     _check_shared(checkpoint, readers, asked)
     _check_beside(rest, names, adapted, checkpoint)
@@ -93,36 +91,34 @@ def methods(saved: Saved, *, base: BaseView | None, format: str | None = None) -
     """Which reader would read how many of the modules; nothing is read, and nothing refused."""
     names = Names(saved.source, base.name, frozenset(base.weights)) if base else Names(saved.source)
     peft_refusals.check_fields(saved.config, saved.source)
-    modules, shared, _ = _cut(saved, names)
-    checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, None, base, shared)
-    readers = [reader for reader in READERS if format in (None, reader.NAME)]
-    found = (_reader_of(module, checkpoint, readers) for module in modules)
-    return dict(Counter(reader.NAME for reader in found if reader is not None))
+    modules, _ = _cut(saved, names, Checkpoint(saved.source, saved.config, saved.metadata, None, base))
+    readers = [reader for reader in READERS if format in (None, reader.name)]
+    found = (_reader_of(module, readers) for module in modules)
+    return dict(Counter(reader.name for reader in found if reader is not None))
 
 
-def _reader_of(module: Module, checkpoint: Checkpoint, readers: Sequence[Reader]) -> Reader | None:
-    """The first reader that matches, of those that know one of the module's suffixes."""
-    known = (reader for reader in readers if not reader.SUFFIXES.isdisjoint(module.tensors))
-    return next((reader for reader in known if reader.matches(module, checkpoint)), None)
+def _reader_of(module: Module, readers: Sequence[FormatReader]) -> FormatReader | None:
+    """The first reader that matches, of those with a mark in the module."""
+    known = (reader for reader in readers if not reader.marks.isdisjoint(module.tensors))
+    return next((reader for reader in known if reader.matches(module)), None)
 
 
 @cache
 def _suffixes() -> tuple[Set[str], Set[str], Set[str]]:
     """Of all readers: suffixes after a dot, suffixes joined to the module's name, and whole keys of shared tensors."""
-    joined = frozenset[str]().union(*(getattr(reader, "JOINED_SUFFIXES", ()) for reader in READERS))
-    shared = frozenset[str]().union(*(getattr(reader, "SHARED", ()) for reader in READERS))
-    return frozenset[str]().union(*(reader.SUFFIXES for reader in READERS)) - joined, joined, shared
+    joined = frozenset[str]().union(*(reader.joined_suffixes for reader in READERS))
+    shared = frozenset[str]().union(*(reader.shared for reader in READERS))
+    return frozenset[str]().union(*(reader.suffixes for reader in READERS)) - joined, joined, shared
 
 
-def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], dict[str, Array]]:
-    """Modules in the order of their keys, shared tensors, and tensors whose suffix no reader knows."""
+def _cut(saved: Saved, names: Names, checkpoint: Checkpoint) -> tuple[list[Module], dict[str, Array]]:
+    """Modules in the order of their keys, and tensors with a suffix that no reader knows; fills `checkpoint.shared`."""
     modules: dict[str, Module] = {}
-    shared: dict[str, Array] = {}
     rest: dict[str, Array] = {}
     wrapped = any(_FLORA in key for key in saved.tensors) and all(key.startswith(_WRAPPER) for key in saved.tensors)
     for key, tensor in sorted(saved.tensors.items()):
         if _is_shared(key):
-            shared[key] = tensor
+            checkpoint.shared[key] = tensor
             continue
         place = _split(key)
         if place is None:
@@ -131,10 +127,10 @@ def _cut(saved: Saved, names: Names) -> tuple[list[Module], dict[str, Array], di
         module, suffix = place
         if module not in modules:
             known = module.removeprefix(_WRAPPER) if wrapped and names.base is None else module
-            modules[module] = Module(names.module(known), {}, module)
+            modules[module] = Module(names.module(known), {}, module, checkpoint)
         modules[module].tensors[suffix] = tensor
     _check_twice(saved)
-    return list(modules.values()), shared, rest
+    return list(modules.values()), rest
 
 
 def _is_shared(key: str) -> bool:
@@ -143,7 +139,7 @@ def _is_shared(key: str) -> bool:
 
 @cache
 def _shared_prefixes() -> tuple[str, ...]:
-    return tuple(prefix for reader in READERS for prefix in getattr(reader, "SHARED_PREFIXES", ()))
+    return tuple(prefix for reader in READERS for prefix in reader.shared_prefixes)
 
 
 @cache
@@ -154,7 +150,7 @@ def _most_dots() -> int:
 def _split(key: str) -> tuple[str, str] | None:
     """A key as module and suffix, the longest suffix that a reader knows."""
     dotted, joined, _ = _suffixes()
-    # First, as they end in "weight", which is also a dotted suffix of its own.
+    # First, as they end in "weight", which is also a separate dotted suffix.
     suffix = max((s for s in joined if key.endswith(s) and len(key) > len(s)), key=len, default=None)
     if suffix is not None:
         return key.removesuffix(suffix), suffix
@@ -178,56 +174,53 @@ def _check_twice(saved: Saved) -> None:
             )
 
 
-def _change(reader: Reader, module: Module, checkpoint: Checkpoint) -> Change:
-    doing = f"read {checkpoint.source}, module {module.key!r}"
+def _change(reader: FormatReader, module: Module) -> Change:
+    doing = f"{module.doing} as {reader.name}"
     _check_values(reader, module, doing)
     try:
-        change = reader.read(module, checkpoint)
+        change = reader.read(module)
     except MemoryError as error:
         raise FormatError(
-            f"{doing} as {reader.NAME}",
+            doing,
             problem="its tensors claim a change that is larger than the memory there is",
             fix="Give base=, with which sizes are checked first.",
         ) from error
     except (ShapeError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # A reader says what it can of tensors that do not fit; what it did not foresee is no less a damaged file.
+        # Errors that a reader does not expect also come from damaged files.
         raise FormatError(
-            f"{doing} as {reader.NAME}",
+            doing,
             problem=f"its tensors do not fit each other ({error})",
             fix="Check that the file is whole and was trained on this base.",
         ) from error
     if module.tensors:
         raise FormatError(
-            f"{doing} as {reader.NAME}, tensor {min(module.tensors)!r}",
+            f"{doing}, tensor {min(module.tensors)!r}",
             problem="nothing is known of it",
             fix="The module was written by a newer version of its library, or by another tool.",
         )
     return change
 
 
-def _check_values(reader: Reader, module: Module, doing: str) -> None:
-    """Refuse a tensor without values, whose other sizes may claim any rank."""
-    allowed: Set[str] = getattr(reader, "MAY_BE_EMPTY", frozenset())
+def _check_values(reader: FormatReader, module: Module, doing: str) -> None:
+    """Refuse a tensor without values: its other sizes may claim any rank."""
     for suffix, tensor in module.tensors.items():
-        if tensor.size == 0 and suffix in reader.SUFFIXES - allowed:
+        if tensor.size == 0 and suffix in reader.suffixes - reader.may_be_empty:
             raise FormatError(
-                f"{doing} as {reader.NAME}, tensor {suffix!r}",
+                f"{doing}, tensor {suffix!r}",
                 expected=f"values in {suffix}",
                 got=f"none, of shape {tensor.shape}",
                 fix="The file is not whole: save or copy the adapter again.",
             )
 
 
-def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) -> None:
+def _add(parts: _Parts, change: Change, module: Module) -> None:
     twice = [
         *(parts.deltas.keys() & change.deltas.keys()),
         *(parts.overrides.keys() & change.overrides.keys()),
         *(parts.gains.keys() & change.gains.keys()),
     ]
     if twice:
-        raise FormatError(
-            f"read {checkpoint.source}, module {module.key!r}", problem=f"{min(twice)!r} is changed twice in this file"
-        )
+        raise FormatError(module.doing, problem=f"{min(twice)!r} is changed twice in this file")
     parts.deltas.update(change.deltas)
     parts.overrides.update(change.overrides)
     parts.gains.update(change.gains)
@@ -238,7 +231,7 @@ def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) 
             small = algebra.smaller(delta)
         except ValueError as error:
             raise FormatError(
-                f"read {checkpoint.source}, module {module.key!r}",
+                module.doing,
                 expected=f"a change that {delta.core.dtype} can hold",
                 got=f"one that is not finite ({error})",
             ) from error
@@ -248,18 +241,18 @@ def _add(parts: _Parts, change: Change, module: Module, checkpoint: Checkpoint) 
 
 
 def _check_recognised(checkpoint: Checkpoint, asked: Set[str], *, directory: bool) -> None:
-    """Refuse a PEFT directory of a method that nobody here has heard of: its tensors would pass for overrides."""
+    """Refuse a PEFT directory of an unknown method: its tensors would be read as overrides."""
     if directory and not asked:
         raise FormatError(
             f"read {checkpoint.source}",
-            expected=f"modules in a format of {', '.join(reader.NAME for reader in READERS)}",
+            expected=f"modules in a format of {', '.join(reader.name for reader in READERS)}",
             got=f"a PEFT adapter of peft_type {checkpoint.config.get('peft_type')!r} without any",
             fix="Merge it with PEFT's merge_and_unload and export the merged model as a separate base.",
         )
 
 
 def _check_beside(rest: Mapping[str, Array], names: Names, adapted: Set[str], checkpoint: Checkpoint) -> None:
-    """Refuse what stands beside the tensors that a reader took and is no parameter of the adapted layer itself."""
+    """Refuse tensors of an adapted module that no reader took and that are no parameters of the layer."""
     lengths = sorted({len(name) for name in adapted}, reverse=True)
     for key in sorted(rest):
         name = names.weight(key)
@@ -275,8 +268,8 @@ def _check_beside(rest: Mapping[str, Array], names: Names, adapted: Set[str], ch
             )
 
 
-def _check_shared(checkpoint: Checkpoint, readers: Sequence[Reader], asked: Set[str]) -> None:
-    used = frozenset[str]().union(*(getattr(r, "SHARED", ()) for r in readers if r.NAME in asked))
+def _check_shared(checkpoint: Checkpoint, readers: Sequence[FormatReader], asked: Set[str]) -> None:
+    used = frozenset[str]().union(*(r.shared for r in readers if r.name in asked))
     for key in sorted(checkpoint.shared.keys() - used - checkpoint.used):
         raise FormatError(f"read {checkpoint.source}, tensor {key!r}", problem="no module of the file uses it")
 
@@ -286,8 +279,7 @@ def _account_for(
 ) -> None:
     """Turn the tensors of no reader into overrides, or refuse them.
 
-    A copy of an adapted weight is what the training side had as the base: its digest is recorded, so that the adapter
-    will refuse any other.
+    A copy of an adapted weight is the base of the training: its digest is recorded, so that any other base is refused.
     """
     for key, tensor in sorted(rest.items()):
         name = names.weight(key.removeprefix(_WRAPPER) if whole and names.base is None else key)
@@ -316,7 +308,7 @@ def _check_scale_used(checkpoint: Checkpoint, parts: _Parts) -> None:
     if checkpoint.scale is not None and (checkpoint.config or not parts.deltas):
         raise FormatError(
             f"read {checkpoint.source}",
-            expected="no scale, as the adapter records its own" if parts.deltas else "no scale, as nothing is scaled",
+            expected="no scale, as the adapter records it" if parts.deltas else "no scale, as nothing is scaled",
             got=f"scale={checkpoint.scale}",
             fix="Leave scale out.",
         )

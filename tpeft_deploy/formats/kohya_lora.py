@@ -11,24 +11,14 @@ from __future__ import annotations
 
 import math
 
-from tpeft_deploy.formats.about import About
+from tpeft_deploy.algebra import low_rank
 from tpeft_deploy.formats.lycoris.dora import change_with_dora
-from tpeft_deploy.formats.lycoris.full import bias_override
-from tpeft_deploy.formats.products.compact import low_rank
+from tpeft_deploy.formats.lycoris.whole import bias_override
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import reporting, take, take_scale
+from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["ABOUT", "JOINED_SUFFIXES", "NAME", "SUFFIXES", "matches", "read"]
-
-NAME = "kohya-lora"
-ABOUT = About(
-    "kohya sd-scripts, LyCORIS, older diffusers",
-    "LoRA, LoCon, DyLoRA, with DoRA",
-    "linear, conv",
-    "for DoRA and diff_b",
-    "low-rank, gain, override",
-)
+__all__ = ["read_kohya_lora"]
 
 # Names of the same pair: kohya and LyCORIS; three generations of diffusers.
 _PAIRS = (
@@ -38,34 +28,36 @@ _PAIRS = (
     ("lora_linear_layer.up.weight", "lora_linear_layer.down.weight"),
 )
 _MID = "lora_mid.weight"
-SUFFIXES = frozenset({name for pair in _PAIRS for name in pair} | {_MID, "alpha", "dora_scale", "diff_b"})
-JOINED_SUFFIXES = frozenset(name for name in SUFFIXES if name.startswith("_"))
 """Suffixes that follow the module's name without a dot: "attn.to_q_lora.up.weight" belongs to "attn.to_q"."""
+_SUFFIXES = frozenset({name for pair in _PAIRS for name in pair} | {_MID, "alpha", "dora_scale", "diff_b"})
 
 
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has an up or a down matrix under one of the names."""
-    return any(name in module.tensors for pair in _PAIRS for name in pair)
-
-
-def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's LoRA, LoCon or DyLoRA as a Tucker delta, with a gain if it has a dora_scale.
-
-    Raises:
-        FormatError: a tensor is missing or does not fit the others, alpha is not finite, or a dora_scale or diff_b
-            needs a base that was not given.
-    """
+@reader(
+    "kohya-lora",
+    About(
+        "kohya sd-scripts, LyCORIS, older diffusers",
+        "LoRA, LoCon, DyLoRA, with DoRA",
+        "linear, conv",
+        "for DoRA and diff_b",
+        "low-rank, gain, override",
+    ),
+    _SUFFIXES,
+    marks=(name for pair in _PAIRS for name in pair),
+    joined_suffixes={name for name in _SUFFIXES if name.startswith("_")},
+)
+def read_kohya_lora(module: Module) -> Change:
+    """The module's LoRA, LoCon or DyLoRA as a Tucker delta, with a gain if it has a dora_scale."""
     up_name, down_name = next(pair for pair in _PAIRS if any(name in module.tensors for name in pair))
-    up, down = take(module, checkpoint, up_name), take(module, checkpoint, down_name)
+    up, down = module.take(up_name), module.take(down_name)
     mid = module.tensors.pop(_MID, None)
-    with reporting(module, checkpoint):
+    with module.reporting():
         rank = down.shape[0]
-        note = _dylora_note(up, down, checkpoint)
-    scale, alpha_note = take_scale(module, checkpoint, rank)
-    with reporting(module, checkpoint):
+        note = _dylora_note(up, down, module.checkpoint)
+    scale, alpha_note = module.take_scale(rank)
+    with module.reporting():
         delta = _plain(up, down, scale) if mid is None else _tucker(up, down, mid, scale)
-    overrides = bias_override(module, checkpoint)
-    return change_with_dora(module, checkpoint, delta, note, alpha_note, overrides=overrides)
+    overrides = bias_override(module)
+    return change_with_dora(module, delta, note, alpha_note, overrides=overrides)
 
 
 def _plain(up: Array, down: Array, scale: float) -> TuckerDelta:

@@ -8,48 +8,42 @@ configuration), so the scale must be given.
 
 from __future__ import annotations
 
+from tpeft_deploy.algebra import low_rank
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.products.compact import low_rank
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import doing, reporting, take, take_scale
+from tpeft_deploy.formats.read.module import Change, Module
+from tpeft_deploy.formats.reader import About, reader, without_config
 from tpeft_deploy.tucker import TuckerDelta
 
-__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["read_plain_lora"]
 
-NAME = "plain-lora"
-ABOUT = About(
-    "ai-toolkit, ComfyUI, newer diffusers",
-    "LoRA",
-    "linear, conv",
-    "no",
-    "low-rank",
-    "the scale must be given if the file has no alpha",
-)
 _A, _B = "lora_A.weight", "lora_B.weight"
-SUFFIXES = frozenset({_A, _B, "alpha"})
 
 
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has one of the pair, in a file without a configuration."""
-    return not checkpoint.config and (_A in module.tensors or _B in module.tensors)
-
-
-def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change.
-
-    Raises:
-        FormatError: a tensor is missing or does not fit the other, or neither alpha nor a scale was given.
-    """
-    down, up = take(module, checkpoint, _A), take(module, checkpoint, _B)
-    if "alpha" not in module.tensors and checkpoint.scale is None:
+@reader(
+    "plain-lora",
+    About(
+        "ai-toolkit, ComfyUI, newer diffusers",
+        "LoRA",
+        "linear, conv",
+        "no",
+        "low-rank",
+        "the scale must be given if the file has no alpha",
+    ),
+    {_A, _B, "alpha"},
+    marks={_A, _B},
+    matches=without_config,
+)
+def read_plain_lora(module: Module) -> Change:
+    """The module's change."""
+    down, up = module.take(_A), module.take(_B)
+    if "alpha" not in module.tensors and module.checkpoint.scale is None:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             problem="the file has no alpha and came without adapter_config.json, so the scale is unknown",
             fix="Give the directory that holds both files, or scale= (lora_alpha / r; 1.0 for ai-toolkit).",
         )
-    scale, _ = take_scale(module, checkpoint, max(down.shape[0], 1) if down.ndim else 1)
-    with reporting(module, checkpoint):
+    scale, _ = module.take_scale(max(down.shape[0], 1) if down.ndim else 1)
+    with module.reporting():
         if up.ndim != down.ndim or any(size != 1 for size in up.shape[2:]):
             raise ValueError(f"lora_B has shape {up.shape} beside lora_A {down.shape}")
         if down.ndim == 2:

@@ -1,146 +1,77 @@
 """The readers of modules, in the order in which they are asked; the first that matches reads the module.
 
-The one place that a new format of modules is entered in.  A reader is a file with
-
-    NAME                          the format's name, as `load_adapter(format=...)` takes it
-    ABOUT                         what `tpeft-deploy formats` says of it
-    SUFFIXES                      the exact suffixes of the tensors that it consumes
-    matches(module, checkpoint)   whether the module's tensors are of this format
-    read(module, checkpoint)      the module's Change, popping every tensor that it consumes
-
-and, where there are any,
-
-    JOINED_SUFFIXES               those of SUFFIXES that follow the module's name without a dot
-    SHARED                        whole keys of tensors that several modules use, given as `checkpoint.shared`
-    MAY_BE_EMPTY                  those of SUFFIXES that may be without values
-    SHARED_PREFIXES               what such keys begin with; the reader adds those that it takes to `checkpoint.used`
+A new format of modules is entered here alone.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from tpeft_deploy.formats import kohya_lora, plain_lora
-from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.flora import cr_mr as flora_cr_mr
-from tpeft_deploy.formats.flora import loralib as flora_loralib
-from tpeft_deploy.formats.flora import sjtu as flora_sjtu
-from tpeft_deploy.formats.lycoris import full as lycoris_full
-from tpeft_deploy.formats.lycoris import glora as lycoris_glora
-from tpeft_deploy.formats.lycoris import ia3 as lycoris_ia3
-from tpeft_deploy.formats.lycoris import loha as lycoris_loha
-from tpeft_deploy.formats.lycoris import lokr as lycoris_lokr
-from tpeft_deploy.formats.lycoris import norm as lycoris_norm
+from tpeft_deploy.formats import flora, kohya_lora, plain_lora
 from tpeft_deploy.formats.lycoris import oft as lycoris_oft
+from tpeft_deploy.formats.lycoris import products as lycoris_products
 from tpeft_deploy.formats.lycoris import refusals as lycoris_refusals
-from tpeft_deploy.formats.peft import attention as peft_attention
-from tpeft_deploy.formats.peft import deft as peft_deft
-from tpeft_deploy.formats.peft import experts as peft_experts
+from tpeft_deploy.formats.lycoris import whole as lycoris_whole
+from tpeft_deploy.formats.peft import decompositions as peft_decompositions
+from tpeft_deploy.formats.peft import lora as peft_lora
+from tpeft_deploy.formats.peft import low_rank as peft_low_rank
+from tpeft_deploy.formats.peft import orthogonal as peft_orthogonal
 from tpeft_deploy.formats.peft import peanut as peft_peanut
-from tpeft_deploy.formats.peft import shira as peft_shira
-from tpeft_deploy.formats.peft import supertuning as peft_supertuning
+from tpeft_deploy.formats.peft import products as peft_products
+from tpeft_deploy.formats.peft import shared as peft_shared
+from tpeft_deploy.formats.peft import sparse as peft_sparse
+from tpeft_deploy.formats.peft import spectral as peft_spectral
 from tpeft_deploy.formats.peft import tokens as peft_tokens
-from tpeft_deploy.formats.peft.low_rank import adalora as peft_adalora
-from tpeft_deploy.formats.peft.low_rank import delora as peft_delora
-from tpeft_deploy.formats.peft.low_rank import glora as peft_glora
-from tpeft_deploy.formats.peft.low_rank import gralora as peft_gralora
-from tpeft_deploy.formats.peft.low_rank import lora as peft_lora
-from tpeft_deploy.formats.peft.low_rank import miss as peft_miss
-from tpeft_deploy.formats.peft.low_rank import miss_bat as peft_miss_bat
-from tpeft_deploy.formats.peft.low_rank import randlora as peft_randlora
-from tpeft_deploy.formats.peft.low_rank import tinylora as peft_tinylora
-from tpeft_deploy.formats.peft.low_rank import unilora as peft_unilora
-from tpeft_deploy.formats.peft.low_rank import vblora as peft_vblora
-from tpeft_deploy.formats.peft.low_rank import vera as peft_vera
-from tpeft_deploy.formats.peft.orthogonal import boft as peft_boft
-from tpeft_deploy.formats.peft.orthogonal import hra as peft_hra
-from tpeft_deploy.formats.peft.orthogonal import oft as peft_oft
-from tpeft_deploy.formats.peft.orthogonal import road as peft_road
-from tpeft_deploy.formats.peft.products import frod as peft_frod
-from tpeft_deploy.formats.peft.products import hira as peft_hira
-from tpeft_deploy.formats.peft.products import loha as peft_loha
-from tpeft_deploy.formats.peft.products import lokr as peft_lokr
-from tpeft_deploy.formats.peft.spectral import c3a as peft_c3a
-from tpeft_deploy.formats.peft.spectral import fourierft as peft_fourierft
-from tpeft_deploy.formats.peft.spectral import osf as peft_osf
-from tpeft_deploy.formats.peft.spectral import waveft as peft_waveft
-from tpeft_deploy.formats.peft.vectors import beft as peft_beft
-from tpeft_deploy.formats.peft.vectors import ia3 as peft_ia3
-from tpeft_deploy.formats.peft.vectors import ln_tuning as peft_ln_tuning
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
+from tpeft_deploy.formats.peft import vectors as peft_vectors
+from tpeft_deploy.formats.reader import FormatReader
 
-__all__ = ["READERS", "WHOLE_MODEL", "Reader"]
+__all__ = ["READERS", "WHOLE_MODEL"]
 
-
-class Reader(Protocol):
-    """The verbs above, as a module of Python has them."""
-
-    @property
-    def NAME(self) -> str:  # noqa: N802 - a constant of the module
-        """The format's name."""
-
-    @property
-    def ABOUT(self) -> About:  # noqa: N802
-        """What its user knows of it."""
-
-    @property
-    def SUFFIXES(self) -> frozenset[str]:  # noqa: N802
-        """The exact suffixes that it consumes."""
-
-    def matches(self, module: Module, checkpoint: Checkpoint) -> bool:
-        """Whether the module's tensors are of this format."""
-
-    def read(self, module: Module, checkpoint: Checkpoint) -> Change:
-        """The module's change."""
-
-
-READERS: tuple[Reader, ...] = (
-    lycoris_refusals,
-    flora_sjtu,
-    flora_cr_mr,
-    flora_loralib,
-    peft_adalora,
-    peft_attention,
-    peft_experts,
-    peft_lora,
-    peft_loha,
-    peft_lokr,
-    peft_vera,
-    peft_tinylora,
-    peft_delora,
-    peft_miss_bat,
-    peft_miss,
-    peft_ia3,
-    peft_beft,
-    peft_c3a,
-    peft_fourierft,
-    peft_gralora,
-    peft_ln_tuning,
-    peft_randlora,
-    peft_shira,
-    peft_supertuning,
-    peft_tokens,
-    peft_unilora,
-    peft_vblora,
-    peft_waveft,
-    peft_oft,
-    peft_boft,
-    peft_hra,
-    peft_hira,
-    peft_road,
-    peft_glora,
-    peft_deft,
-    peft_osf,
-    peft_peanut,
-    peft_frod,
-    lycoris_oft,
-    lycoris_loha,
-    lycoris_lokr,
-    lycoris_glora,
-    lycoris_ia3,
-    lycoris_norm,
-    kohya_lora,
-    plain_lora,
-    lycoris_full,
+READERS: tuple[FormatReader, ...] = (
+    lycoris_refusals.read_refusals,
+    flora.read_sjtu,
+    flora.read_cr_mr,
+    flora.read_loralib,
+    peft_low_rank.read_adalora,
+    peft_lora.read_attention,
+    peft_lora.read_experts,
+    peft_lora.read_lora,
+    peft_products.read_loha,
+    peft_products.read_lokr,
+    peft_shared.read_vera,
+    peft_shared.read_tinylora,
+    peft_low_rank.read_delora,
+    peft_low_rank.read_miss_bat,
+    peft_low_rank.read_miss,
+    peft_vectors.read_ia3,
+    peft_vectors.read_beft,
+    peft_spectral.read_c3a,
+    peft_spectral.read_fourierft,
+    peft_low_rank.read_gralora,
+    peft_vectors.read_ln_tuning,
+    peft_shared.read_randlora,
+    peft_sparse.read_shira,
+    peft_sparse.read_supertuning,
+    peft_tokens.read_tokens,
+    peft_shared.read_unilora,
+    peft_shared.read_vblora,
+    peft_spectral.read_waveft,
+    peft_orthogonal.read_oft,
+    peft_orthogonal.read_boft,
+    peft_orthogonal.read_hra,
+    peft_products.read_hira,
+    peft_orthogonal.read_road,
+    peft_low_rank.read_glora,
+    peft_decompositions.read_deft,
+    peft_decompositions.read_osf,
+    peft_peanut.read_peanut,
+    peft_decompositions.read_frod,
+    lycoris_oft.read_oft,
+    lycoris_products.read_loha,
+    lycoris_products.read_lokr,
+    lycoris_products.read_glora,
+    lycoris_whole.read_ia3,
+    lycoris_whole.read_norm,
+    kohya_lora.read_kohya_lora,
+    plain_lora.read_plain_lora,
+    lycoris_whole.read_full,
 )
-WHOLE_MODEL = frozenset({flora_sjtu.NAME, flora_loralib.NAME})  # whose files hold the whole model's state
+WHOLE_MODEL = frozenset({flora.read_sjtu.name, flora.read_loralib.name})  # their files hold the state of a whole model

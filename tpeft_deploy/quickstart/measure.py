@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tpeft_deploy.quickstart.data import Labels, Pixels
-from tpeft_deploy.quickstart.results import Switching
+from tpeft_deploy.quickstart.results import SwitchingCost
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.sessions.providers import Choice, open_session
 from tpeft_deploy.tucker import Array
@@ -82,7 +82,7 @@ def majority(labels: Labels) -> float:
 
 def switching(
     runtime: Runtime, folded: Path, choice: Choice, *, tasks: Sequence[str], pixels: Pixels, runs: int = 300
-) -> Switching:
+) -> SwitchingCost:
     """Time runs of one row that change the task against runs that repeat it, interleaved.
 
     Args:
@@ -101,7 +101,7 @@ def switching(
         changes.append(_run_seconds(runtime, task, pixels))
         repeats.append(_run_seconds(runtime, task, pixels))
     opened = [_open_seconds(folded, choice) for _ in range(_SESSIONS)]
-    return Switching(
+    return SwitchingCost(
         runs=runs,
         repeat_us=median(repeats) * 1e6,
         switch_us=(median(changes) - median(repeats)) * 1e6,

@@ -36,7 +36,7 @@ class ResponseNorm(nn.Module):
         return features * (1 + self.gamma * relative) + self.beta
 
 
-class Block(nn.Module):
+class ConvNeXtBlock(nn.Module):
     """Depthwise convolution, then two pointwise linears, around a residual."""
 
     def __init__(self, width: int, kernel: int) -> None:
@@ -62,9 +62,9 @@ class DigitsNet(nn.Module):
         super().__init__()
         narrow, wide = _WIDTHS
         self.stem = nn.Conv2d(1, narrow, 4, stride=2, padding=1)
-        self.early = Block(narrow, kernel=7)
+        self.early = ConvNeXtBlock(narrow, kernel=7)
         self.downsample = nn.Conv2d(narrow, wide, 2, stride=2)
-        self.late = Block(wide, kernel=5)
+        self.late = ConvNeXtBlock(wide, kernel=5)
         self.norm = nn.LayerNorm(wide)
         self.head = nn.Linear(wide, 10)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BaseResult", "Results", "Sample", "Switching", "TaskResult"]
+__all__ = ["BaseResult", "Results", "Sample", "SwitchingCost", "TaskResult"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BaseResult:
 
 
 @dataclass(frozen=True)
-class Switching:
+class SwitchingCost:
     """Cost of switching the task between runs of one row; medians.
 
     Args:
@@ -112,7 +112,7 @@ class Results:
     out: Path
     tasks: tuple[TaskResult, ...]
     base: BaseResult
-    switching: Switching
+    switching: SwitchingCost
     sample: Sample
     test_digits: int
     rows_per_batch: int

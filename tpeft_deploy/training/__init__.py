@@ -8,17 +8,11 @@ model = get_peft_model(base, TuckerConfig(ranks=8, target_modules=["query", "val
 model.save_pretrained("adapter")
 """
 
-from tpeft_deploy.errors import MissingExtra
+from tpeft_deploy.errors import requires
 
-try:
+with requires("peft and torch", "train", "import tpeft_deploy.training"):
     import peft  # noqa: F401
     import torch  # noqa: F401
-except ModuleNotFoundError as error:
-    raise MissingExtra(
-        "import tpeft_deploy.training",
-        problem=f"{error.name} is not installed",
-        fix="Install it with: pip install 'tpeft-deploy[train]'",
-    ) from error
 
 from tpeft_deploy.training.config import PEFT_TYPE, TuckerConfig
 from tpeft_deploy.training.kinds import (

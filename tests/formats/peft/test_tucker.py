@@ -13,6 +13,7 @@ from tpeft_deploy.adapter import weight_digest
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.formats.peft import tucker as peft_tucker
+from tpeft_deploy.formats.read.saved import peft_type
 from tpeft_deploy.tucker import Array
 
 PREFIX = "base_model.model."
@@ -78,7 +79,7 @@ class TestReading:
         assert adapter.base_digests == {"fc.weight": "ab" * 32}
 
     def test_found_by_its_configuration(self, folder: Path) -> None:
-        assert peft_tucker.matches(folder)
+        assert peft_type(folder) == peft_tucker.TYPE
         assert set(load_adapter(folder).deltas) == {"encoder.stem.weight", "fc.weight"}
 
     def test_a_verified_copy_of_a_base_weight_is_left_out(self, tmp_path: Path) -> None:
@@ -107,18 +108,18 @@ print(sorted({{"torch", "peft", "transformers"}} & set(sys.modules)))
 
 class TestPeftType:
     def test_stated_or_absent(self, folder: Path, tmp_path: Path) -> None:
-        assert peft_tucker.peft_type(folder) == "TPEFT_TUCKER"
-        assert peft_tucker.peft_type(tmp_path / "nowhere") is None
-        assert peft_tucker.peft_type(folder / "adapter_config.json") is None
-        assert not peft_tucker.matches(folder / "adapter_model.safetensors")
+        assert peft_type(folder) == "TPEFT_TUCKER"
+        assert peft_type(tmp_path / "nowhere") is None
+        assert peft_type(folder / "adapter_config.json") is None
+        assert peft_type(folder / "adapter_model.safetensors") is None
         (folder / "adapter_config.json").write_text("{}")
-        assert peft_tucker.peft_type(folder) is None
+        assert peft_type(folder) is None
 
     @pytest.mark.parametrize("text", [b"{", b"", b"[]", b"\xff\xfe"])
     def test_broken_json(self, folder: Path, text: bytes) -> None:
         (folder / "adapter_config.json").write_bytes(text)
         with pytest.raises(FormatError, match=r"adapter_config\.json: expected"):
-            peft_tucker.peft_type(folder)
+            peft_type(folder)
         refusal(folder)
 
 

@@ -9,10 +9,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from tpeft_deploy.errors import MissingExtra, UnsupportedBase
+from tpeft_deploy.errors import UnsupportedBase, requires
 
 __all__ = ["is_diffusers", "load_diffusers"]
 
@@ -88,7 +87,8 @@ def _check_files(path: Path, doing: str) -> None:
 
 
 def _class(path: Path, doing: str) -> Any:
-    diffusers = _diffusers(doing)
+    with requires("diffusers", "diffusers", doing):
+        import diffusers
     name = str(_read(path / "config.json").get("_class_name"))
     found = getattr(diffusers, name, None)
     if not isinstance(found, type) or not issubclass(found, diffusers.ModelMixin):
@@ -96,20 +96,6 @@ def _class(path: Path, doing: str) -> Any:
             doing, expected=f"a model class of diffusers {diffusers.__version__}", got=f"_class_name {name!r}"
         )
     return found
-
-
-def _diffusers(doing: str) -> ModuleType:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise MissingExtra(
-            doing,
-            expected="diffusers to be installed, for a directory that it wrote",
-            got=str(error),
-            fix="pip install 'tpeft-deploy[diffusers]'.",
-        ) from error
-    module: ModuleType = diffusers
-    return module
 
 
 def _dtype(path: Path) -> Any:

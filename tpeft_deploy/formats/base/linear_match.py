@@ -13,7 +13,7 @@ from collections.abc import Callable
 from re import _parser  # the pattern parser, which has no public name
 from typing import Any, NamedTuple
 
-__all__ = ["NotRegular", "Program", "TooLarge"]
+__all__ = ["NotRegular", "Program", "ProgramTooLarge"]
 
 _MOST = 20_000  # instructions
 _TYPES = re.ASCII | re.LOCALE | re.UNICODE
@@ -25,7 +25,7 @@ class NotRegular(Exception):
     """Raised for a pattern that cannot be matched in linear time; names the part."""
 
 
-class TooLarge(Exception):
+class ProgramTooLarge(Exception):
     """Raised for a pattern with repeats that make the program exceed its limit."""
 
 
@@ -67,7 +67,7 @@ class Program:
         spend: function that is called with the number of steps, and may raise.
 
     Raises:
-        NotRegular, TooLarge: the pattern cannot be matched in linear time, or its program is too large.
+        NotRegular, ProgramTooLarge: the pattern cannot be matched in linear time, or its program is too large.
         re.error: a lookbehind has no fixed width.
     """
 
@@ -89,7 +89,7 @@ class Program:
     def _put(self, code: _Code, instruction: Any) -> int:
         self._size += 1
         if self._size > _MOST:
-            raise TooLarge(f"more than {_MOST} instructions")
+            raise ProgramTooLarge(f"more than {_MOST} instructions")
         code.append(instruction)
         return len(code) - 1
 

@@ -14,10 +14,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from tpeft_deploy.errors import MissingExtra, TpeftError, UnsupportedBase, brief
+from tpeft_deploy.errors import TpeftError, UnsupportedBase, brief, requires
 from tpeft_deploy.formats.base.diffusers_model import is_diffusers, load_diffusers
 
 __all__ = ["FACTORY", "architecture", "call_factory", "load_model", "model_class", "no_module", "open_model"]
@@ -130,20 +129,6 @@ def _factory(name: str, module_name: str, function_name: str) -> Callable[[], ob
     return factory
 
 
-def _transformers(path: Path) -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtra(
-            f"load base {path}",
-            expected="transformers to be installed, for a Hugging Face model directory",
-            got=str(error),
-            fix="pip install 'tpeft-deploy[hf]'.",
-        ) from error
-    module: ModuleType = transformers
-    return module
-
-
 def architecture(path: Path) -> str:
     """Class name in config.json, after checking that the directory holds one complete model."""
     doing = f"load base {path}"
@@ -188,7 +173,8 @@ def architecture(path: Path) -> str:
 
 def model_class(path: Path, name: str) -> Any:
     """Class of transformers that config.json names."""
-    transformers = _transformers(path)
+    with requires("transformers", "hf", f"load base {path}"):
+        import transformers
     found = getattr(transformers, name, None)
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise UnsupportedBase(

@@ -12,9 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing
+from tpeft_deploy.formats.read.module import Change, Module
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["SUFFIX", "change_with_dora"]
@@ -24,7 +22,6 @@ SUFFIX = "dora_scale"
 
 def change_with_dora(
     module: Module,
-    checkpoint: Checkpoint,
     delta: TuckerDelta,
     *notes: str | None,
     overrides: Mapping[str, Array] | None = None,
@@ -42,25 +39,20 @@ def change_with_dora(
         FormatError: no base was given, or dora_scale or dW do not fit its weight.
     """
     target, note = f"{module.name}.weight", "; ".join(text for text in notes if text)
-    gains = _gain(module, checkpoint, delta)
+    gains = _gain(module, delta)
     return Change({target: delta}, overrides or {}, gains, {target: note} if note else {})
 
 
-def _gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Mapping[str, Array]:
+def _gain(module: Module, delta: TuckerDelta) -> Mapping[str, Array]:
     """Pop dora_scale: the weight's gain, (O, 1, ...) or (1, I, 1, ...), by name; empty if the module has none."""
     magnitude = module.tensors.pop(SUFFIX, None)
     if magnitude is None:
         return {}
-    weight = base_array(module, checkpoint, "weight", "DoRA's gain depends on the base's weight")
+    weight = module.base_array("weight", "DoRA's gain depends on the base's weight")
     if delta.shape != weight.shape:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"a change of shape {weight.shape}, as the base's weight",
-            got=delta.shape,
-            fix="Check that the base is what the adapter was trained on.",
-        )
+        raise module.misfit(f"a change of shape {weight.shape}, as the base's weight", delta.shape)
     adapted = weight.astype(np.float64) + delta.dense()
-    axis = _channel_axis(module, checkpoint, magnitude, weight.shape)
+    axis = _channel_axis(module, magnitude, weight.shape)
     others = tuple(a for a in range(weight.ndim) if a != axis)
     norm = np.sqrt(np.square(adapted).sum(axis=others, keepdims=True))
     # LyCORIS holds dora_scale in float32 even if the file has 16 bits.
@@ -69,15 +61,12 @@ def _gain(module: Module, checkpoint: Checkpoint, delta: TuckerDelta) -> Mapping
     return {f"{module.name}.weight": gain.astype(dtype)}
 
 
-def _channel_axis(module: Module, checkpoint: Checkpoint, magnitude: Array, shape: tuple[int, ...]) -> int:
+def _channel_axis(module: Module, magnitude: Array, shape: tuple[int, ...]) -> int:
     ones = (1,) * (len(shape) - 2)
     fitting = {(shape[0], 1, *ones): 0, (1, shape[1], *ones): 1}
     axis = fitting.get(magnitude.shape)
     if axis is None:
-        raise FormatError(
-            doing(module, checkpoint),
-            expected=f"dora_scale of shape {' or '.join(str(s) for s in fitting)}, as the weight is {shape}",
-            got=magnitude.shape,
-            fix="Check that the base is what the adapter was trained on.",
+        raise module.misfit(
+            f"dora_scale of shape {' or '.join(str(s) for s in fitting)}, as the weight is {shape}", magnitude.shape
         )
     return axis

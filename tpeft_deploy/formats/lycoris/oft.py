@@ -13,36 +13,29 @@ from __future__ import annotations
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.base.products import base_weight, cayley, change_of_base, dense_change
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import doing, reporting, take
+from tpeft_deploy.formats.base.weight_changes import base_weight, cayley, change_of_base, dense_delta
+from tpeft_deploy.formats.read.module import Change, Module
+from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array
 
-__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["read_oft"]
 
-NAME = "lycoris-oft"
-ABOUT = About("LyCORIS", "Diag-OFT, BOFT", "linear, conv", "yes", "dense")
 _BLOCKS, _RESCALE, _ALPHA = "oft_blocks", "rescale", "alpha"
-SUFFIXES = frozenset({_BLOCKS, _RESCALE, _ALPHA})
 
 
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
-    """Whether the module has rotations."""
-    return _BLOCKS in module.tensors
-
-
-def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's W' - W.
-
-    Raises:
-        FormatError: no base was given, or a tensor is missing or does not fit it.
-    """
-    weight = base_weight(module, checkpoint, "OFT")
-    stored = take(module, checkpoint, _BLOCKS)
-    constraint = _constraint(module, checkpoint)
+@reader(
+    "lycoris-oft",
+    About("LyCORIS", "Diag-OFT, BOFT", "linear, conv", "yes", "dense"),
+    {_BLOCKS, _RESCALE, _ALPHA},
+    marks={_BLOCKS},
+)
+def read_oft(module: Module) -> Change:
+    """The module's W' - W."""
+    weight = base_weight(module, "OFT")
+    stored = module.take(_BLOCKS)
+    constraint = _constraint(module)
     rescale = module.tensors.pop(_RESCALE, np.ones((1,) * weight.ndim))
-    with reporting(module, checkpoint):
+    with module.reporting():
         rows = weight.reshape(len(weight), -1)
         if stored.ndim not in (3, 4) or 0 in stored.shape or stored.shape[-3] * stored.shape[-1] != len(rows):
             raise ValueError(f"blocks {stored.shape} for a weight of shape {weight.shape}")
@@ -50,15 +43,13 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             raise ValueError(f"rescale of shape {rescale.shape} for a weight of shape {weight.shape}")
         rotations = _rotations(stored.astype(np.float64), constraint * len(rows))
         turned = _diagonal(rows, rotations) if stored.ndim == 3 else _butterfly(rows, rotations)
-        return change_of_base(module, checkpoint, dense_change(rescale * turned.reshape(weight.shape), weight, stored))
+        return change_of_base(module, dense_delta(rescale * turned.reshape(weight.shape), weight, stored))
 
 
-def _constraint(module: Module, checkpoint: Checkpoint) -> float:
-    alpha = take(module, checkpoint, _ALPHA)
+def _constraint(module: Module) -> float:
+    alpha = module.take(_ALPHA)
     if alpha.size != 1 or not np.isfinite(alpha).all():
-        raise FormatError(
-            doing(module, checkpoint), expected="one finite number as alpha", got=f"{alpha.reshape(-1)[:4].tolist()}"
-        )
+        raise FormatError(module.doing, expected="one finite number as alpha", got=f"{alpha.reshape(-1)[:4].tolist()}")
     return float(alpha.reshape(()))
 
 

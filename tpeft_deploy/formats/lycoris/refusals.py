@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple, NoReturn
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.read.module import Checkpoint, Module
-from tpeft_deploy.formats.read.take import doing
+from tpeft_deploy.formats.read.module import Module
+from tpeft_deploy.formats.reader import About, reader
 
-__all__ = ["ABOUT", "NAME", "REFUSALS", "SUFFIXES", "Refusal", "matches", "read"]
-
-NAME = "lycoris-refused"
-ABOUT = About("LyCORIS, ComfyUI", "T-LoRA and others", "none", "no", "refused")
+__all__ = ["REFUSALS", "Refusal", "read_refusals"]
 
 
 class Refusal(NamedTuple):
@@ -38,7 +34,6 @@ _RESHAPED = Refusal(
     "ComfyUI's set_weight and reshape_weight replace a weight, which this reader does not support",
     "Apply it in ComfyUI and export the merged model.",
 )
-
 # Tensor suffix -> refusal.  A module with any of these is refused.
 REFUSALS: dict[str, Refusal] = {
     "lambda_layer": _T_LORA,
@@ -50,23 +45,24 @@ REFUSALS: dict[str, Refusal] = {
 }
 # Written beside those; on their own they may be names of layers.
 _BESIDE = frozenset({"q_layer.weight", "p_layer.weight"})
-SUFFIXES = frozenset(REFUSALS) | _BESIDE
 
 
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
+def _is_refusals(module: Module) -> bool:
     """Whether the module has a tensor of a refused method; precedes all other readers."""
     return _found(module) is not None
 
 
-def read(module: Module, checkpoint: Checkpoint) -> NoReturn:
-    """Refuse the module.
-
-    Raises:
-        FormatError: always.
-    """
+@reader(
+    "lycoris-refused",
+    About("LyCORIS, ComfyUI", "T-LoRA and others", "none", "no", "refused"),
+    frozenset(REFUSALS) | _BESIDE,
+    matches=_is_refusals,
+)
+def read_refusals(module: Module) -> NoReturn:
+    """Refuse the module."""
     name = _found(module) or min(module.tensors)
     refusal = REFUSALS.get(name, _NEVER)
-    raise FormatError(f"{doing(module, checkpoint)}, tensor {name!r}", problem=refusal.problem, fix=refusal.fix)
+    raise FormatError(f"{module.doing}, tensor {name!r}", problem=refusal.problem, fix=refusal.fix)
 
 
 def _found(module: Module) -> str | None:

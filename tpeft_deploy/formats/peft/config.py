@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
 
 import numpy as np
 
+from tpeft_deploy.algebra import low_rank
 from tpeft_deploy.errors import FormatError, ShapeError, brief
-from tpeft_deploy.formats.products.compact import low_rank
 from tpeft_deploy.formats.read.module import Checkpoint, Module
-from tpeft_deploy.formats.read.take import doing, needs_base
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = [
@@ -23,7 +20,6 @@ __all__ = [
     "is_type",
     "matrix_delta",
     "number",
-    "of_type",
     "stored_transposed",
     "weight_shape",
 ]
@@ -36,29 +32,13 @@ def is_type(checkpoint: Checkpoint, peft_type: str) -> bool:
     return checkpoint.config.get("peft_type") == peft_type
 
 
-class Matches(Protocol):
-    """Type of a reader's `matches`."""
-
-    def __call__(self, module: Module, checkpoint: Checkpoint) -> bool:
-        """Whether the reader reads the module."""
-
-
-def of_type(peft_type: str, *suffixes: str) -> Matches:
-    """Make a reader's `matches`: the file has this `peft_type`, and the module a tensor with one of the suffixes."""
-
-    def matches(module: Module, checkpoint: Checkpoint) -> bool:
-        return is_type(checkpoint, peft_type) and not module.tensors.keys().isdisjoint(suffixes)
-
-    return matches
-
-
-def number(config: Mapping[str, Any], name: str, source: str) -> float:
+def number(checkpoint: Checkpoint, name: str) -> float:
     """Read a number that the configuration must have.
 
     Raises:
         FormatError: the field is absent, not a number, or not finite.
     """
-    return _finite(config.get(name), name, source)
+    return _finite(checkpoint.config.get(name), name, checkpoint.source)
 
 
 def by_pattern(checkpoint: Checkpoint, patterns: str, name: str, default: str) -> float:
@@ -75,7 +55,7 @@ def by_pattern(checkpoint: Checkpoint, patterns: str, name: str, default: str) -
     """
     pattern = checkpoint.matcher(patterns, whole=False).first(checkpoint.trained_name(name))
     if pattern is None:
-        return number(checkpoint.config, default, checkpoint.source)
+        return number(checkpoint, default)
     return _finite(checkpoint.config[patterns][pattern], f"{patterns}[{pattern!r}]", checkpoint.source)
 
 
@@ -133,45 +113,44 @@ def weight_shape(name: str, checkpoint: Checkpoint) -> tuple[int, ...] | None:
     return checkpoint.base.shape(name)
 
 
-def base_bias(module: Module, checkpoint: Checkpoint, why: str) -> Array | None:
+def base_bias(module: Module, why: str) -> Array | None:
     """The bias of a module in float64, or None if the layer has none.
 
     Args:
         module: module that is read.
-        checkpoint: checkpoint of the module.
         why: purpose of the bias, as a clause for the message.
 
     Raises:
         FormatError: no base was given, or the file replaces the bias as well, so that the order is ambiguous.
     """
-    if checkpoint.base is None:
-        raise needs_base(module, checkpoint, why)
-    trained = checkpoint.config.get("bias", "none")
+    if module.checkpoint.base is None:
+        raise module.needs_base(why)
+    trained = module.checkpoint.config.get("bias", "none")
     if trained != "none":
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected="an adapter that changes biases in one way",
             got=f"bias={trained!r} in its configuration, and a method that changes biases too",
             fix="Train again with bias='none'.",
         )
-    bias = checkpoint.base.weights.get(f"{module.name}.bias")
+    bias = module.checkpoint.base.weights.get(f"{module.name}.bias")
     return None if bias is None else bias.astype(np.float64)
 
 
-def stored_transposed(module: Module, checkpoint: Checkpoint, outputs: int, inputs: int) -> bool:
+def stored_transposed(module: Module, outputs: int, inputs: int) -> bool:
     """Whether the layer is a transformers Conv1D, with a weight stored as (inputs, outputs).
 
     PEFT overwrites `fan_in_fan_out` for the whole adapter with the value of the last layer, so the base takes
     precedence.
     """
     name = f"{module.name}.weight"
-    shape = weight_shape(name, checkpoint)
+    shape = weight_shape(name, module.checkpoint)
     if shape is None:
-        return bool(checkpoint.config.get("fan_in_fan_out"))
+        return bool(module.checkpoint.config.get("fan_in_fan_out"))
     if outputs != inputs:
         return shape == (inputs, outputs)
-    kind = checkpoint.base.kinds.get(module.name) if checkpoint.base is not None else None
-    return bool(checkpoint.config.get("fan_in_fan_out")) if kind is None else kind == "Conv1D"
+    kind = module.checkpoint.base.kinds.get(module.name) if module.checkpoint.base is not None else None
+    return bool(module.checkpoint.config.get("fan_in_fan_out")) if kind is None else kind == "Conv1D"
 
 
 def matrix_delta(

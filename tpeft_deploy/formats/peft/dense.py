@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpeft_deploy.algebra import widen
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats.peft.config import weight_shape
-from tpeft_deploy.formats.products.compact import widen
 from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "dense_change",
     "indices",
     "linear_layer",
-    "misfit",
     "no_projection",
     "positions",
     "require_values",
@@ -40,23 +38,22 @@ class Linear(NamedTuple):
         return self.outputs * self.inputs
 
 
-def linear_layer(module: Module, checkpoint: Checkpoint, why: str) -> Linear:
+def linear_layer(module: Module, why: str) -> Linear:
     """Look up a module's linear layer in the base.
 
     Args:
         module: module that is read.
-        checkpoint: checkpoint of the module.
         why: purpose of the base, as a clause.
 
     Raises:
         FormatError: no base was given, or its module has no weight of two axes.
     """
-    shape = weight_shape(f"{module.name}.weight", checkpoint) or base_array(module, checkpoint, "weight", why).shape
+    shape = weight_shape(f"{module.name}.weight", module.checkpoint) or module.base_array("weight", why).shape
     if len(shape) != 2:
-        raise misfit(module, checkpoint, "a linear layer", f"a weight of shape {shape}")
-    kind = checkpoint.base.kinds.get(module.name) if checkpoint.base is not None else None
+        raise module.misfit("a linear layer", f"a weight of shape {shape}")
+    kind = module.checkpoint.base.kinds.get(module.name) if module.checkpoint.base is not None else None
     # PEFT records the layout of the last layer alone, so the layer's class takes precedence.
-    if kind == "Conv1D" if kind is not None else checkpoint.config.get("fan_in_fan_out"):
+    if kind == "Conv1D" if kind is not None else module.checkpoint.config.get("fan_in_fan_out"):
         return Linear(shape[1], shape[0], transposed=True)
     return Linear(shape[0], shape[1], transposed=False)
 
@@ -72,28 +69,24 @@ def dense_change(module: Module, change: Array, *, transposed: bool = False) -> 
     return Change(deltas={f"{module.name}.weight": TuckerDelta(stored, (None, None))})
 
 
-def positions(
-    module: Module, checkpoint: Checkpoint, rows: Array, columns: Array, values: Array, layer: Linear
-) -> Array:
+def positions(module: Module, rows: Array, columns: Array, values: Array, layer: Linear) -> Array:
     """Build a change (O, I) with values at the given positions.
 
     Raises:
         FormatError: a position is outside the weight, not a whole number, or occurs twice.
     """
-    rows, columns = (
-        indices(module, checkpoint, part, size) for part, size in ((rows, layer.outputs), (columns, layer.inputs))
-    )
+    rows, columns = (indices(module, part, size) for part, size in ((rows, layer.outputs), (columns, layer.inputs)))
     if not rows.shape == columns.shape == values.shape or values.ndim != 1:
-        raise misfit(module, checkpoint, "one value for each position", f"{rows.shape} and {values.shape}")
+        raise module.misfit("one value for each position", f"{rows.shape} and {values.shape}")
     flat = rows * layer.inputs + columns
     if len(np.unique(flat)) != flat.size:
-        raise misfit(module, checkpoint, "distinct positions", "a duplicate")
+        raise module.misfit("distinct positions", "a duplicate")
     change = np.zeros(layer.size, widen(values[:0]).dtype)
     change[flat] = values
     return change.reshape(layer.outputs, layer.inputs)
 
 
-def indices(module: Module, checkpoint: Checkpoint, found: Array, size: int) -> Array:
+def indices(module: Module, found: Array, size: int) -> Array:
     """Convert indices to int64, and check that each is a whole number in range(size).
 
     Raises:
@@ -101,15 +94,15 @@ def indices(module: Module, checkpoint: Checkpoint, found: Array, size: int) -> 
     """
     whole = found.astype(np.int64)
     if not np.array_equal(whole, found) or (whole.size and not 0 <= whole.min() <= whole.max() < size):
-        raise misfit(module, checkpoint, f"whole numbers from 0 to {size - 1} as indices", "others")
+        raise module.misfit(f"whole numbers from 0 to {size - 1} as indices", "others")
     return whole
 
 
-def require_values(module: Module, checkpoint: Checkpoint, **tensors: Array) -> None:
+def require_values(module: Module, **tensors: Array) -> None:
     """Raise for empty tensors, which could claim any rank."""
     for name, tensor in tensors.items():
         if tensor.size == 0:
-            raise misfit(module, checkpoint, f"values in {name}", f"none, of shape {tensor.shape}")
+            raise module.misfit(f"values in {name}", f"none, of shape {tensor.shape}")
 
 
 def whole_number(checkpoint: Checkpoint, name: str) -> int:
@@ -129,20 +122,10 @@ def whole_number(checkpoint: Checkpoint, name: str) -> int:
     return value
 
 
-def misfit(module: Module, checkpoint: Checkpoint, expected: str, got: object) -> FormatError:
-    """Make the error for tensors of a module that do not fit each other or the base."""
-    return FormatError(
-        doing(module, checkpoint),
-        expected=expected,
-        got=got,
-        fix="Check that the file is whole and was trained on this base.",
-    )
-
-
-def no_projection(module: Module, checkpoint: Checkpoint, what: str) -> FormatError:
+def no_projection(module: Module, what: str) -> FormatError:
     """Make the error for a file with the seed of a random projection in place of the projection."""
     return FormatError(
-        doing(module, checkpoint),
+        module.doing,
         expected=f"{what} in the file",
         got="only the seed of a random generator, which is not the same on all systems",
         fix="Save the adapter again with save_projection=True in its configuration.",

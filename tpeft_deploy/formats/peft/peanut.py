@@ -16,22 +16,16 @@ from functools import partial
 import numpy as np
 
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.about import About
-from tpeft_deploy.formats.base.products import base_weight, change_of_base
-from tpeft_deploy.formats.peft.config import matrix_delta, number, of_type
-from tpeft_deploy.formats.read.module import Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import doing, reporting, take
+from tpeft_deploy.formats.base.weight_changes import base_weight, change_of_base
+from tpeft_deploy.formats.peft.config import matrix_delta, number
+from tpeft_deploy.formats.read.module import Change, Module
+from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["read_peanut"]
 
-NAME = "peft-peanut"
-ABOUT = About("PEFT", "PEANuT", "linear", "yes", "low-rank", types=("PEANUT",))
 _A, _B = "peanut_A.weight", "peanut_B.weight"
 _DEEPEST = 32
-SUFFIXES = frozenset({_A, _B}) | {
-    f"peanut_{side}.{layer}.weight" for side in ("encoders", "decoders") for layer in range(_DEEPEST)
-}
 
 
 def _sigmoid(x: Array) -> Array:
@@ -53,32 +47,33 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": np.tanh,
     "linear": lambda x: x,
 }
-matches = of_type("PEANUT", _A)
 
 
-def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change, of rank r.
-
-    Raises:
-        FormatError: no base was given, a tensor is missing or does not fit it, or the activation is not known here.
-    """
-    weight = base_weight(module, checkpoint, "PEANuT")
-    first, last = take(module, checkpoint, _A), take(module, checkpoint, _B)
-    activation = _activation(module, checkpoint)
-    scale = number(checkpoint.config, "scaling", checkpoint.source)
+@reader(
+    "peft-peanut",
+    About("PEFT", "PEANuT", "linear", "yes", "low-rank", types=("PEANUT",)),
+    frozenset({_A, _B})
+    | {f"peanut_{side}.{layer}.weight" for side in ("encoders", "decoders") for layer in range(_DEEPEST)},
+    marks={_A},
+)
+def read_peanut(module: Module) -> Change:
+    """The module's change, of rank r."""
+    weight = base_weight(module, "PEANuT")
+    first, last = module.take(_A), module.take(_B)
+    activation = _activation(module)
+    scale = number(module.checkpoint, "scaling")
     depth = sum(name.startswith("peanut_encoders.") for name in module.tensors)
-    if checkpoint.config.get("depth") != depth:
+    if module.checkpoint.config.get("depth") != depth:
         raise FormatError(
-            doing(module, checkpoint),
-            expected=f"as many encoders as depth in adapter_config.json, {checkpoint.config.get('depth')!r}",
+            module.doing,
+            expected=f"as many encoders as depth in adapter_config.json, {module.checkpoint.config.get('depth')!r}",
             got=depth,
             fix=f"Copy both files of one adapter; a depth above {_DEEPEST} is not read.",
         )
     encoders, decoders = (
-        [take(module, checkpoint, f"peanut_{side}.{layer}.weight") for layer in range(depth)]
-        for side in ("encoders", "decoders")
+        [module.take(f"peanut_{side}.{layer}.weight") for layer in range(depth)] for side in ("encoders", "decoders")
     )
-    with reporting(module, checkpoint):
+    with module.reporting():
         rank = len(first)
         shapes = {tensor.shape for tensor in (*encoders, *decoders)} - {(rank, rank)}
         if weight.ndim != 2 or first.shape != (rank, len(weight)) or last.shape != (len(weight), rank) or shapes:
@@ -88,10 +83,10 @@ def read(module: Module, checkpoint: Checkpoint) -> Change:
             if rank > len(weight):
                 run = partial(_network, encoders=encoders, decoders=decoders, activation=activation)
                 change = _by_columns(weight, first, last, run)
-                return change_of_base(module, checkpoint, TuckerDelta(change.astype(dtype), (None, None), scale))
+                return change_of_base(module, TuckerDelta(change.astype(dtype), (None, None), scale))
             hidden = _network(weight.T @ first.T.astype(np.float64), encoders, decoders, activation)
             delta = matrix_delta(last.astype(dtype), hidden.T.astype(dtype), scale)
-        return change_of_base(module, checkpoint, delta)
+        return change_of_base(module, delta)
 
 
 def _by_columns(weight: Array, first: Array, last: Array, run: Callable[[Array], Array]) -> Array:
@@ -116,11 +111,11 @@ def _network(x: Array, encoders: list[Array], decoders: list[Array], activation:
     return x
 
 
-def _activation(module: Module, checkpoint: Checkpoint) -> Callable[[Array], Array]:
-    name = checkpoint.config.get("act_fn")
+def _activation(module: Module) -> Callable[[Array], Array]:
+    name = module.checkpoint.config.get("act_fn")
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected=f"act_fn {', '.join(_ACTIVATIONS)} in adapter_config.json",
             got=repr(name),
             fix="Merge it with PEFT's merge_and_unload and export the merged model as a base.",

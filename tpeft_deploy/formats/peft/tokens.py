@@ -11,62 +11,58 @@ holds the change under every name.  A linear layer that PEFT wraps in this way r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from tpeft_deploy.algebra import dense_is_smaller, widen
 from tpeft_deploy.errors import FormatError
-from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import matrix_delta
-from tpeft_deploy.formats.peft.dense import base_digest, indices, misfit
-from tpeft_deploy.formats.products.compact import dense_is_smaller, widen
+from tpeft_deploy.formats.peft.dense import base_digest, indices
 from tpeft_deploy.formats.read.module import BaseView, Change, Checkpoint, Module
-from tpeft_deploy.formats.read.take import base_array, doing, no_scale, take
+from tpeft_deploy.formats.reader import About, reader
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["ABOUT", "NAME", "SUFFIXES", "matches", "read"]
+__all__ = ["read_tokens"]
 
-NAME = "peft-tokens"
-ABOUT = About("PEFT", "trainable tokens", "embedding", "yes", "low-rank, dense, override", types=("TRAINABLE_TOKENS",))
 _ALONE, _ORIGINAL, _BESIDE = (
     "trainable_tokens_delta",
     "trainable_tokens_original",
     "token_adapter.trainable_tokens_delta",
 )
-SUFFIXES = frozenset({_ALONE, _ORIGINAL, _BESIDE})
 _NO_BIAS = "PEFT runs this layer without its bias"
 
 
-def matches(module: Module, checkpoint: Checkpoint) -> bool:
+def _is_tokens(module: Module) -> bool:
     """Whether a PEFT file has rows of an embedding for the module."""
-    return bool(checkpoint.config) and (_ALONE in module.tensors or _BESIDE in module.tensors)
+    return bool(module.checkpoint.config) and (_ALONE in module.tensors or _BESIDE in module.tensors)
 
 
-def read(module: Module, checkpoint: Checkpoint) -> Change:
-    """The module's change, with the number of rows as rank, under its name and the names tied to it.
-
-    Raises:
-        FormatError: no base was given; the configuration names another number of rows; or the weights that PEFT tied
-            cannot be determined.
-    """
-    no_scale(module, checkpoint)
+@reader(
+    "peft-tokens",
+    About("PEFT", "trainable tokens", "embedding", "yes", "low-rank, dense, override", types=("TRAINABLE_TOKENS",)),
+    {_ALONE, _ORIGINAL, _BESIDE},
+    matches=_is_tokens,
+)
+def read_tokens(module: Module) -> Change:
+    """The module's change, with the number of rows as rank, under its name and the names tied to it."""
+    module.no_scale()
     module.tensors.pop(_ORIGINAL, None)
-    rows = take(module, checkpoint, _ALONE if _ALONE in module.tensors else _BESIDE)
-    weight = base_array(module, checkpoint, "weight", "the rows of trained tokens replace those of the base")
+    rows = module.take(_ALONE if _ALONE in module.tensors else _BESIDE)
+    weight = module.base_array("weight", "the rows of trained tokens replace those of the base")
     if weight.ndim != 2 or rows.ndim != 2 or rows.shape[1] != weight.shape[1]:
-        raise misfit(module, checkpoint, f"rows of a weight {weight.shape}", rows.shape)
-    chosen = _chosen(module, checkpoint, len(rows), len(weight))
+        raise module.misfit(f"rows of a weight {weight.shape}", rows.shape)
+    chosen = _chosen(module, len(rows), len(weight))
     delta = _delta(weight, chosen, rows)
-    names = [f"{module.name}.weight", *_tied(module, checkpoint)]
+    names = [f"{module.name}.weight", *_tied(module)]
     layers = [name.removesuffix(".weight") for name in names]
-    biases = {f"{layer}.bias": _zeros(checkpoint, f"{layer}.bias") for layer in layers}
+    biases = {f"{layer}.bias": _zeros(module.checkpoint, f"{layer}.bias") for layer in layers}
     overrides = {name: bias for name, bias in biases.items() if bias is not None}
     return Change(
         deltas=dict.fromkeys(names, delta),
         overrides=overrides,
         notes=dict.fromkeys(overrides, _NO_BIAS),
-        digests={name: digest for name in names for name, digest in base_digest(checkpoint, name).items()},
+        digests={name: digest for name in names for name, digest in base_digest(module.checkpoint, name).items()},
     )
 
 
@@ -87,23 +83,20 @@ def _zeros(checkpoint: Checkpoint, bias: str) -> Array | None:
     return np.zeros_like(base.weights[bias]) if base is not None and bias in base.weights else None
 
 
-def _chosen(module: Module, checkpoint: Checkpoint, count: int, size: int) -> Array:
+def _chosen(module: Module, count: int, size: int) -> Array:
     """Rows that the configuration names for the module."""
-    named = _named(module, checkpoint.config)
+    named = _named(module)
     whole = isinstance(named, list) and all(isinstance(row, int) and not isinstance(row, bool) for row in named)
     if not whole or len(named) != count or count == 0 or len(set(named)) != count:
-        raise misfit(
-            module,
-            checkpoint,
-            f"{count} distinct token indices for it in adapter_config.json, one for each row",
-            f"{str(named)[:80]}",
-        )
+        expected = f"{count} distinct token indices for it in adapter_config.json, one for each row"
+        raise module.misfit(expected, f"{str(named)[:80]}")
     if not all(0 <= row < size for row in named):
-        raise misfit(module, checkpoint, f"token indices from 0 to {size - 1}", f"{min(named)} to {max(named)}")
-    return indices(module, checkpoint, np.array(named), size)
+        raise module.misfit(f"token indices from 0 to {size - 1}", f"{min(named)} to {max(named)}")
+    return indices(module, np.array(named), size)
 
 
-def _named(module: Module, config: Mapping[str, Any]) -> Any:
+def _named(module: Module) -> Any:
+    config = module.checkpoint.config
     if config.get("peft_type") == "TRAINABLE_TOKENS":
         return config.get("token_indices")
     named = config.get("trainable_token_indices")
@@ -113,13 +106,13 @@ def _named(module: Module, config: Mapping[str, Any]) -> Any:
     return found[0] if len(found) == 1 else None
 
 
-def _tied(module: Module, checkpoint: Checkpoint) -> list[str]:
+def _tied(module: Module) -> list[str]:
     """Names tied to the module's weight that PEFT changes too, without saving their rows separately.
 
     Raises:
         FormatError: the weight is tied, and it is not recorded whether PEFT changed the other modules.
     """
-    base, config = checkpoint.base, checkpoint.config
+    base, config = module.checkpoint.base, module.checkpoint.config
     others = _other_names(base, f"{module.name}.weight") if base is not None else []
     if not others or base is None or config.get("peft_type") == "TRAINABLE_TOKENS":  # saves the rows of each module
         return []
@@ -130,14 +123,14 @@ def _tied(module: Module, checkpoint: Checkpoint) -> list[str]:
         if isinstance(named, dict)
         else []
     )
-    if any(rows != _named(module, config) for rows in beside):
+    if any(rows != _named(module) for rows in beside):
         return []  # each module has different rows, saved separately
     kind = base.kinds.get(module.name, "" if isinstance(named, dict) and not beside else "Embedding")
     mapping = config.get("auto_mapping")  # null if task_type was set, which only models of transformers have
     library = str(mapping.get("parent_library")) if isinstance(mapping, dict) else "transformers"
     if not kind or not library.startswith("transformers"):
         raise FormatError(
-            doing(module, checkpoint),
+            module.doing,
             expected=f"the input embedding of a model of transformers, where PEFT changes {others[0]!r} as well",
             got=f"a tied weight of a layer of {'unknown kind' if not kind else library}",
             fix="Give base= as the torch module, or untie the weights and train again.",

@@ -18,48 +18,29 @@ from typing import Any
 
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.errors import FormatError, ShapeError, brief
-from tpeft_deploy.formats.about import About
 from tpeft_deploy.formats.peft.config import finite
+from tpeft_deploy.formats.read.names import PEFT_PREFIX
 from tpeft_deploy.formats.read.safetensors_file import read_bytes, read_tensors
-from tpeft_deploy.formats.read.saved import read_config
+from tpeft_deploy.formats.read.saved import CONFIG, TENSORS, read_config
+from tpeft_deploy.formats.reader import About
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["ABOUT", "NAME", "matches", "peft_type", "read"]
+__all__ = ["ABOUT", "NAME", "TYPE", "read"]
 
 NAME = "peft-tucker"
+TYPE = "TPEFT_TUCKER"  # equals tpeft_deploy.training.PEFTTYPE, which imports torch
 ABOUT = About(
     "tpeft_deploy.training with PEFT",
     "Tucker",
     "linear, Conv1D, conv 1d to 3d, transposed conv, embedding",
     "no",
     "low-rank, override",
-    types=("TPEFT_TUCKER",),
+    types=(TYPE,),
 )
 
-_CONFIG = "adapter_config.json"
-_TENSORS = "adapter_model.safetensors"
-_TYPE = "TPEFT_TUCKER"  # equals tpeft_deploy.training.PEFT_TYPE, which imports torch
-_PREFIX = "base_model.model."
 _CORE = re.compile(r"(?P<module>.+)\.tucker_core")
 _FACTOR = re.compile(r"(?P<module>.+)\.tucker_factor\.(?P<mode>[0-9])")
 _SAVE_AGAIN = "Save the adapter again with save_pretrained."
-
-
-def peft_type(path: Path) -> str | None:
-    """Read `peft_type` from a directory's adapter_config.json; None if there is no such file.
-
-    Raises:
-        FormatError: the file is not JSON.
-    """
-    if not (path / _CONFIG).is_file():
-        return None
-    stated = read_config(path / _CONFIG).get("peft_type")
-    return stated if isinstance(stated, str) else None
-
-
-def matches(path: Path) -> bool:
-    """Whether `path` is a directory with a tensor adapter saved by PEFT."""
-    return peft_type(path) == _TYPE
 
 
 def read(path: Path) -> Adapter:
@@ -70,9 +51,9 @@ def read(path: Path) -> Adapter:
             configuration lacks the scale.
     """
     source = str(path)
-    config = read_config(path / _CONFIG)
-    if config.get("peft_type") != _TYPE:
-        raise FormatError(f"read {source}", expected=f"peft_type {_TYPE!r}", got=repr(config.get("peft_type")))
+    config = read_config(path / CONFIG)
+    if config.get("peft_type") != TYPE:
+        raise FormatError(f"read {source}", expected=f"peft_type {TYPE!r}", got=repr(config.get("peft_type")))
     scale, digests = _scale(config, source), _digests(config, source)
     tensors = _tensors(path, source)
     factors: dict[str, dict[int, Array]] = {}
@@ -98,7 +79,7 @@ def _scale(config: dict[str, Any], source: str) -> float:
     scale = finite(config.get("scale"))
     if scale is None:
         got = brief(repr(config.get("scale")))
-        raise FormatError(f"read {source}, {_CONFIG}", expected="a finite number as scale", got=got, fix=_SAVE_AGAIN)
+        raise FormatError(f"read {source}, {CONFIG}", expected="a finite number as scale", got=got, fix=_SAVE_AGAIN)
     return scale
 
 
@@ -106,25 +87,27 @@ def _digests(config: dict[str, Any], source: str) -> dict[str, str]:
     digests = config.get("base_digests", {})
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise FormatError(
-            f"read {source}, {_CONFIG}", expected="base_digests of text", got=brief(repr(digests)), fix=_SAVE_AGAIN
+            f"read {source}, {CONFIG}", expected="base_digests of text", got=brief(repr(digests)), fix=_SAVE_AGAIN
         )
     return digests
 
 
 def _tensors(path: Path, source: str) -> dict[str, Array]:
-    file = path / _TENSORS
+    file = path / TENSORS
     if not file.is_file() and (path / "adapter_model.bin").is_file():
         raise FormatError(
             f"read {source}",
-            expected=_TENSORS,
+            expected=TENSORS,
             got="adapter_model.bin, a pickle, which can run code when it is read",
             fix="Save the adapter again with save_pretrained(..., safe_serialization=True).",
         )
     tensors, _ = read_tensors(read_bytes(file), source=source)
-    stripped = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    stripped = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
     if len(stripped) < len(tensors):
-        twice = next(name for name in tensors if name.startswith(_PREFIX) and name.removeprefix(_PREFIX) in tensors)
-        raise FormatError(f"read {source}, tensor {twice!r}", problem=f"it is there without {_PREFIX!r} too")
+        twice = next(
+            name for name in tensors if name.startswith(PEFT_PREFIX) and name.removeprefix(PEFT_PREFIX) in tensors
+        )
+        raise FormatError(f"read {source}, tensor {twice!r}", problem=f"it is there without {PEFT_PREFIX!r} too")
     return stripped
 
 

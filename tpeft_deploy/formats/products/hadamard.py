@@ -9,14 +9,18 @@ Its rank is the product of both ranks: with fs the face-splitting (row-wise Kron
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
+from tpeft_deploy.algebra import dense_is_smaller, finish, widen
 from tpeft_deploy.errors import ShapeError
-from tpeft_deploy.formats.products.compact import dense_is_smaller, finish, widen
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["loha", "loha_tucker"]
+
+_CHECK_BASE = "Check that the base is what the adapter was trained on."
 
 
 def loha(w1a: Array, w1b: Array, w2a: Array, w2b: Array, *, scale: float, shape: tuple[int, ...]) -> TuckerDelta:
@@ -37,7 +41,7 @@ def loha(w1a: Array, w1b: Array, w2a: Array, w2b: Array, *, scale: float, shape:
     w1a, w1b, w2a, w2b = (widen(w) for w in (w1a, w1b, w2a, w2b))
     rank = w1a.shape[1] * w2a.shape[1]
     ranks = (rank, rank) if len(shape) == 2 else (rank, *shape[1:])
-    try:
+    with _reporting():
         if dense_is_smaller(ranks, shape):
             core = (w1a.astype(np.float64) @ w1b) * (w2a.astype(np.float64) @ w2b)
             return _dense(core.reshape(shape), scale, w1a)
@@ -46,10 +50,6 @@ def loha(w1a: Array, w1b: Array, w2a: Array, w2b: Array, *, scale: float, shape:
             delta = TuckerDelta(np.eye(rank, dtype=up.dtype), (up, down), scale)
         else:
             delta = TuckerDelta(down.T.reshape(rank, *shape[1:]), (up, *[None] * (len(shape) - 1)), scale)
-    except ValueError as error:
-        raise ShapeError(
-            "build a LoHa change", problem=str(error), fix="Check that the base is what the adapter was trained on."
-        ) from error
     return finish(delta, shape, what="a LoHa change")
 
 
@@ -80,17 +80,21 @@ def loha_tucker(
     for left, right in ((w1a, w1b), (w2a, w2b)):
         _require_sizes((left.shape[1], right.shape[1]), shape[:2], shape)
     t1, w1a, w1b, t2, w2a, w2b = (widen(w) for w in (t1, w1a, w1b, t2, w2a, w2b))
-    try:
+    with _reporting():
         t1, t2 = (t.reshape(*t.shape[:2], *shape[2:]) for t in (t1, t2))
         ranks = (t1.shape[0] * t2.shape[0], t1.shape[1] * t2.shape[1], *shape[2:])
         if dense_is_smaller(ranks, shape):
             return finish(_dense(_half(t1, w1a, w1b) * _half(t2, w2a, w2b), scale, t1), shape, what="a LoHa change")
         delta = _product((t1, w1a, w1b), (t2, w2a, w2b), scale, shape)
-    except ValueError as error:
-        raise ShapeError(
-            "build a LoHa change", problem=str(error), fix="Check that the base is what the adapter was trained on."
-        ) from error
     return finish(delta, shape, what="a LoHa change")
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ShapeError("build a LoHa change", problem=str(error), fix=_CHECK_BASE) from error
 
 
 def _face_split(left: Array, right: Array) -> Array:
@@ -130,7 +134,7 @@ def _require_sizes(got: tuple[int, ...], expected: tuple[int, ...], shape: tuple
             "build a LoHa change",
             expected=f"a change of the weight's shape {shape}",
             got=got,
-            fix="Check that the base is what the adapter was trained on.",
+            fix=_CHECK_BASE,
         )
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tpeft_deploy.algebra import dense_is_smaller, finish, low_rank, widen
 from tpeft_deploy.errors import ShapeError
-from tpeft_deploy.formats.products.compact import dense_is_smaller, finish, low_rank, widen
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["Half", "check_sizes", "full", "lokr", "product", "tucker"]

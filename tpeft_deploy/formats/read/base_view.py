@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tpeft_deploy.errors import FormatError, MissingExtra
+from tpeft_deploy.errors import FormatError, requires
 from tpeft_deploy.formats.base.model import no_module, open_model
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.tucker import Array
@@ -46,7 +46,7 @@ def view(base: object) -> BaseView:
 
     Args:
         base: a torch module (anything with its `named_parameters`, `named_buffers` and `named_modules`), the path of
-            an ONNX file whose initializers have the parameters' names, a Hugging Face model directory,
+            an ONNX file with the parameters' names as initializers, a Hugging Face model directory,
             "package.module:factory", an open bundle, or a view already.
 
     Raises:
@@ -107,15 +107,8 @@ def _numpy(tensor: Any) -> Array:
 def _of_onnx(path: Path) -> BaseView:
     if not path.is_file():
         raise FormatError(f"look into base {path}", expected="an .onnx file", got="no such file", fix="Check the path.")
-    try:
+    with requires("onnx-ir", "export", f"look into base {path}"):
         import onnx_ir as ir
-    except ImportError as error:
-        raise MissingExtra(
-            f"look into base {path}",
-            expected="onnx-ir to be installed",
-            got="no such package",
-            fix="pip install 'tpeft-deploy[export]'.",
-        ) from error
     try:
         graph = ir.load(path).graph
     except Exception as error:  # whatever protobuf and onnx-ir raise for a damaged file; the cause is kept

@@ -1,4 +1,4 @@
-"""What readers of training-side files share: a checkpoint cut into modules, the base it belongs to, and a change.
+"""Types that readers share: a checkpoint cut into modules, the base, and the change of a module.
 
 A training-side file is a set of tensors `<module>.<suffix>`.  The suffixes of one module say which method wrote them,
 so a format is chosen per module, never per file: files with several methods exist.
@@ -7,12 +7,16 @@ so a format is chosen per module, never per file: files with several methods exi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from tpeft_deploy.adapter import weight_digest
+from tpeft_deploy.errors import FormatError, ShapeError
 from tpeft_deploy.formats.read.patterns import Endings, Patterns
 from tpeft_deploy.tucker import Array, TuckerDelta
 
@@ -24,7 +28,7 @@ class BaseView:
     """The names and values of a base's parameters and buffers.
 
     Args:
-        name: for messages.
+        name: name for messages.
         weights: name -> array; every name of a tied weight.
         kinds: module path -> class name of the layer, where it is known ("Linear", "Conv2d", "MultiheadAttention").
         shapes, digests: of weights, where they are known without reading them.
@@ -47,7 +51,7 @@ class BaseView:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a training side saved.
+    """Content of a training library's files.
 
     Args:
         source: path it was read from, for messages.
@@ -71,7 +75,7 @@ class Checkpoint:
     base: BaseView | None
     shared: dict[str, Array] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
-    trained: Mapping[str, str] = field(default_factory=dict)
+    trained: dict[str, str] = field(default_factory=dict)
     part: str = ""
     memo: dict[str, Any] = field(default_factory=dict)
 
@@ -111,27 +115,12 @@ class Checkpoint:
         return self.trained.get(name, own)
 
 
-@dataclass(eq=False)
-class Module:
-    """The tensors of one module; a reader pops what it understands, and what is left makes the load fail.
-
-    Args:
-        name: dotted path of the module in the base, without prefixes, e.g. "encoder.layer.0.query".
-        tensors: suffix -> tensor, e.g. "lora_A.weight".
-        key: the module as the file names it, for messages; underscore names differ from `name`.
-    """
-
-    name: str
-    tensors: dict[str, Array]
-    key: str
-
-
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one module contributes to an adapter; all names are whole names of the base's parameters.
+    """Contribution of one module to an adapter; all names are whole names of the base's parameters.
 
     Args:
-        deltas, overrides, gains, notes: as in Adapter.
+        deltas, overrides, gains, notes: fields of the same names in Adapter.
         digests: digests of base weights that the change was computed from, and holds for alone.
     """
 
@@ -140,3 +129,126 @@ class Change:
     gains: Mapping[str, Array] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Module:
+    """The tensors of one module; a reader pops those that it consumes, and the load fails if any is left.
+
+    Args:
+        name: dotted path of the module in the base, without prefixes, e.g. "encoder.layer.0.query".
+        tensors: suffix -> tensor, e.g. "lora_A.weight".
+        key: the module as the file names it, for messages; underscore names differ from `name`.
+        checkpoint: checkpoint of the module.
+    """
+
+    name: str
+    tensors: dict[str, Array]
+    key: str
+    checkpoint: Checkpoint
+
+    @property
+    def doing(self) -> str:
+        """Operation that an error about the module names."""
+        return f"read {self.checkpoint.source}, module {self.key!r}"
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Turn errors of the algebra about shapes and values into a FormatError that names the module."""
+        try:
+            yield
+        except (ShapeError, ValueError, IndexError) as error:
+            raise FormatError(
+                self.doing,
+                problem=f"its tensors do not fit each other or the weight ({error})",
+                fix="Check that the file is whole and was trained on this base.",
+            ) from error
+
+    def take(self, suffix: str) -> Array:
+        """Pop a tensor that the format requires.
+
+        Raises:
+            FormatError: it is not there.
+        """
+        if suffix not in self.tensors:
+            raise FormatError(
+                self.doing,
+                expected=f"a tensor {suffix}",
+                got=f"only {', '.join(sorted(self.tensors)) or 'nothing'}",
+                fix="The file is not whole: save or copy the adapter again.",
+            )
+        return self.tensors.pop(suffix)
+
+    def take_scale(self, rank: int) -> tuple[float, str | None]:
+        """Pop alpha: the factor alpha / rank, and a note where the file has none.
+
+        Without alpha the factor is what the caller gave as scale, else 1.
+
+        Raises:
+            FormatError: alpha is not one finite number, the rank is 0, or the caller gave a scale beside it.
+        """
+        alpha = self.tensors.pop("alpha", None)
+        if alpha is None:
+            if self.checkpoint.scale is not None:
+                return self.checkpoint.scale, None
+            return 1.0, "the file has no alpha, so the change is taken as it is, with scale 1"
+        self.no_scale()
+        if rank == 0:
+            raise FormatError(self.doing, expected="a rank of at least 1", got="tensors of rank 0")
+        if alpha.size != 1 or not np.isfinite(alpha).all():
+            raise FormatError(
+                self.doing,
+                expected="one finite number as alpha",
+                got=f"{alpha.reshape(-1)[:4].tolist()} of dtype {alpha.dtype}",
+                fix="float16 ends at 65504: save the adapter again in float32, or with alpha equal to the rank.",
+            )
+        return float(alpha.reshape(())) / rank, None
+
+    def no_scale(self) -> None:
+        """Refuse a scale from the caller, for a module that records its scale."""
+        if self.checkpoint.scale is not None:
+            raise FormatError(
+                self.doing,
+                expected="no scale, as the module records it",
+                got=f"scale={self.checkpoint.scale}",
+                fix="Leave scale out.",
+            )
+
+    def misfit(self, expected: str, got: object) -> FormatError:
+        """The error for tensors that do not fit each other or the base."""
+        return FormatError(
+            self.doing,
+            expected=expected,
+            got=got,
+            fix="Check that the file is whole and was trained on this base.",
+        )
+
+    def needs_base(self, why: str) -> FormatError:
+        """The error of a reader that cannot do without the base."""
+        return FormatError(
+            self.doing,
+            problem=f"{why} and no base was given",
+            fix="Give base=, the model that the adapter was trained on.",
+        )
+
+    def base_array(self, tensor: str, why: str) -> Array:
+        """Look up a parameter of the module in the base.
+
+        Args:
+            tensor: "weight" or "bias".
+            why: purpose of the base, as a clause.
+
+        Raises:
+            FormatError: no base was given, or its module has no such parameter.
+        """
+        if self.checkpoint.base is None:
+            raise self.needs_base(why)
+        name = f"{self.name}.{tensor}"
+        if name not in self.checkpoint.base.weights:
+            raise FormatError(
+                self.doing,
+                expected=f"{name!r} in {self.checkpoint.base.name}",
+                got="no parameter of that name",
+                fix="Check that the base is what the adapter was trained on.",
+            )
+        return self.checkpoint.base.weights[name]

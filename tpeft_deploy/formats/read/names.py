@@ -111,7 +111,7 @@ class Names:
 
     @cached_property
     def _others(self) -> Mapping[str, Set[str]]:
-        return other_names(self._modules)
+        return other_names(self._modules) if self._modules else {}
 
     def _strip(self, name: str, known: Set[str]) -> str:
         if self.base is None:

@@ -20,7 +20,7 @@ from re import _parser  # what reads patterns; it has no public name
 from typing import Any, NoReturn
 
 from tpeft_deploy.errors import FormatError, brief
-from tpeft_deploy.formats.base.linear_match import NotRegular, Program, TooLarge
+from tpeft_deploy.formats.base.linear_match import NotRegular, Program, ProgramTooLarge
 
 __all__ = ["Endings", "Patterns"]
 
@@ -123,7 +123,7 @@ class Patterns:
                 self._compiled[index] = self._compile(pattern)
             except NotRegular as error:
                 self._refuse(pattern, "patterns that can be matched in linear time", str(error))
-            except (TooLarge, RecursionError) as error:
+            except (ProgramTooLarge, RecursionError) as error:
                 self._refuse(pattern, "patterns that are small once their repeats are written out", brief(error))
             except (re.error, OverflowError, ValueError) as error:
                 self._refuse(pattern, "regular expressions", str(error))

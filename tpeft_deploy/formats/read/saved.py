@@ -1,24 +1,34 @@
-"""What a training side left on disk, before anyone asks what the tensors mean.
+"""Files of training libraries as tensors and configuration, before their formats are detected.
 
     a PEFT directory       adapter_config.json and adapter_model.safetensors
     a .safetensors file    all that LyCORIS, kohya and FLoRA write
 
-Pickles run code when they are read, so only `convert` reads them, on its user's word (`pickles=True`), and then with
-torch's reader that knows tensors alone.
+Pickles can run code when they are read, so only `convert` reads them (`pickles=True`), with torch's reader that is
+restricted to tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tpeft_deploy.errors import FormatError, MissingExtra, brief
+from tpeft_deploy.errors import FormatError, brief, requires
 from tpeft_deploy.formats.read.safetensors_file import parse_json, read_bytes, read_tensors, require_finite
 from tpeft_deploy.tucker import Array
 
-__all__ = ["CONFIG", "TENSORS", "Saved", "peft_directory", "read_config", "read_saved"]
+__all__ = [
+    "CONFIG",
+    "TENSORS",
+    "Saved",
+    "configured",
+    "diffusers_file",
+    "peft_directory",
+    "peft_type",
+    "read_config",
+    "read_saved",
+]
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -26,6 +36,9 @@ _SAVE_AGAIN = "Save the adapter again with save_pretrained."
 _MOST_CONFIG = 16 * 2**20  # bytes: masks of AdaLoRA for 10,000 modules, or a million token indices
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 _PEFT_PICKLE = "adapter_model.bin"
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+_METADATA = "lora_adapter_metadata"
+_LORA_TENSORS = ("lora_A.", "lora_B.", "lora_magnitude_vector")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +61,21 @@ class Saved:
 
 
 def peft_directory(path: Path) -> Path | None:
-    """The PEFT directory that `path` is, or whose tensors file it is: without its config the scale would be lost."""
+    """The PEFT directory at `path`, or of the tensors file at `path`: without its config the scale would be lost."""
     place = path.parent if path.name in (TENSORS, _PEFT_PICKLE) else path
     return place if (place / CONFIG).is_file() else None
+
+
+def peft_type(path: Path) -> str | None:
+    """Read `peft_type` from a directory's adapter_config.json; None if there is no such file.
+
+    Raises:
+        FormatError: the file is not JSON.
+    """
+    if not (path / CONFIG).is_file():
+        return None
+    stated = read_config(path / CONFIG).get("peft_type")
+    return stated if isinstance(stated, str) else None
 
 
 def read_saved(path: Path, *, pickles: bool = False) -> Saved:
@@ -113,15 +138,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def _unpickle(file: Path) -> dict[str, Array]:
-    try:
+    with requires("torch, which reads pickles,", "export", f"read {file}"):
         import torch
-    except ImportError as error:
-        raise MissingExtra(
-            f"read {file}",
-            expected="torch to be installed, which reads pickles",
-            got="no such package",
-            fix="pip install 'tpeft-deploy[export]'.",
-        ) from error
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises every kind of exception; the cause is kept
@@ -140,3 +158,45 @@ def _unpickle(file: Path) -> dict[str, Array]:
         tensors[key] = plain.numpy()
     require_finite(tensors, source=str(file))
     return tensors
+
+
+def diffusers_file(path: Path) -> Path | None:
+    """The file in a directory that `save_lora_adapter` or `save_lora_weights` wrote; None for another path."""
+    return path / _DIFFUSERS_FILE if (path / _DIFFUSERS_FILE).is_file() else None
+
+
+def configured(saved: Saved) -> Saved:
+    """Add the configuration of the file's header, if there is one and the tensors are PEFT's.
+
+    `save_lora_adapter` of one model writes the fields of a LoraConfig; `save_lora_weights` of a pipeline writes those
+    of every model after the model's name: "unet.r", "text_encoder.lora_alpha".
+
+    Raises:
+        FormatError: the header's text is no JSON object, or tells of several models and the file holds several.
+    """
+    is_lora = any(mark in key for key in saved.tensors for mark in _LORA_TENSORS)
+    if saved.config or _METADATA not in saved.metadata or not is_lora:
+        return saved
+    try:
+        fields = parse_json(saved.metadata[_METADATA])
+    except ValueError as error:
+        raise FormatError(f"read {saved.source}, {_METADATA}", expected="JSON", got=str(error)[:200]) from error
+    if not isinstance(fields, dict):
+        raise FormatError(f"read {saved.source}, {_METADATA}", expected="a JSON object", got=type(fields).__name__)
+    if "r" in fields:
+        return _with(saved, fields)
+    models = sorted({key.partition(".")[0] for key in saved.tensors})
+    if len(models) != 1:
+        raise FormatError(
+            f"read {saved.source}",
+            expected="the tensors of one model, as each has a configuration",
+            got=f"those of {', '.join(models)}",
+            fix=f"Give one of them as part= (--part {models[0]}).",
+        )
+    start = f"{models[0]}."
+    own = {key.removeprefix(start): value for key, value in fields.items() if key.startswith(start)}
+    return _with(saved, own) if own else saved
+
+
+def _with(saved: Saved, config: Mapping[str, Any]) -> Saved:
+    return replace(saved, config={"peft_type": "LORA", **config})

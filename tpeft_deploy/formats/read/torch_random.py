@@ -1,7 +1,7 @@
 """Torch's random permutations without torch: adapters that record only a seed name positions by them.
 
-`torch.randperm(size, generator=torch.Generator().manual_seed(seed))` on the CPU is a Fisher-Yates shuffle whose draws
-are those of a 32-bit Mersenne Twister, which NumPy has too.  Only the first positions are made: they are final after as
+`torch.randperm(size, generator=torch.Generator().manual_seed(seed))` on the CPU is a Fisher-Yates shuffle with the
+draws of a 32-bit Mersenne Twister, which NumPy has too.  Only the first positions are made: they are final after as
 many draws, whatever the size.  From LIMIT on torch shuffles in another order, in which no position is final before all
 are made.
 """
