@@ -16,7 +16,7 @@ from tpeft_deploy.runtime.runtime import Runtime
 from tpeft_deploy.runtime.sessions.providers import Choice, open_session
 from tpeft_deploy.tucker import Array
 
-__all__ = ["CASES", "Plain", "batch", "fold_copy", "free_name", "known_tasks", "served", "taking_turns"]
+__all__ = ["CASES", "PlainSessions", "batch", "fold_copy", "free_name", "known_tasks", "served", "taking_turns"]
 
 CASES = {
     "plain": "base.onnx in a bare session",
@@ -30,7 +30,7 @@ CASES = {
 }
 
 
-class Plain:
+class PlainSessions:
     """The bundle's graphs without the runtime: sessions with the same options.
 
     Args:
@@ -120,7 +120,7 @@ def free_name(bundle: Bundle, name: str) -> str:
 
 
 def served(
-    bundle: Bundle, runtime: Runtime, plain: Plain, tasks: Sequence[str], folded: str | None, rows: int
+    bundle: Bundle, runtime: Runtime, plain: PlainSessions, tasks: Sequence[str], folded: str | None, rows: int
 ) -> dict[str, Case]:
     """The cases for a number of rows.
 
