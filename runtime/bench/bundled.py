@@ -54,7 +54,7 @@ def bench_bundle(
     choice = choose(provider)
     plain = PlainSessions(bundle, choice, threads)
     memory.append(Memory("with a plain session", resident_bytes()))
-    with Runtime(bundle.path, provider=choice.device, threads=threads) as runtime:
+    with Runtime(bundle.path, provider=choice.provider, threads=threads) as runtime:
         memory.append(Memory(f"with the runtime beside it, {len(runtime.tasks)} tasks", resident_bytes()))
         return _measured(bundle, runtime, plain, rows, seconds, threads, memory, progress)
 

@@ -1,6 +1,6 @@
 """Folded sessions of the base and of hot versions, made in the background and swapped in between two runs.
 
-What is folded always starts from the base's own weights.  Before a session takes over, its answer to the bundle's
+Every fold starts from the base's weights.  Before a session takes over, its answer to the bundle's
 example is compared with that of the bank.
 """
 
@@ -36,7 +36,7 @@ class FoldManager:
     """Versions that have folded sessions; safe to use from several threads.
 
     Args:
-        bundle: its base.onnx and weights.data, whose digests were checked.
+        bundle: bundle with base.onnx and weights.data, with digests checked by the caller.
         sessions: makes the sessions; none of them is recorded as a CUDA graph.
         answer: computes the outputs of a version from the bank.
         place: a directory of this process for packed copies of the base, shared by folds on the CPU.
@@ -178,7 +178,7 @@ class FoldManager:
             file = self._bundle.check_file("base.onnx")
             return Plain(file, self._factory)
         adapter = version.read()
-        self._costs[version] = merge.cost(self._bundle, adapter, shared=self._factory.device == "cpu")
+        self._costs[version] = merge.cost(self._bundle, adapter, shared=self._factory.choice.execution.prepacks)
         return merge.fold(self._bundle, adapter, self._factory, place=self._place)
 
     def _report(self, version: Version, job: Future[None]) -> None:

@@ -1,6 +1,6 @@
-"""A session whose runs have fixed shapes and addresses, so that CUDA launches each as one recorded graph.
+"""A session with runs of fixed shapes and addresses, so that CUDA launches each as one recorded graph.
 
-A graph repeats what was recorded, on the memory it was recorded with.  So inputs are copied into buffers of their own,
+A graph repeats what was recorded, on the memory it was recorded with.  So inputs are copied into separate buffers,
 filled up to one of a few shapes (`buckets`), and a bank is part of the recording: its rows may be written, but another
 bank needs other recordings.  On the CPU the same code runs without recording.
 """
