@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 import onnxruntime
@@ -12,46 +11,18 @@ import onnxruntime
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import CapacityError, InputError, RunError
 from tpeft_deploy.runtime import inputs as requests
-from tpeft_deploy.runtime.adapters.bank import Bank
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.folding.manager import FoldManager
+from tpeft_deploy.runtime.sessions.banked import Session
+from tpeft_deploy.runtime.sessions.cuda_graph import Captured
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, ORT_REFUSALS
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Engine", "Outputs"]
 
 Outputs = dict[str, Array | list[Array]]
-_OUT_OF_RANGE = "out of data bounds"  # in what Gather says, whatever class its exception has
-
-
-class Banked(Protocol):
-    """A session of the banked graph."""
-
-    def run(
-        self,
-        bank: Bank,
-        inputs: Mapping[str, Array],
-        index: Array,
-        options: onnxruntime.RunOptions | None = None,
-    ) -> dict[str, Array]:
-        """Run rows of a batch on rows of a bank."""
-        ...
-
-
-class VersionSession(Protocol):
-    """A session with the weights of one version."""
-
-    def run(self, inputs: Mapping[str, Array], options: onnxruntime.RunOptions | None = None) -> dict[str, Array]:
-        """Run a batch."""
-        ...
-
-
-class VersionSessions(Protocol):
-    """Folded sessions of versions."""
-
-    def find(self, version: Version, rows: int) -> VersionSession | None:
-        """Return the session for this many rows of a version, if it has one."""
-        ...
+_OUT_OF_RANGE = "out of data bounds"  # part of Gather's message, which comes with several classes
 
 
 class Engine:
@@ -64,7 +35,9 @@ class Engine:
         folded: sessions of the base and of hot versions.
     """
 
-    def __init__(self, manifest: Manifest, banked: Banked, residency: Residency, folded: VersionSessions) -> None:
+    def __init__(
+        self, manifest: Manifest, banked: Session | Captured, residency: Residency, folded: FoldManager
+    ) -> None:
         self._manifest = manifest
         self._banked = banked
         self._residency = residency

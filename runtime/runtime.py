@@ -70,7 +70,7 @@ class Runtime(ServedTasks):
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
-            runtime.  Without, ONNX Runtime maps the bundle's own weights.data: writing to it changes answers,
+            runtime.  Without, ONNX Runtime maps the bundle's weights.data: writing to it changes answers,
             truncating it kills the process.
 
     Raises:
@@ -96,16 +96,16 @@ class Runtime(ServedTasks):
         own_copy: bool = True,
     ) -> None:
         choice = choose(provider)
-        self.provider = choice.device
+        self.provider = choice.provider
         self.provider_reason = choice.reason
         # Resolved, as tasks are read later, wherever the process has gone.
         self._bundle = Bundle.open(Path(bundle).resolve())
         self._manifest = self._bundle.manifest
         cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs)
         sessions = SessionFactory.of(self._manifest, choice, threads=threads, cuda=cuda)
-        graphs = ServedGraphs.on(sessions.device, self._manifest)
+        graphs = ServedGraphs.on(choice.provider, self._manifest)
         copy = PrivateCopy(self._bundle, graphs.files if own_copy else [])
-        self._release = weakref.finalize(self, copy.close)  # also where nobody closes the runtime
+        self._release = weakref.finalize(self, copy.close)  # also where the runtime is never closed
         with ExitStack() as failed:  # not left to the collector: the exception refers to this object
             failed.callback(self._release)
             if not own_copy:
@@ -247,7 +247,7 @@ class Runtime(ServedTasks):
         """Run a request together with those of others, of any task: what `run` answers, later by a few milliseconds.
 
         Requests are joined where their other axes are equal, or where the manifest says what they may be filled up
-        with.  Cancelling takes the request out of its batch, and stops the run once nobody waits for it.  A request
+        with.  Cancelling takes the request out of its batch, and stops the run once no caller waits for it.  A request
         that cannot be answered fails alone.  One of more than `max_rows` rows is answered by several runs, which those
         of others alternate with, where its rows do not depend on one another.
 

@@ -137,7 +137,7 @@ class ServedTasks:
         self._pins.forget(names)
 
     def probe(self, task: str) -> bool:
-        """Whether a task answers differently from the base on the bundle's own example.
+        """Whether a task answers differently from the base on the bundle's example.
 
         Raises:
             UnknownTask: there is no such task.

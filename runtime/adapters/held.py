@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from tpeft_deploy.runtime.adapters.bank import Bank
 from tpeft_deploy.runtime.adapters.version import Version, adapters
 
-__all__ = ["ReferenceCounts", "Held"]
-
-
-class ReferenceCounts(Protocol):
-    """Residency of versions, as a handle sees it."""
-
-    def rows(self, versions: Iterable[Version]) -> tuple[Bank, list[int]]:
-        """Return the present bank and the row of each version in it."""
-        ...
-
-    def release(self, versions: Iterable[Version]) -> None:
-        """Decrement the reference count of versions."""
-        ...
+__all__ = ["Held"]
 
 
 class Held:
@@ -30,16 +18,26 @@ class Held:
     A version that is replaced or retired meanwhile is dropped with the last release.
 
     Args:
-        residency: counts the versions.
         versions: versions as they were asked for; one that occurs several times is counted once, the base never.
+        rows: versions -> the present bank and their rows in it.
+        release: decrements the reference count of versions.
+
+    Attributes:
+        counted: versions that this holds; none after `release`.
     """
 
-    __slots__ = ("_counted", "_residency", "versions")
+    __slots__ = ("_release", "_rows", "counted", "versions")
 
-    def __init__(self, residency: ReferenceCounts, versions: Sequence[Version]) -> None:
-        self._residency = residency
+    def __init__(
+        self,
+        versions: Sequence[Version],
+        rows: Callable[[Iterable[Version]], tuple[Bank, list[int]]],
+        release: Callable[[Iterable[Version]], None],
+    ) -> None:
         self.versions = versions
-        self._counted = adapters(versions)
+        self.counted: Sequence[Version] = adapters(versions)
+        self._rows = rows
+        self._release = release
 
     def __enter__(self) -> Self:
         return self
@@ -49,17 +47,12 @@ class Held:
     ) -> None:
         self.release()
 
-    @property
-    def counted(self) -> Sequence[Version]:
-        """Versions that this holds; none after `release`."""
-        return self._counted
-
     def rows(self) -> tuple[Bank, list[int]]:
         """Return the present bank and the row of each of `versions` in it; ask again before each run."""
-        return self._residency.rows(self.versions)
+        return self._rows(self.versions)
 
     def release(self) -> None:
         """Release the versions; a second call does nothing."""
-        counted, self._counted = self._counted, []
+        counted, self.counted = self.counted, ()
         if counted:
-            self._residency.release(counted)
+            self._release(counted)

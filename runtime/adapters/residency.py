@@ -93,7 +93,7 @@ class Residency:
         held = self.try_acquire(versions, new=new)
         if held is not None:
             return held
-        held = Held(self, versions)
+        held = Held(versions, self.rows, self.release)
         wanted = held.counted
         contents = {version: self._content(version) for version in wanted if version.row is None}
         # One at a time, and only the one that holds no row yet: two that wait for each other's would wait forever.
@@ -116,14 +116,14 @@ class Residency:
             versions: versions, the base among them or not.
             new: whether the caller holds none of them yet, so that it may have to wait for an eviction victim.
         """
-        held = Held(self, versions)
-        if not held.counted:
-            return held
-        with self._state:
-            for version in held.counted:
-                if version.row is None or (new and version is self._leaving):
-                    return None
-            self._count(held.counted)
+        held = Held(versions, self.rows, self.release)
+        wanted = held.counted
+        if wanted:
+            with self._state:
+                for version in wanted:
+                    if version.row is None or (new and version is self._leaving):
+                        return None
+                self._count(wanted)
         return held
 
     def release(self, versions: Iterable[Version]) -> None:
@@ -200,13 +200,13 @@ class Residency:
         }
 
     def close(self) -> None:
-        """Let nobody wait for a row any more: those who hold rows may be waiting for the closing to end."""
+        """End all waits for rows: holders of rows may be waiting for the closing to end."""
         with self._state:
             self._closed = True
             self._notify()
 
     def _notify(self) -> None:
-        if self._awaited:  # telling nobody costs as much as all else that is done for a request here
+        if self._awaited:  # a notification that none awaits costs as much as the rest of a request here
             self._awaited = False
             self._released.notify_all()
 
@@ -239,7 +239,7 @@ class Residency:
         return content
 
     def _keep(self, version: Version, content: Content) -> None:
-        # What is retired by now may have nobody left to forget it.
+        # A version that is retired by now may have no release left to forget it.
         if content.nbytes > self._host_bytes or not version.current:
             return
         version.content = content
@@ -291,15 +291,15 @@ class Residency:
                 self._leaving = None
 
     def _free_a_row(self, version: Version, others: Sequence[Version]) -> None:
-        """Evict one of others that nobody uses, or wait a while for one."""
+        """Evict one of others with a reference count of zero, or wait a while for one."""
         victim = next((other for other in others if not other.users), None)
         if victim is not None:
             self._evict(victim)
         elif self._closed:
             raise RunError(f"bring {version.name!r} to the device", problem="the runtime is closed")
         else:
-            # Runs in flight give their rows back, and nobody else may take them.  Those that are asked for without a
-            # pause would never be free: so one of them is used by nobody new, the one with the fewest to wait for.
+            # Runs in flight release their rows, and no other writer may take them.  Versions that are asked for without
+            # a pause would never be free: so the one with the smallest count becomes the eviction victim.
             if self._leaving not in others:
                 self._leaving = min(others, key=lambda other: other.users, default=None)
             self._awaited = True
@@ -366,5 +366,5 @@ class Residency:
             self._free = [row for row in range(rows - 1, 0, -1) if row not in taken]
 
     def _first_rows(self, size: int) -> int:
-        # On the CPU rows that nobody has cost nothing, so the bank need not be replaced to get them.
+        # On the CPU rows without an adapter cost nothing, so the bank need not be replaced to get them.
         return min(_FIRST_BYTES // size, _MOST_FIRST_ROWS) if self._device == "cpu" else _FIRST_ROWS

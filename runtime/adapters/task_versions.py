@@ -167,7 +167,7 @@ class TaskVersions:
         old = []
         with self._lock:
             if any(self._versions.get(part.name) is not part for part, _ in parts):
-                made.current = False  # a part was replaced just now, and nobody would retire it later
+                made.current = False  # a part was replaced just now, and would not be retired later
                 return made
             found = self._sets.setdefault(key, made)
             while len(self._sets) > _SETS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +21,7 @@ class Content:
     """An adapter in host memory, laid out for the graphs.
 
     Args:
-        rows: graph input -> array with the adapter's own ranks.
+        rows: graph input -> array with the adapter's ranks.
         sizes: output -> size of its varying axis for this adapter.
     """
 
@@ -95,6 +95,8 @@ class Version:
         return self.row == 0
 
 
-def adapters(versions: Iterable[Version]) -> list[Version]:
+def adapters(versions: Sequence[Version]) -> Sequence[Version]:
     """Return distinct versions without the base, in order."""
+    if len(versions) == 1:  # as most requests have it
+        return versions if versions[0].row != 0 else ()
     return [version for version in dict.fromkeys(versions) if version.row != 0]

@@ -38,7 +38,7 @@ class InferOptions:
 
     Attributes:
         outputs: outputs to answer; one that depends on the batch as a whole keeps the request apart from others.
-        apart: whether there is a version for each row; outputs whose size varies per task are then lists with one
+        apart: whether there is a version for each row; outputs with a size per task are then lists with one
             array a row.
         timeout: seconds, from now, until the answer is of no use; by default it always is.
         tenant: tenant that the order of the queue charges.
@@ -59,9 +59,9 @@ class InferOptions:
         self.deadline = math.inf if self.timeout is None else time.monotonic() + self.timeout
 
     @property
-    def left(self) -> float | None:
-        """Seconds until the deadline, if there is one."""
-        return None if self.timeout is None else max(0.0, self.deadline - time.monotonic())
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return max(0.0, self.deadline - time.monotonic())
 
 
 @dataclass(eq=False, slots=True)
@@ -107,7 +107,7 @@ class Call:
         return self.versions if self.options.apart else self.request.rows * list(self.versions)
 
     def overdue(self) -> DeadlineExceeded:
-        """The error for a call whose time is over."""
+        """Return the error for a call past its deadline."""
         rows = self.request.rows if self.whole is None else self.whole.rows
         return DeadlineExceeded(
             f"run {self.name} on {rows} rows",

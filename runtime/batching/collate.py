@@ -20,10 +20,10 @@ __all__ = ["Form", "Joiner", "Outputs", "fits"]
 Outputs = Mapping[str, Array | list[Array]]
 
 
-_FORMS = 1024  # sizes of requests whose forms are remembered
+_FORMS = 1024  # number of sizes of requests with remembered forms
 
 
-@dataclass(slots=True)  # not frozen, which would make each cost more; nobody changes it
+@dataclass(slots=True)  # not frozen, which would make each cost more; never changed
 class Form:
     """What decides whether requests run as one batch; a batch has a form too.
 
@@ -178,7 +178,7 @@ class Joiner:
         Args:
             outputs: output name -> array, or a list of arrays, one a row.
             parts: the inputs of the requests, in the order in which they were joined.
-            apart: for each request, whether outputs whose size varies per task stay a list with one array a row; no
+            apart: for each request, whether outputs with a size per task stay a list with one array a row; no
                 request's by default.
             wanted: for each request, the outputs that it asks for; all by default.
 

@@ -51,7 +51,8 @@ class Dispatcher:
         if held is None:
             self._batcher.check(inputs)  # no adapter is loaded, and none evicted, for a request that is refused
             try:
-                held = await self._loader.acquire(versions, options.left, options.tenant)
+                left = None if options.timeout is None else options.left
+                held = await self._loader.acquire(versions, left, options.tenant)
             except CapacityError:
                 distinct = adapters(versions)
                 if len(distinct) < 2:

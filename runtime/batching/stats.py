@@ -19,7 +19,7 @@ class BatchingStats:
         rows: rows in those runs.
         joined: number of requests in a run -> number of such runs.
         refused: requests that the queue, or its order, did not take.
-        overdue: requests whose deadline came first.
+        overdue: requests that passed their deadline.
         cancelled: requests given up by their callers.
         stopped: runs that were told to stop because no caller waited any more.
     """

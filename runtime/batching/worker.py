@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
 
 import onnxruntime
 
@@ -27,28 +26,12 @@ from tpeft_deploy.tucker import Array
 
 __all__ = ["Batcher", "RunBatch"]
 
+RunBatch = Callable[[Mapping[str, Array], Sequence[Version], onnxruntime.RunOptions], Outputs]
+
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 # A worker that has been idle for so many seconds ends, so that a runtime that was never closed can be collected.
 _IDLE_SECONDS = 5.0
-
-
-class RunBatch(Protocol):
-    """Runs batches; called from the batcher's thread, one call at a time."""
-
-    def __call__(
-        self, inputs: Mapping[str, Array], versions: Sequence[Version], options: onnxruntime.RunOptions
-    ) -> Outputs:
-        """Run a batch.
-
-        Args:
-            inputs: input name -> array, checked.
-            versions: one version per row; a single one for a model without a batch axis.  All are acquired.
-            options: `terminate` is set when no caller waits for the outputs any more.
-
-        Returns:
-            Output name -> array, or a list with one array a row where rows differ in size.
-        """
 
 
 class Batcher:
@@ -56,7 +39,8 @@ class Batcher:
 
     Args:
         manifest: the model's inputs and outputs.
-        run_batch: runs a batch.
+        run_batch: inputs, an acquired version of each row (one in all for a model without a batch axis) and run options
+            -> outputs, an array or a list with one array a row; called from one thread, one call at a time.
         limits: bounds.
         order: scheduling order; first come, first served by default.
         clock: seconds since any moment.
@@ -114,11 +98,31 @@ class Batcher:
             TpeftError: error of an order that refuses the request.
         """
         try:
-            return await self._answered(self._call(inputs, held, options))
+            call = self._call(inputs, held, options)
+        except BaseException:
+            held.release()
+            raise
+        timer = None
+        if options.timeout is not None:
+            # On the caller's loop, so that it is on time while the worker is busy with others.
+            timer = call.future.get_loop().call_later(options.left, self._expire, call)
+        try:
+            return await call.future
         finally:
-            self._release(held)
+            if timer is not None:
+                timer.cancel()
+            if call.whole is not None or not call.gone:
+                self._leave(call, "cancelled")
+            if call.future.done() and not call.future.cancelled():
+                # A task cancelled just now does not look at its answer; asyncio would log an unretrieved error.
+                call.future.exception()
+            call.release()
+            # No later run has it: the call was answered, or left, under the lock.
+            if self._run is None or not self._release_after_run(held):
+                held.release()
 
     def _call(self, inputs: Mapping[str, Array], held: Held, options: InferOptions) -> Call:
+        """Return a request that waits in the queue."""
         # Rows that are all on one version are in the lane of that version, and join its other requests.
         own = lane(held.versions)
         form = self._joiner.form(inputs, own, options.outputs)
@@ -135,42 +139,26 @@ class Batcher:
         future: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
         call = Call(request, inputs, held, held.versions, options, future)
         if request.rows > self._most_rows or request.cost > self._most_elements:
-            return self._cut(call)
-        if request.cost * self._limits.max_rows > request.rows * self._most_elements:
+            call = self._cut(call)
+        elif request.cost * self._limits.max_rows > request.rows * self._most_elements:
             request.size = request.asked = self._limits.size(request.rows, request.cost)
-        return call
-
-    async def _answered(self, call: Call) -> Answered:
         try:
             self._admit(call)
         except BaseException:
             call.release()
             raise
-        # On the caller's loop, so that it is on time while the worker is busy with others.
-        left = call.options.left
-        timer = None if left is None else call.future.get_loop().call_later(left, self._expire, call)
-        try:
-            return await call.future
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if call.whole is not None or not call.gone:
-                self._leave(call, "cancelled")
-            if call.future.done() and not call.future.cancelled():
-                # A task cancelled just now does not look at its answer; asyncio would log an unretrieved error.
-                call.future.exception()
-            call.release()
+        return call
 
-    def _release(self, held: Held) -> None:
-        """Release what a caller acquired, now or at the end of the run that uses it."""
+    def _release_after_run(self, held: Held) -> bool:
+        """Leave the release to the end of the present run, if that uses the versions."""
         run = self._run
-        # No later run has it: the caller's request was answered, or left, under the lock.
-        if run is not None and held in run.held:
-            with self._lock:
-                if self._run is run:
-                    run.left.append(held)
-                    return
-        held.release()
+        if run is None or held not in run.held:
+            return False
+        with self._lock:
+            if self._run is not run:
+                return False
+            run.left.append(held)
+            return True
 
     def check(self, inputs: Mapping[str, Array]) -> None:
         """Refuse a request that is too large for `infer`, whatever waits.
@@ -300,7 +288,7 @@ class Batcher:
         if calls is None:
             return False
         if not self._attempt(calls):
-            # One request may spoil the batch for all: each on its own, only the bad ones fail.
+            # One request may spoil the batch for all: each alone, only the bad ones fail.
             for call in calls:
                 self._attempt([call])
         return True

@@ -34,7 +34,7 @@ class Counts:
     def acquire(self, versions: Sequence[Version]) -> Held:
         for one in adapters(versions):
             one.users += 1
-        return Held(self, versions)
+        return Held(versions, self.rows, self.release)
 
     def rows(self, versions: Iterable[Version]) -> tuple[Bank, list[int]]:
         raise AssertionError("there is no bank")

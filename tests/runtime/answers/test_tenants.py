@@ -6,14 +6,14 @@ import asyncio
 import random
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.helpers.runtime.named_batcher import NamedBatcher, version
+from tests.helpers.runtime.named_batcher import Counts, NamedBatcher, version
 from tests.helpers.waiting import wait_until
 from tests.runtime.batching.test_worker import MANIFEST, Gate, entered, rows, waiting
 from tpeft_deploy import Bundle, Runtime
@@ -101,9 +101,9 @@ class Slow:
         self.begun += [version.name for version in versions]
         assert self.open.acquire(timeout=100)
         self.taken += [version.name for version in versions]
-        return Held(self, versions)  # type: ignore[arg-type]
+        return Held(versions, Counts().rows, self.release)
 
-    def release(self, versions: Sequence[Version]) -> None:
+    def release(self, versions: Iterable[Version]) -> None:
         self.released += [version.name for version in versions]
 
 
