@@ -66,14 +66,15 @@ class Engine:
         if session is not None:
             with _translated(self._manifest.name):
                 return session.run(inputs, options)
-        return self._on_bank(inputs, version, options) if held else self.run_banked(inputs, version, options)
-
-    def run_banked(
-        self, inputs: Mapping[str, Array], version: Version, options: onnxruntime.RunOptions | None = None
-    ) -> dict[str, Array]:
-        """As `run_one`, on the bank even where there is a folded session."""
+        if held:
+            return self._on_bank(inputs, version, options)
         with self._residency.acquire([version]):
             return self._on_bank(inputs, version, options)
+
+    def run_banked(self, inputs: Mapping[str, Array], version: Version) -> dict[str, Array]:
+        """As `run_one`, on the bank even where there is a folded session."""
+        with self._residency.acquire([version]):
+            return self._on_bank(inputs, version, None)
 
     def run_rows(
         self,

@@ -72,7 +72,7 @@ class PrivateCopy:
             f"copy the weights of bundle {bundle.path}",
             expected=f"room for {size:,} bytes in {tempfile.gettempdir()}",
             got=error.strerror or str(error),
-            fix="Set TMPDIR to a disk with room, or open the bundle with own_copy=False where nobody writes to it.",
+            fix="Set TMPDIR to a disk with room, or open the bundle with own_copy=False where nothing writes to it.",
         )
 
 

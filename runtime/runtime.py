@@ -186,7 +186,7 @@ class Runtime(ServedTasks):
                 batch as a whole, as scores of every row against every other do.
 
         Returns:
-            Output name -> array.  With `tasks`, an output whose size varies per task is a list of arrays, one a
+            Output name -> array.  With `tasks`, an output with a size per task is a list of arrays, one a
             row, each of the size of its task.
 
         Raises:

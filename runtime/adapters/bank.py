@@ -160,7 +160,7 @@ class Bank:
             rows: graph input -> array no larger than a row; sizes are checked for all before a byte moves.
         """
         if not 0 < row < self.rows:
-            raise IndexError(f"row {row} of a bank with {self.rows}, whose row 0 is the base")
+            raise IndexError(f"row {row} of a bank with {self.rows}; row 0 is the base")
         unknown = set(rows) - set(self.shapes)
         if unknown:
             raise KeyError(f"no bank for {sorted(unknown)[0]!r}")

@@ -107,7 +107,7 @@ def _checked(bundle: Bundle, adapter: Adapter) -> Adapter:
             raise AdapterError(
                 f"{doing}, weight {name!r}",
                 expected="a weight in floating point",
-                got="a quantised one, whose few bits would lose the change",
+                got="a quantised one, with too few bits for the change",
                 fix="Serve the task from the bank.",
             )
     for name, array in adapter.served_overrides.items():

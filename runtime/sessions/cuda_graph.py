@@ -208,7 +208,7 @@ class Captured:
 
     def _unrecordable(self, obstacles: list[str]) -> RunError:
         scans = any(obstacle.startswith("Scan ") for obstacle in obstacles)
-        hint = "; grouped convs of rows with adapters of their own need Scan" if scans else ""
+        hint = "; grouped convs of rows with separate adapters need Scan" if scans else ""
         return RunError(
             f"record {self._model.name} as a CUDA graph",
             expected="a graph without If, Loop and Scan, and without copies between CUDA and the CPU",
