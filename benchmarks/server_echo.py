@@ -220,7 +220,7 @@ def run_seconds(bundle: Bundle, rows: int) -> float:
         tasks = [f"task-{row % TASKS}" for row in range(rows)]
         inputs = {"input": np.zeros((rows, PIXELS), np.float32)}
         runtime.run(inputs, tasks=tasks)
-        bank = runtime._tiers._bank
+        bank = runtime._residency._bank
         binding = bank.bindings.pop()
         session: Any = runtime._session._session
         found = []

@@ -1,10 +1,9 @@
-"""Running rows on versions: on a session of their own where there is one, else together on the bank."""
+"""Runs of rows on versions: on a folded session where there is one, else together on the bank."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import numpy as np
 import onnxruntime
@@ -12,46 +11,18 @@ import onnxruntime
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import CapacityError, InputError, RunError
 from tpeft_deploy.runtime import inputs as requests
-from tpeft_deploy.runtime.adapters.bank import Bank
-from tpeft_deploy.runtime.adapters.residency import Tiers
+from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.folding.manager import FoldManager
+from tpeft_deploy.runtime.sessions.banked import Session
+from tpeft_deploy.runtime.sessions.cuda_graph import Captured
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, ORT_REFUSALS
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Engine", "Outputs"]
 
 Outputs = dict[str, Array | list[Array]]
-_OUT_OF_RANGE = "out of data bounds"  # in what Gather says, whatever class its exception has
-
-
-class Banked(Protocol):
-    """A session of the banked graph."""
-
-    def run(
-        self,
-        bank: Bank,
-        inputs: Mapping[str, Array],
-        index: Array,
-        options: onnxruntime.RunOptions | None = None,
-    ) -> dict[str, Array]:
-        """Run rows of a batch on rows of a bank."""
-        ...
-
-
-class Whole(Protocol):
-    """A session whose weights are one version's."""
-
-    def run(self, inputs: Mapping[str, Array], options: onnxruntime.RunOptions | None = None) -> dict[str, Array]:
-        """Run a batch."""
-        ...
-
-
-class Sessions(Protocol):
-    """Versions that have folded sessions; None is the base."""
-
-    def find(self, version: Version | None, rows: int) -> Whole | None:
-        """The session for this many rows of a version, if it has one."""
-        ...
+_OUT_OF_RANGE = "out of data bounds"  # part of Gather's message, which comes with several classes
 
 
 class Engine:
@@ -59,60 +30,67 @@ class Engine:
 
     Args:
         manifest: manifest of the bundle.
-        banked: the session that serves all.
-        tiers: residency of the versions.
-        own: the sessions of the base and of hot versions.
-        sizes: output -> size of its varying axis for the base.
+        banked: session for all versions.
+        residency: residency of the versions.
+        folded: sessions of the base and of hot versions.
     """
 
     def __init__(
-        self, manifest: Manifest, banked: Banked, tiers: Tiers, own: Sessions, sizes: Mapping[str, int]
+        self, manifest: Manifest, banked: Session | Captured, residency: Residency, folded: FoldManager
     ) -> None:
         self._manifest = manifest
         self._banked = banked
-        self._tiers = tiers
-        self._own = own
-        self._sizes = sizes
+        self._residency = residency
+        self._folded = folded
 
     def run_one(
         self,
         inputs: Mapping[str, Array],
-        version: Version | None,
+        version: Version,
         options: onnxruntime.RunOptions | None = None,
+        *,
+        held: bool = False,
     ) -> dict[str, Array]:
-        """All rows on one version; None is the base.
+        """Run all rows on one version.
+
+        Args:
+            inputs: input name -> array, checked.
+            version: version of all rows.
+            options: options of the run; setting `terminate` stops it.
+            held: whether the caller has acquired the version; else it is acquired where no folded session serves it.
 
         Raises:
             AdapterError, BundleError, CapacityError: it cannot be brought to the device.
         """
-        whole = self._own.find(version, requests.rows(self._manifest, inputs))
-        if whole is None:
-            return self.run_banked(inputs, version, options)
-        with _translated(self._manifest.name):
-            return whole.run(inputs, options)
-
-    def run_banked(
-        self,
-        inputs: Mapping[str, Array],
-        version: Version | None,
-        options: onnxruntime.RunOptions | None = None,
-    ) -> dict[str, Array]:
-        """As `run_one`, on the bank even where there is a folded session."""
-        with self._tiers.using([] if version is None else [version]):
-            bank, rows = self._tiers.rows([version])
+        session = self._folded.find(version, requests.rows(self._manifest, inputs))
+        if session is not None:
             with _translated(self._manifest.name):
-                outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
-            sizes = self._sizes if version is None else version.sizes
-        ports = self._manifest.outputs
-        return {port.name: requests.cut(port, outputs[port.name], sizes.get(port.name, 0)) for port in ports}
+                return session.run(inputs, options)
+        if held:
+            return self._on_bank(inputs, version, options)
+        with self._residency.acquire([version]):
+            return self._on_bank(inputs, version, options)
+
+    def run_banked(self, inputs: Mapping[str, Array], version: Version) -> dict[str, Array]:
+        """As `run_one`, on the bank even where there is a folded session."""
+        with self._residency.acquire([version]):
+            return self._on_bank(inputs, version, None)
 
     def run_rows(
         self,
         inputs: Mapping[str, Array],
-        versions: Sequence[Version | None],
+        versions: Sequence[Version],
         options: onnxruntime.RunOptions | None = None,
+        *,
+        held: bool = False,
     ) -> Outputs:
-        """Each row on the version of its task; None is the base.
+        """Run each row on the version of its task.
+
+        Args:
+            inputs: input name -> array, checked.
+            versions: version of each row.
+            options: as for `run_one`.
+            held: whether the caller has acquired the versions; then the run never waits.
 
         Returns:
             Output name -> array, or a list with one array a row where the output's size varies per task; without the
@@ -123,12 +101,14 @@ class Engine:
         """
         distinct = list(dict.fromkeys(versions))
         if len(distinct) == 1:
-            outputs = self.run_one(inputs, distinct[0], options)
+            outputs = self.run_one(inputs, distinct[0], options, held=held)
             return {port.name: requests.as_rows(port, outputs[port.name]) for port in self._manifest.outputs}
         if self._manifest.rows == "group":
-            return self._in_parts(inputs, versions, [[version] for version in distinct], options)
+            return self._in_parts(inputs, versions, [[version] for version in distinct], options, held=held)
+        if held:
+            return self._on_rows(inputs, versions, options)
         try:
-            with self._tiers.using(version for version in distinct if version is not None):
+            with self._residency.acquire(distinct):
                 return self._on_rows(inputs, versions, options)
         except CapacityError:
             # Fewer at a time may fit; one that does not fit alone raises again.
@@ -136,50 +116,59 @@ class Engine:
             return self._in_parts(inputs, versions, [distinct[:half], distinct[half:]], options)
 
     def run_held(
-        self, inputs: Mapping[str, Array], versions: Sequence[Version | None], options: onnxruntime.RunOptions
+        self, inputs: Mapping[str, Array], versions: Sequence[Version], options: onnxruntime.RunOptions
     ) -> Outputs:
-        """As `run_rows`, of versions that are on the device and in use: never waits."""
-        first = versions[0]
-        if self._manifest.rows == "group" or versions.count(first) == len(versions):
-            return self.run_rows(inputs, versions, options)
-        return self._on_rows(inputs, versions, options)
+        """As `run_rows`, for versions that the caller has acquired: never waits."""
+        return self.run_rows(inputs, versions, options, held=True)
+
+    def _on_bank(
+        self, inputs: Mapping[str, Array], version: Version, options: onnxruntime.RunOptions | None
+    ) -> dict[str, Array]:
+        outputs = self._run_bank(inputs, [version], options)
+        sizes, ports = version.sizes, self._manifest.outputs
+        return {port.name: requests.cut(port, outputs[port.name], sizes.get(port.name, 0)) for port in ports}
 
     def _on_rows(
-        self,
-        inputs: Mapping[str, Array],
-        versions: Sequence[Version | None],
-        options: onnxruntime.RunOptions | None,
+        self, inputs: Mapping[str, Array], versions: Sequence[Version], options: onnxruntime.RunOptions | None
     ) -> Outputs:
-        """Versions that are in use, together on the bank."""
-        bank, rows = self._tiers.rows(versions)
-        with _translated(self._manifest.name):
-            outputs = self._banked.run(bank, inputs, np.array(rows, np.int64), options)
-        sizes = [self._sizes if version is None else version.sizes for version in versions]
+        outputs = self._run_bank(inputs, versions, options)
         return {
-            port.name: requests.cut_rows(port, outputs[port.name], [own.get(port.name, 0) for own in sizes])
+            port.name: requests.cut_rows(
+                port, outputs[port.name], [version.sizes.get(port.name, 0) for version in versions]
+            )
             for port in self._manifest.outputs
             if port.rows != "joint"
         }
 
+    def _run_bank(
+        self, inputs: Mapping[str, Array], versions: Sequence[Version], options: onnxruntime.RunOptions | None
+    ) -> dict[str, Array]:
+        bank, rows = self._residency.rows(versions)
+        with _translated(self._manifest.name):
+            return self._banked.run(bank, inputs, np.array(rows, np.int64), options)
+
     def _in_parts(
         self,
         inputs: Mapping[str, Array],
-        versions: Sequence[Version | None],
-        parts: Sequence[Sequence[Version | None]],
+        versions: Sequence[Version],
+        parts: Sequence[Sequence[Version]],
         options: onnxruntime.RunOptions | None,
+        *,
+        held: bool = False,
     ) -> Outputs:
         """One run for each part of the versions, and the rows put back into their order."""
         gathered = requests.Gathered(self._manifest.outputs, len(versions))
         for part in parts:
             chosen = np.flatnonzero([version in part for version in versions])
-            own = requests.take_rows(self._manifest, inputs, chosen)
-            gathered.put(chosen, self.run_rows(own, [version for version in versions if version in part], options))
+            rows = requests.take_rows(self._manifest, inputs, chosen)
+            own = [version for version in versions if version in part]
+            gathered.put(chosen, self.run_rows(rows, own, options, held=held))
         return gathered.whole()
 
 
 @contextmanager
 def _translated(bundle: str) -> Iterator[None]:
-    """ONNX Runtime's exceptions, which share no class of their own, as errors of the toolkit."""
+    """ONNX Runtime's exceptions, which share no base class, as errors of the toolkit."""
     try:
         yield
     except (*ORT_ERRORS, RuntimeError) as error:  # with IO binding it raises plain RuntimeErrors

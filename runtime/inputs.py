@@ -79,7 +79,7 @@ def check_tasks(manifest: Manifest, tasks: Sequence[object], inputs: Mapping[str
 
 
 def batched(manifest: Manifest, ports: Sequence[Port]) -> list[Port]:
-    """The ports whose first axis is the batch."""
+    """Return the ports with the batch as first axis."""
     batch = manifest.batch_axis
     return [port for port in ports if port.shape and port.shape[0] == batch]
 
@@ -135,7 +135,7 @@ def cut(port: Port, array: Array, size: int) -> Array:
 
 
 def as_rows(port: Port, array: Array) -> Array | list[Array]:
-    """An output as a batch of rows with tasks of their own has it: a list where its size varies per task."""
+    """An output as a batch of rows with separate tasks has it: a list where its size varies per task."""
     return array if port.varies is None or port.rows == "joint" else list(array)
 
 

@@ -9,7 +9,7 @@ from tpeft_deploy.errors import RunError, TooLarge
 
 __all__ = ["Limits"]
 
-# Runs' worth of rows that a request may have whose rows depend on one another.
+# Runs' worth of rows that a request with rows that depend on one another may have.
 _ALONE = 4
 
 
@@ -23,7 +23,7 @@ class Limits:
         max_delay: seconds that a request may wait for company while nothing runs; never longer than the last run.
         max_queue_rows: rows that may wait; of more, the tenant with the most loses its newest request.
         max_waste: share of a batch's elements that may be padding.  At a half, a batch computes at most twice what
-            its requests would on their own, which is less than what joining saves where a run has a fixed cost
+            its requests would alone, which is less than what joining saves where a run has a fixed cost
             (launches on a GPU, weights read from memory); 0 joins requests of equal sizes only.
         max_request_rows: rows of one request, of which one that has to run alone may have 4 runs' worth at most; None
             is no bound, and a queue that is empty takes a request of any size.

@@ -6,26 +6,26 @@ import threading
 from collections.abc import Iterable, Mapping
 
 from tpeft_deploy.errors import TpeftError
-from tpeft_deploy.runtime.adapters.residency import Tiers
-from tpeft_deploy.runtime.adapters.task_versions import Catalogue
+from tpeft_deploy.runtime.adapters.residency import Residency
+from tpeft_deploy.runtime.adapters.task_versions import TaskVersions
 from tpeft_deploy.runtime.adapters.version import Version
-from tpeft_deploy.runtime.folding.manager import Folds
+from tpeft_deploy.runtime.folding.manager import FoldManager
 
 __all__ = ["Pins"]
 
 
 class Pins:
-    """Pinned tasks: a pin belongs to the task, whichever version it stands for; safe to use from several threads.
+    """Pinned tasks: a pin belongs to the task, not to its version; safe to use from several threads.
 
     Args:
-        catalogue: version of each task.
-        tiers: rows on the device.
+        versions: version of each task.
+        residency: rows on the device.
         folds: folded sessions.
     """
 
-    def __init__(self, catalogue: Catalogue, tiers: Tiers, folds: Folds) -> None:
-        self._catalogue = catalogue
-        self._tiers = tiers
+    def __init__(self, versions: TaskVersions, residency: Residency, folds: FoldManager) -> None:
+        self._versions = versions
+        self._residency = residency
         self._folds = folds
         self._folded: dict[str, bool] = {}  # pinned task -> whether it is folded too
         self._lock = threading.Lock()  # the pins and what is done about them change together
@@ -41,13 +41,13 @@ class Pins:
         Raises:
             UnknownTask, CapacityError, AdapterError, RunError: as `Runtime.pin`.
         """
-        version = self._catalogue.adapter(task, "pin")
-        with self._tiers.using([version]), self._lock:
-            self._tiers.pin(version, True)
+        version = self._versions.adapter(task, "pin")
+        with self._residency.acquire([version]), self._lock:
+            self._residency.pin(version, True)
             self._folded[task] = folded
         # After the row is released: the fold may be queued behind one that waits for rows.
         try:
-            self.apply(task, self._catalogue.adapter(task, "pin"))  # the task may have another version by now
+            self.apply(task, self._versions.adapter(task, "pin"))  # the task may have another version by now
         except TpeftError:
             with self._lock:
                 if task in self._folded:  # unpinned meanwhile, it stays so
@@ -60,10 +60,10 @@ class Pins:
         Raises:
             UnknownTask: there is no such task, or it is the base.
         """
-        self._catalogue.adapter(task, "unpin")
+        self._versions.adapter(task, "unpin")
         with self._lock:
             self._folded.pop(task, None)
-            self._release(self._catalogue.adapter(task, "unpin"))
+            self._release(self._versions.adapter(task, "unpin"))
 
     def apply(self, task: str, version: Version) -> None:
         """Pin and fold a version as its task is, or release it where the task is not pinned."""
@@ -72,7 +72,7 @@ class Pins:
             if folded is None:
                 self._release(version)
                 return
-            self._tiers.pin(version, True)
+            self._residency.pin(version, True)
             job = self._folds.keep(version) if folded else None
         if job is not None:
             job.result()
@@ -80,7 +80,7 @@ class Pins:
     def apply_changed(self, versions: Mapping[str, Version]) -> None:
         """Bring the new versions of pinned tasks to the device."""
         for task in self.all().keys() & versions.keys():
-            with self._tiers.using([versions[task]]):
+            with self._residency.acquire([versions[task]]):
                 self.apply(task, versions[task])
 
     def forget(self, tasks: Iterable[str]) -> None:
@@ -90,5 +90,5 @@ class Pins:
                 self._folded.pop(task, None)
 
     def _release(self, version: Version) -> None:
-        self._tiers.pin(version, False)
+        self._residency.pin(version, False)
         self._folds.drop(version)

@@ -1,6 +1,6 @@
-"""A bundle's graphs and weights where nobody else writes.
+"""A private copy of a bundle's graphs and weights.
 
-ONNX Runtime maps weights.data into memory: whoever truncates the file kills the process, and whoever overwrites it
+ONNX Runtime maps weights.data into memory: truncating the file kills the process, and overwriting it
 changes answers.  A copy on disk, checked while it is made, costs the file's size there and nothing in memory.
 """
 
@@ -60,7 +60,7 @@ class PrivateCopy:
     def close(self) -> None:
         """Remove the copy; sessions that have it open keep what they mapped.
 
-        A forked process only lets go of it: whoever made it goes on reading it.
+        A forked process only forgets it: the process that made it goes on reading it.
         """
         if os.getpid() == self._owner:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -72,7 +72,7 @@ class PrivateCopy:
             f"copy the weights of bundle {bundle.path}",
             expected=f"room for {size:,} bytes in {tempfile.gettempdir()}",
             got=error.strerror or str(error),
-            fix="Set TMPDIR to a disk with room, or open the bundle with own_copy=False where nobody writes to it.",
+            fix="Set TMPDIR to a disk with room, or open the bundle with own_copy=False where nothing writes to it.",
         )
 
 

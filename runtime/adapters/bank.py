@@ -34,7 +34,7 @@ class Layout:
     """How adapters of a bundle become rows.
 
     Args:
-        neutral: input of the portable graph -> slot of the base: no change, or the base's own tensor.
+        neutral: input of the portable graph -> slot of the base: no change, or the base's tensor.
         packing: inputs of the graph that is served, where they stand in the place of others.
     """
 
@@ -43,7 +43,7 @@ class Layout:
 
     @classmethod
     def of(cls, bundle: Bundle, packing: Sequence[Packed] = ()) -> Layout:
-        """The layout of a bundle's banked graph; reads the base's own tensors where tasks replace them."""
+        """Return the layout of a bundle's banked graph; reads the base's tensors where tasks replace them."""
         neutral = fit.named(bundle.manifest, {target.key: bundle.default(target) for target in bundle.manifest.targets})
         return cls(neutral, packing)
 
@@ -61,7 +61,7 @@ class Layout:
         return with_one_rank(self.packing, widened(self.shapes, others))
 
     def rows(self, tensors: Rows) -> Rows:
-        """An adapter's rows: graph input -> row with the adapter's own ranks.
+        """An adapter's rows: graph input -> row with the adapter's ranks.
 
         Args:
             tensors: input of the portable graph -> slot, as `Bundle.feeds` gives them.
@@ -160,7 +160,7 @@ class Bank:
             rows: graph input -> array no larger than a row; sizes are checked for all before a byte moves.
         """
         if not 0 < row < self.rows:
-            raise IndexError(f"row {row} of a bank with {self.rows}, whose row 0 is the base")
+            raise IndexError(f"row {row} of a bank with {self.rows}; row 0 is the base")
         unknown = set(rows) - set(self.shapes)
         if unknown:
             raise KeyError(f"no bank for {sorted(unknown)[0]!r}")
@@ -172,7 +172,7 @@ class Bank:
 
 
 def _untouched(shape: Shape, dtype: np.dtype[np.generic]) -> Array:
-    """Zeros that take no memory until they are written: rows that nobody has yet cost nothing on the CPU."""
+    """Zeros that take no memory until they are written: rows without an adapter cost nothing on the CPU."""
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return np.zeros(shape, dtype)

@@ -1,8 +1,8 @@
-"""A row of a bank on the device as a value of its own, so that one adapter is written without touching the others.
+"""A row of a bank on the device as a separate value, so that one adapter is written without touching the others.
 
 ONNX Runtime has no call that writes part of a tensor.  It does hand out tensors by DLPack, and takes them back, without
 copying, on the CPU and on CUDA alike: the tensor that it hands out is narrowed to one row on the way.  What keeps the
-memory alive stays ONNX Runtime's own, so no Python code runs when a view goes.
+memory alive stays in ONNX Runtime, so no Python code runs when a view goes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _pointer_in.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 def allocate(shape: Sequence[int], dtype: str, device: str) -> onnxruntime.OrtValue:
-    """An uninitialised tensor in ONNX Runtime's own memory.
+    """An uninitialised tensor in ONNX Runtime's memory.
 
     Args:
         shape: its sizes.
@@ -103,7 +103,7 @@ def row_view(bank: onnxruntime.OrtValue, row: int) -> onnxruntime.OrtValue:
     tensor = _Tensor.from_address(_pointer_in(capsule, b"dltensor"))
     tensor.data = bank.data_ptr() + row * math.prod(shape[1:]) * dtype_of(bank).itemsize
     tensor.ndim -= 1
-    # The sizes stay where ONNX Runtime keeps them, in the bank's own value, which the capsule holds.
+    # The sizes stay where ONNX Runtime keeps them, in the bank's value, which the capsule holds.
     tensor.shape = _rest(tensor.shape)
     if tensor.strides:
         tensor.strides = _rest(tensor.strides)

@@ -9,30 +9,31 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull
-from tpeft_deploy.runtime.adapters.residency import Tiers
-from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.adapters.held import Held
+from tpeft_deploy.runtime.adapters.residency import Residency
+from tpeft_deploy.runtime.adapters.version import Version, adapters
 
-__all__ = ["Holder"]
+__all__ = ["AdapterLoader"]
 
 
-class Holder:
-    """Threads that wait for disks and rows in the place of event loops, for one tenant after the other.
+class AdapterLoader:
+    """Loads adapters in background threads, round-robin over tenants, so that no event loop waits for disks or rows.
 
     Args:
-        tiers: residency of the versions.
+        residency: residency of the versions.
         most: requests of one tenant that may wait for adapters.
     """
 
-    def __init__(self, tiers: Tiers, most: int = 1024) -> None:
-        self._tiers = tiers
+    def __init__(self, residency: Residency, most: int = 1024) -> None:
+        self._residency = residency
         self._most = most
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tpeft-load")
         self._lock = threading.Lock()
-        # Whose turn it is; the oldest of a tenant first.
-        self._waiting: OrderedDict[str, OrderedDict[Future[None], Sequence[Version]]] = OrderedDict()
+        # The tenants in the order of their turns; the oldest request of a tenant first.
+        self._waiting: OrderedDict[str, OrderedDict[Future[Held], Sequence[Version]]] = OrderedDict()
 
-    async def take(self, versions: Sequence[Version], timeout: float | None, tenant: str = "") -> None:
-        """Acquire versions as `Tiers.take` does; the caller releases them.
+    async def acquire(self, versions: Sequence[Version], timeout: float | None, tenant: str = "") -> Held:
+        """Acquire versions as `Residency.acquire` does.
 
         Raises:
             AdapterError, BundleError, CapacityError: as there.
@@ -43,10 +44,10 @@ class Holder:
         patience = asyncio.timeout(timeout)
         try:
             async with patience:
-                await asyncio.wrap_future(taking)
+                return await asyncio.wrap_future(taking)
         except BaseException:
             self._step_back(taking, tenant)
-            taking.add_done_callback(lambda done: self._let_go(versions, done))
+            taking.add_done_callback(_release)
             if patience.expired():
                 raise DeadlineExceeded(
                     f"run {_named(versions)}",
@@ -63,15 +64,14 @@ class Holder:
     def bring(self, versions: Iterable[Version]) -> None:
         """Bring versions to the device."""
         for version in versions:
-            with self._tiers.using([version]):
-                pass
+            self._residency.acquire([version]).release()
 
     def close(self) -> None:
         """End the threads, once what they do is done."""
         self._threads.shutdown()
 
-    def _line_up(self, versions: Sequence[Version], tenant: str) -> Future[None]:
-        taking: Future[None] = Future()
+    def _line_up(self, versions: Sequence[Version], tenant: str) -> Future[Held]:
+        taking: Future[Held] = Future()
         with self._lock:
             own = self._waiting.setdefault(tenant, OrderedDict())
             if len(own) >= self._most:
@@ -85,7 +85,7 @@ class Holder:
         self._threads.submit(self._take_next)
         return taking
 
-    def _step_back(self, taking: Future[None], tenant: str) -> None:
+    def _step_back(self, taking: Future[Held], tenant: str) -> None:
         """Read nothing for a request that is given up before its turn came."""
         with self._lock:
             own = self._waiting.get(tenant)
@@ -96,7 +96,7 @@ class Holder:
     def _take_next(self) -> None:
         with self._lock:
             if not self._waiting:
-                return  # somebody stepped back
+                return  # a request stepped back
             tenant, own = self._waiting.popitem(last=False)
             taking, versions = own.popitem(last=False)
             if own:
@@ -104,18 +104,16 @@ class Holder:
         if not taking.set_running_or_notify_cancel():
             return
         try:
-            self._tiers.take(versions, new=True)
-        except BaseException as error:  # whoever awaits it gets it
+            taking.set_result(self._residency.acquire(versions, new=True))
+        except BaseException as error:
             taking.set_exception(error)
-        else:
-            taking.set_result(None)
 
-    def _let_go(self, versions: Sequence[Version], taking: Future[None]) -> None:
-        if not taking.cancelled() and taking.exception() is None:
-            self._tiers.give_back(versions)
+
+def _release(taking: Future[Held]) -> None:
+    if not taking.cancelled() and taking.exception() is None:
+        taking.result().release()
 
 
 def _named(versions: Sequence[Version]) -> str:
-    if len(versions) == 1:
-        return f"task {versions[0].name!r}"
-    return f"{len(versions)} tasks, {versions[0].name!r} among them"
+    names = [version.name for version in adapters(versions)]
+    return f"task {names[0]!r}" if len(names) == 1 else f"{len(names)} tasks, {names[0]!r} among them"

@@ -1,23 +1,23 @@
-"""Where adapters are: on disk, in host memory, in a row on the device; and who goes when memory is short.
+"""Residency of adapters: on disk, in host memory, or in a row on the device; eviction where memory is short.
 
 Choosing among resident adapters takes one short lock.  Reading, laying out and writing happen outside it, so that
-runs of resident tasks go on meanwhile.  A row is given to another adapter only when nobody uses it.
+runs of resident tasks go on meanwhile.  A row is given to another adapter only when its reference count is zero.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from weakref import WeakValueDictionary
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import CapacityError, RunError
 from tpeft_deploy.runtime.adapters.bank import Bank, Layout, Shape, row_bytes, widened
+from tpeft_deploy.runtime.adapters.held import Held
 from tpeft_deploy.runtime.adapters.version import Content, Tier, Version
 
-__all__ = ["Tiers"]
+__all__ = ["Residency"]
 
 _FIRST_ROWS = 8
 _FIRST_BYTES = 2**30
@@ -28,8 +28,8 @@ class _Shapes(dict[str, Shape]):
     """The shapes of a version's rows: a dict that can be referred to weakly."""
 
 
-class Tiers:
-    """The bank and who is in it, under byte budgets; safe to use from several threads.
+class Residency:
+    """The bank and its residents, under byte budgets; safe to use from several threads.
 
     Args:
         layout: layout of the bundle's banked graph.
@@ -59,7 +59,7 @@ class Tiers:
         self._pinned_share = pinned_share
         self._writer = threading.Lock()  # held by the one that fills rows or replaces the bank
         self._state = threading.Lock()  # guards all that follows, and what changes in a version
-        self._given_back = threading.Condition(self._state)  # notified where the writer waits for a row
+        self._released = threading.Condition(self._state)  # notified where the writer waits for a row
         self._awaited = False
         self._bank = Bank.allocate(layout, layout.shapes, 1, device)
         self._free: list[int] = []
@@ -71,7 +71,7 @@ class Tiers:
         if self._bank.nbytes > device_bytes:
             raise CapacityError(
                 "open the bank",
-                expected=f"room for the base's own row, {self._bank.nbytes:,} bytes",
+                expected=f"room for the base's row, {self._bank.nbytes:,} bytes",
                 got=f"a budget of {device_bytes:,} bytes",
                 fix="Give the runtime more device_bytes.",
             )
@@ -79,25 +79,22 @@ class Tiers:
         self._alike: WeakValueDictionary[frozenset[tuple[str, Shape]], _Shapes] = WeakValueDictionary()
         self._closed = False
 
-    @contextmanager
-    def using(self, versions: Iterable[Version]) -> Iterator[None]:
-        """Have versions on the device for as long as the block lasts.
+    def acquire(self, versions: Sequence[Version], *, new: bool = False) -> Held:
+        """Bring versions to the device and acquire them.
+
+        Args:
+            versions: versions, the base among them or not.
+            new: as for `try_acquire`.
 
         Raises:
             AdapterError, BundleError: one cannot be read or does not fit.
             CapacityError: they do not fit on the device together, however long one waits.
         """
-        wanted = list(dict.fromkeys(versions))
-        self.take(wanted)
-        try:
-            yield
-        finally:
-            self.give_back(wanted)
-
-    def take(self, wanted: Sequence[Version], *, new: bool = False) -> None:
-        """Begin to use versions, each once; see `using`, and for `new` `take_resident`."""
-        if self.take_resident(wanted, new=new):
-            return
+        held = self.try_acquire(versions, new=new)
+        if held is not None:
+            return held
+        held = Held(versions, self.rows, self.release)
+        wanted = held.counted
         contents = {version: self._content(version) for version in wanted if version.row is None}
         # One at a time, and only the one that holds no row yet: two that wait for each other's would wait forever.
         with self._writer:
@@ -108,25 +105,29 @@ class Tiers:
                     if version.row is None:
                         self._place(version, contents.get(version) or self._content(version), wanted)
             except BaseException:
-                self.give_back(wanted)
+                held.release()
                 raise
+        return held
 
-    def take_resident(self, wanted: Sequence[Version], *, new: bool = False) -> bool:
-        """As `take`, if all are on the device already; never waits.
+    def try_acquire(self, versions: Sequence[Version], *, new: bool = False) -> Held | None:
+        """Acquire versions if all are on the device already; never waits.
 
         Args:
-            wanted: versions.
-            new: whoever asks holds none of them yet, so that it may be kept waiting for one whose row another needs.
+            versions: versions, the base among them or not.
+            new: whether the caller holds none of them yet, so that it may have to wait for an eviction victim.
         """
-        with self._state:
-            for version in wanted:
-                if version.row is None or (new and version is self._leaving):
-                    return False
-            self._count(wanted)
-            return True
+        held = Held(versions, self.rows, self.release)
+        wanted = held.counted
+        if wanted:
+            with self._state:
+                for version in wanted:
+                    if version.row is None or (new and version is self._leaving):
+                        return None
+                self._count(wanted)
+        return held
 
-    def give_back(self, versions: Iterable[Version]) -> None:
-        """End the use of versions."""
+    def release(self, versions: Iterable[Version]) -> None:
+        """Decrement the reference count of versions; called by `Held.release`."""
         with self._state:
             for version in versions:
                 version.users -= 1
@@ -134,13 +135,13 @@ class Tiers:
                     self._forget(version)
             self._notify()
 
-    def rows(self, versions: Iterable[Version | None]) -> tuple[Bank, list[int]]:
-        """The bank and the row of each version, all in use; None is the base."""
+    def rows(self, versions: Iterable[Version]) -> tuple[Bank, list[int]]:
+        """Return the present bank and the row of each version in it; all are acquired."""
         with self._state:
-            return self._bank, [0 if version is None else self._row(version) for version in versions]
+            return self._bank, [self._row(version) for version in versions]
 
     def retire(self, version: Version) -> None:
-        """A task no longer stands for a version: it goes as soon as nobody uses it."""
+        """Drop a version that no task stands for any more, now or with its last release."""
         with self._state:
             version.current = version.pinned = False
             self._pins.pop(version, None)
@@ -199,15 +200,15 @@ class Tiers:
         }
 
     def close(self) -> None:
-        """Let nobody wait for a row any more: those who hold rows may be waiting for the closing to end."""
+        """End all waits for rows: holders of rows may be waiting for the closing to end."""
         with self._state:
             self._closed = True
             self._notify()
 
     def _notify(self) -> None:
-        if self._awaited:  # telling nobody costs as much as all else that is done for a request here
+        if self._awaited:  # a notification that none awaits costs as much as the rest of a request here
             self._awaited = False
-            self._given_back.notify_all()
+            self._released.notify_all()
 
     def _count(self, versions: Iterable[Version]) -> None:
         for version in versions:
@@ -218,8 +219,8 @@ class Tiers:
                 self._copies[version] = self._copies.pop(version)
 
     def _row(self, version: Version) -> int:
-        if version.row is None or not version.users:
-            raise RuntimeError(f"{version.name!r} is asked for its row, and nobody holds it there")
+        if version.row is None or not (version.users or version.is_base):
+            raise RuntimeError(f"{version.name!r} is asked for its row without being acquired")
         return version.row
 
     def _content(self, version: Version) -> Content:
@@ -238,7 +239,7 @@ class Tiers:
         return content
 
     def _keep(self, version: Version, content: Content) -> None:
-        # What is retired by now may have nobody left to forget it.
+        # A version that is retired by now may have no release left to forget it.
         if content.nbytes > self._host_bytes or not version.current:
             return
         version.content = content
@@ -290,19 +291,19 @@ class Tiers:
                 self._leaving = None
 
     def _free_a_row(self, version: Version, others: Sequence[Version]) -> None:
-        """Evict one of others that nobody uses, or wait a while for one."""
+        """Evict one of others with a reference count of zero, or wait a while for one."""
         victim = next((other for other in others if not other.users), None)
         if victim is not None:
             self._evict(victim)
         elif self._closed:
             raise RunError(f"bring {version.name!r} to the device", problem="the runtime is closed")
         else:
-            # Runs in flight give their rows back, and nobody else may take them.  Those that are asked for without a
-            # pause would never be free: so one of them is used by nobody new, the one with the fewest to wait for.
+            # Runs in flight release their rows, and no other writer may take them.  Versions that are asked for without
+            # a pause would never be free: so the one with the smallest count becomes the eviction victim.
             if self._leaving not in others:
                 self._leaving = min(others, key=lambda other: other.users, default=None)
             self._awaited = True
-            self._given_back.wait()
+            self._released.wait()
 
     def _check_budget(self, version: Version, staying: Iterable[Version]) -> None:
         together = [*staying, version]
@@ -365,5 +366,5 @@ class Tiers:
             self._free = [row for row in range(rows - 1, 0, -1) if row not in taken]
 
     def _first_rows(self, size: int) -> int:
-        # On the CPU rows that nobody has cost nothing, so the bank need not be replaced to get them.
+        # On the CPU rows without an adapter cost nothing, so the bank need not be replaced to get them.
         return min(_FIRST_BYTES // size, _MOST_FIRST_ROWS) if self._device == "cpu" else _FIRST_ROWS

@@ -1,4 +1,4 @@
-"""Which version each task stands for, and each weighted set of tasks."""
+"""The version that each task, and each weighted set of tasks, stands for."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ from tpeft_deploy.errors import CompositionError, InputError, UnknownTask
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.runtime.adapters.version import Version
 
-__all__ = ["Catalogue", "Task"]
+__all__ = ["TaskVersions", "Task"]
 
 Task = str | Mapping[str, float]
 
 _SETS = 1024  # weighted sets that are remembered
 
 
-class Catalogue:
+class TaskVersions:
     """Task -> version, swapped atomically; safe to use from several threads.
 
     Args:
         bundle: its tasks are known from the start, and nothing of them is read yet.
         retire: called with every version that nothing stands for any more.
+
+    Attributes:
+        base: version of the base.
     """
 
     def __init__(self, bundle: Bundle, retire: Callable[[Version], None]) -> None:
+        self.base = Version.of_base(bundle.sizes(None))
         self._bundle = bundle
         self._retire = retire
         self._lock = threading.Lock()
@@ -45,8 +49,8 @@ class Catalogue:
         """All tasks, sorted."""
         return sorted(self._versions)
 
-    def find(self, task: Task, *, doing: str | None = None) -> Version | None:
-        """What a task stands for now; None for the base.
+    def find(self, task: Task, *, doing: str | None = None) -> Version:
+        """Return the version that a task stands for now.
 
         Args:
             task: a name, or name -> strength of a weighted set.
@@ -57,7 +61,7 @@ class Catalogue:
             CompositionError: the set is empty, or names the base.
         """
         if isinstance(task, str):
-            return None if task == BASE_TASK else self._known(task, doing)
+            return self.base if task == BASE_TASK else self._known(task, doing)
         if isinstance(task, Mapping):
             return self._set(task, doing or f"run the weighted set {dict(task)}")
         raise InputError(
@@ -78,19 +82,19 @@ class Catalogue:
             UnknownTask: there is no such task, or it is the base.
         """
         version = self.find(task, doing=f"{verb} task {task!r}")
-        if version is None:
+        if version.is_base:
             raise UnknownTask(f"{verb} task {task!r}", expected="a task with an adapter", got="the base, always there")
         return version
 
     def put(self, versions: Mapping[str, Version]) -> None:
-        """Let tasks stand for versions; earlier ones go when nobody uses them."""
+        """Let tasks stand for versions; earlier ones are dropped with their last release."""
         with self._lock:
             old = [self._versions[task] for task in versions if task in self._versions]
             self._versions = {**self._versions, **versions}
         self._replaced(old)
 
     def changed(self, versions: Mapping[str, Version]) -> dict[str, Version]:
-        """Those whose content is not what their tasks stand for now."""
+        """Return the versions with content other than that of the tasks' present versions."""
         now = self._versions
         return {
             task: version
@@ -122,7 +126,7 @@ class Catalogue:
         return self._stored(task, self._bundle.digest(task))
 
     def held(self, task: str, adapter: Adapter) -> Version:
-        """A new version of an adapter from outside the bundle, in a copy that nobody else can change."""
+        """A new version of an adapter from outside the bundle, in a private copy."""
         data = adapter.to_bytes()
         source = f"task {task!r}, loaded from {adapter.source}"
         own = canonical.from_bytes(data, source=source)
@@ -163,7 +167,7 @@ class Catalogue:
         old = []
         with self._lock:
             if any(self._versions.get(part.name) is not part for part, _ in parts):
-                made.current = False  # a part was replaced just now, and nobody would retire it later
+                made.current = False  # a part was replaced just now, and would not be retired later
                 return made
             found = self._sets.setdefault(key, made)
             while len(self._sets) > _SETS:
@@ -187,7 +191,7 @@ class Catalogue:
             self._retire(version)
 
     def _unknown(self, doing: str, task: str) -> UnknownTask:
-        # Those of tenants are nobody else's business.
+        # Without the tasks of tenants, which other tenants may not learn of.
         known = [BASE_TASK, *sorted(name for name in self._versions if "/" not in name)]
         shown = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
         return UnknownTask(

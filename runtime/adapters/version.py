@@ -1,16 +1,17 @@
-"""What a task stands for at one moment: a version, counted by those who use it."""
+"""Immutable, reference-counted versions of tasks."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle.directory import BASE_TASK
 from tpeft_deploy.runtime.adapters.bank import Rows, Shape
 
-__all__ = ["Content", "Source", "Tier", "Version"]
+__all__ = ["Content", "Source", "Tier", "Version", "adapters"]
 
 Tier = Literal["disk", "host", "device", "folded"]
 
@@ -20,7 +21,7 @@ class Content:
     """An adapter in host memory, laid out for the graphs.
 
     Args:
-        rows: graph input -> array with the adapter's own ranks.
+        rows: graph input -> array with the adapter's ranks.
         sizes: output -> size of its varying axis for this adapter.
     """
 
@@ -55,7 +56,8 @@ class Source:
 class Version:
     """An immutable, reference-counted version of a task; in-flight requests finish on it.
 
-    What changes is guarded by the lock of the `Tiers` that it belongs to.
+    What changes is guarded by the lock of the `Residency` that it belongs to.  The base is a version too: row 0 of
+    every bank, never counted, evicted or replaced.
 
     Args:
         name: name of the task or weighted set, for messages.
@@ -77,3 +79,24 @@ class Version:
 
     def __repr__(self) -> str:
         return repr(self.name)
+
+    @classmethod
+    def of_base(cls, sizes: Mapping[str, int]) -> Version:
+        """Return the version of the base.
+
+        Args:
+            sizes: output -> size of its varying axis for the base.
+        """
+        return cls(BASE_TASK, "", lambda: Adapter({}), sizes, row=0)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this is the base."""
+        return self.row == 0
+
+
+def adapters(versions: Sequence[Version]) -> Sequence[Version]:
+    """Return distinct versions without the base, in order."""
+    if len(versions) == 1:  # as most requests have it
+        return versions if versions[0].row != 0 else ()
+    return [version for version in dict.fromkeys(versions) if version.row != 0]

@@ -1,9 +1,11 @@
-"""What a batcher holds of its callers: their requests, and the way back to their event loops."""
+"""Requests of callers in a batcher, and the way back to their event loops."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,7 +14,9 @@ import onnxruntime
 
 from tpeft_deploy.bundle.manifest import Port
 from tpeft_deploy.errors import DeadlineExceeded
-from tpeft_deploy.runtime.batching.collate import Form, Task
+from tpeft_deploy.runtime.adapters.held import Held
+from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.batching.collate import Form
 from tpeft_deploy.runtime.batching.policy import Request
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.sessions.providers import GRAPH_ID, NOT_CAPTURED
@@ -21,11 +25,43 @@ from tpeft_deploy.tucker import Array
 if TYPE_CHECKING:
     from tpeft_deploy.runtime.batching.pieces import Whole
 
-__all__ = ["Answer", "Answered", "Call", "Run", "answer"]
+__all__ = ["Answer", "Answered", "Call", "InferOptions", "Run", "answer"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 Answered = dict[str, Array | list[Array]]
+
+
+@dataclass(slots=True)
+class InferOptions:
+    """Options of a request.
+
+    Attributes:
+        outputs: outputs to answer; one that depends on the batch as a whole keeps the request apart from others.
+        apart: whether there is a version for each row; outputs with a size per task are then lists with one
+            array a row.
+        timeout: seconds, from now, until the answer is of no use; by default it always is.
+        tenant: tenant that the order of the queue charges.
+        priority: priority among the tenant's requests on the same task, the smaller first.
+        timing: receives the begin and end of the request's run.
+        deadline: end of the timeout, by `time.monotonic`.
+    """
+
+    outputs: Sequence[Port]
+    apart: bool = False
+    timeout: float | None = None
+    tenant: str = ""
+    priority: int = 0
+    timing: Timing | None = None
+    deadline: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deadline = math.inf if self.timeout is None else time.monotonic() + self.timeout
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return max(0.0, self.deadline - time.monotonic())
 
 
 @dataclass(eq=False, slots=True)
@@ -34,12 +70,10 @@ class Call:
 
     request: Request[Form]
     inputs: Mapping[str, Array]
-    tasks: Sequence[Task]  # one for all rows, or, with `apart`, one a row
-    apart: bool
-    outputs: Sequence[Port]  # that are asked for
-    timeout: float | None
+    held: Held  # acquired for all rows, also by a piece
+    versions: Sequence[Version]  # one for all rows, or, with `options.apart`, one a row
+    options: InferOptions
     future: asyncio.Future[Answered]
-    timing: Timing | None = None
     gone: bool = False
     whole: Whole | None = None  # of a piece
     start: int = 0  # its first row in that
@@ -50,9 +84,9 @@ class Call:
         return (self,) if self.whole is None else self.whole.pieces
 
     def release(self) -> None:
-        """Let go of what leads back here: inputs should go without waiting for a collection.
+        """Break reference cycles, so that inputs are freed without waiting for a collection.
 
-        A future holds its exception, that the frames it was raised in, and those this call.
+        A future holds its exception, the exception its frames, and the frames this call.
         """
         if self.whole is None:
             del self.future
@@ -63,21 +97,21 @@ class Call:
 
     @property
     def name(self) -> str:
-        """What it runs on, for messages."""
-        first = f"task {self.tasks[0]!r}"
-        return first if len(set(self.tasks)) == 1 else f"{len(set(self.tasks))} tasks, {first} first,"
+        """Name of the tasks, for messages."""
+        first, count = f"task {self.versions[0]!r}", len(set(self.versions))
+        return first if count == 1 else f"{count} tasks, {first} first,"
 
     @property
-    def per_row(self) -> list[Task]:
-        """A task for each row."""
-        return list(self.tasks) if self.apart else self.request.rows * list(self.tasks)
+    def per_row(self) -> Sequence[Version]:
+        """Version of each row."""
+        return self.versions if self.options.apart else self.request.rows * list(self.versions)
 
     def overdue(self) -> DeadlineExceeded:
-        """The error for a call whose time is over."""
+        """Return the error for a call past its deadline."""
         rows = self.request.rows if self.whole is None else self.whole.rows
         return DeadlineExceeded(
             f"run {self.name} on {rows} rows",
-            expected=f"an answer within {self.timeout} s",
+            expected=f"an answer within {self.options.timeout} s",
             got="none by then",
             fix="Allow more time, or send less at once.",
         )
@@ -95,10 +129,22 @@ def _options() -> onnxruntime.RunOptions:
 
 @dataclass(slots=True)
 class Run:
-    """The batch on the engine."""
+    """The batch on the engine.
+
+    Attributes:
+        calls: requests in the batch.
+        options: options of the run; setting `terminate` stops it.
+        held: versions of the calls.
+        left: those of callers that left during the run, to be released at the end of it.
+    """
 
     calls: list[Call]
     options: onnxruntime.RunOptions = field(default_factory=_options)
+    held: set[Held] = field(init=False)
+    left: list[Held] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.held = {call.held for call in self.calls}
 
 
 Answer = tuple[Call, Answered | Exception | None]
@@ -112,7 +158,7 @@ def answer(answers: Iterable[Answer]) -> None:
     for call, result in answers:
         if not call.gone:
             call.gone = True
-            # The future itself: a caller that is cancelled before it hears of the answer lets go of its call's.
+            # The future itself: a caller that is cancelled before it hears of the answer deletes the call's.
             loops.setdefault(call.future.get_loop(), []).append((call.future, result))
     for loop, own in loops.items():
         try:

@@ -15,16 +15,15 @@ from tpeft_deploy.errors import RunError
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Form", "Joiner", "Outputs", "Task", "fits"]
+__all__ = ["Form", "Joiner", "Outputs", "fits"]
 
-Task = Hashable  # what a row runs on; the batcher only hands it on
 Outputs = Mapping[str, Array | list[Array]]
 
 
-_FORMS = 1024  # sizes of requests whose forms are remembered
+_FORMS = 1024  # number of sizes of requests with remembered forms
 
 
-@dataclass(slots=True)  # not frozen, which would make each cost more; nobody changes it
+@dataclass(slots=True)  # not frozen, which would make each cost more; never changed
 class Form:
     """What decides whether requests run as one batch; a batch has a form too.
 
@@ -117,13 +116,13 @@ class Joiner:
         """Rows of a request; 1 for a model without a batch axis."""
         return 1 if self._first is None else inputs[self._first].shape[0]
 
-    def form(self, inputs: Mapping[str, Array], task: Task, outputs: Sequence[Port] | None = None) -> Form | None:
+    def form(self, inputs: Mapping[str, Array], lane: Hashable, outputs: Sequence[Port] | None = None) -> Form | None:
         """The form of a request, or None if it has to run alone.
 
         Args:
             inputs: as `requests.check_inputs` gives them.
-            task: task of all rows, or a tuple with one task per row.
-            outputs: that it asks for; all by default.
+            lane: version of all rows, or a tuple with one version per row.
+            outputs: outputs that it asks for; all by default.
         """
         asked = self._ports if outputs is None else [port.name for port in outputs]
         if not self._joinable or not self._apart.issuperset(asked):
@@ -136,7 +135,7 @@ class Joiner:
             form = self._forms[shapes] = self._measured(inputs)
         if self._scalars:
             form = replace(form, key=(form.key, *(inputs[name].tobytes() for name in self._scalars)))
-        return replace(form, key=(task, form.key)) if self._alike else form
+        return replace(form, key=(lane, form.key)) if self._alike else form
 
     def _measured(self, inputs: Mapping[str, Array]) -> Form:
         fixed = []
@@ -174,12 +173,12 @@ class Joiner:
         apart: Sequence[bool] | None = None,
         wanted: Sequence[Sequence[Port]] | None = None,
     ) -> list[dict[str, Array | list[Array]]]:
-        """The outputs of a batch, one dict per request, with no padding and each in memory of its own.
+        """The outputs of a batch, one dict per request, without padding, each in separate memory.
 
         Args:
             outputs: output name -> array, or a list of arrays, one a row.
             parts: the inputs of the requests, in the order in which they were joined.
-            apart: for each request, whether outputs whose size varies per task stay a list with one array a row; no
+            apart: for each request, whether outputs with a size per task stay a list with one array a row; no
                 request's by default.
             wanted: for each request, the outputs that it asks for; all by default.
 

@@ -1,4 +1,4 @@
-"""A request of more rows than one run takes: its pieces, and their answers put together."""
+"""Requests of more rows than one run takes, cut into pieces, and the pieces' answers put together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 
 from tpeft_deploy.bundle.manifest import Port
 from tpeft_deploy.errors import RunError
+from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.batching.calls import Answered, Call
-from tpeft_deploy.runtime.batching.collate import Form, Joiner, Task
+from tpeft_deploy.runtime.batching.collate import Form, Joiner
 from tpeft_deploy.runtime.batching.policy import Limits, Request
 from tpeft_deploy.tucker import Array
 
@@ -18,7 +19,7 @@ __all__ = ["Whole", "cut", "lane"]
 
 
 class Whole:
-    """A call that is cut; answers are copied to where they belong as they come, so that each is held once.
+    """A call that is cut; answers are copied into place as they come, so that each is in memory once.
 
     Args:
         call: more rows than one run should have.
@@ -30,7 +31,7 @@ class Whole:
 
     def __init__(self, call: Call, most: int, limits: Limits, joiner: Joiner, number: Callable[[], int]) -> None:
         self.pieces: list[Call] = []
-        self._ports = call.outputs
+        self._ports = call.options.outputs
         self.rows = call.request.rows
         self._count = -(-self.rows // most)
         self._make = partial(self._piece, call, most, limits, joiner, number)
@@ -48,7 +49,7 @@ class Whole:
             yield self._make(place).request
 
     def release(self) -> None:
-        """Forget the pieces, which know this."""
+        """Forget the pieces, which refer to this."""
         self.pieces = []
         del self._make
 
@@ -58,9 +59,9 @@ class Whole:
         whole = call.request
         rows = slice(place * most, min((place + 1) * most, self.rows))
         inputs = joiner.part(call.inputs, rows)
-        tasks = call.tasks[rows] if call.apart else call.tasks
-        own = lane(tasks)
-        form = joiner.form(inputs, own, call.outputs)
+        versions = call.versions[rows] if call.options.apart else call.versions
+        own = lane(versions)
+        form = joiner.form(inputs, own, call.options.outputs)
         count = rows.stop - rows.start
         cost = whole.cost if form is None else form.elements
         request = Request(
@@ -76,18 +77,7 @@ class Whole:
             call=whole.id,
             asked=0,
         )
-        piece = Call(
-            request,
-            inputs,
-            tasks,
-            call.apart,
-            call.outputs,
-            call.timeout,
-            call.future,
-            call.timing,
-            whole=self,
-            start=rows.start,
-        )
+        piece = Call(request, inputs, call.held, versions, call.options, call.future, whole=self, start=rows.start)
         self.pieces.append(piece)
         return piece
 
@@ -127,9 +117,9 @@ class Whole:
         array[start : start + rows] = part
 
 
-def lane(tasks: Sequence[Task]) -> Task:
-    """What an order takes turns between: the task that all rows are on, or one of their tuples."""
-    return tasks[0] if len(tasks) == 1 or len(set(tasks)) == 1 else tuple(tasks)
+def lane(versions: Sequence[Version]) -> Version | tuple[Version, ...]:
+    """Return the key that an order takes turns between: the version that all rows are on, or all versions."""
+    return versions[0] if len(versions) == 1 or len(set(versions)) == 1 else tuple(versions)
 
 
 def cut(call: Call, limits: Limits, joiner: Joiner, number: Callable[[], int]) -> Call:

@@ -21,20 +21,20 @@ _MOST_PASSED = 256
 
 @dataclass(slots=True, eq=False)  # not frozen, which would make each cost more
 class Request(Generic[Form]):
-    """A request as the policy sees it; nobody changes it.
+    """A request as the policy sees it; only its batcher changes it.
 
     Attributes:
         id: unique among those that wait.
         rows: its size along the batch.
         form: requests of equal form can share a run; None if it runs alone.
-        deadline: the time after which nobody wants the answer.
+        deadline: time after which the answer is of no use.
         tenant: tenant that an order charges for the rows.
         cost: amount that an order may charge: the elements of its inputs, padding not counted.
         priority: among the requests of a tenant and lane, the smaller first.
         lane: key of the task; an order may take turns between the lanes of a tenant.
         size: rows that it counts as while it waits; its rows unless given.
         call: requests of the same call are pieces of one, and leave the queue together when one is refused.
-        asked: size of all pieces of the call, for the one that is added first, and 0 for the others; its own size
+        asked: size of all pieces of the call, for the one that is added first, and 0 for the others; its size
             unless given.  An order that refuses requests looks at this.
     """
 
@@ -231,7 +231,7 @@ class Queue(Generic[Form]):
         """Requests that leave so that another one has room.
 
         Raises:
-            QueueFull: nobody else has more waiting than the tenant of the request would have.
+            QueueFull: no other tenant has more waiting than the tenant of the request would have.
         """
         sizes = {tenant: waiting.size for tenant, waiting in self._tenants.items()}
         newest = {tenant: reversed(waiting.requests.values()) for tenant, waiting in self._tenants.items()}
@@ -279,7 +279,7 @@ class Queue(Generic[Form]):
         return True
 
     def expire(self, now: float) -> list[Request[Form]]:
-        """Take out the requests whose deadline has come, and return them."""
+        """Take out the requests past their deadline, and return them."""
         if now < self._earliest_deadline:
             return []
         over = [request for request, _ in self._waiting.values() if request.deadline <= now]
@@ -356,7 +356,7 @@ class Queue(Generic[Form]):
         if batch[0].form is None or sum(request.rows for request in batch) >= self._limits.max_rows:
             return -math.inf
         if len(batch) < len(self._waiting) or len(batch) >= self._around or self._skip:
-            # Others cannot join this batch and would wait too; or everyone is here again; or nobody came lately.
+            # Others cannot join this batch and would wait too; or all are here again; or none came lately.
             return -math.inf
         oldest = min(self._waiting[request.id][1] for request in batch)
         if oldest - self._free_since >= self._limits.max_delay:
@@ -366,7 +366,7 @@ class Queue(Generic[Form]):
         return -math.inf if any(request.deadline <= until for request in batch) else until
 
     def _learn(self, *, in_vain: bool) -> None:
-        """Wait more and more rarely while nobody comes: requests that arrive at random gain nothing from a delay."""
+        """Wait more and more rarely while none comes: requests that arrive at random gain nothing from a delay."""
         if self._skip:
             self._skip -= 1
         elif self._held:

@@ -1,16 +1,16 @@
-"""What a batcher has done: numbers for whoever watches it."""
+"""Counters of a batcher."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Figures"]
+__all__ = ["BatchingStats"]
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a batcher has done so far, and what waits.
+class BatchingStats:
+    """Counters of the runs so far, and the present queue.
 
     Attributes:
         waiting_requests: requests in the queue.
@@ -19,9 +19,9 @@ class Figures:
         rows: rows in those runs.
         joined: number of requests in a run -> number of such runs.
         refused: requests that the queue, or its order, did not take.
-        overdue: requests whose deadline came first.
+        overdue: requests that passed their deadline.
         cancelled: requests given up by their callers.
-        stopped: runs that were told to stop because nobody waited any more.
+        stopped: runs that were told to stop because no caller waited any more.
     """
 
     waiting_requests: int

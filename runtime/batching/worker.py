@@ -10,42 +10,28 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
 
 import onnxruntime
 
-from tpeft_deploy.bundle.manifest import Manifest, Port
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import QueueFull, RunError, TooLarge, TpeftError
-from tpeft_deploy.runtime.batching.calls import Answer, Answered, Call, Run, answer
-from tpeft_deploy.runtime.batching.collate import Form, Joiner, Outputs, Task
+from tpeft_deploy.runtime.adapters.held import Held
+from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.batching.calls import Answer, Answered, Call, InferOptions, Run, answer
+from tpeft_deploy.runtime.batching.collate import Form, Joiner, Outputs
 from tpeft_deploy.runtime.batching.pieces import cut, lane
 from tpeft_deploy.runtime.batching.policy import Limits, Order, Queue, Request
-from tpeft_deploy.runtime.batching.stats import Figures
-from tpeft_deploy.runtime.batching.timing import Timing
+from tpeft_deploy.runtime.batching.stats import BatchingStats
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Batcher", "Engine"]
+__all__ = ["Batcher", "RunBatch"]
+
+RunBatch = Callable[[Mapping[str, Array], Sequence[Version], onnxruntime.RunOptions], Outputs]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
-# A worker that has had nothing to do for so many seconds ends, so that a runtime nobody closed can be collected.
+# A worker that has been idle for so many seconds ends, so that a runtime that was never closed can be collected.
 _IDLE_SECONDS = 5.0
-
-
-class Engine(Protocol):
-    """What a batcher runs on; one call at a time, from the batcher's thread."""
-
-    def __call__(self, inputs: Mapping[str, Array], tasks: Sequence[Task], options: onnxruntime.RunOptions) -> Outputs:
-        """Run a batch.
-
-        Args:
-            inputs: input name -> array, checked.
-            tasks: one task per row; a single one for a model without a batch axis.
-            options: `terminate` is set when nobody waits for the outputs any more.
-
-        Returns:
-            Output name -> array, or a list with one array a row where rows differ in size.
-        """
 
 
 class Batcher:
@@ -53,7 +39,8 @@ class Batcher:
 
     Args:
         manifest: the model's inputs and outputs.
-        engine: runs a batch.
+        run_batch: inputs, an acquired version of each row (one in all for a model without a batch axis) and run options
+            -> outputs, an array or a list with one array a row; called from one thread, one call at a time.
         limits: bounds.
         order: scheduling order; first come, first served by default.
         clock: seconds since any moment.
@@ -62,15 +49,14 @@ class Batcher:
     def __init__(
         self,
         manifest: Manifest,
-        engine: Engine,
+        run_batch: RunBatch,
         limits: Limits,
         *,
         order: Order[Form] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = manifest.name
-        self._outputs = manifest.outputs
-        self._engine = engine
+        self._run_batch = run_batch
         self._clock = clock
         self._joiner = Joiner(manifest, max_waste=limits.max_waste)
         self._limits = limits
@@ -90,35 +76,16 @@ class Batcher:
         self._joined: Counter[int] = Counter()
         self._counts: Counter[str] = Counter()
 
-    async def infer(
-        self,
-        inputs: Mapping[str, Array],
-        task: Task | None = None,
-        *,
-        tasks: Sequence[Task] | None = None,
-        outputs: Sequence[Port] | None = None,
-        timeout: float | None = None,
-        since: float | None = None,
-        tenant: str = "",
-        priority: int = 0,
-        timing: Timing | None = None,
-    ) -> Answered:
+    async def infer(self, inputs: Mapping[str, Array], held: Held, options: InferOptions) -> Answered:
         """Run a request, in a batch with others where they fit, or in several runs where it has too many rows for one.
 
         Cancelling the awaiting task takes the request out of the queue, or stops its run once all others in it are
         cancelled or overdue too.
 
         Args:
-            inputs: as `requests.check_inputs` gives them; not to be changed before the answer is there.
-            task: one task for all rows, unless `tasks` says one for each.
-            tasks: one task per row; outputs whose size varies per task are then lists with one array a row.
-            outputs: that are asked for; all by default.  Others are not answered, and one that depends on the batch as
-                a whole keeps the request apart from those of other callers.
-            timeout: seconds until the answer is of no use; by default it always is.
-            since: when those began, by the batcher's clock; by default now.
-            tenant: tenant that the order charges for the rows.
-            priority: among the tenant's own requests on the same task, the smaller first.
-            timing: is told when the request's run began and ended.
+            inputs: arrays from `requests.check_inputs`, not changed before the answer is there.
+            held: version of all rows, or of each; released here, at the latest when a run that uses it ends.
+            options: options of the request.
 
         Returns:
             Output name -> array.
@@ -128,27 +95,49 @@ class Batcher:
             QueueFull: too many rows wait already, or it had to leave for a tenant with fewer.
             DeadlineExceeded: the time is over; a request that was still waiting never runs.
             RunError: the batcher is closed.
-            TpeftError: what the order raises that does not take it.
+            TpeftError: error of an order that refuses the request.
         """
-        loop = asyncio.get_running_loop()
-        rows = [task] if tasks is None else tasks
-        # Rows that are all on one task are in the lane of that task, and join its other requests.
-        own = lane(rows)
-        wanted = self._outputs if outputs is None else outputs
-        form = self._joiner.form(inputs, own, wanted)
-        now = self._clock()
-        deadline = math.inf if timeout is None else (now if since is None else since) + timeout
+        try:
+            call = self._call(inputs, held, options)
+        except BaseException:
+            held.release()
+            raise
+        timer = None
+        if options.timeout is not None:
+            # On the caller's loop, so that it is on time while the worker is busy with others.
+            timer = call.future.get_loop().call_later(options.left, self._expire, call)
+        try:
+            return await call.future
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if call.whole is not None or not call.gone:
+                self._leave(call, "cancelled")
+            if call.future.done() and not call.future.cancelled():
+                # A task cancelled just now does not look at its answer; asyncio would log an unretrieved error.
+                call.future.exception()
+            call.release()
+            # No later run has it: the call was answered, or left, under the lock.
+            if self._run is None or not self._release_after_run(held):
+                held.release()
+
+    def _call(self, inputs: Mapping[str, Array], held: Held, options: InferOptions) -> Call:
+        """Return a request that waits in the queue."""
+        # Rows that are all on one version are in the lane of that version, and join its other requests.
+        own = lane(held.versions)
+        form = self._joiner.form(inputs, own, options.outputs)
         request = Request(
             next(self._ids),
             self._joiner.rows(inputs) if form is None else form.rows,
             form,
-            deadline=deadline,
-            tenant=tenant,
+            deadline=options.deadline,
+            tenant=options.tenant,
             cost=sum(array.size for array in inputs.values()) if form is None else form.elements,
             lane=own,
-            priority=priority,
+            priority=options.priority,
         )
-        call = Call(request, inputs, rows, tasks is not None, wanted, timeout, loop.create_future(), timing)
+        future: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
+        call = Call(request, inputs, held, held.versions, options, future)
         if request.rows > self._most_rows or request.cost > self._most_elements:
             call = self._cut(call)
         elif request.cost * self._limits.max_rows > request.rows * self._most_elements:
@@ -158,19 +147,18 @@ class Batcher:
         except BaseException:
             call.release()
             raise
-        # On the caller's loop, so that it is on time while the worker is busy with others.
-        timer = loop.call_later(deadline - now, self._expire, call) if timeout is not None else None
-        try:
-            return await call.future
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if call.whole is not None or not call.gone:
-                self._leave(call, "cancelled")
-            if call.future.done() and not call.future.cancelled():
-                # A task cancelled just now does not look at its answer; asyncio would log an error nobody looked at.
-                call.future.exception()
-            call.release()
+        return call
+
+    def _release_after_run(self, held: Held) -> bool:
+        """Leave the release to the end of the present run, if that uses the versions."""
+        run = self._run
+        if run is None or held not in run.held:
+            return False
+        with self._lock:
+            if self._run is not run:
+                return False
+            run.left.append(held)
+            return True
 
     def check(self, inputs: Mapping[str, Array]) -> None:
         """Refuse a request that is too large for `infer`, whatever waits.
@@ -181,10 +169,10 @@ class Batcher:
         elements = sum(array.size for array in inputs.values() if array.shape)
         self._limits.check(self._joiner.rows(inputs), elements, alone=False)
 
-    def figures(self) -> Figures:
-        """What has been done so far, and what waits."""
+    def figures(self) -> BatchingStats:
+        """Return the counters so far, and the size of the queue."""
         with self._lock:
-            return Figures(
+            return BatchingStats(
                 waiting_requests=len(self._queue),
                 waiting_rows=self._queue.rows,
                 batches=self._joined.total(),
@@ -247,14 +235,14 @@ class Batcher:
             call.future.set_exception(call.overdue())
 
     def _leave(self, call: Call, why: str) -> bool:
-        """A caller does not wait any more; False if it has its answer, or left before."""
+        """Note that a caller does not wait any more; False if it has its answer, or left before."""
         with self._lock:
             left = self._drop(call)
             self._counts[why] += left
             return left
 
     def _drop(self, call: Call) -> bool:
-        """Take a call with all its pieces out of the queue, and stop a run that nobody waits for then."""
+        """Take a call with all its pieces out of the queue, and stop its run if all other callers in it have left."""
         left = [piece for piece in call.together if not piece.gone]
         for piece in left:
             piece.gone = True
@@ -278,7 +266,7 @@ class Batcher:
         self._answer([(call, full)])
 
     def _answer(self, answers: Iterable[Answer]) -> None:
-        """Hand out answers; an error of one piece is that of its call, and ends the others."""
+        """Hand out answers; an error of one piece is the error of the whole call, and ends the other pieces."""
         told = []
         for call, result in answers:
             if call.whole is not None and not call.gone:
@@ -295,12 +283,12 @@ class Batcher:
             pass
 
     def _turn(self) -> bool:
-        """Wait for a batch and run it; False when the worker has to end.  A function so that it keeps nothing."""
+        """Wait for a batch and run it; False when the worker has to end.  A function, so that no batch is kept."""
         calls = self._take()
         if calls is None:
             return False
         if not self._attempt(calls):
-            # One request may spoil the batch for all: each on its own, only the bad ones fail.
+            # One request may spoil the batch for all: each alone, only the bad ones fail.
             for call in calls:
                 self._attempt([call])
         return True
@@ -329,13 +317,13 @@ class Batcher:
         if run is None:
             return True
         parts = [call.inputs for call in run.calls]
-        tasks = [task for call in run.calls for task in call.per_row]
-        apart = [call.apart for call in run.calls]
-        wanted = [call.outputs for call in run.calls]
+        versions = [version for call in run.calls for version in call.per_row]
+        apart = [call.options.apart for call in run.calls]
+        wanted = [call.options.outputs for call in run.calls]
         answers: list[Answer] = []
         began = self._clock()
         try:
-            outputs = self._engine(self._joiner.join(parts), tasks, run.options)
+            outputs = self._run_batch(self._joiner.join(parts), versions, run.options)
             found = self._joiner.cut(outputs, parts, apart=apart, wanted=wanted)
             for call, own in zip(run.calls, found, strict=True):
                 answers.append((call, own if call.whole is None else call.whole.put(call, own)))
@@ -351,6 +339,8 @@ class Batcher:
                 self._queue.ended(now)
                 _time(run.calls, began, now)
                 self._answer(answers)
+            for held in run.left:
+                held.release()
             answers.clear()  # an error in them refers to this frame
         return True
 
@@ -376,5 +366,5 @@ class Batcher:
 def _time(calls: Sequence[Call], began: float, ended: float) -> None:
     rows = sum(call.request.rows for call in calls)
     for call in calls:
-        if call.timing is not None:
-            call.timing.add(began, ended, rows)
+        if call.options.timing is not None:
+            call.options.timing.add(began, ended, rows)

@@ -10,7 +10,7 @@ from tpeft_deploy.bundle.directory import MANIFEST, Bundle
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.files import digest_file
 from tpeft_deploy.progress import Progress, Stage, silent
-from tpeft_deploy.runtime.bench.cases import Plain, fold_copy, known_tasks, served
+from tpeft_deploy.runtime.bench.cases import PlainSessions, fold_copy, known_tasks, served
 from tpeft_deploy.runtime.bench.crowd import Crowd
 from tpeft_deploy.runtime.bench.measure import Case, interleave, resident_bytes, spread
 from tpeft_deploy.runtime.bench.results import Benchmark, CaseCost, LeftOut, Memory, Switching
@@ -52,9 +52,9 @@ def bench_bundle(
     progress(Stage("open the sessions", 0, _stages(rows)))
     memory = [Memory("at the start", resident_bytes())]
     choice = choose(provider)
-    plain = Plain(bundle, choice, threads)
+    plain = PlainSessions(bundle, choice, threads)
     memory.append(Memory("with a plain session", resident_bytes()))
-    with Runtime(bundle.path, provider=choice.device, threads=threads) as runtime:
+    with Runtime(bundle.path, provider=choice.provider, threads=threads) as runtime:
         memory.append(Memory(f"with the runtime beside it, {len(runtime.tasks)} tasks", resident_bytes()))
         return _measured(bundle, runtime, plain, rows, seconds, threads, memory, progress)
 
@@ -62,7 +62,7 @@ def bench_bundle(
 def _measured(
     bundle: Bundle,
     runtime: Runtime,
-    plain: Plain,
+    plain: PlainSessions,
     rows: Sequence[int],
     seconds: float,
     threads: int | None,

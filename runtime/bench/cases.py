@@ -16,21 +16,21 @@ from tpeft_deploy.runtime.runtime import Runtime
 from tpeft_deploy.runtime.sessions.providers import Choice, open_session
 from tpeft_deploy.tucker import Array
 
-__all__ = ["CASES", "Plain", "batch", "fold_copy", "free_name", "known_tasks", "served", "taking_turns"]
+__all__ = ["CASES", "PlainSessions", "batch", "fold_copy", "free_name", "known_tasks", "served", "taking_turns"]
 
 CASES = {
     "plain": "base.onnx in a bare session",
     "base": "the base through the runtime",
-    "folded": "a hot task in a session of its own",
+    "folded": "a hot task in a folded session",
     "factored": "one task's factors bound to the factored graph",
     "banked": "the same task run after run",
     "switched": "another task every run",
     "mixed": "rows of different tasks in one run",
-    "singles": "the rows of mixed, each in a run of its own",
+    "singles": "the rows of mixed, each in a separate run",
 }
 
 
-class Plain:
+class PlainSessions:
     """The bundle's graphs without the runtime: sessions with the same options.
 
     Args:
@@ -51,7 +51,7 @@ class Plain:
     def factored(self, task: str, inputs: Mapping[str, Array]) -> Case:
         """A run of the factored graph with a task's factors bound beforehand."""
         if self._factored is None:
-            on_cpu = self._choice.device == "cpu" and FACTORED_CPU in self._bundle.manifest.files
+            on_cpu = self._choice.provider == "cpu" and FACTORED_CPU in self._bundle.manifest.files
             self._factored = self._open(FACTORED_CPU if on_cpu else "factored.onnx")
         session, device = self._factored, self._choice.device
         binding = session.io_binding()
@@ -120,7 +120,7 @@ def free_name(bundle: Bundle, name: str) -> str:
 
 
 def served(
-    bundle: Bundle, runtime: Runtime, plain: Plain, tasks: Sequence[str], folded: str | None, rows: int
+    bundle: Bundle, runtime: Runtime, plain: PlainSessions, tasks: Sequence[str], folded: str | None, rows: int
 ) -> dict[str, Case]:
     """The cases for a number of rows.
 
@@ -129,7 +129,7 @@ def served(
         runtime: serves the tasks.
         plain: the sessions to compare with.
         tasks: that take turns; where there is only the base, what needs a task is not among the cases.
-        folded: a task with a session of its own, or None.
+        folded: a task with a folded session, or None.
         rows: rows of a batch.
     """
     inputs = batch(bundle, rows)

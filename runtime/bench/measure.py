@@ -26,7 +26,7 @@ _LONG = 0.05  # seconds; runs that take longer than this together are warm, and 
 def interleave(cases: Mapping[str, Case], seconds: float) -> dict[str, list[float]]:
     """Time cases in rounds that take every case once, each in another order.
 
-    In its turn a case runs until its own weights are in the processor's cache again, which takes five runs or so,
+    In its turn a case runs until its weights are in the processor's cache again, which takes five runs or so,
     and then the median of three counts.  Else the session with the most cases would find its weights there more
     often than the others, which made it a quarter faster.
 

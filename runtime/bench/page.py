@@ -56,7 +56,7 @@ def _tiles(found: Benchmark) -> str:
     if "mixed" in largest:
         mixed, singles = largest["mixed"], largest["singles"]
         shown[f"{mixed.ratio.median:.2f} "] = f"times a plain run, {len(found.tasks)} tasks in {most} rows"
-        shown[f"{singles.ms.median / mixed.ms.median:.1f}"] = "times slower, each of those rows on its own"
+        shown[f"{singles.ms.median / mixed.ms.median:.1f}"] = "times slower, each of those rows alone"
     if found.switching:
         last = found.switching[-1]
         shown[f"{max(last.microseconds.median, 0.0):.0f} µs"] = f"to switch, with {last.adapters} known"
@@ -127,7 +127,7 @@ def _about(found: Benchmark) -> str:
         escape(f"{own.at}: {'not told by this system' if own.bytes is None else f'{own.bytes / 1e6:,.0f} MB'}")
         for own in found.memory
     )
-    entries["the runtime's own account"] = escape(
+    entries["the runtime's account"] = escape(
         ", ".join(f"{name.replace('_', ' ')} {number:,}" for name, number in found.usage.items())
     )
     entries["not measured"] = "<br>".join(escape(f"{own.what}: {own.reason}") for own in found.left_out) or "nothing"

@@ -45,7 +45,7 @@ def prove(
         plain: from `fold`.
         manifest: manifest of its bundle.
         inputs: inputs of `Bundle.example`, or others.
-        expected: output name -> the task's answer to `inputs`, at the task's own sizes.
+        expected: output name -> the task's answer to `inputs`, at the task's sizes.
         task: for the message.
 
     Returns:

@@ -112,7 +112,7 @@ class Heat(Generic[K]):
             self._refused.add(key)
 
     def forget(self, key: K) -> None:
-        """Drop all that is known of a key, whose adapter left or was replaced; its session is the caller's to close."""
+        """Drop all that is known of a key after its adapter left or was replaced; the caller closes the session."""
         with self._lock:
             self._drop(key)
             self._refused.discard(key)

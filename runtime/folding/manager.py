@@ -1,6 +1,6 @@
-"""Sessions of their own: the base's, and those of hot versions, made in the background and swapped in between two runs.
+"""Folded sessions of the base and of hot versions, made in the background and swapped in between two runs.
 
-What is folded always starts from the base's own weights.  Before a session takes over, its answer to the bundle's
+Every fold starts from the base's weights.  Before a session takes over, its answer to the bundle's
 example is compared with that of the bank.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import RunError, TpeftError
 from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.folding import compare, merge
@@ -23,31 +23,31 @@ from tpeft_deploy.runtime.sessions.plain import Plain
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Answer", "Folds"]
+__all__ = ["BankedAnswer", "FoldManager"]
 
-_DECIDE = 1.0  # seconds between two looks at who is hot
+_DECIDE = 1.0  # seconds between two decisions about what is hot
 
-Answer = Callable[[Mapping[str, Array], Version | None], Mapping[str, Array]]
+BankedAnswer = Callable[[Mapping[str, Array], Version], Mapping[str, Array]]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 
-class Folds:
+class FoldManager:
     """Versions that have folded sessions; safe to use from several threads.
 
     Args:
-        bundle: its base.onnx and weights.data, whose digests were checked.
+        bundle: bundle with base.onnx and weights.data, with digests checked by the caller.
         sessions: makes the sessions; none of them is recorded as a CUDA graph.
         answer: computes the outputs of a version from the bank.
-        place: a directory of this process for packed copies of the base, which folds on the CPU share.
-        budget: bytes of memory for the sessions of versions that nobody asked to fold, those that most rows go to.
+        place: a directory of this process for packed copies of the base, shared by folds on the CPU.
+        budget: bytes of memory for the sessions of versions that are folded because most rows go to them.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         sessions: SessionFactory,
-        answer: Answer,
+        answer: BankedAnswer,
         *,
         place: Path,
         budget: int = 0,
@@ -56,23 +56,23 @@ class Folds:
         self._factory = sessions.with_cuda(graphs=False)
         self._answer = answer
         self._lock = threading.Lock()
-        self._jobs: dict[Version | None, Future[None]] = {}
-        self._sessions: Mapping[Version | None, Plain] = {}
+        self._jobs: dict[Version, Future[None]] = {}
+        self._sessions: Mapping[Version, Plain] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tpeft-fold")
         self._place = place
         # Two of every weight, as it is and packed, until a version's adapter was read and says it better.
         most = 2 * sum(weight.length for weight in bundle.manifest.weights.values())
-        self._costs: dict[Version | None, int] = {}
+        self._costs: dict[Version, int] = {}
         self._heat = Heat[Version](budget, cost=lambda version: self._costs.get(version, most)) if budget else None
         self._decided = time.monotonic()
         self._closed = False
 
-    def find(self, version: Version | None, rows: int) -> Plain | None:
-        """The session of a version, None being the base, if it has one; its rows are counted."""
+    def find(self, version: Version, rows: int) -> Plain | None:
+        """Return the session of a version, if it has one, and count the rows."""
         session = self._sessions.get(version)
-        if version is None:
+        if version.is_base:
             if session is None and not self._closed:
-                self.begin(None)  # the base's own session is opened once somebody asks for the base
+                self.begin(version)  # opened with the first request for the base
         elif self._heat is not None and version.current:
             now = time.monotonic()
             self._heat.record(version, rows, now)
@@ -89,7 +89,7 @@ class Folds:
             self._heat.pin(version)
         return self.begin(version)
 
-    def begin(self, version: Version | None) -> Future[None]:
+    def begin(self, version: Version) -> Future[None]:
         """Make a version's session in the background, unless there is one.
 
         Returns:
@@ -101,7 +101,7 @@ class Folds:
                 return job
             if self._closed:
                 refused: Future[None] = Future()
-                refused.set_exception(RunError(f"fold task {_name(version)!r}", problem="the runtime is closed"))
+                refused.set_exception(RunError(f"fold task {version.name!r}", problem="the runtime is closed"))
                 return refused
             job = self._jobs[version] = self._worker.submit(self._make, version)
         # Without the lock, which `_report` takes: a job that has failed by now reports here, in this thread.
@@ -120,7 +120,7 @@ class Folds:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights that the sessions hold besides the base's."""
+        """Bytes of weights that the sessions hold beside the base's."""
         return sum(session.nbytes for session in self._sessions.values())
 
     def close(self) -> None:
@@ -146,8 +146,8 @@ class Folds:
             self._costs.pop(version, None)
             self._sessions = {own: session for own, session in self._sessions.items() if own is not version}
 
-    def _make(self, version: Version | None) -> None:
-        name = _name(version)
+    def _make(self, version: Version) -> None:
+        name = version.name
         began = time.perf_counter()
         with self._lock:
             if version not in self._jobs:
@@ -164,37 +164,33 @@ class Folds:
         inputs = self._bundle.example()
         off = compare.prove(session, self._bundle.manifest, inputs, self._answer(inputs, version), task=name)
         with self._lock:
-            if version in self._jobs and (version is None or version.current):
+            if version in self._jobs and version.current:
                 self._sessions = {**self._sessions, version: session}
             else:  # dropped while it was made, or asked for when no task stood for it any more
                 self._jobs.pop(version, None)
                 self._costs.pop(version, None)
-        if version is not None and not version.current and self._heat is not None:
+        if not version.current and self._heat is not None:
             self._heat.forget(version)
-        _log.info("task %r has a session of its own after %.2f s (error %.1e)", name, time.perf_counter() - began, off)
+        _log.info("task %r has a folded session after %.2f s (error %.1e)", name, time.perf_counter() - began, off)
 
-    def _open(self, version: Version | None) -> Plain:
-        if version is None:
+    def _open(self, version: Version) -> Plain:
+        if version.is_base:
             file = self._bundle.check_file("base.onnx")
             return Plain(file, self._factory)
         adapter = version.read()
-        self._costs[version] = merge.cost(self._bundle, adapter, shared=self._factory.device == "cpu")
+        self._costs[version] = merge.cost(self._bundle, adapter, shared=self._factory.choice.execution.prepacks)
         return merge.fold(self._bundle, adapter, self._factory, place=self._place)
 
-    def _report(self, version: Version | None, job: Future[None]) -> None:
+    def _report(self, version: Version, job: Future[None]) -> None:
         if job.cancelled():
             return
         error = job.exception()
         if error is None:
             return
-        # Who asked for it gets it from the future; for the others this is the only sign.
+        # The caller gets it from the future; everybody else sees this warning only.
         _log.warning("%s", error if isinstance(error, TpeftError) else repr(error))
-        if version is not None:  # the base is asked for by every run of it: once is enough
+        if not version.is_base:  # the base is asked for by every run of it: once is enough
             if self._jobs.get(version, job) is job:  # else it was dropped, and is being made once more
                 self._let_go(version)
             if self._heat is not None:
                 (self._heat.refuse if version.current else self._heat.forget)(version)
-
-
-def _name(version: Version | None) -> str:
-    return BASE_TASK if version is None else version.name

@@ -50,7 +50,7 @@ def fold(bundle: Bundle, adapter: Adapter, sessions: SessionFactory, *, place: P
     """A session of the base with an adapter merged into its weights.
 
     Args:
-        bundle: its base.onnx and weights.data, whose digests the caller has checked.
+        bundle: bundle with base.onnx and weights.data, with digests checked by the caller.
         adapter: for it.
         sessions: makes the session; from `SessionFactory.of` the bundle's manifest.
         place: a directory of this process for copies of the base with packed weights, which folds that change the same
@@ -62,7 +62,7 @@ def fold(bundle: Bundle, adapter: Adapter, sessions: SessionFactory, *, place: P
     """
     changed = weights(bundle, adapter)
     model = bundle.path / BASE
-    if place is not None and sessions.device == "cpu":
+    if place is not None and sessions.choice.execution.prepacks:
         model = packed_copy(model, changed, place, threads=sessions.threads)
     return Plain(model, sessions, initializers=changed)
 
@@ -107,7 +107,7 @@ def _checked(bundle: Bundle, adapter: Adapter) -> Adapter:
             raise AdapterError(
                 f"{doing}, weight {name!r}",
                 expected="a weight in floating point",
-                got="a quantised one, whose few bits would lose the change",
+                got="a quantised one, with too few bits for the change",
                 fix="Serve the task from the bank.",
             )
     for name, array in adapter.served_overrides.items():

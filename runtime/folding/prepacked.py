@@ -1,4 +1,4 @@
-"""Copies of base.onnx whose weights are packed already, so that folded sessions share those they do not change.
+"""Copies of base.onnx with packed weights, so that folded sessions share the weights that they do not change.
 
 On the CPU every session packs the weights of its products for itself, in memory that no other process or session can
 use.  ONNX Runtime can save a session's packed weights and map them from the file again; then sessions share the pages.
@@ -31,7 +31,7 @@ _SMALLEST = "1024"  # bytes; smaller initializers stay in the graph
 
 
 def packed_copy(model: Path, changed: Collection[str], place: Path, *, threads: int | None = None) -> Path:
-    """A copy of a graph for sessions that bring some weights of their own, made when it is first asked for.
+    """A copy of a graph for sessions that replace some of the weights, made when it is first asked for.
 
     Args:
         model: base.onnx of a bundle.

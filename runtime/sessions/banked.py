@@ -1,4 +1,4 @@
-"""One ONNX Runtime session driven through IO binding."""
+"""A session of the banked graph, run through IO binding."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A session whose runs have fixed shapes and addresses, so that CUDA launches each as one recorded graph.
+"""A session with runs of fixed shapes and addresses, so that CUDA launches each as one recorded graph.
 
-A graph repeats what was recorded, on the memory it was recorded with.  So inputs are copied into buffers of their own,
+A graph repeats what was recorded, on the memory it was recorded with.  So inputs are copied into separate buffers,
 filled up to one of a few shapes (`buckets`), and a bank is part of the recording: its rows may be written, but another
 bank needs other recordings.  On the CPU the same code runs without recording.
 """
@@ -208,7 +208,7 @@ class Captured:
 
     def _unrecordable(self, obstacles: list[str]) -> RunError:
         scans = any(obstacle.startswith("Scan ") for obstacle in obstacles)
-        hint = "; grouped convs of rows with adapters of their own need Scan" if scans else ""
+        hint = "; grouped convs of rows with separate adapters need Scan" if scans else ""
         return RunError(
             f"record {self._model.name} as a CUDA graph",
             expected="a graph without If, Loop and Scan, and without copies between CUDA and the CPU",

@@ -17,13 +17,13 @@ __all__ = ["SessionFactory"]
 
 @dataclass(frozen=True)
 class SessionFactory:
-    """Makes sessions on one device.
+    """Makes sessions with one execution provider.
 
     Args:
-        choice: device, from `providers.choose`.
+        choice: execution provider, from `providers.choose`.
         threads: number of intra-op threads per session; by default one per core.
         half: whether the model computes in 16 bits.
-        cuda: options of sessions on CUDA; ignored on the CPU.
+        cuda: options of sessions on CUDA; ignored by other providers.
     """
 
     choice: Choice
@@ -37,18 +37,19 @@ class SessionFactory:
 
         Args:
             manifest: bundle to serve; the dtypes of its weights decide about `half`.
-            choice: device, from `providers.choose`.
+            choice: execution provider, from `providers.choose`.
             threads: number of intra-op threads per session.
             cuda: options of sessions on CUDA.
 
         Raises:
-            ProviderUnavailable: the device does not compute in the weights' dtype.
+            ProviderUnavailable: the provider does not compute in the weights' dtype.
         """
         dtypes = {weight.dtype for weight in manifest.weights.values()}
-        if choice.device == "cpu" and "bfloat16" in dtypes:
+        execution = choice.execution
+        for dtype in dtypes & execution.no_dtypes.keys():
             raise ProviderUnavailable(
-                f"open bundle {manifest.name!r}, whose weights are bfloat16, on the CPU",
-                expected="CUDA: ONNX Runtime's CPU cannot compute in bfloat16",
+                f"open bundle {manifest.name!r}, with weights in {dtype}, on {execution.label}",
+                expected=execution.no_dtypes[dtype],
                 got=choice.reason,
                 fix="Export the module with .float() or .half() for the CPU.",
             )

@@ -73,7 +73,7 @@ def resized(model: bytes, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
 
 
 def hidden(model: bytes, shapes: Mapping[str, tuple[int | str, ...]]) -> bytes:
-    """A model whose named initializers are plain inputs, so that no optimiser derives anything from their values.
+    """A model with its named initializers as plain inputs, so that no optimiser derives anything from their values.
 
     Args:
         model: the content of an ONNX file.

@@ -1,4 +1,4 @@
-"""One session of a graph without banks: a base as it is, or with other weights."""
+"""A session of a graph without banks: a base as it is, or with other weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["Plain"]
 
 _BFLOAT16 = 16
-# ONNX's numbers of dtypes; numpy does not have bfloat16, whose bits are taken.
+# ONNX's numbers of dtypes; numpy does not have bfloat16: its bits are taken.
 _DTYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", _BFLOAT16: "uint16"}
 
 
@@ -58,7 +58,7 @@ class Plain:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays that stand in place of the model's own."""
+        """Bytes of the arrays that stand in place of the model's."""
         return sum(array.nbytes for array in self._kept.values())
 
     def run(self, inputs: Mapping[str, Array], options: onnxruntime.RunOptions | None = None) -> dict[str, Array]:

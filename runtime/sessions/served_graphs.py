@@ -36,12 +36,12 @@ class ServedGraphs:
     packing: Sequence[Packed] = ()
 
     @classmethod
-    def on(cls, device: str, manifest: Manifest) -> ServedGraphs:
-        """Return the graphs that a bundle has for a device."""
-        if device == "cpu" and BANKED_CPU in manifest.files:
+    def on(cls, provider: str, manifest: Manifest) -> ServedGraphs:
+        """Return the graphs that a bundle has for an execution provider."""
+        if provider == "cpu" and BANKED_CPU in manifest.files:
             # It uses internal operators of ONNX Runtime, which a build may lack.
             return cls(BANKED_CPU, fallback=_PORTABLE)
-        if device == "cuda" and BANKED_CUDA in manifest.files:
+        if provider == "cuda" and BANKED_CUDA in manifest.files:
             return cls(BANKED_CUDA, packing=manifest.packing)
         return cls(_PORTABLE)
 
@@ -68,7 +68,7 @@ def open_banked(bundle: Bundle, graphs: ServedGraphs, sessions: SessionFactory) 
     """
     file = bundle.check_file(graphs.banked)
     if sessions.cuda.graphs:
-        if sessions.device != "cuda":
+        if not sessions.choice.execution.graphs:
             raise ProviderUnavailable(
                 f"open bundle {bundle.manifest.name!r} with CUDA graphs",
                 expected="the CUDA provider",

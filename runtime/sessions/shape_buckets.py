@@ -44,8 +44,8 @@ class Buckets:
 
     Args:
         manifest: manifest of the bundle.
-        max_rows: up to how many rows are filled up; larger batches run at their own size.
-        lengths: sizes to which paddable axes are padded; longer ones run at their own length.  None are
+        max_rows: up to how many rows are filled up; larger batches run unpadded.
+        lengths: sizes to which paddable axes are padded; longer ones run unpadded.  None are
             safe to assume: a model has a longest input that its graph does not tell, see `ladder`.
     """
 
@@ -54,7 +54,7 @@ class Buckets:
         self._max_rows = max_rows
         self._lengths = sorted(lengths)
         batch = manifest.batch_axis
-        # Models whose rows cannot mix may not be filled up with rows either.
+        # Models with rows that cannot mix may not be filled up with rows either.
         self._batch = batch if manifest.rows == "each" and batch is not None and self._cut_back(batch) else None
         self._paddable = frozenset(name for name in manifest.paddable if self._cut_back(name))
         if any(port.rows == "joint" for port in manifest.outputs):  # what is filled up would change them
@@ -69,7 +69,7 @@ class Buckets:
         return Bucket(tuple(sorted(whole.items())), indexed)
 
     def fill(self, bucket: Bucket, inputs: Mapping[str, Array], index: Array) -> dict[str, Array]:
-        """The inputs at the bucket's shapes, with the index of adapters under its own name.
+        """The inputs at the bucket's shapes, with the index of adapters under its name.
 
         Args:
             bucket: from `choose`.
@@ -88,7 +88,7 @@ class Buckets:
         return filled
 
     def cuts(self, inputs: Mapping[str, Array]) -> dict[str, tuple[slice, ...]]:
-        """What of each output at the bucket's shapes is the request's own."""
+        """Cut each output at the bucket's shapes to the request's rows and sizes."""
         own = {name: size for name, size in self._sizes(inputs).items() if name in self._paddable | {self._batch}}
         return {
             port.name: tuple(slice(own[size]) if size in own else slice(None) for size in port.shape)

@@ -99,7 +99,7 @@ def test_the_cases_compute_what_they_say(conv_bundle: Bundle, runtime: Runtime) 
     inputs = cases.batch(conv_bundle, 5)
     example = conv_bundle.example()["pixels"]
     np.testing.assert_array_equal(inputs["pixels"], np.concatenate([example, example, example[:1]]))
-    plain = cases.Plain(conv_bundle, choose("cpu"), 1)
+    plain = cases.PlainSessions(conv_bundle, choose("cpu"), 1)
     folded = cases.fold_copy(conv_bundle, runtime)
     assert isinstance(folded, str)
     ways = cases.served(conv_bundle, runtime, plain, ["plain", "partial"], folded, 5)

@@ -120,7 +120,7 @@ def test_the_order_and_the_quotas_of_the_server_need_neither_torch_nor_onnx() ->
     assert imported_by(code) == {"onnxruntime"}
 
 
-LONG = {"runtime/runtime.py", "runtime/server/operations/service.py"}
+LONG = {"runtime/server/operations/service.py"}
 FULL = {"tpeft_deploy/cli"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,6 @@ from tests.helpers import nets
 from tests.helpers.waiting import wait_until
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import CapacityError, IntegrityError, RunError, UnknownTask
-from tpeft_deploy.runtime.adapters.residency import Tiers
-from tpeft_deploy.runtime.adapters.version import Version
 
 ALL = ["partial", "plain", "two", "wide"]
 
@@ -26,7 +25,7 @@ def images(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
 def row_bytes(bundle: Bundle) -> int:
     """Of a bank that holds every task of the bundle."""
     with Runtime(bundle.path, provider="cpu") as runtime:
-        return runtime._tiers._bank.row_bytes
+        return runtime._residency._bank.row_bytes
 
 
 def budgeted(bundle: Bundle, adapters: int, *, host_bytes: int = 0, preload: bool = False) -> Runtime:
@@ -77,24 +76,23 @@ def test_the_least_recently_used_gives_way(conv_bundle: Bundle, expected: dict[s
 def test_what_is_asked_for_without_a_pause_gives_way_too(conv_bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
     """Nobody begins to use it while another waits for its row; who uses it already may, or its row is never free."""
     runtime = budgeted(conv_bundle, 2)
-    tiers = runtime._tiers
-    two, plain = (found for task in ("two", "plain") if (found := runtime._catalogue.find(task)))
-    for held in ([two], [plain], [plain]):
-        tiers.take(held)
+    residency = runtime._residency
+    two, plain = (runtime._versions.find(task) for task in ("two", "plain"))
+    held = [residency.acquire([version]) for version in (two, plain, plain)]
     waiting = threading.Thread(target=lambda: close(runtime.run(images(5), "wide")["logits"], expected["wide"]))
     waiting.start()
-    wait_until(lambda: tiers._leaving is two)  # the one with fewer users
-    assert not tiers.take_resident([two], new=True)
-    assert not tiers.take_resident([plain, two], new=True)
-    assert tiers.take_resident([plain], new=True)
-    assert tiers.take_resident([two])
-    for _ in range(2):
-        tiers.give_back([two])
+    wait_until(lambda: residency._leaving is two)  # the one with fewer users
+    assert residency.try_acquire([two], new=True) is None
+    assert residency.try_acquire([plain, two], new=True) is None
+    held += [found for found in (residency.try_acquire([plain], new=True), residency.try_acquire([two])) if found]
+    for own in (held[0], held.pop()):
+        own.release()
     waiting.join(100)
     assert not waiting.is_alive()
     assert runtime.residency() == {"partial": "disk", "plain": "device", "two": "disk", "wide": "device"}
-    for _ in range(3):
-        tiers.give_back([plain])
+    for own in held:
+        own.release()  # the first for the second time, which changes nothing
+    assert not plain.users
     close(runtime.run(images(5), "two")["logits"], expected["two"])
 
 
@@ -104,8 +102,7 @@ def test_what_had_to_leave_returns_from_host_memory(conv_bundle: Bundle, expecte
         runtime.run(images(1), task)
     assert runtime.residency() == {"partial": "host", "plain": "host", "two": "host", "wide": "device"}
     for task in ALL:
-        version = runtime._catalogue.find(task)
-        assert version is not None
+        version = runtime._versions.find(task)
         version.read = no_reading
     for task in [*ALL, *ALL]:
         close(runtime.run(images(5), task)["logits"], expected[task])
@@ -143,8 +140,7 @@ def test_a_pin_outlives_a_replacement(conv_bundle: Bundle, conv_adapters: dict[s
     assert runtime.residency()["two"] == "folded"
     for task in ("wide", "plain", "partial"):
         runtime.run(images(1), task)
-    version = runtime._catalogue.find("two")
-    assert version is not None
+    version = runtime._versions.find("two")
     assert version.row is not None
 
 
@@ -195,15 +191,15 @@ def test_larger_ranks_widen_the_rows_and_others_keep_their_answers(
     conv_bundle: Bundle, expected: dict[str, np.ndarray]
 ) -> None:
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
-    before = runtime._tiers._bank
+    before = runtime._residency._bank
     large = Adapter({"stem.weight": nets.delta((12, 1, 4, 4), (12, 1, 4, 4), 7)})
     runtime.load("large", large)
-    assert runtime._tiers._bank is not before
+    assert runtime._residency._bank is not before
     assert before.rows > 4  # the old bank is as it was
     for task in [*ALL, "base"]:
         close(runtime.run(images(5), task)["logits"], expected[task])
     runtime.unload("large")
-    assert runtime._tiers._bank.row_bytes > before.row_bytes
+    assert runtime._residency._bank.row_bytes > before.row_bytes
 
 
 def test_rows_are_cut_again_before_a_task_has_to_leave(conv_bundle: Bundle, conv_adapters: dict[str, Adapter]) -> None:
@@ -219,13 +215,12 @@ def test_rows_are_cut_again_before_a_task_has_to_leave(conv_bundle: Bundle, conv
 
 def test_rows_in_use_are_waited_for(conv_bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
     runtime = budgeted(conv_bundle, 1)
-    version = runtime._catalogue.find("two")
-    assert version is not None
+    version = runtime._versions.find("two")
     answers: list[np.ndarray] = []
     waiting = threading.Thread(target=lambda: answers.append(runtime.run(images(5), "wide")["logits"]))
-    with runtime._tiers.using([version]):
+    with runtime._residency.acquire([version]):
         waiting.start()
-        wait_until(lambda: runtime._tiers._leaving is version)
+        wait_until(lambda: runtime._residency._leaving is version)
         assert not answers
         assert runtime.residency()["two"] == "device"
     waiting.join(timeout=100)
@@ -234,11 +229,10 @@ def test_rows_in_use_are_waited_for(conv_bundle: Bundle, expected: dict[str, np.
 
 def test_closing_waits_for_nobody_who_waits_for_a_row(conv_bundle: Bundle) -> None:
     runtime = budgeted(conv_bundle, 1)
-    version = runtime._catalogue.find("two")
-    assert version is not None
-    with runtime._tiers.using([version]):
+    version = runtime._versions.find("two")
+    with runtime._residency.acquire([version]):
         bringing = runtime.prefetch(["wide"])
-        wait_until(lambda: runtime._tiers._leaving is version)
+        wait_until(lambda: runtime._residency._leaving is version)
         closing = threading.Thread(target=runtime.close, daemon=True)
         closing.start()
         closing.join(timeout=100)
@@ -251,24 +245,23 @@ def test_the_copy_least_recently_used_is_dropped(conv_bundle: Bundle) -> None:
     runtime = budgeted(conv_bundle, 4, host_bytes=2**30)
     for task in ("two", "wide"):
         runtime.run(images(1), task)
-    runtime._tiers._host_bytes = runtime.usage()["host_bytes"]
+    runtime._residency._host_bytes = runtime.usage()["host_bytes"]
     for task in ("two", "plain"):
         runtime.run(images(1), task)
-    known = {task: runtime._catalogue.find(task) for task in ("two", "wide", "plain")}
-    assert {task for task, version in known.items() if version is not None and version.content} == {"two", "plain"}
+    known = {task: runtime._versions.find(task) for task in ("two", "wide", "plain")}
+    assert {task for task, version in known.items() if version.content} == {"two", "plain"}
 
 
 def test_nothing_is_remembered_of_tasks_that_went(conv_bundle: Bundle) -> None:
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1, host_bytes=2**30)
-    before = runtime.usage(), len(runtime._tiers._alike)
+    before = runtime.usage(), len(runtime._residency._alike)
     for rank in range(1, 5):
         runtime.load("other", Adapter({"stem.weight": nets.delta((12, 1, 4, 4), (rank, 1, 4, 4), 7)}))
-    read = runtime._catalogue.find("other")
-    assert read is not None
+    read = runtime._versions.find("other")
     runtime.unload("other")
-    runtime._tiers._content(read)  # by someone who was about to run it
+    runtime._residency._content(read)  # by someone who was about to run it
     del read
-    after = runtime.usage(), len(runtime._tiers._alike)
+    after = runtime.usage(), len(runtime._residency._alike)
     assert after[0]["host_bytes"] == before[0]["host_bytes"]
     assert after[1] == before[1]
 
@@ -278,22 +271,21 @@ def test_a_set_of_a_task_replaced_just_now_is_not_remembered(
 ) -> None:
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     wanted = runtime.run(images(5), {"plain": 0.5})["logits"]
-    old = runtime._catalogue.find("plain")
+    old = runtime._versions.find("plain")
     runtime.load("plain", conv_adapters["partial"])
-    monkeypatch.setattr(runtime._catalogue, "_known", lambda *_: old)
+    monkeypatch.setattr(runtime._versions, "_known", lambda *_: old)
     before = runtime.usage()
     close(runtime.run(images(5), {"plain": 0.5})["logits"], wanted)
     assert runtime.usage() == before
-    assert not runtime._catalogue._sets
+    assert not runtime._versions._sets
 
 
 def test_a_replaced_version_serves_whoever_began_on_it(
     conv_bundle: Bundle, conv_adapters: dict[str, Adapter], expected: dict[str, np.ndarray]
 ) -> None:
     runtime = budgeted(conv_bundle, 3)
-    old = runtime._catalogue.find("two")
-    assert old is not None
-    with runtime._tiers.using([old]):
+    old = runtime._versions.find("two")
+    with runtime._residency.acquire([old]):
         runtime.load("two", conv_adapters["wide"])
         assert runtime.run(images(5), "two")["logits"].shape == (5, 17)
         close(runtime._engine.run_one(images(5), old)["logits"], expected["two"])
@@ -346,8 +338,7 @@ def test_the_bundles_new_version_is_loaded_by_name(own_bundle: Bundle, conv_adap
 
 def test_one_cold_task_asked_for_at_once_is_read_once(conv_bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
     runtime = budgeted(conv_bundle, 4)
-    version = runtime._catalogue.find("wide")
-    assert version is not None
+    version = runtime._versions.find("wide")
     read, reads = version.read, []
 
     def slowly() -> Adapter:
@@ -356,7 +347,7 @@ def test_one_cold_task_asked_for_at_once_is_read_once(conv_bundle: Bundle, expec
         return read()
 
     version.read = slowly
-    runtime._tiers._host_bytes = 2**30
+    runtime._residency._host_bytes = 2**30
     answers: list[np.ndarray] = []
     threads = [
         threading.Thread(target=lambda: answers.append(runtime.run(images(5), "wide")["logits"])) for _ in range(6)
@@ -372,11 +363,46 @@ def test_one_cold_task_asked_for_at_once_is_read_once(conv_bundle: Bundle, expec
 
 def test_rows_cannot_be_asked_for_without_holding_them(conv_bundle: Bundle) -> None:
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
-    version = runtime._catalogue.find("two")
-    assert isinstance(version, Version)
-    tiers: Tiers = runtime._tiers
-    with pytest.raises(RuntimeError, match="nobody holds it"):
-        tiers.rows([version])
+    version = runtime._versions.find("two")
+    with pytest.raises(RuntimeError, match="without being acquired"):
+        runtime._residency.rows([version])
+
+
+def test_a_version_that_is_held_for_long_keeps_its_answers_while_the_bank_grows_and_the_task_is_replaced(
+    conv_bundle: Bundle, conv_adapters: dict[str, Adapter], expected: dict[str, np.ndarray]
+) -> None:
+    """As a generation holds one: acquired once, and asked for its row in the present bank before each step."""
+    runtime = Runtime(conv_bundle.path, provider="cpu", threads=1, preload=False)
+    residency, two = runtime._residency, runtime._versions.find("two")
+    with residency.acquire([two, runtime._versions.base, two]) as held:
+        assert two.users == 1
+        banks = []
+        for step in (
+            partial(runtime.prefetch, []),
+            partial(runtime.run, images(1), "wide"),
+            partial(runtime.load, "two", conv_adapters["wide"]),
+            partial(runtime.unload, "two"),
+        ):
+            step()
+            bank, (row, base, again) = held.rows()
+            assert (row, base) == (again, 0)
+            banks.append(bank)
+            close(runtime._engine.run_one(images(5), two, held=True)["logits"], expected["two"])
+        assert banks[0] is not banks[1]
+        assert not two.current
+    assert (two.users, two.row) == (0, None)
+    assert residency.try_acquire([two]) is None
+    with pytest.raises(RuntimeError, match="without being acquired"):
+        held.rows()
+
+
+def test_the_base_is_held_without_a_count(conv_bundle: Bundle) -> None:
+    with (
+        Runtime(conv_bundle.path, provider="cpu", threads=1) as runtime,
+        runtime._residency.acquire([runtime._versions.base]) as held,
+    ):
+        assert held.rows()[1] == [0]
+        assert not held.counted
 
 
 def test_no_adapter_is_read_to_know_a_bundle_however_many_tasks_it_has(

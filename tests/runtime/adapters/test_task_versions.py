@@ -125,7 +125,7 @@ def test_more_tasks_than_fit_at_once_are_answered_in_parts(conv_bundle: Bundle) 
     whole = Runtime(conv_bundle.path, provider="cpu", threads=1)
     tasks = ["two", "plain", "wide", "partial"]
     expected = whole.run(INPUTS, tasks=tasks)
-    size = whole._tiers._bank.row_bytes
+    size = whole._residency._bank.row_bytes
     small = Runtime(conv_bundle.path, provider="cpu", threads=1, device_bytes=3 * size, preload=False)
     got = asyncio.run(small.infer(INPUTS, tasks=tasks, timeout=100))
     for name, array in expected.items():
@@ -140,7 +140,7 @@ def test_a_probe_is_not_misled_by_the_session_that_the_base_has_of_its_own(
 ) -> None:
     bias = nets.conv_net()[0].get_parameter("head.bias").detach().numpy()
     runtime.register({"nothing": source(Adapter({}, overrides={"head.bias": bias}))})
-    runtime._folds.begin(None).result()
+    runtime._folds.begin(runtime._versions.base).result()
     runtime.run(INPUTS)
     assert not runtime.probe("nothing")
     assert runtime.probe("two")
@@ -170,8 +170,7 @@ def test_what_is_registered_again_unchanged_goes_on_as_it_is(
     runtime.pin("acme/mood@1")
     runtime.register({"acme/mood@1": source(conv_adapters["wide"])})
     same(runtime.run(INPUTS, "acme/mood@1")["logits"], runtime.run(INPUTS, "wide")["logits"])
-    version = runtime._catalogue.find("acme/mood@1")
-    assert version is not None
+    version = runtime._versions.find("acme/mood@1")
     assert version.pinned
 
 
@@ -180,7 +179,7 @@ def test_ten_thousand_are_forgotten_at_the_cost_of_each(runtime: Runtime, conv_a
     names = [f"acme/task-{number}@1" for number in range(10_000)]
     runtime.register(dict.fromkeys(names, own))
     for strength in range(1, 200):
-        runtime._catalogue.find({"two": strength / 1000})
+        runtime._versions.find({"two": strength / 1000})
     cost = operations(lambda: runtime.forget(names[:1000]))
     assert operations(lambda: runtime.forget(names[1000:])) < 9 * 1.1 * cost
     assert runtime.tasks == ["partial", "plain", "two", "wide"]

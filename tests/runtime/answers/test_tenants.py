@@ -6,22 +6,23 @@ import asyncio
 import random
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.helpers.runtime.named_batcher import Counts, NamedBatcher, version
 from tests.helpers.waiting import wait_until
 from tests.runtime.batching.test_worker import MANIFEST, Gate, entered, rows, waiting
-from tpeft_deploy import Adapter, Bundle, Runtime
+from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, QuotaExceeded
-from tpeft_deploy.runtime.adapters.loader import Holder
+from tpeft_deploy.runtime.adapters.held import Held
+from tpeft_deploy.runtime.adapters.loader import AdapterLoader
 from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.batching.collate import Form
 from tpeft_deploy.runtime.batching.policy import FirstCome, Limits, Request
-from tpeft_deploy.runtime.batching.worker import Batcher
 
 ALL = ["partial", "plain", "two", "wide", "base"]
 
@@ -30,7 +31,7 @@ def images(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {"pixels": np.random.default_rng(seed).standard_normal((count, 1, 12, 14)).astype(np.float32)}
 
 
-async def joined(own: Batcher, gate: Gate, *requests: Sequence[str]) -> list[Any]:
+async def joined(own: NamedBatcher, gate: Gate, *requests: Sequence[str]) -> list[Any]:
     """The answers of requests that all wait while one is running: a task, or one per row."""
     first = asyncio.create_task(own.infer(rows(1), "first"))
     await entered(gate)
@@ -46,7 +47,7 @@ async def joined(own: Batcher, gate: Gate, *requests: Sequence[str]) -> list[Any
 
 def test_rows_of_different_tasks_are_joined_with_requests_on_one() -> None:
     gate = Gate(is_open=False)
-    own = Batcher(MANIFEST, gate, Limits())
+    own = NamedBatcher(MANIFEST, gate, Limits())
     answers = asyncio.run(joined(own, gate, ["aa", "b"], "cccc", ["d"], ["ee", "ee"]))
     own.close()
     assert gate.runs == [["first"], ["aa", "b", "cccc", "cccc", "d", "ee", "ee"]]
@@ -57,7 +58,7 @@ def test_rows_of_different_tasks_are_joined_with_requests_on_one() -> None:
 
 def test_a_model_that_runs_one_adapter_at_a_time_is_joined_by_task() -> None:
     gate = Gate(is_open=False)
-    own = Batcher(replace(MANIFEST, rows="group"), gate, Limits())
+    own = NamedBatcher(replace(MANIFEST, rows="group"), gate, Limits())
     asyncio.run(joined(own, gate, ["a", "b"], "a", ["a", "a"], "b", ["a", "b"]))
     own.close()
     assert sorted(gate.runs[1:]) == [["a", "a", "a", "a"], ["a", "b", "a", "b"], ["b", "b"]]
@@ -73,7 +74,7 @@ class Strict(FirstCome[Form]):
 
 
 def test_what_an_order_refuses_never_waits() -> None:
-    own = Batcher(MANIFEST, Gate(), Limits(), order=Strict())
+    own = NamedBatcher(MANIFEST, Gate(), Limits(), order=Strict())
 
     async def ask() -> None:
         for _ in range(3):
@@ -88,99 +89,90 @@ def test_what_an_order_refuses_never_waits() -> None:
 
 
 class Slow:
-    """Tiers where nothing is resident and reading waits for `open`."""
+    """Residency where nothing is resident and reading waits for `open`."""
 
     def __init__(self) -> None:
         self.open = threading.Semaphore(0)
         self.begun: list[str] = []
         self.taken: list[str] = []
-        self.given_back: list[str] = []
+        self.released: list[str] = []
 
-    def take_resident(self, _versions: Sequence[Version], *, new: bool) -> bool:
-        return False
-
-    def take(self, versions: Sequence[Version], *, new: bool) -> None:
+    def acquire(self, versions: Sequence[Version], *, new: bool) -> Held:
         self.begun += [version.name for version in versions]
         assert self.open.acquire(timeout=100)
         self.taken += [version.name for version in versions]
+        return Held(versions, Counts().rows, self.release)
 
-    def give_back(self, versions: Sequence[Version]) -> None:
-        self.given_back += [version.name for version in versions]
-
-
-def version(name: str) -> Version:
-    def never() -> Adapter:
-        raise AssertionError("read")
-
-    return Version(name, "", never)
+    def release(self, versions: Iterable[Version]) -> None:
+        self.released += [version.name for version in versions]
 
 
 def test_many_cold_tasks_of_one_tenant_do_not_hold_up_those_of_another() -> None:
-    tiers = Slow()
-    own = Holder(tiers)  # type: ignore[arg-type]
+    residency = Slow()
+    own = AdapterLoader(residency)  # type: ignore[arg-type]
 
     async def main() -> None:
-        flood = [asyncio.create_task(own.take([version(f"flood {n}")], None, "flood")) for n in range(20)]
-        await asyncio.to_thread(wait_until, lambda: len(tiers.begun) == 2)
-        other = [asyncio.create_task(own.take([version(f"other {n}")], None, "other")) for n in range(2)]
+        flood = [asyncio.create_task(own.acquire([version(f"flood {n}")], None, "flood")) for n in range(20)]
+        await asyncio.to_thread(wait_until, lambda: len(residency.begun) == 2)
+        other = [asyncio.create_task(own.acquire([version(f"other {n}")], None, "other")) for n in range(2)]
         await asyncio.sleep(0)
         for _ in range(22):
-            tiers.open.release()
+            residency.open.release()
         await asyncio.gather(*flood, *other)
 
     asyncio.run(main())
     own.close()
     # Two of the flood were being read already; then the tenants take turns.
-    assert max(tiers.taken.index(f"other {n}") for n in range(2)) <= 6
-    assert len(tiers.taken) == 22
+    assert max(residency.taken.index(f"other {n}") for n in range(2)) <= 6
+    assert len(residency.taken) == 22
 
 
 def test_who_gives_up_before_its_turn_is_not_read_for_and_a_tenant_has_so_many_waiting() -> None:
-    tiers = Slow()
-    own = Holder(tiers, most=3)  # type: ignore[arg-type]
+    residency = Slow()
+    own = AdapterLoader(residency, most=3)  # type: ignore[arg-type]
 
     async def main() -> None:
-        busy = [asyncio.create_task(own.take([version(f"busy {n}")], None, "busy")) for n in range(2)]
-        await asyncio.to_thread(wait_until, lambda: len(tiers.begun) == 2)
+        busy = [asyncio.create_task(own.acquire([version(f"busy {n}")], None, "busy")) for n in range(2)]
+        await asyncio.to_thread(wait_until, lambda: len(residency.begun) == 2)
         for number in range(10):
             with pytest.raises(DeadlineExceeded):
-                await own.take([version(f"late {number}")], 0.001, "a")
-        gone = [asyncio.create_task(own.take([version(f"gone {n}")], None, "a")) for n in range(3)]
+                await own.acquire([version(f"late {number}")], 0.001, "a")
+        gone = [asyncio.create_task(own.acquire([version(f"gone {n}")], None, "a")) for n in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFull, match="wait for adapters"):
-            await own.take([version("too many")], None, "a")
+            await own.acquire([version("too many")], None, "a")
         for one in gone:
             one.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
-        stays = asyncio.create_task(own.take([version("stays")], None, "a"))
+        stays = asyncio.create_task(own.acquire([version("stays")], None, "a"))
         await asyncio.sleep(0)
         busy[0].cancel()
         for _ in range(20):
-            tiers.open.release()
+            residency.open.release()
         await stays
         await busy[1]
 
     asyncio.run(main())
     own.close()
-    assert sorted(tiers.taken) == ["busy 0", "busy 1", "stays"]
-    assert tiers.given_back == ["busy 0"]
+    assert sorted(residency.taken) == ["busy 0", "busy 1", "stays"]
+    assert residency.released == ["busy 0"]
 
 
 def test_a_reader_that_times_out_itself_is_not_taken_for_a_deadline() -> None:
     class Broken(Slow):
-        def take(self, versions: Sequence[Version], *, new: bool) -> None:
+        def acquire(self, versions: Sequence[Version], *, new: bool) -> Held:
             raise TimeoutError("the disk")
 
-    own = Holder(Broken())  # type: ignore[arg-type]
+    own = AdapterLoader(Broken())  # type: ignore[arg-type]
     with pytest.raises(TimeoutError, match="the disk"):
-        asyncio.run(own.take([version("a")], None))
+        asyncio.run(own.acquire([version("a")], None))
     own.close()
 
 
 def test_hundreds_of_mixed_requests_with_little_room_all_end(conv_bundle: Bundle) -> None:
     """Every one is answered as it would be alone, or was cancelled, or is overdue; and nobody holds a row after."""
     with Runtime(conv_bundle.path, provider="cpu", threads=1) as whole:
-        size = whole._tiers._bank.row_bytes
+        size = whole._residency._bank.row_bytes
         inputs = images(3)
         alone = {task: whole.run(inputs, task)["logits"] for task in ALL}
     dice = random.Random(0)
@@ -209,8 +201,8 @@ def test_hundreds_of_mixed_requests_with_little_room_all_end(conv_bundle: Bundle
             await asyncio.wait_for(asyncio.gather(*(ask(number) for number in range(60))), 200)
 
     asyncio.run(main())
-    versions = [small._catalogue.find(task) for task in ALL[:-1]]
-    wait_until(lambda: not any(version is not None and version.users for version in versions))
+    versions = [small._versions.find(task) for task in ALL[:-1]]
+    wait_until(lambda: not any(version.users for version in versions))
     assert ended.total() == 240
     assert ended["answered"] > 60
     small.close()
@@ -224,15 +216,15 @@ def test_priorities_and_tenants_reach_the_order() -> None:
             seen.append(request)
             super().add(request)
 
-    own = Batcher(MANIFEST, Gate(), Limits(), order=Watching())
+    own = NamedBatcher(MANIFEST, Gate(), Limits(), order=Watching())
     mixed = ["a", "b"]
     asyncio.run(own.infer(rows(2), "a", tenant="t", priority=3))
     asyncio.run(own.infer(rows(2), tasks=mixed, timeout=60))
     asyncio.run(own.infer(rows(2), tasks=["b", "b"]))
     own.close()
     assert [(r.tenant, r.priority, r.lane, r.cost, r.rows) for r in seen] == [
-        ("t", 3, "a", 6.0, 2),
-        ("", 0, ("a", "b"), 6.0, 2),
-        ("", 0, "b", 6.0, 2),
+        ("t", 3, version("a"), 6.0, 2),
+        ("", 0, (version("a"), version("b")), 6.0, 2),
+        ("", 0, version("b"), 6.0, 2),
     ]
     assert [request.deadline < np.inf for request in seen] == [False, True, False]

@@ -23,6 +23,8 @@ from tpeft_deploy.errors import (
     UnknownTask,
 )
 from tpeft_deploy.runtime import Limits
+from tpeft_deploy.runtime.adapters.version import Version
+from tpeft_deploy.runtime.engine import Engine
 
 ALL = ["partial", "plain", "two", "wide", "base"]
 
@@ -114,13 +116,12 @@ def test_a_request_that_is_accepted_is_answered_by_the_version_of_that_moment(
 
         for answer in asyncio.run(ask()):
             assert answer["logits"].shape == (1, 2)
-        assert runtime._tiers.usage()["rows_taken"] == 3
+        assert runtime._residency.usage()["rows_taken"] == 3
 
 
 def test_a_cold_task_does_not_hold_up_the_event_loop(conv_bundle: Bundle) -> None:
     with open_runtime(conv_bundle, preload=False) as runtime:
-        version = runtime._catalogue.find("wide")
-        assert version is not None
+        version = runtime._versions.find("wide")
         read, entered, go_on = version.read, threading.Event(), threading.Event()
 
         def slowly() -> Adapter:
@@ -145,8 +146,7 @@ def test_a_cold_task_does_not_hold_up_the_event_loop(conv_bundle: Bundle) -> Non
 
 def test_time_that_is_over_while_a_task_is_read_gives_its_row_back(conv_bundle: Bundle) -> None:
     with open_runtime(conv_bundle, preload=False) as runtime:
-        version = runtime._catalogue.find("wide")
-        assert version is not None
+        version = runtime._versions.find("wide")
         read, go_on = version.read, threading.Event()
 
         def slowly() -> Adapter:
@@ -184,7 +184,7 @@ def test_the_queue_is_bounded(conv_bundle: Bundle) -> None:
 
 
 def test_no_room_is_said_to_the_one_who_asked(conv_bundle: Bundle) -> None:
-    size = open_runtime(conv_bundle)._tiers._bank.row_bytes
+    size = open_runtime(conv_bundle)._residency._bank.row_bytes
     with open_runtime(conv_bundle, device_bytes=2 * size, preload=False) as runtime:
         runtime.pin("two")
 
@@ -198,12 +198,42 @@ def test_no_room_is_said_to_the_one_who_asked(conv_bundle: Bundle) -> None:
         assert isinstance(bad, CapacityError)
 
 
-def test_a_batch_never_waits_for_a_row_that_a_waiting_request_holds(conv_bundle: Bundle) -> None:
-    """Its own request was cancelled just before it ran, and the row given to a request that waits for the next run."""
-    with open_runtime(conv_bundle, preload=False) as runtime:
-        gone = runtime._catalogue.find("two")
-        with pytest.raises(RunError, match="has left"):
-            runtime._run_batch(images(1), [gone], onnxruntime.RunOptions())
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_version_whose_callers_left_is_held_until_its_run_ends(
+    conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """One count per request: it outlives a caller that is cancelled during the run, and ends with the run."""
+    began, go_on = threading.Event(), threading.Event()
+    real, seen = Engine.run_held, list[int]()
+
+    def waiting(
+        self: Engine, inputs: dict[str, np.ndarray], versions: list[Version], options: onnxruntime.RunOptions
+    ) -> Any:
+        began.set()
+        assert go_on.wait(100)
+        seen.append(versions[0].users)
+        return real(self, inputs, versions, options)
+
+    monkeypatch.setattr(Engine, "run_held", waiting)
+    limits = Limits(max_rows=2, max_request_rows=10)
+    with open_runtime(conv_bundle, limits=limits) as runtime:
+        version = runtime._versions.find("two")
+
+        async def ask() -> None:
+            gone = asyncio.create_task(runtime.infer(images(rows), "two"))
+            assert await asyncio.to_thread(began.wait, 100)
+            assert version.users == 1
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+            runtime.unload("two")
+            assert (version.users, version.current) == (1, False)
+            go_on.set()
+
+        asyncio.run(ask())
+        wait_until(lambda: version.users == 0)
+        assert version.row is None
+    assert seen == [1]
 
 
 def test_a_closed_runtime_says_so(conv_bundle: Bundle) -> None:

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.runtime.named_batcher import NamedBatcher
 from tests.runtime.batching.test_worker import MANIFEST, Gate, entered, rows, run_skipping, skip, waiting
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.bundle.manifest import Manifest, Port, Varies
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError, TooLarge
-from tpeft_deploy.runtime.batching.collate import Outputs, Task
+from tpeft_deploy.runtime.batching.collate import Outputs
 from tpeft_deploy.runtime.batching.policy import Limits
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.batching.worker import Batcher
 from tpeft_deploy.tucker import Array
 
 TASKS = ["partial", "plain", "two", "wide", "base"]
@@ -38,7 +38,7 @@ TEXT = Manifest(
 )
 
 
-def text(inputs: Mapping[str, Array], tasks: Sequence[Task], _options: Any) -> Outputs:
+def text(inputs: Mapping[str, Array], tasks: Sequence[str], _options: Any) -> Outputs:
     """Each row doubled, and cut to as many scores as its task's name has letters."""
     ids = inputs["ids"]
     scores = [row[:1].repeat(len(str(task))) for row, task in zip(ids, tasks, strict=True)]
@@ -46,7 +46,7 @@ def text(inputs: Mapping[str, Array], tasks: Sequence[Task], _options: Any) -> O
 
 
 def infer(limits: Limits, engine: Any, inputs: Mapping[str, Array], tasks: list[str] | str, **more: Any) -> Any:
-    own = Batcher(TEXT, engine, limits)
+    own = NamedBatcher(TEXT, engine, limits)
     try:
         if isinstance(tasks, str):
             return asyncio.run(own.infer(inputs, tasks, **more))
@@ -66,7 +66,7 @@ def test_an_answer_in_pieces_is_the_answer_in_one(
     tasks: Any = ["a" * (1 + row % 3) for row in range(count)] if mixed else "aaa"
     sizes = []
 
-    def watched(inputs: Mapping[str, Array], tasks: Sequence[Task], options: Any) -> Outputs:
+    def watched(inputs: Mapping[str, Array], tasks: Sequence[str], options: Any) -> Outputs:
         assert inputs["ids"].size == 0 or np.shares_memory(inputs["ids"], given)
         sizes.append(inputs["ids"].shape[0])
         return text(inputs, tasks, options)
@@ -116,7 +116,7 @@ def test_bounds_hold_when_nothing_waits() -> None:
 
 def test_short_and_long_rows_fill_a_run_by_their_elements() -> None:
     gate = Gate(is_open=False)
-    own = Batcher(MANIFEST, gate, Limits(max_rows=8, max_run_elements=9, max_delay=0))
+    own = NamedBatcher(MANIFEST, gate, Limits(max_rows=8, max_run_elements=9, max_delay=0))
 
     async def main() -> None:
         asked = [asyncio.create_task(own.infer(rows(1), "a"))]
@@ -133,7 +133,7 @@ def test_short_and_long_rows_fill_a_run_by_their_elements() -> None:
 
 def test_times_of_pieces_add_up() -> None:
     now = iter(range(1000))
-    own = Batcher(MANIFEST, Gate(), Limits(max_rows=2, max_delay=0), clock=lambda: float(next(now)))
+    own = NamedBatcher(MANIFEST, Gate(), Limits(max_rows=2, max_delay=0), clock=lambda: float(next(now)))
     timing = Timing(0.0)
     asyncio.run(own.infer(rows(5), "a", timing=timing))
     own.close()
@@ -142,8 +142,8 @@ def test_times_of_pieces_add_up() -> None:
     assert timing.queued + timing.ran == timing.ended
 
 
-def large(gate: Gate, **options: Any) -> Batcher:
-    return Batcher(MANIFEST, gate, Limits(max_rows=2, max_delay=0, **options))
+def large(gate: Gate, **options: Any) -> NamedBatcher:
+    return NamedBatcher(MANIFEST, gate, Limits(max_rows=2, max_delay=0, **options))
 
 
 def test_cancelling_drops_what_waits_and_stops_what_runs() -> None:
@@ -224,10 +224,10 @@ def test_closing_fails_a_request_half_way() -> None:
 
 
 def test_a_piece_of_another_size_is_refused_not_guessed() -> None:
-    def shrinking(inputs: Mapping[str, Array], tasks: Sequence[Task], options: Any) -> Outputs:
+    def shrinking(inputs: Mapping[str, Array], tasks: Sequence[str], options: Any) -> Outputs:
         return {"y": np.zeros((len(inputs["x"]), len(inputs["x"])))}
 
-    own = Batcher(MANIFEST, shrinking, Limits(max_rows=2, max_delay=0))
+    own = NamedBatcher(MANIFEST, shrinking, Limits(max_rows=2, max_delay=0))
     with pytest.raises(RunError, match=r"put output 'y' of the runs of a large request together: expected \[1, 2\]"):
         asyncio.run(own.infer(rows(3), "a"))
     own.close()
@@ -293,7 +293,7 @@ def test_a_model_answers_in_pieces_as_it_does_at_once(conv_bundle: Bundle, mixed
 
 def test_callers_in_threads_get_their_own_rows() -> None:
     """Large and small requests of several event loops at once."""
-    own = Batcher(MANIFEST, Gate(), Limits(max_rows=3, max_delay=0, max_queue_rows=10_000))
+    own = NamedBatcher(MANIFEST, Gate(), Limits(max_rows=3, max_delay=0, max_queue_rows=10_000))
     wrong: list[str] = []
 
     def client(number: int) -> None:

@@ -12,16 +12,16 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from tests.helpers.runtime.named_batcher import Counts, NamedBatcher, NamedEngine, version
 from tests.helpers.waiting import wait_until
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError
 from tpeft_deploy.runtime.batching import worker as batchers
-from tpeft_deploy.runtime.batching.calls import Answered, Call
+from tpeft_deploy.runtime.batching.calls import Answered, Call, InferOptions
 from tpeft_deploy.runtime.batching.calls import answer as hand_out
-from tpeft_deploy.runtime.batching.collate import Outputs, Task
+from tpeft_deploy.runtime.batching.collate import Outputs
 from tpeft_deploy.runtime.batching.policy import Limits, Request
-from tpeft_deploy.runtime.batching.worker import Batcher, Engine
 from tpeft_deploy.tucker import Array
 
 T = TypeVar("T")
@@ -46,11 +46,11 @@ class Gate:
     def __init__(self, *, is_open: bool = True) -> None:
         self.open = threading.Event()
         self.entered = threading.Event()
-        self.runs: list[list[Task]] = []
+        self.runs: list[list[str]] = []
         if is_open:
             self.open.set()
 
-    def __call__(self, inputs: Mapping[str, Array], tasks: Sequence[Task], options: Any) -> Outputs:
+    def __call__(self, inputs: Mapping[str, Array], tasks: Sequence[str], options: Any) -> Outputs:
         self.runs.append(list(tasks))
         self.entered.set()
         while not self.open.wait(0.001):
@@ -62,11 +62,11 @@ class Gate:
 
 
 @pytest.fixture
-def make() -> Iterator[Callable[..., Batcher]]:
-    made: list[Batcher] = []
+def make() -> Iterator[Callable[..., NamedBatcher]]:
+    made: list[NamedBatcher] = []
 
-    def build(engine: Engine, manifest: Manifest = MANIFEST, **limits: Any) -> Batcher:
-        made.append(Batcher(manifest, engine, Limits(**limits)))
+    def build(engine: NamedEngine, manifest: Manifest = MANIFEST, **limits: Any) -> NamedBatcher:
+        made.append(NamedBatcher(manifest, engine, Limits(**limits)))
         return made[-1]
 
     yield build
@@ -99,12 +99,12 @@ async def entered(gate: Gate) -> None:
     gate.entered.clear()
 
 
-async def waiting(own: Batcher, count: int) -> None:
+async def waiting(own: NamedBatcher, count: int) -> None:
     while own.figures().waiting_requests != count:
         await asyncio.sleep(0.001)
 
 
-def test_what_comes_during_a_run_is_joined_and_everyone_gets_the_own_answer(make: Callable[..., Batcher]) -> None:
+def test_what_comes_during_a_run_is_joined_and_everyone_gets_the_own_answer(make: Callable[..., NamedBatcher]) -> None:
     gate = Gate(is_open=False)
     own = make(gate)
 
@@ -125,7 +125,7 @@ def test_what_comes_during_a_run_is_joined_and_everyone_gets_the_own_answer(make
     assert (figures.waiting_requests, figures.waiting_rows, figures.cancelled) == (0, 0, 0)
 
 
-def test_a_single_client_never_waits_for_company_that_does_not_come(make: Callable[..., Batcher]) -> None:
+def test_a_single_client_never_waits_for_company_that_does_not_come(make: Callable[..., NamedBatcher]) -> None:
     own = make(Gate(), max_delay=10_000.0)  # for ever, if one request waited
 
     async def main() -> None:
@@ -136,7 +136,7 @@ def test_a_single_client_never_waits_for_company_that_does_not_come(make: Callab
     assert own.figures().joined == {1: 50}
 
 
-def test_only_the_bad_requests_of_a_batch_fail(make: Callable[..., Batcher]) -> None:
+def test_only_the_bad_requests_of_a_batch_fail(make: Callable[..., NamedBatcher]) -> None:
     gate = Gate(is_open=False)
     own = make(gate)
 
@@ -155,7 +155,7 @@ def test_only_the_bad_requests_of_a_batch_fail(make: Callable[..., Batcher]) -> 
     assert gate.runs[1:] == [["bad", "ok", "bad", "fine"], ["bad"], ["ok"], ["bad"], ["fine"]]
 
 
-def test_a_request_cancelled_in_the_queue_never_runs(make: Callable[..., Batcher]) -> None:
+def test_a_request_cancelled_in_the_queue_never_runs(make: Callable[..., NamedBatcher]) -> None:
     gate = Gate(is_open=False)
     own = make(gate)
 
@@ -176,7 +176,7 @@ def test_a_request_cancelled_in_the_queue_never_runs(make: Callable[..., Batcher
     assert own.figures().cancelled == 1
 
 
-def test_a_run_is_stopped_once_nobody_waits_for_it(make: Callable[..., Batcher]) -> None:
+def test_a_run_is_stopped_once_nobody_waits_for_it(make: Callable[..., NamedBatcher]) -> None:
     gate = Gate(is_open=False)
     own = make(gate)
 
@@ -204,7 +204,7 @@ def test_a_run_is_stopped_once_nobody_waits_for_it(make: Callable[..., Batcher])
     assert (own.figures().cancelled, own.figures().overdue) == (2, 1)
 
 
-def test_a_request_overdue_in_the_queue_never_runs(make: Callable[..., Batcher]) -> None:
+def test_a_request_overdue_in_the_queue_never_runs(make: Callable[..., NamedBatcher]) -> None:
     gate = Gate(is_open=False)
     own = make(gate)
 
@@ -226,7 +226,7 @@ def test_a_request_overdue_in_the_queue_never_runs(make: Callable[..., Batcher])
     assert own.figures().overdue == 3
 
 
-def test_the_others_of_a_run_get_their_answers_after_one_is_overdue(make: Callable[..., Batcher]) -> None:
+def test_the_others_of_a_run_get_their_answers_after_one_is_overdue(make: Callable[..., NamedBatcher]) -> None:
     gate = Gate(is_open=False)
     own = make(gate)
 
@@ -248,7 +248,7 @@ def test_the_others_of_a_run_get_their_answers_after_one_is_overdue(make: Callab
     assert gate.runs == [["a"], ["b", "b"]]
 
 
-def test_a_full_queue_and_a_closed_batcher_refuse(make: Callable[..., Batcher]) -> None:
+def test_a_full_queue_and_a_closed_batcher_refuse(make: Callable[..., NamedBatcher]) -> None:
     gate = Gate(is_open=False)
     own = make(gate, max_queue_rows=2)
 
@@ -274,7 +274,7 @@ def test_a_full_queue_and_a_closed_batcher_refuse(make: Callable[..., Batcher]) 
     assert own._worker is None
 
 
-def test_a_loop_that_was_closed_early_harms_nobody(make: Callable[..., Batcher]) -> None:
+def test_a_loop_that_was_closed_early_harms_nobody(make: Callable[..., NamedBatcher]) -> None:
     gate = Gate(is_open=False)
     own = make(gate)
     loop = asyncio.new_event_loop()
@@ -289,7 +289,7 @@ def test_a_loop_that_was_closed_early_harms_nobody(make: Callable[..., Batcher])
     task.get_coro().close()
 
 
-def test_nothing_is_kept_of_requests_that_are_done(make: Callable[..., Batcher]) -> None:
+def test_nothing_is_kept_of_requests_that_are_done(make: Callable[..., NamedBatcher]) -> None:
     class Traced(np.ndarray[Any, Any]):
         """An array that can be referred to weakly."""
 
@@ -326,11 +326,11 @@ def test_an_idle_worker_ends_and_comes_back_and_keeps_no_batcher_alive(monkeypat
     monkeypatch.setattr(batchers, "_IDLE_SECONDS", 0.05)
     workers: list[threading.Thread] = []
 
-    def engine(inputs: Mapping[str, Array], tasks: Sequence[Task], options: Any) -> Outputs:
+    def engine(inputs: Mapping[str, Array], tasks: Sequence[str], options: Any) -> Outputs:
         workers.append(threading.current_thread())
         return {"y": inputs["x"]}
 
-    own = Batcher(MANIFEST, engine, Limits())
+    own = NamedBatcher(MANIFEST, engine, Limits())
     for _ in range(2):
         asyncio.run(own.infer(rows(1), "a"))
         workers[-1].join(100)
@@ -342,15 +342,15 @@ def test_an_idle_worker_ends_and_comes_back_and_keeps_no_batcher_alive(monkeypat
     assert left() is None
 
 
-def bundle_engine(runtime: Runtime, runs: list[int]) -> Engine:
-    def engine(inputs: Mapping[str, Array], tasks: Sequence[Task], options: onnxruntime.RunOptions) -> Outputs:
+def bundle_engine(runtime: Runtime, runs: list[int]) -> NamedEngine:
+    def engine(inputs: Mapping[str, Array], tasks: Sequence[str], options: onnxruntime.RunOptions) -> Outputs:
         runs.append(len(tasks))
         return runtime.run(inputs, tasks=[str(task) for task in tasks])
 
     return engine
 
 
-def test_eight_event_loops_get_what_run_gives_them(conv_bundle: Bundle, make: Callable[..., Batcher]) -> None:
+def test_eight_event_loops_get_what_run_gives_them(conv_bundle: Bundle, make: Callable[..., NamedBatcher]) -> None:
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     runs: list[int] = []
     own = make(bundle_engine(runtime, runs), conv_bundle.manifest, max_rows=16)
@@ -427,8 +427,8 @@ def looping(times: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
 
-def session_engine(session: onnxruntime.InferenceSession, began: threading.Event, ended: list[str]) -> Engine:
-    def engine(inputs: Mapping[str, Array], tasks: Sequence[Task], options: onnxruntime.RunOptions) -> Outputs:
+def session_engine(session: onnxruntime.InferenceSession, began: threading.Event, ended: list[str]) -> NamedEngine:
+    def engine(inputs: Mapping[str, Array], tasks: Sequence[str], options: onnxruntime.RunOptions) -> Outputs:
         began.set()
         try:
             outputs = session.run(None, dict(inputs), options)
@@ -442,7 +442,7 @@ def session_engine(session: onnxruntime.InferenceSession, began: threading.Event
 
 
 @pytest.mark.parametrize("how", ["cancelled", "overdue"])
-def test_a_real_run_ends_early(make: Callable[..., Batcher], how: str) -> None:
+def test_a_real_run_ends_early(make: Callable[..., NamedBatcher], how: str) -> None:
     began, ended = threading.Event(), list[str]()
     own = make(session_engine(looping(1 << 62), began, ended))  # longer than anybody lives
 
@@ -466,9 +466,10 @@ def test_a_caller_that_leaves_before_it_hears_takes_no_answer_from_others() -> N
     """Answers of a run are delivered together, after the worker has sent them off."""
 
     async def main() -> None:
-        loop = asyncio.get_running_loop()
+        loop, held = asyncio.get_running_loop(), Counts().acquire([version("base")])
         leaves, stays = (
-            Call(Request(number, 1, None), {}, ["base"], False, (), None, loop.create_future()) for number in range(2)
+            Call(Request(number, 1, None), {}, held, held.versions, InferOptions(()), loop.create_future())
+            for number in range(2)
         )
         future = stays.future
         hand_out([(leaves, {"out": np.zeros(1)}), (stays, {"out": np.ones(1)})])

@@ -55,8 +55,8 @@ def test_the_base_gets_a_session_of_its_own_once_it_is_asked_for(
 ) -> None:
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     close(runtime.run(INPUTS)["logits"], expected["base"])
-    runtime._folds.begin(None).result(timeout=100)
-    assert runtime._folds.find(None, 1) is not None
+    runtime._folds.begin(runtime._versions.base).result(timeout=100)
+    assert runtime._folds.find(runtime._versions.base, 1) is not None
     close(runtime.run(INPUTS)["logits"], expected["base"])
     close(np.stack(list(runtime.run(INPUTS, tasks=["base"] * 5)["logits"])), expected["base"])
 
@@ -139,17 +139,16 @@ def test_a_task_unpinned_or_pinned_while_it_is_replaced_is_so_afterwards(
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     if between == "unpin":
         runtime.pin("two")
-    put = runtime._catalogue.put
+    put = runtime._versions.put
 
     def and_meanwhile(versions: dict[str, Version]) -> None:
         for task in versions:
             getattr(runtime, between)(task)
         put(versions)
 
-    monkeypatch.setattr(runtime._catalogue, "put", and_meanwhile)
+    monkeypatch.setattr(runtime._versions, "put", and_meanwhile)
     runtime.load("two", conv_adapters["plain"])
-    version = runtime._catalogue.find("two")
-    assert version is not None
+    version = runtime._versions.find("two")
     assert version.pinned == (between == "pin")
 
 
@@ -189,8 +188,7 @@ def test_what_is_left_on_disk_goes_with_the_runtime(conv_bundle: Bundle) -> None
 def test_a_fold_that_fails_at_once_holds_nobody_up(conv_bundle: Bundle) -> None:
     """A job that is done before anybody listens reports in the thread that begins it."""
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
-    version = runtime._catalogue.find("wide")
-    assert version is not None
+    version = runtime._versions.find("wide")
 
     def refused(*_: object) -> Future[None]:
         job: Future[None] = Future()
@@ -210,8 +208,7 @@ def test_nothing_is_kept_of_what_is_folded_after_its_task_went(
     conv_bundle: Bundle, conv_adapters: dict[str, Adapter]
 ) -> None:
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1, folded_bytes=2**30)
-    old = runtime._catalogue.find("wide")
-    assert old is not None
+    old = runtime._versions.find("wide")
     runtime.load("wide", conv_adapters["wide"])
     runtime._folds.keep(old).result(100)
     runtime._folds.find(old, 1)

@@ -10,7 +10,8 @@ import pytest
 from benchmarks.fusions import residual_norm
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import ProviderUnavailable
-from tpeft_deploy.runtime.sessions import providers
+from tpeft_deploy.runtime.sessions import execution_provider, providers
+from tpeft_deploy.runtime.sessions.cpu_provider import CpuProvider
 
 
 def cuda_works() -> bool:
@@ -60,7 +61,7 @@ def test_a_listed_provider_without_a_device_is_not_believed(monkeypatch: pytest.
 
 
 def test_two_runtimes_in_one_environment_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "_owns", lambda distribution, file: True)
+    monkeypatch.setattr(execution_provider, "_owns", lambda distribution, file: True)
     with pytest.raises(ProviderUnavailable, match="both installed"):
         providers.choose("cuda")
 
@@ -68,7 +69,7 @@ def test_two_runtimes_in_one_environment_are_named(monkeypatch: pytest.MonkeyPat
 def test_the_cpu_is_served_from_a_mixed_installation_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(providers, "_owns", lambda distribution, file: True)
+    monkeypatch.setattr(execution_provider, "_owns", lambda distribution, file: True)
     assert providers.choose("cpu").device == "cpu"
     assert "both installed" in caplog.messages[0]
 
@@ -92,3 +93,20 @@ def test_what_cuda_is_asked_for() -> None:
     assert providers.Cuda().options() == always
     asked = providers.Cuda(memory_bytes=2**30, graphs=True).options()
     assert asked == always | {"gpu_mem_limit": "1073741824", "enable_cuda_graph": "1"}
+
+
+def test_a_further_provider_is_one_class(conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(CpuProvider):
+        label = "the other"
+        prepacks = False
+
+        def options(self, cuda: providers.Cuda) -> dict[str, str]:
+            asked.append(cuda)
+            return {}
+
+    asked: list[providers.Cuda] = []
+    monkeypatch.setattr(providers, "PROVIDERS", {**providers.PROVIDERS, "other": Other()})
+    with Runtime(conv_bundle.path, provider="other", session_bytes=2**30) as runtime:
+        assert runtime.provider == "other"
+        assert runtime.run(Bundle.open(conv_bundle.path).example(), "two")
+    assert asked[0] == providers.Cuda(memory_bytes=2**30)

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.runtime.named_batcher import NamedBatcher
 from tests.runtime.batching.test_worker import MANIFEST, rows
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import QueueFull, QuotaExceeded, TooLarge, TpeftError
-from tpeft_deploy.runtime.batching.collate import Outputs, Task
+from tpeft_deploy.runtime.batching.collate import Outputs
 from tpeft_deploy.runtime.batching.policy import Limits, Queue, Request
-from tpeft_deploy.runtime.batching.worker import Batcher
 from tpeft_deploy.runtime.server.settings import Settings
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota, queue_shares
@@ -78,7 +78,9 @@ def test_the_settings_of_a_server_bound_every_request() -> None:
 @pytest.mark.parametrize("rows", [60_000, 20_000, 1025])
 def test_what_could_never_be_served_is_refused_by_an_empty_queue(rows: int, shares: float | None) -> None:
     limits = Settings().batching("cpu")
-    own = Batcher(MANIFEST, lambda inputs, _tasks, _options: {"y": inputs["x"]}, limits, order=order(limits, shares))
+    own = NamedBatcher(
+        MANIFEST, lambda inputs, _tasks, _options: {"y": inputs["x"]}, limits, order=order(limits, shares)
+    )
     with pytest.raises(TooLarge, match=r"at most (1024|512) rows") as caught:
         asyncio.run(own.infer({"x": np.zeros((rows, 3), np.float32)}, "a", tenant="hostile"))
     own.close()
@@ -146,7 +148,7 @@ def test_a_giant_request_is_charged_as_it_is_served() -> None:
 def test_long_rows_count_as_many() -> None:
     limits = Limits(max_rows=8, max_queue_rows=16, max_run_elements=800)
     assert [limits.size(1, elements) for elements in (1, 100, 101, 400, 800)] == [1, 1, 2, 4, 8]
-    own = Batcher(MANIFEST, lambda inputs, _t, _o: {"y": inputs["x"]}, limits, order=order(limits, 0.25))
+    own = NamedBatcher(MANIFEST, lambda inputs, _t, _o: {"y": inputs["x"]}, limits, order=order(limits, 0.25))
     asyncio.run(own.infer({"x": np.zeros((4, 3), np.float32)}, "a", tenant="hostile"))
     own.close()
     long = Served(limits, Quota(queue_share=0.25))
@@ -209,13 +211,13 @@ def test_evicted_requests_are_told_and_their_pieces_go_with_them() -> None:
     begun, go_on = threading.Event(), threading.Event()
     runs: list[int] = []
 
-    def engine(inputs: Mapping[str, Any], tasks: Sequence[Task], options: Any) -> Outputs:
+    def engine(inputs: Mapping[str, Any], tasks: Sequence[str], options: Any) -> Outputs:
         begun.set()
         assert go_on.wait(100)
         runs.append(len(inputs["x"]))
         return {"y": inputs["x"]}
 
-    own = Batcher(MANIFEST, engine, limits, order=order(limits, None))
+    own = NamedBatcher(MANIFEST, engine, limits, order=order(limits, None))
 
     async def ask(tenant: str, count: int) -> Any:
         try:

@@ -28,7 +28,7 @@ def small(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, others:
     """A server with room for 5 adapters, of which pins may take 2; six tasks of one tenant and one of another."""
     with Runtime(conv_bundle.path, provider="cpu", threads=1, preload=False) as runtime:
         runtime.load("one", others[0])
-        row = runtime._tiers._bank.row_bytes
+        row = runtime._residency._bank.row_bytes
     place = tmp_path_factory.mktemp("pins")
     own = serve(conv_bundle, place, device_bytes=(ROWS + 1) * row, pinned_share=0.5, preload=False)
     for number in range(6):
@@ -145,7 +145,7 @@ def test_a_refused_pin_is_no_pin(conv_bundle: Bundle) -> None:
         with pytest.raises(CapacityError, match="at most 0 of"):
             runtime.pin("two")
         assert runtime.pins() == {}
-        assert not runtime._catalogue.find("two").pinned  # type: ignore[union-attr]
+        assert not runtime._versions.find("two").pinned
 
 
 def test_quotas_that_were_stored_before_have_the_defaults(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.helpers import nets
 from tests.server.conftest import Served, upload
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import RunError, TpeftError
+from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.server.v2.statuses import status_of
 from tpeft_deploy.tucker import Array
 
@@ -127,9 +128,9 @@ def test_what_an_adapter_makes_arithmetic_raise_is_told_in_one_line(
 def test_a_run_that_only_the_adapter_breaks_is_its_own_fault(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     run = served.runtime._engine.run_banked
 
-    def breaking(inputs: object, version: object) -> object:
-        if version is None:
-            return run(inputs, None)  # type: ignore[arg-type]
+    def breaking(inputs: dict[str, Array], version: Version) -> object:
+        if version.is_base:
+            return run(inputs, version)
         raise RunError("run bundle", problem="an exponent too large") from RuntimeError()
 
     monkeypatch.setattr(served.runtime._engine, "run_banked", breaking)

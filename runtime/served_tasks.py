@@ -1,0 +1,213 @@
+"""The tasks of a runtime: loading, registration, residency and pins."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle.directory import Bundle, check_task
+from tpeft_deploy.bundle.manifest import Manifest
+from tpeft_deploy.errors import AdapterError, RunError, UnknownTask
+from tpeft_deploy.formats import load_adapter
+from tpeft_deploy.runtime import inputs as requests
+from tpeft_deploy.runtime.adapters.loader import AdapterLoader
+from tpeft_deploy.runtime.adapters.residency import Residency
+from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
+from tpeft_deploy.runtime.adapters.version import Source, Tier, Version
+from tpeft_deploy.runtime.engine import Engine
+from tpeft_deploy.runtime.folding.compare import differs
+from tpeft_deploy.runtime.folding.manager import FoldManager
+from tpeft_deploy.runtime.pins import Pins
+
+__all__ = ["ServedTasks"]
+
+_REGISTERED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._:-]{0,127})?/[A-Za-z0-9][A-Za-z0-9._:-]{0,127}@[1-9][0-9]{0,17}")
+_log = logging.getLogger("tpeft_deploy.runtime")
+
+
+class ServedTasks:
+    """Base class of `Runtime`: operations on tasks; `Runtime` makes the parts that they work on."""
+
+    _manifest: Manifest
+    _bundle: Bundle  # with the tasks on disk
+    _base: Bundle  # the bundle, or a private copy, that sessions read
+    _versions: TaskVersions
+    _residency: Residency
+    _loader: AdapterLoader
+    _folds: FoldManager
+    _pins: Pins
+    _engine: Engine
+
+    @property
+    def name(self) -> str:
+        """The bundle's name."""
+        return self._manifest.name
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that can be run, without `base`."""
+        return self._versions.tasks
+
+    def residency(self, tasks: Iterable[str] | None = None) -> dict[str, Tier]:
+        """Return where tasks are: "disk", "host", "device" (a row of the bank), or "folded" (a separate session).
+
+        Args:
+            tasks: names; all by default.  Unknown ones, and the base, are left out.
+        """
+        found: dict[str, Tier] = {}
+        for task in self.tasks if tasks is None else tasks:
+            try:
+                version = self._versions.find(task)
+            except UnknownTask:  # forgotten by another thread
+                continue
+            if not version.is_base:
+                found[task] = "folded" if self._folds.has(version) else self._residency.tier(version)
+        return found
+
+    def pins(self) -> dict[str, bool]:
+        """The tasks that are pinned, and whether each is to have a separate session."""
+        return self._pins.all()
+
+    def load(self, task: str, adapter: str | os.PathLike[str] | Adapter | None = None) -> None:
+        """Serve an adapter, in place of an earlier one of that name; the bundle on disk stays as it is.
+
+        It is read, checked and on the device when this returns.  Runs in flight finish on the earlier one.
+
+        Args:
+            task: name to serve it under.
+            adapter: path or module as `load_adapter` takes it, or an adapter, which is copied; None for the version
+                that the bundle now has on disk under that name.
+
+        Raises:
+            AdapterError: it cannot be read or does not fit; the old one goes on being served.
+            BundleError: the name is not allowed.
+            CapacityError: it does not fit into the budget.
+        """
+        check_task(task, self.name)
+        if adapter is None:
+            version = self._versions.stored(task)
+        else:
+            loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._base.base_view)
+            version = self._versions.held(task, loaded)
+        served = False
+        try:
+            with self._residency.acquire([version]):
+                self._pins.apply(task, version)
+                self._versions.put({task: version})
+                served = True
+                self._pins.apply(task, version)  # it may have been pinned or unpinned meanwhile
+        except BaseException:
+            if not served:
+                self._retire(version)  # else it would stay pinned, for a task that never stood for it
+            raise
+
+    def register(self, sources: Mapping[str, Source]) -> None:
+        """Know adapters from outside the bundle without reading them: each is read when it is first asked for.
+
+        A task that stands for the same content already goes on as it is; one that is pinned is brought and folded as
+        by `load`.
+
+        Args:
+            sources: task -> source of its adapter.  A name may also be "TENANT/TASK@VERSION", as the server has them.
+
+        Raises:
+            BundleError: a name is not allowed; none is known then.
+            AdapterError, CapacityError: one that is pinned cannot be brought; all are known.
+        """
+        for task in sources:
+            if not _REGISTERED.fullmatch(task):
+                check_task(task, self.name)
+        found = {task: Version(task, source.digest, source.read) for task, source in sources.items()}
+        changed = self._versions.changed(found)
+        self._versions.put(changed)
+        self._pins.apply_changed(changed)
+
+    def forget(self, tasks: Iterable[str]) -> None:
+        """`unload` of several: all of them or, where one is unknown, none.
+
+        Raises:
+            UnknownTask: there is no such task, or it is the base.
+        """
+        names = list(tasks)
+        self._versions.remove(names)
+        self._pins.forget(names)
+
+    def probe(self, task: str) -> bool:
+        """Whether a task answers differently from the base on the bundle's example.
+
+        Raises:
+            UnknownTask: there is no such task.
+            AdapterError, BundleError, CapacityError: it cannot be served, or an output is not finite.
+        """
+        version = self._versions.adapter(task, "probe")
+        example = requests.check_inputs(self._manifest, self._base.example())
+        # Both from the bank: a folded session rounds differently.
+        base = self._engine.run_banked(example, self._versions.base)
+        try:
+            own = self._engine.run_banked(example, version)
+        except RunError as error:
+            if type(error) is not RunError or error.__cause__ is None:
+                raise
+            # The base ran on the same graph and inputs.
+            raise AdapterError(f"probe task {task!r} on the bundle's example", problem=error.problem) from error
+        return differs(base, own, task=task)
+
+    def unload(self, task: str) -> None:
+        """Stop serving a task; runs in flight finish on it.
+
+        Raises:
+            UnknownTask: there is no such task, or it is the base.
+        """
+        self.forget([task])
+
+    def pin(self, task: str, *, folded: bool = False) -> None:
+        """Keep a task resident until `unpin`, whatever else needs room.
+
+        Args:
+            task: name of a task.
+            folded: whether to fold it into a separate session too, which costs what the base costs and holds separate
+                weights.  Made in the background; runs go on from the bank and change over when it is ready, which is
+                when this returns.
+
+        Raises:
+            UnknownTask: there is no such task, or it is the base.
+            CapacityError: it does not fit into the budget beside those that are pinned.
+            AdapterError, RunError: it cannot be folded; it stays pinned on the bank.
+        """
+        self._pins.pin(task, folded=folded)
+
+    def unpin(self, task: str) -> None:
+        """Let a task be evicted again when others need room, and drop its folded session at once.
+
+        Raises:
+            UnknownTask: there is no such task, or it is the base.
+        """
+        self._pins.unpin(task)
+
+    def prefetch(self, tasks: Iterable[Task]) -> Future[None]:
+        """Begin to bring tasks to the device in the background.
+
+        Returns:
+            Done once they are there; its exception says which could not be brought.
+
+        Raises:
+            UnknownTask: there is no such task.
+        """
+        return self._loader.prefetch([self._versions.find(task, doing=f"prefetch task {task!r}") for task in tasks])
+
+    def _preload(self) -> None:
+        for task in self.tasks:
+            if self._residency.full:
+                _log.info(
+                    "%d of %d tasks fit on the device at once", self._residency.usage()["rows_taken"], len(self.tasks)
+                )
+                return
+            self._loader.bring([self._versions.adapter(task, "load")])
+
+    def _retire(self, version: Version) -> None:
+        self._residency.retire(version)  # first: a fold in progress looks at this last
+        self._folds.drop(version)

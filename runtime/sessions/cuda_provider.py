@@ -1,0 +1,61 @@
+"""ONNX Runtime's CUDA execution provider."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime
+
+from tpeft_deploy.runtime import device_lock
+from tpeft_deploy.runtime.sessions.execution_provider import MIXED, Cuda, ExecutionProvider, mixed_installation
+
+__all__ = ["CudaProvider"]
+
+
+class CudaProvider(ExecutionProvider):
+    """An NVIDIA GPU."""
+
+    label = "CUDA"
+    session_provider = "CUDAExecutionProvider"
+    device: Literal["cuda"] = "cuda"
+    graphs = True
+    reason = "a tensor was placed on device 0"
+    fix = "Install 'tpeft-deploy[gpu]' alone (not [cpu]) on a machine with an NVIDIA driver, or use 'cpu'."
+
+    def options(self, cuda: Cuda) -> dict[str, str]:
+        """Return the provider options for ONNX Runtime."""
+        return cuda.options()
+
+    def obstacle(self) -> str | None:
+        """Place a tensor on the device; return why that is impossible, or None."""
+        if mixed_installation():
+            return MIXED
+        if self.session_provider not in onnxruntime.get_available_providers():
+            return "this onnxruntime was built without CUDA"
+        # TF32 for certain: where every convolution plan on offer uses it, cuDNN is not held back by `use_tf32`.
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        _preload()
+        try:
+            with device_lock.using("cuda"):
+                onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), self.device, self.device_id)
+        except Exception as error:  # ONNX Runtime raises unexported classes and RuntimeError alike
+            return f"no tensor could be placed on device 0 ({str(error).strip().splitlines()[0][:160]})"
+        return None
+
+
+def _preload() -> None:
+    """Load CUDA's and cuDNN's libraries, from the `nvidia` packages wherever they are installed.
+
+    By itself ONNX Runtime looks for these packages beside its directory only.
+    """
+    found = importlib.util.find_spec("nvidia")
+    for place in (found.submodule_search_locations if found else None) or ():
+        for directory in sorted(Path(place).glob("cu[0-9]*/lib")):
+            onnxruntime.preload_dlls(cudnn=False, directory=str(directory))
+        for directory in sorted(Path(place).glob("cudnn/lib")):
+            onnxruntime.preload_dlls(cuda=False, directory=str(directory))
+    onnxruntime.preload_dlls()
