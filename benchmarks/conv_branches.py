@@ -27,7 +27,7 @@ import torch
 
 from tpeft_deploy import Adapter, export_bundle
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.exporters.proof.bundle_graphs import banks
+from tpeft_deploy.exporters.proof.bundle_graphs import BANKED, banks
 from tpeft_deploy.tucker import TuckerDelta
 
 RANK, ROWS = 8, 4
@@ -52,7 +52,7 @@ def write(place: Path, channels: int, size: int) -> None:
     bundle = export_bundle(module, adapters, place, example_inputs=example, folded=True)
     factors = bundle.factors("lora0")
     np.savez(place / "factored.npz", **factors)  # type: ignore[arg-type]
-    np.savez(place / "banked.npz", **banks(bundle, {"base": None, **adapters}))  # type: ignore[arg-type]
+    np.savez(place / "banked.npz", **banks(bundle, {"base": None, **adapters})[BANKED])  # type: ignore[arg-type]
     stored = sum(array.nbytes for array in factors.values())
     (place / "bytes.json").write_text(json.dumps([adapters["lora0"].nbytes, stored]))
 

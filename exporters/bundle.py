@@ -152,10 +152,10 @@ def _write_graphs(plan: Plan, subject: Subject, place: Path) -> Manifest:
         graphs |= {FACTORED_CPU: raw.clone(), BANKED_CPU: raw.clone()}
         attach_factored.attach(graphs[FACTORED_CPU], targets, BLOCKED_BRANCHES)
         attach_banked.attach(graphs[BANKED_CPU], targets, orders, BLOCKED_BRANCHES)
-    graphs[BANKED_CUDA] = graphs[BANKED].clone()
-    packing = packed.pack(graphs[BANKED_CUDA])
-    if not packing:
-        del graphs[BANKED_CUDA]
+    cuda = graphs[BANKED].clone()
+    unrolled, packing = packed.unroll(cuda), packed.pack(cuda)
+    if unrolled or packing:
+        graphs[BANKED_CUDA] = cuda
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
         _mark_outputs(model, raw, varies if file != BASE else {})

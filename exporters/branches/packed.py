@@ -1,6 +1,9 @@
-"""The banked form for a GPU: fewer, larger operators for the branches of linear layers.
+"""The banked form for a GPU: fewer, larger operators for the branches of linear layers, and no Scan.
 
-A pass over a graph to which the banked branches are attached.  Branches that read the same activation share one
+Passes over a graph to which the banked branches are attached.  CUDA graphs cannot record control flow, so `unroll`
+makes batched products of convs with a weight per row, and one Gather of a layout per row.
+
+`pack`:  Branches that read the same activation share one
 product with their down factors, and factors of equal sizes are stacked, so that one Gather picks the rows of a stack:
 
     down (N, G R, I) = Gather(stack (T, S, G, R, I), adapter_index)[:, s]    for S groups of G branches
@@ -20,12 +23,21 @@ import onnx_ir as ir
 
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.packing import Packed
-from tpeft_deploy.exporters.branches.surgery import add_input, call, reroute
+from tpeft_deploy.exporters.branches.surgery import add_constant, add_input, call, constant_ints, reroute, route_around
+from tpeft_deploy.exporters.branches.tiled import LAYOUT
+from tpeft_deploy.exporters.graph.weight_uses import one_hot_window
 from tpeft_deploy.exporters.oracle import bfloat16
 
-__all__ = ["pack"]
+__all__ = ["pack", "unroll"]
 
 _STACK = 32  # outputs of a Split that ONNX Runtime's CUDA kernel takes without a table in device memory
+
+
+_WINDOWED = {
+    "BankedGroupedConv": "WindowedGroupedConv",
+    "BankedGroupedConvTranspose": "WindowedGroupedConvTranspose",
+    "BankedWholeConv": "WindowedWholeConv",
+}
 
 
 class _Branch(NamedTuple):
@@ -53,6 +65,60 @@ def pack(model: ir.Model) -> tuple[Packed, ...]:
     for group in groups.values():
         _attach(model, group, downs[group[0].down], [ups[branch.up] for branch in group])
     return tuple(packed)
+
+
+def unroll(model: ir.Model) -> bool:
+    """Replace the Scans over rows, in place, where that is possible.
+
+    Returns:
+        True if the graph had one that could be replaced.
+    """
+    found = False
+    for node in list(model.graph):
+        layout = _layout(node)
+        if node.op_type in _WINDOWED:
+            new = _windowed(model, node)
+        elif layout:
+            new = _laid_out(model, node, layout)
+        else:
+            continue
+        route_around(node, new)
+        found = True
+    return found
+
+
+def _windowed(model: ir.Model, conv: ir.Node) -> ir.Value:
+    attributes = {name: attribute.value for name, attribute in conv.attributes.items()}
+    group = attributes.pop("group")
+    # A bank of whole weights (T, O, I, K1 ..) says what the kernel is.
+    kernel = attributes.pop("kernel_shape", None) or list(conv.inputs[2].shape)[3:]  # type: ignore[union-attr, arg-type]
+    dtype = (conv.outputs[0].dtype or ir.DataType.FLOAT).numpy()
+    name = f"tpeft.window.{'x'.join(map(str, kernel))}.{dtype.name}"
+    window = add_constant(model.graph, name, one_hot_window(kernel).astype(dtype))
+    inputs = [value for value in conv.inputs if value is not None]
+    inputs += [window, constant_ints(model, [group])]
+    function, y = _WINDOWED[conv.op_type], conv.outputs[0]
+    return call(model, function, inputs, name=f"{conv.name}.window", like=y, after=conv, attributes=attributes)
+
+
+def _layout(node: ir.Node) -> list[ir.Node]:
+    """The body of a Scan over one value that lays each row out anew; nothing for any other node."""
+    body = list(node.attributes["body"].as_graph()) if node.op_type == "Scan" and len(node.inputs) == 1 else []
+    return body if all(inner.op_type in LAYOUT for inner in body) else []
+
+
+def _laid_out(model: ir.Model, scan: ir.Node, layout: Sequence[ir.Node]) -> ir.Value:
+    """Lay out the places of a row's entries as the Scan does each row, and pick the entries from there."""
+    changes = scan.inputs[0]
+    if changes is None:
+        raise ValueError("a Scan has an input")
+    places = call(model, "BankedPlaces", [changes], name=f"{scan.name}.places", like=None, after=changes.producer())
+    for inner in layout[1:]:  # the first gives the row the axis that the places have already
+        node = ir.node(inner.op_type, [places, *inner.inputs[1:]], inner.attributes, name=f"{inner.name}.places")
+        model.graph.insert_before(scan, node)
+        places = node.outputs[0]
+        places.name = f"{node.name}.out"
+    return call(model, "BankedLayout", [changes, places], name=f"{scan.name}.rows", like=scan.outputs[0], after=scan)
 
 
 def _branches(graph: ir.Graph) -> Iterator[_Branch]:

@@ -10,12 +10,13 @@ import onnx_ir as ir
 from tpeft_deploy.exporters.branches.functions.banked import BANKED
 from tpeft_deploy.exporters.branches.functions.conv import CONVS
 from tpeft_deploy.exporters.branches.functions.factored import BLOCKS, DOMAIN, FACTORED, MICROSOFT
+from tpeft_deploy.exporters.branches.functions.windowed import WINDOWED
 from tpeft_deploy.exporters.graph.batch_axes import same_order
 from tpeft_deploy.exporters.oracle import bfloat16
 
 __all__ = ["add_constant", "add_input", "apply", "call", "call_first", "constant_ints", "reroute", "route_around"]
 
-_FUNCTIONS = FACTORED | BANKED | CONVS
+_FUNCTIONS = FACTORED | BANKED | CONVS | WINDOWED
 
 
 def add_input(

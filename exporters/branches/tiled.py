@@ -14,9 +14,9 @@ from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.branches.surgery import apply, call, constant_ints, reroute
 from tpeft_deploy.exporters.graph.weight_uses import Site
 
-__all__ = ["Repeated", "attach", "repeated"]
+__all__ = ["LAYOUT", "Repeated", "attach", "repeated"]
 
-_LAYOUT = {"Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+LAYOUT = {"Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 class Repeated(NamedTuple):
@@ -38,7 +38,7 @@ def repeated(site: Site) -> Repeated | None:
         if node.op_type == "Tile" and index == 0:
             shape = node.outputs[0].shape
             return Repeated(layout, node) if shape is not None and len(shape) == 3 else None
-        if node.op_type in _LAYOUT and index == 0:
+        if node.op_type in LAYOUT and index == 0:
             layout.append(node)
         elif node.op_type != "Add" or _is_computed(node.inputs[1 - index]):
             return None

@@ -24,6 +24,7 @@ from onnxscript.rewriter.rules.common import (
 
 from tpeft_deploy.bundle.manifest import Weight
 from tpeft_deploy.exporters.graph import quantised
+from tpeft_deploy.exporters.graph.constants import shift_ranges
 from tpeft_deploy.exporters.graph.free_sizes import free_sizes
 from tpeft_deploy.exporters.oracle.quiet import quiet
 
@@ -89,6 +90,7 @@ def prepare(
         value.shape = _first_free(value)
     loose = {str(value.name) for value in below}
     optimize(model, keep, inline=True)
+    shift_ranges(graph)
     for value, own in zip(graph.outputs, told, strict=True):
         value.meta.update(own)
     for value in _values(graph):

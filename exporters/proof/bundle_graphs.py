@@ -39,12 +39,18 @@ def feed_names(manifest: Manifest, file: str) -> set[str]:
     return names | {slots.INDEX} if form_of(file) == "banked" else names
 
 
-def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None], file: str = BANKED) -> dict[str, Array]:
-    """Feeds of a banked graph beside inputs and index: the factors of every task, in the order of the tasks."""
+def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None]) -> dict[str, dict[str, Array]]:
+    """Feeds of each banked graph beside inputs and index: the factors of every task, in the order of the tasks."""
     default = fit.named(bundle.manifest, {target.key: bundle.default(target) for target in bundle.manifest.targets})
     feeds = [default | (bundle.feeds(adapter) if adapter is not None else {}) for adapter in tasks.values()]
-    rows = [pack(_packing(bundle.manifest, file), tensors, {}) for tensors in feeds]
-    return {name: slots.stack([row[name] for row in rows]) for name in rows[0]}
+    portable = {name: slots.stack([row[name] for row in feeds]) for name in default}
+    found = dict.fromkeys(graphs_of(bundle.manifest, "banked"), portable)
+    if BANKED_CUDA in found:
+        rows = [pack(bundle.manifest.packing, row, {}) for row in feeds]
+        packed = {name: slots.stack([row[name] for row in rows]) for name in rows[0].keys() - default.keys()}
+        names = feed_names(bundle.manifest, BANKED_CUDA) & default.keys()
+        found[BANKED_CUDA] = {name: portable[name] for name in names} | packed
+    return found
 
 
 def _packing(manifest: Manifest, file: str) -> Sequence[Packed]:

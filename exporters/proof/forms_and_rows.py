@@ -135,7 +135,7 @@ def check_forms(
     limit = _limit(subject, bundle, own)
     files = graphs_of(bundle.manifest, "factored", "banked")
     sessions = {file: compare.open_session(bundle.path / file) for file in files}
-    filled = {file: banks(bundle, tasks, file) for file in graphs_of(bundle.manifest, "banked")}
+    filled = banks(bundle, tasks)
     for position, (task, adapter) in enumerate(tasks.items()):
         progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
         factors = bundle.factors(task) if adapter is not None else {}
@@ -206,16 +206,18 @@ def check_rows(
         progress(Stage("check rows of different adapters", start, max(len(names), 1)))
         chosen: Tasks = {name: adapters[name] for name in names[start : start + _MIXED]}
         tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": probe(bundle, 0), "probe 1": probe(bundle, 1)}
+        filled = banks(bundle, tasks)
         # Twice each task at the example's sizes; at the others once, and one row more.
         for sizes, count in zip(shapes, (2 * len(tasks), *[len(tasks) + 1] * len(shapes)), strict=False):
             rows = sizes | ({subject.batch: count} if subject.batch is not None else {})
-            yield from _check_batch(subject, bundle, sessions, tasks, rows, count, limit)
+            yield from _check_batch(subject, bundle, sessions, filled, tasks, rows, count, limit)
 
 
 def _check_batch(
     subject: Subject,
     bundle: Bundle,
     sessions: Mapping[str, onnxruntime.InferenceSession],
+    filled: Mapping[str, Mapping[str, Array]],
     tasks: Tasks,
     sizes: Sizes,
     count: int,
@@ -224,7 +226,7 @@ def _check_batch(
     inputs = subject.inputs(sizes)
     index = np.arange(count) % len(tasks)
     runs = [
-        cache(partial(compare.run, session, inputs, banks(bundle, tasks, file) | {slots.INDEX: index}))
+        cache(partial(compare.run, session, inputs, {**filled[file], slots.INDEX: index}))
         for file, session in sessions.items()
     ]
     kinds = {port.name: port.rows for port in bundle.manifest.outputs}

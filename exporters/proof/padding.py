@@ -26,7 +26,7 @@ from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.oracle.limits import limit_of
 from tpeft_deploy.exporters.oracle.sizes import Sizes
 from tpeft_deploy.exporters.oracle.subject import Subject
-from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks, graphs_of
+from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks
 from tpeft_deploy.exporters.proof.forms_and_rows import base_limit, branch_limit, cut, probe, with_checks
 from tpeft_deploy.exporters.proof.ragged_batches import Batch, Ragged
 from tpeft_deploy.progress import Progress
@@ -138,7 +138,7 @@ def check_padding(
     first = dict(islice(adapters.items(), 1))
     tasks: dict[str, Adapter | None] = {BASE_TASK: None, **first, "probe 0": probe(bundle, 0)}
     branches = branch_limit(subject, bundle, ragged.own)
-    banked = {file: banks(bundle, tasks, file) for file in graphs_of(manifest, "banked")}
+    banked = banks(bundle, tasks)
     limits = {BASE: base_limit(subject, bundle), **dict.fromkeys(banked, branches)}
     sessions = {file: compare.open_session(bundle.path / file) for file in limits}
     for position, (task, adapter) in enumerate(tasks.items()):

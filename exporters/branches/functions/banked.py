@@ -93,11 +93,13 @@ def BankedLookup(y, ids, adapter_index, downs, ups):
     """
     one = op.Constant(value_ints=[1])
     split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), one, axis=0)
-    ranks = op.Shape(ups, start=1, end=2)
-    words = op.Shape(ups, start=2)
+    zero, each = op.Constant(value_int=0), op.Constant(value_int=1)
+    width = op.Squeeze(op.Shape(ups, start=2))
+    size = op.Squeeze(op.Shape(ups, start=1, end=2)) * width
+    words, total = op.Range(width, width + each, each), op.Range(size, size + each, each)  # a size without a copy
     places = op.Mod(op.Reshape(op.Cast(ids, to=7), split), words)  # (N, m, 1), -1 the last: never another adapter's
-    first = op.Reshape(adapter_index, op.Constant(value_ints=[-1, 1, 1])) * (ranks * words)
-    steps = op.Range(op.Constant(value_int=0), op.Squeeze(ranks), op.Constant(value_int=1)) * words
+    first = op.Reshape(adapter_index, op.Constant(value_ints=[-1, 1, 1])) * total
+    steps = op.Range(zero, size, width)
     rows = op.Gather(op.Reshape(ups, op.Constant(value_ints=[-1])), places + first + steps)  # (N, m, R)
     change = op.MatMul(rows, op.Transpose(op.Gather(downs, adapter_index), perm=[0, 2, 1]))
     return y + op.Reshape(change, op.Shape(y))
@@ -106,11 +108,13 @@ def BankedLookup(y, ids, adapter_index, downs, ups):
 @script(_tpeft, default_opset=op)
 def BankedLookupShared(y, ids, adapter_index, downs, ups):
     """As BankedLookup for ids (1, m) that all rows share: the result (N, m, I) has one row per adapter."""
-    ranks = op.Shape(ups, start=1, end=2)
-    words = op.Shape(ups, start=2)
+    zero, each = op.Constant(value_int=0), op.Constant(value_int=1)
+    width = op.Squeeze(op.Shape(ups, start=2))
+    size = op.Squeeze(op.Shape(ups, start=1, end=2)) * width
+    words, total = op.Range(width, width + each, each), op.Range(size, size + each, each)  # a size without a copy
     places = op.Mod(op.Reshape(op.Cast(ids, to=7), op.Constant(value_ints=[1, -1, 1])), words)
-    first = op.Reshape(adapter_index, op.Constant(value_ints=[-1, 1, 1])) * (ranks * words)
-    steps = op.Range(op.Constant(value_int=0), op.Squeeze(ranks), op.Constant(value_int=1)) * words
+    first = op.Reshape(adapter_index, op.Constant(value_ints=[-1, 1, 1])) * total
+    steps = op.Range(zero, size, width)
     rows = op.Gather(op.Reshape(ups, op.Constant(value_ints=[-1])), places + first + steps)
     return y + op.MatMul(rows, op.Transpose(op.Gather(downs, adapter_index), perm=[0, 2, 1]))
 
@@ -311,10 +315,12 @@ def BankedTable(ids, adapter_index, values):
     """
     split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), axis=0)
     own = op.Reshape(op.Cast(ids, to=7), split)
-    entries = op.Shape(values, start=1, end=2)
-    first = op.Unsqueeze(adapter_index * entries, op.Constant(value_ints=[1]))
+    each = op.Constant(value_int=1)
+    size, last = op.Squeeze(op.Shape(values, start=1, end=2)), op.ReduceProd(op.Shape(values, end=2), keepdims=0)
+    entries = op.Range(size, size + each, each)  # a size on the device without a copy
+    nowhere = op.Range(last, last + each, each)  # one past the last entry of all
+    first = op.Reshape(adapter_index, op.Constant(value_ints=[-1, 1])) * entries
     known = op.And(op.Less(own, entries), op.GreaterOrEqual(own, op.Neg(entries)))
-    nowhere = op.ReduceProd(op.Shape(values, end=2), keepdims=1)  # one past the last entry of all
     places = op.Where(known, op.Mod(own, entries) + first, nowhere)
     width = op.Shape(values, start=2)
     rows = op.Gather(op.Reshape(values, op.Concat(op.Constant(value_ints=[-1]), width, axis=0)), places)
