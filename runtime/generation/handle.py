@@ -130,7 +130,7 @@ class Handle:
 
     def cancel(self) -> bool:
         """End the sequence at once; False if it is over already."""
-        return self.future.cancel()
+        return not self.future.done() and self.future.cancel()
 
     def result(self, timeout: float | None = None) -> Generated:
         """Wait for the result."""

@@ -44,7 +44,10 @@ class Decoder(Protocol):
         """Compute tokens of one slot behind its first `past`; returns the logits of the last token [vocabulary]."""
 
     def decode(self, slots: abc.Sequence[int], tokens: Array, pasts: Array, versions: abc.Sequence[Held]) -> Array:
-        """Compute one token for each of the slots 0..n-1; returns logits [n, vocabulary]."""
+        """Compute one token for each of some slots, returns logits [n, vocabulary].
+
+        The slots are 0..n-1, but for those of sequences that just could not be moved.
+        """
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the cache of the first `length` tokens of a slot."""
@@ -238,15 +241,17 @@ class Generator:
                 self._decoder.move(move.source, move.target, move.length)
         for sequence in step.admitted:
             self._restore(sequence)
-        if step.decodes:
-            with self._failing([piece.sequence for piece in step.decodes]):
+        # Rows that were cancelled just now stay, so that the slots are dense; one that could not be moved has no cache.
+        decodes = [piece for piece in step.decodes if piece.sequence.reason != "error"]
+        if decodes:
+            with self._failing([piece.sequence for piece in decodes]):
                 logits = self._decoder.decode(
-                    [piece.slot for piece in step.decodes],
-                    np.array([piece.sequence.span(piece.past, piece.past + 1)[0] for piece in step.decodes], np.int64),
-                    np.array([piece.past for piece in step.decodes], np.int64),
-                    [piece.sequence.version for piece in step.decodes],
+                    [piece.slot for piece in decodes],
+                    np.array([piece.sequence.span(piece.past, piece.past + 1)[0] for piece in decodes], np.int64),
+                    np.array([piece.past for piece in decodes], np.int64),
+                    [piece.sequence.version for piece in decodes],
                 )
-                for piece, own in zip(step.decodes, logits, strict=True):
+                for piece, own in zip(decodes, logits, strict=True):
                     self._computed(piece, own)
         for piece in step.pieces:
             if piece.sequence.over:

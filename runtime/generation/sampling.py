@@ -83,7 +83,7 @@ class Sampling:
         for token, bias in self.logit_bias.items():
             _whole("a token of logit_bias", token, 0)
             _number("a value of logit_bias", bias, -math.inf, math.inf, open_start=True, open_end=True)
-        strings = () if isinstance(self.stop_strings, str) else _listed("stop_strings", self.stop_strings)
+        strings: tuple[object, ...] = _listed("stop_strings", self.stop_strings)
         if isinstance(self.stop_strings, str) or not all(isinstance(text, str) and text for text in strings):
             raise _bad("stop_strings", "a list of texts that are not empty", self.stop_strings)
         tokens = _listed("stop_tokens", self.stop_tokens)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -106,7 +106,11 @@ class Simulation:
         return found
 
 
-ORDERS = {"first come": FirstCome, "priority": ByPriority, "fair": lambda: Fair(lambda tenant: 1 + int(tenant))}
+ORDERS: dict[str, Callable[[], Order[None]]] = {
+    "first come": FirstCome,
+    "priority": ByPriority,
+    "fair": lambda: Fair(lambda tenant: 1.0 + int(tenant)),
+}
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -115,7 +119,7 @@ def test_random_arrivals_and_cancellations(order: str, seed: int) -> None:
     """About 500 arrivals each: no slot leaks or is used twice, no position is written twice, and all come to an end."""
     draw = random.Random(f"{order} {seed}")
     slots = draw.randint(1, 6)
-    watched = Watched(ORDERS[order]())  # type: ignore[operator]
+    watched = Watched(ORDERS[order]())
     reuse = (lambda each: draw.randint(0, len(each) - 1)) if seed % 2 else (lambda _: 0)
     scheduler = Scheduler(
         slots, budget=slots + draw.randint(0, 12), chunk=draw.randint(1, 8), order=watched, max_waiting=30, reuse=reuse
