@@ -12,6 +12,8 @@ from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime.generation.sampling import Sampling, Token
 from tpeft_deploy.runtime.generation.sequence import Reason
@@ -68,13 +70,15 @@ class GenerationRequest:
             InputError: the prompt or a number does not fit.
         """
         doing = "generate tokens"
-        if not len(self.prompt):
-            raise InputError(doing, expected="a prompt of at least one token", got="an empty one")
-        wrong = next((token for token in self.prompt if not 0 <= token < vocabulary), None)
-        if wrong is not None:
-            raise InputError(doing, expected=f"tokens from 0 to {vocabulary - 1}", got=wrong)
-        if self.max_new_tokens < 1:
-            raise InputError(doing, expected="max_new_tokens of at least 1", got=self.max_new_tokens)
+        prompt = np.asarray(self.prompt)
+        if not prompt.size or prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+            got = f"{prompt.dtype} of shape {list(prompt.shape)}"
+            raise InputError(doing, expected="a prompt that is a list of at least one token", got=got)
+        wrong = prompt[(prompt < 0) | (prompt >= vocabulary)]
+        if wrong.size:
+            raise InputError(doing, expected=f"tokens from 0 to {vocabulary - 1}", got=wrong[0])
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise InputError(doing, expected="max_new_tokens of at least 1", got=repr(self.max_new_tokens))
         if len(self.prompt) + self.max_new_tokens - 1 > length:
             raise InputError(
                 doing,

@@ -231,8 +231,7 @@ class Generator:
                 self._counts["steps"] += bool(step)
                 self._busy += self._clock() - began
                 leaving, self._leaving = self._leaving, []
-            for version in leaving:
-                version.release()
+            _release(leaving)
         return True
 
     def _run(self, step: Step) -> None:
@@ -333,8 +332,7 @@ class Generator:
             released = [] if self._stepping else self._leaving
             if not self._stepping:
                 self._leaving = []
-        for version in released:
-            version.release()
+        _release(released)
         return True
 
     def _leave(self, sequence: Sequence, why: str) -> Record:
@@ -355,6 +353,14 @@ class Generator:
         for record in records:
             if self._end(record.sequence, "error"):
                 record.handle.resolve(error)
+
+
+def _release(versions: abc.Sequence[Held]) -> None:
+    for version in versions:
+        try:
+            version.release()
+        except Exception:
+            _log.exception("an adapter version could not be released")
 
 
 def _closed() -> RunError:

@@ -21,6 +21,7 @@ T = TypeVar("T")
 _WORD = (1 << 64) - 1
 _MOST_CHOICES = 128
 _MOST_TOP = 128
+_LIKELY = 1024  # tokens that usually hold the mass of top-p
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,7 @@ def filtered(scores: Array, sampling: Sampling) -> tuple[Array, Array]:
         scores = scores[tokens]
     probabilities = _softmax(scores)
     if sampling.top_p < 1:
-        ascending = probabilities.argsort(kind="stable")
-        removed = probabilities[ascending].cumsum() <= 1 - sampling.top_p
-        removed[-1] = False
-        kept = np.sort(ascending[~removed])
+        kept = _nucleus(probabilities, sampling.top_p)
         tokens, probabilities = tokens[kept], probabilities[kept]
         probabilities = probabilities / probabilities.sum()
     if sampling.min_p > 0:
@@ -245,6 +243,22 @@ def filtered(scores: Array, sampling: Sampling) -> tuple[Array, Array]:
         tokens, probabilities = tokens[kept], probabilities[kept]
         probabilities = probabilities / probabilities.sum()
     return tokens, probabilities
+
+
+def _nucleus(probabilities: Array, top_p: float) -> Array:
+    """Indices, ascending, that are left when as many of the least probable are removed as have at most `1 - top_p`."""
+    likely: Array = np.arange(len(probabilities))
+    rest = 0.0
+    if len(likely) > _LIKELY:
+        # The others are removed in any case where the most probable have enough, and sorting all takes milliseconds.
+        some = np.flatnonzero(probabilities >= np.partition(probabilities, -_LIKELY)[-_LIKELY])
+        others = max(1 - float(probabilities[some].sum()), 0.0)
+        if others <= 1 - top_p:
+            likely, rest = some, others
+    ascending = likely[probabilities[likely].argsort(kind="stable")]
+    removed = rest + probabilities[ascending].cumsum() <= 1 - top_p
+    removed[-1] = False
+    return np.sort(ascending[~removed])
 
 
 def _softmax(scores: Array) -> Array:

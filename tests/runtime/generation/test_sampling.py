@@ -17,15 +17,15 @@ from tpeft_deploy.tucker import Array
 VOCABULARY = 97
 
 
-def logits(seed: int, scale: float = 4.0) -> Array:
-    return (np.random.default_rng(seed).standard_normal(VOCABULARY) * scale).astype(np.float32)
+def logits(seed: int, scale: float = 4.0, vocabulary: int = VOCABULARY) -> Array:
+    return (np.random.default_rng(seed).standard_normal(vocabulary) * scale).astype(np.float32)
 
 
 def distribution(how: Sampling, raw: Array, prompt: list[int], generated: list[int]) -> Array:
     sampler = Sampler(how, prompt)
     sampler._counts = Counter(generated)
     tokens, probabilities = filtered(sampler._adjusted(raw), how)
-    full = np.zeros(VOCABULARY)
+    full = np.zeros(len(raw))
     full[tokens] = probabilities
     return full
 
@@ -79,6 +79,16 @@ def test_distributions_equal_those_of_transformers(settings: dict[str, Any], see
     found = distribution(how, raw, prompt, generated)
     assert (found > 0).tolist() == (expected > 0).tolist()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])  # 1,024 tokens have too little for top-p, or enough
+def test_top_p_of_a_large_vocabulary_equals_that_of_transformers(scale: float) -> None:
+    raw, how = logits(9, scale, 6000), Sampling(temperature=1, top_p=0.9)
+    expected = oracle(how, raw, [1])
+    found = distribution(how, raw, [1], [])
+    assert ((found > 0).sum() > 1024) == (scale == 1)
+    assert ((found > 0) != (expected > 0)).sum() <= 1  # float32 sums of thousands of numbers there
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-3 * expected.max())
 
 
 def test_equal_logits_at_the_bound_of_top_k_all_stay_as_in_transformers() -> None:
