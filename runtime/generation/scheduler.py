@@ -329,9 +329,9 @@ class Scheduler:
         step.admitted.append(sequence)
 
     def _move(self, step: Step, sequence: Sequence, target: int) -> None:
-        """Give a sequence another slot; one that was admitted in this step has nothing to copy yet."""
+        """Give a sequence that was admitted in an earlier step another slot."""
         assert sequence.slot is not None
-        if sequence.cached and sequence not in step.admitted:
+        if sequence.cached:
             step.moves.append(Move(sequence, sequence.slot, target, sequence.cached))
         self._slots[sequence.slot], self._slots[target] = None, sequence
         sequence.slot = target

@@ -121,6 +121,16 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened() -> None:
         assert generator.stats().preempted == 1
 
 
+@pytest.mark.parametrize("length", [17, 31, 32, 33])
+def test_an_equal_prompt_computes_one_token_at_least(length: int) -> None:
+    request = GenerationRequest([1] * length, 2)
+    with generating(FakeDecoder(1), prefix_bytes=10**6) as (generator, _):
+        for computed in (length, length - (length - 1) // 16 * 16):
+            before = generator.stats().prefilled_tokens
+            assert generator.submit(request).result(SECONDS).tokens == alone(request)
+            assert generator.stats().prefilled_tokens - before == computed
+
+
 def test_an_equal_prompt_computes_its_last_block_alone() -> None:
     decoder = FakeDecoder(2)
     request = GenerationRequest(list(range(33)), 2, tenant="x", task="one")
