@@ -77,8 +77,9 @@ class GenerationRequest:
         wrong = prompt[(prompt < 0) | (prompt >= vocabulary)]
         if wrong.size:
             raise InputError(doing, expected=f"tokens from 0 to {vocabulary - 1}", got=wrong[0])
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise InputError(doing, expected="max_new_tokens of at least 1", got=repr(self.max_new_tokens))
+        most: object = self.max_new_tokens  # of any type, as callers need not check theirs
+        if not isinstance(most, int) or most < 1:
+            raise InputError(doing, expected="max_new_tokens of at least 1", got=repr(most))
         if len(self.prompt) + self.max_new_tokens - 1 > length:
             raise InputError(
                 doing,
