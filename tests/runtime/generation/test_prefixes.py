@@ -45,7 +45,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(ACTIONS, st.integers(0, 8))
 def test_blocks_are_exact_private_bounded_and_kept_while_used(
     actions: list[tuple[str, str, str | None, list[int]]], room: int
