@@ -1,0 +1,352 @@
+"""Which sequences run in which slots, and what each step computes: the policy alone, without threads, clock or arrays.
+
+Continuous batching (Yu et al., "Orca", OSDI 2022) with chunked prefill (Agrawal et al., "Sarathi-Serve", OSDI 2024):
+each step decodes one token of every decoding sequence, and spends the rest of its token budget on pieces of prompts.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections import abc
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
+
+from tpeft_deploy.errors import QueueFull, RunError
+from tpeft_deploy.runtime.batching.policy import Order, Request
+from tpeft_deploy.runtime.generation.sequence import Reason, Sequence
+
+__all__ = ["ByPriority", "Move", "Piece", "Scheduler", "Step"]
+
+# Generated tokens after which a tenant is charged for them, beside the end of a sequence.
+_CHARGED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A copy of the first `length` tokens of a slot's cache into another slot, for the sequence that it belongs to."""
+
+    sequence: Sequence
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one sequence to compute; `last` if the logits are those of its next token."""
+
+    sequence: Sequence
+    slot: int
+    past: int
+    length: int
+    last: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """What to do, in this order.
+
+    Attributes:
+        moves: copies of caches; the source of one may be the target of a later one.
+        admitted: sequences that got slots; the slot of each is to hold its first `cached` tokens.
+        decodes: last tokens of the decoding sequences, in the order of their slots 0..n-1.
+        pieces: prefills, in order; several may be of one sequence.
+    """
+
+    moves: list[Move] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    decodes: list[Piece] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.moves or self.decodes or self.pieces)
+
+
+class ByPriority:
+    """Order by priority, the smaller first, then by arrival; a stream of high priorities starves low ones."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[int, int]] = []
+        self._requests: dict[tuple[int, int], Request[None]] = {}
+        self._of: dict[int, tuple[int, int]] = {}
+        self._arrivals = itertools.count()
+
+    def add(self, request: Request[None]) -> None:
+        """Let a request wait behind those of its priority."""
+        place = (request.priority, next(self._arrivals))
+        bisect.insort(self._places, place)
+        self._requests[place] = request
+        self._of[request.id] = place
+
+    def drop(self, request: Request[None]) -> None:
+        """Forget a request that will not run."""
+        place = self._of.pop(request.id)
+        del self._requests[place], self._places[bisect.bisect_left(self._places, place)]
+
+    def serve(self, requests: abc.Sequence[Request[None]]) -> None:
+        """Hand out requests that run now."""
+        for request in requests:
+            self.drop(request)
+
+    def __iter__(self) -> Iterator[Request[None]]:
+        """All waiting requests, the next to serve first."""
+        return (self._requests[place] for place in self._places)
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._places)
+
+
+class Scheduler:
+    """Slots, token budget, and the order of sequences.
+
+    Decoding sequences are in slots 0..n-1, and the one that is prefilled is in slot n, so that it needs no move when
+    it begins to decode.  A sequence that waits and comes first in the order takes the slot of a running one of lower
+    priority where no slot is free; that one keeps its tokens, and computes its cache again later, before those of
+    its priority that wait.
+
+    Not thread-safe.  A sequence that ends while a step runs frees its slot for the next step at once.
+
+    Args:
+        slots: number of slots.
+        budget: tokens of one step, at least `slots`.
+        chunk: tokens of one piece.
+        max_waiting: sequences that may wait.
+        order: order of those that wait; tenants are charged for the tokens of the prompt when a sequence is admitted
+            first, and then for those that it generates.
+        reuse: called when a sequence is admitted, returns the number of its first tokens, not all, of which the cache
+            is known.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        *,
+        budget: int,
+        chunk: int,
+        max_waiting: int = 1024,
+        order: Order[None] | None = None,
+        reuse: Callable[[Sequence], int] = lambda _: 0,
+    ) -> None:
+        for name, value, least in (("slots", slots, 1), ("budget", budget, slots), ("chunk", chunk, 1)):
+            if value < least:
+                raise RunError("set the limits of generation", expected=f"{name} of at least {least}", got=value)
+        self.slots = slots
+        self.budget = budget
+        self.chunk = chunk
+        self.max_waiting = max_waiting
+        self.preempted = 0  # how often a sequence lost its slot
+        self._order: Order[None] = ByPriority() if order is None else order
+        self._reuse = reuse
+        self._ids = itertools.count()
+        self._admissions = itertools.count(1)
+        self._waiting: dict[int, tuple[Sequence, Request[None]]] = {}  # by the id of the request
+        self._requests: dict[int, Request[None]] = {}  # by the id of the sequence
+        self._paused: list[Sequence] = []  # preempted, the next to go on first
+        self._slots: list[Sequence | None] = [None] * slots
+        self._earliest_deadline = math.inf
+
+    @property
+    def waiting(self) -> int:
+        """Number of sequences without a slot, preempted ones included."""
+        return len(self._waiting) + len(self._paused)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Sequences in slots, by slot."""
+        return [sequence for sequence in self._slots if sequence is not None]
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait.
+
+        Raises:
+            QueueFull: too many wait already.
+            TpeftError: the order does not take it; nothing has changed.
+        """
+        if len(self._waiting) >= self.max_waiting:
+            raise QueueFull(
+                "queue a sequence",
+                expected=f"at most {self.max_waiting} sequences waiting",
+                got=f"{len(self._waiting)} before it",
+                fix="Send it again later.",
+            )
+        request: Request[None] = Request(
+            next(self._ids),
+            1,
+            None,
+            deadline=sequence.deadline,
+            tenant=sequence.tenant,
+            cost=float(len(sequence.prompt)),
+            lane=sequence.lane,
+            priority=sequence.priority,
+        )
+        self._order.add(request)
+        self._waiting[request.id] = (sequence, request)
+        self._requests[sequence.id] = request
+        self._earliest_deadline = min(self._earliest_deadline, sequence.deadline)
+
+    def finish(self, sequence: Sequence, reason: Reason) -> bool:
+        """End a sequence in any phase, and free its slot; False if it is over already."""
+        if sequence.over:
+            return False
+        if sequence.slot is not None:
+            self._slots[sequence.slot] = None
+            sequence.slot = None
+        elif sequence in self._paused:
+            self._paused.remove(sequence)
+        else:
+            request = self._requests.pop(sequence.id)
+            del self._waiting[request.id]
+            self._order.drop(request)
+        sequence.cached = 0
+        sequence.phase = "cancelled" if reason == "cancelled" else "finished"
+        sequence.reason = reason
+        self._charge(sequence)
+        return True
+
+    def cancel(self, sequence: Sequence) -> bool:
+        """End a sequence that nobody waits for; False if it is over already."""
+        return self.finish(sequence, "cancelled")
+
+    def expire(self, now: float) -> list[Sequence]:
+        """End the sequences whose deadline has come, and return them."""
+        if now < self._earliest_deadline:
+            return []
+        present = [*(sequence for sequence, _ in self._waiting.values()), *self._paused, *self.running]
+        over = [sequence for sequence in present if sequence.deadline <= now]
+        for sequence in over:
+            self.finish(sequence, "deadline")
+        self._earliest_deadline = min((each.deadline for each in present if not each.over), default=math.inf)
+        return over
+
+    def computed(self, sequence: Sequence, length: int) -> None:
+        """Record that the cache of a sequence has grown; nothing happens if the sequence is over."""
+        if sequence.slot is not None:
+            sequence.cached += length
+
+    def append(self, sequence: Sequence, token: int) -> None:
+        """Record a generated token; nothing happens if the sequence is over."""
+        if sequence.slot is not None:
+            sequence.tokens.append(token)
+            sequence.phase = "decoding"
+            if len(sequence.tokens) - sequence.charged >= _CHARGED:
+                self._charge(sequence)
+
+    def step(self) -> Step:
+        """Plan the next step; empty if there is nothing to do.
+
+        Before the next call, say `computed` for each decode and piece that ran, and `append` for each token.
+        """
+        step = Step()
+        self._preempt()
+        self._close_gaps(step)
+        decoding = [sequence for sequence in self.running if sequence.phase == "decoding"]
+        step.decodes = [Piece(each, slot, each.cached, 1, True) for slot, each in enumerate(decoding)]
+        left = self.budget - len(step.decodes)
+        ready = len(step.decodes)  # slots 0 to before this one decode in the next step
+        planned: dict[int, int] = {}  # sequence -> tokens in its cache after the pieces so far
+        while left and ready < self.slots:
+            sequence = self._next_prefill(step, ready, planned)
+            if sequence is None:
+                break
+            assert sequence.slot is not None
+            past = planned.get(sequence.id, sequence.cached)
+            length = min(self.chunk, left, len(sequence) - past)
+            last = past + length == len(sequence)
+            step.pieces.append(Piece(sequence, sequence.slot, past, length, last))
+            planned[sequence.id] = past + length
+            left -= length
+            ready += last
+        return step
+
+    def _first(self) -> Sequence | None:
+        """Sequence that gets the next slot; stays where it waits."""
+        paused = self._paused[0] if self._paused else None
+        request = next(iter(self._order), None)
+        if request is None:
+            return paused
+        if paused is not None and paused.priority <= request.priority:
+            return paused
+        return self._waiting[request.id][0]
+
+    def _preempt(self) -> None:
+        """Take the slot of a sequence of lower priority than the first that waits, if that one needs it now."""
+        first = self._first()
+        if first is None or any(sequence is None for sequence in self._slots):
+            return
+        victim = max(self.running, key=_urgency)
+        busy = any(each.phase == "prefilling" and each.priority <= first.priority for each in self.running)
+        if busy or victim.priority <= first.priority:
+            return
+        assert victim.slot is not None
+        self._slots[victim.slot] = None
+        victim.slot, victim.cached, victim.phase = None, 0, "waiting"
+        bisect.insort(self._paused, victim, key=_urgency)
+        self.preempted += 1
+
+    def _close_gaps(self, step: Step) -> None:
+        """Move the last decoding sequences into free slots before them."""
+        decoding = [each for each in self.running if each.phase == "decoding"]
+        for target in range(len(decoding)):
+            if self._slots[target] is None:
+                self._move(step, decoding.pop(), target)
+
+    def _next_prefill(self, step: Step, ready: int, planned: Container[int]) -> Sequence | None:
+        """Sequence to prefill, moved to slot `ready`: the first by priority, then the one admitted first."""
+        occupant = self._slots[ready]
+        if occupant is not None and occupant.id in planned:
+            return occupant
+        best = min((each for each in self._slots[ready:] if each is not None), key=_urgency, default=None)
+        first = self._first()
+        free = next((slot for slot in range(ready, self.slots) if self._slots[slot] is None), None)
+        if first is not None and free is not None and (best is None or first.priority < best.priority):
+            if occupant is not None:
+                self._move(step, occupant, free)
+            self._admit(step, first, ready)
+            return first
+        if best is None or best is occupant:
+            return best
+        if occupant is not None:
+            if free is None:
+                return occupant  # its slot is not needed for anything else before the best has its turn
+            self._move(step, occupant, free)
+        self._move(step, best, ready)
+        return best
+
+    def _admit(self, step: Step, sequence: Sequence, slot: int) -> None:
+        if sequence in self._paused:
+            self._paused.remove(sequence)
+        else:
+            request = self._requests.pop(sequence.id)
+            del self._waiting[request.id]
+            self._order.serve([request])
+            sequence.admitted = next(self._admissions)
+        self._slots[slot] = sequence
+        sequence.slot, sequence.phase = slot, "prefilling"
+        sequence.cached = self._reuse(sequence)
+        step.admitted.append(sequence)
+
+    def _move(self, step: Step, sequence: Sequence, target: int) -> None:
+        """Give a sequence that was admitted in an earlier step another slot."""
+        assert sequence.slot is not None
+        if sequence.cached:
+            step.moves.append(Move(sequence, sequence.slot, target, sequence.cached))
+        self._slots[sequence.slot], self._slots[target] = None, sequence
+        sequence.slot = target
+
+    def _charge(self, sequence: Sequence) -> None:
+        """Charge a tenant for tokens generated since it was charged last."""
+        cost = len(sequence.tokens) - sequence.charged
+        if cost:
+            request: Request[None] = Request(
+                next(self._ids), 0, None, tenant=sequence.tenant, cost=float(cost), lane=sequence.lane
+            )
+            self._order.add(request)
+            self._order.serve([request])
+            sequence.charged += cost
+
+
+def _urgency(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.admitted

@@ -1,0 +1,90 @@
+"""State of one sequence: its tokens, its place in the decoder, and how it ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+__all__ = ["Held", "Phase", "Reason", "Sequence"]
+
+Phase = Literal["waiting", "prefilling", "decoding", "finished", "cancelled"]
+Reason = Literal["stop", "length", "deadline", "cancelled", "error"]
+
+
+class Held(Protocol):
+    """An acquired adapter version, or the base; stays in memory until it is released."""
+
+    @property
+    def key(self) -> Hashable:
+        """Identifies the version among all that were ever loaded, such as a digest; keeps no memory alive."""
+
+    def release(self) -> None:
+        """Give the version back; called once."""
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A prompt and what was generated for it.
+
+    Attributes:
+        id: unique among the sequences of a scheduler.
+        prompt: tokens of the prompt, at least one.
+        max_new_tokens: tokens to generate at most.
+        version: adapter version, acquired.
+        tenant: tenant that an order charges for the tokens.
+        lane: key of the task; an order may take turns between the lanes of a tenant.
+        priority: smaller values first.
+        deadline: time after which the result is of no use.
+        stop_tokens: tokens that end it.
+        tokens: generated tokens.
+        phase: finished and cancelled sequences have no slot.
+        slot: slot of the decoder while it runs.
+        cached: tokens, from the first, of which the slot holds the keys and values.
+        reason: why it ended.
+        admitted: number of its admission; the smaller, the longer it runs.
+        charged: generated tokens that its tenant was charged for.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    version: Held
+    tenant: str = ""
+    lane: Hashable = None
+    priority: int = 0
+    deadline: float = math.inf
+    stop_tokens: frozenset[int] = frozenset()
+    tokens: list[int] = field(default_factory=list)
+    phase: Phase = "waiting"
+    slot: int | None = None
+    cached: int = 0
+    reason: Reason | None = None
+    admitted: int = 0
+    charged: int = 0
+
+    def __len__(self) -> int:
+        """Tokens of the prompt and generated ones."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def running(self) -> bool:
+        """Whether it has a slot."""
+        return self.slot is not None
+
+    @property
+    def over(self) -> bool:
+        """Whether it is finished or cancelled."""
+        return self.phase in {"finished", "cancelled"}
+
+    def span(self, start: int, end: int) -> list[int]:
+        """Tokens from `start` to before `end`, counted from the first of the prompt."""
+        bound = len(self.prompt)
+        return [*self.prompt[start:end], *self.tokens[max(start - bound, 0) : max(end - bound, 0)]]
+
+    def ending(self) -> Reason | None:
+        """Why no further token is to be generated; None if one is."""
+        if self.tokens and self.tokens[-1] in self.stop_tokens:
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_new_tokens else None

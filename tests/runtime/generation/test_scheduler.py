@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.helpers.runtime.decoders import FakeHeld
+from tpeft_deploy.errors import QueueFull, RunError
+from tpeft_deploy.runtime.batching.policy import FirstCome, Order, Request
+from tpeft_deploy.runtime.generation import sequence as sequences
+from tpeft_deploy.runtime.generation.scheduler import ByPriority, Move, Piece, Scheduler, Step
+from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
+
+
+def sequence(id: int, prompt: int = 3, new: int = 2, **settings: object) -> sequences.Sequence:
+    tokens = tuple(1000 * id + index for index in range(prompt))
+    return sequences.Sequence(id, tokens, new, FakeHeld("base"), **settings)  # type: ignore[arg-type]
+
+
+class Watched:
+    """An order that checks that what is served is its first."""
+
+    def __init__(self, order: Order[None]) -> None:
+        self.order = order
+        self.served: list[Request[None]] = []
+        self.charged: dict[str, float] = {}
+
+    def add(self, request: Request[None]) -> None:
+        self.order.add(request)
+
+    def drop(self, request: Request[None]) -> None:
+        self.order.drop(request)
+
+    def serve(self, requests: Sequence[Request[None]]) -> None:
+        (request,) = requests
+        if request.rows:
+            assert request is next(iter(self.order))
+            self.served.append(request)
+        self.charged[request.tenant] = self.charged.get(request.tenant, 0) + request.cost
+        self.order.serve(requests)
+
+    def __iter__(self) -> Iterator[Request[None]]:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+@dataclass
+class Simulation:
+    """Runs a scheduler's steps on caches that hold tokens, and checks each."""
+
+    scheduler: Scheduler
+    caches: list[list[int]] = field(default_factory=list)
+    done: list[sequences.Sequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.caches = [[] for _ in range(self.scheduler.slots)]
+
+    def run(self, step: Step) -> None:
+        self._check(step)
+        for move in step.moves:
+            assert len(self.caches[move.source]) == move.length
+            self.caches[move.target], self.caches[move.source] = self.caches[move.source], []
+        for each in step.admitted:
+            assert each.slot is not None
+            self.caches[each.slot] = each.span(0, each.cached)
+        for piece in (*step.decodes, *step.pieces):
+            self._compute(piece)
+
+    def _check(self, step: Step) -> None:
+        slots = [each.slot for each in self.scheduler.running]
+        assert len(slots) == len(set(slots)) <= self.scheduler.slots
+        assert [piece.slot for piece in step.decodes] == list(range(len(step.decodes)))
+        assert {piece.sequence.id for piece in step.decodes} == {
+            each.id for each in self.scheduler.running if each.phase == "decoding"
+        }
+        assert len(step.decodes) + sum(piece.length for piece in step.pieces) <= self.scheduler.budget
+        assert all(1 <= piece.length <= self.scheduler.chunk for piece in step.pieces)
+        ended = [piece.slot for piece in step.pieces if piece.last]
+        assert ended == list(range(len(step.decodes), len(step.decodes) + len(ended)))
+        if self.scheduler.waiting and len(slots) < self.scheduler.slots:
+            assert len(step.decodes) + sum(piece.length for piece in step.pieces) == self.scheduler.budget
+
+    def _compute(self, piece: Piece) -> None:
+        own, cache = piece.sequence, self.caches[piece.slot]
+        assert own.slot == piece.slot
+        assert len(cache) == piece.past == own.cached  # each position is written once, in order
+        cache += own.span(piece.past, piece.past + piece.length)
+        assert cache == own.span(0, len(cache))
+        self.scheduler.computed(own, piece.length)
+        assert piece.last == (own.cached == len(own))
+        if piece.last:
+            self.scheduler.append(own, -1000 * own.id - len(own.tokens))
+            if own.ending():
+                self.scheduler.finish(own, "length")
+                self.done.append(own)
+
+    def steps(self, number: int) -> list[Step]:
+        found = []
+        for _ in range(number):
+            found.append(self.scheduler.step())
+            self.run(found[-1])
+        return found
+
+
+ORDERS: dict[str, Callable[[], Order[None]]] = {
+    "first come": FirstCome,
+    "priority": ByPriority,
+    "fair": lambda: Fair(lambda tenant: 1.0 + int(tenant)),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("seed", range(7))
+def test_random_arrivals_and_cancellations(order: str, seed: int) -> None:
+    """About 500 arrivals each: no slot leaks or is used twice, no position is written twice, and all come to an end."""
+    draw = random.Random(f"{order} {seed}")
+    slots = draw.randint(1, 6)
+    watched = Watched(ORDERS[order]())
+    reuse = (lambda each: draw.randint(0, len(each) - 1)) if seed % 2 else (lambda _: 0)
+    scheduler = Scheduler(
+        slots, budget=slots + draw.randint(0, 12), chunk=draw.randint(1, 8), order=watched, max_waiting=30, reuse=reuse
+    )
+    simulation, alive, refused, ids, now = Simulation(scheduler), list[sequences.Sequence](), 0, 0, 0.0
+    work: dict[int, tuple[float, float]] = {}  # first come: when it came, and the time by which it is to have a slot
+    while ids < 480 or alive:
+        now += 1
+        for _ in range(draw.choice([0, 0, 0, 0, 0, 0, 1, 3]) if ids < 480 else 0):
+            ids += 1
+            own = sequence(
+                ids,
+                draw.randint(1, 20),
+                draw.randint(1, 12),
+                tenant=str(draw.randint(0, 3)),
+                lane=draw.randint(0, 2),
+                priority=draw.choice([0, 0, 0, 1, 2]) if order != "first come" else 0,
+                deadline=now + draw.randint(1, 300) if draw.random() < 0.1 else float("inf"),
+            )
+            ahead = sum(len(each.prompt) + each.max_new_tokens for each in alive)
+            try:
+                scheduler.add(own)
+            except QueueFull:
+                refused += 1
+                continue
+            alive.append(own)
+            work[own.id] = (now, now + ahead + 1)
+        for each in scheduler.expire(now):
+            assert each.deadline <= now
+            assert (each.reason, each.slot) == ("deadline", None)
+        simulation.run(scheduler.step())
+        for own in draw.sample(alive, min(len(alive), draw.choice([0] * 15 + [1]))):
+            assert scheduler.cancel(own) != own.over or own.phase == "cancelled"
+            assert own.slot is None
+        alive = [each for each in alive if not each.over]
+        for own in alive:
+            if order == "first come" and own.phase == "waiting":
+                assert now <= work[own.id][1]
+    assert not scheduler.running
+    assert not scheduler.waiting
+    assert not len(watched)
+    assert not scheduler.step()
+    assert len(simulation.done) > 100, refused
+    if order == "priority":
+        assert scheduler.preempted
+    if order == "first come":
+        assert [request.id for request in watched.served] == sorted(request.id for request in watched.served)
+        assert not scheduler.preempted
+
+
+def test_each_step_decodes_all_and_prefills_with_the_rest() -> None:
+    simulation = Simulation(Scheduler(3, budget=5, chunk=4))
+    for id, prompt in enumerate([4, 9, 2]):
+        simulation.scheduler.add(sequence(id, prompt, 9))
+    steps = simulation.steps(4)
+    assert [[(piece.sequence.id, piece.past, piece.length) for piece in step.pieces] for step in steps] == [
+        [(0, 0, 4), (1, 0, 1)],
+        [(1, 1, 4)],
+        [(1, 5, 4)],
+        [(2, 0, 2)],
+    ]
+    assert [len(step.decodes) for step in steps] == [0, 1, 1, 2]
+    assert not any(step.moves for step in steps)
+
+
+def test_gaps_are_closed_by_the_last_decoding_sequence() -> None:
+    simulation = Simulation(Scheduler(4, budget=20, chunk=20))
+    all_of_them = [sequence(id, 2, 9) for id in range(4)]
+    for each in all_of_them:
+        simulation.scheduler.add(each)
+    simulation.steps(2)
+    simulation.scheduler.cancel(all_of_them[1])
+    (step,) = simulation.steps(1)
+    assert step.moves == [Move(all_of_them[3], 3, 1, 3)]
+    assert [piece.sequence.id for piece in step.decodes] == [0, 3, 2]
+
+
+def test_a_partial_prefill_moves_aside_for_a_higher_priority() -> None:
+    simulation = Simulation(Scheduler(3, budget=4, chunk=4))
+    low, high = sequence(1, 12, 3, priority=1), sequence(2, 3, 3)
+    simulation.scheduler.add(low)
+    simulation.steps(1)
+    simulation.scheduler.add(high)
+    (step,) = simulation.steps(1)
+    assert step.moves == [Move(low, 0, 1, 4)]
+    assert [(piece.sequence.id, piece.slot) for piece in step.pieces] == [(2, 0), (1, 1)]
+
+
+def test_a_higher_priority_takes_the_slot_of_the_lowest_and_newest() -> None:
+    simulation = Simulation(Scheduler(2, budget=10, chunk=10))
+    old, new = sequence(1, 3, 5, priority=1), sequence(2, 3, 5, priority=1)
+    for each in (old, new):
+        simulation.scheduler.add(each)
+    simulation.steps(2)
+    before = list(new.tokens)
+    high, equal = sequence(3, 3, 2), sequence(4, 3, 2, priority=1)
+    for each in (equal, high):
+        simulation.scheduler.add(each)
+    (step,) = simulation.steps(1)
+    assert (new.phase, new.slot, new.cached, new.tokens) == ("waiting", None, 0, before)
+    assert step.admitted == [high]
+    assert simulation.scheduler.preempted == 1
+    simulation.steps(12)
+    assert [each.id for each in simulation.done] == [3, 1, 2, 4]
+    assert new.tokens == [-2000 - index for index in range(5)]
+
+
+def test_equal_priorities_preempt_nothing() -> None:
+    simulation = Simulation(Scheduler(1, budget=4, chunk=4))
+    simulation.scheduler.add(sequence(1, 3, 5))
+    simulation.steps(1)
+    simulation.scheduler.add(sequence(2, 3, 5))
+    simulation.steps(20)
+    assert [each.id for each in simulation.done] == [1, 2]
+    assert not simulation.scheduler.preempted
+
+
+def test_a_preempted_sequence_can_be_cancelled() -> None:
+    simulation = Simulation(Scheduler(1, budget=4, chunk=4))
+    low = sequence(1, 3, 5, priority=1)
+    simulation.scheduler.add(low)
+    simulation.steps(1)
+    simulation.scheduler.add(sequence(2, 3, 2))
+    simulation.steps(1)
+    assert simulation.scheduler.waiting == 1
+    assert simulation.scheduler.cancel(low)
+    assert not simulation.scheduler.cancel(low)
+    assert simulation.scheduler.waiting == 0
+
+
+def test_a_tenant_with_a_long_queue_does_not_starve_another() -> None:
+    watched = Watched(Fair(lambda _: 1.0))
+    simulation = Simulation(Scheduler(2, budget=8, chunk=8, order=watched))
+    for id in range(60):
+        simulation.scheduler.add(sequence(id, 6, 4, tenant="flood"))
+    simulation.steps(10)
+    late = sequence(100, 6, 4, tenant="late")
+    simulation.scheduler.add(late)
+    before = len(watched.served)
+    while late.phase == "waiting":
+        simulation.steps(1)
+    assert len(watched.served) - before <= 2
+
+
+def test_tenants_are_charged_for_prompts_and_generated_tokens() -> None:
+    watched = Watched(FirstCome())
+    simulation = Simulation(Scheduler(2, budget=8, chunk=8, order=watched))
+    simulation.scheduler.add(sequence(1, 6, 150, tenant="a"))
+    simulation.scheduler.add(sequence(2, 5, 150, tenant="b"))
+    cut = sequence(3, 7, 4, tenant="b")
+    simulation.scheduler.add(cut)
+    simulation.scheduler.cancel(cut)
+    simulation.steps(100)
+    assert watched.charged == {"a": 6 + 64, "b": 5 + 64}
+    simulation.steps(60)
+    assert watched.charged == {"a": 156, "b": 155}
+
+
+def test_a_full_queue_refuses() -> None:
+    scheduler = Scheduler(1, budget=1, chunk=1, max_waiting=1)
+    scheduler.add(sequence(1))
+    with pytest.raises(QueueFull, match="at most 1 sequences waiting"):
+        scheduler.add(sequence(2))
+    scheduler.step()
+    scheduler.add(sequence(3))
+
+
+@pytest.mark.parametrize("limits", [(0, 1, 1), (4, 3, 1), (1, 1, 0)])
+def test_limits_that_cannot_work_are_refused(limits: tuple[int, int, int]) -> None:
+    slots, budget, chunk = limits
+    with pytest.raises(RunError, match="at least"):
+        Scheduler(slots, budget=budget, chunk=chunk)
