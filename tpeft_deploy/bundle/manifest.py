@@ -14,6 +14,7 @@ empty       free sizes that may be 0, as tested at export: the past of a decoder
 tolerance   relative error in float32 that the caller of the export accepted, if above the limit of 1e-5
 left_out    per task of the export, the tensors of its adapter's file that the task leaves out, with the reason
 rounding    for a 16-bit base: error of its forward against the same in 32 bits, and the limits derived from it
+decoder     for a causal language model in slot form (docs/internals/slot-form.md), its ports; null for other bundles
 digest      SHA-256 of all other fields
 """
 
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from tpeft_deploy.bundle.decoder import Decoder, decoder_of
 from tpeft_deploy.bundle.packing import Packed, packed_of
 from tpeft_deploy.bundle.slots import Kind, Target
 from tpeft_deploy.bundle.tolerances import WIDEST_TOLERANCE
@@ -189,6 +191,7 @@ class Manifest:
     left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     rows_reasons: Mapping[str, str] = field(default_factory=dict)
     packing: tuple[Packed, ...] = ()
+    decoder: Decoder | None = None
 
     @property
     def base_digest(self) -> str:
@@ -348,6 +351,7 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
         left_out={task: dict(names) for task, names in document.get("left_out", {}).items()},
         rows_reasons={str(name): str(why) for name, why in document.get("rows_reasons", {}).items()},
         packing=tuple(packed_of(entry) for entry in document.get("packing", ())),
+        decoder=decoder_of(document.get("decoder")),
     )
 
 
