@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -58,9 +60,13 @@ class SlotDecoder(nn.Module):
         positions = seqlens[:, None] + torch.arange(chunk, device=seqlens.device)
         further = {"position_ids": positions, "logits_to_keep": 1}
         further = {name: value for name, value in further.items() if name in parameters}
-        with running(slots) as cache:
+        with running(slots) as cache, _attending(self):
             further[str(cache_parameter(super().forward))] = cache
             outputs = super().forward(input_ids=input_ids, use_cache=True, return_dict=True, **further)
+        if slots.present.keys() != past.keys():
+            raise UnsupportedBase(
+                "attend to a cache of fixed size", problem="the model's layers have another attention"
+            )
         result = {"logits": outputs.logits[:, -1]}
         for layer in past:
             result[f"present.{layer}.key"], result[f"present.{layer}.value"] = slots.present[layer]
@@ -68,7 +74,7 @@ class SlotDecoder(nn.Module):
 
 
 def decoder_base(name: str, model: Any) -> TorchBase:
-    """Make a base in slot form of a causal language model, in place.
+    """Make a base in slot form of a causal language model, which is left as it was.
 
     Args:
         name: for messages.
@@ -85,8 +91,8 @@ def decoder_base(name: str, model: Any) -> TorchBase:
     try:
         with torch.no_grad():
             expected, shapes = _own_logits(model, tokens)
-            _mix_in(model)
-            got = _slot_logits(model, tokens, shapes)
+            mixed = _mixed_in(model)
+            got = _slot_logits(mixed, tokens, shapes)
     except Exception as failure:  # models raise every kind of exception; the cause is kept
         raise UnsupportedBase(
             doing, problem=f"the model does not run with caches of fixed size ({said_by(failure)})", fix=_FIX
@@ -102,7 +108,7 @@ def decoder_base(name: str, model: Any) -> TorchBase:
             fix=_FIX,
         )
     inputs, axes = _example(tokens, shapes, next(model.parameters()).dtype)
-    base = TorchBase(name, model, inputs, axes)
+    base = TorchBase(name, mixed, inputs, axes)
     caches = [(past, past.replace(PAST, "present")) for past in inputs if past.startswith(PAST)]
     base.decoder = Decoder("input_ids", "seqlens", "logits", tuple(caches), positions, vocabulary)
     return base
@@ -135,13 +141,29 @@ def _own_logits(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, list[tu
     return torch.stack(rows), shapes
 
 
-def _mix_in(model: Any) -> None:
+def _mixed_in(model: nn.Module) -> nn.Module:
+    """A module of the same layers and weights with the forward method of `SlotDecoder`."""
+    own, mixed = type(model), copy(model)
+    mixed.__class__ = type(own.__name__, (SlotDecoder, own), {"__module__": own.__module__})
+    return mixed
+
+
+@contextmanager
+def _attending(model: nn.Module) -> Iterator[None]:
+    """Let the layers of a model attend by `attend`: they look in their configs, which the caller's model shares."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, attend)
-    model.set_attn_implementation(IMPLEMENTATION)
-    own = type(model)
-    model.__class__ = type(own.__name__, (SlotDecoder, own), {"__module__": own.__module__})
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs: list[Any] = [config for config in found if hasattr(config, "_attn_implementation")]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = IMPLEMENTATION
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
 
 
 def _slot_logits(model: nn.Module, tokens: torch.Tensor, shapes: list[tuple[int, int]]) -> torch.Tensor:
