@@ -103,7 +103,8 @@ def test_rows_of_three_tasks_generate_what_their_merged_models_do(tmp_path: Path
     adapters = {task: load_adapter(path, base=model) for task, path in paths.items()}
     bundle = export_bundle(model, adapters, tmp_path / "bundle", generation=True)
     assert bundle.manifest.rows == "each", bundle.manifest.rows_reason
-    assert type(model) is type(made(name)) and model.config._attn_implementation == "sdpa"
+    assert type(model) is type(made(name))
+    assert model.config._attn_implementation == "sdpa"
     assert {record["oracle"].split()[0] for record in bundle.manifest.oracles.values()} == {"peft"}
     tokens, logits = bundle_loop(bundle, TASKS, 40).greedy(PROMPTS, COUNT)
     for row, (task, prompt) in enumerate(zip(TASKS, PROMPTS, strict=True)):
