@@ -57,6 +57,7 @@ def export_bundle(
     tolerance: float | None = None,
     unused: Unused = "error",
     exclude: Sequence[str] = (),
+    generation: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
@@ -80,6 +81,8 @@ def export_bundle(
         unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
         exclude: names of weights or modules (`*` and `?` included) that no adapter of the bundle may change, now or
             later, such as those that `rows_reason` lists; an adapter that changes one is refused.
+        generation: export a causal language model of transformers for generation: with caches of fixed size that are
+            updated in place, and for each row the length of its past (the manifest's `decoder`).
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
@@ -114,6 +117,7 @@ def export_bundle(
         resize_embeddings=resize_embeddings,
         unused=unused,
         exclude=exclude,
+        generation=generation,
         progress=progress,
     )
     adapters = plan.adapters

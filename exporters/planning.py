@@ -144,6 +144,7 @@ def plan_bundle(
     resize_embeddings: bool = False,
     unused: Unused = "error",
     exclude: Iterable[str] = (),
+    generation: bool = False,
     progress: Progress = silent,
 ) -> Plan:
     """Plan an `export_bundle` with the same arguments.
@@ -158,7 +159,12 @@ def plan_bundle(
     for task in adapters:
         check_task(task, name)
     loaded = load_base(
-        base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
+        base,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        weights=weights,
+        rename=rename,
+        generation=generation,
     )
     loaded = fit_vocabulary(loaded, adapters) if resize_embeddings else loaded
     loaded = loaded.knowing(adapters.values())
@@ -186,7 +192,9 @@ def plan_bundle(
     targets = plan(raw.graph, known, certain, base=loaded.name) if adapters else plan_all(raw.graph, certain)
     targets = without(targets, exclude, resolved, base=loaded.name, given=bool(adapters))
     ties = tuple(tuple(group) for group in loaded.ties if any(weight in resolved for weight in group))
-    draft = replace(_draft(raw.graph, resolved, targets, name=name, max_rank=max_rank), ties=ties)
+    draft = replace(
+        _draft(raw.graph, resolved, targets, name=name, max_rank=max_rank), ties=ties, decoder=loaded.decoder
+    )
     declare(draft, padding or {}, loaded.name)
     return Plan(loaded, raw, resolved, adapters, draft, padding)
 

@@ -82,7 +82,8 @@ def verify_bundle(
     chosen: Base = oracle
     if base is not None:
         progress("load the base")
-        chosen = _own_base(bundle, load_base(base).knowing(tasks.values()))
+        loaded = load_base(base, generation=bundle.manifest.decoder is not None)
+        chosen = _own_base(bundle, loaded.knowing(tasks.values()))
         reference = f"{chosen.name}, merged and run as it is"
     subject = Subject(chosen, oracle.graph().graph)
     sources = Sources(subject, keep=True)

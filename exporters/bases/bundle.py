@@ -40,6 +40,7 @@ class BundleBase(Base):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(f"of bundle {bundle.manifest.name}", bundle.example())
+        self.decoder = bundle.manifest.decoder
         self._bundle = bundle
         self._room = max(1, min(_MOST, _BYTES // max(bundle.manifest.weight_bytes, 1)))
         self._sessions: OrderedDict[Adapter | None, onnxruntime.InferenceSession] = OrderedDict()

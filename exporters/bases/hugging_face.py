@@ -25,7 +25,7 @@ from tpeft_deploy.exporters.bases.example_inputs import (
 )
 from tpeft_deploy.formats.base.model import FACTORY, architecture, load_model, model_class
 
-__all__ = ["load_directory"]
+__all__ = ["load_causal", "load_directory"]
 
 _log = logging.getLogger("tpeft_deploy.exporters")
 
@@ -75,6 +75,22 @@ def load_directory(path: str | os.PathLike[str]) -> tuple[nn.Module, Tensors, di
         padding = {name: value for name, value in text_padding(model).items() if name in inputs}
     run(model, inputs, doing)
     return model, inputs, shapes, padding
+
+
+def load_causal(path: str | os.PathLike[str]) -> nn.Module:
+    """A causal language model in evaluation mode, from a Hugging Face model directory.
+
+    Raises:
+        MissingExtra, UnsupportedBase: as `load_directory`, or the model is of another kind.
+    """
+    path = Path(path)
+    name = architecture(path)
+    kind = model_class(path, name)
+    if _modality(path, kind) != "input_ids" or not _is_causal(name):
+        raise UnsupportedBase(f"load base {path} for generation", expected="a causal language model", got=name)
+    model: nn.Module = load_model(path, kind)
+    _batch_experts(model, path)
+    return model
 
 
 def _modality(path: Path, model: type[nn.Module]) -> str:

@@ -40,6 +40,7 @@ def load_base(
     dynamic_shapes: Mapping[str, Any] | None = None,
     weights: object = None,
     rename: Mapping[str, str] | None = None,
+    generation: bool = False,
 ) -> Base:
     """Make a base of a torch module, of the name of a callable that returns one, or of an ONNX file.
 
@@ -56,10 +57,14 @@ def load_base(
             Hugging Face model directory, a torch module or its state_dict, or a mapping of names to arrays.  Without
             them the digests that adapters recorded are used.
         rename: other names for inputs and outputs, the base's own -> the new one.
+        generation: whether a causal language model becomes one in slot form (`slot_decoder`), which has example
+            inputs and names of its kind.
 
     Raises:
         UnsupportedBase: it cannot be loaded, or is not a plain torch module with example inputs.
     """
+    if generation:
+        return _load_decoder(base, [example_inputs, dynamic_shapes, weights, rename])
     loaded = base if isinstance(base, Base) else _load(base, example_inputs, dynamic_shapes, weights)
     return Renamed(loaded, rename) if rename else loaded
 
@@ -103,6 +108,29 @@ def _load(
     made = TorchBase(name.rpartition(":")[2], base, inputs, shapes)
     made.padding = {name: value for name, value in padding.items() if name in inputs}
     return made
+
+
+def _load_decoder(base: object, others: list[object]) -> Base:
+    from tpeft_deploy.exporters.bases import hugging_face
+    from tpeft_deploy.exporters.bases.slot_decoder import decoder_base
+
+    if isinstance(base, Base) and base.decoder is not None:
+        return base
+    name = os.fspath(base) if isinstance(base, str | os.PathLike) else type(base).__name__
+    if any(other is not None and other != {} for other in others):
+        raise UnsupportedBase(
+            f"load base {name} for generation",
+            expected="no example_inputs, dynamic_shapes, weights or rename, as a decoder has its own",
+            got="some",
+            fix="Leave them out.",
+        )
+    module = base
+    if isinstance(base, str | os.PathLike):
+        module = hugging_face.load_causal(name) if os.path.isdir(name) else call_factory(name)
+        module = module[0] if isinstance(module, tuple) and module else module
+    if not isinstance(module, nn.Module) or hasattr(module, "peft_config"):
+        raise no_module(name, module)
+    return decoder_base(name.rpartition(":")[2], module)
 
 
 def _open_file(path: Path, inputs: Mapping[str, Any] | None, shapes: object, weights: object) -> OnnxBase:

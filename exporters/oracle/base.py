@@ -11,6 +11,7 @@ import onnx_ir as ir
 from torch import nn
 
 from tpeft_deploy.adapter import Adapter, weight_digest
+from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.ties import Ties, settle
 from tpeft_deploy.tucker import Array
@@ -30,6 +31,7 @@ class Base(ABC):
     """
 
     module: nn.Module | None = None  # the torch module, where there is one
+    decoder: DecoderPorts | None = None  # ports of a causal language model in slot form
     own_names: Mapping[str, str] = {}  # input or output -> the name it has in the module, where that is another
 
     def __init__(self, name: str, inputs: Inputs) -> None:

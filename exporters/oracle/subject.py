@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.exporters.oracle import decoder_runs
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
 from tpeft_deploy.exporters.oracle.sizes import Sizes, batch_axis, free_sizes, resize
 
@@ -43,6 +44,8 @@ class Subject:
         The model itself decides whether it takes a size: some lengths and image sizes are refused.
         """
         own = self.example_sizes
+        if self.base.decoder is not None:
+            return decoder_runs.run_sizes(own)
         first, rows = ({self.batch: count} if self.batch is not None else {} for count in _ROWS)
         others = [name for name in own if name != self.batch]
         # Doubling keeps every divisor that a model may ask of a size; limits on length are met by one more or one less.
@@ -78,7 +81,8 @@ class Subject:
 
     def inputs(self, sizes: Sizes) -> Inputs:
         """The example inputs at other free sizes."""
-        return resize(self.graph, self.base.inputs, sizes)
+        inputs, decoder = resize(self.graph, self.base.inputs, sizes), self.base.decoder
+        return inputs if decoder is None else decoder_runs.with_pasts(decoder, inputs)
 
     def takes(self, sizes: Sizes) -> bool:
         """Whether the base itself runs at some free sizes."""

@@ -21,7 +21,7 @@ from tpeft_deploy.runtime.generation.prefixes import Match, PrefixCache, Sized
 from tpeft_deploy.runtime.generation.record import Record
 from tpeft_deploy.runtime.generation.sampling import Token
 from tpeft_deploy.runtime.generation.scheduler import Piece, Scheduler, Step
-from tpeft_deploy.runtime.generation.sequence import Held, Reason, Sequence
+from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.tucker import Array
 
@@ -40,10 +40,12 @@ class Decoder(Protocol):
     length: int
     vocabulary: int
 
-    def prefill(self, slot: int, tokens: Array, past: int, version: Held) -> Array:
+    def prefill(self, slot: int, tokens: Array, past: int, version: HeldVersion) -> Array:
         """Compute tokens of one slot behind its first `past`; returns the logits of the last token [vocabulary]."""
 
-    def decode(self, slots: abc.Sequence[int], tokens: Array, pasts: Array, versions: abc.Sequence[Held]) -> Array:
+    def decode(
+        self, slots: abc.Sequence[int], tokens: Array, pasts: Array, versions: abc.Sequence[HeldVersion]
+    ) -> Array:
         """Compute one token for each of some slots, returns logits [n, vocabulary].
 
         The slots are 0..n-1, but for those of sequences that just could not be moved.
@@ -62,7 +64,7 @@ class Decoder(Protocol):
 class Versions(Protocol):
     """Adapter versions by task."""
 
-    def acquire(self, task: Hashable) -> Held:
+    def acquire(self, task: Hashable) -> HeldVersion:
         """Acquire the version that a task has now, resident until its release; called on the caller's thread.
 
         Raises:
@@ -112,7 +114,7 @@ class Generator:
         self._ids = itertools.count()
         self._records: dict[int, Record] = {}
         self._stepping = False
-        self._leaving: list[Held] = []  # versions to release once the step has ended that may use them
+        self._leaving: list[HeldVersion] = []  # versions to release once the step has ended that may use them
         self._worker: threading.Thread | None = None
         self._closed = False
         self._counts: Counter[str] = Counter()
@@ -355,7 +357,7 @@ class Generator:
                 record.handle.resolve(error)
 
 
-def _release(versions: abc.Sequence[Held]) -> None:
+def _release(versions: abc.Sequence[HeldVersion]) -> None:
     for version in versions:
         try:
             version.release()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tpeft_deploy.runtime.generation.handle import Detokeniser, GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.sampling import Sampler, Token
-from tpeft_deploy.runtime.generation.sequence import Held, Reason, Sequence
+from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence
 from tpeft_deploy.runtime.generation.stop_strings import StopStrings
 
 __all__ = ["Record"]
@@ -38,7 +38,7 @@ class Record:
         cls,
         request: GenerationRequest,
         id: int,
-        version: Held,
+        version: HeldVersion,
         choice: int,
         end: Callable[[Sequence], object],
         on_token: Callable[[Token], None] | None,

@@ -7,13 +7,13 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-__all__ = ["Held", "Phase", "Reason", "Sequence"]
+__all__ = ["HeldVersion", "Phase", "Reason", "Sequence"]
 
 Phase = Literal["waiting", "prefilling", "decoding", "finished", "cancelled"]
 Reason = Literal["stop", "length", "deadline", "cancelled", "error"]
 
 
-class Held(Protocol):
+class HeldVersion(Protocol):
     """An acquired adapter version, or the base; stays in memory until it is released."""
 
     @property
@@ -50,7 +50,7 @@ class Sequence:
     id: int
     prompt: tuple[int, ...]
     max_new_tokens: int
-    version: Held
+    version: HeldVersion
     tenant: str = ""
     lane: Hashable = None
     priority: int = 0

@@ -14,6 +14,7 @@ empty       free sizes that may be 0, as tested at export: the past of a decoder
 tolerance   relative error in float32 that the caller of the export accepted, if above the limit of 1e-5
 left_out    per task of the export, the tensors of its adapter's file that the task leaves out, with the reason
 rounding    for a 16-bit base: error of its forward against the same in 32 bits, and the limits derived from it
+decoder     for a causal language model in slot form (docs/internals/slot-form.md), its ports; null for other bundles
 digest      SHA-256 of all other fields
 """
 
@@ -29,6 +30,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.bundle.packing import Packed
 from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.bundle.tolerances import WIDEST_TOLERANCE
@@ -191,6 +193,7 @@ class Manifest:
     left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     rows_reasons: Mapping[str, str] = field(default_factory=dict)
     packing: tuple[Packed, ...] = ()
+    decoder: DecoderPorts | None = None
 
     @property
     def base_digest(self) -> str:

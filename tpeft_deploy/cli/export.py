@@ -156,6 +156,11 @@ def folded(
     multiple=True,
     help="Pattern (* and ?) of weights or modules that no adapter of the bundle may change; repeatable.",
 )
+@click.option(
+    "--generation",
+    is_flag=True,
+    help="Export a causal language model for generation: caches of fixed size, updated in place.",
+)
 @click.option("--folded", "with_folded", is_flag=True, help="Also write folded/TASK.onnx for every adapter.")
 @_shared_options
 def bundle(
@@ -166,6 +171,7 @@ def bundle(
     name: str | None,
     padding: Sequence[tuple[str, int | float]],
     exclude: Sequence[str],
+    generation: bool,
     with_folded: bool,
     weights: Path | None,
     inputs: Path | None,
@@ -196,7 +202,13 @@ def bundle(
     place = None if dry_run else _place(out)
     with stages() as begin:
         begin("load the base")
-        opened = load_base(base, example_inputs=read_inputs(inputs, base), weights=weights, rename=dict(rename))
+        opened = load_base(
+            base,
+            example_inputs=read_inputs(inputs, base),
+            weights=weights,
+            rename=dict(rename),
+            generation=generation,
+        )
         loaded = {}
         for position, (task, path, strength) in enumerate(adapters):
             begin(Stage(f"read {task}", position, len(adapters)))

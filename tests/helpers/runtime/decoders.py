@@ -11,7 +11,7 @@ import numpy as np
 
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.runtime.generation.sampling import Sampler, Token
-from tpeft_deploy.runtime.generation.sequence import Held
+from tpeft_deploy.runtime.generation.sequence import HeldVersion
 from tpeft_deploy.tucker import Array
 
 VOCABULARY = 40
@@ -83,14 +83,14 @@ class FakeDecoder:
         self.cache[slot] = UNWRITTEN
         self.filled[slot] = 0
 
-    def prefill(self, slot: int, tokens: Array, past: int, version: Held) -> Array:
+    def prefill(self, slot: int, tokens: Array, past: int, version: HeldVersion) -> Array:
         self._called("prefill", slot)
         assert tokens.dtype == np.int64
         assert len(tokens)
         self.most_tokens = max(self.most_tokens, len(tokens))
         return self._write(slot, tokens, past, version.key)
 
-    def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[Held]) -> Array:
+    def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[HeldVersion]) -> Array:
         self._called("decode", *slots)
         assert list(slots) == (list(range(len(slots))) if self.dense else sorted(slots))
         rows = zip(slots, tokens, pasts, versions, strict=True)

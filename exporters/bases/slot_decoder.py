@@ -1,0 +1,204 @@
+"""Causal language models of transformers in slot form: caches of fixed size, and the length of each row's past."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from tpeft_deploy.bundle.decoder import DecoderPorts
+from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters.bases.kv_cache_inputs import PAST, cache_parameter
+from tpeft_deploy.exporters.bases.slot_attention import IMPLEMENTATION, Slots, attend, running
+from tpeft_deploy.exporters.bases.torch_module import TorchBase
+from tpeft_deploy.exporters.causes import said_by
+from tpeft_deploy.exporters.oracle.decoder_runs import BUFFER, CHUNK, ROWS
+
+__all__ = ["SlotDecoder", "decoder_base"]
+
+_EXAMPLE = (
+    2,
+    3,
+    8,
+)  # rows, chunk and buffer: all different and none of them 1, which the exporter takes for a constant
+_LENGTHS = (7, 5, 6)  # of the sequences that the slot form is compared with the model's forward method on
+_FIX = "Export it without generation=True (--generation)."
+_LIMIT = 1e-4  # relative error of the slot form in torch, in the model's dtype or float32
+
+
+class SlotDecoder(nn.Module):
+    """Mixin that `decoder_base` puts before a model's class: a forward method over caches of fixed size.
+
+    Being a subclass and not a wrapper, it leaves every weight the name that adapters know it by.
+    """
+
+    def forward(
+        self, input_ids: torch.Tensor, seqlens: torch.Tensor, past_key_values: Mapping[str, torch.Tensor] | None = None,
+        **flat: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Logits of each row's last new token, and the caches with the new tokens in them.
+
+        Args:
+            input_ids: new tokens, (rows, chunk).
+            seqlens: tokens that the cache of each row holds before, (rows).
+            past_key_values: "<layer>.key" and "<layer>.value", each (rows, heads, buffer, size of a head).
+            flat: the same as "past_key_values.<layer>.key" and so on.
+
+        Returns:
+            `logits` (rows, vocabulary), `present.<layer>.key` and `present.<layer>.value`, of the shapes of the past.
+        """
+        given = past_key_values or {name.removeprefix(f"{PAST}."): tensor for name, tensor in flat.items()}
+        past = {layer: (given[f"{layer}.key"], given[f"{layer}.value"]) for layer in range(len(given) // 2)}
+        chunk = input_ids.shape[1]
+        slots = Slots(past, (seqlens + (chunk - 1)).to(torch.int32), (seqlens.max() + chunk).to(torch.int32))
+        parameters = inspect.signature(super().forward).parameters
+        positions = seqlens[:, None] + torch.arange(chunk, device=seqlens.device)
+        further = {"position_ids": positions, "logits_to_keep": 1}
+        further = {name: value for name, value in further.items() if name in parameters}
+        with running(slots) as cache, _attending(self):
+            further[str(cache_parameter(super().forward))] = cache
+            outputs = super().forward(input_ids=input_ids, use_cache=True, return_dict=True, **further)
+        if slots.present.keys() != past.keys():
+            raise UnsupportedBase(
+                "attend to a cache of fixed size", problem="the model's layers have another attention"
+            )
+        result = {"logits": outputs.logits[:, -1]}
+        for layer in past:
+            result[f"present.{layer}.key"], result[f"present.{layer}.value"] = slots.present[layer]
+        return result
+
+
+def decoder_base(name: str, model: Any) -> TorchBase:
+    """Make a base in slot form of a causal language model, which is left as it was.
+
+    Args:
+        name: for messages.
+        model: a model of transformers with a cache parameter in its forward method.
+
+    Raises:
+        UnsupportedBase: it keeps no keys and values, or its attention is not what GroupQueryAttention computes.
+    """
+    doing = f"load base {name} for generation"
+    vocabulary, positions = _sizes(model, doing)
+    tokens = torch.randint(0, vocabulary, (len(_LENGTHS), max(_LENGTHS)), generator=torch.Generator().manual_seed(0))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected, shapes = _own_logits(model, tokens)
+            mixed = _mixed_in(model)
+            got = _slot_logits(mixed, tokens, shapes)
+    except Exception as failure:  # models raise every kind of exception; the cause is kept
+        raise UnsupportedBase(
+            doing, problem=f"the model does not run with caches of fixed size ({said_by(failure)})", fix=_FIX
+        ) from failure
+    finally:
+        model.train(training)
+    error = float((got - expected).norm() / expected.norm())
+    if not error <= max(_LIMIT, 4 * torch.finfo(expected.dtype).eps):
+        raise UnsupportedBase(
+            doing,
+            expected="the logits of the model's forward method",
+            got=f"a relative error of {error:.2g} with attention over caches of fixed size",
+            fix=_FIX,
+        )
+    inputs, axes = _example(tokens, shapes, next(model.parameters()).dtype)
+    base = TorchBase(name, mixed, inputs, axes)
+    caches = [(past, past.replace(PAST, "present")) for past in inputs if past.startswith(PAST)]
+    base.decoder = DecoderPorts("input_ids", "seqlens", "logits", tuple(caches), positions, vocabulary)
+    return base
+
+
+def _sizes(model: Any, doing: str) -> tuple[int, int]:
+    """Tokens of the vocabulary, and of the longest sequence."""
+    config = getattr(model, "config", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    vocabulary, positions = (getattr(config, part, None) for part in ("vocab_size", "max_position_embeddings"))
+    cached = cache_parameter(type(model).forward) is not None and kinds <= {"full_attention", "sliding_attention"}
+    if not cached or not isinstance(vocabulary, int) or not isinstance(positions, int):
+        raise UnsupportedBase(
+            doing,
+            expected="a causal language model of transformers whose layers keep keys and values of past tokens",
+            got=f"{type(model).__name__} with layers {', '.join(sorted(kinds))}",
+            fix=_FIX,
+        )
+    return vocabulary, positions
+
+
+def _own_logits(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Logits of the last tokens of sequences by the model's forward method; heads and size of each layer's cache."""
+    from transformers import DynamicCache
+
+    cache, parameter = DynamicCache(), str(cache_parameter(type(model).forward))
+    model(input_ids=tokens[:, :2], use_cache=True, **{parameter: cache})
+    shapes = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
+    rows = [model(input_ids=tokens[row : row + 1, :length]).logits[0, -1] for row, length in enumerate(_LENGTHS)]
+    return torch.stack(rows), shapes
+
+
+def _mixed_in(model: nn.Module) -> nn.Module:
+    """A module of the same layers and weights with the forward method of `SlotDecoder`."""
+    own, mixed = type(model), copy(model)
+    mixed.__class__ = type(own.__name__, (SlotDecoder, own), {"__module__": own.__module__})
+    return mixed
+
+
+@contextmanager
+def _attending(model: nn.Module) -> Iterator[None]:
+    """Let the layers of a model attend by `attend`: they look in their configs, which the caller's model shares."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs: list[Any] = [config for config in found if hasattr(config, "_attn_implementation")]
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = IMPLEMENTATION
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+def _slot_logits(model: nn.Module, tokens: torch.Tensor, shapes: list[tuple[int, int]]) -> torch.Tensor:
+    """The same in slot form: two pieces of each prompt, then one token of all rows."""
+    dtype, rows = next(model.parameters()).dtype, list[dict[str, torch.Tensor]]()
+    for row, length in enumerate(_LENGTHS):
+        caches = _caches(shapes, 1, max(_LENGTHS), dtype)
+        for start, end in ((0, 2), (2, length - 1)):
+            caches = _past(model(tokens[row : row + 1, start:end], torch.tensor([start]), **caches))
+        rows.append(caches)
+    joined = {name: torch.cat([caches[name] for caches in rows]) for name in rows[0]}
+    pasts = torch.tensor(_LENGTHS) - 1
+    logits: torch.Tensor = model(tokens.gather(1, pasts[:, None]), pasts, **joined)["logits"]
+    return logits
+
+
+def _caches(shapes: list[tuple[int, int]], rows: int, buffer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {
+        f"{PAST}.{layer}.{part}": torch.randn(rows, heads, buffer, size, generator=random).to(dtype)
+        for layer, (heads, size) in enumerate(shapes)
+        for part in ("key", "value")
+    }
+
+
+def _past(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("present", PAST): tensor for name, tensor in outputs.items() if name != "logits"}
+
+
+def _example(
+    tokens: torch.Tensor, shapes: list[tuple[int, int]], dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Example inputs and dynamic shapes."""
+    rows, chunk, buffer = _EXAMPLE
+    caches = _caches(shapes, rows, buffer, dtype)
+    inputs = {"input_ids": tokens[:rows, :chunk].clone(), "seqlens": torch.zeros(rows, dtype=torch.int64), **caches}
+    axes: dict[str, Any] = {name: {0: ROWS, 2: BUFFER} for name in inputs}
+    return inputs, axes | {"input_ids": {0: ROWS, 1: CHUNK}, "seqlens": {0: ROWS}}
