@@ -11,7 +11,7 @@ from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import InputError, NotFound, Unavailable, UnknownTask
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.server.operations.targets import Lookup, resolve
+from tpeft_deploy.runtime.server.operations.models import Lookup, resolve
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse, Target

@@ -394,6 +394,5 @@ def _page(models: Iterator[Model], limit: int | None) -> Iterator[Model]:
 
 def order_of(state: State, limits: Limits) -> Fair[Any]:
     """Create the order of a queue: weighted fair queueing over tenants, each limited to its share."""
-    return Fair(
-        lambda tenant: state.tenants.quota(tenant).weight, queue_shares(state.tenants.quota, limits.max_queue_rows)
-    )
+    quota = state.tenants.quota
+    return Fair(quota.weight, queue_shares(quota, limits.max_queue_rows))

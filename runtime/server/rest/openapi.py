@@ -9,8 +9,8 @@ import msgspec
 
 import tpeft_deploy
 from tpeft_deploy.runtime.server.rest.bodies import Body
-from tpeft_deploy.runtime.server.rest.context import RequestContext, Route
-from tpeft_deploy.runtime.server.rest.routes import ROUTES
+from tpeft_deploy.runtime.server.rest.context import HttpContext
+from tpeft_deploy.runtime.server.rest.routes import ROUTES, Route
 from tpeft_deploy.runtime.server.tenancy.access import Action
 
 __all__ = ["ROUTE", "document"]
@@ -69,11 +69,11 @@ _INFER = {
 }
 
 
-async def _openapi(_: RequestContext) -> object:
+async def _openapi(_: HttpContext) -> object:
     return document()
 
 
-async def _never(_: RequestContext) -> object:
+async def _never(_: HttpContext) -> object:
     raise RuntimeError("inference is answered before the table is asked")
 
 

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
 from tpeft_deploy.runtime.server.rest import bodies, handlers
-from tpeft_deploy.runtime.server.rest.context import Handler, Route
+from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.tenancy.access import Action
 
-__all__ = ["ROUTES"]
+__all__ = ["ROUTES", "Route"]
+
+Handler = Callable[[HttpContext], Awaitable[object]]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One operation over HTTP.
+
+    Attributes:
+        method: HTTP method.
+        path: path template.
+        action: action that the role must allow.
+        handler: returns the response document; bytes are text, None is an empty object.
+        summary: summary for OpenAPI.
+        query: query parameter -> description.
+        body: type of the JSON body, or None.
+        upload: whether the body is an upload.
+    """
+
+    method: str
+    path: str
+    action: Action
+    handler: Handler
+    summary: str
+    query: Mapping[str, str] = field(default_factory=dict)
+    body: type[bodies.Body] | None = None
+    upload: bool = False
+
 
 _TENANT = {"tenant": 'whose task is meant; only an admin may name another\'s, or "shared"'}
 _PAGE = {"limit": "how many, all unless given", "after": "only those that follow the one of this name"}
