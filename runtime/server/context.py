@@ -107,14 +107,14 @@ class RequestContext:
     def memory(self) -> Hold:
         """Memory reserved for the request and its response; create it after authentication."""
         if self._memory is None:
-            self._memory = self.intake.memory.hold(self.tenant)
+            self._memory = Hold(self.intake.memory, self.tenant)
         return self._memory
 
     @property
     def staging(self) -> Hold:
         """Disk space reserved for an upload; create it after authentication."""
         if self._staging is None:
-            self._staging = self.intake.staging.hold(self.tenant)
+            self._staging = Hold(self.intake.staging, self.tenant)
         return self._staging
 
     def enter(self, among: Concurrency) -> Self:
@@ -130,9 +130,10 @@ class RequestContext:
 
     def close(self) -> None:
         """Release memory, disk space and concurrency."""
-        for hold in (self._memory, self._staging):
-            if hold is not None:
-                hold.close()
+        if self._memory is not None:
+            self._memory.close()
+        if self._staging is not None:
+            self._staging.close()
         if self._counted is not None:
             among, key = self._counted
             self._counted = None

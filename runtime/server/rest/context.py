@@ -57,8 +57,8 @@ class HttpContext(RequestContext):
 
     def __init__(self, core: Service, limits: RestLimits, intake: Intake, scope: Scope, receive: Receive) -> None:
         self.headers: Mapping[bytes, bytes] = dict(scope["headers"])
-        given_id = self.headers.get(b"x-request-id", b"")
-        super().__init__("http", scope["method"], intake, given_id, self._text(b"traceparent"))
+        traceparent = self.headers.get(b"traceparent", b"").decode("latin-1")
+        super().__init__("http", scope["method"], intake, self.headers.get(b"x-request-id", b""), traceparent)
         self.core = core
         self.limits = limits
         self.scope = scope
@@ -76,7 +76,8 @@ class HttpContext(RequestContext):
         given = self.scope["headers"]
         if len(self.headers) < len(given) and sum(name == b"authorization" for name, _ in given) > 1:
             raise Unauthenticated("authenticate", expected="one header Authorization", got="two")
-        return self._text(b"authorization") or None
+        found = self.headers.get(b"authorization")
+        return None if found is None else found.decode("latin-1")
 
     @cached_property
     def request(self) -> Request:
@@ -201,9 +202,6 @@ class HttpContext(RequestContext):
             headers.append((b"allow", error.allowed.encode()))
         text = status.text.encode("utf-8", "replace").decode()
         return status.http, headers, [orjson.dumps({"error": text})]
-
-    def _text(self, header: bytes) -> str:
-        return self.headers.get(header, b"").decode("latin-1")
 
 
 def _line(error: Exception) -> str:

@@ -22,7 +22,7 @@ from tpeft_deploy.runtime.server.rest.infer_codec import (
 )
 from tpeft_deploy.runtime.server.rest.json_data import SMALL
 from tpeft_deploy.runtime.server.rest.transport.compression import compress, decompress, encoding_for, is_compressed
-from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.intake import Hold, Intake
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.messages import InferResponse
 from tpeft_deploy.runtime.server.v2.offload import PIECE
@@ -60,14 +60,18 @@ class InferenceEndpoint:
             context.caller = principal = self._core.authenticate(context.authorization)
             context.task = model
             self._core.admit(principal)
-            with context.enter(self._intake.requests):
-                framed = await self._framed(model, version, context)
+            context.enter(self._intake.requests)
+            try:
+                hold = context.memory
+                framed = await self._framed(model, version, context, hold)
                 work = self._core.infer(principal, framed.request)
                 response = await self._watch.cancel_on_disconnect(work, context.receive)
-                answer = await self._answer(response, framed, context)
+                answer = await self._answer(response, framed, context.headers, hold)
                 del framed, response
                 await context.send(send, *answer)
                 return
+            finally:
+                context.close()
         except ClientLeft:
             context.status = GONE
             return
@@ -77,9 +81,9 @@ class InferenceEndpoint:
         # Sent outside the except block, so that the error and the body that it references are freed first.
         await context.send(send, *answer)
 
-    async def _framed(self, model: str, version: str, context: HttpContext) -> Framed:
+    async def _framed(self, model: str, version: str, context: HttpContext, hold: Hold) -> Framed:
         """Read and decode the body, after reserving memory for it."""
-        headers, hold, declared = context.headers, context.memory, context.declared
+        headers, declared = context.headers, context.declared
         limit = self._limit(headers, declared)
         if declared > PIECE or b"content-length" not in headers:
             seconds = self._intake.refused.wait(hold.tenant)
@@ -118,9 +122,11 @@ class InferenceEndpoint:
             raise _too_large(own.json_bytes, f"{json:,} of JSON")
         return limit
 
-    async def _answer(self, response: InferResponse, framed: Framed, context: HttpContext) -> Response:
+    async def _answer(
+        self, response: InferResponse, framed: Framed, asked: Mapping[bytes, bytes], hold: Hold
+    ) -> Response:
         """Encode a response, after reserving memory for it."""
-        hold, run = context.memory, self._intake.offload.run
+        run = self._intake.offload.run
         size = sum([array.nbytes for array in response.outputs.values()])
         hold.take(size)
         headers: Headers
@@ -130,10 +136,10 @@ class InferenceEndpoint:
             headers, parts = await run(hold.tenant, encode_parts, response, framed)
         else:
             headers, parts = encode_parts(response, framed)
-        if b"accept-encoding" not in context.headers:
+        if b"accept-encoding" not in asked:
             return 200, headers, parts
         length = sum(map(len, parts))
-        encoding = encoding_for(context.headers, length)
+        encoding = encoding_for(asked, length)
         if encoding is None:
             return 200, headers, parts
         if length <= SMALL:
