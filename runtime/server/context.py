@@ -46,11 +46,14 @@ class RequestContext:
         bytes_out: size of the response body or message.
     """
 
-    def __init__(
-        self, protocol: str, method: str, intake: Intake, given_id: bytes = b"", traceparent: str = ""
-    ) -> None:
+    __slots__ = (
+        *("_began", "_counted", "_given_id", "_id", "_memory", "_staging", "bytes_in", "bytes_out", "caller"),
+        *("deadline", "intake", "method", "protocol", "route", "seconds", "status", "task", "traceparent"),
+    )
+
+    def __init__(self, protocol: str, method: str, intake: Intake, given_id: bytes, traceparent: str) -> None:
         self._began = time.perf_counter()
-        self._counted: tuple[Concurrency, str] | None = None
+        self._counted: Concurrency | None = None
         self._given_id = given_id
         self._id = b""
         self._memory: Hold | None = None
@@ -125,7 +128,7 @@ class RequestContext:
         """
         if self.caller is not None:
             among.enter(self.caller.key)
-            self._counted = among, self.caller.key
+            self._counted = among
         return self
 
     def close(self) -> None:
@@ -135,9 +138,8 @@ class RequestContext:
         if self._staging is not None:
             self._staging.close()
         if self._counted is not None:
-            among, key = self._counted
+            self._counted.leave(self.key)
             self._counted = None
-            among.leave(key)
 
     def __enter__(self) -> Self:
         """Return the context."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
@@ -55,16 +54,20 @@ class HttpContext(RequestContext):
         started: whether the response was begun.
     """
 
+    __slots__ = ("_request", "core", "headers", "limits", "parameters", "receive", "scope", "started")
+
     def __init__(self, core: Service, limits: RestLimits, intake: Intake, scope: Scope, receive: Receive) -> None:
-        self.headers: Mapping[bytes, bytes] = dict(scope["headers"])
-        traceparent = self.headers.get(b"traceparent", b"").decode("latin-1")
-        super().__init__("http", scope["method"], intake, self.headers.get(b"x-request-id", b""), traceparent)
+        headers: Mapping[bytes, bytes] = dict(scope["headers"])
+        traceparent = headers[b"traceparent"].decode("latin-1") if b"traceparent" in headers else ""
+        super().__init__("http", scope["method"], intake, headers.get(b"x-request-id", b""), traceparent)
+        self.headers = headers
         self.core = core
         self.limits = limits
         self.scope = scope
         self.receive = receive
         self.parameters: Mapping[str, str] = {}
         self.started = False
+        self._request: Request | None = None
 
     @property
     def authorization(self) -> str | None:
@@ -79,10 +82,12 @@ class HttpContext(RequestContext):
         found = self.headers.get(b"authorization")
         return None if found is None else found.decode("latin-1")
 
-    @cached_property
+    @property
     def request(self) -> Request:
         """Starlette request."""
-        return Request(self.scope, self.receive)
+        if self._request is None:
+            self._request = Request(self.scope, self.receive)
+        return self._request
 
     @property
     def declared(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, MutableMapping
+from collections.abc import Awaitable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
@@ -57,6 +57,7 @@ class InferenceEndpoint:
     async def __call__(self, model: str, version: str, context: HttpContext, send: Send) -> None:
         """Serve one request."""
         try:
+            answer: Response
             context.caller = principal = self._core.authenticate(context.authorization)
             context.task = model
             self._core.admit(principal)
@@ -66,7 +67,12 @@ class InferenceEndpoint:
                 framed = await self._framed(model, version, context, hold)
                 work = self._core.infer(principal, framed.request)
                 response = await self._watch.cancel_on_disconnect(work, context.receive)
-                answer = await self._answer(response, framed, context.headers, hold)
+                size = sum([array.nbytes for array in response.outputs.values()])
+                hold.take(size)
+                if size <= SMALL and b"accept-encoding" not in context.headers:
+                    answer = 200, *encode_parts(response, framed)
+                else:
+                    answer = 200, *await self._encoded(response, size, framed, context.headers, hold)
                 del framed, response
                 await context.send(send, *answer)
                 return
@@ -122,32 +128,27 @@ class InferenceEndpoint:
             raise _too_large(own.json_bytes, f"{json:,} of JSON")
         return limit
 
-    async def _answer(
-        self, response: InferResponse, framed: Framed, asked: Mapping[bytes, bytes], hold: Hold
-    ) -> Response:
-        """Encode a response, after reserving memory for it."""
-        run = self._intake.offload.run
-        size = sum([array.nbytes for array in response.outputs.values()])
-        hold.take(size)
-        headers: Headers
+    async def _encoded(
+        self, response: InferResponse, size: int, framed: Framed, asked: Mapping[bytes, bytes], hold: Hold
+    ) -> tuple[Headers, Sequence[bytes]]:
+        """Encode a response to headers and body parts; `hold` already covers its arrays."""
         json = json_bytes(response, framed.head) if size > SMALL else 0
+        run = self._intake.offload.run
         if json > SMALL:
             hold.take(_TEXT * json)
             headers, parts = await run(hold.tenant, encode_parts, response, framed)
         else:
             headers, parts = encode_parts(response, framed)
-        if b"accept-encoding" not in asked:
-            return 200, headers, parts
         length = sum(map(len, parts))
         encoding = encoding_for(asked, length)
         if encoding is None:
-            return 200, headers, parts
+            return headers, parts
         if length <= SMALL:
             body = compress(encoding, parts)
         else:
             hold.take(length)
             body = await run(hold.tenant, compress, encoding, parts)
-        return 200, [*headers, (b"content-encoding", encoding)], [body]
+        return [*headers, (b"content-encoding", encoding)], [body]
 
 
 async def _read_body(message: MutableMapping[str, Any], limit: int, context: HttpContext) -> bytes | bytearray:

@@ -30,6 +30,8 @@ class RpcContext(RequestContext):
         heavy: whether decoding the message would block the event loop for long.
     """
 
+    __slots__ = ("core", "heavy", "limits", "metadata", "raws", "streamed")
+
     def __init__(
         self, core: Service, limits: RpcLimits, intake: Intake, method: str, route: str, metadata: Mapping[str, str]
     ) -> None:

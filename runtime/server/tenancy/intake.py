@@ -168,7 +168,8 @@ class Hold:
     def close(self) -> None:
         """Release all bytes."""
         if self.size:
-            self.give(self.size)
+            self._budget.give(self.tenant, self.size)
+            self.size = 0
 
     def __enter__(self) -> Self:
         """Return the reservation."""
