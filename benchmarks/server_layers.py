@@ -15,7 +15,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import uvloop
 
 from benchmarks.server_echo import PIXELS, TASKS, TENANTS, infer_request, show, small
-from tpeft_deploy import Runtime
+from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.service import Service, order_of
@@ -110,27 +111,33 @@ async def crowd(ask: Ask, seconds: float, clients: int) -> tuple[float, float]:
     return 1e6 * spent[0] / sum(counts), 1e6 * spent[1] / sum(counts)
 
 
-def measure(options: argparse.Namespace, place: Path) -> dict[str, float]:
-    bundle = small(place / "bundle")
+@contextmanager
+def in_process(bundle: Bundle, place: Path) -> Iterator[tuple[Runtime, Service, Application, State]]:
+    """Open a server without sockets."""
     limits = Limits(max_rows=8)
-    row = np.random.default_rng(0).standard_normal((1, PIXELS)).astype(np.float32)
-    with open_state(place / "state", default=QUOTA) as state:
+    with open_state(place, default=QUOTA) as state:
         order = order_of(state, limits)
         with Runtime(bundle.path, provider="cpu", threads=1, order=order, limits=limits) as runtime:
             metrics = Metrics(100, runtime.residency, runtime.usage, lambda: 0)
             service = Service(runtime, bundle, state, order, Options(limits=limits, observe=metrics.inference))
-            layers = {
-                "runtime": through_runtime(runtime, row),
-                "and the service": through_service(service, row),
-                "and HTTP's side": through_http(application(service, observe=metrics.request), state),
-            }
-            found: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                for turn in range(options.rounds + 1):
-                    for name, ask in layers.items():
-                        costs = runner.run(crowd(ask, options.seconds, options.clients))
-                        if turn:
-                            found[name].append(costs)
+            yield runtime, service, application(service, observe=metrics.request), state
+
+
+def measure(options: argparse.Namespace, place: Path) -> dict[str, float]:
+    row = np.random.default_rng(0).standard_normal((1, PIXELS)).astype(np.float32)
+    with in_process(small(place / "bundle"), place / "state") as (runtime, service, app, state):
+        layers = {
+            "runtime": through_runtime(runtime, row),
+            "and the service": through_service(service, row),
+            "and HTTP's side": through_http(app, state),
+        }
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            for turn in range(options.rounds + 1):
+                for name, ask in layers.items():
+                    costs = runner.run(crowd(ask, options.seconds, options.clients))
+                    if turn:
+                        found[name].append(costs)
     figures = {}
     for name, both in found.items():
         figures[f"{name}, us of processor time"] = statistics.median(whole for whole, _ in both)

@@ -17,6 +17,7 @@ from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.server.certificates import Certificates
+from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.pools import Pools
@@ -31,7 +32,6 @@ from tpeft_deploy.runtime.server.telemetry.access_log import AccessLog
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHandler
 from tpeft_deploy.runtime.server.telemetry.metrics import Metrics
-from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.telemetry.tracing import tracing
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
@@ -77,10 +77,10 @@ def _serve(
         service, metrics, runtime = _open(bundle, settings, stack, lines)
         log = AccessLog(lines) if settings.access_log else None
 
-        def observe(record: RequestRecord) -> None:
-            metrics.request(record)
+        def observe(context: RequestContext) -> None:
+            metrics.request(context)
             if log is not None:
-                log.write(record)
+                log.write(context)
 
         say(f"provider: {runtime.provider} ({runtime.provider_reason})")
         if settings.tls_cert is None and not is_loopback(settings.host):
@@ -163,7 +163,7 @@ async def _run(
     service: Service,
     settings: Settings,
     listener: socket.socket,
-    observe: Callable[[RequestRecord], None],
+    observe: Callable[[RequestContext], None],
     say: Callable[[str], None],
     certificates: Certificates | None,
 ) -> None:
@@ -217,7 +217,9 @@ async def _renewing(certificates: Certificates | None, http: HttpServer, grpc: R
                 grpc.renew(Tls(*certificates.pem))
 
 
-def _http(service: Service, settings: Settings, observe: Callable[[RequestRecord], None], intake: Intake) -> HttpServer:
+def _http(
+    service: Service, settings: Settings, observe: Callable[[RequestContext], None], intake: Intake
+) -> HttpServer:
     limits = RestLimits(
         elements=settings.max_elements,
         body_bytes=min(settings.max_body_bytes, service.largest_body or settings.max_body_bytes),
@@ -227,7 +229,7 @@ def _http(service: Service, settings: Settings, observe: Callable[[RequestRecord
     )
     answer = application(service, limits, observe, intake)
     config = uvicorn.Config(
-        LocalOnly(answer, observe) if settings.no_auth else answer,
+        LocalOnly(answer) if settings.no_auth else answer,
         ws="none",  # otherwise an installed WebSocket library responds before authentication
         lifespan="off",
         proxy_headers=False,  # client addresses are not used
@@ -242,7 +244,7 @@ def _http(service: Service, settings: Settings, observe: Callable[[RequestRecord
 def _grpc(
     service: Service,
     settings: Settings,
-    observe: Callable[[RequestRecord], None],
+    observe: Callable[[RequestContext], None],
     intake: Intake,
     certificates: Certificates | None,
 ) -> RpcServer | None:

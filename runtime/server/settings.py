@@ -16,9 +16,7 @@ from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching.policy import Limits as Batching
 from tpeft_deploy.runtime.server.isolation.limits import Limits as Reading
 from tpeft_deploy.runtime.server.rest.transport.seats import Patience, affordable
-from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget, budget_of_bodies
-from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
-from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.intake import ByteBudget, Concurrency, Intake, budget_of_bodies
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
 __all__ = ["Settings", "is_loopback", "read"]

@@ -21,10 +21,10 @@ from tests.helpers.server.asking import Asking
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import PIXELS, Served, serve
 from tpeft_deploy import Adapter, Bundle
+from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.openapi import ROUTE, document
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
-from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.tenancy.access import Action
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
 
@@ -36,7 +36,7 @@ class Live(Asking):
         who = [("acme", "infer"), ("acme", "deploy"), ("rival", "infer"), ("rival", "deploy"), ("operator", "admin")]
         super().__init__(port, {(one, role): own.state.keys.create(one, role, by="a test")[1] for one, role in who})
         self.served = own
-        self.exchanges: list[RequestRecord] = []
+        self.exchanges: list[RequestContext] = []
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import InputError, NotFound, Unavailable, UnknownTask
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.server.operations.targets import Lookup, resolve
+from tpeft_deploy.runtime.server.operations.models import Lookup, resolve
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse, Target
@@ -31,8 +31,10 @@ class Inference:
         manifest: manifest of the bundle.
         find: resolves a model name for a tenant.
         spend: spends rows of a tenant's quota, or raises QuotaExceeded.
-        accepting: returns whether requests are accepted.
         publish: called with the event of each inference; on the event loop, so it must not block.
+
+    Attributes:
+        accepting: whether requests are accepted.
     """
 
     def __init__(
@@ -41,7 +43,6 @@ class Inference:
         manifest: Manifest,
         find: Lookup,
         spend: Spend,
-        accepting: Callable[[], bool],
         publish: Callable[[InferenceEvent], None],
     ) -> None:
         self._runtime = runtime
@@ -49,7 +50,7 @@ class Inference:
         self._bundle = manifest.name
         self._find = find
         self._spend = spend
-        self._accepting = accepting
+        self.accepting = True
         self._publish = publish
         self._datatypes = {port.name: datatype(port) for port in manifest.outputs}
         self._scalars = [port.name for port in manifest.inputs if not port.shape]
@@ -62,7 +63,7 @@ class Inference:
             Forbidden, NotFound, ProtocolError, InputError, QuotaExceeded, QueueFull, DeadlineExceeded, Unavailable.
         """
         allow(principal, Action.INFER)
-        if not self._accepting():
+        if not self.accepting:
             raise Unavailable("run a request", problem="the server is starting or draining", fix="Try again shortly.")
         targets, per_row = resolve(self._find, self._bundle, principal.tenant, request)
         inputs = request.inputs

@@ -68,14 +68,14 @@ class Service:
         self.largest_body = largest_body(bundle.manifest, self._options.limits.max_request_rows)
         self._runtime = runtime
         self._state = state
-        self._ready = self._accepting = True
+        self._ready = True
         self._meter = Meter(state.tenants.quota)
         self._changes = ChangeRate(self._options.changes_per_s)
         self._statistics = Statistics()
         self._models = Models(bundle, state)
         self._events = EventBuffer(self._statistics.inference, self._options.observe)
         self._inference = Inference(
-            runtime, bundle.manifest, self._models.target, self._meter.spend_rows, self.accepting, self._events.publish
+            runtime, bundle.manifest, self._models.target, self._meter.spend_rows, self._events.publish
         )
         self.infer: Callable[[Principal, InferRequest], Coroutine[Any, Any, InferResponse]] = self._inference.infer
         self._management = Management(
@@ -103,7 +103,7 @@ class Service:
 
     def accepting(self) -> bool:
         """Whether inference requests are accepted."""
-        return self._accepting
+        return self._inference.accepting
 
     def drain(self) -> None:
         """Report not ready; requests are still accepted."""
@@ -111,7 +111,7 @@ class Service:
 
     def refuse(self) -> None:
         """Stop accepting inference requests; in-flight requests finish."""
-        self._ready = self._accepting = False
+        self._ready = self._inference.accepting = False
 
     async def sweep(self, seconds: float) -> None:
         """Remove files of deleted adapters and old audit entries every `seconds`, until cancelled."""
@@ -276,10 +276,10 @@ class Service:
             limit: maximum number of tasks (default: all).
             after: name after which the page starts.
         """
-        whose = self._reader(principal, tenant)
+        holder = self._reader(principal, tenant)
         found: list[Document] = []
         async with self._lists.turn(principal.tenant):
-            models = await self._visible(whose, after)
+            models = await self._visible(holder, after)
             await in_slices(_page(models, limit), lambda model: found.append(self._document(model)))
         return found
 
@@ -312,9 +312,9 @@ class Service:
         self, principal: Principal, name: str, alias: str, limit: int = 100, tenant: str | None = None
     ) -> Sequence[Document]:
         """List the versions of an alias as {version, time, key}, the newest first."""
-        whose = self._models.model(self._reader(principal, tenant), name).tenant
-        found = await self._pools.control.run(self._state.tasks.history, whose, name, alias, max(1, min(limit, 100)))
-        shown = whose == principal.tenant or Action.ADMIN in principal.actions  # never another tenant's key id
+        holder = self._models.model(self._reader(principal, tenant), name).tenant
+        found = await self._pools.control.run(self._state.tasks.history, holder, name, alias, max(1, min(limit, 100)))
+        shown = holder == principal.tenant or Action.ADMIN in principal.actions  # never another tenant's key id
         return [{"version": str(one.number), "time": one.time, "key": one.by if shown else None} for one in found]
 
     async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
@@ -394,6 +394,5 @@ def _page(models: Iterator[Model], limit: int | None) -> Iterator[Model]:
 
 def order_of(state: State, limits: Limits) -> Fair[Any]:
     """Create the order of a queue: weighted fair queueing over tenants, each limited to its share."""
-    return Fair(
-        lambda tenant: state.tenants.quota(tenant).weight, queue_shares(state.tenants.quota, limits.max_queue_rows)
-    )
+    quota = state.tenants.quota
+    return Fair(quota.weight, queue_shares(quota, limits.max_queue_rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 __all__ = ["Latest"]
@@ -18,10 +19,12 @@ class Latest(Generic[T]):
 
     Args:
         value: initial value.
+        observe: called with each new value, in their order.
     """
 
-    def __init__(self, value: T) -> None:
+    def __init__(self, value: T, observe: Callable[[T], None] = lambda _: None) -> None:
         self.value = value
+        self._observe = observe
         self._changes = -1
         self._lock = threading.Lock()
 
@@ -35,3 +38,4 @@ class Latest(Generic[T]):
         with self._lock:
             if changes >= self._changes:
                 self._changes, self.value = changes, value
+                self._observe(value)

@@ -12,7 +12,7 @@ from tpeft_deploy.runtime.server.registry import audit, schema
 from tpeft_deploy.runtime.server.registry.cached import Latest
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.names import check_tenant
-from tpeft_deploy.runtime.server.tenancy.quotas import Quota
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota, Quotas
 
 __all__ = ["TenantRecord", "Tenants", "ensure"]
 
@@ -35,17 +35,14 @@ class Tenants:
 
     Attributes:
         default: quota of tenants without one.
+        quota: current quota of each tenant.
     """
 
     def __init__(self, database: Database, default: Quota) -> None:
         self._database = database
         self.default = default
-        self._latest: Latest[dict[str, TenantRecord]] = Latest({})
-
-    def quota(self, tenant: str) -> Quota:
-        """Return a tenant's quota; the default for an unknown tenant."""
-        found = self._latest.value.get(tenant)
-        return self.default if found is None else found.quota
+        self.quota = Quotas(default)
+        self._latest: Latest[dict[str, TenantRecord]] = Latest({}, self._publish)
 
     def get(self, name: str) -> TenantRecord:
         """Return a tenant.
@@ -86,6 +83,9 @@ class Tenants:
     def update_cache(self, changes: int, known: dict[str, TenantRecord]) -> None:
         """Update the cache with tenants that were read when the database had a change counter."""
         self._latest.put(changes, known)
+
+    def _publish(self, known: dict[str, TenantRecord]) -> None:
+        self.quota.known = {name: record.quota for name, record in known.items()}
 
     def _record(self, name: str, quota: dict[str, float | None], created: float) -> TenantRecord:
         # Quotas stored by earlier servers lack these fields.

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, unquote
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 
 from tpeft_deploy.errors import NotFound, ProtocolError, ServerError, Unavailable, Unsupported
+from tpeft_deploy.runtime.server.context import GONE, RequestContext
 from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.operations.slices import encoded
 from tpeft_deploy.runtime.server.rest import openapi
-from tpeft_deploy.runtime.server.rest.context import RequestContext, Route
-from tpeft_deploy.runtime.server.rest.infer import InferenceEndpoint, Receive, Scope, Send, model_of
-from tpeft_deploy.runtime.server.rest.responses import GONE, HttpRecord, told
-from tpeft_deploy.runtime.server.rest.routes import ROUTES
-from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
+from tpeft_deploy.runtime.server.rest.context import HttpContext, Receive, Response, Scope, Send
+from tpeft_deploy.runtime.server.rest.infer import InferenceEndpoint
+from tpeft_deploy.runtime.server.rest.routes import ROUTES, Route
 from tpeft_deploy.runtime.server.tenancy.access import Action, allow
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.statuses import MethodNotAllowed
 
-__all__ = ["Application", "application"]
+__all__ = ["Application", "application", "model_of"]
 
 _INFER = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
 
@@ -36,7 +35,7 @@ class Application:
     Args:
         core: the server's operations.
         limits: limits of bodies and tensors.
-        observe: called with the record of each finished request, on the event loop; must not block.
+        observe: called with the context of each finished request, on the event loop; must not block.
         intake: budgets and threads, shared with other protocols.
     """
 
@@ -44,7 +43,7 @@ class Application:
         self,
         core: Service,
         limits: RestLimits,
-        observe: Callable[[RequestRecord], None] | None = None,
+        observe: Callable[[RequestContext], None] | None = None,
         intake: Intake | None = None,
     ) -> None:
         self._core = core
@@ -62,54 +61,59 @@ class Application:
             return
         if scope["type"] != "http":
             return
-        record = HttpRecord(scope["method"], scope["headers"])
+        context = HttpContext(self._core, self._limits, self._intake, scope, receive)
         try:
             asked = _asked(scope)
             if asked is not None and scope["method"] == "POST":
-                record.route = _INFER[bool(asked[1])]
-                await self._infer(*asked, record, receive, send)
+                context.route = _INFER[bool(asked[1])]
+                await self._infer(*asked, context, send)
             else:
-                await self._other(asked is not None, record, scope, receive, send)
+                await self._other(asked is not None, context, send)
         except asyncio.CancelledError:
             # After the drain timeout pending requests are cancelled; without this, uvicorn would write the response.
-            if not record.started:
-                error = Unavailable("answer a request", problem="the server stops", fix="Ask another, or come again.")
-                await record.send(send, *told(error, record))
+            if not context.started:
+                error = Unavailable("answer a request", problem="the server stops", fix="Send it again.")
+                await context.send(send, *context.refusal(error))
         finally:
-            if self._observe is not None:
-                record.end()
-                self._observe(record)
+            self._end(context)
 
-    async def _other(self, inference: bool, record: HttpRecord, scope: Scope, receive: Receive, send: Send) -> None:
+    async def refuse(self, error: ServerError, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with an error, for a middleware."""
+        context = HttpContext(self._core, self._limits, self._intake, scope, receive)
+        await context.send(send, *context.refusal(error))
+        self._end(context)
+
+    def _end(self, context: HttpContext) -> None:
+        if self._observe is not None:
+            context.end()
+            self._observe(context)
+
+    async def _other(self, inference: bool, context: HttpContext, send: Send) -> None:
         try:
-            document = await self._document(inference, record, scope, receive)
+            document = await self._document(inference, context)
         except ClientDisconnect:
-            record.status = GONE
+            context.status = GONE
             return
         except Exception as error:
-            answer = told(error, record)
+            answer = context.refusal(error)
         else:
             answer = await _answer(document)
-        await record.send(send, *answer)
+        await context.send(send, *answer)
 
-    async def _document(self, inference: bool, record: HttpRecord, scope: Scope, receive: Receive) -> object:
-        route, parameters = self._find(scope, inference)
-        if isinstance(route, Route) and route.action is Action.HEALTH:
-            record.route = route.path
-            request = Request(scope, receive)
-            return await route.handler(RequestContext(self._core, self._limits, request, None, self._intake))
-        # Authenticate before the path is checked: routes are revealed only to authenticated clients.
-        principal = record.caller = self._core.authenticate(record.authorization)
+    async def _document(self, inference: bool, context: HttpContext) -> object:
+        route, context.parameters = self._find(context.scope, inference)
+        if not isinstance(route, Route) or route.action is not Action.HEALTH:
+            # Authenticate before the path is checked: routes are revealed only to authenticated clients.
+            context.caller = self._core.authenticate(context.authorization)
         if not isinstance(route, Route):
             raise route
-        record.route = route.path
-        record.task = parameters.get("model") or parameters.get("task") or ""
-        allow(principal, route.action)
-        if route.upload and record.headers.get(b"content-encoding", b"identity") not in {b"identity", b""}:
+        context.route = route.path
+        context.task = context.path("model") or context.path("task")
+        if context.caller is not None:
+            allow(context.caller, route.action)
+        if route.upload and context.headers.get(b"content-encoding", b"identity") not in {b"identity", b""}:
             raise Unsupported("read an upload", expected="no Content-Encoding", got="one")
-        request = Request({**scope, "path_params": parameters}, receive)
-        context = RequestContext(self._core, self._limits, request, principal, self._intake)
-        with self._intake.requests.one(principal.key), context:
+        with context.enter(self._intake.requests):
             return await route.handler(context)
 
     def _find(self, scope: Scope, inference: bool) -> tuple[Route | ServerError, dict[str, str]]:
@@ -133,7 +137,7 @@ class Application:
 def application(
     core: Service,
     limits: RestLimits | None = None,
-    observe: Callable[[RequestRecord], None] | None = None,
+    observe: Callable[[RequestContext], None] | None = None,
     intake: Intake | None = None,
 ) -> Application:
     """Return an `Application` for `core`."""
@@ -144,6 +148,16 @@ def _raw(scope: Scope) -> str:
     """Return the undecoded path, as proxies see it; decoding may add segments."""
     raw: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
     return raw.decode("latin-1")
+
+
+def model_of(path: str) -> tuple[str, str] | None:
+    """Return the model and version of `/v2/models/MODEL[/versions/VERSION]/infer`; None for other paths."""
+    parts = path.split("/")
+    if len(parts) == 5 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "infer":
+        return parts[3], ""
+    if len(parts) == 7 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "versions" and parts[6] == "infer":
+        return parts[3], parts[5]
+    return None
 
 
 def _asked(scope: Scope) -> tuple[str, str] | None:
@@ -162,7 +176,7 @@ def _unquoted(names: dict[str, str]) -> dict[str, str] | None:
     return None if any("/" in name or name in {".", ".."} for name in found.values()) else found
 
 
-async def _answer(document: object) -> tuple[int, list[tuple[bytes, bytes]], Sequence[bytes]]:
+async def _answer(document: object) -> Response:
     # Not compressed: tritonclient's asyncio client always accepts gzip, but decompresses it for tensors only.
     if isinstance(document, bytes):
         return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], [document]

@@ -1,81 +1,111 @@
-"""Request context of the handlers, and the entries of the route table."""
+"""Context of an HTTP request: reads its headers, parameters and body, and sends the response."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+import logging
+import sys
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 import orjson
 from starlette.requests import Request
 
 from tpeft_deploy.bundle.manifest import is_name
-from tpeft_deploy.errors import ProtocolError, TooLarge
+from tpeft_deploy.errors import ProtocolError, TooLarge, Unauthenticated
+from tpeft_deploy.runtime.server.context import GONE, RequestContext
 from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rest.bodies import Body
 from tpeft_deploy.runtime.server.rest.transport.compression import decompress
-from tpeft_deploy.runtime.server.tenancy.access import Action, Principal
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
+from tpeft_deploy.runtime.server.v2.statuses import MethodNotAllowed, status_of
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
-__all__ = ["RequestContext", "Handler", "Route"]
+__all__ = ["Headers", "HttpContext", "Receive", "Response", "Scope", "Send"]
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+Response = tuple[int, Headers, Sequence[bytes]]
+"""Status, headers and parts of the body."""
 
 B = TypeVar("B", bound=Body)
+_DIGITS = 19
+_PIECE = 1 << 20
 _SHOWN = 200
+_log = logging.getLogger("tpeft_deploy.server")
 
 
-@dataclass
-class RequestContext:
-    """Request context of a handler: the request, its principal, and the memory and disk space reserved for it.
+class HttpContext(RequestContext):
+    """Context of an HTTP request.
 
-    Attributes:
+    Args:
         core: the server's operations.
         limits: limits of bodies.
-        request: Starlette request.
-        caller: principal; None on routes without authentication.
         intake: budgets and threads of the server.
+        scope: ASGI scope.
+        receive: ASGI receive function.
+
+    Attributes:
+        headers: request headers, names in lower case.
+        parameters: path parameters.
+        started: whether the response was begun.
     """
 
-    core: Service
-    limits: RestLimits
-    request: Request
-    caller: Principal | None
-    intake: Intake
+    __slots__ = ("_request", "core", "headers", "limits", "parameters", "receive", "scope", "started")
 
-    def __post_init__(self) -> None:
-        tenant = "" if self.caller is None else self.caller.tenant
-        self.memory = self.intake.memory.hold(tenant)
-        self.staging = self.intake.staging.hold(tenant)
-
-    def __enter__(self) -> Self:
-        """Return the context."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Release the reserved memory and disk space."""
-        self.memory.close()
-        self.staging.close()
+    def __init__(self, core: Service, limits: RestLimits, intake: Intake, scope: Scope, receive: Receive) -> None:
+        headers: Mapping[bytes, bytes] = dict(scope["headers"])
+        traceparent = headers[b"traceparent"].decode("latin-1") if b"traceparent" in headers else ""
+        super().__init__("http", scope["method"], intake, headers.get(b"x-request-id", b""), traceparent)
+        self.headers = headers
+        self.core = core
+        self.limits = limits
+        self.scope = scope
+        self.receive = receive
+        self.parameters: Mapping[str, str] = {}
+        self.started = False
+        self._request: Request | None = None
 
     @property
-    def principal(self) -> Principal:
-        """The principal of an authenticated request."""
-        if self.caller is None:
-            raise RuntimeError("a route without keys asked for one")
-        return self.caller
+    def authorization(self) -> str | None:
+        """The Authorization header.
+
+        Raises:
+            Unauthenticated: the header is repeated.
+        """
+        given = self.scope["headers"]
+        if len(self.headers) < len(given) and sum(name == b"authorization" for name, _ in given) > 1:
+            raise Unauthenticated("authenticate", expected="one header Authorization", got="two")
+        found = self.headers.get(b"authorization")
+        return None if found is None else found.decode("latin-1")
+
+    @property
+    def request(self) -> Request:
+        """Starlette request."""
+        if self._request is None:
+            self._request = Request(self.scope, self.receive)
+        return self._request
+
+    @property
+    def declared(self) -> int:
+        """Declared size of the body in bytes; 0 if unknown."""
+        given = self.headers.get(b"content-length", b"")
+        return 0 if not given.isdigit() else int(given) if len(given) < _DIGITS else sys.maxsize
 
     def path(self, name: str) -> str:
         """Return a path parameter; an empty string if the route has none of that name."""
-        return str(self.request.path_params.get(name, ""))
+        return self.parameters.get(name, "")
 
     def query(self, name: str) -> str | None:
         """Return a query parameter."""
         return self.request.query_params.get(name)
 
     @property
-    def tenant(self) -> str | None:
-        """The query parameter `tenant`."""
+    def owner(self) -> str | None:
+        """The query parameter `tenant`, which names the owner of a task."""
         found = self.query("tenant")
         if found is not None and not is_name(found):
             raise ProtocolError("read the query parameter 'tenant'", expected="a tenant's name", got=quoted(found))
@@ -89,12 +119,6 @@ class RequestContext:
         if not (found.isascii() and found.isdigit() and len(found) < 10):
             raise ProtocolError(f"read the query parameter {name!r}", expected="a whole number", got=quoted(found))
         return int(found)
-
-    @property
-    def declared(self) -> int:
-        """Declared size of the body in bytes; 0 if unknown."""
-        given = self.request.headers.get("content-length", "")
-        return int(given) if given.isascii() and given.isdigit() and len(given) < 20 else 0
 
     async def body(self, limit: int, fix: str | None = None) -> bytes | bytearray:
         """Read and decompress the body; memory is reserved before it is read.
@@ -118,8 +142,7 @@ class RequestContext:
             body += part
             if len(body) > self.memory.size:
                 self.memory.resize(len(body))
-        headers = dict(self.request.headers.raw)
-        return await decompress(headers, body, limit, self.memory, self.intake.offload) if body else body
+        return await decompress(self.headers, body, limit, self.memory, self.intake.offload) if body else body
 
     async def json(self) -> dict[str, Any]:
         """Read the body as a JSON object; an empty body is {}."""
@@ -148,33 +171,42 @@ class RequestContext:
             raise ProtocolError("read a body", expected="a JSON object", got=type(found).__name__)
         return found
 
+    async def send(self, send: Send, status: int, headers: Headers, parts: Sequence[bytes]) -> None:
+        """Send a response; a large body is sent in pieces, each after the previous one."""
+        self.status = status
+        self.started = True
+        self.bytes_out = sum(map(len, parts))
+        headers += ((b"content-length", b"%d" % self.bytes_out), (b"x-request-id", self.id_bytes))
+        try:
+            await self._write(send, status, headers, parts)
+        except (RuntimeError, OSError):  # raised by event loops for a closed connection
+            _log.debug("request %s went away before its answer", self.request_id, exc_info=True)
+            self.status = GONE
 
-Handler = Callable[[RequestContext], Awaitable[object]]
+    async def _write(self, send: Send, status: int, headers: Headers, parts: Sequence[bytes]) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        if self.bytes_out <= _PIECE:
+            await send({"type": "http.response.body", "body": parts[0] if len(parts) == 1 else b"".join(parts)})
+            return
+        for part in parts:
+            for at in range(0, len(part), _PIECE):
+                await send({"type": "http.response.body", "body": bytes(part[at : at + _PIECE]), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
-
-@dataclass(frozen=True)
-class Route:
-    """One operation over HTTP.
-
-    Attributes:
-        method: HTTP method.
-        path: path template.
-        action: action that the role must allow.
-        handler: returns the response document; bytes are text, None is an empty object.
-        summary: summary for OpenAPI.
-        query: query parameter -> description.
-        body: type of the JSON body, or None.
-        upload: whether the body is an upload.
-    """
-
-    method: str
-    path: str
-    action: Action
-    handler: Handler
-    summary: str
-    query: Mapping[str, str] = field(default_factory=dict)
-    body: type[Body] | None = None
-    upload: bool = False
+    def refusal(self, error: Exception) -> Response:
+        """Convert an error to status, headers and body; unexpected errors are logged."""
+        status = status_of(error)
+        if status.http == 500:
+            _log.error("%s %s failed, request %s", self.method, self.route, self.request_id, exc_info=error)
+        headers: Headers = [(b"content-type", b"application/json")]
+        if status.retry_after is not None:
+            headers.append((b"retry-after", b"%d" % status.retry_after))
+        if status.http == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        if isinstance(error, MethodNotAllowed):
+            headers.append((b"allow", error.allowed.encode()))
+        text = status.text.encode("utf-8", "replace").decode()
+        return status.http, headers, [orjson.dumps({"error": text})]
 
 
 def _line(error: Exception) -> str:

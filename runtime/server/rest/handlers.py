@@ -8,63 +8,63 @@ from msgspec import UNSET
 from tpeft_deploy.errors import ProtocolError, Unavailable
 from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.rest import bodies
-from tpeft_deploy.runtime.server.rest.context import RequestContext
+from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
 from tpeft_deploy.runtime.server.rest.uploads import parts
 from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 
-async def live(context: RequestContext) -> object:
+async def live(context: HttpContext) -> object:
     if not context.core.live():
         raise Unavailable("be live", problem="the server does not work")
     return {"live": True}
 
 
-async def ready(context: RequestContext) -> object:
+async def ready(context: HttpContext) -> object:
     if not context.core.ready():
         raise Unavailable("be ready", problem="the server is starting or draining, or its files are gone")
     return {"ready": True}
 
 
-async def server(context: RequestContext) -> object:
+async def server(context: HttpContext) -> object:
     return context.core.server_metadata(context.principal)
 
 
-async def model(context: RequestContext) -> object:
+async def model(context: HttpContext) -> object:
     return context.core.model_metadata(context.principal, context.path("model"), context.path("version"))
 
 
-async def model_ready(context: RequestContext) -> object:
+async def model_ready(context: HttpContext) -> object:
     name = context.path("model")
     if not context.core.model_ready(context.principal, name, context.path("version")):
         raise Unavailable(f"be ready with model {quoted(name)}", problem="it was unloaded, or the server drains")
     return {"name": name, "ready": True}
 
 
-async def config(context: RequestContext) -> object:
+async def config(context: HttpContext) -> object:
     return context.core.model_config(context.principal, context.path("model"), context.path("version"))
 
 
-async def statistics(context: RequestContext) -> object:
+async def statistics(context: HttpContext) -> object:
     return await context.core.statistics(context.principal, context.path("model"), context.path("version"))
 
 
-async def index(context: RequestContext) -> object:
+async def index(context: HttpContext) -> object:
     return await context.core.index(context.principal, ready=(await context.read(bodies.Index)).ready)
 
 
-async def load(context: RequestContext) -> object:
+async def load(context: HttpContext) -> object:
     await context.core.load(context.principal, context.path("model"), await load_parameters(context))
     return None
 
 
-async def unload(context: RequestContext) -> object:
+async def unload(context: HttpContext) -> object:
     await context.core.unload(context.principal, context.path("model"), parameters_of(await context.json()))
     return None
 
 
-async def openai(context: RequestContext) -> object:
+async def openai(context: HttpContext) -> object:
     found: list[object] = []
 
     def show(task: Document) -> None:
@@ -79,95 +79,95 @@ async def openai(context: RequestContext) -> object:
     return {"object": "list", "data": found}
 
 
-async def tasks(context: RequestContext) -> object:
+async def tasks(context: HttpContext) -> object:
     return await context.core.tasks(
-        context.principal, context.tenant, limit=context.number("limit"), after=context.query("after")
+        context.principal, context.owner, limit=context.number("limit"), after=context.query("after")
     )
 
 
-async def task(context: RequestContext) -> object:
-    return context.core.task(context.principal, context.path("task"), context.tenant)
+async def task(context: HttpContext) -> object:
+    return context.core.task(context.principal, context.path("task"), context.owner)
 
 
-async def register(context: RequestContext) -> object:
+async def register(context: HttpContext) -> object:
     alias = context.query("alias") or "current"
     return await context.core.register(
-        context.principal, context.path("task"), parts(context), alias=alias, tenant=context.tenant
+        context.principal, context.path("task"), parts(context), alias=alias, tenant=context.owner
     )
 
 
-async def point(context: RequestContext) -> object:
+async def point(context: HttpContext) -> object:
     body = await context.read(bodies.Alias)
     task, alias = context.path("task"), context.path("alias")
     version, expected = str(body.version), _expected(body)
-    return await context.core.point(context.principal, task, alias, version, context.tenant, expected)
+    return await context.core.point(context.principal, task, alias, version, context.owner, expected)
 
 
-async def rollback(context: RequestContext) -> object:
+async def rollback(context: HttpContext) -> object:
     body = await context.read(bodies.Expected)
     task, alias = context.path("task"), context.path("alias")
-    return await context.core.rollback(context.principal, task, alias, context.tenant, _expected(body))
+    return await context.core.rollback(context.principal, task, alias, context.owner, _expected(body))
 
 
-async def history(context: RequestContext) -> object:
+async def history(context: HttpContext) -> object:
     limit = context.number("limit")
     task, alias = context.path("task"), context.path("alias")
-    found = await context.core.history(context.principal, task, alias, 100 if limit is None else limit, context.tenant)
+    found = await context.core.history(context.principal, task, alias, 100 if limit is None else limit, context.owner)
     return list(found)
 
 
-async def delete(context: RequestContext) -> object:
-    await context.core.delete(context.principal, context.path("task"), context.path("version"), context.tenant)
+async def delete(context: HttpContext) -> object:
+    await context.core.delete(context.principal, context.path("task"), context.path("version"), context.owner)
     return None
 
 
-async def publish(context: RequestContext) -> object:
-    if context.tenant is None:
+async def publish(context: HttpContext) -> object:
+    if context.owner is None:
         raise ProtocolError("publish a task", expected="the query parameter 'tenant'", got="none")
-    return await context.core.publish(context.principal, context.path("task"), context.tenant)
+    return await context.core.publish(context.principal, context.path("task"), context.owner)
 
 
-async def pin(context: RequestContext) -> object:
+async def pin(context: HttpContext) -> object:
     folded = (await context.read(bodies.Pin)).folded
-    return await context.core.pin(context.principal, context.path("task"), folded=folded, tenant=context.tenant)
+    return await context.core.pin(context.principal, context.path("task"), folded=folded, tenant=context.owner)
 
 
-async def unpin(context: RequestContext) -> object:
-    await context.core.unpin(context.principal, context.path("task"), context.tenant)
+async def unpin(context: HttpContext) -> object:
+    await context.core.unpin(context.principal, context.path("task"), context.owner)
     return None
 
 
-async def keys(context: RequestContext) -> object:
-    return await context.core.admin.keys(context.principal, context.tenant)
+async def keys(context: HttpContext) -> object:
+    return await context.core.admin.keys(context.principal, context.owner)
 
 
-async def create_key(context: RequestContext) -> object:
+async def create_key(context: HttpContext) -> object:
     body = await context.read(bodies.Key)
     expires_in = None if body.expires_in is UNSET else body.expires_in
     return await context.core.admin.create_key(context.principal, body.tenant, body.role, expires_in)
 
 
-async def revoke_key(context: RequestContext) -> object:
+async def revoke_key(context: HttpContext) -> object:
     await context.core.admin.revoke_key(context.principal, context.path("key"))
     return None
 
 
-async def tenants(context: RequestContext) -> object:
+async def tenants(context: HttpContext) -> object:
     return await context.core.admin.tenants(context.principal)
 
 
-async def set_tenant(context: RequestContext) -> object:
+async def set_tenant(context: HttpContext) -> object:
     quota = msgspec.to_builtins(await context.read(bodies.Quota))  # omits unset fields
     return await context.core.admin.set_tenant(context.principal, context.path("tenant"), quota)
 
 
-async def audit(context: RequestContext) -> object:
+async def audit(context: HttpContext) -> object:
     limit = context.number("limit")
     found = await context.core.admin.audit(context.principal, 100 if limit is None else limit, context.number("before"))
     return list(found)
 
 
-async def metrics(context: RequestContext) -> object:
+async def metrics(context: HttpContext) -> object:
     return await context.core.admin.metrics(context.principal)
 
 

@@ -3,52 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
+from tpeft_deploy.runtime.server.context import GONE
 from tpeft_deploy.runtime.server.operations.service import Service
+from tpeft_deploy.runtime.server.rest.context import Headers, HttpContext, Receive, Response, Send
 from tpeft_deploy.runtime.server.rest.infer_codec import (
     ADAPTER_HEADERS,
     HEADER,
     Framed,
+    InferenceHeaderCache,
     decode,
     encode_parts,
     is_heavy,
     json_bytes,
 )
-from tpeft_deploy.runtime.server.rest.infer_json import InferenceHeaderCache
 from tpeft_deploy.runtime.server.rest.json_data import SMALL
-from tpeft_deploy.runtime.server.rest.responses import GONE, HttpRecord, told
 from tpeft_deploy.runtime.server.rest.transport.compression import compress, decompress, encoding_for, is_compressed
-from tpeft_deploy.runtime.server.rest.transport.disconnects import ClientLeft, Watch
-from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
-from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.intake import Hold, Intake
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.messages import InferResponse
 from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
-__all__ = ["InferenceEndpoint", "Receive", "Scope", "Send", "model_of"]
+__all__ = ["ClientLeft", "InferenceEndpoint", "Watch"]
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
+T = TypeVar("T")
 _ARRAYS = 5  # bytes of arrays and scratch per byte of JSON: a digit and a comma become eight
 _TEXT = 6  # bytes of JSON per byte of an output
-_DIGITS = 19
-
-
-def model_of(path: str) -> tuple[str, str] | None:
-    """Return the model and version of `/v2/models/MODEL[/versions/VERSION]/infer`; None for other paths."""
-    parts = path.split("/")
-    if len(parts) == 5 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "infer":
-        return parts[3], ""
-    if len(parts) == 7 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "versions" and parts[6] == "infer":
-        return parts[3], parts[5]
-    return None
+_DIGITS = 19  # more would not fit a machine word
 
 
 class InferenceEndpoint:
@@ -69,66 +54,65 @@ class InferenceEndpoint:
         self._heads = InferenceHeaderCache(limits)
         self._watch = Watch()
 
-    async def __call__(self, model: str, version: str, record: HttpRecord, receive: Receive, send: Send) -> None:
+    async def __call__(self, model: str, version: str, context: HttpContext, send: Send) -> None:
         """Serve one request."""
         try:
-            record.caller = principal = self._core.authenticate(record.authorization)
-            record.task = model
+            answer: Response
+            context.caller = principal = self._core.authenticate(context.authorization)
+            context.task = model
             self._core.admit(principal)
-            hold = self._intake.memory.hold(principal.tenant)
-            self._intake.requests.enter(principal.key)
+            context.enter(self._intake.requests)
             try:
-                framed = await self._framed(model, version, record, receive, hold)
-                response = await self._watch.cancel_on_disconnect(self._core.infer(principal, framed.request), receive)
+                hold = context.memory
+                framed = await self._framed(model, version, context, hold)
+                work = self._core.infer(principal, framed.request)
+                response = await self._watch.cancel_on_disconnect(work, context.receive)
                 size = sum([array.nbytes for array in response.outputs.values()])
                 hold.take(size)
-                parts: Sequence[bytes]
-                if size <= SMALL and b"accept-encoding" not in record.headers:
-                    own, parts = encode_parts(response, framed)
+                if size <= SMALL and b"accept-encoding" not in context.headers:
+                    answer = 200, *encode_parts(response, framed)
                 else:
-                    own, parts = await self._encoded(response, size, framed, record.headers, hold)
+                    answer = 200, *await self._encoded(response, size, framed, context.headers, hold)
                 del framed, response
-                await record.send(send, 200, own, parts)
+                await context.send(send, *answer)
                 return
             finally:
-                hold.close()
-                self._intake.requests.leave(principal.key)
+                context.close()
         except ClientLeft:
-            record.status = GONE
+            context.status = GONE
             return
         except Exception as error:
-            refusal = told(error, record)
-            if record.caller is not None and record.bytes_in > PIECE:
-                self._intake.refused.charge(record.caller.tenant, record.bytes_in)
+            answer = context.refusal(error)
+            context.charge_refusal()
         # Sent outside the except block, so that the error and the body that it references are freed first.
-        await record.send(send, *refusal)
+        await context.send(send, *answer)
 
-    async def _framed(self, model: str, version: str, record: HttpRecord, receive: Receive, hold: Hold) -> Framed:
-        """Read and decode the body; its memory is reserved in `hold`."""
-        headers = record.headers
-        given = headers.get(b"content-length", b"")
-        declared = 0 if not given.isdigit() else int(given) if len(given) < _DIGITS else sys.maxsize
+    async def _framed(self, model: str, version: str, context: HttpContext, hold: Hold) -> Framed:
+        """Read and decode the body, after reserving memory for it."""
+        headers, declared = context.headers, context.declared
         limit = self._limit(headers, declared)
-        if declared > PIECE or not given:
+        if declared > PIECE or b"content-length" not in headers:
             seconds = self._intake.refused.wait(hold.tenant)
             if seconds:
                 await asyncio.sleep(seconds)
         hold.take(declared)
-        message = await receive()
+        message = await context.receive()
         body = message.get("body", b"")
         if message.get("more_body", True) or len(body) > declared:  # most bodies are one message of the declared size
-            body = await _read_body(message, receive, limit, record, hold)
-        record.bytes_in = len(body)
-        if is_compressed(headers):
+            body = await _read_body(message, limit, context)
+        context.bytes_in = len(body)
+        if b"content-encoding" in headers:
             body = await decompress(headers, body, limit, hold, self._intake.offload)
+        adapter = _adapter(headers)
         if not is_heavy(headers, body):
-            return decode(model, version, headers, body, self._heads, _adapter(headers))
+            return decode(model, version, headers, body, self._heads, adapter, context.traceparent)
         read = len(body)
         hold.take(_ARRAYS * read)
-        adapter = _adapter(headers)
         # The shared cache is not thread-safe; it belongs to the event loop.
         heads = InferenceHeaderCache(self._limits)
-        framed = await self._intake.offload.run(hold.tenant, decode, model, version, headers, body, heads, adapter)
+        framed = await self._intake.offload.run(
+            hold.tenant, decode, model, version, headers, body, heads, adapter, context.traceparent
+        )
         hold.resize(read + sum(array.nbytes for array in framed.request.inputs.values()))
         return framed
 
@@ -145,31 +129,29 @@ class InferenceEndpoint:
         return limit
 
     async def _encoded(
-        self, response: InferResponse, size: int, framed: Framed, headers: Mapping[bytes, bytes], hold: Hold
-    ) -> tuple[list[tuple[bytes, bytes]], Sequence[bytes]]:
+        self, response: InferResponse, size: int, framed: Framed, asked: Mapping[bytes, bytes], hold: Hold
+    ) -> tuple[Headers, Sequence[bytes]]:
         """Encode a response to headers and body parts; `hold` already covers its arrays."""
         json = json_bytes(response, framed.head) if size > SMALL else 0
         run = self._intake.offload.run
         if json > SMALL:
             hold.take(_TEXT * json)
-            own, parts = await run(hold.tenant, encode_parts, response, framed)
+            headers, parts = await run(hold.tenant, encode_parts, response, framed)
         else:
-            own, parts = encode_parts(response, framed)
+            headers, parts = encode_parts(response, framed)
         length = sum(map(len, parts))
-        encoding = encoding_for(headers, length)
+        encoding = encoding_for(asked, length)
         if encoding is None:
-            return own, parts
+            return headers, parts
         if length <= SMALL:
             body = compress(encoding, parts)
         else:
             hold.take(length)
             body = await run(hold.tenant, compress, encoding, parts)
-        return [*own, (b"content-encoding", encoding)], [body]
+        return [*headers, (b"content-encoding", encoding)], [body]
 
 
-async def _read_body(
-    message: MutableMapping[str, Any], receive: Receive, limit: int, record: HttpRecord, hold: Hold
-) -> bytes | bytearray:
+async def _read_body(message: MutableMapping[str, Any], limit: int, context: HttpContext) -> bytes | bytearray:
     """Read the rest of a body; memory is reserved as it arrives.
 
     Raises:
@@ -184,11 +166,11 @@ async def _read_body(
             raise ClientLeft
         part = message.get("body", b"")
         size += len(part)
-        record.bytes_in = size
+        context.bytes_in = size
         if size > limit:
             raise _too_large(limit, "more")
-        if size > hold.size:
-            hold.resize(size)
+        if size > context.memory.size:
+            context.memory.resize(size)
         more = message.get("more_body", False)
         if size == len(part):
             first = part  # avoids a copy: most bodies are one message
@@ -197,7 +179,7 @@ async def _read_body(
             first = b""
         if not more:
             return body or first
-        message = await receive()
+        message = await context.receive()
 
 
 def _too_large(limit: int, got: str) -> TooLarge:
@@ -214,3 +196,77 @@ def _adapter(headers: Mapping[bytes, bytes]) -> str | None:
         names = ", ".join(quoted(name.decode("latin-1")) for name in sorted(found))
         raise ProtocolError("adapter", expected="one task for the whole batch", got=f"{names} in headers")
     return found.pop().decode("latin-1")
+
+
+class ClientLeft(Exception):
+    """The client disconnected."""
+
+
+class _Waiting:
+    """A pending request; `watching` is set once its connection is watched."""
+
+    __slots__ = ("is_old", "left", "receive", "task", "watching")
+
+    def __init__(self, task: asyncio.Task[Any], receive: Receive) -> None:
+        self.task = task
+        self.receive = receive
+        self.is_old = False
+        self.left = False
+        self.watching: asyncio.Task[None] | None = None
+
+    async def watch(self) -> None:
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        self.left = True
+        self.task.cancel()
+
+
+class Watch:
+    """Cancellation of in-flight requests of one event loop on disconnect of their client.
+
+    Watching a connection takes a task, which costs as much as a fast response; so only requests that have been pending
+    for a while are watched.
+
+    Args:
+        patience: seconds; a request is watched after it has been pending for one to two times as long.
+    """
+
+    def __init__(self, patience: float = 0.02) -> None:
+        self._patience = patience
+        self._waiting: set[_Waiting] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def cancel_on_disconnect(self, work: Awaitable[T], receive: Receive) -> T:
+        """Await `work`, and cancel it when the client disconnects.
+
+        Raises:
+            ClientLeft: the client disconnected.
+        """
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
+        if task is None:
+            raise RuntimeError("expected to be called from a task")
+        own = _Waiting(task, receive)
+        self._waiting.add(own)
+        if self._timer is None:
+            self._timer = loop.call_later(self._patience, self._look)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if own.left and task.uncancel() == 0:
+                raise ClientLeft from None
+            raise
+        finally:
+            self._waiting.discard(own)
+            if own.watching is not None:
+                own.watching.cancel()
+
+    def _look(self) -> None:
+        self._timer = None
+        for own in self._waiting:
+            if not own.is_old:
+                own.is_old = True
+            elif own.watching is None:
+                own.watching = asyncio.get_running_loop().create_task(own.watch())
+        if self._waiting:
+            self._timer = asyncio.get_running_loop().call_later(self._patience, self._look)

@@ -15,9 +15,9 @@ import numpy as np
 import orjson
 
 from tpeft_deploy.errors import ProtocolError, Unsupported
-from tpeft_deploy.runtime.server.rest.infer_json import FLOATS, Head, InferenceHeaderCache
-from tpeft_deploy.runtime.server.rest.json_data import SMALL
-from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT
+from tpeft_deploy.runtime.server.rest.infer_json import FLOATS, Head, head_of
+from tpeft_deploy.runtime.server.rest.json_data import SMALL, cut
+from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse
 from tpeft_deploy.runtime.server.v2.offload import PIECE, breathe
 from tpeft_deploy.runtime.server.v2.tensors import DTYPES, encode_raw, from_raw, quoted, raw_view
@@ -27,6 +27,7 @@ __all__ = [
     "ADAPTER_HEADERS",
     "Framed",
     "HEADER",
+    "InferenceHeaderCache",
     "decode",
     "encode",
     "encode_parts",
@@ -38,6 +39,45 @@ __all__ = [
 HEADER = b"inference-header-content-length"
 ADAPTER_HEADERS = frozenset({b"x-adapter", b"serve_multiplexed_model_id", b"serve-multiplexed-model-id"})
 _CHECKED = {"BOOL", "BYTES"}  # datatypes with invalid byte patterns
+_KEPT = 1024
+_KEPT_BYTES = 4096  # maximum size of a cached head
+
+
+class InferenceHeaderCache:
+    """Parser of inference heads with a cache of repeated ones.
+
+    Clients that send raw tensors repeat the same JSON with every request of the same shapes.  The cache key is the
+    whole JSON; JSON with tensor data or a request id is not cached.
+
+    Args:
+        limits: limits of tensors.
+    """
+
+    def __init__(self, limits: RestLimits) -> None:
+        self._limits = limits
+        self._known: dict[bytes, Head] = {}
+
+    def __len__(self) -> int:
+        """Return the number of cached heads."""
+        return len(self._known)
+
+    def read(self, model: str, text: bytes) -> Head:
+        """Parse and validate the JSON of a request for a model; raises as `head_of` does."""
+        if len(text) > _KEPT_BYTES:
+            return head_of(model, text, self._limits)
+        found = self._known.get(text)
+        if found is None:
+            found = head_of(model, text, self._limits)
+            if not found.id and all(own.elements is None for own in found.inputs):
+                if len(self._known) >= _KEPT:
+                    del self._known[next(iter(self._known))]
+                self._known[text] = found
+        return found
+
+    def read_in_pieces(self, model: str, text: bytes | bytearray) -> Head:
+        """Parse JSON that is too large for one step; other threads run between its pieces."""
+        parts = cut(f"read a request for model {quoted(model)}", text)
+        return head_of(model, parts.head, self._limits, parts.blocks)
 
 
 class Framed(msgspec.Struct, frozen=True):
@@ -54,6 +94,7 @@ def decode(
     body: bytes | bytearray,
     heads: InferenceHeaderCache,
     adapter: str | None = None,
+    traceparent: str = "",
 ) -> Framed:
     """Decode the body of an inference request.
 
@@ -64,6 +105,7 @@ def decode(
         body: decompressed body.
         heads: cache of parsed inference headers.
         adapter: adapter named by a header.
+        traceparent: W3C trace context of the caller.
 
     Raises:
         ProtocolError: the body violates the protocol.
@@ -88,7 +130,7 @@ def decode(
         adapter=head.adapter if adapter is None else _agreed(head.adapter, adapter),
         timeout=head.timeout,
         priority=head.priority,
-        traceparent=headers[b"traceparent"][:TRACEPARENT].decode("latin-1") if b"traceparent" in headers else "",
+        traceparent=traceparent,
     )
     return Framed(request, head)
 

@@ -1,8 +1,4 @@
-"""Parser of the JSON of an inference request: inputs, requested outputs, and response format.
-
-Clients that send raw tensors repeat the same JSON with every request of the same shapes, so parsed and validated heads
-are cached.  The cache key is the whole JSON; JSON with tensor data or a request id is not cached.
-"""
+"""Parser of the JSON of an inference request: inputs, requested outputs, and response format."""
 
 from __future__ import annotations
 
@@ -14,17 +10,15 @@ import msgspec
 import numpy as np
 
 from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
-from tpeft_deploy.runtime.server.rest.json_data import Block, cut
+from tpeft_deploy.runtime.server.rest.json_data import Block
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.messages import Parameter
 from tpeft_deploy.runtime.server.v2.tensors import DTYPES, check_shape, check_size, objects, quoted
 from tpeft_deploy.tucker import Array
 
-__all__ = ["FLOATS", "Head", "InferenceHeaderCache", "Input"]
+__all__ = ["FLOATS", "Head", "Input", "head_of"]
 
 FLOATS = {"FP16", "FP32", "FP64"}
-_KEPT = 1024
-_KEPT_BYTES = 4096  # maximum size of a cached head
 
 
 class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
@@ -97,51 +91,20 @@ class Head(msgspec.Struct, frozen=True):
     chosen: Mapping[str, bool]
 
 
-class InferenceHeaderCache:
-    """Parser of inference heads with a cache of repeated ones.
+def head_of(model: str, text: bytes, limits: RestLimits, blocks: Mapping[bytes, Block] | None = None) -> Head:
+    """Parse and validate the JSON of a request for a model.
 
     Args:
+        model: model name in the path.
+        text: JSON of the request.
         limits: limits of tensors.
+        blocks: placeholder in the JSON -> tensor data that was cut out of it.
+
+    Raises:
+        ProtocolError: the JSON violates the protocol.
+        TooLarge: a tensor exceeds the limits.
+        Unsupported: the request uses shared memory or the classification extension.
     """
-
-    def __init__(self, limits: RestLimits) -> None:
-        self._limits = limits
-        self._known: dict[bytes, Head] = {}
-
-    def __len__(self) -> int:
-        """Return the number of cached heads."""
-        return len(self._known)
-
-    def read(self, model: str, text: bytes) -> Head:
-        """Parse and validate the JSON of a request for a model.
-
-        Raises:
-            ProtocolError: the JSON violates the protocol.
-            TooLarge: a tensor exceeds the limits.
-            Unsupported: the request uses shared memory or the classification extension.
-        """
-        if len(text) > _KEPT_BYTES:
-            return _head(model, text, self._limits)
-        found = self._known.get(text)
-        if found is None:
-            found = _head(model, text, self._limits)
-            if not found.id and all(own.elements is None for own in found.inputs):
-                if len(self._known) >= _KEPT:
-                    del self._known[next(iter(self._known))]
-                self._known[text] = found
-        return found
-
-    def read_in_pieces(self, model: str, text: bytes | bytearray) -> Head:
-        """Parse JSON that is too large for one step; other threads run between its pieces.
-
-        Raises:
-            ProtocolError, TooLarge, Unsupported: see `read`.
-        """
-        parts = cut(f"read a request for model {quoted(model)}", text)
-        return _head(model, parts.head, self._limits, parts.blocks)
-
-
-def _head(model: str, text: bytes, limits: RestLimits, blocks: Mapping[bytes, Block] | None = None) -> Head:
     doing = f"read a request for model {quoted(model)}"
     blocks = blocks or {}
     try:

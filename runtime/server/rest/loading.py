@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError
-from tpeft_deploy.runtime.server.rest.context import RequestContext
+from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.rest.json_data import SMALL, cut_strings
 from tpeft_deploy.runtime.server.v2.messages import Encoded, LoadParameter
 from tpeft_deploy.runtime.server.v2.tensors import quoted
@@ -14,7 +14,7 @@ from tpeft_deploy.runtime.server.v2.tensors import quoted
 __all__ = ["load_parameters", "parameters_of"]
 
 
-async def load_parameters(context: RequestContext) -> dict[str, LoadParameter]:
+async def load_parameters(context: HttpContext) -> dict[str, LoadParameter]:
     """Read the parameters; large files stay in the body and are decoded while they are stored.
 
     Raises:

@@ -9,24 +9,24 @@ import msgspec
 
 import tpeft_deploy
 from tpeft_deploy.runtime.server.rest.bodies import Body
-from tpeft_deploy.runtime.server.rest.context import RequestContext, Route
-from tpeft_deploy.runtime.server.rest.routes import ROUTES
+from tpeft_deploy.runtime.server.rest.context import HttpContext
+from tpeft_deploy.runtime.server.rest.routes import ROUTES, Route
 from tpeft_deploy.runtime.server.tenancy.access import Action
 
 __all__ = ["ROUTE", "document"]
 
 _ERRORS = {
-    "400": "the request is not what the protocol or the model says",
-    "401": "no key, or one that is unknown, expired or revoked",
+    "400": "the request violates the protocol, or does not fit the model",
+    "401": "the key is missing, unknown, expired or revoked",
     "403": "the key's role does not allow it",
-    "404": "there is nothing of that name that the key may see",
-    "405": "the path has other methods",
-    "409": "the name is taken, or its state does not allow the change",
-    "413": "a body or tensor beyond a limit",
-    "429": "the tenant's quota is used up; Retry-After says for how long",
-    "501": "a part of the protocol that this server does not speak",
-    "503": "overload, or the server starts or drains; Retry-After says when to come again",
-    "504": "the request's time was over first",
+    "404": "no such resource, or it is not visible to the key",
+    "405": "the path does not support the method",
+    "409": "the name exists already, or the resource's state does not allow the change",
+    "413": "a body or tensor exceeds a limit",
+    "429": "the tenant's quota is exceeded; retry after Retry-After seconds",
+    "501": "the server does not support this part of the protocol",
+    "503": "the server is overloaded, starting or draining; retry after Retry-After seconds",
+    "504": "the request's deadline expired",
     "507": "the server's disk is full; nothing was changed",
 }
 _PARAMETERS = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
@@ -69,17 +69,17 @@ _INFER = {
 }
 
 
-async def _openapi(_: RequestContext) -> object:
+async def _openapi(_: HttpContext) -> object:
     return document()
 
 
-async def _never(_: RequestContext) -> object:
-    raise RuntimeError("inference is answered before the table is asked")
+async def _never(_: HttpContext) -> object:
+    raise RuntimeError("inference is dispatched before the table of routes")
 
 
-ROUTE = Route("GET", "/openapi.json", Action.READ, _openapi, "This document")
+ROUTE = Route("GET", "/openapi.json", Action.READ, _openapi, "OpenAPI document of this server")
 _INFERENCE = tuple(
-    Route("POST", path, Action.INFER, _never, "Run a model on inputs; raw tensors may follow the JSON")
+    Route("POST", path, Action.INFER, _never, "Run inference; raw tensors may follow the JSON")
     for path in ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
 )
 
@@ -94,7 +94,7 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "tpeft-deploy",
             "version": tpeft_deploy.__version__,
-            "description": "The Open Inference Protocol V2, and what many tasks and tenants need beside it.",
+            "description": "The Open Inference Protocol V2, with extensions for many tasks and tenants.",
         },
         "paths": paths,
         "components": {

@@ -10,7 +10,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from tpeft_deploy.errors import Conflict, ProtocolError, TooLarge
-from tpeft_deploy.runtime.server.rest.context import RequestContext
+from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.v2.messages import Part
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
@@ -19,7 +19,7 @@ __all__ = ["parts"]
 _PARTS = 4  # maximum parts of a form; an upload has two
 
 
-async def parts(context: RequestContext) -> AsyncIterator[Part]:
+async def parts(context: HttpContext) -> AsyncIterator[Part]:
     """Yield the files of an upload: the parts of a form, or the body itself as the weights.
 
     Raises:
@@ -38,7 +38,7 @@ async def parts(context: RequestContext) -> AsyncIterator[Part]:
         yield name, form.pieces()
 
 
-async def _counted(context: RequestContext) -> AsyncIterator[bytes]:
+async def _counted(context: HttpContext) -> AsyncIterator[bytes]:
     """Yield the body; disk space is reserved among unfinished uploads before it is read."""
     limit = context.limits.upload_bytes + context.limits.document_bytes
     declared = context.declared

@@ -2,70 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from google.protobuf.message import Message
 
-from tpeft_deploy.errors import ProtocolError, Unauthenticated
-from tpeft_deploy.runtime.server.operations.service import Service
+from tpeft_deploy.errors import ProtocolError
 from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
+from tpeft_deploy.runtime.server.rpc.context import RpcContext
 from tpeft_deploy.runtime.server.rpc.messages import adapter_of, is_raw, raw_response, request_of, response_of
-from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT
-from tpeft_deploy.runtime.server.tenancy.access import Action, Principal
-from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
-from tpeft_deploy.runtime.server.v2.limits import RpcLimits
+from tpeft_deploy.runtime.server.tenancy.access import Action
 from tpeft_deploy.runtime.server.v2.messages import InferResponse, LoadParameter
-from tpeft_deploy.runtime.server.v2.offload import PIECE, Offload
+from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
-__all__ = ["METHODS", "SERVICE", "Call", "Method"]
+__all__ = ["METHODS", "SERVICE", "Method"]
 
 SERVICE = "inference.GRPCInferenceService"
 _FINAL = "triton_enable_empty_final_response"
-
-
-@dataclass
-class Call:
-    """Call context of a handler.
-
-    Attributes:
-        core: the server's operations.
-        limits: limits of messages.
-        caller: principal; None for calls without authentication.
-        metadata: text metadata, keys in lower case.
-        hold: memory reserved for the request.
-        offload: threads for large messages.
-        timeout: seconds until the client's deadline; None without one.
-        streamed: whether the message is one of a stream.
-        raws: raw tensors that were split off the message.
-        heavy: whether decoding the message would block the event loop for long.
-    """
-
-    core: Service
-    limits: RpcLimits
-    caller: Principal | None
-    metadata: Mapping[str, str]
-    hold: Hold
-    offload: Offload
-    timeout: float | None = None
-    streamed: bool = False
-    raws: Sequence[memoryview] | None = None
-    heavy: bool = False
-
-    @property
-    def principal(self) -> Principal:
-        """The principal.
-
-        Raises:
-            Unauthenticated: the call has no key.
-        """
-        if self.caller is None:
-            raise Unauthenticated("request", expected="a key", got="none")
-        return self.caller
 
 
 @dataclass(frozen=True)
@@ -81,89 +38,84 @@ class Method:
 
     action: Action
     request: Any
-    answer: Callable[[Call, Any], Awaitable[Message | bytes]]
+    answer: Callable[[RpcContext, Any], Awaitable[Message | bytes]]
     stream: bool = False
 
 
-async def _server_live(call: Call, _: pb.ServerLiveRequest) -> Message:
+async def _server_live(call: RpcContext, _: pb.ServerLiveRequest) -> Message:
     return pb.ServerLiveResponse(live=call.core.live())
 
 
-async def _server_ready(call: Call, _: pb.ServerReadyRequest) -> Message:
+async def _server_ready(call: RpcContext, _: pb.ServerReadyRequest) -> Message:
     return pb.ServerReadyResponse(ready=call.core.ready())
 
 
-async def _server_metadata(call: Call, _: pb.ServerMetadataRequest) -> Message:
+async def _server_metadata(call: RpcContext, _: pb.ServerMetadataRequest) -> Message:
     document = call.core.server_metadata(call.principal)
     return pb.ServerMetadataResponse(**{field: document[field] for field in ("name", "version", "extensions")})
 
 
-async def _model_ready(call: Call, request: pb.ModelReadyRequest) -> Message:
+async def _model_ready(call: RpcContext, request: pb.ModelReadyRequest) -> Message:
     return pb.ModelReadyResponse(ready=call.core.model_ready(call.principal, request.name, request.version))
 
 
-async def _model_metadata(call: Call, request: pb.ModelMetadataRequest) -> Message:
+async def _model_metadata(call: RpcContext, request: pb.ModelMetadataRequest) -> Message:
     return pb.ModelMetadataResponse(**call.core.model_metadata(call.principal, request.name, request.version))
 
 
-async def _model_config(call: Call, request: pb.ModelConfigRequest) -> Message:
+async def _model_config(call: RpcContext, request: pb.ModelConfigRequest) -> Message:
     config = call.core.model_config(call.principal, request.name, request.version)
     return pb.ModelConfigResponse(config=pb.ModelConfig(**config))
 
 
-async def _model_statistics(call: Call, request: pb.ModelStatisticsRequest) -> Message:
+async def _model_statistics(call: RpcContext, request: pb.ModelStatisticsRequest) -> Message:
     found = await call.core.statistics(call.principal, request.name, request.version)
     response = pb.ModelStatisticsResponse()
     await in_slices(found["model_stats"], lambda own: response.model_stats.add(**own))
     return response
 
 
-async def _model_infer(call: Call, message: pb.ModelInferRequest) -> Message | bytes:
+async def _model_infer(call: RpcContext, message: pb.ModelInferRequest) -> Message | bytes:
     adapter = adapter_of(call.metadata)
     heavy = call.heavy or (call.raws is not None and any(one.datatype == "BYTES" for one in message.inputs))
-    if heavy:
-        run = call.offload.run
-        request = await run(
-            call.hold.tenant, request_of, message, call.limits, adapter, call.timeout, call.raws or None
-        )
-    else:
-        request = request_of(message, call.limits, adapter, call.timeout, call.raws or None)
-    if "traceparent" in call.metadata:
-        request = msgspec.structs.replace(request, traceparent=call.metadata["traceparent"][:TRACEPARENT])
+    given = message, call.limits, adapter, call.deadline, call.raws or None
+    request = await call.intake.offload.run(call.tenant, request_of, *given) if heavy else request_of(*given)
+    if call.traceparent:
+        request = msgspec.structs.replace(request, traceparent=call.traceparent)
     # Clients that send raw tensors can read them; without any input the response is raw, which every client reads.
     raw = bool(call.raws) or bool(message.raw_input_contents) or not message.inputs
     final = call.streamed and _FINAL in message.parameters and message.parameters[_FINAL].bool_param
-    del message
+    del message, given
     return await _response(call, await call.core.infer(call.principal, request), raw, final)
 
 
-async def _response(call: Call, response: InferResponse, raw: bool, final: bool) -> Message | bytes:
+async def _response(call: RpcContext, response: InferResponse, raw: bool, final: bool) -> Message | bytes:
     """Encode a response, after reserving memory for it."""
     size = sum(array.nbytes for array in response.outputs.values())
-    call.hold.take(size)
+    call.memory.take(size)
     if size > PIECE and is_raw(response, raw):
         return raw_response(response, final=final, streamed=call.streamed)
     if size > PIECE:
-        call.hold.take(4 * size)
-        message = await call.offload.run(call.hold.tenant, response_of, response, raw=False, final=final)
+        call.memory.take(4 * size)
+        message = await call.intake.offload.run(call.tenant, response_of, response, raw=False, final=final)
     else:
         message = response_of(response, raw=raw, final=final)
     return pb.ModelStreamInferResponse(infer_response=message) if call.streamed else message
 
 
-async def _repository_index(call: Call, request: pb.RepositoryIndexRequest) -> Message:
+async def _repository_index(call: RpcContext, request: pb.RepositoryIndexRequest) -> Message:
     response = pb.RepositoryIndexResponse()
     models = await call.core.index(call.principal, ready=request.ready)
     await in_slices(models, lambda own: response.models.add(**own))
     return response
 
 
-async def _model_load(call: Call, request: pb.RepositoryModelLoadRequest) -> Message:
+async def _model_load(call: RpcContext, request: pb.RepositoryModelLoadRequest) -> Message:
     await call.core.load(call.principal, _named(request.model_name), _parameters(request.parameters))
     return pb.RepositoryModelLoadResponse()
 
 
-async def _model_unload(call: Call, request: pb.RepositoryModelUnloadRequest) -> Message:
+async def _model_unload(call: RpcContext, request: pb.RepositoryModelUnloadRequest) -> Message:
     await call.core.unload(call.principal, _named(request.model_name), _parameters(request.parameters))
     return pb.RepositoryModelUnloadResponse()
 

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from tpeft_deploy.errors import DeadlineExceeded, ServerError, Unavailable
-from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.tenancy.intake import Hold
 from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 __all__ = ["FIRST", "read_message"]

@@ -1,86 +1,38 @@
-"""gRPC servicer: authentication, limits, errors and request records."""
+"""gRPC servicer: authentication, limits, errors and request contexts."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded, ServerError, Unauthenticated, Unsupported
+from tpeft_deploy.runtime.server.context import GONE, RequestContext
 from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
+from tpeft_deploy.runtime.server.rpc.context import RpcContext
 from tpeft_deploy.runtime.server.rpc.field_limit import parse, split_raw
-from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Call, Method
+from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Method
 from tpeft_deploy.runtime.server.rpc.reading import read_message
-from tpeft_deploy.runtime.server.telemetry.request_record import TRACEPARENT, RequestRecord, request_id
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
-from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
-from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
-from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.intake import Hold, Intake
 from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.runtime.server.v2.statuses import Status, status_of
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
-__all__ = ["Observer", "RpcRecord", "Servicer"]
+__all__ = ["Observer", "Servicer"]
 
 T = TypeVar("T")
-Observer = Callable[[RequestRecord], None]
+Observer = Callable[[RequestContext], None]
 _LOG = logging.getLogger(__name__)
-_GONE = 499
 _ELEMENT = 16  # bytes of memory per typed element, parsed and as an array
 _TEXT_BYTES = 1000  # clients accept 8 KiB of trailers, and percent-encoding triples a byte
-
-
-class RpcRecord(RequestRecord):
-    """Request record of a gRPC call.
-
-    Args:
-        method: name of the rpc.
-        route: full name of the rpc.
-        metadata: metadata of the call.
-        caller: principal, if it is known already.
-        size: size of the message.
-    """
-
-    __slots__ = ("_id", "_metadata", "_own")
-
-    def __init__(
-        self, method: str, route: str, metadata: Mapping[str, str], caller: Principal | None = None, size: int = 0
-    ) -> None:
-        super().__init__("grpc", method)
-        self.route = route
-        self.status = 200
-        self.caller = caller
-        self.bytes_in = size
-        self._metadata = metadata
-        self._id = ""
-        self._own = b""
-
-    def describe(self, request: Any) -> None:
-        """Record model and id of a message."""
-        self.task = getattr(request, "model_name", "") or getattr(request, "name", "")
-        self._id = getattr(request, "id", "")
-        self._own = b""
-
-    @property
-    def request_id(self) -> str:
-        """Request id of the client if it is safe to log; else a generated one."""
-        if not self._own:
-            self._own = request_id((self._id or self._metadata.get("x-request-id", "")).encode("utf-8", "replace"))
-        return self._own.decode("latin-1")
-
-    @property
-    def traceparent(self) -> str:
-        """W3C trace context of the caller."""
-        return self._metadata.get("traceparent", "")[:TRACEPARENT]
 
 
 class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type information
@@ -92,7 +44,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     Args:
         core: the server's operations.
         limits: limits of messages.
-        observe: called with the record of each request, including each message of a stream; must not block or raise.
+        observe: called with the context of each request, including each message of a stream; must not block or raise.
         intake: budgets and threads, shared with other protocols.
     """
 
@@ -109,18 +61,17 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         path: str = handler_call_details.method
         name = path.removeprefix(f"/{SERVICE}/")
         method = METHODS.get(name)
-        metadata = _texts(handler_call_details.invocation_metadata)
-        record = RpcRecord(name, path, metadata) if method else RpcRecord("unknown", "unknown", metadata)
+        given = handler_call_details.invocation_metadata
+        metadata = {key: value for key, value in given if isinstance(value, str)}
+        names = (name, path) if method else ("unknown", "unknown")
+        call = RpcContext(self._core, self._limits, self._intake, *names, metadata)
         try:
-            record.caller = self._caller(method, handler_call_details.invocation_metadata)
-            method = _allowed(path, method, record.caller)
+            call.caller = self._caller(method, given)
+            method = _allowed(path, method, call.caller)
         except Exception as error:
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, _status(error), record))
-        hold = self._intake.memory.hold(record.tenant)
-        call = Call(self._core, self._limits, record.caller, metadata, hold, self._intake.offload)
-        if method.stream:
-            return grpc.stream_stream_rpc_method_handler(functools.partial(self._stream, method, call, record))
-        return grpc.stream_stream_rpc_method_handler(functools.partial(self._unary, method, call, record))
+            return grpc.stream_stream_rpc_method_handler(functools.partial(self._refuse, _status(error), call))
+        serve = self._stream if method.stream else self._unary
+        return grpc.stream_stream_rpc_method_handler(functools.partial(serve, method, call))
 
     def _caller(self, method: Method | None, metadata: Sequence[tuple[str, str | bytes]]) -> Principal | None:
         if method is not None and method.action is Action.HEALTH:
@@ -130,66 +81,67 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             raise Unauthenticated("authorization", expected="one text", got=f"{len(found)} values")
         return self._core.authenticate(str(found[0]) if found else None)
 
-    async def _refuse(self, status: Status, record: RpcRecord, _: Any, context: Any) -> None:
-        record.status = status.http
-        self._tell(record)
+    async def _refuse(self, status: Status, call: RpcContext, _: Any, context: Any) -> None:
+        call.status = status.http
+        self._end(call)
         await _abort(context, status)
 
-    async def _unary(self, method: Method, call: Call, record: RpcRecord, _: Any, context: Any) -> None:
-        call.timeout = context.time_remaining()
+    async def _unary(self, method: Method, call: RpcContext, _: Any, context: Any) -> None:
+        call.deadline = context.time_remaining()
         try:
-            with _one(call.caller, self._intake.requests), call.hold:
-                answer = await self._answered(method, call, record, context)
-                record.bytes_out = len(answer)
+            with call.enter(self._intake.requests):
+                answer = await self._answered(method, call, context)
+                call.bytes_out = len(answer)
                 await context.write(answer)
         except asyncio.CancelledError:
-            record.status = _GONE
-            self._tell(record)
+            call.status = GONE
+            self._end(call)
             raise
         except Exception as error:
             status = _status(error)
-            self._charge(call.caller, record.bytes_in)
+            call.charge_refusal()
         else:
-            self._tell(record)
+            self._end(call)
             return
         finally:
             call.raws = None  # grpc keeps this frame alive until a garbage collection
         # Sent outside the except block, so that the error and the message that it references are freed first.
-        await self._refuse(status, record, None, context)
+        await self._refuse(status, call, None, context)
 
-    async def _answered(self, method: Method, call: Call, record: RpcRecord, context: Any) -> bytes:
+    async def _answered(self, method: Method, call: RpcContext, context: Any) -> bytes:
         if method.action is Action.INFER:
             self._core.admit(call.principal)
-        await self._pay(call.caller)
-        data = await read_message(context, call.hold, self._limits, self._limits.read_seconds, lent=call.caller is None)
+        await self._wait(call)
+        lent = call.caller is None
+        data = await read_message(context, call.memory, self._limits, self._limits.read_seconds, lent=lent)
         if data is None:
             raise ProtocolError("request", expected="a message", got="none")
-        record.bytes_in = len(data)
+        call.bytes_in = len(data)
         request = await self._parsed(method, call, data)
         del data
-        record.describe(request)
+        call.describe(request)
         return _bytes_of(await method.answer(call, request))
 
-    async def _stream(self, method: Method, call: Call, record: RpcRecord, _: Any, context: Any) -> None:
+    async def _stream(self, method: Method, call: RpcContext, _: Any, context: Any) -> None:
         try:
-            with _one(call.caller, self._intake.streams):
-                status = await self._answer_stream(method, call, record.method, context)
+            with call.enter(self._intake.streams):
+                status = await self._answer_stream(method, call, context)
         except QuotaExceeded as error:
-            await self._refuse(_status(error), record, None, context)
+            await self._refuse(_status(error), call, None, context)
         else:
             if status is not None:
                 await _abort(context, status)
 
-    async def _answer_stream(self, method: Method, call: Call, name: str, context: Any) -> Status | None:
+    async def _answer_stream(self, method: Method, call: RpcContext, context: Any) -> Status | None:
         """Serve a stream; return the status that ends it early."""
         refused: list[Status] = []
         held: set[Hold] = set()  # of in-flight messages
 
         async def read() -> tuple[bytes, Hold] | None:
-            hold = self._intake.memory.hold(call.hold.tenant)
+            hold = self._intake.memory.hold(call.tenant)
             held.add(hold)
             try:
-                await self._pay(call.caller)
+                await self._wait(call)
                 data = await read_message(context, hold, self._limits, None, lent=True)
             except ServerError as error:
                 refused.append(_status(error))
@@ -198,12 +150,12 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 
         async def answer(message: tuple[bytes, Hold]) -> bytes:
             data, hold = message
-            record = RpcRecord(name, f"/{SERVICE}/{name}", call.metadata, call.caller, len(data))
-            one = replace(call, hold=hold, timeout=context.time_remaining(), streamed=True)
+            own = call.message(hold, len(data))
+            own.deadline = context.time_remaining()
             try:
-                return await self._one_of_stream(method, one, record, data)
+                return await self._one_of_stream(method, own, data)
             finally:
-                hold.close()
+                own.close()
                 held.discard(hold)
 
         try:
@@ -213,43 +165,39 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
                 hold.close()
         return refused.pop() if refused else None
 
-    async def _one_of_stream(self, method: Method, call: Call, record: RpcRecord, data: bytes) -> bytes:
+    async def _one_of_stream(self, method: Method, call: RpcContext, data: bytes) -> bytes:
         request = None
         try:
             # Authenticated per message: a key may be revoked while the stream is open.
-            call.caller = record.caller = self._core.authenticate(call.metadata.get("authorization"))
+            call.caller = self._core.authenticate(call.metadata.get("authorization"))
             allow(call.caller, method.action)
             self._core.admit(call.caller)
-            with _one(call.caller, self._intake.requests):
-                request = await self._parsed(method, call, data)
-                record.describe(request)
-                answer = _bytes_of(await method.answer(call, request))
+            call.enter(self._intake.requests)
+            request = await self._parsed(method, call, data)
+            call.describe(request)
+            answer = _bytes_of(await method.answer(call, request))
         except asyncio.CancelledError:
-            record.status = _GONE
-            self._tell(record)
+            call.status = GONE
+            self._end(call)
             raise
         except Exception as error:
             status = _status(error)
-            self._charge(call.caller, len(data))
-            record.status = status.http
+            call.charge_refusal()
+            call.status = status.http
             asked = {} if request is None else {"id": request.id, "model_name": request.model_name}
             message = pb.ModelStreamInferResponse(error_message=_clipped(status.text), infer_response=asked)
             answer = _bytes_of(message)
-        record.bytes_out = len(answer)
-        self._tell(record)
+        call.bytes_out = len(answer)
+        self._end(call)
         return answer
 
-    def _charge(self, caller: Principal | None, size: int) -> None:
-        """Delay the tenant's next message after a large refused one."""
-        if caller is not None and size > PIECE:
-            self._intake.refused.charge(caller.tenant, size)
-
-    async def _pay(self, caller: Principal | None) -> None:
-        seconds = 0.0 if caller is None else self._intake.refused.wait(caller.tenant)
+    async def _wait(self, call: RpcContext) -> None:
+        """Delay the next message of a tenant after large refused ones."""
+        seconds = 0.0 if call.caller is None else self._intake.refused.wait(call.caller.tenant)
         if seconds:
             await asyncio.sleep(seconds)
 
-    async def _parsed(self, method: Method, call: Call, data: bytes) -> Any:
+    async def _parsed(self, method: Method, call: RpcContext, data: bytes) -> Any:
         """Parse a message; raw tensors of a large one go to `call.raws`, long work runs in other threads."""
         if len(data) <= PIECE:
             return parse(method.request, data, self._limits)
@@ -258,13 +206,13 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             if len(data) <= PIECE:
                 return parse(method.request, data, self._limits)
         call.heavy = True
-        call.hold.take(len(data) + _ELEMENT * min(len(data), self._limits.typed_elements))
-        return await call.offload.run(call.hold.tenant, parse, method.request, data, self._limits)
+        call.memory.take(len(data) + _ELEMENT * min(len(data), self._limits.typed_elements))
+        return await self._intake.offload.run(call.tenant, parse, method.request, data, self._limits)
 
-    def _tell(self, record: RpcRecord) -> None:
+    def _end(self, call: RpcContext) -> None:
         if self._observe is not None:
-            record.end()
-            self._observe(record)
+            call.end()
+            self._observe(call)
 
 
 async def _in_order(
@@ -305,14 +253,6 @@ def _allowed(path: str, method: Method | None, caller: Principal | None) -> Meth
     if caller is not None:
         allow(caller, method.action)
     return method
-
-
-def _one(caller: Principal | None, among: Concurrency) -> AbstractContextManager[None]:
-    return nullcontext() if caller is None else among.one(caller.key)
-
-
-def _texts(metadata: Sequence[tuple[str, str | bytes]]) -> Mapping[str, str]:
-    return {key: value for key, value in metadata if isinstance(value, str)}
 
 
 def _status(error: Exception) -> Status:

@@ -6,8 +6,8 @@ import time
 
 import orjson
 
+from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines
-from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 
 __all__ = ["AccessLog"]
 
@@ -24,23 +24,23 @@ class AccessLog:
     def __init__(self, lines: LogLines) -> None:
         self._lines = lines
 
-    def write(self, record: RequestRecord) -> None:
+    def write(self, context: RequestContext) -> None:
         """Log a request; dropped and counted if too many lines are queued."""
         self._lines.put(
             orjson.dumps(
                 {
                     "time": round(time.time(), 3),
-                    "request": record.request_id[:_TEXT],
-                    "tenant": record.tenant[:_TEXT],
-                    "key": record.key[:_TEXT],
-                    "protocol": record.protocol,
-                    "method": record.method[:_TEXT],
-                    "route": record.route,
-                    "task": record.task[:_TEXT],
-                    "status": record.status,
-                    "ms": round(1000 * record.seconds, 3),
-                    "in": record.bytes_in,
-                    "out": record.bytes_out,
+                    "request": context.request_id[:_TEXT],
+                    "tenant": context.tenant[:_TEXT],
+                    "key": context.key[:_TEXT],
+                    "protocol": context.protocol,
+                    "method": context.method[:_TEXT],
+                    "route": context.route,
+                    "task": context.task[:_TEXT],
+                    "status": context.status,
+                    "ms": round(1000 * context.seconds, 3),
+                    "in": context.bytes_in,
+                    "out": context.bytes_out,
                 }
             )
         )

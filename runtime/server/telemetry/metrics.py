@@ -21,8 +21,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
-from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 
 __all__ = ["Metrics"]
 
@@ -90,9 +90,9 @@ class Metrics(Collector):
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
-    def request(self, record: RequestRecord) -> None:
+    def request(self, context: RequestContext) -> None:
         """Count a finished request."""
-        key = (record.protocol, record.route, record.status)
+        key = (context.protocol, context.route, context.status)
         self._requests[key] = self._requests.get(key, 0) + 1
 
     def inference(self, observed: InferenceEvent) -> None:

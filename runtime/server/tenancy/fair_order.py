@@ -16,18 +16,97 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from tpeft_deploy.runtime.batching.policy import Request
-from tpeft_deploy.runtime.server.tenancy.token_counters import LATER, Counted, Counters
 
 __all__ = ["Fair"]
 
 Form = TypeVar("Form")
+Key = TypeVar("Key", bound=Hashable)
 
 # Number of later requests in the lane that may overtake a request per step of priority: more than a queue usually
 # holds, so that priorities decide, but bounded, so that the lowest priority does not starve.
 _PATIENCE = 1024
+_LATER = 2**62  # offset that puts a turn after all others
+_KEPT = 64  # departed members kept, in addition to two per waiting member
 
 
-class _Lane(Counted, Generic[Form]):
+class _Counted:
+    """A waiting member.
+
+    Attributes:
+        served: virtual token counter.
+        is_new: whether the member has no known counter, as a newcomer.
+        turn: tie-breaker, the smaller is next: members not served since they entered, then the least recently served.
+    """
+
+    def __init__(self) -> None:
+        self.served = 0.0
+        self.is_new = True
+        self.turn = 0
+
+
+Member = TypeVar("Member", bound=_Counted)
+
+
+class _Counters(Generic[Key, Member]):
+    """Virtual token counters of the waiting members.
+
+    Attributes:
+        waiting: key -> member, the longest waiting first.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[Key, Member] = {}
+        self._away: dict[Key, float] = {}
+        self._turns = 0
+        self._least = 0.0  # smallest counter of the waiting members
+        self._entry = 0.0  # initial counter of newcomers
+
+    def enter(self, key: Key, member: Member) -> Member:
+        """Add a waiting member with its known counter, lifted to the smallest counter of the waiting members."""
+        known = self._away.pop(key, None)
+        self._turns += 1
+        member.turn = self._turns - _LATER
+        member.is_new = known is None
+        member.served = max(self._least, self._entry if known is None else known)
+        self.waiting[key] = member
+        return member
+
+    def charge(self, member: Member, cost: float) -> None:
+        """Add the cost of a service to the counter of a waiting member."""
+        self._turns += 1
+        member.turn = self._turns
+        if member.is_new:
+            # An endless sequence of newcomers that all start at the smallest counter would starve the others.  So the
+            # initial counter grows by the cost served to newcomers, divided by the number of waiting members.
+            member.is_new = False
+            self._entry = max(self._entry, self._least) + cost / len(self.waiting)
+        member.served += cost
+
+    def leave(self, key: Key) -> None:
+        """Remove a waiting member; its counter is kept for its return, unless nothing was charged."""
+        member = self.waiting.pop(key)
+        if not member.is_new:
+            self._away[key] = member.served
+
+    def settle(self) -> None:
+        """Update the smallest counter; call it after members were charged or left, before another enters."""
+        if not self.waiting:
+            # Without contention no member is owed anything: all restart as equals.
+            self._away.clear()
+            self._least = self._entry = 0.0
+            return
+        self._least = max(self._least, min(member.served for member in self.waiting.values()))
+        if len(self._away) > 2 * len(self.waiting) + _KEPT:
+            # Smaller counters would be lifted to the smallest on return, so they need not be kept.
+            self._away = {key: served for key, served in self._away.items() if served > self._least}
+
+    @property
+    def remembered(self) -> int:
+        """Number of kept counters of departed members."""
+        return len(self._away)
+
+
+class _Lane(_Counted, Generic[Form]):
     """Requests of one task, in the order of service."""
 
     def __init__(self) -> None:
@@ -49,14 +128,14 @@ class _Lane(Counted, Generic[Form]):
         del self._places[index], self.requests[index]
 
 
-class _Tenant(Counted, Generic[Form]):
+class _Tenant(_Counted, Generic[Form]):
     """Waiting requests of one tenant."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.weight = weight  # as of the tenant's arrival or last service
         self.rows = self.size = 0
-        self.lanes: Counters[Hashable, _Lane[Form]] = Counters()
+        self.lanes: _Counters[Hashable, _Lane[Form]] = _Counters()
 
     def __iter__(self) -> Iterator[Request[Form]]:
         """Iterate over its requests, in the order of service without other tenants."""
@@ -66,13 +145,13 @@ class _Tenant(Counted, Generic[Form]):
 
 
 def _merged(turns: list[tuple[float, int, float, Iterator[Request[Form]]]]) -> Iterator[Request[Form]]:
-    """Merge requests by the smallest counter; for ties, see `Counted.turn`.
+    """Merge requests by the smallest counter; for ties, see `_Counted.turn`.
 
     Args:
         turns: counter, unique turn, weight and requests of each member.
     """
     heapq.heapify(turns)
-    later = itertools.count(LATER)
+    later = itertools.count(_LATER)
     while turns:
         served, _, weight, own = turns[0]
         request = next(own, None)
@@ -101,7 +180,7 @@ class Fair(Generic[Form]):
     def __init__(self, weight: Callable[[str], float], admit: Callable[[str, int, int], None] | None = None) -> None:
         self._weight = weight
         self._admit = admit
-        self._tenants: Counters[str, _Tenant[Form]] = Counters()
+        self._tenants: _Counters[str, _Tenant[Form]] = _Counters()
         self._places: dict[int, tuple[_Tenant[Form], _Lane[Form], tuple[int, int]]] = {}
 
     def add(self, request: Request[Form]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from tpeft_deploy.errors import Forbidden
-from tpeft_deploy.runtime.server.rest.infer import Receive, Scope, Send
-from tpeft_deploy.runtime.server.rest.responses import HttpRecord, told
+from tpeft_deploy.runtime.server.rest.app import Application
+from tpeft_deploy.runtime.server.rest.context import Receive, Scope, Send
 from tpeft_deploy.runtime.server.settings import is_loopback
-from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["LocalOnly", "check"]
@@ -26,15 +25,11 @@ class LocalOnly:
     DNS rebinding, a domain that resolves to 127.0.0.1.
 
     Args:
-        application: wrapped application.
-        observe: called with the record of each refused request.
+        application: wrapped application, which also answers refused requests.
     """
 
-    def __init__(
-        self, application: Callable[[Scope, Receive, Send], Awaitable[None]], observe: Callable[[RequestRecord], None]
-    ) -> None:
+    def __init__(self, application: Application) -> None:
         self._application = application
-        self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on or refuse one request."""
@@ -42,10 +37,7 @@ class LocalOnly:
             if scope["type"] == "http":
                 check(scope["headers"])
         except Forbidden as error:
-            record = HttpRecord(scope["method"], scope["headers"])
-            await record.send(send, *told(error, record))
-            record.end()
-            self._observe(record)
+            await self._application.refuse(error, scope, receive, send)
         else:
             await self._application(scope, receive, send)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded, TooLarge
 
-__all__ = ["Meter", "Quota", "queue_shares"]
-
+__all__ = ["Meter", "Quota", "Quotas", "queue_shares"]
 
 _KEPT = 64  # tenants kept regardless of their remaining tokens
 
@@ -60,6 +59,29 @@ class Quota:
                     expected=f"a number {above}{' to 1' if most == 1 else ''}, or none",
                     got=repr(value),
                 )
+
+
+class Quotas:
+    """Current quota of each tenant.
+
+    Args:
+        default: quota of tenants without one.
+
+    Attributes:
+        known: tenant -> quota; replaced as a whole when a quota is set.
+    """
+
+    def __init__(self, default: Quota) -> None:
+        self.default = default
+        self.known: Mapping[str, Quota] = {}
+
+    def __call__(self, tenant: str) -> Quota:
+        """Return a tenant's quota; the default for an unknown tenant."""
+        return self.known.get(tenant, self.default)
+
+    def weight(self, tenant: str) -> float:
+        """Return a tenant's weight in weighted fair queueing."""
+        return self(tenant).weight
 
 
 @dataclass(slots=True)

@@ -61,14 +61,14 @@ _TABLE: list[tuple[type[errors.TpeftError], int, str]] = [
     (errors.CompositionError, 400, "INVALID_ARGUMENT"),
     (errors.AdapterError, 400, "INVALID_ARGUMENT"),
 ]
-# The texts of these errors reveal what other tenants have queued, pinned or on the device.
+# The texts of these errors reveal queued, pinned and resident tasks of other tenants.
 _NEUTRAL: dict[type[errors.TpeftError], str] = {
-    errors.QueueFull: "queue a request: the server has no room for more that wait. Send it again later.",
+    errors.QueueFull: "queue a request: the server's queue is full. Retry later.",
     errors.CapacityError: (
-        "bring a task to the device: there is no room for it now. Send it again later, or ask for fewer tasks at once."
+        "load a task onto the device: no memory is free for it. Retry later, or request fewer tasks at once."
     ),
 }
-_LONGEST = 1500  # some texts repeat names from the client, which may be as long as a body
+_LONGEST = 1500  # some texts repeat names sent by the client, which may be as long as a body
 _OVERLOAD_SECONDS = 1  # queues hold at most a second of work, so a retry finds room or another result
 
 
@@ -78,14 +78,14 @@ def status_of(error: BaseException) -> Status:
     Unexpected errors get a generic text, as their message might name files; the log has it.
     """
     if isinstance(error, OSError) and full(error):
-        error = no_room("store what was sent", error)
+        error = no_room("store the upload", error)
     for kind, http, grpc in _TABLE:
         if isinstance(error, kind):
-            return Status(http, grpc, _clipped(_told(error)), _retry_after(error, http))
-    return Status(500, "INTERNAL", "internal error: the server's log says what happened")
+            return Status(http, grpc, _clipped(_text(error)), _retry_after(error, http))
+    return Status(500, "INTERNAL", "internal error; see the server's log")
 
 
-def _told(error: errors.TpeftError) -> str:
+def _text(error: errors.TpeftError) -> str:
     for kind, text in _NEUTRAL.items():
         if isinstance(error, kind):
             _log.info("%s", errors.brief(error, 500))

@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.server.conftest import Served
 from tpeft_deploy.runtime.server.rest import infer_codec
-from tpeft_deploy.runtime.server.rest.infer_json import InferenceHeaderCache
+from tpeft_deploy.runtime.server.rest.infer_codec import InferenceHeaderCache
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.messages import request_of, response_of
 from tpeft_deploy.runtime.server.v2.limits import RestLimits, RpcLimits

@@ -14,11 +14,11 @@ import numpy as np
 from google.protobuf.message import Message
 
 from tests.helpers.server.fake_rpc_core import FakeCore, X
+from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
-from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.tucker import Array
@@ -30,14 +30,14 @@ class Serving:
 
     address: str
     core: FakeCore
-    exchanges: list[RequestRecord]
+    exchanges: list[RequestContext]
 
 
 @contextlib.contextmanager
 def serving(limits: RpcLimits | None = None, tls: Tls | None = None) -> Iterator[Serving]:
     limits = limits or RpcLimits()
     core = FakeCore()
-    exchanges: list[RequestRecord] = []
+    exchanges: list[RequestContext] = []
     ready = threading.Event()
     port = 0
     loop: asyncio.AbstractEventLoop
@@ -74,7 +74,7 @@ class Talking:
 
     channel: Any
     core: FakeCore
-    exchanges: list[RequestRecord]
+    exchanges: list[RequestContext]
     server: RpcServer
 
     def begin(
@@ -111,7 +111,7 @@ class Talking:
 async def talking(limits: RpcLimits | None = None, intake: Intake | None = None) -> AsyncIterator[Talking]:
     limits = limits or RpcLimits()
     core = FakeCore()
-    exchanges: list[RequestRecord] = []
+    exchanges: list[RequestContext] = []
     server = RpcServer(Servicer(core, limits, exchanges.append, intake), limits, host="127.0.0.1", port=0)
     await server.start()
     try:

@@ -25,8 +25,7 @@ from tpeft_deploy import Adapter
 from tpeft_deploy.errors import QuotaExceeded, TooLarge, Unavailable
 from tpeft_deploy.runtime.server.rest.app import Application, application
 from tpeft_deploy.runtime.server.rest.transport import compression
-from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget, budget_of_bodies
-from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.intake import ByteBudget, Intake, budget_of_bodies
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
 

@@ -27,7 +27,7 @@ from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.rest.transport.connection import Connection
 from tpeft_deploy.runtime.server.rest.transport.listener import HttpServer
 from tpeft_deploy.runtime.server.rest.transport.seats import SPARE, Patience, Seat, Seats
-from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
+from tpeft_deploy.runtime.server.tenancy.intake import Concurrency
 
 HEAD = b"POST /x HTTP/1.1\r\nHost: x\r\n"
 GET = b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -347,10 +347,13 @@ def test_counts_of_seats_hold_whatever_happens(steps: list[tuple[str, int]]) -> 
 
 def test_a_key_has_so_many_at_once() -> None:
     own = Concurrency(2)
-    with own.one("a"), own.one("a"), own.one("b"):
-        with pytest.raises(QuotaExceeded, match="2 requests of a key") as caught:
-            own.one("a")
-        assert caught.value.retry_after == 1
+    for key in "aab":
+        own.enter(key)
+    with pytest.raises(QuotaExceeded, match="2 requests of a key") as caught:
+        own.enter("a")
+    assert caught.value.retry_after == 1
+    for key in "aab":
+        own.leave(key)
     assert own.used_by("a") == own.used_by("b") == 0
 
 

@@ -25,8 +25,7 @@ from tpeft_deploy.runtime.server.rpc.messages import raw_response, response_of
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.tenancy.access import Principal
-from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget
-from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.intake import ByteBudget, Intake
 from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.server.v2.messages import InferResponse
 from tpeft_deploy.tucker import Array

@@ -19,9 +19,7 @@ from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc import reading
 from tpeft_deploy.runtime.server.rpc.servicer import Servicer
-from tpeft_deploy.runtime.server.tenancy.byte_budget import ByteBudget, Hold
-from tpeft_deploy.runtime.server.tenancy.concurrency import Concurrency
-from tpeft_deploy.runtime.server.tenancy.intake import Intake
+from tpeft_deploy.runtime.server.tenancy.intake import ByteBudget, Concurrency, Hold, Intake
 from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 
@@ -155,11 +153,12 @@ def test_a_key_has_so_many_streams_and_requests() -> None:
             other = server.stream("globex-deploy")
             await other.write(infer().SerializeToString())
             assert "none of this name" in pb.ModelStreamInferResponse.FromString(await other.read()).error_message
-            with budgets.requests.one(server.core.authenticate("Bearer acme-deploy").key):
-                assert await server.status("ModelInfer", infer()) == "RESOURCE_EXHAUSTED"
-                await open_[0].write(infer().SerializeToString())
-                told = pb.ModelStreamInferResponse.FromString(await open_[0].read())
-                assert "1 requests of a key" in told.error_message
+            budgets.requests.enter("id-acme-deploy")
+            assert await server.status("ModelInfer", infer()) == "RESOURCE_EXHAUSTED"
+            await open_[0].write(infer().SerializeToString())
+            told = pb.ModelStreamInferResponse.FromString(await open_[0].read())
+            assert "1 requests of a key" in told.error_message
+            budgets.requests.leave("id-acme-deploy")
             await open_[0].done_writing()
             assert (await open_[0].code()).name == "OK"
             fourth = server.stream()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tpeft_deploy.errors import ProtocolError, ServerError, TooLarge
 from tpeft_deploy.runtime.server.rest import infer_json, json_data
-from tpeft_deploy.runtime.server.rest.infer_json import Head, InferenceHeaderCache
+from tpeft_deploy.runtime.server.rest.infer_codec import InferenceHeaderCache
+from tpeft_deploy.runtime.server.rest.infer_json import Head
 from tpeft_deploy.runtime.server.rest.json_data import SMALL, cut_strings
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
 

@@ -11,10 +11,10 @@ import pytest
 from tests.server.conftest import serve
 from tpeft_deploy import Bundle
 from tpeft_deploy.errors import Conflict
+from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rest.app import application
-from tpeft_deploy.runtime.server.telemetry.request_record import RequestRecord
 from tpeft_deploy.runtime.server.tenancy.access import LOCAL
 from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
 
@@ -29,11 +29,11 @@ def service(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> It
 
 def asked(
     service: Service, method: str, path: str, headers: dict[str, str]
-) -> tuple[httpx.Response, list[RequestRecord]]:
-    told: list[RequestRecord] = []
+) -> tuple[httpx.Response, list[RequestContext]]:
+    told: list[RequestContext] = []
 
     async def main() -> httpx.Response:
-        transport = httpx.ASGITransport(LocalOnly(application(service, observe=told.append), told.append))
+        transport = httpx.ASGITransport(LocalOnly(application(service, observe=told.append)))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080") as client:
             raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
             body = b'{"tenant": "evil", "role": "admin"}' if method == "POST" else b""

@@ -119,10 +119,10 @@ def test_a_bank_full_of_anothers_pins_is_told_without_them(
     for number in range(40):
         note(own.service.register(acme, f"t{number}", upload(weights=others[number % 3].to_bytes())))
         note(own.service.register(rival, f"t{number}", upload(weights=others[number % 3].to_bytes())))
-        if told(lambda number=number: own.service.pin(rival, f"t{number}", folded=False)).startswith("bring"):  # type: ignore[misc]
+        if told(lambda number=number: own.service.pin(rival, f"t{number}", folded=False)).startswith("load"):  # type: ignore[misc]
             break
     note(own.service.pin(acme, "t0", folded=False))
-    refusals = [text for text in texts if text.startswith("bring a task to the device: there is no room")]
+    refusals = [text for text in texts if text.startswith("load a task onto the device: no memory is free")]
     assert refusals
     own.runtime.close()
     own.state.close()

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.server.audited import Audited
-from tpeft_deploy.runtime.server.rest.app import _asked, application
-from tpeft_deploy.runtime.server.rest.infer import model_of
+from tpeft_deploy.runtime.server.rest.app import _asked, application, model_of
 
 LATER = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"

@@ -37,7 +37,7 @@ def alter(file: Path, how: str, outside: Path) -> None:
         file.parent.symlink_to(outside / file.parent.name)
 
 
-INTERNAL = "internal error: the server's log says what happened"
+INTERNAL = "internal error; see the server's log"
 ALTERED = ["one bit", "cut", "gone", "another adapter", "a link", "a link of its folder"]
 
 

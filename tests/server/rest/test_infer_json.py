@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tpeft_deploy.errors import ProtocolError, TooLarge
-from tpeft_deploy.runtime.server.rest.infer_codec import HEADER, decode
-from tpeft_deploy.runtime.server.rest.infer_json import InferenceHeaderCache
+from tpeft_deploy.runtime.server.rest.infer_codec import HEADER, InferenceHeaderCache, decode
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
 
 

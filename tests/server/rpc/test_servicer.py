@@ -11,7 +11,7 @@ from tests.helpers.server.fake_rpc_core import BUNDLE, KEYS, X, answers
 from tests.helpers.server.rpc_serving import Talking, infer, key_of, run, scores, talking
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE
-from tpeft_deploy.runtime.server.tenancy.access import Action, Role
+from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, Role
 from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 
 NOT_OURS = [
@@ -239,12 +239,12 @@ def test_what_is_told_of_a_call() -> None:
             await server.begin("ServerLive", b"", None, metadata)
             told, live = server.exchanges
             assert (told.protocol, told.method, told.route) == ("grpc", "ModelInfer", f"/{SERVICE}/ModelInfer")
-            assert (told.status, told.tenant, told.role, told.key) == (200, "acme", "infer", "id-acme-infer")
+            assert (told.status, told.principal) == (200, Principal("acme", Role.INFER, "id-acme-infer"))
             assert (told.task, told.request_id, told.traceparent) == ("beta", "inner", "00-1-2-01")
             assert told.bytes_in == len(infer("beta", id="inner").SerializeToString())
             assert told.bytes_out == len(answer)
             assert told.seconds > 0
-            assert (live.tenant, live.role, live.key, live.task, live.request_id) == ("", "", "", "", "outer")
+            assert (live.caller, live.tenant, live.key, live.task, live.request_id) == (None, "", "", "", "outer")
 
     run(test())
 

@@ -1,1 +1,1 @@
-"""HTTP connections: listener, compression, disconnects."""
+"""HTTP connections: listener, seats, compression."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
-from tpeft_deploy.runtime.server.tenancy.byte_budget import Hold
+from tpeft_deploy.runtime.server.tenancy.intake import Hold
 from tpeft_deploy.runtime.server.v2.offload import PIECE, Offload
 
 __all__ = ["compress", "decompress", "encoding_for", "is_compressed"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tpeft_deploy.errors import NotFound, ProtocolError
-from tpeft_deploy.runtime.server.operations.targets import Resolved, resolve
+from tpeft_deploy.runtime.server.operations.models import Resolved, resolve
 from tpeft_deploy.runtime.server.v2.messages import InferRequest, Target
 
 KNOWN = {("a", "mood", ""): "2", ("a", "mood", "1"): "1", ("a", "mood", "2"): "2", ("b", "mood", ""): "7"}

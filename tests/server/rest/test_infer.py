@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tpeft_deploy.runtime.server.rest.responses import GONE, HttpRecord
-from tpeft_deploy.runtime.server.rest.transport.disconnects import ClientLeft, Watch
+from tests.helpers.server.contexts import http_context
+from tpeft_deploy.runtime.server.context import GONE
+from tpeft_deploy.runtime.server.rest.infer import ClientLeft, Watch
 
 
 def receiving(goes: asyncio.Event) -> Callable[[], Awaitable[dict[str, Any]]]:
@@ -93,6 +94,6 @@ def test_an_answer_to_who_left_is_no_failure_of_the_server() -> None:
     async def send(_: object) -> None:
         raise RuntimeError("unable to perform operation on a closed transport; the handler is closed")
 
-    record = HttpRecord("POST", [])
-    asyncio.run(record.send(send, 200, [], [b"answer"]))
-    assert record.status == GONE
+    context = http_context("POST")
+    asyncio.run(context.send(send, 200, [], [b"answer"]))
+    assert context.status == GONE
