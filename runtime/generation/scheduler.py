@@ -251,11 +251,10 @@ class Scheduler:
             sequence = self._next_prefill(step, ready, planned)
             if sequence is None:
                 break
-            assert sequence.slot is not None
             past = planned.get(sequence.id, sequence.cached)
             length = min(self.chunk, left, len(sequence) - past)
             last = past + length == len(sequence)
-            step.pieces.append(Piece(sequence, sequence.slot, past, length, last))
+            step.pieces.append(Piece(sequence, self._slots.index(sequence), past, length, last))
             planned[sequence.id] = past + length
             left -= length
             ready += last
@@ -280,8 +279,7 @@ class Scheduler:
         busy = any(each.phase == "prefilling" and each.priority <= first.priority for each in self.running)
         if busy or victim.priority <= first.priority:
             return
-        assert victim.slot is not None
-        self._slots[victim.slot] = None
+        self._slots[self._slots.index(victim)] = None
         victim.slot, victim.cached, victim.phase = None, 0, "waiting"
         bisect.insort(self._paused, victim, key=_urgency)
         self.preempted += 1
@@ -330,10 +328,10 @@ class Scheduler:
 
     def _move(self, step: Step, sequence: Sequence, target: int) -> None:
         """Give a sequence that was admitted in an earlier step another slot."""
-        assert sequence.slot is not None
+        source = self._slots.index(sequence)
         if sequence.cached:
-            step.moves.append(Move(sequence, sequence.slot, target, sequence.cached))
-        self._slots[sequence.slot], self._slots[target] = None, sequence
+            step.moves.append(Move(sequence, source, target, sequence.cached))
+        self._slots[source], self._slots[target] = None, sequence
         sequence.slot = target
 
     def _charge(self, sequence: Sequence) -> None:
