@@ -51,8 +51,8 @@ class Runtime(ServedTasks):
 
     Args:
         bundle: a bundle's directory.
-        provider: "cuda", "cpu", or "auto": CUDA where it works, else the CPU; `provider` and `provider_reason` say
-            which and why.
+        provider: "cuda", "cuda:1" for the second device, "cpu", or "auto": CUDA where it works, else the CPU;
+            `provider` and `provider_reason` say which and why.
         threads: intra-op threads of each session; by default one per core.
         device_bytes: bytes for adapters on the device.  The least recently used are evicted; pinned ones stay.
             While the bank grows, the old one lives until its runs are done.
@@ -117,7 +117,7 @@ class Runtime(ServedTasks):
                 self._lay_out,
                 choice.device,
                 device_bytes=device_bytes,
-                host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
+                host_bytes=(0 if choice.device == "cpu" else GIB) if host_bytes is None else host_bytes,
                 pinned_share=pinned_share,
             )
             self._versions = TaskVersions(self._bundle, self._retire)

@@ -10,6 +10,7 @@ import onnxruntime
 
 from tpeft_deploy.bundle.directory import FACTORED_CPU, Bundle
 from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.bench.measure import Case
 from tpeft_deploy.runtime.runtime import Runtime
@@ -53,10 +54,10 @@ class PlainSessions:
         if self._factored is None:
             on_cpu = self._choice.provider == "cpu" and FACTORED_CPU in self._bundle.manifest.files
             self._factored = self._open(FACTORED_CPU if on_cpu else "factored.onnx")
-        session, device = self._factored, self._choice.device
+        session, device = self._factored, device_lock.place(self._choice.device)
         binding = session.io_binding()
         for name, array in self._bundle.factors(task).items():
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *device)
             binding.bind_ortvalue_input(name, value)
         outputs = [output.name for output in session.get_outputs()]
 
@@ -65,7 +66,7 @@ class PlainSessions:
                 binding.bind_cpu_input(name, array)
             binding.clear_binding_outputs()
             for name in outputs:
-                binding.bind_output(name, device)
+                binding.bind_output(name, *device)
             session.run_with_iobinding(binding)
             return binding.copy_outputs_to_cpu()
 

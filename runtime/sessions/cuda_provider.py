@@ -22,13 +22,18 @@ class CudaProvider(ExecutionProvider):
     label = "CUDA"
     session_provider = "CUDAExecutionProvider"
     device: Literal["cuda"] = "cuda"
+    numbered = True
     graphs = True
-    reason = "a tensor was placed on device 0"
     fix = "Install 'tpeft-deploy[gpu]' alone (not [cpu]) on a machine with an NVIDIA driver, or use 'cpu'."
 
     def options(self, cuda: Cuda) -> dict[str, str]:
         """Return the provider options for ONNX Runtime."""
-        return cuda.options()
+        return cuda.options() | {"device_id": str(self.device_id)}
+
+    @property
+    def reason(self) -> str:  # type: ignore[override]
+        """Why CUDA is chosen."""
+        return f"a tensor was placed on device {self.device_id}"
 
     def obstacle(self) -> str | None:
         """Place a tensor on the device; return why that is impossible, or None."""
@@ -43,7 +48,7 @@ class CudaProvider(ExecutionProvider):
             with device_lock.using("cuda"):
                 onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), self.device, self.device_id)
         except Exception as error:  # ONNX Runtime raises unexported classes and RuntimeError alike
-            return f"no tensor could be placed on device 0 ({str(error).strip().splitlines()[0][:160]})"
+            return f"no tensor could be placed on device {self.device_id} ({str(error).strip().splitlines()[0][:160]})"
         return None
 
 

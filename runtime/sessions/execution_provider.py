@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Self
 
 import onnxruntime
 
@@ -61,6 +62,7 @@ class ExecutionProvider(ABC):
         session_provider: name in ONNX Runtime.
         device: memory device that sessions read and write, as ONNX Runtime names it.
         device_id: number of that device.
+        numbered: whether a machine may have several such devices.
         no_dtypes: dtype of weights -> providers that compute in it where this one cannot, with the reason.
         slow_passes: optimizer passes that make sessions slower.
         prepacks: whether sessions can share weights that ONNX Runtime has packed once.
@@ -73,12 +75,19 @@ class ExecutionProvider(ABC):
     session_provider: str
     device: Literal["cpu", "cuda"]
     device_id: int = 0
+    numbered: bool = False
     no_dtypes: Mapping[str, str] = MappingProxyType({})
     slow_passes: tuple[str, ...] = ()
     prepacks: bool = False
     graphs: bool = False
     reason: str
     fix: str = ""
+
+    def on(self, device_id: int) -> Self:
+        """Return the provider for one of several devices."""
+        other = copy.copy(self)
+        other.device_id = device_id
+        return other
 
     @abstractmethod
     def obstacle(self) -> str | None:

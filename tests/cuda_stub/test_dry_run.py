@@ -112,6 +112,18 @@ def test_recording_among_others(tmp_path: Path) -> None:
     assert calls["spoilt by"] == 0
 
 
+def test_the_second_device_holds_all(tmp_path: Path) -> None:
+    module, inputs, shapes = zoo.MODELS["Conv1d net"]()
+    adapters = zoo.adapters_for(module)
+    bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs, dynamic_shapes=shapes)
+    log = tmp_path / "log"
+    said = on_stub("tests.cuda_stub.on_second_device", str(bundle.path), log=log).stdout
+    assert "expected a working CUDA device 2, got no tensor could be placed on device 2" in said
+    calls = Counter(line.split("\t")[0] for line in log.read_text().splitlines())
+    assert calls["cudaMalloc"] == calls["cudaMalloc on device"] > 0
+    assert calls["spoilt by"] == 0
+
+
 ZOO = [pytest.param(name, torch.float32, id=f"{name}-float32") for name in zoo.MODELS]
 ZOO += [pytest.param(name, torch.float16, id=f"{name}-float16") for name in zoo.HALF]
 

@@ -23,7 +23,7 @@ def limits(body: str, *replaceable: str) -> dict[str, int]:
         f"""<ir_version: 10, opset_import: ["" : 20]>
         g (int64[B, S] ids, int64[B, S] mask) => (float y) {{ {body} }}"""
     )
-    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in WEIGHTS.items())
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in WEIGHTS.items())
     return picked_rows.limits(ir.serde.deserialize_model(model).graph, frozenset(replaceable))
 
 

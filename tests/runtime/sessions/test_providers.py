@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from benchmarks.fusions import residual_norm
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import ProviderUnavailable
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.sessions import execution_provider, providers
 from tpeft_deploy.runtime.sessions.cpu_provider import CpuProvider
 
@@ -27,7 +29,7 @@ def test_auto_says_what_it_chose(conv_bundle: Bundle, caplog: pytest.LogCaptureF
 
 
 def test_unknown_providers_are_refused(conv_bundle: Bundle) -> None:
-    with pytest.raises(ProviderUnavailable, match="one of auto, cuda, cpu, got 'tpu'"):
+    with pytest.raises(ProviderUnavailable, match=r"one of auto, cuda, cpu, or .*, got 'tpu'"):
         Runtime(conv_bundle.path, provider="tpu")
 
 
@@ -82,6 +84,33 @@ def test_the_cpu_keeps_residual_sums_and_norms_apart(tmp_path: Path) -> None:
     options.optimized_model_filepath = str(written)
     providers.open_session(file, providers.choose("cpu"), options=options)
     assert [node.op_type for node in onnx.load(written).graph.node] == ["Add", "LayerNormalization"]
+
+
+@pytest.mark.parametrize("provider", ["cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cpu:0", "auto:1", ":1"])
+def test_what_is_no_numbered_device_is_refused(provider: str) -> None:
+    with pytest.raises(ProviderUnavailable, match=f"or a numbered device as cuda:1, got '{provider}'"):
+        providers.choose(provider)
+
+
+def test_a_numbered_device_is_used_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[tuple[str, int]] = []
+
+    def place(array: np.ndarray, device: str, number: int) -> None:
+        placed.append((device, number))
+        if number > 1:
+            raise RuntimeError("no such GPU")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda **where: None)
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", place)
+    choice = providers.choose("cuda:1")
+    assert (choice.device, choice.reason) == ("cuda:1", "a tensor was placed on device 1")
+    assert device_lock.place(choice.device) == ("cuda", 1)
+    assert choice.execution.options(providers.DEFAULT_CUDA)["device_id"] == "1"
+    assert providers.choose("cuda").device == "cuda"
+    with pytest.raises(ProviderUnavailable, match=r"working CUDA device 2, got .* on device 2 \(no such GPU\)"):
+        providers.choose("cuda:2")
+    assert placed == [("cuda", 1), ("cuda", 0), ("cuda", 2)]
 
 
 def test_what_cuda_is_asked_for() -> None:
