@@ -78,6 +78,8 @@ class Settings(BaseSettings):
     """Memory for folded sessions of hot tasks."""
     cuda_graphs: bool = False
     """Capture and replay runs as CUDA graphs."""
+    allow_tf32: bool = False
+    """Compute float32 products in TF32 on CUDA: faster, with errors up to 2e-3."""
     max_rows: int | None = Field(default=None, ge=1)
     """Maximum rows per run (default: 8 on the CPU, where larger runs gain little and delay others; 32 on CUDA)."""
     max_delay: Seconds = 0.002

@@ -84,15 +84,17 @@ class Choice:
         return f"{self.execution.device}:{self.device_id}" if self.device_id else self.execution.device
 
 
-def choose(provider: str) -> Choice:
+def choose(provider: str, *, allow_tf32: bool = False) -> Choice:
     """Turn a provider's name into one that works.
 
     Args:
         provider: "cuda", "cuda:1" for the second device, or "cpu" by name, or "auto": CUDA where it works, else the
             CPU, saying so.
+        allow_tf32: whether CUDA may compute float32 products in TF32, for the whole process.
 
     Raises:
-        ProviderUnavailable: no such provider, or CUDA was asked for and does not work.
+        ProviderUnavailable: no such provider, CUDA was asked for and does not work, or the process has settled TF32
+            otherwise.
     """
     names = ("auto", *PROVIDERS)
     asked, numbered, number = provider.partition(":")
@@ -109,7 +111,7 @@ def choose(provider: str) -> Choice:
         _log.warning("%s: uninstall both and install one", MIXED)
     reason = None
     for name in PROVIDERS if provider == "auto" else [asked]:
-        execution = PROVIDERS[name].on(device_id)
+        execution = PROVIDERS[name].on(device_id, tf32=allow_tf32)
         obstacle = execution.obstacle()
         if obstacle is None:
             if reason is not None:

@@ -29,6 +29,7 @@ __all__ = [
     "server_packages",
     "stages",
     "tell_left_out",
+    "tf32_option",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,6 +61,10 @@ provider_option = click.option(
     default="auto",
     show_default=True,
     help="Execution provider of ONNX Runtime; cuda fails if it is not available, auto reports its choice.",
+)
+
+tf32_option = click.option(
+    "--allow-tf32", is_flag=True, help="Compute float32 products in TF32 on CUDA: faster, with errors up to 2e-3."
 )
 
 
