@@ -39,7 +39,7 @@ _DEBUG = "tpeft_deploy.debug"
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 
 
-class Provider(click.ParamType):
+class Provider(click.ParamType[str]):
     """An execution provider, with the number of a device if there are several."""
 
     name = "provider"
