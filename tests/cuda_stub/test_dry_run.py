@@ -34,18 +34,18 @@ FORMS = ("base", "factored", "banked one", "banked each")
 # Launches, at most, of a run of four rows: the base's, with factors, with one bank row, with a bank row each.
 LAUNCHES = {
     "ConvNeXt-V2": (118, 171, 225, 225),
-    "ViT": (64, 106, 120, 120),
-    "DINOv2": (73, 113, 125, 125),
-    "BERT": (73, 113, 124, 124),
-    "DeBERTa-V2": (115, 179, 219, 215),
+    "ViT": (64, 106, 114, 114),
+    "DINOv2": (73, 113, 119, 119),
+    "BERT": (73, 113, 118, 118),
+    "DeBERTa-V2": (115, 179, 215, 211),
     "DeBERTa-V3": (104, 164, 199, 195),
-    "Llama with KV cache": (136, 184, 205, 205),
-    "Llama, tied": (136, 181, 201, 201),
+    "Llama with KV cache": (136, 184, 203, 203),
+    "Llama, tied": (136, 181, 199, 199),
     "ResNet with BatchNorm": (31, 104, 138, 138),
     "MultiheadAttention encoder": (53, 77, 97, 101),
     "Conv1d net": (8, 19, 31, 31),
     "Conv3d net": (9, 18, 28, 28),
-    "U-Net with cross-attention": (87, 158, 222, 222),
+    "U-Net with cross-attention": (87, 158, 223, 223),
 }
 
 
