@@ -72,8 +72,8 @@ $(BIN)/python:
 		|| { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/it" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# What it installs is kept until the version of onnxruntime-gpu changes.
-$(STUB)/built: $(wildcard tests/cuda_stub/*.sh tests/cuda_stub/*.c tests/cuda_stub/crt/*.h) constraints.txt | $(BIN)/python
+# What it installs is kept until the version of onnxruntime-gpu or a dependency changes.
+$(STUB)/built: $(wildcard tests/cuda_stub/*.sh tests/cuda_stub/*.c tests/cuda_stub/crt/*.h) constraints.txt pyproject.toml | $(BIN)/python
 	PYTHON=$(abspath $(BIN)/python) tests/cuda_stub/build.sh $(STUB)
 	@touch $@
 

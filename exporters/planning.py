@@ -17,7 +17,7 @@ from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.branches import attach_banked
 from tpeft_deploy.exporters.excluding import without
-from tpeft_deploy.exporters.graph import quantised
+from tpeft_deploy.exporters.graph import picked_rows, quantised
 from tpeft_deploy.exporters.graph.batch_axes import Order
 from tpeft_deploy.exporters.graph.resolve import held_by, resolve
 from tpeft_deploy.exporters.graph.unused import Unused, drop_unused
@@ -218,6 +218,7 @@ def _draft(
     graph: ir.Graph, resolved: Mapping[str, str], targets: list[Target], *, name: str, max_rank: int | None
 ) -> Manifest:
     digests = dict(_digests(graph, resolved))
+    limits = picked_rows.limits(graph, frozenset(t.name for t in targets if t.kind == "override"))
     return Manifest(
         name=name,
         producer=f"tpeft-deploy {__version__}",
@@ -226,7 +227,7 @@ def _draft(
         targets=tuple(targets),
         rows="each",
         rows_reason="",
-        inputs=tuple(port(value, None) for value in graph.inputs),
+        inputs=tuple(replace(port(value, None), below=limits.get(str(value.name))) for value in graph.inputs),
         outputs=tuple(port(value, None) for value in graph.outputs),
         files={},
         max_rank=max_rank,

@@ -1,8 +1,8 @@
 """Recording a CUDA graph while no other thread touches the device.
 
 While one thread records, CUDA refuses allocations, frees, synchronising copies and module loads from every thread of
-the process, and each refused call spoils the recording.  So all that may do so holds one lock of the process shared,
-and a recording holds it exclusively.  The CPU takes no lock.
+the process, for any device, and each refused call spoils the recording.  So all that may do so holds one lock of the
+process shared, and a recording holds it exclusively.  The CPU takes no lock.
 
 What is let go is freed wherever the last reference goes, which may be any thread, in the middle of a garbage
 collection: `free_safely` puts off a free that falls into a recording until the recording ends.
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-__all__ = ["DEVICE", "DeviceLock", "free_safely", "opening", "using"]
+__all__ = ["DEVICE", "DeviceLock", "free_safely", "opening", "place", "using"]
 
 
 class _Holds(threading.local):
@@ -187,6 +187,12 @@ class _Shared:
 
 DEVICE = DeviceLock()
 _NOTHING = contextlib.nullcontext()
+
+
+def place(device: str) -> tuple[str, int]:
+    """A device's name and number in ONNX Runtime, of "cpu", "cuda" or "cuda:1"."""
+    name, _, number = device.partition(":")
+    return name, int(number or 0)
 
 
 def using(device: str) -> AbstractContextManager[None]:

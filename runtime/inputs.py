@@ -40,6 +40,8 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
             raise _other_names(manifest, inputs)
         array = value if isinstance(value, np.ndarray) else _as_array(manifest, port, value)
         _check_port(manifest, port, array, sizes)
+        if port.below is not None and array.size and not -port.below <= array.min() <= array.max() < port.below:
+            raise _outside(manifest, port, array)
         flags = array.flags
         if not (flags.c_contiguous and flags.aligned):
             # not ascontiguousarray, which gives a scalar an axis and leaves a cut of a network buffer unaligned
@@ -197,6 +199,18 @@ def _check_port(manifest: Manifest, port: Port, array: Array, sizes: dict[str, t
     if 0 in own and any(size not in manifest.empty for size, count in zip(port.shape, own, strict=True) if not count):
         others = f" but {', '.join(manifest.empty)}" if manifest.empty else ""
         raise _misfit(manifest, port, f"at least one row and no empty axis{others}", list(own))
+
+
+def _outside(manifest: Manifest, port: Port, array: Array) -> InputError:
+    below = port.below or 0
+    place = np.argwhere((array < -below) | (array >= below))[0].tolist()
+    at = f", row {place[0]}" if port in batched(manifest, manifest.inputs) else ""
+    return InputError(
+        f"run bundle {manifest.name!r}, input {port.name!r}{at}",
+        expected=f"indices below {below}, the rows of the weight that they pick from",
+        got=f"{array[tuple(place)]} at {place}",
+        fix="Token ids: use the tokenizer that the base was trained with.",
+    )
 
 
 def _misfit(manifest: Manifest, port: Port, expected: str, got: object, fix: str | None = None) -> InputError:

@@ -51,8 +51,8 @@ class Runtime(ServedTasks):
 
     Args:
         bundle: a bundle's directory.
-        provider: "cuda", "cpu", or "auto": CUDA where it works, else the CPU; `provider` and `provider_reason` say
-            which and why.
+        provider: "cuda", "cuda:1" for the second device, "cpu", or "auto": CUDA where it works, else the CPU;
+            `provider` and `provider_reason` say which and why.
         threads: intra-op threads of each session; by default one per core.
         device_bytes: bytes for adapters on the device.  The least recently used are evicted; pinned ones stay.
             While the bank grows, the old one lives until its runs are done.
@@ -61,6 +61,8 @@ class Runtime(ServedTasks):
         folded_bytes: bytes for sessions of hot tasks: the tasks that most rows ask for are folded in the background
             as far as this goes, and unfolded when others are hotter.  `pin(task, folded=True)` needs no budget.
         session_bytes: bytes for the weights and intermediate results of each session on CUDA; by default all memory.
+        allow_tf32: on CUDA, compute float32 products in TF32: faster, with errors up to 2e-3.  All runtimes of a
+            process have to agree, as NVIDIA's libraries read the setting once.
         cuda_graphs: on CUDA, record runs of the bank as CUDA graphs, one for each shape that comes again; inputs are
             filled up to a few shapes for it (see `captured`).
         pinned_share: part of the rows that `device_bytes` has room for, the base's not counted, which pinned tasks may
@@ -89,19 +91,20 @@ class Runtime(ServedTasks):
         folded_bytes: int = 0,
         session_bytes: int | None = None,
         cuda_graphs: bool = False,
+        allow_tf32: bool = False,
         pinned_share: float = 1.0,
         limits: Limits | None = None,
         order: Order[Form] | None = None,
         preload: bool = True,
         own_copy: bool = True,
     ) -> None:
-        choice = choose(provider)
+        choice = choose(provider, allow_tf32=allow_tf32)
         self.provider = choice.provider
         self.provider_reason = choice.reason
         # Resolved, as tasks are read later, wherever the process has gone.
         self._bundle = Bundle.open(Path(bundle).resolve())
         self._manifest = self._bundle.manifest
-        cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs)
+        cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs, tf32=allow_tf32 and choice.device != "cpu")
         sessions = SessionFactory.of(self._manifest, choice, threads=threads, cuda=cuda)
         graphs = ServedGraphs.on(choice.provider, self._manifest)
         copy = PrivateCopy(self._bundle, graphs.files if own_copy else [])
@@ -117,7 +120,7 @@ class Runtime(ServedTasks):
                 self._lay_out,
                 choice.device,
                 device_bytes=device_bytes,
-                host_bytes=(GIB if choice.device == "cuda" else 0) if host_bytes is None else host_bytes,
+                host_bytes=(0 if choice.device == "cpu" else GIB) if host_bytes is None else host_bytes,
                 pinned_share=pinned_share,
             )
             self._versions = TaskVersions(self._bundle, self._retire)

@@ -7,23 +7,33 @@ makes batched products of convs with a weight per row, and one Gather of a layou
 product with their down factors, and factors of equal sizes are stacked, so that one Gather picks the rows of a stack:
 
     down (N, G R, I) = Gather(stack (T, S, G, R, I), adapter_index)[:, s]    for S groups of G branches
-    inner (N, G R, m) = down x^T
-    y (N, m, O) += inner_g^T up,    up (N, R, O) likewise
+    inner (N, G, R, m) = down x^T
+    y_g (N, m, O) += (inner_g^T up_g + bias_g),    up (N, G, R, O) likewise, of those branches with equal O
 
 x, the activation, is (N, m, I).  Both products take their operands as they lie in memory; of the ways to lay the
-factors out, this one was the fastest on an H200 in float16 and in float32 (`benchmarks/RESULTS.md`).
+factors out, this one was the fastest on an H200 in float16 and in float32 (`benchmarks/RESULTS.md`).  Branches with
+equal O share one product with their up factors, and one sum with their layers' biases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.packing import Packed
-from tpeft_deploy.exporters.branches.surgery import add_constant, add_input, call, constant_ints, reroute, route_around
+from tpeft_deploy.exporters.branches.surgery import (
+    add_constant,
+    add_input,
+    apply,
+    call,
+    constant_ints,
+    reroute,
+    route_around,
+)
 from tpeft_deploy.exporters.branches.tiled import LAYOUT
 from tpeft_deploy.exporters.graph.weight_uses import one_hot_window
 from tpeft_deploy.exporters.oracle import bfloat16
@@ -56,14 +66,16 @@ def pack(model: ir.Model) -> tuple[Packed, ...]:
     Returns:
         The new inputs; none where the graph has no branch that can be packed.
     """
-    groups: dict[tuple[int, int], list[_Branch]] = {}
+    found: dict[tuple[int, int], list[_Branch]] = {}
     for branch in _branches(model.graph):
-        groups.setdefault((id(branch.x), _size(branch.down, 1)), []).append(branch)
+        found.setdefault((id(branch.x), _size(branch.down, 1)), []).append(branch)
+    # The nodes of a group stand before the first branch.
+    groups = [(group[0].node, _alike(group)) for group in found.values()]
     packed: list[Packed] = []
-    downs = _picked(model, packed, [[branch.down for branch in group] for group in groups.values()], turned=True)
-    ups = _picked(model, packed, [[branch.up] for group in groups.values() for branch in group], turned=False)
-    for group in groups.values():
-        _attach(model, group, downs[group[0].down], [ups[branch.up] for branch in group])
+    downs = _picked(model, packed, [[b.down for part in parts for b in part] for _, parts in groups], turned=True)
+    ups = _picked(model, packed, [[b.up for b in part] for _, parts in groups for part in parts], turned=False)
+    for first, parts in groups:
+        _attach(model, first, parts, downs, ups)
     return tuple(packed)
 
 
@@ -170,28 +182,86 @@ def _split_rows(model: ir.Model, stack: ir.Value, count: int) -> Sequence[ir.Val
     return nodes[-1].outputs
 
 
-def _attach(model: ir.Model, group: Sequence[_Branch], down: ir.Value, ups: Sequence[ir.Value]) -> None:
-    """Put one product for the down factors of a group, and one for each up factor, in the place of its branches."""
+def _alike(group: Iterable[_Branch]) -> list[list[_Branch]]:
+    """Branches of a group by the size of what they add to."""
+    parts: dict[int, list[_Branch]] = {}
+    for branch in group:
+        parts.setdefault(_size(branch.up, 2), []).append(branch)
+    return list(parts.values())
+
+
+def _attach(
+    model: ir.Model,
+    first: ir.Node,
+    parts: Sequence[Sequence[_Branch]],
+    downs: Mapping[ir.Value, ir.Value],
+    ups: Mapping[ir.Value, ir.Value],
+) -> None:
+    """Put one product with the down factors of a group, and one for each size of up factors, in place of its branches.
+
+    Args:
+        model: graph that has them.
+        first: node of the group's first branch.
+        parts: branches by the size of their up factors.
+        downs: first bank of a group -> its rows.
+        ups: first bank of a part -> its rows.
+    """
     index = next(value for value in model.graph.inputs if value.name == slots.INDEX)
-    first = group[0].node
-    inner = call(model, "PackedDown", [group[0].x, index, down], name=f"{first.name}.down", like=None, after=first)
-    parts: Sequence[ir.Value] = [inner]
-    if len(group) > 1:
-        attributes = {"axis": 1, "num_outputs": len(group)}
-        cut = ir.node("Split", [inner], attributes, num_outputs=len(group), name=f"{first.name}.cut")
-        for place, value in enumerate(cut.outputs):
-            value.name = f"{cut.name}.{place}"
-        model.graph.insert_after(inner.producer() or first, cut)
-        parts = cut.outputs
-    for branch, part, up in zip(group, parts, ups, strict=True):
-        own = branch.node
-        after = parts[-1].producer() if own is first else own
-        inputs = [branch.y, part, index, up]
-        done = call(model, "PackedUp", inputs, name=f"{own.name}.up", like=own.outputs[0], after=after)
-        reroute(own.outputs[0], done)
-        model.graph.remove(own, safe=True)
-        for bank in (branch.down, branch.up):
-            model.graph.inputs.remove(bank)
+    inputs = [parts[0][0].x, index, downs[parts[0][0].down]]
+    inner = call(model, "PackedDown", inputs, name=f"{first.name}.down", like=None, after=first)
+    for part, own in zip(parts, _cut(model, inner, [len(part) for part in parts]), strict=True):
+        name, after = str(part[0].node.name), own.producer()
+        change = call(model, "PackedUp", [own, ups[part[0].up]], name=f"{name}.up", like=None, after=after)
+        sums = [branch.node.outputs[0] for branch in part]
+        if biases := _biases(model.graph, part):
+            stack = add_constant(model.graph, f"{name}.biases", np.stack([bias for _, bias in biases])[:, None])
+            change = apply(model, "Add", [change, stack], like=None, after=change.producer())
+            sums = [node.outputs[0] for node, _ in biases]
+        for branch, old, own_change in zip(part, sums, _cut(model, change, [1] * len(part)), strict=True):
+            after = own_change.producer() if branch.node is first else branch.node
+            name = f"{branch.node.name}.sum"
+            reroute(old, call(model, "PackedSum", [branch.y, own_change], name=name, like=old, after=after))
+            gone = [node for node in (old.producer(), branch.node) if node is not None]
+            model.graph.remove(list(dict.fromkeys(gone)), safe=True)
+    for branch in (branch for part in parts for branch in part):
+        model.graph.inputs.remove(branch.down)
+        model.graph.inputs.remove(branch.up)
+
+
+def _cut(model: ir.Model, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
+    """Split the branches (N, G, ..) of a value."""
+    producer = value.producer()
+    if len(sizes) == 1 or producer is None:
+        return [value]
+    cut = ir.node(
+        "Split",
+        [value, constant_ints(model, sizes)],
+        {"axis": 1},
+        num_outputs=len(sizes),
+        name=f"{producer.name}.cut",
+    )
+    for place, output in enumerate(cut.outputs):
+        output.name = f"{cut.name}.{place}"
+    model.graph.insert_after(producer, cut)
+    return cut.outputs
+
+
+def _biases(graph: ir.Graph, part: Sequence[_Branch]) -> list[tuple[ir.Node, np.ndarray]]:
+    """The sums with biases that follow the branches, and the biases; nothing unless several branches all have one."""
+    found = [_bias(graph, branch.node.outputs[0]) for branch in part]
+    return [bias for bias in found if bias] if len(found) > 1 and all(found) else []
+
+
+def _bias(graph: ir.Graph, value: ir.Value) -> tuple[ir.Node, np.ndarray] | None:
+    uses = list(value.uses())
+    node = uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+    if node is None or node.op_type != "Add" or node.domain:
+        return None
+    bias = node.inputs[1 - uses[0].idx]
+    constant = bias is not None and bias.is_initializer() and not bias.is_graph_input()
+    if bias is None or not constant or bias.const_value is None or len(bias.const_value.shape) != 1:
+        return None
+    return (node, bias.const_value.numpy()) if value.shape and bias.const_value.shape[0] == value.shape[-1] else None
 
 
 def _size(bank: ir.Value, axis: int) -> int:

@@ -124,7 +124,7 @@ class Bank:
             layout: layout of the bundle.
             shapes: shapes of its rows; they must hold what the rows that move hold.
             rows: how many.
-            device: "cpu" or "cuda".
+            device: "cpu", "cuda" or "cuda:1".
             old: the other one; it stays as it is.
             moves: row in `old` -> row here.
         """
@@ -139,7 +139,7 @@ class Bank:
                 for of, to in moves.items():
                     array[to][common] = own[of][common]
             with device_lock.using(device):
-                values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+                values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, *device_lock.place(device))
         return cls(layout, shapes, rows, values)
 
     @property

@@ -70,7 +70,7 @@ def allocate(shape: Sequence[int], dtype: str, device: str) -> onnxruntime.OrtVa
     Args:
         shape: its sizes.
         dtype: numpy's name, or "bfloat16".
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:1".
     """
     return allocate_as(shape, _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type, device)
 
@@ -78,7 +78,7 @@ def allocate(shape: Sequence[int], dtype: str, device: str) -> onnxruntime.OrtVa
 def allocate_as(shape: Sequence[int], kind: int | type, device: str) -> onnxruntime.OrtValue:
     """As `allocate`, of what `OrtValue.element_type` gives, or of a numpy type."""
     with device_lock.using(device):
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, device, 0)
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), kind, *device_lock.place(device))
 
 
 def row_view(bank: onnxruntime.OrtValue, row: int) -> onnxruntime.OrtValue:

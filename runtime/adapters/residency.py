@@ -34,7 +34,7 @@ class Residency:
     Args:
         layout: layout of the bundle's banked graph.
         lay_out: an adapter as rows; raises where it does not fit the bundle.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:1".
         device_bytes: bytes for the bank; while it is replaced by a larger one, both live.
         host_bytes: bytes for copies of adapters in host memory, so that they return to the device without being
             read again.

@@ -15,7 +15,7 @@ from tpeft_deploy.runtime.bench.crowd import Crowd
 from tpeft_deploy.runtime.bench.measure import Case, interleave, resident_bytes, spread
 from tpeft_deploy.runtime.bench.results import Benchmark, CaseCost, LeftOut, Memory, Switching
 from tpeft_deploy.runtime.runtime import Runtime
-from tpeft_deploy.runtime.sessions.providers import choose
+from tpeft_deploy.runtime.sessions.providers import Cuda, choose
 
 __all__ = ["bench_bundle"]
 
@@ -31,6 +31,7 @@ def bench_bundle(
     rows: Sequence[int] = (1, 8, 16),
     seconds: float = 20.0,
     threads: int | None = None,
+    allow_tf32: bool = False,
     progress: Progress = silent,
 ) -> Benchmark:
     """Measure what serving a bundle costs.
@@ -39,10 +40,11 @@ def bench_bundle(
 
     Args:
         bundle: opened; nothing in it is changed.
-        provider: "cuda", "cpu" or "auto".
+        provider: as `Runtime` takes it.
         rows: batch sizes.
         seconds: for everything, about; every case has five rounds however long they take.
         threads: intra-op threads of the sessions; by default one per core.
+        allow_tf32: as `Runtime` takes it.
         progress: told each stage.
 
     Raises:
@@ -51,10 +53,10 @@ def bench_bundle(
     """
     progress(Stage("open the sessions", 0, _stages(rows)))
     memory = [Memory("at the start", resident_bytes())]
-    choice = choose(provider)
-    plain = PlainSessions(bundle, choice, threads)
+    choice = choose(provider, allow_tf32=allow_tf32)
+    plain = PlainSessions(bundle, choice, threads, Cuda(tf32=allow_tf32))
     memory.append(Memory("with a plain session", resident_bytes()))
-    with Runtime(bundle.path, provider=choice.provider, threads=threads) as runtime:
+    with Runtime(bundle.path, provider=provider, threads=threads, allow_tf32=allow_tf32) as runtime:
         memory.append(Memory(f"with the runtime beside it, {len(runtime.tasks)} tasks", resident_bytes()))
         return _measured(bundle, runtime, plain, rows, seconds, threads, memory, progress)
 

@@ -10,10 +10,11 @@ import onnxruntime
 
 from tpeft_deploy.bundle.directory import FACTORED_CPU, Bundle
 from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.bench.measure import Case
 from tpeft_deploy.runtime.runtime import Runtime
-from tpeft_deploy.runtime.sessions.providers import Choice, open_session
+from tpeft_deploy.runtime.sessions.providers import DEFAULT_CUDA, Choice, Cuda, open_session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["CASES", "PlainSessions", "batch", "fold_copy", "free_name", "known_tasks", "served", "taking_turns"]
@@ -37,10 +38,11 @@ class PlainSessions:
         bundle: bundle; its files are checked against their digests.
         choice: the device.
         threads: intra-op threads; by default one per core.
+        cuda: options of the sessions on CUDA.
     """
 
-    def __init__(self, bundle: Bundle, choice: Choice, threads: int | None) -> None:
-        self._bundle, self._choice, self._threads = bundle, choice, threads
+    def __init__(self, bundle: Bundle, choice: Choice, threads: int | None, cuda: Cuda = DEFAULT_CUDA) -> None:
+        self._bundle, self._choice, self._threads, self._cuda = bundle, choice, threads, cuda
         self._base = self._open("base.onnx")
         self._factored: onnxruntime.InferenceSession | None = None
 
@@ -53,10 +55,10 @@ class PlainSessions:
         if self._factored is None:
             on_cpu = self._choice.provider == "cpu" and FACTORED_CPU in self._bundle.manifest.files
             self._factored = self._open(FACTORED_CPU if on_cpu else "factored.onnx")
-        session, device = self._factored, self._choice.device
+        session, device = self._factored, device_lock.place(self._choice.device)
         binding = session.io_binding()
         for name, array in self._bundle.factors(task).items():
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *device)
             binding.bind_ortvalue_input(name, value)
         outputs = [output.name for output in session.get_outputs()]
 
@@ -65,7 +67,7 @@ class PlainSessions:
                 binding.bind_cpu_input(name, array)
             binding.clear_binding_outputs()
             for name in outputs:
-                binding.bind_output(name, device)
+                binding.bind_output(name, *device)
             session.run_with_iobinding(binding)
             return binding.copy_outputs_to_cpu()
 
@@ -73,7 +75,8 @@ class PlainSessions:
 
     def _open(self, file: str) -> onnxruntime.InferenceSession:
         half = any(weight.dtype == "float16" for weight in self._bundle.manifest.weights.values())
-        return open_session(self._bundle.check_file(file), self._choice, threads=self._threads, half=half)
+        path = self._bundle.check_file(file)
+        return open_session(path, self._choice, threads=self._threads, half=half, cuda=self._cuda)
 
 
 def batch(bundle: Bundle, rows: int) -> dict[str, Array]:

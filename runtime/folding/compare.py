@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tpeft_deploy.bundle.manifest import Manifest
-from tpeft_deploy.bundle.tolerances import LIMIT, LIMITS
+from tpeft_deploy.bundle.tolerances import LIMIT, LIMITS, TF32_LIMIT
 from tpeft_deploy.errors import AdapterError, RunError
 from tpeft_deploy.runtime.sessions.plain import Plain
 from tpeft_deploy.tucker import Array
@@ -16,8 +16,15 @@ from tpeft_deploy.tucker import Array
 __all__ = ["agree", "differs", "limit_of", "prove"]
 
 
-def limit_of(manifest: Manifest) -> float:
-    """How far two forms of one task may be apart: each is held to half of it against the merged model."""
+def limit_of(manifest: Manifest, *, tf32: bool = False) -> float:
+    """How far two forms of one task may be apart: each is held to half of it against the merged model.
+
+    Args:
+        manifest: manifest of the bundle.
+        tf32: whether float32 products may be computed in TF32.
+    """
+    if tf32:
+        return max(2 * TF32_LIMIT, limit_of(manifest))
     if manifest.rounding is not None:
         return 2 * max(manifest.rounding.limits.values(), default=LIMIT)
     dtypes = {weight.dtype for weight in manifest.weights.values()}
@@ -37,7 +44,13 @@ def agree(answer: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
 
 
 def prove(
-    plain: Plain, manifest: Manifest, inputs: Mapping[str, Array], expected: Mapping[str, Array], *, task: str
+    plain: Plain,
+    manifest: Manifest,
+    inputs: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    *,
+    task: str,
+    tf32: bool = False,
 ) -> float:
     """Compare a folded session with another form's answer before it takes over.
 
@@ -47,6 +60,7 @@ def prove(
         inputs: inputs of `Bundle.example`, or others.
         expected: output name -> the task's answer to `inputs`, at the task's sizes.
         task: for the message.
+        tf32: as `limit_of` takes it.
 
     Returns:
         The relative error.
@@ -54,7 +68,7 @@ def prove(
     Raises:
         RunError: they differ by more than `limit_of` the bundle; the session must not be used.
     """
-    error, limit = agree(plain.run(inputs), expected), limit_of(manifest)
+    error, limit = agree(plain.run(inputs), expected), limit_of(manifest, tf32=tf32)
     if not error <= limit:
         raise RunError(
             f"fold task {task!r}",

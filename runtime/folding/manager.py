@@ -162,7 +162,8 @@ class FoldManager:
                 fix="It goes on being served from the bank.",
             ) from error
         inputs = self._bundle.example()
-        off = compare.prove(session, self._bundle.manifest, inputs, self._answer(inputs, version), task=name)
+        expected, tf32 = self._answer(inputs, version), self._factory.cuda.tf32
+        off = compare.prove(session, self._bundle.manifest, inputs, expected, task=name, tf32=tf32)
         with self._lock:
             if version in self._jobs and version.current:
                 self._sessions = {**self._sessions, version: session}

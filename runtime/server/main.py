@@ -109,7 +109,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
     bundle = Bundle.open(path.resolve())
     state = stack.enter_context(open_state(settings.state, settings.database_url, default=settings.quota))
     tokens = all(np.issubdtype(port.dtype, np.integer) for port in bundle.manifest.inputs)
-    limits = settings.batching(choose(settings.provider).device, tokens=tokens)
+    limits = settings.batching(choose(settings.provider, allow_tf32=settings.allow_tf32).device, tokens=tokens)
     order = order_of(state, limits)
     runtime = stack.enter_context(
         Runtime(
@@ -120,6 +120,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
             host_bytes=settings.host_bytes,
             folded_bytes=settings.folded_bytes,
             cuda_graphs=settings.cuda_graphs,
+            allow_tf32=settings.allow_tf32,
             pinned_share=0.5,
             limits=limits,
             order=order,

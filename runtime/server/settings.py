@@ -66,8 +66,8 @@ class Settings(BaseSettings):
     """TLS private key, PEM."""
     no_auth: bool = False
     """Disable authentication; allowed only on a loopback `host`."""
-    provider: Literal["auto", "cuda", "cpu"] = "auto"
-    """ONNX Runtime execution provider."""
+    provider: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+    """ONNX Runtime execution provider: `auto`, `cpu`, `cuda`, or `cuda:1` for the second device."""
     threads: int | None = Field(default=None, ge=1)
     """Intra-op threads per session (default: one per core)."""
     device_bytes: ByteSize = _bytes(_GIB)
@@ -78,6 +78,8 @@ class Settings(BaseSettings):
     """Memory for folded sessions of hot tasks."""
     cuda_graphs: bool = False
     """Capture and replay runs as CUDA graphs."""
+    allow_tf32: bool = False
+    """Compute float32 products in TF32 on CUDA: faster, with errors up to 2e-3."""
     max_rows: int | None = Field(default=None, ge=1)
     """Maximum rows per run (default: 8 on the CPU, where larger runs gain little and delay others; 32 on CUDA)."""
     max_delay: Seconds = 0.002
@@ -245,10 +247,10 @@ class Settings(BaseSettings):
         """Return the batching limits for a device.
 
         Args:
-            device: "cpu" or "cuda".
+            device: as `Choice.device`.
             tokens: whether all inputs of the model are integers.
         """
-        rows = self.max_rows or (32 if device == "cuda" else 8)
+        rows = self.max_rows or (32 if device != "cpu" else 8)
         most = rows if self.large_requests == "refuse" else self.max_request_rows or self.max_queue_rows
         return Batching(
             max_rows=rows,

@@ -30,6 +30,7 @@ class Session:
     def __init__(self, model: Path, sessions: SessionFactory) -> None:
         self._session = sessions.open(model)
         self._device = sessions.device
+        self._place = device_lock.place(sessions.device)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(
@@ -69,7 +70,7 @@ class Session:
         binding.bind_cpu_input(slots.INDEX, index)
         binding.clear_binding_outputs()  # else the last run's buffers would be written again, at their old shapes
         for name in self._outputs:
-            binding.bind_output(name, self._device)
+            binding.bind_output(name, *self._place)
         self._session.run_with_iobinding(binding, options)
         outputs = dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
         bank.bindings.append(binding)

@@ -121,7 +121,7 @@ class Captured:
         self._model = model
         self._buckets = Buckets(manifest) if buckets is None else buckets
         self._policy = Policy() if policy is None else policy
-        self._records = sessions.device == "cuda"
+        self._records = sessions.device != "cpu"
         self._sessions = sessions.with_cuda(graphs=self._records)
         self._shapes: Recent[Bucket, _Shape] = Recent(self._policy.buckets, self._release)
         self._bank: HasValues | None = None
@@ -280,7 +280,7 @@ class Captured:
         for name, array in filled.items():
             binding.bind_cpu_input(name, array)
         for name in self._outputs:
-            binding.bind_output(name, self._sessions.device)
+            binding.bind_output(name, *device_lock.place(self._sessions.device))
         if self._records and options is None:  # those of a batch say so already; to say it twice prints a warning
             options = onnxruntime.RunOptions()
             options.add_run_config_entry(GRAPH_ID, NOT_CAPTURED)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnxruntime
 
+from tpeft_deploy.errors import ProviderUnavailable
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.sessions.execution_provider import MIXED, Cuda, ExecutionProvider, mixed_installation
 
 __all__ = ["CudaProvider"]
+
+_TF32 = "NVIDIA_TF32_OVERRIDE"
 
 
 class CudaProvider(ExecutionProvider):
@@ -22,13 +25,19 @@ class CudaProvider(ExecutionProvider):
     label = "CUDA"
     session_provider = "CUDAExecutionProvider"
     device: Literal["cuda"] = "cuda"
+    numbered = True
+    _tf32_in_use: ClassVar[bool] = False
     graphs = True
-    reason = "a tensor was placed on device 0"
     fix = "Install 'tpeft-deploy[gpu]' alone (not [cpu]) on a machine with an NVIDIA driver, or use 'cpu'."
 
     def options(self, cuda: Cuda) -> dict[str, str]:
         """Return the provider options for ONNX Runtime."""
-        return cuda.options()
+        return cuda.options() | {"device_id": str(self.device_id)}
+
+    @property
+    def reason(self) -> str:  # type: ignore[override]
+        """Why CUDA is chosen."""
+        return f"a tensor was placed on device {self.device_id}"
 
     def obstacle(self) -> str | None:
         """Place a tensor on the device; return why that is impossible, or None."""
@@ -36,15 +45,34 @@ class CudaProvider(ExecutionProvider):
             return MIXED
         if self.session_provider not in onnxruntime.get_available_providers():
             return "this onnxruntime was built without CUDA"
-        # TF32 for certain: where every convolution plan on offer uses it, cuDNN is not held back by `use_tf32`.
-        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        self._settle_tf32()
         _preload()
         try:
             with device_lock.using("cuda"):
                 onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), self.device, self.device_id)
         except Exception as error:  # ONNX Runtime raises unexported classes and RuntimeError alike
-            return f"no tensor could be placed on device 0 ({str(error).strip().splitlines()[0][:160]})"
+            return f"no tensor could be placed on device {self.device_id} ({str(error).strip().splitlines()[0][:160]})"
+        CudaProvider._tf32_in_use |= self.tf32
         return None
+
+    def _settle_tf32(self) -> None:
+        """Allow TF32, or rule it out, before NVIDIA's libraries are loaded, which read the environment once.
+
+        Where every convolution plan on offer uses TF32, cuDNN is not held back by the provider option `use_tf32`.
+
+        Raises:
+            ProviderUnavailable: the process has settled it otherwise.
+        """
+        if not self.tf32 and not self._tf32_in_use:
+            os.environ.setdefault(_TF32, "0")
+        elif not self.tf32 or os.environ.get(_TF32) == "0":
+            allowed, settled = ("allowed", "ruled out") if self.tf32 else ("ruled out", "allowed")
+            raise ProviderUnavailable(
+                f"open CUDA with TF32 {allowed}",
+                expected=f"a process in which it is not {settled}",
+                got="one that an earlier runtime, or NVIDIA_TF32_OVERRIDE=0 in its environment, has settled",
+                fix="Use another process: NVIDIA's libraries read the setting once.",
+            )
 
 
 def _preload() -> None:

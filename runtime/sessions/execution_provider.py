@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Self
 
 import onnxruntime
 
@@ -26,17 +27,19 @@ class Cuda:
             are bound to it.  By default all there is.
         graphs: whether runs may be captured as CUDA graphs (see `captured`).
         placement: whether the session can tell where its nodes run, as one with `graphs` can.
+        tf32: whether float32 products may be computed in TF32, which `providers.choose` must have allowed.
     """
 
     memory_bytes: int | None = None
     graphs: bool = False
     placement: bool = False
+    tf32: bool = False
 
     def options(self) -> dict[str, str]:
         """Return the provider options for ONNX Runtime."""
         options = {
             # TF32 keeps 10 bits of the mantissa: folded and banked answers would differ by 1e-3.
-            "use_tf32": "0",
+            "use_tf32": "1" if self.tf32 else "0",
             # The default times every algorithm again for each new shape, also of a weight that is fed: a first adapter
             # of another rank would hold up every conv of the model.
             "cudnn_conv_algo_search": "HEURISTIC",
@@ -61,6 +64,8 @@ class ExecutionProvider(ABC):
         session_provider: name in ONNX Runtime.
         device: memory device that sessions read and write, as ONNX Runtime names it.
         device_id: number of that device.
+        numbered: whether a machine may have several such devices.
+        tf32: whether TF32 is allowed.
         no_dtypes: dtype of weights -> providers that compute in it where this one cannot, with the reason.
         slow_passes: optimizer passes that make sessions slower.
         prepacks: whether sessions can share weights that ONNX Runtime has packed once.
@@ -73,12 +78,20 @@ class ExecutionProvider(ABC):
     session_provider: str
     device: Literal["cpu", "cuda"]
     device_id: int = 0
+    numbered: bool = False
+    tf32: bool = False
     no_dtypes: Mapping[str, str] = MappingProxyType({})
     slow_passes: tuple[str, ...] = ()
     prepacks: bool = False
     graphs: bool = False
     reason: str
     fix: str = ""
+
+    def on(self, device_id: int, *, tf32: bool = False) -> Self:
+        """Return the provider for one of several devices, with or without TF32."""
+        other = copy.copy(self)
+        other.device_id, other.tf32 = device_id, tf32
+        return other
 
     @abstractmethod
     def obstacle(self) -> str | None:

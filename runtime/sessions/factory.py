@@ -57,7 +57,7 @@ class SessionFactory:
 
     @property
     def device(self) -> str:
-        """Memory device that sessions read and write, as ONNX Runtime names it."""
+        """Memory device that sessions read and write, as `Choice.device`."""
         return self.choice.device
 
     def with_cuda(self, *, graphs: bool, placement: bool = False) -> Self:

@@ -53,6 +53,7 @@ class Plain:
         resized = onnx_bytes.resized(content, shapes) if shapes else None
         self._session = sessions.open(model, content=resized, options=options)
         self._device = sessions.device
+        self._place = device_lock.place(sessions.device)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._bindings: deque[onnxruntime.IOBinding] = deque()
 
@@ -85,7 +86,7 @@ class Plain:
             binding.bind_cpu_input(name, array)
         binding.clear_binding_outputs()  # else the last run's buffers would be written again, at their old shapes
         for name in self._outputs:
-            binding.bind_output(name, self._device)
+            binding.bind_output(name, *self._place)
         self._session.run_with_iobinding(binding, options)
         outputs = dict(zip(self._outputs, binding.copy_outputs_to_cpu(), strict=True))
         self._bindings.append(binding)

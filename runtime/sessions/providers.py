@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
@@ -67,50 +66,61 @@ class Choice:
     Args:
         provider: a name of `PROVIDERS`.
         reason: one line for logs and the command line.
+        device_id: number of the device, where there are several.
     """
 
     provider: str
     reason: str
+    device_id: int = 0
 
     @property
     def execution(self) -> ExecutionProvider:
         """The execution provider."""
-        return PROVIDERS[self.provider]
+        return PROVIDERS[self.provider].on(self.device_id)
 
     @property
-    def device(self) -> Literal["cpu", "cuda"]:
-        """Memory device that sessions read and write, as ONNX Runtime names it."""
-        return self.execution.device
+    def device(self) -> str:
+        """Memory device that sessions read and write: "cpu", "cuda", or "cuda:1" for another than the first."""
+        return f"{self.execution.device}:{self.device_id}" if self.device_id else self.execution.device
 
 
-def choose(provider: str) -> Choice:
+def choose(provider: str, *, allow_tf32: bool = False) -> Choice:
     """Turn a provider's name into one that works.
 
     Args:
-        provider: "cuda" or "cpu" by name, or "auto": CUDA where it works, else the CPU, saying so.
+        provider: "cuda", "cuda:1" for the second device, or "cpu" by name, or "auto": CUDA where it works, else the
+            CPU, saying so.
+        allow_tf32: whether CUDA may compute float32 products in TF32, for the whole process.
 
     Raises:
-        ProviderUnavailable: no such provider, or CUDA was asked for and does not work.
+        ProviderUnavailable: no such provider, CUDA was asked for and does not work, or the process has settled TF32
+            otherwise.
     """
     names = ("auto", *PROVIDERS)
-    if provider not in names:
+    asked, numbered, number = provider.partition(":")
+    may_be_numbered = asked in PROVIDERS and PROVIDERS[asked].numbered
+    if asked not in names or (numbered and not (may_be_numbered and number.isascii() and number.isdecimal())):
+        devices = ", ".join(f"{name}:1" for name, own in PROVIDERS.items() if own.numbered)
         raise ProviderUnavailable(
-            "choose an execution provider", expected=f"one of {', '.join(names)}", got=repr(provider)
+            "choose an execution provider",
+            expected=f"one of {', '.join(names)}, or a numbered device as {devices}",
+            got=repr(provider),
         )
+    device_id = int(number or 0)
     if provider == "cpu" and mixed_installation():
         _log.warning("%s: uninstall both and install one", MIXED)
     reason = None
-    for name in PROVIDERS if provider == "auto" else [provider]:
-        execution = PROVIDERS[name]
+    for name in PROVIDERS if provider == "auto" else [asked]:
+        execution = PROVIDERS[name].on(device_id, tf32=allow_tf32)
         obstacle = execution.obstacle()
         if obstacle is None:
             if reason is not None:
                 _log.info("provider auto: %s, as %s", execution.label, reason)
-            return Choice(name, reason or execution.reason)
+            return Choice(name, reason or execution.reason, device_id)
         reason = obstacle
     raise ProviderUnavailable(
         f"use the {execution.label} provider",
-        expected=f"a working {execution.label} device",
+        expected=f"a working {execution.label} device" + (f" {device_id}" if device_id else ""),
         got=reason,
         fix=execution.fix,
     )
@@ -176,7 +186,7 @@ def open_session(
             got=f"one on {', '.join(session.get_providers())}",
             fix="ONNX Runtime's log above says which library it could not load.",
         )
-    if choice.device == "cuda":
+    if wanted.device == "cuda":
         device_lock.free_safely(session)
     return session
 

@@ -2,12 +2,15 @@
 # build.sh DIRECTORY: stub libraries of CUDA there, beside a virtual environment with onnxruntime-gpu.
 #
 # The runtime is cudart.c. Of the other libraries, whatever the provider imports becomes a function that does nothing
-# but log itself; cudnn.c has those that must answer. What is installed stays until its version changes.
+# but log itself; cudnn.c has those that must answer. What is installed stays until the packages change.
 set -euo pipefail
 export LC_ALL=C
 here=$(cd "$(dirname "$0")" && pwd)
 constraints=$here/../../constraints.txt
 runtime=$(grep '^onnxruntime-gpu==' "$constraints")
+mapfile -t packages < <("${PYTHON:-python3}" -c 'import sys, tomllib
+print(*tomllib.load(open(sys.argv[1], "rb"))["project"]["dependencies"], sep="\n")' "$here/../../pyproject.toml")
+packages+=("$runtime")
 mkdir -p "$1"
 cd "$1"
 
@@ -15,16 +18,16 @@ for tool in gcc nm strings awk; do
     command -v "$tool" > /dev/null || { echo "building the CUDA stub needs $tool (Debian: gcc, binutils, mawk)" >&2; exit 1; }
 done
 
-if [ "$(cat installed 2> /dev/null)" != "$runtime" ]; then
+if [ "$(cat installed 2> /dev/null)" != "${packages[*]}" ]; then
     echo "installing $runtime (250 MB) for the CUDA stub"
     [ -x venv/bin/python ] || "${PYTHON:-python3}" -m venv venv
     # Neither needs CUDA's own libraries: of one only the headers are of use, and the stub stands for the others.
     venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint "$constraints" \
-        numpy safetensors "$runtime" &&
+        "${packages[@]}" &&
         venv/bin/python -m pip --disable-pip-version-check download --quiet --no-deps --dest . 'nvidia-cuda-runtime~=13.0' ||
         { echo "the CUDA stub needs $runtime and nvidia-cuda-runtime 13 from the package index, which failed" >&2; exit 1; }
     venv/bin/python -m zipfile -e nvidia_cuda_runtime*.whl headers
-    echo "$runtime" > installed
+    echo "${packages[*]}" > installed
 fi
 
 provider=$(echo venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so)

@@ -102,7 +102,14 @@ API cudaLaunchHostFunc(void *stream, void (*function)(void *), void *data) {
     return cudaSuccess;
 }
 
-/* Memory. */
+/* Memory, of two devices that are alike. */
+
+enum { DEVICES = 2 };
+static __thread int current;
+
+static void log_device(void) {
+    if (current) stub_log("cudaMalloc on device", "1");
+}
 
 static void *zeros(size_t bytes) {
     size_t whole = (bytes + 511) / 256 * 256;
@@ -112,6 +119,7 @@ static void *zeros(size_t bytes) {
 API cudaMalloc(void **to, size_t bytes) {
     SKIP_IF_RECORDING("cudaMalloc");
     log_size("cudaMalloc", bytes);
+    log_device();
     *to = zeros(bytes);
     return cudaSuccess;
 }
@@ -169,6 +177,7 @@ API cudaMemGetInfo(size_t *left, size_t *total) { *left = 70ul << 30; *total = 8
 API cudaPointerGetAttributes(struct cudaPointerAttributes *is, const void *at) {
     memset(is, 0, sizeof *is);
     is->type = cudaMemoryTypeDevice;
+    is->device = current;
     return cudaSuccess;
 }
 API cudaMemPoolCreate(void **pool) { *pool = malloc(8); return cudaSuccess; }
@@ -179,9 +188,13 @@ API cudaMemPoolTrimTo(void) { return cudaSuccess; }
 
 /* The device: as an H100 describes itself, where the provider asks. */
 
-API cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
-API cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
-API cudaSetDevice(int device) { return cudaSuccess; }
+API cudaGetDeviceCount(int *count) { *count = DEVICES; return cudaSuccess; }
+API cudaGetDevice(int *device) { *device = current; return cudaSuccess; }
+API cudaSetDevice(int device) {
+    if (device < 0 || device >= DEVICES) return cudaErrorInvalidDevice;
+    current = device;
+    return cudaSuccess;
+}
 API cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
 API cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
 API cudaGetDeviceProperties(struct cudaDeviceProp *is, int device) {

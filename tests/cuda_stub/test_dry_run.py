@@ -34,18 +34,18 @@ FORMS = ("base", "factored", "banked one", "banked each")
 # Launches, at most, of a run of four rows: the base's, with factors, with one bank row, with a bank row each.
 LAUNCHES = {
     "ConvNeXt-V2": (118, 171, 225, 225),
-    "ViT": (64, 106, 120, 120),
-    "DINOv2": (73, 113, 125, 125),
-    "BERT": (73, 113, 124, 124),
-    "DeBERTa-V2": (115, 179, 219, 215),
+    "ViT": (64, 106, 114, 114),
+    "DINOv2": (73, 113, 119, 119),
+    "BERT": (73, 113, 118, 118),
+    "DeBERTa-V2": (115, 179, 215, 211),
     "DeBERTa-V3": (104, 164, 199, 195),
-    "Llama with KV cache": (136, 184, 205, 205),
-    "Llama, tied": (136, 181, 201, 201),
+    "Llama with KV cache": (136, 184, 203, 203),
+    "Llama, tied": (136, 181, 199, 199),
     "ResNet with BatchNorm": (31, 104, 138, 138),
     "MultiheadAttention encoder": (53, 77, 97, 101),
     "Conv1d net": (8, 19, 31, 31),
     "Conv3d net": (9, 18, 28, 28),
-    "U-Net with cross-attention": (87, 158, 222, 222),
+    "U-Net with cross-attention": (87, 158, 223, 223),
 }
 
 
@@ -109,6 +109,18 @@ def test_recording_among_others(tmp_path: Path) -> None:
         "failures while recording": True,
     }
     calls = Counter(line.split("\t")[0] for line in log.read_text().splitlines())
+    assert calls["spoilt by"] == 0
+
+
+def test_the_second_device_holds_all(tmp_path: Path) -> None:
+    module, inputs, shapes = zoo.MODELS["Conv1d net"]()
+    adapters = zoo.adapters_for(module)
+    bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs, dynamic_shapes=shapes)
+    log = tmp_path / "log"
+    said = on_stub("tests.cuda_stub.on_second_device", str(bundle.path), log=log).stdout
+    assert "expected a working CUDA device 2, got no tensor could be placed on device 2" in said
+    calls = Counter(line.split("\t")[0] for line in log.read_text().splitlines())
+    assert calls["cudaMalloc"] == calls["cudaMalloc on device"] > 0
     assert calls["spoilt by"] == 0
 
 

@@ -29,6 +29,7 @@ OTHERS: dict[str, object] = {
     "host_bytes": "3MiB",
     "folded_bytes": "4KiB",
     "cuda_graphs": True,
+    "allow_tf32": True,
     "max_rows": 5,
     "max_delay": "7ms",
     "max_queue_rows": 9,

@@ -114,6 +114,8 @@ class Port:
         rows: for an output, "each": entry r of the first axis depends on row r alone; "shared": no batch axis, and the
             same for all rows and adapters; "joint": depends on several rows, or on the adapter without a batch axis,
             and is therefore undefined for a batch of several tasks or callers.  None in bundles without the field.
+        below: rows of the smallest weight that an integer input picks rows of: values are below it and, as negative
+            ones count from the end, not below `-below`.  None where no such limit is known.
     """
 
     name: str
@@ -122,6 +124,7 @@ class Port:
     varies: Varies | None = None
     pad: int | float | None = None
     rows: OutputRows | None = None
+    below: int | None = None
 
 
 @dataclass(frozen=True)

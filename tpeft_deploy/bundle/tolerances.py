@@ -6,10 +6,11 @@ The error is ||export - reference|| / ||reference|| in the Frobenius norm.  A ma
 
 from __future__ import annotations
 
-__all__ = ["BRANCH_SLACK", "LIMIT", "LIMITS", "ROUNDING_MULTIPLES", "WIDEST_LIMIT", "WIDEST_TOLERANCE"]
+__all__ = ["BRANCH_SLACK", "LIMIT", "LIMITS", "ROUNDING_MULTIPLES", "TF32_LIMIT", "WIDEST_LIMIT", "WIDEST_TOLERANCE"]
 
 LIMIT = 1e-5  # of weights in float32 and float64
 LIMITS = {"bfloat16": 1.6e-2, "float16": 2e-3}  # of narrower weights; bfloat16 has 3 bits less than float16
+TF32_LIMIT = LIMITS["float16"]  # its products have as many bits of the mantissa
 WIDEST_TOLERANCE = 1e-3  # a missing branch of a small adapter may change no more than that
 
 # Of 13 architectures the largest error of any form was, in float16, 3.8 times the rounding, of a ResNet whose fused

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tpeft_deploy.cli.console import Command, emit, json_option, note, provider_option, stages
+from tpeft_deploy.cli.console import Command, emit, json_option, note, provider_option, stages, tf32_option
 
 __all__ = ["bench"]
 
@@ -30,6 +30,7 @@ class _Rows(click.ParamType[tuple[int, ...]]):
 @click.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @provider_option
+@tf32_option
 @click.option("--rows", type=_Rows(), default="1,8,16", show_default=True, help="Batch sizes.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads per session; one per core by default.")
 @click.option(
@@ -44,6 +45,7 @@ class _Rows(click.ParamType[tuple[int, ...]]):
 def bench(
     bundle: Path,
     provider: str,
+    allow_tf32: bool,
     rows: tuple[int, ...],
     threads: int | None,
     seconds: float,
@@ -60,7 +62,13 @@ def bench(
 
     with stages() as begin:
         found = bench_bundle(
-            Bundle.open(bundle), provider=provider, rows=rows, seconds=seconds, threads=threads, progress=begin
+            Bundle.open(bundle),
+            provider=provider,
+            rows=rows,
+            seconds=seconds,
+            threads=threads,
+            allow_tf32=allow_tf32,
+            progress=begin,
         )
     document = found.to_json()
     if report is not None:

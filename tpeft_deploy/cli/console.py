@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "Assigned",
     "Group",
     "Pair",
+    "Provider",
     "TaskAdapter",
     "Tool",
     "emit",
@@ -27,6 +29,7 @@ __all__ = [
     "server_packages",
     "stages",
     "tell_left_out",
+    "tf32_option",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,12 +37,34 @@ F = TypeVar("F", bound=Callable[..., Any])
 _DEBUG = "tpeft_deploy.debug"
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
+
+
+class Provider(click.ParamType[str]):
+    """An execution provider, with the number of a device if there are several."""
+
+    name = "provider"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return the choices."""
+        return "[auto|cpu|cuda|cuda:N]"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return a value that is well-formed; whether there is such a device shows when it is used."""
+        if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value) is None:
+            self.fail(f"{value!r} is not one of 'auto', 'cpu', 'cuda' or 'cuda:N', the device number N.", param, ctx)
+        return value
+
+
 provider_option = click.option(
     "--provider",
-    type=click.Choice(["auto", "cuda", "cpu"]),
+    type=Provider(),
     default="auto",
     show_default=True,
     help="Execution provider of ONNX Runtime; cuda fails if it is not available, auto reports its choice.",
+)
+
+tf32_option = click.option(
+    "--allow-tf32", is_flag=True, help="Compute float32 products in TF32 on CUDA: faster, with errors up to 2e-3."
 )
 
 

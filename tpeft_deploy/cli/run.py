@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tpeft_deploy.cli.bases import read_arrays
-from tpeft_deploy.cli.console import Command, emit, json_option, note, provider_option
+from tpeft_deploy.cli.console import Command, emit, json_option, note, provider_option, tf32_option
 from tpeft_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = ["run"]
 @click.option("--tasks", help="One task per row, separated by commas: A,B,A.")
 @click.option("--outputs", help="Outputs to write, separated by commas; all by default.")
 @provider_option
+@tf32_option
 @json_option
 def run(
     bundle: Path,
@@ -37,6 +38,7 @@ def run(
     tasks: str | None,
     outputs: str | None,
     provider: str,
+    allow_tf32: bool,
     as_json: bool,
 ) -> None:
     """Run a batch of rows through BUNDLE.
@@ -50,7 +52,7 @@ def run(
     if task is not None and tasks is not None:
         raise click.UsageError("--task and --tasks exclude each other.")
     inputs = read_arrays(source, "read inputs", InputError)
-    runtime = Runtime(bundle, provider=provider, preload=False, own_copy=False)
+    runtime = Runtime(bundle, provider=provider, allow_tf32=allow_tf32, preload=False, own_copy=False)
     selected = outputs.split(",") if outputs is not None else None
     if tasks is not None:
         results = runtime.run(inputs, tasks=tasks.split(","), outputs=selected)

@@ -34,16 +34,23 @@ def BankedLinear(y, x, adapter_index, downs, ups):
 
 @script(_tpeft, default_opset=op)
 def PackedDown(x, adapter_index, down):
-    """The inner activations of the branches that read x: (N, G R, m), of x (.., I) and down (N, 1, G, R, I)."""
+    """The inner activations (N, G, R, m) of the G branches that read x, of x (.., I) and down (N, 1, G, R, I)."""
     split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
-    return _microsoft.FusedMatMul(op.Reshape(down, split), op.Reshape(x, split), transB=1)
+    inner = _microsoft.FusedMatMul(op.Reshape(down, split), op.Reshape(x, split), transB=1)
+    branches = op.Concat(op.Shape(adapter_index), op.Shape(down, start=2, end=4), op.Shape(inner, start=-1), axis=0)
+    return op.Reshape(inner, branches)
 
 
 @script(_tpeft, default_opset=op)
-def PackedUp(y, inner, adapter_index, up):
-    """y + inner^T up, of inner (N, R, m) and up (N, 1, 1, R, O)."""
-    split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(up, start=-1), axis=0)
-    return y + op.Reshape(_microsoft.FusedMatMul(inner, op.Reshape(up, split), transA=1), op.Shape(y))
+def PackedUp(inner, up):
+    """The changes (N, G, m, O) of G branches, of inner (N, G, R, m) and up (N, 1, G, R, O)."""
+    return _microsoft.FusedMatMul(inner, op.Squeeze(up, op.Constant(value_ints=[1])), transA=1)
+
+
+@script(_tpeft, default_opset=op)
+def PackedSum(y, change):
+    """y + a branch's change (N, 1, m, O)."""
+    return y + op.Reshape(change, op.Shape(y))
 
 
 @script(_tpeft, default_opset=op)
@@ -377,6 +384,7 @@ BANKED: dict[str, OnnxFunction] = {
         BankedVector,
         BankedValue,
         PackedDown,
+        PackedSum,
         PackedUp,
     )
 }

@@ -71,6 +71,7 @@ def test_a_stated_tolerance_is_suggested_accepted_and_written_down(
     assert {check["limit"] for check in bundle.manifest.gate} == {3e-5}
     assert all(1.7e-5 < check["error"] < 2e-5 for check in bundle.manifest.gate)
     assert limit_of(bundle.manifest) == 6e-5
+    assert limit_of(bundle.manifest, tf32=True) == 4e-3
     found = verify_bundle(tmp_path / "b")
     assert found.to_json()["tolerance"] == 3e-5
     assert {check.limit for check in found.checks} == {3e-5}

@@ -5,7 +5,10 @@ Sections of research, as in (research, 1.3), are those of research/onnxruntime-a
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,14 +167,22 @@ class TestIndicesThatNoTableHas:
         bad = IDS.copy()
         bad[1, 2] = index
         for arguments in ({"task": "a"}, {"task": "base"}, {"tasks": ["a", "base"]}):
-            with pytest.raises(Exception, match="out of"):
+            with pytest.raises(InputError, match=rf"'ids', row 1: expected indices below 20,.* got {index} at"):
                 text_runtime.run({"ids": bad}, **arguments)
         got = text_runtime.run({"ids": IDS}, tasks=["a", "base"])["output"]
         np.testing.assert_array_equal(got, expected)
 
-    def test_the_error_is_one_of_the_toolkit(self, text_runtime: Runtime, index: int) -> None:
-        with pytest.raises(RunError):
-            text_runtime.run({"ids": np.full((1, 5), index)}, task="a")
+    def test_the_cpu_refuses_them_in_bundles_that_do_not_tell_the_limit(
+        self, text: Bundle, tmp_path: Path, index: int
+    ) -> None:
+        manifest = text.manifest
+        untold = dataclasses.replace(
+            manifest, inputs=tuple(dataclasses.replace(p, below=None) for p in manifest.inputs)
+        )
+        shutil.copytree(text.path, tmp_path / "old")
+        (tmp_path / "old/manifest.json").write_text(untold.to_json())
+        with pytest.raises(RunError, match="out of"):
+            Runtime(tmp_path / "old", provider="cpu", threads=1).run({"ids": np.full((1, 5), index)}, task="a")
 
 
 class TestSessions:

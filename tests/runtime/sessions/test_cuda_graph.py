@@ -259,7 +259,7 @@ def test_each_shape_and_bank_has_a_graph_of_its_own(bert_bundle: Bundle, monkeyp
 
 
 def _on_cpu(real: object) -> object:
-    return lambda binding, name, device="cpu": real(binding, name, "cpu")  # type: ignore[operator]
+    return lambda binding, name, device="cpu", number=0: real(binding, name, "cpu")  # type: ignore[operator]
 
 
 def ask(runs: Captured, bundle: Bundle, bank: Bank, times: int, rows: int = 1) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -10,8 +12,10 @@ import pytest
 from benchmarks.fusions import residual_norm
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import ProviderUnavailable
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.sessions import execution_provider, providers
 from tpeft_deploy.runtime.sessions.cpu_provider import CpuProvider
+from tpeft_deploy.runtime.sessions.cuda_provider import CudaProvider
 
 
 def cuda_works() -> bool:
@@ -27,7 +31,7 @@ def test_auto_says_what_it_chose(conv_bundle: Bundle, caplog: pytest.LogCaptureF
 
 
 def test_unknown_providers_are_refused(conv_bundle: Bundle) -> None:
-    with pytest.raises(ProviderUnavailable, match="one of auto, cuda, cpu, got 'tpu'"):
+    with pytest.raises(ProviderUnavailable, match=r"one of auto, cuda, cpu, or .*, got 'tpu'"):
         Runtime(conv_bundle.path, provider="tpu")
 
 
@@ -84,6 +88,60 @@ def test_the_cpu_keeps_residual_sums_and_norms_apart(tmp_path: Path) -> None:
     assert [node.op_type for node in onnx.load(written).graph.node] == ["Add", "LayerNormalization"]
 
 
+def pretend_two_devices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The devices on which a tensor was placed, or not."""
+    placed: list[tuple[str, int]] = []
+
+    def place(array: np.ndarray, device: str, number: int) -> None:
+        placed.append((device, number))
+        if number > 1:
+            raise RuntimeError("no such GPU")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda **where: None)
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", place)
+    monkeypatch.setattr(CudaProvider, "_tf32_in_use", False)
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    return placed
+
+
+def test_a_process_settles_tf32_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's libraries read the variable when they are loaded."""
+    pretend_two_devices(monkeypatch)
+    with pytest.raises(ProviderUnavailable):
+        providers.choose("cuda:2", allow_tf32=True)  # settles nothing
+    for _ in range(2):
+        providers.choose("cuda", allow_tf32=True)
+        assert "NVIDIA_TF32_OVERRIDE" not in os.environ
+    with pytest.raises(ProviderUnavailable, match="with TF32 ruled out: expected a process in which it is not allowed"):
+        providers.choose("auto")
+    monkeypatch.setattr(CudaProvider, "_tf32_in_use", False)
+    for _ in range(2):
+        providers.choose("cuda")
+        assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
+    with pytest.raises(ProviderUnavailable, match="with TF32 allowed: expected a process in which it is not ruled out"):
+        providers.choose("auto", allow_tf32=True)
+    assert providers.choose("cpu", allow_tf32=True).device == "cpu"
+
+
+@pytest.mark.parametrize("provider", ["cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cpu:0", "auto:1", ":1"])
+def test_what_is_no_numbered_device_is_refused(provider: str) -> None:
+    with pytest.raises(ProviderUnavailable, match=f"or a numbered device as cuda:1, got '{provider}'"):
+        providers.choose(provider)
+
+
+def test_a_numbered_device_is_used_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = pretend_two_devices(monkeypatch)
+    choice = providers.choose("cuda:1")
+    assert (choice.device, choice.reason) == ("cuda:1", "a tensor was placed on device 1")
+    assert device_lock.place(choice.device) == ("cuda", 1)
+    assert choice.execution.options(providers.DEFAULT_CUDA)["device_id"] == "1"
+    assert providers.choose("cuda").device == "cuda"
+    with pytest.raises(ProviderUnavailable, match=r"working CUDA device 2, got .* on device 2 \(no such GPU\)"):
+        providers.choose("cuda:2")
+    assert placed == [("cuda", 1), ("cuda", 0), ("cuda", 2)]
+
+
 def test_what_cuda_is_asked_for() -> None:
     always = {
         "use_tf32": "0",
@@ -92,6 +150,7 @@ def test_what_cuda_is_asked_for() -> None:
     }
     assert providers.Cuda().options() == always
     asked = providers.Cuda(memory_bytes=2**30, graphs=True).options()
+    assert providers.Cuda(tf32=True).options() == always | {"use_tf32": "1"}
     assert asked == always | {"gpu_mem_limit": "1073741824", "enable_cuda_graph": "1"}
 
 
