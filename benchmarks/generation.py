@@ -103,7 +103,7 @@ class ByHand:
         for name, value in bank.items():
             self.binding.bind_ortvalue_input(name, value)
         for past, present in ports.caches:
-            memory = np.zeros((rows, shapes[past][1], POSITIONS, shapes[past][3]), np.float32)
+            memory = np.zeros((rows, int(shapes[past][1]), POSITIONS, int(shapes[past][3])), np.float32)
             self.kept.append(memory)
             self._bind(self.binding.bind_input, past, memory)
             self._bind(self.binding.bind_output, present, memory)
