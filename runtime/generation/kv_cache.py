@@ -13,6 +13,7 @@ import onnxruntime
 
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import CapacityError, InputError
+from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.tucker import Array
 
@@ -125,7 +126,7 @@ class KvCaches(ABC):
             kind = _BFLOAT16 if self.plan.dtypes[past] == "bfloat16" else dtype.type
             address = self._address(past) + first * math.prod(shape) * dtype.itemsize
             for bind, name in ((binding.bind_input, past), (binding.bind_output, present)):
-                bind(name, self.device, 0, kind, [rows, *shape], address)
+                bind(name, *device_lock.place(self.device), kind, [rows, *shape], address)
 
     @abstractmethod
     def move(self, source: int, target: int, length: int) -> None:
