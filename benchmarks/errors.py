@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.exporters.forms.test_architectures import MODELS, adapters_for
+from tests.helpers.exporters.architectures import MODELS, adapters_for
 from tpeft_deploy import export_bundle
 
 

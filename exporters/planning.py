@@ -16,7 +16,6 @@ from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.branches import attach_banked
-from tpeft_deploy.exporters.excluding import without
 from tpeft_deploy.exporters.graph import picked_rows, quantised
 from tpeft_deploy.exporters.graph.batch_axes import Order
 from tpeft_deploy.exporters.graph.resolve import held_by, resolve
@@ -26,7 +25,7 @@ from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.bfloat16 import wide
 from tpeft_deploy.exporters.proof.padding import declare
 from tpeft_deploy.exporters.resizing import fit_vocabulary
-from tpeft_deploy.exporters.targets import activations, plan, plan_all
+from tpeft_deploy.exporters.targets import activations, plan, plan_all, without
 from tpeft_deploy.progress import Progress, silent
 from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter, gain_mode
 from tpeft_deploy.bundle.slots import Kind, Target, best_factors
+from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
 from tpeft_deploy.exporters.branches import gain
 from tpeft_deploy.exporters.branches.experts import expert_sites
 from tpeft_deploy.exporters.branches.lifted import partners
@@ -21,9 +23,9 @@ from tpeft_deploy.exporters.graph.weight_uses import (
     value_uses,
     weight_value,
 )
-from tpeft_deploy.exporters.oracle.sizes import batch_axis
+from tpeft_deploy.exporters.oracle.subject import batch_axis
 
-__all__ = ["activations", "plan", "plan_all"]
+__all__ = ["activations", "plan", "plan_all", "without"]
 
 _MATRIX = 2  # axes of a weight
 # How many leading axes of an operand are rows and positions, by operator; 0 is all, negative leaves out the last.
@@ -101,6 +103,41 @@ def _is_activation(value: ir.Value) -> bool:
     return value.const_value is None and (value.producer() is not None or value.is_graph_input())
 
 
+def without(
+    targets: Sequence[Target], exclude: Iterable[str], names: Iterable[str], *, base: str, given: bool
+) -> list[Target]:
+    """The targets that are left.
+
+    Args:
+        targets: weights that adapters may change.
+        exclude: names of weights or of modules, `*` and `?` included; a module stands for all weights inside it.
+        names: every weight of the base.
+        base: the base's name.
+        given: whether the targets are what given adapters change, rather than all that adapters could.
+
+    Raises:
+        UnknownTarget: a name is that of no weight.
+        UnsupportedTarget: a given adapter changes an excluded weight: without a branch it would be served wrong.
+    """
+    patterns, names = list(dict.fromkeys(exclude)), list(names)
+    for pattern in patterns:
+        if not any(_covers(pattern, name) for name in names):
+            raise UnknownTarget(
+                f"exclude {pattern!r} from the targets of {base}",
+                expected="a weight or a module of the base",
+                got="a name that no weight has",
+            )
+    gone = [target.name for target in targets if any(_covers(pattern, target.name) for pattern in patterns)]
+    if gone and given:
+        raise UnsupportedTarget(
+            f"exclude {', '.join(dict.fromkeys(gone))} from the targets of {base}",
+            expected="weights that no given adapter changes",
+            got="changes of them, which would be lost",
+            fix="Train the adapters without these modules, leave out --exclude, or use export folded.",
+        )
+    return [target for target in targets if target.name not in gone]
+
+
 def _target(graph: ir.Graph, name: str, kind: Kind) -> Target:
     weight = weight_value(graph, name)
     if weight.shape is None or weight.dtype is None:
@@ -140,3 +177,7 @@ def _is_layer(weight: ir.Value) -> bool:
     if axes == 3 and expert_sites(weight):
         return True
     return axes > 2 and bool(conv_sites(weight, grouped=True) or transposed_conv_sites(weight, grouped=True))
+
+
+def _covers(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")

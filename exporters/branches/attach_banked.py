@@ -18,7 +18,7 @@ from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graph import batch_axes
 from tpeft_deploy.exporters.graph.batch_axes import Order
 from tpeft_deploy.exporters.graph.weights_and_shapes import forget_shapes
-from tpeft_deploy.exporters.oracle.sizes import batch_axis
+from tpeft_deploy.exporters.oracle.subject import batch_axis
 from tpeft_deploy.exporters.targets import activations
 
 __all__ = ["attach", "reasons", "reason_of"]

@@ -26,6 +26,7 @@ from tpeft_deploy.bundle.manifest import Weight
 from tpeft_deploy.exporters.graph import quantised
 from tpeft_deploy.exporters.graph.constants import shift_ranges
 from tpeft_deploy.exporters.graph.free_sizes import free_sizes
+from tpeft_deploy.exporters.graph.norms import divide_norms
 from tpeft_deploy.exporters.oracle.quiet import quiet
 
 __all__ = [
@@ -101,6 +102,7 @@ def prepare(
     for value in graph.initializers.values():
         if value.const_value is not None:
             value.shape = _copied(value.const_value.shape)  # type: ignore[arg-type]
+    divide_norms(graph)
     return model
 
 

@@ -25,7 +25,7 @@ from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle import bfloat16
 from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
 from tpeft_deploy.exporters.oracle.limits import Limits
-from tpeft_deploy.exporters.oracle.sizes import Sizes
+from tpeft_deploy.exporters.oracle.subject import Sizes
 from tpeft_deploy.tucker import Array
 
 __all__ = [

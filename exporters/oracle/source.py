@@ -29,8 +29,7 @@ from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
 from tpeft_deploy.exporters.oracle.compare import MERGED, Check
 from tpeft_deploy.exporters.oracle.limits import Limits
 from tpeft_deploy.exporters.oracle.quiet import quiet
-from tpeft_deploy.exporters.oracle.sizes import Sizes
-from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.oracle.subject import Sizes, Subject
 
 __all__ = ["Source", "Sources"]
 

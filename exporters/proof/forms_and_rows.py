@@ -20,9 +20,8 @@ from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
 from tpeft_deploy.exporters.oracle.compare import MERGED, Check
 from tpeft_deploy.exporters.oracle.limits import Limits, limit_of, limits_of
 from tpeft_deploy.exporters.oracle.near_ties import explain
-from tpeft_deploy.exporters.oracle.sizes import Sizes
 from tpeft_deploy.exporters.oracle.source import Sources
-from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.oracle.subject import Sizes, Subject
 from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks, graphs_of
 from tpeft_deploy.exporters.proof.output_rows import find_output_rows
 from tpeft_deploy.progress import Progress, Stage

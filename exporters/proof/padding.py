@@ -24,8 +24,7 @@ from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Outputs
 from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.oracle.limits import limit_of
-from tpeft_deploy.exporters.oracle.sizes import Sizes
-from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.oracle.subject import Sizes, Subject
 from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks
 from tpeft_deploy.exporters.proof.forms_and_rows import base_limit, branch_limit, cut, probe, with_checks
 from tpeft_deploy.exporters.proof.ragged_batches import Batch, Ragged

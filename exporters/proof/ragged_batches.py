@@ -9,8 +9,7 @@ import numpy as np
 
 from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
-from tpeft_deploy.exporters.oracle.sizes import Sizes
-from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.oracle.subject import Sizes, Subject
 from tpeft_deploy.tucker import Array
 
 __all__ = ["STEPS", "Batch", "Ragged"]

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_models
-from tests.exporters.forms import test_architectures as zoo
-from tests.exporters.forms.test_matrix import adapters_of
+from tests.helpers.exporters import architectures as zoo
 from tests.helpers.exporters.layers import CASES
+from tests.helpers.exporters.matrix import adapters_of
 from tpeft_deploy import export_bundle
 
 pytestmark = pytest.mark.cuda_stub

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.exporters.test_verify import edit, minus
 from tests.helpers import nets
+from tests.helpers.exporters.bundles import edit, minus
 from tpeft_deploy import Adapter, Bundle, export_bundle, verify_bundle
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle.compare import Check

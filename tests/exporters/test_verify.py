@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import torch
 from torch import nn
 
 from tests.helpers import nets
+from tests.helpers.exporters.bundles import Change, edit, flip, flip_weights, minus, record, write
 from tpeft_deploy import Adapter, Bundle, export_bundle, verify_bundle
 from tpeft_deploy.bundle.directory import EXAMPLE, MANIFEST
-from tpeft_deploy.bundle.manifest import FileRecord, Manifest
 from tpeft_deploy.errors import BaseMismatch, IntegrityError, NotEquivalent, TpeftError, UnknownTask
 from tpeft_deploy.exporters.bases.bundle import BundleBase
 from tpeft_deploy.exporters.bases.load import load_base
@@ -25,7 +24,6 @@ from tpeft_deploy.files import digest_file
 from tpeft_deploy.formats.write import onnx_adapter
 
 TASKS = ["partial", "plain", "two", "wide"]
-Change = Callable[[Bundle], object]
 
 
 def contents(path: Path) -> dict[str, str]:
@@ -114,27 +112,6 @@ def test_progress_knows_how_far_it_is(conv_bundle: Bundle) -> None:
     assert ("check folded wide", 3, 4) in told
 
 
-def write(bundle: Bundle, manifest: Manifest) -> None:
-    (bundle.path / MANIFEST).write_text(manifest.to_json())
-
-
-def record(bundle: Bundle, name: str) -> None:
-    """Let the manifest say what a file has become, as someone who alters it would."""
-    file = bundle.path / name
-    files = {**bundle.manifest.files, name: FileRecord(digest_file(file), file.stat().st_size)}
-    write(bundle, replace(bundle.manifest, files=files))
-
-
-def flip(file: Path, place: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[place] ^= 64
-    file.write_bytes(data)
-
-
-def flip_weights(bundle: Bundle) -> None:
-    flip(bundle.path / "weights.data", bundle.manifest.weights["up.weight"].offset + 1)
-
-
 def flip_recorded_weights(bundle: Bundle) -> None:
     flip_weights(bundle)
     record(bundle, "weights.data")
@@ -179,24 +156,6 @@ def broken_native(bundle: Bundle) -> None:
 def manifest_digest(bundle: Bundle) -> None:
     file = bundle.path / MANIFEST
     file.write_text(file.read_text().replace(bundle.manifest.files["base.onnx"].sha256, "0" * 64))
-
-
-def edit(bundle: Bundle, name: str, change: Callable[[onnx.ModelProto], None]) -> None:
-    model = onnx.load(bundle.path / name, load_external_data=False)
-    change(model)
-    onnx.save(model, bundle.path / name)
-    if name in bundle.manifest.files:
-        record(bundle, name)
-
-
-def minus(function: str) -> Callable[[onnx.ModelProto], None]:
-    """A branch that subtracts what it should add."""
-
-    def change(model: onnx.ModelProto) -> None:
-        (node,) = (n for f in model.functions if f.name == function for n in f.node if n.op_type == "Add")
-        node.op_type = "Sub"
-
-    return change
 
 
 def epsilon(model: onnx.ModelProto) -> None:

@@ -163,3 +163,16 @@ def conv_adapters(module: nn.Module) -> dict[str, Adapter]:
             module, {"stem.weight": (6, 1, 2, 4)}, seed=4, overrides={"head.weight": (17, 16), "head.bias": (17,)}
         ),
     }
+
+
+class Tagger(nn.Module):
+    """A head on every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.tanh(self.mix(self.embedding(ids))))
+        return logits

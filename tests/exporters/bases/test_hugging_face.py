@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.helpers.exporters.hugging_face import SIZES, TEXT, saved
 from tpeft_deploy.errors import MissingExtra, UnsupportedBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.bases.torch_module import TorchBase
@@ -24,22 +25,7 @@ from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Outputs
 
 Inputs = dict[str, torch.Tensor]
-
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-TEXT = {**SIZES, "vocab_size": 40, "max_position_embeddings": 32}
 SHARED = ["relative_attention", "share_att_key"]
-
-
-def saved(path: Path, name: str, **sizes: Any) -> Path:
-    """A model of random weights, all of them other than those a config alone would give."""
-    torch.manual_seed(0)
-    model_class = getattr(transformers, name)
-    model = model_class(model_class.config_class(**sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(path)
-    return path
 
 
 def loaded(path: Path | str) -> TorchBase:

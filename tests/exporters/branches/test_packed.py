@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.exporters.forms.test_matrix import error
 from tests.helpers.exporters.architectures import bert
+from tests.helpers.exporters.matrix import error
 from tests.helpers.nets import adapter_for
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle
 from tpeft_deploy.bundle.directory import BANKED_CUDA

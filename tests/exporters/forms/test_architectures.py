@@ -2,65 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from torch import nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
-from tests.helpers import nets
-from tests.helpers.exporters import architectures
-from tests.helpers.exporters.architectures import Built
-from tpeft_deploy import Adapter, Runtime, export_bundle
+from tests.helpers.exporters.architectures import HALF, MODELS, adapters_for, merged
+from tpeft_deploy import Runtime, export_bundle
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle.subject import Subject
-
-MODELS: dict[str, Callable[[], Built]] = {
-    "ConvNeXt-V2": architectures.convnext,
-    "ViT": architectures.vit,
-    "DINOv2": architectures.dinov2,
-    "BERT": architectures.bert,
-    "DeBERTa-V2": architectures.deberta_v2,
-    "DeBERTa-V3": architectures.deberta_v3,
-    "Llama with KV cache": architectures.llama,
-    "Llama, tied": architectures.llama_tied,
-    "ResNet with BatchNorm": architectures.resnet,
-    "MultiheadAttention encoder": architectures.attention_encoder,
-    "Conv1d net": architectures.waves,
-    "Conv3d net": architectures.volumes,
-    "U-Net with cross-attention": architectures.unet,
-}
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
-HALF = ("ConvNeXt-V2", "ViT", "BERT", "ResNet with BatchNorm")
-
-
-def adapters_for(module: nn.Module) -> dict[str, Adapter]:
-    """Two adapters of every linear and conv, of other ranks."""
-    names = [f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, LAYERS)]
-    names = [name for name in names if name in dict(module.named_parameters())]  # a tied head has another name too
-    names += ["model.embed_tokens.weight"] if "model.embed_tokens.weight" in dict(module.named_parameters()) else []
-    names += [f"{name}.in_proj_weight" for name, m in module.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    weights = dict(module.named_parameters())
-    made = {}
-    for seed, rank in enumerate((3, 2), 1):
-        ranks = {name: tuple(min(rank, size) for size in weights[name].shape) for name in names}
-        made[f"rank{rank}"] = nets.adapter_for(module.float(), ranks, seed=seed)
-    return made
-
-
-def merged(module: nn.Module, adapter: Adapter | None, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
-    weights = dict(module.named_parameters(remove_duplicate=False))
-    changed = {}
-    for name, delta in adapter.deltas.items() if adapter is not None else ():
-        changed[name] = (weights[name].detach().double() + torch.from_numpy(delta.dense())).to(weights[name].dtype)
-    with torch.no_grad():
-        outputs = functional_call(module, changed, (), inputs, tie_weights=False)
-    return [leaf.float().numpy() for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
 def error(got: np.ndarray, expected: np.ndarray) -> float:

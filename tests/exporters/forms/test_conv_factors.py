@@ -15,8 +15,8 @@ import torch
 from lycoris.modules.locon import LoConModule
 from torch import nn
 
-from tests.exporters.forms.test_matrix import LIMITS, error, merged, session
 from tests.helpers import nets
+from tests.helpers.exporters.matrix import LIMITS, error, merged, session
 from tests.helpers.formats.trained import lycoris_file, randomise
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle, load_adapter
 from tpeft_deploy.errors import IntegrityError

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers import nets
+from tests.helpers.nets import Tagger
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle, export_folded
 from tpeft_deploy.exporters.bases.load import load_base
 
@@ -307,19 +308,6 @@ def test_convolutions_of_other_dimensions(tmp_path: Path, transposed: bool) -> N
             expected = functional_call(module, changed, (), own)
         for name in ("waves", "blocks"):
             assert error(np.asarray(mixed[name][row]), expected[name][0].numpy()) <= LIMIT
-
-
-class Tagger(nn.Module):
-    """A head on every token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 8)
-        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 5)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(torch.tanh(self.mix(self.embedding(ids))))
-        return logits
 
 
 def test_heads_of_other_sizes_on_every_token(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import onnx
 import pytest
 import torch
 
-from tests.exporters.forms.test_matrix import adapters_of
 from tests.helpers.exporters.layers import CASES
+from tests.helpers.exporters.matrix import adapters_of
 from tpeft_deploy import Runtime, export_bundle, load_adapter
 from tpeft_deploy.bundle.tolerances import LIMITS
 from tpeft_deploy.errors import NotEquivalent, ProviderUnavailable

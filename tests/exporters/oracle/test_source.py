@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.exporters.bases.test_hugging_face import TEXT, saved
 from tests.helpers import nets
+from tests.helpers.exporters.hugging_face import TEXT, saved
 from tpeft_deploy import Adapter, Bundle, export_bundle, export_folded, load_adapter, verify_bundle
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import FormatError, NotEquivalent, UnknownTask, UnsupportedBase

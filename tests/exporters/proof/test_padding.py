@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from tests.exporters.bases.test_hugging_face import TEXT, saved
 from tests.helpers import nets
 from tests.helpers.exporters import architectures
+from tests.helpers.exporters.hugging_face import TEXT, saved
 from tpeft_deploy import Adapter, Bundle, export_bundle, verify_bundle
 from tpeft_deploy.bundle.manifest import Manifest, Port, _digest
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
+from tests.helpers import nets
+from tpeft_deploy import Adapter
 from tpeft_deploy.exporters.bases.kv_cache_inputs import with_cache
 
 Inputs = dict[str, torch.Tensor]
@@ -259,3 +265,46 @@ def unet() -> Built:
     sizes = torch.export.Dim("height2", min=2, max=64), torch.export.Dim("width2", min=2, max=64)
     free = {0: "batch", 2: 2 * sizes[0], 3: 2 * sizes[1]}
     return randomise(UNet()), inputs, {"x": free, "time": {0: "batch"}, "context": {0: "batch", 1: "words"}}
+
+
+MODELS: dict[str, Callable[[], Built]] = {
+    "ConvNeXt-V2": convnext,
+    "ViT": vit,
+    "DINOv2": dinov2,
+    "BERT": bert,
+    "DeBERTa-V2": deberta_v2,
+    "DeBERTa-V3": deberta_v3,
+    "Llama with KV cache": llama,
+    "Llama, tied": llama_tied,
+    "ResNet with BatchNorm": resnet,
+    "MultiheadAttention encoder": attention_encoder,
+    "Conv1d net": waves,
+    "Conv3d net": volumes,
+    "U-Net with cross-attention": unet,
+}
+HALF = ("ConvNeXt-V2", "ViT", "BERT", "ResNet with BatchNorm")  # tested in 16 bits by each `make test`
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+def adapters_for(module: nn.Module) -> dict[str, Adapter]:
+    """Two adapters of every linear and conv, of other ranks."""
+    names = [f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, LAYERS)]
+    names = [name for name in names if name in dict(module.named_parameters())]  # a tied head has another name too
+    names += ["model.embed_tokens.weight"] if "model.embed_tokens.weight" in dict(module.named_parameters()) else []
+    names += [f"{name}.in_proj_weight" for name, m in module.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    weights = dict(module.named_parameters())
+    made = {}
+    for seed, rank in enumerate((3, 2), 1):
+        ranks = {name: tuple(min(rank, size) for size in weights[name].shape) for name in names}
+        made[f"rank{rank}"] = nets.adapter_for(module.float(), ranks, seed=seed)
+    return made
+
+
+def merged(module: nn.Module, adapter: Adapter | None, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    weights = dict(module.named_parameters(remove_duplicate=False))
+    changed = {}
+    for name, delta in adapter.deltas.items() if adapter is not None else ():
+        changed[name] = (weights[name].detach().double() + torch.from_numpy(delta.dense())).to(weights[name].dtype)
+    with torch.no_grad():
+        outputs = functional_call(module, changed, (), inputs, tie_weights=False)
+    return [leaf.float().numpy() for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]

@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import nn
 
-from tests.exporters.bases.test_hugging_face import TEXT, saved
 from tests.helpers import nets
+from tests.helpers.exporters.hugging_face import TEXT, saved
 from tests.helpers.server.in_process import over_grpc, over_rest
 from tests.server.conftest import serve
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle

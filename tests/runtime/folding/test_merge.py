@@ -12,13 +12,13 @@ import onnxruntime
 import pytest
 import torch
 
-from tests.exporters.forms.test_architectures import adapters_for
-from tests.exporters.forms.test_architectures import merged as merged_outputs
-from tests.exporters.forms.test_matrix import LIMITS, adapters_of, changes, error, feeds, merged, resized
-from tests.exporters.graph.test_quantised import TARGETS, quantise
 from tests.helpers import nets
 from tests.helpers.exporters import architectures
+from tests.helpers.exporters.architectures import adapters_for
+from tests.helpers.exporters.architectures import merged as merged_outputs
 from tests.helpers.exporters.layers import CASES
+from tests.helpers.exporters.matrix import LIMITS, adapters_of, changes, error, feeds, merged, resized
+from tests.helpers.exporters.quantised import TARGETS, quantise
 from tpeft_deploy import Adapter, Bundle, Runtime, TuckerDelta, export_bundle
 from tpeft_deploy.errors import AdapterError, BaseMismatch, IntegrityError, RunError, ShapeError, UnknownTarget
 from tpeft_deploy.exporters.bases.load import load_base

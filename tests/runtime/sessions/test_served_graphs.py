@@ -11,8 +11,8 @@ import pytest
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
-from tests.exporters.forms.test_matrix import adapters_of
 from tests.helpers.exporters.layers import CASES
+from tests.helpers.exporters.matrix import adapters_of
 from tpeft_deploy import Bundle, Runtime, export_bundle
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from tests.exporters.forms.test_forms import Tagger
 from tests.helpers import nets
+from tests.helpers.nets import Tagger
 from tpeft_deploy import export_bundle
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.exporters.bases.load import load_base
