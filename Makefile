@@ -80,10 +80,10 @@ $(STUB)/built: $(wildcard tests/cuda_stub/*.sh tests/cuda_stub/*.c tests/cuda_st
 # Installed again whenever the dependencies change.
 $(VENV)/run-$(PROVIDER): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing tpeft-deploy for $(PROVIDER) into $(VENV) (a few minutes the first time)"
-	$(PIP) --editable '.[$(PROVIDER),export,train,examples,server,client]'
+	$(PIP) --editable '.[$(PROVIDER),export,train,examples,server,client,text]'
 	@touch $@
 
 $(VENV)/dev-$(PROVIDER): $(VENV)/run-$(PROVIDER)
 	@echo "installing the test tools into $(VENV)"
-	$(PIP) --editable '.[$(PROVIDER),export,hf,train,examples,server,client,dev]'
+	$(PIP) --editable '.[$(PROVIDER),export,hf,train,examples,server,client,text,dev]'
 	@touch $@

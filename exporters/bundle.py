@@ -15,7 +15,9 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, EXAMPLE, FACTORED_CPU, MANIFEST, Bundle
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Varies
+from tpeft_deploy.bundle.text_files import write_text
 from tpeft_deploy.errors import BundleError
+from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
@@ -82,7 +84,8 @@ def export_bundle(
         exclude: names of weights or modules (`*` and `?` included) that no adapter of the bundle may change, now or
             later, such as those that `rows_reason` lists; an adapter that changes one is refused.
         generation: export a causal language model of transformers for generation: with caches of fixed size that are
-            updated in place, and for each row the length of its past (the manifest's `decoder`).
+            updated in place, and for each row the length of its past (the manifest's `decoder`).  A directory's
+            tokenizer, chat templates and generation defaults go into the folder text/.
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
@@ -144,6 +147,7 @@ def export_bundle(
 
 def _write_graphs(plan: Plan, subject: Subject, place: Path) -> Manifest:
     raw, draft = plan.raw, plan.draft
+    text = _write_text(plan, place)
     write_weights(raw.graph, draft.weights, place / DATA)
     targets = draft.targets
     graphs = {BASE: raw.clone(), FACTORED: raw.clone(), BANKED: raw.clone()}
@@ -181,7 +185,15 @@ def _write_graphs(plan: Plan, subject: Subject, place: Path) -> Manifest:
         files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
         rounding=measure_rounding(subject),
         packing=packing,
+        text=text,
     )
+
+
+def _write_text(plan: Plan, place: Path) -> dict[str, FileRecord]:
+    directory = plan.base.directory
+    if directory is None or not has_tokenizer(directory):
+        return {}
+    return write_text(place / "text", *read_text(directory))
 
 
 def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) -> None:
