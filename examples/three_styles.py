@@ -15,7 +15,7 @@ import json
 import pydoc_data.topics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from html import escape
 from importlib import import_module, metadata
 from importlib.resources import files
@@ -46,7 +46,6 @@ MODULES = (
     "email.message",
     "json.decoder",
     "logging",
-    "typing",
 )
 
 
@@ -140,12 +139,12 @@ def train(
     return sum(losses) / len(losses)
 
 
-def learn(place: Path, steps: int = 400, adapter_steps: int = 120) -> dict[str, Path]:
+def learn(place: Path, steps: int = 400, adapter_steps: int = 100) -> dict[str, Path]:
     """Train the base and the adapters, and save them; returns the adapters' directories."""
     torch.manual_seed(0)
     tokenizer, model = byte_tokenizer(), language_model()
     tokens = {style: torch.tensor(tokenizer.encode(text)) for style, text in sources().items()}
-    train(model, tokens["base"], steps, 4e-3, lambda text: print(f"base: {text}", file=sys.stderr))
+    train(model, tokens["base"], steps, 75, 4e-3, "base")
     model.generation_config.update(do_sample=True, temperature=0.7, top_k=40)
     model.save_pretrained(place / "base")
     tokenizer.save_pretrained(place / "base")
@@ -153,7 +152,7 @@ def learn(place: Path, steps: int = 400, adapter_steps: int = 120) -> dict[str, 
     for style in STYLES:
         base = LlamaForCausalLM.from_pretrained(place / "base")
         adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-        train(adapted, tokens[style], adapter_steps, 6e-3, lambda text, s=style: print(f"{s}: {text}", file=sys.stderr))  # type: ignore[misc]
+        train(adapted, tokens[style], adapter_steps, 20, 6e-3, style)
         saved[style] = place / "adapters" / style
         adapted.save_pretrained(saved[style])
     return saved

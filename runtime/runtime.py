@@ -30,8 +30,10 @@ from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.batching.worker import Batcher
 from tpeft_deploy.runtime.engine import Engine, Outputs
 from tpeft_deploy.runtime.folding.manager import FoldManager
+from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
 from tpeft_deploy.runtime.private_copy import PrivateCopy
+from tpeft_deploy.runtime.served_generation import ServedGeneration
 from tpeft_deploy.runtime.served_tasks import ServedTasks
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
@@ -44,7 +46,7 @@ __all__ = ["Runtime"]
 GIB = 2**30
 
 
-class Runtime(ServedTasks):
+class Runtime(ServedGeneration, ServedTasks):
     """Serves the tasks of a bundle; safe to call from several threads.
 
     Every digest is checked before anything is served.
@@ -69,6 +71,10 @@ class Runtime(ServedTasks):
         order: which of the requests that wait is next; first come, first served by default.
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
+        kv_bytes: bytes for the caches of sequences that are generated; by default those of 8 sequences, 256 MiB at
+            most.  Taken when the first is.
+        max_tokens: tokens of a prompt and what is generated for it; 2,048 by default, if the model can.
+        prefix_bytes: bytes of host memory for caches of known beginnings of prompts.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
             runtime.  Without, ONNX Runtime maps the bundle's weights.data: writing to it changes answers,
             truncating it kills the process.
@@ -94,6 +100,9 @@ class Runtime(ServedTasks):
         order: Order[Form] | None = None,
         preload: bool = True,
         own_copy: bool = True,
+        kv_bytes: int | None = None,
+        max_tokens: int | None = None,
+        prefix_bytes: int = 64 * 2**20,
     ) -> None:
         choice = choose(provider)
         self.provider = choice.provider
@@ -133,6 +142,17 @@ class Runtime(ServedTasks):
             self._dispatcher = Dispatcher(self._manifest, self._residency, self._loader, self._batcher)
             if isinstance(self._session, Captured):
                 failed.callback(self._session.close)
+            self._generation = GenerationService(
+                self._manifest,
+                self._session,
+                self._residency,
+                self._loader,
+                self._versions,
+                choice.device,
+                kv_bytes=kv_bytes,
+                max_tokens=max_tokens,
+                prefix_bytes=prefix_bytes,
+            )
             if preload:
                 self._preload()
             failed.pop_all()
@@ -146,12 +166,13 @@ class Runtime(ServedTasks):
         self.close()
 
     def usage(self) -> dict[str, int]:
-        """Bytes that adapters take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`.
+        """Bytes that adapters and sequences take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`.
 
         `device_bytes` is the bank, the sum of `device_adapter_bytes`, what the adapters on the device hold, and
         `device_reserved_bytes`: the base's row, padding to the largest ranks, and rows that wait for an adapter.
+        Where the bundle has a decoder: `kv_bytes` of the caches of `slots` sequences, `slots_taken`, `prefix_bytes`.
         """
-        return self._residency.usage() | {"folded_bytes": self._folds.nbytes}
+        return self._residency.usage() | {"folded_bytes": self._folds.nbytes} | self._generation.usage()
 
     def batching(self) -> BatchingStats:
         """What `infer` has joined and refused so far, and what waits."""
@@ -277,8 +298,9 @@ class Runtime(ServedTasks):
         )
 
     def close(self) -> None:
-        """Release sessions and threads, once the runs in flight are done."""
+        """Release sessions and threads, once the runs in flight are done; sequences end with an error."""
         self._residency.close()
+        self._generation.close()
         self._batcher.close()
         self._loader.close()
         self._folds.close()

@@ -21,6 +21,7 @@ from tpeft_deploy.runtime.adapters.version import Source, Tier, Version
 from tpeft_deploy.runtime.engine import Engine
 from tpeft_deploy.runtime.folding.compare import differs
 from tpeft_deploy.runtime.folding.manager import FoldManager
+from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
 
 __all__ = ["ServedTasks"]
@@ -41,6 +42,7 @@ class ServedTasks:
     _folds: FoldManager
     _pins: Pins
     _engine: Engine
+    _generation: GenerationService
 
     @property
     def name(self) -> str:
@@ -211,3 +213,4 @@ class ServedTasks:
     def _retire(self, version: Version) -> None:
         self._residency.retire(version)  # first: a fold in progress looks at this last
         self._folds.drop(version)
+        self._generation.forget(version)

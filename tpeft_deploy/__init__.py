@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tpeft_deploy.exporters import export_bundle, export_folded, verify_bundle
     from tpeft_deploy.formats import load_adapter
     from tpeft_deploy.runtime import Runtime
+    from tpeft_deploy.runtime.generation import Sampling
     from tpeft_deploy.tucker import TuckerDelta
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Bundle",
     "Client",
     "Runtime",
+    "Sampling",
     "TpeftError",
     "TuckerDelta",
     "export_bundle",
@@ -43,6 +45,7 @@ _HOMES = {
     "Bundle": "tpeft_deploy.bundle.directory",
     "Client": "tpeft_deploy.client",
     "Runtime": "tpeft_deploy.runtime",
+    "Sampling": "tpeft_deploy.runtime.generation",
     "TpeftError": "tpeft_deploy.errors",
     "TuckerDelta": "tpeft_deploy.tucker",
     "export_bundle": "tpeft_deploy.exporters",

@@ -11,6 +11,7 @@ DOCUMENTED = {
         "Bundle",
         "Client",
         "Runtime",
+        "Sampling",
         "TpeftError",
         "TuckerDelta",
         "export_bundle",
