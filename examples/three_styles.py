@@ -2,7 +2,7 @@
 
 A Llama of a million weights learns English byte by byte from Python's documentation; one adapter each then learns
 Python code, licences, and descriptions of data sets, all from the packages that are installed.  The bundle serves them
-together, and three_styles/report.html shows their texts side by side.  A minute or two on two cores.
+together, and report.html shows their texts side by side.  A minute or two on two cores.
 
     python examples/three_styles.py [DIRECTORY]
 """
@@ -37,6 +37,7 @@ from tpeft_deploy.runtime.text.model_text import ModelText
 
 STYLES = {"code": "Python code", "licence": "Licences", "science": "Descriptions of data sets"}
 PROMPT = "The "
+LICENSED = ("matplotlib", "numpy", "onnx", "peft", "safetensors", "scikit-learn", "scipy", "tokenizers")
 LENGTH = 128  # bytes of a row in training
 MODULES = (
     "argparse",
@@ -52,11 +53,10 @@ MODULES = (
 def sources() -> dict[str, str]:
     """Texts to learn from, by style; `base` is that of the base model."""
     licences = {
-        text
-        for found in metadata.distributions()
-        for file in found.files or ()
+        _read(file.locate())
+        for name in LICENSED
+        for file in metadata.files(name) or ()
         if "LICENSE" in file.name.upper() and file.suffix in ("", ".txt", ".md")
-        for text in [_read(file.locate())]
     }
     return {
         "base": "\n\n".join(pydoc_data.topics.topics.values()),
@@ -221,4 +221,4 @@ def main(place: Path, length: int = 400) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "three_styles"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart-text"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from transformers import GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import import_protobuf
 
@@ -14,6 +15,7 @@ from tests.helpers.runtime.tokenizers_of_styles import LINES, fast
 from tpeft_deploy import export_bundle
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.bundle.text_files import TextFacts
+from tpeft_deploy.cli import main
 from tpeft_deploy.errors import InputError, IntegrityError, UnsupportedBase
 from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
 from tpeft_deploy.exporters.verify import verify_bundle
@@ -35,7 +37,7 @@ def model_text(place: Path) -> ModelText:
 
 def test_a_directory_with_a_tokenizer_becomes_a_bundle_with_text(tmp_path: Path) -> None:
     sizes: Any = {"vocab_size": 402, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, eos_token_id=1, bos_token_id=0, pad_token_id=1))
     model.generation_config.update(do_sample=True, temperature=0.5, max_new_tokens=7)
     model.save_pretrained(tmp_path / "base")
@@ -54,6 +56,7 @@ def test_a_directory_with_a_tokenizer_becomes_a_bundle_with_text(tmp_path: Path)
         max_new_tokens=7,
     )
     verify_bundle(bundle.path)
+    check_generated(bundle.path, model, tokenizer)
     file = bundle.path / "text" / "tokenizer.json"
     file.write_text(file.read_text().replace("fox", "cat"))
     with pytest.raises(IntegrityError, match=r"'text/tokenizer\.json'"):
@@ -63,6 +66,19 @@ def test_a_directory_with_a_tokenizer_becomes_a_bundle_with_text(tmp_path: Path)
     file.unlink()
     with pytest.raises(IntegrityError, match=r"'text/tokenizer\.json'.*got no file"):
         Bundle.open(bundle.path)
+
+
+def check_generated(path: Path, model: Any, tokenizer: Any) -> None:
+    """The command line writes what `generate` and `decode` of transformers give."""
+    ids = tokenizer.apply_chat_template(CHAT[1:], add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    new = model.generate(ids, do_sample=False, max_new_tokens=7)[0, ids.shape[1] :]
+    args = ["generate", str(path), "--prompt", CHAT[1]["content"], "--chat", "--temperature", "0"]
+    written = CliRunner().invoke(main, args)
+    assert written.exit_code == 0, written.output
+    assert written.stdout == tokenizer.decode(new, skip_special_tokens=True) + "\n"
+    again = CliRunner().invoke(main, [*args, "--json"])
+    [row] = json.loads(again.stdout)["results"]
+    assert row["tokens"] == new.tolist()
 
 
 def test_a_bundle_without_a_tokenizer_has_no_text(conv_bundle: Bundle) -> None:
