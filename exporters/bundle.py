@@ -21,6 +21,7 @@ from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
+from tpeft_deploy.exporters.genai_config import GENAI_CONFIG, genai_config
 from tpeft_deploy.exporters.graph import batch_axes
 from tpeft_deploy.exporters.graph.unused import Unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, share_weights, write_weights
@@ -176,13 +177,17 @@ def _write_graphs(plan: Plan, subject: Subject, place: Path) -> Manifest:
     reasons = attach_banked.reasons(raw.graph, [t for t in targets if t.name in single], orders)
     if subject.batch is not None and not subject.rows_differ:
         reason = "the rows of the example inputs are all alike, so nothing tells where rows are: give some that differ"
+    outputs = tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs)
+    settings = genai_config(plan.base, draft.inputs, outputs)
+    if settings is not None:
+        (place / GENAI_CONFIG).write_text(settings, encoding="utf-8")
     return replace(
         draft,
         rows="group" if reason else "each",
         rows_reason=reason,
         rows_reasons=reasons,
-        outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
-        files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
+        outputs=outputs,
+        files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE, *([GENAI_CONFIG] if settings else [])]},
         rounding=measure_rounding(subject),
         packing=packing,
         text=text,

@@ -117,7 +117,7 @@ def _generation(directory: Path) -> dict[str, Any]:
 def _sampling(generation: Mapping[str, Any]) -> dict[str, Any]:
     """Values of `Sampling`, as generate samples with these defaults."""
     names = ["repetition_penalty", "stop_strings"]
-    values = {}
+    values: dict[str, Any] = {}
     if generation.get("do_sample"):
         values = {"temperature": 1.0, "top_k": 50}  # defaults of generate
         names += ["temperature", "top_k", "top_p", "min_p"]

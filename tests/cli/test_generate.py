@@ -10,8 +10,7 @@ from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import tpeft_deploy.runtime
-from tests.helpers.runtime.decoders import FakeDecoder, alone
-from tests.helpers.runtime.generators import FakeVersions
+from tests.helpers.runtime.decoders import FakeDecoder, FakeVersions, alone
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.bundle.text_files import TextFacts
 from tpeft_deploy.cli import main
@@ -86,7 +85,14 @@ def test_the_text_of_one_prompt_is_written_as_it_comes() -> None:
 def test_a_prompt_is_read_from_stdin_and_sampled_as_asked() -> None:
     args = ["--temperature", 0.7, "--top-p", 0.9, "--top-k", 9, "--min-p", 0.01, "--seed", 5, "--max-new-tokens", 9]
     result = run("bundle", "--prompt", "-", *args, "--repetition-penalty", 1.1, stdin="hi")
-    how = {"temperature": 0.7, "top_p": 0.9, "top_k": 9, "min_p": 0.01, "seed": 5, "repetition_penalty": 1.1}
+    how: dict[str, Any] = {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 9,
+        "min_p": 0.01,
+        "seed": 5,
+        "repetition_penalty": 1.1,
+    }
     assert result.stdout == expected("hi", most=9, **how)[1] + "\n"
 
 

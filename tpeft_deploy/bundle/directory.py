@@ -5,6 +5,7 @@
       base.onnx  factored.onnx  banked.onnx  weights.data
       factored.cpu.onnx  banked.cpu.onnx        if there is a faster form that only the CPU can run
       banked.cuda.onnx                          if linear layers have branches: fewer operators
+      genai_config.json    settings of onnxruntime-genai, if it can drive factored.onnx
       example.npz          example inputs of the export, on which `verify` runs the bundle
       adapters/<task>/current                   digest that the task is an alias for
       adapters/<task>/<digest>/adapter.safetensors  adapter.json  adapter.onnx_adapter

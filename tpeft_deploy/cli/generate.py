@@ -210,7 +210,7 @@ def _write(token: Token) -> None:
 def _show(
     bundle: Path, provider: str, requests: Sequence[GenerationRequest], results: Sequence[Generated], as_json: bool
 ) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "task": request.task,
             "text": result.text if request.text is not None else None,
@@ -224,7 +224,7 @@ def _show(
         click.echo(json.dumps({"path": str(bundle), "provider": provider, "results": rows}, indent=1))
         return
     for number, row in enumerate(rows, 1):
-        shown = row["text"] if row["text"] is not None else " ".join(map(str, row["tokens"]))  # type: ignore[arg-type]
+        shown = row["text"] if row["text"] is not None else " ".join(map(str, row["tokens"]))
         if len(rows) > 1:
             click.echo(f"--- {number}, {row['task']}\n{shown}")
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +20,7 @@ STYLES = ("byte-level", "metaspace", "byte-fallback", "gemma", "wordpiece", "suf
 @cache
 def tokenizer(style: str) -> Tokenizer:
     """Tokenizer of a style, with special tokens 0 to 2 and the added token <tool> that is not special."""
-    made = globals()["_" + style.replace("-", "_")]()
+    made: Tokenizer = globals()["_" + style.replace("-", "_")]()
     made.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
     made.post_processor = processors.Sequence([
         *([made.post_processor] if made.post_processor else []),
@@ -102,6 +103,6 @@ def _plain() -> Tokenizer:
     return made
 
 
-def _train(made: Tokenizer, trainer: trainers.Trainer) -> None:
+def _train(made: Tokenizer, trainer: Any) -> None:
     trainer.show_progress = False
     made.train_from_iterator(LINES, trainer)
