@@ -21,7 +21,7 @@ _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 def genai_config(base: Base, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> str | None:
     """Text of the file; None for a graph that onnxruntime-genai cannot drive.
 
-    It can where the graph takes tokens, a mask, and caches that grow, and returns logits and the new caches.  Graphs in
+    It can where the model has an end token, and the graph takes tokens, a mask, and caches that grow, and returns logits and the new caches.  Graphs in
     slot form take the lengths of the pasts, which it does not give.
 
     Args:
@@ -33,7 +33,9 @@ def genai_config(base: Base, inputs: tuple[Port, ...], outputs: tuple[Port, ...]
     pasts = [port for port in inputs if _PAST.fullmatch(port.name)]
     presents = {port.name.replace("past_key_values", "present") for port in pasts}
     logits = next((port for port in outputs if port.name == "logits"), None)
-    if config is None or not pasts or logits is None or {port.name for port in outputs} != presents | {"logits"}:
+    if getattr(config, "eos_token_id", None) is None:
+        return None  # onnxruntime-genai would end at token 0
+    if not pasts or logits is None or {port.name for port in outputs} != presents | {"logits"}:
         return None
     sizes = {port.shape[1:] for port in pasts}
     if {port.name for port in inputs} - {port.name for port in pasts} != {"input_ids", "attention_mask"}:
