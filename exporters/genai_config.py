@@ -21,8 +21,8 @@ _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 def genai_config(base: Base, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> str | None:
     """Text of the file; None for a graph that onnxruntime-genai cannot drive.
 
-    It can where the model has an end token, and the graph takes tokens, a mask, and caches that grow, and returns logits and the new caches.  Graphs in
-    slot form take the lengths of the pasts, which it does not give.
+    It can where the model has an end token, and the graph takes tokens, a mask, and caches that grow, and returns
+    logits and the new caches.  Graphs in slot form take the lengths of the pasts, which it does not give.
 
     Args:
         base: base of the bundle.
