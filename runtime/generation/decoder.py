@@ -14,7 +14,7 @@ from tpeft_deploy.runtime.adapters.bank import Bank
 from tpeft_deploy.runtime.adapters.held import Held
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.engine import translated
-from tpeft_deploy.runtime.generation.kv_cache import Block, DeviceCaches, HostCaches, KvPlan
+from tpeft_deploy.runtime.generation.kv_cache import CacheBlock, DeviceCaches, HostCaches, KvPlan
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.tucker import Array
 
@@ -130,11 +130,11 @@ class BankedDecoder:
         """Copy the cache of the first `length` tokens of a slot."""
         self.caches.move(source, target, length)
 
-    def save(self, slot: int, start: int, length: int) -> Block:
+    def save(self, slot: int, start: int, length: int) -> CacheBlock:
         """Copy the cache of some tokens of a slot out of it."""
         return self.caches.save(slot, start, length)
 
-    def restore(self, slot: int, start: int, block: Block) -> None:
+    def restore(self, slot: int, start: int, block: CacheBlock) -> None:
         """Copy a saved cache to a place in a slot."""
         self.caches.restore(slot, start, block)
 

@@ -16,7 +16,7 @@ from tpeft_deploy.errors import CapacityError, InputError
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Block", "DeviceCaches", "HostCaches", "KvCaches", "KvPlan"]
+__all__ = ["CacheBlock", "DeviceCaches", "HostCaches", "KvCaches", "KvPlan"]
 
 _SLOTS = 8
 _BYTES = 256 * 2**20
@@ -88,7 +88,7 @@ class KvPlan:
 
 
 @dataclass(frozen=True)
-class Block:
+class CacheBlock:
     """Keys and values of some tokens, in host memory; one array (heads, tokens, head size) for each cache."""
 
     parts: Sequence[Array]
@@ -132,11 +132,11 @@ class KvCaches(ABC):
         """Copy the first `length` tokens of a slot to another."""
 
     @abstractmethod
-    def save(self, slot: int, start: int, length: int) -> Block:
+    def save(self, slot: int, start: int, length: int) -> CacheBlock:
         """Copy some tokens of a slot to host memory."""
 
     @abstractmethod
-    def restore(self, slot: int, start: int, block: Block) -> None:
+    def restore(self, slot: int, start: int, block: CacheBlock) -> None:
         """Copy saved tokens to a place in a slot."""
 
     @abstractmethod
@@ -158,11 +158,11 @@ class HostCaches(KvCaches):
         for array in self._arrays.values():
             array[target, :, :length] = array[source, :, :length]
 
-    def save(self, slot: int, start: int, length: int) -> Block:
+    def save(self, slot: int, start: int, length: int) -> CacheBlock:
         """Copy some tokens of a slot."""
-        return Block([array[slot, :, start : start + length].copy() for array in self._arrays.values()])
+        return CacheBlock([array[slot, :, start : start + length].copy() for array in self._arrays.values()])
 
-    def restore(self, slot: int, start: int, block: Block) -> None:
+    def restore(self, slot: int, start: int, block: CacheBlock) -> None:
         """Copy saved tokens to a place in a slot."""
         for array, part in zip(self._arrays.values(), block.parts, strict=True):
             array[slot, :, start : start + part.shape[1]] = part
@@ -191,16 +191,16 @@ class DeviceCaches(KvCaches):
         """Copy the first `length` tokens of a slot to another."""
         self.restore(target, 0, self.save(source, 0, length))
 
-    def save(self, slot: int, start: int, length: int) -> Block:
+    def save(self, slot: int, start: int, length: int) -> CacheBlock:
         """Copy some tokens of a slot to host memory."""
-        return Block(
+        return CacheBlock(
             [
                 np.stack([device_rows.read(view) for view in self._heads(name, slot, start, length)])
                 for name in self._values
             ]
         )
 
-    def restore(self, slot: int, start: int, block: Block) -> None:
+    def restore(self, slot: int, start: int, block: CacheBlock) -> None:
         """Copy saved tokens to a place in a slot."""
         for name, part in zip(self._values, block.parts, strict=True):
             for view, own in zip(self._heads(name, slot, start, part.shape[1]), part, strict=True):

@@ -275,8 +275,7 @@ class Generator:
                     np.array([piece.past for piece in decodes], np.int64),
                     [piece.sequence.version for piece in decodes],
                 )
-                for piece, own in zip(decodes, logits, strict=True):
-                    self._computed(piece, own)
+                self._computed(decodes, logits)
         for piece in step.pieces:
             if piece.sequence.over:
                 continue
@@ -284,20 +283,23 @@ class Generator:
                 tokens = np.array(piece.sequence.span(piece.past, piece.past + piece.length), np.int64)
                 logits = self._decoder.prefill(piece.slot, tokens, piece.past, piece.sequence.version)
                 self._counts["prefilled_tokens"] += piece.length
-                self._computed(piece, logits)
+                self._computed([piece], logits[None])
 
-    def _computed(self, piece: Piece, logits: Array) -> None:
-        """Take in the result of one row: its cache has grown, and the logits give its next token."""
-        sequence = piece.sequence
+    def _computed(self, pieces: abc.Sequence[Piece], logits: Array) -> None:
+        """Take in the result of a run: the caches have grown, and the logits give the next tokens."""
         with self._lock:
-            self._scheduler.computed(sequence, piece.length)
-            record = self._records.get(sequence.id)
-        if record is None or not piece.last:
-            return
-        with self._failing([sequence]):
-            if sequence.phase == "prefilling":
-                self._keep(record, piece.slot, sequence.cached)
-            self._advance(record, piece, logits)
+            for piece in pieces:
+                self._scheduler.computed(piece.sequence, piece.length)
+            records = [self._records.get(piece.sequence.id) for piece in pieces]
+        for piece, record, own in zip(pieces, records, logits, strict=True):
+            if record is None or not piece.last:
+                continue
+            try:
+                if record.sequence.phase == "prefilling":
+                    self._keep(record, piece.slot, record.sequence.cached)
+                self._advance(record, piece, own)
+            except Exception as error:
+                self._fail([record], error)
 
     def _advance(self, record: Record, piece: Piece, logits: Array) -> None:
         sequence = record.sequence

@@ -11,7 +11,7 @@ from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import CapacityError, RunError
 from tpeft_deploy.runtime.adapters import device_rows
-from tpeft_deploy.runtime.generation.kv_cache import Block, DeviceCaches, HostCaches, KvCaches, KvPlan
+from tpeft_deploy.runtime.generation.kv_cache import CacheBlock, DeviceCaches, HostCaches, KvCaches, KvPlan
 
 PLAN = KvPlan(3, 7, {"k": (2, 7, 4), "v": (1, 7, 8)}, {"k": "float32", "v": "bfloat16"})
 
@@ -27,7 +27,7 @@ def test_copies_change_what_they_name_and_nothing_else(make: type[HostCaches]) -
     model = [np.zeros((PLAN.slots, *shape), PLAN.stored(name)) for name, shape in PLAN.shapes.items()]
     for slot in range(PLAN.slots):
         parts = [draw.integers(9000, size=array.shape[1:]).astype(array.dtype) for array in model]
-        caches.restore(slot, 0, Block(parts))
+        caches.restore(slot, 0, CacheBlock(parts))
         for array, part in zip(model, parts, strict=True):
             array[slot] = part
     caches.move(2, 0, 5)
