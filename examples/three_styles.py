@@ -100,9 +100,7 @@ def language_model(hidden: int = 128, layers: int = 5) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train(
-    model: Any, tokens: torch.Tensor, steps: int, seconds: float, rate: float, name: str, rows: int = 16
-) -> float:
+def train(model: Any, tokens: torch.Tensor, steps: int, seconds: float, rate: float, name: str, rows: int = 8) -> float:
     """Train a model to continue random parts of a text.
 
     Args:
@@ -139,7 +137,7 @@ def train(
     return sum(losses) / len(losses)
 
 
-def learn(place: Path, steps: int = 400, adapter_steps: int = 100) -> dict[str, Path]:
+def learn(place: Path, steps: int = 900, adapter_steps: int = 200) -> dict[str, Path]:
     """Train the base and the adapters, and save them; returns the adapters' directories."""
     torch.manual_seed(0)
     tokenizer, model = byte_tokenizer(), language_model()
