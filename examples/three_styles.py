@@ -142,7 +142,7 @@ def learn(place: Path, steps: int = 900, adapter_steps: int = 200) -> dict[str, 
     torch.manual_seed(0)
     tokenizer, model = byte_tokenizer(), language_model()
     tokens = {style: torch.tensor(tokenizer.encode(text)) for style, text in sources().items()}
-    train(model, tokens["base"], steps, 75, 4e-3, "base")
+    train(model, tokens["base"], steps, 60, 4e-3, "base")
     model.generation_config.update(do_sample=True, temperature=0.7, top_k=40)
     model.save_pretrained(place / "base")
     tokenizer.save_pretrained(place / "base")
@@ -150,7 +150,7 @@ def learn(place: Path, steps: int = 900, adapter_steps: int = 200) -> dict[str, 
     for style in STYLES:
         base = LlamaForCausalLM.from_pretrained(place / "base")
         adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-        train(adapted, tokens[style], adapter_steps, 20, 6e-3, style)
+        train(adapted, tokens[style], adapter_steps, 15, 6e-3, style)
         saved[style] = place / "adapters" / style
         adapted.save_pretrained(saved[style])
     return saved
