@@ -27,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from rich.columns import Columns
 from rich.live import Live
 from rich.panel import Panel
+from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -181,7 +182,7 @@ async def write_together(runtime: Runtime, text: ModelText, length: int) -> dict
 
 
 def _columns(written: Mapping[str, str]) -> Columns:
-    return Columns([Panel(text, title=style, width=56) for style, text in written.items()])
+    return Columns([Panel(Text(text), title=style, width=56) for style, text in written.items()])
 
 
 def page(written: Mapping[str, str], figures: Mapping[str, str]) -> str:
