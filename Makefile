@@ -1,4 +1,5 @@
 # make quickstart   a virtual environment, the main job, a report: the fastest way to see what this is
+# make quickstart-text  a language model, adapters for three styles of text, all generated at once
 # make test         the test suite           make check   ruff and mypy
 # make coverage     the test suite with coverage of lines and branches, at least 90 % of each package
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
@@ -19,10 +20,13 @@ OUT ?= quickstart
 ROUNDS ?= 20
 STUB ?= .venv-cuda-stub
 
-.PHONY: quickstart test coverage test-stability check soak cuda-dry-run proto client formats image image-lock clean
+.PHONY: quickstart quickstart-text test coverage test-stability check soak cuda-dry-run proto client formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
+
+quickstart-text: $(VENV)/run-$(PROVIDER)
+	$(BIN)/python examples/three_styles.py quickstart-text
 
 test: $(VENV)/dev-$(PROVIDER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
@@ -65,7 +69,7 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(STUB) $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(STUB) $(OUT) quickstart-text build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -80,10 +84,10 @@ $(STUB)/built: $(wildcard tests/cuda_stub/*.sh tests/cuda_stub/*.c tests/cuda_st
 # Installed again whenever the dependencies change.
 $(VENV)/run-$(PROVIDER): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing tpeft-deploy for $(PROVIDER) into $(VENV) (a few minutes the first time)"
-	$(PIP) --editable '.[$(PROVIDER),export,train,examples,server,client]'
+	$(PIP) --editable '.[$(PROVIDER),export,hf,train,examples,server,client,text]'
 	@touch $@
 
 $(VENV)/dev-$(PROVIDER): $(VENV)/run-$(PROVIDER)
 	@echo "installing the test tools into $(VENV)"
-	$(PIP) --editable '.[$(PROVIDER),export,hf,train,examples,server,client,dev]'
+	$(PIP) --editable '.[$(PROVIDER),export,hf,train,examples,server,client,text,dev]'
 	@touch $@

@@ -15,10 +15,13 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, EXAMPLE, FACTORED_CPU, MANIFEST, Bundle
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Varies
+from tpeft_deploy.bundle.text_files import write_text
 from tpeft_deploy.errors import BundleError
+from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
+from tpeft_deploy.exporters.genai_config import GENAI_CONFIG, genai_config
 from tpeft_deploy.exporters.graph import batch_axes
 from tpeft_deploy.exporters.graph.unused import Unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, share_weights, write_weights
@@ -82,7 +85,8 @@ def export_bundle(
         exclude: names of weights or modules (`*` and `?` included) that no adapter of the bundle may change, now or
             later, such as those that `rows_reason` lists; an adapter that changes one is refused.
         generation: export a causal language model of transformers for generation: with caches of fixed size that are
-            updated in place, and for each row the length of its past (the manifest's `decoder`).
+            updated in place, and for each row the length of its past (the manifest's `decoder`).  A directory's
+            tokenizer, chat templates and generation defaults go into the folder text/.
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
@@ -144,6 +148,7 @@ def export_bundle(
 
 def _write_graphs(plan: Plan, subject: Subject, place: Path) -> Manifest:
     raw, draft = plan.raw, plan.draft
+    text = _write_text(plan, place)
     write_weights(raw.graph, draft.weights, place / DATA)
     targets = draft.targets
     graphs = {BASE: raw.clone(), FACTORED: raw.clone(), BANKED: raw.clone()}
@@ -172,16 +177,28 @@ def _write_graphs(plan: Plan, subject: Subject, place: Path) -> Manifest:
     reasons = attach_banked.reasons(raw.graph, [t for t in targets if t.name in single], orders)
     if subject.batch is not None and not subject.rows_differ:
         reason = "the rows of the example inputs are all alike, so nothing tells where rows are: give some that differ"
+    outputs = tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs)
+    settings = genai_config(plan.base, draft.inputs, outputs)
+    if settings is not None:
+        (place / GENAI_CONFIG).write_text(settings, encoding="utf-8")
     return replace(
         draft,
         rows="group" if reason else "each",
         rows_reason=reason,
         rows_reasons=reasons,
-        outputs=tuple(port(value, varies.get(str(value.name))) for value in raw.graph.outputs),
-        files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE]},
+        outputs=outputs,
+        files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE, *([GENAI_CONFIG] if settings else [])]},
         rounding=measure_rounding(subject),
         packing=packing,
+        text=text,
     )
+
+
+def _write_text(plan: Plan, place: Path) -> dict[str, FileRecord]:
+    directory = plan.base.directory
+    if directory is None or not has_tokenizer(directory):
+        return {}
+    return write_text(place / "text", *read_text(directory))
 
 
 def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) -> None:

@@ -118,15 +118,15 @@ def verify_bundle(
 
 def _read(bundle: Bundle, names: list[str], progress: Progress) -> dict[str, Adapter]:
     """The adapters, once every byte that will be used agrees with what is recorded of it."""
-    steps = [*bundle.manifest.files, "weights", *names]
-    for position, name in enumerate(bundle.manifest.files):
+    steps = [*bundle.manifest.records, "weights", *names]
+    for position, name in enumerate(bundle.manifest.records):
         progress(Stage(f"check the digest of {name}", position, len(steps)))
         bundle.check_file(name)
     for graph in graphs_of(bundle.manifest, "base", "factored", "banked"):
         if graph not in bundle.manifest.files:
             raise IntegrityError(f"open bundle {bundle.path}", expected=f"{graph} in its manifest", got="none")
         _check_ports(bundle, graph)
-    progress(Stage("check the digests of the weights", len(bundle.manifest.files), len(steps)))
+    progress(Stage("check the digests of the weights", len(bundle.manifest.records), len(steps)))
     for name, weight in bundle.manifest.weights.items():
         if not weight.length:
             continue  # quantised: its bytes are in the graphs, which have digests too

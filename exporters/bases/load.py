@@ -130,7 +130,9 @@ def _load_decoder(base: object, others: list[object]) -> Base:
         module = module[0] if isinstance(module, tuple) and module else module
     if not isinstance(module, nn.Module) or hasattr(module, "peft_config"):
         raise no_module(name, module)
-    return decoder_base(name.rpartition(":")[2], module)
+    made = decoder_base(name.rpartition(":")[2], module)
+    made.directory = Path(name) if module is not base and os.path.isdir(name) else None
+    return made
 
 
 def _open_file(path: Path, inputs: Mapping[str, Any] | None, shapes: object, weights: object) -> OnnxBase:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +33,7 @@ class Base(ABC):
 
     module: nn.Module | None = None  # the torch module, where there is one
     decoder: DecoderPorts | None = None  # ports of a causal language model in slot form
+    directory: Path | None = None  # Hugging Face directory of such a model
     own_names: Mapping[str, str] = {}  # input or output -> the name it has in the module, where that is another
 
     def __init__(self, name: str, inputs: Inputs) -> None:

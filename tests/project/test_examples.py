@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import ast
+import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,3 +57,20 @@ def test_the_readme_names_real_files_and_commands() -> None:
     for name in ("docs/forms.svg", *examples, "CONTRIBUTING.md"):
         assert name in readme
         assert (ROOT / name).is_file()
+
+
+def test_the_parts_of_the_example_for_text_work(tmp_path: Path) -> None:
+    example: Any = runpy.run_path(str(ROOT / "examples" / "three_styles.py"))
+    texts = example["sources"]()
+    assert texts.keys() == {"base", *example["STYLES"]}
+    assert min(map(len, texts.values())) > 20_000
+    tokenizer = example["byte_tokenizer"]()
+    tokens = tokenizer.encode("naïve €")
+    assert len(tokens) == len("naïve €".encode())
+    assert tokenizer.decode(tokens) == "naïve €"
+    torch.manual_seed(0)
+    model = example["language_model"](hidden=32, layers=1)
+    repeated = torch.tensor(tokenizer.encode("ab" * 100))
+    assert example["train"](model, repeated, 25, math.inf, 2e-2, "base", rows=4) < 2.5  # nats; ln 264 = 5.6 before
+    shown = example["page"]({"base": "<b>", "code": "x"}, {"trained": "1 s"})
+    assert "<pre>&lt;b&gt;</pre>" in shown

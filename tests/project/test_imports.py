@@ -52,6 +52,19 @@ runtime.run({{"pixels": numpy.zeros((2, 1, 12, 14), "float32")}}, tasks=["two", 
     assert imported_by(code) == {"onnxruntime"}
 
 
+def test_text_needs_neither_torch_nor_transformers() -> None:
+    code = """
+from tokenizers import Tokenizer, models
+from tpeft_deploy.bundle.text_files import TextFacts
+from tpeft_deploy.runtime.text.model_text import ModelText
+made = Tokenizer(models.WordLevel({"fox": 0, "a": 1}, unk_token="a"))
+text = ModelText(made.to_str(), TextFacts(templates={"default": "{{ messages[0].content }}"}))
+assert text.chat([{"role": "user", "content": "fox"}]) == [0]
+assert text.detokeniser()().push(0) == "fox"
+"""
+    assert imported_by(code) == {"onnxruntime"}
+
+
 def test_these_tests_can_fail() -> None:
     assert imported_by("from tpeft_deploy import export_folded") >= {"torch", "onnxscript", "onnxruntime"}
 

@@ -5,10 +5,12 @@
       base.onnx  factored.onnx  banked.onnx  weights.data
       factored.cpu.onnx  banked.cpu.onnx        if there is a faster form that only the CPU can run
       banked.cuda.onnx                          if linear layers have branches: fewer operators
+      genai_config.json    settings of onnxruntime-genai, if it can drive factored.onnx
       example.npz          example inputs of the export, on which `verify` runs the bundle
       adapters/<task>/current                   digest that the task is an alias for
       adapters/<task>/<digest>/adapter.safetensors  adapter.json  adapter.onnx_adapter
       folded/<task>.onnx
+      text/                tokenizer and chat templates (see `text_files`), if the base has text
 
 Files are never edited in place.  Adding a task writes one directory and renames one file; graphs and other tasks are
 not changed.  An adapter's digest is the SHA-256 of its adapter.safetensors.
@@ -86,17 +88,17 @@ class Bundle:
         except (OSError, UnicodeDecodeError) as error:
             raise IntegrityError(f"read {file}", expected="UTF-8 text", got=str(error)) from error
         bundle = cls(path, Manifest.from_json(text, source=str(file)))
-        for name, record in bundle.manifest.files.items():
+        for name, record in bundle.manifest.records.items():
             bundle._check_size(name, record)
         return bundle
 
     def check_file(self, name: str) -> Path:
-        """Check the digest of a file that the manifest lists, and return its path.
+        """Check the digest of a file that the manifest lists (its `records`), and return its path.
 
         Raises:
             IntegrityError: the digest differs.
         """
-        file, record = self.path / name, self.manifest.files[name]
+        file, record = self.path / name, self.manifest.records[name]
         self._check_size(name, record)
         digest = digest_file(file)
         if digest != record.sha256:

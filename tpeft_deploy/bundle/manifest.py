@@ -14,6 +14,7 @@ empty       free sizes that may be 0, as tested at export: the past of a decoder
 tolerance   relative error in float32 that the caller of the export accepted, if above the limit of 1e-5
 left_out    per task of the export, the tensors of its adapter's file that the task leaves out, with the reason
 rounding    for a 16-bit base: error of its forward against the same in 32 bits, and the limits derived from it
+text        file of the folder text/ (see `text_files`) -> its digest and size; empty for a bundle without text
 decoder     for a causal language model in slot form (docs/internals/slot-form.md), its ports; null for other bundles
 digest      SHA-256 of all other fields
 """
@@ -197,6 +198,12 @@ class Manifest:
     rows_reasons: Mapping[str, str] = field(default_factory=dict)
     packing: tuple[Packed, ...] = ()
     decoder: DecoderPorts | None = None
+    text: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def records(self) -> dict[str, FileRecord]:
+        """All files with recorded digests, by their paths in the bundle."""
+        return {**self.files, **{f"text/{name}": record for name, record in self.text.items()}}
 
     @property
     def base_digest(self) -> str:
@@ -323,7 +330,7 @@ def _check_digests(document: Mapping[str, Any], manifest: Manifest, source: str)
                 got=f"{str(got)[:12]}...",
                 fix="The manifest was edited or damaged: export the bundle again.",
             )
-    for name in manifest.files:
+    for name in [*manifest.files, *manifest.text]:
         if "/" in name or "\\" in name or name.startswith(".") or not name:
             raise IntegrityError(f"read {source}, file {name!r}", expected="a plain name inside the bundle", got=name)
 

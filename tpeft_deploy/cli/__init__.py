@@ -12,6 +12,7 @@ from tpeft_deploy.cli.console import Tool
 from tpeft_deploy.cli.convert import convert
 from tpeft_deploy.cli.export import export
 from tpeft_deploy.cli.formats import formats
+from tpeft_deploy.cli.generate import generate
 from tpeft_deploy.cli.inspect import inspect
 from tpeft_deploy.cli.keys import keys
 from tpeft_deploy.cli.quickstart import quickstart
@@ -32,5 +33,19 @@ def main() -> None:
     """
 
 
-for command in (inspect, formats, convert, export, adapter, verify, run, bench, serve, health, keys, quickstart):
+for command in (
+    inspect,
+    formats,
+    convert,
+    export,
+    adapter,
+    verify,
+    run,
+    generate,
+    bench,
+    serve,
+    health,
+    keys,
+    quickstart,
+):
     main.add_command(command)

@@ -1,0 +1,158 @@
+"""Text of a model: what a bundle keeps in its folder `text/`, loaded with `tokenizers` and `jinja2` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from tpeft_deploy.bundle.directory import Bundle
+from tpeft_deploy.bundle.text_files import TOKENIZER, TextFacts
+from tpeft_deploy.errors import InputError, IntegrityError, brief, requires
+from tpeft_deploy.runtime.generation.handle import Detokeniser
+from tpeft_deploy.runtime.generation.sampling import Sampling
+from tpeft_deploy.runtime.text.detokeniser import clean, detokenisers
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from tpeft_deploy.runtime.text.chat_template import ChatTemplate
+
+__all__ = ["ModelText"]
+
+_EXTRA = "text"
+
+
+class ModelText:
+    """Tokenizer, chat templates and generation defaults of a bundle; safe to use from several threads.
+
+    Args:
+        tokenizer: text of tokenizer.json.
+        facts: what else the bundle records.
+        source: name of the bundle, for messages.
+
+    Raises:
+        MissingExtra: tokenizers is not installed.
+        IntegrityError: the text is not a tokenizer's.
+    """
+
+    def __init__(self, tokenizer: str, facts: TextFacts, *, source: str = "the model") -> None:
+        with requires("tokenizers", _EXTRA, f"read the text of {source}"):
+            from tokenizers import Tokenizer
+        try:
+            self._tokenizer: Tokenizer = Tokenizer.from_str(tokenizer)
+        except Exception as error:  # tokenizers raises nothing more exact
+            raise IntegrityError(f"read the tokenizer of {source}", problem=brief(error, 200)) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._source = source
+        self.facts = facts
+        self._detokenisers = detokenisers(self._tokenizer, clean_up=facts.clean_up)
+        self._templates: dict[str, ChatTemplate] = {}
+
+    @classmethod
+    def open(cls, bundle: Bundle) -> ModelText:
+        """Read the text of a bundle; the digests of its files are checked.
+
+        Raises:
+            InputError: the bundle has no text.
+            MissingExtra: tokenizers is not installed.
+            IntegrityError: a file is damaged.
+        """
+        source = f"bundle {bundle.path}"
+        if not bundle.manifest.text:
+            raise InputError(
+                f"read the text of {source}",
+                problem="it has no tokenizer",
+                fix="Export a directory that has one, with --generation; or use tokens.",
+            )
+        tokenizer = bundle.check_file(f"text/{TOKENIZER}").read_text(encoding="utf-8")
+        return cls(tokenizer, TextFacts.read(bundle), source=source)
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self.facts.templates)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Number of tokens of the tokenizer, added ones included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Tokens of a text.
+
+        Args:
+            text: any text; names of special tokens in it stand for these.
+            special: whether to add the tokens that the model expects around a text, such as the first.
+
+        Raises:
+            InputError: it is no text.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
+        except (TypeError, ValueError) as error:  # a lone surrogate is no text either
+            raise InputError("encode a prompt", expected="text", got=brief(error, 100)) from error
+
+    def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of tokens; special tokens only if asked for."""
+        text = self._tokenizer.decode(list(tokens), skip_special_tokens=not special)
+        return clean(text) if self.facts.clean_up else text
+
+    def detokeniser(self, before: Sequence[int] = ()) -> Callable[[], Detokeniser]:
+        """Make a factory of detokenisers, as `GenerationRequest.text` takes it.
+
+        Args:
+            before: tokens that the text continues; none for a text that begins anew, such as an answer.
+        """
+        return partial(self._detokenisers, tuple(before))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None, **options: Any) -> str:
+        """Text of a conversation by a chat template.
+
+        Args:
+            messages: messages with `role` and `content`.
+            template: name of a template; by default "tool_use" where there are tools and that template, or "default".
+            options: `add_generation_prompt` (True by default), `continue_final_message`, and any further variables of
+                the template, such as `tools`.
+
+        Raises:
+            InputError: there is no such template, or it refuses the messages.
+            MissingExtra: jinja2 is not installed.
+        """
+        flags = {key: options.pop(key) for key in ("add_generation_prompt", "continue_final_message") if key in options}
+        variables = {**self.facts.special_tokens, **options}
+        name = template or ("tool_use" if options.get("tools") and "tool_use" in self.facts.templates else "default")
+        return self._template(name).render(messages, variables=variables, **flags)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Tokens of a conversation; takes and raises what `render` does."""
+        return self.encode(self.render(messages, **options), special=False)
+
+    def sampling(self, **changes: Any) -> Sampling:
+        """How tokens are sampled: the model's defaults, its stop tokens, and changes to these.
+
+        Args:
+            changes: values of `Sampling` by name; None leaves the default.
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        return Sampling(**{"stop_tokens": self.facts.stop_tokens, **self.facts.sampling, **given})
+
+    def _template(self, name: str) -> ChatTemplate:
+        if name not in self._templates:
+            source = self.facts.templates.get(name)
+            if source is None:
+                known = ", ".join(sorted(self.facts.templates)) or "(there are none)"
+                raise InputError(
+                    "render a conversation",
+                    expected=f"one of the chat templates {known}",
+                    got=repr(name),
+                    fix="Give a prompt without --chat, or export a tokenizer with a chat template.",
+                )
+            with requires("jinja2", _EXTRA, "render a conversation"):
+                from tpeft_deploy.runtime.text.chat_template import ChatTemplate
+            self._templates[name] = ChatTemplate(source)
+        return self._templates[name]

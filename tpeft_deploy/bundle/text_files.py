@@ -1,0 +1,77 @@
+"""Folder `text/` of a bundle for generation: the tokenizer, and what else turns text into tokens and back.
+
+    text/tokenizer.json   the tokenizer, as the package tokenizers reads it
+    text/text.json        chat templates, special tokens and generation defaults (`TextFacts`)
+
+The manifest's field `text` has their digests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from tpeft_deploy.bundle.manifest import FileRecord
+from tpeft_deploy.errors import IntegrityError
+from tpeft_deploy.files import digest_file
+
+if TYPE_CHECKING:
+    from tpeft_deploy.bundle.directory import Bundle
+
+__all__ = ["FACTS", "TOKENIZER", "TextFacts", "write_text"]
+
+TOKENIZER, FACTS = "tokenizer.json", "text.json"
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What a bundle records about text beside the tokenizer.
+
+    Args:
+        special_tokens: variables of chat templates: bos_token, eos_token, ...
+        templates: name -> Jinja source; "default" is the one for any conversation.
+        sampling: values of `Sampling` by name that differ from greedy choice.
+        stop_tokens: tokens that end a sequence.
+        max_new_tokens: default number of tokens to generate; None if the model has none.
+        clean_up: whether spaces before punctuation are removed from decoded text.
+    """
+
+    special_tokens: Mapping[str, str | list[str]] = field(default_factory=dict)
+    templates: Mapping[str, str] = field(default_factory=dict)
+    sampling: Mapping[str, int | float | list[str]] = field(default_factory=dict)
+    stop_tokens: tuple[int, ...] = ()
+    max_new_tokens: int | None = None
+    clean_up: bool = False
+
+    @classmethod
+    def read(cls, bundle: Bundle) -> TextFacts:
+        """Read the facts of a bundle.
+
+        Raises:
+            IntegrityError: the file is damaged.
+        """
+        try:
+            return msgspec.json.decode(bundle.check_file(f"text/{FACTS}").read_bytes(), type=cls)
+        except msgspec.MsgspecError as error:
+            raise IntegrityError(f"read {FACTS} of bundle {bundle.path}", problem=str(error)) from error
+
+
+def write_text(place: Path, tokenizer: str, facts: TextFacts) -> dict[str, FileRecord]:
+    """Write the folder; returns the records for the manifest.
+
+    Args:
+        place: folder to make.
+        tokenizer: text of tokenizer.json.
+        facts: what else is recorded.
+    """
+    place.mkdir()
+    document: dict[str, Any] = asdict(facts)
+    texts = {TOKENIZER: tokenizer, FACTS: json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
+    for name, text in texts.items():
+        (place / name).write_text(text, encoding="utf-8")
+    return {name: FileRecord(digest_file(place / name), (place / name).stat().st_size) for name in texts}
