@@ -152,4 +152,3 @@ class Component:
 def weight_bytes(bundle: Bundle) -> int:
     """Return the bytes of a component's weights."""
     return sum(weight.length for weight in bundle.manifest.weights.values())
-

@@ -142,7 +142,8 @@ class ServedTasks:
         version = self._versions.adapter(task, "probe")
         with self._residency.acquire([version]):  # so that what it changes is known
             changed = [component for component in self._parts if component.changed_by(version)]
-            return any([_probed(component, task, version, self._versions.base) for component in changed])
+            acting = [_probed(component, task, version, self._versions.base) for component in changed]
+        return any(acting)
 
     def unload(self, task: str) -> None:
         """Stop serving a task; runs in flight finish on it.

@@ -44,5 +44,7 @@ class BatchingStats:
         joined: Counter[int] = Counter()
         for part in parts:
             joined.update(part.joined)
-        counts = {own.name: sum(getattr(part, own.name) for part in parts) for own in fields(cls) if own.name != "joined"}
+        counts = {
+            own.name: sum(getattr(part, own.name) for part in parts) for own in fields(cls) if own.name != "joined"
+        }
         return cls(joined=dict(joined), **counts)

@@ -26,6 +26,9 @@ from tpeft_deploy.runtime.server.v2.statuses import MethodNotAllowed
 
 __all__ = ["Application", "application", "model_of"]
 
+_MODELS = "/v2/models/"
+_SUFFIX = 4  # segment of a path behind that of the model
+_SUFFIXES = frozenset({"infer", "ready", "config", "stats", "versions"})  # components of such names need %2F
 _INFER = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
 
 
@@ -51,6 +54,7 @@ class Application:
         self._observe = observe
         self._intake = intake or Intake()
         self._infer = InferenceEndpoint(core, limits, self._intake)
+        self._components = frozenset(core.components.several)
         self._table: list[tuple[re.Pattern[str], Route]] = [(compile_path(own.path)[0], own) for own in ROUTES]
         self._table.append((compile_path(openapi.ROUTE.path)[0], openapi.ROUTE))
 
@@ -63,7 +67,7 @@ class Application:
             return
         context = HttpContext(self._core, self._limits, self._intake, scope, receive)
         try:
-            asked = _asked(scope)
+            asked = self._asked(scope)
             if asked is not None and scope["method"] == "POST":
                 context.route = _INFER[bool(asked[1])]
                 await self._infer(*asked, context, send)
@@ -118,10 +122,10 @@ class Application:
 
     def _find(self, scope: Scope, inference: bool) -> tuple[Route | ServerError, dict[str, str]]:
         methods = {"POST"} if inference else set[str]()
-        path = _raw(scope)
+        path = self._path(scope)
         for pattern, route in self._table:
             match = pattern.match(path)
-            names = None if match is None else _unquoted(match.groupdict())
+            names = None if match is None else self._unquoted(match.groupdict())
             if names is not None:
                 if route.method == scope["method"]:
                     return route, names
@@ -132,6 +136,37 @@ class Application:
             wanted = "a route, in which only names are percent-encoded, and without '/', '.' and '..'"
             return ProtocolError("answer a request", expected=wanted, got="another path"), {}
         return NotFound("answer a request", problem="there is no such route", fix="GET /openapi.json lists them."), {}
+
+    def _path(self, scope: Scope) -> str:
+        """Return the path with the model in one segment: clients do not encode the slash of MODEL/COMPONENT."""
+        path = _raw(scope)
+        if self._components and path.startswith(_MODELS):
+            parts = path.split("/")
+            if len(parts) > _SUFFIX and parts[_SUFFIX] in self._components - _SUFFIXES:
+                parts[_SUFFIX - 1 : _SUFFIX + 1] = [f"{parts[_SUFFIX - 1]}%2F{parts[_SUFFIX]}"]
+                return "/".join(parts)
+        return path
+
+    def _asked(self, scope: Scope) -> tuple[str, str] | None:
+        """Return the model and version of an inference path; None for other paths."""
+        path = self._path(scope)
+        asked = model_of(path)
+        if asked is None or "%" not in path:
+            return asked
+        names = self._unquoted({"model": asked[0], "version": asked[1]})
+        return None if names is None else (names["model"], names["version"])
+
+    def _unquoted(self, names: dict[str, str]) -> dict[str, str] | None:
+        """Percent-decode the names of a path; return None if a decoded name would contain a path.
+
+        The name of a component behind that of a model is no path.
+        """
+        found = {part: unquote(name) if "%" in name else name for part, name in names.items()}
+        for part, name in found.items():
+            own, _, component = name.partition("/") if part == "model" else (name, "", "")
+            if "/" in own or own in {".", ".."} or (own != name and component not in self._components):
+                return None
+        return found
 
 
 def application(
@@ -158,22 +193,6 @@ def model_of(path: str) -> tuple[str, str] | None:
     if len(parts) == 7 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "versions" and parts[6] == "infer":
         return parts[3], parts[5]
     return None
-
-
-def _asked(scope: Scope) -> tuple[str, str] | None:
-    """Return the model and version of an inference path; None for other paths."""
-    path = _raw(scope)
-    asked = model_of(path)
-    if asked is None or "%" not in path:
-        return asked
-    names = _unquoted({"model": asked[0], "version": asked[1]})
-    return None if names is None else (names["model"], names["version"])
-
-
-def _unquoted(names: dict[str, str]) -> dict[str, str] | None:
-    """Percent-decode the names of a path; return None if a decoded name would contain a path."""
-    found = {part: unquote(name) if "%" in name else name for part, name in names.items()}
-    return None if any("/" in name or name in {".", ".."} for name in found.values()) else found
 
 
 async def _answer(document: object) -> Response:
