@@ -233,23 +233,37 @@ class Bundle:
     def _joined(self, read: Callable[[Bundle], Mapping[str, _T]]) -> dict[str, _T]:
         return {f"{name}/{key}": value for name, part in self.parts.items() for key, value in read(part).items()}
 
-    def _check_taken(self, adapter: Adapter) -> None:
-        names = {name: part.share.names for name, part in self.parts.items() if part.share is not None}
-        check_taken(adapter, names, doing=f"fit {adapter.source} to bundle {self.path}")
+    def check_taken(self, adapter: Adapter, *, bundle: str | None = None) -> None:
+        """Check that each change of a whole adapter is taken by a component; `fill` checks it in a bundle of one graph.
 
-    def fill(self, adapter: Adapter) -> dict[str, dict[str, Array]]:
+        Args:
+            adapter: whole adapter.
+            bundle: name of the bundle in messages; its path by default.
+
+        Raises:
+            UnknownTarget: no component takes a change.
+        """
+        names = {name: part.share.names for name, part in self.parts.items() if part.share is not None}
+        if names:
+            check_taken(adapter, names, doing=f"fit {adapter.source} to bundle {bundle or self.path}")
+
+    def fill(self, adapter: Adapter, *, bundle: str | None = None) -> dict[str, dict[str, Array]]:
         """Compute an adapter's slots: target key (see `fit`) -> slot name -> array with the adapter's ranks.
+
+        Args:
+            adapter: whole adapter.
+            bundle: name of the bundle in messages; its path by default.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
         """
         if self.parts:
-            self._check_taken(adapter)
-            return self._joined(lambda component: component.fill(adapter))
+            self.check_taken(adapter, bundle=bundle)
+            return self._joined(lambda component: component.fill(adapter, bundle=bundle))
         part = self.part(adapter)
         if part is None:
             return {}
-        return fit.fill(self.manifest, part, bundle=str(self.path), base_value=self.base_value)
+        return fit.fill(self.manifest, part, bundle=bundle or str(self.path), base_value=self.base_value)
 
     def factors(self, task: str) -> dict[str, Array]:
         """Tensors of a task by the names of factored.onnx's optional inputs; inputs left out default to the base."""
@@ -262,7 +276,7 @@ class Bundle:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
         """
         if self.parts:
-            self._check_taken(adapter)
+            self.check_taken(adapter)
             return self._joined(lambda component: component.feeds(adapter))
         return fit.named(self.manifest, self.fill(adapter))
 
@@ -343,8 +357,7 @@ class Bundle:
                 fix="Open the bundle's directory and add the task there.",
             )
         check_task(task, self.manifest.name)
-        if self.parts:
-            self._check_taken(adapter)
+        self.check_taken(adapter)
         feeds = {name: part.feeds(adapter) for name, part in self.components.items()}
         natives = dict(zip(self.store.natives, feeds.values(), strict=True))
         weights = [part.manifest.weights for part in self.components.values()]

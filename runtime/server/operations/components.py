@@ -36,13 +36,13 @@ class Components:
             NotFound: there is no such component.
             ProtocolError: name and parameter differ.
         """
-        model, _, suffix = name.partition("/")
-        found = suffix or parameter
+        model, slash, suffix = name.partition("/")
+        found = suffix if slash else parameter
         if found is None:
             return model, None
-        if found not in self.manifests or (not suffix and model != name):
+        if found not in self.manifests:
             raise NotFound(
-                f"find model {name!r}" if suffix else f"run model {name!r}, parameter 'component'",
+                f"find model {name!r}" if slash else f"run model {name!r}, parameter 'component'",
                 expected=f"a component among {', '.join(self.manifests)}",
                 got=repr(found),
             )

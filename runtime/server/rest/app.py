@@ -28,6 +28,7 @@ __all__ = ["Application", "application", "model_of"]
 
 _MODELS = "/v2/models/"
 _SUFFIX = 4  # segment of a path behind that of the model
+_NAMES = 2  # in the name of a model: MODEL/COMPONENT
 _SUFFIXES = frozenset({"infer", "ready", "config", "stats", "versions"})  # components of such names need %2F
 _INFER = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
 
@@ -54,7 +55,7 @@ class Application:
         self._observe = observe
         self._intake = intake or Intake()
         self._infer = InferenceEndpoint(core, limits, self._intake)
-        self._components = frozenset(core.components.several)
+        self._several = bool(core.components.several)
         self._table: list[tuple[re.Pattern[str], Route]] = [(compile_path(own.path)[0], own) for own in ROUTES]
         self._table.append((compile_path(openapi.ROUTE.path)[0], openapi.ROUTE))
 
@@ -140,9 +141,9 @@ class Application:
     def _path(self, scope: Scope) -> str:
         """Return the path with the model in one segment: clients do not encode the slash of MODEL/COMPONENT."""
         path = _raw(scope)
-        if self._components and path.startswith(_MODELS):
+        if self._several and path.startswith(_MODELS):
             parts = path.split("/")
-            if len(parts) > _SUFFIX and parts[_SUFFIX] in self._components - _SUFFIXES:
+            if len(parts) > _SUFFIX and parts[_SUFFIX] not in _SUFFIXES:
                 parts[_SUFFIX - 1 : _SUFFIX + 1] = [f"{parts[_SUFFIX - 1]}%2F{parts[_SUFFIX]}"]
                 return "/".join(parts)
         return path
@@ -156,15 +157,15 @@ class Application:
         names = self._unquoted({"model": asked[0], "version": asked[1]})
         return None if names is None else (names["model"], names["version"])
 
-    def _unquoted(self, names: dict[str, str]) -> dict[str, str] | None:
+    def _unquoted(self, given: dict[str, str]) -> dict[str, str] | None:
         """Percent-decode the names of a path; return None if a decoded name would contain a path.
 
-        The name of a component behind that of a model is no path.
+        The name of a component behind that of a model, where there are several, is no path.
         """
-        found = {part: unquote(name) if "%" in name else name for part, name in names.items()}
+        found = {part: unquote(name) if "%" in name else name for part, name in given.items()}
         for part, name in found.items():
-            own, _, component = name.partition("/") if part == "model" else (name, "", "")
-            if "/" in own or own in {".", ".."} or (own != name and component not in self._components):
+            names = name.split("/") if part == "model" and self._several else [name]
+            if len(names) > _NAMES or any("/" in own or own in {".", ".."} for own in names):
                 return None
         return found
 
