@@ -86,7 +86,7 @@ def expected(component: str, adapter: Adapter | None, given: dict[str, Array]) -
     weights = dict(whole.named_parameters())
     with torch.no_grad():
         for name, delta in (adapter.deltas if adapter else {}).items():
-            weights[name] += torch.from_numpy(delta.dense().astype(np.float32))
+            weights[name].data += torch.from_numpy(delta.dense().astype(np.float32))
         for name, array in (adapter.overrides if adapter else {}).items():
             weights[name].data = torch.from_numpy(array)
         scores: Array = TOWERS[component](whole)(torch.from_numpy(given["x"]))["scores"].numpy()

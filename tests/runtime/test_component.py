@@ -171,7 +171,7 @@ def test_folds_are_made_where_a_task_changes_something(towers_bundle: Bundle) ->
 def test_a_probe_looks_at_all_components(runtime: Runtime) -> None:
     zero = {name: replace(delta, scale=0.0) for name, delta in ADAPTERS["both"].deltas.items()}
     runtime.load("nothing", replace(ADAPTERS["both"], deltas=zero))
-    runtime.load("little", replace(ADAPTERS["both"], deltas=zero | ADAPTERS["reading"].deltas))
+    runtime.load("little", replace(ADAPTERS["both"], deltas={**zero, **ADAPTERS["reading"].deltas}))
     try:
         assert [runtime.probe(task) for task in ("both", "seeing", "nothing", "little")] == [True, True, False, True]
     finally:

@@ -68,7 +68,7 @@ class Application:
             return
         context = HttpContext(self._core, self._limits, self._intake, scope, receive)
         try:
-            asked = self._asked(scope)
+            asked = _asked(scope, several=self._several)
             if asked is not None and scope["method"] == "POST":
                 context.route = _INFER[bool(asked[1])]
                 await self._infer(*asked, context, send)
@@ -123,10 +123,10 @@ class Application:
 
     def _find(self, scope: Scope, inference: bool) -> tuple[Route | ServerError, dict[str, str]]:
         methods = {"POST"} if inference else set[str]()
-        path = self._path(scope)
+        path = _path(scope, several=self._several)
         for pattern, route in self._table:
             match = pattern.match(path)
-            names = None if match is None else self._unquoted(match.groupdict())
+            names = None if match is None else _unquoted(match.groupdict(), several=self._several)
             if names is not None:
                 if route.method == scope["method"]:
                     return route, names
@@ -137,37 +137,6 @@ class Application:
             wanted = "a route, in which only names are percent-encoded, and without '/', '.' and '..'"
             return ProtocolError("answer a request", expected=wanted, got="another path"), {}
         return NotFound("answer a request", problem="there is no such route", fix="GET /openapi.json lists them."), {}
-
-    def _path(self, scope: Scope) -> str:
-        """Return the path with the model in one segment: clients do not encode the slash of MODEL/COMPONENT."""
-        path = _raw(scope)
-        if self._several and path.startswith(_MODELS):
-            parts = path.split("/")
-            if len(parts) > _SUFFIX and parts[_SUFFIX] not in _SUFFIXES:
-                parts[_SUFFIX - 1 : _SUFFIX + 1] = [f"{parts[_SUFFIX - 1]}%2F{parts[_SUFFIX]}"]
-                return "/".join(parts)
-        return path
-
-    def _asked(self, scope: Scope) -> tuple[str, str] | None:
-        """Return the model and version of an inference path; None for other paths."""
-        path = self._path(scope)
-        asked = model_of(path)
-        if asked is None or "%" not in path:
-            return asked
-        names = self._unquoted({"model": asked[0], "version": asked[1]})
-        return None if names is None else (names["model"], names["version"])
-
-    def _unquoted(self, given: dict[str, str]) -> dict[str, str] | None:
-        """Percent-decode the names of a path; return None if a decoded name would contain a path.
-
-        The name of a component behind that of a model, where there are several, is no path.
-        """
-        found = {part: unquote(name) if "%" in name else name for part, name in given.items()}
-        for part, name in found.items():
-            names = name.split("/") if part == "model" and self._several else [name]
-            if len(names) > _NAMES or any("/" in own or own in {".", ".."} for own in names):
-                return None
-        return found
 
 
 def application(
@@ -194,6 +163,43 @@ def model_of(path: str) -> tuple[str, str] | None:
     if len(parts) == 7 and parts[1] == "v2" and parts[2] == "models" and parts[4] == "versions" and parts[6] == "infer":
         return parts[3], parts[5]
     return None
+
+
+def _path(scope: Scope, *, several: bool) -> str:
+    """Return the undecoded path; with several components, the model in one segment.
+
+    Clients do not encode the slash of MODEL/COMPONENT.
+    """
+    path = _raw(scope)
+    if several and path.startswith(_MODELS):
+        parts = path.split("/")
+        if len(parts) > _SUFFIX and parts[_SUFFIX] not in _SUFFIXES:
+            parts[_SUFFIX - 1 : _SUFFIX + 1] = [f"{parts[_SUFFIX - 1]}%2F{parts[_SUFFIX]}"]
+            return "/".join(parts)
+    return path
+
+
+def _asked(scope: Scope, *, several: bool = False) -> tuple[str, str] | None:
+    """Return the model and version of an inference path; None for other paths."""
+    path = _path(scope, several=several)
+    asked = model_of(path)
+    if asked is None or "%" not in path:
+        return asked
+    names = _unquoted({"model": asked[0], "version": asked[1]}, several=several)
+    return None if names is None else (names["model"], names["version"])
+
+
+def _unquoted(given: dict[str, str], *, several: bool) -> dict[str, str] | None:
+    """Percent-decode the names of a path; return None if a decoded name would contain a path.
+
+    With several components, the name of one behind that of a model is no path.
+    """
+    found = {part: unquote(name) if "%" in name else name for part, name in given.items()}
+    for part, name in found.items():
+        names = name.split("/") if several and part == "model" else [name]
+        if len(names) > _NAMES or any("/" in own or own in {".", ".."} for own in names):
+            return None
+    return found
 
 
 async def _answer(document: object) -> Response:

@@ -129,6 +129,7 @@ def test_a_task_is_loaded_and_listed_as_a_whole(live: Live) -> None:
     assert {own["id"] for own in live.ask("GET", "/v1/models").json()["data"]} == {"base", "towers", *ADAPTERS}
     answer = live.register(ADAPTERS["heads"])
     assert answer.status_code == 200, answer.text
+    assert live.ask("DELETE", "/v2/registry/tasks/mood").status_code == 200
     strange = {"image_heads.weight": ADAPTERS["seeing"].deltas["image.weight"]}
     answer = live.register(type(ADAPTERS["seeing"])(strange), "strange")
     assert answer.status_code == 400
