@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.errors import UnknownTarget, UnsupportedTarget
 
-__all__ = ["without"]
+__all__ = ["covers", "without"]
 
 
 def without(
@@ -29,13 +29,13 @@ def without(
     """
     patterns, names = list(dict.fromkeys(exclude)), list(names)
     for pattern in patterns:
-        if not any(_covers(pattern, name) for name in names):
+        if not any(covers(pattern, name) for name in names):
             raise UnknownTarget(
                 f"exclude {pattern!r} from the targets of {base}",
                 expected="a weight or a module of the base",
                 got="a name that no weight has",
             )
-    gone = [target.name for target in targets if any(_covers(pattern, target.name) for pattern in patterns)]
+    gone = [target.name for target in targets if any(covers(pattern, target.name) for pattern in patterns)]
     if gone and given:
         raise UnsupportedTarget(
             f"exclude {', '.join(dict.fromkeys(gone))} from the targets of {base}",
@@ -46,5 +46,6 @@ def without(
     return [target for target in targets if target.name not in gone]
 
 
-def _covers(pattern: str, name: str) -> bool:
+def covers(pattern: str, name: str) -> bool:
+    """Whether a pattern is that of a weight, or of a module around it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")

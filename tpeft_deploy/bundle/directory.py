@@ -128,13 +128,24 @@ class Bundle:
                     got=f"{found[:12]}...",
                     fix="The bundle was altered or damaged: export it again.",
                 )
-        manifests = {name: part.manifest for name, part in opened.items()}
-        names = taken_names(manifests)
-        store = TaskStore(self.path, tuple(map(_native, opened)))
-        parts = {name: replace(part, share=Share(name, store, names[name])) for name, part in opened.items()}
+        return self.joined(opened)
+
+    def joined(self, parts: Mapping[str, Bundle]) -> Bundle:
+        """Make a bundle of components, each opened at its place.
+
+        Args:
+            parts: component -> bundle of one graph.
+        """
+        manifests = {name: part.manifest for name, part in parts.items()}
+        names = taken_names(
+            {name: manifest.stored for name, manifest in manifests.items()},
+            {name: manifest.ties for name, manifest in manifests.items()},
+        )
+        store = TaskStore(self.path, tuple(map(_native, parts)))
+        shared = {name: replace(part, share=Share(name, store, names[name])) for name, part in parts.items()}
         aliases = {alias: held for manifest in manifests.values() for alias, held in manifest.aliases.items()}
         ties = tuple(dict.fromkeys(group for manifest in manifests.values() for group in manifest.ties))
-        return replace(self, parts=parts, manifest=replace(self.manifest, aliases=aliases, ties=ties))
+        return replace(self, parts=shared, manifest=replace(self.manifest, aliases=aliases, ties=ties))
 
     @property
     def components(self) -> Mapping[str, Bundle]:

@@ -203,6 +203,11 @@ class Manifest:
     decoder: DecoderPorts | None = None
     components: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of_components(cls, name: str, producer: str, components: Mapping[str, str]) -> Manifest:
+        """Make the manifest of a bundle with several components."""
+        return cls(name=name, producer=producer, components=components, **_NO_GRAPHS)
+
     @property
     def base_digest(self) -> str:
         """SHA-256 over the names and digests of all base weights."""
@@ -309,6 +314,12 @@ class Manifest:
         return manifest
 
 
+_NO_GRAPHS: Mapping[str, Any] = {
+    "weights": {}, "aliases": {}, "targets": (), "inputs": (), "outputs": (), "files": {},
+    "rows": "each", "rows_reason": "",
+}
+
+
 def base_digest(digests: Mapping[str, str]) -> str:
     """Compute the SHA-256 of the sorted lines "name digest" of a base's weights."""
     lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
@@ -346,9 +357,8 @@ def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
 
 
 def _parse_components(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
-    none: dict[str, Any] = {"weights": {}, "aliases": {}, "targets": (), "inputs": (), "outputs": (), "files": {}}
     given = {key: document[key] for key in ("name", "producer", "components")}
-    manifest = msgspec.convert({**none, "rows": "each", "rows_reason": "", **given}, cls)
+    manifest = msgspec.convert({**_NO_GRAPHS, **given}, cls)
     wrong = [name for name in manifest.components if not is_name(name)]
     if wrong or not manifest.components:
         raise ValueError(f"component {wrong[0]!r}" if wrong else "no components")

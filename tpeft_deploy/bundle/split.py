@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import TypeVar
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import UnknownTarget
-from tpeft_deploy.ties import changed_names
+from tpeft_deploy.ties import Ties, changed_names
 
 __all__ = ["check_taken", "part_of", "taken_names"]
 
 _T = TypeVar("_T")
 
 
-def taken_names(manifests: Mapping[str, Manifest]) -> dict[str, frozenset[str]]:
+def taken_names(read: Mapping[str, Iterable[str]], ties: Mapping[str, Ties]) -> dict[str, frozenset[str]]:
     """Names of weights with changes that each component takes.
 
     A component takes the names of its graphs' weights, and names tied to them that no component reads: their changes
     must be those of the names that are read.
+
+    Args:
+        read: component -> every name of the weights that its graphs read.
+        ties: component -> tied names of its weights, as a manifest has them.
     """
-    read = {name for manifest in manifests.values() for name in manifest.stored}
-    unread = {
-        component: {name for group in manifest.ties for name in group} - read
-        for component, manifest in manifests.items()
-    }
-    return {component: frozenset(manifest.stored) | unread[component] for component, manifest in manifests.items()}
+    used = {component: frozenset(names) for component, names in read.items()}
+    every = frozenset[str]().union(*used.values())
+    taken = dict(used)
+    for component, groups in ties.items():
+        for group in groups:
+            if used[component] & set(group):
+                taken[component] |= set(group) - every
+    return taken
 
 
 def part_of(adapter: Adapter, names: frozenset[str]) -> Adapter | None:
