@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +10,7 @@ import torch
 from torch import nn
 
 from tests.helpers.nets import adapter_for
-from tests.helpers.runtime.manifests import manifest
-from tpeft_deploy import Adapter, Bundle, export_bundle
-from tpeft_deploy.bundle.split import part_of
-from tpeft_deploy.files import digest_file
+from tpeft_deploy import Adapter, Bundle, Component, export_bundle
 from tpeft_deploy.tucker import Array
 
 SIZES = {"image": 6, "text": 5}  # component -> size of its input
@@ -95,20 +90,9 @@ def expected(component: str, adapter: Adapter | None, given: dict[str, Array]) -
 
 def bundle(path: Path) -> Bundle:
     """A bundle of both towers with all adapters."""
-    whole, tasks = towers(), adapters()
-    digests = {}
-    for component, tower in TOWERS.items():
-        module = tower(whole).eval()
-        names = frozenset(name for name, _ in module.named_parameters())
-        parts = {task: part for task, adapter in tasks.items() if (part := part_of(adapter, names)) is not None}
-        place = path / "components" / component
-        given = {name: torch.from_numpy(array) for name, array in inputs(component, 2).items()}
-        export_bundle(module, parts, place, example_inputs=given, name=path.name)
-        shutil.rmtree(place / "adapters")
-        digests[component] = digest_file(place / "manifest.json")
-    none = manifest((), ())
-    (path / "manifest.json").write_text(replace(none, name=path.name, components=digests).to_json())
-    found = Bundle.open(path)
-    for task, adapter in tasks.items():
-        found.add(task, adapter)
-    return found
+    whole = towers()
+    parts = {
+        own: Component(tower(whole).eval(), {"x": torch.from_numpy(inputs(own, 2)["x"])})
+        for own, tower in TOWERS.items()
+    }
+    return export_bundle(parts, adapters(), path)

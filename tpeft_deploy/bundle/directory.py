@@ -245,15 +245,7 @@ class Bundle:
         return {f"{name}/{key}": value for name, part in self.parts.items() for key, value in read(part).items()}
 
     def check_taken(self, adapter: Adapter, *, bundle: str | None = None) -> None:
-        """Check that each change of a whole adapter is taken by a component; `fill` checks it in a bundle of one graph.
-
-        Args:
-            adapter: whole adapter.
-            bundle: name of the bundle in messages; its path by default.
-
-        Raises:
-            UnknownTarget: no component takes a change.
-        """
+        """Check that each change is taken by a component, if there are several."""
         names = {name: part.share.names for name, part in self.parts.items() if part.share is not None}
         if names:
             check_taken(adapter, names, doing=f"fit {adapter.source} to bundle {bundle or self.path}")
@@ -261,9 +253,7 @@ class Bundle:
     def fill(self, adapter: Adapter, *, bundle: str | None = None) -> dict[str, dict[str, Array]]:
         """Compute an adapter's slots: target key (see `fit`) -> slot name -> array with the adapter's ranks.
 
-        Args:
-            adapter: whole adapter.
-            bundle: name of the bundle in messages; its path by default.
+        `bundle` is its name in messages, in place of its path.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.

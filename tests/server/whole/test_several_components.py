@@ -12,7 +12,7 @@ from tests.helpers import two_towers
 from tests.helpers.server.rpc_serving import serving
 from tests.server.conftest import serve
 from tests.server.test_rest import Live, running
-from tpeft_deploy import Bundle
+from tpeft_deploy import Bundle, Client
 from tpeft_deploy.tucker import Array
 
 ADAPTERS = two_towers.adapters()
@@ -135,3 +135,11 @@ def test_a_task_is_loaded_and_listed_as_a_whole(live: Live) -> None:
     assert answer.status_code == 400
     assert "'image_heads.weight'" in answer.text
     assert str(live.served.bundle.path) not in answer.text
+
+
+def test_the_client_of_the_package(live: Live) -> None:
+    with Client(live.url, live.keys["acme", "deploy"]) as client:
+        for component in COMPONENTS:
+            given = two_towers.inputs(component, 2)
+            check(client.infer(given, f"both/{component}")["scores"], component, ["both"] * 2)
+            check(client.infer(given, f"reading/{component}@1")["scores"], component, ["reading"] * 2)
