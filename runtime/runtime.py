@@ -99,6 +99,12 @@ class Runtime(ServedTasks):
         bundles = self._bundle.components
         cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs)
         limits = Limits() if limits is None else limits
+        if order is not None and not callable(order) and len(bundles) > 1:
+            raise InputError(
+                f"serve bundle {self._bundle.manifest.name!r}",
+                expected=f"order as a function, which returns one for the queue of each of {', '.join(bundles)}",
+                got="one order",
+            )
         opened = ExitStack()
         self._release = weakref.finalize(self, opened.close)  # also where the runtime is never closed
         with ExitStack() as failed:  # not left to the collector: the exception refers to this object

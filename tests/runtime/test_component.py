@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from tests.helpers import two_towers
 from tests.helpers.waiting import SECONDS
 from tpeft_deploy import Adapter, Bundle, Runtime
-from tpeft_deploy.errors import CapacityError, InputError, UnknownTarget
+from tpeft_deploy.cli import main
+from tpeft_deploy.errors import CapacityError, InputError, IntegrityError, UnknownTarget
 from tpeft_deploy.runtime.batching.policy import FirstCome
 from tpeft_deploy.tucker import Array
 
@@ -184,3 +188,29 @@ def test_each_queue_has_an_order(towers_bundle: Bundle) -> None:
     with Runtime(towers_bundle.path, provider="cpu", threads=1, order=order, preload=False) as runtime:
         asyncio.run(runtime.infer(two_towers.inputs("text", 1), component="text"))
     assert list(made) == COMPONENTS
+    with pytest.raises(InputError, match="order as a function"):
+        Runtime(towers_bundle.path, provider="cpu", threads=1, order=FirstCome())
+
+
+def test_without_a_copy(towers_bundle: Bundle) -> None:
+    with Runtime(towers_bundle.path, provider="cpu", threads=1, own_copy=False, preload=False) as runtime:
+        given = two_towers.inputs("text", 1)
+        close(runtime.run(given, "both", component="text")["scores"][0], "text", ADAPTERS["both"], given, 0)
+
+
+def test_an_altered_component_is_refused(towers_bundle: Bundle, tmp_path: Path) -> None:
+    path = tmp_path / "towers"
+    shutil.copytree(towers_bundle.path, path)
+    weights = path / "components" / "text" / "weights.data"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(IntegrityError, match=r"weights\.data"):
+        Runtime(path, provider="cpu", threads=1)
+
+
+def test_the_command_line_names_the_component(towers_bundle: Bundle, tmp_path: Path) -> None:
+    given = two_towers.inputs("text", 2)
+    np.savez(tmp_path / "in.npz", **given)  # type: ignore[arg-type]
+    place = [str(towers_bundle.path), "--input", str(tmp_path / "in.npz"), "--output", str(tmp_path / "out.npz")]
+    found = CliRunner().invoke(main, ["run", *place, "--task", "both", "--component", "text", "--provider", "cpu"])
+    assert found.exit_code == 0, found.output
+    close(np.load(tmp_path / "out.npz")["scores"][1], "text", ADAPTERS["both"], given, 1)
