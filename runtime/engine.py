@@ -150,9 +150,7 @@ class Engine:
     def _run_bank(
         self, inputs: Mapping[str, Array], versions: Sequence[Version], options: onnxruntime.RunOptions | None
     ) -> dict[str, Array]:
-        bank, rows = self._residency.rows(versions)
-        if self._component:
-            bank = bank.parts[self._component]
+        bank, rows = self._residency.rows(versions, self._component)
         with _translated(self._manifest.name):
             return self._banked.run(bank, inputs, np.array(rows, np.int64), options)
 
