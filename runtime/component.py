@@ -83,6 +83,7 @@ class Component:
         folded_bytes: bytes for sessions of hot tasks.
 
     Attributes:
+        name: name of the component, as above.
         bundle: the component's files.
         manifest: manifest of the component.
         layout: layout of its banked graph.
@@ -104,6 +105,7 @@ class Component:
         order: Order[Form] | None,
         folded_bytes: int,
     ) -> None:
+        self.name = name
         self._prefix = f"{name}/" if name else ""
         self.bundle = files.bundle
         self.manifest = files.bundle.manifest

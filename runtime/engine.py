@@ -20,7 +20,7 @@ from tpeft_deploy.runtime.sessions.cuda_graph import Captured
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, ORT_REFUSALS
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Engine", "Outputs"]
+__all__ = ["Engine", "Outputs", "translated"]
 
 Outputs = dict[str, Array | list[Array]]
 _OUT_OF_RANGE = "out of data bounds"  # part of Gather's message, which comes with several classes
@@ -73,7 +73,7 @@ class Engine:
         """
         session = self._folded.find(version, requests.rows(self._manifest, inputs))
         if session is not None:
-            with _translated(self._manifest.name):
+            with translated(self._manifest.name):
                 return session.run(inputs, options)
         if held:
             return self._on_bank(inputs, version, options)
@@ -151,7 +151,7 @@ class Engine:
         self, inputs: Mapping[str, Array], versions: Sequence[Version], options: onnxruntime.RunOptions | None
     ) -> dict[str, Array]:
         bank, rows = self._residency.rows(versions, self._component)
-        with _translated(self._manifest.name):
+        with translated(self._manifest.name):
             return self._banked.run(bank, inputs, np.array(rows, np.int64), options)
 
     def _in_parts(
@@ -174,7 +174,7 @@ class Engine:
 
 
 @contextmanager
-def _translated(bundle: str) -> Iterator[None]:
+def translated(bundle: str) -> Iterator[None]:
     """ONNX Runtime's exceptions, which share no base class, as errors of the toolkit."""
     try:
         yield

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.tucker import Array
@@ -47,6 +48,8 @@ def check_inputs(manifest: Manifest, inputs: Mapping[str, object]) -> dict[str, 
         arrays[port.name] = array
     if len(arrays) != len(inputs):
         raise _other_names(manifest, inputs)
+    if manifest.decoder is not None:
+        _check_decoder(manifest, manifest.decoder, arrays)
     return arrays
 
 
@@ -76,6 +79,20 @@ def check_tasks(manifest: Manifest, tasks: Sequence[object], inputs: Mapping[str
             expected=f"one task per row, {count} for its {count} rows",
             got=f"{len(tasks)} tasks",
         )
+
+
+def _check_decoder(manifest: Manifest, decoder: DecoderPorts, inputs: Mapping[str, Array]) -> None:
+    """Refuse runs for which the attention's operator reads or writes beside a cache, or is not defined."""
+    lengths, (rows, chunk) = inputs[decoder.lengths], inputs[decoder.tokens].shape
+    if not lengths.size:
+        return
+    doing = f"run bundle {manifest.name!r}, input {decoder.lengths!r}"
+    most = min(decoder.positions, *(inputs[past].shape[2] for past, _ in decoder.caches)) - chunk
+    if lengths.min() < 0 or lengths.max() > most:
+        raise InputError(doing, expected=f"lengths from 0 to {most}", got=f"{lengths.min()} to {lengths.max()}")
+    if chunk > 1 and rows > 1 and lengths.any():
+        got = f"{chunk} tokens of each of {rows} rows that have tokens before"
+        raise InputError(doing, expected="one row, or one token of each", got=got, fix="Use Runtime.generate.")
 
 
 def batched(manifest: Manifest, ports: Sequence[Port]) -> list[Port]:

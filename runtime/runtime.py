@@ -28,7 +28,9 @@ from tpeft_deploy.runtime.batching.stats import BatchingStats
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.component import Component, Files, weight_bytes
 from tpeft_deploy.runtime.engine import Outputs
+from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
+from tpeft_deploy.runtime.served_generation import ServedGeneration
 from tpeft_deploy.runtime.served_tasks import ServedTasks
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import Cuda, choose
@@ -39,7 +41,7 @@ __all__ = ["Runtime"]
 GIB = 2**30
 
 
-class Runtime(ServedTasks):
+class Runtime(ServedGeneration, ServedTasks):
     """Serves the tasks of a bundle, on each of its components; safe to call from several threads.
 
     Every digest is checked before anything is served.
@@ -65,6 +67,10 @@ class Runtime(ServedTasks):
             components, each of which has a queue, needs a function: component -> order.
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
+        kv_bytes: bytes for the caches of sequences that are generated; by default those of 8 sequences, 256 MiB at
+            most.  Taken when the first is.
+        max_tokens: tokens of a prompt and what is generated for it; 2,048 by default, if the model can.
+        prefix_bytes: bytes of host memory for caches of known beginnings of prompts.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
             runtime.  Without, ONNX Runtime maps the bundle's weights.data: writing to it changes answers,
             truncating it kills the process.
@@ -90,6 +96,9 @@ class Runtime(ServedTasks):
         order: Order[Form] | Callable[[str], Order[Form]] | None = None,
         preload: bool = True,
         own_copy: bool = True,
+        kv_bytes: int | None = None,
+        max_tokens: int | None = None,
+        prefix_bytes: int = 64 * 2**20,
     ) -> None:
         choice = choose(provider)
         self.provider = choice.provider
@@ -145,6 +154,20 @@ class Runtime(ServedTasks):
             served = {name: own.bundle for name, own in files.items()}
             self._base = replace(self._bundle, parts=served) if len(files) > 1 else component.bundle
             self._pins = Pins(self._versions, self._residency, self._parts)
+            # Generation runs on the component that has a decoder.
+            decoding = next((own for own in self._parts if own.manifest.decoder is not None), component)
+            self._generation = GenerationService(
+                decoding.manifest,
+                decoding.session,
+                self._residency,
+                self._loader,
+                self._versions,
+                choice.device,
+                kv_bytes=kv_bytes,
+                max_tokens=max_tokens,
+                prefix_bytes=prefix_bytes,
+                component=decoding.name,
+            )
             if preload:
                 self._preload()
             failed.pop_all()
@@ -158,12 +181,14 @@ class Runtime(ServedTasks):
         self.close()
 
     def usage(self) -> dict[str, int]:
-        """Bytes that adapters take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`.
+        """Bytes that adapters and sequences take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`.
 
         `device_bytes` is the bank, the sum of `device_adapter_bytes`, what the adapters on the device hold, and
         `device_reserved_bytes`: the base's row, padding to the largest ranks, and rows that wait for an adapter.
+        Where the bundle has a decoder: `kv_bytes` of the caches of `slots` sequences, `slots_taken`, `prefix_bytes`.
         """
-        return self._residency.usage() | {"folded_bytes": sum(own.folds.nbytes for own in self._parts)}
+        folded = sum(own.folds.nbytes for own in self._parts)
+        return self._residency.usage() | {"folded_bytes": folded} | self._generation.usage()
 
     def batching(self, component: str | None = None) -> BatchingStats:
         """What `infer` has joined and refused so far, and what waits; of all components by default."""
@@ -313,8 +338,9 @@ class Runtime(ServedTasks):
         )
 
     def close(self) -> None:
-        """Release sessions and threads, once the runs in flight are done."""
+        """Release sessions and threads, once the runs in flight are done; sequences end with an error."""
         self._residency.close()
+        self._generation.close()
         for component in self._parts:
             component.batcher.close()
         self._loader.close()

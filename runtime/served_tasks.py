@@ -19,6 +19,7 @@ from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
 from tpeft_deploy.runtime.adapters.version import Source, Tier, Version
 from tpeft_deploy.runtime.component import Component
 from tpeft_deploy.runtime.folding.compare import differs
+from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
 
 __all__ = ["ServedTasks"]
@@ -37,6 +38,7 @@ class ServedTasks:
     _loader: AdapterLoader
     _pins: Pins
     _parts: Collection[Component]
+    _generation: GenerationService
 
     @property
     def name(self) -> str:
@@ -201,6 +203,7 @@ class ServedTasks:
         self._residency.retire(version)  # first: a fold in progress looks at this last
         for component in self._parts:
             component.folds.drop(version)
+        self._generation.forget(version)
 
     def _is_folded(self, version: Version) -> bool:
         """Whether every component that a version changes has a session for it."""

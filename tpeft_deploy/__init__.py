@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tpeft_deploy.exporters import Component, export_bundle, export_folded, verify_bundle
     from tpeft_deploy.formats import load_adapter
     from tpeft_deploy.runtime import Runtime
+    from tpeft_deploy.runtime.generation import Sampling
     from tpeft_deploy.tucker import TuckerDelta
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Client",
     "Component",
     "Runtime",
+    "Sampling",
     "TpeftError",
     "TuckerDelta",
     "export_bundle",
@@ -45,6 +47,7 @@ _HOMES = {
     "Client": "tpeft_deploy.client",
     "Component": "tpeft_deploy.exporters",
     "Runtime": "tpeft_deploy.runtime",
+    "Sampling": "tpeft_deploy.runtime.generation",
     "TpeftError": "tpeft_deploy.errors",
     "TuckerDelta": "tpeft_deploy.tucker",
     "export_bundle": "tpeft_deploy.exporters",

@@ -20,7 +20,7 @@ from tpeft_deploy.errors import RunError
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.tucker import Array
 
-__all__ = ["DTYPES", "allocate", "allocate_as", "dtype_of", "row_view", "write"]
+__all__ = ["DTYPES", "allocate", "allocate_as", "dtype_of", "part_view", "read", "row_view", "write"]
 
 # Numpy has no bfloat16: its bits travel as uint16.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -111,6 +111,41 @@ def row_view(bank: onnxruntime.OrtValue, row: int) -> onnxruntime.OrtValue:
     # A bank made from a numpy array does not own its memory; its Python object does.
     view.bank = bank
     return view
+
+
+def part_view(value: onnxruntime.OrtValue, offset: int, shape: Sequence[int]) -> onnxruntime.OrtValue:
+    """Consecutive elements of a value, in its memory.
+
+    Args:
+        value: on any device.
+        offset: first element, counted from the beginning.
+        shape: sizes of the view.
+
+    Returns:
+        A value of that shape, which keeps the other alive.
+
+    Raises:
+        RunError: the value has not so many elements.
+    """
+    if offset < 0 or offset + math.prod(shape) > math.prod(value.shape()):
+        raise RunError("view a part of a value", expected=f"a part of {value.shape()}", got=f"{shape} from {offset}")
+    sizes = (ctypes.c_int64 * len(shape))(*shape)
+    capsule = value.__dlpack__()
+    tensor = _Tensor.from_address(_pointer_in(capsule, b"dltensor"))
+    tensor.data = value.data_ptr() + offset * dtype_of(value).itemsize
+    tensor.ndim = len(shape)
+    tensor.shape = ctypes.cast(sizes, ctypes.POINTER(ctypes.c_int64))
+    tensor.strides = None
+    view = onnxruntime.OrtValue.from_dlpack(capsule)  # copies the sizes
+    view.whole = value
+    return view
+
+
+def read(view: onnxruntime.OrtValue) -> Array:
+    """Return a copy of a value in host memory."""
+    with device_lock.using(view.device_name()):
+        array: Array = np.array(view.numpy())
+    return array
 
 
 def dtype_of(value: onnxruntime.OrtValue) -> np.dtype[Any]:

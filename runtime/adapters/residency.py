@@ -166,6 +166,12 @@ class Residency:
                 self._pins.pop(version, None)
             self._notify()
 
+    def occupy(self, version: Version, change: int) -> None:
+        """Count users of an acquired version that keep it for long, so that no other version waits for its row."""
+        with self._state:
+            version.occupied += change
+            self._notify()
+
     def tier(self, version: Version) -> Tier:
         """Where a version is."""
         with self._state:
@@ -301,8 +307,11 @@ class Residency:
         else:
             # Runs in flight release their rows, and no other writer may take them.  Versions that are asked for without
             # a pause would never be free: so the one with the smallest count becomes the eviction victim.
-            if self._leaving not in others:
-                self._leaving = min(others, key=lambda other: other.users, default=None)
+            soon_free = [other for other in others if not other.occupied]
+            if not soon_free:
+                raise _all_occupied(version, len(others))
+            if self._leaving not in soon_free:
+                self._leaving = min(soon_free, key=lambda other: other.users)
             self._awaited = True
             self._released.wait()
 
@@ -369,3 +378,12 @@ class Residency:
     def _first_rows(self, size: int) -> int:
         # On the CPU rows without an adapter cost nothing, so the bank need not be replaced to get them.
         return min(_FIRST_BYTES // size, _MOST_FIRST_ROWS) if self._device == "cpu" else _FIRST_ROWS
+
+
+def _all_occupied(version: Version, count: int) -> CapacityError:
+    return CapacityError(
+        f"bring {version.name!r} to the device",
+        expected="a row that will soon be free",
+        got=f"{count} that sequences are generated on" if count else "none that may be given up",
+        fix="Send it again later, or give the runtime more device_bytes.",
+    )

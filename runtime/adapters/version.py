@@ -79,6 +79,7 @@ class Version:
     content: Content | None = None  # while it is in host memory
     row: int | None = None  # while it is on the device
     users: int = 0
+    occupied: int = 0  # users that keep it for long: sequences that are generated
     pinned: bool = False
     current: bool = True  # whether the task still stands for it
     reading: threading.Lock = field(default_factory=threading.Lock)

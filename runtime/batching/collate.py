@@ -79,8 +79,11 @@ class Joiner:
 
     def __init__(self, manifest: Manifest, *, max_waste: float) -> None:
         self._manifest = manifest
-        self._joinable = manifest.batch_axis is not None and all(
-            not port.shape or _by_row(manifest, port) for port in manifest.inputs
+        # A decoder's rows have pasts of different lengths, which one run takes for single tokens alone.
+        self._joinable = (
+            manifest.batch_axis is not None
+            and manifest.decoder is None
+            and all(not port.shape or _by_row(manifest, port) for port in manifest.inputs)
         )
         self._scalars = [port.name for port in manifest.inputs if not port.shape]
         self._ports = {port.name: port for port in manifest.outputs}

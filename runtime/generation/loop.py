@@ -40,12 +40,10 @@ class Decoder(Protocol):
     length: int
     vocabulary: int
 
-    def prefill(self, slot: int, tokens: Array, past: int, version: HeldVersion) -> Array:
+    def prefill(self, slot: int, tokens: Array, past: int, version: Any) -> Array:
         """Compute tokens of one slot behind its first `past`; returns the logits of the last token [vocabulary]."""
 
-    def decode(
-        self, slots: abc.Sequence[int], tokens: Array, pasts: Array, versions: abc.Sequence[HeldVersion]
-    ) -> Array:
+    def decode(self, slots: abc.Sequence[int], tokens: Array, pasts: Array, versions: abc.Sequence[Any]) -> Array:
         """Compute one token for each of some slots, returns logits [n, vocabulary].
 
         The slots are 0..n-1, but for those of sequences that just could not be moved.
@@ -104,6 +102,7 @@ class Generator:
         self._versions = versions
         self._clock = clock
         self._prefixes: PrefixCache[Sized] | None = PrefixCache(prefix_bytes) if prefix_bytes else None
+        self._forgotten: list[Hashable] = []  # keys of versions, the prefixes of which are to be dropped
         self._matches: dict[int, Match[Sized]] = {}  # of sequences admitted in this step, by their ids
         self._scheduler = Scheduler(
             decoder.slots, budget=budget, chunk=chunk, max_waiting=max_waiting, order=order, reuse=self._reuse
@@ -121,7 +120,12 @@ class Generator:
         self._busy = 0.0
 
     def submit(
-        self, request: GenerationRequest, on_token: Callable[[Token], None] | None = None, *, choice: int = 0
+        self,
+        request: GenerationRequest,
+        on_token: Callable[[Token], None] | None = None,
+        *,
+        choice: int = 0,
+        version: HeldVersion | None = None,
     ) -> Handle:
         """Let a sequence wait for a slot.
 
@@ -129,6 +133,7 @@ class Generator:
             request: prompt and how to continue it.
             on_token: called with each token, on the generator's thread.
             choice: index among the `n` sequences of the prompt, that differ in their random numbers.
+            version: version of the task, acquired already for a request that was checked.
 
         Raises:
             InputError: the decoder cannot run it.
@@ -136,8 +141,9 @@ class Generator:
             RunError: the generator is closed.
             TpeftError: what acquiring the version or the order raises.
         """
-        request.check(self._decoder.vocabulary, self._decoder.length)
-        version = self._versions.acquire(request.task)
+        if version is None:
+            self.check(request)
+            version = self._versions.acquire(request.task)
         try:
             cancel = partial(self._end, reason="cancelled")
             record = Record.of(request, next(self._ids), version, choice, cancel, on_token)
@@ -146,6 +152,22 @@ class Generator:
             version.release()
             raise
         return record.handle
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse what the decoder cannot run.
+
+        Raises:
+            InputError: the prompt or a number does not fit.
+        """
+        request.check(self._decoder.vocabulary, self._decoder.length)
+
+    def forget(self, key: Hashable) -> None:
+        """Drop the known prefixes of an adapter version, before the next step."""
+        with self._lock:
+            self._forgotten.append(key)
+            self._changed.notify()
+            if self._worker is None:
+                self._drop_forgotten()
 
     def submit_choices(self, request: GenerationRequest) -> list[Handle]:
         """Let all `n` sequences of a prompt wait, or none; raises what `submit` does."""
@@ -210,6 +232,7 @@ class Generator:
         """Wait for a step and run it; False when the thread has to end.  A function so that it keeps nothing."""
         with self._lock:
             while True:
+                self._drop_forgotten()
                 overdue = self._scheduler.expire(self._clock())
                 step = Step() if self._closed else self._scheduler.step()
                 if overdue or step:
@@ -252,8 +275,7 @@ class Generator:
                     np.array([piece.past for piece in decodes], np.int64),
                     [piece.sequence.version for piece in decodes],
                 )
-                for piece, own in zip(decodes, logits, strict=True):
-                    self._computed(piece, own)
+                self._computed(decodes, logits)
         for piece in step.pieces:
             if piece.sequence.over:
                 continue
@@ -261,20 +283,23 @@ class Generator:
                 tokens = np.array(piece.sequence.span(piece.past, piece.past + piece.length), np.int64)
                 logits = self._decoder.prefill(piece.slot, tokens, piece.past, piece.sequence.version)
                 self._counts["prefilled_tokens"] += piece.length
-                self._computed(piece, logits)
+                self._computed([piece], logits[None])
 
-    def _computed(self, piece: Piece, logits: Array) -> None:
-        """Take in the result of one row: its cache has grown, and the logits give its next token."""
-        sequence = piece.sequence
+    def _computed(self, pieces: abc.Sequence[Piece], logits: Array) -> None:
+        """Take in the result of a run: the caches have grown, and the logits give the next tokens."""
         with self._lock:
-            self._scheduler.computed(sequence, piece.length)
-            record = self._records.get(sequence.id)
-        if record is None or not piece.last:
-            return
-        with self._failing([sequence]):
-            if sequence.phase == "prefilling":
-                self._keep(record, piece.slot, sequence.cached)
-            self._advance(record, piece, logits)
+            for piece in pieces:
+                self._scheduler.computed(piece.sequence, piece.length)
+            records = [self._records.get(piece.sequence.id) for piece in pieces]
+        for piece, record, own in zip(pieces, records, logits, strict=True):
+            if record is None or not piece.last:
+                continue
+            try:
+                if record.sequence.phase == "prefilling":
+                    self._keep(record, piece.slot, record.sequence.cached)
+                self._advance(record, piece, own)
+            except Exception as error:
+                self._fail([record], error)
 
     def _advance(self, record: Record, piece: Piece, logits: Array) -> None:
         sequence = record.sequence
@@ -288,6 +313,12 @@ class Generator:
         record.handle.publish(token)
         if reason is not None and self._end(sequence, reason):
             record.handle.resolve(Generated(record.handle.tokens, reason))
+
+    def _drop_forgotten(self) -> None:
+        while self._forgotten:
+            key = self._forgotten.pop()
+            if self._prefixes is not None:
+                self._prefixes.drop(key)
 
     def _reuse(self, sequence: Sequence) -> int:
         """Tokens of a sequence of which the cache is known; the scheduler asks when it admits it."""

@@ -182,12 +182,15 @@ class Sampler:
             RunError: the logits have NaN, or allow no token.
         """
         raw = np.asarray(logits, np.float32)
-        highest = float(raw.max())
+        best = int(raw.argmax())
+        highest = float(raw[best])
         if not math.isfinite(highest):
             raise RunError("sample a token", expected="finite logits", got=f"a largest logit of {highest}")
         scores = self._adjusted(raw)
-        greedy = self.sampling.temperature == 0
-        token = int(scores.argmax()) if greedy else self._draw(*filtered(scores, self.sampling))
+        if self.sampling.temperature == 0:
+            token = best if scores is raw else int(scores.argmax())
+        else:
+            token = self._draw(*filtered(scores, self.sampling))
         norm = highest + math.log(float(np.exp(raw - highest).sum(dtype=np.float64)))
         self._counts[token] += 1
         self._position += 1

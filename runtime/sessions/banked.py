@@ -63,7 +63,7 @@ class Session:
         try:
             binding = bank.bindings.pop()
         except IndexError:
-            binding = self._bind(bank)
+            binding = self.bind(bank)
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
         binding.bind_cpu_input(slots.INDEX, index)
@@ -75,7 +75,12 @@ class Session:
         bank.bindings.append(binding)
         return outputs
 
-    def _bind(self, bank: Bank) -> onnxruntime.IOBinding:
+    def run_bound(self, binding: onnxruntime.IOBinding) -> None:
+        """Run what is bound: inputs, and memory for all outputs."""
+        self._session.run_with_iobinding(binding)
+
+    def bind(self, bank: Bank) -> onnxruntime.IOBinding:
+        """Return a binding that has a bank bound, and nothing else."""
         binding = bind(self._session)
         for name, value in bank.values.items():
             binding.bind_ortvalue_input(name, value)

@@ -12,6 +12,7 @@ DOCUMENTED = {
         "Client",
         "Component",
         "Runtime",
+        "Sampling",
         "TpeftError",
         "TuckerDelta",
         "export_bundle",

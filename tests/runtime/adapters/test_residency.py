@@ -96,6 +96,32 @@ def test_what_is_asked_for_without_a_pause_gives_way_too(conv_bundle: Bundle, ex
     close(runtime.run(images(5), "two")["logits"], expected["two"])
 
 
+def test_no_row_is_waited_for_that_a_sequence_is_generated_on(
+    conv_bundle: Bundle, expected: dict[str, np.ndarray]
+) -> None:
+    runtime = budgeted(conv_bundle, 2)
+    residency = runtime._residency
+    two, plain, wide = (runtime._versions.find(task) for task in ("two", "plain", "wide"))
+    generated, run = residency.acquire([two]), residency.acquire([plain, plain])
+    again = residency.acquire([plain])
+    residency.occupy(two, 1)
+    waiting = runtime.prefetch(["wide"])
+    wait_until(lambda: residency._leaving is plain)  # though it has more users
+    for held in (run, again):
+        held.release()
+    waiting.result(100)
+    assert runtime.residency() == {"partial": "disk", "plain": "disk", "two": "device", "wide": "device"}
+    with residency.acquire([wide]) as other:
+        residency.occupy(wide, 1)
+        with pytest.raises(CapacityError, match="2 that sequences are generated on"):
+            runtime.run(images(5), "partial")
+        residency.occupy(wide, -1)
+        assert other.counted
+    close(runtime.run(images(5), "partial")["logits"], expected["partial"])
+    residency.occupy(two, -1)
+    generated.release()
+
+
 def test_what_had_to_leave_returns_from_host_memory(conv_bundle: Bundle, expected: dict[str, np.ndarray]) -> None:
     runtime = budgeted(conv_bundle, 1, host_bytes=2**30)
     for task in ALL:

@@ -1,0 +1,174 @@
+"""The decoder of a bundle: runs of its banked graph on the caches of slots, each row on the version of its sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.manifest import Manifest
+from tpeft_deploy.runtime import device_lock
+from tpeft_deploy.runtime.adapters.bank import Bank
+from tpeft_deploy.runtime.adapters.held import Held
+from tpeft_deploy.runtime.adapters.residency import Residency
+from tpeft_deploy.runtime.engine import translated
+from tpeft_deploy.runtime.generation.kv_cache import CacheBlock, DeviceCaches, HostCaches, KvPlan
+from tpeft_deploy.runtime.sessions.banked import Session
+from tpeft_deploy.tucker import Array
+
+__all__ = ["BankedDecoder", "ResidentVersion"]
+
+_BFLOAT16 = 16  # ONNX's number of the type, which numpy does not have
+
+
+class ResidentVersion:
+    """A version that a generation holds on the device: it is no eviction victim, as others would wait for minutes.
+
+    Args:
+        held: the version, acquired; released with this.
+        residency: residency of the version.
+    """
+
+    def __init__(self, held: Held, residency: Residency) -> None:
+        self.version = held.versions[0]
+        self._held = held
+        self._residency = residency
+        residency.occupy(self.version, 1)
+
+    @property
+    def key(self) -> str:
+        """Digest of the adapter; empty for the base."""
+        return self.version.digest
+
+    def release(self) -> None:
+        """Give the version back."""
+        self._residency.occupy(self.version, -1)
+        self._held.release()
+
+
+class _Run:
+    """A binding for some slots, with the memory that is bound to it.
+
+    Args:
+        decoder: decoder.
+        first: slot of the first row.
+        rows: number of rows.
+        bank: bank to bind.
+    """
+
+    def __init__(self, decoder: BankedDecoder, first: int, rows: int, bank: Bank) -> None:
+        ports = decoder.ports
+        self.bank = bank
+        self.binding = decoder.session.bind(bank)
+        self.inputs: dict[str, Array] = {
+            ports.tokens: np.zeros((rows, 1), np.int64),
+            ports.lengths: np.zeros(rows, np.int64),
+            slots.INDEX: np.zeros(rows, np.int64),
+        }
+        self.logits = np.empty((rows, decoder.vocabulary), decoder.logits_dtype)
+        decoder.caches.bind(self.binding, ports.caches, first, rows)
+        kind = _BFLOAT16 if decoder.bfloat16 else self.logits.dtype.type
+        self.binding.bind_output(ports.logits, "cpu", 0, kind, self.logits.shape, self.logits.ctypes.data)
+        for name in self.inputs:
+            self.bind(name)
+
+    def bind(self, name: str) -> None:
+        """Bind the present memory of an input."""
+        array = self.inputs[name]
+        self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+
+
+class BankedDecoder:
+    """A bundle's banked graph in slot form; called from one thread.
+
+    Logits are valid until the next call.
+
+    Args:
+        manifest: manifest of a bundle with a decoder.
+        session: session of the banked graph.
+        residency: residency of the versions.
+        plan: sizes of the caches.
+        device: memory device, as ONNX Runtime names it.
+        component: component of the graph; empty for the only one.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        session: Session,
+        residency: Residency,
+        plan: KvPlan,
+        device: str,
+        component: str = "",
+    ) -> None:
+        assert manifest.decoder is not None
+        self.ports = manifest.decoder
+        self.slots, self.length, self.vocabulary = plan.slots, plan.length, self.ports.vocabulary
+        self.session = session
+        self.caches = HostCaches(plan) if device == "cpu" else DeviceCaches(plan, device)
+        dtype = next(port.dtype for port in manifest.outputs if port.name == self.ports.logits)
+        self.bfloat16 = dtype == "bfloat16"
+        self.logits_dtype: np.dtype[Any] = np.dtype(np.uint16 if self.bfloat16 else dtype)
+        self._name = manifest.name
+        self._device = device
+        self._residency = residency
+        self._component = component
+        self._runs: dict[tuple[int, int], _Run] = {}  # by first slot and number of rows
+
+    def prefill(self, slot: int, tokens: Array, past: int, version: ResidentVersion) -> Array:
+        """Compute tokens of one slot behind its first `past`; returns the logits of the last token [vocabulary]."""
+        bank, rows = self._residency.rows([version.version], self._component)
+        logits: Array = self._run(bank, slot, tokens[None], past, rows)[0]
+        return logits
+
+    def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[ResidentVersion]) -> Array:
+        """Compute one token for each of some slots, ascending; returns logits [n, vocabulary]."""
+        bank, found = self._residency.rows([version.version for version in versions], self._component)
+        rows = slots[-1] + 1
+        if rows == len(slots):
+            return self._run(bank, 0, tokens[:, None], pasts, found)
+        # Slots between hold nothing: they run on the base, and what that writes to their first token matters to none.
+        taken = list(slots)
+        whole = np.zeros((3, rows), np.int64)
+        whole[:, taken] = tokens, pasts, found
+        logits: Array = self._run(bank, 0, whole[0][:, None], whole[1], whole[2])[taken]
+        return logits
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the cache of the first `length` tokens of a slot."""
+        self.caches.move(source, target, length)
+
+    def save(self, slot: int, start: int, length: int) -> CacheBlock:
+        """Copy the cache of some tokens of a slot out of it."""
+        return self.caches.save(slot, start, length)
+
+    def restore(self, slot: int, start: int, block: CacheBlock) -> None:
+        """Copy a saved cache to a place in a slot."""
+        self.caches.restore(slot, start, block)
+
+    def _run(self, bank: Bank, first: int, tokens: Array, pasts: Array | int, index: Array | list[int]) -> Array:
+        with translated(self._name), device_lock.using(self._device):
+            run = self._bound(bank, first, len(tokens))
+            inputs = run.inputs
+            if inputs[self.ports.tokens].shape != tokens.shape:
+                inputs[self.ports.tokens] = np.empty(tokens.shape, np.int64)
+                run.bind(self.ports.tokens)
+            inputs[self.ports.tokens][:] = tokens
+            inputs[self.ports.lengths][:] = pasts
+            inputs[slots.INDEX][:] = index
+            if self._device != "cpu":
+                for name in inputs:  # binding copies to the device
+                    run.bind(name)
+            self.session.run_bound(run.binding)
+        return (run.logits.astype(np.uint32) << 16).view(np.float32) if self.bfloat16 else run.logits
+
+    def _bound(self, bank: Bank, first: int, rows: int) -> _Run:
+        run = self._runs.get((first, rows))
+        if run is not None and run.bank is bank:
+            return run
+        if run is not None:
+            self._runs.clear()  # all of an earlier bank, which they keep
+        run = self._runs[first, rows] = _Run(self, first, rows, bank)
+        return run

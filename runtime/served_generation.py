@@ -1,0 +1,100 @@
+"""Generation of token sequences on the tasks of a runtime."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+from tpeft_deploy.runtime.adapters.task_versions import Task
+from tpeft_deploy.runtime.generation.handle import Detokeniser, GenerationRequest, Handle
+from tpeft_deploy.runtime.generation.sampling import Sampling, Token
+from tpeft_deploy.runtime.generation.service import GenerationService
+from tpeft_deploy.runtime.generation.stats import GenerationStats
+
+__all__ = ["ServedGeneration"]
+
+
+class ServedGeneration:
+    """Base class of `Runtime`: generation, where the bundle has a decoder."""
+
+    _generation: GenerationService
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        task: Task | None = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        max_new_tokens: int = 64,
+        stop: Sequence[int] = (),
+        sampling: Sampling | None = None,
+        timeout: float | None = None,
+        tenant: str = "",
+        priority: int = 0,
+    ) -> list[list[int]]:
+        """Continue prompts, together with those of other callers and on any mixture of tasks.
+
+        Args:
+            prompts: lists of tokens.
+            task: one task for all prompts, or a weighted set of tasks; the base when neither is given.
+            tasks: one task (or set) per prompt.
+            max_new_tokens: tokens to generate at most, for each prompt.
+            stop: tokens that end a sequence, beside those of `sampling`; the one that does is part of it.
+            sampling: choice of the tokens; the most probable ones by default.
+            timeout: seconds after which the result is of no use.
+            tenant: tenant that is charged, and that may reuse the caches of its prompts.
+            priority: the smaller first.
+
+        Returns:
+            The new tokens of each prompt.
+
+        Raises:
+            InputError: the bundle has no decoder, or a prompt or number does not fit; nothing has run.
+            UnknownTask, CompositionError, AdapterError, BundleError, CapacityError: as `run`.
+            QueueFull: too many sequences of other callers wait.
+            DeadlineExceeded: the time was over first.
+        """
+        own = GenerationService.tasks(prompts, task, tasks)
+        like = GenerationService.request(max_new_tokens, stop, sampling, timeout, tenant, priority)
+        return self._generation.generate(prompts, own, like)
+
+    async def stream(
+        self,
+        prompt: Sequence[int],
+        task: Task | None = None,
+        *,
+        max_new_tokens: int = 64,
+        stop: Sequence[int] = (),
+        sampling: Sampling | None = None,
+        timeout: float | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        text: Callable[[], Detokeniser] | None = None,
+    ) -> AsyncGenerator[Token]:
+        """Continue a prompt and give each token as soon as it is there; closing the iterator ends the sequence.
+
+        Args:
+            prompt: tokens.
+            task: a task, or a weighted set of tasks.
+            max_new_tokens, stop, sampling, timeout, tenant, priority: as for `generate`.
+            text: makes a detokeniser, for the text of the tokens and for stop strings.
+
+        Raises:
+            TpeftError: as `generate`, when the first token is asked for.
+        """
+        like = GenerationService.request(max_new_tokens, stop, sampling, timeout, tenant, priority, text)
+        handle = await self._generation.start_one(prompt, task, like)
+        try:
+            async with aclosing(aiter(handle)) as tokens:
+                async for token in tokens:
+                    yield token
+        finally:
+            handle.cancel()
+
+    async def start(self, request: GenerationRequest) -> list[Handle]:
+        """Begin the `n` sequences of a request, for callers that need more than `stream` gives; raises as it does."""
+        return await self._generation.start(request)
+
+    def generation(self) -> GenerationStats | None:
+        """What `generate` and `stream` do and have done; None before the first sequence."""
+        return self._generation.stats()

@@ -1,0 +1,63 @@
+"""Sequences of several tasks that join and leave: the tokens of `generate` of each one's merged PEFT model."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.exporters.small_decoders import MODELS, generated, made, trained
+from tpeft_deploy import Runtime, export_bundle, load_adapter
+
+POSITIONS = 256
+PROMPTS = [[5, 9, 31, 7, 12, 40, 3, 22, 8], [17, 2, 33], [1, 44, 6, 25, 38]]
+TASKS = ["a", "base", "b"]
+# Sequence -> its prompt and task, and the part of the tokens that it asks for: three run at a time.
+SEQUENCES = [(0, 1.0), (1, 0.3), (2, 0.6), (1, 1.0), (2, 1.0), (0, 0.4)]
+COUNTS = [(name, 128 if name == "llama" else 32) for name in MODELS]
+LONG = [pytest.param(name, 128, marks=pytest.mark.soak) for name in MODELS if name != "llama"]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+@pytest.mark.parametrize(("name", "count"), [*COUNTS, *LONG])
+def test_rows_generate_what_their_merged_models_do(tmp_path: Path, name: str, count: int) -> None:
+    paths = trained(name, tmp_path, POSITIONS)
+    model = made(name, POSITIONS)
+    adapters = {task: load_adapter(path, base=model) for task, path in paths.items()}
+    bundle = export_bundle(model, adapters, tmp_path / "bundle", generation=True)
+    assert bundle.manifest.rows == "each", bundle.manifest.rows_reason
+    assert type(model) is type(made(name))
+    assert model.config._attn_implementation == "sdpa"
+    assert {record["oracle"].split()[0] for record in bundle.manifest.oracles.values()} == {"peft"}
+    expected = [
+        generated(name, paths.get(task), prompt, count, POSITIONS) for task, prompt in zip(TASKS, PROMPTS, strict=True)
+    ]
+    with three_slots(bundle.path) as runtime:
+        found = asyncio.run(streamed(runtime, count))
+        for (row, part), own in zip(SEQUENCES, found, strict=True):
+            tokens, logits = expected[row]
+            length = max(1, int(part * count))
+            assert [token.id for token in own] == tokens[:length]
+            wanted = torch.tensor(logits[:length]).double().log_softmax(-1)[range(length), tokens[:length]]
+            np.testing.assert_allclose([token.logprob for token in own], wanted, rtol=1e-4, atol=1e-4)
+        assert runtime.generate(PROMPTS, tasks=TASKS, max_new_tokens=count) == [tokens for tokens, _ in expected]
+        assert runtime.usage()["slots_taken"] == 0
+
+
+def three_slots(path: Path) -> Runtime:
+    with Runtime(path, provider="cpu", preload=False) as runtime:
+        plan = runtime._generation._plan
+        assert plan is not None
+    return Runtime(path, provider="cpu", threads=1, kv_bytes=3 * plan.nbytes // plan.slots)
+
+
+async def streamed(runtime: Runtime, count: int) -> list[list[Any]]:
+    async def one(row: int, part: float) -> list[Any]:
+        length = max(1, int(part * count))
+        return [token async for token in runtime.stream(PROMPTS[row], TASKS[row], max_new_tokens=length)]
+
+    return await asyncio.gather(*(one(row, part) for row, part in SEQUENCES))
