@@ -33,7 +33,7 @@ __all__ = ["ServedComponent", "ComponentFiles", "weight_bytes"]
 
 @dataclass(frozen=True, eq=False)
 class ComponentFiles:
-    """ComponentFiles that one component is served from.
+    """Files that one component is served from.
 
     Attributes:
         bundle: component of the bundle, or a private copy of it.

@@ -26,7 +26,7 @@ from tpeft_deploy.runtime.batching.collate import Form
 from tpeft_deploy.runtime.batching.policy import Limits, Order
 from tpeft_deploy.runtime.batching.stats import BatchingStats
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.component import ServedComponent, ComponentFiles, weight_bytes
+from tpeft_deploy.runtime.component import ComponentFiles, ServedComponent, weight_bytes
 from tpeft_deploy.runtime.engine import Outputs
 from tpeft_deploy.runtime.pins import Pins
 from tpeft_deploy.runtime.served_tasks import ServedTasks
