@@ -28,11 +28,11 @@ from tpeft_deploy.tucker import Array
 
 T = TypeVar("T")
 
-__all__ = ["Component", "Files", "weight_bytes"]
+__all__ = ["ServedComponent", "ComponentFiles", "weight_bytes"]
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class ComponentFiles:
     """Files that one component is served from.
 
     Attributes:
@@ -48,7 +48,7 @@ class Files:
     layout: Layout
 
     @classmethod
-    def open(cls, bundle: Bundle, provider: str, *, own_copy: bool, opened: ExitStack) -> Files:
+    def open(cls, bundle: Bundle, provider: str, *, own_copy: bool, opened: ExitStack) -> ComponentFiles:
         """Check the files of a component, and copy them where `own_copy` is set.
 
         Args:
@@ -69,7 +69,7 @@ class Files:
         return cls(served, graphs, copy, Layout.of(served, graphs.packing))
 
 
-class Component:
+class ServedComponent:
     """A served graph; safe to use from several threads.
 
     Args:
@@ -97,7 +97,7 @@ class Component:
     def __init__(
         self,
         name: str,
-        files: Files,
+        files: ComponentFiles,
         sessions: SessionFactory,
         residency: Residency,
         loader: AdapterLoader,

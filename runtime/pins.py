@@ -9,7 +9,7 @@ from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.task_versions import TaskVersions
 from tpeft_deploy.runtime.adapters.version import Version
-from tpeft_deploy.runtime.component import Component
+from tpeft_deploy.runtime.component import ServedComponent
 
 __all__ = ["Pins"]
 
@@ -23,7 +23,7 @@ class Pins:
         components: components with folded sessions.
     """
 
-    def __init__(self, versions: TaskVersions, residency: Residency, components: Collection[Component]) -> None:
+    def __init__(self, versions: TaskVersions, residency: Residency, components: Collection[ServedComponent]) -> None:
         self._versions = versions
         self._residency = residency
         self._components = components

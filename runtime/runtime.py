@@ -26,7 +26,7 @@ from tpeft_deploy.runtime.batching.collate import Form
 from tpeft_deploy.runtime.batching.policy import Limits, Order
 from tpeft_deploy.runtime.batching.stats import BatchingStats
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.component import Component, Files, weight_bytes
+from tpeft_deploy.runtime.component import ComponentFiles, ServedComponent, weight_bytes
 from tpeft_deploy.runtime.engine import Outputs
 from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
@@ -119,7 +119,7 @@ class Runtime(ServedGeneration, ServedTasks):
         with ExitStack() as failed:  # not left to the collector: the exception refers to this object
             failed.callback(self._release)
             files = {
-                name: Files.open(own, choice.provider, own_copy=own_copy, opened=opened)
+                name: ComponentFiles.open(own, choice.provider, own_copy=own_copy, opened=opened)
                 for name, own in bundles.items()
             }
             self._residency = Residency(
@@ -133,10 +133,10 @@ class Runtime(ServedGeneration, ServedTasks):
             self._versions = TaskVersions(self._bundle, self._retire)
             self._loader = AdapterLoader(self._residency, limits.max_queue_rows)
             weights = {name: weight_bytes(own) for name, own in bundles.items()}
-            self._components: dict[str, Component] = {}
+            self._components: dict[str, ServedComponent] = {}
             self._parts = self._components.values()
             for name, own in files.items():
-                component = self._components[name] = Component(
+                component = self._components[name] = ServedComponent(
                     name if len(files) > 1 else "",
                     own,
                     SessionFactory.of(own.bundle.manifest, choice, threads=threads, cuda=cuda),
@@ -349,7 +349,7 @@ class Runtime(ServedGeneration, ServedTasks):
             component.close_session()
         self._release()
 
-    def _part(self, component: str | None) -> Component:
+    def _part(self, component: str | None) -> ServedComponent:
         if component is None and self._only is not None:
             return self._only
         found = None if component is None else self._components.get(component)

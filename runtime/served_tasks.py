@@ -17,7 +17,7 @@ from tpeft_deploy.runtime.adapters.loader import AdapterLoader
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
 from tpeft_deploy.runtime.adapters.version import Source, Tier, Version
-from tpeft_deploy.runtime.component import Component
+from tpeft_deploy.runtime.component import ServedComponent
 from tpeft_deploy.runtime.folding.compare import differs
 from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
@@ -37,7 +37,7 @@ class ServedTasks:
     _residency: Residency
     _loader: AdapterLoader
     _pins: Pins
-    _parts: Collection[Component]
+    _parts: Collection[ServedComponent]
     _generation: GenerationService
 
     @property
@@ -211,7 +211,7 @@ class ServedTasks:
         return bool(having) and all(own in having or not own.changed_by(version) for own in self._parts)
 
 
-def _probed(component: Component, task: str, version: Version, base: Version) -> bool:
+def _probed(component: ServedComponent, task: str, version: Version, base: Version) -> bool:
     example = requests.check_inputs(component.manifest, component.bundle.example())
     # Both from the bank: a folded session rounds differently.
     expected = component.engine.run_banked(example, base)
