@@ -315,8 +315,14 @@ class Manifest:
 
 
 _NO_GRAPHS: Mapping[str, Any] = {
-    "weights": {}, "aliases": {}, "targets": (), "inputs": (), "outputs": (), "files": {},
-    "rows": "each", "rows_reason": "",
+    "weights": {},
+    "aliases": {},
+    "targets": (),
+    "inputs": (),
+    "outputs": (),
+    "files": {},
+    "rows": "each",
+    "rows_reason": "",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,7 @@ __all__ = ["run"]
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The .npz file to write.")
 @click.option("--task", help="Task of all rows; the base by default.")
 @click.option("--tasks", help="One task per row, separated by commas: A,B,A.")
+@click.option("--component", help="Component to run; needed where the bundle has several.")
 @click.option("--outputs", help="Outputs to write, separated by commas; all by default.")
 @provider_option
 @json_option
@@ -35,6 +36,7 @@ def run(
     output: Path,
     task: str | None,
     tasks: str | None,
+    component: str | None,
     outputs: str | None,
     provider: str,
     as_json: bool,
@@ -52,10 +54,11 @@ def run(
     inputs = read_arrays(source, "read inputs", InputError)
     runtime = Runtime(bundle, provider=provider, preload=False, own_copy=False)
     selected = outputs.split(",") if outputs is not None else None
+    options: Any = {"outputs": selected} | ({"component": component} if component is not None else {})
     if tasks is not None:
-        results = runtime.run(inputs, tasks=tasks.split(","), outputs=selected)
+        results = runtime.run(inputs, tasks=tasks.split(","), **options)
     else:
-        results = dict(runtime.run(inputs, task or "base", outputs=selected))
+        results = dict(runtime.run(inputs, task or "base", **options))
     arrays = _flat(results)
     with new_file(output) as temporary, temporary.open("wb") as stream:
         import numpy as np
