@@ -256,9 +256,7 @@ class Bundle:
             check_taken(adapter, names, doing=f"fit {adapter.source} to bundle {bundle or self.path}")
 
     def fill(self, adapter: Adapter, *, bundle: str | None = None) -> dict[str, dict[str, Array]]:
-        """Compute an adapter's slots: target key (see `fit`) -> slot name -> array with the adapter's ranks.
-
-        `bundle` is its name in messages, in place of its path.
+        """Compute an adapter's slots: target key (see `fit`) -> slot name -> array; messages name `bundle`, or the path.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
@@ -266,10 +264,8 @@ class Bundle:
         if self.parts:
             self.check_taken(adapter, bundle=bundle)
             return self._joined(lambda component: component.fill(adapter, bundle=bundle))
-        part = self.part(adapter)
-        if part is None:
-            return {}
-        return fit.fill(self.manifest, part, bundle=bundle or str(self.path), base_value=self.base_value)
+        part, name = self.part(adapter), bundle or str(self.path)
+        return {} if part is None else fit.fill(self.manifest, part, bundle=name, base_value=self.base_value)
 
     def factors(self, task: str) -> dict[str, Array]:
         """Tensors of a task by the names of factored.onnx's optional inputs; inputs left out default to the base."""
