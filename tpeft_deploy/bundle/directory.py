@@ -256,7 +256,7 @@ class Bundle:
             check_taken(adapter, names, doing=f"fit {adapter.source} to bundle {bundle or self.path}")
 
     def fill(self, adapter: Adapter, *, bundle: str | None = None) -> dict[str, dict[str, Array]]:
-        """Compute an adapter's slots: target key (see `fit`) -> slot name -> array; messages name `bundle`, or the path.
+        """Compute an adapter's slots: target key (see `fit`) -> slot name -> array; messages name `bundle` or the path.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
