@@ -26,7 +26,7 @@ from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.ties import changed_names
 from tpeft_deploy.version import __version__
 
-__all__ = ["export_components", "find_components", "refuse_options"]
+__all__ = ["component_progress", "export_components", "find_components", "refuse_options"]
 
 
 def find_components(base: object) -> dict[str, Component] | None:
@@ -102,7 +102,7 @@ def export_components(
             bundle.add(task, adapter)
         for own, part in bundle.components.items():
             sources = Sources(subjects[own], keep=folded, whole=adapters)
-            finish(plans[own], sources, part, folded=folded, progress=_of(own, progress))
+            finish(plans[own], sources, part, folded=folded, progress=component_progress(own, progress))
         digests = {own: digest_file(new / COMPONENTS / own / MANIFEST) for own in plans}
         (new / MANIFEST).write_text(replace(bundle.manifest, components=digests).to_json(), encoding="utf-8")
         Bundle.open(new)
@@ -134,7 +134,7 @@ def _plan(
             if part is not None:
                 base.check(part)
     without([], exclude, frozenset[str]().union(*known.values()), base=f"bundle {name!r}", given=False)
-    traced = {own: trace(base, _of(own, progress)) for own, base in bases.items()}
+    traced = {own: trace(base, component_progress(own, progress)) for own, base in bases.items()}
     names = taken_names(
         {own: found.resolved for own, found in traced.items()}, {own: base.ties for own, base in bases.items()}
     )
@@ -183,8 +183,8 @@ def _whole(path: Path, name: str, manifests: Mapping[str, Manifest]) -> Bundle:
     return Bundle(path, cover).joined(parts)
 
 
-def _of(component: str, progress: Progress) -> Progress:
-    """Progress of one component."""
+def component_progress(component: str, progress: Progress) -> Progress:
+    """Make a callback for the stages of one component."""
 
     def begin(stage: str) -> None:
         progress(f"{component}: {stage}")

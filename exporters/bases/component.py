@@ -28,7 +28,7 @@ class Component:
         dynamic_shapes: as `torch.export` takes them; by default the first axis of every input.
         prefix: path of the module in the whole model, "vision_tower"; adapters have names that begin with it.
         forward: function of the module and the inputs, by name, that computes the component's outputs; by default the
-            module's forward.
+            module's forward, which the function may call as `module.forward_of_whole`.
         padding, rename: as `export_bundle` takes them.
     """
 
@@ -70,7 +70,9 @@ def _with_forward(module: nn.Module, forward: Callable[..., object]) -> nn.Modul
         return forward(own, *args, **kwargs)
 
     other = copy(module)
-    other.__class__ = type(type(module).__name__, (type(module),), {"forward": run})
+    other.__class__ = type(
+        type(module).__name__, (type(module),), {"forward": run, "forward_of_whole": type(module).forward}
+    )
     return other
 
 

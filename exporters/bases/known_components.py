@@ -76,7 +76,7 @@ def _encode_sound(model: Any, input_features: Any) -> Outputs:
 def _decode(model: Any, decoder_input_ids: Any, encoder_hidden_states: Any, attention_mask: Any = None) -> Outputs:
     from transformers.modeling_outputs import BaseModelOutput
 
-    found = model(
+    found = model.forward_of_whole(
         encoder_outputs=BaseModelOutput(last_hidden_state=encoder_hidden_states),
         attention_mask=attention_mask,
         decoder_input_ids=decoder_input_ids,

@@ -152,12 +152,17 @@ class Bundle:
         """Components in the order of the export; a bundle of one graph is one component named "model"."""
         return self.parts or {MODEL: self}
 
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 over the names and digests of the base weights of all components."""
+        weights = [part.manifest.weights for part in self.components.values()]
+        return base_digest({name: weight.digest for held in weights for name, weight in held.items()})
+
     @cached_property
     def store(self) -> TaskStore:
         """Adapters on disk, which all components share."""
-        if self.share is not None:
-            return self.share.store
-        return TaskStore(self.path, tuple(map(_native, self.parts)) or (onnx_adapter.FILE,))
+        natives = tuple(map(_native, self.parts)) or (onnx_adapter.FILE,)
+        return self.share.store if self.share is not None else TaskStore(self.path, natives)
 
     def check_file(self, name: str) -> Path:
         """Check the digest of a file that the manifest lists, and return its path.
@@ -251,9 +256,7 @@ class Bundle:
             check_taken(adapter, names, doing=f"fit {adapter.source} to bundle {bundle or self.path}")
 
     def fill(self, adapter: Adapter, *, bundle: str | None = None) -> dict[str, dict[str, Array]]:
-        """Compute an adapter's slots: target key (see `fit`) -> slot name -> array with the adapter's ranks.
-
-        `bundle` is its name in messages, in place of its path.
+        """Compute an adapter's slots: target key (see `fit`) -> slot name -> array; messages name `bundle` or the path.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
@@ -261,10 +264,8 @@ class Bundle:
         if self.parts:
             self.check_taken(adapter, bundle=bundle)
             return self._joined(lambda component: component.fill(adapter, bundle=bundle))
-        part = self.part(adapter)
-        if part is None:
-            return {}
-        return fit.fill(self.manifest, part, bundle=bundle or str(self.path), base_value=self.base_value)
+        part, name = self.part(adapter), bundle or str(self.path)
+        return {} if part is None else fit.fill(self.manifest, part, bundle=name, base_value=self.base_value)
 
     def factors(self, task: str) -> dict[str, Array]:
         """Tensors of a task by the names of factored.onnx's optional inputs; inputs left out default to the base."""
@@ -361,9 +362,7 @@ class Bundle:
         self.check_taken(adapter)
         feeds = {name: part.feeds(adapter) for name, part in self.components.items()}
         natives = dict(zip(self.store.natives, feeds.values(), strict=True))
-        weights = [part.manifest.weights for part in self.components.values()]
-        digests = {name: weight.digest for held in weights for name, weight in held.items()}
-        digest = self.store.write(task, adapter, natives, base_digest=base_digest(digests))
+        digest = self.store.write(task, adapter, natives, base_digest=self.base_digest)
         self._drop_folded(task)
         self.store.alias(task, digest)
         return digest

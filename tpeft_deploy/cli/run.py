@@ -26,7 +26,7 @@ __all__ = ["run"]
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The .npz file to write.")
 @click.option("--task", help="Task of all rows; the base by default.")
 @click.option("--tasks", help="One task per row, separated by commas: A,B,A.")
-@click.option("--component", help="Component to run, where the bundle has several.")
+@click.option("--component", help="Component to run; needed where the bundle has several.")
 @click.option("--outputs", help="Outputs to write, separated by commas; all by default.")
 @provider_option
 @json_option
