@@ -144,7 +144,7 @@ def opened(bundle: Bundle, threads: int, rows: int = 4, tokens: int = POSITIONS)
 def folded_session(runtime: Runtime) -> onnxruntime.InferenceSession:
     """The session of the base with a task's changes in its weights."""
     runtime.pin(TASKS[0], folded=True)
-    found = runtime._folds.find(runtime._versions.find(TASKS[0]), 1)
+    found = runtime._part(None).folds.find(runtime._versions.find(TASKS[0]), 1)
     assert found is not None
     return found._session
 
@@ -184,10 +184,10 @@ def rows_part(bundle: Bundle, sizes: Mapping[str, int], options: argparse.Namesp
 
 def past_part(bundle: Bundle, _: Mapping[str, int], options: argparse.Namespace) -> dict[str, float]:
     with opened(bundle, options.threads) as runtime:
-        service, session = runtime._generation, runtime._session
+        service, session = runtime._generation, runtime._part(None).session
         assert isinstance(session, Session)
         assert service._plan is not None
-        decoder = BankedDecoder(runtime._manifest, session, runtime._residency, service._plan, "cpu")
+        decoder = BankedDecoder(runtime._part(None).manifest, session, runtime._residency, service._plan, "cpu")
         versions = [service.acquire(task) for task in TASKS]
         tokens, pasts = np.ones(4, np.int64), np.full(4, PAST)
         banked = ByHand(session._session, bundle, 4, runtime._residency._bank.values)

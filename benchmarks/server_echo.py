@@ -222,7 +222,7 @@ def run_seconds(bundle: Bundle, rows: int) -> float:
         runtime.run(inputs, tasks=tasks)
         bank = runtime._residency._bank
         binding = bank.bindings.pop()
-        session: Any = runtime._session._session
+        session: Any = runtime._part(None).session._session
         found = []
         for _ in range(7):
             began = time.process_time()

@@ -15,8 +15,9 @@ except ImportError as error:
         fix="pip install 'tpeft-deploy[export,cpu]', or [export,gpu] on a CUDA machine.",
     ) from error
 
+from tpeft_deploy.exporters.bases.component import Component
 from tpeft_deploy.exporters.bundle import export_bundle
 from tpeft_deploy.exporters.folded import export_folded
 from tpeft_deploy.exporters.verify import verify_bundle
 
-__all__ = ["export_bundle", "export_folded", "verify_bundle"]
+__all__ = ["Component", "export_bundle", "export_folded", "verify_bundle"]

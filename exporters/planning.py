@@ -31,7 +31,7 @@ from tpeft_deploy.ties import settle
 from tpeft_deploy.tucker import Array
 from tpeft_deploy.version import __version__
 
-__all__ = ["Need", "Plan", "plan_bundle", "port"]
+__all__ = ["Need", "Plan", "Traced", "check_tasks", "plan_bundle", "plan_traced", "port", "trace"]
 
 _ORDERS: tuple[Order, ...] = ("major", "minor", "shared")
 
@@ -129,6 +129,15 @@ class Plan:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A base with its raw graph, and weight -> initializer that holds it."""
+
+    base: Base
+    raw: ir.Model
+    resolved: Mapping[str, str]
+
+
 def plan_bundle(
     base: object,
     adapters: Mapping[str, Adapter],
@@ -154,9 +163,7 @@ def plan_bundle(
             fit it, or an input cannot be padded.
         UnsupportedTarget: an adapter changes an excluded weight.
     """
-    check_name(name, "bundle")
-    for task in adapters:
-        check_task(task, name)
+    check_tasks(name, adapters)
     loaded = load_base(
         base,
         example_inputs=example_inputs,
@@ -167,14 +174,62 @@ def plan_bundle(
     )
     loaded = fit_vocabulary(loaded, adapters) if resize_embeddings else loaded
     loaded = loaded.knowing(adapters.values())
-    _check_batch(loaded)
     for adapter in adapters.values():
         loaded.check(adapter)
+    return plan_traced(
+        trace(loaded, progress),
+        adapters,
+        name=name,
+        max_rank=max_rank,
+        padding=padding,
+        unused=unused,
+        exclude=exclude,
+        every=not adapters,
+    )
+
+
+def check_tasks(name: str, tasks: Iterable[str]) -> None:
+    """Check the names of a bundle and its tasks.
+
+    Raises:
+        BundleError: a name is not allowed.
+    """
+    check_name(name, "bundle")
+    for task in tasks:
+        check_task(task, name)
+
+
+def trace(base: Base, progress: Progress) -> Traced:
+    """Trace a base and find its weights in the graph.
+
+    Raises:
+        UnsupportedBase: the base cannot be exported, or has no batch.
+    """
+    _check_batch(base)
     progress("trace the base")
-    raw = loaded.graph()
+    raw = base.graph()
     complete_shapes(raw.graph)
     progress("resolve the targets")
-    resolved = resolve(raw.graph, loaded.weights, loaded.aliases)
+    return Traced(base, raw, resolve(raw.graph, base.weights, base.aliases))
+
+
+def plan_traced(
+    traced: Traced,
+    adapters: Mapping[str, Adapter],
+    *,
+    name: str,
+    max_rank: int | None,
+    padding: Mapping[str, int | float] | None,
+    unused: Unused,
+    exclude: Iterable[str],
+    every: bool,
+) -> Plan:
+    """Plan the graphs of a traced base; arguments and errors as for `plan_bundle`.
+
+    Args:
+        every: whether every linear and conv weight gets a branch, rather than those that the adapters change.
+    """
+    loaded, raw, resolved = traced.base, traced.raw, traced.resolved
     adapters = drop_unused(loaded, adapters, resolved) if unused == "skip" else adapters
     certain = {weight: held for weight, held in resolved.items() if loaded.proves(weight)}
     known = {
@@ -188,8 +243,8 @@ def plan_bundle(
             free.add(held)
             resized |= {held} if array.shape != loaded.weights[weight].shape else set()
     raw = prepare(raw, resolved.values(), sorted(free), resized)
-    targets = plan(raw.graph, known, certain, base=loaded.name) if adapters else plan_all(raw.graph, certain)
-    targets = without(targets, exclude, resolved, base=loaded.name, given=bool(adapters))
+    targets = plan_all(raw.graph, certain) if every else plan(raw.graph, known, certain, base=loaded.name)
+    targets = without(targets, exclude, resolved, base=loaded.name, given=not every)
     ties = tuple(tuple(group) for group in loaded.ties if any(weight in resolved for weight in group))
     draft = replace(
         _draft(raw.graph, resolved, targets, name=name, max_rank=max_rank), ties=ties, decoder=loaded.decoder

@@ -25,7 +25,7 @@ from tpeft_deploy.exporters.graph.weight_uses import (
 )
 from tpeft_deploy.exporters.oracle.subject import batch_axis
 
-__all__ = ["activations", "plan", "plan_all", "without"]
+__all__ = ["activations", "covers", "plan", "plan_all", "without"]
 
 _MATRIX = 2  # axes of a weight
 # How many leading axes of an operand are rows and positions, by operator; 0 is all, negative leaves out the last.
@@ -121,13 +121,13 @@ def without(
     """
     patterns, names = list(dict.fromkeys(exclude)), list(names)
     for pattern in patterns:
-        if not any(_covers(pattern, name) for name in names):
+        if not any(covers(pattern, name) for name in names):
             raise UnknownTarget(
                 f"exclude {pattern!r} from the targets of {base}",
                 expected="a weight or a module of the base",
                 got="a name that no weight has",
             )
-    gone = [target.name for target in targets if any(_covers(pattern, target.name) for pattern in patterns)]
+    gone = [target.name for target in targets if any(covers(pattern, target.name) for pattern in patterns)]
     if gone and given:
         raise UnsupportedTarget(
             f"exclude {', '.join(dict.fromkeys(gone))} from the targets of {base}",
@@ -179,5 +179,6 @@ def _is_layer(weight: ir.Value) -> bool:
     return axes > 2 and bool(conv_sites(weight, grouped=True) or transposed_conv_sites(weight, grouped=True))
 
 
-def _covers(pattern: str, name: str) -> bool:
+def covers(pattern: str, name: str) -> bool:
+    """Whether a pattern is that of a weight, or of a module around it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")

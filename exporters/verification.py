@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle.directory import Bundle
+from tpeft_deploy.bundle.directory import COMPONENTS, Bundle
 from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.proof.per_target import TargetCheck
 
-__all__ = ["Verification"]
+__all__ = ["Verification", "joint"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +51,30 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """Document that --json prints."""
-        manifest = self.bundle.manifest
+        parts = self.bundle.components
+        manifests = [part.manifest for part in parts.values()]
+        inside = f"{COMPONENTS}/{{}}/{{}}" if self.bundle.parts else "{1}"
         return {
-            "name": manifest.name,
-            "base_digest": manifest.base_digest,
+            "name": self.bundle.manifest.name,
+            "base_digest": self.bundle.base_digest,
             "reference": self.reference,
-            "rows": manifest.rows,
-            "tolerance": manifest.tolerance,
+            "rows": "group" if any(manifest.rows == "group" for manifest in manifests) else "each",
+            "tolerance": max((m.tolerance for m in manifests if m.tolerance is not None), default=None),
             "tasks": {task: self.bundle.digest(task) for task in self.tasks},
-            "files": list(manifest.files),
+            "files": [inside.format(name, file) for name, part in parts.items() for file in part.manifest.files],
             "checks": [check.to_json() for check in self.checks],
             "targets": [target.to_json() for target in self.targets],
             "left_out": [{"what": what, "reason": reason} for what, reason in self.left_out],
         }
+
+
+def joint(bundle: Bundle, found: Mapping[str, Verification]) -> Verification:
+    """Join the measurements of a bundle's components; the name of the component stands before each form."""
+    return Verification(
+        bundle,
+        next(iter(found.values())).reference,
+        {task: adapter for own in found.values() for task, adapter in own.tasks.items()},
+        tuple(replace(check, form=f"{name} {check.form}") for name, own in found.items() for check in own.checks),
+        tuple(target for own in found.values() for target in own.targets),
+        tuple((f"{name}: {what}", reason) for name, own in found.items() for what, reason in own.left_out),
+    )

@@ -20,6 +20,7 @@ from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import BaseMismatch, FormatError, IntegrityError, ShapeError, UnknownTask, UnsupportedBase
 from tpeft_deploy.exporters.bases.bundle import BundleBase
 from tpeft_deploy.exporters.bases.load import load_base
+from tpeft_deploy.exporters.components import component_progress, find_components
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Check
@@ -30,7 +31,7 @@ from tpeft_deploy.exporters.proof.bundle_graphs import feed_names, graphs_of
 from tpeft_deploy.exporters.proof.forms_and_rows import check_forms, check_rows, proved_shapes
 from tpeft_deploy.exporters.proof.padding import check_padding
 from tpeft_deploy.exporters.proof.per_target import TargetCheck, check_targets
-from tpeft_deploy.exporters.verification import Verification
+from tpeft_deploy.exporters.verification import Verification, joint
 from tpeft_deploy.files import new_file
 from tpeft_deploy.formats import origin_of
 from tpeft_deploy.progress import Progress, Stage, silent
@@ -60,7 +61,8 @@ def verify_bundle(
         against_source: the directory or file that the task's adapter was read from: its forms are compared with the
             forward method of the library that wrote it too.  Needs a `base` with a torch module, and `task` where the
             bundle has several.
-        report: an HTML file to write, failures included; it also shows the error of every target alone.
+        report: an HTML file to write, failures included; it also shows the error of every target alone.  A bundle of
+            several components has one for each: `report.vision.html`.
         progress: called at each stage.
 
     Returns:
@@ -76,8 +78,38 @@ def verify_bundle(
     bundle = Bundle.open(path)
     if task is not None:
         bundle.digest(task)  # an unknown one is said before anything is read
-    sourced = _sourced(bundle, task, base, against_source) if against_source is not None else {}
-    tasks = _read(bundle, [task] if task is not None else list(bundle.tasks), progress)
+    origins = _sourced(bundle, task, base, against_source) if against_source is not None else {}
+    names = [task] if task is not None else list(bundle.tasks)
+    if not bundle.parts:
+        return _verify(bundle, names, base, origins, report, progress).passed()
+    components = find_components(base) if base is not None else {}
+    if components is None or (components and components.keys() != bundle.parts.keys()):
+        raise UnsupportedBase(
+            f"verify bundle {bundle.path} against a base",
+            expected=f"a base with the components {', '.join(bundle.parts)}",
+            got="one graph" if components is None else ", ".join(components),
+        )
+    found = {}
+    for name, part in bundle.parts.items():
+        loaded = components[name].base(name) if components else None
+        place = Path(report).with_suffix(f".{name}.html") if report is not None else None
+        found[name] = _verify(part, names, loaded, origins, place, component_progress(name, progress))
+    return joint(bundle, found).passed()
+
+
+def _verify(
+    bundle: Bundle,
+    names: list[str],
+    base: object,
+    sourced: Mapping[str, Origin],
+    report: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> Verification:
+    """Verify a bundle of one graph, or one component."""
+    whole = _read(bundle, names, progress)
+    whole |= {name: replace(whole[name], origin=origin) for name, origin in sourced.items()}
+    tasks = {name: part for name, adapter in whole.items() if (part := bundle.part(adapter)) is not None}
+    sourced = {name: origin for name, origin in sourced.items() if name in tasks}
     oracle, reference = BundleBase(bundle), "base.onnx with merged weights, not optimised"
     chosen: Base = oracle
     if base is not None:
@@ -86,9 +118,8 @@ def verify_bundle(
         chosen = _own_base(bundle, loaded.knowing(tasks.values()))
         reference = f"{chosen.name}, merged and run as it is"
     subject = Subject(chosen, oracle.graph().graph)
-    sources = Sources(subject, keep=True)
-    tasks |= {name: replace(tasks[name], origin=origin) for name, origin in sourced.items()}
-    reference += "".join(_asked(bundle, sources, name, tasks[name], against_source) for name in sourced)
+    sources = Sources(subject, keep=True, whole=whole)
+    reference += "".join(_asked(bundle, sources, name, tasks[name], origin.path) for name, origin in sourced.items())
     checks = list(check_forms(sources, bundle, tasks, progress))
     left_out = _unsourced(tasks, sourced)
     left_out += [
@@ -113,7 +144,7 @@ def verify_bundle(
 
         with new_file(Path(report)) as temporary:
             temporary.write_text(render(found), encoding="utf-8")
-    return found.passed()
+    return found
 
 
 def _read(bundle: Bundle, names: list[str], progress: Progress) -> dict[str, Adapter]:

@@ -11,6 +11,7 @@ import onnxruntime
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import CapacityError, InputError, RunError
 from tpeft_deploy.runtime import inputs as requests
+from tpeft_deploy.runtime.adapters.bank import qualified
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.folding.manager import FoldManager
@@ -33,12 +34,20 @@ class Engine:
         banked: session for all versions.
         residency: residency of the versions.
         folded: sessions of the base and of hot versions.
+        component: name of the component; empty for the only one.
     """
 
     def __init__(
-        self, manifest: Manifest, banked: Session | Captured, residency: Residency, folded: FoldManager
+        self,
+        manifest: Manifest,
+        banked: Session | Captured,
+        residency: Residency,
+        folded: FoldManager,
+        component: str = "",
     ) -> None:
         self._manifest = manifest
+        self._component = component
+        self._sized = [(port, qualified(component, port.name)) for port in manifest.outputs]
         self._banked = banked
         self._residency = residency
         self._folded = folded
@@ -125,25 +134,23 @@ class Engine:
         self, inputs: Mapping[str, Array], version: Version, options: onnxruntime.RunOptions | None
     ) -> dict[str, Array]:
         outputs = self._run_bank(inputs, [version], options)
-        sizes, ports = version.sizes, self._manifest.outputs
-        return {port.name: requests.cut(port, outputs[port.name], sizes.get(port.name, 0)) for port in ports}
+        sizes = version.sizes
+        return {port.name: requests.cut(port, outputs[port.name], sizes.get(key, 0)) for port, key in self._sized}
 
     def _on_rows(
         self, inputs: Mapping[str, Array], versions: Sequence[Version], options: onnxruntime.RunOptions | None
     ) -> Outputs:
         outputs = self._run_bank(inputs, versions, options)
         return {
-            port.name: requests.cut_rows(
-                port, outputs[port.name], [version.sizes.get(port.name, 0) for version in versions]
-            )
-            for port in self._manifest.outputs
+            port.name: requests.cut_rows(port, outputs[port.name], [version.sizes.get(key, 0) for version in versions])
+            for port, key in self._sized
             if port.rows != "joint"
         }
 
     def _run_bank(
         self, inputs: Mapping[str, Array], versions: Sequence[Version], options: onnxruntime.RunOptions | None
     ) -> dict[str, Array]:
-        bank, rows = self._residency.rows(versions)
+        bank, rows = self._residency.rows(versions, self._component)
         with translated(self._manifest.name):
             return self._banked.run(bank, inputs, np.array(rows, np.int64), options)
 

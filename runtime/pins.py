@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.task_versions import TaskVersions
 from tpeft_deploy.runtime.adapters.version import Version
-from tpeft_deploy.runtime.folding.manager import FoldManager
+from tpeft_deploy.runtime.component import ServedComponent
 
 __all__ = ["Pins"]
 
@@ -20,13 +20,13 @@ class Pins:
     Args:
         versions: version of each task.
         residency: rows on the device.
-        folds: folded sessions.
+        components: components with folded sessions.
     """
 
-    def __init__(self, versions: TaskVersions, residency: Residency, folds: FoldManager) -> None:
+    def __init__(self, versions: TaskVersions, residency: Residency, components: Collection[ServedComponent]) -> None:
         self._versions = versions
         self._residency = residency
-        self._folds = folds
+        self._components = components
         self._folded: dict[str, bool] = {}  # pinned task -> whether it is folded too
         self._lock = threading.Lock()  # the pins and what is done about them change together
 
@@ -73,8 +73,9 @@ class Pins:
                 self._release(version)
                 return
             self._residency.pin(version, True)
-            job = self._folds.keep(version) if folded else None
-        if job is not None:
+            changed = [own for own in self._components if own.changed_by(version)] if folded else []
+            jobs = [component.folds.keep(version) for component in changed]
+        for job in jobs:
             job.result()
 
     def apply_changed(self, versions: Mapping[str, Version]) -> None:
@@ -91,4 +92,5 @@ class Pins:
 
     def _release(self, version: Version) -> None:
         self._residency.pin(version, False)
-        self._folds.drop(version)
+        for component in self._components:
+            component.folds.drop(version)

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -55,7 +56,7 @@ class PrivateCopy:
         except BaseException:
             self.close()
             raise
-        self.bundle = Bundle(self.path, bundle.manifest)
+        self.bundle = replace(bundle, path=self.path)
 
     def close(self) -> None:
         """Remove the copy; sessions that have it open keep what they mapped.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self, overload
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import fit
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
-from tpeft_deploy.bundle.manifest import Port
+from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.bank import Layout
@@ -23,22 +23,17 @@ from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
 from tpeft_deploy.runtime.adapters.version import Content, Version
 from tpeft_deploy.runtime.batching.calls import InferOptions
 from tpeft_deploy.runtime.batching.collate import Form
-from tpeft_deploy.runtime.batching.dispatch import Dispatcher
 from tpeft_deploy.runtime.batching.policy import Limits, Order
 from tpeft_deploy.runtime.batching.stats import BatchingStats
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.batching.worker import Batcher
-from tpeft_deploy.runtime.engine import Engine, Outputs
-from tpeft_deploy.runtime.folding.manager import FoldManager
+from tpeft_deploy.runtime.component import ComponentFiles, ServedComponent, weight_bytes
+from tpeft_deploy.runtime.engine import Outputs
 from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
-from tpeft_deploy.runtime.private_copy import PrivateCopy
 from tpeft_deploy.runtime.served_generation import ServedGeneration
 from tpeft_deploy.runtime.served_tasks import ServedTasks
-from tpeft_deploy.runtime.sessions.cuda_graph import Captured
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import Cuda, choose
-from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs, open_banked
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Runtime"]
@@ -47,7 +42,7 @@ GIB = 2**30
 
 
 class Runtime(ServedGeneration, ServedTasks):
-    """Serves the tasks of a bundle; safe to call from several threads.
+    """Serves the tasks of a bundle, on each of its components; safe to call from several threads.
 
     Every digest is checked before anything is served.
 
@@ -70,7 +65,8 @@ class Runtime(ServedGeneration, ServedTasks):
         pinned_share: part of the rows that `device_bytes` has room for, the base's not counted, which pinned tasks may
             take; they give way where adapters of larger ranks leave fewer rows.
         limits: how requests of `infer` are joined and how many may wait; 32 rows and 2 ms by default.
-        order: which of the requests that wait is next; first come, first served by default.
+        order: which of the requests that wait is next; first come, first served by default.  A bundle of several
+            components, each of which has a queue, needs a function: component -> order.
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
         kv_bytes: bytes for the caches of sequences that are generated; by default those of 8 sequences, 256 MiB at
@@ -100,7 +96,7 @@ class Runtime(ServedGeneration, ServedTasks):
         allow_tf32: bool = False,
         pinned_share: float = 1.0,
         limits: Limits | None = None,
-        order: Order[Form] | None = None,
+        order: Order[Form] | Callable[[str], Order[Form]] | None = None,
         preload: bool = True,
         own_copy: bool = True,
         kv_bytes: int | None = None,
@@ -112,20 +108,25 @@ class Runtime(ServedGeneration, ServedTasks):
         self.provider_reason = choice.reason
         # Resolved, as tasks are read later, wherever the process has gone.
         self._bundle = Bundle.open(Path(bundle).resolve())
-        self._manifest = self._bundle.manifest
+        bundles = self._bundle.components
         cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs, tf32=allow_tf32 and choice.device != "cpu")
-        sessions = SessionFactory.of(self._manifest, choice, threads=threads, cuda=cuda)
-        graphs = ServedGraphs.on(choice.provider, self._manifest)
-        copy = PrivateCopy(self._bundle, graphs.files if own_copy else [])
-        self._release = weakref.finalize(self, copy.close)  # also where the runtime is never closed
+        limits = Limits() if limits is None else limits
+        if order is not None and not callable(order) and len(bundles) > 1:
+            raise InputError(
+                f"serve bundle {self._bundle.manifest.name!r}",
+                expected=f"order as a function, which returns one for the queue of each of {', '.join(bundles)}",
+                got="one order",
+            )
+        opened = ExitStack()
+        self._release = weakref.finalize(self, opened.close)  # also where the runtime is never closed
         with ExitStack() as failed:  # not left to the collector: the exception refers to this object
             failed.callback(self._release)
-            if not own_copy:
-                self._bundle.check_file("weights.data")
-            self._base = copy.bundle if own_copy else self._bundle
-            self._layout = Layout.of(self._base, graphs.packing)
+            files = {
+                name: ComponentFiles.open(own, choice.provider, own_copy=own_copy, opened=opened)
+                for name, own in bundles.items()
+            }
             self._residency = Residency(
-                self._layout,
+                Layout.joined({name: own.layout for name, own in files.items()}),
                 self._lay_out,
                 choice.device,
                 device_bytes=device_bytes,
@@ -133,21 +134,34 @@ class Runtime(ServedGeneration, ServedTasks):
                 pinned_share=pinned_share,
             )
             self._versions = TaskVersions(self._bundle, self._retire)
-            self._folds = FoldManager(self._base, sessions, self._banked_outputs, place=copy.path, budget=folded_bytes)
-            self._pins = Pins(self._versions, self._residency, self._folds)
-            self._session, remark = open_banked(self._base, graphs, sessions)
-            if remark:
-                self.provider_reason += f"; {remark}"
-            self._engine = Engine(self._manifest, self._session, self._residency, self._folds)
-            limits = Limits() if limits is None else limits
-            self._batcher = Batcher(self._manifest, self._engine.run_held, limits, order=order)
             self._loader = AdapterLoader(self._residency, limits.max_queue_rows)
-            self._dispatcher = Dispatcher(self._manifest, self._residency, self._loader, self._batcher)
-            if isinstance(self._session, Captured):
-                failed.callback(self._session.close)
+            weights = {name: weight_bytes(own) for name, own in bundles.items()}
+            self._components: dict[str, ServedComponent] = {}
+            self._parts = self._components.values()
+            for name, own in files.items():
+                component = self._components[name] = ServedComponent(
+                    name if len(files) > 1 else "",
+                    own,
+                    SessionFactory.of(own.bundle.manifest, choice, threads=threads, cuda=cuda),
+                    self._residency,
+                    self._loader,
+                    limits,
+                    order(name) if callable(order) else order,
+                    # A budget for one task's sessions is one in every component.
+                    folded_bytes * weights[name] // max(sum(weights.values()), 1),
+                )
+                failed.callback(component.close_session)
+                if component.remark:
+                    self.provider_reason += f"; {component.remark}"
+            self._only = component if len(files) == 1 else None
+            served = {name: own.bundle for name, own in files.items()}
+            self._base = replace(self._bundle, parts=served) if len(files) > 1 else component.bundle
+            self._pins = Pins(self._versions, self._residency, self._parts)
+            # Generation runs on the component that has a decoder.
+            decoding = next((own for own in self._parts if own.manifest.decoder is not None), component)
             self._generation = GenerationService(
-                self._manifest,
-                self._session,
+                decoding.manifest,
+                decoding.session,
                 self._residency,
                 self._loader,
                 self._versions,
@@ -155,6 +169,7 @@ class Runtime(ServedGeneration, ServedTasks):
                 kv_bytes=kv_bytes,
                 max_tokens=max_tokens,
                 prefix_bytes=prefix_bytes,
+                component=decoding.name,
             )
             if preload:
                 self._preload()
@@ -175,20 +190,37 @@ class Runtime(ServedGeneration, ServedTasks):
         `device_reserved_bytes`: the base's row, padding to the largest ranks, and rows that wait for an adapter.
         Where the bundle has a decoder: `kv_bytes` of the caches of `slots` sequences, `slots_taken`, `prefix_bytes`.
         """
-        return self._residency.usage() | {"folded_bytes": self._folds.nbytes} | self._generation.usage()
+        folded = sum(own.folds.nbytes for own in self._parts)
+        return self._residency.usage() | {"folded_bytes": folded} | self._generation.usage()
 
-    def batching(self) -> BatchingStats:
-        """What `infer` has joined and refused so far, and what waits."""
-        return self._batcher.figures()
+    def batching(self, component: str | None = None) -> BatchingStats:
+        """What `infer` has joined and refused so far, and what waits; of all components by default."""
+        parts = self._parts if component is None else [self._part(component)]
+        return BatchingStats.total([own.batcher.figures() for own in parts])
+
+    @property
+    def components(self) -> list[str]:
+        """The bundle's components, in the order of its export; `model` where there is one graph."""
+        return list(self._components)
 
     @overload
     def run(
-        self, inputs: Mapping[str, object], task: Task = BASE_TASK, *, outputs: Sequence[str] | None = None
+        self,
+        inputs: Mapping[str, object],
+        task: Task = BASE_TASK,
+        *,
+        outputs: Sequence[str] | None = None,
+        component: str | None = None,
     ) -> dict[str, Array]: ...
 
     @overload
     def run(
-        self, inputs: Mapping[str, object], *, tasks: Sequence[Task], outputs: Sequence[str] | None = None
+        self,
+        inputs: Mapping[str, object],
+        *,
+        tasks: Sequence[Task],
+        outputs: Sequence[str] | None = None,
+        component: str | None = None,
     ) -> Outputs: ...
 
     def run(
@@ -198,6 +230,7 @@ class Runtime(ServedGeneration, ServedTasks):
         *,
         tasks: Sequence[Task] | None = None,
         outputs: Sequence[str] | None = None,
+        component: str | None = None,
     ) -> dict[str, Array] | Outputs:
         """Run a batch, in one run however many rows it has: at once, beside the requests of `infer`.
 
@@ -208,6 +241,7 @@ class Runtime(ServedGeneration, ServedTasks):
             tasks: one task (or set) per row; `base` is a task too.
             outputs: names of those to return; all by default.  Rows of different tasks have none that depends on the
                 batch as a whole, as scores of every row against every other do.
+            component: name of the graph to run, where the bundle has several.
 
         Returns:
             Output name -> array.  With `tasks`, an output with a size per task is a list of arrays, one a
@@ -216,18 +250,19 @@ class Runtime(ServedGeneration, ServedTasks):
         Raises:
             UnknownTask: there is no such task; the message names its row.
             InputError: an input does not fit the model, tasks do not fit the rows, there is no such output, or rows of
-                different tasks do not have it; nothing has run.
+                different tasks do not have it, or the component is none of the bundle's; nothing has run.
             CompositionError: a set has no exact sum.
             AdapterError, BundleError: a task that was not resident cannot be read.
             CapacityError: a task does not fit into the budget beside those that are pinned.
         """
-        arrays = requests.check_inputs(self._manifest, inputs)
-        ports = requests.check_outputs(self._manifest, outputs)
-        versions = self._found(arrays, task, tasks, ports)
+        part = self._only if component is None and self._only is not None else self._part(component)
+        arrays = requests.check_inputs(part.manifest, inputs)
+        ports = requests.check_outputs(part.manifest, outputs)
+        versions = self._found(part.manifest, arrays, task, tasks, ports)
         if tasks is None:
-            whole = self._engine.run_one(arrays, versions[0])
+            whole = part.engine.run_one(arrays, versions[0])
             return {port.name: whole[port.name] for port in ports}
-        found = self._engine.run_rows(arrays, versions)
+        found = part.engine.run_rows(arrays, versions)
         return {port.name: found[port.name] for port in ports}
 
     @overload
@@ -241,6 +276,7 @@ class Runtime(ServedGeneration, ServedTasks):
         tenant: str = "",
         priority: int = 0,
         timing: Timing | None = None,
+        component: str | None = None,
     ) -> dict[str, Array]: ...
 
     @overload
@@ -254,6 +290,7 @@ class Runtime(ServedGeneration, ServedTasks):
         tenant: str = "",
         priority: int = 0,
         timing: Timing | None = None,
+        component: str | None = None,
     ) -> Outputs: ...
 
     async def infer(
@@ -267,6 +304,7 @@ class Runtime(ServedGeneration, ServedTasks):
         tenant: str = "",
         priority: int = 0,
         timing: Timing | None = None,
+        component: str | None = None,
     ) -> dict[str, Array] | Outputs:
         """Run a request together with those of others, of any task: what `run` answers, later by a few milliseconds.
 
@@ -285,6 +323,7 @@ class Runtime(ServedGeneration, ServedTasks):
             tenant: tenant that the order of the queue charges for the request.
             priority: for that order; the smaller first.
             timing: is told when the request's run began and ended.
+            component: name of the graph to run, as for `run`.
 
         Raises:
             UnknownTask, InputError, CompositionError, AdapterError, BundleError, CapacityError: as `run`.
@@ -293,10 +332,11 @@ class Runtime(ServedGeneration, ServedTasks):
             DeadlineExceeded: the time was over first.
             TpeftError: what the order of the queue raises that does not take it.
         """
-        arrays = requests.check_inputs(self._manifest, inputs)
-        ports = requests.check_outputs(self._manifest, outputs)
-        versions = self._found(arrays, task, tasks, ports)
-        return await self._dispatcher.infer(
+        part = self._only if component is None and self._only is not None else self._part(component)
+        arrays = requests.check_inputs(part.manifest, inputs)
+        ports = requests.check_outputs(part.manifest, outputs)
+        versions = self._found(part.manifest, arrays, task, tasks, ports)
+        return await part.dispatcher.infer(
             arrays, versions, InferOptions(ports, tasks is not None, timeout, tenant, priority, timing)
         )
 
@@ -304,33 +344,48 @@ class Runtime(ServedGeneration, ServedTasks):
         """Release sessions and threads, once the runs in flight are done; sequences end with an error."""
         self._residency.close()
         self._generation.close()
-        self._batcher.close()
+        for component in self._parts:
+            component.batcher.close()
         self._loader.close()
-        self._folds.close()
-        if isinstance(self._session, Captured):
-            self._session.close()
+        for component in self._parts:
+            component.folds.close()
+            component.close_session()
         self._release()
 
+    def _part(self, component: str | None) -> ServedComponent:
+        if component is None and self._only is not None:
+            return self._only
+        found = None if component is None else self._components.get(component)
+        if found is None:
+            raise InputError(
+                f"run bundle {self.name!r}",
+                expected=f"component= one of {', '.join(map(repr, self._components))}",
+                got="none" if component is None else repr(component),
+            )
+        return found
+
     def _found(
-        self, inputs: Mapping[str, Array], task: Task | None, tasks: Sequence[Task] | None, ports: Sequence[Port]
+        self,
+        manifest: Manifest,
+        inputs: Mapping[str, Array],
+        task: Task | None,
+        tasks: Sequence[Task] | None,
+        ports: Sequence[Port],
     ) -> list[Version]:
         """Return one version for all rows, or one a row, found once before anything runs."""
         if tasks is None:
             return [self._versions.find(BASE_TASK if task is None else task)]
         if task is not None:
             raise InputError("run a batch", expected="task or tasks", got="both")
-        requests.check_tasks(self._manifest, tasks, inputs)
+        requests.check_tasks(manifest, tasks, inputs)
         found = [self._versions.find(own, doing=f"run task {own!r} for row {row}") for row, own in enumerate(tasks)]
         if found.count(found[0]) < len(found):
-            requests.check_apart(self._manifest, ports)
+            requests.check_apart(manifest, ports)
         return found
 
     def _lay_out(self, adapter: Adapter) -> Content:
         # By name: a server's clients see these errors, and may not learn the bundle's path.
-        name = repr(self._manifest.name)
-        filled = fit.fill(self._manifest, adapter, bundle=name, base_value=self._base.base_value)
-        rows = self._layout.rows(fit.named(self._manifest, filled))
-        return Content(rows, fit.sizes(self._manifest, adapter))
-
-    def _banked_outputs(self, inputs: Mapping[str, Array], version: Version) -> dict[str, Array]:
-        return self._engine.run_banked(inputs, version)
+        name = repr(self.name)
+        self._bundle.check_taken(adapter, bundle=name)
+        contents = [component.lay_out(adapter, bundle=name) for component in self._parts]
+        return contents[0] if len(contents) == 1 else Content.joined(contents)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.directory import Bundle, check_task
-from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import AdapterError, RunError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import inputs as requests
@@ -18,9 +17,8 @@ from tpeft_deploy.runtime.adapters.loader import AdapterLoader
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
 from tpeft_deploy.runtime.adapters.version import Source, Tier, Version
-from tpeft_deploy.runtime.engine import Engine
+from tpeft_deploy.runtime.component import ServedComponent
 from tpeft_deploy.runtime.folding.compare import differs
-from tpeft_deploy.runtime.folding.manager import FoldManager
 from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
 
@@ -33,21 +31,19 @@ _log = logging.getLogger("tpeft_deploy.runtime")
 class ServedTasks:
     """Base class of `Runtime`: operations on tasks; `Runtime` makes the parts that they work on."""
 
-    _manifest: Manifest
     _bundle: Bundle  # with the tasks on disk
     _base: Bundle  # the bundle, or a private copy, that sessions read
     _versions: TaskVersions
     _residency: Residency
     _loader: AdapterLoader
-    _folds: FoldManager
     _pins: Pins
-    _engine: Engine
+    _parts: Collection[ServedComponent]
     _generation: GenerationService
 
     @property
     def name(self) -> str:
         """The bundle's name."""
-        return self._manifest.name
+        return self._bundle.manifest.name
 
     @property
     def tasks(self) -> list[str]:
@@ -67,7 +63,7 @@ class ServedTasks:
             except UnknownTask:  # forgotten by another thread
                 continue
             if not version.is_base:
-                found[task] = "folded" if self._folds.has(version) else self._residency.tier(version)
+                found[task] = "folded" if self._is_folded(version) else self._residency.tier(version)
         return found
 
     def pins(self) -> dict[str, bool]:
@@ -139,24 +135,17 @@ class ServedTasks:
         self._pins.forget(names)
 
     def probe(self, task: str) -> bool:
-        """Whether a task answers differently from the base on the bundle's example.
+        """Whether a task answers differently from the base on the example of any component.
 
         Raises:
             UnknownTask: there is no such task.
             AdapterError, BundleError, CapacityError: it cannot be served, or an output is not finite.
         """
         version = self._versions.adapter(task, "probe")
-        example = requests.check_inputs(self._manifest, self._base.example())
-        # Both from the bank: a folded session rounds differently.
-        base = self._engine.run_banked(example, self._versions.base)
-        try:
-            own = self._engine.run_banked(example, version)
-        except RunError as error:
-            if type(error) is not RunError or error.__cause__ is None:
-                raise
-            # The base ran on the same graph and inputs.
-            raise AdapterError(f"probe task {task!r} on the bundle's example", problem=error.problem) from error
-        return differs(base, own, task=task)
+        with self._residency.acquire([version]):  # so that what it changes is known
+            changed = [component for component in self._parts if component.changed_by(version)]
+            acting = [_probed(component, task, version, self._versions.base) for component in changed]
+        return any(acting)
 
     def unload(self, task: str) -> None:
         """Stop serving a task; runs in flight finish on it.
@@ -212,5 +201,25 @@ class ServedTasks:
 
     def _retire(self, version: Version) -> None:
         self._residency.retire(version)  # first: a fold in progress looks at this last
-        self._folds.drop(version)
+        for component in self._parts:
+            component.folds.drop(version)
         self._generation.forget(version)
+
+    def _is_folded(self, version: Version) -> bool:
+        """Whether every component that a version changes has a session for it."""
+        having = [component for component in self._parts if component.folds.has(version)]
+        return bool(having) and all(own in having or not own.changed_by(version) for own in self._parts)
+
+
+def _probed(component: ServedComponent, task: str, version: Version, base: Version) -> bool:
+    example = requests.check_inputs(component.manifest, component.bundle.example())
+    # Both from the bank: a folded session rounds differently.
+    expected = component.engine.run_banked(example, base)
+    try:
+        own = component.engine.run_banked(example, version)
+    except RunError as error:
+        if type(error) is not RunError or error.__cause__ is None:
+            raise
+        # The base ran on the same graph and inputs.
+        raise AdapterError(f"probe task {task!r} on the bundle's example", problem=error.problem) from error
+    return differs(expected, own, task=task)

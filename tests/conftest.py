@@ -15,7 +15,7 @@ from torch._export import utils
 from torch.export import decomp_utils, exported_program
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from tests.helpers import nets
+from tests.helpers import nets, two_towers
 from tpeft_deploy import Adapter, Bundle, export_bundle
 
 # Both of what is left out depend on how busy the machine is.
@@ -69,6 +69,12 @@ def conv_bundle(tmp_path_factory: pytest.TempPathFactory, conv_adapters: dict[st
     module, inputs = nets.conv_net()
     path = tmp_path_factory.mktemp("bundles") / "conv"
     return export_bundle(module, conv_adapters, path, example_inputs=inputs, folded=True)
+
+
+@pytest.fixture(scope="session")
+def towers_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of two components, which tests read."""
+    return two_towers.bundle(tmp_path_factory.mktemp("bundles") / "towers")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.client import AsyncClient, Client
     from tpeft_deploy.errors import TpeftError
-    from tpeft_deploy.exporters import export_bundle, export_folded, verify_bundle
+    from tpeft_deploy.exporters import Component, export_bundle, export_folded, verify_bundle
     from tpeft_deploy.formats import load_adapter
     from tpeft_deploy.runtime import Runtime
     from tpeft_deploy.runtime.generation import Sampling
@@ -25,6 +25,7 @@ __all__ = [
     "AsyncClient",
     "Bundle",
     "Client",
+    "Component",
     "Runtime",
     "Sampling",
     "TpeftError",
@@ -44,6 +45,7 @@ _HOMES = {
     "AsyncClient": "tpeft_deploy.client",
     "Bundle": "tpeft_deploy.bundle.directory",
     "Client": "tpeft_deploy.client",
+    "Component": "tpeft_deploy.exporters",
     "Runtime": "tpeft_deploy.runtime",
     "Sampling": "tpeft_deploy.runtime.generation",
     "TpeftError": "tpeft_deploy.errors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,7 +11,7 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.ties import changed_names
 
-__all__ = ["Unused", "drop_unused"]
+__all__ = ["Unused", "drop_unused", "without"]
 
 _log = logging.getLogger("tpeft_deploy.exporters")
 
@@ -37,11 +37,12 @@ def drop_unused(base: Base, adapters: Mapping[str, Adapter], resolved: Mapping[s
         names = [name for name in changed_names(adapter) if name not in used]
         if names:
             _log.warning("leave out of task %s what no output of %s depends on: %s", task, base.name, ", ".join(names))
-        kept[task] = _without(adapter, names) if names else adapter
+        kept[task] = without(adapter, names) if names else adapter
     return kept
 
 
-def _without(adapter: Adapter, names: list[str]) -> Adapter:
+def without(adapter: Adapter, names: Sequence[str]) -> Adapter:
+    """Leave out an adapter's changes of some weights, which no output depends on."""
     return replace(
         adapter,
         deltas={name: delta for name, delta in adapter.deltas.items() if name not in names},

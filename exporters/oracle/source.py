@@ -85,10 +85,12 @@ class Sources:
     Args:
         subject: base of all adapters.
         keep: whether outputs are kept after they were given once.
+        whole: task -> whole adapter, where the base is a component that takes a part of it.
     """
 
-    def __init__(self, subject: Subject, *, keep: bool = False) -> None:
+    def __init__(self, subject: Subject, *, keep: bool = False, whole: Mapping[str, Adapter] | None = None) -> None:
         self.subject = subject
+        self._whole = whole or {}
         self._keep = keep
         self._found: dict[str, Source] = {}
 
@@ -98,7 +100,7 @@ class Sources:
             return Source(MERGED)
         if task in self._found:
             return self._found[task]
-        source = _ask(self.subject, adapter)
+        source = _ask(self.subject, self._whole.get(task, adapter))
         self._found[task] = source if self._keep else replace(source, outputs=())
         return source
 

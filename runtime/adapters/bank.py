@@ -10,7 +10,7 @@ import math
 import mmap
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,7 +23,7 @@ from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Bank", "Layout", "Rows", "Shape", "row_bytes", "widened"]
+__all__ = ["Bank", "Layout", "Rows", "Shape", "qualified", "row_bytes", "widened"]
 
 Shape = tuple[int, ...]
 Rows = Mapping[str, Array]  # graph input -> one row of its bank
@@ -36,16 +36,32 @@ class Layout:
     Args:
         neutral: input of the portable graph -> slot of the base: no change, or the base's tensor.
         packing: inputs of the graph that is served, where they stand in the place of others.
+        parts: component -> layout of its graph, where there are several components.
     """
 
     neutral: Rows
     packing: Sequence[Packed] = ()
+    parts: Mapping[str, Layout] = field(default_factory=dict)
 
     @classmethod
     def of(cls, bundle: Bundle, packing: Sequence[Packed] = ()) -> Layout:
         """Return the layout of a bundle's banked graph; reads the base's tensors where tasks replace them."""
         neutral = fit.named(bundle.manifest, {target.key: bundle.default(target) for target in bundle.manifest.targets})
         return cls(neutral, packing)
+
+    @classmethod
+    def joined(cls, parts: Mapping[str, Layout]) -> Layout:
+        """Return one layout of the graphs of all components; names of inputs get their component's prefix.
+
+        Args:
+            parts: component -> layout of its graph; the layout of an only component is returned as it is.
+        """
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        return cls(
+            {qualified(own, name): row for own, part in parts.items() for name, row in part.defaults.items()},
+            parts=parts,
+        )
 
     @cached_property
     def defaults(self) -> Rows:
@@ -58,7 +74,10 @@ class Layout:
         Args:
             others: per adapter, graph input -> shape of its row.
         """
-        return with_one_rank(self.packing, widened(self.shapes, others))
+        wide = widened(self.shapes, others)
+        for packing in self._packings:
+            wide = with_one_rank(packing, wide)
+        return wide
 
     def rows(self, tensors: Rows) -> Rows:
         """An adapter's rows: graph input -> row with the adapter's ranks.
@@ -72,6 +91,21 @@ class Layout:
     def shapes(self) -> dict[str, Shape]:
         """Graph input -> the smallest row it can have."""
         return {name: array.shape for name, array in self.defaults.items()}
+
+    @cached_property
+    def _packings(self) -> Sequence[Sequence[Packed]]:
+        """Packed inputs by graph: those of one graph share a rank."""
+        if not self.parts:
+            return [self.packing]
+        return [
+            [replace(packed, name=qualified(own, packed.name)) for packed in part.packing]
+            for own, part in self.parts.items()
+        ]
+
+
+def qualified(component: str, name: str) -> str:
+    """Return the name of a component's input or output in a runtime of several; unchanged for an only component, ""."""
+    return f"{component}/{name}" if component else name
 
 
 def widened(shapes: Mapping[str, Shape], others: Iterable[Mapping[str, Shape]]) -> dict[str, Shape]:
@@ -99,6 +133,7 @@ class Bank:
         rows: how many there are, the base's included.
         values: graph input -> bank (T, ...) on the device.
         bindings: free IO bindings that have the banks bound; a run takes one and puts it back.
+        parts: component -> the bank of its graph, in the same memory, where there are several components.
     """
 
     layout: Layout
@@ -106,6 +141,7 @@ class Bank:
     rows: int
     values: Mapping[str, onnxruntime.OrtValue]
     bindings: deque[onnxruntime.IOBinding] = field(default_factory=deque)
+    parts: Mapping[str, Bank] = field(default_factory=dict)
 
     @classmethod
     def allocate(
@@ -140,7 +176,16 @@ class Bank:
                     array[to][common] = own[of][common]
             with device_lock.using(device):
                 values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, *device_lock.place(device))
-        return cls(layout, shapes, rows, values)
+        parts = {
+            own: cls(
+                part,
+                {name: shapes[qualified(own, name)] for name in part.shapes},
+                rows,
+                {name: values[qualified(own, name)] for name in part.shapes},
+            )
+            for own, part in layout.parts.items()
+        }
+        return cls(layout, shapes, rows, values, parts=parts)
 
     @property
     def nbytes(self) -> int:

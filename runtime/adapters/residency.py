@@ -135,10 +135,11 @@ class Residency:
                     self._forget(version)
             self._notify()
 
-    def rows(self, versions: Iterable[Version]) -> tuple[Bank, list[int]]:
-        """Return the present bank and the row of each version in it; all are acquired."""
+    def rows(self, versions: Iterable[Version], component: str = "") -> tuple[Bank, list[int]]:
+        """Return the present bank, or that of one of several components, and the rows of acquired versions in it."""
         with self._state:
-            return self._bank, [self._row(version) for version in versions]
+            bank = self._bank.parts[component] if component else self._bank
+            return bank, [self._row(version) for version in versions]
 
     def retire(self, version: Version) -> None:
         """Drop a version that no task stands for any more, now or with its last release."""

@@ -28,6 +28,12 @@ class Content:
     rows: Rows
     sizes: Mapping[str, int]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Content]) -> Content:
+        """Return one content of an adapter's parts for several components."""
+        rows = {name: array for part in parts for name, array in part.rows.items()}
+        return cls(rows, {name: size for part in parts for name, size in part.sizes.items()})
+
     @property
     def shapes(self) -> dict[str, Shape]:
         """Graph input -> shape."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Self
 
 __all__ = ["BatchingStats"]
 
@@ -33,3 +35,16 @@ class BatchingStats:
     overdue: int
     cancelled: int
     stopped: int
+
+    @classmethod
+    def total(cls, parts: Sequence[Self]) -> Self:
+        """Return the sums of several batchers' counters."""
+        if len(parts) == 1:
+            return parts[0]
+        joined: Counter[int] = Counter()
+        for part in parts:
+            joined.update(part.joined)
+        counts = {
+            own.name: sum(getattr(part, own.name) for part in parts) for own in fields(cls) if own.name != "joined"
+        }
+        return cls(joined=dict(joined), **counts)

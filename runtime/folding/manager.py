@@ -36,7 +36,7 @@ class FoldManager:
     """Versions that have folded sessions; safe to use from several threads.
 
     Args:
-        bundle: bundle with base.onnx and weights.data, with digests checked by the caller.
+        bundle: bundle, or component, with base.onnx and weights.data, with digests checked by the caller.
         sessions: makes the sessions; none of them is recorded as a CUDA graph.
         answer: computes the outputs of a version from the bank.
         place: a directory of this process for packed copies of the base, shared by folds on the CPU.
@@ -175,10 +175,9 @@ class FoldManager:
         _log.info("task %r has a folded session after %.2f s (error %.1e)", name, time.perf_counter() - began, off)
 
     def _open(self, version: Version) -> Plain:
-        if version.is_base:
-            file = self._bundle.check_file("base.onnx")
-            return Plain(file, self._factory)
-        adapter = version.read()
+        adapter = None if version.is_base else self._bundle.part(version.read())
+        if adapter is None:
+            return Plain(self._bundle.check_file("base.onnx"), self._factory)
         self._costs[version] = merge.cost(self._bundle, adapter, shared=self._factory.choice.execution.prepacks)
         return merge.fold(self._bundle, adapter, self._factory, place=self._place)
 

@@ -91,9 +91,18 @@ class BankedDecoder:
         residency: residency of the versions.
         plan: sizes of the caches.
         device: memory device, as ONNX Runtime names it.
+        component: component of the graph; empty for the only one.
     """
 
-    def __init__(self, manifest: Manifest, session: Session, residency: Residency, plan: KvPlan, device: str) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        session: Session,
+        residency: Residency,
+        plan: KvPlan,
+        device: str,
+        component: str = "",
+    ) -> None:
         assert manifest.decoder is not None
         self.ports = manifest.decoder
         self.slots, self.length, self.vocabulary = plan.slots, plan.length, self.ports.vocabulary
@@ -105,17 +114,18 @@ class BankedDecoder:
         self._name = manifest.name
         self._device = device
         self._residency = residency
+        self._component = component
         self._runs: dict[tuple[int, int], _Run] = {}  # by first slot and number of rows
 
     def prefill(self, slot: int, tokens: Array, past: int, version: ResidentVersion) -> Array:
         """Compute tokens of one slot behind its first `past`; returns the logits of the last token [vocabulary]."""
-        bank, rows = self._residency.rows([version.version])
+        bank, rows = self._residency.rows([version.version], self._component)
         logits: Array = self._run(bank, slot, tokens[None], past, rows)[0]
         return logits
 
     def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[ResidentVersion]) -> Array:
         """Compute one token for each of some slots, ascending; returns logits [n, vocabulary]."""
-        bank, found = self._residency.rows([version.version for version in versions])
+        bank, found = self._residency.rows([version.version for version in versions], self._component)
         rows = slots[-1] + 1
         if rows == len(slots):
             return self._run(bank, 0, tokens[:, None], pasts, found)

@@ -44,6 +44,7 @@ class GenerationService:
         kv_bytes: bytes of the caches, as for `KvPlan.of`.
         max_tokens: tokens of a sequence, likewise.
         prefix_bytes: bytes of host memory for known prefixes.
+        component: component of the graph; empty for the only one.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class GenerationService:
         kv_bytes: int | None,
         max_tokens: int | None,
         prefix_bytes: int,
+        component: str = "",
     ) -> None:
         self._manifest = manifest
+        self._component = component
         self._session = session
         self._residency = residency
         self._loader = loader
@@ -231,7 +234,9 @@ class GenerationService:
             )
         if isinstance(self._session, Captured):
             raise InputError(_DOING, expected="a runtime without cuda_graphs", got="one with cuda_graphs")
-        decoder = BankedDecoder(self._manifest, self._session, self._residency, self._plan, self._device)
+        decoder = BankedDecoder(
+            self._manifest, self._session, self._residency, self._plan, self._device, self._component
+        )
         budget = max(_BUDGET, 2 * decoder.slots)
         return Generator(decoder, self, budget=budget, prefix_bytes=self._prefix_bytes)
 

@@ -108,7 +108,8 @@ def _logging(settings: Settings, lines: LogLines) -> Iterator[None]:
 def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> tuple[Service, Metrics, Runtime]:
     bundle = Bundle.open(path.resolve())
     state = stack.enter_context(open_state(settings.state, settings.database_url, default=settings.quota))
-    tokens = all(np.issubdtype(port.dtype, np.integer) for port in bundle.manifest.inputs)
+    ports = [port for part in bundle.components.values() for port in part.manifest.inputs]
+    tokens = all(np.issubdtype(port.dtype, np.integer) for port in ports)
     limits = settings.batching(choose(settings.provider, allow_tf32=settings.allow_tf32).device, tokens=tokens)
     order = order_of(state, limits)
     runtime = stack.enter_context(

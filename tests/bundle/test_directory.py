@@ -138,7 +138,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], type[TpeftError], str]] = [
     ("manifest.json", edit_json(lambda d: d["base"].update(digest="0" * 64)), IntegrityError, "digest"),
     ("manifest.json", edit_json(lambda d: d.update(digest="0" * 64)), IntegrityError, "the manifest's digest"),
     ("manifest.json", edit_json(lambda d: d.update(name="x")), IntegrityError, "the manifest's digest"),
-    ("manifest.json", edit_json(lambda d: d.update(schema=99)), VersionError, "schema 1, got 99"),
+    ("manifest.json", edit_json(lambda d: d.update(schema=99)), VersionError, "schema 1 or 2, got 99"),
     ("manifest.json", edit_json(lambda d: d.pop("targets")), IntegrityError, "missing or malformed"),
     ("manifest.json", truncate, IntegrityError, "manifest"),
     ("manifest.json", Path.unlink, BundleError, "without one"),

@@ -237,6 +237,7 @@ def test_nothing_waits_until_a_sequence_ends(llama_bundle: Bundle, llama_adapter
     with one_adapter(llama_bundle) as runtime:
         assert len(asyncio.run(stopped(runtime, "a", lambda: ask(runtime)))) == 40
         assert len(refused) == 2
+        wait_until(lambda: not runtime._versions.find("a").occupied)  # soon after its last token
         runtime.load("c", llama_adapters["b"])
 
 
@@ -263,8 +264,10 @@ def test_slots_with_a_gap_decode_as_those_without(llama_bundle: Bundle) -> None:
     with opened(llama_bundle) as runtime:
         service = runtime._generation
         assert service._plan is not None
-        assert isinstance(runtime._session, Session)
-        decoder = BankedDecoder(runtime._manifest, runtime._session, runtime._residency, service._plan, "cpu")
+        part = runtime._part(None)
+        session = part.session
+        assert isinstance(session, Session)
+        decoder = BankedDecoder(part.manifest, session, runtime._residency, service._plan, "cpu")
         versions = [service.acquire(task) for task in ("a", "b")]
         prompt, token = np.array(PROMPT), np.array([4, 4])
         found = []
@@ -280,7 +283,7 @@ def test_slots_with_a_gap_decode_as_those_without(llama_bundle: Bundle) -> None:
 
 
 def plain_inputs(runtime: Runtime, rows: int, chunk: int, length: int) -> dict[str, Any]:
-    ports = runtime._manifest.inputs
+    ports = runtime._part(None).manifest.inputs
     caches = {
         p.name: np.zeros((rows, int(p.shape[1]), 16, int(p.shape[3])), p.dtype) for p in ports if len(p.shape) == 4
     }

@@ -10,6 +10,7 @@ DOCUMENTED = {
         "AsyncClient",
         "Bundle",
         "Client",
+        "Component",
         "Runtime",
         "Sampling",
         "TpeftError",
@@ -20,7 +21,7 @@ DOCUMENTED = {
         "verify_bundle",
     ],
     "tpeft_deploy.client": ["AsyncClient", "Client"],
-    "tpeft_deploy.exporters": ["export_bundle", "export_folded", "verify_bundle"],
+    "tpeft_deploy.exporters": ["Component", "export_bundle", "export_folded", "verify_bundle"],
     "tpeft_deploy.runtime": ["Limits", "Runtime", "Source"],
     "tpeft_deploy.training": [
         "PEFT_TYPE",

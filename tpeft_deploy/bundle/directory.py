@@ -3,8 +3,7 @@
     bundle/
       manifest.json        description of the bundle (see `manifest`)
       base.onnx  factored.onnx  banked.onnx  weights.data
-      factored.cpu.onnx  banked.cpu.onnx        if there is a faster form that only the CPU can run
-      banked.cuda.onnx                          if linear layers have branches: fewer operators
+      factored.cpu.onnx  banked.cpu.onnx  banked.cuda.onnx      if there are faster forms for one device
       genai_config.json    settings of onnxruntime-genai, if it can drive factored.onnx
       example.npz          example inputs of the export, on which `verify` runs the bundle
       adapters/<task>/current                   digest that the task is an alias for
@@ -12,55 +11,79 @@
       folded/<task>.onnx
       text/                tokenizer and chat templates (see `text_files`), if the base has text
 
+A bundle with several components has at its top manifest.json and adapters, each with one `<component>.onnx_adapter` per
+component, and under components/<component>/ all other files of the list, as in a bundle of one graph.
+
 Files are never edited in place.  Adding a task writes one directory and renames one file; graphs and other tasks are
 not changed.  An adapter's digest is the SHA-256 of its adapter.safetensors.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import fit, slots
-from tpeft_deploy.bundle.fit import Filled
-from tpeft_deploy.bundle.manifest import FileRecord, Manifest, check_name, is_name
+from tpeft_deploy.bundle.base_weights import joint_view, read_weight, view_of
+from tpeft_deploy.bundle.manifest import FileRecord, Manifest, base_digest
 from tpeft_deploy.bundle.slots import Target
-from tpeft_deploy.errors import BundleError, IntegrityError, UnknownTask
-from tpeft_deploy.files import digest_file, new_directory, remove_directory, replace_text
-from tpeft_deploy.formats import canonical
-from tpeft_deploy.formats.read.base_view import Lazy
+from tpeft_deploy.bundle.split import check_taken, part_of, taken_names
+from tpeft_deploy.bundle.task_store import BASE_TASK, Share, TaskStore, check_task
+from tpeft_deploy.errors import BundleError, IntegrityError
+from tpeft_deploy.files import digest_file
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.formats.write import onnx_adapter
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BANKED_CPU", "BANKED_CUDA", "BASE_TASK", "EXAMPLE", "FACTORED_CPU", "MANIFEST", "Bundle", "check_task"]
+__all__ = [
+    "BANKED_CPU",
+    "BANKED_CUDA",
+    "BASE_TASK",
+    "COMPONENTS",
+    "EXAMPLE",
+    "FACTORED_CPU",
+    "MANIFEST",
+    "MODEL",
+    "Bundle",
+    "check_task",
+]
 
-BASE_TASK = "base"
+MODEL = "model"  # component of a bundle of one graph
+COMPONENTS = "components"
 MANIFEST = "manifest.json"
 EXAMPLE = "example.npz"
 FACTORED_CPU, BANKED_CPU = "factored.cpu.onnx", "banked.cpu.onnx"
 BANKED_CUDA = "banked.cuda.onnx"
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk.  The manifest never changes; tasks are read from the directory at each call.
+    """A bundle on disk, or one of its components.  The manifest never changes; tasks are read at each call.
+
+    A bundle with several components has no graphs itself: what it computes for all of them has keys
+    `<component>/<key>`.  A component takes whole adapters and uses the part that changes its weights.
 
     Args:
-        path: directory of the bundle.
+        path: directory of the bundle, or of the component.
         manifest: parsed manifest.
+        parts: components of a bundle with several; empty otherwise.
+        share: for one of several components, what it has of the bundle.
     """
 
     path: Path
     manifest: Manifest
+    parts: Mapping[str, Bundle] = field(default_factory=dict)
+    share: Share | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -90,7 +113,57 @@ class Bundle:
         bundle = cls(path, Manifest.from_json(text, source=str(file)))
         for name, record in bundle.manifest.records.items():
             bundle._check_size(name, record)
-        return bundle
+        return bundle._with_parts() if bundle.manifest.components else bundle
+
+    def _with_parts(self) -> Bundle:
+        """Open the components, each with the digest of its manifest that this bundle's manifest names."""
+        opened = {}
+        for name, digest in self.manifest.components.items():
+            place = self.path / COMPONENTS / name
+            opened[name] = Bundle.open(place)
+            found = digest_file(place / MANIFEST)
+            if found != digest or opened[name].manifest.components:
+                raise IntegrityError(
+                    f"open bundle {self.path}, manifest of component {name!r}",
+                    expected=f"one of a single graph with digest {digest[:12]}...",
+                    got=f"{found[:12]}...",
+                    fix="The bundle was altered or damaged: export it again.",
+                )
+        return self.joined(opened)
+
+    def joined(self, parts: Mapping[str, Bundle]) -> Bundle:
+        """Make a bundle of components, each opened at its place.
+
+        Args:
+            parts: component -> bundle of one graph.
+        """
+        manifests = {name: part.manifest for name, part in parts.items()}
+        names = taken_names(
+            {name: manifest.stored for name, manifest in manifests.items()},
+            {name: manifest.ties for name, manifest in manifests.items()},
+        )
+        store = TaskStore(self.path, tuple(map(_native, parts)))
+        shared = {name: replace(part, share=Share(name, store, names[name])) for name, part in parts.items()}
+        aliases = {alias: held for manifest in manifests.values() for alias, held in manifest.aliases.items()}
+        ties = tuple(dict.fromkeys(group for manifest in manifests.values() for group in manifest.ties))
+        return replace(self, parts=shared, manifest=replace(self.manifest, aliases=aliases, ties=ties))
+
+    @property
+    def components(self) -> Mapping[str, Bundle]:
+        """Components in the order of the export; a bundle of one graph is one component named "model"."""
+        return self.parts or {MODEL: self}
+
+    @property
+    def base_digest(self) -> str:
+        """SHA-256 over the names and digests of the base weights of all components."""
+        weights = [part.manifest.weights for part in self.components.values()]
+        return base_digest({name: weight.digest for held in weights for name, weight in held.items()})
+
+    @cached_property
+    def store(self) -> TaskStore:
+        """Adapters on disk, which all components share."""
+        natives = tuple(map(_native, self.parts)) or (onnx_adapter.FILE,)
+        return self.share.store if self.share is not None else TaskStore(self.path, natives)
 
     def check_file(self, name: str) -> Path:
         """Check the digest of a file that the manifest lists (its `records`), and return its path.
@@ -113,12 +186,10 @@ class Bundle:
     @property
     def tasks(self) -> dict[str, str]:
         """Task -> digest of its current adapter, sorted by task."""
-        # A writer that was killed may leave temporary directories, with names that begin with a dot.
-        found = sorted((self.path / "adapters").glob("[!.]*/current"))
-        return {file.parent.name: self._alias(file) for file in found}
+        return self.store.tasks
 
     def adapter(self, task: str) -> Adapter:
-        """Read a task's current adapter.
+        """Read a task's current adapter, whole.
 
         Raises:
             UnknownTask: the bundle has no such task.
@@ -127,43 +198,17 @@ class Bundle:
         return self.version(task, self.digest(task))
 
     def version(self, task: str, digest: str, *, native: bool = True) -> Adapter:
-        """Read the current or an earlier version of a task's adapter.
+        """Read the current or an earlier version of a task's adapter, whole.
 
         Args:
             task: name of a task of the bundle.
             digest: digest of the adapter.
-            native: also check the .onnx_adapter file, from which the adapter is not read.
+            native: also check the .onnx_adapter files, from which the adapter is not read.
 
         Raises:
             IntegrityError: a file is missing or differs from its digest.
         """
-        place = self.path / "adapters" / task / digest
-        doing = f"open task {task!r} of bundle {self.path}"
-        try:
-            record = json.loads((place / "adapter.json").read_text(encoding="utf-8"))
-            recorded = {"adapter.json": record["digest"], **record["files"]}
-            if not native:
-                del recorded[onnx_adapter.FILE]
-            data = (place / canonical.FILE).read_bytes()
-            found = {"adapter.json": digest, canonical.FILE: hashlib.sha256(data).hexdigest()}
-            if native:
-                found[onnx_adapter.FILE] = digest_file(place / onnx_adapter.FILE)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(
-                doing,
-                expected=f"{canonical.FILE}, {onnx_adapter.FILE} and adapter.json under {digest[:12]}...",
-                got=f"one that cannot be read ({error})",
-                fix="Add the adapter again.",
-            ) from error
-        for name, value in [(canonical.FILE, digest), *recorded.items()]:
-            if found.get(name) != value:
-                raise IntegrityError(
-                    f"{doing}, file {name!r}",
-                    expected=f"digest {str(value)[:12]}...",
-                    got=f"{str(found.get(name))[:12]}...",
-                    fix="The file was altered or damaged: add the adapter again.",
-                )
-        return canonical.from_bytes(data, source=f"task {task!r} of {self.path}")
+        return self.store.version(task, digest, native=native)
 
     def digest(self, task: str) -> str:
         """Digest of a task's current adapter.
@@ -171,15 +216,11 @@ class Bundle:
         Raises:
             UnknownTask: the bundle has no such task.
         """
-        file = self.path / "adapters" / task / "current"
-        if not is_name(task) or not file.is_file():
-            raise UnknownTask(
-                f"open task {task!r} of bundle {self.path}",
-                expected=f"one of {', '.join(self.tasks) or 'no tasks at all'}",
-                got=repr(task),
-                fix=f"Add it with 'tpeft-deploy adapter add {self.path} {task}=ADAPTER'.",
-            )
-        return self._alias(file)
+        return self.store.digest(task)
+
+    def part(self, adapter: Adapter) -> Adapter | None:
+        """Reduce a whole adapter to the changes that this component takes; None if it takes none."""
+        return adapter if self.share is None else part_of(adapter, self.share.names)
 
     def oracle(self, task: str) -> dict[str, Any]:
         """Comparison of a task's adapter when the bundle was exported: keys `oracle`, `reason`, `error`, `digest`.
@@ -190,19 +231,42 @@ class Bundle:
         Raises:
             UnknownTask: the bundle has no such task.
         """
+        if self.parts:
+            return self._joint_oracle(task)
         digest, record = self.digest(task), self.manifest.oracles.get(task, {})
         if record.get("digest") == digest:
             return dict(record)
         reason = "the manifest records no comparison: the adapter was added later, or by an earlier version"
         return {"oracle": "merged", "reason": reason, "error": None, "digest": digest}
 
-    def fill(self, adapter: Adapter) -> dict[str, dict[str, Array]]:
-        """Compute an adapter's slots: target key (see `fit`) -> slot name -> array with the adapter's ranks.
+    def _joint_oracle(self, task: str) -> dict[str, Any]:
+        """Comparison of all components: by the training library if every component that the task changes was."""
+        found = [part.oracle(task) for part in self.parts.values() if task in part.manifest.oracles]
+        found = found or [part.oracle(task) for part in self.parts.values()]
+        errors = [record["error"] for record in found if record["error"] is not None]
+        merged = next((record for record in found if record["reason"]), found[0])
+        return {**merged, "error": max(errors, default=None)}
+
+    def _joined(self, read: Callable[[Bundle], Mapping[str, _T]]) -> dict[str, _T]:
+        return {f"{name}/{key}": value for name, part in self.parts.items() for key, value in read(part).items()}
+
+    def check_taken(self, adapter: Adapter, *, bundle: str | None = None) -> None:
+        """Check that each change is taken by a component, if there are several."""
+        names = {name: part.share.names for name, part in self.parts.items() if part.share is not None}
+        if names:
+            check_taken(adapter, names, doing=f"fit {adapter.source} to bundle {bundle or self.path}")
+
+    def fill(self, adapter: Adapter, *, bundle: str | None = None) -> dict[str, dict[str, Array]]:
+        """Compute an adapter's slots: target key (see `fit`) -> slot name -> array; messages name `bundle` or the path.
 
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
         """
-        return fit.fill(self.manifest, adapter, bundle=str(self.path), base_value=self.base_value)
+        if self.parts:
+            self.check_taken(adapter, bundle=bundle)
+            return self._joined(lambda component: component.fill(adapter, bundle=bundle))
+        part, name = self.part(adapter), bundle or str(self.path)
+        return {} if part is None else fit.fill(self.manifest, part, bundle=name, base_value=self.base_value)
 
     def factors(self, task: str) -> dict[str, Array]:
         """Tensors of a task by the names of factored.onnx's optional inputs; inputs left out default to the base."""
@@ -214,16 +278,21 @@ class Bundle:
         Raises:
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit this bundle.
         """
+        if self.parts:
+            self.check_taken(adapter)
+            return self._joined(lambda component: component.feeds(adapter))
         return fit.named(self.manifest, self.fill(adapter))
 
     def native(self, task: str) -> dict[str, Array]:
-        """Read a task's .onnx_adapter file; its tensors equal `factors(task)`.
+        """Read a task's .onnx_adapter files; the tensors equal `factors(task)`.
 
         Raises:
             UnknownTask: the bundle has no such task.
             IntegrityError: ONNX Runtime cannot read the file.
         """
-        return onnx_adapter.read(self.path / "adapters" / task / self.digest(task) / onnx_adapter.FILE)
+        if self.parts:
+            return self._joined(lambda component: component.native(task))
+        return self.store.native(task, _native(self.share.component) if self.share else onnx_adapter.FILE)
 
     def example(self) -> dict[str, Array]:
         """Read the example inputs that the base was exported with, as contiguous arrays.
@@ -231,6 +300,8 @@ class Bundle:
         Raises:
             IntegrityError: the file was altered, cannot be read, or lacks an input that the manifest names.
         """
+        if self.parts:
+            return self._joined(lambda component: component.example())
         file = self.check_file(EXAMPLE)
         names = [port.name for port in self.manifest.inputs]
         try:
@@ -244,15 +315,9 @@ class Bundle:
     @property
     def base_view(self) -> BaseView:
         """Base weights for `load_adapter(base=...)`, each read from weights.data on access."""
-        stored = dict(self.manifest.stored)
-        for group in self.manifest.ties:  # a name that no forward pass reads has the values of a tied name
-            held = next((stored[name] for name in group if name in stored), None)
-            stored |= {name: held for name in group if held is not None and name not in stored}
-        values = Lazy(stored, lambda name: self.base_value(stored[name]))
-        known = {name: self.manifest.weights[held] for name, held in stored.items()}
-        shapes = {name: weight.shape for name, weight in known.items()}
-        digests = {name: weight.digest for name, weight in known.items()}
-        return BaseView(f"bundle {self.path}", values, shapes=shapes, digests=digests)
+        if self.parts:
+            return joint_view(f"bundle {self.path}", [part.base_view for part in self.parts.values()])
+        return view_of(f"bundle {self.path}", self.manifest, self.base_value)
 
     def default(self, target: Target) -> dict[str, Array]:
         """Slots of a target for the base: zero change, or the base's tensor for an override."""
@@ -262,6 +327,8 @@ class Bundle:
 
     def sizes(self, adapter: Adapter | None) -> dict[str, int]:
         """Output that varies per task -> size of its varying axis for an adapter; None is the base."""
+        if self.parts:
+            return self._joined(lambda component: component.sizes(adapter))
         return fit.sizes(self.manifest, adapter)
 
     def base_value(self, name: str) -> Array:
@@ -269,17 +336,7 @@ class Bundle:
 
         A weight that the graphs hold quantised is filled with NaN.
         """
-        weight = self.manifest.weights[name]
-        if not weight.length:
-            # Quantised in the graphs: its shape is valid, and any result computed from it is refused as not finite.
-            return np.full(weight.shape, np.nan, np.float32)
-        with (self.path / "weights.data").open("rb") as stream:
-            stream.seek(weight.offset)
-            data = stream.read(weight.length)
-        if weight.dtype == "bfloat16":
-            bits = np.frombuffer(data, "<u2").astype(np.uint32) << 16
-            return bits.view(np.float32).reshape(weight.shape)
-        return np.frombuffer(data, weight.dtype).reshape(weight.shape).copy()
+        return read_weight(self.path / "weights.data", self.manifest.weights[name])
 
     def add(self, task: str, adapter: Adapter) -> str:
         """Store an adapter as the current version of a task, atomically; earlier versions stay on disk.
@@ -295,18 +352,20 @@ class Bundle:
             BundleError: the task name is not allowed.
             UnknownTarget, ShapeError, BaseMismatch: the adapter does not fit; nothing was written.
         """
+        if self.share is not None:
+            raise BundleError(
+                f"add task {task!r} to component {self.share.component!r}",
+                expected="the whole bundle, as a task belongs to all its components",
+                got="one component",
+                fix="Open the bundle's directory and add the task there.",
+            )
         check_task(task, self.manifest.name)
-        filled = self.fill(adapter)
-        data = adapter.to_bytes()
-        digest = hashlib.sha256(data).hexdigest()
-        place = self.path / "adapters" / task / digest
-        if place.is_dir() and not self._intact(task, digest):
-            remove_directory(place)
-        if not place.is_dir():
-            with new_directory(place) as new:
-                self._write(new, task, digest, adapter, data, filled)
+        self.check_taken(adapter)
+        feeds = {name: part.feeds(adapter) for name, part in self.components.items()}
+        natives = dict(zip(self.store.natives, feeds.values(), strict=True))
+        digest = self.store.write(task, adapter, natives, base_digest=self.base_digest)
         self._drop_folded(task)
-        replace_text(place.parent / "current", digest + "\n")
+        self.store.alias(task, digest)
         return digest
 
     def remove(self, task: str) -> None:
@@ -317,49 +376,7 @@ class Bundle:
         """
         self.digest(task)
         self._drop_folded(task)
-        remove_directory(self.path / "adapters" / task)
-
-    def _write(
-        self,
-        place: Path,
-        task: str,
-        digest: str,
-        adapter: Adapter,
-        data: bytes,
-        filled: Filled,
-    ) -> None:
-        (place / canonical.FILE).write_bytes(data)
-        onnx_adapter.write(place / onnx_adapter.FILE, fit.named(self.manifest, filled))
-        record = {
-            "schema": 1,
-            "task": task,
-            "digest": digest,
-            "base": self.manifest.base_digest,
-            "parameters": adapter.parameters,
-            "ranks": {name: list(delta.ranks) for name, delta in adapter.deltas.items()},
-            "overrides": {name: list(array.shape) for name, array in adapter.overrides.items()},
-            "left_out": dict(adapter.left_out),
-            "files": {name: digest_file(place / name) for name in (canonical.FILE, onnx_adapter.FILE)},
-        }
-        (place / "adapter.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-
-    def _intact(self, task: str, digest: str) -> bool:
-        try:
-            self.version(task, digest)
-        except IntegrityError:
-            return False
-        return True
-
-    def _alias(self, file: Path) -> str:
-        digest = file.read_text(encoding="utf-8", errors="replace").strip()
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
-            raise IntegrityError(
-                f"open task {file.parent.name!r} of bundle {self.path}, file {file.name!r}",
-                expected="a SHA-256 digest in hexadecimal",
-                got=repr(digest[:20]),
-                fix="Add the adapter again.",
-            )
-        return digest
+        self.store.remove(task)
 
     def _check_size(self, name: str, record: FileRecord) -> None:
         file = self.path / name
@@ -374,26 +391,10 @@ class Bundle:
 
     def _drop_folded(self, task: str) -> None:
         # Merged weights of an earlier version would otherwise be served for the new one.
-        for file in (f"{task}.onnx", f"{task}.onnx.data"):
-            (self.path / "folded" / file).unlink(missing_ok=True)
+        for part in self.components.values():
+            for file in (f"{task}.onnx", f"{task}.onnx.data"):
+                (part.path / "folded" / file).unlink(missing_ok=True)
 
 
-def check_task(task: str, bundle: str) -> str:
-    """Check a task name and return it.
-
-    Args:
-        task: name to check.
-        bundle: name of the bundle.
-
-    Raises:
-        BundleError: the name is malformed, or is the name of the base or of the bundle.
-    """
-    check_name(task, "task")
-    if task in (BASE_TASK, bundle):
-        raise BundleError(
-            f"name a task {task!r}",
-            expected="a name that is not in use",
-            got=f"the name of {'the base' if task == BASE_TASK else 'the bundle'}",
-            fix="Choose another name.",
-        )
-    return task
+def _native(component: str) -> str:
+    return f"{component}.onnx_adapter"

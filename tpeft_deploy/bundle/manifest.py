@@ -17,6 +17,10 @@ rounding    for a 16-bit base: error of its forward against the same in 32 bits,
 text        file of the folder text/ (see `text_files`) -> its digest and size; empty for a bundle without text
 decoder     for a causal language model in slot form (docs/internals/slot-form.md), its ports; null for other bundles
 digest      SHA-256 of all other fields
+
+The manifest of a bundle with several components has schema 2 and the fields `name`, `producer`, `digest` and
+
+components  component -> SHA-256 of its manifest.json, which describes its graphs as above; in the order of the export
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
+COMPONENTS_SCHEMA = 2
 Rows = Literal["each", "group"]
 OutputRows = Literal["each", "shared", "joint"]
 
@@ -175,6 +180,8 @@ class Manifest:
         tolerance: relative error accepted for float32 weights; None for the limit of 1e-5.
         left_out: task -> tensor -> reason, as `Adapter.left_out`.
         packing: inputs of banked.cuda.onnx that replace inputs of banked.onnx.
+        components: component -> digest of its manifest, for a bundle with several, which has no graphs itself; its
+            `aliases` and `ties` are then those of all components.
     """
 
     name: str
@@ -199,11 +206,17 @@ class Manifest:
     packing: tuple[Packed, ...] = ()
     decoder: DecoderPorts | None = None
     text: Mapping[str, FileRecord] = field(default_factory=dict)
+    components: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def records(self) -> dict[str, FileRecord]:
         """All files with recorded digests, by their paths in the bundle."""
         return {**self.files, **{f"text/{name}": record for name, record in self.text.items()}}
+
+    @classmethod
+    def of_components(cls, name: str, producer: str, components: Mapping[str, str]) -> Manifest:
+        """Make the manifest of a bundle with several components."""
+        return cls(name=name, producer=producer, components=components, **_NO_GRAPHS)
 
     @property
     def base_digest(self) -> str:
@@ -266,7 +279,12 @@ class Manifest:
 
     def to_json(self) -> str:
         """Serialise to the text of manifest.json."""
+        if self.components:
+            fields: dict[str, Any] = {"schema": COMPONENTS_SCHEMA, "name": self.name, "producer": self.producer}
+            fields["components"] = dict(self.components)
+            return json.dumps(fields | {"digest": _digest(fields)}, indent=1) + "\n"
         document = asdict(self)
+        del document["components"]
         document["base"] = {"digest": self.base_digest, "weights": document.pop("weights")}
         document["schema"] = SCHEMA
         document["digest"] = _digest(document)
@@ -291,19 +309,31 @@ class Manifest:
             raise IntegrityError(
                 f"read {source}", expected="a bundle's manifest", got=f"text that is not one ({error!r})"
             ) from error
-        if schema != SCHEMA:
+        if schema not in (SCHEMA, COMPONENTS_SCHEMA):
             raise VersionError(
                 f"read {source}",
-                expected=f"schema {SCHEMA}",
+                expected=f"schema {SCHEMA} or {COMPONENTS_SCHEMA}",
                 got=schema,
                 fix="Use the version of tpeft-deploy that wrote it, or export again.",
             )
         try:
-            manifest = _parse(cls, document)
+            manifest = _parse(cls, document) if schema == SCHEMA else _parse_components(cls, document)
         except (msgspec.ValidationError, KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"read {source}", problem=f"a field is missing or malformed ({error!r})") from error
         _check_digests(document, manifest, source)
         return manifest
+
+
+_NO_GRAPHS: Mapping[str, Any] = {
+    "weights": {},
+    "aliases": {},
+    "targets": (),
+    "inputs": (),
+    "outputs": (),
+    "files": {},
+    "rows": "each",
+    "rows_reason": "",
+}
 
 
 def base_digest(digests: Mapping[str, str]) -> str:
@@ -318,10 +348,9 @@ def _digest(document: Mapping[str, Any]) -> str:
 
 
 def _check_digests(document: Mapping[str, Any], manifest: Manifest, source: str) -> None:
-    checks = {
-        "the manifest's digest": (_digest(document), document.get("digest")),
-        "the base digest": (manifest.base_digest, document["base"].get("digest")),
-    }
+    checks = {"the manifest's digest": (_digest(document), document.get("digest"))}
+    if not manifest.components:
+        checks["the base digest"] = (manifest.base_digest, document["base"].get("digest"))
     for what, (expected, got) in checks.items():
         if expected != got:
             raise IntegrityError(
@@ -336,10 +365,19 @@ def _check_digests(document: Mapping[str, Any], manifest: Manifest, source: str)
 
 
 def _parse(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
-    fields = {**document, "weights": document["base"]["weights"], "ties": _ties(document)}
+    fields = {**document, "weights": document["base"]["weights"], "ties": _ties(document), "components": {}}
     manifest = msgspec.convert(fields, cls)
     if manifest.tolerance is not None and not 0 < manifest.tolerance <= WIDEST_TOLERANCE:
         raise ValueError(f"tolerance {manifest.tolerance!r}")
+    return manifest
+
+
+def _parse_components(cls: type[Manifest], document: Mapping[str, Any]) -> Manifest:
+    given = {key: document[key] for key in ("name", "producer", "components")}
+    manifest = msgspec.convert({**_NO_GRAPHS, **given}, cls)
+    wrong = [name for name in manifest.components if not is_name(name)]
+    if wrong or not manifest.components:
+        raise ValueError(f"component {wrong[0]!r}" if wrong else "no components")
     return manifest
 
 

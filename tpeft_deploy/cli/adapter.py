@@ -59,9 +59,11 @@ def list_(bundle: Path, as_json: bool) -> None:
     from tpeft_deploy.bundle.directory import Bundle
 
     opened = Bundle.open(bundle)
+    manifests = [part.manifest for part in opened.components.values()]
+    tolerances = [manifest.tolerance for manifest in manifests if manifest.tolerance is not None]
     document = {
         "bundle": opened.manifest.name,
-        "tolerance": opened.manifest.tolerance,
+        "tolerance": max(tolerances, default=None),
         "tasks": [_describe(opened, task) for task in opened.tasks],
     }
     emit(document, key="tasks", columns=_COLUMNS, as_json=as_json)
@@ -80,5 +82,5 @@ def _describe(bundle: Any, task: str) -> dict[str, Any]:
         "deltas": len(loaded.deltas),
         "overrides": len(loaded.overrides),
         "oracle": bundle.oracle(task)["oracle"],
-        "folded": (bundle.path / "folded" / f"{task}.onnx").is_file(),
+        "folded": any((part.path / "folded" / f"{task}.onnx").is_file() for part in bundle.components.values()),
     }

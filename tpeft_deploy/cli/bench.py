@@ -57,12 +57,18 @@ def bench(
     All cases run alternately in one process; a ratio is the median of the ratios within each round.
     """
     from tpeft_deploy.bundle.directory import Bundle
+    from tpeft_deploy.errors import BundleError
     from tpeft_deploy.files import new_file
     from tpeft_deploy.runtime.bench import bench_bundle, render
 
+    opened = Bundle.open(bundle)
+    if opened.parts:
+        raise BundleError(
+            f"measure bundle {bundle}", expected="a bundle of one graph", got=f"components {', '.join(opened.parts)}"
+        )
     with stages() as begin:
         found = bench_bundle(
-            Bundle.open(bundle),
+            opened,
             provider=provider,
             rows=rows,
             seconds=seconds,

@@ -98,9 +98,15 @@ def _write(adapter: Adapter, out: Path, target: str, bundle: Path | None, base: 
     elif bundle is not None:
         from tpeft_deploy.bundle.directory import Bundle
 
-        tensors = Bundle.open(bundle).feeds(adapter)
-        with new_file(out) as temporary:
-            onnx_adapter.write(temporary, tensors)
+        opened = Bundle.open(bundle)
+        tensors = opened.feeds(adapter)
+        if not opened.parts:
+            with new_file(out) as temporary:
+                onnx_adapter.write(temporary, tensors)
+            return
+        with new_directory(out) as new:
+            for name, part in opened.parts.items():
+                onnx_adapter.write(new / f"{name}.onnx_adapter", part.feeds(adapter))
     elif out.suffix == ".safetensors" and not out.is_dir():
         with new_file(out) as temporary:
             temporary.write_bytes(adapter.to_bytes())

@@ -186,7 +186,7 @@ def bundle(
     """Write a bundle: plain, factored and banked graphs that share the weights of BASE, and the adapters."""
     from tpeft_deploy.composition import at_strength
     from tpeft_deploy.exporters import export_bundle
-    from tpeft_deploy.exporters.bases.load import load_base
+    from tpeft_deploy.exporters.components import find_components
     from tpeft_deploy.exporters.planning import plan_bundle
     from tpeft_deploy.formats import load_adapter
 
@@ -202,17 +202,16 @@ def bundle(
     place = None if dry_run else _place(out)
     with stages() as begin:
         begin("load the base")
-        opened = load_base(
-            base,
-            example_inputs=read_inputs(inputs, base),
-            weights=weights,
-            rename=dict(rename),
-            generation=generation,
-        )
+        given: Any = {"example_inputs": read_inputs(inputs, base), "weights": weights, "rename": dict(rename)}
+        components = None if generation else find_components(base)
+        if components is not None and dry_run:
+            raise click.UsageError("--dry-run takes a base of one graph.")
+        opened, view = _open(base, components, given | {"generation": generation})
+        options |= given if components is not None else {}
         loaded = {}
         for position, (task, path, strength) in enumerate(adapters):
             begin(Stage(f"read {task}", position, len(adapters)))
-            loaded[task] = at_strength(load_adapter(path, base=opened.view, part=part), strength, task=task)
+            loaded[task] = at_strength(load_adapter(path, base=view, part=part), strength, task=task)
         if place is None:
             named = name or (out.resolve().name if out is not None else "bundle")
             plan = plan_bundle(opened, loaded, name=named, progress=begin, **options).to_json()
@@ -225,23 +224,40 @@ def bundle(
         _show_written(written, as_json)
 
 
+def _open(base: str, components: dict[str, Any] | None, given: dict[str, Any]) -> tuple[Any, object]:
+    """Base to export, and the model against which names of adapters are resolved."""
+    from tpeft_deploy.exporters.bases.load import load_base
+
+    if components is not None:
+        return components, next(iter(components.values())).module
+    opened = load_base(base, **given)
+    return opened, opened.view
+
+
 def _show_written(written: Bundle, as_json: bool) -> None:
-    manifest = written.manifest
+    manifests = {name: part.manifest for name, part in written.components.items()}
+    tolerances = [manifest.tolerance for manifest in manifests.values() if manifest.tolerance is not None]
+    left_out = {task: names for manifest in manifests.values() for task, names in manifest.left_out.items()}
+    oracles = {task: written.oracle(task) for task in written.tasks}
     document: dict[str, Any] = {
         "path": str(written.path),
-        "name": manifest.name,
-        "rows": manifest.rows,
-        "tolerance": manifest.tolerance,
+        "name": written.manifest.name,
+        "rows": "group" if any(manifest.rows == "group" for manifest in manifests.values()) else "each",
+        "tolerance": max(tolerances, default=None),
         "tasks": written.tasks,
-        "gate": list(manifest.gate),
-        "oracles": dict(manifest.oracles),
-        "left_out": dict(manifest.left_out),
+        "gate": [
+            {**check, "form": f"{name} {check['form']}" if written.parts else check["form"]}
+            for name, manifest in manifests.items()
+            for check in manifest.gate
+        ],
+        "oracles": oracles,
+        "left_out": left_out,
     }
     emit(document, key="gate", columns=_COLUMNS, as_json=as_json)
-    for task, record in () if as_json else manifest.oracles.items():
+    for task, record in () if as_json else oracles.items():
         why = f": {record['reason']}" if record["reason"] else ""
         click.echo(f"task {task}: oracle {record['oracle']}, error {record['error']:.3g}{why}")
-    for task, names in () if as_json else manifest.left_out.items():
+    for task, names in () if as_json else left_out.items():
         tell_left_out(names, task)
 
 

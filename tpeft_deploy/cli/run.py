@@ -26,6 +26,7 @@ __all__ = ["run"]
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The .npz file to write.")
 @click.option("--task", help="Task of all rows; the base by default.")
 @click.option("--tasks", help="One task per row, separated by commas: A,B,A.")
+@click.option("--component", help="Component to run; needed where the bundle has several.")
 @click.option("--outputs", help="Outputs to write, separated by commas; all by default.")
 @provider_option
 @tf32_option
@@ -36,6 +37,7 @@ def run(
     output: Path,
     task: str | None,
     tasks: str | None,
+    component: str | None,
     outputs: str | None,
     provider: str,
     allow_tf32: bool,
@@ -55,9 +57,9 @@ def run(
     runtime = Runtime(bundle, provider=provider, allow_tf32=allow_tf32, preload=False, own_copy=False)
     selected = outputs.split(",") if outputs is not None else None
     if tasks is not None:
-        results = runtime.run(inputs, tasks=tasks.split(","), outputs=selected)
+        results = runtime.run(inputs, tasks=tasks.split(","), outputs=selected, component=component)
     else:
-        results = dict(runtime.run(inputs, task or "base", outputs=selected))
+        results = dict(runtime.run(inputs, task or "base", outputs=selected, component=component))
     arrays = _flat(results)
     with new_file(output) as temporary, temporary.open("wb") as stream:
         import numpy as np

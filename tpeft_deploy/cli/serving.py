@@ -86,18 +86,20 @@ def _form(form: str, possible: bool | None, rows: str | None, size: int | None, 
 
 
 def _of_bundle(adapter: Adapter, bundle: Bundle) -> list[dict[str, Any]]:
-    manifest = bundle.manifest
+    manifests = [part.manifest for part in bundle.components.values()]
+    weight_bytes = sum(manifest.weight_bytes for manifest in manifests)
+    grouped = next((manifest for manifest in manifests if manifest.rows == "group"), manifests[0])
     try:
         filled = bundle.fill(adapter)
     except AdapterError as error:
         row = refused(error)
-        return [_three(adapter, manifest.weight_bytes, None, rows=None, reason="")[0]] + [
+        return [_three(adapter, weight_bytes, None, rows=None, reason="")[0]] + [
             {**row, "form": form} for form in ("factored", "banked")
         ]
     size = sum(array.nbytes for tensors in filled.values() for array in tensors.values())
-    reason = f"it fits the branches of bundle {manifest.name}"
-    rows = f"{reason}; one task per run: {manifest.rows_reason}" if manifest.rows_reason else reason
-    found = _three(adapter, manifest.weight_bytes, size, rows=manifest.rows, reason=reason)
+    reason = f"it fits the branches of bundle {bundle.manifest.name}"
+    rows = f"{reason}; one task per run: {grouped.rows_reason}" if grouped.rows_reason else reason
+    found = _three(adapter, weight_bytes, size, rows=grouped.rows, reason=reason)
     return [*found[:2], {**found[2], "reason": rows}]
 
 

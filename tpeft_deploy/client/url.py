@@ -74,7 +74,8 @@ def part(name: str, what: str) -> str:
 
 
 def model_path(name: str) -> str:
-    """Return the path of the model `name` or `name@version`."""
-    task, at, version = name.partition("@")
-    path = f"/v2/models/{part(task, 'task')}"
+    """Return the path of the model `name`, `name/component`, or either with `@version`."""
+    model, at, version = name.partition("@")
+    task, slash, component = model.partition("/")
+    path = f"/v2/models/{part(task, 'task')}" + (f"%2F{part(component, 'component')}" if slash else "")
     return f"{path}/versions/{part(version, 'version')}" if at else path

@@ -113,7 +113,7 @@ class Pool:
         observe: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
         self._path = bundle.path.resolve()
-        self._header_bytes = header_bytes(bundle.manifest)
+        self._header_bytes = sum(header_bytes(part.manifest) for part in bundle.components.values())
         self._limits = limits or Limits()
         self._program = program
         self._observe = observe

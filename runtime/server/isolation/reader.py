@@ -30,7 +30,6 @@ from typing import Any, NoReturn
 import safetensors.numpy  # noqa: F401  # otherwise each fork would import it
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import fit
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import AdapterError, ProtocolError, TpeftError
 from tpeft_deploy.formats import load_adapter
@@ -70,7 +69,7 @@ def read(bundle: Bundle, directory: Path, of: str) -> Adapter:
         text = str(error).replace(str(weights), of).replace(str(directory), of)
         raise type(error)(text) from error
     found = replace(found, source=of)  # also for later messages
-    fit.fill(manifest, found, bundle=repr(manifest.name), base_value=bundle.base_value)
+    bundle.fill(found, bundle=repr(manifest.name))
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 from tpeft_deploy.errors import Conflict, ProtocolError
 from tpeft_deploy.runtime.server.operations.options import Options
@@ -13,7 +12,7 @@ from tpeft_deploy.runtime.server.registry import KeyRecord, State, TenantRecord
 from tpeft_deploy.runtime.server.telemetry.inference_events import EventBuffer
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
-from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
+from tpeft_deploy.runtime.server.tenancy.fair_order import Orders
 from tpeft_deploy.runtime.server.tenancy.pins import Pins
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 from tpeft_deploy.runtime.server.v2.messages import Document
@@ -28,14 +27,14 @@ class Admin:
     Args:
         state: the registry.
         options: configuration of the operations.
-        order: order of the runtime's queue.
+        order: orders of the runtime's queues.
         pins: pinned versions of the tenants.
         changes: rate limit of changes per key.
         events: flushed before metrics are rendered.
     """
 
     def __init__(
-        self, state: State, options: Options, order: Fair[Any], pins: Pins, changes: ChangeRate, events: EventBuffer
+        self, state: State, options: Options, order: Orders, pins: Pins, changes: ChangeRate, events: EventBuffer
     ) -> None:
         self._state = state
         self._options = options

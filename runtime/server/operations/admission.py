@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import fit
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import AdapterError
 from tpeft_deploy.runtime import Runtime, Source
@@ -45,10 +44,8 @@ class Admission:
             AdapterError: no output changes, outputs are not finite, or its values make arithmetic fail.
             CapacityError: the device has no room for the adapter.
         """
-        # Not `Bundle.fill`: its messages would reveal the path of the bundle to clients.
-        bundle = self._bundle
         with _refusing(record.task):
-            fit.fill(bundle.manifest, adapter, bundle=repr(bundle.manifest.name), base_value=bundle.base_value)
+            self._bundle.fill(adapter, bundle=repr(self._bundle.manifest.name))
         self._runtime.register({record.key: Source(record.digest, partial(self._read, record))})
         try:
             with _refusing(record.task):

@@ -160,8 +160,8 @@ class Resolved(NamedTuple):
     per_row: bool
 
 
-def resolve(find: Lookup, bundle: str, tenant: str, request: InferRequest) -> Resolved:
-    """Resolve the targets of a request.
+def resolve(find: Lookup, bundle: str, tenant: str, request: InferRequest, model: str | None = None) -> Resolved:
+    """Resolve the targets of a request for `model`, by default the model that it names.
 
     A task name selects that task; the bundle's name and `base` use the parameter (or header) `adapter`, and the
     bundle's name also the input `adapter`. Conflicting names are refused, and so is the bundle's name without an
@@ -171,8 +171,9 @@ def resolve(find: Lookup, bundle: str, tenant: str, request: InferRequest) -> Re
         ProtocolError: no adapter, two different ones, or an invalid input `adapter`.
         NotFound: a task is not visible to the tenant; the error names the row if there are several.
     """
-    if request.model != bundle:
-        return Resolved([_single(find, tenant, request)], per_row=False)
+    model = request.model if model is None else model
+    if model != bundle:
+        return Resolved([_single(find, tenant, request, model)], per_row=False)
     _check_version(request)
     rows = request.inputs.get(ADAPTER_INPUT)
     if rows is None:
@@ -194,12 +195,12 @@ def resolve(find: Lookup, bundle: str, tenant: str, request: InferRequest) -> Re
     return Resolved([known[name] for name in names], per_row=len(names) > 1)
 
 
-def _single(find: Lookup, tenant: str, request: InferRequest) -> Target:
-    if request.model == BASE_TASK:
+def _single(find: Lookup, tenant: str, request: InferRequest, model: str) -> Target:
+    if model == BASE_TASK:
         _check_version(request)
         return BASE if request.adapter is None else _by_name(find, tenant, request.adapter)
-    found = find(tenant, request.model, request.version)
-    if request.adapter is not None and request.adapter != request.model:
+    found = find(tenant, model, request.version)
+    if request.adapter is not None and request.adapter != model:
         raise _disagreement(request, f"model {request.model!r}")
     return found
 

@@ -15,6 +15,7 @@ from tpeft_deploy.runtime import Limits, Runtime
 from tpeft_deploy.runtime.server.isolation.pool import Direct
 from tpeft_deploy.runtime.server.operations.admin import Admin
 from tpeft_deploy.runtime.server.operations.admission import Admission
+from tpeft_deploy.runtime.server.operations.components import Components
 from tpeft_deploy.runtime.server.operations.inference import Inference
 from tpeft_deploy.runtime.server.operations.load_parameters import check_unload_parameters, files_of, parts_of
 from tpeft_deploy.runtime.server.operations.models import Model, Models
@@ -26,7 +27,7 @@ from tpeft_deploy.runtime.server.telemetry.inference_events import EventBuffer
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import LOCAL, SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
-from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
+from tpeft_deploy.runtime.server.tenancy.fair_order import Fair, Orders
 from tpeft_deploy.runtime.server.tenancy.pins import Pins
 from tpeft_deploy.runtime.server.tenancy.quotas import Meter, queue_shares
 from tpeft_deploy.runtime.server.v2 import metadata
@@ -49,23 +50,28 @@ class Service:
         runtime: runs the bundle, with `order` as the order of its queue.
         bundle: the served bundle.
         state: the registry.
-        order: order of the runtime's queue.
+        order: orders of the runtime's queues.
         options: configuration.
 
     Attributes:
         admin: operations on keys, tenants, the audit log and the metrics.
         infer: `Inference.infer`; not wrapped, as it is called most.
+        components: components of the bundle, as they are named by clients.
         largest_body: size of the largest useful request body; None if the model's inputs are unbounded.
     """
 
     def __init__(
-        self, runtime: Runtime, bundle: Bundle, state: State, order: Fair[Any], options: Options | None = None
+        self, runtime: Runtime, bundle: Bundle, state: State, order: Orders, options: Options | None = None
     ) -> None:
         self._options = options or Options()
         pools = self._pools = self._options.pools
         self._lists = Turns()
         self._manifest = bundle.manifest
-        self.largest_body = largest_body(bundle.manifest, self._options.limits.max_request_rows)
+        self.components = Components(bundle)
+        bodies = [
+            largest_body(own, self._options.limits.max_request_rows) for own in self.components.manifests.values()
+        ]
+        self.largest_body = None if None in bodies else max(body for body in bodies if body is not None)
         self._runtime = runtime
         self._state = state
         self._ready = True
@@ -74,9 +80,7 @@ class Service:
         self._statistics = Statistics()
         self._models = Models(bundle, state)
         self._events = EventBuffer(self._statistics.inference, self._options.observe)
-        self._inference = Inference(
-            runtime, bundle.manifest, self._models.target, self._meter.spend_rows, self._events.publish
-        )
+        self._inference = Inference(runtime, bundle, self._models.target, self._meter.spend_rows, self._events.publish)
         self.infer: Callable[[Principal, InferRequest], Coroutine[Any, Any, InferResponse]] = self._inference.infer
         self._management = Management(
             runtime,
@@ -164,15 +168,16 @@ class Service:
 
     def model_metadata(self, principal: Principal, name: str, version: str = "") -> Document:
         """Return name, versions, platform, inputs and outputs of a model."""
-        model = self._model(principal, name, version)
-        return metadata.metadata(self._manifest, name, list(model.versions), mixed=model.mixed)
+        model, component = self._model(principal, name, version)
+        manifest = self.components.manifest(model.name, component)
+        return metadata.metadata(manifest, name, list(model.versions), mixed=model.mixed)
 
     def model_config(self, principal: Principal, name: str, version: str = "") -> Document:
         """Return a model's configuration in the fields of Triton's ModelConfig."""
-        model = self._model(principal, name, version)
+        model, component = self._model(principal, name, version)
         limits = self._options.limits
         return metadata.config(
-            self._manifest,
+            self.components.manifest(model.name, component),
             name,
             list(model.versions),
             max_rows=limits.max_rows,
@@ -182,12 +187,14 @@ class Service:
 
     def model_ready(self, principal: Principal, name: str, version: str = "") -> bool:
         """Return whether a request for the model would be served."""
-        return self._ready and self._models.is_ready(self._model(principal, name, version))
+        return self._ready and self._models.is_ready(self._model(principal, name, version)[0])
 
     async def statistics(self, principal: Principal, name: str = "", version: str = "") -> Document:
         """Return {"model_stats": [...]} of one model, or of all models that the principal sees."""
+        asked = None
         if name:
-            models = iter([self._model(principal, name, version)])
+            own, asked = self._model(principal, name, version)
+            models = iter([own])
         else:
             allow(principal, Action.READ)
             models = await self._visible(principal.tenant)
@@ -197,7 +204,9 @@ class Service:
 
         def show(model: Model) -> None:
             found.extend(
-                self._statistics.document(model.tenant, model.name, number, asked_by) for number in model.versions
+                self._statistics.document(model.tenant, shown, number, asked_by)
+                for shown in self.components.names(model.name, asked)
+                for number in model.versions
             )
 
         async with self._lists.turn(principal.tenant):
@@ -214,7 +223,8 @@ class Service:
             if is_ready or not ready:
                 state, reason = ("READY", "") if is_ready else ("UNAVAILABLE", "unloaded")
                 found.extend(
-                    {"name": model.name, "version": number, "state": state, "reason": reason}
+                    {"name": shown, "version": number, "state": state, "reason": reason}
+                    for shown in self.components.names(model.name)
                     for number in model.versions
                 )
 
@@ -345,9 +355,10 @@ class Service:
         allow(principal, action)
         self._changes.spend(principal.key)
 
-    def _model(self, principal: Principal, name: str, version: str) -> Model:
+    def _model(self, principal: Principal, name: str, version: str) -> tuple[Model, str | None]:
         allow(principal, Action.READ)
-        return self._models.model(principal.tenant, name, version)
+        model, component = self.components.split(name)
+        return self._models.model(principal.tenant, model, version), component
 
     def _changeable(self, principal: Principal, name: str) -> Model:
         model = self._models.model(principal.tenant, name)
@@ -392,7 +403,7 @@ def _page(models: Iterator[Model], limit: int | None) -> Iterator[Model]:
         yield model
 
 
-def order_of(state: State, limits: Limits) -> Fair[Any]:
-    """Create the order of a queue: weighted fair queueing over tenants, each limited to its share."""
+def order_of(state: State, limits: Limits) -> Orders:
+    """Create the orders of queues: weighted fair queueing over tenants, each limited to its share."""
     quota = state.tenants.quota
-    return Fair(quota.weight, queue_shares(quota, limits.max_queue_rows))
+    return Orders(lambda: Fair(quota.weight, queue_shares(quota, limits.max_queue_rows)))

@@ -26,6 +26,10 @@ from tpeft_deploy.runtime.server.v2.statuses import MethodNotAllowed
 
 __all__ = ["Application", "application", "model_of"]
 
+_MODELS = "/v2/models/"
+_SUFFIX = 4  # segment of a path behind that of the model
+_NAMES = 2  # in the name of a model: MODEL/COMPONENT
+_SUFFIXES = frozenset({"infer", "ready", "config", "stats", "versions"})  # components of such names need %2F
 _INFER = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
 
 
@@ -51,6 +55,7 @@ class Application:
         self._observe = observe
         self._intake = intake or Intake()
         self._infer = InferenceEndpoint(core, limits, self._intake)
+        self._several = bool(core.components.several)
         self._table: list[tuple[re.Pattern[str], Route]] = [(compile_path(own.path)[0], own) for own in ROUTES]
         self._table.append((compile_path(openapi.ROUTE.path)[0], openapi.ROUTE))
 
@@ -63,7 +68,7 @@ class Application:
             return
         context = HttpContext(self._core, self._limits, self._intake, scope, receive)
         try:
-            asked = _asked(scope)
+            asked = _asked(scope, several=self._several)
             if asked is not None and scope["method"] == "POST":
                 context.route = _INFER[bool(asked[1])]
                 await self._infer(*asked, context, send)
@@ -118,10 +123,10 @@ class Application:
 
     def _find(self, scope: Scope, inference: bool) -> tuple[Route | ServerError, dict[str, str]]:
         methods = {"POST"} if inference else set[str]()
-        path = _raw(scope)
+        path = _path(scope, several=self._several)
         for pattern, route in self._table:
             match = pattern.match(path)
-            names = None if match is None else _unquoted(match.groupdict())
+            names = None if match is None else _unquoted(match.groupdict(), several=self._several)
             if names is not None:
                 if route.method == scope["method"]:
                     return route, names
@@ -160,20 +165,41 @@ def model_of(path: str) -> tuple[str, str] | None:
     return None
 
 
-def _asked(scope: Scope) -> tuple[str, str] | None:
-    """Return the model and version of an inference path; None for other paths."""
+def _path(scope: Scope, *, several: bool) -> str:
+    """Return the undecoded path; with several components, the model in one segment.
+
+    Clients do not encode the slash of MODEL/COMPONENT.
+    """
     path = _raw(scope)
+    if several and path.startswith(_MODELS):
+        parts = path.split("/")
+        if len(parts) > _SUFFIX and parts[_SUFFIX] not in _SUFFIXES:
+            parts[_SUFFIX - 1 : _SUFFIX + 1] = [f"{parts[_SUFFIX - 1]}%2F{parts[_SUFFIX]}"]
+            return "/".join(parts)
+    return path
+
+
+def _asked(scope: Scope, *, several: bool = False) -> tuple[str, str] | None:
+    """Return the model and version of an inference path; None for other paths."""
+    path = _path(scope, several=several)
     asked = model_of(path)
     if asked is None or "%" not in path:
         return asked
-    names = _unquoted({"model": asked[0], "version": asked[1]})
+    names = _unquoted({"model": asked[0], "version": asked[1]}, several=several)
     return None if names is None else (names["model"], names["version"])
 
 
-def _unquoted(names: dict[str, str]) -> dict[str, str] | None:
-    """Percent-decode the names of a path; return None if a decoded name would contain a path."""
-    found = {part: unquote(name) if "%" in name else name for part, name in names.items()}
-    return None if any("/" in name or name in {".", ".."} for name in found.values()) else found
+def _unquoted(given: dict[str, str], *, several: bool) -> dict[str, str] | None:
+    """Percent-decode the names of a path; return None if a decoded name would contain a path.
+
+    With several components, the name of one behind that of a model is no path.
+    """
+    found = {part: unquote(name) if "%" in name else name for part, name in given.items()}
+    for part, name in found.items():
+        names = name.split("/") if several and part == "model" else [name]
+        if len(names) > _NAMES or any("/" in own or own in {".", ".."} for own in names):
+            return None
+    return found
 
 
 async def _answer(document: object) -> Response:

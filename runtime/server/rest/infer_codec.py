@@ -128,6 +128,7 @@ def decode(
         id=head.id,
         outputs=head.outputs,
         adapter=head.adapter if adapter is None else _agreed(head.adapter, adapter),
+        component=head.component,
         timeout=head.timeout,
         priority=head.priority,
         traceparent=traceparent,

@@ -74,6 +74,7 @@ class Head(msgspec.Struct, frozen=True):
         model_name: model name, if the JSON repeats it.
         id: request id set by the client.
         adapter: parameter `adapter`.
+        component: parameter `component`.
         timeout: timeout in seconds; None means no timeout.
         priority: request priority; 0 by default.
         raw: whether outputs missing from `chosen` are sent raw.
@@ -85,6 +86,7 @@ class Head(msgspec.Struct, frozen=True):
     model_name: str | None
     id: str
     adapter: str | None
+    component: str | None
     timeout: float | None
     priority: int
     raw: bool
@@ -133,7 +135,8 @@ def head_of(model: str, text: bytes, limits: RestLimits, blocks: Mapping[bytes, 
         outputs=_names(outputs),
         model_name=parsed.model_name,
         id=parsed.id or "",
-        adapter=_adapter(parameters),
+        adapter=_name(parameters, "adapter", "a task"),
+        component=_name(parameters, "component", "a component"),
         timeout=_whole(parameters, "timeout") / 1e6 or None,
         priority=_whole(parameters, "priority"),
         raw=bool(parameters.get("binary_data_output", False)),
@@ -261,10 +264,10 @@ def _whole(parameters: Mapping[str, Parameter], key: str) -> int:
     return value
 
 
-def _adapter(parameters: Mapping[str, Parameter]) -> str | None:
-    value = parameters.get("adapter")
+def _name(parameters: Mapping[str, Parameter], key: str, what: str) -> str | None:
+    value = parameters.get(key)
     if value is not None and not isinstance(value, str):
-        raise ProtocolError("parameter 'adapter'", expected="the name of a task", got=repr(value))
+        raise ProtocolError(f"parameter {key!r}", expected=f"the name of {what}", got=repr(value))
     return value
 
 

@@ -29,6 +29,9 @@ _ERRORS = {
     "504": "the request's deadline expired",
     "507": "the server's disk is full; nothing was changed",
 }
+_MODEL = (
+    "name of a task, of the base or of the bundle; MODEL/COMPONENT, with '/' or '%2F', where it has several components"
+)
 _PARAMETERS = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
 _TENSOR = {
     "type": "object",
@@ -158,7 +161,11 @@ def _upload() -> dict[str, Any]:
 
 def _parameters(route: Route) -> list[dict[str, Any]]:
     names = re.findall(r"{(\w+)}", route.path)
-    found = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    found: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+    ]
+    if names[:1] == ["model"]:
+        found[0]["description"] = _MODEL
     for name, text in route.query.items():
         schema = {"type": "integer", "minimum": 0} if name in {"limit", "before"} else {"type": "string"}
         found.append({"name": name, "in": "query", "required": False, "schema": schema, "description": text})

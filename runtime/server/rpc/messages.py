@@ -55,7 +55,8 @@ def request_of(
         version=message.model_version,
         id=message.id,
         outputs=_outputs(message),
-        adapter=_agreed([*_adapter(parameters), *([] if adapter is None else [adapter])]),
+        adapter=_agreed([*_name(parameters, "adapter", "a task"), *([] if adapter is None else [adapter])]),
+        component=next(iter(_name(parameters, "component", "a component")), None),
         timeout=timeout,
         priority=_whole(parameters, "priority"),
     )
@@ -185,12 +186,12 @@ def _whole(parameters: Mapping[str, Parameter], key: str) -> int:
     return value
 
 
-def _adapter(parameters: Mapping[str, Parameter]) -> list[str]:
-    if "adapter" not in parameters:
+def _name(parameters: Mapping[str, Parameter], key: str, what: str) -> list[str]:
+    if key not in parameters:
         return []
-    value = parameters["adapter"]
+    value = parameters[key]
     if not isinstance(value, str):
-        raise ProtocolError("parameter 'adapter'", expected="the name of a task", got=value)
+        raise ProtocolError(f"parameter {key!r}", expected=f"the name of {what}", got=value)
     return [value]
 
 

@@ -28,6 +28,7 @@ class InferenceEvent(msgspec.Struct, frozen=True):
         seconds: time from arrival to response.
         failed: whether the inference raised.
         traceparent: W3C trace context of the caller; empty if there is none.
+        component: component that ran; empty if the bundle has one graph.
     """
 
     tenant: str
@@ -38,6 +39,7 @@ class InferenceEvent(msgspec.Struct, frozen=True):
     seconds: float
     failed: bool
     traceparent: str = ""
+    component: str = ""
 
 
 class EventBuffer:

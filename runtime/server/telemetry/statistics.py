@@ -1,4 +1,4 @@
-"""Counts and durations by task for the statistics extension; not thread-safe, used on the event loop only."""
+"""Counts and durations by model for the statistics extension; not thread-safe, used on the event loop only."""
 
 from __future__ import annotations
 
@@ -92,7 +92,10 @@ class Tally:
 
 
 class Statistics:
-    """Tallies by task, version and calling tenant; dropped when a task is unloaded or deleted."""
+    """Tallies by model, version and calling tenant; dropped when a task is unloaded or deleted.
+
+    A model is a task, or TASK/COMPONENT where the bundle has several components.
+    """
 
     def __init__(self) -> None:
         self._tallies: dict[tuple[str, str, str], dict[str, Tally]] = {}
@@ -101,7 +104,7 @@ class Statistics:
         """Count an inference for each version that it ran on."""
         targets, timing = observed.targets, observed.timing
         for target in set(targets) if len(targets) > 1 else targets:
-            tally = self._tally(target, observed.tenant)
+            tally = self._tally(target, observed)
             if observed.failed:
                 tally.failing_after(observed.seconds)
                 continue
@@ -110,31 +113,32 @@ class Statistics:
 
     def drop(self, tenant: str, task: str) -> None:
         """Drop the tallies of a task."""
-        for key in [key for key in self._tallies if key[:2] == (tenant, task)]:
+        for key in [key for key in self._tallies if (key[0], key[1].partition("/")[0]) == (tenant, task)]:
             del self._tallies[key]
 
-    def document(self, tenant: str, task: str, version: str, asked_by: str | None = None) -> Document:
+    def document(self, tenant: str, model: str, version: str, asked_by: str | None = None) -> Document:
         """Return the statistics document of a version; all zeros before its first request.
 
         Args:
             tenant: owner of the task.
-            task: name of the task.
+            model: name of the model.
             version: version number.
             asked_by: count the requests of this tenant only; None counts all.
         """
-        found = self._tallies.get((tenant, task, version), {})
+        found = self._tallies.get((tenant, model, version), {})
         if asked_by is not None:
-            return found.get(asked_by, Tally()).document(task, version)
+            return found.get(asked_by, Tally()).document(model, version)
         whole = Tally()
         for tally in found.values():
             whole.add(tally)
-        return whole.document(task, version)
+        return whole.document(model, version)
 
-    def _tally(self, target: Target, asked_by: str) -> Tally:
-        own = self._tallies.setdefault((target.tenant, target.task, target.version), {})
-        found = own.get(asked_by)
+    def _tally(self, target: Target, observed: InferenceEvent) -> Tally:
+        model = f"{target.task}/{observed.component}" if observed.component else target.task
+        own = self._tallies.setdefault((target.tenant, model, target.version), {})
+        found = own.get(observed.tenant)
         if found is None:
-            found = own[asked_by] = Tally()
+            found = own[observed.tenant] = Tally()
         return found
 
 

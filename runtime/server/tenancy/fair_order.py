@@ -13,11 +13,11 @@ import bisect
 import heapq
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tpeft_deploy.runtime.batching.policy import Request
 
-__all__ = ["Fair"]
+__all__ = ["Fair", "Orders"]
 
 Form = TypeVar("Form")
 Key = TypeVar("Key", bound=Hashable)
@@ -245,3 +245,24 @@ class Fair(Generic[Form]):
                 tenant.lanes.settle()
         if charge or not self._tenants.waiting:
             self._tenants.settle()
+
+
+class Orders:
+    """The orders of the queues of one runtime, which has one queue per component.
+
+    Args:
+        make: creates an order.
+    """
+
+    def __init__(self, make: Callable[[], Fair[Any]]) -> None:
+        self._make = make
+        self._made: list[Fair[Any]] = []
+
+    def __call__(self, component: str) -> Fair[Any]:
+        """Create the order of one more queue."""
+        self._made.append(self._make())
+        return self._made[-1]
+
+    def waiting_rows(self, tenant: str) -> int:
+        """Return the number of rows of a tenant that wait, in all queues."""
+        return sum(order.waiting_rows(tenant) for order in self._made)

@@ -69,13 +69,14 @@ class InferRequest(msgspec.Struct, frozen=True):
     """A decoded V2 inference request, validated against the protocol but not yet against the model.
 
     Attributes:
-        model: name of a task, of `base`, or of the bundle.
+        model: name of a task, of `base`, or of the bundle; with `/COMPONENT` for one of several components.
         version: version number or alias of the task; empty for the current version.
         id: request id given by the client; returned in the response.
         inputs: input name -> array, contiguous or a view of the request body; BYTES are arrays of `bytes` objects,
             BF16 are uint16.
         outputs: requested output names, in order; empty for all.
         adapter: task for the whole batch, from a parameter or header; None if not given.
+        component: component to run, from a parameter; None if not given.
         timeout: seconds until the request expires; None for no timeout.
         priority: scheduling priority (default 0); within a tenant, smaller values are served first.
         traceparent: W3C trace context as received; empty if there is none.
@@ -87,6 +88,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     id: str = ""
     outputs: Sequence[str] = ()
     adapter: str | None = None
+    component: str | None = None
     timeout: float | None = None
     priority: int = 0
     traceparent: str = ""

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from tests.helpers.server.fake_rpc_core import FakeCore, X
 from tpeft_deploy.runtime.server.context import RequestContext
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.methods import SERVICE
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
@@ -29,14 +30,16 @@ class Serving:
     """A running server: its address, what it asks, and what it told of its calls."""
 
     address: str
-    core: FakeCore
+    core: Any
     exchanges: list[RequestContext]
 
 
 @contextlib.contextmanager
-def serving(limits: RpcLimits | None = None, tls: Tls | None = None) -> Iterator[Serving]:
+def serving(
+    limits: RpcLimits | None = None, tls: Tls | None = None, service: Service | None = None
+) -> Iterator[Serving]:
     limits = limits or RpcLimits()
-    core = FakeCore()
+    core: Any = service or FakeCore()
     exchanges: list[RequestContext] = []
     ready = threading.Event()
     port = 0

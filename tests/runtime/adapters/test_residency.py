@@ -314,9 +314,9 @@ def test_a_replaced_version_serves_whoever_began_on_it(
     with runtime._residency.acquire([old]):
         runtime.load("two", conv_adapters["wide"])
         assert runtime.run(images(5), "two")["logits"].shape == (5, 17)
-        close(runtime._engine.run_one(images(5), old)["logits"], expected["two"])
+        close(runtime._part(None).engine.run_one(images(5), old)["logits"], expected["two"])
         runtime.unload("two")
-        close(runtime._engine.run_one(images(5), old)["logits"], expected["two"])
+        close(runtime._part(None).engine.run_one(images(5), old)["logits"], expected["two"])
     assert old.row is None
     with pytest.raises(UnknownTask):
         runtime.run(images(1), "two")
@@ -413,7 +413,7 @@ def test_a_version_that_is_held_for_long_keeps_its_answers_while_the_bank_grows_
             bank, (row, base, again) = held.rows()
             assert (row, base) == (again, 0)
             banks.append(bank)
-            close(runtime._engine.run_one(images(5), two, held=True)["logits"], expected["two"])
+            close(runtime._part(None).engine.run_one(images(5), two, held=True)["logits"], expected["two"])
         assert banks[0] is not banks[1]
         assert not two.current
     assert (two.users, two.row) == (0, None)

@@ -140,7 +140,7 @@ def test_a_probe_is_not_misled_by_the_session_that_the_base_has_of_its_own(
 ) -> None:
     bias = nets.conv_net()[0].get_parameter("head.bias").detach().numpy()
     runtime.register({"nothing": source(Adapter({}, overrides={"head.bias": bias}))})
-    runtime._folds.begin(runtime._versions.base).result()
+    runtime._part(None).folds.begin(runtime._versions.base).result()
     runtime.run(INPUTS)
     assert not runtime.probe("nothing")
     assert runtime.probe("two")

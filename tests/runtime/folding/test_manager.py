@@ -55,8 +55,8 @@ def test_the_base_gets_a_session_of_its_own_once_it_is_asked_for(
 ) -> None:
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1)
     close(runtime.run(INPUTS)["logits"], expected["base"])
-    runtime._folds.begin(runtime._versions.base).result(timeout=100)
-    assert runtime._folds.find(runtime._versions.base, 1) is not None
+    runtime._part(None).folds.begin(runtime._versions.base).result(timeout=100)
+    assert runtime._part(None).folds.find(runtime._versions.base, 1) is not None
     close(runtime.run(INPUTS)["logits"], expected["base"])
     close(np.stack(list(runtime.run(INPUTS, tasks=["base"] * 5)["logits"])), expected["base"])
 
@@ -196,8 +196,8 @@ def test_a_fold_that_fails_at_once_holds_nobody_up(conv_bundle: Bundle) -> None:
         return job
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime._folds._worker, "submit", refused)
-        beginning = threading.Thread(target=runtime._folds.begin, args=(version,), daemon=True)
+        patch.setattr(runtime._part(None).folds._worker, "submit", refused)
+        beginning = threading.Thread(target=runtime._part(None).folds.begin, args=(version,), daemon=True)
         beginning.start()
         beginning.join(100)
     assert not beginning.is_alive()
@@ -210,12 +210,13 @@ def test_nothing_is_kept_of_what_is_folded_after_its_task_went(
     runtime = Runtime(conv_bundle.path, provider="cpu", threads=1, folded_bytes=2**30)
     old = runtime._versions.find("wide")
     runtime.load("wide", conv_adapters["wide"])
-    runtime._folds.keep(old).result(100)
-    runtime._folds.find(old, 1)
-    held = (runtime._folds._jobs, runtime._folds._costs, runtime._folds._sessions)
+    runtime._part(None).folds.keep(old).result(100)
+    runtime._part(None).folds.find(old, 1)
+    held = (runtime._part(None).folds._jobs, runtime._part(None).folds._costs, runtime._part(None).folds._sessions)
     assert not any(old in own for own in held)
-    assert runtime._folds._heat is not None
-    assert not any(old in own for own in (runtime._folds._heat._pinned, runtime._folds._heat._rows))
+    heat = runtime._part(None).folds._heat
+    assert heat is not None
+    assert not any(old in own for own in (heat._pinned, heat._rows))
 
 
 def test_a_base_that_is_asked_for_after_closing_is_served_from_the_bank(

@@ -126,14 +126,14 @@ def test_what_an_adapter_makes_arithmetic_raise_is_told_in_one_line(
 
 
 def test_a_run_that_only_the_adapter_breaks_is_its_own_fault(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = served.runtime._engine.run_banked
+    run = served.runtime._part(None).engine.run_banked
 
     def breaking(inputs: dict[str, Array], version: Version) -> object:
         if version.is_base:
             return run(inputs, version)
         raise RunError("run bundle", problem="an exponent too large") from RuntimeError()
 
-    monkeypatch.setattr(served.runtime._engine, "run_banked", breaking)
+    monkeypatch.setattr(served.runtime._part(None).engine, "run_banked", breaking)
     assert answer(served, canonical(0)) == 400
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -144,6 +145,8 @@ def test_a_server_that_gives_no_raw_path_is_served() -> None:
         told.append(message)
 
     class Core:
+        components = SimpleNamespace(several=())
+
         def live(self) -> bool:
             return True
 

@@ -30,14 +30,14 @@ def test_a_flood_neither_fills_the_queue_nor_delays_another_tenant(conv_bundle: 
         done: list[str] = []
         # Else a fast machine serves the flood before the others have come, and a slow one puts some in the first run.
         begun, everyone_waits = threading.Event(), threading.Event()
-        run = runtime._batcher._run_batch
+        run = runtime._part(None).batcher._run_batch
 
         def run_later(*batch: Any) -> Any:
             begun.set()
             assert everyone_waits.wait(100)
             return run(*batch)
 
-        runtime._batcher._run_batch = run_later
+        runtime._part(None).batcher._run_batch = run_later
 
         async def ask(tenant: str) -> Any:
             answer = await runtime.infer(IMAGES, tasks=["two"], tenant=tenant)

@@ -1,0 +1,176 @@
+"""Components of models in Hugging Face directories: encoder-decoder, vision-language and two-tower models.
+
+Every component is the whole model with a forward that runs a part, so that names are those of the whole model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpeft_deploy.exporters.bases.component import Component
+from tpeft_deploy.exporters.bases.example_inputs import BATCH, SEQUENCE, Tensors
+from tpeft_deploy.formats.base.diffusers_model import is_diffusers
+from tpeft_deploy.formats.base.model import architecture, load_model, model_class
+
+__all__ = ["known_components"]
+
+Outputs = dict[str, torch.Tensor]
+_TEXT = {0: "batch", 1: "sequence"}
+_TARGET = 5  # tokens of a decoder's example, another number than SEQUENCE
+
+
+def known_components(path: str | os.PathLike[str]) -> dict[str, Component] | None:
+    """Components of a Hugging Face model directory; None for one that is exported as a single graph, and other bases.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        UnsupportedBase: the directory cannot be loaded.
+    """
+    place = Path(path)
+    if not (place / "config.json").is_file() or is_diffusers(place):
+        return None
+    name = architecture(place)
+    make = _MODELS.get(name)
+    if make is None:
+        return None
+    model = load_model(place, model_class(place, name))
+    model.config.return_dict = True
+    return make(model)
+
+
+def _encoder_decoder(model: Any) -> dict[str, Component]:
+    if model.main_input_name == "input_features":
+        frames = model.config.max_source_positions * 2
+        inputs: Tensors = {"input_features": _randn(model, model.config.num_mel_bins, frames)}
+        shapes: dict[str, Any] = {"input_features": {0: "batch"}}
+        mask: Tensors = {}
+    else:
+        mask = {"attention_mask": torch.ones(BATCH, SEQUENCE, dtype=torch.int64)}
+        inputs = {"input_ids": _ids(model.config.vocab_size, SEQUENCE), **mask}
+        shapes = dict.fromkeys(inputs, _TEXT)
+    with torch.no_grad():
+        states = _encode(model, **inputs)["last_hidden_state"]
+    given = {"decoder_input_ids": _ids(model.config.vocab_size, _TARGET), "encoder_hidden_states": states, **mask}
+    axes = dict.fromkeys(given, _TEXT) | {"decoder_input_ids": {0: "batch", 1: "target"}}
+    axes |= {"encoder_hidden_states": {0: "batch"} if not mask else _TEXT}
+    return {
+        "encoder": Component(model, inputs, shapes, forward=_encode_sound if not mask else _encode),
+        "decoder": Component(model, given, axes, forward=_decode_sound if not mask else _decode),
+    }
+
+
+def _encode(model: Any, input_ids: Any = None, attention_mask: Any = None, **sound: Any) -> Outputs:
+    given = sound or {"input_ids": input_ids, "attention_mask": attention_mask}
+    return {"last_hidden_state": model.get_encoder()(**given, return_dict=True).last_hidden_state}
+
+
+def _encode_sound(model: Any, input_features: Any) -> Outputs:
+    return _encode(model, input_features=input_features)
+
+
+def _decode(model: Any, decoder_input_ids: Any, encoder_hidden_states: Any, attention_mask: Any = None) -> Outputs:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    found = model.forward_of_whole(
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoder_hidden_states),
+        attention_mask=attention_mask,
+        decoder_input_ids=decoder_input_ids,
+        use_cache=False,
+        return_dict=True,
+    )
+    return {"logits": found.logits}
+
+
+def _decode_sound(model: Any, decoder_input_ids: Any, encoder_hidden_states: Any) -> Outputs:
+    return _decode(model, decoder_input_ids, encoder_hidden_states)
+
+
+def _two_towers(model: Any) -> dict[str, Component]:
+    vision, text = model.config.vision_config, model.config.text_config
+    pixels = {"pixel_values": _randn(model, vision.num_channels, vision.image_size, vision.image_size)}
+    ids = {
+        "input_ids": _ids(text.vocab_size, SEQUENCE),
+        "attention_mask": torch.ones(BATCH, SEQUENCE, dtype=torch.int64),
+    }
+    return {
+        "image": Component(model, pixels, forward=_embed_image),
+        "text": Component(model, ids, dict.fromkeys(ids, _TEXT), forward=_embed_text),
+    }
+
+
+def _embed_image(model: Any, pixel_values: Any) -> Outputs:
+    pooled = model.vision_model(pixel_values=pixel_values, return_dict=True).pooler_output
+    return {"image_embeds": model.visual_projection(pooled)}
+
+
+def _embed_text(model: Any, input_ids: Any, attention_mask: Any) -> Outputs:
+    found = model.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+    return {"text_embeds": model.text_projection(found.pooler_output)}
+
+
+def _vision_language(model: Any) -> dict[str, Component]:
+    vision, text = model.config.vision_config, model.config.text_config
+    pixels = {"pixel_values": _randn(model, vision.num_channels, vision.image_size, vision.image_size)}
+    embeddings = {
+        "inputs_embeds": _randn(model, SEQUENCE, text.hidden_size),
+        "attention_mask": torch.ones(BATCH, SEQUENCE, dtype=torch.int64),
+    }
+    return {
+        "vision": Component(model, pixels, forward=_see),
+        "embedding": Component(
+            model, {"input_ids": _ids(text.vocab_size, SEQUENCE)}, {"input_ids": _TEXT}, forward=_embed
+        ),
+        "language": Component(model, embeddings, dict.fromkeys(embeddings, _TEXT), forward=_speak),
+    }
+
+
+def _see(model: Any, pixel_values: Any) -> Outputs:
+    inner, config = model.model, model.config
+    found = inner.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+    layers = config.vision_feature_layer
+    chosen = [found[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        chosen = [states[:, 1:] for states in chosen]
+    return {"image_features": inner.multi_modal_projector(torch.cat(chosen, dim=-1))}
+
+
+def _embed(model: Any, input_ids: Any) -> Outputs:
+    return {"inputs_embeds": model.get_input_embeddings()(input_ids)}
+
+
+def _speak(model: Any, inputs_embeds: Any, attention_mask: Any) -> Outputs:
+    found = model.model.language_model(
+        inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, return_dict=True
+    )
+    return {"logits": model.lm_head(found.last_hidden_state)}
+
+
+def _ids(size: int, length: int) -> torch.Tensor:
+    return torch.randint(0, size, (BATCH, length), generator=torch.Generator().manual_seed(0))
+
+
+def _randn(model: Any, *sizes: int) -> torch.Tensor:
+    return torch.randn((BATCH, *sizes), generator=torch.Generator().manual_seed(0)).to(model.dtype)
+
+
+_MODELS: dict[str, Callable[[Any], dict[str, Component]]] = {
+    **dict.fromkeys(
+        (
+            "BartForConditionalGeneration",
+            "MBartForConditionalGeneration",
+            "MT5ForConditionalGeneration",
+            "MarianMTModel",
+            "PegasusForConditionalGeneration",
+            "T5ForConditionalGeneration",
+            "WhisperForConditionalGeneration",
+        ),
+        _encoder_decoder,
+    ),
+    "CLIPModel": _two_towers,
+    "LlavaForConditionalGeneration": _vision_language,
+}

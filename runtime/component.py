@@ -1,0 +1,156 @@
+"""One graph of a bundle as it is served: files, sessions, queue and folded sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle import fit
+from tpeft_deploy.bundle.directory import Bundle
+from tpeft_deploy.runtime.adapters.bank import Layout
+from tpeft_deploy.runtime.adapters.loader import AdapterLoader
+from tpeft_deploy.runtime.adapters.residency import Residency
+from tpeft_deploy.runtime.adapters.version import Content, Version
+from tpeft_deploy.runtime.batching.collate import Form
+from tpeft_deploy.runtime.batching.dispatch import Dispatcher
+from tpeft_deploy.runtime.batching.policy import Limits, Order
+from tpeft_deploy.runtime.batching.worker import Batcher
+from tpeft_deploy.runtime.engine import Engine
+from tpeft_deploy.runtime.folding.manager import FoldManager
+from tpeft_deploy.runtime.private_copy import PrivateCopy
+from tpeft_deploy.runtime.sessions.cuda_graph import Captured
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
+from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs, open_banked
+from tpeft_deploy.tucker import Array
+
+T = TypeVar("T")
+
+__all__ = ["ServedComponent", "ComponentFiles", "weight_bytes"]
+
+
+@dataclass(frozen=True, eq=False)
+class ComponentFiles:
+    """Files that one component is served from.
+
+    Attributes:
+        bundle: component of the bundle, or a private copy of it.
+        graphs: its graphs for the device.
+        copy: directory of this process for the component.
+        layout: layout of its banked graph.
+    """
+
+    bundle: Bundle
+    graphs: ServedGraphs
+    copy: PrivateCopy
+    layout: Layout
+
+    @classmethod
+    def open(cls, bundle: Bundle, provider: str, *, own_copy: bool, opened: ExitStack) -> ComponentFiles:
+        """Check the files of a component, and copy them where `own_copy` is set.
+
+        Args:
+            bundle: component of a bundle.
+            provider: "cuda" or "cpu".
+            own_copy: whether to serve from a copy.
+            opened: takes the removal of the copy.
+
+        Raises:
+            IntegrityError: a file was altered.
+        """
+        graphs = ServedGraphs.on(provider, bundle.manifest)
+        copy = PrivateCopy(bundle, graphs.files if own_copy else [])
+        opened.callback(copy.close)
+        if not own_copy:
+            bundle.check_file("weights.data")
+        served = copy.bundle if own_copy else bundle
+        return cls(served, graphs, copy, Layout.of(served, graphs.packing))
+
+
+class ServedComponent:
+    """A served graph; safe to use from several threads.
+
+    Args:
+        name: name of the component; empty for the only one.
+        files: files to serve from.
+        sessions: makes the sessions.
+        residency: residency of the versions, shared by all components.
+        loader: loads versions, likewise.
+        limits: limits of the queue.
+        order: order of the queue.
+        folded_bytes: bytes for sessions of hot tasks.
+
+    Attributes:
+        name: name of the component, as above.
+        bundle: the component's files.
+        manifest: manifest of the component.
+        layout: layout of its banked graph.
+        session: session of the banked graph.
+        remark: why the session is not on the fastest graph; empty where it is.
+        engine: runs of rows on versions.
+        folds: folded sessions.
+        dispatcher: takes requests of `Runtime.infer`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: ComponentFiles,
+        sessions: SessionFactory,
+        residency: Residency,
+        loader: AdapterLoader,
+        limits: Limits,
+        order: Order[Form] | None,
+        folded_bytes: int,
+    ) -> None:
+        self.name = name
+        self._prefix = f"{name}/" if name else ""
+        self.bundle = files.bundle
+        self.manifest = files.bundle.manifest
+        self.layout = files.layout
+        self.folds = FoldManager(
+            files.bundle, sessions, self._banked_outputs, place=files.copy.path, budget=folded_bytes
+        )
+        self.session, self.remark = open_banked(files.bundle, files.graphs, sessions)
+        self.engine = Engine(self.manifest, self.session, residency, self.folds, name)
+        self.batcher = Batcher(self.manifest, self.engine.run_held, limits, order=order)
+        self.dispatcher = Dispatcher(self.manifest, residency, loader, self.batcher)
+
+    def lay_out(self, adapter: Adapter, *, bundle: str) -> Content:
+        """Compute an adapter's rows for this component.
+
+        Args:
+            adapter: adapter of the bundle's base, with changes in any of its components.
+            bundle: name of the bundle, for messages.
+
+        Raises:
+            UnknownTarget, ShapeError, BaseMismatch, AdapterError: it does not fit.
+        """
+        part = self.bundle.part(adapter)
+        if part is None:
+            return Content({}, self._named(fit.sizes(self.manifest, None)))
+        filled = fit.fill(self.manifest, part, bundle=bundle, base_value=self.bundle.base_value)
+        rows = self.layout.rows(fit.named(self.manifest, filled))
+        return Content(self._named(rows), self._named(fit.sizes(self.manifest, part)))
+
+    def changed_by(self, version: Version) -> bool:
+        """Whether a version that has been read changes anything in this component."""
+        return not self._prefix or any(own.startswith(self._prefix) for own in version.shapes)
+
+    def close_session(self) -> None:
+        """End the thread of a session with CUDA graphs."""
+        if isinstance(self.session, Captured):
+            self.session.close()
+
+    def _named(self, values: Mapping[str, T]) -> Mapping[str, T]:
+        return {self._prefix + name: value for name, value in values.items()} if self._prefix else values
+
+    def _banked_outputs(self, inputs: Mapping[str, Array], version: Version) -> dict[str, Array]:
+        return self.engine.run_banked(inputs, version)
+
+
+def weight_bytes(bundle: Bundle) -> int:
+    """Return the bytes of a component's weights."""
+    return sum(weight.length for weight in bundle.manifest.weights.values())
