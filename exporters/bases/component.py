@@ -86,7 +86,7 @@ def _placed(module: nn.Module, prefix: str, name: str) -> nn.Module:
 
     class Placed(nn.Module):
         @wraps(type(module).forward)
-        def forward(self, *args: object, **kwargs: object) -> object:
+        def forward(self, *args: object, **kwargs: object) -> object:  # type: ignore[override]
             return self.get_submodule(prefix)(*args, **kwargs)
 
     shell = holder = Placed()
