@@ -275,8 +275,10 @@ def _run_banked(
     return cut(compare.run(session, inputs, rows), bundle, adapter)
 
 
-def probe(bundle: Bundle, seed: int) -> Adapter:
-    """A random adapter of rank 1 that changes every target by a tenth of its norm."""
+def probe(bundle: Bundle, seed: int) -> Adapter | None:
+    """A random adapter of rank 1 that changes every target by a tenth of its norm; None without targets."""
+    if not bundle.manifest.targets:
+        return None
     random = np.random.default_rng(seed)
     deltas, overrides, gains = dict[str, TuckerDelta](), dict[str, Array](), dict[str, Array]()
     for target in bundle.manifest.targets:

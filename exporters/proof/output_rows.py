@@ -21,7 +21,7 @@ __all__ = ["find_output_rows"]
 _ROWS = (3, 5)  # of a run at each proof shape; other numbers of rows tell an axis of rows from one that is as long
 
 
-def find_output_rows(subject: Subject, manifest: Manifest, probe: Adapter) -> dict[str, OutputRows | None]:
+def find_output_rows(subject: Subject, manifest: Manifest, probe: Adapter | None) -> dict[str, OutputRows | None]:
     """Find `Port.rows` of every output; None where the rows of the example do not tell.
 
     Args:

@@ -19,6 +19,8 @@ from tpeft_deploy.training import TuckerConfig
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 LIMIT = 1e-5
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+
 
 def t5() -> Any:
     config = transformers.T5Config(
