@@ -54,10 +54,12 @@ class _Branch(NamedTuple):
     """A branch of a linear layer with a different adapter for each row."""
 
     node: ir.Node
-    y: ir.Value
-    x: ir.Value
     down: ir.Value
     up: ir.Value
+
+    def operands(self) -> list[ir.Value]:
+        """What the branch adds to and the activation that it reads, as they are now: packing replaces values."""
+        return [value for value in self.node.inputs[:2] if value is not None]
 
 
 def pack(model: ir.Model) -> tuple[Packed, ...]:
@@ -68,7 +70,7 @@ def pack(model: ir.Model) -> tuple[Packed, ...]:
     """
     found: dict[tuple[int, int], list[_Branch]] = {}
     for branch in _branches(model.graph):
-        found.setdefault((id(branch.x), _size(branch.down, 1)), []).append(branch)
+        found.setdefault((id(branch.operands()[1]), _size(branch.down, 1)), []).append(branch)
     # The nodes of a group stand before the first branch.
     groups = [(group[0].node, _alike(group)) for group in found.values()]
     packed: list[Packed] = []
@@ -140,7 +142,7 @@ def _branches(graph: ir.Graph) -> Iterator[_Branch]:
             continue
         # A weight that several layers share has one bank for all of them.
         if all(value.is_graph_input() and len(list(value.uses())) == 1 for value in (down, up)):
-            yield _Branch(node, y, x, down, up)
+            yield _Branch(node, down, up)
 
 
 def _picked(
@@ -207,7 +209,7 @@ def _attach(
         ups: first bank of a part -> its rows.
     """
     index = next(value for value in model.graph.inputs if value.name == slots.INDEX)
-    inputs = [parts[0][0].x, index, downs[parts[0][0].down]]
+    inputs = [parts[0][0].operands()[1], index, downs[parts[0][0].down]]
     inner = call(model, "PackedDown", inputs, name=f"{first.name}.down", like=None, after=first)
     for part, own in zip(parts, _cut(model, inner, [len(part) for part in parts]), strict=True):
         name, after = str(part[0].node.name), own.producer()
@@ -220,7 +222,7 @@ def _attach(
         for branch, old, own_change in zip(part, sums, _cut(model, change, [1] * len(part)), strict=True):
             after = own_change.producer() if branch.node is first else branch.node
             name = f"{branch.node.name}.sum"
-            reroute(old, call(model, "PackedSum", [branch.y, own_change], name=name, like=old, after=after))
+            reroute(old, call(model, "PackedSum", [branch.operands()[0], own_change], name=name, like=old, after=after))
             gone = [node for node in (old.producer(), branch.node) if node is not None]
             model.graph.remove(list(dict.fromkeys(gone)), safe=True)
     for branch in (branch for part in parts for branch in part):

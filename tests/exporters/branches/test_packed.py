@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from tests.helpers.exporters.architectures import bert
 from tests.helpers.exporters.matrix import error
@@ -61,6 +63,13 @@ def test_layers_that_read_one_activation_share_a_product(bundle: Bundle) -> None
 def test_the_exporter_proves_it(bundle: Bundle) -> None:
     forms = {check["form"]: check["error"] for check in bundle.manifest.gate}
     assert forms["banked.cuda"] <= 1e-5
+
+
+def test_a_layer_that_reads_another_directly(tmp_path: Path) -> None:
+    """Packing the first replaces the activation of the second."""
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 4))
+    made = export_bundle(net, {}, tmp_path / "b", example_inputs={"input": torch.randn(3, 6)})
+    assert BANKED_CUDA in made.manifest.files
 
 
 def test_a_runtime_serves_it_as_it_serves_the_portable_graph(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
