@@ -54,14 +54,14 @@ def test_a_copy_without_room_says_where_it_would_be(
         PrivateCopy(conv_bundle, ["base.onnx"])
 
 
-@pytest.mark.parametrize("step", ["open_banked", "Layout.of", "Runtime._preload"])
+@pytest.mark.parametrize("step", ["component.open_banked", "component.Layout.of", "runtime.Runtime._preload"])
 def test_a_runtime_that_does_not_open_leaves_nothing(
     conv_bundle: Bundle, place: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RunError("open", problem="no")
 
-    monkeypatch.setattr(f"tpeft_deploy.runtime.runtime.{step}", fail)
+    monkeypatch.setattr(f"tpeft_deploy.runtime.{step}", fail)
     with pytest.raises(TpeftError) as kept:
         Runtime(conv_bundle.path, provider="cpu")
     assert kept.value.__traceback__ is not None  # which refers to the runtime, so that nothing collects it

@@ -54,7 +54,7 @@ def test_a_key_says_whose_it_is_and_what_for(state: State) -> None:
 def test_only_the_digest_is_stored(tmp_path: Path) -> None:
     with open_state(tmp_path / "state") as state:
         record, key = state.keys.create("acme", "admin", by="a test")
-    secret = key.rpartition("_")[2]
+    secret = key.split("_", 2)[2]  # which may hold "_" too
     for file in (tmp_path / "state").rglob("*"):
         if file.is_file():
             assert secret.encode() not in file.read_bytes(), file.name
