@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-__all__ = ["Alias", "Body", "Expected", "Index", "Key", "Parameters", "Pin", "Quota"]
+__all__ = ["Alias", "Body", "Expected", "Index", "Key", "Parameters", "Pin", "QuotaBody"]
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # range of an SQL integer
 Version = str | Int
@@ -58,7 +58,7 @@ class Key(Body):
     expires_in: Number | UnsetType = UNSET
 
 
-class Quota(Body):
+class QuotaBody(Body):
     """Quotas and weight of a tenant; null is unlimited."""
 
     requests_per_s: Limit = UNSET

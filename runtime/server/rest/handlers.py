@@ -157,7 +157,7 @@ async def tenants(context: HttpContext) -> object:
 
 
 async def set_tenant(context: HttpContext) -> object:
-    quota = msgspec.to_builtins(await context.read(bodies.Quota))  # omits unset fields
+    quota = msgspec.to_builtins(await context.read(bodies.QuotaBody))  # omits unset fields
     return await context.core.admin.set_tenant(context.principal, context.path("tenant"), quota)
 
 
