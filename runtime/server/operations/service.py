@@ -28,8 +28,8 @@ from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import LOCAL, SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair, Orders
-from tpeft_deploy.runtime.server.tenancy.pins import Pins
 from tpeft_deploy.runtime.server.tenancy.quotas import Meter, queue_shares
+from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
 from tpeft_deploy.runtime.server.v2 import metadata
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body
 from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, InferResponse, LoadParameter, Part
@@ -90,7 +90,7 @@ class Service:
             Admission(bundle, runtime, state.tasks.read).check,
             self._options.reader or Direct(bundle, pools.uploads),
             max_upload_bytes=self._options.max_upload_bytes,
-            pins=Pins(runtime, state.tenants.quota, self._options.max_folded, pools.uploads),
+            pins=TenantPins(runtime, state.tenants.quota, self._options.max_folded, pools.uploads),
             pools=pools,
         )
         self.admin = Admin(state, self._options, order, self._management.pins, self._changes, self._events)

@@ -19,8 +19,8 @@ from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.registry import CURRENT, PinRecord, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import SHARED, Action, Principal, allow
-from tpeft_deploy.runtime.server.tenancy.pins import Pins
-from tpeft_deploy.runtime.server.v2.messages import Part, Target
+from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
+from tpeft_deploy.runtime.server.v2.messages import Part, ServedVersion
 
 __all__ = ["Management", "owner"]
 
@@ -52,7 +52,7 @@ class Management:
         reader: Reader,
         *,
         max_upload_bytes: int,
-        pins: Pins,
+        pins: TenantPins,
         pools: Pools,
     ) -> None:
         self.pins = pins
@@ -203,7 +203,7 @@ class Management:
                 self._runtime.unpin(key)
             raise
 
-    def _unpin(self, target: Target, by: str) -> None:
+    def _unpin(self, target: ServedVersion, by: str) -> None:
         pinned = self._state.placements.pins(target.tenant, target.task)
         self._state.placements.unpin(target.tenant, target.task, by=by)
         for key in {target.key, *(self._models.key(pin.tenant, pin.task, pin.version) for pin in pinned)}:

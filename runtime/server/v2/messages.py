@@ -20,7 +20,7 @@ __all__ = [
     "LoadParameter",
     "Parameter",
     "Part",
-    "Target",
+    "ServedVersion",
 ]
 
 Document = dict[str, Any]
@@ -30,7 +30,7 @@ Part = tuple[str, AsyncIterator[bytes]]
 Parameter = str | int | float | bool
 
 
-class Target(msgspec.Struct, frozen=True):
+class ServedVersion(msgspec.Struct, frozen=True):
     """Adapter version that a row runs on.
 
     Attributes:
@@ -48,7 +48,7 @@ class Target(msgspec.Struct, frozen=True):
     digest: str
 
 
-BASE = Target(BASE_TASK, SHARED, BASE_TASK, "1", BASE_TASK)
+BASE = ServedVersion(BASE_TASK, SHARED, BASE_TASK, "1", BASE_TASK)
 
 
 class Encoded(msgspec.Struct, frozen=True):
