@@ -19,7 +19,7 @@ from tpeft_deploy.exporters.bases.foreign.known_weights import Known, of_adapter
 from tpeft_deploy.exporters.bases.foreign.normalise import normalise
 from tpeft_deploy.exporters.bases.foreign.open_model import open_model
 from tpeft_deploy.exporters.bases.foreign.problems import GIVE_WEIGHTS
-from tpeft_deploy.exporters.bases.foreign.weight_uses import class_names
+from tpeft_deploy.exporters.bases.foreign.initializer_uses import class_names
 from tpeft_deploy.exporters.graph.merged_weights import replace_weights
 from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs

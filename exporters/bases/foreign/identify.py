@@ -19,7 +19,7 @@ from tpeft_deploy.exporters.bases.foreign.problems import Problem
 from tpeft_deploy.exporters.bases.foreign.quantised_match import find_quantised
 from tpeft_deploy.exporters.bases.foreign.unfuse import can_unfuse, row_factors
 from tpeft_deploy.exporters.bases.foreign.value_match import Layout, Values, is_plain, shape_of, stored
-from tpeft_deploy.exporters.bases.foreign.weight_uses import QUANTISED, Use, renaming, uses_of
+from tpeft_deploy.exporters.bases.foreign.initializer_uses import QUANTISED, Use, renaming, uses_of
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Found", "Place", "identify"]

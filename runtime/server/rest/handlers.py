@@ -10,7 +10,7 @@ from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.rest import bodies
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
-from tpeft_deploy.runtime.server.rest.uploads import parts
+from tpeft_deploy.runtime.server.rest.upload_stream import parts
 from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
