@@ -200,8 +200,8 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
             raise UnsupportedTarget(
                 f"fold {adapter.source} into {base.name}, weight {name!r}",
                 expected="a weight in floating point",
-                got="a quantised one, whose few bits would lose the change",
-                fix="Export a bundle, whose branches stand beside it, or fold first and quantise the result.",
+                got="a quantised one, with too few bits to hold the change",
+                fix="Export a bundle, with branches beside the weight, or fold first and quantise the result.",
             )
     model = raw.clone()
     _tie(model.graph, base.ties, changed)

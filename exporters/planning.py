@@ -298,7 +298,7 @@ def _check_batch(base: Base) -> None:
     if not base.batched:
         raise UnsupportedBase(
             f"export bundle of {base.name}",
-            expected="an input whose first axis is dynamic: the batch, whose rows choose their adapters",
+            expected="an input with a dynamic first axis: the batch, each row of which selects an adapter",
             got="dynamic_shapes that fix it for all inputs",
             fix="Leave dynamic_shapes out, or make axis 0 dynamic; export_folded takes fixed batches.",
         )

@@ -123,7 +123,7 @@ def _sizes(model: Any, doing: str) -> tuple[int, int]:
     if not cached or not isinstance(vocabulary, int) or not isinstance(positions, int):
         raise UnsupportedBase(
             doing,
-            expected="a causal language model of transformers whose layers keep keys and values of past tokens",
+            expected="a causal language model of transformers with layers that keep keys and values of past tokens",
             got=f"{type(model).__name__} with layers {', '.join(sorted(kinds))}",
             fix=_FIX,
         )

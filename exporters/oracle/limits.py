@@ -44,5 +44,5 @@ def check_tolerance(tolerance: float | None, doing: str) -> None:
             doing,
             expected=f"a tolerance from {LIMIT:g} to {WIDEST_TOLERANCE:g}",
             got=tolerance,
-            fix="A wider one would accept an export whose branches are missing.",
+            fix="A wider one would accept an export without its branches.",
         )

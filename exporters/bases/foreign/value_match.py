@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import weight_digest
-from tpeft_deploy.exporters.bases.foreign.known_weights import Known
 from tpeft_deploy.exporters.bases.foreign.initializer_uses import Use
+from tpeft_deploy.exporters.bases.foreign.known_weights import Known
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Layout", "Values", "is_plain", "shape_of", "stored"]

@@ -21,7 +21,7 @@ from tpeft_deploy.runtime.server.operations.load_parameters import check_unload_
 from tpeft_deploy.runtime.server.operations.models import Model, Models
 from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.slices import Turns, in_slices
-from tpeft_deploy.runtime.server.operations.tasks import Management, owner
+from tpeft_deploy.runtime.server.operations.tasks import Management, owner_of
 from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord
 from tpeft_deploy.runtime.server.telemetry.inference_events import EventBuffer
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
@@ -333,7 +333,7 @@ class Service:
         self._events.flush()
         await self._management.delete(principal, name, version, tenant)
         if not version:
-            self._options.forget(owner(principal, tenant), name)
+            self._options.forget(owner_of(principal, tenant), name)
 
     async def publish(self, principal: Principal, name: str, tenant: str) -> Document:
         """Share a tenant's task with all tenants; needs ADMIN."""
