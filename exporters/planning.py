@@ -17,7 +17,7 @@ from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.branches import attach_banked
 from tpeft_deploy.exporters.graph import picked_rows, quantised
-from tpeft_deploy.exporters.graph.batch_axes import Order
+from tpeft_deploy.exporters.graph.batch_axes import AxisOrder
 from tpeft_deploy.exporters.graph.resolve import held_by, resolve
 from tpeft_deploy.exporters.graph.unused import Unused, drop_unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import complete_shapes, held_tensor, lay_out, prepare
@@ -33,7 +33,7 @@ from tpeft_deploy.version import __version__
 
 __all__ = ["Need", "Plan", "Traced", "check_tasks", "plan_bundle", "plan_traced", "port", "trace"]
 
-_ORDERS: tuple[Order, ...] = ("major", "minor", "shared")
+_ORDERS: tuple[AxisOrder, ...] = ("major", "minor", "shared")
 
 
 @dataclass(frozen=True)

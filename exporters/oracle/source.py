@@ -27,7 +27,7 @@ from tpeft_deploy.exporters.bases import dotted_names
 from tpeft_deploy.exporters.oracle import compare, lycoris, peft
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
 from tpeft_deploy.exporters.oracle.compare import MERGED, Check
-from tpeft_deploy.exporters.oracle.limits import Limits
+from tpeft_deploy.exporters.oracle.limits import ErrorLimits
 from tpeft_deploy.exporters.oracle.quiet import quiet
 from tpeft_deploy.exporters.oracle.subject import Sizes, Subject
 
@@ -60,7 +60,7 @@ class Evidence:
         sizes: Sizes,
         answer: Callable[[], Outputs],
         expected: Outputs,
-        limit: Limits,
+        limit: ErrorLimits,
     ) -> Iterator[Check]:
         """Compare a run with the merged base, and with the library where it ran at these sizes.
 
