@@ -32,7 +32,7 @@ from tpeft_deploy.runtime.server.tenancy.quotas import Meter, queue_shares
 from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
 from tpeft_deploy.runtime.server.v2 import metadata
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body
-from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, InferResponse, LoadParameter, Part
+from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, InferResponse, LoadParameter, UploadPart
 
 __all__ = ["Service", "order_of"]
 
@@ -266,7 +266,7 @@ class Service:
         self,
         principal: Principal,
         name: str,
-        parts: AsyncIterator[Part],
+        parts: AsyncIterator[UploadPart],
         *,
         alias: str = CURRENT,
         tenant: str | None = None,

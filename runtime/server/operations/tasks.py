@@ -20,7 +20,7 @@ from tpeft_deploy.runtime.server.registry import CURRENT, PinRecord, State, Task
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
-from tpeft_deploy.runtime.server.v2.messages import Part, ServedVersion
+from tpeft_deploy.runtime.server.v2.messages import ServedVersion, UploadPart
 
 __all__ = ["Management", "owner_of"]
 
@@ -74,7 +74,7 @@ class Management:
         self,
         principal: Principal,
         name: str,
-        parts: AsyncIterator[Part],
+        parts: AsyncIterator[UploadPart],
         *,
         alias: str = CURRENT,
         tenant: str | None = None,

@@ -19,13 +19,13 @@ __all__ = [
     "InferResponse",
     "LoadParameter",
     "Parameter",
-    "Part",
+    "UploadPart",
     "ServedVersion",
 ]
 
 Document = dict[str, Any]
 """A JSON object in the field names of the V2 protocol."""
-Part = tuple[str, AsyncIterator[bytes]]
+UploadPart = tuple[str, AsyncIterator[bytes]]
 """One file of an upload: "weights" or "config", and its bytes as they arrive."""
 Parameter = str | int | float | bool
 
