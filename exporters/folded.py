@@ -22,7 +22,7 @@ from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, fuse_norms
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Check
-from tpeft_deploy.exporters.oracle.limits import Limits, check_tolerance, limits_of
+from tpeft_deploy.exporters.oracle.limits import ErrorLimits, check_tolerance, limits_of
 from tpeft_deploy.exporters.oracle.near_ties import explain
 from tpeft_deploy.exporters.oracle.rounding import measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
@@ -154,7 +154,7 @@ def _prepare(loaded: Base, raw: ir.Model, adapter: Adapter) -> tuple[Base, ir.Mo
 
 
 def write_folded(
-    sources: Sources, raw: ir.Model, adapter: Adapter, path: Path, limit: Limits, *, task: str
+    sources: Sources, raw: ir.Model, adapter: Adapter, path: Path, limit: ErrorLimits, *, task: str
 ) -> list[Check]:
     """Fold, optimise, save beside `path`, check there, and only then move to `path`."""
     subject = sources.subject
@@ -200,8 +200,8 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
             raise UnsupportedTarget(
                 f"fold {adapter.source} into {base.name}, weight {name!r}",
                 expected="a weight in floating point",
-                got="a quantised one, whose few bits would lose the change",
-                fix="Export a bundle, whose branches stand beside it, or fold first and quantise the result.",
+                got="a quantised one, with too few bits to hold the change",
+                fix="Export a bundle, with branches beside the weight, or fold first and quantise the result.",
             )
     model = raw.clone()
     _tie(model.graph, base.ties, changed)

@@ -17,7 +17,7 @@ from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.branches import attach_banked
 from tpeft_deploy.exporters.graph import picked_rows, quantised
-from tpeft_deploy.exporters.graph.batch_axes import Order
+from tpeft_deploy.exporters.graph.batch_axes import AxisOrder
 from tpeft_deploy.exporters.graph.resolve import held_by, resolve
 from tpeft_deploy.exporters.graph.unused import Unused, drop_unused
 from tpeft_deploy.exporters.graph.weights_and_shapes import complete_shapes, held_tensor, lay_out, prepare
@@ -33,7 +33,7 @@ from tpeft_deploy.version import __version__
 
 __all__ = ["Need", "Plan", "Traced", "check_tasks", "plan_bundle", "plan_traced", "port", "trace"]
 
-_ORDERS: tuple[Order, ...] = ("major", "minor", "shared")
+_ORDERS: tuple[AxisOrder, ...] = ("major", "minor", "shared")
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def _check_batch(base: Base) -> None:
     if not base.batched:
         raise UnsupportedBase(
             f"export bundle of {base.name}",
-            expected="an input whose first axis is dynamic: the batch, whose rows choose their adapters",
+            expected="an input with a dynamic first axis: the batch, each row of which selects an adapter",
             got="dynamic_shapes that fix it for all inputs",
             fix="Leave dynamic_shapes out, or make axis 0 dynamic; export_folded takes fixed batches.",
         )

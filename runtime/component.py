@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,6 +10,7 @@ from typing import TypeVar
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import fit
 from tpeft_deploy.bundle.directory import Bundle
+from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime.adapters.bank import Layout
 from tpeft_deploy.runtime.adapters.loader import AdapterLoader
 from tpeft_deploy.runtime.adapters.residency import Residency
@@ -28,7 +29,7 @@ from tpeft_deploy.tucker import Array
 
 T = TypeVar("T")
 
-__all__ = ["ServedComponent", "ComponentFiles", "weight_bytes"]
+__all__ = ["ServedComponent", "ComponentFiles", "queue_orders"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +152,19 @@ class ServedComponent:
         return self.engine.run_banked(inputs, version)
 
 
-def weight_bytes(bundle: Bundle) -> int:
-    """Return the bytes of a component's weights."""
-    return sum(weight.length for weight in bundle.manifest.weights.values())
+def queue_orders(
+    bundle: Bundle, order: Order[Form] | Callable[[str], Order[Form]] | None
+) -> dict[str, Order[Form] | None]:
+    """Return the order of each component's queue; None is first come, first served.
+
+    Raises:
+        InputError: one order is given for several queues.
+    """
+    names = list(bundle.components)
+    if order is not None and not callable(order) and len(names) > 1:
+        raise InputError(
+            f"serve bundle {bundle.manifest.name!r}",
+            expected=f"order as a function, which returns one for the queue of each of {', '.join(names)}",
+            got="one order",
+        )
+    return {name: order(name) if callable(order) else order for name in names}

@@ -26,7 +26,7 @@ from tpeft_deploy.runtime.batching.collate import Form
 from tpeft_deploy.runtime.batching.policy import Limits, Order
 from tpeft_deploy.runtime.batching.stats import BatchingStats
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.component import ComponentFiles, ServedComponent, weight_bytes
+from tpeft_deploy.runtime.component import ComponentFiles, ServedComponent, queue_orders
 from tpeft_deploy.runtime.engine import Outputs
 from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
@@ -108,22 +108,16 @@ class Runtime(ServedGeneration, ServedTasks):
         self.provider_reason = choice.reason
         # Resolved, as tasks are read later, wherever the process has gone.
         self._bundle = Bundle.open(Path(bundle).resolve())
-        bundles = self._bundle.components
         cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs, tf32=allow_tf32 and choice.device != "cpu")
         limits = Limits() if limits is None else limits
-        if order is not None and not callable(order) and len(bundles) > 1:
-            raise InputError(
-                f"serve bundle {self._bundle.manifest.name!r}",
-                expected=f"order as a function, which returns one for the queue of each of {', '.join(bundles)}",
-                got="one order",
-            )
+        orders = queue_orders(self._bundle, order)
         opened = ExitStack()
         self._release = weakref.finalize(self, opened.close)  # also where the runtime is never closed
         with ExitStack() as failed:  # not left to the collector: the exception refers to this object
             failed.callback(self._release)
             files = {
                 name: ComponentFiles.open(own, choice.provider, own_copy=own_copy, opened=opened)
-                for name, own in bundles.items()
+                for name, own in self._bundle.components.items()
             }
             self._residency = Residency(
                 Layout.joined({name: own.layout for name, own in files.items()}),
@@ -135,9 +129,10 @@ class Runtime(ServedGeneration, ServedTasks):
             )
             self._versions = TaskVersions(self._bundle, self._retire)
             self._loader = AdapterLoader(self._residency, limits.max_queue_rows)
-            weights = {name: weight_bytes(own) for name, own in bundles.items()}
             self._components: dict[str, ServedComponent] = {}
             self._parts = self._components.values()
+            # Divided by weights: a budget for the sessions of one task holds one in every component.
+            weights = {name: own.bundle.manifest.weight_bytes for name, own in files.items()}
             for name, own in files.items():
                 component = self._components[name] = ServedComponent(
                     name if len(files) > 1 else "",
@@ -146,8 +141,7 @@ class Runtime(ServedGeneration, ServedTasks):
                     self._residency,
                     self._loader,
                     limits,
-                    order(name) if callable(order) else order,
-                    # A budget for one task's sessions is one in every component.
+                    orders[name],
                     folded_bytes * weights[name] // max(sum(weights.values()), 1),
                 )
                 failed.callback(component.close_session)
@@ -157,19 +151,8 @@ class Runtime(ServedGeneration, ServedTasks):
             served = {name: own.bundle for name, own in files.items()}
             self._base = replace(self._bundle, parts=served) if len(files) > 1 else component.bundle
             self._pins = Pins(self._versions, self._residency, self._parts)
-            # Generation runs on the component that has a decoder.
-            decoding = next((own for own in self._parts if own.manifest.decoder is not None), component)
-            self._generation = GenerationService(
-                decoding.manifest,
-                decoding.session,
-                self._residency,
-                self._loader,
-                self._versions,
-                choice.device,
-                kv_bytes=kv_bytes,
-                max_tokens=max_tokens,
-                prefix_bytes=prefix_bytes,
-                component=decoding.name,
+            self._generation = self._open_generation(
+                choice.device, kv_bytes=kv_bytes, max_tokens=max_tokens, prefix_bytes=prefix_bytes
             )
             if preload:
                 self._preload()
@@ -182,6 +165,25 @@ class Runtime(ServedGeneration, ServedTasks):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _open_generation(
+        self, device: str, *, kv_bytes: int | None, max_tokens: int | None, prefix_bytes: int
+    ) -> GenerationService:
+        """Generation on the component that has a decoder; on the last, which refuses it, where none has."""
+        parts = list(self._parts)
+        decoding = next((own for own in parts if own.manifest.decoder is not None), parts[-1])
+        return GenerationService(
+            decoding.manifest,
+            decoding.session,
+            self._residency,
+            self._loader,
+            self._versions,
+            device,
+            kv_bytes=kv_bytes,
+            max_tokens=max_tokens,
+            prefix_bytes=prefix_bytes,
+            component=decoding.name,
+        )
 
     def usage(self) -> dict[str, int]:
         """Bytes that adapters and sequences take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`.
@@ -330,7 +332,7 @@ class Runtime(ServedGeneration, ServedTasks):
             TooLarge: it is more than the limits of a request allow; none are set by default.
             QueueFull: too many rows wait already.
             DeadlineExceeded: the time was over first.
-            TpeftError: what the order of the queue raises that does not take it.
+            TpeftError: as raised by the order of the queue, which refuses it.
         """
         part = self._only if component is None and self._only is not None else self._part(component)
         arrays = requests.check_inputs(part.manifest, inputs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,45 +12,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
-from torch.func import functional_call
 
 from tests.helpers import nets
+from tests.helpers.composed import Parts, merged, relative
 from tests.helpers.exporters.layers import CASES
 from tests.helpers.formats import pefts
-from tests.property.test_algebra_laws import changes_of_one_weight
+from tests.helpers.property.deltas import changes_of_one_weight
 from tpeft_deploy import Adapter, Runtime, export_bundle, load_adapter
 from tpeft_deploy.composition import compose
 from tpeft_deploy.errors import CompositionError
 from tpeft_deploy.tucker import TuckerDelta
-
-Parts = Mapping[str, tuple[Adapter, float]]
-
-
-def merged(module: nn.Module, parts: Parts, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The oracle: W + sum s_k dW_k in float64, in a model that runs in float64."""
-    exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    weights = {
-        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in module.state_dict().items()
-    }
-    for adapter, strength in parts.values():
-        for name, delta in adapter.deltas.items():
-            weights[name] = weights[name] + strength * torch.from_numpy(delta.dense())
-        weights |= {name: torch.from_numpy(array).double() for name, array in adapter.overrides.items()}
-    for adapter, _ in parts.values():
-        for name, gain in adapter.gains.items():
-            weights[name] = weights[name] * torch.from_numpy(gain).double()
-    changed = {name for adapter, _ in parts.values() for name in (*adapter.deltas, *adapter.overrides, *adapter.gains)}
-    with torch.no_grad():
-        out = functional_call(module.double(), {name: weights[name] for name in changed}, (), exact, tie_weights=False)
-        module.float()
-    first: torch.Tensor = out["logits"] if isinstance(out, dict) else out
-    return first
-
-
-def relative(got: np.ndarray, expected: torch.Tensor) -> float:
-    assert got.shape == tuple(expected.shape)
-    return float(np.linalg.norm(got - expected.numpy()) / np.linalg.norm(expected.numpy()))
 
 
 def change(shape: tuple[int, ...] = (6, 5), ranks: tuple[int, ...] = (2, 2), seed: int = 0) -> TuckerDelta:

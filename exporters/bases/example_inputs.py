@@ -83,7 +83,7 @@ def cached_text(model: Any, doing: str) -> tuple[Tensors, dict[str, Any]]:
     if cache_parameter(type(model).forward) is None or not kinds <= {"full_attention", "sliding_attention"}:
         raise UnsupportedBase(
             doing,
-            expected="a causal language model whose layers keep keys and values of past tokens",
+            expected="a causal language model with layers that keep keys and values of past tokens",
             got=f"{type(model).__name__} with layers {', '.join(sorted(kinds))}",
             fix=FACTORY,
         )

@@ -15,11 +15,11 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import BaseMismatch, NotEquivalent, TpeftError, UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters.bases.foreign.examples import checked_inputs, made_inputs
 from tpeft_deploy.exporters.bases.foreign.identify import Found, identify
+from tpeft_deploy.exporters.bases.foreign.initializer_uses import class_names
 from tpeft_deploy.exporters.bases.foreign.known_weights import Known, of_adapters
 from tpeft_deploy.exporters.bases.foreign.normalise import normalise
 from tpeft_deploy.exporters.bases.foreign.open_model import open_model
 from tpeft_deploy.exporters.bases.foreign.problems import GIVE_WEIGHTS
-from tpeft_deploy.exporters.bases.foreign.weight_uses import class_names
 from tpeft_deploy.exporters.graph.merged_weights import replace_weights
 from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs

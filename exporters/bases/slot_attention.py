@@ -17,7 +17,7 @@ from torch import nn
 
 from tpeft_deploy.errors import UnsupportedBase
 
-__all__ = ["IMPLEMENTATION", "Slots", "attend", "running"]
+__all__ = ["IMPLEMENTATION", "SlotCaches", "attend", "running"]
 
 IMPLEMENTATION = "tpeft_slots"  # name of `attend` in transformers' registry
 _MULTIPLE = 8
@@ -105,7 +105,7 @@ def _node(
 
 
 @dataclass
-class Slots:
+class SlotCaches:
     """Caches of one run of a model: what each layer holds before, and after once it has run.
 
     Args:
@@ -122,11 +122,11 @@ class Slots:
     updated: set[int] = field(default_factory=set)
 
 
-_slots: ContextVar[Slots] = ContextVar("slots")
+_slots: ContextVar[SlotCaches] = ContextVar("slots")
 
 
 @contextmanager
-def running(slots: Slots) -> Iterator[object]:
+def running(slots: SlotCaches) -> Iterator[object]:
     """Give a model's layers their caches; the cache object that comes back is for the model's forward method."""
     token = _slots.set(slots)
     try:
@@ -135,7 +135,7 @@ def running(slots: Slots) -> Iterator[object]:
         _slots.reset(token)
 
 
-def _cache(slots: Slots) -> object:
+def _cache(slots: SlotCaches) -> object:
     from transformers.cache_utils import Cache
 
     class NewTokens(Cache):  # type: ignore[misc]  # transformers says Any of what it loads late
@@ -192,7 +192,7 @@ def attend(
 
 def _problem(
     module: nn.Module,
-    slots: Slots,
+    slots: SlotCaches,
     layer: int,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -14,7 +14,7 @@ from torch import nn
 from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.kv_cache_inputs import PAST, cache_parameter
-from tpeft_deploy.exporters.bases.slot_attention import IMPLEMENTATION, Slots, attend, running
+from tpeft_deploy.exporters.bases.slot_attention import IMPLEMENTATION, SlotCaches, attend, running
 from tpeft_deploy.exporters.bases.torch_module import TorchBase
 from tpeft_deploy.exporters.causes import said_by
 from tpeft_deploy.exporters.oracle.decoder_runs import BUFFER, CHUNK, ROWS
@@ -55,7 +55,7 @@ class SlotDecoder(nn.Module):
         given = past_key_values or {name.removeprefix(f"{PAST}."): tensor for name, tensor in flat.items()}
         past = {layer: (given[f"{layer}.key"], given[f"{layer}.value"]) for layer in range(len(given) // 2)}
         chunk = input_ids.shape[1]
-        slots = Slots(past, (seqlens + (chunk - 1)).to(torch.int32), (seqlens.max() + chunk).to(torch.int32))
+        slots = SlotCaches(past, (seqlens + (chunk - 1)).to(torch.int32), (seqlens.max() + chunk).to(torch.int32))
         parameters = inspect.signature(super().forward).parameters
         positions = seqlens[:, None] + torch.arange(chunk, device=seqlens.device)
         further = {"position_ids": positions, "logits_to_keep": 1}
@@ -123,7 +123,7 @@ def _sizes(model: Any, doing: str) -> tuple[int, int]:
     if not cached or not isinstance(vocabulary, int) or not isinstance(positions, int):
         raise UnsupportedBase(
             doing,
-            expected="a causal language model of transformers whose layers keep keys and values of past tokens",
+            expected="a causal language model of transformers with layers that keep keys and values of past tokens",
             got=f"{type(model).__name__} with layers {', '.join(sorted(kinds))}",
             fix=_FIX,
         )

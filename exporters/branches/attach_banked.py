@@ -16,7 +16,7 @@ from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.branches import BRANCHES, Branches, fit_factors, in_order, lifted
 from tpeft_deploy.exporters.branches.surgery import add_input
 from tpeft_deploy.exporters.graph import batch_axes
-from tpeft_deploy.exporters.graph.batch_axes import Order
+from tpeft_deploy.exporters.graph.batch_axes import AxisOrder
 from tpeft_deploy.exporters.graph.weights_and_shapes import forget_shapes
 from tpeft_deploy.exporters.oracle.subject import batch_axis
 from tpeft_deploy.exporters.targets import activations
@@ -28,7 +28,7 @@ _SINGLE = {"BankedLinear", "BankedLookup"}  # on rows that do not come first, on
 
 
 def attach(
-    model: ir.Model, targets: Sequence[Target], orders: Mapping[str, Order], branches: Branches = BRANCHES
+    model: ir.Model, targets: Sequence[Target], orders: Mapping[str, AxisOrder], branches: Branches = BRANCHES
 ) -> list[str]:
     """Attach a banked branch for every target to a raw graph, in place.
 
@@ -64,7 +64,7 @@ def attach(
     return [target.name for target in single]
 
 
-def reasons(graph: ir.Graph, targets: Sequence[Target], orders: Mapping[str, Order]) -> dict[str, str]:
+def reasons(graph: ir.Graph, targets: Sequence[Target], orders: Mapping[str, AxisOrder]) -> dict[str, str]:
     """Find the reason that each of these targets takes one adapter per run.
 
     Args:
@@ -75,7 +75,7 @@ def reasons(graph: ir.Graph, targets: Sequence[Target], orders: Mapping[str, Ord
     return {target.name: _why(graph, target, orders) for target in targets}
 
 
-def _why(graph: ir.Graph, target: Target, orders: Mapping[str, Order]) -> str:
+def _why(graph: ir.Graph, target: Target, orders: Mapping[str, AxisOrder]) -> str:
     if target.kind == "weight":
         return "it is used otherwise than as a layer, so W + dW is computed once per run"
     found = {orders.get(name, "major") for name in activations(graph, [target])}
@@ -105,7 +105,7 @@ def _waiting(graph: ir.Graph, target: Target) -> list[ir.Node]:
     return [node for node in own if _order(node) != "major"]
 
 
-def _order(node: ir.Node) -> Order:
+def _order(node: ir.Node) -> AxisOrder:
     x = node.inputs[1]
     return batch_axes.order_of(x) if x is not None else "mixed"
 

@@ -19,9 +19,9 @@ from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Order", "find", "mark", "order_of", "same_order"]
+__all__ = ["AxisOrder", "find", "mark", "order_of", "same_order"]
 
-Order = Literal["major", "minor", "shared", "mixed"]
+AxisOrder = Literal["major", "minor", "shared", "mixed"]
 """Rows of a batch inside an activation; all axes but the last (convolutions: but the first) are taken as one.
 
 major: entry i belongs to row i // m; minor: to row i % B; shared: to none, it is the same for all rows;
@@ -32,11 +32,11 @@ _KEY = "tpeft.order"
 _ROWS = 3
 
 
-def order_of(value: ir.Value) -> Order:
+def order_of(value: ir.Value) -> AxisOrder:
     """Order that `mark` wrote; a weight is the same for all rows, and rows come first in a value without a mark."""
     if value.const_value is not None:
         return "shared"
-    found: Order = value.meta.get(_KEY, "major")
+    found: AxisOrder = value.meta.get(_KEY, "major")
     return found
 
 
@@ -47,14 +47,14 @@ def same_order(new: ir.Value, old: ir.Value) -> ir.Value:
     return new
 
 
-def mark(graph: ir.Graph, found: Mapping[str, Order]) -> None:
+def mark(graph: ir.Graph, found: Mapping[str, AxisOrder]) -> None:
     """Write what `find` found onto the values of a copy of the graph."""
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.name in found:
             value.meta[_KEY] = found[str(value.name)]
 
 
-def find(subject: Subject, raw: ir.Model, values: Iterable[tuple[str, int]], place: Path) -> dict[str, Order]:
+def find(subject: Subject, raw: ir.Model, values: Iterable[tuple[str, int]], place: Path) -> dict[str, AxisOrder]:
     """Run the base on rows of which one was replaced, and see where its values change.
 
     Args:
@@ -78,7 +78,7 @@ def find(subject: Subject, raw: ir.Model, values: Iterable[tuple[str, int]], pla
     inputs = subject.inputs(sizes)
     batched = {str(v.name) for v in raw.graph.inputs if v.shape and str(v.shape[0]) == batch}
     before = compare.run(session, inputs, {})
-    found: dict[str, set[Order]] = {name: set() for name in wanted}
+    found: dict[str, set[AxisOrder]] = {name: set() for name in wanted}
     for row in (1, 2):
         changed = {name: _replace(array, row) if name in batched else array for name, array in inputs.items()}
         after = compare.run(session, changed, {})
@@ -92,7 +92,7 @@ def find(subject: Subject, raw: ir.Model, values: Iterable[tuple[str, int]], pla
     return {**told, **{name: order for name, order in alike.items() if order is not None}}
 
 
-def _alike(shape: ir.Shape | None, axes: int, batch: str) -> Order | None:
+def _alike(shape: ir.Shape | None, axes: int, batch: str) -> AxisOrder | None:
     """Order of rows in a value that has a batch axis and is the same for all rows, such as a repeated table."""
     if shape is None:
         return None
@@ -104,7 +104,7 @@ def _alike(shape: ir.Shape | None, axes: int, batch: str) -> Order | None:
     return "major" if place == 0 else "minor" if place == len(leading) - 1 else None
 
 
-def _agreed(orders: set[Order]) -> Order:
+def _agreed(orders: set[AxisOrder]) -> AxisOrder:
     """Join the orders found by replacing each row; a row that was like its replacement shows nothing."""
     told = orders - {"shared"} or orders
     return told.pop() if len(told) == 1 else "mixed"
@@ -134,7 +134,7 @@ def _replace(array: Array, row: int) -> Array:
     return changed
 
 
-def _order(before: Array, after: Array, axes: int, row: int) -> Order:
+def _order(before: Array, after: Array, axes: int, row: int) -> AxisOrder:
     kept = before.ndim if axes == 0 else axes if axes > 0 else before.ndim + axes
     leading = int(np.prod(before.shape[:kept]))
     different = np.any((before != after).reshape(leading, -1), axis=1)

@@ -1,4 +1,4 @@
-"""Limits of inputs whose values pick rows of a weight, such as token ids.
+"""Limits of inputs that index rows of a weight, such as token ids.
 
 ONNX Runtime's CPU refuses an index past the end in the middle of a run; CUDA says nothing and computes an answer.
 """

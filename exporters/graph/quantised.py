@@ -1,6 +1,6 @@
 """Linear layers with weights in 8 or 4 bits: branches attach to their inputs and outputs.
 
-A product is recognised as MatMulNBits (of ONNX Runtime), or as a MatMul whose matrix a DequantizeLinear makes.  Once
+A product is recognised as MatMulNBits (of ONNX Runtime), or as a MatMul of the output of a DequantizeLinear.  Once
 its weight is identified, the node says so itself, in metadata that a saved graph keeps: the name, the shape, and the
 digest of the weight that was quantised.
 """

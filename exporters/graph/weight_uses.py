@@ -12,11 +12,11 @@ import onnx_ir as ir
 
 from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters.graph import quantised
-from tpeft_deploy.exporters.graph.batch_axes import Order, order_of
+from tpeft_deploy.exporters.graph.batch_axes import AxisOrder, order_of
 
 __all__ = [
     "Site",
-    "Use",
+    "UseKind",
     "conv_sites",
     "geometry",
     "linear_sites",
@@ -27,7 +27,7 @@ __all__ = [
     "weight_value",
 ]
 
-Use = Literal["linear", "matmul", "lookup", "conv", "vector"]
+UseKind = Literal["linear", "matmul", "lookup", "conv", "vector"]
 
 _VECTOR_OPS = {"Add", "Mul"}
 
@@ -45,12 +45,12 @@ class Site:
     """
 
     node: ir.Node
-    use: Use
+    use: UseKind
     x: ir.Value
     y: ir.Value
 
     @property
-    def order(self) -> Order:
+    def order(self) -> AxisOrder:
         """Place of the batch in `x`."""
         return order_of(self.x)
 
@@ -162,7 +162,7 @@ def _unscaled(gemm: ir.Node) -> bool:
     return scales == (1.0, 1.0) and attributes.get_int("transA", 0) == 0
 
 
-def _site(node: ir.Node, use: Use) -> Site:
+def _site(node: ir.Node, use: UseKind) -> Site:
     x, y = node.inputs[0], node.outputs[0]
     if x is None:
         raise UnsupportedTarget(f"attach a branch to node {node.name!r}", problem="its first input is missing")

@@ -24,7 +24,7 @@ from tpeft_deploy.bundle.tolerances import LIMIT, LIMITS, WIDEST_TOLERANCE
 from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle import bfloat16
 from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
-from tpeft_deploy.exporters.oracle.limits import Limits
+from tpeft_deploy.exporters.oracle.limits import ErrorLimits
 from tpeft_deploy.exporters.oracle.subject import Sizes
 from tpeft_deploy.tucker import Array
 
@@ -169,7 +169,12 @@ def run(session: onnxruntime.InferenceSession, inputs: Inputs, extra: Mapping[st
 
 
 def compare(
-    form: str, task: str, sizes: Sizes, got: Mapping[str, Array], expected: Mapping[str, Array], limit: Limits = LIMIT
+    form: str,
+    task: str,
+    sizes: Sizes,
+    got: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    limit: ErrorLimits = LIMIT,
 ) -> Check:
     """Compare all outputs; the arguments are those of `measure`.
 
@@ -185,7 +190,7 @@ def measure(
     sizes: Sizes,
     answer: Callable[[], Mapping[str, Array]],
     expected: Mapping[str, Array],
-    limit: Limits = LIMIT,
+    limit: ErrorLimits = LIMIT,
     oracle: str = MERGED,
 ) -> Check:
     """Compare all outputs of a run; a failure is part of the result, not raised.
@@ -243,7 +248,7 @@ def _tolerable(form: str, error: float, limit: float) -> str | None:
     )
 
 
-def _limits(limit: Limits, outputs: Mapping[str, Array]) -> dict[str, float]:
+def _limits(limit: ErrorLimits, outputs: Mapping[str, Array]) -> dict[str, float]:
     least = LIMITS["float16"] if any(array.dtype.itemsize == 2 for array in outputs.values()) else 0.0
     return {name: max(limit if isinstance(limit, float) else limit[name], least) for name in outputs}
 

@@ -1,4 +1,4 @@
-"""Runs that a decoder's graph in slot form takes: free sizes, and rows whose pasts fit them.
+"""Runs that a decoder's graph in slot form takes: free sizes, and rows with pasts that fit them.
 
 A run is a decode (one token for each row, any pasts), a piece of the prompt of one sequence (one row, any past), or
 the first piece of several sequences of one length (past 0): the runs of GroupQueryAttention without `query_seqlens`.

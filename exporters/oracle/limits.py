@@ -10,9 +10,9 @@ from tpeft_deploy.bundle.manifest import Rounding
 from tpeft_deploy.bundle.tolerances import LIMIT, LIMITS, WIDEST_TOLERANCE
 from tpeft_deploy.errors import ExportError
 
-__all__ = ["Limits", "check_tolerance", "limit_of", "limits_of"]
+__all__ = ["ErrorLimits", "check_tolerance", "limit_of", "limits_of"]
 
-Limits = float | Mapping[str, float]
+ErrorLimits = float | Mapping[str, float]
 """Largest relative error of all outputs, or of each by its name."""
 
 
@@ -22,7 +22,7 @@ def limit_of(graph: ir.Graph) -> float:
     return max(LIMITS.get(dtype, LIMIT) for dtype in dtypes | {"float"})
 
 
-def limits_of(graph: ir.Graph, rounding: Rounding | None, tolerance: float | None = None) -> Limits:
+def limits_of(graph: ir.Graph, rounding: Rounding | None, tolerance: float | None = None) -> ErrorLimits:
     """Limits of an export's outputs.
 
     Args:
@@ -44,5 +44,5 @@ def check_tolerance(tolerance: float | None, doing: str) -> None:
             doing,
             expected=f"a tolerance from {LIMIT:g} to {WIDEST_TOLERANCE:g}",
             got=tolerance,
-            fix="A wider one would accept an export whose branches are missing.",
+            fix="A wider one would accept an export without its branches.",
         )

@@ -27,11 +27,11 @@ from tpeft_deploy.exporters.bases import dotted_names
 from tpeft_deploy.exporters.oracle import compare, lycoris, peft
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
 from tpeft_deploy.exporters.oracle.compare import MERGED, Check
-from tpeft_deploy.exporters.oracle.limits import Limits
+from tpeft_deploy.exporters.oracle.limits import ErrorLimits
 from tpeft_deploy.exporters.oracle.quiet import quiet
 from tpeft_deploy.exporters.oracle.subject import Sizes, Subject
 
-__all__ = ["Source", "Sources"]
+__all__ = ["Evidence", "Sources"]
 
 _log = logging.getLogger("tpeft_deploy.exporters")
 
@@ -40,7 +40,7 @@ _HALVES = {torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Source:
+class Evidence:
     """Evidence that an adapter was read correctly.
 
     Args:
@@ -60,7 +60,7 @@ class Source:
         sizes: Sizes,
         answer: Callable[[], Outputs],
         expected: Outputs,
-        limit: Limits,
+        limit: ErrorLimits,
     ) -> Iterator[Check]:
         """Compare a run with the merged base, and with the library where it ran at these sizes.
 
@@ -92,12 +92,12 @@ class Sources:
         self.subject = subject
         self._whole = whole or {}
         self._keep = keep
-        self._found: dict[str, Source] = {}
+        self._found: dict[str, Evidence] = {}
 
-    def of(self, task: str, adapter: Adapter | None) -> Source:
+    def of(self, task: str, adapter: Adapter | None) -> Evidence:
         """The source of a task; None is the base itself, which nothing was read for."""
         if adapter is None:
-            return Source(MERGED)
+            return Evidence(MERGED)
         if task in self._found:
             return self._found[task]
         source = _ask(self.subject, self._whole.get(task, adapter))
@@ -116,21 +116,21 @@ class Sources:
         }
 
 
-def _ask(subject: Subject, adapter: Adapter) -> Source:
+def _ask(subject: Subject, adapter: Adapter) -> Evidence:
     base, origin = subject.base, adapter.origin
     if origin is None:
-        return Source(MERGED, "made in memory, or read from a file that no training library reads")
+        return Evidence(MERGED, "made in memory, or read from a file that no training library reads")
     if origin.part:
-        return Source(
+        return Evidence(
             MERGED, f"the base is part {origin.part!r} of the model that was trained, and a library needs all of it"
         )
     if base.module is None:
-        return Source(MERGED, f"base {base.name} is no torch module, and no training library runs another")
+        return Evidence(MERGED, f"base {base.name} is no torch module, and no training library runs another")
     library = _LIBRARIES[origin.family]
     try:
         oracle = f"{library.DISTRIBUTION.partition('-')[0]} {version(library.DISTRIBUTION)}"
     except PackageNotFoundError:
-        return Source(MERGED, f"{library.DISTRIBUTION} is not installed")
+        return Evidence(MERGED, f"{library.DISTRIBUTION} is not installed")
     try:
         with _apart():
             forward = library.load(_copy(base.module, adapter), origin.path)
@@ -139,8 +139,8 @@ def _ask(subject: Subject, adapter: Adapter) -> Source:
         what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         reason = f"{oracle} cannot be asked about {origin.path}: {' '.join(what.split())[:300]}"
         _log.warning("compare only with the merged base: %s", reason)
-        return Source(MERGED, reason)
-    return Source(oracle, "", outputs)
+        return Evidence(MERGED, reason)
+    return Evidence(oracle, "", outputs)
 
 
 def _copy(module: nn.Module, adapter: Adapter) -> nn.Module:

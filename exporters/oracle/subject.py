@@ -64,7 +64,7 @@ class Subject:
     def empty_shapes(self) -> dict[str, Sizes]:
         """Sizes with one free size of 0, such as the past at a decoder's first step, by the name of that free size.
 
-        Only names at whose 0 the base runs and every output has finite elements.
+        Omits a name if the base fails at its 0, or an output has an element that is not finite.
         """
         first = self.shapes[0]
         tried = {name: first | {name: 0} for name in first if name != self.batch}

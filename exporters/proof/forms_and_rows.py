@@ -18,7 +18,7 @@ from tpeft_deploy.errors import NotEquivalent
 from tpeft_deploy.exporters.oracle import bfloat16, compare
 from tpeft_deploy.exporters.oracle.base import Inputs, Outputs
 from tpeft_deploy.exporters.oracle.compare import MERGED, Check
-from tpeft_deploy.exporters.oracle.limits import Limits, limit_of, limits_of
+from tpeft_deploy.exporters.oracle.limits import ErrorLimits, limit_of, limits_of
 from tpeft_deploy.exporters.oracle.near_ties import explain
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.oracle.subject import Sizes, Subject
@@ -39,7 +39,7 @@ __all__ = [
     "with_checks",
 ]
 
-Tasks = dict[str, Adapter | None]
+TaskAdapters = dict[str, Adapter | None]
 _MIXED = 6  # given adapters in one mixed batch, so that its size does not grow with their number
 
 
@@ -126,7 +126,7 @@ def check_forms(
     at, by default those of `proved_shapes`.
     """
     subject = sources.subject
-    tasks: Tasks = {BASE_TASK: None, **adapters}
+    tasks: TaskAdapters = {BASE_TASK: None, **adapters}
     shapes = proved_shapes(subject, bundle.manifest) if shapes is None else shapes
     progress(Stage("check the base", 0, len(tasks)))
     own = list(_check_base(subject, bundle, shapes))
@@ -151,12 +151,12 @@ def check_forms(
                     yield explain(check, bundle.path / file, {**inputs, **extra})
 
 
-def branch_limit(subject: Subject, bundle: Bundle, sizes: Sizes) -> Limits:
+def branch_limit(subject: Subject, bundle: Bundle, sizes: Sizes) -> ErrorLimits:
     """Limit of a form with branches: in bfloat16, little more than the error of base.onnx at `sizes`."""
     return _limit(subject, bundle, _check_base(subject, bundle, [sizes]) if bfloat16.holds(subject.graph) else [])
 
 
-def base_limit(subject: Subject, bundle: Bundle) -> Limits:
+def base_limit(subject: Subject, bundle: Bundle) -> ErrorLimits:
     """Limit of base.onnx: fixed in bfloat16, where a copy in float32 is run and rounding is no excuse."""
     if bfloat16.holds(subject.graph):
         return limit_of(subject.graph)
@@ -173,7 +173,7 @@ def _check_base(subject: Subject, bundle: Bundle, shapes: Iterable[Sizes]) -> It
         yield explain(check, bundle.path / BASE, inputs)
 
 
-def _limit(subject: Subject, bundle: Bundle, own: Iterable[Check]) -> Limits:
+def _limit(subject: Subject, bundle: Bundle, own: Iterable[Check]) -> ErrorLimits:
     """Limit of forms with branches, given the checks of the base."""
     if not bfloat16.holds(subject.graph):
         return base_limit(subject, bundle)
@@ -203,8 +203,8 @@ def check_rows(
     names = list(adapters)
     for start in range(0, max(len(names), 1), _MIXED):
         progress(Stage("check rows of different adapters", start, max(len(names), 1)))
-        chosen: Tasks = {name: adapters[name] for name in names[start : start + _MIXED]}
-        tasks: Tasks = {BASE_TASK: None, **chosen, "probe 0": probe(bundle, 0), "probe 1": probe(bundle, 1)}
+        chosen: TaskAdapters = {name: adapters[name] for name in names[start : start + _MIXED]}
+        tasks: TaskAdapters = {BASE_TASK: None, **chosen, "probe 0": probe(bundle, 0), "probe 1": probe(bundle, 1)}
         filled = banks(bundle, tasks)
         # Twice each task at the example's sizes; at the others once, and one row more.
         for sizes, count in zip(shapes, (2 * len(tasks), *[len(tasks) + 1] * len(shapes)), strict=False):
@@ -217,10 +217,10 @@ def _check_batch(
     bundle: Bundle,
     sessions: Mapping[str, onnxruntime.InferenceSession],
     filled: Mapping[str, Mapping[str, Array]],
-    tasks: Tasks,
+    tasks: TaskAdapters,
     sizes: Sizes,
     count: int,
-    limit: Limits,
+    limit: ErrorLimits,
 ) -> Iterator[Check]:
     inputs = subject.inputs(sizes)
     index = np.arange(count) % len(tasks)

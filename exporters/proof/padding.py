@@ -222,7 +222,7 @@ def _check_example(subject: Subject, manifest: Manifest) -> None:
                 doing,
                 expected="answers that depend on it",
                 got="the same ones without it",
-                fix="Give example inputs whose mask hides nothing and which do not end in padding.",
+                fix="Give example inputs with a mask that hides nothing, and without padding at the end.",
             )
 
 

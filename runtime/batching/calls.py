@@ -25,7 +25,7 @@ from tpeft_deploy.tucker import Array
 if TYPE_CHECKING:
     from tpeft_deploy.runtime.batching.pieces import Whole
 
-__all__ = ["Answer", "Answered", "Call", "InferOptions", "Run", "answer"]
+__all__ = ["CallResult", "Answered", "Call", "InferOptions", "Run", "answer"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
@@ -147,12 +147,12 @@ class Run:
         self.held = {call.held for call in self.calls}
 
 
-Answer = tuple[Call, Answered | Exception | None]
+CallResult = tuple[Call, Answered | Exception | None]
 """None for a piece while others of its call are missing."""
 _Told = tuple["asyncio.Future[Answered]", Answered | Exception | None]
 
 
-def answer(answers: Iterable[Answer]) -> None:
+def answer(answers: Iterable[CallResult]) -> None:
     """Hand answers to the callers that still wait, with one wake-up per event loop."""
     loops: dict[asyncio.AbstractEventLoop, list[_Told]] = {}
     for call, result in answers:

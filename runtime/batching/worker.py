@@ -17,7 +17,7 @@ from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import QueueFull, RunError, TooLarge, TpeftError
 from tpeft_deploy.runtime.adapters.held import Held
 from tpeft_deploy.runtime.adapters.version import Version
-from tpeft_deploy.runtime.batching.calls import Answer, Answered, Call, InferOptions, Run, answer
+from tpeft_deploy.runtime.batching.calls import Answered, Call, CallResult, InferOptions, Run, answer
 from tpeft_deploy.runtime.batching.collate import Form, Joiner, Outputs
 from tpeft_deploy.runtime.batching.pieces import cut, lane
 from tpeft_deploy.runtime.batching.policy import Limits, Order, Queue, Request
@@ -265,7 +265,7 @@ class Batcher:
         )
         self._answer([(call, full)])
 
-    def _answer(self, answers: Iterable[Answer]) -> None:
+    def _answer(self, answers: Iterable[CallResult]) -> None:
         """Hand out answers; an error of one piece is the error of the whole call, and ends the other pieces."""
         told = []
         for call, result in answers:
@@ -320,7 +320,7 @@ class Batcher:
         versions = [version for call in run.calls for version in call.per_row]
         apart = [call.options.apart for call in run.calls]
         wanted = [call.options.outputs for call in run.calls]
-        answers: list[Answer] = []
+        answers: list[CallResult] = []
         began = self._clock()
         try:
             outputs = self._run_batch(self._joiner.join(parts), versions, run.options)

@@ -9,6 +9,7 @@ import numpy as np
 
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.manifest import Manifest
+from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters.bank import Bank
 from tpeft_deploy.runtime.adapters.held import Held
@@ -103,7 +104,8 @@ class BankedDecoder:
         device: str,
         component: str = "",
     ) -> None:
-        assert manifest.decoder is not None
+        if manifest.decoder is None:
+            raise InputError(f"decode with bundle {manifest.name!r}", expected="one with a decoder", got="one without")
         self.ports = manifest.decoder
         self.slots, self.length, self.vocabulary = plan.slots, plan.length, self.ports.vocabulary
         self.session = session

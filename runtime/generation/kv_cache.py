@@ -55,8 +55,9 @@ class KvPlan:
             CapacityError: no slot fits.
         """
         decoder = manifest.decoder
-        assert decoder is not None
         doing = f"open bundle {manifest.name!r} for generation"
+        if decoder is None:
+            raise InputError(doing, expected="a bundle with a decoder", got="one without")
         length = min(decoder.positions, _TOKENS) if max_tokens is None else max_tokens
         if not 1 <= length <= decoder.positions:
             raise InputError(doing, expected=f"max_tokens from 1 to {decoder.positions}", got=length)

@@ -139,7 +139,7 @@ class Generator:
             InputError: the decoder cannot run it.
             QueueFull: too many sequences wait already.
             RunError: the generator is closed.
-            TpeftError: what acquiring the version or the order raises.
+            TpeftError: as raised by acquiring the version, or by the order.
         """
         if version is None:
             self.check(request)

@@ -211,7 +211,7 @@ class Scheduler:
         return self.finish(sequence, "cancelled")
 
     def expire(self, now: float) -> list[Sequence]:
-        """End the sequences whose deadline has come, and return them."""
+        """End the sequences past their deadline, and return them."""
         if now < self._earliest_deadline:
             return []
         present = [*(sequence for sequence, _ in self._waiting.values()), *self._paused, *self.running]

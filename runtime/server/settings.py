@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching.policy import Limits as Batching
-from tpeft_deploy.runtime.server.isolation.limits import Limits as Reading
+from tpeft_deploy.runtime.server.isolation.parsing_limits import ParsingLimits
 from tpeft_deploy.runtime.server.rest.transport.seats import Patience, affordable
 from tpeft_deploy.runtime.server.tenancy.intake import ByteBudget, Concurrency, Intake, budget_of_bodies
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
@@ -208,9 +208,9 @@ class Settings(BaseSettings):
         )
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> ParsingLimits:
         """Limits of the processes that parse uploads."""
-        return Reading(
+        return ParsingLimits(
             readers=self.upload_readers,
             waiting=self.upload_queue,
             tenant_waiting=math.ceil(self.upload_queue / 4),

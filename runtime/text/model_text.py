@@ -28,7 +28,7 @@ class ModelText:
 
     Args:
         tokenizer: text of tokenizer.json.
-        facts: what else the bundle records.
+        facts: further facts that the bundle records.
         source: name of the bundle, for messages.
 
     Raises:

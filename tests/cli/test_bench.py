@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cli.test_cli import call, fail, succeed
+from tests.helpers.commands import call, fail, succeed
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime.bench import bench_bundle, cases, crowd

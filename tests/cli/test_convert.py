@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cli.test_cli import BASE, fail, succeed
 from tests.helpers import nets
+from tests.helpers.commands import BASE, fail, succeed
 from tpeft_deploy import Adapter, Bundle, TuckerDelta, load_adapter
 
 

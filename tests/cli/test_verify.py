@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import BASE, call, fail, succeed
+from tests.helpers.commands import BASE, call, fail, succeed
 from tests.helpers.exporters.bundles import edit, flip_weights, minus, write
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.bundle import slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -37,3 +38,15 @@ def test_helpers_lie_apart_from_tests() -> None:
     apart = {ROOT / "tests" / "helpers", ROOT / "tests" / "cuda_stub"}
     strays = sorted(str(f.relative_to(ROOT)) for f in others if not apart & set(f.parents))
     assert not strays, f"helpers belong in tests/helpers: {strays}"
+
+
+def test_no_module_imports_from_a_test() -> None:
+    found = [
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in (ROOT / "tests").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+        if name.startswith(("tests.", "test_")) and name.rpartition(".")[2].startswith("test_")
+    ]
+    assert not found, f"code that several tests use belongs in tests/helpers: {found}"

@@ -9,28 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.property.test_tucker_laws import deltas
+from tests.helpers.property.deltas import WEIGHTS, changes_of_one_weight, deltas
 from tpeft_deploy import algebra
 from tpeft_deploy.errors import ShapeError
 from tpeft_deploy.tucker import TuckerDelta
-
-WEIGHTS = st.floats(-3, 3)
-
-
-@st.composite
-def changes_of_one_weight(draw: st.DrawFn, least: int = 1, most: int = 4) -> list[TuckerDelta]:
-    shape = draw(st.lists(st.integers(1, 5), min_size=2, max_size=5))
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    found = []
-    for _ in range(draw(st.integers(least, most))):
-        identity = [draw(st.booleans()) for _ in shape]
-        ranks = [size if same else draw(st.integers(1, 3)) for size, same in zip(shape, identity, strict=True)]
-        factors = tuple(
-            None if same else random.standard_normal((size, rank))
-            for size, rank, same in zip(shape, ranks, identity, strict=True)
-        )
-        found.append(TuckerDelta(random.standard_normal(ranks), factors, draw(WEIGHTS)))
-    return found
 
 
 def close(got: np.ndarray, expected: np.ndarray) -> None:

@@ -9,23 +9,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.property.deltas import deltas
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.slots import Kind, Target
 from tpeft_deploy.tucker import TuckerDelta, mode_product
-
-
-@st.composite
-def deltas(draw: st.DrawFn, min_modes: int = 2, max_modes: int = 5) -> TuckerDelta:
-    modes = draw(st.integers(min_modes, max_modes))
-    sizes = [draw(st.integers(1, 6)) for _ in range(modes)]
-    identity = [draw(st.booleans()) for _ in range(modes)]
-    ranks = [size if same else draw(st.integers(1, 4)) for size, same in zip(sizes, identity, strict=True)]
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    factors = tuple(
-        None if same else random.standard_normal((size, rank))
-        for size, rank, same in zip(sizes, ranks, identity, strict=True)
-    )
-    return TuckerDelta(random.standard_normal(ranks), factors, draw(st.floats(-3, 3)))
 
 
 def explicit(delta: TuckerDelta) -> np.ndarray:

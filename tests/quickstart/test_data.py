@@ -3,33 +3,33 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tpeft_deploy.quickstart.data import SIZE, TASKS, Examples, Task, load_digits
+from tpeft_deploy.quickstart.data import SIZE, TASKS, Digits, DigitTask, load_digits
 
 
 @pytest.fixture(scope="module")
-def split() -> tuple[Examples, Examples]:
+def split() -> tuple[Digits, Digits]:
     return load_digits(0)
 
 
-def test_a_quarter_is_held_out_with_every_digit_in_proportion(split: tuple[Examples, Examples]) -> None:
+def test_a_quarter_is_held_out_with_every_digit_in_proportion(split: tuple[Digits, Digits]) -> None:
     train, test = split
     assert (len(train), len(test)) == (1347, 450)
     shares = np.bincount(test.labels) / np.bincount(np.concatenate([train.labels, test.labels]))
     assert np.all(np.abs(shares - 0.25) < 0.01)
 
 
-def test_no_held_out_scan_is_trained_on(split: tuple[Examples, Examples]) -> None:
+def test_no_held_out_scan_is_trained_on(split: tuple[Digits, Digits]) -> None:
     train, test = split
     seen = {picture.tobytes() for picture in train.pixels}
     assert not seen & {picture.tobytes() for picture in test.pixels}
 
 
-def test_the_seed_chooses_the_split(split: tuple[Examples, Examples]) -> None:
+def test_the_seed_chooses_the_split(split: tuple[Digits, Digits]) -> None:
     assert np.array_equal(load_digits(0)[1].pixels, split[1].pixels)
     assert not np.array_equal(load_digits(1)[1].pixels, split[1].pixels)
 
 
-def test_enlarging_keeps_the_corners_and_the_mean(split: tuple[Examples, Examples]) -> None:
+def test_enlarging_keeps_the_corners_and_the_mean(split: tuple[Digits, Digits]) -> None:
     from sklearn.datasets import load_digits as bundled
 
     scans = bundled().images / 16
@@ -40,7 +40,7 @@ def test_enlarging_keeps_the_corners_and_the_mean(split: tuple[Examples, Example
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_pictures_of_every_task(task: Task, split: tuple[Examples, Examples]) -> None:
+def test_pictures_of_every_task(task: DigitTask, split: tuple[Digits, Digits]) -> None:
     test = split[1]
     changed = task.examples(test, 3)
     assert changed.pixels.shape == (450, 1, SIZE, SIZE)
@@ -54,13 +54,13 @@ def test_pictures_of_every_task(task: Task, split: tuple[Examples, Examples]) ->
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_the_same_seed_gives_the_same_pictures(task: Task, split: tuple[Examples, Examples]) -> None:
+def test_the_same_seed_gives_the_same_pictures(task: DigitTask, split: tuple[Digits, Digits]) -> None:
     first, again = (task.examples(split[1], 5) for _ in range(2))
     assert np.array_equal(first.pixels, again.pixels)
     assert np.array_equal(first.labels, again.labels)
 
 
-def test_four_quarter_turns_two_mirrors_and_two_shifts_are_nothing(split: tuple[Examples, Examples]) -> None:
+def test_four_quarter_turns_two_mirrors_and_two_shifts_are_nothing(split: tuple[Digits, Digits]) -> None:
     tasks = {task.name: task for task in TASKS}
     for name, times in (("rotated", 4), ("mirrored", 2), ("shifted", 2)):
         steps = [split[1]]
@@ -70,7 +70,7 @@ def test_four_quarter_turns_two_mirrors_and_two_shifts_are_nothing(split: tuple[
         assert not any(np.array_equal(a.pixels, b.pixels) for a, b in pairwise(steps))
 
 
-def test_upright_turns_one_half(split: tuple[Examples, Examples]) -> None:
+def test_upright_turns_one_half(split: tuple[Digits, Digits]) -> None:
     test = split[1]
     upright = next(task for task in TASKS if task.name == "upright").examples(test, 1)
     down = upright.labels == 1

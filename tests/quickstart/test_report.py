@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tpeft_deploy.quickstart.data import DIGITS, TASKS, Examples
+from tpeft_deploy.quickstart.data import DIGITS, TASKS, Digits
 from tpeft_deploy.quickstart.evaluate import FORMS, Answers
 from tpeft_deploy.quickstart.report import render
 from tpeft_deploy.quickstart.results import BaseResult, Results, Sample, SwitchingCost, TaskResult
@@ -55,7 +55,7 @@ def page() -> str:
         logits = np.eye(len(meanings), dtype=np.float32)[labels]
         base = random.normal(size=(ROWS, 10)).astype(np.float32)
         answers[name] = Answers(base, logits, logits, {"banked": logits})
-        tests[name] = Examples(random.random((ROWS, 1, 16, 16), np.float32), labels)
+        tests[name] = Digits(random.random((ROWS, 1, 16, 16), np.float32), labels)
     return render(results(), answers, tests)
 
 

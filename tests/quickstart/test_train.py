@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tpeft_deploy.quickstart.data import TASKS, Examples, load_digits
+from tpeft_deploy.quickstart.data import TASKS, Digits, load_digits
 from tpeft_deploy.quickstart.model import DigitsNet
 from tpeft_deploy.quickstart.train import Recipe, merged, train_adapter, train_base
 
@@ -13,12 +13,12 @@ SHORT = Recipe(steps=3, rate=1e-2, decay=0.01)
 
 
 @pytest.fixture(scope="module")
-def train() -> Examples:
+def train() -> Digits:
     return load_digits(0)[0]
 
 
 @pytest.fixture(scope="module")
-def base(train: Examples) -> DigitsNet:
+def base(train: Digits) -> DigitsNet:
     return train_base(train, seed=0, recipe=Recipe(steps=40, rate=6e-3, decay=0.05))
 
 
@@ -36,7 +36,7 @@ def test_weights_are_contiguous_as_files_want_them(base: DigitsNet) -> None:
 
 @pytest.mark.parametrize("name", TASK)
 def test_an_adapter_leaves_the_base_alone_and_changes_every_kind_of_weight(
-    name: str, base: DigitsNet, train: Examples
+    name: str, base: DigitsNet, train: Digits
 ) -> None:
     before = copy.deepcopy(base.state_dict())
     adapted = merged(train_adapter(base, TASK[name], train, seed=0, recipe=SHORT)).state_dict()
@@ -50,7 +50,7 @@ def test_an_adapter_leaves_the_base_alone_and_changes_every_kind_of_weight(
     assert adapted["head.weight"].shape[0] == len(TASK[name].answers)
 
 
-def test_merging_leaves_the_peft_model_as_it_is(base: DigitsNet, train: Examples) -> None:
+def test_merging_leaves_the_peft_model_as_it_is(base: DigitsNet, train: Digits) -> None:
     adapted = train_adapter(base, TASK["upright"], train, seed=0, recipe=SHORT)
     pixels = torch.from_numpy(train.pixels[:4])
     with torch.inference_mode():
@@ -59,7 +59,7 @@ def test_merging_leaves_the_peft_model_as_it_is(base: DigitsNet, train: Examples
     assert any("tucker_core" in name for name, _ in adapted.named_parameters())
 
 
-def test_training_is_reproducible_and_leaves_no_traces(base: DigitsNet, train: Examples) -> None:
+def test_training_is_reproducible_and_leaves_no_traces(base: DigitsNet, train: Digits) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -76,7 +76,7 @@ def test_effort_scales_steps_down_to_two() -> None:
     assert Recipe(450, 1e-2, 0.01).scaled(0).steps == 2
 
 
-def test_pictures_are_not_changed_by_training_on_them(base: DigitsNet, train: Examples) -> None:
+def test_pictures_are_not_changed_by_training_on_them(base: DigitsNet, train: Digits) -> None:
     before = train.pixels.copy()
     train_adapter(base, TASK["rotated"], train, seed=0, recipe=SHORT)
     assert np.array_equal(train.pixels, before)

@@ -18,7 +18,7 @@ from tpeft_deploy.runtime.server.operations.service import Service, order_of
 from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
-from tpeft_deploy.runtime.server.v2.messages import Part
+from tpeft_deploy.runtime.server.v2.messages import UploadPart
 
 if TYPE_CHECKING:
     from tests.helpers.server.audited import Audited  # which imports this
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PIXELS = np.random.default_rng(0).standard_normal((4, 1, 12, 14)).astype(np.float32)
 
 
-async def upload(**files: bytes) -> AsyncIterator[Part]:
+async def upload(**files: bytes) -> AsyncIterator[UploadPart]:
     """The parts of an upload, in small pieces."""
 
     async def pieces(data: bytes) -> AsyncIterator[bytes]:

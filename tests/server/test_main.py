@@ -14,9 +14,9 @@ from sqlalchemy import insert
 
 from tests.helpers.server.audited import audited
 from tests.helpers.server.processes import command, server
+from tests.helpers.server.v2_bodies import tensor
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import PIXELS
-from tests.server.test_rest import tensor
 from tpeft_deploy import Adapter, Bundle, Client, Runtime
 from tpeft_deploy.runtime.server.registry import open_state, schema
 

@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 
-from tests.helpers.server.asking import Asking
+from tests.helpers.server.live import Live, running
+from tests.helpers.server.v2_bodies import RAW, framed, tensor
 from tests.helpers.waiting import wait_until
-from tests.server.conftest import PIXELS, Served, serve
+from tests.server.conftest import PIXELS, serve
 from tpeft_deploy import Adapter, Bundle
-from tpeft_deploy.runtime.server.context import RequestContext
-from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.openapi import ROUTE, document
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
 from tpeft_deploy.runtime.server.tenancy.access import Action
-from tpeft_deploy.runtime.server.v2.limits import RestLimits
-
-
-class Live(Asking):
-    """A server on a port of its own, and keys to it."""
-
-    def __init__(self, own: Served, port: int) -> None:
-        who = [("acme", "infer"), ("acme", "deploy"), ("rival", "infer"), ("rival", "deploy"), ("operator", "admin")]
-        super().__init__(port, {(one, role): own.state.keys.create(one, role, by="a test")[1] for one, role in who})
-        self.served = own
-        self.exchanges: list[RequestContext] = []
-
-
-@contextmanager
-def running(own: Served) -> Iterator[Live]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else an answer of two parts takes 40 ms
-        live = Live(own, listener.getsockname()[1])
-        app = application(own.service, RestLimits(), live.exchanges.append)
-        config = uvicorn.Config(app, log_level="warning", loop="uvloop", http="httptools", lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        with live.client:
-            yield live
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +32,6 @@ def live(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory, others: 
         yield found
     own.runtime.close()
     own.state.close()
-
-
-def tensor(array: np.ndarray = PIXELS) -> dict[str, Any]:
-    return {"name": "pixels", "shape": list(array.shape), "datatype": "FP32", "data": array.ravel().tolist()}
 
 
 def test_json_both_ways(live: Live) -> None:
@@ -183,14 +145,6 @@ def test_what_is_not_there_is_said_as_json(live: Live, method: str, path: str, s
     answer = live.ask(method, path, json={"inputs": [tensor()]} if method == "POST" else None)
     assert answer.status_code == status
     assert set(answer.json()) == {"error"}
-
-
-def framed(document: object, raw: bytes = b"", **headers: str) -> dict[str, Any]:
-    text = json.dumps(document).encode()
-    return {"content": text + raw, "headers": {"Inference-Header-Content-Length": str(len(text)), **headers}}
-
-
-RAW = {"name": "pixels", "shape": [1, 1, 12, 14], "datatype": "FP32", "parameters": {"binary_data_size": 672}}
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def write_text(place: Path, tokenizer: str, facts: TextFacts) -> dict[str, FileR
     Args:
         place: folder to make.
         tokenizer: text of tokenizer.json.
-        facts: what else is recorded.
+        facts: further facts to record.
     """
     place.mkdir()
     document: dict[str, Any] = asdict(facts)

@@ -13,8 +13,8 @@ LIMITS = {"bfloat16": 1.6e-2, "float16": 2e-3}  # of narrower weights; bfloat16 
 TF32_LIMIT = LIMITS["float16"]  # its products have as many bits of the mantissa
 WIDEST_TOLERANCE = 1e-3  # a missing branch of a small adapter may change no more than that
 
-# Of 13 architectures the largest error of any form was, in float16, 3.8 times the rounding, of a ResNet whose fused
-# BatchNorms are rounded once more.  In bfloat16, where a copy in float32 runs, it was 1.5 times, of a rounded W + dW.
+# Of 13 architectures the largest error of any form was, in float16, 3.8 times the rounding, of a ResNet (fused
+# BatchNorms are rounded once more).  In bfloat16, where a copy in float32 runs, it was 1.5 times, of a rounded W + dW.
 ROUNDING_MULTIPLES = {"float16": 4.0, "bfloat16": 2.0}
 WIDEST_LIMIT = 0.1  # a wider limit would tell nothing: a missing branch changes less
 

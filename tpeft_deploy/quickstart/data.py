@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DIGITS", "SIZE", "TASKS", "Examples", "Labels", "Pixels", "Task", "load_digits"]
+__all__ = ["DIGITS", "SIZE", "TASKS", "Digits", "Labels", "Pixels", "DigitTask", "load_digits"]
 
 SIZE = 16
 DIGITS = tuple("0123456789")
@@ -24,7 +24,7 @@ Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
+class Digits:
     """Images with their labels.
 
     Args:
@@ -40,7 +40,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Task:
+class DigitTask:
     """One task: a transformation of the upright digits.
 
     Args:
@@ -52,7 +52,7 @@ class Task:
 
     name: str
     about: str
-    change: Callable[[Examples, np.random.Generator], Examples]
+    change: Callable[[Digits, np.random.Generator], Digits]
     answers: tuple[str, ...] = DIGITS
 
     @property
@@ -60,12 +60,12 @@ class Task:
         """Whether the task uses the base's head; otherwise its adapter replaces the head."""
         return self.answers == DIGITS
 
-    def examples(self, digits: Examples, seed: int) -> Examples:
+    def examples(self, digits: Digits, seed: int) -> Digits:
         """Transform upright digits; the same seed gives the same images."""
         return self.change(digits, np.random.default_rng(seed))
 
 
-def load_digits(seed: int) -> tuple[Examples, Examples]:
+def load_digits(seed: int) -> tuple[Digits, Digits]:
     """Load upright digits, (train, test): a quarter is held out, stratified by digit."""
     from sklearn.datasets import load_digits as load_bundled
     from sklearn.model_selection import train_test_split
@@ -74,7 +74,7 @@ def load_digits(seed: int) -> tuple[Examples, Examples]:
     pixels = _enlarge(bundled.images.astype(np.float32) / 16.0)[:, None]
     labels = bundled.target.astype(np.int64)
     train, test = train_test_split(np.arange(len(labels)), test_size=_HELD_OUT, random_state=seed, stratify=labels)
-    return Examples(pixels[train], labels[train]), Examples(pixels[test], labels[test])
+    return Digits(pixels[train], labels[train]), Digits(pixels[test], labels[test])
 
 
 def _enlarge(images: Pixels) -> Pixels:
@@ -86,33 +86,33 @@ def _enlarge(images: Pixels) -> Pixels:
     return enlarged
 
 
-def _rotated(digits: Examples, random: np.random.Generator) -> Examples:
-    return Examples(np.ascontiguousarray(np.rot90(digits.pixels, axes=(2, 3))), digits.labels)
+def _rotated(digits: Digits, random: np.random.Generator) -> Digits:
+    return Digits(np.ascontiguousarray(np.rot90(digits.pixels, axes=(2, 3))), digits.labels)
 
 
-def _inverted(digits: Examples, random: np.random.Generator) -> Examples:
+def _inverted(digits: Digits, random: np.random.Generator) -> Digits:
     noise = random.normal(0, _NOISE, digits.pixels.shape)
-    return Examples(np.clip(1 - digits.pixels + noise, 0, 1).astype(np.float32), digits.labels)
+    return Digits(np.clip(1 - digits.pixels + noise, 0, 1).astype(np.float32), digits.labels)
 
 
-def _mirrored(digits: Examples, random: np.random.Generator) -> Examples:
-    return Examples(np.ascontiguousarray(digits.pixels[..., ::-1]), digits.labels)
+def _mirrored(digits: Digits, random: np.random.Generator) -> Digits:
+    return Digits(np.ascontiguousarray(digits.pixels[..., ::-1]), digits.labels)
 
 
-def _shifted(digits: Examples, random: np.random.Generator) -> Examples:
-    return Examples(np.roll(digits.pixels, SIZE // 2, axis=3), digits.labels)
+def _shifted(digits: Digits, random: np.random.Generator) -> Digits:
+    return Digits(np.roll(digits.pixels, SIZE // 2, axis=3), digits.labels)
 
 
-def _upright(digits: Examples, random: np.random.Generator) -> Examples:
+def _upright(digits: Digits, random: np.random.Generator) -> Digits:
     turned = random.permutation(len(digits)) % 2
     pixels = np.where(turned[:, None, None, None] == 1, digits.pixels[..., ::-1, ::-1], digits.pixels)
-    return Examples(pixels, turned.astype(np.int64))
+    return Digits(pixels, turned.astype(np.int64))
 
 
-TASKS: tuple[Task, ...] = (
-    Task("rotated", "turned by 90 degrees", _rotated),
-    Task("inverted", "dark on light, with noise", _inverted),
-    Task("mirrored", "left and right exchanged", _mirrored),
-    Task("shifted", "by half the width", _shifted),
-    Task("upright", "up or down? a new head", _upright, answers=("up", "down")),
+TASKS: tuple[DigitTask, ...] = (
+    DigitTask("rotated", "turned by 90 degrees", _rotated),
+    DigitTask("inverted", "dark on light, with noise", _inverted),
+    DigitTask("mirrored", "left and right exchanged", _mirrored),
+    DigitTask("shifted", "by half the width", _shifted),
+    DigitTask("upright", "up or down? a new head", _upright, answers=("up", "down")),
 )

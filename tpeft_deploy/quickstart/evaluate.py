@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.exporters.oracle.compare import relative_error
 from tpeft_deploy.formats import canonical
-from tpeft_deploy.quickstart.data import Examples, Task
+from tpeft_deploy.quickstart.data import Digits, DigitTask
 from tpeft_deploy.quickstart.measure import Logits, accuracy, majority, mixed_logits, session_logits, torch_logits
 from tpeft_deploy.quickstart.results import BaseResult, TaskResult
 from tpeft_deploy.quickstart.train import Trained, merged
@@ -42,7 +42,7 @@ def run_forms(
     bundle: Bundle,
     runtime: Runtime,
     choice: Choice,
-    tests: Mapping[str, Examples],
+    tests: Mapping[str, Digits],
     *,
     rows: int,
     on_stage: Callable[[str], None],
@@ -83,7 +83,7 @@ def run_forms(
     return answers
 
 
-def task_result(task: Task, trained: Trained, bundle: Bundle, answers: Answers, test: Examples) -> TaskResult:
+def task_result(task: DigitTask, trained: Trained, bundle: Bundle, answers: Answers, test: Digits) -> TaskResult:
     """Compute the results of one task."""
     file = bundle.path / "adapters" / task.name / bundle.tasks[task.name] / canonical.FILE
     shares = {form: accuracy(answers.forms[form], test.labels) for form in FORMS}
@@ -100,7 +100,7 @@ def task_result(task: Task, trained: Trained, bundle: Bundle, answers: Answers, 
     )
 
 
-def base_result(trained: Trained, answers: Answers, test: Examples) -> BaseResult:
+def base_result(trained: Trained, answers: Answers, test: Digits) -> BaseResult:
     """Compute the results of the base."""
     weights = list(trained.base.state_dict().values())
     return BaseResult(

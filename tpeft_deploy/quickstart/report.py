@@ -11,7 +11,7 @@ import numpy as np
 from tpeft_deploy.bundle.directory import BASE_TASK
 from tpeft_deploy.html.page import document, scientific, tiles
 from tpeft_deploy.quickstart import figures
-from tpeft_deploy.quickstart.data import DIGITS, TASKS, Examples
+from tpeft_deploy.quickstart.data import DIGITS, TASKS, Digits
 from tpeft_deploy.quickstart.evaluate import FORMS, Answers
 from tpeft_deploy.quickstart.results import Results
 
@@ -25,7 +25,7 @@ _STYLE = """
 """
 
 
-def write_report(file: Path, results: Results, answers: Mapping[str, Answers], tests: Mapping[str, Examples]) -> None:
+def write_report(file: Path, results: Results, answers: Mapping[str, Answers], tests: Mapping[str, Digits]) -> None:
     """Write the report.
 
     Args:
@@ -37,7 +37,7 @@ def write_report(file: Path, results: Results, answers: Mapping[str, Answers], t
     file.write_text(render(results, answers, tests), encoding="utf-8")
 
 
-def render(results: Results, answers: Mapping[str, Answers], tests: Mapping[str, Examples]) -> str:
+def render(results: Results, answers: Mapping[str, Answers], tests: Mapping[str, Digits]) -> str:
     """Render the report as HTML."""
     body = f"""<h1>One base, {len(results.tasks)} tasks, any mixture of them in a batch</h1>
 <p class="soft">A {results.base.parameters:,}-weight ConvNeXt reads scanned digits with {results.base.torch:.1%}
@@ -96,7 +96,7 @@ def _table(results: Results) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _gallery(answers: Mapping[str, Answers], tests: Mapping[str, Examples]) -> str:
+def _gallery(answers: Mapping[str, Answers], tests: Mapping[str, Digits]) -> str:
     # The first held-out image of every digit, the same for all tasks.
     _, columns = np.unique(tests[BASE_TASK].labels, return_index=True)
     shown = [(BASE_TASK, "as scanned, no adapter", DIGITS), *((task.name, task.about, task.answers) for task in TASKS)]
@@ -107,7 +107,7 @@ def _gallery(answers: Mapping[str, Answers], tests: Mapping[str, Examples]) -> s
     return f'<table class="gallery"><tbody>{"".join(rows)}</tbody></table>'
 
 
-def _cell(name: str, meanings: tuple[str, ...], answers: Answers, test: Examples, row: int) -> str:
+def _cell(name: str, meanings: tuple[str, ...], answers: Answers, test: Digits, row: int) -> str:
     truth, prediction = int(test.labels[row]), int(answers.forms["banked"][row].argmax())
     # The base has no prediction for a task with other classes.
     before = f"{DIGITS[int(answers.base[row].argmax())]} → " if meanings == DIGITS and name != BASE_TASK else ""

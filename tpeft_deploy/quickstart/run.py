@@ -17,7 +17,7 @@ from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.exporters import export_bundle
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.quickstart import evaluate
-from tpeft_deploy.quickstart.data import TASKS, Examples, load_digits
+from tpeft_deploy.quickstart.data import TASKS, Digits, load_digits
 from tpeft_deploy.quickstart.measure import switching
 from tpeft_deploy.quickstart.model import WEIGHTS, digits
 from tpeft_deploy.quickstart.place import output_directory
@@ -45,10 +45,10 @@ def base():
     return trained(Path(__file__).parent)
 '''
 
-Stage = Callable[[str], None]
+OnStage = Callable[[str], None]
 
 
-def run(out: Path, *, provider: str, seed: int, effort: float, on_stage: Stage, begin: float) -> Results:
+def run(out: Path, *, provider: str, seed: int, effort: float, on_stage: OnStage, begin: float) -> Results:
     """Run the quickstart; arguments as for `run_quickstart`, `begin` is its start by `time.perf_counter`."""
     # First, so that an unusable provider fails now and not after a minute of training.
     choice = choose(provider)
@@ -87,7 +87,7 @@ def run(out: Path, *, provider: str, seed: int, effort: float, on_stage: Stage, 
     return results
 
 
-def _export(trained: Trained, place: Path, on_stage: Stage) -> Bundle:
+def _export(trained: Trained, place: Path, on_stage: OnStage) -> Bundle:
     (place / WEIGHTS).write_bytes(save(trained.base.state_dict()))
     (place / "digits_base.py").write_text(_BASE_MODULE)
     for task, adapted in trained.adapters.items():
@@ -104,7 +104,7 @@ def _export(trained: Trained, place: Path, on_stage: Stage) -> Bundle:
     )
 
 
-def _write_sample(place: Path, tests: Mapping[str, Examples]) -> Sample:
+def _write_sample(place: Path, tests: Mapping[str, Digits]) -> Sample:
     """Write a small mixed batch as input for `tpeft-deploy run`, and as a request to a server."""
     # Two digits: one upright and one turned, in the task "upright".
     _, chosen = np.unique(tests["upright"].labels, return_index=True)

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from tpeft_deploy.bundle.directory import BASE_TASK
-from tpeft_deploy.quickstart.data import TASKS, Examples, Task
+from tpeft_deploy.quickstart.data import TASKS, Digits, DigitTask
 from tpeft_deploy.quickstart.model import DigitsNet
 from tpeft_deploy.training import TuckerConfig
 
@@ -25,7 +25,7 @@ __all__ = ["TARGETS", "Recipe", "Trained", "merged", "train_adapter", "train_all
 TARGETS = ("stem", "depthwise", "expand", "reduce", "downsample")
 
 _BATCH = 64
-_Change = Callable[[Examples, np.random.Generator], Examples]
+_Change = Callable[[Digits, np.random.Generator], Digits]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ BASE_RECIPE = Recipe(steps=450, rate=6e-3, decay=0.05)
 ADAPTER_RECIPE = Recipe(steps=450, rate=5e-3, decay=0.01)
 
 
-def train_base(digits: Examples, *, seed: int, recipe: Recipe = BASE_RECIPE) -> DigitsNet:
+def train_base(digits: Digits, *, seed: int, recipe: Recipe = BASE_RECIPE) -> DigitsNet:
     """Train the base on upright digits.
 
     Args:
@@ -84,7 +84,7 @@ def train_base(digits: Examples, *, seed: int, recipe: Recipe = BASE_RECIPE) -> 
 
 
 def train_adapter(
-    base: DigitsNet, task: Task, digits: Examples, *, seed: int, recipe: Recipe = ADAPTER_RECIPE
+    base: DigitsNet, task: DigitTask, digits: Digits, *, seed: int, recipe: Recipe = ADAPTER_RECIPE
 ) -> PeftModel:
     """Train one task's adapter on a copy of the base.
 
@@ -115,7 +115,7 @@ def train_adapter(
     return adapted
 
 
-def train_all(digits: Examples, *, seed: int, effort: float, on_stage: Callable[[str], None]) -> Trained:
+def train_all(digits: Digits, *, seed: int, effort: float, on_stage: Callable[[str], None]) -> Trained:
     """Train the base, then the adapter of every task.
 
     Args:
@@ -180,7 +180,7 @@ def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
             parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
-def _batches(digits: Examples, change: _Change, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(digits: Digits, change: _Change, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches, shuffled every epoch and shifted by up to a pixel before the task's transformation."""
     random = np.random.default_rng(seed)
     order = np.empty(0, np.int64)
@@ -189,9 +189,9 @@ def _batches(digits: Examples, change: _Change, steps: int, seed: int) -> Iterat
             order = random.permutation(len(digits))
         chosen, order = order[:_BATCH], order[_BATCH:]
         nudged = np.roll(digits.pixels[chosen], random.integers(-1, 2, 2), axis=(2, 3))
-        batch = change(Examples(nudged, digits.labels[chosen]), random)
+        batch = change(Digits(nudged, digits.labels[chosen]), random)
         yield torch.from_numpy(batch.pixels), torch.from_numpy(batch.labels)
 
 
-def _as_they_are(digits: Examples, random: np.random.Generator) -> Examples:
+def _as_they_are(digits: Digits, random: np.random.Generator) -> Digits:
     return digits

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.bases.foreign import problems
+from tpeft_deploy.exporters.bases.foreign.initializer_uses import QUANTISED, Use, renaming, uses_of
 from tpeft_deploy.exporters.bases.foreign.known_weights import Known
 from tpeft_deploy.exporters.bases.foreign.problems import Problem
 from tpeft_deploy.exporters.bases.foreign.quantised_match import find_quantised
 from tpeft_deploy.exporters.bases.foreign.unfuse import can_unfuse, row_factors
-from tpeft_deploy.exporters.bases.foreign.value_match import Layout, Values, is_plain, shape_of, stored
-from tpeft_deploy.exporters.bases.foreign.weight_uses import QUANTISED, Use, renaming, uses_of
+from tpeft_deploy.exporters.bases.foreign.value_match import Orientation, Values, is_plain, shape_of, stored
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Found", "Place", "identify"]
@@ -80,7 +80,7 @@ class _Evidence:
     """One use and what is said about it: all names are the first ones of their tensors."""
 
     use: Use
-    values: dict[str, Layout]
+    values: dict[str, Orientation]
     exact: str | None
     claims: dict[str, set[str]]
 

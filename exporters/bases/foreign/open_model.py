@@ -62,7 +62,7 @@ def _refuse(path: Path, model: ir.Model) -> None:
         raise UnsupportedBase(
             f"load base {path}",
             expected="the base itself",
-            got=f"a fold of task {model.metadata_props.get('tpeft.task')!r}, whose weights are no longer the base's",
+            got=f"a fold of task {model.metadata_props.get('tpeft.task')!r}, with changed weights",
             fix="Give the file or the module that it was folded from.",
         )
     if form is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tpeft_deploy.exporters.bases.foreign.weight_uses import Use
+from tpeft_deploy.exporters.bases.foreign.initializer_uses import Use
 
 __all__ = ["GIVE_WEIGHTS", "Problem", "ambiguous", "computed", "differs", "disagree", "quantised"]
 

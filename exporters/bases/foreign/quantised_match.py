@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.bases.foreign import problems
+from tpeft_deploy.exporters.bases.foreign.initializer_uses import QUANTISED, modules_of
 from tpeft_deploy.exporters.bases.foreign.known_weights import Known
 from tpeft_deploy.exporters.bases.foreign.problems import Problem
-from tpeft_deploy.exporters.bases.foreign.weight_uses import QUANTISED, modules_of
 from tpeft_deploy.exporters.graph import quantised
 from tpeft_deploy.tucker import Array
 

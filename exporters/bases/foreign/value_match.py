@@ -8,13 +8,13 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import weight_digest
+from tpeft_deploy.exporters.bases.foreign.initializer_uses import Use
 from tpeft_deploy.exporters.bases.foreign.known_weights import Known
-from tpeft_deploy.exporters.bases.foreign.weight_uses import Use
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Layout", "Values", "is_plain", "shape_of", "stored"]
+__all__ = ["Orientation", "Values", "is_plain", "shape_of", "stored"]
 
-Layout = Literal["own", "turned", "either"]
+Orientation = Literal["own", "turned", "either"]
 
 
 class Values:
@@ -25,9 +25,9 @@ class Values:
         self._digests: dict[tuple[str, bool], str] = {}
         self._same: dict[tuple[str, str, bool], bool] = {}
 
-    def of(self, use: Use) -> dict[str, Layout]:
+    def of(self, use: Use) -> dict[str, Orientation]:
         """The first name of every weight that has the values of a use, and how the file holds it."""
-        found: dict[str, Layout] = {}
+        found: dict[str, Orientation] = {}
         for turned in (False, True) if use.turnable else (False,):
             shape = shape_of(use.value)[::-1] if turned else shape_of(use.value)
             for name in self._known.by_shape.get(shape, ()):

@@ -166,7 +166,7 @@ def BankedGroupedConv(
     group: int,
     kernel_shape: Sequence[int],
 ):
-    """A bias-free conv whose weight is W + dW of adapter `adapter_index[n]`: Scan over rows, one Conv each.
+    """A bias-free conv with weight W + dW of adapter `adapter_index[n]`: Scan over rows, one Conv each.
 
     change: (N, O, I K1 ..), or one zero per row.
     kernel_shape: ONNX Runtime cannot tell it of a weight that is replaced, and needs it for the shape of a row.

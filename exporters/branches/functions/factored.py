@@ -51,7 +51,7 @@ def TuckerExpertsRight(y, x, experts, up, down):
 
 @script(_tpeft, default_opset=op)
 def TuckerGain(y, gain, shape: Sequence[int]):
-    """y * gain, whose C factors are laid out as `shape` to broadcast against y."""
+    """y * gain, its C factors reshaped to `shape` to broadcast against y."""
     return y * op.Reshape(gain, op.Constant(value_ints=shape))
 
 
@@ -88,7 +88,7 @@ def TuckerDepthwise(
     group: int,
     last: int,
 ):
-    """A depthwise conv whose weight is W + dW, in the CPU's channel-blocked layout; `last` asks for (B, H, W, C)."""
+    """A depthwise conv with weight W + dW, in the CPU's channel-blocked layout; `last` asks for (B, H, W, C)."""
     flat = op.Reshape(weight, op.Concat(op.Shape(weight, end=1), op.Constant(value_ints=[-1]), axis=0))
     whole = op.Reshape(flat + change, op.Shape(weight))
     # A depthwise weight in blocked order is laid out like an image (1, C, k, k) in blocked order.

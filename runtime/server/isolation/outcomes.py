@@ -20,7 +20,7 @@ from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import AdapterError, ProtocolError, Unavailable, brief
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.runtime.server.isolation import reader
-from tpeft_deploy.runtime.server.isolation.limits import Limits
+from tpeft_deploy.runtime.server.isolation.parsing_limits import ParsingLimits
 from tpeft_deploy.runtime.server.isolation.process import Outcome
 
 __all__ = ["Upload", "closing", "collect", "crashed", "header_bytes", "no_process"]
@@ -44,7 +44,7 @@ class Upload(NamedTuple):
     data: bytes
 
 
-def collect(directory: Path, of: str, outcome: Outcome, limits: Limits, header: int) -> Upload:
+def collect(directory: Path, of: str, outcome: Outcome, limits: ParsingLimits, header: int) -> Upload:
     """Return the upload that a process has parsed.
 
     Args:
@@ -140,7 +140,7 @@ def closing(of: str) -> Unavailable:
     return Unavailable(f"read {of}", problem="the server is stopping")
 
 
-def _check(of: str, outcome: Outcome, limits: Limits) -> None:
+def _check(of: str, outcome: Outcome, limits: ParsingLimits) -> None:
     status = outcome.status
     if status == 0:
         return

@@ -16,7 +16,6 @@ from typing import Protocol
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import QuotaExceeded, TpeftError, Unavailable
 from tpeft_deploy.runtime.server.isolation import reader
-from tpeft_deploy.runtime.server.isolation.limits import Limits
 from tpeft_deploy.runtime.server.isolation.outcomes import (
     Upload,
     closing,
@@ -25,6 +24,7 @@ from tpeft_deploy.runtime.server.isolation.outcomes import (
     header_bytes,
     no_process,
 )
+from tpeft_deploy.runtime.server.isolation.parsing_limits import ParsingLimits
 from tpeft_deploy.runtime.server.isolation.process import Outcome, Process
 from tpeft_deploy.runtime.server.operations.pools import Workers
 
@@ -107,14 +107,14 @@ class Pool:
     def __init__(
         self,
         bundle: Bundle,
-        limits: Limits | None = None,
+        limits: ParsingLimits | None = None,
         *,
         program: Path = Path(reader.__file__),
         observe: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
         self._path = bundle.path.resolve()
         self._header_bytes = sum(header_bytes(part.manifest) for part in bundle.components.values())
-        self._limits = limits or Limits()
+        self._limits = limits or ParsingLimits()
         self._program = program
         self._observe = observe
         self._lock = threading.Lock()  # guards the fields below

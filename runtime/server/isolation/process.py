@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tpeft_deploy.runtime.server.isolation.limits import Limits
+from tpeft_deploy.runtime.server.isolation.parsing_limits import ParsingLimits
 
 __all__ = ["Outcome", "Process"]
 
@@ -82,7 +82,7 @@ class Process:
         self._ready = self._ready or self._line(_START_SECONDS) == b"ready\n"
         return self._ready
 
-    def ask(self, directory: Path, of: str, limits: Limits) -> Outcome | None:
+    def ask(self, directory: Path, of: str, limits: ParsingLimits) -> Outcome | None:
         """Parse an upload and return the outcome; None if the reader ended or had to be killed."""
         job = {
             "directory": str(directory),

@@ -13,8 +13,8 @@ from tpeft_deploy.runtime.server.telemetry.inference_events import EventBuffer
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
 from tpeft_deploy.runtime.server.tenancy.fair_order import Orders
-from tpeft_deploy.runtime.server.tenancy.pins import Pins
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
+from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
 from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
@@ -34,7 +34,7 @@ class Admin:
     """
 
     def __init__(
-        self, state: State, options: Options, order: Orders, pins: Pins, changes: ChangeRate, events: EventBuffer
+        self, state: State, options: Options, order: Orders, pins: TenantPins, changes: ChangeRate, events: EventBuffer
     ) -> None:
         self._state = state
         self._options = options

@@ -16,7 +16,7 @@ from tpeft_deploy.runtime.server.operations.components import Components
 from tpeft_deploy.runtime.server.operations.models import Lookup, resolve
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
-from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse, Target
+from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse, ServedVersion
 from tpeft_deploy.runtime.server.v2.metadata import ADAPTER_INPUT, datatype
 from tpeft_deploy.tucker import Array
 
@@ -151,7 +151,7 @@ class Inference:
         request: InferRequest,
         model: str,
         ports: _Ports,
-        targets: Sequence[Target],
+        targets: Sequence[ServedVersion],
         rows: int,
         timing: Timing,
         *,
@@ -169,7 +169,7 @@ class Inference:
 def _answer(
     request: InferRequest,
     known: Mapping[str, str],
-    targets: Sequence[Target],
+    targets: Sequence[ServedVersion],
     per_row: bool,
     outputs: Mapping[str, Array | list[Array]],
 ) -> InferResponse:

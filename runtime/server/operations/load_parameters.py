@@ -6,7 +6,7 @@ import binascii
 from collections.abc import AsyncIterator, Mapping
 
 from tpeft_deploy.errors import ProtocolError, TooLarge, Unsupported
-from tpeft_deploy.runtime.server.v2.messages import Encoded, LoadParameter, Parameter, Part
+from tpeft_deploy.runtime.server.v2.messages import Encoded, LoadParameter, Parameter, UploadPart
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["check_unload_parameters", "files_of", "parts_of"]
@@ -44,7 +44,7 @@ def check_unload_parameters(name: str, parameters: Mapping[str, LoadParameter]) 
         raise ProtocolError(f"unload model {name!r}", expected="no parameters but 'unload_dependents'", got=got)
 
 
-async def parts_of(name: str, files: Mapping[str, LoadParameter], limit: int) -> AsyncIterator[Part]:
+async def parts_of(name: str, files: Mapping[str, LoadParameter], limit: int) -> AsyncIterator[UploadPart]:
     """Yield the files of a load call as upload parts; only the suffix of a file name is used."""
     for key, value in files.items():
         part = "config" if key.endswith("adapter_config.json") else "weights"

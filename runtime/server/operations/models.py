@@ -11,13 +11,13 @@ from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.errors import NotFound, ProtocolError, Unavailable
 from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
-from tpeft_deploy.runtime.server.v2.messages import BASE, InferRequest, Target
+from tpeft_deploy.runtime.server.v2.messages import BASE, InferRequest, ServedVersion
 from tpeft_deploy.runtime.server.v2.metadata import ADAPTER_INPUT
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Lookup", "Model", "Models", "Resolved", "resolve"]
 
-Lookup = Callable[[str, str, str], Target]
+Lookup = Callable[[str, str, str], ServedVersion]
 """Resolves tenant, model name and version; raises NotFound when no visible task has that name and version."""
 
 
@@ -35,7 +35,7 @@ class Model:
 
     tenant: str
     name: str
-    versions: dict[str, Target]
+    versions: dict[str, ServedVersion]
     aliases: dict[str, str] = field(default_factory=dict)
     mixed: bool = False
 
@@ -51,7 +51,7 @@ class Models:
     def __init__(self, bundle: Bundle, state: State) -> None:
         self.bundle = bundle.manifest.name
         self._state = state
-        self._own = {task: Target(task, SHARED, task, "1", digest) for task, digest in bundle.tasks.items()}
+        self._own = {task: ServedVersion(task, SHARED, task, "1", digest) for task, digest in bundle.tasks.items()}
         self._unloaded: set[tuple[str, str]] = set(state.placements.unloaded())
 
     @property
@@ -59,7 +59,7 @@ class Models:
         """Names not available to registered tasks."""
         return frozenset({BASE_TASK, self.bundle, *self._own})
 
-    def target(self, tenant: str, name: str, version: str = "") -> Target:
+    def target(self, tenant: str, name: str, version: str = "") -> ServedVersion:
         """Return the target of a model name for a tenant.
 
         Raises:
@@ -148,15 +148,15 @@ def _model_of(task: TaskRecord) -> Model:
     return Model(task.tenant, task.name, versions, {alias: str(number) for alias, number in task.aliases.items()})
 
 
-def target_of(record: VersionRecord) -> Target:
+def target_of(record: VersionRecord) -> ServedVersion:
     """Return the target of a registered version."""
-    return Target(record.key, record.tenant, record.task, str(record.number), record.digest)
+    return ServedVersion(record.key, record.tenant, record.task, str(record.number), record.digest)
 
 
 class Resolved(NamedTuple):
     """Targets of a request: one for all rows, or one per row."""
 
-    targets: Sequence[Target]
+    targets: Sequence[ServedVersion]
     per_row: bool
 
 
@@ -188,14 +188,14 @@ def resolve(find: Lookup, bundle: str, tenant: str, request: InferRequest, model
     names = _names(bundle, rows)
     if request.adapter is not None and set(names) != {request.adapter}:
         raise _disagreement(request, f"input {ADAPTER_INPUT!r} with {', '.join(sorted(set(names))[:4])}")
-    known: dict[str, Target] = {}
+    known: dict[str, ServedVersion] = {}
     for row, name in enumerate(names):
         if name not in known:
             known[name] = _by_name(find, tenant, name, row if len(names) > 1 else None)
     return Resolved([known[name] for name in names], per_row=len(names) > 1)
 
 
-def _single(find: Lookup, tenant: str, request: InferRequest, model: str) -> Target:
+def _single(find: Lookup, tenant: str, request: InferRequest, model: str) -> ServedVersion:
     if model == BASE_TASK:
         _check_version(request)
         return BASE if request.adapter is None else _by_name(find, tenant, request.adapter)
@@ -205,7 +205,7 @@ def _single(find: Lookup, tenant: str, request: InferRequest, model: str) -> Tar
     return found
 
 
-def _by_name(find: Lookup, tenant: str, name: str, row: int | None = None) -> Target:
+def _by_name(find: Lookup, tenant: str, name: str, row: int | None = None) -> ServedVersion:
     """Resolve `name` or `name@version`."""
     if name == BASE_TASK:
         return BASE

@@ -21,18 +21,18 @@ from tpeft_deploy.runtime.server.operations.load_parameters import check_unload_
 from tpeft_deploy.runtime.server.operations.models import Model, Models
 from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.slices import Turns, in_slices
-from tpeft_deploy.runtime.server.operations.tasks import Management, owner
+from tpeft_deploy.runtime.server.operations.tasks import Management, owner_of
 from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord
 from tpeft_deploy.runtime.server.telemetry.inference_events import EventBuffer
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import LOCAL, SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair, Orders
-from tpeft_deploy.runtime.server.tenancy.pins import Pins
 from tpeft_deploy.runtime.server.tenancy.quotas import Meter, queue_shares
+from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
 from tpeft_deploy.runtime.server.v2 import metadata
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body
-from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, InferResponse, LoadParameter, Part
+from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, InferResponse, LoadParameter, UploadPart
 
 __all__ = ["Service", "order_of"]
 
@@ -90,7 +90,7 @@ class Service:
             Admission(bundle, runtime, state.tasks.read).check,
             self._options.reader or Direct(bundle, pools.uploads),
             max_upload_bytes=self._options.max_upload_bytes,
-            pins=Pins(runtime, state.tenants.quota, self._options.max_folded, pools.uploads),
+            pins=TenantPins(runtime, state.tenants.quota, self._options.max_folded, pools.uploads),
             pools=pools,
         )
         self.admin = Admin(state, self._options, order, self._management.pins, self._changes, self._events)
@@ -266,7 +266,7 @@ class Service:
         self,
         principal: Principal,
         name: str,
-        parts: AsyncIterator[Part],
+        parts: AsyncIterator[UploadPart],
         *,
         alias: str = CURRENT,
         tenant: str | None = None,
@@ -333,7 +333,7 @@ class Service:
         self._events.flush()
         await self._management.delete(principal, name, version, tenant)
         if not version:
-            self._options.forget(owner(principal, tenant), name)
+            self._options.forget(owner_of(principal, tenant), name)
 
     async def publish(self, principal: Principal, name: str, tenant: str) -> Document:
         """Share a tenant's task with all tenants; needs ADMIN."""

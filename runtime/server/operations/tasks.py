@@ -19,10 +19,10 @@ from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.registry import CURRENT, PinRecord, State, TaskRecord, VersionRecord
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import SHARED, Action, Principal, allow
-from tpeft_deploy.runtime.server.tenancy.pins import Pins
-from tpeft_deploy.runtime.server.v2.messages import Part, Target
+from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
+from tpeft_deploy.runtime.server.v2.messages import ServedVersion, UploadPart
 
-__all__ = ["Management", "owner"]
+__all__ = ["Management", "owner_of"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 
@@ -52,7 +52,7 @@ class Management:
         reader: Reader,
         *,
         max_upload_bytes: int,
-        pins: Pins,
+        pins: TenantPins,
         pools: Pools,
     ) -> None:
         self.pins = pins
@@ -74,13 +74,13 @@ class Management:
         self,
         principal: Principal,
         name: str,
-        parts: AsyncIterator[Part],
+        parts: AsyncIterator[UploadPart],
         *,
         alias: str = CURRENT,
         tenant: str | None = None,
     ) -> TaskRecord:
         """Register an upload as a new version, checked and ready when this returns."""
-        whose = owner(principal, tenant)
+        owner = owner_of(principal, tenant)
         self._check_free(name)
         self._reader.check_room(principal.tenant)
         run = partial(self._pools.uploads.run_for, principal.tenant)
@@ -90,9 +90,9 @@ class Management:
             upload = await self._reader.read(principal.tenant, staged.directory, f"the upload for task {name!r}")
             # Shielded, so that a disconnect never leaves a half-registered version.
             await asyncio.shield(
-                self._pools.uploads.run_for(principal.tenant, self._add, whose, name, upload, alias, principal.key)
+                self._pools.uploads.run_for(principal.tenant, self._add, owner, name, upload, alias, principal.key)
             )
-        return self.task(whose, name)
+        return self.task(owner, name)
 
     async def point(
         self,
@@ -104,29 +104,29 @@ class Management:
         expected: str | None = None,
     ) -> TaskRecord:
         """Point an alias at a version."""
-        whose = owner(principal, tenant)
+        owner = owner_of(principal, tenant)
         return await self._pools.changes.run_for(
-            whose, self._state.tasks.point, whose, name, alias, version, by=principal.key, expected=expected
+            owner, self._state.tasks.point, owner, name, alias, version, by=principal.key, expected=expected
         )
 
     async def rollback(
         self, principal: Principal, name: str, alias: str, tenant: str | None = None, expected: str | None = None
     ) -> TaskRecord:
         """Point an alias back at its previous version."""
-        whose = owner(principal, tenant)
+        owner = owner_of(principal, tenant)
         return await self._pools.changes.run_for(
-            whose, self._state.tasks.rollback, whose, name, alias, by=principal.key, expected=expected
+            owner, self._state.tasks.rollback, owner, name, alias, by=principal.key, expected=expected
         )
 
     async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
         """Delete a task, or one version without an alias; in-flight requests finish."""
-        whose = owner(principal, tenant)
+        owner = owner_of(principal, tenant)
         if version and not (version.isascii() and version.isdigit() and len(version) < 10):
             raise ProtocolError(f"delete version {version!r} of task {name!r}", expected="a number", got="another name")
-        await asyncio.shield(self._pools.changes.run_for(whose, self._delete, whose, name, version, principal.key))
+        await asyncio.shield(self._pools.changes.run_for(owner, self._delete, owner, name, version, principal.key))
         if not version:
-            self._models.reload((whose, name))
-            self._statistics.drop(whose, name)
+            self._models.reload((owner, name))
+            self._statistics.drop(owner, name)
 
     async def publish(self, principal: Principal, name: str, tenant: str) -> TaskRecord:
         """Share a tenant's task with all tenants."""
@@ -146,27 +146,27 @@ class Management:
 
     async def pin(self, principal: Principal, name: str, *, folded: bool, tenant: str | None = None) -> None:
         """Pin a task's current version on the device, or in a folded session."""
-        whose = owner(principal, tenant)
-        target = self._models.target(whose, name)
-        self._check_own(whose, target.tenant, name)
+        owner = owner_of(principal, tenant)
+        target = self._models.target(owner, name)
+        self._check_own(owner, target.tenant, name)
         refused = None
         try:
-            await self.pins.add(whose, name, target.key, folded=folded)
+            await self.pins.add(owner, name, target.key, folded=folded)
         except (AdapterError, RunError) as error:
             if not folded or (not isinstance(error, AdapterError) and type(error) is not RunError):
                 raise
             refused = Conflict(f"fold task {name!r}", problem=error.said, fix="It is pinned without that.")
         pin = PinRecord(target.tenant, name, target.version, folded and refused is None)
-        await asyncio.shield(self._pools.changes.run_for(whose, self._keep, pin, target.key, principal.key))
+        await asyncio.shield(self._pools.changes.run_for(owner, self._keep, pin, target.key, principal.key))
         if refused is not None:
             raise refused
 
     async def unpin(self, principal: Principal, name: str, tenant: str | None = None) -> None:
         """Unpin a task."""
-        whose = owner(principal, tenant)
-        target = self._models.target(whose, name)
-        self._check_own(whose, target.tenant, name)
-        await asyncio.shield(self._pools.changes.run_for(whose, self._unpin, target, principal.key))
+        owner = owner_of(principal, tenant)
+        target = self._models.target(owner, name)
+        self._check_own(owner, target.tenant, name)
+        await asyncio.shield(self._pools.changes.run_for(owner, self._unpin, target, principal.key))
 
     def restore(self) -> None:
         """Restore the pins of the previous run; blocks, except for folded sessions."""
@@ -203,7 +203,7 @@ class Management:
                 self._runtime.unpin(key)
             raise
 
-    def _unpin(self, target: Target, by: str) -> None:
+    def _unpin(self, target: ServedVersion, by: str) -> None:
         pinned = self._state.placements.pins(target.tenant, target.task)
         self._state.placements.unpin(target.tenant, target.task, by=by)
         for key in {target.key, *(self._models.key(pin.tenant, pin.task, pin.version) for pin in pinned)}:
@@ -237,17 +237,17 @@ class Management:
         if name in self._models.reserved:
             raise Conflict(
                 f"register task {name!r}",
-                expected="a name of its own",
-                got="the name of a model of the bundle",
+                expected="a name that no model of the bundle has",
+                got="one that a model of the bundle has",
                 fix="Choose another name.",
             )
 
     def _check_own(self, tenant: str, found: str, name: str) -> None:
         if found != tenant:
-            raise Conflict(f"pin task {name!r}", expected="a task of the tenant's own", got="a shared one")
+            raise Conflict(f"pin task {name!r}", expected="a task that the tenant owns", got="a shared one")
 
 
-def owner(principal: Principal, tenant: str | None) -> str:
+def owner_of(principal: Principal, tenant: str | None) -> str:
     """Return the owner of the changed task: the principal's tenant, or any for an admin ("shared" for shared tasks).
 
     Raises:

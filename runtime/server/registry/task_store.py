@@ -18,7 +18,7 @@ from tpeft_deploy.runtime.server.registry import audit, placements, queries
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.files.locks import KeyedLocks
-from tpeft_deploy.runtime.server.registry.files.uploads import Run, Staged, staging
+from tpeft_deploy.runtime.server.registry.files.uploads import RunBlocking, Staged, staging
 from tpeft_deploy.runtime.server.registry.names import check_alias, check_task, check_tenant
 from tpeft_deploy.runtime.server.registry.snapshot import (
     CURRENT,
@@ -31,9 +31,9 @@ from tpeft_deploy.runtime.server.registry.tenants import ensure
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
-__all__ = ["Check", "Tasks"]
+__all__ = ["AdmissionCheck", "Tasks"]
 
-Check = Callable[[VersionRecord, Adapter], None]
+AdmissionCheck = Callable[[VersionRecord, Adapter], None]
 """Function that raises for an adapter that cannot be served."""
 
 _GRACE = 600.0  # seconds that a deleted adapter's file stays for in-flight requests
@@ -65,7 +65,7 @@ class Tasks:
         """Return the current snapshot."""
         return self._snapshot
 
-    def staging(self, limit: int, run: Run = asyncio.to_thread) -> AbstractAsyncContextManager[Staged]:
+    def staging(self, limit: int, run: RunBlocking = asyncio.to_thread) -> AbstractAsyncContextManager[Staged]:
         """Create a temporary directory for an upload.
 
         Args:
@@ -79,7 +79,7 @@ class Tasks:
         tenant: str,
         name: str,
         adapter: Adapter,
-        check: Check,
+        check: AdmissionCheck,
         *,
         by: str,
         alias: str = CURRENT,

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-__all__ = ["Alias", "Body", "Expected", "Index", "Key", "Parameters", "Pin", "Quota"]
+__all__ = ["Alias", "Body", "Expected", "Index", "Key", "Parameters", "Pin", "QuotaBody"]
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # range of an SQL integer
-Version = str | Int
+VersionNumber = str | Int
 Number = Int | float
 Positive = Annotated[int, msgspec.Meta(gt=0, le=2**63 - 1)] | Annotated[float, msgspec.Meta(gt=0)]
 Limit = Int | float | None | UnsetType
@@ -35,13 +35,13 @@ class Parameters(Body):
 class Expected(Body):
     """Precondition of a rollback: the alias's current version."""
 
-    expected: Version | UnsetType = UNSET
+    expected: VersionNumber | UnsetType = UNSET
 
 
 class Alias(Expected, kw_only=True):
     """Version of an alias, and the version that it replaces."""
 
-    version: Version
+    version: VersionNumber
 
 
 class Pin(Body):
@@ -58,7 +58,7 @@ class Key(Body):
     expires_in: Number | UnsetType = UNSET
 
 
-class Quota(Body):
+class QuotaBody(Body):
     """Quotas and weight of a tenant; null is unlimited."""
 
     requests_per_s: Limit = UNSET

@@ -10,7 +10,7 @@ from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.rest import bodies
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
-from tpeft_deploy.runtime.server.rest.uploads import parts
+from tpeft_deploy.runtime.server.rest.upload_stream import parts
 from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
@@ -157,7 +157,7 @@ async def tenants(context: HttpContext) -> object:
 
 
 async def set_tenant(context: HttpContext) -> object:
-    quota = msgspec.to_builtins(await context.read(bodies.Quota))  # omits unset fields
+    quota = msgspec.to_builtins(await context.read(bodies.QuotaBody))  # omits unset fields
     return await context.core.admin.set_tenant(context.principal, context.path("tenant"), quota)
 
 

@@ -145,6 +145,7 @@ def _operation(route: Route) -> dict[str, Any]:
 
 def _schema(body: type[Body]) -> dict[str, Any]:
     found: dict[str, Any] = msgspec.json.schema(body)["$defs"][body.__name__]
+    found["title"] = body.__name__.removesuffix("Body")  # generated clients name their classes by it
     return found
 
 

@@ -149,7 +149,7 @@ ROUTES: tuple[Route, ...] = (
         Action.ADMIN,
         handlers.set_tenant,
         "Set the quotas of a tenant",
-        body=bodies.Quota,
+        body=bodies.QuotaBody,
     ),
     Route(
         "GET",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.server.v2.messages import Target
+from tpeft_deploy.runtime.server.v2.messages import ServedVersion
 
 __all__ = ["EventBuffer", "InferenceEvent"]
 
@@ -33,7 +33,7 @@ class InferenceEvent(msgspec.Struct, frozen=True):
 
     tenant: str
     task: str
-    targets: Sequence[Target]
+    targets: Sequence[ServedVersion]
     rows: int
     timing: Timing
     seconds: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
-from tpeft_deploy.runtime.server.v2.messages import Document, Target
+from tpeft_deploy.runtime.server.v2.messages import Document, ServedVersion
 
 __all__ = ["Statistics", "Tally"]
 
@@ -133,7 +133,7 @@ class Statistics:
             whole.add(tally)
         return whole.document(model, version)
 
-    def _tally(self, target: Target, observed: InferenceEvent) -> Tally:
+    def _tally(self, target: ServedVersion, observed: InferenceEvent) -> Tally:
         model = f"{target.task}/{observed.component}" if observed.component else target.task
         own = self._tallies.setdefault((target.tenant, model, target.version), {})
         found = own.get(observed.tenant)

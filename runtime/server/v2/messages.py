@@ -19,18 +19,18 @@ __all__ = [
     "InferResponse",
     "LoadParameter",
     "Parameter",
-    "Part",
-    "Target",
+    "UploadPart",
+    "ServedVersion",
 ]
 
 Document = dict[str, Any]
 """A JSON object in the field names of the V2 protocol."""
-Part = tuple[str, AsyncIterator[bytes]]
+UploadPart = tuple[str, AsyncIterator[bytes]]
 """One file of an upload: "weights" or "config", and its bytes as they arrive."""
 Parameter = str | int | float | bool
 
 
-class Target(msgspec.Struct, frozen=True):
+class ServedVersion(msgspec.Struct, frozen=True):
     """Adapter version that a row runs on.
 
     Attributes:
@@ -48,7 +48,7 @@ class Target(msgspec.Struct, frozen=True):
     digest: str
 
 
-BASE = Target(BASE_TASK, SHARED, BASE_TASK, "1", BASE_TASK)
+BASE = ServedVersion(BASE_TASK, SHARED, BASE_TASK, "1", BASE_TASK)
 
 
 class Encoded(msgspec.Struct, frozen=True):

@@ -22,14 +22,14 @@ from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.errors import NotEquivalent, ShapeError
 from tpeft_deploy.exporters.branches import linear
 from tpeft_deploy.exporters.graph import batch_axes, weight_uses
-from tpeft_deploy.exporters.graph.batch_axes import Order
+from tpeft_deploy.exporters.graph.batch_axes import AxisOrder
 
 
 @pytest.fixture
-def row_orders(monkeypatch: pytest.MonkeyPatch) -> Callable[[Order], None]:
+def row_orders(monkeypatch: pytest.MonkeyPatch) -> Callable[[AxisOrder], None]:
     """Lets every activation claim one order of its rows."""
 
-    def claim(order: Order) -> None:
+    def claim(order: AxisOrder) -> None:
         honest = batch_axes.find
         monkeypatch.setattr(batch_axes, "find", lambda *args: dict.fromkeys(honest(*args), order))
 
@@ -37,7 +37,7 @@ def row_orders(monkeypatch: pytest.MonkeyPatch) -> Callable[[Order], None]:
 
 
 def test_rows_taken_in_the_wrong_order_are_found_by_the_gate(
-    tmp_path: Path, row_orders: Callable[[Order], None]
+    tmp_path: Path, row_orders: Callable[[AxisOrder], None]
 ) -> None:
     """A sequence-major layer taken for batch-major was 7 % off, and nothing failed."""
     row_orders("major")

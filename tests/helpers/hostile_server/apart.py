@@ -15,7 +15,7 @@ import numpy as np
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.runtime.server.isolation import reader
-from tpeft_deploy.runtime.server.isolation.limits import Limits
+from tpeft_deploy.runtime.server.isolation.parsing_limits import ParsingLimits
 from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.isolation.process import Outcome
 
@@ -113,7 +113,7 @@ reader.main(int(sys.argv[1]), Path(sys.argv[2]))
 class Observed(list[Outcome]):
     """How uploads ended."""
 
-    def check(self, limits: Limits) -> None:
+    def check(self, limits: ParsingLimits) -> None:
         for outcome in self:
             assert outcome.cpu <= limits.cpu_seconds + 1
             assert outcome.rss <= limits.memory_bytes + (100 << 20)  # an idle reader's

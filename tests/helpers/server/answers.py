@@ -18,9 +18,9 @@ import torch
 
 from tests.helpers import nets
 from tests.helpers.server.audited import Audited, infer_message
+from tests.helpers.server.v2_bodies import framed
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import PIXELS
-from tests.server.test_rest import framed
 from tpeft_deploy import Adapter
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.tucker import Array

@@ -138,3 +138,11 @@ def scores(answer: bytes) -> Array:
     message = pb.ModelInferResponse.FromString(answer)
     assert [one.name for one in message.outputs] == ["scores", "label"]
     return np.frombuffer(message.raw_output_contents[0], np.float32).reshape(message.outputs[0].shape)
+
+
+NOT_OURS = [
+    *(f"{kind}SharedMemory{verb}" for kind in ("System", "Cuda") for verb in ("Status", "Register", "Unregister")),
+    "TraceSetting",
+    "LogSettings",
+    "NoSuchCall",
+]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.runtime.gate import MANIFEST, Gate, entered, rows, waiting
 from tests.helpers.runtime.named_batcher import Counts, NamedBatcher, version
 from tests.helpers.waiting import wait_until
-from tests.runtime.batching.test_worker import MANIFEST, Gate, entered, rows, waiting
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, QuotaExceeded
 from tpeft_deploy.runtime.adapters.held import Held

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.runtime.gate import MANIFEST, Gate, entered, rows, run_skipping, skip, waiting
 from tests.helpers.runtime.named_batcher import NamedBatcher
-from tests.runtime.batching.test_worker import MANIFEST, Gate, entered, rows, run_skipping, skip, waiting
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.bundle.manifest import Manifest, Port, Varies
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError, TooLarge

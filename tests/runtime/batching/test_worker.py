@@ -4,18 +4,19 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from tests.helpers.runtime.gate import MANIFEST, Gate, entered, rows, run_skipping, skip, waiting
 from tests.helpers.runtime.named_batcher import Counts, NamedBatcher, NamedEngine, version
 from tests.helpers.waiting import wait_until
 from tpeft_deploy import Bundle, Runtime
-from tpeft_deploy.bundle.manifest import Manifest, Port
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError
 from tpeft_deploy.runtime.batching import worker as batchers
 from tpeft_deploy.runtime.batching.calls import Answered, Call, InferOptions
@@ -23,42 +24,6 @@ from tpeft_deploy.runtime.batching.calls import answer as hand_out
 from tpeft_deploy.runtime.batching.collate import Outputs
 from tpeft_deploy.runtime.batching.policy import Limits, Request
 from tpeft_deploy.tucker import Array
-
-T = TypeVar("T")
-MANIFEST = Manifest(
-    *("net", "test", {}, {}, (), "each", ""),
-    inputs=(Port("x", "float32", ("batch", 3)),),
-    outputs=(Port("y", "float32", ("batch", 3)),),
-    files={},
-)
-
-
-def rows(count: int, value: float = 1.0) -> dict[str, Array]:
-    return {"x": np.full((count, 3), value, np.float32)}
-
-
-class Gate:
-    """An engine that waits for `open` before each run, adds the length of the task's name, and remembers its runs.
-
-    Rows of task `bad` fail, and with them the whole batch; a run that is told to terminate fails like a session's.
-    """
-
-    def __init__(self, *, is_open: bool = True) -> None:
-        self.open = threading.Event()
-        self.entered = threading.Event()
-        self.runs: list[list[str]] = []
-        if is_open:
-            self.open.set()
-
-    def __call__(self, inputs: Mapping[str, Array], tasks: Sequence[str], options: Any) -> Outputs:
-        self.runs.append(list(tasks))
-        self.entered.set()
-        while not self.open.wait(0.001):
-            if options.terminate:
-                raise ValueError("terminated")
-        if "bad" in tasks:
-            raise ValueError("a bad row")
-        return {"y": inputs["x"] + np.array([[len(str(task))] for task in tasks], np.float32)}
 
 
 @pytest.fixture
@@ -72,36 +37,6 @@ def make() -> Iterator[Callable[..., NamedBatcher]]:
     yield build
     for own in made:
         own.close()
-
-
-class Skipping(asyncio.SelectorEventLoop):
-    """An event loop whose timers are due when a test says so."""
-
-    skipped = 0.0
-
-    def time(self) -> float:
-        return super().time() + self.skipped
-
-
-def skip(seconds: float) -> None:
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, Skipping)
-    loop.skipped += seconds
-
-
-def run_skipping(main: Coroutine[Any, Any, T]) -> T:
-    with asyncio.Runner(loop_factory=Skipping) as runner:
-        return runner.run(main)
-
-
-async def entered(gate: Gate) -> None:
-    assert await asyncio.to_thread(gate.entered.wait, 100)
-    gate.entered.clear()
-
-
-async def waiting(own: NamedBatcher, count: int) -> None:
-    while own.figures().waiting_requests != count:
-        await asyncio.sleep(0.001)
 
 
 def test_what_comes_during_a_run_is_joined_and_everyone_gets_the_own_answer(make: Callable[..., NamedBatcher]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tests.helpers import nets
-from tests.test_composition import merged, relative
+from tests.helpers.composed import merged, relative
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle
 from tpeft_deploy.errors import (
     AdapterError,

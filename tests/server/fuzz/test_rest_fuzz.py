@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
+from tests.helpers.server.live import Live, running
 from tests.server.conftest import PIXELS, serve
-from tests.server.test_rest import Live, running
 from tpeft_deploy import Adapter, Bundle
 
 NAMES = ["mood", "base", "conv", "secret", "two", "", "..", "%2e%2e", "..%2f..%2fetc", "%00", "é", "a" * 300, "mood@9"]

@@ -14,10 +14,10 @@ from tests.helpers.hostile_server.apart import Observed, send_staged, staged
 from tests.helpers.hostile_server.bred_uploads import breed
 from tests.helpers.waiting import wait_until
 from tpeft_deploy import Bundle
-from tpeft_deploy.runtime.server.isolation.limits import Limits
+from tpeft_deploy.runtime.server.isolation.parsing_limits import ParsingLimits
 from tpeft_deploy.runtime.server.isolation.pool import Pool
 
-LIMITS = Limits(cpu_seconds=1, wall_seconds=30, memory_bytes=256 << 20, result_bytes=8 << 20)
+LIMITS = ParsingLimits(cpu_seconds=1, wall_seconds=30, memory_bytes=256 << 20, result_bytes=8 << 20)
 AT_ONCE, BATCH, TIMES = 2, 200, 3
 
 

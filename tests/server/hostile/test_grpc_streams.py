@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.hostile_server.rpc_calls import MIB, Context, answered, infer
 from tests.helpers.server.fake_rpc_core import FakeCore
 from tests.helpers.server.rpc_serving import run, talking
-from tests.server.hostile.test_grpc_bytes import MIB, Context, answered, infer
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc import reading

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.runtime.gate import MANIFEST, rows
 from tests.helpers.runtime.named_batcher import NamedBatcher
-from tests.runtime.batching.test_worker import MANIFEST, rows
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import QueueFull, QuotaExceeded, TooLarge, TpeftError
 from tpeft_deploy.runtime.batching.collate import Outputs

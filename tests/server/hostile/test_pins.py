@@ -15,8 +15,8 @@ from tpeft_deploy.errors import CapacityError, Conflict, QuotaExceeded, TpeftErr
 from tpeft_deploy.runtime.server.operations.pools import Workers
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.settings import Settings
-from tpeft_deploy.runtime.server.tenancy.pins import Pins
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
+from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
 from tpeft_deploy.runtime.server.v2.messages import InferRequest
 from tpeft_deploy.runtime.server.v2.statuses import status_of
 
@@ -123,7 +123,7 @@ def other_than_folded(own: Served) -> str:
 
 
 def test_sessions_of_all_tenants_are_bounded(small: Served) -> None:
-    own = Pins(small.runtime, lambda _: Quota(), 0, Workers("tests", 1))
+    own = TenantPins(small.runtime, lambda _: Quota(), 0, Workers("tests", 1))
     with pytest.raises(Conflict, match="at most 0 folded versions on this server"):
         asyncio.run(own.add("modest", "mood", "modest/mood@1", folded=True))
     assert not small.runtime.pins()

@@ -22,11 +22,11 @@ from tests.server.conftest import serve, upload
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import AdapterError, FormatError, ProtocolError, QuotaExceeded, Unavailable
 from tpeft_deploy.runtime.server.isolation import reader
-from tpeft_deploy.runtime.server.isolation.limits import Limits
+from tpeft_deploy.runtime.server.isolation.parsing_limits import ParsingLimits
 from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.registry import open_keys
 
-LIMITS = Limits(
+LIMITS = ParsingLimits(
     cpu_seconds=1, wall_seconds=250, memory_bytes=256 << 20, result_bytes=8 << 20, waiting=4, tenant_waiting=2
 )
 ACTED = {

@@ -76,8 +76,9 @@ import httpx
 import pytest
 
 from tests.helpers.server.audited import KEYS, ROOT, Audited
-from tests.server.rpc.test_servicer import NOT_OURS
-from tests.server.test_rest import tensor
+from tests.helpers.server.incidents import message_for
+from tests.helpers.server.rpc_serving import NOT_OURS
+from tests.helpers.server.v2_bodies import tensor
 from tpeft_deploy.runtime.server.rest.openapi import ROUTE, document
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
@@ -208,14 +209,6 @@ def test_incident_2_each_route_for_its_roles_only(server: Audited, line: str) ->
             without = server.client.request(other, own)
             assert without.status_code == 401, other
             assert server.ask(other, own).status_code == 405 if other != "HEAD" else True
-
-
-def message_for(rpc: str, name: str = "nothing") -> Any:
-    if rpc in {"ModelInfer", "ModelStreamInfer"}:
-        return pb.ModelInferRequest(model_name=name)
-    if rpc.startswith("RepositoryModel"):
-        return pb.RepositoryModelLoadRequest(model_name=name)
-    return pb.ModelReadyRequest(name=name) if rpc.startswith("Model") else pb.ServerLiveRequest()
 
 
 def test_incident_2_every_rpc_is_listed() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import os
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import onnx
 import pytest
@@ -23,31 +21,13 @@ from safetensors.numpy import save
 
 from tests.helpers import nets
 from tests.helpers.server.audited import Audited, infer_message, load_message, tree
+from tests.helpers.server.incidents import ask, digest_of, logits
+from tests.helpers.server.merged import close, merged
+from tests.helpers.server.v2_bodies import tensor
 from tests.server.conftest import PIXELS
-from tests.server.operations.test_service import close, merged
-from tests.server.test_rest import tensor
 from tpeft_deploy import Adapter
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.tucker import Array, TuckerDelta
-
-
-def logits(answer: httpx.Response, digest: str, version: str = "1") -> Array:
-    """The one output of an answer, all the rest of which is as it has to be."""
-    assert answer.status_code == 200, answer.text
-    document = answer.json()
-    (output,) = document["outputs"]
-    assert document["parameters"] == {"adapter_digest": digest}
-    assert document["model_version"] == version
-    assert (output["name"], output["datatype"], output["shape"]) == ("logits", "FP32", [4, 10])
-    return np.array(output["data"], np.float32).reshape(4, 10)
-
-
-def ask(server: Audited, name: str = "mood") -> httpx.Response:
-    return server.ask("POST", f"/v2/models/{name}/infer", role="infer", json={"inputs": [tensor()]})
-
-
-def digest_of(adapter: Adapter) -> str:
-    return hashlib.sha256(adapter.to_bytes()).hexdigest()
 
 
 def check_unchanged(server: Audited, others: list[Adapter], before: dict[str, str], name: str = "odd") -> None:

@@ -22,9 +22,9 @@ import pytest
 from tests.helpers import nets
 from tests.helpers.server.answers import alike, base_logits, client_of, document, meanwhile, post
 from tests.helpers.server.audited import Audited, audited
+from tests.helpers.server.merged import close, merged
+from tests.helpers.server.v2_bodies import framed
 from tests.server.conftest import PIXELS
-from tests.server.operations.test_service import close, merged
-from tests.server.test_rest import framed
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle
 from tpeft_deploy.tucker import Array
 

@@ -16,9 +16,9 @@ from urllib.parse import quote, unquote
 import pytest
 
 from tests.helpers.server.audited import Audited, load_message, tree
-from tests.server.incidents.test_incidents import message_for
-from tests.server.rpc.test_servicer import NOT_OURS
-from tests.server.test_rest import framed, tensor
+from tests.helpers.server.incidents import message_for
+from tests.helpers.server.rpc_serving import NOT_OURS
+from tests.helpers.server.v2_bodies import framed, tensor
 from tpeft_deploy import Adapter
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 

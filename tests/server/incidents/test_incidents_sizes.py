@@ -23,8 +23,8 @@ import pytest
 
 from tests.helpers import nets
 from tests.helpers.server.audited import Audited, Told, audited, infer_message, tree
+from tests.helpers.server.v2_bodies import RAW, framed, tensor
 from tests.server.conftest import PIXELS
-from tests.server.test_rest import RAW, framed, tensor
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.tucker import TuckerDelta

@@ -10,10 +10,10 @@ import pytest
 
 from tests.helpers import nets
 from tests.helpers.server.audited import Audited, audited, infer_message, tree
+from tests.helpers.server.incidents import ask, digest_of, logits
+from tests.helpers.server.merged import close, merged
 from tests.helpers.server.registry_subjects import unchecked
-from tests.server.incidents.test_incidents_content import ask, digest_of, logits
-from tests.server.operations.test_service import close, merged
-from tests.server.test_rest import tensor
+from tests.helpers.server.v2_bodies import tensor
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.runtime.server.registry import open_state
 

@@ -15,9 +15,9 @@ import pytest
 
 from tests.helpers.server.answers import Answer, Tally, alike, base_logits, client_of, meanwhile, over_grpc, post
 from tests.helpers.server.audited import Audited
+from tests.helpers.server.incidents import digest_of
+from tests.helpers.server.merged import close, merged
 from tests.server.conftest import PIXELS
-from tests.server.incidents.test_incidents_content import digest_of
-from tests.server.operations.test_service import close, merged
 from tpeft_deploy import Adapter
 
 

@@ -7,16 +7,16 @@ import pytest
 
 from tpeft_deploy.errors import NotFound, ProtocolError
 from tpeft_deploy.runtime.server.operations.models import Resolved, resolve
-from tpeft_deploy.runtime.server.v2.messages import InferRequest, Target
+from tpeft_deploy.runtime.server.v2.messages import InferRequest, ServedVersion
 
 KNOWN = {("a", "mood", ""): "2", ("a", "mood", "1"): "1", ("a", "mood", "2"): "2", ("b", "mood", ""): "7"}
 
 
-def find(tenant: str, name: str, version: str) -> Target:
+def find(tenant: str, name: str, version: str) -> ServedVersion:
     number = KNOWN.get((tenant, name, version))
     if number is None:
         raise NotFound(f"find model {name!r}")
-    return Target(f"{tenant}/{name}@{number}", tenant, name, number, f"digest of {tenant} {number}")
+    return ServedVersion(f"{tenant}/{name}@{number}", tenant, name, number, f"digest of {tenant} {number}")
 
 
 def ask(tenant: str = "a", **fields: object) -> Resolved:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.helpers import nets
+from tests.helpers.server.merged import close, merged
 from tests.server.conftest import PIXELS, Served, serve, upload
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import (
@@ -44,21 +44,6 @@ def ask(own: Served, model: str = "mood", tenant: str = "acme", **fields: Any) -
 def register(own: Served, adapter: Adapter, name: str = "mood", tenant: str = "acme", **fields: Any) -> Any:
     parts = upload(weights=adapter.to_bytes())
     return wait(own.service.register(own.who(tenant), name, parts, **fields))
-
-
-def merged(adapter: Adapter) -> np.ndarray:
-    """The answer of the torch model with the adapter merged into it."""
-    module = nets.conv_net()[0]
-    weights = module.state_dict()
-    changed = {n: (weights[n].double() + torch.from_numpy(d.dense())).float() for n, d in adapter.deltas.items()}
-    with torch.no_grad():
-        logits = torch.func.functional_call(module, changed, (torch.from_numpy(PIXELS),))["logits"]
-    return np.asarray(logits)
-
-
-def close(got: np.ndarray, expected: np.ndarray) -> None:
-    assert got.shape == expected.shape
-    assert float(np.linalg.norm(got - expected) / np.linalg.norm(expected)) <= 1e-5
 
 
 def test_an_uploaded_adapter_answers_as_its_merged_model(served: Served, others: list[Adapter]) -> None:

@@ -8,18 +8,11 @@ import numpy as np
 from google.protobuf.message import Message
 
 from tests.helpers.server.fake_rpc_core import BUNDLE, KEYS, X, answers
-from tests.helpers.server.rpc_serving import Talking, infer, key_of, run, scores, talking
+from tests.helpers.server.rpc_serving import NOT_OURS, Talking, infer, key_of, run, scores, talking
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, Role
 from tpeft_deploy.runtime.server.v2.limits import RpcLimits
-
-NOT_OURS = [
-    *(f"{kind}SharedMemory{verb}" for kind in ("System", "Cuda") for verb in ("Status", "Register", "Unregister")),
-    "TraceSetting",
-    "LogSettings",
-    "NoSuchCall",
-]
 
 
 def message_for(rpc: str) -> bytes:

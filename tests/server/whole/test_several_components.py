@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import two_towers
+from tests.helpers.server.live import Live, running
 from tests.helpers.server.rpc_serving import serving
 from tests.server.conftest import serve
-from tests.server.test_rest import Live, running
 from tpeft_deploy import Bundle, Client
 from tpeft_deploy.tucker import Array
 

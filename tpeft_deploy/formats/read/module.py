@@ -31,7 +31,7 @@ class BaseView:
         name: name for messages.
         weights: name -> array; every name of a tied weight.
         kinds: module path -> class name of the layer, where it is known ("Linear", "Conv2d", "MultiheadAttention").
-        shapes, digests: of weights, where they are known without reading them.
+        shapes, digests: shape and digest of each weight, where known without reading it.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Reading a safetensors file into private memory, refusing whatever is damaged.
 
 The safetensors package checks the layout; what it lets pass is refused here first: a header that names a tensor
-twice, whose last mention would win, and one so large that reading it outgrows the file.
+twice (the package keeps the last), and one so large that reading it outgrows the file.
 """
 
 from __future__ import annotations

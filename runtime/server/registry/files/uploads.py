@@ -14,12 +14,12 @@ from tpeft_deploy.errors import ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.isolation.reader import CONFIG_FILE, WEIGHTS_FILE
 from tpeft_deploy.runtime.server.registry.files.disk import private, storing
 
-__all__ = ["CONFIG", "Run", "Staged", "WEIGHTS", "clean", "staging"]
+__all__ = ["CONFIG", "RunBlocking", "Staged", "WEIGHTS", "clean", "staging"]
 
 WEIGHTS, CONFIG = "weights", "config"
 _NAMES = {WEIGHTS: WEIGHTS_FILE, CONFIG: CONFIG_FILE}
 _CONFIG_BYTES = 2**20
-Run = Callable[..., Awaitable[Any]]
+RunBlocking = Callable[..., Awaitable[Any]]
 """Function that runs a blocking call in a thread."""
 
 
@@ -32,7 +32,7 @@ class Staged:
         run: function that runs a blocking call in a thread.
     """
 
-    def __init__(self, directory: Path, limit: int, run: Run = asyncio.to_thread) -> None:
+    def __init__(self, directory: Path, limit: int, run: RunBlocking = asyncio.to_thread) -> None:
         self.directory = directory
         self._limit = limit
         self._run = run
@@ -71,7 +71,7 @@ class Staged:
 
 
 @asynccontextmanager
-async def staging(directory: Path, limit: int, run: Run = asyncio.to_thread) -> AsyncIterator[Staged]:
+async def staging(directory: Path, limit: int, run: RunBlocking = asyncio.to_thread) -> AsyncIterator[Staged]:
     """Create a directory for an upload, removed with its content at the end."""
     with storing("take an upload"):
         own = Path(await run(tempfile.mkdtemp, dir=directory, prefix="upload."))

@@ -1,8 +1,8 @@
 """Schema migrations of the registry's database.
 
 Alembic runs the scripts in `versions` inside one transaction that holds the writers' lock: an interrupted migration
-leaves the earlier schema.  To change a table: change `schema.py`, raise `SCHEMA`, and add a script whose revision is
-the new number; a test compares the two.
+leaves the earlier schema.  To change a table: change `schema.py`, raise `SCHEMA`, and add a script with the new
+number as its revision; a test compares the two.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def upgrade(connection: Connection, number: int) -> None:
     """Bring a database of an earlier schema up to date, as part of a transaction.
 
     Args:
-        connection: connection whose transaction holds the writers' lock.
+        connection: connection with a transaction that holds the writers' lock.
         number: schema number of the database.
     """
     logging.getLogger("alembic").setLevel(logging.WARNING)  # its lines say less than the server's

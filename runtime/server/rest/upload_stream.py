@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from tpeft_deploy.errors import Conflict, ProtocolError, TooLarge
 from tpeft_deploy.runtime.server.rest.context import HttpContext
-from tpeft_deploy.runtime.server.v2.messages import Part
+from tpeft_deploy.runtime.server.v2.messages import UploadPart
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["parts"]
@@ -19,7 +19,7 @@ __all__ = ["parts"]
 _PARTS = 4  # maximum parts of a form; an upload has two
 
 
-async def parts(context: HttpContext) -> AsyncIterator[Part]:
+async def parts(context: HttpContext) -> AsyncIterator[UploadPart]:
     """Yield the files of an upload: the parts of a form, or the body itself as the weights.
 
     Raises:

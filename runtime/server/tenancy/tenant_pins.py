@@ -10,10 +10,10 @@ from tpeft_deploy.runtime.server.operations.pools import Workers
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
-__all__ = ["Pins"]
+__all__ = ["TenantPins"]
 
 
-class Pins:
+class TenantPins:
     """Versions pinned on the device; not thread-safe, used on one event loop.
 
     Args:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Limits"]
+__all__ = ["ParsingLimits"]
 
 
 @dataclass(frozen=True)
-class Limits:
+class ParsingLimits:
     """Limits of a pool of readers, and of each upload.
 
     Attributes:
