@@ -45,7 +45,7 @@ def group_query_attention(
         past_key: (rows, heads of the cache, buffer, head size), filled up to each row's past.
         past_value: the same of the values.
         last: int32 (rows), index of each row's last token after the run.
-        total: int32 scalar, the largest number of tokens of a row after the run.
+        total: int32 scalar, at least the largest number of tokens of a row after the run; the chunk if that is it.
         scale: factor of the products of queries and keys.
         softcap: limit of tanh on scaled products; 0 for none.
         window: number of tokens that a token attends to, itself included; -1 for all.
@@ -55,8 +55,8 @@ def group_query_attention(
     """
     rows, heads, buffer, size = past_key.shape
     chunk = key.shape[1]
-    if int(total) > buffer:
-        raise ValueError(f"a cache of {buffer} tokens does not hold {int(total)}")
+    if int(last.max()) >= min(int(total), buffer):
+        raise ValueError(f"a cache of {buffer} tokens does not hold {int(last.max()) + 1}")
     new = (last + 1 - chunk).long()[:, None] + torch.arange(chunk)  # (rows, chunk)
     held = (torch.arange(buffer) < new[:, :1])[:, None, :, None]
     place = new[:, None, :, None].expand(-1, heads, -1, size)
@@ -111,7 +111,7 @@ class SlotCaches:
     Args:
         past: layer -> keys and values, (rows, heads, buffer, head size) each.
         last: index of each row's last token after the run, int32 (rows).
-        total: largest number of tokens of a row after the run, int32 scalar.
+        total: at least the largest number of tokens of a row after the run, int32 scalar.
         present: layer -> keys and values with the new tokens in them.
     """
 

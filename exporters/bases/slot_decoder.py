@@ -54,10 +54,9 @@ class SlotDecoder(nn.Module):
         """
         given = past_key_values or {name.removeprefix(f"{PAST}."): tensor for name, tensor in flat.items()}
         past = {layer: (given[f"{layer}.key"], given[f"{layer}.value"]) for layer in range(len(given) // 2)}
-        chunk = input_ids.shape[1]
-        slots = SlotCaches(past, (seqlens + (chunk - 1)).to(torch.int32), (seqlens.max() + chunk).to(torch.int32))
+        positions = seqlens[:, None] + torch.arange(input_ids.shape[1], device=seqlens.device)
+        slots = SlotCaches(past, positions[:, -1].to(torch.int32), _total(input_ids, past[0][0]))
         parameters = inspect.signature(super().forward).parameters
-        positions = seqlens[:, None] + torch.arange(chunk, device=seqlens.device)
         further = {"position_ids": positions, "logits_to_keep": 1}
         further = {name: value for name, value in further.items() if name in parameters}
         with running(slots) as cache, _attending(self):
@@ -71,6 +70,16 @@ class SlotDecoder(nn.Module):
         for layer in past:
             result[f"present.{layer}.key"], result[f"present.{layer}.value"] = slots.present[layer]
         return result
+
+
+def _total(tokens: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """The operator's total_sequence_length, from shapes alone.
+
+    The operator reads it in the CPU's memory, where no run on a device may have to wait for the lengths.  To it the
+    chunk means a first piece of prompts, which several rows with a chunk must be; anything larger is only a limit.
+    """
+    rows, chunk, buffer = (torch.scalar_tensor(size, dtype=torch.int64) for size in (*tokens.shape, cache.shape[2]))
+    return torch.where((rows == 1) | (chunk == 1), buffer, chunk).to(torch.int32)
 
 
 def decoder_base(name: str, model: Any) -> TorchBase:

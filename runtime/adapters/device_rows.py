@@ -20,7 +20,7 @@ from tpeft_deploy.errors import RunError
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.tucker import Array
 
-__all__ = ["DTYPES", "allocate", "allocate_as", "dtype_of", "part_view", "read", "row_view", "write"]
+__all__ = ["DTYPES", "allocate", "allocate_as", "copy", "dtype_of", "part_view", "read", "row_view", "write"]
 
 # Numpy has no bfloat16: its bits travel as uint16.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -146,6 +146,12 @@ def read(view: onnxruntime.OrtValue) -> Array:
     with device_lock.using(view.device_name()):
         array: Array = np.array(view.numpy())
     return array
+
+
+def copy(view: onnxruntime.OrtValue, source: onnxruntime.OrtValue) -> None:
+    """Copy a value into another of the same device, dtype and shape, without the host."""
+    with device_lock.using(view.device_name()):
+        view.update_inplace(source)
 
 
 def dtype_of(value: onnxruntime.OrtValue) -> np.dtype[Any]:

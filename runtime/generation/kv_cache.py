@@ -174,7 +174,7 @@ class HostCaches(KvCaches):
 
 
 class DeviceCaches(KvCaches):
-    """Caches in a device's memory; copies go through host memory, one for each head.
+    """Caches in a device's memory; copies are one for each head.
 
     Args:
         plan: sizes.
@@ -191,7 +191,10 @@ class DeviceCaches(KvCaches):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a slot to another."""
-        self.restore(target, 0, self.save(source, 0, length))
+        for name in self._values:
+            views = (self._heads(name, slot, 0, length) for slot in (target, source))
+            for to, own in zip(*views, strict=True):
+                device_rows.copy(to, own)
 
     def save(self, slot: int, start: int, length: int) -> CacheBlock:
         """Copy some tokens of a slot to host memory."""

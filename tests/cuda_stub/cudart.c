@@ -40,9 +40,12 @@ static void log_size(const char *what, size_t bytes) {
     stub_log(what, text);
 }
 
-static void log_copy(const char *what, enum cudaMemcpyKind kind) {
+static void log_copy(enum cudaMemcpyKind kind, size_t bytes) {
     static const char *kinds[] = {"HostToHost", "HostToDevice", "DeviceToHost", "DeviceToDevice", "Default"};
-    stub_log(what, kinds[kind]);
+    char text[48];
+    stub_log("copy", kinds[kind]);
+    snprintf(text, sizeof text, "%s %zu", kinds[kind], bytes);
+    stub_log("copied", text);
 }
 
 static int spoils(const char *call) {
@@ -145,19 +148,19 @@ API cudaFreeHost(void *at) {
 }
 API cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
     SKIP_IF_RECORDING("cudaMemcpy");
-    log_copy("copy", kind);
+    log_copy(kind, bytes);
     memcpy(to, from, bytes);
     return cudaSuccess;
 }
 API cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
-    log_copy("copy", kind);
+    log_copy(kind, bytes);
     memmove(to, from, bytes);
     return cudaSuccess;
 }
 API cudaMemcpy2DAsync(
     void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, enum cudaMemcpyKind kind
 ) {
-    log_copy("copy", kind);
+    log_copy(kind, width * height);
     for (size_t row = 0; row < height; row++) memcpy((char *)to + row * to_pitch, (char *)from + row * from_pitch, width);
     return cudaSuccess;
 }

@@ -42,7 +42,7 @@ class Log:
         self._library = ctypes.CDLL("libcudart.so.13")
 
     def take(self) -> Counter[str]:
-        """Kinds of calls with their number; launches are kernels and calls of libraries."""
+        """Kinds of calls with their number, copies also with their bytes; launches are kernels and library calls."""
         self._library.stub_mark(b"read")  # so that there is a file
         lines = self._path.read_text().splitlines()
         new, self._read = lines[self._read :], len(lines)
@@ -53,6 +53,9 @@ class Log:
                 found["launches"] += 1
             elif what == "copy":
                 found[detail] += 1
+            elif what == "copied":
+                kind, size = detail.split()
+                found[f"{kind} bytes"] += int(size)
             elif what != "mark":
                 found[f"{what} {detail}".strip() if what == "recording" else what] += 1
         return found

@@ -21,7 +21,8 @@ from benchmarks import gpu_models
 from tests.helpers.exporters import architectures as zoo
 from tests.helpers.exporters.layers import CASES
 from tests.helpers.exporters.matrix import adapters_of
-from tpeft_deploy import export_bundle
+from tests.helpers.exporters.small_decoders import made, trained
+from tpeft_deploy import export_bundle, load_adapter
 
 pytestmark = pytest.mark.cuda_stub
 
@@ -46,6 +47,8 @@ LAUNCHES = {
     "Conv1d net": (8, 19, 31, 31),
     "Conv3d net": (9, 18, 28, 28),
     "U-Net with cross-attention": (87, 158, 223, 223),
+    "llama": (44, 56, 63, 63),
+    "qwen3": (46, 52, 56, 56),
 }
 
 
@@ -137,8 +140,37 @@ def test_an_architecture(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs, dynamic_shapes=shapes)
     found = surveyed(bundle.path, tmp_path / "found")
     obey(found)
-    launches = {form: facts["calls"]["launches"] for form, facts in found.items()}
-    assert {form: count for form, count in launches.items() if count > LAUNCHES[name][FORMS.index(form)]} == {}
+    assert excess(name, found) == {}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_decoder(tmp_path: Path, name: str) -> None:
+    paths, model = trained(name, tmp_path), made(name)
+    adapters = {task: load_adapter(path, base=model) for task, path in paths.items()}
+    bundle = export_bundle(model.half(), adapters, tmp_path / "bundle", generation=True)
+    forms = surveyed(bundle.path, tmp_path / "found")
+    obey(forms)
+    assert excess(name, forms) == {}
+    assert [form for form, facts in forms.items() if "GroupQueryAttention" in facts["on cpu"]] == []
+    said = on_stub("tests.cuda_stub.decoder_on_stub", str(bundle.path), log=tmp_path / "log").stdout
+    found = json.loads(said.splitlines()[-1])
+    assert found["lengths"] == [6]
+    assert found["reused"] > 0
+    assert found["recorded"] == 2 * [{"graph launch": 1}]
+    ports = bundle.manifest.decoder
+    assert ports is not None
+    for call, numbers, rows in (("prefill", 7 + 1 + 1, 1), ("decode", 3 * 3, 3)):  # tokens, pasts and bank rows
+        calls = found["calls"][call]
+        assert calls["launches"] <= LAUNCHES[name][-1]
+        assert calls["HostToDevice bytes"] == numbers * 8
+        assert calls["DeviceToHost bytes"] == rows * ports.vocabulary * 2
+        assert calls["DeviceToDevice bytes"] < found["block"]  # of activations; a row's caches are several blocks
+    size = found["block"]
+    assert {name: found["calls"][name] for name in ("save", "restore", "move")} == {
+        "save": {"DeviceToHost": 4, "DeviceToHost bytes": size},
+        "restore": {"HostToDevice": 4, "HostToDevice bytes": size},
+        "move": {"DeviceToDevice": 4, "DeviceToDevice bytes": size},
+    }
 
 
 LAYERS = [(name, change) for name, case in CASES.items() for change in ("delta", "override")]
@@ -153,6 +185,12 @@ def test_a_layer(tmp_path: Path, name: str, change: str) -> None:
     adapters = adapters_of(case, module, change)
     bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs, dynamic_shapes=shapes)
     obey(surveyed(bundle.path, tmp_path / "found"))
+
+
+def excess(name: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Launches of the forms that have more than they may."""
+    launches = {form: facts["calls"]["launches"] for form, facts in found.items()}
+    return {form: count for form, count in launches.items() if count > LAUNCHES[name][FORMS.index(form)]}
 
 
 def obey(found: Mapping[str, Mapping[str, Any]]) -> None:
