@@ -46,6 +46,7 @@ from tpeft_deploy.tucker import Array
 __all__ = [
     "BANKED_CPU",
     "BANKED_CUDA",
+    "BANKED_ROWS",
     "BASE_TASK",
     "COMPONENTS",
     "EXAMPLE",
@@ -62,6 +63,7 @@ MANIFEST = "manifest.json"
 EXAMPLE = "example.npz"
 FACTORED_CPU, BANKED_CPU = "factored.cpu.onnx", "banked.cpu.onnx"
 BANKED_CUDA = "banked.cuda.onnx"
+BANKED_ROWS = "banked.rows.onnx"  # reads rows of the banks that are gathered already
 
 _T = TypeVar("_T")
 

@@ -33,6 +33,19 @@ def BankedLinear(y, x, adapter_index, downs, ups):
 
 
 @script(_tpeft, default_opset=op)
+def RowsLinear(y, x, downs, ups):
+    """As BankedLinear, of rows that are gathered already, and an x (N, m, I); downs (N, I, R), ups (N, R, O)."""
+    return y + op.MatMul(op.MatMul(x, downs), ups)
+
+
+@script(_tpeft, default_opset=op)
+def RowsLinearFlat(y, x, downs, ups):
+    """As RowsLinear for an x (B, .., I)."""
+    split = op.Concat(op.Shape(downs, end=1), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
+    return y + op.Reshape(op.MatMul(op.MatMul(op.Reshape(x, split), downs), ups), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
 def PackedDown(x, adapter_index, down):
     """The inner activations (N, G, R, m) of the G branches that read x, of x (.., I) and down (N, 1, G, R, I)."""
     split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
@@ -383,6 +396,8 @@ BANKED: dict[str, OnnxFunction] = {
         BankedTable,
         BankedVector,
         BankedValue,
+        RowsLinear,
+        RowsLinearFlat,
         PackedDown,
         PackedSum,
         PackedUp,
