@@ -82,7 +82,7 @@ def read_rows(model: ir.Model) -> bool:
     for node in nodes:
         y, x, _, down, up = (value for value in node.inputs if value is not None)
         apart = x.shape is not None and len(x.shape) == 3 and x.shape[0] == batch
-        function = "RowsLinear" if apart else "RowsLinearFlat"
+        function = "TuckerLinear" if apart else "RowsLinear"  # of x (N, m, I), products broadcast along rows
         route_around(node, call(model, function, [y, x, down, up], name=f"{node.name}.rows", like=y, after=node))
         for bank in (down, up):
             bank.shape = ir.Shape(["N", *list(bank.shape or ())[1:]])

@@ -34,13 +34,7 @@ def BankedLinear(y, x, adapter_index, downs, ups):
 
 @script(_tpeft, default_opset=op)
 def RowsLinear(y, x, downs, ups):
-    """As BankedLinear, of rows that are gathered already, and an x (N, m, I); downs (N, I, R), ups (N, R, O)."""
-    return y + op.MatMul(op.MatMul(x, downs), ups)
-
-
-@script(_tpeft, default_opset=op)
-def RowsLinearFlat(y, x, downs, ups):
-    """As RowsLinear for an x (B, .., I)."""
+    """As BankedLinear with rows that are gathered already; downs (N, I, R), ups (N, R, O)."""
     split = op.Concat(op.Shape(downs, end=1), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
     return y + op.Reshape(op.MatMul(op.MatMul(op.Reshape(x, split), downs), ups), op.Shape(y))
 
@@ -397,7 +391,6 @@ BANKED: dict[str, OnnxFunction] = {
         BankedVector,
         BankedValue,
         RowsLinear,
-        RowsLinearFlat,
         PackedDown,
         PackedSum,
         PackedUp,
