@@ -187,7 +187,10 @@ def past_part(bundle: Bundle, _: Mapping[str, int], options: argparse.Namespace)
         service, session = runtime._generation, runtime._part(None).session
         assert isinstance(session, Session)
         assert service._plan is not None
-        decoder = BankedDecoder(runtime._part(None).manifest, session, runtime._residency, service._plan, "cpu")
+        rows = runtime._part(None).open_rows()
+        assert rows is not None
+        manifest = runtime._part(None).manifest
+        decoder = BankedDecoder(manifest, rows, runtime._residency, service._plan, "cpu", gathered=True)
         versions = [service.acquire(task) for task in TASKS]
         tokens, pasts = np.ones(4, np.int64), np.full(4, PAST)
         banked = ByHand(session._session, bundle, 4, runtime._residency._bank.values)

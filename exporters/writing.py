@@ -10,7 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, EXAMPLE, FACTORED_CPU, MANIFEST, Bundle
+from tpeft_deploy.bundle.directory import (
+    BANKED_CPU,
+    BANKED_CUDA,
+    BANKED_ROWS,
+    EXAMPLE,
+    FACTORED_CPU,
+    MANIFEST,
+    Bundle,
+)
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Varies
 from tpeft_deploy.bundle.text_files import write_text
 from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
@@ -87,6 +95,9 @@ def write_graphs(plan: Plan, subject: Subject, place: Path, tolerance: float | N
     unrolled, packing = packed.unroll(cuda), packed.pack(cuda)
     if unrolled or packing:
         graphs[BANKED_CUDA] = cuda
+    rows = graphs[BANKED].clone()
+    if draft.decoder is not None and attach_banked.read_rows(rows):
+        graphs[BANKED_ROWS] = rows
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
         _mark_outputs(model, raw, varies if file != BASE else {})

@@ -22,6 +22,7 @@ from tpeft_deploy.runtime.batching.worker import Batcher
 from tpeft_deploy.runtime.engine import Engine
 from tpeft_deploy.runtime.folding.manager import FoldManager
 from tpeft_deploy.runtime.private_copy import PrivateCopy
+from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs, open_banked
@@ -114,6 +115,7 @@ class ServedComponent:
         self.folds = FoldManager(
             files.bundle, sessions, self._banked_outputs, place=files.copy.path, budget=folded_bytes
         )
+        self._rows, self._sessions = files.graphs.rows, sessions
         self.session, self.remark = open_banked(files.bundle, files.graphs, sessions)
         self.engine = Engine(self.manifest, self.session, residency, self.folds, name)
         self.batcher = Batcher(self.manifest, self.engine.run_held, limits, order=order)
@@ -139,6 +141,10 @@ class ServedComponent:
     def changed_by(self, version: Version) -> bool:
         """Whether a version that has been read changes anything in this component."""
         return not self._prefix or any(own.startswith(self._prefix) for own in version.shapes)
+
+    def open_rows(self) -> Session | None:
+        """Open the graph for steps of a decoder, if the bundle has one for the device."""
+        return None if self._rows is None else Session(self.bundle.check_file(self._rows), self._sessions)
 
     def close_session(self) -> None:
         """End the thread of a session with CUDA graphs."""

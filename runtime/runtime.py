@@ -183,6 +183,7 @@ class Runtime(ServedGeneration, ServedTasks):
             max_tokens=max_tokens,
             prefix_bytes=prefix_bytes,
             component=decoding.name,
+            open_rows=decoding.open_rows,
         )
 
     def usage(self) -> dict[str, int]:
@@ -190,7 +191,8 @@ class Runtime(ServedGeneration, ServedTasks):
 
         `device_bytes` is the bank, the sum of `device_adapter_bytes`, what the adapters on the device hold, and
         `device_reserved_bytes`: the base's row, padding to the largest ranks, and rows that wait for an adapter.
-        Where the bundle has a decoder: `kv_bytes` of the caches of `slots` sequences, `slots_taken`, `prefix_bytes`.
+        Where the bundle has a decoder: `kv_bytes` of the caches of `slots` sequences, `slots_taken`, `prefix_bytes`,
+        and `slot_adapter_bytes` of the copies of adapters that steps of a decoder read.
         """
         folded = sum(own.folds.nbytes for own in self._parts)
         return self._residency.usage() | {"folded_bytes": folded} | self._generation.usage()

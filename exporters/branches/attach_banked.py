@@ -14,14 +14,15 @@ import onnx_ir as ir
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.exporters.branches import BRANCHES, Branches, fit_factors, in_order, lifted
-from tpeft_deploy.exporters.branches.surgery import add_input
+from tpeft_deploy.exporters.branches.surgery import add_input, call, route_around
 from tpeft_deploy.exporters.graph import batch_axes
 from tpeft_deploy.exporters.graph.batch_axes import AxisOrder
 from tpeft_deploy.exporters.graph.weights_and_shapes import forget_shapes
+from tpeft_deploy.exporters.oracle import bfloat16
 from tpeft_deploy.exporters.oracle.subject import batch_axis
 from tpeft_deploy.exporters.targets import activations
 
-__all__ = ["attach", "reasons", "reason_of"]
+__all__ = ["attach", "read_rows", "reasons", "reason_of"]
 
 _SPREADING = {"BankedLinearShared", "BankedShared", "BankedRepeated", "BankedSpread", "BankedLookupShared", "Scan"}
 _SINGLE = {"BankedLinear", "BankedLookup"}  # on rows that do not come first, one adapter per run
@@ -62,6 +63,31 @@ def attach(
     changed += [value for node in model.graph if node.op_type in _SPREADING for value in node.outputs]
     forget_shapes(model.graph, changed)
     return [target.name for target in single]
+
+
+def read_rows(model: ir.Model) -> bool:
+    """Let the branches of a banked graph read rows that are gathered already in place of the banks, in place.
+
+    A step of a decoder runs many times on the same rows, and gathering them takes it as long as using them.
+
+    Returns:
+        False, and nothing was changed, where a branch is not of a linear layer, or the graph is in bfloat16, which the
+        CPU does not run.
+    """
+    index = next(value for value in model.graph.inputs if value.name == slots.INDEX)
+    nodes = [use.node for use in index.uses()]
+    if not nodes or bfloat16.holds(model.graph) or any(node.op_type != "BankedLinear" for node in nodes):
+        return False
+    batch = batch_axis(model.graph)
+    for node in nodes:
+        y, x, _, down, up = (value for value in node.inputs if value is not None)
+        apart = x.shape is not None and len(x.shape) == 3 and x.shape[0] == batch
+        function = "TuckerLinear" if apart else "RowsLinear"  # of x (N, m, I), products broadcast along rows
+        route_around(node, call(model, function, [y, x, down, up], name=f"{node.name}.rows", like=y, after=node))
+        for bank in (down, up):
+            bank.shape = ir.Shape(["N", *list(bank.shape or ())[1:]])
+    model.graph.inputs.remove(index)
+    return True
 
 
 def reasons(graph: ir.Graph, targets: Sequence[Target], orders: Mapping[str, AxisOrder]) -> dict[str, str]:

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import fit, slots
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BANKED_ROWS, FACTORED_CPU, Bundle
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.bundle.packing import Packed, pack
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BANKED", "BASE", "FACTORED", "banks", "feed_names", "form_of", "graphs_of"]
+__all__ = ["BANKED", "BASE", "FACTORED", "banks", "feed_names", "feeds_of", "form_of", "graphs_of"]
 
 BASE, FACTORED, BANKED = "base.onnx", "factored.onnx", "banked.onnx"
-_DEVICE = (FACTORED_CPU, BANKED_CPU, BANKED_CUDA)
+_FURTHER = (FACTORED_CPU, BANKED_CPU, BANKED_CUDA, BANKED_ROWS)
 
 
 def form_of(file: str) -> str:
@@ -23,8 +23,8 @@ def form_of(file: str) -> str:
 
 
 def graphs_of(manifest: Manifest, *forms: str) -> list[str]:
-    """Graphs of some forms: portable ones, then those for one device that the bundle has."""
-    files = [BASE, FACTORED, BANKED, *(file for file in _DEVICE if file in manifest.files)]
+    """Graphs of some forms: portable ones, then those for one device or use that the bundle has."""
+    files = [BASE, FACTORED, BANKED, *(file for file in _FURTHER if file in manifest.files)]
     return [file for file in files if form_of(file) in forms]
 
 
@@ -36,7 +36,20 @@ def feed_names(manifest: Manifest, file: str) -> set[str]:
     for packed in _packing(manifest, file):
         names -= {name for group in packed.members for name in group}
         names.add(packed.name)
-    return names | {slots.INDEX} if form_of(file) == "banked" else names
+    return names | {slots.INDEX} if form_of(file) == "banked" and file != BANKED_ROWS else names
+
+
+def feeds_of(file: str, bank: Mapping[str, Array], index: Array) -> dict[str, Array]:
+    """Feeds of a run of a banked graph beside inputs, given those of `banks`.
+
+    Args:
+        file: graph.
+        bank: feeds of the graph that `banks` returned.
+        index: place of a task, or of the task of each row.
+    """
+    if file == BANKED_ROWS:
+        return {name: array[index] for name, array in bank.items()}
+    return {**bank, slots.INDEX: index}
 
 
 def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None]) -> dict[str, dict[str, Array]]:

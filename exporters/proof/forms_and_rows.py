@@ -10,7 +10,6 @@ import numpy as np
 import onnxruntime
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.bundle.manifest import Manifest, OutputRows
 from tpeft_deploy.bundle.tolerances import BRANCH_SLACK, LIMIT, LIMITS
@@ -22,7 +21,7 @@ from tpeft_deploy.exporters.oracle.limits import ErrorLimits, limit_of, limits_o
 from tpeft_deploy.exporters.oracle.near_ties import explain
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.oracle.subject import Sizes, Subject
-from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks, graphs_of
+from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks, feeds_of, graphs_of
 from tpeft_deploy.exporters.proof.output_rows import find_output_rows
 from tpeft_deploy.progress import Progress, Stage
 from tpeft_deploy.tucker import Array, TuckerDelta
@@ -145,7 +144,7 @@ def check_forms(
             for file, session in sessions.items():
                 extra, answer = factors, partial(compare.run, session, inputs, factors)
                 if file in filled:
-                    rows = filled[file] | {slots.INDEX: np.array([position])}
+                    rows = feeds_of(file, filled[file], np.array([position]))
                     extra, answer = rows, partial(_run_banked, session, inputs, rows, bundle, adapter)
                 for check in source.measure(file.removesuffix(".onnx"), task, sizes, answer, expected, limit):
                     yield explain(check, bundle.path / file, {**inputs, **extra})
@@ -225,7 +224,7 @@ def _check_batch(
     inputs = subject.inputs(sizes)
     index = np.arange(count) % len(tasks)
     runs = [
-        cache(partial(compare.run, session, inputs, {**filled[file], slots.INDEX: index}))
+        cache(partial(compare.run, session, inputs, feeds_of(file, filled[file], index)))
         for file, session in sessions.items()
     ]
     kinds = {port.name: port.rows for port in bundle.manifest.outputs}

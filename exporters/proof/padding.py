@@ -15,7 +15,6 @@ from itertools import islice
 import numpy as np
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.bundle.manifest import Manifest, Port
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
@@ -25,7 +24,7 @@ from tpeft_deploy.exporters.oracle.base import Outputs
 from tpeft_deploy.exporters.oracle.compare import Check
 from tpeft_deploy.exporters.oracle.limits import limit_of
 from tpeft_deploy.exporters.oracle.subject import Sizes, Subject
-from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks
+from tpeft_deploy.exporters.proof.bundle_graphs import BASE, banks, feeds_of
 from tpeft_deploy.exporters.proof.forms_and_rows import base_limit, branch_limit, cut, probe, with_checks
 from tpeft_deploy.exporters.proof.ragged_batches import Batch, Ragged
 from tpeft_deploy.progress import Progress
@@ -149,7 +148,7 @@ def check_padding(
             for file, session in sessions.items():
                 if file == BASE and adapter is not None:
                     continue
-                feeds = banked[file] | {slots.INDEX: np.array([position])} if file in banked else {}
+                feeds = feeds_of(file, banked[file], np.array([position])) if file in banked else {}
                 run = cache(partial(compare.run, session, inputs, feeds))
                 answers = partial(_answers, run, ragged, bundle, adapter, batch)
                 yield _worst(

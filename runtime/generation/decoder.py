@@ -16,6 +16,7 @@ from tpeft_deploy.runtime.adapters.held import Held
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.engine import translated
 from tpeft_deploy.runtime.generation.kv_cache import CacheBlock, DeviceCaches, HostCaches, KvPlan
+from tpeft_deploy.runtime.generation.slot_adapters import SlotAdapters
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.tucker import Array
 
@@ -62,12 +63,15 @@ class _Run:
     def __init__(self, decoder: BankedDecoder, first: int, rows: int, bank: Bank) -> None:
         ports = decoder.ports
         self.bank = bank
-        self.binding = decoder.session.bind(bank)
+        self.binding = decoder.session.bind(bank if decoder.adapters is None else None)
         self.inputs: dict[str, Array] = {
             ports.tokens: np.zeros((rows, 1), np.int64),
             ports.lengths: np.zeros(rows, np.int64),
-            slots.INDEX: np.zeros(rows, np.int64),
         }
+        if decoder.adapters is None:
+            self.inputs[slots.INDEX] = np.zeros(rows, np.int64)
+        else:
+            decoder.adapters.bind(self.binding, first, rows)
         self.logits = np.empty((rows, decoder.vocabulary), decoder.logits_dtype)
         decoder.caches.bind(self.binding, ports.caches, first, rows)
         kind = _BFLOAT16 if decoder.bfloat16 else self.logits.dtype.type
@@ -88,11 +92,12 @@ class BankedDecoder:
 
     Args:
         manifest: manifest of a bundle with a decoder.
-        session: session of the banked graph.
+        session: session of the banked graph, or of the one for gathered rows.
         residency: residency of the versions.
         plan: sizes of the caches.
         device: memory device, as ONNX Runtime names it.
         component: component of the graph; empty for the only one.
+        gathered: whether the graph reads rows that are gathered already, on the CPU.
     """
 
     def __init__(
@@ -103,12 +108,15 @@ class BankedDecoder:
         plan: KvPlan,
         device: str,
         component: str = "",
+        *,
+        gathered: bool = False,
     ) -> None:
         if manifest.decoder is None:
             raise InputError(f"decode with bundle {manifest.name!r}", expected="one with a decoder", got="one without")
         self.ports = manifest.decoder
         self.slots, self.length, self.vocabulary = plan.slots, plan.length, self.ports.vocabulary
         self.session = session
+        self.adapters = SlotAdapters(plan.slots) if gathered else None
         self.caches = HostCaches(plan) if device == "cpu" else DeviceCaches(plan, device)
         dtype = next(port.dtype for port in manifest.outputs if port.name == self.ports.logits)
         self.bfloat16 = dtype == "bfloat16"
@@ -119,15 +127,20 @@ class BankedDecoder:
         self._component = component
         self._runs: dict[tuple[int, int], _Run] = {}  # by first slot and number of rows
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapters that are copied to slots."""
+        return 0 if self.adapters is None else self.adapters.nbytes
+
     def prefill(self, slot: int, tokens: Array, past: int, version: ResidentVersion) -> Array:
         """Compute tokens of one slot behind its first `past`; returns the logits of the last token [vocabulary]."""
-        bank, rows = self._residency.rows([version.version], self._component)
+        bank, rows = self._rows([slot], [version])
         logits: Array = self._run(bank, slot, tokens[None], past, rows)[0]
         return logits
 
     def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[ResidentVersion]) -> Array:
         """Compute one token for each of some slots, ascending; returns logits [n, vocabulary]."""
-        bank, found = self._residency.rows([version.version for version in versions], self._component)
+        bank, found = self._rows(slots, versions)
         rows = slots[-1] + 1
         if rows == len(slots):
             return self._run(bank, 0, tokens[:, None], pasts, found)
@@ -150,6 +163,15 @@ class BankedDecoder:
         """Copy a saved cache to a place in a slot."""
         self.caches.restore(slot, start, block)
 
+    def _rows(self, slots: Sequence[int], versions: Sequence[ResidentVersion]) -> tuple[Bank, list[int]]:
+        """The bank and the rows of versions in it, which their slots have too where the graph reads those."""
+        own = [version.version for version in versions]
+        bank, rows = self._residency.rows(own, self._component)
+        if self.adapters is not None:
+            for slot, version, row in zip(slots, own, rows, strict=True):
+                self.adapters.place(bank, slot, version, row)
+        return bank, rows
+
     def _run(self, bank: Bank, first: int, tokens: Array, pasts: Array | int, index: Array | list[int]) -> Array:
         with translated(self._name), device_lock.using(self._device):
             run = self._bound(bank, first, len(tokens))
@@ -159,7 +181,8 @@ class BankedDecoder:
                 run.bind(self.ports.tokens)
             inputs[self.ports.tokens][:] = tokens
             inputs[self.ports.lengths][:] = pasts
-            inputs[slots.INDEX][:] = index
+            if slots.INDEX in inputs:
+                inputs[slots.INDEX][:] = index
             if self._device != "cpu":
                 for name in inputs:  # binding copies to the device
                     run.bind(name)

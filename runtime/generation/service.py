@@ -45,6 +45,7 @@ class GenerationService:
         max_tokens: tokens of a sequence, likewise.
         prefix_bytes: bytes of host memory for known prefixes.
         component: component of the graph; empty for the only one.
+        open_rows: opens the graph for rows that are gathered already, where the bundle has one.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class GenerationService:
         max_tokens: int | None,
         prefix_bytes: int,
         component: str = "",
+        open_rows: Callable[[], Session | None] = lambda: None,
     ) -> None:
         self._manifest = manifest
         self._component = component
+        self._open_rows = open_rows
         self._session = session
         self._residency = residency
         self._loader = loader
@@ -72,6 +75,7 @@ class GenerationService:
         self._prefix_bytes = prefix_bytes
         self._lock = threading.Lock()
         self._made: Generator | None = None
+        self._decoder: BankedDecoder | None = None
         self._closed = False
 
     @staticmethod
@@ -189,12 +193,13 @@ class GenerationService:
         """Bytes and slots; nothing for a bundle without a decoder."""
         if self._plan is None:
             return {}
-        stats = self.stats()
+        stats, decoder = self.stats(), self._decoder
         return {
             "kv_bytes": 0 if stats is None else self._plan.nbytes,
             "slots": self._plan.slots,
             "slots_taken": 0 if stats is None else stats.running,
             "prefix_bytes": 0 if stats is None else stats.cached_prefix_bytes,
+            "slot_adapter_bytes": 0 if decoder is None else decoder.adapter_bytes,
         }
 
     def stats(self) -> GenerationStats | None:
@@ -214,7 +219,7 @@ class GenerationService:
             self._closed, made = True, self._made
         if made is not None:
             made.close()
-            self._made = None
+            self._made = self._decoder = None
 
     def _generator(self) -> Generator:
         with self._lock:
@@ -234,8 +239,15 @@ class GenerationService:
             )
         if isinstance(self._session, Captured):
             raise InputError(_DOING, expected="a runtime without cuda_graphs", got="one with cuda_graphs")
-        decoder = BankedDecoder(
-            self._manifest, self._session, self._residency, self._plan, self._device, self._component
+        rows = self._open_rows()
+        decoder = self._decoder = BankedDecoder(
+            self._manifest,
+            self._session if rows is None else rows,
+            self._residency,
+            self._plan,
+            self._device,
+            self._component,
+            gathered=rows is not None,
         )
         budget = max(_BUDGET, 2 * decoder.slots)
         return Generator(decoder, self, budget=budget, prefix_bytes=self._prefix_bytes)

@@ -80,10 +80,10 @@ class Session:
         """Run what is bound: inputs, and memory for all outputs."""
         self._session.run_with_iobinding(binding)
 
-    def bind(self, bank: Bank) -> onnxruntime.IOBinding:
-        """Return a binding that has a bank bound, and nothing else."""
+    def bind(self, bank: Bank | None) -> onnxruntime.IOBinding:
+        """Return a binding that has a bank bound, if there is one, and nothing else."""
         binding = bind(self._session)
-        for name, value in bank.values.items():
+        for name, value in bank.values.items() if bank is not None else ():
             binding.bind_ortvalue_input(name, value)
         return binding
 

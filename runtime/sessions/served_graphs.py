@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, EXAMPLE, Bundle
+from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BANKED_ROWS, EXAMPLE, Bundle
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.bundle.packing import Packed
 from tpeft_deploy.errors import ProviderUnavailable
@@ -29,11 +29,13 @@ class ServedGraphs:
         banked: fastest banked graph for the device.
         fallback: banked graph that takes the same inputs, for builds of ONNX Runtime that cannot open `banked`.
         packing: inputs of `banked` that stand in place of several inputs of the portable graph.
+        rows: graph for steps of a decoder, which reads rows that are gathered already; None where there is none.
     """
 
     banked: str
     fallback: str | None = None
     packing: Sequence[Packed] = ()
+    rows: str | None = None
 
     @classmethod
     def on(cls, provider: str, manifest: Manifest) -> ServedGraphs:
@@ -43,12 +45,13 @@ class ServedGraphs:
             return cls(BANKED_CPU, fallback=_PORTABLE)
         if provider == "cuda" and BANKED_CUDA in manifest.files:
             return cls(BANKED_CUDA, packing=manifest.packing)
-        return cls(_PORTABLE)
+        return cls(_PORTABLE, rows=BANKED_ROWS if provider == "cpu" and BANKED_ROWS in manifest.files else None)
 
     @property
     def files(self) -> list[str]:
         """All files that sessions read, now or later."""
-        return list(dict.fromkeys(["weights.data", "base.onnx", _PORTABLE, self.banked, EXAMPLE]))
+        rows = [] if self.rows is None else [self.rows]
+        return list(dict.fromkeys(["weights.data", "base.onnx", _PORTABLE, self.banked, *rows, EXAMPLE]))
 
 
 def open_banked(bundle: Bundle, graphs: ServedGraphs, sessions: SessionFactory) -> tuple[Session | Captured, str]:

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from tests.helpers.exporters.small_decoders import MODELS, generated, made, trained
-from tpeft_deploy import Runtime, export_bundle, load_adapter
+from tpeft_deploy import Bundle, Runtime, export_bundle, load_adapter
+from tpeft_deploy.bundle.directory import BANKED_ROWS
+from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs
 
 POSITIONS = 256
 PROMPTS = [[5, 9, 31, 7, 12, 40, 3, 22, 8], [17, 2, 33], [1, 44, 6, 25, 38]]
@@ -30,6 +32,7 @@ def test_rows_generate_what_their_merged_models_do(tmp_path: Path, name: str, co
     adapters = {task: load_adapter(path, base=model) for task, path in paths.items()}
     bundle = export_bundle(model, adapters, tmp_path / "bundle", generation=True)
     assert bundle.manifest.rows == "each", bundle.manifest.rows_reason
+    assert BANKED_ROWS in bundle.manifest.files
     assert type(model) is type(made(name))
     assert model.config._attn_implementation == "sdpa"
     assert {record["oracle"].split()[0] for record in bundle.manifest.oracles.values()} == {"peft"}
@@ -46,6 +49,17 @@ def test_rows_generate_what_their_merged_models_do(tmp_path: Path, name: str, co
             np.testing.assert_allclose([token.logprob for token in own], wanted, rtol=1e-4, atol=1e-4)
         assert runtime.generate(PROMPTS, tasks=TASKS, max_new_tokens=count) == [tokens for tokens, _ in expected]
         assert runtime.usage()["slots_taken"] == 0
+
+
+def test_a_graph_that_reads_banks_generates_the_same(llama_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, copied = [], []
+    for graphs in (ServedGraphs.on("cpu", llama_bundle.manifest), ServedGraphs("banked.onnx")):
+        monkeypatch.setattr(ServedGraphs, "on", lambda *_, graphs=graphs: graphs)
+        with three_slots(llama_bundle.path) as runtime:
+            found.append(runtime.generate(PROMPTS * 2, tasks=TASKS * 2, max_new_tokens=12))
+            copied.append(runtime.usage()["slot_adapter_bytes"])
+    assert found[0] == found[1]
+    assert copied[0] > copied[1] == 0
 
 
 def three_slots(path: Path) -> Runtime:

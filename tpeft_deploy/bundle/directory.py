@@ -3,7 +3,7 @@
     bundle/
       manifest.json        description of the bundle (see `manifest`)
       base.onnx  factored.onnx  banked.onnx  weights.data
-      factored.cpu.onnx  banked.cpu.onnx  banked.cuda.onnx      if there are faster forms for one device
+      factored.cpu.onnx  banked.cpu.onnx  banked.cuda.onnx  banked.rows.onnx      if there are faster forms for one use
       genai_config.json    settings of onnxruntime-genai, if it can drive factored.onnx
       example.npz          example inputs of the export, on which `verify` runs the bundle
       adapters/<task>/current                   digest that the task is an alias for
@@ -46,6 +46,7 @@ from tpeft_deploy.tucker import Array
 __all__ = [
     "BANKED_CPU",
     "BANKED_CUDA",
+    "BANKED_ROWS",
     "BASE_TASK",
     "COMPONENTS",
     "EXAMPLE",
@@ -58,10 +59,9 @@ __all__ = [
 
 MODEL = "model"  # component of a bundle of one graph
 COMPONENTS = "components"
-MANIFEST = "manifest.json"
-EXAMPLE = "example.npz"
+MANIFEST, EXAMPLE = "manifest.json", "example.npz"
 FACTORED_CPU, BANKED_CPU = "factored.cpu.onnx", "banked.cpu.onnx"
-BANKED_CUDA = "banked.cuda.onnx"
+BANKED_CUDA, BANKED_ROWS = "banked.cuda.onnx", "banked.rows.onnx"
 
 _T = TypeVar("_T")
 

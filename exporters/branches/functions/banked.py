@@ -33,6 +33,13 @@ def BankedLinear(y, x, adapter_index, downs, ups):
 
 
 @script(_tpeft, default_opset=op)
+def RowsLinear(y, x, downs, ups):
+    """As BankedLinear with rows that are gathered already; downs (N, I, R), ups (N, R, O)."""
+    split = op.Concat(op.Shape(downs, end=1), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
+    return y + op.Reshape(op.MatMul(op.MatMul(op.Reshape(x, split), downs), ups), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
 def PackedDown(x, adapter_index, down):
     """The inner activations (N, G, R, m) of the G branches that read x, of x (.., I) and down (N, 1, G, R, I)."""
     split = op.Concat(op.Shape(adapter_index), op.Constant(value_ints=[-1]), op.Shape(x, start=-1), axis=0)
@@ -383,6 +390,7 @@ BANKED: dict[str, OnnxFunction] = {
         BankedTable,
         BankedVector,
         BankedValue,
+        RowsLinear,
         PackedDown,
         PackedSum,
         PackedUp,
