@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.helpers import components, nets
-from tpeft_deploy import Adapter, Bundle, verify_bundle
+from tests.helpers.exporters import files
+from tpeft_deploy import Adapter, Bundle, Component, export_bundle, verify_bundle
 from tpeft_deploy.errors import BundleError, IntegrityError, UnknownTarget
+from tpeft_deploy.exporters.oracle.compare import relative_error
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +89,35 @@ def test_verification_of_every_component(own: Bundle, tmp_path: Path) -> None:
     data.write_bytes(content)
     with pytest.raises(IntegrityError, match=r"weights\.data"):
         verify_bundle(own.path)
+
+
+def embed(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"states": model.mix(model.embedding(ids))}
+
+
+def score(model: Any, states: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"logits": model.out(torch.tanh(states))}
+
+
+@torch.no_grad()
+def test_a_tied_weight_of_two_components_is_changed_where_training_changed_it(tmp_path: Path) -> None:
+    model, inputs = nets.text_net()
+    given = {"embed": inputs["ids"], "score": torch.randn(2, 5, 8)}
+    forwards: Any = {"embed": embed, "score": score}
+    parts = {
+        "embed": Component(model, {"ids": given["embed"]}, forward=embed),
+        "score": Component(model, {"states": given["score"]}, forward=score),
+    }
+    change = nets.delta((20, 8), (2, 2), seed=5)
+    tasks = {"both": ("embedding.weight", "out.weight"), "one": ("embedding.weight",)}
+    adapters = {task: Adapter(dict.fromkeys(names, change)) for task, names in tasks.items()}
+    bundle = export_bundle(parts, adapters, tmp_path / "tied")
+    merged = copy.deepcopy(model)
+    merged.get_parameter("embedding.weight").add_(torch.from_numpy(change.dense()))
+    for task in tasks:
+        for name, part in bundle.components.items():
+            feeds = {part.manifest.inputs[0].name: given[name].numpy(), **part.native(task)}
+            (found,) = files.session(part.path / "factored.onnx").run(None, feeds)
+            changed = merged if task == "both" or name == "embed" else model
+            (expected,) = forwards[name](changed, given[name]).values()
+            assert relative_error(found, expected.numpy()) <= 1e-5, (task, name)

@@ -1,17 +1,35 @@
-"""Split an adapter over the components of a model: each takes the changes of the weights that its graphs hold."""
+"""Split an adapter over the components of a model: each takes the changes of the weights that its graphs hold.
+
+Changes of weights that no output depends on, such as the last layer of a vision tower, are left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import UnknownTarget
 from tpeft_deploy.ties import Ties, changed_names
 
-__all__ = ["check_taken", "part_of", "taken_names"]
+__all__ = [
+    "UNREAD",
+    "check_taken",
+    "joint_oracle",
+    "part_of",
+    "taken_names",
+    "unread_names",
+    "warn_unread",
+    "without_unread",
+]
+
+UNREAD = "no output of the base depends on it"  # reason in `left_out` of an adapter and of a manifest
+
+_log = logging.getLogger("tpeft_deploy.bundle")
 
 _T = TypeVar("_T")
 
@@ -49,6 +67,35 @@ def part_of(adapter: Adapter, names: frozenset[str]) -> Adapter | None:
     return replace(adapter, deltas=deltas, gains=gains, overrides=overrides, base_digests=digests)
 
 
+def unread_names(adapter: Adapter, manifest: Manifest) -> list[str]:
+    """Weights that an adapter changes and that, according to the left-out changes of a manifest, no output reads."""
+    unread = {name for record in manifest.left_out.values() for name, reason in record.items() if reason == UNREAD}
+    unread -= manifest.stored.keys()  # an adapter may have the record from an export of another base
+    return [name for name in dict.fromkeys([*changed_names(adapter), *adapter.overrides]) if name in unread]
+
+
+def without_unread(adapter: Adapter, manifest: Manifest) -> Adapter:
+    """Drop an adapter's changes of weights that no output reads; one without such changes is returned as it is."""
+    names = unread_names(adapter, manifest)
+    if not names:
+        return adapter
+    kept = frozenset([*changed_names(adapter), *adapter.overrides]).difference(names)
+    return part_of(adapter, kept) or replace(adapter, deltas={}, gains={}, overrides={}, base_digests={})
+
+
+def warn_unread(task: str, names: Sequence[str], *, base: str) -> None:
+    """Log a warning that names the changes of a task that are left out, if there are any."""
+    if names:
+        _log.warning("leave out of task %s what no output of %s depends on: %s", task, base, ", ".join(names))
+
+
+def joint_oracle(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the comparisons of a task in several components: by the training library if all of them were."""
+    errors = [record["error"] for record in found if record["error"] is not None]
+    merged = next((record for record in found if record["reason"]), found[0])
+    return {**merged, "error": max(errors, default=None)}
+
+
 def check_taken(adapter: Adapter, names: Mapping[str, frozenset[str]], *, doing: str) -> None:
     """Check that every change of an adapter is taken by a component.
 
@@ -70,5 +117,6 @@ def check_taken(adapter: Adapter, names: Mapping[str, frozenset[str]], *, doing:
         f"{doing}, weight {missing[0]!r}",
         expected=f"a weight of one of the components {', '.join(names)}",
         got=f"no weight of that name{others}",
-        fix=f"Did you mean {near[0]!r}?" if near else "Check that the base is what the adapter was trained on.",
+        fix=(f"Did you mean {near[0]!r}? " if near else "Check that the base is what the adapter was trained on. ")
+        + "If no output of the model depends on the weight, export the bundle with this adapter and --unused skip.",
     )
