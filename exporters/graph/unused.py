@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.adapter import Adapter, without
 from tpeft_deploy.bundle.split import UNREAD, warn_unread
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.ties import changed_names
@@ -48,12 +48,4 @@ def leave_out(adapter: Adapter, names: Sequence[str], *, task: str, base: str) -
     if not names:
         return adapter
     warn_unread(task, names, base=base)
-    return replace(
-        adapter,
-        deltas={name: delta for name, delta in adapter.deltas.items() if name not in names},
-        gains={name: gain for name, gain in adapter.gains.items() if name not in names},
-        overrides={name: array for name, array in adapter.overrides.items() if name not in names},
-        base_digests={name: digest for name, digest in adapter.base_digests.items() if name not in names},
-        notes={name: note for name, note in adapter.notes.items() if name not in names},
-        left_out={**adapter.left_out, **dict.fromkeys(names, UNREAD)},
-    )
+    return replace(without(adapter, names), left_out={**adapter.left_out, **dict.fromkeys(names, UNREAD)})

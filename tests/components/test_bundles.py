@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 
 from tests.helpers import components, nets
 from tests.helpers.exporters import files
-from tpeft_deploy import Adapter, Bundle, Component, export_bundle, verify_bundle
+from tpeft_deploy import Adapter, Bundle, Component, export_bundle, load_adapter, verify_bundle
+from tpeft_deploy.bundle.split import UNREAD
 from tpeft_deploy.errors import BundleError, IntegrityError, UnknownTarget
 from tpeft_deploy.exporters.oracle.compare import relative_error
+from tpeft_deploy.files import digest_file
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +124,28 @@ def test_a_tied_weight_of_two_components_is_changed_where_training_changed_it(tm
             changed = merged if task == "both" or name == "embed" else model
             (expected,) = forwards[name](changed, given[name]).values()
             assert relative_error(found, expected.numpy()) <= 1e-5, (task, name)
+
+
+def test_a_weight_that_an_export_found_unread_is_left_out_of_later_adapters(
+    own: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spare = "vision.spare.weight"
+    deltas = {**own.adapter("both").deltas, spare: nets.delta((4, 4), (2, 2), seed=1)}
+    file = tmp_path / "wide.safetensors"
+    file.write_bytes(Adapter(deltas).to_bytes())
+    with pytest.raises(UnknownTarget, match=r"vision\.spare\.weight"):
+        load_adapter(file, base=own)
+    with pytest.raises(UnknownTarget, match=r"vision\.spare\.weight.*--unused skip"):
+        own.add("wide", load_adapter(file))
+    digests = {}
+    for name, part in own.components.items():
+        manifest = replace(part.manifest, left_out={"both": {spare: UNREAD, "text.mix.weight": UNREAD}})
+        (part.path / "manifest.json").write_text(manifest.to_json())
+        digests[name] = digest_file(part.path / "manifest.json")
+    (own.path / "manifest.json").write_text(replace(own.manifest, components=digests).to_json())
+    skipping = Bundle.open(own.path)
+    skipping.add("wide", load_adapter(file, base=skipping))
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == [spare]
+    found, expected = skipping.factors("wide"), own.factors("both")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], array) for name, array in expected.items())

@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.adapter import Adapter, without
 from tpeft_deploy.bundle import fit, slots, split
 from tpeft_deploy.bundle.base_weights import read_arrays, read_weight, view_of
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, base_digest
@@ -38,6 +38,7 @@ from tpeft_deploy.files import digest_file
 from tpeft_deploy.formats.read.base_view import joint_view
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.formats.write import onnx_adapter
+from tpeft_deploy.ties import changed_names
 from tpeft_deploy.tucker import Array
 
 __all__ = [
@@ -225,7 +226,7 @@ class Bundle:
     def part(self, adapter: Adapter) -> Adapter | None:
         """Reduce a whole adapter to the changes that this component takes; None if it takes none."""
         if self.share is None:
-            return split.without_unread(adapter, self.manifest)
+            return without(adapter, split.unread_weights(self.manifest))
         return split.part_of(adapter, self.share.names)
 
     def oracle(self, task: str) -> dict[str, Any]:
@@ -254,7 +255,7 @@ class Bundle:
         names = {name: part.share.names for name, part in self.parts.items() if part.share is not None}
         if names:
             doing = f"fit {adapter.source} to bundle {bundle or self.path}"
-            split.check_taken(split.without_unread(adapter, self.manifest), names, doing=doing)
+            split.check_taken(without(adapter, split.unread_weights(self.manifest)), names, doing=doing)
 
     def fill(self, adapter: Adapter, *, bundle: str | None = None) -> dict[str, dict[str, Array]]:
         """Compute an adapter's slots: target key (see `fit`) -> slot name -> array; messages name `bundle` or the path.
@@ -308,8 +309,10 @@ class Bundle:
     def base_view(self) -> BaseView:
         """Base weights for `load_adapter(base=...)`, each read from weights.data on access."""
         if self.parts:
-            return joint_view(f"bundle {self.path}", [part.base_view for part in self.parts.values()])
-        return view_of(f"bundle {self.path}", self.manifest, self.base_value)
+            found = joint_view(f"bundle {self.path}", [part.base_view for part in self.parts.values()])
+        else:
+            found = view_of(f"bundle {self.path}", self.manifest, self.base_value)
+        return replace(found, unread=split.unread_weights(self.manifest))
 
     def default(self, target: Target) -> dict[str, Array]:
         """Slots of a target for the base: zero change, or the base's tensor for an override."""
@@ -355,7 +358,8 @@ class Bundle:
         self.check_taken(adapter)
         feeds = {name: part.feeds(adapter) for name, part in self.components.items()}
         natives = dict(zip(self.store.natives, feeds.values(), strict=True))
-        split.warn_unread(task, split.unread_names(adapter, self.manifest), base=f"bundle {self.path}")
+        unread = split.unread_weights(self.manifest)
+        split.warn_unread(task, [n for n in changed_names(adapter) if n in unread], base=f"bundle {self.path}")
         digest = self.store.write(task, adapter, natives, base_digest=self.base_digest)
         self._drop_folded(task)
         self.store.alias(task, digest)

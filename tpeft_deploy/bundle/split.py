@@ -22,9 +22,8 @@ __all__ = [
     "joint_oracle",
     "part_of",
     "taken_names",
-    "unread_names",
+    "unread_weights",
     "warn_unread",
-    "without_unread",
 ]
 
 UNREAD = "no output of the base depends on it"  # reason in `left_out` of an adapter and of a manifest
@@ -67,20 +66,10 @@ def part_of(adapter: Adapter, names: frozenset[str]) -> Adapter | None:
     return replace(adapter, deltas=deltas, gains=gains, overrides=overrides, base_digests=digests)
 
 
-def unread_names(adapter: Adapter, manifest: Manifest) -> list[str]:
-    """Weights that an adapter changes and that, according to the left-out changes of a manifest, no output reads."""
+def unread_weights(manifest: Manifest) -> frozenset[str]:
+    """Weights that no output reads, according to the changes that an export with `unused="skip"` left out."""
     unread = {name for record in manifest.left_out.values() for name, reason in record.items() if reason == UNREAD}
-    unread -= manifest.stored.keys()  # an adapter may have the record from an export of another base
-    return [name for name in dict.fromkeys([*changed_names(adapter), *adapter.overrides]) if name in unread]
-
-
-def without_unread(adapter: Adapter, manifest: Manifest) -> Adapter:
-    """Drop an adapter's changes of weights that no output reads; one without such changes is returned as it is."""
-    names = unread_names(adapter, manifest)
-    if not names:
-        return adapter
-    kept = frozenset([*changed_names(adapter), *adapter.overrides]).difference(names)
-    return part_of(adapter, kept) or replace(adapter, deltas={}, gains={}, overrides={}, base_digests={})
+    return frozenset(unread - manifest.stored.keys())  # an adapter may have the record from an export of another base
 
 
 def warn_unread(task: str, names: Sequence[str], *, base: str) -> None:

@@ -32,6 +32,7 @@ class BaseView:
         weights: name -> array; every name of a tied weight.
         kinds: module path -> class name of the layer, where it is known ("Linear", "Conv2d", "MultiheadAttention").
         shapes, digests: of weights, where they are known without reading them.
+        unread: names of further weights of the model, which no output depends on: nothing is known of them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class BaseView:
     kinds: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a weight."""
