@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from tests.helpers import components, nets
 from tests.helpers.exporters import files
@@ -129,13 +130,13 @@ def test_a_tied_weight_of_two_components_is_changed_where_training_changed_it(tm
 def test_a_weight_that_an_export_found_unread_is_left_out_of_later_adapters(
     own: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spare = "vision.spare.weight"
+    spare = "model.vision.spare.weight"
     deltas = {**own.adapter("both").deltas, spare: nets.delta((4, 4), (2, 2), seed=1)}
     file = tmp_path / "wide.safetensors"
     file.write_bytes(Adapter(deltas).to_bytes())
-    with pytest.raises(UnknownTarget, match=r"vision\.spare\.weight"):
+    with pytest.raises(UnknownTarget, match=r"model\.vision\.spare\.weight"):
         load_adapter(file, base=own)
-    with pytest.raises(UnknownTarget, match=r"vision\.spare\.weight.*--unused skip"):
+    with pytest.raises(UnknownTarget, match=r"model\.vision\.spare\.weight.*--unused skip"):
         own.add("wide", load_adapter(file))
     digests = {}
     for name, part in own.components.items():
@@ -145,6 +146,9 @@ def test_a_weight_that_an_export_found_unread_is_left_out_of_later_adapters(
     (own.path / "manifest.json").write_text(replace(own.manifest, components=digests).to_json())
     skipping = Bundle.open(own.path)
     skipping.add("wide", load_adapter(file, base=skipping))
+    peft = {f"base_model.model.model.vision.spare.lora_{side}.weight": np.ones((2, 2), np.float32) for side in "AB"}
+    save_file(peft, tmp_path / "lora.safetensors")
+    assert list(load_adapter(tmp_path / "lora.safetensors", base=skipping).deltas) == [spare]
     assert [message.rpartition(": ")[2] for message in caplog.messages] == [spare]
     found, expected = skipping.factors("wide"), own.factors("both")
     assert found.keys() == expected.keys()

@@ -42,6 +42,11 @@ class BaseView:
     digests: Mapping[str, str] = field(default_factory=dict)
     unread: frozenset[str] = frozenset()
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all weights of the model, unread ones included."""
+        return self.unread.union(self.weights)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a weight."""
         return self.shapes[name] if name in self.shapes else self.weights[name].shape
