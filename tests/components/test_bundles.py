@@ -146,9 +146,17 @@ def test_a_weight_that_an_export_found_unread_is_left_out_of_later_adapters(
     (own.path / "manifest.json").write_text(replace(own.manifest, components=digests).to_json())
     skipping = Bundle.open(own.path)
     skipping.add("wide", load_adapter(file, base=skipping))
-    peft = {f"base_model.model.model.vision.spare.lora_{side}.weight": np.ones((2, 2), np.float32) for side in "AB"}
+    sides = {"A": (2, 8), "B": (8, 2)}
+    peft = {
+        f"base_model.model.{module}.lora_{side}.weight": np.ones(shape, np.float32)
+        for module in ("model.vision.spare", "text.mix")
+        for side, shape in sides.items()
+    }
     save_file(peft, tmp_path / "lora.safetensors")
-    assert list(load_adapter(tmp_path / "lora.safetensors", base=skipping).deltas) == [spare]
+    assert list(load_adapter(tmp_path / "lora.safetensors", scale=1.0, base=skipping).deltas) == [
+        spare,
+        "text.mix.weight",
+    ]
     assert [message.rpartition(": ")[2] for message in caplog.messages] == [spare]
     found, expected = skipping.factors("wide"), own.factors("both")
     assert found.keys() == expected.keys()
