@@ -18,6 +18,7 @@ from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.planning import plan_bundle
 from tpeft_deploy.exporters.writing import finish, write_graphs
 from tpeft_deploy.files import new_directory
+from tpeft_deploy.formats.base.model import called
 from tpeft_deploy.progress import Progress, Stage, silent
 
 __all__ = ["export_bundle"]
@@ -91,6 +92,7 @@ def export_bundle(
         )
     check_tolerance(tolerance, f"export bundle {path}")
     name = name or path.resolve().name
+    base = called(base)
     components = find_components(base)
     if components is not None:
         given = [example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings, generation]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.directory import COMPONENTS, MANIFEST, Bundle
@@ -14,29 +15,33 @@ from tpeft_deploy.bundle.split import check_taken, part_of, taken_names
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.component import Component
 from tpeft_deploy.exporters.bases.known_components import known_components
-from tpeft_deploy.exporters.graph.unused import Unused
-from tpeft_deploy.exporters.graph.unused import without as left_out
+from tpeft_deploy.exporters.graph.unused import Unused, leave_out
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.oracle.subject import Subject
-from tpeft_deploy.exporters.planning import Plan, Traced, check_tasks, plan_traced, trace
+from tpeft_deploy.exporters.planning import Plan, Traced, check_tasks, plan_bundle, plan_traced, trace
 from tpeft_deploy.exporters.targets import covers, without
 from tpeft_deploy.exporters.writing import finish, write_graphs
 from tpeft_deploy.files import digest_file, new_directory
-from tpeft_deploy.progress import Progress, Stage
+from tpeft_deploy.formats.base.model import CalledFactory, called
+from tpeft_deploy.progress import Progress, Stage, silent
 from tpeft_deploy.ties import changed_names
 from tpeft_deploy.version import __version__
 
-__all__ = ["component_progress", "export_components", "find_components", "refuse_options"]
+__all__ = ["component_progress", "dry_run", "export_components", "find_components", "refuse_options"]
 
 
 def find_components(base: object) -> dict[str, Component] | None:
     """Components of a base that has several; None for any other base.
 
+    Args:
+        base: base as `export_bundle` takes it; the name of a factory with its result (see `called`).
+
     Raises:
         BundleError: a name is not allowed.
         UnsupportedBase: a value of a dict is no component, or a directory cannot be loaded.
     """
-    found = known_components(base) if isinstance(base, str | os.PathLike) else base
+    found = base.result if isinstance(base, CalledFactory) else base
+    found = known_components(found) if isinstance(found, str | os.PathLike) else found
     if not isinstance(found, Mapping):
         return None
     for name, component in found.items():
@@ -85,7 +90,7 @@ def export_components(
     Raises:
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
-    plans, adapters = _plan(
+    plans, adapters = _plan_all(
         components, adapters, name=name, max_rank=max_rank, unused=unused, exclude=exclude, progress=progress
     )
     with new_directory(path) as new:
@@ -109,7 +114,54 @@ def export_components(
     return Bundle.open(path)
 
 
-def _plan(
+def dry_run(
+    base: object, adapters: Mapping[str, Adapter], *, name: str, progress: Progress = silent, **options: Any
+) -> dict[str, Any]:
+    """Plan an `export_bundle` with the same arguments; return the document that a dry run prints.
+
+    Raises:
+        BundleError, UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, UnsupportedTarget: as `export_bundle`.
+    """
+    base = called(base)
+    components = find_components(base)
+    if components is None:
+        return plan_bundle(base, adapters, name=name, progress=progress, **options).to_json()
+    defaults = {"max_rank": None, "unused": "error", "exclude": ()}
+    refuse_options(Path(name), [value for option, value in options.items() if option not in defaults])
+    chosen: Any = {option: options.get(option, default) for option, default in defaults.items()}
+    plans, adapters = _plan_all(components, adapters, name=name, progress=progress, **chosen)
+    return _document(name, plans, adapters)
+
+
+def _document(name: str, plans: Mapping[str, Plan], adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    """Join the documents of components; each target names the component that it belongs to."""
+    found = {own: plan.to_json() for own, plan in plans.items()}
+    base_bytes = sum(document["base_bytes"] for document in found.values())
+    slots = dict.fromkeys(adapters, 0)
+    for document in found.values():
+        for entry in document["tasks"]:
+            slots[entry["task"]] += entry["slot_bytes"]
+    return {
+        "name": name,
+        "base": f"components {', '.join(plans)}",
+        "rows": "group" if any(document["rows"] for document in found.values()) else None,
+        "rows_reason": next((document["rows_reason"] for document in found.values() if document["rows_reason"]), ""),
+        "base_bytes": base_bytes,
+        "tasks": [
+            {
+                "task": task,
+                "parameters": adapter.parameters,
+                "bytes": adapter.nbytes,
+                "slot_bytes": slots[task],
+                "share": adapter.nbytes / base_bytes,
+            }
+            for task, adapter in adapters.items()
+        ],
+        "targets": [{"component": own, **entry} for own, document in found.items() for entry in document["targets"]],
+    }
+
+
+def _plan_all(
     components: Mapping[str, Component],
     adapters: Mapping[str, Adapter],
     *,
@@ -138,7 +190,7 @@ def _plan(
     names = taken_names(
         {own: found.resolved for own, found in traced.items()}, {own: base.ties for own, base in bases.items()}
     )
-    adapters, names = _settle_unread(adapters, names, known, unused)
+    adapters, names = _settle_unread(adapters, names, known, unused, name)
     plans = {}
     for own, found in traced.items():
         parts = {task: part_of(adapter, names[own]) for task, adapter in adapters.items()}
@@ -160,14 +212,15 @@ def _settle_unread(
     names: Mapping[str, frozenset[str]],
     known: Mapping[str, frozenset[str]],
     unused: Unused,
+    bundle: str,
 ) -> tuple[dict[str, Adapter], dict[str, frozenset[str]]]:
     """Leave out changes of weights that no component reads, or leave them to a component, which refuses them."""
     read = frozenset[str]().union(*names.values())
     idle = {task: [n for n in changed_names(adapter) if n not in read] for task, adapter in adapters.items()}
     if unused == "skip":
-        return {task: left_out(adapter, idle[task]) if idle[task] else adapter for task, adapter in adapters.items()}, {
-            **names
-        }
+        base = f"the components of bundle {bundle!r}"
+        kept = {task: leave_out(adapter, idle[task], task=task, base=base) for task, adapter in adapters.items()}
+        return kept, dict(names)
     refused = {name for task in adapters for name in idle[task]}
     return dict(adapters), {own: names[own] | (refused & known[own]) for own in names}
 

@@ -34,10 +34,11 @@ from tpeft_deploy.exporters.proof.per_target import TargetCheck, check_targets
 from tpeft_deploy.exporters.verification import Verification, joint
 from tpeft_deploy.files import new_file
 from tpeft_deploy.formats import origin_of
+from tpeft_deploy.formats.base.model import called
 from tpeft_deploy.progress import Progress, Stage, silent
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Verification", "verify_bundle"]
+__all__ = ["Verification", "report_places", "verify_bundle"]
 
 _ROUNDINGS = 4  # of factors and core, in the dtype of the slots
 
@@ -82,19 +83,25 @@ def verify_bundle(
     names = [task] if task is not None else list(bundle.tasks)
     if not bundle.parts:
         return _verify(bundle, names, base, origins, report, progress).passed()
-    components = find_components(base) if base is not None else {}
+    components = find_components(called(base)) if base is not None else {}
     if components is None or (components and components.keys() != bundle.parts.keys()):
         raise UnsupportedBase(
             f"verify bundle {bundle.path} against a base",
             expected=f"a base with the components {', '.join(bundle.parts)}",
             got="one graph" if components is None else ", ".join(components),
         )
-    found = {}
+    found, places = {}, report_places(bundle, report) if report is not None else {}
     for name, part in bundle.parts.items():
         loaded = components[name].base(name) if components else None
-        place = Path(report).with_suffix(f".{name}.html") if report is not None else None
+        place = places[name] if places else None
         found[name] = _verify(part, names, loaded, origins, place, component_progress(name, progress))
     return joint(bundle, found).passed()
+
+
+def report_places(bundle: Bundle, report: str | os.PathLike[str]) -> dict[str, Path]:
+    """Component -> file of its report; of a bundle with several components, `report.vision.html` for `report.html`."""
+    several = bool(bundle.parts)
+    return {name: Path(report).with_suffix(f".{name}.html") if several else Path(report) for name in bundle.components}
 
 
 def _verify(

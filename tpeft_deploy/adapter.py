@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +19,25 @@ import numpy as np
 from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget
 from tpeft_deploy.tucker import Array, TuckerDelta
 
-__all__ = ["Adapter", "Origin", "gain_mode", "weight_digest"]
+__all__ = ["Adapter", "Origin", "gain_mode", "weight_digest", "without"]
 
 _COUNTER = "num_batches_tracked"
 _CHECK_BASE = "Check that the base is what the adapter was trained on."
 _CHECK_NAMES = f"{_CHECK_BASE[:-1]}; if it is a part of that, give the part's prefix (--part)."
+
+
+def without(adapter: Adapter, names: Collection[str]) -> Adapter:
+    """Drop an adapter's changes of some weights; one that changes none of them is returned as it is."""
+    if not any(name in adapter.deltas or name in adapter.gains or name in adapter.overrides for name in names):
+        return adapter
+    return replace(
+        adapter,
+        deltas={name: delta for name, delta in adapter.deltas.items() if name not in names},
+        gains={name: gain for name, gain in adapter.gains.items() if name not in names},
+        overrides={name: array for name, array in adapter.overrides.items() if name not in names},
+        base_digests={name: digest for name, digest in adapter.base_digests.items() if name not in names},
+        notes={name: note for name, note in adapter.notes.items() if name not in names},
+    )
 
 
 def weight_digest(weight: Array) -> str:

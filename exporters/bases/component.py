@@ -13,6 +13,8 @@ from torch import nn
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle.base import Base
+from tpeft_deploy.formats.read.base_view import view
+from tpeft_deploy.formats.read.module import BaseView
 
 __all__ = ["Component"]
 
@@ -39,6 +41,11 @@ class Component:
     forward: Callable[..., object] | None = None
     padding: Mapping[str, int | float] | None = None
     rename: Mapping[str, str] | None = None
+
+    @property
+    def base_view(self) -> BaseView:
+        """Names of the whole model and values of the part, for `load_adapter(base=...)`."""
+        return view(self.base("model").view)
 
     def base(self, name: str) -> Base:
         """Load the component as a base.

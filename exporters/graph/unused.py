@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.adapter import Adapter, without
+from tpeft_deploy.bundle.split import UNREAD, warn_unread
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.ties import changed_names
 
-__all__ = ["Unused", "drop_unused", "without"]
-
-_log = logging.getLogger("tpeft_deploy.exporters")
+__all__ = ["Unused", "drop_unused", "leave_out"]
 
 Unused = Literal["error", "skip"]
-_WHY = "no output of the base depends on it"
 
 
 def drop_unused(base: Base, adapters: Mapping[str, Adapter], resolved: Mapping[str, str]) -> dict[str, Adapter]:
@@ -35,20 +32,20 @@ def drop_unused(base: Base, adapters: Mapping[str, Adapter], resolved: Mapping[s
     kept = {}
     for task, adapter in adapters.items():
         names = [name for name in changed_names(adapter) if name not in used]
-        if names:
-            _log.warning("leave out of task %s what no output of %s depends on: %s", task, base.name, ", ".join(names))
-        kept[task] = without(adapter, names) if names else adapter
+        kept[task] = leave_out(adapter, names, task=task, base=base.name)
     return kept
 
 
-def without(adapter: Adapter, names: Sequence[str]) -> Adapter:
-    """Leave out an adapter's changes of some weights, which no output depends on."""
-    return replace(
-        adapter,
-        deltas={name: delta for name, delta in adapter.deltas.items() if name not in names},
-        gains={name: gain for name, gain in adapter.gains.items() if name not in names},
-        overrides={name: array for name, array in adapter.overrides.items() if name not in names},
-        base_digests={name: digest for name, digest in adapter.base_digests.items() if name not in names},
-        notes={name: note for name, note in adapter.notes.items() if name not in names},
-        left_out={**adapter.left_out, **dict.fromkeys(names, _WHY)},
-    )
+def leave_out(adapter: Adapter, names: Sequence[str], *, task: str, base: str) -> Adapter:
+    """Leave out an adapter's changes of weights that no output depends on, with a warning.
+
+    Args:
+        adapter: adapter to reduce.
+        names: names of the weights; with none, the adapter is returned as it is.
+        task: name of the adapter's task, for the warning.
+        base: name of the base, for the warning.
+    """
+    if not names:
+        return adapter
+    warn_unread(task, names, base=base)
+    return replace(without(adapter, names), left_out={**adapter.left_out, **dict.fromkeys(names, UNREAD)})

@@ -33,6 +33,11 @@ def components(model: Pair) -> dict[str, Component]:
     }
 
 
+def pair_components() -> dict[str, Component]:
+    """A factory of several components, as the command line takes it."""
+    return components(pair())
+
+
 def adapters(model: Pair) -> dict[str, Adapter]:
     """One adapter for both components, and one for each."""
     vision = {"vision.0.weight": (2, 1, 2, 2), "vision.3.weight": (2, 2)}

@@ -1,18 +1,35 @@
-"""Base weights in a bundle: read from weights.data, and offered to readers of adapters."""
+"""Arrays in a bundle: base weights, read from weights.data and offered to readers of adapters, and example inputs."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tpeft_deploy.bundle.manifest import Manifest, Weight
+from tpeft_deploy.errors import IntegrityError
 from tpeft_deploy.formats.read.base_view import Lazy
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.tucker import Array
 
-__all__ = ["joint_view", "read_weight", "view_of"]
+__all__ = ["read_arrays", "read_weight", "view_of"]
+
+
+def read_arrays(file: Path, names: Sequence[str]) -> dict[str, Array]:
+    """Read contiguous arrays from an .npz file.
+
+    Raises:
+        IntegrityError: the file cannot be read, or lacks an array.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: np.asarray(archive[name], order="C") for name in names}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise IntegrityError(
+            f"read {file}", expected=f"one array for each of {', '.join(names)}", got=str(error)
+        ) from error
 
 
 def read_weight(file: Path, weight: Weight) -> Array:
@@ -48,11 +65,3 @@ def view_of(name: str, manifest: Manifest, base_value: Callable[[str], Array]) -
     known = {other: manifest.weights[held] for other, held in stored.items()}
     shapes = {other: weight.shape for other, weight in known.items()}
     return BaseView(name, values, shapes=shapes, digests={other: weight.digest for other, weight in known.items()})
-
-
-def joint_view(name: str, views: Sequence[BaseView]) -> BaseView:
-    """Base weights of several components; those of one name are equal."""
-    held = {weight: view for view in reversed(views) for weight in view.weights}
-    values = Lazy(held, lambda weight: held[weight].weights[weight])
-    shapes = {weight: view.shapes[weight] for weight, view in held.items()}
-    return BaseView(name, values, shapes=shapes, digests={w: view.digests[w] for w, view in held.items()})

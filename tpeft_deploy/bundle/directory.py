@@ -21,26 +21,24 @@ not changed.  An adapter's digest is the SHA-256 of its adapter.safetensors.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
-from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle import fit, slots
-from tpeft_deploy.bundle.base_weights import joint_view, read_weight, view_of
+from tpeft_deploy.adapter import Adapter, without
+from tpeft_deploy.bundle import fit, slots, split
+from tpeft_deploy.bundle.base_weights import read_arrays, read_weight, view_of
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, base_digest
 from tpeft_deploy.bundle.slots import Target
-from tpeft_deploy.bundle.split import check_taken, part_of, taken_names
 from tpeft_deploy.bundle.task_store import BASE_TASK, Share, TaskStore, check_task
 from tpeft_deploy.errors import BundleError, IntegrityError
 from tpeft_deploy.files import digest_file
+from tpeft_deploy.formats.read.base_view import joint_view
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.formats.write import onnx_adapter
+from tpeft_deploy.ties import changed_names
 from tpeft_deploy.tucker import Array
 
 __all__ = [
@@ -138,7 +136,7 @@ class Bundle:
             parts: component -> bundle of one graph.
         """
         manifests = {name: part.manifest for name, part in parts.items()}
-        names = taken_names(
+        names = split.taken_names(
             {name: manifest.stored for name, manifest in manifests.items()},
             {name: manifest.ties for name, manifest in manifests.items()},
         )
@@ -146,7 +144,14 @@ class Bundle:
         shared = {name: replace(part, share=Share(name, store, names[name])) for name, part in parts.items()}
         aliases = {alias: held for manifest in manifests.values() for alias, held in manifest.aliases.items()}
         ties = tuple(dict.fromkeys(group for manifest in manifests.values() for group in manifest.ties))
-        return replace(self, parts=shared, manifest=replace(self.manifest, aliases=aliases, ties=ties))
+        read = frozenset[str]().union(*names.values())
+        left_out = {
+            task: {name: reason for name, reason in record.items() if name not in read}
+            for manifest in manifests.values()
+            for task, record in manifest.left_out.items()
+        }
+        joint = replace(self.manifest, aliases=aliases, ties=ties, left_out=left_out)
+        return replace(self, parts=shared, manifest=joint)
 
     @property
     def components(self) -> Mapping[str, Bundle]:
@@ -220,7 +225,9 @@ class Bundle:
 
     def part(self, adapter: Adapter) -> Adapter | None:
         """Reduce a whole adapter to the changes that this component takes; None if it takes none."""
-        return adapter if self.share is None else part_of(adapter, self.share.names)
+        if self.share is None:
+            return without(adapter, split.unread_weights(self.manifest))
+        return split.part_of(adapter, self.share.names)
 
     def oracle(self, task: str) -> dict[str, Any]:
         """Comparison of a task's adapter when the bundle was exported: keys `oracle`, `reason`, `error`, `digest`.
@@ -232,20 +239,13 @@ class Bundle:
             UnknownTask: the bundle has no such task.
         """
         if self.parts:
-            return self._joint_oracle(task)
+            compared = [part for part in self.parts.values() if task in part.manifest.oracles]
+            return split.joint_oracle([part.oracle(task) for part in compared or self.parts.values()])
         digest, record = self.digest(task), self.manifest.oracles.get(task, {})
         if record.get("digest") == digest:
             return dict(record)
         reason = "the manifest records no comparison: the adapter was added later, or by an earlier version"
         return {"oracle": "merged", "reason": reason, "error": None, "digest": digest}
-
-    def _joint_oracle(self, task: str) -> dict[str, Any]:
-        """Comparison of all components: by the training library if every component that the task changes was."""
-        found = [part.oracle(task) for part in self.parts.values() if task in part.manifest.oracles]
-        found = found or [part.oracle(task) for part in self.parts.values()]
-        errors = [record["error"] for record in found if record["error"] is not None]
-        merged = next((record for record in found if record["reason"]), found[0])
-        return {**merged, "error": max(errors, default=None)}
 
     def _joined(self, read: Callable[[Bundle], Mapping[str, _T]]) -> dict[str, _T]:
         return {f"{name}/{key}": value for name, part in self.parts.items() for key, value in read(part).items()}
@@ -254,7 +254,8 @@ class Bundle:
         """Check that each change is taken by a component, if there are several."""
         names = {name: part.share.names for name, part in self.parts.items() if part.share is not None}
         if names:
-            check_taken(adapter, names, doing=f"fit {adapter.source} to bundle {bundle or self.path}")
+            doing = f"fit {adapter.source} to bundle {bundle or self.path}"
+            split.check_taken(without(adapter, split.unread_weights(self.manifest)), names, doing=doing)
 
     def fill(self, adapter: Adapter, *, bundle: str | None = None) -> dict[str, dict[str, Array]]:
         """Compute an adapter's slots: target key (see `fit`) -> slot name -> array; messages name `bundle` or the path.
@@ -302,22 +303,16 @@ class Bundle:
         """
         if self.parts:
             return self._joined(lambda component: component.example())
-        file = self.check_file(EXAMPLE)
-        names = [port.name for port in self.manifest.inputs]
-        try:
-            with np.load(file, allow_pickle=False) as archive:
-                return {name: np.asarray(archive[name], order="C") for name in names}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise IntegrityError(
-                f"read {file}", expected=f"one array for each of {', '.join(names)}", got=str(error)
-            ) from error
+        return read_arrays(self.check_file(EXAMPLE), [port.name for port in self.manifest.inputs])
 
     @property
     def base_view(self) -> BaseView:
         """Base weights for `load_adapter(base=...)`, each read from weights.data on access."""
         if self.parts:
-            return joint_view(f"bundle {self.path}", [part.base_view for part in self.parts.values()])
-        return view_of(f"bundle {self.path}", self.manifest, self.base_value)
+            found = joint_view(f"bundle {self.path}", [part.base_view for part in self.parts.values()])
+        else:
+            found = view_of(f"bundle {self.path}", self.manifest, self.base_value)
+        return replace(found, unread=split.unread_weights(self.manifest))
 
     def default(self, target: Target) -> dict[str, Array]:
         """Slots of a target for the base: zero change, or the base's tensor for an override."""
@@ -363,6 +358,8 @@ class Bundle:
         self.check_taken(adapter)
         feeds = {name: part.feeds(adapter) for name, part in self.components.items()}
         natives = dict(zip(self.store.natives, feeds.values(), strict=True))
+        unread = split.unread_weights(self.manifest)
+        split.warn_unread(task, [n for n in changed_names(adapter) if n in unread], base=f"bundle {self.path}")
         digest = self.store.write(task, adapter, natives, base_digest=self.base_digest)
         self._drop_folded(task)
         self.store.alias(task, digest)

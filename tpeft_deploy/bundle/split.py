@@ -1,17 +1,34 @@
-"""Split an adapter over the components of a model: each takes the changes of the weights that its graphs hold."""
+"""Split an adapter over the components of a model: each takes the changes of the weights that its graphs hold.
+
+Changes of weights that no output depends on, such as the last layer of a vision tower, are left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import UnknownTarget
 from tpeft_deploy.ties import Ties, changed_names
 
-__all__ = ["check_taken", "part_of", "taken_names"]
+__all__ = [
+    "UNREAD",
+    "check_taken",
+    "joint_oracle",
+    "part_of",
+    "taken_names",
+    "unread_weights",
+    "warn_unread",
+]
+
+UNREAD = "no output of the base depends on it"  # reason in `left_out` of an adapter and of a manifest
+
+_log = logging.getLogger("tpeft_deploy.bundle")
 
 _T = TypeVar("_T")
 
@@ -49,6 +66,25 @@ def part_of(adapter: Adapter, names: frozenset[str]) -> Adapter | None:
     return replace(adapter, deltas=deltas, gains=gains, overrides=overrides, base_digests=digests)
 
 
+def unread_weights(manifest: Manifest) -> frozenset[str]:
+    """Weights that no output reads, according to the changes that an export with `unused="skip"` left out."""
+    unread = {name for record in manifest.left_out.values() for name, reason in record.items() if reason == UNREAD}
+    return frozenset(unread - manifest.stored.keys())  # an adapter may have the record from an export of another base
+
+
+def warn_unread(task: str, names: Sequence[str], *, base: str) -> None:
+    """Log a warning that names the changes of a task that are left out, if there are any."""
+    if names:
+        _log.warning("leave out of task %s what no output of %s depends on: %s", task, base, ", ".join(names))
+
+
+def joint_oracle(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the comparisons of a task in several components: by the training library if all of them were."""
+    errors = [record["error"] for record in found if record["error"] is not None]
+    merged = next((record for record in found if record["reason"]), found[0])
+    return {**merged, "error": max(errors, default=None)}
+
+
 def check_taken(adapter: Adapter, names: Mapping[str, frozenset[str]], *, doing: str) -> None:
     """Check that every change of an adapter is taken by a component.
 
@@ -70,5 +106,6 @@ def check_taken(adapter: Adapter, names: Mapping[str, frozenset[str]], *, doing:
         f"{doing}, weight {missing[0]!r}",
         expected=f"a weight of one of the components {', '.join(names)}",
         got=f"no weight of that name{others}",
-        fix=f"Did you mean {near[0]!r}?" if near else "Check that the base is what the adapter was trained on.",
+        fix=(f"Did you mean {near[0]!r}? " if near else "Check that the base is what the adapter was trained on. ")
+        + "If no output of the model depends on the weight, export the bundle with this adapter and --unused skip.",
     )

@@ -43,8 +43,9 @@ def export() -> None:
     """Export a base with adapters to ONNX; every export is compared with the merged torch model.
 
     BASE is one of: package.module:factory, a callable that returns (module, example inputs) or (module, example
-    inputs, dynamic shapes), searched in the working directory too; a Hugging Face model directory; an .onnx file from
-    any exporter, with its original weights in --weights or their digests in ADAPTER.
+    inputs, dynamic shapes), or for a bundle of several graphs a dict of Component, searched in the working directory
+    too; a Hugging Face model directory; an .onnx file from any exporter, with its original weights in --weights or
+    their digests in ADAPTER.
     """
 
 
@@ -186,9 +187,11 @@ def bundle(
     """Write a bundle: plain, factored and banked graphs that share the weights of BASE, and the adapters."""
     from tpeft_deploy.composition import at_strength
     from tpeft_deploy.exporters import export_bundle
+    from tpeft_deploy.exporters.bases.load import load_base
+    from tpeft_deploy.exporters.components import dry_run as plan_export
     from tpeft_deploy.exporters.components import find_components
-    from tpeft_deploy.exporters.planning import plan_bundle
     from tpeft_deploy.formats import load_adapter
+    from tpeft_deploy.formats.base.model import called
 
     _refuse_twice("--adapter names task", [task for task, _, _ in adapters])
     _refuse_twice("--pad names input", [name for name, _ in padding])
@@ -203,18 +206,20 @@ def bundle(
     with stages() as begin:
         begin("load the base")
         given: Any = {"example_inputs": read_inputs(inputs, base), "weights": weights, "rename": dict(rename)}
-        components = None if generation else find_components(base)
-        if components is not None and dry_run:
-            raise click.UsageError("--dry-run takes a base of one graph.")
-        opened, view = _open(base, components, given | {"generation": generation})
-        options |= given if components is not None else {}
+        made = called(base)
+        opened: Any = None if generation else find_components(made)
+        if opened is not None:
+            options |= given
+        else:
+            opened = load_base(made, **given, generation=generation)
+        view = getattr(opened, "view", opened)
         loaded = {}
         for position, (task, path, strength) in enumerate(adapters):
             begin(Stage(f"read {task}", position, len(adapters)))
             loaded[task] = at_strength(load_adapter(path, base=view, part=part), strength, task=task)
         if place is None:
             named = name or (out.resolve().name if out is not None else "bundle")
-            plan = plan_bundle(opened, loaded, name=named, progress=begin, **options).to_json()
+            plan = plan_export(opened, loaded, name=named, progress=begin, **options)
         else:
             options |= {"folded": with_folded, "tolerance": tolerance}
             written = export_bundle(opened, loaded, place, name=name, progress=begin, **options)
@@ -222,16 +227,6 @@ def bundle(
         _show_plan(plan, as_json)
     else:
         _show_written(written, as_json)
-
-
-def _open(base: str, components: dict[str, Any] | None, given: dict[str, Any]) -> tuple[Any, object]:
-    """Base to export, and the model against which names of adapters are resolved."""
-    from tpeft_deploy.exporters.bases.load import load_base
-
-    if components is not None:
-        return components, next(iter(components.values())).module
-    opened = load_base(base, **given)
-    return opened, opened.view
 
 
 def _show_written(written: Bundle, as_json: bool) -> None:
@@ -279,6 +274,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         return
     rows = [
         {
+            **({"component": target["component"]} if "component" in target else {}),
             "target": target["target"],
             "kind": target["kind"],
             "shape": target["shape"],
@@ -288,7 +284,8 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         }
         for target in plan["targets"]
     ]
-    emit({"targets": rows}, key="targets", columns=["target", "kind", "shape", "rows", "ranks", "bytes"], as_json=False)
+    columns = list(rows[0]) if rows else ["target", "kind", "shape", "rows", "ranks", "bytes"]
+    emit({"targets": rows}, key="targets", columns=columns, as_json=False)
     click.echo(f"base: {plan['base_bytes']:,} bytes of weights, shared by all graphs")
     for task in plan["tasks"]:
         size = f"{task['bytes']:,} bytes, {task['share']:.1%} of the base, as branches {task['slot_bytes']:,} bytes"

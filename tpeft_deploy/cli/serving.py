@@ -105,10 +105,10 @@ def _of_bundle(adapter: Adapter, bundle: Bundle) -> list[dict[str, Any]]:
 
 def _planned(adapter: Adapter, base: str) -> list[dict[str, Any]]:
     try:
-        from tpeft_deploy.exporters.planning import plan_bundle
+        from tpeft_deploy.exporters.components import dry_run
 
         with stages() as begin:
-            plan = plan_bundle(base, {"adapter": adapter}, name="inspect", progress=begin).to_json()
+            plan = dry_run(base, {"adapter": adapter}, name="inspect", progress=begin)
     except (UnsupportedBase, MissingExtra, ImportError) as error:
         reason = f"the base as given cannot be exported: {error}"
         return [_form(form, None, None, None, reason) for form in ("folded", "factored", "banked")]

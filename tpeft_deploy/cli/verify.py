@@ -14,7 +14,11 @@ __all__ = ["verify"]
 @click.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--task", help="Task to check; all by default.")
-@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="HTML report to write.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="HTML report to write; where BUNDLE has several components, one for each: report.COMPONENT.html.",
+)
 @click.option(
     "--base",
     metavar="BASE",
@@ -37,6 +41,7 @@ def verify(
     report shows which.
     """
     from tpeft_deploy.exporters import verify_bundle
+    from tpeft_deploy.exporters.verify import report_places
 
     with stages() as begin:
         found = verify_bundle(
@@ -59,4 +64,5 @@ def verify(
     if document["tolerance"] is not None:
         note(f"tolerance: {document['tolerance']:g}, accepted when the bundle was exported")
     if report is not None:
-        note(f"report: {report}")
+        for place in report_places(found.bundle, report).values():
+            note(f"report: {place}")

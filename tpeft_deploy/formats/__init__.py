@@ -17,7 +17,7 @@ from types import ModuleType
 
 import numpy as np
 
-from tpeft_deploy.adapter import Adapter, Origin
+from tpeft_deploy.adapter import Adapter, Origin, without
 from tpeft_deploy.errors import FormatError
 from tpeft_deploy.formats import canonical, checkpoint
 from tpeft_deploy.formats.peft import tucker as peft_tucker
@@ -184,6 +184,7 @@ def _whole(adapter: Adapter, scale: float | None, part: str | None, base: BaseVi
 
 
 def _check_base(adapter: Adapter, base: BaseView) -> None:
+    adapter = without(adapter, base.unread)
     adapter.check_shapes(Lazy(base.weights, base.shape), base=base.name)
     digests = {name: base.digest(name) for name in adapter.base_digests if name in base.weights}
     adapter.check_digests(digests, base=base.name)

@@ -62,7 +62,7 @@ def read(
     saved = configured(saved)
     peft_refusals.refuse(saved.config, saved.source)
     readers = [reader for reader in READERS if format in (None, reader.name)]
-    weights = frozenset(base.weights) if base else frozenset[str]()
+    weights = base.names if base else frozenset[str]()
     names = Names(saved.source, base.name if base else None, weights, part or "", parts_there)
     checkpoint = Checkpoint(saved.source, saved.config, saved.metadata, scale, base, part=part or "")
     modules, rest = _cut(saved, names, checkpoint)
@@ -89,7 +89,7 @@ def read(
 
 def methods(saved: Saved, *, base: BaseView | None, format: str | None = None) -> dict[str, int]:
     """Which reader would read how many of the modules; nothing is read, and nothing refused."""
-    names = Names(saved.source, base.name, frozenset(base.weights)) if base else Names(saved.source)
+    names = Names(saved.source, base.name, base.names) if base else Names(saved.source)
     peft_refusals.check_fields(saved.config, saved.source)
     modules, _ = _cut(saved, names, Checkpoint(saved.source, saved.config, saved.metadata, None, base))
     readers = [reader for reader in READERS if format in (None, reader.name)]

@@ -19,13 +19,42 @@ from typing import Any
 from tpeft_deploy.errors import TpeftError, UnsupportedBase, brief, requires
 from tpeft_deploy.formats.base.diffusers_model import is_diffusers, load_diffusers
 
-__all__ = ["FACTORY", "architecture", "call_factory", "load_model", "model_class", "no_module", "open_model"]
+__all__ = [
+    "FACTORY",
+    "CalledFactory",
+    "architecture",
+    "call_factory",
+    "called",
+    "load_model",
+    "model_class",
+    "no_module",
+    "open_model",
+]
 
 FACTORY = "Write a function that returns (module, example_inputs) and give it as 'package.module:function'."
 
 _log = logging.getLogger("tpeft_deploy.exporters")
 
 _COMPUTED = ("position_ids", "rotary_emb.inv_freq")  # older checkpoints hold these, newer models compute them
+
+
+class CalledFactory(str):
+    """Name "package.module:factory" with the result of its only call, which every later use of the name takes."""
+
+    result: object
+
+
+def called(base: object) -> object:
+    """Call a base that is the name of a factory; return its name with the result, and any other base unchanged.
+
+    Raises:
+        UnsupportedBase: there is no such callable, or it fails.
+    """
+    if not isinstance(base, str) or os.path.isdir(base) or base.endswith(".onnx") or isinstance(base, CalledFactory):
+        return base
+    name = CalledFactory(base)
+    name.result = call_factory(base)
+    return name
 
 
 def open_model(base: str) -> object:
@@ -47,11 +76,13 @@ def open_model(base: str) -> object:
 
 
 def call_factory(name: str) -> object:
-    """Call "package.module:factory"; return its result, a module or a tuple that begins with one.
+    """Call "package.module:factory"; return its result: a module, a tuple that begins with one, or components.
 
     Raises:
         UnsupportedBase: there is no such callable.
     """
+    if isinstance(name, CalledFactory):
+        return name.result
     module_name, _, function_name = name.partition(":")
     if not function_name or os.path.sep in name:
         raise UnsupportedBase(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from tpeft_deploy.formats.base.model import no_module, open_model
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Lazy", "holders", "view"]
+__all__ = ["Lazy", "holders", "joint_view", "view"]
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def view(base: object) -> BaseView:
     Args:
         base: a torch module (anything with its `named_parameters`, `named_buffers` and `named_modules`), the path of
             an ONNX file with the parameters' names as initializers, a Hugging Face model directory,
-            "package.module:factory", an open bundle, or a view already.
+            "package.module:factory", an open bundle, a dict of components, or a view already.
 
     Raises:
         FormatError: none of these, or a module that PEFT has wrapped.
@@ -62,8 +62,10 @@ def view(base: object) -> BaseView:
         if Path(base).suffix == ".onnx" and not Path(base).is_dir():
             return _of_onnx(Path(base))
         base = open_model(os.fspath(base))
-        if isinstance(base, type) or not hasattr(base, "named_parameters"):
+        if isinstance(base, type) or not (hasattr(base, "named_parameters") or _are_components(base)):
             raise no_module(given, base)
+    if isinstance(base, Mapping) and _are_components(base):
+        return joint_view(f"components {', '.join(base)}", [part.base_view for part in base.values()])
     name = type(base).__name__
     if not all(hasattr(base, verb) for verb in ("named_parameters", "named_buffers", "named_modules")):
         raise FormatError(
@@ -79,6 +81,21 @@ def view(base: object) -> BaseView:
             fix="Build the base anew, or call unload() on the PEFT model.",
         )
     return _of_module(base, name)
+
+
+def joint_view(name: str, views: Sequence[BaseView]) -> BaseView:
+    """Base weights of several components; those of one name are equal."""
+    held = {weight: view for view in reversed(views) for weight in view.weights}
+    values = Lazy(held, lambda weight: held[weight].weights[weight])
+    kinds = {path: kind for view in views for path, kind in view.kinds.items()}
+    shapes = {weight: view.shape(weight) for weight, view in held.items()}
+    digests = {weight: view.digests[weight] for weight, view in held.items() if weight in view.digests}
+    return BaseView(name, values, kinds, shapes, digests)
+
+
+def _are_components(base: object) -> bool:
+    """Whether a base is a dict of components, each with the view of a part."""
+    return isinstance(base, Mapping) and bool(base) and all(hasattr(type(part), "base_view") for part in base.values())
 
 
 def holders(base: Any) -> dict[str, tuple[int, str]]:

@@ -32,6 +32,7 @@ class BaseView:
         weights: name -> array; every name of a tied weight.
         kinds: module path -> class name of the layer, where it is known ("Linear", "Conv2d", "MultiheadAttention").
         shapes, digests: shape and digest of each weight, where known without reading it.
+        unread: names of further weights of the model, which no output depends on: nothing is known of them.
     """
 
     name: str
@@ -39,6 +40,12 @@ class BaseView:
     kinds: Mapping[str, str] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+    unread: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all weights of the model, unread ones included."""
+        return self.unread.union(self.weights)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a weight."""
