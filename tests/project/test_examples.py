@@ -64,13 +64,12 @@ def test_the_parts_of_the_example_for_text_work(tmp_path: Path) -> None:
     texts = example["sources"]()
     assert texts.keys() == {"base", *example["STYLES"]}
     assert min(map(len, texts.values())) > 20_000
-    tokenizer = example["byte_tokenizer"]()
-    tokens = tokenizer.encode("naïve €")
-    assert len(tokens) == len("naïve €".encode())
-    assert tokenizer.decode(tokens) == "naïve €"
+    tokenizer = example["byte_level_tokenizer"](texts.values())
+    assert len(tokenizer) == example["VOCABULARY"]
+    assert tokenizer.decode(tokenizer.encode("naïve €")) == "naïve €"
     torch.manual_seed(0)
     model = example["language_model"](hidden=32, layers=1)
-    repeated = torch.tensor(tokenizer.encode("ab" * 100))
-    assert example["train"](model, repeated, 25, math.inf, 2e-2, "base", rows=4) < 2.5  # nats; ln 264 = 5.6 before
+    repeated = torch.tensor(tokenizer.encode("one two " * 100))
+    assert example["train"](model, repeated, 25, math.inf, 2e-2, "base", rows=4) < 2.5  # nats; ln 1024 = 6.9 before
     shown = example["page"]({"base": "<b>", "code": "x"}, {"trained": "1 s"})
     assert "<pre>&lt;b&gt;</pre>" in shown
