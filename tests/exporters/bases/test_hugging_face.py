@@ -280,7 +280,7 @@ def clip(path: Path) -> Path:
             lambda path: saved(
                 path, "MambaForCausalLM", hidden_size=8, num_hidden_layers=1, vocab_size=20, state_size=4
             ),
-            "layers keep keys and values.*MambaForCausalLM",
+            "layers that keep keys and values.*MambaForCausalLM",
         ),
         (
             lambda path: saved(path, "LlamaForSequenceClassification", **TEXT),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 from tests.helpers import nets
 from tpeft_deploy import Adapter
 from tpeft_deploy.runtime.server.registry import State, VersionRecord
 
 
+_BUILDING = threading.Lock()  # torch's random numbers are common to all threads
+
+
 @functools.cache
 def adapter(seed: int) -> Adapter:
-    return nets.adapter_for(nets.conv_net()[0], {"up.weight": (2, 2)}, seed=seed)
+    with _BUILDING:
+        return nets.adapter_for(nets.conv_net()[0], {"up.weight": (2, 2)}, seed=seed)
 
 
 def unchecked(_record: VersionRecord, _adapter: Adapter) -> None:
