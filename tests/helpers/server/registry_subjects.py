@@ -9,7 +9,6 @@ from tests.helpers import nets
 from tpeft_deploy import Adapter
 from tpeft_deploy.runtime.server.registry import State, VersionRecord
 
-
 _BUILDING = threading.Lock()  # torch's random numbers are common to all threads
 
 
