@@ -15,7 +15,7 @@ from tpeft_deploy.runtime.server.v2.messages import BASE, InferRequest, ServedVe
 from tpeft_deploy.runtime.server.v2.metadata import ADAPTER_INPUT
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Lookup", "Model", "Models", "Resolved", "resolve"]
+__all__ = ["Lookup", "Model", "Models", "Resolved", "page", "resolve"]
 
 Lookup = Callable[[str, str, str], ServedVersion]
 """Resolves tenant, model name and version; raises NotFound when no visible task has that name and version."""
@@ -245,3 +245,13 @@ def _disagreement(request: InferRequest, other: str) -> ProtocolError:
         got=f"parameter or header {ADAPTER_INPUT!r} {request.adapter!r} and {other}",
         fix="Name it once.",
     )
+
+
+def page(models: Iterator[Model], limit: int | None) -> Iterator[Model]:
+    """Cut a list of models behind `limit`, never between models of one name; None is no limit."""
+    last = None
+    for count, model in enumerate(models):
+        if limit is not None and count >= limit and model.name != last:
+            return
+        last = model.name
+        yield model

@@ -18,7 +18,7 @@ from tpeft_deploy.runtime.server.operations.admission import Admission
 from tpeft_deploy.runtime.server.operations.components import Components
 from tpeft_deploy.runtime.server.operations.inference import Inference
 from tpeft_deploy.runtime.server.operations.load_parameters import check_unload_parameters, files_of, parts_of
-from tpeft_deploy.runtime.server.operations.models import Model, Models
+from tpeft_deploy.runtime.server.operations.models import Model, Models, page
 from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.slices import Turns, in_slices
 from tpeft_deploy.runtime.server.operations.tasks import Management, owner_of
@@ -290,7 +290,7 @@ class Service:
         found: list[Document] = []
         async with self._lists.turn(principal.tenant):
             models = await self._visible(holder, after)
-            await in_slices(_page(models, limit), lambda model: found.append(self._document(model)))
+            await in_slices(page(models, limit), lambda model: found.append(self._document(model)))
         return found
 
     def task(self, principal: Principal, name: str, tenant: str | None = None) -> Document:
@@ -392,15 +392,6 @@ class Service:
             ],
             "ready": self._ready and self._models.is_ready(model),
         }
-
-
-def _page(models: Iterator[Model], limit: int | None) -> Iterator[Model]:
-    last = None
-    for count, model in enumerate(models):
-        if limit is not None and count >= limit and model.name != last:
-            return
-        last = model.name
-        yield model
 
 
 def order_of(state: State, limits: Limits) -> Orders:
