@@ -38,7 +38,7 @@ from tpeft_deploy.exporters.branches.tiled import LAYOUT
 from tpeft_deploy.exporters.graph.weight_uses import one_hot_window
 from tpeft_deploy.exporters.oracle import bfloat16
 
-__all__ = ["pack", "unroll"]
+__all__ = ["biases_of", "cut", "pack", "unroll"]
 
 _STACK = 32  # outputs of a Split that ONNX Runtime's CUDA kernel takes without a table in device memory
 
@@ -211,15 +211,15 @@ def _attach(
     index = next(value for value in model.graph.inputs if value.name == slots.INDEX)
     inputs = [parts[0][0].operands()[1], index, downs[parts[0][0].down]]
     inner = call(model, "PackedDown", inputs, name=f"{first.name}.down", like=None, after=first)
-    for part, own in zip(parts, _cut(model, inner, [len(part) for part in parts]), strict=True):
+    for part, own in zip(parts, cut(model, inner, [len(part) for part in parts]), strict=True):
         name, after = str(part[0].node.name), own.producer()
         change = call(model, "PackedUp", [own, ups[part[0].up]], name=f"{name}.up", like=None, after=after)
         sums = [branch.node.outputs[0] for branch in part]
-        if biases := _biases(model.graph, part):
+        if biases := biases_of([branch.node for branch in part]):
             stack = add_constant(model.graph, f"{name}.biases", np.stack([bias for _, bias in biases])[:, None])
             change = apply(model, "Add", [change, stack], like=None, after=change.producer())
             sums = [node.outputs[0] for node, _ in biases]
-        for branch, old, own_change in zip(part, sums, _cut(model, change, [1] * len(part)), strict=True):
+        for branch, old, own_change in zip(part, sums, cut(model, change, [1] * len(part)), strict=True):
             after = own_change.producer() if branch.node is first else branch.node
             name = f"{branch.node.name}.sum"
             reroute(old, call(model, "PackedSum", [branch.operands()[0], own_change], name=name, like=old, after=after))
@@ -230,15 +230,15 @@ def _attach(
         model.graph.inputs.remove(branch.up)
 
 
-def _cut(model: ir.Model, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
-    """Split the branches (N, G, ..) of a value."""
+def cut(model: ir.Model, value: ir.Value, sizes: Sequence[int], axis: int = 1) -> Sequence[ir.Value]:
+    """Split what a value has of several branches."""
     producer = value.producer()
     if len(sizes) == 1 or producer is None:
         return [value]
     cut = ir.node(
         "Split",
         [value, constant_ints(model, sizes)],
-        {"axis": 1},
+        {"axis": axis},
         num_outputs=len(sizes),
         name=f"{producer.name}.cut",
     )
@@ -248,13 +248,13 @@ def _cut(model: ir.Model, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.
     return cut.outputs
 
 
-def _biases(graph: ir.Graph, part: Sequence[_Branch]) -> list[tuple[ir.Node, np.ndarray]]:
-    """The sums with biases that follow the branches, and the biases; nothing unless several branches all have one."""
-    found = [_bias(graph, branch.node.outputs[0]) for branch in part]
+def biases_of(branches: Sequence[ir.Node]) -> list[tuple[ir.Node, np.ndarray]]:
+    """The sums with biases that follow branches, and the biases; nothing unless several branches all have one."""
+    found = [_bias(branch.outputs[0]) for branch in branches]
     return [bias for bias in found if bias] if len(found) > 1 and all(found) else []
 
 
-def _bias(graph: ir.Graph, value: ir.Value) -> tuple[ir.Node, np.ndarray] | None:
+def _bias(value: ir.Value) -> tuple[ir.Node, np.ndarray] | None:
     uses = list(value.uses())
     node = uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
     if node is None or node.op_type != "Add" or node.domain:

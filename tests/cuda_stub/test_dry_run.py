@@ -49,6 +49,7 @@ LAUNCHES = {
     "U-Net with cross-attention": (87, 158, 223, 223),
     "llama": (44, 56, 63, 63),
     "qwen3": (46, 52, 56, 56),
+    "encoder": (165, 225, 255, 255),
 }
 
 
@@ -96,6 +97,19 @@ def copies(graph: onnx.GraphProto) -> list[str]:
             readers = sorted({other.op_type for other in graph.node if node.output[0] in other.input})
             found.append(f"{source} > {'+'.join(readers)}")
     return found
+
+
+def test_launches_of_one_adapter(tmp_path: Path) -> None:
+    """An adapter of all linear layers of a six-layer encoder: at most 1.4 of the base's launches.
+
+    No product takes its matrices by pointers from the host, whether one adapter runs or one for each row.
+    """
+    bundle = gpu_models.encoder(tmp_path / "encoder", layers=6, width=128)
+    found = surveyed(bundle.path, tmp_path / "found")
+    obey(found)
+    assert excess("encoder", found) == {}
+    assert found["factored"]["calls"]["launches"] <= 1.4 * found["base"]["calls"]["launches"]
+    assert {form: facts["calls"]["pointer arrays"] for form, facts in found.items()} == dict.fromkeys(FORMS, 0)
 
 
 def test_recording_among_others(tmp_path: Path) -> None:
