@@ -93,8 +93,8 @@ def write_graphs(plan: Plan, subject: Subject, place: Path, tolerance: float | N
         attach_factored.attach(graphs[FACTORED_CPU], targets, BLOCKED_BRANCHES)
         attach_banked.attach(graphs[BANKED_CPU], targets, orders, BLOCKED_BRANCHES)
     cuda = graphs[BANKED].clone()
-    unrolled, packing = packed.unroll(cuda), packed.pack(cuda)
-    if unrolled or packing:
+    unrolled, spread, packing = packed.unroll(cuda), packed.spread(cuda), packed.pack(cuda)
+    if unrolled or spread or packing:
         graphs[BANKED_CUDA] = cuda
     factored = graphs[FACTORED].clone()
     if stacking := stacked.stack(factored):
