@@ -132,5 +132,5 @@ def _packed(model: ir.Model, packed: list[Packed], slots: Sequence[ir.Value], *,
     packed.append(new)
     values = {str(slot.name): slot.const_value.numpy() for slot in slots if slot.const_value is not None}
     default = ir.tensor(pack([new], values, {})[new.name], name=new.name)
-    shape = [*default.shape.numpy()[:2], f"{new.name}.R", default.shape.numpy()[3]]
+    shape: list[int | str] = [1, len(slots), f"{new.name}.R", default.shape.numpy()[3]]
     return add_input(model.graph, new.name, shape, default.dtype, default)

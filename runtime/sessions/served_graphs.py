@@ -25,7 +25,7 @@ from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS
 
 __all__ = ["ServedGraphs", "factored_graph", "open_banked"]
 
-_PORTABLE = "banked.onnx"
+_PORTABLE, _FACTORED = "banked.onnx", "factored.onnx"
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 
@@ -64,8 +64,8 @@ class ServedGraphs:
 
 def factored_graph(provider: str, manifest: Manifest) -> str:
     """File of the fastest factored graph that a bundle has for an execution provider."""
-    own = {"cpu": FACTORED_CPU, "cuda": FACTORED_CUDA}.get(provider)
-    return own if own in manifest.files else "factored.onnx"
+    own = {"cpu": FACTORED_CPU, "cuda": FACTORED_CUDA}.get(provider, _FACTORED)
+    return own if own in manifest.files else _FACTORED
 
 
 def open_banked(bundle: Bundle, graphs: ServedGraphs, sessions: SessionFactory) -> tuple[Session | Captured, str]:

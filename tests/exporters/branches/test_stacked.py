@@ -11,7 +11,6 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from tests.helpers.commands import succeed
 from tests.helpers.exporters.architectures import bert
@@ -89,7 +88,7 @@ def test_fusions_and_the_bytes_of_weights_stay(bundle: Bundle, tmp_path: Path) -
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / file)
         onnxruntime.InferenceSession(bundle.path / file, options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(tmp_path / file).graph
+        graph = onnx.load(tmp_path / file, load_external_data=False).graph
         operators = Counter(node.op_type for node in graph.node)
         found[file] = {name: operators[name] for name in ("SkipLayerNormalization", "BiasGelu", "LayerNormalization")}
         weights = [tensor for tensor in graph.initializer if not tensor.name.startswith("tpeft.stacked")]
@@ -105,24 +104,23 @@ class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.plain = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(2))
-        self.turned = nn.ModuleList(Conv1D(6, 6) for _ in range(2))
+        self.turned = nn.ParameterList(nn.Parameter(torch.randn(6, 6)) for _ in range(2))
         self.mixed = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4, bias=False)])
         self.other, self.below = nn.Linear(6, 5), nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         first, second = (layer(input) for layer in self.plain)
-        third, fourth = (layer(first) for layer in self.turned)
+        third, fourth = (first @ matrix for matrix in self.turned)
         mixed = [layer(input) for layer in self.mixed]
         return torch.cat(
             [second, third.tanh() * fourth, *mixed, self.other(input), *(f(fourth) for f in self.below)], -1
         )
 
 
-@pytest.mark.parametrize("shape", [(3, 6), (3, 2, 6)])
-def test_layers_of_every_kind(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_layers_of_every_kind(tmp_path: Path) -> None:
     """A stack reads the result of another; the export proves every answer."""
     torch.manual_seed(0)
-    made = export_bundle(Layers().eval(), {}, tmp_path / "b", example_inputs={"input": torch.randn(*shape)})
+    made = export_bundle(Layers().eval(), {}, tmp_path / "b", example_inputs={"input": torch.randn(3, 2, 6)})
     found = nodes(made.path / FACTORED_CUDA)
     assert found["StackedLinear"] == 4
     assert found["TuckerLinear"] == 1
