@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import gpu_models
 from tests.helpers.exporters import architectures as zoo
+from tests.helpers.exporters import small_encoder_decoders as encoder_decoders
 from tests.helpers.exporters.layers import CASES
 from tests.helpers.exporters.matrix import adapters_of
 from tests.helpers.exporters.small_decoders import made, trained
@@ -76,11 +77,13 @@ def on_stub(*command: str, log: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def surveyed(bundle: Path, place: Path) -> dict[str, dict[str, Any]]:
+def surveyed(bundle: Path, place: Path, *component: str) -> dict[str, dict[str, Any]]:
     """What `on_stub` finds of each form, and the copies in the optimised graphs."""
     place.mkdir()
     found: dict[str, dict[str, Any]] = json.loads(
-        on_stub("tests.cuda_stub.on_stub", str(bundle), str(place), log=place / "log").stdout.splitlines()[-1]
+        on_stub("tests.cuda_stub.on_stub", str(bundle), str(place), *component, log=place / "log").stdout.splitlines()[
+            -1
+        ]
     )
     for form, facts in found.items():
         facts["copies"] = copies(onnx.load(place / f"{form}.onnx", load_external_data=False).graph)
@@ -202,6 +205,16 @@ def test_a_decoder(tmp_path: Path, name: str) -> None:
         "restore": {"HostToDevice": 4, "HostToDevice bytes": size},
         "move": {"DeviceToDevice": 4, "DeviceToDevice bytes": size},
     }
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("t5", torch.float32), ("whisper", torch.float16)])
+def test_a_decoder_with_memory(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    paths, model = encoder_decoders.trained(name, tmp_path), encoder_decoders.made(name)
+    adapters = {task: load_adapter(path, base=model) for task, path in paths.items()}
+    model.to(dtype).save_pretrained(tmp_path / "model")
+    bundle = export_bundle(tmp_path / "model", adapters, tmp_path / "bundle", generation=True)
+    for component in bundle.components:
+        obey(surveyed(bundle.path, tmp_path / component, component))
 
 
 LAYERS = [(name, change) for name, case in CASES.items() for change in ("delta", "override")]
