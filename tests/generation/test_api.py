@@ -273,8 +273,8 @@ def test_slots_with_a_gap_decode_as_those_without(llama_bundle: Bundle) -> None:
         found = []
         for slots in ([0, 1], [1, 3]):
             for slot, version in zip(slots, versions, strict=True):
-                decoder.prefill(slot, prompt[:2], 0, version)
-                decoder.prefill(slot, prompt[2:], 2, version)
+                decoder.prefill([slot], prompt[None, :2], 0, [version])
+                decoder.prefill([slot], prompt[None, 2:], 2, [version])
             found.append(decoder.decode(slots, token, np.full(2, len(prompt)), versions).copy())
         np.testing.assert_array_equal(found[0], found[1])
         assert not np.allclose(found[0][0], found[0][1])
