@@ -291,6 +291,16 @@ def plain_inputs(runtime: Runtime, rows: int, chunk: int, length: int) -> dict[s
     return {"input_ids": tokens, "seqlens": np.full(rows, length), **caches}
 
 
+def test_a_process_that_only_generates_opens_one_graph(llama_bundle: Bundle) -> None:
+    with opened(llama_bundle) as runtime:
+        session = runtime._part(None).session
+        assert isinstance(session, Session)
+        assert runtime.generate([PROMPT], "a", max_new_tokens=2)
+        assert not session.is_open
+        assert runtime.run(plain_inputs(runtime, 1, 2, 0), task="a")
+        assert session.is_open
+
+
 def test_runs_that_the_operator_does_not_define_are_refused(llama_bundle: Bundle) -> None:
     with opened(llama_bundle) as runtime:
         for rows, chunk, length, told in (
