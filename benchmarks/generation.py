@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,14 @@ def model(sizes: Mapping[str, int]) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def exported(
-    cache: Path, sizes: Mapping[str, int], tasks: Sequence[str] = TASKS, end: int | None = None, **options: Any
-) -> Bundle:
+def exported(cache: Path, sizes: Mapping[str, int], tasks: Sequence[str] = TASKS, end: int | None = None) -> Bundle:
     """The bundle of a model with an adapter for each task, exported once.
 
     Args:
         cache: directory of bundles.
         sizes: sizes of the model.
         tasks: names of the tasks.
-        end: token that ends a sequence, which onnxruntime-genai needs.
-        options: options of the export.
+        end: token that ends a sequence, for a bundle that onnxruntime-genai runs; None exports for generation.
     """
     place = cache / "-".join(["llama", str(sizes["hidden_size"]), *(["ends"] if end else []), *tasks[len(TASKS) :]])
     if not (place / "bundle" / "manifest.json").is_file():
@@ -91,8 +89,9 @@ def exported(
             get_peft_model(model(sizes), config).save_pretrained(str(place / task))
         base = model(sizes)
         base.config.eos_token_id = end
+        base.save_pretrained(str(place / "base"))
         adapters = {task: load_adapter(place / task, base=base) for task in tasks}
-        export_bundle(base, adapters, place / "bundle", **options)
+        export_bundle(place / "base", adapters, place / "bundle", generation=end is None)
     return Bundle.open(place / "bundle")
 
 
@@ -268,9 +267,9 @@ def prefix_part(bundle: Bundle, sizes: Mapping[str, int], options: argparse.Name
 
 
 def genai_part(_: Bundle, sizes: Mapping[str, int], options: argparse.Namespace) -> dict[str, float]:
-    import onnxruntime_genai as genai  # in no extra: it needs onnxruntime, and on a GPU the other one is installed
+    genai = import_module("onnxruntime_genai")  # in no extra: needs onnxruntime, and a GPU has the other one
 
-    ours = exported(options.cache, sizes, EIGHT, generation=True)
+    ours = exported(options.cache, sizes, EIGHT)
     theirs = exported(options.cache, sizes, EIGHT, end=sizes["vocab_size"] - 1)
     prompts = np.random.default_rng(0).integers(sizes["vocab_size"], size=(8, PROMPT)).tolist()
     config = genai.Config(str(theirs.path))
@@ -321,7 +320,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = LARGE if options.large else SMALL
-    bundle = exported(options.cache, sizes, generation=True)
+    bundle = exported(options.cache, sizes)
     here = [name for name in PARTS if name != "genai" or find_spec("onnxruntime_genai")]
     for name in [options.only] if options.only else here:
         print(json.dumps({name: PARTS[name](bundle, sizes, options)}, indent=2), flush=True)
