@@ -28,6 +28,7 @@ from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.genai_config import GENAI_CONFIG, genai_config
 from tpeft_deploy.exporters.graph import batch_axes
+from tpeft_deploy.exporters.graph.rotary import fuse_rotary
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, share_weights, write_weights
 from tpeft_deploy.exporters.oracle.limits import limits_of
 from tpeft_deploy.exporters.oracle.rounding import measure_rounding
@@ -101,6 +102,7 @@ def write_graphs(plan: Plan, subject: Subject, place: Path, tolerance: float | N
         graphs[FACTORED_CUDA] = factored
     rows = graphs[BANKED].clone()
     if draft.decoder is not None and attach_banked.read_rows(rows):
+        fuse_rotary(rows.graph)
         graphs[BANKED_ROWS] = rows
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():

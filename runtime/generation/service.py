@@ -134,7 +134,7 @@ class GenerationService:
         """
         generator = self._generator()
         found = [
-            self._prepared(generator, replace(like, prompt=prompt), task, f"prompt {row}")
+            self._prepared(generator, replace(like, prompt=prompt, scored=False), task, f"prompt {row}")
             for row, (prompt, task) in enumerate(zip(prompts, tasks, strict=True))
         ]
         handles: list[Handle] = []

@@ -69,7 +69,7 @@ def factored_graph(provider: str, manifest: Manifest) -> str:
 
 
 def open_banked(bundle: Bundle, graphs: ServedGraphs, sessions: SessionFactory) -> tuple[Session | Captured, str]:
-    """Open a session on the banked graph.
+    """Open a session on the banked graph, with its first run where the bundle has a graph for steps of a decoder.
 
     Args:
         bundle: bundle to serve.
@@ -92,6 +92,8 @@ def open_banked(bundle: Bundle, graphs: ServedGraphs, sessions: SessionFactory) 
                 got=sessions.choice.reason,
             )
         return Captured(file, sessions, bundle.manifest), ""
+    if graphs.rows is not None:  # a process that only generates needs one packed copy of the weights, not two
+        return Session(lambda: bundle.check_file(graphs.banked), sessions), ""
     try:
         return Session(file, sessions), ""
     except ORT_ERRORS as error:
