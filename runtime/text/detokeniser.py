@@ -67,6 +67,7 @@ def token_bytes(tokenizer: Tokenizer) -> Callable[[int], bytes]:
     special = frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
     style = _style(json.loads(tokenizer.to_str())["decoder"])
 
+    @cache
     def of(token: int) -> bytes:
         piece = tokenizer.id_to_token(token) or ""
         if token in special:

@@ -23,6 +23,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 _MOST_STOPS = 16
 _BIAS = 100
 _MOST_SEQUENCES = 128
+_RESERVED = {"literal", "messages", "self", "template", "variables"}
 
 
 class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
@@ -169,7 +170,15 @@ class ChatBody(GenerationBody, kw_only=True):
             )
 
     def options(self) -> dict[str, Any]:
-        """Return the options of the chat template."""
+        """Return the options of the chat template.
+
+        Raises:
+            InputError: a variable has a name that is not the request's to set.
+        """
+        reserved = _RESERVED & set(self.chat_template_kwargs or {})
+        if reserved:
+            got = ", ".join(sorted(reserved))
+            raise InputError("read field 'chat_template_kwargs'", expected="variables of the template", got=got)
         tools = None if self.tool_choice == "none" else self.tools or None
         prompted = self.add_generation_prompt
         generation = not self.continue_final_message if prompted is None else prompted

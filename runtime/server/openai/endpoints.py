@@ -7,6 +7,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
+import orjson
+from starlette.requests import ClientDisconnect
+
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.sampling import Token
 from tpeft_deploy.runtime.server.openai.answers import AnswerDocuments, ChatDocuments, CompletionDocuments
@@ -14,7 +18,7 @@ from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody, 
 from tpeft_deploy.runtime.server.openai.sse import DONE, EventStream, event
 from tpeft_deploy.runtime.server.operations.generation import Generations, GenerationTarget
 from tpeft_deploy.runtime.server.rest.context import Headers, HttpContext
-from tpeft_deploy.runtime.server.rest.infer import Watch
+from tpeft_deploy.runtime.server.rest.infer import ClientLeft, Watch
 from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.runtime.text.model_text import ModelText
@@ -26,6 +30,8 @@ B = TypeVar("B", bound=GenerationBody)
 _INLINE = 2048  # bytes of a body that is read on the event loop; tokenizers take a microsecond or two for each
 _SCRATCH = 256  # bytes of memory that a tokenizer takes for each byte of a text
 _TOKEN = 48  # bytes of a token in a list
+_MADE = 160  # bytes of a generated token, and of each of the most probable ones beside it
+_INLINE_TOKENS = 256  # tokens of an answer that is encoded on the event loop
 _NAME = 200  # characters of a model's name in the log
 _COMPLETION_TOKENS = 16  # default of max_tokens, as in OpenAI's API
 
@@ -65,6 +71,8 @@ async def _served(context: HttpContext, kind: type[B], answer: type[AnswerDocume
         work = await _work(context, kind, answer, prepare)
         begun = EventStream.begun(_events(context, work)) if work.body.stream else _whole(context, work)
         return await Watch().cancel_on_disconnect(begun, context.receive)
+    except (ClientDisconnect, ClientLeft):
+        raise
     except Exception:
         context.charge_refusal()
         raise
@@ -93,7 +101,8 @@ async def _work(context: HttpContext, kind: type[B], answer: type[AnswerDocument
     stops = frozenset(requests[0].sampling.stop_tokens)
     made = answer(context.request_id, body.model, text.token_bytes, stops, body.top)
     work = _Work(body, target, requests, made)
-    context.memory.resize(size + _TOKEN * work.prompt_tokens)
+    made_bytes = _MADE * (1 + (body.top or 0)) * sum(own.sampling.n * own.max_new_tokens for own in requests)
+    context.memory.resize(size + _TOKEN * work.prompt_tokens + made_bytes)
     return work
 
 
@@ -120,12 +129,19 @@ def _of_completion(text: ModelText, generations: Generations, body: CompletionBo
     return requests
 
 
-async def _whole(context: HttpContext, work: _Work) -> Document:
+async def _whole(context: HttpContext, work: _Work) -> msgspec.Raw:
     async with context.core.generations.started(
         context.principal, work.target, work.requests, context.traceparent
     ) as handles:
         results = [await asyncio.wrap_future(handle.future) for handle in handles]
-    return work.answer.whole(results, _usage(work, handles))
+    usage = _usage(work, handles)
+
+    def encoded() -> msgspec.Raw:
+        return msgspec.Raw(orjson.dumps(work.answer.whole(results, usage)))
+
+    if usage["completion_tokens"] * (1 + (work.body.top or 0)) <= _INLINE_TOKENS:
+        return encoded()
+    return await context.intake.offload.run(context.tenant, encoded)
 
 
 async def _events(context: HttpContext, work: _Work) -> AsyncGenerator[bytes]:

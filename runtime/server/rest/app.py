@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, unquote
 
+import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 
@@ -211,6 +212,8 @@ async def _answer(document: object) -> Response:
     # Not compressed: tritonclient's asyncio client always accepts gzip, but decompresses it for tensors only.
     if isinstance(document, bytes):
         return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], [document]
+    if isinstance(document, msgspec.Raw):  # encoded already
+        return 200, [(b"content-type", b"application/json")], [bytes(document)]
     return 200, [(b"content-type", b"application/json")], await encoded({} if document is None else document)
 
 

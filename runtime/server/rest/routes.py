@@ -24,7 +24,8 @@ class Route:
         method: HTTP method.
         path: path template.
         action: action that the role must allow.
-        handler: returns the response document; bytes are text, None is an empty object.
+        handler: returns the response document; bytes are text, `msgspec.Raw` is JSON, None is an empty object, and an
+            `EventStream` is sent as it comes.
         summary: summary for OpenAPI.
         query: query parameter -> description.
         body: type of the JSON body, or None.
