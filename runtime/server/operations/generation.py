@@ -136,7 +136,7 @@ class Generations:
                 if not _is_weighted(model):
                     raise
             else:
-                return GenerationTarget(model, None if found is BASE else found.key, (found,))
+                return GenerationTarget(found.task, None if found is BASE else found.key, (found,))
         return self._weighted(principal, model)
 
     def room(self, prompt: Sequence[int], most: int | None, default: int | None = None) -> int:
