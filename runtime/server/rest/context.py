@@ -254,7 +254,7 @@ class HttpContext(RequestContext):
             headers.append((b"www-authenticate", b"Bearer"))
         if isinstance(error, MethodNotAllowed):
             headers.append((b"allow", error.allowed.encode()))
-        if self.scope["path"].startswith(errors.PREFIX):
+        if self.scope.get("path", "").startswith(errors.PREFIX):
             return status.http, headers, [orjson.dumps(self._openai(error, status))]
         return status.http, headers, [orjson.dumps({"error": _unicode(status.text)})]
 
