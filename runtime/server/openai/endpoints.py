@@ -12,7 +12,7 @@ import orjson
 from starlette.requests import ClientDisconnect
 
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
-from tpeft_deploy.runtime.generation.sampling import Token
+from tpeft_deploy.runtime.generation.sampling import Sampling, Token
 from tpeft_deploy.runtime.server.openai.answers import AnswerDocuments, ChatDocuments, CompletionDocuments
 from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody, GenerationBody
 from tpeft_deploy.runtime.server.openai.sse import DONE, EventStream, event
@@ -106,8 +106,16 @@ async def _work(context: HttpContext, kind: type[B], answer: type[AnswerDocument
     return work
 
 
+def _sampling(text: ModelText, body: GenerationBody) -> Sampling:
+    changes = body.changes()
+    if body.stops:  # beside those of the model
+        own: Any = text.facts.sampling.get("stop_strings", [])
+        changes["stop_strings"] = [*own, *body.stops]
+    return text.sampling(**changes)
+
+
 def _of_chat(text: ModelText, generations: Generations, body: ChatBody) -> list[GenerationRequest]:
-    sampling = text.sampling(**body.changes())
+    sampling = _sampling(text, body)
     tokens = text.chat(body.conversation(), literal=not body.parse_special, **body.options())
     most = generations.room(tokens, body.most, text.facts.max_new_tokens)
     # An answer begins a text, and what is continued is no part of it.
@@ -116,7 +124,7 @@ def _of_chat(text: ModelText, generations: Generations, body: ChatBody) -> list[
 
 
 def _of_completion(text: ModelText, generations: Generations, body: CompletionBody) -> list[GenerationRequest]:
-    sampling = text.sampling(**body.changes())
+    sampling = _sampling(text, body)
     requests = []
     for prompt in body.prompts:
         tokens = (
