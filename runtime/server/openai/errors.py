@@ -33,9 +33,13 @@ _CODES = {
     503: "service_unavailable",
     504: "timeout",
 }
-_FIELD = re.compile(r"read field '(\w+)'")
-# Wordings of the runtime's checks of a request, and the fields that they are about.
-_PARAMETERS = re.compile(r"expected (temperature|top_k|top_p|min_p|\w+_penalty|seed|n|logprobs) to be ")
+# Wordings of the checks of a request, each with the field that it is about.
+_PARAMETERS = (
+    re.compile(r"read field '(\w+)'"),
+    re.compile(r"set how .* expected (temperature|top_k|top_p|min_p|\w+_penalty|seed|n|logprobs) to be "),
+    re.compile(r"read a body: Object missing required field `(\w+)`"),
+    re.compile(r"read a body: [^$]* - at `\$\.(\w+)"),
+)
 
 
 def document(error: BaseException, status: Status, model: str) -> dict[str, object]:
@@ -46,7 +50,7 @@ def document(error: BaseException, status: Status, model: str) -> dict[str, obje
         status: status and text of it.
         model: model that the request named; empty if there is none.
     """
-    found = _FIELD.match(status.text) or _PARAMETERS.search(status.text)
+    found = next(filter(None, (pattern.match(status.text) for pattern in _PARAMETERS)), None)
     param, code = found[1] if found else None, _CODES.get(status.http)
     if status.http == 404 and model and isinstance(error, errors.NotFound | errors.UnknownTask):
         param, code = "model", "model_not_found"

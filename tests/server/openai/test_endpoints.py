@@ -194,7 +194,8 @@ def test_tools_and_a_message_to_continue_go_to_the_template(live: Live, client: 
         ({"stream_options": {"include_usage": True}}, "stream_options", None),
         ({"response_format": {"type": "json_object"}}, "response_format", None),
         ({"tool_choice": "required"}, "tool_choice", None),
-        ({"n": 0}, None, None),
+        ({"n": 0}, "n", None),
+        ({"tools": [1]}, "tools", None),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(
