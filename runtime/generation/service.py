@@ -185,6 +185,15 @@ class GenerationService:
             raise
         return handles
 
+    def open(self) -> None:
+        """Make the decoder and its caches, if there are none yet."""
+        self._generator()
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a sequence at most: the last one needs no room in a cache."""
+        return 0 if self._plan is None else self._plan.length + 1
+
     def acquire(self, task: Hashable) -> ResidentVersion:
         """Acquire the version that a task has now, for the generator."""
         return self._resident(self._found(task, _DOING))
