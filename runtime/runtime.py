@@ -30,6 +30,7 @@ from tpeft_deploy.runtime.component_files import ComponentFiles
 from tpeft_deploy.runtime.devices.choices import choose_devices
 from tpeft_deploy.runtime.devices.spread import open_residencies
 from tpeft_deploy.runtime.engine import Outputs
+from tpeft_deploy.runtime.generation.orders import SequenceOrder
 from tpeft_deploy.runtime.pins import Pins
 from tpeft_deploy.runtime.served_generation import ServedGeneration
 from tpeft_deploy.runtime.served_tasks import ServedTasks
@@ -78,6 +79,7 @@ class Runtime(ServedGeneration, ServedTasks):
             most.  Taken when the first is.
         max_tokens: tokens of a prompt and what is generated for it; 2,048 by default, if the model can.
         prefix_bytes: bytes of host memory for caches of known beginnings of prompts.
+        sequence_order: order and shares of tenants in slots and in the computation of prompts; first come by default.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
             runtime.  Without, ONNX Runtime maps the bundle's weights.data: writing to it changes answers,
             truncating it kills the process.
@@ -108,6 +110,7 @@ class Runtime(ServedGeneration, ServedTasks):
         kv_bytes: int | None = None,
         max_tokens: int | None = None,
         prefix_bytes: int = 64 * 2**20,
+        sequence_order: SequenceOrder | None = None,
     ) -> None:
         choices = choose_devices(provider, devices, allow_tf32=allow_tf32)
         choice = choices[0]
@@ -162,7 +165,7 @@ class Runtime(ServedGeneration, ServedTasks):
             self._base = replace(self._bundle, parts=served) if len(files) > 1 else component.bundle
             self._pins = Pins(self._versions, self._placed, self._parts)
             self._generation = self._open_generation(
-                first, choice.device, kv_bytes=kv_bytes, max_tokens=max_tokens, prefix_bytes=prefix_bytes
+                first, choice.device, kv_bytes, max_tokens, prefix_bytes, sequence_order
             )
             if preload:
                 self._preload()

@@ -10,6 +10,7 @@ from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
 from tpeft_deploy.runtime.component import ServedComponent
 from tpeft_deploy.runtime.generation.handle import Detokeniser, GenerationRequest, Handle
+from tpeft_deploy.runtime.generation.orders import SequenceOrder
 from tpeft_deploy.runtime.generation.sampling import Sampling, Token
 from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.generation.stats import GenerationStats
@@ -123,10 +124,10 @@ class ServedGeneration:
         self,
         residency: Residency,
         device: str,
-        *,
         kv_bytes: int | None,
         max_tokens: int | None,
         prefix_bytes: int,
+        order: SequenceOrder | None,
     ) -> GenerationService:
         """Generation on the component that has a decoder; on the last, which refuses it, where none has."""
         parts = list(self._parts)
@@ -141,6 +142,7 @@ class ServedGeneration:
             kv_bytes=kv_bytes,
             max_tokens=max_tokens,
             prefix_bytes=prefix_bytes,
+            order=order,
             component=decoding.name,
             open_rows=decoding.open_rows,
         )

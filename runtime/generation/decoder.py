@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,14 +16,44 @@ from tpeft_deploy.runtime.adapters.held import Held
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.engine import translated
 from tpeft_deploy.runtime.generation.kv_cache import CacheBlock, DeviceCaches, HostCaches, KvPlan
+from tpeft_deploy.runtime.generation.prefixes import Sized
 from tpeft_deploy.runtime.generation.slot_adapters import SlotAdapters
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.tucker import Array
 
-__all__ = ["BankedDecoder", "ResidentVersion"]
+__all__ = ["BankedDecoder", "Decoder", "ResidentVersion"]
 
 _MOST_RUNS = 256  # bindings that are kept
 _BFLOAT16 = 16  # ONNX's number of the type, which numpy does not have
+
+
+class Decoder(Protocol):
+    """The device: `slots` caches, each with room for `length` tokens.  Called from one thread, one call at a time."""
+
+    slots: int
+    length: int
+    vocabulary: int
+
+    def prefill(self, slots: Sequence[int], tokens: Array, past: int, versions: Sequence[Any]) -> Array:
+        """Compute tokens [n, length] behind the first `past` of slots; returns logits of the last [n, vocabulary].
+
+        Several slots follow each other, and their past is 0.
+        """
+
+    def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[Any]) -> Array:
+        """Compute one token for each of some slots, returns logits [n, vocabulary].
+
+        The slots are 0..n-1, but for those of sequences that just could not be moved.
+        """
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the cache of the first `length` tokens of a slot."""
+
+    def save(self, slot: int, start: int, length: int) -> Sized:
+        """Copy the cache of some tokens of a slot out of it."""
+
+    def restore(self, slot: int, start: int, block: Any) -> None:
+        """Copy a saved cache to a place in a slot."""
 
 
 class ResidentVersion:

@@ -10,13 +10,14 @@ from collections import Counter, abc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from tpeft_deploy.errors import DeadlineExceeded, RunError
-from tpeft_deploy.runtime.batching.policy import Order
+from tpeft_deploy.runtime.generation.decoder import Decoder
 from tpeft_deploy.runtime.generation.handle import Generated, GenerationRequest, Handle
+from tpeft_deploy.runtime.generation.orders import SequenceOrder
 from tpeft_deploy.runtime.generation.prefixes import Match, PrefixCache, Sized
 from tpeft_deploy.runtime.generation.record import Record
 from tpeft_deploy.runtime.generation.sampling import Token, peaks
@@ -25,41 +26,12 @@ from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequen
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Decoder", "Generator", "Versions"]
+__all__ = ["Generator", "Versions"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 # A thread that has had nothing to do for so many seconds ends, so that a generator nobody closed can be collected.
 _IDLE_SECONDS = 5.0
-
-
-class Decoder(Protocol):
-    """The device: `slots` caches, each with room for `length` tokens.  Called from one thread, one call at a time."""
-
-    slots: int
-    length: int
-    vocabulary: int
-
-    def prefill(self, slots: abc.Sequence[int], tokens: Array, past: int, versions: abc.Sequence[Any]) -> Array:
-        """Compute tokens [n, length] behind the first `past` of slots; returns logits of the last [n, vocabulary].
-
-        Several slots follow each other, and their past is 0.
-        """
-
-    def decode(self, slots: abc.Sequence[int], tokens: Array, pasts: Array, versions: abc.Sequence[Any]) -> Array:
-        """Compute one token for each of some slots, returns logits [n, vocabulary].
-
-        The slots are 0..n-1, but for those of sequences that just could not be moved.
-        """
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the cache of the first `length` tokens of a slot."""
-
-    def save(self, slot: int, start: int, length: int) -> Sized:
-        """Copy the cache of some tokens of a slot out of it."""
-
-    def restore(self, slot: int, start: int, block: Any) -> None:
-        """Copy a saved cache to a place in a slot."""
 
 
 class Versions(Protocol):
@@ -84,7 +56,8 @@ class Generator:
         budget: tokens that one step computes at most, at least the number of slots.
         chunk: tokens of a prompt in one run.
         max_waiting: sequences that may wait for slots.
-        order: order of those that wait; by priority, then first come, by default.
+        order: order of those that wait, with the weights of tenants; by priority, then first come, by default, with all
+            tenants as one.
         prefix_bytes: bound of the memory for caches of known prefixes; 0 keeps none.
         clock: seconds since any moment.
     """
@@ -97,7 +70,7 @@ class Generator:
         budget: int = 512,
         chunk: int = 256,
         max_waiting: int = 1024,
-        order: Order[None] | None = None,
+        order: SequenceOrder | None = None,
         prefix_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -108,7 +81,13 @@ class Generator:
         self._forgotten: list[Hashable] = []  # keys of versions, the prefixes of which are to be dropped
         self._matches: dict[int, Match[Sized]] = {}  # of sequences admitted in this step, by their ids
         self._scheduler = Scheduler(
-            decoder.slots, budget=budget, chunk=chunk, max_waiting=max_waiting, order=order, reuse=self._reuse
+            decoder.slots,
+            budget=budget,
+            chunk=chunk,
+            max_waiting=max_waiting,
+            order=order,
+            weight=None if order is None else order.weight,
+            reuse=self._reuse,
         )
         # Guards everything below and the scheduler; never held while the decoder or a caller's code runs.
         self._lock = threading.Lock()
@@ -195,6 +174,8 @@ class Generator:
                 slots=self._scheduler.slots,
                 cached_prefix_bytes=0 if self._prefixes is None else self._prefixes.bytes,
                 preempted=self._scheduler.preempted,
+                running_tasks=Counter(each.lane for each in self._scheduler.running),
+                waiting_tasks=Counter(each.lane for each in self._scheduler.queue()),
                 busy_seconds=self._busy,
                 **{name: self._counts[name] for name in (*names, *ends)},
             )

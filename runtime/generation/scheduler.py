@@ -9,18 +9,20 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections import abc, deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
 from tpeft_deploy.errors import QueueFull, RunError
 from tpeft_deploy.runtime.batching.policy import Order, Request
+from tpeft_deploy.runtime.generation.orders import ByPriority, TenantShares
 from tpeft_deploy.runtime.generation.sequence import Reason, Sequence
 
-__all__ = ["ByPriority", "Move", "Piece", "Scheduler", "Step"]
+__all__ = ["Move", "Piece", "Scheduler", "Step"]
 
 # Generated tokens after which a tenant is charged for them, beside the end of a sequence.
 _CHARGED = 64
+_LOOKED = 64  # requests of the order among which the first of each tenant is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,48 +79,15 @@ class Step:
                 yield found
 
 
-class ByPriority:
-    """Order by priority, the smaller first, then by arrival; a stream of high priorities starves low ones."""
-
-    def __init__(self) -> None:
-        self._places: list[tuple[int, int]] = []
-        self._requests: dict[tuple[int, int], Request[None]] = {}
-        self._of: dict[int, tuple[int, int]] = {}
-        self._arrivals = itertools.count()
-
-    def add(self, request: Request[None]) -> None:
-        """Let a request wait behind those of its priority."""
-        place = (request.priority, next(self._arrivals))
-        bisect.insort(self._places, place)
-        self._requests[place] = request
-        self._of[request.id] = place
-
-    def drop(self, request: Request[None]) -> None:
-        """Forget a request that will not run."""
-        place = self._of.pop(request.id)
-        del self._requests[place], self._places[bisect.bisect_left(self._places, place)]
-
-    def serve(self, requests: abc.Sequence[Request[None]]) -> None:
-        """Hand out requests that run now."""
-        for request in requests:
-            self.drop(request)
-
-    def __iter__(self) -> Iterator[Request[None]]:
-        """All waiting requests, the next to serve first."""
-        return (self._requests[place] for place in self._places)
-
-    def __len__(self) -> int:
-        """How many wait."""
-        return len(self._places)
-
-
 class Scheduler:
     """Slots, token budget, and the order of sequences.
 
     Decoding sequences are in slots 0..n-1, and the one that is prefilled is in slot n, so that it needs no move when
     it begins to decode.  A sequence that waits and comes first in the order takes the slot of a running one of lower
-    priority where no slot is free; that one keeps its tokens, and computes its cache again later, before those of
-    its priority that wait.
+    priority where no slot is free, or of a tenant that has more than its share of the slots; that one keeps its tokens,
+    and computes its cache again later, before those of its priority that wait, except those of tenants with fewer
+    slots.
+    Prompts of one priority are computed in weighted fair order over tenants, see `TenantShares`.
 
     Not thread-safe.  A sequence that ends while a step runs frees its slot for the next step at once.
 
@@ -129,6 +98,7 @@ class Scheduler:
         max_waiting: sequences that may wait.
         order: order of those that wait; tenants are charged for the tokens of the prompt when a sequence is admitted
             first, and then for those that it generates.
+        weight: returns the weight of a tenant, above 0; None treats all as one.
         reuse: called when a sequence is admitted, returns the number of its first tokens, not all, of which the cache
             is known.
     """
@@ -141,6 +111,7 @@ class Scheduler:
         chunk: int,
         max_waiting: int = 1024,
         order: Order[None] | None = None,
+        weight: Callable[[str], float] | None = None,
         reuse: Callable[[Sequence], int] = lambda _: 0,
     ) -> None:
         for name, value, least in (("slots", slots, 1), ("budget", budget, slots), ("chunk", chunk, 1)):
@@ -152,11 +123,13 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.preempted = 0  # how often a sequence lost its slot
         self._order: Order[None] = ByPriority() if order is None else order
+        self._shares = TenantShares(weight)
         self._reuse = reuse
         self._ids = itertools.count()
         self._admissions = itertools.count(1)
         self._waiting: dict[int, tuple[Sequence, Request[None]]] = {}  # by the id of the request
         self._requests: dict[int, Request[None]] = {}  # by the id of the sequence
+        self._tenants: Counter[str] = Counter()  # of those that wait
         self._paused: list[Sequence] = []  # preempted, the next to go on first
         self._slots: list[Sequence | None] = [None] * slots
         self._earliest_deadline = math.inf
@@ -165,6 +138,11 @@ class Scheduler:
     def waiting(self) -> int:
         """Number of sequences without a slot, preempted ones included."""
         return len(self._waiting) + len(self._paused)
+
+    def queue(self) -> Iterator[Sequence]:
+        """Yield the sequences without a slot."""
+        yield from self._paused
+        yield from (sequence for sequence, _ in self._waiting.values())
 
     @property
     def running(self) -> list[Sequence]:
@@ -198,6 +176,8 @@ class Scheduler:
         self._order.add(request)
         self._waiting[request.id] = (sequence, request)
         self._requests[sequence.id] = request
+        self._shares.add(sequence)
+        self._tenants[self._shares.tenant(sequence)] += 1
         self._earliest_deadline = min(self._earliest_deadline, sequence.deadline)
 
     def finish(self, sequence: Sequence, reason: Reason) -> bool:
@@ -210,9 +190,7 @@ class Scheduler:
         elif sequence in self._paused:
             self._paused.remove(sequence)
         else:
-            request = self._requests.pop(sequence.id)
-            del self._waiting[request.id]
-            self._order.drop(request)
+            self._order.drop(self._leave(sequence))
         sequence.cached = 0
         sequence.phase = "cancelled" if reason == "cancelled" else "finished"
         sequence.reason = reason
@@ -227,7 +205,7 @@ class Scheduler:
         """End the sequences past their deadline, and return them."""
         if now < self._earliest_deadline:
             return []
-        present = [*(sequence for sequence, _ in self._waiting.values()), *self._paused, *self.running]
+        present = [*self.queue(), *self.running]
         over = [sequence for sequence in present if sequence.deadline <= now]
         for sequence in over:
             self.finish(sequence, "deadline")
@@ -269,28 +247,41 @@ class Scheduler:
             last = past + length == len(sequence)
             step.pieces.append(Piece(sequence, self._slots.index(sequence), past, length, last))
             planned[sequence.id] = past + length
+            self._shares.compute(sequence, len(sequence) - past - length)
             left -= length
             ready += last
         return step
 
     def _first(self) -> Sequence | None:
         """Sequence that gets the next slot; stays where it waits."""
-        paused = self._paused[0] if self._paused else None
-        request = next(iter(self._order), None)
-        if request is None:
-            return paused
-        if paused is not None and paused.priority <= request.priority:
-            return paused
-        return self._waiting[request.id][0]
+        running = self.running
+        waiting = [*self._paused, *self._firsts()]
+        return min(waiting, key=lambda each: (each.priority, self._shares.claim(each, running)), default=None)
+
+    def _firsts(self) -> Iterator[Sequence]:
+        """Yield the first of each tenant in the order."""
+        seen: set[str] = set()
+        for request in itertools.islice(self._order, _LOOKED):
+            sequence = self._waiting[request.id][0]
+            tenant = self._shares.tenant(sequence)
+            if tenant not in seen:
+                yield sequence
+                seen.add(tenant)
+            if len(seen) == len(self._tenants):
+                return
 
     def _preempt(self) -> None:
-        """Take the slot of a sequence of lower priority than the first that waits, if that one needs it now."""
+        """Take a slot for the first that waits, if it needs it now."""
         first = self._first()
         if first is None or any(sequence is None for sequence in self._slots):
             return
-        victim = max(self.running, key=_urgency)
-        busy = any(each.phase == "prefilling" and each.priority <= first.priority for each in self.running)
-        if busy or victim.priority <= first.priority:
+        running = self.running
+        victim: Sequence | None = max(running, key=_urgency)
+        if victim is not None and victim.priority <= first.priority:
+            equals = [each for each in running if each.priority == first.priority]
+            victim = self._shares.victim(self._shares.claim(first, running), equals)
+        busy = any(each.phase == "prefilling" and not self._before(first, each) for each in running)
+        if victim is None or busy:
             return
         self._slots[self._slots.index(victim)] = None
         victim.slot, victim.cached, victim.phase = None, 0, "waiting"
@@ -305,14 +296,14 @@ class Scheduler:
                 self._move(step, decoding.pop(), target)
 
     def _next_prefill(self, step: Step, ready: int, planned: Container[int]) -> Sequence | None:
-        """Sequence to prefill, moved to slot `ready`: the first by priority, then the one admitted first."""
+        """Sequence to prefill, moved to slot `ready`: the first by priority, then in the order of `TenantShares`."""
         occupant = self._slots[ready]
         if occupant is not None and occupant.id in planned:
             return occupant
-        best = min((each for each in self._slots[ready:] if each is not None), key=_urgency, default=None)
+        best = min((each for each in self._slots[ready:] if each is not None), key=_turn, default=None)
         first = self._first()
         free = next((slot for slot in range(ready, self.slots) if self._slots[slot] is None), None)
-        if first is not None and free is not None and (best is None or first.priority < best.priority):
+        if first is not None and free is not None and (best is None or self._before(first, best)):
             if occupant is not None:
                 self._move(step, occupant, free)
             self._admit(step, first, ready)
@@ -330,14 +321,22 @@ class Scheduler:
         if sequence in self._paused:
             self._paused.remove(sequence)
         else:
-            request = self._requests.pop(sequence.id)
-            del self._waiting[request.id]
-            self._order.serve([request])
+            self._order.serve([self._leave(sequence)])
             sequence.admitted = next(self._admissions)
         self._slots[slot] = sequence
         sequence.slot, sequence.phase = slot, "prefilling"
         sequence.cached = self._reuse(sequence)
+        self._shares.admit(sequence, len(sequence) - sequence.cached)
         step.admitted.append(sequence)
+
+    def _leave(self, sequence: Sequence) -> Request[None]:
+        tenant = self._shares.tenant(sequence)
+        self._tenants[tenant] -= 1
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
+        request = self._requests.pop(sequence.id)
+        del self._waiting[request.id]
+        return request
 
     def _move(self, step: Step, sequence: Sequence, target: int) -> None:
         """Give a sequence that was admitted in an earlier step another slot."""
@@ -346,6 +345,11 @@ class Scheduler:
             step.moves.append(Move(sequence, source, target, sequence.cached))
         self._slots[source], self._slots[target] = None, sequence
         sequence.slot = target
+
+    def _before(self, first: Sequence, other: Sequence) -> bool:
+        """Whether the prompt of a sequence that waits is computed before that of one with a slot."""
+        finish = self._shares.finish(first, len(first))
+        return (first.priority, finish) <= (other.priority, other.finish)
 
     def _charge(self, sequence: Sequence) -> None:
         """Charge a tenant for tokens generated since it was charged last."""
@@ -367,3 +371,7 @@ def _joins(piece: Piece, before: Piece) -> bool:
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:
     return sequence.priority, sequence.admitted
+
+
+def _turn(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.priority, sequence.finish, -sequence.admitted

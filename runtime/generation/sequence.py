@@ -47,6 +47,8 @@ class Sequence:
         cached: tokens, from the first, of which the slot holds the keys and values.
         reason: why it ended.
         admitted: number of its admission; the smaller, the longer it runs.
+        arrival: virtual time at which it began to wait.
+        finish: virtual finish time of its prompt among those of all tenants.
         charged: generated tokens that its tenant was charged for.
     """
 
@@ -65,6 +67,8 @@ class Sequence:
     cached: int = 0
     reason: Reason | None = None
     admitted: int = 0
+    arrival: float = 0.0
+    finish: float = 0.0
     charged: int = 0
 
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ from tpeft_deploy.runtime.generation.decoder import BankedDecoder, ResidentVersi
 from tpeft_deploy.runtime.generation.handle import Detokeniser, GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.kv_cache import KvPlan
 from tpeft_deploy.runtime.generation.loop import Generator
+from tpeft_deploy.runtime.generation.orders import SequenceOrder
 from tpeft_deploy.runtime.generation.sampling import Sampling
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.sessions.banked import Session
@@ -44,6 +45,7 @@ class GenerationService:
         kv_bytes: bytes of the caches, as for `KvPlan.of`.
         max_tokens: tokens of a sequence, likewise.
         prefix_bytes: bytes of host memory for known prefixes.
+        order: order of waiting sequences, which also gives tenants their shares; first come, first served by default.
         component: component of the graph; empty for the only one.
         open_rows: opens the graph for rows that are gathered already, where the bundle has one.
     """
@@ -60,6 +62,7 @@ class GenerationService:
         kv_bytes: int | None,
         max_tokens: int | None,
         prefix_bytes: int,
+        order: SequenceOrder | None = None,
         component: str = "",
         open_rows: Callable[[], Session | None] = lambda: None,
     ) -> None:
@@ -73,6 +76,7 @@ class GenerationService:
         self._device = device
         self._plan = KvPlan.of(manifest, kv_bytes, max_tokens) if manifest.decoder is not None else None
         self._prefix_bytes = prefix_bytes
+        self._order = order
         self._lock = threading.Lock()
         self._made: Generator | None = None
         self._decoder: BankedDecoder | None = None
@@ -259,7 +263,7 @@ class GenerationService:
             gathered=rows is not None,
         )
         budget = max(_BUDGET, 2 * decoder.slots)
-        return Generator(decoder, self, budget=budget, prefix_bytes=self._prefix_bytes)
+        return Generator(decoder, self, budget=budget, order=self._order, prefix_bytes=self._prefix_bytes)
 
     def _found(self, task: object, doing: str) -> Version:
         if task is None:

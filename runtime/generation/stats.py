@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["GenerationStats"]
 
@@ -24,8 +25,10 @@ class GenerationStats:
         cancelled: sequences that their callers cancelled.
         overdue: sequences that did not end before their deadlines.
         failed: sequences that ended with another error.
-        preempted: how often a sequence lost its slot for one of higher priority.
+        preempted: how often a sequence lost its slot for one of higher priority, or of another tenant.
         busy_seconds: seconds in steps.
+        running_tasks: sequences in slots by task.
+        waiting_tasks: sequences without a slot by task.
     """
 
     waiting: int
@@ -42,6 +45,8 @@ class GenerationStats:
     failed: int
     preempted: int
     busy_seconds: float
+    running_tasks: Mapping[Hashable, int] = field(default_factory=dict)
+    waiting_tasks: Mapping[Hashable, int] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:

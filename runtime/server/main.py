@@ -129,6 +129,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
             pinned_share=0.5,
             limits=limits,
             order=order,
+            sequence_order=order.sequences,
         )
     )
     metrics = Metrics(

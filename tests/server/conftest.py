@@ -55,7 +55,9 @@ class Served:
 def serve(bundle: Bundle, place: Path, reader: Reader | None = None, **runtime: Any) -> Served:
     state = open_state(place, default=Quota())
     order = order_of(state, Limits())
-    own = Runtime(bundle.path, provider="cpu", threads=1, order=order, limits=Limits(), **runtime)
+    own = Runtime(
+        bundle.path, provider="cpu", threads=1, order=order, sequence_order=order.sequences, limits=Limits(), **runtime
+    )
     forgotten: list[tuple[str, str]] = []
     options = Options(reader=reader, forget=lambda tenant, task: forgotten.append((tenant, task)))
     return Served(Service(own, bundle, state, order, options), own, state, bundle, forgotten)

@@ -1,10 +1,11 @@
 """Weighted fair queueing of requests over tenants, and fair queueing over the tasks of a tenant.
 
 The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024, arXiv 2401.00588),
-with the elements of a request as its cost: each tenant has a counter of the cost served, divided by its weight, and the
-waiting tenant with the smallest counter is next.  The counter of a tenant that returns after a pause is lifted to the
-smallest counter of the waiting tenants, so that idle time earns no credit.  Within a tenant the same applies to lanes
-(the target of a request); within a lane requests are ordered by priority, smaller values first, then by arrival.
+with the elements of a request, or the tokens of a sequence, as its cost: each tenant has a counter of the cost served,
+divided by its weight, and the waiting tenant with the smallest counter is next.  The counter of a tenant that returns
+after a pause is lifted to the smallest counter of the waiting tenants, so that idle time earns no credit.  Within a
+tenant the same applies to lanes (the target of a request); within a lane requests are ordered by priority, smaller
+values first, then by arrival.
 """
 
 from __future__ import annotations
@@ -183,6 +184,10 @@ class Fair(Generic[Form]):
         self._tenants: _Counters[str, _Tenant[Form]] = _Counters()
         self._places: dict[int, tuple[_Tenant[Form], _Lane[Form], tuple[int, int]]] = {}
 
+    def weight(self, tenant: str) -> float:
+        """Return the weight of a tenant."""
+        return self._weight(tenant)
+
     def add(self, request: Request[Form]) -> None:
         """Add a waiting request.
 
@@ -248,15 +253,19 @@ class Fair(Generic[Form]):
 
 
 class Orders:
-    """The orders of the queues of one runtime, which has one queue per component.
+    """The orders of the queues of one runtime, which has one queue per component, and one of sequences.
 
     Args:
         make: creates an order.
+
+    Attributes:
+        sequences: order of the sequences that wait for slots.
     """
 
     def __init__(self, make: Callable[[], Fair[Any]]) -> None:
         self._make = make
-        self._made: list[Fair[Any]] = []
+        self.sequences: Fair[None] = make()
+        self._made: list[Fair[Any]] = [self.sequences]
 
     def __call__(self, component: str) -> Fair[Any]:
         """Create the order of one more queue."""

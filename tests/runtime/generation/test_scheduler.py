@@ -10,7 +10,8 @@ from tests.helpers.runtime.decoders import FakeHeld
 from tpeft_deploy.errors import QueueFull, RunError
 from tpeft_deploy.runtime.batching.policy import FirstCome, Order, Request
 from tpeft_deploy.runtime.generation import sequence as sequences
-from tpeft_deploy.runtime.generation.scheduler import ByPriority, Move, Piece, Scheduler, Step
+from tpeft_deploy.runtime.generation.orders import ByPriority
+from tpeft_deploy.runtime.generation.scheduler import Move, Piece, Scheduler, Step
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
 
 
@@ -24,6 +25,7 @@ class Watched:
 
     def __init__(self, order: Order[None]) -> None:
         self.order = order
+        self.first_come = not isinstance(order, Fair)  # otherwise the first of its tenant
         self.served: list[Request[None]] = []
         self.charged: dict[str, float] = {}
 
@@ -36,7 +38,7 @@ class Watched:
     def serve(self, requests: Sequence[Request[None]]) -> None:
         (request,) = requests
         if request.rows:
-            assert request is next(iter(self.order))
+            assert request is next(own for own in self.order if self.first_come or own.tenant == request.tenant)
             self.served.append(request)
         self.charged[request.tenant] = self.charged.get(request.tenant, 0) + request.cost
         self.order.serve(requests)
@@ -106,10 +108,14 @@ class Simulation:
         return found
 
 
+def weight_of(tenant: str) -> float:
+    return 1.0 + int(tenant)
+
+
 ORDERS: dict[str, Callable[[], Order[None]]] = {
     "first come": FirstCome,
     "priority": ByPriority,
-    "fair": lambda: Fair(lambda tenant: 1.0 + int(tenant)),
+    "fair": lambda: Fair(weight_of),
 }
 
 
@@ -122,7 +128,13 @@ def test_random_arrivals_and_cancellations(order: str, seed: int) -> None:
     watched = Watched(ORDERS[order]())
     reuse = (lambda each: draw.randint(0, len(each) - 1)) if seed % 2 else (lambda _: 0)
     scheduler = Scheduler(
-        slots, budget=slots + draw.randint(0, 12), chunk=draw.randint(1, 8), order=watched, max_waiting=30, reuse=reuse
+        slots,
+        budget=slots + draw.randint(0, 12),
+        chunk=draw.randint(1, 8),
+        order=watched,
+        weight=weight_of if order == "fair" else None,
+        max_waiting=30,
+        reuse=reuse,
     )
     simulation, alive, refused, ids, now = Simulation(scheduler), list[sequences.Sequence](), 0, 0, 0.0
     work: dict[int, tuple[float, float]] = {}  # first come: when it came, and the time by which it is to have a slot
@@ -262,6 +274,55 @@ def test_a_tenant_with_a_long_queue_does_not_starve_another() -> None:
     while late.phase == "waiting":
         simulation.steps(1)
     assert len(watched.served) - before <= 2
+
+
+def steps_to_first_token(prompt: int, flood: int, seed: int = 0) -> int:
+    """Steps until a tenant's sequence has its first token, beside another tenant's flood of long prompts."""
+    scheduler = Scheduler(4, budget=16, chunk=8, order=Fair(lambda _: 1.0), weight=lambda _: 1.0, max_waiting=1000)
+    simulation = Simulation(scheduler)
+    for id in range(flood):
+        scheduler.add(sequence(id, 200, 50, tenant="flood"))
+    simulation.steps(25 + seed)
+    late = sequence(1000, prompt, 4, tenant="late")
+    scheduler.add(late)
+    number = 0
+    while not late.tokens:
+        number += 1
+        simulation.steps(1)
+    while not late.over:
+        simulation.steps(1)
+    return number
+
+
+@pytest.mark.parametrize("prompt", [1, 40, 200, 300])
+def test_a_flood_of_long_prompts_less_than_doubles_anothers_steps_to_its_first_token(prompt: int) -> None:
+    alone = steps_to_first_token(prompt, 0)
+    assert [steps_to_first_token(prompt, 60, seed) < 2 * alone for seed in range(0, 80, 16)] == [True] * 5
+
+
+def test_short_prompts_that_keep_coming_cost_a_flood_no_more_than_half() -> None:
+    scheduler = Scheduler(4, budget=16, chunk=8, order=Fair(lambda _: 1.0), weight=lambda _: 1.0, max_waiting=1000)
+    simulation = Simulation(scheduler)
+    for id in range(400):
+        scheduler.add(sequence(id, 60, 4, tenant="flood"))
+        scheduler.add(sequence(1000 + id, 6, 4, tenant="short"))
+    simulation.steps(400)
+    done = [len(own.prompt) + len(own.tokens) for own in simulation.done if own.tenant == "flood"]
+    assert 0.3 < sum(done) / sum(len(own.prompt) + len(own.tokens) for own in simulation.done) < 0.7
+    assert all(len(own.tokens) == 4 for own in simulation.done)
+
+
+def test_a_slot_given_to_another_tenant_is_not_taken_back_by_turns() -> None:
+    scheduler = Scheduler(3, budget=16, chunk=8, order=Fair(lambda _: 1.0), weight=lambda _: 1.0)
+    simulation = Simulation(scheduler)
+    for id in range(9):
+        scheduler.add(sequence(id, 4, 90, tenant="one" if id < 6 else "two"))
+        simulation.steps(1)
+    held = sorted(own.tenant for own in scheduler.running)
+    assert held == ["one", "one", "two"]
+    assert scheduler.preempted == 1
+    simulation.steps(20)
+    assert scheduler.preempted == 1
 
 
 def test_tenants_are_charged_for_prompts_and_generated_tokens() -> None:
