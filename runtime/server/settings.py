@@ -157,9 +157,11 @@ class Settings(BaseSettings):
     max_elements: int = Field(default=1 << 26, ge=1)
     """Maximum elements per tensor."""
     requests_per_s: float | None = None
-    """Default tenant quota: requests per second (default: unlimited, as for the next three)."""
+    """Default tenant quota: requests per second (default: unlimited, as for the next four)."""
     rows_per_s: float | None = None
     """Default tenant quota: rows per second."""
+    tokens_per_min: float | None = None
+    """Default tenant quota: tokens of prompts and generated tokens per minute."""
     queue_share: float | None = 0.5
     """Default tenant quota: share of the queue."""
     max_adapters: int | None = None
@@ -225,6 +227,7 @@ class Settings(BaseSettings):
             self.max_adapter_bytes,
             pins=self.max_pins,
             folded=self.max_folded,
+            tokens_per_min=self.tokens_per_min,
         )
 
     @property

@@ -334,7 +334,7 @@ class AsyncClient:
         Args:
             tenant: name of the tenant; created when it does not exist.
             quota: quota name -> limit, None for no limit: requests_per_s, rows_per_s, queue_share, adapters, bytes,
-                pins, folded, and weight.  Quotas left out get the server's default.
+                pins, folded, tokens_per_min, and weight.  Quotas left out get the server's default.
 
         Returns:
             The tenant afterwards.

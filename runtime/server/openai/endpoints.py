@@ -33,6 +33,7 @@ _TOKEN = 48  # bytes of a token in a list
 _MADE = 160  # bytes of a generated token, and of each of the most probable ones beside it
 _INLINE_TOKENS = 256  # tokens of an answer that is encoded on the event loop
 _NAME = 200  # characters of a model's name in the log
+_RATES = {"requests", "tokens"}  # those that OpenAI's API has headers for
 _COMPLETION_TOKENS = 16  # default of max_tokens, as in OpenAI's API
 
 
@@ -64,9 +65,13 @@ async def completions(context: HttpContext) -> object:
 
 async def _served(context: HttpContext, kind: type[B], answer: type[AnswerDocuments], prepare: Prepare[B]) -> object:
     try:
-        context.core.admit(context.principal)
-    finally:
-        context.extra += _rate(context)
+        return await _answered(context, kind, answer, prepare)
+    finally:  # of a stream, before its headers
+        context.extra += _rates(context)
+
+
+async def _answered(context: HttpContext, kind: type[B], answer: type[AnswerDocuments], prepare: Prepare[B]) -> object:
+    context.core.admit(context.principal)
     try:
         work = await _work(context, kind, answer, prepare)
         begun = EventStream.begun(_events(context, work)) if work.body.stream else _whole(context, work)
@@ -202,10 +207,11 @@ def _usage(work: _Work, handles: Sequence[Handle]) -> Document:
     return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
 
 
-def _rate(context: HttpContext) -> Headers:
-    """Return the headers that tell what is left of the tenant's requests."""
-    rate = context.core.generations.rate(context.principal)
-    if rate is None:
-        return []
-    found: dict[bytes, Any] = {b"limit": rate.limit, b"remaining": rate.remaining, b"reset": f"{rate.reset:.3f}s"}
-    return [(b"x-ratelimit-%b-requests" % name, str(value).encode()) for name, value in found.items()]
+def _rates(context: HttpContext) -> Headers:
+    """Return the headers that tell what is left of the tenant's requests and tokens."""
+    headers: Headers = []
+    for name, rate in context.core.generations.rates(context.principal).items():
+        if name in _RATES:
+            found: dict[str, Any] = {"limit": rate.limit, "remaining": rate.remaining, "reset": f"{rate.reset:.3f}s"}
+            headers += [(f"x-ratelimit-{key}-{name}".encode(), str(value).encode()) for key, value in found.items()]
+    return headers

@@ -15,6 +15,7 @@ from tpeft_deploy.errors import (
     MissingExtra,
     NotFound,
     ProtocolError,
+    QuotaExceeded,
     Unavailable,
     UnknownTask,
     Unsupported,
@@ -27,7 +28,7 @@ from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
-from tpeft_deploy.runtime.server.tenancy.quotas import Meter, RequestRate
+from tpeft_deploy.runtime.server.tenancy.quotas import Meter, RateLeft
 from tpeft_deploy.runtime.server.v2.messages import BASE, ServedVersion
 from tpeft_deploy.runtime.text.model_text import ModelText
 
@@ -91,9 +92,9 @@ class Generations:
         """Tokens of a sequence at most, those of its prompt included."""
         return self._runtime.most_tokens
 
-    def rate(self, principal: Principal) -> RequestRate | None:
-        """Return what is left of the tenant's requests; None without a limit."""
-        return self._meter.request_rate(principal.tenant, time.monotonic())
+    def rates(self, principal: Principal) -> dict[str, RateLeft]:
+        """Return what is left of the tenant's limited rates, by what they count."""
+        return self._meter.rates(principal.tenant, time.monotonic())
 
     async def text(self) -> ModelText:
         """Return the text of the bundle, which the first call opens.
@@ -182,7 +183,7 @@ class Generations:
         """
         timing = Timing(time.monotonic())
         rows = sum(request.sampling.n for request in requests)
-        self._charge(principal, requests, rows, timing.arrived)
+        spent = self._charge(principal, requests, rows, timing.arrived)
         handles: list[Handle] = []
 
         def over(*, failed: bool) -> None:
@@ -212,10 +213,21 @@ class Generations:
         finally:
             for handle in handles:
                 handle.cancel()
+            used = sum(len(handle.tokens) for handle in handles)
+            prompts = sum(len(request.prompt) for request in requests) if handles else 0
+            self._meter.refund("tokens", principal.tenant, spent - prompts - used, time.monotonic())
 
-    def _charge(self, principal: Principal, requests: Sequence[GenerationRequest], rows: int, now: float) -> None:
-        """Spend the tenant's quota for sequences; the one place where generation is charged."""
+    def _charge(self, principal: Principal, requests: Sequence[GenerationRequest], rows: int, now: float) -> int:
+        """Spend the tenant's quota for sequences, the one place where generation is charged; returns the tokens."""
+        new = sum(request.max_new_tokens * request.sampling.n for request in requests)
+        tokens = new + sum(len(request.prompt) for request in requests)
         self._meter.spend_rows(principal.tenant, rows, now)
+        try:
+            self._meter.spend_tokens(principal.tenant, tokens, now)
+        except QuotaExceeded:
+            self._meter.refund("rows", principal.tenant, rows, now)
+            raise
+        return tokens
 
     def _open(self) -> ModelText:
         with self._lock:

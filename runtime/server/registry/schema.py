@@ -33,7 +33,7 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA = 2  # the newest migration
+SCHEMA = 3  # the newest migration
 # What servers without migrations look for in `meta`.  A migration that makes their use of a database wrong raises it.
 COMPATIBLE = 1
 _NAME = String(128)

@@ -89,7 +89,7 @@ class Tenants:
 
     def _record(self, name: str, quota: dict[str, float | None], created: float) -> TenantRecord:
         # Quotas stored by earlier servers lack these fields.
-        newer = {field: getattr(self.default, field) for field in ("pins", "folded")}
+        newer = {field: getattr(self.default, field) for field in ("pins", "folded", "tokens_per_min")}
         own = Quota(**{**newer, **quota}) if quota else self.default
         return TenantRecord(name, own, created)
 

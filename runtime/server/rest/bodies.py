@@ -69,6 +69,7 @@ class QuotaBody(Body):
 
     requests_per_s: Limit = UNSET
     rows_per_s: Limit = UNSET
+    tokens_per_min: Limit = UNSET
     queue_share: Limit = UNSET
     adapters: Limit = UNSET
     bytes: Limit = UNSET

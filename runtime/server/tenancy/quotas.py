@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded, TooLarge
 
-__all__ = ["Meter", "Quota", "Quotas", "RequestRate", "queue_shares"]
+__all__ = ["Meter", "Quota", "Quotas", "RateLeft", "queue_shares"]
 
 _KEPT = 64  # tenants kept regardless of their remaining tokens
 
@@ -27,6 +27,8 @@ class Quota:
         weight: weight in weighted fair queueing: twice the weight gets twice the computation while both tenants wait.
         pins: maximum number of pinned versions.
         folded: maximum number of pinned versions with a folded session.
+        tokens_per_min: tokens of prompts and generated tokens per minute, with bursts of one minute's worth; a request
+            spends as many as it may generate, and gets back what it has not.
 
     Raises:
         ProtocolError: a limit is invalid.
@@ -40,6 +42,7 @@ class Quota:
     weight: float = 1.0
     pins: int | None = None
     folded: int | None = None
+    tokens_per_min: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -85,47 +88,72 @@ class Quotas:
 
 
 @dataclass(slots=True)
-class _Account:
-    """Token buckets of a tenant; each holds the tokens of one second, at least 1."""
+class _Bucket:
+    """Token bucket; `at` is the time of its level."""
 
-    quota: Quota
+    rate: float  # a second
+    most: float
+    level: float
     at: float
-    requests: float = math.inf
-    rows: float = math.inf
-    most_requests: float = math.inf
-    most_rows: float = math.inf
 
-    def __post_init__(self) -> None:
-        self._bound(self.quota)
-
-    def fill(self, quota: Quota, now: float) -> None:
-        if quota is not self.quota:
-            self._bound(quota)
+    def fill(self, now: float) -> None:
         passed = now - self.at
         if passed > 0:
             self.at = now
-            self.requests = min(self.most_requests, self.requests + passed * (quota.requests_per_s or math.inf))
-            self.rows = min(self.most_rows, self.rows + passed * (quota.rows_per_s or math.inf))
+            self.level = min(self.most, self.level + passed * self.rate)
+
+    def wait(self, amount: float) -> float:
+        """Return the seconds until an amount can be spent; more than it ever holds needs a full bucket."""
+        # What is larger than a burst leaves a negative level.
+        return max(0.0, (min(amount, self.most) - self.level) / self.rate)
+
+    def left(self) -> RateLeft:
+        return RateLeft(int(self.most), max(0, int(self.level)), self.wait(self.most))
+
+
+# Name of a bucket -> field of the quota, and the time that the field is about.
+_LIMITS = {
+    "requests": ("requests_per_s", 1.0, "a second"),
+    "rows": ("rows_per_s", 1.0, "a second"),
+    "tokens": ("tokens_per_min", 60.0, "a minute"),
+}
+
+
+class _Account:
+    """Token buckets of a tenant, by name; each holds what its quota allows in the time that the quota names."""
+
+    __slots__ = ("buckets", "quota")
+
+    def __init__(self, quota: Quota, now: float) -> None:
+        self.buckets: dict[str, _Bucket] = {}
+        self.bound(quota, now)
+
+    def bound(self, quota: Quota, now: float) -> None:
+        """Take over a quota; levels stay, as far as they fit."""
+        self.quota = quota
+        before, self.buckets = self.buckets, {}
+        for name, (field, seconds, _) in _LIMITS.items():
+            limit = getattr(quota, field)
+            if limit is not None:
+                most = max(limit, 1.0)
+                own = before.get(name)
+                level, at = (most, now) if own is None else (min(most, own.level), own.at)
+                self.buckets[name] = _Bucket(limit / seconds, most, level, at)
 
     def is_full(self, now: float) -> bool:
         """Return whether the buckets are full, so that the account can be dropped."""
-        self.fill(self.quota, now)
-        return self.requests >= self.most_requests and self.rows >= self.most_rows
-
-    def _bound(self, quota: Quota) -> None:
-        self.quota = quota
-        self.most_requests, self.most_rows = _burst(quota.requests_per_s), _burst(quota.rows_per_s)
-        self.requests = math.inf if quota.requests_per_s is None else min(self.most_requests, self.requests)
-        self.rows = math.inf if quota.rows_per_s is None else min(self.most_rows, self.rows)
+        for own in self.buckets.values():
+            own.fill(now)
+        return all(own.level >= own.most for own in self.buckets.values())
 
 
 @dataclass(frozen=True)
-class RequestRate:
-    """What is left of a tenant's requests.
+class RateLeft:
+    """What is left of one of a tenant's rates.
 
     Attributes:
-        limit: requests that a full bucket allows.
-        remaining: requests that it allows now.
+        limit: amount that a full bucket allows.
+        remaining: amount that it allows now.
         reset: seconds until it is full.
     """
 
@@ -135,7 +163,7 @@ class RequestRate:
 
 
 class Meter:
-    """Token buckets of requests and rows per tenant; not thread-safe, used on the event loop only.
+    """Token buckets of requests, rows and tokens per tenant; not thread-safe, used on the event loop only.
 
     Args:
         quota: returns the current quota of a tenant.
@@ -159,28 +187,8 @@ class Meter:
         Raises:
             QuotaExceeded: the bucket is empty; `retry_after` is the time until a request is allowed.
         """
-        quota = self._quota(tenant)
-        if quota.requests_per_s is None:
-            return
-        account = self._account(tenant, quota, now)
-        if account.requests < 1:
-            missing = 1 - account.requests
-            raise _exceeded(tenant, missing / quota.requests_per_s, quota.requests_per_s, "requests")
-        account.requests -= 1
-
-    def request_rate(self, tenant: str, now: float) -> RequestRate | None:
-        """Return what is left of a tenant's requests; None without a limit.
-
-        Args:
-            tenant: tenant of the request.
-            now: time of a monotonic clock in seconds.
-        """
-        quota = self._quota(tenant)
-        if quota.requests_per_s is None:
-            return None
-        account = self._account(tenant, quota, now)
-        missing = account.most_requests - account.requests
-        return RequestRate(int(account.most_requests), max(0, int(account.requests)), missing / quota.requests_per_s)
+        if self._quota(tenant).requests_per_s is not None:
+            self._spend("requests", tenant, 1, now)
 
     def spend_rows(self, tenant: str, rows: int, now: float) -> None:
         """Spend all rows of a request of a tenant's quota, or none.
@@ -191,24 +199,76 @@ class Meter:
             now: time of a monotonic clock in seconds.
 
         Raises:
-            QuotaExceeded: too few tokens; `retry_after` is the time until as many rows are allowed.
+            QuotaExceeded: too few rows are left; `retry_after` is the time until as many are allowed.
+        """
+        if self._quota(tenant).rows_per_s is not None:
+            self._spend("rows", tenant, rows, now)
+
+    def spend_tokens(self, tenant: str, tokens: int, now: float) -> None:
+        """Spend the tokens of a request's prompts, and those that it may generate, or none.
+
+        Args:
+            tenant: tenant of the request.
+            tokens: number of tokens.
+            now: time of a monotonic clock in seconds.
+
+        Raises:
+            QuotaExceeded: too few tokens are left; `retry_after` is the time until as many are allowed.
+        """
+        if self._quota(tenant).tokens_per_min is not None:
+            self._spend("tokens", tenant, tokens, now)
+
+    def refund(self, what: str, tenant: str, amount: int, now: float) -> None:
+        """Give back what a request spent and did not use.
+
+        Args:
+            what: "rows" or "tokens".
+            tenant: tenant of the request.
+            amount: number of them.
+            now: time of a monotonic clock in seconds.
+        """
+        own = self._account(tenant, now).buckets.get(what)
+        if own is not None:
+            own.fill(now)
+            own.level = min(own.most, own.level + amount)
+
+    def rates(self, tenant: str, now: float) -> dict[str, RateLeft]:
+        """Return what is left of a tenant's limited rates: "requests", "rows" or "tokens".
+
+        Args:
+            tenant: tenant of the request.
+            now: time of a monotonic clock in seconds.
         """
         quota = self._quota(tenant)
-        if quota.rows_per_s is None:
-            return
-        account = self._account(tenant, quota, now)
-        # A request larger than a burst needs a full bucket, and leaves a negative balance.
-        needed = min(rows, account.most_rows)
-        if account.rows < needed:
-            raise _exceeded(tenant, (needed - account.rows) / quota.rows_per_s, quota.rows_per_s, "rows")
-        account.rows -= rows
+        if all(getattr(quota, field) is None for field, _, _ in _LIMITS.values()):
+            return {}
+        buckets = self._account(tenant, now).buckets
+        for own in buckets.values():
+            own.fill(now)
+        return {name: own.left() for name, own in buckets.items()}
 
-    def _account(self, tenant: str, quota: Quota, now: float) -> _Account:
-        account = self._accounts.get(tenant)
+    def _spend(self, what: str, tenant: str, amount: int, now: float) -> None:
+        own = self._account(tenant, now).buckets[what]
+        own.fill(now)
+        wait = own.wait(amount)
+        if wait > 0:
+            _, seconds, time = _LIMITS[what]
+            raise QuotaExceeded(
+                f"run a request of tenant {tenant!r}",
+                expected=f"at most {own.rate * seconds:g} {what} {time}",
+                got="more",
+                fix=f"Send it again in {wait:.3g} s.",
+                retry_after=wait,
+            )
+        own.level -= amount
+
+    def _account(self, tenant: str, now: float) -> _Account:
+        quota, account = self._quota(tenant), self._accounts.get(tenant)
         if account is None:
             self._forget(now)
             account = self._accounts[tenant] = _Account(quota, now)
-        account.fill(quota, now)
+        elif account.quota is not quota:
+            account.bound(quota, now)
         return account
 
     def _forget(self, now: float) -> None:
@@ -219,20 +279,6 @@ class Meter:
             tenant, account = self._accounts.popitem(last=False)
             if not account.is_full(now):
                 self._accounts[tenant] = account
-
-
-def _burst(rate: float | None) -> float:
-    return math.inf if rate is None else max(rate, 1.0)
-
-
-def _exceeded(tenant: str, wait: float, rate: float, what: str) -> QuotaExceeded:
-    return QuotaExceeded(
-        f"run a request of tenant {tenant!r}",
-        expected=f"at most {rate:g} {what} a second",
-        got="more",
-        fix=f"Send it again in {wait:.3g} s.",
-        retry_after=wait,
-    )
 
 
 def queue_shares(quota: Callable[[str], Quota], max_queue_rows: int) -> Callable[[str, int, int], None]:

@@ -243,6 +243,33 @@ def test_keys_sizes_and_rates_have_their_errors(live: Live) -> None:
     assert live.ask("PUT", "/v2/admin/tenants/rival", "operator", "admin", json={}).status_code == 200
 
 
+def test_tokens_of_a_minute_are_reserved_given_back_and_refused(live: Live) -> None:
+    def limited(**quota: float) -> None:
+        assert live.ask("PUT", "/v2/admin/tenants/rival", "operator", "admin", json=quota).status_code == 200
+
+    limited(tokens_per_min=100)
+    shown = live.ask("GET", "/v2/admin/tenants", "operator", "admin").json()
+    assert next(own for own in shown if own["name"] == "rival")["quota"]["tokens_per_min"] == 100
+    rival = client_of(live, "rival")
+    known: Any = {"model": "a", "prompt": [5, 6, 7]}
+    for _ in range(2):  # ends with its first token, so that the others that it might generate are given back
+        answer = rival.completions.with_raw_response.create(**known, max_tokens=80, logit_bias={"1": 100})
+        assert answer.headers["x-ratelimit-limit-tokens"] == "100"
+        assert int(answer.headers["x-ratelimit-remaining-tokens"]) >= 92
+    limited()
+    limited(tokens_per_min=100)
+    stream = rival.completions.with_raw_response.create(**known, max_tokens=900, logit_bias={"1": -100}, stream=True)
+    assert stream.headers["x-ratelimit-remaining-tokens"] == "0"
+    assert float(stream.headers["x-ratelimit-reset-tokens"].removesuffix("s")) > 100
+    with pytest.raises(openai.RateLimitError, match="100 tokens a minute") as refused:
+        rival.completions.create(**known, max_tokens=1)
+    headers = refused.value.response.headers
+    assert (headers["x-ratelimit-remaining-tokens"], refused.value.code) == ("0", "rate_limit_exceeded")
+    assert int(headers["retry-after"]) > 100
+    assert len(list(stream.parse())) > 100
+    limited()
+
+
 def test_models_are_listed_and_read(client: openai.OpenAI) -> None:
     assert {model.id for model in client.models.list()} == {"base", "talk", "a", "b"}
     assert client.models.retrieve("a").id == "a"

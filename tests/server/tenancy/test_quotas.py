@@ -107,6 +107,39 @@ def test_both_limits_hold() -> None:
     assert caught.value.retry_after == pytest.approx(1.0)
 
 
+def test_tokens_are_those_of_a_minute_and_unused_ones_come_back() -> None:
+    own = meter(tokens_per_min=600)
+    own.spend_tokens("a", 500, 0.0)
+    with pytest.raises(QuotaExceeded, match="600 tokens a minute") as caught:
+        own.spend_tokens("a", 200, 0.0)
+    assert caught.value.retry_after == pytest.approx(10.0)
+    own.refund("tokens", "a", 150, 0.0)
+    own.spend_tokens("a", 200, 0.0)
+    left = own.rates("a", 0.0)["tokens"]
+    assert (left.limit, left.remaining, left.reset) == (600, 50, pytest.approx(55.0))
+    own.refund("tokens", "a", 5000, 0.0)
+    assert own.rates("a", 0.0)["tokens"].remaining == 600
+    own.spend_tokens("a", 1800, 0.0)  # more than a minute's worth, which the next two minutes pay for
+    with pytest.raises(QuotaExceeded):
+        own.spend_tokens("a", 1, 120.0)
+    own.spend_tokens("a", 1, 120.2)
+    assert meter().rates("a", 0.0) == {}
+
+
+@given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 90), st.integers(0, 90)), max_size=100))
+def test_never_more_tokens_than_the_rate_and_a_minute(requests: list[tuple[float, int, int]]) -> None:
+    own, now, used = meter(tokens_per_min=60), 0.0, 0
+    for wait, reserved, unused in requests:
+        now += wait
+        try:
+            own.spend_tokens("a", reserved, now)
+        except QuotaExceeded:
+            continue
+        own.refund("tokens", "a", min(unused, reserved), now)
+        used += reserved - min(unused, reserved)
+    assert used <= now + 60 + 90
+
+
 def test_a_quota_may_change_at_any_time() -> None:
     quotas = [Quota()]
     own = Meter(lambda _: quotas[-1])
@@ -131,6 +164,7 @@ def test_a_clock_that_stands_still_or_goes_back_gives_nothing_away() -> None:
     ("field", "value"),
     [
         *(("requests_per_s", value) for value in (0, -1, math.nan, math.inf, "many", True)),
+        ("tokens_per_min", 0),
         ("queue_share", 1.5),
         ("weight", 0),
         ("weight", None),
