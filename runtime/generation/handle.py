@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -125,11 +126,13 @@ class Handle:
     Attributes:
         future: result; cancelling it, or a task that awaits it, cancels the sequence.
         tokens: tokens so far.
+        times: when each came, in seconds of `time.monotonic`.
     """
 
     def __init__(self, cancel: Callable[[], object], on_token: Callable[[Token], None] | None = None) -> None:
         self.future: Future[Generated] = Future()
         self.tokens: list[Token] = []
+        self.times: list[float] = []
         self._on_token = on_token
         self._lock = threading.Lock()
         self._wakes: list[Callable[[], None]] = []  # of iterations
@@ -147,6 +150,7 @@ class Handle:
         """Hand out a token; an error of the callback is logged, and harms nothing."""
         if self.future.done():
             return
+        self.times.append(time.monotonic())
         self.tokens.append(token)
         if self._on_token is not None:
             try:

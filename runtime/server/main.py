@@ -138,6 +138,8 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
         runtime.usage,
         lambda: runtime.batching().waiting_rows,
         lambda: lines.dropped,
+        runtime.generation,
+        runtime.pins,
     )
     traced = tracing()
 

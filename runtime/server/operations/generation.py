@@ -26,7 +26,7 @@ from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
-from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
+from tpeft_deploy.runtime.server.telemetry.inference_events import GenerationFigures, InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.quotas import Meter, RateLeft
 from tpeft_deploy.runtime.server.v2.messages import BASE, ServedVersion
@@ -190,11 +190,17 @@ class Generations:
             now = time.monotonic()
             timing.add(began, now, rows)
             took = now - timing.arrived
+            prompts = sum(len(request.prompt) for request in requests) if handles else 0
+            figures = GenerationFigures(prompts, timing.arrived, [list(handle.times) for handle in handles])
             self._publish(
                 InferenceEvent(
-                    principal.tenant, target.name, target.versions, rows, timing, took, failed, traceparent=traceparent
+                    *(principal.tenant, target.name, target.versions, rows, timing, took, failed),
+                    traceparent=traceparent,
+                    generation=figures,
                 )
             )
+            used = prompts + sum(len(handle.tokens) for handle in handles)
+            self._meter.refund("tokens", principal.tenant, spent - used, now)
 
         began = timing.arrived
         try:
@@ -203,7 +209,7 @@ class Generations:
                 handles += await self._runtime.start(own, target.task)
             began = time.monotonic()
             yield handles
-        except Exception as error:
+        except BaseException as error:  # a client that left included
             over(failed=True)
             if isinstance(error, UnknownTask):  # the runtime's message may name other tenants' tasks
                 raise NotFound(f"run model {target.name!r}", problem="a task of it was deleted meanwhile") from None
@@ -213,9 +219,6 @@ class Generations:
         finally:
             for handle in handles:
                 handle.cancel()
-            used = sum(len(handle.tokens) for handle in handles)
-            prompts = sum(len(request.prompt) for request in requests) if handles else 0
-            self._meter.refund("tokens", principal.tenant, spent - prompts - used, time.monotonic())
 
     def _charge(self, principal: Principal, requests: Sequence[GenerationRequest], rows: int, now: float) -> int:
         """Spend the tenant's quota for sequences, the one place where generation is charged; returns the tokens."""

@@ -10,10 +10,24 @@ import msgspec
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.server.v2.messages import ServedVersion
 
-__all__ = ["EventBuffer", "InferenceEvent"]
+__all__ = ["EventBuffer", "GenerationFigures", "InferenceEvent"]
 
 _MOST = 256
 _SECONDS = 0.1
+
+
+class GenerationFigures(msgspec.Struct, frozen=True):
+    """Tokens of one request for generation.
+
+    Attributes:
+        prompt_tokens: tokens of the prompts.
+        arrived: time of the request, in seconds of `time.monotonic`.
+        times: times of the tokens of each sequence.
+    """
+
+    prompt_tokens: int
+    arrived: float
+    times: Sequence[Sequence[float]]
 
 
 class InferenceEvent(msgspec.Struct, frozen=True):
@@ -29,6 +43,7 @@ class InferenceEvent(msgspec.Struct, frozen=True):
         failed: whether the inference raised.
         traceparent: W3C trace context of the caller; empty if there is none.
         component: component that ran; empty if the bundle has one graph.
+        generation: tokens, if the request is for generation.
     """
 
     tenant: str
@@ -40,6 +55,7 @@ class InferenceEvent(msgspec.Struct, frozen=True):
     failed: bool
     traceparent: str = ""
     component: str = ""
+    generation: GenerationFigures | None = None
 
 
 class EventBuffer:

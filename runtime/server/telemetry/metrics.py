@@ -9,19 +9,23 @@ created at scrape time.
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
+from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.server.context import RequestContext
+from tpeft_deploy.runtime.server.telemetry.generation_metrics import (
+    GenerationSeries,
+    of_adapters,
+    of_sequences,
+    of_series,
+)
+from tpeft_deploy.runtime.server.telemetry.histograms import Bins, histogram
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 
 __all__ = ["Metrics"]
@@ -32,35 +36,16 @@ _OTHER = ("", "other")
 _TIERS = ("disk", "host", "device", "folded")
 
 
-class _Bins:
-    """Histogram: counts by upper bound, and the sum."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
-        counts = itertools.accumulate(self._counts.copy())
-        names = [floatToGoString(bound) for bound in (*self._bounds, math.inf)]  # type: ignore[no-untyped-call]
-        family.add_metric(labels, list(zip(names, counts, strict=True)), self._sum)
-
-
 class _Task:
     """Counters of one task and tenant."""
 
-    __slots__ = ("failed", "rows", "seconds")
+    __slots__ = ("failed", "generation", "rows", "seconds")
 
     def __init__(self) -> None:
         self.rows = 0
         self.failed = 0
-        self.seconds = _Bins(_SECONDS)
+        self.seconds = Bins(_SECONDS)
+        self.generation: GenerationSeries | None = None
 
 
 class Metrics(Collector):
@@ -72,6 +57,8 @@ class Metrics(Collector):
         usage: returns the bytes and rows that adapters occupy.
         waiting: returns the number of queued rows.
         dropped: returns the number of dropped log lines.
+        generation: returns the figures of the decoder.
+        pins: returns the pinned tasks by runtime key.
     """
 
     def __init__(
@@ -81,12 +68,15 @@ class Metrics(Collector):
         usage: Callable[[], Mapping[str, int]],
         waiting: Callable[[], int],
         dropped: Callable[[], int] = lambda: 0,
+        generation: Callable[[], GenerationStats | None] = lambda: None,
+        pins: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._max = max_task_series
         self._residency, self._usage, self._waiting, self._dropped = residency, usage, waiting, dropped
+        self._generation, self._pins = generation, pins
         self._requests: dict[tuple[str, str, int], int] = {}  # by protocol, route and status
         self._tasks: dict[tuple[str, str], _Task] = {}  # by tenant and task
-        self._queue, self._run, self._batch = _Bins(_SECONDS), _Bins(_SECONDS), _Bins(_ROWS)
+        self._queue, self._run, self._batch = Bins(_SECONDS), Bins(_SECONDS), Bins(_ROWS)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -98,6 +88,9 @@ class Metrics(Collector):
     def inference(self, observed: InferenceEvent) -> None:
         """Count an inference and its times."""
         own = self._tasks.get((observed.tenant, observed.task)) or self._new(observed.tenant, observed.task)
+        if observed.generation is not None:
+            own.generation = own.generation or GenerationSeries()
+            own.generation.observe(observed.generation)
         if observed.failed:
             own.failed += 1
             return
@@ -124,9 +117,9 @@ class Metrics(Collector):
             requests.add_metric((protocol, route, str(status)), count)
         yield requests
         yield from self._of_tasks(self._tasks.copy())
-        yield _histogram("tpeft_queue_seconds", "Waiting for a run", [((), self._queue)])
-        yield _histogram("tpeft_run_seconds", "Time of the run of a request", [((), self._run)])
-        yield _histogram("tpeft_batch_rows", "Rows of the run of a request", [((), self._batch)])
+        yield histogram("tpeft_queue_seconds", "Waiting for a run", [((), self._queue)])
+        yield histogram("tpeft_run_seconds", "Time of the run of a request", [((), self._run)])
+        yield histogram("tpeft_batch_rows", "Rows of the run of a request", [((), self._batch)])
         yield CounterMetricFamily("tpeft_log_lines_dropped", "Log lines dropped", value=self._dropped())
         yield from self._of_runtime()
 
@@ -144,7 +137,8 @@ class Metrics(Collector):
         yield rows
         yield failed
         seconds = [(key, own.seconds) for key, own in tasks.items()]
-        yield _histogram("tpeft_inference_seconds", "From a request to its answer", seconds, labels)
+        yield histogram("tpeft_inference_seconds", "From a request to its answer", seconds, labels)
+        yield from of_series({key: own.generation for key, own in tasks.items() if own.generation is not None})
 
     def _of_runtime(self) -> Iterator[Metric]:
         residency = self._residency()
@@ -154,7 +148,8 @@ class Metrics(Collector):
             tiers.add_metric((tier,), counts[tier])
         yield tiers
         usage = GaugeMetricFamily("tpeft_adapter_bytes", "What adapters take", labels=("where",))
-        for where, value in self._usage().items():
+        taken = self._usage()
+        for where, value in taken.items():
             usage.add_metric((where,), value)
         yield usage
         yield GaugeMetricFamily("tpeft_queue_rows", "Rows that wait", value=self._waiting())
@@ -164,12 +159,6 @@ class Metrics(Collector):
         shown = [",".join(lists.get(tier, [])[: self._max]) for tier in ("device", "host", "folded")]
         residents.add_metric(shown, time.time())
         yield residents
-
-
-def _histogram(
-    name: str, about: str, bins: Iterable[tuple[Sequence[str], _Bins]], labels: Sequence[str] = ()
-) -> HistogramMetricFamily:
-    family = HistogramMetricFamily(name, about, labels=labels)
-    for own, values in bins:
-        values.add_to(family, own)
-    return family
+        stats = self._generation()
+        yield from of_sequences(stats)
+        yield from of_adapters(stats, residency, max(0, taken.get("rows", 1) - 1), self._pins(), self._max)

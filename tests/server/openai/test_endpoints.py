@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import openai
 import pytest
 
 from tests.helpers.server.live import Live, running
+from tests.helpers.server.processes import server
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import serve
 from tpeft_deploy import Bundle
@@ -22,6 +24,19 @@ from tpeft_deploy.runtime.text.model_text import ModelText
 
 CHAT: Any = [{"role": "user", "content": "The quick fox"}]
 TASKS = {"base": None, "talk": None, "a": "a", "b@1": "b", "a:0.7+b:0.3": {"a": 0.7, "b": 0.3}}
+# Steps are slow while the file is there.
+SLOW = """
+import os, time
+from tpeft_deploy.cli import main
+from tpeft_deploy.runtime.generation.decoder import BankedDecoder
+
+def decode(self, *arguments):
+    time.sleep(0.1 * os.path.exists(os.environ["SLOW"]))
+    return own(self, *arguments)
+
+own, BankedDecoder.decode = BankedDecoder.decode, decode
+main()
+"""
 _CLIENTS: list[openai.OpenAI] = []
 
 
@@ -244,20 +259,19 @@ def test_keys_sizes_and_rates_have_their_errors(live: Live) -> None:
 
 
 def test_tokens_of_a_minute_are_reserved_given_back_and_refused(live: Live) -> None:
-    def limited(**quota: float) -> None:
-        assert live.ask("PUT", "/v2/admin/tenants/rival", "operator", "admin", json=quota).status_code == 200
+    def limited(tenant: str, **quota: float) -> None:
+        assert live.ask("PUT", f"/v2/admin/tenants/{tenant}", "operator", "admin", json=quota).status_code == 200
 
-    limited(tokens_per_min=100)
-    shown = live.ask("GET", "/v2/admin/tenants", "operator", "admin").json()
-    assert next(own for own in shown if own["name"] == "rival")["quota"]["tokens_per_min"] == 100
-    rival = client_of(live, "rival")
+    for tenant in ("acme", "rival"):
+        limited(tenant, tokens_per_min=100)
+    shown = {own["name"]: own["quota"] for own in live.ask("GET", "/v2/admin/tenants", "operator", "admin").json()}
+    assert shown["rival"]["tokens_per_min"] == 100
     known: Any = {"model": "a", "prompt": [5, 6, 7]}
     for _ in range(2):  # ends with its first token, so that the others that it might generate are given back
-        answer = rival.completions.with_raw_response.create(**known, max_tokens=80, logit_bias={"1": 100})
+        answer = client_of(live).completions.with_raw_response.create(**known, max_tokens=80, logit_bias={"1": 100})
         assert answer.headers["x-ratelimit-limit-tokens"] == "100"
         assert int(answer.headers["x-ratelimit-remaining-tokens"]) >= 92
-    limited()
-    limited(tokens_per_min=100)
+    rival = client_of(live, "rival")
     stream = rival.completions.with_raw_response.create(**known, max_tokens=900, logit_bias={"1": -100}, stream=True)
     assert stream.headers["x-ratelimit-remaining-tokens"] == "0"
     assert float(stream.headers["x-ratelimit-reset-tokens"].removesuffix("s")) > 100
@@ -267,7 +281,46 @@ def test_tokens_of_a_minute_are_reserved_given_back_and_refused(live: Live) -> N
     assert (headers["x-ratelimit-remaining-tokens"], refused.value.code) == ("0", "rate_limit_exceeded")
     assert int(headers["retry-after"]) > 100
     assert len(list(stream.parse())) > 100
-    limited()
+    for tenant in ("acme", "rival"):
+        limited(tenant)
+
+
+@pytest.mark.parametrize("seconds", [1, 100])
+def test_a_drain_lets_streams_finish_within_its_time(
+    talking: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    slow = tmp_path / "slow"
+    slow.touch()
+    monkeypatch.setenv("SLOW", str(slow))
+    monkeypatch.setenv("TPEFT_DRAIN_SECONDS", f"{seconds}s")
+    options = ["--state", tmp_path / "state", "--port", 0, "--no-auth", "--no-access-log", "--threads", 1]
+    body = {"model": "a", "prompt": "x", "max_tokens": 900, "stream": True, "logit_bias": {"1": -100}}
+    with (
+        server(talking.path, *options, code=SLOW) as (process, url),
+        httpx.Client(base_url=url, timeout=100) as http,
+        http.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: refuses(url), "that it refuses")
+        if seconds > 1:
+            slow.unlink()
+        events = [line.removeprefix("data: ") for line in lines if line]
+        assert process.wait(100) == 0
+    if seconds > 1:
+        assert events[-1] == "[DONE]"
+        assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+    else:
+        assert json.loads(events[-1])["error"]["code"] == "service_unavailable"
+        assert len(events) < 900
+
+
+def refuses(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/v2/health/ready", timeout=100).status_code == 503
+    except httpx.TransportError:
+        return True
 
 
 def test_models_are_listed_and_read(client: openai.OpenAI) -> None:

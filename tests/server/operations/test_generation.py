@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from tests.helpers.runtime.decoders import FakeDecoder
+from tests.helpers.runtime.generators import Held, generating
+from tests.helpers.waiting import wait_until
 from tests.server.conftest import Served
 from tpeft_deploy.errors import Forbidden, InputError, NotFound, ProtocolError
-from tpeft_deploy.runtime.server.operations.generation import ContextExceeded, Generations
+from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
+from tpeft_deploy.runtime.generation.loop import Generator
+from tpeft_deploy.runtime.generation.sampling import Sampling
+from tpeft_deploy.runtime.server.operations.generation import ContextExceeded, Generations, GenerationTarget
+from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Principal
+from tpeft_deploy.runtime.server.tenancy.quotas import Meter, Quota
 
 
 def test_a_models_name_is_a_task_a_version_the_base_or_a_weighted_set(served: Served) -> None:
@@ -57,3 +66,44 @@ def test_a_sequence_has_room_for_so_many_tokens(served: Served, monkeypatch: pyt
     with pytest.raises(ContextExceeded):
         own.room([1] * 10, None)
     assert issubclass(ContextExceeded, InputError)
+
+
+class OnlyGenerator:
+    """A runtime that does nothing but generate."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+
+    async def start(self, request: GenerationRequest, task: object) -> list[Handle]:
+        return self.generator.submit_choices(request)
+
+
+def test_sequences_that_are_left_generate_one_token_more_at_most_and_give_the_others_back(served: Served) -> None:
+    held, events = Held("decode"), list[InferenceEvent]()
+    who, target = served.who("acme", "infer"), GenerationTarget("two", "two", ())
+    request = GenerationRequest([5, 6, 7], 100, Sampling(n=2))
+    with generating(FakeDecoder(4, before=held)) as (generator, _):
+        meter = Meter(lambda _: Quota(tokens_per_min=1000))
+        runtime: Any = OnlyGenerator(generator)
+        own = Generations(runtime, served.bundle, served.service._models, meter, bool, events.append, runtime)
+
+        async def leave() -> None:
+            async with own.started(who, target, [request]) as handles:
+                for handle in handles:
+                    await anext(aiter(handle))
+                assert own.rates(who)["tokens"].remaining < 1000 - 200
+                await asyncio.to_thread(held.reached.wait, 100)
+                raise asyncio.CancelledError
+
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(leave())
+        held.go_on.set()
+        wait_until(lambda: not generator.stats().running, "that they end")
+        wait_until(lambda: generator._worker is None or not generator._stepping, "the step that ran")
+        assert generator.stats().generated_tokens <= 4
+        assert own.rates(who)["tokens"].remaining >= 1000 - 3 - 4
+    [event] = events
+    assert event.failed
+    assert event.generation is not None
+    assert event.generation.prompt_tokens == 3
+    assert [len(times) for times in event.generation.times] == [1, 1]

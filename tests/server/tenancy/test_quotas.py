@@ -116,7 +116,8 @@ def test_tokens_are_those_of_a_minute_and_unused_ones_come_back() -> None:
     own.refund("tokens", "a", 150, 0.0)
     own.spend_tokens("a", 200, 0.0)
     left = own.rates("a", 0.0)["tokens"]
-    assert (left.limit, left.remaining, left.reset) == (600, 50, pytest.approx(55.0))
+    assert (left.limit, left.remaining) == (600, 50)
+    assert left.reset == pytest.approx(55.0)
     own.refund("tokens", "a", 5000, 0.0)
     assert own.rates("a", 0.0)["tokens"].remaining == 600
     own.spend_tokens("a", 1800, 0.0)  # more than a minute's worth, which the next two minutes pay for
