@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from tpeft_deploy.errors import InputError
-from tpeft_deploy.runtime.generation.sampling import Sampling, Token
+from tpeft_deploy.runtime.generation.sampling import Constraint, Sampling, Token
 from tpeft_deploy.runtime.generation.sequence import Reason
 
 __all__ = ["Detokeniser", "Generated", "GenerationRequest", "Handle"]
@@ -48,6 +48,7 @@ class GenerationRequest:
         priority: smaller values first.
         deadline: time by the generator's clock after which the result is of no use.
         text: makes the detokeniser of each sequence; needed for stop strings.
+        constraint: makes the constraint of each sequence.
         scored: whether the log-probabilities of the tokens are wanted; without, they are NaN.
     """
 
@@ -61,6 +62,7 @@ class GenerationRequest:
     deadline: float = math.inf
     text: Callable[[], Detokeniser] | None = None
     scored: bool = True
+    constraint: Callable[[], Constraint] | None = None
 
     def check(self, vocabulary: int, length: int) -> None:
         """Refuse what a decoder cannot run.

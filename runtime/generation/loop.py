@@ -254,6 +254,9 @@ class Generator:
         if decodes:
             self._compute(decodes)
         for pieces in step.prefills():
+            with self._lock:
+                if self._scheduler.overtaken(pieces[0].sequence):
+                    break  # the next step computes what is left of this one
             self._compute(pieces, prefill=True)
 
     def _compute(self, pieces: abc.Sequence[Piece], *, prefill: bool = False) -> None:

@@ -69,7 +69,7 @@ class Record:
         return cls(
             sequence,
             Handle(lambda: end(sequence), on_token),
-            Sampler(request.sampling, sequence.prompt, choice),
+            Sampler(request.sampling, sequence.prompt, choice, request.constraint and request.constraint()),
             None if request.public else request.tenant,
             None if request.text is None else request.text(),
             StopStrings(request.sampling.stop_strings),

@@ -7,14 +7,14 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from tpeft_deploy.errors import InputError, RunError
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Peak", "Sampler", "Sampling", "Token", "peaks"]
+__all__ = ["Constraint", "Peak", "Sampler", "Sampling", "Token", "peaks"]
 
 T = TypeVar("T")
 
@@ -187,6 +187,16 @@ def _norms(raw: Array, highest: list[float]) -> list[float]:
     return [peak + math.log(total) for peak, total in zip(highest, sums, strict=True)]
 
 
+class Constraint(Protocol):
+    """Which tokens may follow in one sequence, such as those of a grammar."""
+
+    def allowed(self) -> Array:
+        """Return which tokens may be next, as an array of bool; those behind its end may not."""
+
+    def accept(self, token: int) -> None:
+        """Take in a token that was chosen; one of the sequence's stop tokens may be."""
+
+
 class Sampler:
     """Chooses the tokens of one sequence; equal arguments and logits give equal tokens, whatever runs beside it.
 
@@ -194,10 +204,14 @@ class Sampler:
         sampling: how.
         prompt: tokens of the prompt.
         choice: index of the sequence among the `n` of one prompt; each has random numbers independent of the others'.
+        constraint: bound of the tokens.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], choice: int = 0) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], choice: int = 0, constraint: Constraint | None = None
+    ) -> None:
         self.sampling = sampling
+        self._constraint = constraint
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed & _WORD
         self._key = np.array([seed, choice], np.uint64)
         self._position = 0
@@ -220,11 +234,13 @@ class Sampler:
         best, highest, norm = peaks(raw[None])[0] if peak is None else peak
         if not math.isfinite(highest):
             raise RunError("sample a token", expected="finite logits", got=f"a largest logit of {highest}")
-        scores = self._adjusted(raw)
+        scores = self._bounded(self._adjusted(raw))
         if self.sampling.temperature == 0:
             token = best if scores is raw else int(scores.argmax())
         else:
             token = self._draw(*filtered(scores, self.sampling))
+        if self._constraint is not None:
+            self._constraint.accept(token)
         self._counts[token] += 1
         self._position += 1
         return Token(token, float(raw[token]) - norm, _most_probable(raw, self.sampling.logprobs, norm))
@@ -245,6 +261,17 @@ class Sampler:
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             scores[generated] -= counts * np.float32(how.frequency_penalty) + np.float32(how.presence_penalty)
         return scores
+
+    def _bounded(self, scores: Array) -> Array:
+        """Scores without the tokens that the constraint forbids; the same array where there is none."""
+        if self._constraint is None:
+            return scores
+        allowed = self._constraint.allowed()[: len(scores)]
+        found = np.full_like(scores, -np.inf)
+        found[: len(allowed)][allowed] = scores[: len(allowed)][allowed]
+        if found.max() == -math.inf:
+            raise RunError("sample a token", expected="a token that the constraint allows", got="none")
+        return found
 
     def _draw(self, tokens: Array, probabilities: Array) -> int:
         """Draw one of the tokens, with the random number of this position."""

@@ -252,6 +252,16 @@ class Scheduler:
             ready += last
         return step
 
+    def overtaken(self, sequence: Sequence) -> bool:
+        """Whether one that came meanwhile is to be computed before a sequence, so that the step should end early.
+
+        Pieces that are left out are those behind the first of them.
+        """
+        first = self._first()
+        if first is None or not self._before(first, sequence):
+            return False
+        return None in self._slots or self._victim(first) is not None
+
     def _first(self) -> Sequence | None:
         """Sequence that gets the next slot; stays where it waits."""
         running = self.running
@@ -275,18 +285,22 @@ class Scheduler:
         first = self._first()
         if first is None or any(sequence is None for sequence in self._slots):
             return
-        running = self.running
-        victim: Sequence | None = max(running, key=_urgency)
-        if victim is not None and victim.priority <= first.priority:
-            equals = [each for each in running if each.priority == first.priority]
-            victim = self._shares.victim(self._shares.claim(first, running), equals)
-        busy = any(each.phase == "prefilling" and not self._before(first, each) for each in running)
-        if victim is None or busy:
+        victim = self._victim(first)
+        if victim is None or any(each.phase == "prefilling" and not self._before(first, each) for each in self.running):
             return
         self._slots[self._slots.index(victim)] = None
         victim.slot, victim.cached, victim.phase = None, 0, "waiting"
         bisect.insort(self._paused, victim, key=_urgency)
         self.preempted += 1
+
+    def _victim(self, first: Sequence) -> Sequence | None:
+        """Sequence that gives its slot to one that waits, where none is free."""
+        running = self.running
+        last = max(running, key=_urgency)
+        if last.priority > first.priority:
+            return last
+        equals = [each for each in running if each.priority == first.priority]
+        return self._shares.victim(self._shares.claim(first, running), equals)
 
     def _close_gaps(self, step: Step) -> None:
         """Move the last decoding sequences into free slots before them."""

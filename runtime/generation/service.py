@@ -30,6 +30,8 @@ __all__ = ["GenerationService"]
 
 _DOING = "generate tokens"
 _BUDGET = 512  # tokens of a step
+_CHUNK = 256  # tokens of a prompt in one run,
+_SHARED_CHUNK = 64  # and where tenants share the processor: a short prompt of another waits for one run
 
 
 class GenerationService:
@@ -263,7 +265,8 @@ class GenerationService:
             gathered=rows is not None,
         )
         budget = max(_BUDGET, 2 * decoder.slots)
-        return Generator(decoder, self, budget=budget, order=self._order, prefix_bytes=self._prefix_bytes)
+        chunk = _SHARED_CHUNK if self._order is not None and self._device == "cpu" else _CHUNK
+        return Generator(decoder, self, budget=budget, chunk=chunk, order=self._order, prefix_bytes=self._prefix_bytes)
 
     def _found(self, task: object, doing: str) -> Version:
         if task is None:

@@ -12,10 +12,12 @@ from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.bundle.text_files import TOKENIZER, TextFacts
 from tpeft_deploy.errors import InputError, IntegrityError, brief, requires
 from tpeft_deploy.runtime.generation.handle import Detokeniser
-from tpeft_deploy.runtime.generation.sampling import Sampling
+from tpeft_deploy.runtime.generation.sampling import Constraint, Sampling
 from tpeft_deploy.runtime.text.detokeniser import clean, detokenisers, token_bytes
+from tpeft_deploy.runtime.text.json_constraint import grammar_tokenizer, json_constraint
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
     from tokenizers import Tokenizer
 
     from tpeft_deploy.runtime.text.chat_template import ChatTemplate
@@ -57,6 +59,7 @@ class ModelText:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = frozenset(token for token, own in added.items() if own.special and own.content)
         self._source = source
+        self._given = tokenizer
         self.facts = facts
         self._detokenisers = detokenisers(self._tokenizer, clean_up=facts.clean_up)
         self.token_bytes = token_bytes(self._tokenizer)
@@ -183,6 +186,22 @@ class ModelText:
         """
         given = {name: value for name, value in changes.items() if value is not None}
         return Sampling(**{"stop_tokens": self.facts.stop_tokens, **self.facts.sampling, **given})
+
+    def constraint(self, schema: Mapping[str, Any]) -> Callable[[], Constraint]:
+        """Return a function that makes the constraint of one sequence to JSON of a schema.
+
+        Args:
+            schema: JSON schema.
+
+        Raises:
+            MissingExtra: llguidance is not installed.
+            InputError: the schema is invalid or not supported, or the model has no stop token.
+        """
+        return json_constraint(self._grammars, schema)
+
+    @cached_property
+    def _grammars(self) -> LLTokenizer:
+        return grammar_tokenizer(self._given, self.facts.stop_tokens)
 
     @cached_property
     def _special_names(self) -> re.Pattern[str] | None:

@@ -52,16 +52,16 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
     guided_regex: Any = None
     ignore_eos: Any = None
     min_tokens: Any = None
-    response_format: Any = None
+    response_format: dict[str, Any] | None = None
     stop_token_ids: Any = None
     structured_outputs: Any = None
     use_beam_search: Any = None
 
-    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {"response_format": ({"type": "text"},), "min_tokens": (0,)}
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {"min_tokens": (0,)}
     """Values of refused fields that ask for nothing."""
     unlisted: ClassVar[tuple[str, ...]] = (
         *("guided_choice", "guided_grammar", "guided_json", "guided_regex", "ignore_eos", "logits_processors"),
-        *("min_tokens", "response_format", "stop_token_ids", "structured_outputs", "use_beam_search"),
+        *("min_tokens", "stop_token_ids", "structured_outputs", "use_beam_search"),
     )
 
     def check(self) -> None:
@@ -80,6 +80,26 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
             raise InputError("read field 'stream_options'", expected="stream to be true with it", got="stream not set")
         if len(self.stops) > _MOST_STOPS:
             raise InputError("read field 'stop'", expected=f"at most {_MOST_STOPS} texts", got=len(self.stops))
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """JSON schema of the answer; None for text.
+
+        Raises:
+            InputError: the format is none of those that the server knows.
+        """
+        given = self.response_format or {"type": "text"}
+        kind, inner = given.get("type"), given.get("json_schema")
+        if kind == "text":
+            return None
+        schema = {"type": "object"} if kind == "json_object" else inner.get("schema") if isinstance(inner, dict) else 0
+        if kind not in {"json_object", "json_schema"} or not isinstance(schema, dict):
+            raise InputError(
+                "read field 'response_format'",
+                expected="type 'text', 'json_object', or 'json_schema' with an object json_schema.schema",
+                got=repr(kind)[:40],
+            )
+        return schema
 
     @property
     def stops(self) -> list[str]:

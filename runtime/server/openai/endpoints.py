@@ -99,9 +99,10 @@ async def _work(context: HttpContext, kind: type[B], answer: type[AnswerDocument
     generations = context.core.generations
     target = generations.target(context.principal, body.model)
     text = await generations.text()
-    # Text is read off the event loop where it is long.
+    # Text is read off the event loop where it is long, and grammars are compiled there.
+    apart = large or body.schema is not None
     requests = (
-        await run(context.tenant, prepare, text, generations, body) if large else prepare(text, generations, body)
+        await run(context.tenant, prepare, text, generations, body) if apart else prepare(text, generations, body)
     )
     stops = frozenset(requests[0].sampling.stop_tokens)
     made = answer(context.request_id, body.model, text.token_bytes, stops, body.top)
@@ -125,11 +126,12 @@ def _of_chat(text: ModelText, generations: Generations, body: ChatBody) -> list[
     most = generations.room(tokens, body.most, text.facts.max_new_tokens)
     # An answer begins a text, and what is continued is no part of it.
     before = tokens if body.continue_final_message else []
-    return [GenerationRequest(tokens, most, sampling, text=text.detokeniser(before))]
+    constraint = generations.constraint(text, body.schema)
+    return [GenerationRequest(tokens, most, sampling, text=text.detokeniser(before), constraint=constraint)]
 
 
 def _of_completion(text: ModelText, generations: Generations, body: CompletionBody) -> list[GenerationRequest]:
-    sampling = _sampling(text, body)
+    sampling, constraint = _sampling(text, body), generations.constraint(text, body.schema)
     requests = []
     for prompt in body.prompts:
         tokens = (
@@ -138,7 +140,8 @@ def _of_completion(text: ModelText, generations: Generations, body: CompletionBo
             else prompt
         )
         most = generations.room(tokens, body.max_tokens, _COMPLETION_TOKENS)
-        requests.append(GenerationRequest(tokens, most, sampling, text=text.detokeniser(tokens)))
+        own = GenerationRequest(tokens, most, sampling, text=text.detokeniser(tokens), constraint=constraint)
+        requests.append(own)
     return requests
 
 

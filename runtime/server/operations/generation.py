@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.errors import (
@@ -24,6 +25,7 @@ from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.adapters.task_versions import Task
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
+from tpeft_deploy.runtime.generation.sampling import Constraint
 from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.telemetry.inference_events import GenerationFigures, InferenceEvent
@@ -161,6 +163,25 @@ class Generations:
                 fix="Shorten the prompt, or ask for fewer tokens.",
             )
         return wanted
+
+    def constraint(self, text: ModelText, schema: Mapping[str, Any] | None) -> Callable[[], Constraint] | None:
+        """Return what makes the constraint of a sequence to JSON of a schema; None without one.
+
+        Args:
+            text: text of the bundle.
+            schema: JSON schema.
+
+        Raises:
+            InputError: the schema is invalid or not supported.
+            Unsupported: the package for it is not installed.
+        """
+        doing = "read field 'response_format'"
+        try:
+            return None if schema is None else text.constraint(schema)
+        except InputError as error:
+            raise InputError(doing, problem=str(error)) from error
+        except MissingExtra as error:
+            raise Unsupported(doing, problem=f"the server cannot: {error}") from error
 
     @asynccontextmanager
     async def started(

@@ -17,6 +17,8 @@ from tpeft_deploy.errors import DeadlineExceeded, QueueFull, RunError
 from tpeft_deploy.runtime.generation import Sampling
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.loop import Generator
+from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
+from tpeft_deploy.tucker import Array
 
 
 class Letters:
@@ -338,3 +340,25 @@ def test_usage_is_counted() -> None:
     assert (figures.slots, figures.steps, figures.prefilled_tokens, figures.generated_tokens) == (2, 4, 3, 4)
     assert figures.busy_seconds == 2
     assert figures.tokens_per_second == 2
+
+
+def test_a_prompt_of_a_tenant_below_its_share_is_computed_after_the_run_that_it_finds() -> None:
+    calls = list[tuple[str, int]]()
+    held = Held("prefill")
+    decoder = FakeDecoder(3, before=held)
+    own = decoder.prefill
+
+    def prefill(slots: Sequence[int], tokens: Array, past: int, versions: Sequence[Any]) -> Array:
+        calls.append((str(tokens[0][0]), tokens.shape[1]))
+        return own(slots, tokens, past, versions)
+
+    decoder.prefill = prefill  # type: ignore[method-assign]
+    with generating(decoder, budget=64, chunk=8, order=Fair[None](lambda _: 1.0)) as (generator, _):
+        flood = [generator.submit(GenerationRequest([1] * 90, 3, tenant="flood")) for _ in range(4)]
+        assert held.reached.wait(SECONDS)
+        late = generator.submit(GenerationRequest([2] * 6, 3, tenant="late"))
+        held.go_on.set()
+        assert late.result(SECONDS).tokens == alone(GenerationRequest([2] * 6, 3))
+        for handle in flood:
+            assert handle.result(SECONDS).tokens == alone(GenerationRequest([1] * 90, 3))
+    assert calls[:2] == [("1", 8), ("2", 6)]

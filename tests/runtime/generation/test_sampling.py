@@ -238,3 +238,37 @@ def test_tokens_beyond_the_vocabulary_are_refused() -> None:
     for how in (Sampling(stop_tokens=[10]), Sampling(logit_bias={10: 1.0})):
         with pytest.raises(InputError, match="from 0 to 9"):
             how.check(10)
+
+
+class Alternating:
+    """Allows tokens by turns, and none behind the sixth."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        return np.arange(6) % 2 == len(self.accepted) % 2
+
+    def accept(self, token: int) -> None:
+        self.accepted.append(token)
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}])
+def test_a_constraint_bounds_the_tokens_and_learns_those_chosen(how: dict[str, Any]) -> None:
+    constraint = Alternating()
+    sampler = Sampler(Sampling(**how, logit_bias={7: 50}), [1], constraint=constraint)
+    logits = np.random.default_rng(0).standard_normal((20, 9)).astype(np.float32)
+    tokens = [sampler.choose(row) for row in logits]
+    assert [token.id % 2 for token in tokens] == [0, 1] * 10
+    assert max(token.id for token in tokens) < 6
+    assert constraint.accepted == [token.id for token in tokens]
+    assert tokens[0].logprob == pytest.approx(
+        Sampler(Sampling(logit_bias={tokens[0].id: 100}), [1]).choose(logits[0]).logprob
+    )
+
+
+def test_a_constraint_that_allows_nothing_fails() -> None:
+    constraint = Alternating()
+    constraint.allowed = lambda: np.zeros(6, bool)  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="a token that the constraint allows"):
+        Sampler(Sampling(), [1], constraint=constraint).choose(np.zeros(9, np.float32))

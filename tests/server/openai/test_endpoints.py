@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import openai
 import pytest
 
 from tests.helpers.server.live import Live, running
-from tests.helpers.server.processes import server
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import serve
 from tpeft_deploy import Bundle
@@ -24,19 +22,6 @@ from tpeft_deploy.runtime.text.model_text import ModelText
 
 CHAT: Any = [{"role": "user", "content": "The quick fox"}]
 TASKS = {"base": None, "talk": None, "a": "a", "b@1": "b", "a:0.7+b:0.3": {"a": 0.7, "b": 0.3}}
-# Steps are slow while the file is there.
-SLOW = """
-import os, time
-from tpeft_deploy.cli import main
-from tpeft_deploy.runtime.generation.decoder import BankedDecoder
-
-def decode(self, *arguments):
-    time.sleep(0.1 * os.path.exists(os.environ["SLOW"]))
-    return own(self, *arguments)
-
-own, BankedDecoder.decode = BankedDecoder.decode, decode
-main()
-"""
 _CLIENTS: list[openai.OpenAI] = []
 
 
@@ -218,7 +203,7 @@ def test_tools_and_a_message_to_continue_go_to_the_template(live: Live, client: 
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", None),
         ({"logit_bias": {"x": 1}}, "logit_bias", None),
         ({"stream_options": {"include_usage": True}}, "stream_options", None),
-        ({"response_format": {"type": "json_object"}}, "response_format", None),
+        ({"response_format": {"type": "xml"}}, "response_format", None),
         ({"tool_choice": "required"}, "tool_choice", None),
         ({"n": 0}, "n", None),
         ({"tools": [1]}, "tools", None),
@@ -258,6 +243,33 @@ def test_keys_sizes_and_rates_have_their_errors(live: Live) -> None:
     assert live.ask("PUT", "/v2/admin/tenants/rival", "operator", "admin", json={}).status_code == 200
 
 
+def test_answers_in_a_schema_are_json_of_it_and_bad_schemas_are_refused(live: Live, client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    words = {"type": "array", "items": {"enum": ["red", "blue"]}, "maxItems": 3}
+    schema = {"type": "object", "properties": {"words": words}, "required": ["words"], "additionalProperties": False}
+    how: Any = {"messages": CHAT, "temperature": 1.0, "seed": 5, "n": 3, "max_tokens": 200}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "words", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(model="a", **how, response_format=form)
+    texts = [choice.message.content or "" for choice in answer.choices]
+    assert all(set(json.loads(text)["words"]) <= {"red", "blue"} for text in texts)
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(model="a", **how, response_format=form, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+    known: Any = {"model": "b", "prompt": "x", "max_tokens": 300, "temperature": 1.0, "seed": 1}
+    [made] = client.completions.create(**known, extra_body={"response_format": {"type": "json_object"}}).choices
+    assert made.text.startswith("{")
+    if made.finish_reason == "stop":
+        json.loads(made.text)
+    for bad in ({"type": "json_schema"}, {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(**known, extra_body={"response_format": bad})
+        assert refused.value.param == "response_format"
+        assert "\n" not in str(refused.value.message)
+
+
 def test_tokens_of_a_minute_are_reserved_given_back_and_refused(live: Live) -> None:
     def limited(tenant: str, **quota: float) -> None:
         assert live.ask("PUT", f"/v2/admin/tenants/{tenant}", "operator", "admin", json=quota).status_code == 200
@@ -283,44 +295,6 @@ def test_tokens_of_a_minute_are_reserved_given_back_and_refused(live: Live) -> N
     assert len(list(stream.parse())) > 100
     for tenant in ("acme", "rival"):
         limited(tenant)
-
-
-@pytest.mark.parametrize("seconds", [1, 100])
-def test_a_drain_lets_streams_finish_within_its_time(
-    talking: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
-) -> None:
-    slow = tmp_path / "slow"
-    slow.touch()
-    monkeypatch.setenv("SLOW", str(slow))
-    monkeypatch.setenv("TPEFT_DRAIN_SECONDS", f"{seconds}s")
-    options = ["--state", tmp_path / "state", "--port", 0, "--no-auth", "--no-access-log", "--threads", 1]
-    body = {"model": "a", "prompt": "x", "max_tokens": 900, "stream": True, "logit_bias": {"1": -100}}
-    with (
-        server(talking.path, *options, code=SLOW) as (process, url),
-        httpx.Client(base_url=url, timeout=100) as http,
-        http.stream("POST", "/v1/completions", json=body) as answer,
-    ):
-        lines = answer.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        wait_until(lambda: refuses(url), "that it refuses")
-        if seconds > 1:
-            slow.unlink()
-        events = [line.removeprefix("data: ") for line in lines if line]
-        assert process.wait(100) == 0
-    if seconds > 1:
-        assert events[-1] == "[DONE]"
-        assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
-    else:
-        assert json.loads(events[-1])["error"]["code"] == "service_unavailable"
-        assert len(events) < 900
-
-
-def refuses(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/v2/health/ready", timeout=100).status_code == 503
-    except httpx.TransportError:
-        return True
 
 
 def test_models_are_listed_and_read(client: openai.OpenAI) -> None:
