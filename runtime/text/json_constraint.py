@@ -18,6 +18,7 @@ __all__ = ["JsonConstraint", "grammar_tokenizer", "json_constraint"]
 
 _EXTRA = "structured"
 _SHOWN = 200
+_LARGEST = 32 * 1024  # characters of a schema; larger ones take seconds to compile
 
 
 class JsonConstraint:
@@ -77,15 +78,21 @@ def json_constraint(tokenizer: LLTokenizer, schema: Mapping[str, object]) -> Cal
     """
     from llguidance import LLMatcher
 
-    doing, problem = "read a JSON schema", ""
+    doing = "read a JSON schema"
     try:
+        text = json.dumps(schema)
+        if len(text) > _LARGEST:
+            raise InputError(doing, expected=f"at most {_LARGEST:,} characters", got=f"{len(text):,}")
         # Without spaces of any number, which a model may repeat until its tokens are used up.
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
+        grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
         problem = LLMatcher.validate_grammar(grammar, tokenizer)
         matcher = LLMatcher(tokenizer, grammar)
     except (ValueError, TypeError, RecursionError) as error:
-        problem = str(error) or type(error).__name__
-    problem = problem or matcher.get_error()
-    if problem:
-        raise InputError(doing, problem=" ".join(problem.split())[:_SHOWN])
+        raise _unusable(doing, str(error) or type(error).__name__) from error
+    if problem or matcher.get_error():
+        raise _unusable(doing, problem or matcher.get_error())
     return lambda: JsonConstraint(matcher.deep_copy(), tokenizer.vocab_size)
+
+
+def _unusable(doing: str, problem: str) -> InputError:
+    return InputError(doing, problem=" ".join(problem.split())[:_SHOWN])

@@ -246,8 +246,8 @@ class Alternating:
     def __init__(self) -> None:
         self.accepted: list[int] = []
 
-    def allowed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        return np.arange(6) % 2 == len(self.accepted) % 2
+    def allowed(self) -> Array:
+        return np.equal(np.arange(6) % 2, len(self.accepted) % 2)
 
     def accept(self, token: int) -> None:
         self.accepted.append(token)
