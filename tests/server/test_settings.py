@@ -64,6 +64,7 @@ OTHERS: dict[str, object] = {
     "max_elements": 11,
     "requests_per_s": 1.5,
     "rows_per_s": 2,
+    "tokens_per_min": 7.5,
     "queue_share": 0.25,
     "max_adapters": 13,
     "max_adapter_bytes": "5GiB",
