@@ -28,9 +28,8 @@ from tpeft_deploy.runtime.batching.stats import BatchingStats
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.component import ComponentFiles, ServedComponent, queue_orders
 from tpeft_deploy.runtime.engine import Outputs
-from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
-from tpeft_deploy.runtime.served_generation import ServedGeneration
+from tpeft_deploy.runtime.served_generation import ServedGeneration, open_generation
 from tpeft_deploy.runtime.served_tasks import ServedTasks
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import Cuda, choose
@@ -72,6 +71,8 @@ class Runtime(ServedGeneration, ServedTasks):
         kv_bytes: bytes for the caches of sequences that are generated; by default those of 8 sequences, 256 MiB at
             most.  Taken when the first is.
         max_tokens: tokens of a prompt and what is generated for it; 2,048 by default, if the model can.
+        max_source: positions of the encoder's result for one sequence of an encoder-decoder, part of `kv_bytes`; by
+            default the model's, or 512 where that has no bound.
         prefix_bytes: bytes of host memory for caches of known beginnings of prompts.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
             runtime.  Without, ONNX Runtime maps the bundle's weights.data: writing to it changes answers,
@@ -101,6 +102,7 @@ class Runtime(ServedGeneration, ServedTasks):
         own_copy: bool = True,
         kv_bytes: int | None = None,
         max_tokens: int | None = None,
+        max_source: int | None = None,
         prefix_bytes: int = 64 * 2**20,
     ) -> None:
         choice = choose(provider, allow_tf32=allow_tf32)
@@ -151,8 +153,16 @@ class Runtime(ServedGeneration, ServedTasks):
             served = {name: own.bundle for name, own in files.items()}
             self._base = replace(self._bundle, parts=served) if len(files) > 1 else component.bundle
             self._pins = Pins(self._versions, self._residency, self._parts)
-            self._generation = self._open_generation(
-                choice.device, kv_bytes=kv_bytes, max_tokens=max_tokens, prefix_bytes=prefix_bytes
+            self._generation = open_generation(
+                self._components,
+                self._residency,
+                self._loader,
+                self._versions,
+                choice.device,
+                kv_bytes=kv_bytes,
+                max_tokens=max_tokens,
+                max_source=max_source,
+                prefix_bytes=prefix_bytes,
             )
             if preload:
                 self._preload()
@@ -165,26 +175,6 @@ class Runtime(ServedGeneration, ServedTasks):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _open_generation(
-        self, device: str, *, kv_bytes: int | None, max_tokens: int | None, prefix_bytes: int
-    ) -> GenerationService:
-        """Generation on the component that has a decoder; on the last, which refuses it, where none has."""
-        parts = list(self._parts)
-        decoding = next((own for own in parts if own.manifest.decoder is not None), parts[-1])
-        return GenerationService(
-            decoding.manifest,
-            decoding.session,
-            self._residency,
-            self._loader,
-            self._versions,
-            device,
-            kv_bytes=kv_bytes,
-            max_tokens=max_tokens,
-            prefix_bytes=prefix_bytes,
-            component=decoding.name,
-            open_rows=decoding.open_rows,
-        )
 
     def usage(self) -> dict[str, int]:
         """Bytes that adapters and sequences take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`.

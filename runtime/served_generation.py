@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 
-from tpeft_deploy.runtime.adapters.task_versions import Task
+from tpeft_deploy.runtime.adapters.loader import AdapterLoader
+from tpeft_deploy.runtime.adapters.residency import Residency
+from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
+from tpeft_deploy.runtime.component import ServedComponent
 from tpeft_deploy.runtime.generation.handle import Detokeniser, GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.sampling import Sampling, Token
 from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 
-__all__ = ["ServedGeneration"]
+__all__ = ["ServedGeneration", "open_generation"]
 
 
 class ServedGeneration:
@@ -21,10 +25,11 @@ class ServedGeneration:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] = (),
         task: Task | None = None,
         *,
         tasks: Sequence[Task] | None = None,
+        inputs: Sequence[Mapping[str, object] | None] | None = None,
         max_new_tokens: int = 64,
         stop: Sequence[int] = (),
         sampling: Sampling | None = None,
@@ -35,9 +40,12 @@ class ServedGeneration:
         """Continue prompts, together with those of other callers and on any mixture of tasks.
 
         Args:
-            prompts: lists of tokens.
+            prompts: lists of tokens; for an encoder-decoder the decoder's, with an empty list, or none at all beside
+                `inputs`, for the first token that the model begins with.
             task: one task for all prompts, or a weighted set of tasks; the base when neither is given.
             tasks: one task (or set) per prompt.
+            inputs: for each prompt the inputs of the encoder, without the batch axis and without padding:
+                {"input_ids": [tokens]} or {"input_features": [mels, frames]}.
             max_new_tokens: tokens to generate at most, for each prompt.
             stop: tokens that end a sequence, beside those of `sampling`; the one that does is part of it.
             sampling: choice of the tokens; the most probable ones by default.
@@ -49,20 +57,22 @@ class ServedGeneration:
             The new tokens of each prompt.
 
         Raises:
-            InputError: the bundle has no decoder, or a prompt or number does not fit; nothing has run.
+            InputError: the bundle has no decoder, or a prompt, input or number does not fit; nothing has run.
             UnknownTask, CompositionError, AdapterError, BundleError, CapacityError: as `run`.
             QueueFull: too many sequences of other callers wait.
             DeadlineExceeded: the time was over first.
         """
+        prompts, given = GenerationService.prompts(prompts, inputs)
         own = GenerationService.tasks(prompts, task, tasks)
         like = GenerationService.request(max_new_tokens, stop, sampling, timeout, tenant, priority)
-        return self._generation.generate(prompts, own, like)
+        return self._generation.generate(prompts, own, given, like)
 
     async def stream(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] = (),
         task: Task | None = None,
         *,
+        inputs: Mapping[str, object] | None = None,
         max_new_tokens: int = 64,
         stop: Sequence[int] = (),
         sampling: Sampling | None = None,
@@ -74,8 +84,9 @@ class ServedGeneration:
         """Continue a prompt and give each token as soon as it is there; closing the iterator ends the sequence.
 
         Args:
-            prompt: tokens.
+            prompt: tokens, as for `generate`.
             task: a task, or a weighted set of tasks.
+            inputs: inputs of the encoder for this prompt, as for `generate`.
             max_new_tokens, stop, sampling, timeout, tenant, priority: as for `generate`.
             text: makes a detokeniser, for the text of the tokens and for stop strings.
 
@@ -83,7 +94,7 @@ class ServedGeneration:
             TpeftError: as `generate`, when the first token is asked for.
         """
         like = GenerationService.request(max_new_tokens, stop, sampling, timeout, tenant, priority, text)
-        handle = await self._generation.start_one(prompt, task, like)
+        handle = await self._generation.start_one(prompt, task, inputs, like)
         try:
             async with aclosing(aiter(handle)) as tokens:
                 async for token in tokens:
@@ -98,3 +109,44 @@ class ServedGeneration:
     def generation(self) -> GenerationStats | None:
         """What `generate` and `stream` do and have done; None before the first sequence."""
         return self._generation.stats()
+
+
+def open_generation(
+    components: Mapping[str, ServedComponent],
+    residency: Residency,
+    loader: AdapterLoader,
+    versions: TaskVersions,
+    device: str,
+    *,
+    kv_bytes: int | None,
+    max_tokens: int | None,
+    max_source: int | None,
+    prefix_bytes: int,
+) -> GenerationService:
+    """Generation on the component that has a decoder; on the last, which refuses it, where none has.
+
+    Args:
+        components: name -> component.
+        residency, loader, versions: of the runtime.
+        device: memory device, as ONNX Runtime names it.
+        kv_bytes, max_tokens, max_source, prefix_bytes: as for `Runtime`.
+    """
+    parts = list(components.values())
+    decoding = next((own for own in parts if own.manifest.decoder is not None), parts[-1])
+    ports = decoding.manifest.decoder
+    source = None if ports is None or not ports.source else components[ports.source]
+    return GenerationService(
+        decoding.manifest,
+        decoding.session,
+        residency,
+        loader,
+        versions,
+        device,
+        kv_bytes=kv_bytes,
+        max_tokens=max_tokens,
+        max_source=max_source,
+        prefix_bytes=prefix_bytes,
+        component=decoding.name,
+        open_rows=decoding.open_rows,
+        source=None if source is None else (source.manifest, partial(source.engine.run_one, held=True)),
+    )
