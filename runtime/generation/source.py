@@ -45,12 +45,13 @@ class Source:
         Raises:
             InputError: they do not fit the component, or the memory.
         """
-        if request.inputs is None:
+        given = request.inputs
+        if given is None:
             expected = f"inputs of component {self._ports.source!r}: {', '.join(self._names)}"
             raise InputError(doing, expected=expected, got="none", fix="Give inputs={...} for each prompt.")
         if not len(request.prompt) and self._ports.start is not None:
             request = replace(request, prompt=(self._ports.start,))
-        return replace(request, inputs=self._checked(request.inputs, doing))
+        return replace(request, inputs=self._checked(given, doing))
 
     def compute(self, inputs: Mapping[str, Array], version: Version) -> list[Array]:
         """Run the component for one sequence.
