@@ -30,18 +30,19 @@ from tpeft_deploy.version import __version__
 __all__ = ["component_progress", "dry_run", "export_components", "find_components", "refuse_options"]
 
 
-def find_components(base: object) -> dict[str, Component] | None:
+def find_components(base: object, generation: bool = False) -> dict[str, Component] | None:
     """Components of a base that has several; None for any other base.
 
     Args:
         base: base as `export_bundle` takes it; the name of a factory with its result (see `called`).
+        generation: whether the decoder of a directory is in slot form.
 
     Raises:
         BundleError: a name is not allowed.
         UnsupportedBase: a value of a dict is no component, or a directory cannot be loaded.
     """
     found = base.result if isinstance(base, CalledFactory) else base
-    found = known_components(found) if isinstance(found, str | os.PathLike) else found
+    found = known_components(found, generation) if isinstance(found, str | os.PathLike) else found
     if not isinstance(found, Mapping):
         return None
     for name, component in found.items():
@@ -123,10 +124,12 @@ def dry_run(
         BundleError, UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, UnsupportedTarget: as `export_bundle`.
     """
     base = called(base)
-    components = find_components(base)
+    generation = bool(options.get("generation"))
+    components = find_components(base, generation)
     if components is None:
         return plan_bundle(base, adapters, name=name, progress=progress, **options).to_json()
     defaults = {"max_rank": None, "unused": "error", "exclude": ()}
+    options["generation"] = generation and not isinstance(base, str | os.PathLike)
     refuse_options(Path(name), [value for option, value in options.items() if option not in defaults])
     chosen: Any = {option: options.get(option, default) for option, default in defaults.items()}
     plans, adapters = _plan_all(components, adapters, name=name, progress=progress, **chosen)

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.component import Component
 from tpeft_deploy.exporters.bases.example_inputs import BATCH, SEQUENCE, Tensors
+from tpeft_deploy.exporters.bases.generation.encoder_decoder import encoder_decoder
 from tpeft_deploy.formats.base.diffusers_model import is_diffusers
 from tpeft_deploy.formats.base.model import architecture, load_model, model_class
 
@@ -24,12 +26,16 @@ _TEXT = {0: "batch", 1: "sequence"}
 _TARGET = 5  # tokens of a decoder's example, another number than SEQUENCE
 
 
-def known_components(path: str | os.PathLike[str]) -> dict[str, Component] | None:
+def known_components(path: str | os.PathLike[str], generation: bool = False) -> dict[str, Component] | None:
     """Components of a Hugging Face model directory; None for one that is exported as a single graph, and other bases.
+
+    Args:
+        path: the directory.
+        generation: whether the decoder is in slot form.
 
     Raises:
         MissingExtra: transformers is not installed.
-        UnsupportedBase: the directory cannot be loaded.
+        UnsupportedBase: the directory cannot be loaded, or its model has no decoder that has a slot form.
     """
     place = Path(path)
     if not (place / "config.json").is_file() or is_diffusers(place):
@@ -38,21 +44,28 @@ def known_components(path: str | os.PathLike[str]) -> dict[str, Component] | Non
     make = _MODELS.get(name)
     if make is None:
         return None
+    if generation and make is not _encoder_decoder:
+        raise UnsupportedBase(f"load base {place} for generation", expected="a model with a decoder", got=name)
     model = load_model(place, model_class(place, name))
     model.config.return_dict = True
+    if generation:
+        return encoder_decoder(model, *_source(model), place)
     return make(model)
 
 
-def _encoder_decoder(model: Any) -> dict[str, Component]:
+def _source(model: Any) -> tuple[Tensors, dict[str, Any]]:
+    """Example inputs and dynamic shapes of an encoder."""
     if model.main_input_name == "input_features":
         frames = model.config.max_source_positions * 2
-        inputs: Tensors = {"input_features": _randn(model, model.config.num_mel_bins, frames)}
-        shapes: dict[str, Any] = {"input_features": {0: "batch"}}
-        mask: Tensors = {}
-    else:
-        mask = {"attention_mask": torch.ones(BATCH, SEQUENCE, dtype=torch.int64)}
-        inputs = {"input_ids": _ids(model.config.vocab_size, SEQUENCE), **mask}
-        shapes = dict.fromkeys(inputs, _TEXT)
+        return {"input_features": _randn(model, model.config.num_mel_bins, frames)}, {"input_features": {0: "batch"}}
+    mask = torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
+    inputs = {"input_ids": _ids(model.config.vocab_size, SEQUENCE), "attention_mask": mask}
+    return inputs, dict.fromkeys(inputs, _TEXT)
+
+
+def _encoder_decoder(model: Any) -> dict[str, Component]:
+    inputs, shapes = _source(model)
+    mask = {name: tensor for name, tensor in inputs.items() if name == "attention_mask"}
     with torch.no_grad():
         states = _encode(model, **inputs)["last_hidden_state"]
     given = {"decoder_input_ids": _ids(model.config.vocab_size, _TARGET), "encoder_hidden_states": states, **mask}
