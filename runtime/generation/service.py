@@ -104,7 +104,7 @@ class GenerationService:
         if isinstance(inputs, Mapping) or (len(prompts) and len(inputs) != len(prompts)):
             got = "one dict" if isinstance(inputs, Mapping) else len(inputs)
             raise InputError(_DOING, expected=f"a list of inputs for each of {len(prompts)} prompts", got=got)
-        return prompts or [()] * len(inputs), inputs
+        return prompts if len(prompts) else [()] * len(inputs), inputs
 
     @staticmethod
     def tasks(prompts: Sequence[Sequence[int]], task: Task | None, tasks: Sequence[Task] | None) -> Sequence[Task]:
