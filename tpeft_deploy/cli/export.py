@@ -207,7 +207,7 @@ def bundle(
         begin("load the base")
         given: Any = {"example_inputs": read_inputs(inputs, base), "weights": weights, "rename": dict(rename)}
         made = called(base)
-        opened: Any = None if generation else find_components(made)
+        opened: Any = find_components(made, generation)
         if opened is not None:
             options |= given
         else:
