@@ -43,7 +43,7 @@ class Decoder(Protocol):
     def enter(self, slot: int, sequence: Sequence) -> None:
         """Take in the inputs of a sequence that got a slot, before any of its tokens is computed there."""
 
-    def prefill(self, slot: int, tokens: Array, past: int, version: Any) -> Array:
+    def prefill(self, slot: int, tokens: Array, past: int, version: Any, features: Any) -> Array:
         """Compute tokens of one slot behind its first `past`; returns the logits of the last token [vocabulary]."""
 
     def decode(self, slots: abc.Sequence[int], tokens: Array, pasts: Array, versions: abc.Sequence[Any]) -> Array:
@@ -275,8 +275,9 @@ class Generator:
             if piece.sequence.over:
                 continue
             with self._failing([piece.sequence]):
-                tokens = np.array(piece.sequence.span(piece.past, piece.past + piece.length), np.int64)
-                logits = self._decoder.prefill(piece.slot, tokens, piece.past, piece.sequence.version)
+                sequence, past = piece.sequence, piece.past
+                tokens = np.array(sequence.span(past, past + piece.length), np.int64)
+                logits = self._decoder.prefill(piece.slot, tokens, past, sequence.version, sequence.features)
                 self._counts["prefilled_tokens"] += piece.length
                 self._computed([piece], logits[None])
 
@@ -319,7 +320,7 @@ class Generator:
         """Tokens of a sequence of which the cache is known; the scheduler asks when it admits it."""
         if self._prefixes is None:
             return 0
-        owner, known = self._records[sequence.id].owner, sequence.span(0, len(sequence) - 1)
+        owner, known = self._records[sequence.id].owner, sequence.known(len(sequence) - 1)
         match = self._prefixes.match(sequence.version.key, owner, known, inputs=sequence.digest)
         self._matches[sequence.id] = match
         return match.tokens
@@ -345,7 +346,7 @@ class Generator:
             self._prefixes.insert(
                 sequence.version.key,
                 record.owner,
-                sequence.span(0, length),
+                sequence.known(length),
                 lambda start, number: self._decoder.save(slot, start, number),
                 inputs=sequence.digest,
             )

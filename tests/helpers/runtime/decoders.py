@@ -95,7 +95,7 @@ class FakeDecoder:
             self._called("enter", slot)
         self.memory[slot] = sequence.digest
 
-    def prefill(self, slot: int, tokens: Array, past: int, version: HeldVersion) -> Array:
+    def prefill(self, slot: int, tokens: Array, past: int, version: HeldVersion, features: object = None) -> Array:
         self._called("prefill", slot)
         assert tokens.dtype == np.int64
         assert len(tokens)
