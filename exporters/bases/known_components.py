@@ -153,11 +153,15 @@ def _vision_language(model: Any) -> dict[str, Component]:
 def _pixels(model: Any) -> Tensors:
     """Example images."""
     vision = model.config.vision_config
-    return {"pixel_values": _randn(model, vision.num_channels, vision.image_size, vision.image_size)}
+    size = vision.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"pixel_values": _randn(model, vision.num_channels, height, width)}
 
 
 def _see(model: Any, pixel_values: Any) -> Outputs:
     inner, config = model.model, model.config
+    if hasattr(config, "downsample_ratio"):  # InternVL's pixels are shuffled before the projector
+        return {"image_features": inner.get_image_features(pixel_values, return_dict=True).pooler_output}
     found = inner.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
     layers = config.vision_feature_layer
     chosen = [found[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
@@ -199,5 +203,6 @@ _MODELS: dict[str, Callable[[Any], dict[str, Component]]] = {
         _encoder_decoder,
     ),
     "CLIPModel": _two_towers,
+    "InternVLForConditionalGeneration": _vision_language,
     "LlavaForConditionalGeneration": _vision_language,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ def opened(bundle: Bundle, slots: int = 3, **options: Any) -> Runtime:
         plan = runtime._generation._plan
         assert plan is not None
     return Runtime(bundle.path, provider="cpu", threads=1, kv_bytes=slots * plan.nbytes // plan.slots, **options)
+
+
+@pytest.fixture(scope="module")
+def runtime(bundle: Bundle) -> Iterator[Runtime]:
+    with opened(bundle) as runtime:
+        yield runtime
 
 
 def given(row: int) -> dict[str, Any] | None:
@@ -126,8 +133,8 @@ def test_a_preempted_sequence_goes_on_with_its_image(bundle: Bundle) -> None:
         ([5, *SEEN], {"pixel_values": "cat.png"}, "input 'pixel_values': expected an array"),
     ],
 )
-def test_images_that_do_not_fit_are_refused(bundle: Bundle, prompt: list[int], inputs: Any, told: str) -> None:
-    with opened(bundle) as runtime, pytest.raises(InputError, match=re.escape(told)) as error:
+def test_images_that_do_not_fit_are_refused(runtime: Runtime, prompt: list[int], inputs: Any, told: str) -> None:
+    with pytest.raises(InputError, match=re.escape(told)) as error:
         runtime.generate([PROMPTS[2], prompt], inputs=[None, inputs], max_new_tokens=2)
     assert "\n" not in str(error.value)
 
@@ -150,7 +157,6 @@ def test_the_command_line_reads_images(bundle: Bundle, tmp_path: Path) -> None:
     assert "4 for 1 images, got 2 in the prompt" in result.stderr
 
 
-def test_images_are_refused_where_none_are_taken(llama_bundle: Bundle, tmp_path: Path) -> None:
-    del tmp_path
+def test_images_are_refused_where_none_are_taken(llama_bundle: Bundle) -> None:
     with Runtime(llama_bundle.path, provider="cpu") as runtime, pytest.raises(InputError, match="no inputs"):
         runtime.generate([[5, 9]], inputs=[{"pixel_values": images(1, 0)}], max_new_tokens=2)
