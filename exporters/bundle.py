@@ -96,8 +96,7 @@ def export_bundle(
     base = called(base)
     components = find_components(base, generation)
     if components is not None:
-        slots = generation and not isinstance(base, str | os.PathLike)
-        given = [example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings, slots]
+        given = [example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings]
         refuse_options(path, given)
         return export_components(
             components,

@@ -1,6 +1,6 @@
 """What ONNX Runtime's CUDA provider does with a bundle's graphs; runs with the stub's interpreter, prints JSON.
 
-    LD_LIBRARY_PATH=STUB CUDA_STUB_LOG=FILE STUB/venv/bin/python -m tests.cuda_stub.on_stub BUNDLE OPTIMISED
+    LD_LIBRARY_PATH=STUB CUDA_STUB_LOG=FILE STUB/venv/bin/python -m tests.cuda_stub.on_stub BUNDLE OPTIMISED [COMPONENT]
 
 Optimised graphs are written to the directory OPTIMISED, for those who have the onnx package.
 """
@@ -21,7 +21,7 @@ import onnxruntime
 
 from benchmarks.gpu_fixed import Fixed, Place
 from tpeft_deploy import Bundle
-from tpeft_deploy.bundle.directory import BANKED_CUDA
+from tpeft_deploy.bundle.directory import BANKED_CUDA, MODEL
 from tpeft_deploy.runtime.adapters.bank import Bank, Layout
 from tpeft_deploy.runtime.sessions import providers
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
@@ -111,9 +111,10 @@ def refusal(file: Path, choice: providers.Choice, half: bool) -> str:
     return "control flow" if providers.control_flow(session) else ""
 
 
-def main(path: Path, optimised: Path) -> None:
+def main(path: Path, optimised: Path, component: Path = Path(MODEL)) -> None:
     """Print what is found of each form."""
-    choice, log, bundle = providers.choose("cuda"), Log(), Bundle.open(path)
+    choice, log, bundle = providers.choose("cuda"), Log(), Bundle.open(path).components[component.name]
+    path = bundle.path
     place = Place(path, choice, 0.0)
     half = SessionFactory.of(bundle.manifest, choice).half
     banked = ServedGraphs.on("cuda", bundle.manifest).banked

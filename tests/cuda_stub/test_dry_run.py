@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import gpu_models
 from tests.helpers.exporters import architectures as zoo
+from tests.helpers.exporters import small_encoder_decoders as encoder_decoders
 from tests.helpers.exporters.layers import CASES
 from tests.helpers.exporters.matrix import adapters_of
 from tests.helpers.exporters.small_decoders import made, trained
@@ -49,6 +50,10 @@ LAUNCHES = {
     "U-Net with cross-attention": (87, 158, 223, 223),
     "llama": (44, 56, 63, 63),
     "qwen3": (46, 52, 56, 56),
+    "t5, encoder": (0, 0, 0, 0),
+    "t5, decoder": (0, 0, 0, 0),
+    "bart, encoder": (0, 0, 0, 0),
+    "bart, decoder": (0, 0, 0, 0),
 }
 
 
@@ -75,11 +80,13 @@ def on_stub(*command: str, log: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def surveyed(bundle: Path, place: Path) -> dict[str, dict[str, Any]]:
+def surveyed(bundle: Path, place: Path, *component: str) -> dict[str, dict[str, Any]]:
     """What `on_stub` finds of each form, and the copies in the optimised graphs."""
     place.mkdir()
     found: dict[str, dict[str, Any]] = json.loads(
-        on_stub("tests.cuda_stub.on_stub", str(bundle), str(place), log=place / "log").stdout.splitlines()[-1]
+        on_stub("tests.cuda_stub.on_stub", str(bundle), str(place), *component, log=place / "log").stdout.splitlines()[
+            -1
+        ]
     )
     for form, facts in found.items():
         facts["copies"] = copies(onnx.load(place / f"{form}.onnx", load_external_data=False).graph)
@@ -171,6 +178,20 @@ def test_a_decoder(tmp_path: Path, name: str) -> None:
         "restore": {"HostToDevice": 4, "HostToDevice bytes": size},
         "move": {"DeviceToDevice": 4, "DeviceToDevice bytes": size},
     }
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("t5", torch.float32), ("bart", torch.bfloat16)])
+def test_a_decoder_with_memory(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    paths, model = encoder_decoders.trained(name, tmp_path), encoder_decoders.made(name)
+    adapters = {task: load_adapter(path, base=model) for task, path in paths.items()}
+    model.to(dtype).save_pretrained(tmp_path / "model")
+    bundle = export_bundle(tmp_path / "model", adapters, tmp_path / "bundle", generation=True)
+    more = {}
+    for component in bundle.components:
+        forms = surveyed(bundle.path, tmp_path / component, component)
+        obey(forms)
+        more[component] = excess(f"{name}, {component}", forms)
+    assert more == dict.fromkeys(bundle.components, {})
 
 
 LAYERS = [(name, change) for name, case in CASES.items() for change in ("delta", "override")]
