@@ -184,7 +184,7 @@ def comparing(doing: str, model: nn.Module) -> Iterator[Callable[[torch.Tensor, 
             raise UnsupportedBase(
                 doing,
                 expected="the logits of the model's forward method",
-                got=f"a relative error of {error:.2g} with attention over caches of fixed size",
+                got=f"a relative error of {error:.2g} with caches of fixed size",
                 fix=_FIX,
             )
 

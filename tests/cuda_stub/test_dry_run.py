@@ -191,7 +191,7 @@ def test_a_decoder_with_memory(tmp_path: Path, name: str, dtype: torch.dtype) ->
         forms = surveyed(bundle.path, tmp_path / component, component)
         obey(forms)
         more[component] = excess(f"{name}, {component}", forms)
-    assert more == dict.fromkeys(bundle.components, {})
+    assert more == {component: {} for component in bundle.components}
 
 
 LAYERS = [(name, change) for name, case in CASES.items() for change in ("delta", "override")]

@@ -21,7 +21,9 @@ from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.exporters.verify import verify_bundle
 from tpeft_deploy.runtime.generation import service
+from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.runtime.generation.loop import Generator
+from tpeft_deploy.runtime.text.images import with_images
 
 SYSTEM = [7, 3, 21, 40, 11, 2, 9, 30, 5, 17, 44, 8, 26, 1, 33, 12, 6]  # more than a block of known prefixes
 SEEN = [IMAGE] * EACH
@@ -160,3 +162,5 @@ def test_the_command_line_reads_images(bundle: Bundle, tmp_path: Path) -> None:
 def test_images_are_refused_where_none_are_taken(llama_bundle: Bundle) -> None:
     with Runtime(llama_bundle.path, provider="cpu") as runtime, pytest.raises(InputError, match="no inputs"):
         runtime.generate([[5, 9]], inputs=[{"pixel_values": images(1, 0)}], max_new_tokens=2)
+    with pytest.raises(InputError, match="expected a bundle for generation with images"):
+        with_images(GenerationRequest([5]), llama_bundle, ["cat.png"])
