@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -17,10 +17,11 @@ from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.runtime.generation.sequence import Sequence
-from tpeft_deploy.runtime.generation.source import Run
 from tpeft_deploy.tucker import Array
 
 __all__ = ["FeatureInput", "Features", "Images"]
+
+_Run = Callable[[Mapping[str, Array], Version], Mapping[str, Array]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +99,7 @@ class Images:
         run: runs the component on a version that is resident.
     """
 
-    def __init__(self, ports: DecoderPorts, manifest: Manifest, run: Run) -> None:
+    def __init__(self, ports: DecoderPorts, manifest: Manifest, run: _Run) -> None:
         self._placeholder, self._source = ports.placeholder, ports.source
         [self._output] = ports.source_outputs
         self._manifest = manifest
