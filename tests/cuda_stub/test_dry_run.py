@@ -50,10 +50,6 @@ LAUNCHES = {
     "U-Net with cross-attention": (87, 158, 223, 223),
     "llama": (44, 56, 63, 63),
     "qwen3": (46, 52, 56, 56),
-    "t5, encoder": (0, 0, 0, 0),
-    "t5, decoder": (0, 0, 0, 0),
-    "bart, encoder": (0, 0, 0, 0),
-    "bart, decoder": (0, 0, 0, 0),
 }
 
 
@@ -180,18 +176,14 @@ def test_a_decoder(tmp_path: Path, name: str) -> None:
     }
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("t5", torch.float32), ("bart", torch.bfloat16)])
+@pytest.mark.parametrize(("name", "dtype"), [("t5", torch.float32), ("whisper", torch.float16)])
 def test_a_decoder_with_memory(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     paths, model = encoder_decoders.trained(name, tmp_path), encoder_decoders.made(name)
     adapters = {task: load_adapter(path, base=model) for task, path in paths.items()}
     model.to(dtype).save_pretrained(tmp_path / "model")
     bundle = export_bundle(tmp_path / "model", adapters, tmp_path / "bundle", generation=True)
-    more = {}
     for component in bundle.components:
-        forms = surveyed(bundle.path, tmp_path / component, component)
-        obey(forms)
-        more[component] = excess(f"{name}, {component}", forms)
-    assert more == dict.fromkeys(bundle.components, {})
+        obey(surveyed(bundle.path, tmp_path / component, component))
 
 
 LAYERS = [(name, change) for name, case in CASES.items() for change in ("delta", "override")]

@@ -41,7 +41,9 @@ def test_rows_of_tasks_and_sources_generate_together(tmp_path: Path, name: str) 
     paths = trained(name, tmp_path)
     adapters = {task: load_adapter(path, base=made(name)) for task, path in paths.items()}
     bundle = export_bundle(tmp_path / "model", adapters, tmp_path / "bundle", generation=True)
-    assert bundle.components["decoder"].manifest.rows == "each"
+    for part in bundle.components.values():
+        assert part.manifest.rows == "each"
+        assert all(part.oracle(task)["oracle"].startswith("peft") for task in paths)
     check_generation(bundle, name, paths, 32)
 
 
