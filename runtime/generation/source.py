@@ -74,9 +74,8 @@ class Source:
     def _checked(self, given: Mapping[str, object], doing: str) -> dict[str, Array]:
         ports = {port.name: port for port in self._manifest.inputs}
         found = {name: _row(ports[name], value, doing) if name in ports else value for name, value in given.items()}
-        first = next(iter(found.values()), None)
-        if _MASK in ports and _MASK not in found and isinstance(first, np.ndarray) and first.ndim > 1:
-            found[_MASK] = np.ones(first.shape[:2], ports[_MASK].dtype)
+        if _MASK in ports and _MASK not in found:
+            found[_MASK] = np.ones(np.shape(found.get(self._names[0]))[:2], ports[_MASK].dtype)
         arrays = requests.check_inputs(self._manifest, found)
         if _MASK in arrays and not arrays[_MASK].all():
             raise InputError(doing, expected=f"input {_MASK!r} of ones", got="zeros", fix="Leave the padding out.")

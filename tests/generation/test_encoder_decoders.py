@@ -62,7 +62,7 @@ def check_refusals(runtime: Runtime, given: list[Inputs], expected: list[int]) -
 
 async def beside(runtime: Runtime, given: Inputs, wrong: Inputs | None) -> list[Any]:
     both = (one(runtime, "a", given, 20), one(runtime, "b", wrong, 20))
-    return await asyncio.gather(*both, return_exceptions=True)
+    return [*await asyncio.gather(*both, return_exceptions=True)]
 
 
 def three_slots(path: Path) -> Runtime:

@@ -71,7 +71,8 @@ IDS = np.array([3, 4])
     ("given", "message"),
     [
         (None, "expected inputs of component 'encoder': input_ids, got none"),
-        ({}, "no 'input_ids'"),
+        ({}, "got no 'input_ids'"),
+        ({"pixels": IDS}, "got no 'input_ids', an unknown 'pixels'"),
         ({"input_ids": IDS, "pixels": IDS}, "an unknown 'pixels'"),
         ({"input_ids": IDS[None]}, r"input 'input_ids': expected shape \[sequence\], got \[1, 2\]"),
         ({"input_ids": "no"}, "expected an array of int64, got what numpy makes none of"),
