@@ -191,7 +191,7 @@ def comparing(doing: str, model: nn.Module) -> Iterator[Callable[[torch.Tensor, 
 
 def _sizes(model: Any, doing: str) -> tuple[int, int]:
     """Tokens of the vocabulary, and of the longest sequence."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     vocabulary, positions = (getattr(config, part, None) for part in ("vocab_size", "max_position_embeddings"))

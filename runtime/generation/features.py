@@ -137,8 +137,10 @@ class Images:
         Raises:
             InputError: the number of features is not that of the placeholder tokens.
         """
-        places = self._places(sequence.prompt) if sequence.inputs is not None else ()
-        if not len(places) or places[-1] < sequence.cached:
+        if sequence.inputs is None:
+            return
+        places = self._places(sequence.prompt)
+        if places[-1] < sequence.cached:
             return
         found = self._run(sequence.inputs, version)[self._output]
         rows = found.reshape(-1, found.shape[-1])

@@ -65,7 +65,7 @@ def read_image(path: Path, facts: ImageFacts) -> Array:
     except Exception as error:  # formats raise every kind of exception
         raise InputError(f"read image {path}", expected="an image file", got=brief(error, 120)) from error
     if facts.resize is not None:
-        image = image.resize(_resized(image.size, facts.resize), facts.resample)  # type: ignore[arg-type]
+        image = image.resize(_resized(image.size, facts.resize), facts.resample)
     array: Array = np.moveaxis(np.asarray(image), -1, 0)
     if facts.crop is not None:
         array = _cropped(array, facts.crop)
