@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.helpers.commands import call
 from tests.helpers.exporters.small_images import EACH, IMAGE, PREPARED, exported, generated, images
-from tpeft_deploy import Bundle, Runtime
+from tpeft_deploy import Bundle, Runtime, Sampling
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.exporters.verify import verify_bundle
 from tpeft_deploy.runtime.generation import service
@@ -29,6 +29,7 @@ SYSTEM = [7, 3, 21, 40, 11, 2, 9, 30, 5, 17, 44, 8, 26, 1, 33, 12, 6]  # more th
 SEEN = [IMAGE] * EACH
 PROMPTS = [[5, *SEEN, 9, *SEEN, 31, 7], [*SEEN, 2, 33], [1, 44, 6, 25, 38], [17, 4, *SEEN, 22]]
 PIXELS = [images(2, 1), images(1, 2), None, images(1, 3)]
+BIAS = 4.0  # of the logit of the placeholder
 ROWS = ["a", "b", "base", "base"]
 # Sequence -> its row, and the part of the tokens that it asks for: three run at a time.
 SEQUENCES = [(0, 1.0), (1, 0.3), (2, 0.6), (3, 1.0), (1, 1.0), (0, 0.4), (2, 1.0)]
@@ -90,6 +91,14 @@ async def streamed(runtime: Runtime, count: int) -> list[list[int]]:
         return [token.id async for token in runtime.stream(PROMPTS[row], ROWS[row], **options)]
 
     return await asyncio.gather(*(one(row, part) for row, part in SEQUENCES))
+
+
+def test_a_placeholder_that_is_generated_has_its_embedding(runtime: Runtime, bundle: Bundle) -> None:
+    options: Any = {"inputs": [given(1)], "sampling": Sampling(logit_bias={IMAGE: BIAS}), "max_new_tokens": 16}
+    [found] = runtime.generate([PROMPTS[1]], **options)
+    assert 0 < found.count(IMAGE) < 16
+    bias = [[[IMAGE], BIAS]]
+    assert found == generated(bundle, "base", PROMPTS[1], PIXELS[1], 16, sequence_bias=bias)
 
 
 def test_prompts_share_what_is_before_another_image(bundle: Bundle) -> None:

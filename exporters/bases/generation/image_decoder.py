@@ -44,12 +44,14 @@ class ImageDecoder(SlotDecoder):
 
         Args:
             input_ids: new tokens, (rows, chunk).
-            features: embeddings that take the place of those of the placeholder tokens, (rows, chunk, width).
+            features: embeddings that take the place of those of the placeholder tokens, (rows, chunk, width); zeros
+                for tokens without.
             seqlens, past_key_values, flat: as for `SlotDecoder`.
         """
         model: Any = self
         embeddings = model.get_input_embeddings()(input_ids)
-        placed = (input_ids == model.config.image_token_id)[..., None]
+        # A placeholder that was generated has no features, and the embedding that the model's forward method gives it.
+        placed = (input_ids == model.config.image_token_id)[..., None] & (features.abs().amax(-1, keepdim=True) > 0)
         embeddings = torch.where(placed, features, embeddings)
         return self.in_slots(input_ids, seqlens, past_key_values or flat, inputs_embeds=embeddings)
 

@@ -66,13 +66,17 @@ def exported(place: Path) -> Bundle:
     return export_bundle(str(place / "base"), adapters, place / "bundle", generation=True)
 
 
-def generated(bundle: Bundle, task: str, prompt: list[int], pixels: Array | None, count: int) -> list[int]:
+def generated(
+    bundle: Bundle, task: str, prompt: list[int], pixels: Array | None, count: int, **options: Any
+) -> list[int]:
     """New tokens of `generate` of the merged model of a task."""
     model = made()
     if task != "base":
         model = PeftModel.from_pretrained(model, str(bundle.path.parent / task)).merge_and_unload()
     ids = torch.tensor([prompt])
     given = {} if pixels is None else {"pixel_values": torch.from_numpy(pixels)}
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), **given, do_sample=False, max_new_tokens=count)
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), **given, do_sample=False, max_new_tokens=count, **options
+    )
     tokens: list[int] = found[0, len(prompt) :].tolist()
     return tokens
