@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 
@@ -15,13 +15,16 @@ from tpeft_deploy.runtime.generation.sampling import Sampling, Token
 from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 
-__all__ = ["ServedGeneration", "open_generation"]
+__all__ = ["ServedGeneration"]
 
 
 class ServedGeneration:
     """Base class of `Runtime`: generation, where the bundle has a decoder."""
 
     _generation: GenerationService
+    _first_loader: AdapterLoader  # that of the first device
+    _parts: Collection[ServedComponent]
+    _versions: TaskVersions
 
     def generate(
         self,
@@ -110,43 +113,33 @@ class ServedGeneration:
         """What `generate` and `stream` do and have done; None before the first sequence."""
         return self._generation.stats()
 
-
-def open_generation(
-    components: Mapping[str, ServedComponent],
-    residency: Residency,
-    loader: AdapterLoader,
-    versions: TaskVersions,
-    device: str,
-    *,
-    kv_bytes: int | None,
-    max_tokens: int | None,
-    max_source: int | None,
-    prefix_bytes: int,
-) -> GenerationService:
-    """Generation on the component that has a decoder; on the last, which refuses it, where none has.
-
-    Args:
-        components: name -> component.
-        residency, loader, versions: of the runtime.
-        device: memory device, as ONNX Runtime names it.
-        kv_bytes, max_tokens, max_source, prefix_bytes: as for `Runtime`.
-    """
-    parts = list(components.values())
-    decoding = next((own for own in parts if own.manifest.decoder is not None), parts[-1])
-    ports = decoding.manifest.decoder
-    source = None if ports is None or not ports.source else components[ports.source]
-    return GenerationService(
-        decoding.manifest,
-        decoding.session,
-        residency,
-        loader,
-        versions,
-        device,
-        kv_bytes=kv_bytes,
-        max_tokens=max_tokens,
-        max_source=max_source,
-        prefix_bytes=prefix_bytes,
-        component=decoding.name,
-        open_rows=decoding.open_rows,
-        source=None if source is None else (source.manifest, partial(source.engine.run_one, held=True)),
-    )
+    def _open_generation(
+        self,
+        residency: Residency,
+        device: str,
+        kv_bytes: int | None,
+        *,
+        max_tokens: int | None,
+        max_source: int | None,
+        prefix_bytes: int,
+    ) -> GenerationService:
+        """Generation on the component that has a decoder; on the last, which refuses it, where none has."""
+        parts = list(self._parts)
+        decoding = next((own for own in parts if own.manifest.decoder is not None), parts[-1])
+        ports = decoding.manifest.decoder
+        source = next((own for own in parts if ports is not None and own.name and own.name == ports.source), None)
+        return GenerationService(
+            decoding.manifest,
+            decoding.session,
+            residency,
+            self._first_loader,
+            self._versions,
+            device,
+            kv_bytes=kv_bytes,
+            max_tokens=max_tokens,
+            max_source=max_source,
+            prefix_bytes=prefix_bytes,
+            component=decoding.name,
+            open_rows=decoding.open_rows,
+            source=None if source is None else (source.manifest, partial(source.engine.run_one, held=True)),
+        )

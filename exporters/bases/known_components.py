@@ -1,4 +1,4 @@
-"""Components of models in Hugging Face directories: encoder-decoder, vision-language and two-tower models.
+"""Components of models in Hugging Face directories: encoder-decoder, vision-language, two-tower and mask models.
 
 Every component is the whole model with a forward that runs a part, so that names are those of the whole model.
 """
@@ -24,7 +24,9 @@ __all__ = ["known_components"]
 
 Outputs = dict[str, torch.Tensor]
 _TEXT = {0: "batch", 1: "sequence"}
+_PROMPTS = {0: "batch", 1: "masks", 2: "points"}
 _TARGET = 5  # tokens of a decoder's example, another number than SEQUENCE
+_POINTS = (3, 4)  # masks of an image and points of a mask in an example
 
 
 def known_components(path: str | os.PathLike[str], generation: bool = False) -> dict[str, Component] | None:
@@ -181,6 +183,43 @@ def _speak(model: Any, inputs_embeds: Any, attention_mask: Any) -> Outputs:
     return {"logits": model.lm_head(found.last_hidden_state)}
 
 
+def _masks(model: Any) -> dict[str, Component]:
+    vision, prompt = model.config.vision_config, model.config.prompt_encoder_config
+    pixels = {"pixel_values": _randn(model, vision.num_channels, vision.image_size, vision.image_size)}
+    size = prompt.image_embedding_size
+    points = torch.rand((BATCH, *_POINTS, 2), generator=torch.Generator().manual_seed(0)) * vision.image_size
+    prompts = {
+        "image_embeddings": _randn(model, prompt.hidden_size, size, size),
+        "input_points": points.to(model.dtype),
+        "input_labels": torch.arange(BATCH * _POINTS[0] * _POINTS[1]).reshape(BATCH, *_POINTS) % 2,
+    }
+    axes = dict.fromkeys(prompts, _PROMPTS) | {"image_embeddings": {0: "batch"}}
+    return {
+        "image": Component(model, pixels, forward=_embed_pixels),
+        "mask": Component(model, prompts, axes, forward=_mask),
+    }
+
+
+def _embed_pixels(model: Any, pixel_values: Any) -> Outputs:
+    return {"image_embeddings": model.vision_encoder(pixel_values, return_dict=True).last_hidden_state}
+
+
+def _mask(model: Any, image_embeddings: Any, input_points: Any, input_labels: Any) -> Outputs:
+    # Every mask is a row: the model repeats images by the number of masks, which an export freezes.
+    images, masks = input_labels.shape[:2]
+    repeated = image_embeddings[:, None].expand(-1, masks, -1, -1, -1).flatten(0, 1)
+    found = model.forward_of_whole(
+        image_embeddings=repeated,
+        input_points=input_points.flatten(0, 1)[:, None],
+        input_labels=input_labels.flatten(0, 1)[:, None],
+        return_dict=True,
+    )
+    return {
+        "pred_masks": found.pred_masks[:, 0].unflatten(0, (images, masks)),
+        "iou_scores": found.iou_scores[:, 0].unflatten(0, (images, masks)),
+    }
+
+
 def _ids(size: int, length: int) -> torch.Tensor:
     return torch.randint(0, size, (BATCH, length), generator=torch.Generator().manual_seed(0))
 
@@ -205,4 +244,5 @@ _MODELS: dict[str, Callable[[Any], dict[str, Component]]] = {
     "CLIPModel": _two_towers,
     "InternVLForConditionalGeneration": _vision_language,
     "LlavaForConditionalGeneration": _vision_language,
+    "SamModel": _masks,
 }

@@ -226,9 +226,11 @@ def _attend_grouped(
     del module
     rows, heads, chunk, size = new[0].shape
     compute = _node if torch.onnx.is_in_onnx_export() else group_query_attention
-    flat = (tensor.transpose(1, 2).flatten(2) for tensor in new)
-    output, *present = compute(*flat, *past, slots.last, slots.total, scale, softcap, -1 if window is None else window)
-    return output.view(rows, chunk, heads, size), (present[0], present[1])
+    query, key, value = (tensor.transpose(1, 2).flatten(2) for tensor in new)
+    output, keys, values = compute(
+        query, key, value, *past, slots.last, slots.total, scale, softcap, -1 if window is None else window
+    )
+    return output.view(rows, chunk, heads, size), (keys, values)
 
 
 def _problem(

@@ -116,6 +116,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
         Runtime(
             path,
             provider=settings.provider,
+            devices=settings.devices,
             threads=settings.threads,
             device_bytes=settings.device_bytes,
             host_bytes=settings.host_bytes,

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching.policy import Limits as Batching
@@ -38,6 +44,12 @@ def _seconds(value: object) -> object:
     return float(match[1]) * _UNITS[match[2]]
 
 
+def _numbers(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
+_Numbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Numbers = Annotated[_Numbers | None, NoDecode, BeforeValidator(_numbers)]
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
 
 
@@ -68,6 +80,8 @@ class Settings(BaseSettings):
     """Disable authentication; allowed only on a loopback `host`."""
     provider: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     """ONNX Runtime execution provider: `auto`, `cpu`, `cuda`, or `cuda:1` for the second device."""
+    devices: Numbers = None
+    """Devices to serve on, such as `0,1`, each with the memory below (default: the one of `provider`)."""
     threads: int | None = Field(default=None, ge=1)
     """Intra-op threads per session (default: one per core)."""
     device_bytes: ByteSize = _bytes(_GIB)

@@ -130,6 +130,21 @@ def test_the_second_device_holds_all(tmp_path: Path) -> None:
     assert calls["spoilt by"] == 0
 
 
+def test_two_devices_of_one_runtime_hold_and_copy_the_same(tmp_path: Path) -> None:
+    module, inputs, shapes = zoo.MODELS["Conv1d net"]()
+    adapters = zoo.adapters_for(module)
+    bundle = export_bundle(module, adapters, tmp_path / "bundle", example_inputs=inputs, dynamic_shapes=shapes)
+    log = tmp_path / "log"
+    found = json.loads(on_stub("tests.cuda_stub.on_two_devices", str(bundle.path), log=log).stdout.splitlines()[-1])
+    assert "expected a working CUDA device 2, got no tensor could be placed on device 2" in found["third"]
+    assert found["rows"] == 2 * [len(adapters)]
+    first, second = found["copied"]
+    # What a run on one device copies: its inputs and outputs, and nothing of a bank.
+    assert first == second == found["alone"]
+    calls = Counter(line.split("\t")[0] for line in log.read_text().splitlines())
+    assert 0 < calls["cudaMalloc on device"] < calls["cudaMalloc"]
+
+
 ZOO = [pytest.param(name, torch.float32, id=f"{name}-float32") for name in zoo.MODELS]
 ZOO += [pytest.param(name, torch.float16, id=f"{name}-float16") for name in zoo.HALF]
 

@@ -23,7 +23,7 @@ Inputs = dict[str, Any]
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 @pytest.mark.parametrize(("name", "count"), [*COUNTS, *LONG])
 def test_rows_generate_what_their_merged_models_do(tmp_path: Path, name: str, count: int) -> None:
-    paths, model = trained(name, tmp_path, TASKS), made(name)
+    paths, model = trained(name, tmp_path, tasks=TASKS), made(name)
     given: list[Inputs] = [source(name, row) for row in range(len(TASKS))]
     model.save_pretrained(tmp_path / "base")
     adapters = {task: load_adapter(path, base=model) for task, path in paths.items()}

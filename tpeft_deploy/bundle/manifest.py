@@ -15,7 +15,7 @@ tolerance   relative error in float32 that the caller of the export accepted, if
 left_out    per task of the export, the tensors of its adapter's file that the task leaves out, with the reason
 rounding    for a 16-bit base: error of its forward against the same in 32 bits, and the limits derived from it
 text        file of the folder text/ (see `text_files`) -> its digest and size; empty for a bundle without text
-decoder     for a causal language model in slot form (docs/internals/slot-form.md), its ports; null for other bundles
+decoder     for a decoder in slot form (docs/internals/slot-form.md), its ports; null for other bundles
 digest      SHA-256 of all other fields
 
 The manifest of a bundle with several components has schema 2 and the fields `name`, `producer`, `digest` and

@@ -15,6 +15,7 @@ from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.cli import main
 from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters.bases.known_components import known_components
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.verify import verify_bundle
 
@@ -24,13 +25,13 @@ TASKS = ["a", "b", "base"]
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
 
-def check_generation(bundle: Bundle, name: str, paths: dict[str, Path], count: int) -> None:
+def check_generation(bundle: Bundle, name: str, paths: dict[str, Path], count: int, layers: int = 1) -> None:
     """All rows generate what their merged models do, from past and present in one memory."""
     sources = [source(name, row) for row in range(len(TASKS))]
     loop = bundle_loop(bundle.components["decoder"], TASKS, count + 8, remembered(bundle, TASKS, sources))
     tokens, logits = loop.greedy(PROMPTS, count)
     for row, (task, prompt) in enumerate(zip(TASKS, PROMPTS, strict=True)):
-        expected, own = generated(name, paths.get(task), sources[row], prompt, count)
+        expected, own = generated(name, paths.get(task), sources[row], prompt, count, layers)
         assert tokens[row].tolist() == expected
         assert compare.relative_error(logits[row], own) <= 1e-5
 
@@ -47,17 +48,26 @@ def test_rows_of_tasks_and_sources_generate_together(tmp_path: Path, name: str) 
     check_generation(bundle, name, paths, 32)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_slot_form_computes_what_the_model_does(tmp_path: Path, name: str) -> None:
+    made(name, 2).save_pretrained(tmp_path)
+    found = known_components(tmp_path, generation=True)  # compares them
+    assert found is not None
+    ports = found["decoder"].base("decoder").decoder
+    assert ports is not None
+    assert (len(ports.memory), len(ports.caches), ports.start) == (4, 4, START)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("name", MODELS)
 def test_a_directory_exports_from_the_command_line_and_verifies(tmp_path: Path, name: str) -> None:
-    made(name).save_pretrained(tmp_path / "model")
-    paths = trained(name, tmp_path)
+    made(name, 2).save_pretrained(tmp_path / "model")
+    paths = trained(name, tmp_path, 2)
     args = ["export", "bundle", str(tmp_path / "model"), "--generation", "--out", str(tmp_path / "bundle")]
     result = CliRunner().invoke(main, [*args, *(f"--adapter={task}={path}" for task, path in paths.items())])
     assert result.exit_code == 0, result.output
     bundle = Bundle.open(tmp_path / "bundle")
-    layers = 2 if "t5" in name else 1
-    parts = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    parts = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
     memory = tuple(f"cross.{part}" for part in parts)
     assert bundle.components["decoder"].manifest.decoder == DecoderPorts(
         tokens="input_ids",
@@ -76,7 +86,7 @@ def test_a_directory_exports_from_the_command_line_and_verifies(tmp_path: Path, 
     assert bundle.components["encoder"].manifest.decoder is None
     for base in (None, str(tmp_path / "model")):
         assert {check.form for check in verify_bundle(bundle.path, base=base).checks} >= {"mixed rows"}
-    check_generation(bundle, name, paths, 128)
+    check_generation(bundle, name, paths, 128, 2)
 
 
 def test_a_model_without_a_decoder_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import transformers
 from click.testing import CliRunner
 
 from tests.helpers.exporters.decoding import bundle_loop, folded_loop
-from tests.helpers.exporters.small_decoders import SIZES, generated, made, trained
+from tests.helpers.exporters.small_decoders import ONE, SIZES, generated, made, trained
 from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.cli import main
@@ -81,7 +81,7 @@ def test_a_base_that_has_no_slot_form_is_refused_in_one_line(model: Callable[[],
 
 
 def test_heads_of_odd_sizes_attend_in_plain_operators() -> None:
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | {"head_dim": 12}))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | ONE | {"head_dim": 12}))
     base = load_base(model, generation=True)  # compares the slot form with the model
     operators = {node.op_type for node in base.graph().graph}
     assert "ScatterElements" in operators
