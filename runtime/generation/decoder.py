@@ -18,7 +18,7 @@ from tpeft_deploy.runtime.engine import translated
 from tpeft_deploy.runtime.generation.kv_cache import CacheBlock, DeviceCaches, HostCaches, KvPlan
 from tpeft_deploy.runtime.generation.sequence import Sequence as State
 from tpeft_deploy.runtime.generation.slot_adapters import SlotAdapters
-from tpeft_deploy.runtime.generation.source import Source
+from tpeft_deploy.runtime.generation.source import SourceEncoder
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.tucker import Array
 
@@ -115,7 +115,7 @@ class BankedDecoder:
         component: str = "",
         *,
         gathered: bool = False,
-        source: Source | None = None,
+        source: SourceEncoder | None = None,
     ) -> None:
         if manifest.decoder is None:
             raise InputError(f"decode with bundle {manifest.name!r}", expected="one with a decoder", got="one without")

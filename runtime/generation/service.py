@@ -21,7 +21,7 @@ from tpeft_deploy.runtime.generation.handle import Detokeniser, GenerationReques
 from tpeft_deploy.runtime.generation.kv_cache import KvPlan
 from tpeft_deploy.runtime.generation.loop import Generator
 from tpeft_deploy.runtime.generation.sampling import Sampling
-from tpeft_deploy.runtime.generation.source import Run, Source
+from tpeft_deploy.runtime.generation.source import RunSource, SourceEncoder
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured
@@ -67,7 +67,7 @@ class GenerationService:
         prefix_bytes: int,
         component: str = "",
         open_rows: Callable[[], Session | None] = lambda: None,
-        source: tuple[Manifest, Run] | None = None,
+        source: tuple[Manifest, RunSource] | None = None,
         max_source: int | None = None,
     ) -> None:
         self._manifest = manifest
@@ -79,11 +79,11 @@ class GenerationService:
         self._versions = versions
         self._device = device
         self._plan: KvPlan | None = None
-        self._source: Source | None = None
+        self._source: SourceEncoder | None = None
         if manifest.decoder is not None:
             self._plan = KvPlan.of(manifest, kv_bytes, max_tokens, max_source, None if source is None else source[0])
             if source is not None:
-                self._source = Source(manifest.decoder, *source, self._plan.source)
+                self._source = SourceEncoder(manifest.decoder, *source, self._plan.source)
         self._prefix_bytes = prefix_bytes
         self._lock = threading.Lock()
         self._made: Generator | None = None
