@@ -167,7 +167,7 @@ class GenerationService:
         """
         generator = self._generator()
         found = [
-            self._prepared(generator, replace(like, prompt=prompt, inputs=own), task, f"prompt {row}")
+            self._prepared(generator, replace(like, prompt=prompt, inputs=own, scored=False), task, f"prompt {row}")
             for row, (prompt, task, own) in enumerate(zip(prompts, tasks, inputs, strict=True))
         ]
         handles: list[Handle] = []
@@ -220,6 +220,15 @@ class GenerationService:
                 handle.cancel()
             raise
         return handles
+
+    def open(self) -> None:
+        """Make the decoder and its caches, if there are none yet."""
+        self._generator()
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a sequence at most: the last one needs no room in a cache."""
+        return 0 if self._plan is None else self._plan.length + 1
 
     def acquire(self, task: Hashable) -> ResidentVersion:
         """Acquire the version that a task has now, for the generator."""
