@@ -105,9 +105,23 @@ class ServedGeneration:
         finally:
             handle.cancel()
 
-    async def start(self, request: GenerationRequest) -> list[Handle]:
-        """Begin the `n` sequences of a request, for callers that need more than `stream` gives; raises as it does."""
-        return await self._generation.start(request)
+    async def start(self, request: GenerationRequest, task: Task | None = None) -> list[Handle]:
+        """Begin the `n` sequences of a request, for callers that need more than `stream` gives; raises as it does.
+
+        Args:
+            request: request; its task is a name, or None for the base.
+            task: task, or weighted set of tasks, in the place of the request's.
+        """
+        return await self._generation.start(request, task)
+
+    def open_generation(self) -> None:
+        """Make the decoder and its caches now, which the first sequence would wait for; raises as `generate` does."""
+        self._generation.open()
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a sequence at most, those of its prompt included; 0 for a bundle without a decoder."""
+        return self._generation.most_tokens
 
     def generation(self) -> GenerationStats | None:
         """What `generate` and `stream` do and have done; None before the first sequence."""

@@ -15,16 +15,17 @@ from tpeft_deploy.runtime.adapters.bank import Bank
 from tpeft_deploy.runtime.adapters.held import Held
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.engine import translated
-from tpeft_deploy.runtime.generation.features import FeatureInput, Features, Images
+from tpeft_deploy.runtime.generation.features import FeatureInput, Features, Images, stacked
 from tpeft_deploy.runtime.generation.kv_cache import CacheBlock, DeviceCaches, HostCaches, KvPlan
 from tpeft_deploy.runtime.generation.sequence import Sequence as State
 from tpeft_deploy.runtime.generation.slot_adapters import SlotAdapters
-from tpeft_deploy.runtime.generation.source import Source
+from tpeft_deploy.runtime.generation.source import SourceEncoder
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["BankedDecoder", "ResidentVersion"]
 
+_MOST_RUNS = 256  # bindings that are kept
 _BFLOAT16 = 16  # ONNX's number of the type, which numpy does not have
 
 
@@ -117,7 +118,7 @@ class BankedDecoder:
         component: str = "",
         *,
         gathered: bool = False,
-        source: Source | Images | None = None,
+        source: SourceEncoder | Images | None = None,
     ) -> None:
         if manifest.decoder is None:
             raise InputError(f"decode with bundle {manifest.name!r}", expected="one with a decoder", got="one without")
@@ -151,13 +152,19 @@ class BankedDecoder:
             self.caches.fill(slot, self._source.compute(sequence.inputs, version.version))
 
     def prefill(
-        self, slot: int, tokens: Array, past: int, version: ResidentVersion, features: Features | None = None
+        self,
+        slots: Sequence[int],
+        tokens: Array,
+        past: int,
+        versions: Sequence[ResidentVersion],
+        features: Sequence[Features | None] = (),
     ) -> Array:
-        """Compute tokens of one slot behind its first `past`; returns the logits of the last token [vocabulary]."""
-        bank, rows = self._rows([slot], [version])
-        own = None if features is None else features.between(past, past + len(tokens))
-        logits: Array = self._run(bank, slot, tokens[None], past, rows, own)[0]
-        return logits
+        """Compute tokens (n, length) behind the first `past` of slots; returns logits of the last (n, vocabulary).
+
+        Several slots follow each other, and their past is 0.
+        """
+        bank, rows = self._rows(slots, versions)
+        return self._run(bank, slots[0], tokens, past, rows, stacked(features, past, past + tokens.shape[1]))
 
     def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[ResidentVersion]) -> Array:
         """Compute one token for each of some slots, ascending; returns logits [n, vocabulary]."""
@@ -226,7 +233,7 @@ class BankedDecoder:
         run = self._runs.get((first, rows))
         if run is not None and run.bank is bank:
             return run
-        if run is not None:
-            self._runs.clear()  # all of an earlier bank, which they keep
+        if run is not None or len(self._runs) > _MOST_RUNS:
+            self._runs.clear()  # all of an earlier bank, which they keep, or too many
         run = self._runs[first, rows] = _Run(self, first, rows, bank)
         return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import abc
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -19,7 +20,7 @@ from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.runtime.generation.sequence import Sequence
 from tpeft_deploy.tucker import Array
 
-__all__ = ["FeatureInput", "Features", "Images"]
+__all__ = ["FeatureInput", "Features", "Images", "stacked"]
 
 _Run = Callable[[Mapping[str, Array], Version], Mapping[str, Array]]
 
@@ -44,6 +45,15 @@ class Features:
         found = np.zeros((end - start, self.rows.shape[1]), self.rows.dtype)
         found[self.places[first:last] - start] = self.rows[first:last]
         return found
+
+
+def stacked(features: abc.Sequence[Features | None], start: int, end: int) -> Array | None:
+    """Features (rows, end - start, width) of the same tokens of several prompts; None where no token has any."""
+    found = [None if each is None else each.between(start, end) for each in features]
+    some = next((own for own in found if own is not None), None)
+    if some is None:
+        return None
+    return np.stack([np.zeros_like(some) if own is None else own for own in found])
 
 
 class FeatureInput:
@@ -78,7 +88,7 @@ class FeatureInput:
         Args:
             binding: binding of a session.
             chunk: number of tokens of each row.
-            features: features of the only row, (chunk, width); None for rows without any.
+            features: features, (rows, chunk, width); None for rows without any.
         """
         rows, own, width = self._array.shape
         if own == chunk and features is None and self._blank:

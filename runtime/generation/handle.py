@@ -47,6 +47,7 @@ class GenerationRequest:
         priority: smaller values first.
         deadline: time by the generator's clock after which the result is of no use.
         text: makes the detokeniser of each sequence; needed for stop strings.
+        scored: whether the log-probabilities of the tokens are wanted; without, they are NaN.
         marks: tokens as known prefixes compare them, where the tokens do not tell inputs apart.
         inputs: inputs of the component that computes what the decoder reads beside tokens, as for `Runtime.generate`.
     """
@@ -60,6 +61,7 @@ class GenerationRequest:
     priority: int = 0
     deadline: float = math.inf
     text: Callable[[], Detokeniser] | None = None
+    scored: bool = True
     marks: tuple[Hashable, ...] = ()
     inputs: Mapping[str, object] | None = field(default=None, compare=False)  # arrays have no equality
 

@@ -22,7 +22,7 @@ from tpeft_deploy.runtime.generation.handle import Detokeniser, GenerationReques
 from tpeft_deploy.runtime.generation.kv_cache import KvPlan
 from tpeft_deploy.runtime.generation.loop import Generator
 from tpeft_deploy.runtime.generation.sampling import Sampling
-from tpeft_deploy.runtime.generation.source import Run, Source
+from tpeft_deploy.runtime.generation.source import RunSource, SourceEncoder
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured
@@ -68,7 +68,7 @@ class GenerationService:
         prefix_bytes: int,
         component: str = "",
         open_rows: Callable[[], Session | None] = lambda: None,
-        source: tuple[Manifest, Run] | None = None,
+        source: tuple[Manifest, RunSource] | None = None,
         max_source: int | None = None,
     ) -> None:
         self._manifest = manifest
@@ -80,13 +80,13 @@ class GenerationService:
         self._versions = versions
         self._device = device
         self._plan: KvPlan | None = None
-        self._source: Source | Images | None = None
+        self._source: SourceEncoder | Images | None = None
         if manifest.decoder is not None:
             self._plan = KvPlan.of(manifest, kv_bytes, max_tokens, max_source, None if source is None else source[0])
             if source is not None and manifest.decoder.features:
                 self._source = Images(manifest.decoder, *source)
             elif source is not None:
-                self._source = Source(manifest.decoder, *source, self._plan.source)
+                self._source = SourceEncoder(manifest.decoder, *source, self._plan.source)
         self._prefix_bytes = prefix_bytes
         self._lock = threading.Lock()
         self._made: Generator | None = None
@@ -170,7 +170,7 @@ class GenerationService:
         """
         generator = self._generator()
         found = [
-            self._prepared(generator, replace(like, prompt=prompt, inputs=own), task, f"prompt {row}")
+            self._prepared(generator, replace(like, prompt=prompt, inputs=own, scored=False), task, f"prompt {row}")
             for row, (prompt, task, own) in enumerate(zip(prompts, tasks, inputs, strict=True))
         ]
         handles: list[Handle] = []
@@ -223,6 +223,15 @@ class GenerationService:
                 handle.cancel()
             raise
         return handles
+
+    def open(self) -> None:
+        """Make the decoder and its caches, if there are none yet."""
+        self._generator()
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a sequence at most: the last one needs no room in a cache."""
+        return 0 if self._plan is None else self._plan.length + 1
 
     def acquire(self, task: Hashable) -> ResidentVersion:
         """Acquire the version that a task has now, for the generator."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -16,15 +17,15 @@ from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Source", "digest"]
+__all__ = ["SourceEncoder", "digest"]
 
 _MASK = "attention_mask"  # of encoders of text; one sequence has nothing to mask
 
-Run = Callable[[Mapping[str, Array], Version], Mapping[str, Array]]
+RunSource = Callable[[Mapping[str, Array], Version], Mapping[str, Array]]
 
 
-class Source:
-    """Source component of a decoder; safe to use from several threads.
+class SourceEncoder:
+    """SourceEncoder component of a decoder; safe to use from several threads.
 
     Args:
         ports: ports of the decoder.
@@ -33,7 +34,7 @@ class Source:
         size: positions of a slot's memory.
     """
 
-    def __init__(self, ports: DecoderPorts, manifest: Manifest, run: Run, size: int) -> None:
+    def __init__(self, ports: DecoderPorts, manifest: Manifest, run: RunSource, size: int) -> None:
         self._ports = ports
         self._manifest = manifest
         self._run = run
@@ -75,7 +76,8 @@ class Source:
         ports = {port.name: port for port in self._manifest.inputs}
         found = {name: _row(ports[name], value, doing) if name in ports else value for name, value in given.items()}
         if _MASK in ports and _MASK not in found:
-            found[_MASK] = np.ones(np.shape(found.get(self._names[0]))[:2], ports[_MASK].dtype)
+            first: Any = found.get(self._names[0])
+            found[_MASK] = np.ones(np.shape(first)[:2], ports[_MASK].dtype)
         arrays = requests.check_inputs(self._manifest, found)
         if _MASK in arrays and not arrays[_MASK].all():
             raise InputError(doing, expected=f"input {_MASK!r} of ones", got="zeros", fix="Leave the padding out.")

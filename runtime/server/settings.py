@@ -90,6 +90,12 @@ class Settings(BaseSettings):
     """Host memory for cached adapters."""
     folded_bytes: ByteSize = _bytes(0)
     """Memory for folded sessions of hot tasks."""
+    kv_bytes: ByteSize | None = None
+    """Memory for the caches of sequences that are generated (default: 8 sequences, 256 MiB at most)."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Maximum tokens of a generated sequence, with its prompt (default: 2,048, or fewer if the model has fewer)."""
+    prefix_bytes: ByteSize = _bytes(64 * _MIB)
+    """Host memory for caches of known beginnings of prompts."""
     cuda_graphs: bool = False
     """Capture and replay runs as CUDA graphs."""
     allow_tf32: bool = False

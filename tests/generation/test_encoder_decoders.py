@@ -6,7 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.helpers.exporters.small_encoder_decoders import START, generated, made, source, trained
 from tpeft_deploy import Runtime, export_bundle, load_adapter
@@ -28,14 +30,16 @@ def test_rows_generate_what_their_merged_models_do(tmp_path: Path, name: str, co
     model.save_pretrained(tmp_path / "base")
     adapters = {task: load_adapter(path, base=model) for task, path in paths.items()}
     bundle = export_bundle(tmp_path / "base", adapters, tmp_path / "bundle", generation=True)
-    expected = [
-        generated(name, paths[task], inputs, [START], count)[0] for task, inputs in zip(TASKS, given, strict=True)
-    ]
-    assert len({tuple(tokens) for tokens in expected}) == len(TASKS)
+    merged = [generated(name, paths[task], inputs, [START], count) for task, inputs in zip(TASKS, given, strict=True)]
+    expected = [tokens for tokens, _ in merged]
     with three_slots(bundle.path) as runtime:
         found = asyncio.run(streamed(runtime, given, count))
         for (row, part), tokens in zip(SEQUENCES, found, strict=True):
-            assert tokens == expected[row][: max(1, int(part * count))]
+            length = max(1, int(part * count))
+            assert [token.id for token in tokens] == expected[row][:length]
+            logits = torch.tensor(merged[row][1][:length]).double()
+            wanted = logits.log_softmax(-1)[range(length), expected[row][:length]]
+            np.testing.assert_allclose([token.logprob for token in tokens], wanted, rtol=1e-4, atol=1e-4)
         assert runtime.generate(inputs=given, tasks=TASKS, max_new_tokens=count) == expected
         begun = [[START, *tokens[:5]] for tokens in expected]
         rest = runtime.generate(begun, tasks=TASKS, inputs=given, max_new_tokens=count - 5)
@@ -54,7 +58,7 @@ def check_refusals(runtime: Runtime, given: list[Inputs], expected: list[int]) -
         ({**given[1], name: value[None]}, "expected shape"),
     ]:
         found = asyncio.run(beside(runtime, given[0], wrong))
-        assert found[0] == expected
+        assert [token.id for token in found[0]] == expected
         assert isinstance(found[1], InputError)
         assert message in str(found[1])
         assert "\n" not in str(found[1])
@@ -72,11 +76,11 @@ def three_slots(path: Path) -> Runtime:
     return Runtime(path, provider="cpu", threads=1, kv_bytes=3 * plan.nbytes // plan.slots)
 
 
-async def one(runtime: Runtime, task: str, inputs: Inputs | None, length: int) -> list[int]:
-    return [token.id async for token in runtime.stream(task=task, inputs=inputs, max_new_tokens=length)]
+async def one(runtime: Runtime, task: str, inputs: Inputs | None, length: int) -> list[Any]:
+    return [token async for token in runtime.stream(task=task, inputs=inputs, max_new_tokens=length)]
 
 
-async def streamed(runtime: Runtime, given: list[Inputs], count: int) -> list[list[int]]:
+async def streamed(runtime: Runtime, given: list[Inputs], count: int) -> list[list[Any]]:
     return await asyncio.gather(
         *(one(runtime, TASKS[row], given[row], max(1, int(part * count))) for row, part in SEQUENCES)
     )

@@ -180,6 +180,7 @@ class Manifest:
         tolerance: relative error accepted for float32 weights; None for the limit of 1e-5.
         left_out: task -> tensor -> reason, as `Adapter.left_out`.
         packing: inputs of banked.cuda.onnx that replace inputs of banked.onnx.
+        stacking: inputs of factored.cuda.onnx that replace inputs of factored.onnx.
         components: component -> digest of its manifest, for a bundle with several, which has no graphs itself; its
             `aliases` and `ties` are then those of all components.
     """
@@ -204,6 +205,7 @@ class Manifest:
     left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     rows_reasons: Mapping[str, str] = field(default_factory=dict)
     packing: tuple[Packed, ...] = ()
+    stacking: tuple[Packed, ...] = ()
     decoder: DecoderPorts | None = None
     text: Mapping[str, FileRecord] = field(default_factory=dict)
     components: Mapping[str, str] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tpeft_deploy.runtime.generation.features import FeatureInput, Features
+from tpeft_deploy.runtime.generation.features import FeatureInput, Features, stacked
 from tpeft_deploy.runtime.generation.sequence import Sequence
 
 ROWS = np.arange(1.0, 9.0, dtype=np.float32).reshape(4, 2)
@@ -34,6 +34,15 @@ def test_a_piece_has_the_features_of_its_own_placeholders() -> None:
     found = Features(np.array([1, 2, 5, 6]), ROWS).between(2, 6)
     assert found is not None
     np.testing.assert_array_equal(found, [ROWS[1], [0, 0], [0, 0], ROWS[2]])
+
+
+def test_prompts_without_placeholders_have_zeros_beside_one_with() -> None:
+    one = Features(np.array([1, 2, 5, 6]), ROWS)
+    found = stacked([None, one, one], 1, 3)
+    assert found is not None
+    np.testing.assert_array_equal(found, [np.zeros((2, 2)), ROWS[:2], ROWS[:2]])
+    assert stacked([None, one], 3, 5) is None
+    assert stacked([], 0, 2) is None
 
 
 def test_zeros_are_bound_once_for_tokens_without_features() -> None:

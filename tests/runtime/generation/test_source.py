@@ -14,7 +14,7 @@ from tpeft_deploy.bundle.manifest import Port
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
-from tpeft_deploy.runtime.generation.source import Source, digest
+from tpeft_deploy.runtime.generation.source import SourceEncoder, digest
 
 MEMORY = ("cross.0.key", "cross.0.value")
 PORTS = DecoderPorts(
@@ -37,9 +37,9 @@ TEXT = (
 SOUND = (Port("input_features", "float32", ("batch", 2, 8)),)
 
 
-def source(inputs: tuple[Port, ...] = TEXT, *, axis: int | str = "sequence", size: int = 5) -> Source:
+def source(inputs: tuple[Port, ...] = TEXT, *, axis: int | str = "sequence", size: int = 5) -> SourceEncoder:
     outputs = tuple(Port(name, "float32", ("batch", 1, axis, 4)) for name in MEMORY)
-    return Source(PORTS, manifest(inputs, outputs), encode, size)
+    return SourceEncoder(PORTS, manifest(inputs, outputs), encode, size)
 
 
 def encode(inputs: Mapping[str, np.ndarray[Any, Any]], version: Version) -> dict[str, np.ndarray[Any, Any]]:
