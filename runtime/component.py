@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
+
+import numpy as np
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import fit
 from tpeft_deploy.bundle.directory import Bundle
-from tpeft_deploy.errors import InputError
+from tpeft_deploy.errors import InputError, ProviderUnavailable, RunError
 from tpeft_deploy.runtime.adapters.bank import Layout
 from tpeft_deploy.runtime.adapters.loader import AdapterLoader
 from tpeft_deploy.runtime.adapters.residency import Residency
@@ -19,7 +22,8 @@ from tpeft_deploy.runtime.batching.collate import Form
 from tpeft_deploy.runtime.batching.dispatch import Dispatcher
 from tpeft_deploy.runtime.batching.policy import Limits, Order
 from tpeft_deploy.runtime.batching.worker import Batcher
-from tpeft_deploy.runtime.engine import Engine
+from tpeft_deploy.runtime.engine import Engine, translated
+from tpeft_deploy.runtime.folding import compare
 from tpeft_deploy.runtime.folding.manager import FoldManager
 from tpeft_deploy.runtime.private_copy import PrivateCopy
 from tpeft_deploy.runtime.sessions.banked import Session
@@ -55,7 +59,7 @@ class ComponentFiles:
 
         Args:
             bundle: component of a bundle.
-            provider: "cuda" or "cpu".
+            provider: name of the provider of the banked graph.
             own_copy: whether to serve from a copy.
             opened: takes the removal of the copy.
 
@@ -115,11 +119,19 @@ class ServedComponent:
         self.folds = FoldManager(
             files.bundle, sessions, self._banked_outputs, place=files.copy.path, budget=folded_bytes
         )
-        self._rows, self._sessions = files.graphs.rows, sessions
+        self._rows, self._banked, self._sessions = files.graphs.rows, files.graphs.banked, sessions
+        self._residency = residency
         self.session, self.remark = open_banked(files.bundle, files.graphs, sessions)
-        self.engine = Engine(self.manifest, self.session, residency, self.folds, name)
+        self.engine = Engine(
+            self.manifest, self.session, residency, self.folds, name, only_folded=self.remark if self.elsewhere else ""
+        )
         self.batcher = Batcher(self.manifest, self.engine.run_held, limits, order=order)
         self.dispatcher = Dispatcher(self.manifest, residency, loader, self.batcher)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the bank is not on the provider but on its reference, and answers no requests."""
+        return bool(self.remark) and bool(self._sessions.choice.execution.reference)
 
     def lay_out(self, adapter: Adapter, *, bundle: str) -> Content:
         """Compute an adapter's rows for this component.
@@ -145,6 +157,45 @@ class ServedComponent:
     def open_rows(self) -> Session | None:
         """Open the graph for steps of a decoder, if the bundle has one for the device."""
         return None if self._rows is None else Session(self.bundle.check_file(self._rows), self._sessions)
+
+    def check_provider(self, base: Version, task: Version | None) -> None:
+        """Compare a provider that is not exact by construction with its reference, before the component answers.
+
+        Args:
+            base: version of the base.
+            task: version of a task, if there is one.
+
+        Raises:
+            ProviderUnavailable: the answers differ, or the base cannot be opened.
+        """
+        if self.elsewhere:
+            try:
+                self.folds.begin(base).result()  # compared with the bank, which is on the reference
+            except RunError as error:
+                label = self._sessions.choice.execution.label
+                raise ProviderUnavailable(
+                    f"open bundle {self.manifest.name!r} on {label}", problem=str(error)
+                ) from error
+        elif self._sessions.choice.execution.reference and isinstance(self.session, Session):
+            reference = Session(self.bundle.check_file(self._banked), self._sessions.reference)
+            for version in [base] if task is None else [base, task]:
+                self._compare(self.session, reference, version)
+
+    def _compare(self, session: Session, reference: Session, version: Version) -> None:
+        inputs, limit = self.bundle.example(), compare.limit_of(self.manifest)
+        with self._residency.acquire([version]), translated(self.manifest.name):
+            bank, rows = self._residency.rows([version], self.name)
+            index = np.array(rows, np.int64)
+            found = session.run(bank, inputs, index)
+            # Bindings belong to a session.
+            error = compare.agree(found, reference.run(replace(bank, bindings=deque()), inputs, index))
+        if not error <= limit:
+            raise ProviderUnavailable(
+                f"open bundle {self.manifest.name!r} on {self._sessions.choice.execution.label}",
+                expected=f"the example's answer for {version.name!r} with a relative error up to {limit:g}",
+                got=f"one of {error:.2e}",
+                fix=f"Use {self._sessions.reference.choice.provider!r}, and please report the model.",
+            )
 
     def close_session(self) -> None:
         """End the thread of a session with CUDA graphs."""

@@ -48,8 +48,8 @@ class Runtime(ServedGeneration, ServedTasks):
 
     Args:
         bundle: a bundle's directory.
-        provider: "cuda", "cuda:1" for the second device, "cpu", or "auto": CUDA where it works, else the CPU;
-            `provider` and `provider_reason` say which and why.
+        provider: "cuda", "cuda:1" for the second device, "cpu", "openvino", "tensorrt", or "auto": CUDA where it works,
+            else the CPU; `provider` and `provider_reason` say which and why.
         threads: intra-op threads of each session; by default one per core.
         device_bytes: bytes for adapters on the device.  The least recently used are evicted; pinned ones stay.
             While the bank grows, the old one lives until its runs are done.
@@ -79,7 +79,7 @@ class Runtime(ServedGeneration, ServedTasks):
 
     Raises:
         BundleError: the directory is not a bundle, or something in it was altered.
-        ProviderUnavailable: CUDA was asked for by name and cannot be used.
+        ProviderUnavailable: a provider was asked for by name and cannot be used, or not for this bundle.
     """
 
     def __init__(
@@ -156,6 +156,7 @@ class Runtime(ServedGeneration, ServedTasks):
             )
             if preload:
                 self._preload()
+            self._check_provider()
             failed.pop_all()
 
     def __enter__(self) -> Self:

@@ -46,6 +46,11 @@ class ServedTasks:
         return self._bundle.manifest.name
 
     @property
+    def only_folded(self) -> bool:
+        """Whether tasks without a folded session are refused, as the provider does not compute the bank."""
+        return any(part.elsewhere for part in self._parts)
+
+    @property
     def tasks(self) -> list[str]:
         """The tasks that can be run, without `base`."""
         return self._versions.tasks
@@ -198,6 +203,11 @@ class ServedTasks:
                 )
                 return
             self._loader.bring([self._versions.adapter(task, "load")])
+
+    def _check_provider(self) -> None:
+        task = next((self._versions.adapter(name, "load") for name in self._bundle.tasks), None)
+        for component in self._parts:
+            component.check_provider(self._versions.base, task)
 
     def _retire(self, version: Version) -> None:
         self._residency.retire(version)  # first: a fold in progress looks at this last

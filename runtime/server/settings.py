@@ -66,8 +66,9 @@ class Settings(BaseSettings):
     """TLS private key, PEM."""
     no_auth: bool = False
     """Disable authentication; allowed only on a loopback `host`."""
-    provider: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
-    """ONNX Runtime execution provider: `auto`, `cpu`, `cuda`, or `cuda:1` for the second device."""
+    provider: str = Field(default="auto", pattern=r"^(auto|cpu|openvino|(cuda|tensorrt)(:\d{1,3})?)$")
+    """ONNX Runtime execution provider: `auto`, `cpu`, `cuda` (`cuda:1` is the second device), `openvino` or
+    `tensorrt`."""
     threads: int | None = Field(default=None, ge=1)
     """Intra-op threads per session (default: one per core)."""
     device_bytes: ByteSize = _bytes(_GIB)
