@@ -8,6 +8,7 @@
 | past | a step of 4 rows behind 3,000 tokens: the decoder, the same banked graph by hand, the folded model by hand |
 | traffic | 64 requests that arrive at random, of random lengths: continuous batching against static batches of 8 |
 | prefix | time to the first token of a prompt of 505, the first 500 known or not |
+| genai | 8 rows of 8 adapters, 64 tokens: `Runtime.generate`, onnxruntime-genai in turns (if it is installed) |
 
 Cases take turns in one process (`runtime.bench.measure`); ratios are medians of the ratios within a round.  Greedy,
 rank 8 on every linear, Llama of 5 M weights, with `--large` of 110 M.  Nothing is asserted.
@@ -20,8 +21,10 @@ import asyncio
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.tucker import Array
 
 TASKS = ["t0", "t1", "t2", "t3"]
+EIGHT = [*TASKS, "t4", "t5", "t6", "t7"]
 TOKENS, PROMPT, PAST = 64, 8, 3000
 POSITIONS = 4096
 SMALL = {
@@ -68,16 +72,26 @@ def model(sizes: Mapping[str, int]) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def exported(cache: Path, sizes: Mapping[str, int]) -> Bundle:
-    place = cache / f"llama-{sizes['hidden_size']}"
+def exported(cache: Path, sizes: Mapping[str, int], tasks: Sequence[str] = TASKS, end: int | None = None) -> Bundle:
+    """The bundle of a model with an adapter for each task, exported once.
+
+    Args:
+        cache: directory of bundles.
+        sizes: sizes of the model.
+        tasks: names of the tasks.
+        end: token that ends a sequence, for a bundle that onnxruntime-genai runs; None exports for generation.
+    """
+    place = cache / "-".join(["llama", str(sizes["hidden_size"]), *(["ends"] if end else []), *tasks[len(TASKS) :]])
     if not (place / "bundle" / "manifest.json").is_file():
-        for seed, task in enumerate(TASKS):
+        for seed, task in enumerate(tasks):
             torch.manual_seed(seed)
             config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False)
             get_peft_model(model(sizes), config).save_pretrained(str(place / task))
         base = model(sizes)
-        adapters = {task: load_adapter(place / task, base=base) for task in TASKS}
-        export_bundle(base, adapters, place / "bundle", generation=True)
+        base.config.eos_token_id = end
+        base.save_pretrained(str(place / "base"))
+        adapters = {task: load_adapter(place / task, base=base) for task in tasks}
+        export_bundle(place / "base", adapters, place / "bundle", generation=end is None)
     return Bundle.open(place / "bundle")
 
 
@@ -252,7 +266,48 @@ def prefix_part(bundle: Bundle, sizes: Mapping[str, int], options: argparse.Name
         return ratios(interleave(cases, options.seconds), "known")
 
 
-PARTS = {"rows": rows_part, "past": past_part, "traffic": traffic_part, "prefix": prefix_part}
+def genai_part(_: Bundle, sizes: Mapping[str, int], options: argparse.Namespace) -> dict[str, float]:
+    genai = import_module("onnxruntime_genai")  # in no extra: needs onnxruntime, and a GPU has the other one
+
+    ours = exported(options.cache, sizes, EIGHT)
+    theirs = exported(options.cache, sizes, EIGHT, end=sizes["vocab_size"] - 1)
+    prompts = np.random.default_rng(0).integers(sizes["vocab_size"], size=(8, PROMPT)).tolist()
+    config = genai.Config(str(theirs.path))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": options.threads}}}}))
+    decoder = genai.Model(config)
+    adapters = genai.Adapters(decoder)
+    for task in EIGHT:
+        adapters.load(str(theirs.path / "adapters" / task / theirs.digest(task) / "adapter.onnx_adapter"), task)
+
+    def one(prompt: list[int], task: str) -> list[int]:
+        parameters = genai.GeneratorParams(decoder)
+        parameters.set_search_options(max_length=PROMPT + TOKENS, min_length=PROMPT + TOKENS)
+        generator = genai.Generator(decoder, parameters)
+        generator.set_active_adapter(adapters, task)
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)][PROMPT:]
+
+    def in_turns() -> list[list[int]]:
+        return [one(prompt, task) for prompt, task in zip(prompts, EIGHT, strict=True)]
+
+    with opened(ours, options.threads, 8) as runtime:
+        assert runtime.generate(prompts, tasks=EIGHT, max_new_tokens=TOKENS) == in_turns()
+        cases: dict[str, Case] = {
+            "generate": lambda: runtime.generate(prompts, tasks=EIGHT, max_new_tokens=TOKENS),
+            "onnxruntime-genai in turns": in_turns,
+        }
+        return ratios(interleave(cases, options.seconds), "generate")
+
+
+PARTS = {
+    "rows": rows_part,
+    "past": past_part,
+    "traffic": traffic_part,
+    "prefix": prefix_part,
+    "genai": genai_part,
+}
 
 
 def main() -> None:
@@ -266,7 +321,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     sizes = LARGE if options.large else SMALL
     bundle = exported(options.cache, sizes)
-    for name in [options.only] if options.only else PARTS:
+    here = [name for name in PARTS if name != "genai" or find_spec("onnxruntime_genai")]
+    for name in [options.only] if options.only else here:
         print(json.dumps({name: PARTS[name](bundle, sizes, options)}, indent=2), flush=True)
 
 

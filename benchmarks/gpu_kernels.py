@@ -23,6 +23,7 @@ from benchmarks.gpu_questions import tokens
 from benchmarks.gpu_serving import bank_of, graph_of
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.sessions.providers import choose
+from tpeft_deploy.runtime.sessions.served_graphs import factored_graph
 
 RUNS = 5
 
@@ -54,13 +55,14 @@ def main() -> None:
     bundle = Bundle.open(options.directory / options.bundle)
     inputs = tokens(options.rows)
     bank, _ = bank_of(bundle, options.rows, "cuda")
+    factored = factored_graph("cuda", bundle.manifest)
     feeds = {
         "base": inputs,
-        "factored": {**inputs, **bundle.factors("one")},
+        "factored": {**inputs, **bundle.factors("one", factored)},
         "banked": {**bank.values, **inputs, "adapter_index": np.arange(1, options.rows + 1)},
     }
     report = {}
-    files = {"base": "base.onnx", "factored": "factored.onnx", "banked": graph_of(bundle, "cuda")}
+    files = {"base": "base.onnx", "factored": factored, "banked": graph_of(bundle, "cuda")}
     for form, fed in feeds.items():
         run = Fixed(place, bundle.path / files[form], fed)
         found = kernels(run)

@@ -20,7 +20,7 @@ from tpeft_deploy.runtime.sessions.cuda_graph import Captured, Policy
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.plain import Plain
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Choice, Cuda, open_session
-from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs
+from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs, factored_graph
 from tpeft_deploy.runtime.sessions.shape_buckets import Buckets
 from tpeft_deploy.tucker import Array
 
@@ -180,11 +180,12 @@ def factored(name: str) -> Callable[[Place], Report]:
 
 def _factored(place: Place, bundle: Bundle) -> Report:
     report = Report()
-    inputs, factors = tokens(8), bundle.factors("one")
+    file = factored_graph(place.choice.provider, bundle.manifest)
+    inputs, factors = tokens(8), bundle.factors("one", file)
     for way, graphs in place.ways.items():
         calls = {
             "base": Fixed(place, bundle.path / "base.onnx", inputs, graphs=graphs),
-            "factored": Fixed(place, bundle.path / "factored.onnx", {**inputs, **factors}, graphs=graphs),
+            "factored": Fixed(place, bundle.path / file, {**inputs, **factors}, graphs=graphs),
         }
         times = interleaved(calls, place.seconds)
         report.milliseconds({f"{name}, 8 rows, {way}": own for name, own in times.items()})

@@ -67,9 +67,10 @@ def export_bundle(
         unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
         exclude: names of weights or modules (`*` and `?` included) that no adapter of the bundle may change, now or
             later, such as those that `rows_reason` lists; an adapter that changes one is refused.
-        generation: export a causal language model of transformers for generation: with caches of fixed size that are
-            updated in place, and for each row the length of its past (the manifest's `decoder`).  A directory's
-            tokenizer, chat templates and generation defaults go into the folder text/.
+        generation: export a causal language model or an encoder-decoder of transformers for generation: with caches
+            of fixed size that are updated in place, and for each row the length of its past (the manifest's
+            `decoder`); the encoder of an encoder-decoder returns the keys and values of the decoder's cross-attention
+            too.  A directory's tokenizer, chat templates and generation defaults go into the folder text/.
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
@@ -93,9 +94,9 @@ def export_bundle(
     check_tolerance(tolerance, f"export bundle {path}")
     name = name or path.resolve().name
     base = called(base)
-    components = find_components(base)
+    components = find_components(base, generation)
     if components is not None:
-        given = [example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings, generation]
+        given = [example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings]
         refuse_options(path, given)
         return export_components(
             components,

@@ -30,18 +30,26 @@ from tpeft_deploy.version import __version__
 __all__ = ["component_progress", "dry_run", "export_components", "find_components", "refuse_options"]
 
 
-def find_components(base: object) -> dict[str, Component] | None:
+def find_components(base: object, generation: bool = False) -> dict[str, Component] | None:
     """Components of a base that has several; None for any other base.
 
     Args:
         base: base as `export_bundle` takes it; the name of a factory with its result (see `called`).
+        generation: whether the decoder of a directory is in slot form.
 
     Raises:
         BundleError: a name is not allowed.
-        UnsupportedBase: a value of a dict is no component, or a directory cannot be loaded.
+        UnsupportedBase: a value of a dict is no component, a directory cannot be loaded, or a dict is for generation.
     """
     found = base.result if isinstance(base, CalledFactory) else base
-    found = known_components(found) if isinstance(found, str | os.PathLike) else found
+    if generation and isinstance(found, Mapping):
+        raise UnsupportedBase(
+            "load the components of a model for generation",
+            expected="a directory",
+            got="a dict",
+            fix="Give the directory.",
+        )
+    found = known_components(found, generation) if isinstance(found, str | os.PathLike) else found
     if not isinstance(found, Mapping):
         return None
     for name, component in found.items():
@@ -66,7 +74,7 @@ def refuse_options(path: Path, options: Sequence[object]) -> None:
     if any(option is not None and option is not False and option != {} for option in options):
         raise UnsupportedBase(
             f"export bundle {path} of several components",
-            expected="no example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings or generation",
+            expected="no example_inputs, dynamic_shapes, weights, rename, padding or resize_embeddings",
             got="some",
             fix="Give inputs, shapes, names and padding with each Component; leave the others out.",
         )
@@ -123,11 +131,11 @@ def dry_run(
         BundleError, UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, UnsupportedTarget: as `export_bundle`.
     """
     base = called(base)
-    components = find_components(base)
+    components = find_components(base, options.get("generation", False))
     if components is None:
         return plan_bundle(base, adapters, name=name, progress=progress, **options).to_json()
     defaults = {"max_rank": None, "unused": "error", "exclude": ()}
-    refuse_options(Path(name), [value for option, value in options.items() if option not in defaults])
+    refuse_options(Path(name), [value for option, value in options.items() if option not in {*defaults, "generation"}])
     chosen: Any = {option: options.get(option, default) for option, default in defaults.items()}
     plans, adapters = _plan_all(components, adapters, name=name, progress=progress, **chosen)
     return _document(name, plans, adapters)

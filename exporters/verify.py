@@ -83,7 +83,8 @@ def verify_bundle(
     names = [task] if task is not None else list(bundle.tasks)
     if not bundle.parts:
         return _verify(bundle, names, base, origins, report, progress).passed()
-    components = find_components(called(base)) if base is not None else {}
+    slots = any(part.manifest.decoder is not None for part in bundle.parts.values())
+    components = find_components(called(base), slots) if base is not None else {}
     if components is None or (components and components.keys() != bundle.parts.keys()):
         raise UnsupportedBase(
             f"verify bundle {bundle.path} against a base",

@@ -16,17 +16,19 @@ from tpeft_deploy.bundle.directory import (
     BANKED_ROWS,
     EXAMPLE,
     FACTORED_CPU,
+    FACTORED_CUDA,
     MANIFEST,
     Bundle,
 )
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Varies
 from tpeft_deploy.bundle.text_files import write_text
 from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
-from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed
+from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed, stacked
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.genai_config import GENAI_CONFIG, genai_config
 from tpeft_deploy.exporters.graph import batch_axes
+from tpeft_deploy.exporters.graph.rotary import fuse_rotary
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, share_weights, write_weights
 from tpeft_deploy.exporters.oracle.limits import limits_of
 from tpeft_deploy.exporters.oracle.rounding import measure_rounding
@@ -92,11 +94,15 @@ def write_graphs(plan: Plan, subject: Subject, place: Path, tolerance: float | N
         attach_factored.attach(graphs[FACTORED_CPU], targets, BLOCKED_BRANCHES)
         attach_banked.attach(graphs[BANKED_CPU], targets, orders, BLOCKED_BRANCHES)
     cuda = graphs[BANKED].clone()
-    unrolled, packing = packed.unroll(cuda), packed.pack(cuda)
-    if unrolled or packing:
+    unrolled, spread, packing = packed.unroll(cuda), packed.spread(cuda), packed.pack(cuda)
+    if unrolled or spread or packing:
         graphs[BANKED_CUDA] = cuda
+    factored = graphs[FACTORED].clone()
+    if stacking := stacked.stack(factored):
+        graphs[FACTORED_CUDA] = factored
     rows = graphs[BANKED].clone()
     if draft.decoder is not None and attach_banked.read_rows(rows):
+        fuse_rotary(rows.graph)
         graphs[BANKED_ROWS] = rows
     defaults = {slots.input_name(t, "value"): t.name for t in targets if t.kind == "override"}
     for file, model in graphs.items():
@@ -123,6 +129,7 @@ def write_graphs(plan: Plan, subject: Subject, place: Path, tolerance: float | N
         files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE, *([GENAI_CONFIG] if settings else [])]},
         rounding=measure_rounding(subject),
         packing=packing,
+        stacking=stacking,
         tolerance=tolerance,
         text=_write_text(plan, place),
     )

@@ -6,10 +6,10 @@ import threading
 from collections.abc import Collection, Iterable, Mapping
 
 from tpeft_deploy.errors import TpeftError
-from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.task_versions import TaskVersions
 from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.component import ServedComponent
+from tpeft_deploy.runtime.devices.spread import AnyResidency
 
 __all__ = ["Pins"]
 
@@ -23,7 +23,9 @@ class Pins:
         components: components with folded sessions.
     """
 
-    def __init__(self, versions: TaskVersions, residency: Residency, components: Collection[ServedComponent]) -> None:
+    def __init__(
+        self, versions: TaskVersions, residency: AnyResidency, components: Collection[ServedComponent]
+    ) -> None:
         self._versions = versions
         self._residency = residency
         self._components = components
@@ -42,7 +44,7 @@ class Pins:
             UnknownTask, CapacityError, AdapterError, RunError: as `Runtime.pin`.
         """
         version = self._versions.adapter(task, "pin")
-        with self._residency.acquire([version]), self._lock:
+        with self._residency.acquire([version], everywhere=True), self._lock:
             self._residency.pin(version, True)
             self._folded[task] = folded
         # After the row is released: the fold may be queued behind one that waits for rows.
@@ -74,14 +76,14 @@ class Pins:
                 return
             self._residency.pin(version, True)
             changed = [own for own in self._components if own.changed_by(version)] if folded else []
-            jobs = [component.folds.keep(version) for component in changed]
+            jobs = [job for component in changed for job in component.keep_folded(version)]
         for job in jobs:
             job.result()
 
     def apply_changed(self, versions: Mapping[str, Version]) -> None:
         """Bring the new versions of pinned tasks to the device."""
         for task in self.all().keys() & versions.keys():
-            with self._residency.acquire([versions[task]]):
+            with self._residency.acquire([versions[task]], everywhere=True):
                 self.apply(task, versions[task])
 
     def forget(self, tasks: Iterable[str]) -> None:
@@ -93,4 +95,4 @@ class Pins:
     def _release(self, version: Version) -> None:
         self._residency.pin(version, False)
         for component in self._components:
-            component.folds.drop(version)
+            component.drop_folded(version)

@@ -18,7 +18,6 @@ from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.bank import Layout
 from tpeft_deploy.runtime.adapters.loader import AdapterLoader
-from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
 from tpeft_deploy.runtime.adapters.version import Content, Version
 from tpeft_deploy.runtime.batching.calls import InferOptions
@@ -26,14 +25,16 @@ from tpeft_deploy.runtime.batching.collate import Form
 from tpeft_deploy.runtime.batching.policy import Limits, Order
 from tpeft_deploy.runtime.batching.stats import BatchingStats
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.component import ComponentFiles, ServedComponent, queue_orders
+from tpeft_deploy.runtime.component import ServedComponent, queue_orders
+from tpeft_deploy.runtime.component_files import ComponentFiles
+from tpeft_deploy.runtime.devices.choices import choose_devices
+from tpeft_deploy.runtime.devices.spread import open_residencies
 from tpeft_deploy.runtime.engine import Outputs
-from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
 from tpeft_deploy.runtime.served_generation import ServedGeneration
 from tpeft_deploy.runtime.served_tasks import ServedTasks
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
-from tpeft_deploy.runtime.sessions.providers import Cuda, choose
+from tpeft_deploy.runtime.sessions.providers import Cuda
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Runtime"]
@@ -50,6 +51,10 @@ class Runtime(ServedGeneration, ServedTasks):
         bundle: a bundle's directory.
         provider: "cuda", "cuda:1" for the second device, "cpu", "openvino", "tensorrt", or "auto": CUDA where it works,
             else the CPU; `provider` and `provider_reason` say which and why.
+        devices: numbers of the devices to serve on, [0, 1]; by default the one that `provider` names.  Each has
+            sessions and a bank, with budgets of the sizes below.  A task lives on one, on several while much of the
+            work is on it, and on all while it is pinned.  Sequences are generated on the first.  On the CPU, each
+            number stands for separate sessions and a separate bank.
         threads: intra-op threads of each session; by default one per core.
         device_bytes: bytes for adapters on the device.  The least recently used are evicted; pinned ones stay.
             While the bank grows, the old one lives until its runs are done.
@@ -79,7 +84,8 @@ class Runtime(ServedGeneration, ServedTasks):
 
     Raises:
         BundleError: the directory is not a bundle, or something in it was altered.
-        ProviderUnavailable: a provider was asked for by name and cannot be used, or not for this bundle.
+        ProviderUnavailable: a provider was asked for by name and cannot be used, or one of the devices, or not for this
+            bundle.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Runtime(ServedGeneration, ServedTasks):
         bundle: str | os.PathLike[str],
         *,
         provider: str = "auto",
+        devices: Sequence[int] | None = None,
         threads: int | None = None,
         device_bytes: int = GIB,
         host_bytes: int | None = None,
@@ -103,9 +110,10 @@ class Runtime(ServedGeneration, ServedTasks):
         max_tokens: int | None = None,
         prefix_bytes: int = 64 * 2**20,
     ) -> None:
-        choice = choose(provider, allow_tf32=allow_tf32)
+        choices = choose_devices(provider, devices, allow_tf32=allow_tf32)
+        choice = choices[0]
         self.provider = choice.provider
-        self.provider_reason = choice.reason
+        self.provider_reason = "; ".join(dict.fromkeys(own.reason for own in choices))
         # Resolved, as tasks are read later, wherever the process has gone.
         self._bundle = Bundle.open(Path(bundle).resolve())
         cuda = Cuda(memory_bytes=session_bytes, graphs=cuda_graphs, tf32=allow_tf32 and choice.device != "cpu")
@@ -119,16 +127,18 @@ class Runtime(ServedGeneration, ServedTasks):
                 name: ComponentFiles.open(own, choice.provider, own_copy=own_copy, opened=opened)
                 for name, own in self._bundle.components.items()
             }
-            self._residency = Residency(
+            self._devices, self._placed = open_residencies(
                 Layout.joined({name: own.layout for name, own in files.items()}),
                 self._lay_out,
-                choice.device,
+                [own.device for own in choices],
                 device_bytes=device_bytes,
-                host_bytes=(0 if choice.device == "cpu" else GIB) if host_bytes is None else host_bytes,
+                host_bytes=host_bytes,
                 pinned_share=pinned_share,
             )
             self._versions = TaskVersions(self._bundle, self._retire)
-            self._loader = AdapterLoader(self._residency, limits.max_queue_rows)
+            self._loader = AdapterLoader(self._placed, limits.max_queue_rows)
+            self._residency = first = self._devices[0]  # where sequences are generated
+            self._first_loader = self._loader if first is self._placed else AdapterLoader(first)
             self._components: dict[str, ServedComponent] = {}
             self._parts = self._components.values()
             # Divided by weights: a budget for the sessions of one task holds one in every component.
@@ -137,22 +147,23 @@ class Runtime(ServedGeneration, ServedTasks):
                 component = self._components[name] = ServedComponent(
                     name if len(files) > 1 else "",
                     own,
-                    SessionFactory.of(own.bundle.manifest, choice, threads=threads, cuda=cuda),
-                    self._residency,
+                    [SessionFactory.of(own.bundle.manifest, one, threads=threads, cuda=cuda) for one in choices],
+                    self._devices,
+                    self._placed,
                     self._loader,
                     limits,
                     orders[name],
                     folded_bytes * weights[name] // max(sum(weights.values()), 1),
                 )
-                failed.callback(component.close_session)
-                if component.remark:
-                    self.provider_reason += f"; {component.remark}"
+                failed.callback(component.close_sessions)
+                if component.replicas[0].remark:
+                    self.provider_reason += f"; {component.replicas[0].remark}"
             self._only = component if len(files) == 1 else None
             served = {name: own.bundle for name, own in files.items()}
             self._base = replace(self._bundle, parts=served) if len(files) > 1 else component.bundle
-            self._pins = Pins(self._versions, self._residency, self._parts)
+            self._pins = Pins(self._versions, self._placed, self._parts)
             self._generation = self._open_generation(
-                choice.device, kv_bytes=kv_bytes, max_tokens=max_tokens, prefix_bytes=prefix_bytes
+                first, choice.device, kv_bytes=kv_bytes, max_tokens=max_tokens, prefix_bytes=prefix_bytes
             )
             if preload:
                 self._preload()
@@ -167,36 +178,27 @@ class Runtime(ServedGeneration, ServedTasks):
     ) -> None:
         self.close()
 
-    def _open_generation(
-        self, device: str, *, kv_bytes: int | None, max_tokens: int | None, prefix_bytes: int
-    ) -> GenerationService:
-        """Generation on the component that has a decoder; on the last, which refuses it, where none has."""
-        parts = list(self._parts)
-        decoding = next((own for own in parts if own.manifest.decoder is not None), parts[-1])
-        return GenerationService(
-            decoding.manifest,
-            decoding.session,
-            self._residency,
-            self._loader,
-            self._versions,
-            device,
-            kv_bytes=kv_bytes,
-            max_tokens=max_tokens,
-            prefix_bytes=prefix_bytes,
-            component=decoding.name,
-            open_rows=decoding.open_rows,
-        )
-
-    def usage(self) -> dict[str, int]:
+    def usage(self, device: int | None = None) -> dict[str, int]:
         """Bytes that adapters and sequences take: `device_bytes`, `host_bytes`, `folded_bytes`; `rows_taken` of `rows`.
 
         `device_bytes` is the bank, the sum of `device_adapter_bytes`, what the adapters on the device hold, and
         `device_reserved_bytes`: the base's row, padding to the largest ranks, and rows that wait for an adapter.
         Where the bundle has a decoder: `kv_bytes` of the caches of `slots` sequences, `slots_taken`, `prefix_bytes`,
         and `slot_adapter_bytes` of the copies of adapters that steps of a decoder read.
+
+        Args:
+            device: index in `devices`; by default the sum of all.
+
+        Raises:
+            InputError: there is no such device.
         """
-        folded = sum(own.folds.nbytes for own in self._parts)
-        return self._residency.usage() | {"folded_bytes": folded} | self._generation.usage()
+        shown = range(len(self._devices)) if device is None else [device]
+        if shown[0] not in range(len(self._devices)):
+            raise InputError("look at a device", expected=f"an index below {len(self._devices)}", got=device)
+        folded = sum(own.replicas[place].folds.nbytes for own in self._parts for place in shown)
+        residency = self._placed if device is None else self._devices[device]
+        generation = self._generation.usage() if 0 in shown else {}
+        return residency.usage() | {"folded_bytes": folded} | generation
 
     def batching(self, component: str | None = None) -> BatchingStats:
         """What `infer` has joined and refused so far, and what waits; of all components by default."""
@@ -264,10 +266,11 @@ class Runtime(ServedGeneration, ServedTasks):
         arrays = requests.check_inputs(part.manifest, inputs)
         ports = requests.check_outputs(part.manifest, outputs)
         versions = self._found(part.manifest, arrays, task, tasks, ports)
+        replica = part.replica(versions)
         if tasks is None:
-            whole = part.engine.run_one(arrays, versions[0])
+            whole = replica.engine.run_one(arrays, replica.own(versions)[0])
             return {port.name: whole[port.name] for port in ports}
-        found = part.engine.run_rows(arrays, versions)
+        found = replica.engine.run_rows(arrays, replica.own(versions))
         return {port.name: found[port.name] for port in ports}
 
     @overload
@@ -347,14 +350,14 @@ class Runtime(ServedGeneration, ServedTasks):
 
     def close(self) -> None:
         """Release sessions and threads, once the runs in flight are done; sequences end with an error."""
-        self._residency.close()
+        self._placed.close()
         self._generation.close()
         for component in self._parts:
             component.batcher.close()
         self._loader.close()
+        self._first_loader.close()
         for component in self._parts:
-            component.folds.close()
-            component.close_session()
+            component.close_sessions()
         self._release()
 
     def _part(self, component: str | None) -> ServedComponent:

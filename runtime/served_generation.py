@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 
-from tpeft_deploy.runtime.adapters.task_versions import Task
+from tpeft_deploy.runtime.adapters.loader import AdapterLoader
+from tpeft_deploy.runtime.adapters.residency import Residency
+from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
+from tpeft_deploy.runtime.component import ServedComponent
 from tpeft_deploy.runtime.generation.handle import Detokeniser, GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.sampling import Sampling, Token
 from tpeft_deploy.runtime.generation.service import GenerationService
@@ -18,6 +21,9 @@ class ServedGeneration:
     """Base class of `Runtime`: generation, where the bundle has a decoder."""
 
     _generation: GenerationService
+    _first_loader: AdapterLoader  # that of the first device
+    _parts: Collection[ServedComponent]
+    _versions: TaskVersions
 
     def generate(
         self,
@@ -91,10 +97,50 @@ class ServedGeneration:
         finally:
             handle.cancel()
 
-    async def start(self, request: GenerationRequest) -> list[Handle]:
-        """Begin the `n` sequences of a request, for callers that need more than `stream` gives; raises as it does."""
-        return await self._generation.start(request)
+    async def start(self, request: GenerationRequest, task: Task | None = None) -> list[Handle]:
+        """Begin the `n` sequences of a request, for callers that need more than `stream` gives; raises as it does.
+
+        Args:
+            request: request; its task is a name, or None for the base.
+            task: task, or weighted set of tasks, in the place of the request's.
+        """
+        return await self._generation.start(request, task)
+
+    def open_generation(self) -> None:
+        """Make the decoder and its caches now, which the first sequence would wait for; raises as `generate` does."""
+        self._generation.open()
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a sequence at most, those of its prompt included; 0 for a bundle without a decoder."""
+        return self._generation.most_tokens
 
     def generation(self) -> GenerationStats | None:
         """What `generate` and `stream` do and have done; None before the first sequence."""
         return self._generation.stats()
+
+    def _open_generation(
+        self,
+        residency: Residency,
+        device: str,
+        *,
+        kv_bytes: int | None,
+        max_tokens: int | None,
+        prefix_bytes: int,
+    ) -> GenerationService:
+        """Generation on the component that has a decoder; on the last, which refuses it, where none has."""
+        parts = list(self._parts)
+        decoding = next((own for own in parts if own.manifest.decoder is not None), parts[-1])
+        return GenerationService(
+            decoding.manifest,
+            decoding.session,
+            residency,
+            self._first_loader,
+            self._versions,
+            device,
+            kv_bytes=kv_bytes,
+            max_tokens=max_tokens,
+            prefix_bytes=prefix_bytes,
+            component=decoding.name,
+            open_rows=decoding.open_rows,
+        )

@@ -14,10 +14,10 @@ from tpeft_deploy.errors import AdapterError, RunError, UnknownTask
 from tpeft_deploy.formats import load_adapter
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.loader import AdapterLoader
-from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
 from tpeft_deploy.runtime.adapters.version import Source, Tier, Version
 from tpeft_deploy.runtime.component import ServedComponent
+from tpeft_deploy.runtime.devices.spread import AnyResidency, SpreadResidency
 from tpeft_deploy.runtime.folding.compare import differs
 from tpeft_deploy.runtime.generation.service import GenerationService
 from tpeft_deploy.runtime.pins import Pins
@@ -34,7 +34,7 @@ class ServedTasks:
     _bundle: Bundle  # with the tasks on disk
     _base: Bundle  # the bundle, or a private copy, that sessions read
     _versions: TaskVersions
-    _residency: Residency
+    _placed: AnyResidency  # of one device, or over several
     _loader: AdapterLoader
     _pins: Pins
     _parts: Collection[ServedComponent]
@@ -48,7 +48,7 @@ class ServedTasks:
     @property
     def only_folded(self) -> bool:
         """Whether tasks without a folded session are refused, as the provider does not compute the bank."""
-        return any(part.elsewhere for part in self._parts)
+        return any(part.only_folded for part in self._parts)
 
     @property
     def tasks(self) -> list[str]:
@@ -68,7 +68,7 @@ class ServedTasks:
             except UnknownTask:  # forgotten by another thread
                 continue
             if not version.is_base:
-                found[task] = "folded" if self._is_folded(version) else self._residency.tier(version)
+                found[task] = "folded" if self._is_folded(version) else self._placed.tier(version)
         return found
 
     def pins(self) -> dict[str, bool]:
@@ -98,7 +98,7 @@ class ServedTasks:
             version = self._versions.held(task, loaded)
         served = False
         try:
-            with self._residency.acquire([version]):
+            with self._placed.acquire([version], everywhere=task in self._pins.all()):
                 self._pins.apply(task, version)
                 self._versions.put({task: version})
                 served = True
@@ -147,7 +147,7 @@ class ServedTasks:
             AdapterError, BundleError, CapacityError: it cannot be served, or an output is not finite.
         """
         version = self._versions.adapter(task, "probe")
-        with self._residency.acquire([version]):  # so that what it changes is known
+        with self._placed.acquire([version]):  # so that what it changes is known
             changed = [component for component in self._parts if component.changed_by(version)]
             acting = [_probed(component, task, version, self._versions.base) for component in changed]
         return any(acting)
@@ -197,36 +197,39 @@ class ServedTasks:
 
     def _preload(self) -> None:
         for task in self.tasks:
-            if self._residency.full:
+            if self._placed.full:
                 _log.info(
-                    "%d of %d tasks fit on the device at once", self._residency.usage()["rows_taken"], len(self.tasks)
+                    "%d of %d tasks fit on the device at once", self._placed.usage()["rows_taken"], len(self.tasks)
                 )
                 return
             self._loader.bring([self._versions.adapter(task, "load")])
 
     def _check_provider(self) -> None:
-        task = next((self._versions.adapter(name, "load") for name in self._bundle.tasks), None)
+        first = [self._versions.adapter(task, "load") for task in [*self._bundle.tasks][:1]]
         for component in self._parts:
-            component.check_provider(self._versions.base, task)
+            component.check_provider([self._versions.base, *first])
 
     def _retire(self, version: Version) -> None:
-        self._residency.retire(version)  # first: a fold in progress looks at this last
+        self._placed.retire(version)  # first: a fold in progress looks at this last
         for component in self._parts:
-            component.folds.drop(version)
+            component.drop_folded(version)
         self._generation.forget(version)
+        if isinstance(self._placed, SpreadResidency) and not self._versions.knows(version.name):
+            self._placed.forget(version.name)
 
     def _is_folded(self, version: Version) -> bool:
         """Whether every component that a version changes has a session for it."""
-        having = [component for component in self._parts if component.folds.has(version)]
+        having = [component for component in self._parts if component.is_folded(version)]
         return bool(having) and all(own in having or not own.changed_by(version) for own in self._parts)
 
 
 def _probed(component: ServedComponent, task: str, version: Version, base: Version) -> bool:
     example = requests.check_inputs(component.manifest, component.bundle.example())
+    replica = component.replica([version])
     # Both from the bank: a folded session rounds differently.
-    expected = component.engine.run_banked(example, base)
+    expected = replica.engine.run_banked(example, base)
     try:
-        own = component.engine.run_banked(example, version)
+        own = replica.engine.run_banked(example, replica.own([version])[0])
     except RunError as error:
         if type(error) is not RunError or error.__cause__ is None:
             raise

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle.base import Base
@@ -32,6 +34,8 @@ class Component:
         forward: function of the module and the inputs, by name, that computes the component's outputs; by default the
             module's forward, which the function may call as `module.forward_of_whole`.
         padding, rename: as `export_bundle` takes them.
+        decoder: ports of a decoder in slot form.
+        directory: Hugging Face directory of the model, for its text.
     """
 
     module: nn.Module
@@ -41,6 +45,8 @@ class Component:
     forward: Callable[..., object] | None = None
     padding: Mapping[str, int | float] | None = None
     rename: Mapping[str, str] | None = None
+    decoder: DecoderPorts | None = None
+    directory: Path | None = None
 
     @property
     def base_view(self) -> BaseView:
@@ -66,6 +72,7 @@ class Component:
             module, example_inputs=self.example_inputs, dynamic_shapes=self.dynamic_shapes, rename=self.rename
         )
         base.name = f"component {name!r}"
+        base.decoder, base.directory = self.decoder, self.directory
         return base
 
 

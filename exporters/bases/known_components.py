@@ -1,4 +1,4 @@
-"""Components of models in Hugging Face directories: encoder-decoder, vision-language and two-tower models.
+"""Components of models in Hugging Face directories: encoder-decoder, vision-language, two-tower and mask models.
 
 Every component is the whole model with a forward that runs a part, so that names are those of the whole model.
 """
@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.component import Component
 from tpeft_deploy.exporters.bases.example_inputs import BATCH, SEQUENCE, Tensors
+from tpeft_deploy.exporters.bases.generation.encoder_decoder import encoder_decoder
 from tpeft_deploy.formats.base.diffusers_model import is_diffusers
 from tpeft_deploy.formats.base.model import architecture, load_model, model_class
 
@@ -21,15 +23,21 @@ __all__ = ["known_components"]
 
 Outputs = dict[str, torch.Tensor]
 _TEXT = {0: "batch", 1: "sequence"}
+_PROMPTS = {0: "batch", 1: "masks", 2: "points"}
 _TARGET = 5  # tokens of a decoder's example, another number than SEQUENCE
+_POINTS = (3, 4)  # masks of an image and points of a mask in an example
 
 
-def known_components(path: str | os.PathLike[str]) -> dict[str, Component] | None:
+def known_components(path: str | os.PathLike[str], generation: bool = False) -> dict[str, Component] | None:
     """Components of a Hugging Face model directory; None for one that is exported as a single graph, and other bases.
+
+    Args:
+        path: the directory.
+        generation: whether the decoder is in slot form.
 
     Raises:
         MissingExtra: transformers is not installed.
-        UnsupportedBase: the directory cannot be loaded.
+        UnsupportedBase: the directory cannot be loaded, or its model has no decoder that has a slot form.
     """
     place = Path(path)
     if not (place / "config.json").is_file() or is_diffusers(place):
@@ -38,21 +46,28 @@ def known_components(path: str | os.PathLike[str]) -> dict[str, Component] | Non
     make = _MODELS.get(name)
     if make is None:
         return None
+    if generation and make is not _encoder_decoder:
+        raise UnsupportedBase(f"load base {place} for generation", expected="a model with a decoder", got=name)
     model = load_model(place, model_class(place, name))
     model.config.return_dict = True
+    if generation:
+        return encoder_decoder(model, *_source(model), place)
     return make(model)
 
 
-def _encoder_decoder(model: Any) -> dict[str, Component]:
+def _source(model: Any) -> tuple[Tensors, dict[str, Any]]:
+    """Example inputs and dynamic shapes of an encoder."""
     if model.main_input_name == "input_features":
         frames = model.config.max_source_positions * 2
-        inputs: Tensors = {"input_features": _randn(model, model.config.num_mel_bins, frames)}
-        shapes: dict[str, Any] = {"input_features": {0: "batch"}}
-        mask: Tensors = {}
-    else:
-        mask = {"attention_mask": torch.ones(BATCH, SEQUENCE, dtype=torch.int64)}
-        inputs = {"input_ids": _ids(model.config.vocab_size, SEQUENCE), **mask}
-        shapes = dict.fromkeys(inputs, _TEXT)
+        return {"input_features": _randn(model, model.config.num_mel_bins, frames)}, {"input_features": {0: "batch"}}
+    mask = torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
+    inputs = {"input_ids": _ids(model.config.vocab_size, SEQUENCE), "attention_mask": mask}
+    return inputs, dict.fromkeys(inputs, _TEXT)
+
+
+def _encoder_decoder(model: Any) -> dict[str, Component]:
+    inputs, shapes = _source(model)
+    mask = {name: tensor for name, tensor in inputs.items() if name == "attention_mask"}
     with torch.no_grad():
         states = _encode(model, **inputs)["last_hidden_state"]
     given = {"decoder_input_ids": _ids(model.config.vocab_size, _TARGET), "encoder_hidden_states": states, **mask}
@@ -150,6 +165,43 @@ def _speak(model: Any, inputs_embeds: Any, attention_mask: Any) -> Outputs:
     return {"logits": model.lm_head(found.last_hidden_state)}
 
 
+def _masks(model: Any) -> dict[str, Component]:
+    vision, prompt = model.config.vision_config, model.config.prompt_encoder_config
+    pixels = {"pixel_values": _randn(model, vision.num_channels, vision.image_size, vision.image_size)}
+    size = prompt.image_embedding_size
+    points = torch.rand((BATCH, *_POINTS, 2), generator=torch.Generator().manual_seed(0)) * vision.image_size
+    prompts = {
+        "image_embeddings": _randn(model, prompt.hidden_size, size, size),
+        "input_points": points.to(model.dtype),
+        "input_labels": torch.arange(BATCH * _POINTS[0] * _POINTS[1]).reshape(BATCH, *_POINTS) % 2,
+    }
+    axes = dict.fromkeys(prompts, _PROMPTS) | {"image_embeddings": {0: "batch"}}
+    return {
+        "image": Component(model, pixels, forward=_embed_pixels),
+        "mask": Component(model, prompts, axes, forward=_mask),
+    }
+
+
+def _embed_pixels(model: Any, pixel_values: Any) -> Outputs:
+    return {"image_embeddings": model.vision_encoder(pixel_values, return_dict=True).last_hidden_state}
+
+
+def _mask(model: Any, image_embeddings: Any, input_points: Any, input_labels: Any) -> Outputs:
+    # Every mask is a row: the model repeats images by the number of masks, which an export freezes.
+    images, masks = input_labels.shape[:2]
+    repeated = image_embeddings[:, None].expand(-1, masks, -1, -1, -1).flatten(0, 1)
+    found = model.forward_of_whole(
+        image_embeddings=repeated,
+        input_points=input_points.flatten(0, 1)[:, None],
+        input_labels=input_labels.flatten(0, 1)[:, None],
+        return_dict=True,
+    )
+    return {
+        "pred_masks": found.pred_masks[:, 0].unflatten(0, (images, masks)),
+        "iou_scores": found.iou_scores[:, 0].unflatten(0, (images, masks)),
+    }
+
+
 def _ids(size: int, length: int) -> torch.Tensor:
     return torch.randint(0, size, (BATCH, length), generator=torch.Generator().manual_seed(0))
 
@@ -173,4 +225,5 @@ _MODELS: dict[str, Callable[[Any], dict[str, Component]]] = {
     ),
     "CLIPModel": _two_towers,
     "LlavaForConditionalGeneration": _vision_language,
+    "SamModel": _masks,
 }

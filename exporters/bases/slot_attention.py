@@ -1,4 +1,4 @@
-"""Attention over a cache of fixed size, which exports as com.microsoft.GroupQueryAttention.
+"""Attention over a cache of fixed size, which exports as com.microsoft.GroupQueryAttention, or in plain operators.
 
 transformers' attention registry gives every layer of a model the function `attend`; the caches of the run travel beside
 the model's forward method, in `running`.
@@ -10,18 +10,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters.bases.generation.plain_attention import attention, position_bias, put, seen_by
 
 __all__ = ["IMPLEMENTATION", "SlotCaches", "attend", "running"]
 
 IMPLEMENTATION = "tpeft_slots"  # name of `attend` in transformers' registry
 _MULTIPLE = 8
-_CHANGES = {"s_aux", "position_bias", "cu_seq_lens_q", "block_table", "head_mask"}  # arguments that change the result
+_BIAS, _TABLE = "position_bias", "has_relative_attention_bias"
+_CHANGES = {"s_aux", "cu_seq_lens_q", "block_table", "head_mask"}  # arguments that change the result
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
+_Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def group_query_attention(
@@ -59,21 +65,13 @@ def group_query_attention(
         raise ValueError(f"a cache of {buffer} tokens does not hold {int(last.max()) + 1}")
     new = (last + 1 - chunk).long()[:, None] + torch.arange(chunk)  # (rows, chunk)
     held = (torch.arange(buffer) < new[:, :1])[:, None, :, None]
-    place = new[:, None, :, None].expand(-1, heads, -1, size)
     keys, values = (
-        torch.where(held, past, 0.0).scatter(2, place, own.view(rows, chunk, heads, size).transpose(1, 2))
+        put(torch.where(held, past, 0.0), own.view(rows, chunk, heads, size).transpose(1, 2), new)
         for past, own in ((past_key, key), (past_value, value))
     )
-    groups = query.shape[-1] // (heads * size)
-    asked = query.view(rows, chunk, heads, groups, size).permute(0, 2, 3, 1, 4)
-    scores = scale * (asked @ keys[:, :, None].transpose(-1, -2))
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    seen = torch.arange(buffer) <= new[:, :, None]
-    if window >= 0:
-        seen &= torch.arange(buffer) > new[:, :, None] - window
-    weights = scores.masked_fill(~seen[:, None, None], -torch.inf).float().softmax(-1).to(query.dtype)
-    attended = (weights @ values[:, :, None]).permute(0, 3, 1, 2, 4)
+    asked = query.view(rows, chunk, -1, size).transpose(1, 2)
+    seen = seen_by(new, buffer, None if window < 0 else window)
+    attended = attention(asked, keys, values, seen, scale=scale, softcap=softcap)
     return attended.reshape(rows, chunk, -1).contiguous(), keys.contiguous(), values.contiguous()
 
 
@@ -112,14 +110,24 @@ class SlotCaches:
         past: layer -> keys and values, (rows, heads, buffer, head size) each.
         last: index of each row's last token after the run, int32 (rows).
         total: at least the largest number of tokens of a row after the run, int32 scalar.
+        memory: layer -> keys and values of cross-attention, (rows, heads, source, head size) each.
+        memory_lengths: valid positions of each row's memory, (rows).
         present: layer -> keys and values with the new tokens in them.
+        bias: bias of relative positions, which a model's layers share.
     """
 
     past: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
     last: torch.Tensor
     total: torch.Tensor
+    memory: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    memory_lengths: torch.Tensor | None = None
     present: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     updated: set[int] = field(default_factory=set)
+    bias: torch.Tensor | None = None
+
+    def positions(self, chunk: int) -> torch.Tensor:
+        """Positions of the new tokens, (rows, chunk)."""
+        return (self.last + 1 - chunk).long()[:, None] + torch.arange(chunk, device=self.last.device)
 
 
 _slots: ContextVar[SlotCaches] = ContextVar("slots")
@@ -136,7 +144,7 @@ def running(slots: SlotCaches) -> Iterator[object]:
 
 
 def _cache(slots: SlotCaches) -> object:
-    from transformers.cache_utils import Cache
+    from transformers.cache_utils import Cache, EncoderDecoderCache
 
     class NewTokens(Cache):  # type: ignore[misc]  # transformers says Any of what it loads late
         """Cache that hands new keys and values through: `attend` puts them where they belong."""
@@ -153,7 +161,13 @@ def _cache(slots: SlotCaches) -> object:
             del layer_idx
             return 0
 
-    return NewTokens(layers=[])
+    tokens = NewTokens(layers=[])
+    if not slots.memory:
+        return tokens
+    layers: list[Any] = [SimpleNamespace(keys=keys, values=values) for keys, values in slots.memory.values()]
+    both = EncoderDecoderCache(tokens, NewTokens(layers=layers))
+    both.is_updated = dict.fromkeys(slots.memory, True)
+    return both
 
 
 def attend(
@@ -170,42 +184,63 @@ def attend(
     """Attention of a layer as transformers' registry calls it: (rows, heads, chunk, head size) each.
 
     Raises:
-        UnsupportedBase: the operator cannot compute this layer's attention.
+        UnsupportedBase: no attention over caches computes this layer's.
     """
     slots, layer = _slots.get(), cast("int", getattr(module, "layer_idx", -1))
-    problem = _problem(module, slots, layer, key, value, attention_mask, further)
+    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if layer in slots.memory and key is slots.memory[layer][0]:
+        return _attend_to_memory(slots, query, key, value, scale), None
+    problem = _problem(module, slots, layer, attention_mask, further)
     if problem:
         raise UnsupportedBase(f"attend in layer {layer} ({type(module).__name__})", problem=problem)
-    scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    asked, new_key, new_value = (tensor.transpose(1, 2).flatten(2) for tensor in (query, key, value))
-    past_key, past_value = slots.past[layer]
-    window = -1 if sliding_window is None else int(sliding_window)
+    plain = further.get(_BIAS) is not None or key.shape[-1] % _MULTIPLE or key.shape[-1] != value.shape[-1]
+    compute = _attend_plainly if plain else _attend_grouped
+    options = (scale, float(softcap or 0.0), None if sliding_window is None else int(sliding_window))
+    output, slots.present[layer] = compute(module, slots, (query, key, value), slots.past[layer], *options)
+    return output, None
+
+
+def _attend_to_memory(
+    slots: SlotCaches, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    seen = torch.arange(key.shape[2], device=key.device) < cast("torch.Tensor", slots.memory_lengths)[:, None]
+    return attention(query, key, value, seen[:, None], scale=scale)
+
+
+def _attend_plainly(
+    module: nn.Module, slots: SlotCaches, new: _Three, past: _Pair, scale: float, softcap: float, window: int | None
+) -> tuple[torch.Tensor, _Pair]:
+    query, key, value = new
+    positions, buffer = slots.positions(query.shape[2]), past[0].shape[2]
+    if getattr(module, _TABLE, False):
+        slots.bias = position_bias(module, positions, buffer)
+    keys, values = put(past[0], key, positions), put(past[1], value, positions)
+    seen = seen_by(positions, buffer, window)
+    output = attention(query, keys, values, seen, scale=scale, softcap=softcap, bias=slots.bias)
+    return output, (keys, values)
+
+
+def _attend_grouped(
+    module: nn.Module, slots: SlotCaches, new: _Three, past: _Pair, scale: float, softcap: float, window: int | None
+) -> tuple[torch.Tensor, _Pair]:
+    del module
+    rows, heads, chunk, size = new[0].shape
     compute = _node if torch.onnx.is_in_onnx_export() else group_query_attention
-    own = (scale, float(softcap or 0.0), window)
-    output, present_key, present_value = compute(
-        asked, new_key, new_value, past_key, past_value, slots.last, slots.total, *own
+    query, key, value = (tensor.transpose(1, 2).flatten(2) for tensor in new)
+    output, keys, values = compute(
+        query, key, value, *past, slots.last, slots.total, scale, softcap, -1 if window is None else window
     )
-    slots.present[layer] = (present_key, present_value)
-    rows, heads, chunk, size = query.shape
-    return output.view(rows, chunk, heads, size), None
+    return output.view(rows, chunk, heads, size), (keys, values)
 
 
 def _problem(
-    module: nn.Module,
-    slots: SlotCaches,
-    layer: int,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    further: Mapping[str, Any],
+    module: nn.Module, slots: SlotCaches, layer: int, mask: torch.Tensor | None, further: Mapping[str, Any]
 ) -> str:
     if layer not in slots.updated or layer in slots.present:
         return "it reads keys and values of another layer, and a layer has one cache"
-    if key.shape[-1] % _MULTIPLE:
-        return f"the size of a head, {key.shape[-1]}, is no multiple of {_MULTIPLE}, as GroupQueryAttention asks"
-    if key.shape[-1] != value.shape[-1]:
-        return f"keys of size {key.shape[-1]} and values of size {value.shape[-1]} differ"
     if mask is not None or getattr(module, "is_causal", True) is False or further.get("is_causal") is False:
         return "its mask is another than the causal one"
+    if further.get(_BIAS) is not None and slots.bias is None and not getattr(module, _TABLE, False):
+        return "its position bias is of no kind known"
     given = sorted(name for name in _CHANGES if further.get(name) is not None)
-    return f"GroupQueryAttention has no {given[0]}" if given else ""
+    return f"attention over caches has no {given[0]}" if given else ""

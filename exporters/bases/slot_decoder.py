@@ -19,7 +19,7 @@ from tpeft_deploy.exporters.bases.torch_module import TorchBase
 from tpeft_deploy.exporters.causes import said_by
 from tpeft_deploy.exporters.oracle.decoder_runs import BUFFER, CHUNK, ROWS
 
-__all__ = ["SlotDecoder", "decoder_base"]
+__all__ = ["SlotDecoder", "attending", "decoder_base", "total_length"]
 
 _EXAMPLE = (
     2,
@@ -55,11 +55,11 @@ class SlotDecoder(nn.Module):
         given = past_key_values or {name.removeprefix(f"{PAST}."): tensor for name, tensor in flat.items()}
         past = {layer: (given[f"{layer}.key"], given[f"{layer}.value"]) for layer in range(len(given) // 2)}
         positions = seqlens[:, None] + torch.arange(input_ids.shape[1], device=seqlens.device)
-        slots = SlotCaches(past, positions[:, -1].to(torch.int32), _total(input_ids, past[0][0]))
+        slots = SlotCaches(past, positions[:, -1].to(torch.int32), total_length(input_ids, past[0][0]))
         parameters = inspect.signature(super().forward).parameters
         further = {"position_ids": positions, "logits_to_keep": 1}
         further = {name: value for name, value in further.items() if name in parameters}
-        with running(slots) as cache, _attending(self):
+        with running(slots) as cache, attending(self):
             further[str(cache_parameter(super().forward))] = cache
             outputs = super().forward(input_ids=input_ids, use_cache=True, return_dict=True, **further)
         if slots.present.keys() != past.keys():
@@ -72,7 +72,7 @@ class SlotDecoder(nn.Module):
         return result
 
 
-def _total(tokens: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+def total_length(tokens: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
     """The operator's total_sequence_length, from shapes alone.
 
     The operator reads it in the CPU's memory, where no run on a device may have to wait for the lengths.  To it the
@@ -158,7 +158,7 @@ def _mixed_in(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _attending(model: nn.Module) -> Iterator[None]:
+def attending(model: nn.Module) -> Iterator[None]:
     """Let the layers of a model attend by `attend`: they look in their configs, which the caller's model shares."""
     from transformers import AttentionInterface
 

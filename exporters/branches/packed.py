@@ -1,7 +1,8 @@
 """The banked form for a GPU: fewer, larger operators for the branches of linear layers, and no Scan.
 
 Passes over a graph to which the banked branches are attached.  CUDA graphs cannot record control flow, so `unroll`
-makes batched products of convs with a weight per row, and one Gather of a layout per row.
+makes batched products of convs with a weight per row, and one Gather of a layout per row.  `spread` gives such products
+as many matrices on both sides.
 
 `pack`:  Branches that read the same activation share one
 product with their down factors, and factors of equal sizes are stacked, so that one Gather picks the rows of a stack:
@@ -35,10 +36,12 @@ from tpeft_deploy.exporters.branches.surgery import (
     route_around,
 )
 from tpeft_deploy.exporters.branches.tiled import LAYOUT
+from tpeft_deploy.exporters.graph.batch_axes import order_of
 from tpeft_deploy.exporters.graph.weight_uses import one_hot_window
 from tpeft_deploy.exporters.oracle import bfloat16
+from tpeft_deploy.exporters.oracle.subject import batch_axis
 
-__all__ = ["pack", "unroll"]
+__all__ = ["biases_of", "cut", "pack", "spread", "unroll"]
 
 _STACK = 32  # outputs of a Split that ONNX Runtime's CUDA kernel takes without a table in device memory
 
@@ -99,6 +102,47 @@ def unroll(model: ir.Model) -> bool:
         route_around(node, new)
         found = True
     return found
+
+
+def spread(model: ir.Model) -> bool:
+    """Let convs with a weight per row pick a row of the banks for each row of the batch, in place.
+
+    With one row for the whole batch, a product has a batch that only one operand has, for which CUDA takes a pointer
+    for each matrix from the host.
+
+    Returns:
+        True if the graph had such a conv.
+    """
+    index = next(value for value in model.graph.inputs if value.name == slots.INDEX)
+    batch = batch_axis(model.graph)
+    source = next((v for v in model.graph.inputs if v.shape and str(v.shape[0]) == batch), None)
+    readers = list(dict.fromkeys(node for conv in model.graph for node in _readers(conv, index)))
+    if source is None or not readers:
+        return False
+    size = apply(model, "Shape", [source], like=None, after=None, attributes={"start": 0, "end": 1})
+    one = constant_ints(model, [1])  # of no rows at all, one row of the banks
+    size = apply(model, "Max", [size, one], like=None, after=size.producer())
+    each = apply(model, "Expand", [index, size], like=index, after=size.producer())
+    for node in readers:
+        node.replace_input_with(list(node.inputs).index(index), each)
+    return True
+
+
+def _readers(conv: ir.Node, index: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that read the index for a conv with a weight per row: the conv, and those that compute its change."""
+    windowed = conv.op_type in _WINDOWED.values()
+    x = conv.inputs[0 if windowed else 1] if windowed or conv.op_type.startswith("BankedConv") else None
+    if x is None or order_of(x) != "major":
+        return
+    yield conv
+    waiting = [conv.inputs[3]] if windowed else []
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is not None:
+            waiting += node.inputs
+            if index in node.inputs:
+                yield node
 
 
 def _windowed(model: ir.Model, conv: ir.Node) -> ir.Value:
@@ -211,15 +255,15 @@ def _attach(
     index = next(value for value in model.graph.inputs if value.name == slots.INDEX)
     inputs = [parts[0][0].operands()[1], index, downs[parts[0][0].down]]
     inner = call(model, "PackedDown", inputs, name=f"{first.name}.down", like=None, after=first)
-    for part, own in zip(parts, _cut(model, inner, [len(part) for part in parts]), strict=True):
+    for part, own in zip(parts, cut(model, inner, [len(part) for part in parts]), strict=True):
         name, after = str(part[0].node.name), own.producer()
         change = call(model, "PackedUp", [own, ups[part[0].up]], name=f"{name}.up", like=None, after=after)
         sums = [branch.node.outputs[0] for branch in part]
-        if biases := _biases(model.graph, part):
+        if biases := biases_of([branch.node for branch in part]):
             stack = add_constant(model.graph, f"{name}.biases", np.stack([bias for _, bias in biases])[:, None])
             change = apply(model, "Add", [change, stack], like=None, after=change.producer())
             sums = [node.outputs[0] for node, _ in biases]
-        for branch, old, own_change in zip(part, sums, _cut(model, change, [1] * len(part)), strict=True):
+        for branch, old, own_change in zip(part, sums, cut(model, change, [1] * len(part)), strict=True):
             after = own_change.producer() if branch.node is first else branch.node
             name = f"{branch.node.name}.sum"
             reroute(old, call(model, "PackedSum", [branch.operands()[0], own_change], name=name, like=old, after=after))
@@ -230,15 +274,15 @@ def _attach(
         model.graph.inputs.remove(branch.up)
 
 
-def _cut(model: ir.Model, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
-    """Split the branches (N, G, ..) of a value."""
+def cut(model: ir.Model, value: ir.Value, sizes: Sequence[int], axis: int = 1) -> Sequence[ir.Value]:
+    """Split what a value has of several branches."""
     producer = value.producer()
     if len(sizes) == 1 or producer is None:
         return [value]
     cut = ir.node(
         "Split",
         [value, constant_ints(model, sizes)],
-        {"axis": 1},
+        {"axis": axis},
         num_outputs=len(sizes),
         name=f"{producer.name}.cut",
     )
@@ -248,13 +292,13 @@ def _cut(model: ir.Model, value: ir.Value, sizes: Sequence[int]) -> Sequence[ir.
     return cut.outputs
 
 
-def _biases(graph: ir.Graph, part: Sequence[_Branch]) -> list[tuple[ir.Node, np.ndarray]]:
-    """The sums with biases that follow the branches, and the biases; nothing unless several branches all have one."""
-    found = [_bias(graph, branch.node.outputs[0]) for branch in part]
+def biases_of(branches: Sequence[ir.Node]) -> list[tuple[ir.Node, np.ndarray]]:
+    """The sums with biases that follow branches, and the biases; nothing unless several branches all have one."""
+    found = [_bias(branch.outputs[0]) for branch in branches]
     return [bias for bias in found if bias] if len(found) > 1 and all(found) else []
 
 
-def _bias(graph: ir.Graph, value: ir.Value) -> tuple[ir.Node, np.ndarray] | None:
+def _bias(value: ir.Value) -> tuple[ir.Node, np.ndarray] | None:
     uses = list(value.uses())
     node = uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
     if node is None or node.op_type != "Add" or node.domain:

@@ -14,7 +14,17 @@ from tpeft_deploy.exporters.branches.functions.windowed import WINDOWED
 from tpeft_deploy.exporters.graph.batch_axes import same_order
 from tpeft_deploy.exporters.oracle import bfloat16
 
-__all__ = ["add_constant", "add_input", "apply", "call", "call_first", "constant_ints", "reroute", "route_around"]
+__all__ = [
+    "add_constant",
+    "add_input",
+    "apply",
+    "call",
+    "call_first",
+    "constant_ints",
+    "reroute",
+    "resemble",
+    "route_around",
+]
 
 _FUNCTIONS = FACTORED | BANKED | CONVS | WINDOWED
 
@@ -61,7 +71,7 @@ def apply(
         like: a value that the result resembles in shape, type and order of rows; None when that is not known.
     """
     node = ir.node(op_type, inputs, attributes or {})  # type: ignore[arg-type]
-    _resemble(node.outputs[0], like)
+    resemble(node.outputs[0], like)
     _insert(model, node, after)
     node.outputs[0].name = f"tpeft.{op_type}.{_count(model)}"
     node.name = f"{node.outputs[0].name}.node"
@@ -159,11 +169,12 @@ def _node(
         for domain in (BLOCKS, MICROSOFT):
             if domain in model.functions[key].opset_imports:
                 model.graph.opset_imports[domain] = 1
-    output = _resemble(ir.Value(name=f"{name}.out"), like)
+    output = resemble(ir.Value(name=f"{name}.out"), like)
     return ir.node(function, inputs, attributes or {}, domain=DOMAIN, outputs=[output], name=name)  # type: ignore[arg-type]
 
 
-def _resemble(new: ir.Value, like: ir.Value | None) -> ir.Value:
+def resemble(new: ir.Value, like: ir.Value | None) -> ir.Value:
+    """Give a value the shape, type and order of rows of another; return it."""
     if like is not None:
         new.shape = like.shape.copy() if like.shape is not None else None
         new.type = like.type

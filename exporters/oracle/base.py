@@ -32,7 +32,7 @@ class Base(ABC):
     """
 
     module: nn.Module | None = None  # the torch module, where there is one
-    decoder: DecoderPorts | None = None  # ports of a causal language model in slot form
+    decoder: DecoderPorts | None = None  # ports of a decoder in slot form
     directory: Path | None = None  # Hugging Face directory of such a model
     own_names: Mapping[str, str] = {}  # input or output -> the name it has in the module, where that is another
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import fit, slots
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BANKED_ROWS, FACTORED_CPU, Bundle
+from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BANKED_ROWS, FACTORED_CPU, FACTORED_CUDA, Bundle
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.bundle.packing import Packed, pack
 from tpeft_deploy.tucker import Array
@@ -14,7 +14,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["BANKED", "BASE", "FACTORED", "banks", "feed_names", "feeds_of", "form_of", "graphs_of"]
 
 BASE, FACTORED, BANKED = "base.onnx", "factored.onnx", "banked.onnx"
-_FURTHER = (FACTORED_CPU, BANKED_CPU, BANKED_CUDA, BANKED_ROWS)
+_FURTHER = (FACTORED_CPU, FACTORED_CUDA, BANKED_CPU, BANKED_CUDA, BANKED_ROWS)
 
 
 def form_of(file: str) -> str:
@@ -67,4 +67,4 @@ def banks(bundle: Bundle, tasks: Mapping[str, Adapter | None]) -> dict[str, dict
 
 
 def _packing(manifest: Manifest, file: str) -> Sequence[Packed]:
-    return manifest.packing if file == BANKED_CUDA else ()
+    return {BANKED_CUDA: manifest.packing, FACTORED_CUDA: manifest.stacking}.get(file, ())

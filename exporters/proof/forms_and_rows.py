@@ -136,16 +136,18 @@ def check_forms(
     filled = banks(bundle, tasks)
     for position, (task, adapter) in enumerate(tasks.items()):
         progress(Stage(f"check {task}, one adapter per run", position, len(tasks)))
-        factors = bundle.factors(task) if adapter is not None else {}
+        factors = {file: bundle.factors(task, file) if adapter is not None else {} for file in sessions.keys() - filled}
         source = sources.of(task, adapter)
         for sizes in shapes:
             inputs = subject.inputs(sizes)
             expected = subject.reference(adapter, sizes)
             for file, session in sessions.items():
-                extra, answer = factors, partial(compare.run, session, inputs, factors)
                 if file in filled:
-                    rows = feeds_of(file, filled[file], np.array([position]))
-                    extra, answer = rows, partial(_run_banked, session, inputs, rows, bundle, adapter)
+                    extra = feeds_of(file, filled[file], np.array([position]))
+                    answer = partial(_run_banked, session, inputs, extra, bundle, adapter)
+                else:
+                    extra = factors[file]
+                    answer = partial(compare.run, session, inputs, extra)
                 for check in source.measure(file.removesuffix(".onnx"), task, sizes, answer, expected, limit):
                     yield explain(check, bundle.path / file, {**inputs, **extra})
 

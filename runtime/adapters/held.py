@@ -20,20 +20,23 @@ class Held:
         versions: versions as they were asked for; one that occurs several times is counted once, the base never.
         rows: versions -> the present bank and their rows in it.
         release: decrements the reference count of versions.
+        places: indices of the devices that they are on, where there are several.
 
     Attributes:
         counted: versions that this holds; none after `release`.
     """
 
-    __slots__ = ("_release", "_rows", "counted", "versions")
+    __slots__ = ("_release", "_rows", "counted", "places", "versions")
 
     def __init__(
         self,
         versions: Sequence[Version],
         rows: Callable[[Iterable[Version]], tuple[Bank, list[int]]],
         release: Callable[[Iterable[Version]], None],
+        places: Sequence[int] = (0,),
     ) -> None:
         self.versions = versions
+        self.places = places
         self.counted: Sequence[Version] = adapters(versions)
         self._rows = rows
         self._release = release

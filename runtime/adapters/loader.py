@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from tpeft_deploy.errors import DeadlineExceeded, QueueFull
 from tpeft_deploy.runtime.adapters.held import Held
-from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.version import Version, adapters
+from tpeft_deploy.runtime.devices.spread import AnyResidency
 
 __all__ = ["AdapterLoader"]
 
@@ -24,7 +24,7 @@ class AdapterLoader:
         most: requests of one tenant that may wait for adapters.
     """
 
-    def __init__(self, residency: Residency, most: int = 1024) -> None:
+    def __init__(self, residency: AnyResidency, most: int = 1024) -> None:
         self._residency = residency
         self._most = most
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tpeft-load")

@@ -79,12 +79,13 @@ class Residency:
         self._alike: WeakValueDictionary[frozenset[tuple[str, Shape]], _Shapes] = WeakValueDictionary()
         self._closed = False
 
-    def acquire(self, versions: Sequence[Version], *, new: bool = False) -> Held:
+    def acquire(self, versions: Sequence[Version], *, new: bool = False, everywhere: bool = True) -> Held:
         """Bring versions to the device and acquire them.
 
         Args:
             versions: versions, the base among them or not.
             new: as for `try_acquire`.
+            everywhere: whether on every device, where there are several; there is one here.
 
         Raises:
             AdapterError, BundleError: one cannot be read or does not fit.

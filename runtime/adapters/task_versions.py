@@ -71,6 +71,10 @@ class TaskVersions:
             fix="Use tasks=[...] for one task per row.",
         )
 
+    def knows(self, task: str) -> bool:
+        """Whether there is a task of that name."""
+        return task in self._versions
+
     def adapter(self, task: str, verb: str) -> Version:
         """Return the version of a task that has an adapter.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +14,8 @@ from tpeft_deploy.runtime.adapters.bank import Rows, Shape
 __all__ = ["Content", "Source", "Tier", "Version", "adapters"]
 
 Tier = Literal["disk", "host", "device", "folded"]
+
+_TWINS = threading.Lock()  # guards the twins of all versions
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,7 @@ class Version:
     pinned: bool = False
     current: bool = True  # whether the task still stands for it
     reading: threading.Lock = field(default_factory=threading.Lock)
+    twins: dict[int, Version] = field(default_factory=dict)  # the same on further devices: each has a residency
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -100,6 +103,32 @@ class Version:
     def is_base(self) -> bool:
         """Whether this is the base."""
         return self.row == 0
+
+    @property
+    def changes(self) -> Collection[str]:
+        """Inputs of the graphs that it changes, known once it was read for any device."""
+        return self.shapes or next((twin.shapes for _, twin in self.everywhere() if twin.shapes), ())
+
+    def on(self, place: int) -> Version:
+        """Return the version's counterpart on one of several devices: itself on the first, and for the base on all.
+
+        Args:
+            place: index of the device.
+        """
+        if not place or self.is_base:
+            return self
+        twin = self.twins.get(place)
+        if twin is None:
+            with _TWINS:  # as `everywhere`: one that is made after its task has gone knows it
+                twin = self.twins.get(place)
+                if twin is None:
+                    twin = self.twins[place] = Version(self.name, self.digest, self.read, current=self.current)
+        return twin
+
+    def everywhere(self) -> list[tuple[int, Version]]:
+        """Return the devices that the version was asked for on, each with the counterpart there."""
+        with _TWINS:
+            return [(0, self), *self.twins.items()]
 
 
 def adapters(versions: Sequence[Version]) -> Sequence[Version]:

@@ -10,10 +10,10 @@ from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import CapacityError
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.loader import AdapterLoader
-from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.version import Version, adapters
 from tpeft_deploy.runtime.batching.calls import Answered, InferOptions
 from tpeft_deploy.runtime.batching.worker import Batcher
+from tpeft_deploy.runtime.devices.spread import AnyResidency
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Dispatcher"]
@@ -29,7 +29,7 @@ class Dispatcher:
         batcher: joins and runs requests.
     """
 
-    def __init__(self, manifest: Manifest, residency: Residency, loader: AdapterLoader, batcher: Batcher) -> None:
+    def __init__(self, manifest: Manifest, residency: AnyResidency, loader: AdapterLoader, batcher: Batcher) -> None:
         self._manifest = manifest
         self._residency = residency
         self._loader = loader

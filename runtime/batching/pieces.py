@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -35,6 +36,7 @@ class Whole:
         self.rows = call.request.rows
         self._count = -(-self.rows // most)
         self._make = partial(self._piece, call, most, limits, joiner, number)
+        self._lock = threading.Lock()  # guards the answers, which several workers may bring
         self._answered: set[int] = set()
         self._arrays: dict[str, Array] = {}
         self._lists: dict[str, list[Array]] = {}
@@ -76,6 +78,7 @@ class Whole:
             size=limits.size(count, cost),
             call=whole.id,
             asked=0,
+            places=whole.places,
         )
         piece = Call(request, inputs, call.held, versions, call.options, call.future, whole=self, start=rows.start)
         self.pieces.append(piece)
@@ -90,6 +93,10 @@ class Whole:
         Raises:
             RunError: an output has other sizes than that of another piece.
         """
+        with self._lock:
+            return self._put(piece, answer)
+
+    def _put(self, piece: Call, answer: Answered) -> Answered | None:
         start = piece.start
         for port in self._ports:
             part = answer[port.name]

@@ -36,6 +36,7 @@ class Request(Generic[Form]):
         call: requests of the same call are pieces of one, and leave the queue together when one is refused.
         asked: size of all pieces of the call, for the one that is added first, and 0 for the others; its size
             unless given.  An order that refuses requests looks at this.
+        places: workers that can run it.
     """
 
     id: int
@@ -49,6 +50,7 @@ class Request(Generic[Form]):
     size: int = 0
     call: int | None = None
     asked: int = -1
+    places: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
         if not self.size:
@@ -60,8 +62,8 @@ class Request(Generic[Form]):
 class Order(Protocol[Form]):
     """Waiting requests in the order in which they are to be served.
 
-    The first of the order is in the next batch, always; the others join it, in order, where they fit.  An order that
-    puts every request first after a bounded number of batches therefore starves none.
+    The first that a worker can run is in that worker's next batch, always; the others join it, in order, where they
+    fit.  An order that puts every request first after a bounded number of batches therefore starves none.
     """
 
     def add(self, request: Request[Form]) -> None:
@@ -122,8 +124,23 @@ class _Waiting(Generic[Form]):
         self.size = 0
 
 
+@dataclass(slots=True, eq=False)
+class _Worker(Generic[Form]):
+    """What the rule of `Queue._worth_waiting` remembers, and learns, of one worker."""
+
+    waiting: int = 0  # requests that it can run
+    running: int = 0  # those of the last batch, when that began and ended, and what was there then
+    began: float = 0.0
+    free_since: float = -math.inf
+    around: int = 0
+    held: bool = False  # whether it was told to wait,
+    doubt: int = 0  # how often in vain,
+    skip: int = 0  # and for how many batches not to try again
+    holding: tuple[Form, float] | None = None  # the batch that it was told to wait with, and until when
+
+
 class Queue(Generic[Form]):
-    """Requests that wait for one worker, which runs a batch at a time.
+    """Requests that wait for workers, each of which runs a batch at a time.
 
     Times are seconds of any clock that does not run backwards; every call says what time it is.  Not safe to call
     from several threads at once.
@@ -134,6 +151,7 @@ class Queue(Generic[Form]):
             as the form of its first request.
         order: scheduling order; first come, first served by default.
         evicted: is told of each waiting request that has to leave for one of another tenant; `add` calls it.
+        workers: number of workers.
     """
 
     def __init__(
@@ -142,6 +160,7 @@ class Queue(Generic[Form]):
         join: Callable[[Form, Form], Form | None],
         order: Order[Form] | None = None,
         evicted: Callable[[Request[Form]], None] = lambda _: None,
+        workers: int = 1,
     ) -> None:
         self._limits = limits
         self._join = join
@@ -153,17 +172,7 @@ class Queue(Generic[Form]):
         self._rows = 0
         self._size = 0
         self._earliest_deadline = math.inf
-        # What the rule of `_worth_waiting` remembers: the last batch, and what was there when it ended.
-        self._running = 0
-        self._began = 0.0
-        self._free_since = -math.inf
-        self._around = 0
-        # And what it learns: whether the last wait was in vain, and for how many batches not to try again.
-        self._held = False
-        self._doubt = 0
-        self._skip = 0
-        # The batch that the worker was told to wait with, and until when.
-        self._holding: tuple[Form, float] | None = None
+        self._workers: Sequence[_Worker[Form]] = [_Worker() for _ in range(workers)]
 
     @property
     def rows(self) -> int:
@@ -205,7 +214,7 @@ class Queue(Generic[Form]):
             self._order.add(piece)
             self._enter(piece, now)
         self._earliest_deadline = min(self._earliest_deadline, request.deadline)
-        return self._holding is None or self._ends_holding(*self._holding, request)
+        return any(self._ends_holding(self._workers[place], request) for place in request.places)
 
     def _enter(self, request: Request[Form], now: float) -> None:
         self._waiting[request.id] = (request, now)
@@ -216,6 +225,8 @@ class Queue(Generic[Form]):
         own.size += request.size
         self._size += request.size
         self._rows += request.rows
+        for place in request.places:
+            self._workers[place].waiting += 1
 
     def _leave(self, request: Request[Form]) -> None:
         del self._waiting[request.id]
@@ -226,6 +237,8 @@ class Queue(Generic[Form]):
             del self._tenants[request.tenant]
         self._size -= request.size
         self._rows -= request.rows
+        for place in request.places:
+            self._workers[place].waiting -= 1
 
     def _victims(self, request: Request[Form]) -> list[Request[Form]]:
         """Requests that leave so that another one has room.
@@ -259,10 +272,13 @@ class Queue(Generic[Form]):
             excess -= size
         return found
 
-    def _ends_holding(self, form: Form, until: float, request: Request[Form]) -> bool:
-        """Whether one more request may make a batch run that was worth waiting for; see `_worth_waiting`."""
+    def _ends_holding(self, worker: _Worker[Form], request: Request[Form]) -> bool:
+        """Whether one more request may make a batch run, also one that was worth waiting for; see `_worth_waiting`."""
+        if worker.holding is None:
+            return True
+        form, until = worker.holding
         return (
-            len(self._waiting) >= self._around
+            worker.waiting >= worker.around
             or self._rows >= self._limits.max_rows
             or request.deadline <= until
             or request.form is None
@@ -288,43 +304,51 @@ class Queue(Generic[Form]):
         self._earliest_deadline = min((request.deadline for request, _ in self._waiting.values()), default=math.inf)
         return over
 
-    def next(self, now: float) -> list[Request[Form]] | float:
-        """What a free worker does next; call `expire` first, and this only after `ended` said that nothing runs.
+    def next(self, now: float, place: int = 0) -> list[Request[Form]] | float:
+        """What a free worker does next; call `expire` first, and this only after `ended` said that it runs nothing.
+
+        Args:
+            now: the time.
+            place: index of the worker.
 
         Returns:
             A batch to run now, or the time to ask again if nothing is added before; infinity when nothing waits.
         """
-        self._holding = None
-        if not self._waiting:
+        worker = self._workers[place]
+        worker.holding = None
+        if not worker.waiting:
             return math.inf
-        batch, form = self._gather()
-        until = self._worth_waiting(batch)
+        batch, form = self._gather(place)
+        until = self._worth_waiting(worker, batch)
         if now < until:
-            self._held = True
+            worker.held = True
             if form is not None:
-                self._holding = form, until
+                worker.holding = form, until
             return until
-        self._learn(in_vain=until > -math.inf)
+        _learn(worker, in_vain=until > -math.inf)
         self._order.serve(batch)
         for request in batch:
             self._leave(request)
-        self._running = len(batch)
-        self._began = now
+        worker.running = len(batch)
+        worker.began = now
         return batch
 
-    def ended(self, now: float) -> None:
-        """Record that the batch has run; does nothing if no batch was running.
+    def ended(self, now: float, place: int = 0) -> None:
+        """Record that the batch of a worker has run; does nothing if it was running none.
 
         Call it before the futures are resolved: clients that send again at once would be counted twice.
         """
-        if self._running:
-            self._free_since = now
-            self._around = self._running + len(self._waiting)
-            self._running = 0
+        worker = self._workers[place]
+        if worker.running:
+            worker.free_since = now
+            worker.around = worker.running + worker.waiting
+            worker.running = 0
 
-    def _gather(self) -> tuple[list[Request[Form]], Form | None]:
-        """The first request of the order with what can join it, up to the bounds of a run; and their form."""
+    def _gather(self, place: int) -> tuple[list[Request[Form]], Form | None]:
+        """A worker's first request of the order with what can join it, up to the bounds of a run; and their form."""
         waiting = iter(self._order)
+        if len(self._workers) > 1:
+            waiting = (request for request in waiting if place in request.places)
         first = next(waiting)
         batch, rows, form, passed = [first], first.rows, first.form, 0
         elements = first.cost
@@ -342,7 +366,7 @@ class Queue(Generic[Form]):
                 batch.append(request)
         return batch, form
 
-    def _worth_waiting(self, batch: Sequence[Request[Form]]) -> float:
+    def _worth_waiting(self, worker: _Worker[Form], batch: Sequence[Request[Form]]) -> float:
         """Until when a batch should wait for company; minus infinity if not at all.
 
         What comes during a run waits anyway and forms the next batch: under load, batches grow by themselves (as in
@@ -355,21 +379,22 @@ class Queue(Generic[Form]):
         """
         if batch[0].form is None or sum(request.rows for request in batch) >= self._limits.max_rows:
             return -math.inf
-        if len(batch) < len(self._waiting) or len(batch) >= self._around or self._skip:
+        if len(batch) < worker.waiting or len(batch) >= worker.around or worker.skip:
             # Others cannot join this batch and would wait too; or all are here again; or none came lately.
             return -math.inf
         oldest = min(self._waiting[request.id][1] for request in batch)
-        if oldest - self._free_since >= self._limits.max_delay:
+        if oldest - worker.free_since >= self._limits.max_delay:
             return -math.inf
-        until = max(oldest, self._free_since) + min(self._limits.max_delay, self._free_since - self._began)
+        until = max(oldest, worker.free_since) + min(self._limits.max_delay, worker.free_since - worker.began)
         # A delay must not be what costs a request its deadline.
         return -math.inf if any(request.deadline <= until for request in batch) else until
 
-    def _learn(self, *, in_vain: bool) -> None:
-        """Wait more and more rarely while none comes: requests that arrive at random gain nothing from a delay."""
-        if self._skip:
-            self._skip -= 1
-        elif self._held:
-            self._doubt = min(2 * self._doubt + 1, 15) if in_vain else 0
-            self._skip = self._doubt
-        self._held = False
+
+def _learn(worker: _Worker[Form], *, in_vain: bool) -> None:
+    """Wait more and more rarely while none comes: requests that arrive at random gain nothing from a delay."""
+    if worker.skip:
+        worker.skip -= 1
+    elif worker.held:
+        worker.doubt = min(2 * worker.doubt + 1, 15) if in_vain else 0
+        worker.skip = worker.doubt
+    worker.held = False

@@ -1,4 +1,4 @@
-"""Requests of many callers as batches on one worker thread."""
+"""Requests of many callers as batches on a worker thread of each device."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class Batcher:
         limits: bounds.
         order: scheduling order; first come, first served by default.
         clock: seconds since any moment.
+        more: as `run_batch`, for further devices, each called from a separate thread.
     """
 
     def __init__(
@@ -54,24 +55,26 @@ class Batcher:
         *,
         order: Order[Form] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        more: Sequence[RunBatch] = (),
     ) -> None:
         self._name = manifest.name
         self._run_batch = run_batch
+        self._more = more
         self._clock = clock
         self._joiner = Joiner(manifest, max_waste=limits.max_waste)
         self._limits = limits
         # What fits into one run and needs no closer look.
         self._most_rows = min(limits.max_rows, limits.max_request_rows or limits.max_rows)
         self._most_elements = limits.max_run_elements or math.inf
-        self._queue: Queue[Form] = Queue(limits, self._joiner.fits, order, self._evict)
+        self._queue: Queue[Form] = Queue(limits, self._joiner.fits, order, self._evict, 1 + len(more))
         # Guards everything below and the queue.
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)  # notified when the worker should look again
-        self._asleep = False
+        self._changed = threading.Condition(self._lock)  # notified when the workers should look again
+        self._asleep: set[int] = set()  # workers that wait for that
         self._ids = itertools.count()
         self._calls: dict[int, Call] = {}  # those in the queue
-        self._run: Run | None = None
-        self._worker: threading.Thread | None = None
+        self._runs: dict[int, Run] = {}  # by worker
+        self._workers: dict[int, threading.Thread] = {}
         self._closed = False
         self._joined: Counter[int] = Counter()
         self._counts: Counter[str] = Counter()
@@ -118,7 +121,7 @@ class Batcher:
                 call.future.exception()
             call.release()
             # No later run has it: the call was answered, or left, under the lock.
-            if self._run is None or not self._release_after_run(held):
+            if not self._runs or not self._release_after_run(held):
                 held.release()
 
     def _call(self, inputs: Mapping[str, Array], held: Held, options: InferOptions) -> Call:
@@ -135,6 +138,7 @@ class Batcher:
             cost=sum(array.size for array in inputs.values()) if form is None else form.elements,
             lane=own,
             priority=options.priority,
+            places=held.places,
         )
         future: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
         call = Call(request, inputs, held, held.versions, options, future)
@@ -150,15 +154,18 @@ class Batcher:
         return call
 
     def _release_after_run(self, held: Held) -> bool:
-        """Leave the release to the end of the present run, if that uses the versions."""
-        run = self._run
-        if run is None or held not in run.held:
+        """Leave the release to the end of a present run that uses the versions, if there is one."""
+        if not any(held in run.held for run in list(self._runs.values())):
             return False
         with self._lock:
-            if self._run is not run:
-                return False
-            run.left.append(held)
-            return True
+            return self._pass_on(held)
+
+    def _pass_on(self, held: Held) -> bool:
+        for run in self._runs.values():
+            if held in run.held:
+                run.left.append(held)
+                return True
+        return False
 
     def check(self, inputs: Mapping[str, Array]) -> None:
         """Refuse a request that is too large for `infer`, whatever waits.
@@ -185,7 +192,7 @@ class Batcher:
             )
 
     def close(self) -> None:
-        """Refuse new requests, fail those that wait, and return once the batch that runs is answered."""
+        """Refuse new requests, fail those that wait, and return once the batches that run are answered."""
         with self._lock:
             self._closed = True
             waiting = list(self._calls.values())
@@ -193,10 +200,11 @@ class Batcher:
             for call in waiting:
                 self._queue.cancel(call.request.id)
             self._answer([(call, self._closed_error(call.name)) for call in waiting])
-            self._changed.notify()
-            worker = self._worker
-        if worker is not None and worker is not threading.current_thread():
-            worker.join()
+            self._changed.notify_all()
+            workers = list(self._workers.values())
+        for worker in workers:
+            if worker is not threading.current_thread():
+                worker.join()
 
     def _cut(self, call: Call) -> Call:
         """The first piece of a call that is larger than a run, or the call itself where it runs alone."""
@@ -211,10 +219,12 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise self._closed_error(call.name)
-            if self._worker is None:
-                worker = threading.Thread(target=self._work, name=f"batcher of {self._name}", daemon=True)
-                worker.start()
-                self._worker = worker
+            for place in call.request.places:
+                if place not in self._workers:
+                    name = f"batcher of {self._name}"
+                    worker = threading.Thread(target=self._work, args=(place,), name=name, daemon=True)
+                    worker.start()
+                    self._workers[place] = worker
             now = self._clock()
             if call.request.deadline <= now:
                 self._counts["overdue"] += 1
@@ -226,9 +236,10 @@ class Batcher:
                 raise
             for piece in call.together:
                 self._calls[piece.request.id] = piece
-            if due and self._asleep:  # a worker that is woken for nothing costs as much as a request
-                self._asleep = False
-                self._changed.notify()
+            # A worker that is woken for nothing costs as much as a request.
+            if due and not self._asleep.isdisjoint(call.request.places):
+                self._asleep.clear()
+                self._changed.notify_all()
 
     def _expire(self, call: Call) -> None:
         if self._leave(call, "overdue") and not call.future.done():
@@ -248,9 +259,11 @@ class Batcher:
             piece.gone = True
             if self._queue.cancel(piece.request.id):
                 del self._calls[piece.request.id]
-            elif self._run is not None and piece in self._run.calls and all(other.gone for other in self._run.calls):
-                self._run.options.terminate = True
-                self._counts["stopped"] += 1
+                continue
+            for run in self._runs.values():
+                if piece in run.calls and all(other.gone for other in run.calls):
+                    run.options.terminate = True
+                    self._counts["stopped"] += 1
         return bool(left)
 
     def _evict(self, request: Request[Form]) -> None:
@@ -278,42 +291,42 @@ class Batcher:
             told.append((call, result))
         answer(told)
 
-    def _work(self) -> None:
-        while self._turn():
+    def _work(self, place: int) -> None:
+        while self._turn(place):
             pass
 
-    def _turn(self) -> bool:
+    def _turn(self, place: int) -> bool:
         """Wait for a batch and run it; False when the worker has to end.  A function, so that no batch is kept."""
-        calls = self._take()
+        calls = self._take(place)
         if calls is None:
             return False
-        if not self._attempt(calls):
+        if not self._attempt(calls, place):
             # One request may spoil the batch for all: each alone, only the bad ones fail.
             for call in calls:
-                self._attempt([call])
+                self._attempt([call], place)
         return True
 
-    def _take(self) -> list[Call] | None:
+    def _take(self, place: int) -> list[Call] | None:
         with self._lock:
             while not self._closed:
                 now = self._clock()
                 over = [self._calls.pop(request.id) for request in self._queue.expire(now)]
                 self._counts["overdue"] += len({id(call.future) for call in over if not call.gone})
                 self._answer([(call, call.overdue()) for call in over])
-                found = self._queue.next(now)
+                found = self._queue.next(now, place)
                 if isinstance(found, list):
                     return [self._calls.pop(request.id) for request in found]
-                self._asleep = True
+                self._asleep.add(place)
                 woken = self._changed.wait(min(max(found - now, 0), _IDLE_SECONDS))
-                self._asleep = False
+                self._asleep.discard(place)
                 if not woken and not len(self._queue):
                     break
-            self._worker = None
+            del self._workers[place]
             return None
 
-    def _attempt(self, calls: Sequence[Call]) -> bool:
+    def _attempt(self, calls: Sequence[Call], place: int) -> bool:
         """Run requests as one batch and answer them; False, with nothing answered, if a batch of several failed."""
-        run = self._begin(calls)
+        run = self._begin(calls, place)
         if run is None:
             return True
         parts = [call.inputs for call in run.calls]
@@ -323,7 +336,8 @@ class Batcher:
         answers: list[CallResult] = []
         began = self._clock()
         try:
-            outputs = self._run_batch(self._joiner.join(parts), versions, run.options)
+            run_batch = self._more[place - 1] if place else self._run_batch
+            outputs = run_batch(self._joiner.join(parts), versions, run.options)
             found = self._joiner.cut(outputs, parts, apart=apart, wanted=wanted)
             for call, own in zip(run.calls, found, strict=True):
                 answers.append((call, own if call.whole is None else call.whole.put(call, own)))
@@ -334,26 +348,28 @@ class Batcher:
             answers.append((run.calls[0], error))
         finally:
             with self._lock:
-                self._run = None
+                del self._runs[place]
                 now = self._clock()
-                self._queue.ended(now)
+                self._queue.ended(now, place)
                 _time(run.calls, began, now)
                 self._answer(answers)
-            for held in run.left:
+                # Pieces of one request may be in the runs of several workers.
+                unused = [held for held in run.left if not self._pass_on(held)]
+            for held in unused:
                 held.release()
             answers.clear()  # an error in them refers to this frame
         return True
 
-    def _begin(self, calls: Iterable[Call]) -> Run | None:
+    def _begin(self, calls: Iterable[Call], place: int) -> Run | None:
         with self._lock:
             wanted = [call for call in calls if not call.gone]
             if not wanted:
-                self._queue.ended(self._clock())
+                self._queue.ended(self._clock(), place)
                 return None
-            self._run = Run(wanted)
+            run = self._runs[place] = Run(wanted)
             self._joined[len(wanted)] += 1
             self._counts["rows"] += sum(call.request.rows for call in wanted)
-            return self._run
+            return run
 
     def _closed_error(self, name: str) -> RunError:
         return RunError(

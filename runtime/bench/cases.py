@@ -8,13 +8,14 @@ from itertools import count, cycle
 import numpy as np
 import onnxruntime
 
-from tpeft_deploy.bundle.directory import FACTORED_CPU, Bundle
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import AdapterError, InputError, RunError, TpeftError
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.bench.measure import Case
 from tpeft_deploy.runtime.runtime import Runtime
 from tpeft_deploy.runtime.sessions.providers import DEFAULT_CUDA, Choice, Cuda, open_session
+from tpeft_deploy.runtime.sessions.served_graphs import factored_graph
 from tpeft_deploy.tucker import Array
 
 __all__ = ["CASES", "PlainSessions", "batch", "fold_copy", "free_name", "known_tasks", "served", "taking_turns"]
@@ -57,12 +58,12 @@ class PlainSessions:
 
     def factored(self, task: str, inputs: Mapping[str, Array]) -> Case:
         """A run of the factored graph with a task's factors bound beforehand."""
+        file = factored_graph(self._choice.provider, self._bundle.manifest)
         if self._factored is None:
-            on_cpu = self._choice.provider == "cpu" and FACTORED_CPU in self._bundle.manifest.files
-            self._factored = self._open(FACTORED_CPU if on_cpu else "factored.onnx")
+            self._factored = self._open(file)
         session, device = self._factored, device_lock.place(self._choice.device)
         binding = session.io_binding()
-        for name, array in self._bundle.factors(task).items():
+        for name, array in self._bundle.factors(task, file).items():
             value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *device)
             binding.bind_ortvalue_input(name, value)
         outputs = [output.name for output in session.get_outputs()]

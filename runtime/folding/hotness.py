@@ -69,7 +69,7 @@ class Heat(Generic[K]):
         with self._lock:
             return frozenset(self._folded)
 
-    def record(self, key: K, rows: int, now: float) -> None:
+    def record(self, key: K, rows: float, now: float) -> None:
         """Count the rows of one run.
 
         Args:

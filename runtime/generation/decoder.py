@@ -22,6 +22,7 @@ from tpeft_deploy.tucker import Array
 
 __all__ = ["BankedDecoder", "ResidentVersion"]
 
+_MOST_RUNS = 256  # bindings that are kept
 _BFLOAT16 = 16  # ONNX's number of the type, which numpy does not have
 
 
@@ -132,11 +133,13 @@ class BankedDecoder:
         """Bytes of the adapters that are copied to slots."""
         return 0 if self.adapters is None else self.adapters.nbytes
 
-    def prefill(self, slot: int, tokens: Array, past: int, version: ResidentVersion) -> Array:
-        """Compute tokens of one slot behind its first `past`; returns the logits of the last token [vocabulary]."""
-        bank, rows = self._rows([slot], [version])
-        logits: Array = self._run(bank, slot, tokens[None], past, rows)[0]
-        return logits
+    def prefill(self, slots: Sequence[int], tokens: Array, past: int, versions: Sequence[ResidentVersion]) -> Array:
+        """Compute tokens (n, length) behind the first `past` of slots; returns logits of the last (n, vocabulary).
+
+        Several slots follow each other, and their past is 0.
+        """
+        bank, rows = self._rows(slots, versions)
+        return self._run(bank, slots[0], tokens, past, rows)
 
     def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[ResidentVersion]) -> Array:
         """Compute one token for each of some slots, ascending; returns logits [n, vocabulary]."""
@@ -193,7 +196,7 @@ class BankedDecoder:
         run = self._runs.get((first, rows))
         if run is not None and run.bank is bank:
             return run
-        if run is not None:
-            self._runs.clear()  # all of an earlier bank, which they keep
+        if run is not None or len(self._runs) > _MOST_RUNS:
+            self._runs.clear()  # all of an earlier bank, which they keep, or too many
         run = self._runs[first, rows] = _Run(self, first, rows, bank)
         return run

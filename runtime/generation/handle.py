@@ -47,6 +47,7 @@ class GenerationRequest:
         priority: smaller values first.
         deadline: time by the generator's clock after which the result is of no use.
         text: makes the detokeniser of each sequence; needed for stop strings.
+        scored: whether the log-probabilities of the tokens are wanted; without, they are NaN.
     """
 
     prompt: Sequence[int]
@@ -58,6 +59,7 @@ class GenerationRequest:
     priority: int = 0
     deadline: float = math.inf
     text: Callable[[], Detokeniser] | None = None
+    scored: bool = True
 
     def check(self, vocabulary: int, length: int) -> None:
         """Refuse what a decoder cannot run.

@@ -19,9 +19,9 @@ from tpeft_deploy.runtime.batching.policy import Order
 from tpeft_deploy.runtime.generation.handle import Generated, GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.prefixes import Match, PrefixCache, Sized
 from tpeft_deploy.runtime.generation.record import Record
-from tpeft_deploy.runtime.generation.sampling import Token
+from tpeft_deploy.runtime.generation.sampling import Token, peaks
 from tpeft_deploy.runtime.generation.scheduler import Piece, Scheduler, Step
-from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence
+from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence, release_all
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.tucker import Array
 
@@ -40,8 +40,11 @@ class Decoder(Protocol):
     length: int
     vocabulary: int
 
-    def prefill(self, slot: int, tokens: Array, past: int, version: Any) -> Array:
-        """Compute tokens of one slot behind its first `past`; returns the logits of the last token [vocabulary]."""
+    def prefill(self, slots: abc.Sequence[int], tokens: Array, past: int, versions: abc.Sequence[Any]) -> Array:
+        """Compute tokens [n, length] behind the first `past` of slots; returns logits of the last [n, vocabulary].
+
+        Several slots follow each other, and their past is 0.
+        """
 
     def decode(self, slots: abc.Sequence[int], tokens: Array, pasts: Array, versions: abc.Sequence[Any]) -> Array:
         """Compute one token for each of some slots, returns logits [n, vocabulary].
@@ -256,7 +259,7 @@ class Generator:
                 self._counts["steps"] += bool(step)
                 self._busy += self._clock() - began
                 leaving, self._leaving = self._leaving, []
-            _release(leaving)
+            release_all(leaving)
         return True
 
     def _run(self, step: Step) -> None:
@@ -268,22 +271,22 @@ class Generator:
         # Rows that were cancelled just now stay, so that the slots are dense; one that could not be moved has no cache.
         decodes = [piece for piece in step.decodes if piece.sequence.reason != "error"]
         if decodes:
-            with self._failing([piece.sequence for piece in decodes]):
-                logits = self._decoder.decode(
-                    [piece.slot for piece in decodes],
-                    np.array([piece.sequence.span(piece.past, piece.past + 1)[0] for piece in decodes], np.int64),
-                    np.array([piece.past for piece in decodes], np.int64),
-                    [piece.sequence.version for piece in decodes],
-                )
-                self._computed(decodes, logits)
-        for piece in step.pieces:
-            if piece.sequence.over:
-                continue
-            with self._failing([piece.sequence]):
-                tokens = np.array(piece.sequence.span(piece.past, piece.past + piece.length), np.int64)
-                logits = self._decoder.prefill(piece.slot, tokens, piece.past, piece.sequence.version)
-                self._counts["prefilled_tokens"] += piece.length
-                self._computed([piece], logits[None])
+            self._compute(decodes)
+        for pieces in step.prefills():
+            self._compute(pieces, prefill=True)
+
+    def _compute(self, pieces: abc.Sequence[Piece], *, prefill: bool = False) -> None:
+        """Compute pieces of one length together."""
+        with self._failing([piece.sequence for piece in pieces]):
+            tokens = np.array([piece.sequence.span(piece.past, piece.past + piece.length) for piece in pieces])
+            slots, versions = [piece.slot for piece in pieces], [piece.sequence.version for piece in pieces]
+            if prefill:
+                logits = self._decoder.prefill(slots, tokens, pieces[0].past, versions)
+                self._counts["prefilled_tokens"] += tokens.size
+            else:
+                pasts = np.array([piece.past for piece in pieces])
+                logits = self._decoder.decode(slots, tokens[:, 0], pasts, versions)
+            self._computed(pieces, logits)
 
     def _computed(self, pieces: abc.Sequence[Piece], logits: Array) -> None:
         """Take in the result of a run: the caches have grown, and the logits give the next tokens."""
@@ -291,19 +294,19 @@ class Generator:
             for piece in pieces:
                 self._scheduler.computed(piece.sequence, piece.length)
             records = [self._records.get(piece.sequence.id) for piece in pieces]
-        for piece, record, own in zip(pieces, records, logits, strict=True):
+        found = peaks(logits, any(record.scored for record in records if record is not None))
+        for piece, record, own, peak in zip(pieces, records, logits, found, strict=True):
             if record is None or not piece.last:
                 continue
             try:
                 if record.sequence.phase == "prefilling":
                     self._keep(record, piece.slot, record.sequence.cached)
-                self._advance(record, piece, own)
+                self._advance(record, piece, record.sampler.choose(own, peak))
             except Exception as error:
                 self._fail([record], error)
 
-    def _advance(self, record: Record, piece: Piece, logits: Array) -> None:
+    def _advance(self, record: Record, piece: Piece, token: Token) -> None:
         sequence = record.sequence
-        token = record.sampler.choose(logits)
         with self._lock:
             self._scheduler.append(sequence, token.id)
             self._counts["generated_tokens"] += 1
@@ -365,7 +368,7 @@ class Generator:
             released = [] if self._stepping else self._leaving
             if not self._stepping:
                 self._leaving = []
-        _release(released)
+        release_all(released)
         return True
 
     def _leave(self, sequence: Sequence, why: str) -> Record:
@@ -386,14 +389,6 @@ class Generator:
         for record in records:
             if self._end(record.sequence, "error"):
                 record.handle.resolve(error)
-
-
-def _release(versions: abc.Sequence[HeldVersion]) -> None:
-    for version in versions:
-        try:
-            version.release()
-        except Exception:
-            _log.exception("an adapter version could not be released")
 
 
 def _closed() -> RunError:

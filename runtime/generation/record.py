@@ -24,6 +24,7 @@ class Record:
         owner: tenant that may reuse its cache; None for all.
         text: detokeniser, if the caller wants text.
         stops: stop strings.
+        scored: whether the log-probabilities of its tokens are wanted.
     """
 
     sequence: Sequence
@@ -32,6 +33,7 @@ class Record:
     owner: str | None
     text: Detokeniser | None
     stops: StopStrings
+    scored: bool
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class Record:
             None if request.public else request.tenant,
             None if request.text is None else request.text(),
             StopStrings(request.sampling.stop_strings),
+            request.scored,
         )
 
     def with_text(self, token: Token, reason: Reason | None) -> tuple[Token, Reason | None]:

@@ -7,14 +7,14 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from tpeft_deploy.errors import InputError, RunError
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Sampler", "Sampling", "Token"]
+__all__ = ["Peak", "Sampler", "Sampling", "Token", "peaks"]
 
 T = TypeVar("T")
 
@@ -153,6 +153,40 @@ class Token:
     text: str = ""
 
 
+class Peak(NamedTuple):
+    """What every choice needs of the logits of a row.
+
+    Attributes:
+        token: most probable token.
+        logit: its logit.
+        norm: logarithm of the sum of the exponentials of all logits; NaN where no log-probability is wanted.
+    """
+
+    token: int
+    logit: float
+    norm: float
+
+
+def peaks(logits: Array, scored: bool = True) -> list[Peak]:
+    """Find the peaks of rows together: behind a run, which leaves caches cold, every call costs more than its numbers.
+
+    Args:
+        logits: array (n, vocabulary).
+        scored: whether log-probabilities are wanted.
+    """
+    raw = np.asarray(logits, np.float32)
+    best = raw.argmax(-1).tolist()
+    highest = [float(row[token]) for row, token in zip(raw, best, strict=True)]
+    norms = _norms(raw, highest) if scored else [math.nan] * len(best)
+    return [Peak(*row) for row in zip(best, highest, norms, strict=True)]
+
+
+def _norms(raw: Array, highest: list[float]) -> list[float]:
+    with np.errstate(invalid="ignore"):  # a row that is not finite has no choice
+        sums = np.exp(raw - np.array(highest, np.float32)[:, None]).sum(-1, dtype=np.float64).tolist()
+    return [peak + math.log(total) for peak, total in zip(highest, sums, strict=True)]
+
+
 class Sampler:
     """Chooses the tokens of one sequence; equal arguments and logits give equal tokens, whatever runs beside it.
 
@@ -172,18 +206,18 @@ class Sampler:
         self._biased = np.array(list(sampling.logit_bias), np.int64)
         self._bias = np.array(list(sampling.logit_bias.values()), np.float32)
 
-    def choose(self, logits: Array) -> Token:
+    def choose(self, logits: Array, peak: Peak | None = None) -> Token:
         """Choose the next token, and take it into account from then on.
 
         Args:
             logits: one number per token of the vocabulary, of any float dtype; stays unchanged.
+            peak: peak of the logits, if it is known.
 
         Raises:
             RunError: the logits have NaN, or allow no token.
         """
         raw = np.asarray(logits, np.float32)
-        best = int(raw.argmax())
-        highest = float(raw[best])
+        best, highest, norm = peaks(raw[None])[0] if peak is None else peak
         if not math.isfinite(highest):
             raise RunError("sample a token", expected="finite logits", got=f"a largest logit of {highest}")
         scores = self._adjusted(raw)
@@ -191,7 +225,6 @@ class Sampler:
             token = best if scores is raw else int(scores.argmax())
         else:
             token = self._draw(*filtered(scores, self.sampling))
-        norm = highest + math.log(float(np.exp(raw - highest).sum(dtype=np.float64)))
         self._counts[token] += 1
         self._position += 1
         return Token(token, float(raw[token]) - norm, _most_probable(raw, self.sampling.logprobs, norm))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections import abc
+from collections import abc, deque
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
@@ -62,6 +62,19 @@ class Step:
 
     def __bool__(self) -> bool:
         return bool(self.moves or self.decodes or self.pieces)
+
+    def prefills(self) -> Iterator[list[Piece]]:
+        """Yield the pieces of sequences that are not over by then, those together that one run computes.
+
+        These are the first pieces, of one length, of sequences in slots next to each other.
+        """
+        waiting = deque(self.pieces)
+        while waiting:
+            found = [waiting.popleft()]
+            while waiting and _joins(waiting[0], found[-1]):
+                found.append(waiting.popleft())
+            if not found[0].sequence.over:
+                yield found
 
 
 class ByPriority:
@@ -344,6 +357,12 @@ class Scheduler:
             self._order.add(request)
             self._order.serve([request])
             sequence.charged += cost
+
+
+def _joins(piece: Piece, before: Piece) -> bool:
+    """Whether a run computes a piece together with the one before it."""
+    first = not piece.past and not before.past and piece.slot == before.slot + 1
+    return first and piece.length == before.length and not piece.sequence.over and not before.sequence.over
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:

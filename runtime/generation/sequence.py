@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-__all__ = ["HeldVersion", "Phase", "Reason", "Sequence"]
+__all__ = ["HeldVersion", "Phase", "Reason", "Sequence", "release_all"]
+
+_log = logging.getLogger("tpeft_deploy.runtime")
 
 Phase = Literal["waiting", "prefilling", "decoding", "finished", "cancelled"]
 Reason = Literal["stop", "length", "deadline", "cancelled", "error"]
@@ -88,3 +91,12 @@ class Sequence:
         if self.tokens and self.tokens[-1] in self.stop_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.max_new_tokens else None
+
+
+def release_all(versions: Iterable[HeldVersion]) -> None:
+    """Release versions; one that cannot be released is logged, and keeps no other."""
+    for version in versions:
+        try:
+            version.release()
+        except Exception:
+            _log.exception("an adapter version could not be released")

@@ -134,7 +134,7 @@ class GenerationService:
         """
         generator = self._generator()
         found = [
-            self._prepared(generator, replace(like, prompt=prompt), task, f"prompt {row}")
+            self._prepared(generator, replace(like, prompt=prompt, scored=False), task, f"prompt {row}")
             for row, (prompt, task) in enumerate(zip(prompts, tasks, strict=True))
         ]
         handles: list[Handle] = []
@@ -184,6 +184,15 @@ class GenerationService:
                 handle.cancel()
             raise
         return handles
+
+    def open(self) -> None:
+        """Make the decoder and its caches, if there are none yet."""
+        self._generator()
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a sequence at most: the last one needs no room in a cache."""
+        return 0 if self._plan is None else self._plan.length + 1
 
     def acquire(self, task: Hashable) -> ResidentVersion:
         """Acquire the version that a task has now, for the generator."""

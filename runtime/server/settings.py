@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching.policy import Limits as Batching
@@ -38,6 +44,12 @@ def _seconds(value: object) -> object:
     return float(match[1]) * _UNITS[match[2]]
 
 
+def _numbers(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
+_Numbers = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Numbers = Annotated[_Numbers | None, NoDecode, BeforeValidator(_numbers)]
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
 
 
@@ -69,6 +81,8 @@ class Settings(BaseSettings):
     provider: str = Field(default="auto", pattern=r"^(auto|cpu|openvino|(cuda|tensorrt)(:\d{1,3})?)$")
     """ONNX Runtime execution provider: `auto`, `cpu`, `cuda` (`cuda:1` is the second device), `openvino` or
     `tensorrt`."""
+    devices: Numbers = None
+    """Devices to serve on, such as `0,1`, each with the memory below (default: the one of `provider`)."""
     threads: int | None = Field(default=None, ge=1)
     """Intra-op threads per session (default: one per core)."""
     device_bytes: ByteSize = _bytes(_GIB)
@@ -77,6 +91,12 @@ class Settings(BaseSettings):
     """Host memory for cached adapters."""
     folded_bytes: ByteSize = _bytes(0)
     """Memory for folded sessions of hot tasks."""
+    kv_bytes: ByteSize | None = None
+    """Memory for the caches of sequences that are generated (default: 8 sequences, 256 MiB at most)."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Maximum tokens of a generated sequence, with its prompt (default: 2,048, or fewer if the model has fewer)."""
+    prefix_bytes: ByteSize = _bytes(64 * _MIB)
+    """Host memory for caches of known beginnings of prompts."""
     cuda_graphs: bool = False
     """Capture and replay runs as CUDA graphs."""
     allow_tf32: bool = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +25,21 @@ class Session:
     """A banked graph on one device.
 
     Args:
-        model: ONNX file.
+        model: ONNX file; or a function that returns it, called with the first run, which opens the session then.
         sessions: makes the session.
     """
 
-    def __init__(self, model: Path, sessions: SessionFactory) -> None:
-        self._session = sessions.open(model)
+    def __init__(self, model: Path | Callable[[], Path], sessions: SessionFactory) -> None:
+        self._model, self._sessions = model, sessions
         self._device = sessions.device
         self._place = device_lock.place(sessions.device)
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._opening = threading.Lock()
+        self._opened = sessions.open(model) if isinstance(model, Path) else None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the session is in memory."""
+        return self._opened is not None
 
     def run(
         self,
@@ -57,6 +65,18 @@ class Session:
         index = check_index(bank.rows, index)  # a bound array must outlive the run, which these locals do
         with device_lock.using(self._device):
             return self._run(bank, inputs, index, options)
+
+    @property
+    def _session(self) -> onnxruntime.InferenceSession:
+        if self._opened is None:
+            with self._opening:
+                if self._opened is None:
+                    self._opened = self._sessions.open(self._model if isinstance(self._model, Path) else self._model())
+        return self._opened
+
+    @cached_property
+    def _outputs(self) -> list[str]:
+        return [output.name for output in self._session.get_outputs()]
 
     def _run(
         self, bank: Bank, inputs: Mapping[str, Array], index: Array, options: onnxruntime.RunOptions | None

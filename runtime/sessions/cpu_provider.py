@@ -20,6 +20,7 @@ class CpuProvider(ExecutionProvider):
     # The fused kernel takes 1.6 to 7 times as long as Add and LayerNormalization: benchmarks/fusions.py.
     slow_passes = ("SkipLayerNormFusion",)
     prepacks = True
+    divided = True
     reason = "the CPU was asked for"
 
     def chain(self, cuda: Cuda, threads: int | None) -> list[tuple[str, dict[str, str]]]:

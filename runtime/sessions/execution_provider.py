@@ -67,6 +67,7 @@ class ExecutionProvider(ABC):
         device: memory device that sessions read and write, as ONNX Runtime names it.
         device_id: number of that device.
         numbered: whether a machine may have several such devices.
+        divided: whether several sessions on the one device may stand for several devices.
         tf32: whether TF32 is allowed.
         no_dtypes: dtype of weights -> providers that compute in it where this one cannot, with the reason.
         slow_passes: optimizer passes that make sessions slower.
@@ -89,6 +90,7 @@ class ExecutionProvider(ABC):
     device: Literal["cpu", "cuda"]
     device_id: int = 0
     numbered: bool = False
+    divided: bool = False
     tf32: bool = False
     no_dtypes: Mapping[str, str] = MappingProxyType({})
     slow_passes: tuple[str, ...] = ()

@@ -6,7 +6,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tpeft_deploy.bundle.directory import BANKED_CPU, BANKED_CUDA, BANKED_ROWS, EXAMPLE, Bundle
+from tpeft_deploy.bundle.directory import (
+    BANKED_CPU,
+    BANKED_CUDA,
+    BANKED_ROWS,
+    EXAMPLE,
+    FACTORED_CPU,
+    FACTORED_CUDA,
+    Bundle,
+)
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.bundle.packing import Packed
 from tpeft_deploy.errors import ProviderUnavailable
@@ -15,9 +23,9 @@ from tpeft_deploy.runtime.sessions.cuda_graph import Captured
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS
 
-__all__ = ["ServedGraphs", "open_banked"]
+__all__ = ["ServedGraphs", "factored_graph", "open_banked"]
 
-_PORTABLE = "banked.onnx"
+_PORTABLE, _FACTORED = "banked.onnx", "factored.onnx"
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 
@@ -54,8 +62,14 @@ class ServedGraphs:
         return list(dict.fromkeys(["weights.data", "base.onnx", _PORTABLE, self.banked, *rows, EXAMPLE]))
 
 
+def factored_graph(provider: str, manifest: Manifest) -> str:
+    """File of the fastest factored graph that a bundle has for an execution provider."""
+    own = {"cpu": FACTORED_CPU, "cuda": FACTORED_CUDA}.get(provider, _FACTORED)
+    return own if own in manifest.files else _FACTORED
+
+
 def open_banked(bundle: Bundle, graphs: ServedGraphs, sessions: SessionFactory) -> tuple[Session | Captured, str]:
-    """Open a session on the banked graph.
+    """Open a session on the banked graph, with its first run where the bundle has a graph for steps of a decoder.
 
     Args:
         bundle: bundle to serve.
@@ -87,6 +101,8 @@ def _open(bundle: Bundle, graphs: ServedGraphs, sessions: SessionFactory) -> tup
     file = bundle.check_file(graphs.banked)
     if sessions.cuda.graphs:
         return Captured(file, sessions, bundle.manifest), ""
+    if graphs.rows is not None:  # a process that only generates needs one packed copy of the weights, not two
+        return Session(lambda: bundle.check_file(graphs.banked), sessions), ""
     try:
         return Session(file, sessions), ""
     except ORT_ERRORS as error:

@@ -30,7 +30,7 @@ class TensorrtProvider(CudaProvider):
     fix = "Install 'tpeft-deploy[gpu]' and TensorRT 10 on a machine with an NVIDIA driver, or use 'cuda'."
 
     @property
-    def reason(self) -> str:
+    def reason(self) -> str:  # type: ignore[override]
         """Why TensorRT is chosen."""
         return f"{_LIBRARY} was loaded and {super().reason}"
 

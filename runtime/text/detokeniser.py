@@ -17,7 +17,7 @@ from tpeft_deploy.runtime.generation.handle import Detokeniser
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["detokenisers"]
+__all__ = ["clean", "detokenisers", "token_bytes"]
 
 Style = Literal["bytes", "pieces", "whole"]
 
@@ -56,6 +56,31 @@ def detokenisers(tokenizer: Tokenizer, *, clean_up: bool = False) -> Callable[[S
         return _CleanUp(made) if clean_up else made
 
     return make
+
+
+def token_bytes(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """Return a function for the bytes of one token's text as it continues a text; a special token gives its name.
+
+    Args:
+        tokenizer: tokenizer.
+    """
+    special = frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
+    style = _style(json.loads(tokenizer.to_str())["decoder"])
+
+    @cache
+    def of(token: int) -> bytes:
+        piece = tokenizer.id_to_token(token) or ""
+        if token in special:
+            return piece.encode()
+        if style == "bytes":
+            return _bytes_of(piece)
+        if _BYTE.fullmatch(piece):
+            return bytes([int(piece[3:-1], 16)])
+        # Behind another token, as decoders strip the space at the beginning of a text.
+        before = tokenizer.decode([token], skip_special_tokens=False)
+        return tokenizer.decode([token, token], skip_special_tokens=False)[len(before) :].encode()
+
+    return of
 
 
 def _style(decoder: dict[str, Any] | None) -> Style:

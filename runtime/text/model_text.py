@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from tpeft_deploy.bundle.text_files import TOKENIZER, TextFacts
 from tpeft_deploy.errors import InputError, IntegrityError, brief, requires
 from tpeft_deploy.runtime.generation.handle import Detokeniser
 from tpeft_deploy.runtime.generation.sampling import Sampling
-from tpeft_deploy.runtime.text.detokeniser import clean, detokenisers
+from tpeft_deploy.runtime.text.detokeniser import clean, detokenisers, token_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,6 +33,10 @@ class ModelText:
         facts: further facts that the bundle records.
         source: name of the bundle, for messages.
 
+    Attributes:
+        facts: further facts.
+        token_bytes: function that returns the bytes of one token's text; those of a special token are its name.
+
     Raises:
         MissingExtra: tokenizers is not installed.
         IntegrityError: the text is not a tokenizer's.
@@ -41,13 +47,19 @@ class ModelText:
             from tokenizers import Tokenizer
         try:
             self._tokenizer: Tokenizer = Tokenizer.from_str(tokenizer)
+            self._literal: Tokenizer = Tokenizer.from_str(tokenizer)
         except Exception as error:  # tokenizers raises nothing more exact
             raise IntegrityError(f"read the tokenizer of {source}", problem=brief(error, 200)) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        for own in (self._tokenizer, self._literal):
+            own.no_truncation()
+            own.no_padding()
+        self._literal.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token for token, own in added.items() if own.special and own.content)
         self._source = source
         self.facts = facts
         self._detokenisers = detokenisers(self._tokenizer, clean_up=facts.clean_up)
+        self.token_bytes = token_bytes(self._tokenizer)
         self._templates: dict[str, ChatTemplate] = {}
 
     @classmethod
@@ -79,20 +91,33 @@ class ModelText:
         """Number of tokens of the tokenizer, added ones included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True, literal: bool = False) -> list[int]:
         """Tokens of a text.
 
         Args:
-            text: any text; names of special tokens in it stand for these.
+            text: any text.
             special: whether to add the tokens that the model expects around a text, such as the first.
+            literal: whether names of special tokens in the text are text; by default they stand for these tokens.
 
         Raises:
             InputError: it is no text.
         """
         try:
-            return self._tokenizer.encode(text, add_special_tokens=special).ids
+            if not literal:
+                return self._tokenizer.encode(text, add_special_tokens=special).ids
+            return self._encode_literally(text, special)
         except (TypeError, ValueError) as error:  # a lone surrogate is no text either
             raise InputError("encode a prompt", expected="text", got=brief(error, 100)) from error
+
+    def _encode_literally(self, text: str, special: bool) -> list[int]:
+        found = self._literal.encode(text, add_special_tokens=False)
+        names = self._special_names
+        if names is not None and not self._special.isdisjoint(found.ids):
+            # Some models have the names in their vocabularies too.  No tokenizer sees one that is cut.
+            cut = names.sub(lambda name: f"{name[0][:1]}\ufdd0{name[0][1:]}", text.replace("\ufdd0", "\ufffd"))
+            parts = [self._literal.encode(part, add_special_tokens=False) for part in cut.split("\ufdd0")]
+            found = type(found).merge(parts, growing_offsets=True)
+        return self._literal.post_process(found, add_special_tokens=special).ids
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Text of tokens; special tokens only if asked for."""
@@ -125,9 +150,27 @@ class ModelText:
         name = template or ("tool_use" if options.get("tools") and "tool_use" in self.facts.templates else "default")
         return self._template(name).render(messages, variables=variables, **flags)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Tokens of a conversation; takes and raises what `render` does."""
-        return self.encode(self.render(messages, **options), special=False)
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, literal: bool = False, **options: Any) -> list[int]:
+        """Tokens of a conversation; takes and raises what `render` does.
+
+        Args:
+            messages: messages with `role` and `content`.
+            literal: whether names of special tokens in messages and options are text; those of the template never are.
+            options: as for `render`.
+        """
+        names = self._special_names
+        if not literal or names is None or not any(map(names.search, _strings([messages, options]))):
+            return self.encode(self.render(messages, **options), special=False)
+        mark = f"\ufdd0{secrets.token_hex(8)}"  # which no caller can write into a message
+        opened, closed = f"{mark}<", f"{mark}>"
+        marked = partial(names.sub, lambda found: f"{opened}{found[0]}{closed}")
+        rendered = self.render(_mapped(messages, marked), **_mapped(options, marked))
+        tokens: list[int] = []
+        for index, part in enumerate(rendered.split(mark)):
+            text = part[1:] if index else part
+            if text:
+                tokens += self.encode(text, special=False, literal=index > 0 and part[0] == "<")
+        return tokens
 
     def sampling(self, **changes: Any) -> Sampling:
         """How tokens are sampled: the model's defaults, its stop tokens, and changes to these.
@@ -140,6 +183,13 @@ class ModelText:
         """
         given = {name: value for name, value in changes.items() if value is not None}
         return Sampling(**{"stop_tokens": self.facts.stop_tokens, **self.facts.sampling, **given})
+
+    @cached_property
+    def _special_names(self) -> re.Pattern[str] | None:
+        """Pattern of the names of special tokens, the longest of several; in any case, as a tokenizer may change it."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        names = sorted((re.escape(added[token].content) for token in self._special), key=len)
+        return re.compile("|".join(reversed(names)), re.IGNORECASE) if names else None
 
     def _template(self, name: str) -> ChatTemplate:
         if name not in self._templates:
@@ -156,3 +206,25 @@ class ModelText:
                 from tpeft_deploy.runtime.text.chat_template import ChatTemplate
             self._templates[name] = ChatTemplate(source)
         return self._templates[name]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all strings of a value of JSON types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, own in value.items():
+            yield from _strings(name)
+            yield from _strings(own)
+    elif isinstance(value, Sequence):
+        for own in value:
+            yield from _strings(own)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Copy of a value of JSON types with all strings changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_mapped(name, change): _mapped(own, change) for name, own in value.items()}
+    return [_mapped(own, change) for own in value] if isinstance(value, Sequence) else value

@@ -56,6 +56,11 @@ def test_the_whole_path(tmp_path: Path, adapters: Path, batch: Path) -> None:
     succeed("run", bundle, "--input", batch, "--output", out, "--task", "two")
     with np.load(out) as answers:
         np.testing.assert_allclose(answers["logits"][0], rows[0], rtol=1e-5, atol=1e-6)
+    succeed("run", bundle, "--input", batch, "--output", out, "--task", "two", "--devices", "0,1")
+    with np.load(out) as answers:
+        np.testing.assert_allclose(answers["logits"][0], rows[0], rtol=1e-5, atol=1e-6)
+    assert "each once" in fail("run", bundle, "--input", batch, "--output", out, "--devices", "0,0")
+    assert "such as 0,1" in fail("run", bundle, "--input", batch, "--output", out, "--devices", "0-1", code=2)
     succeed("run", bundle, "--input", batch, "--output", out, "--tasks", "plain,base,plain")
     with np.load(out) as answers:
         assert answers["logits"].shape == (3, 10)

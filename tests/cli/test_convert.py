@@ -126,6 +126,7 @@ class TestConvert:
         assert "got a gain" in fail("convert", gained, tmp_path / "o", "--to", "peft-lora")
         arguments = ("convert", gained, tmp_path / "o", "--to", "onnx-adapter", "--bundle", conv_bundle.path)
         assert "a branch for its gain" in fail(*arguments)
+        assert "a bundle with a factored.cuda.onnx" in fail(*arguments, "--graph", "factored.cuda.onnx")
         assert not (tmp_path / "o").exists()
 
 

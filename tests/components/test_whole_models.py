@@ -79,6 +79,16 @@ def llava() -> Any:
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def sam() -> Any:
+    vision = {**SIZES, "image_size": 32, "patch_size": 8, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 8}
+    vision |= {"num_hidden_layers": 2, "output_channels": 8, "num_pos_feats": 4}
+    prompt = {"hidden_size": 8, "image_size": 32, "patch_size": 8, "mask_input_channels": 4}
+    mask = {"hidden_size": 8, "mlp_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 8}
+    return transformers.SamModel(
+        transformers.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=mask)
+    )
+
+
 def whisper() -> Any:
     config = transformers.WhisperConfig(
         d_model=16,
@@ -119,11 +129,10 @@ def exported(path: Path) -> tuple[Bundle, Adapter]:
 
 
 def run(bundle: Bundle, component: str, **inputs: Any) -> np.ndarray:
-    """The only output of a component's factored graph for the task."""
+    """The first output of a component's factored graph for the task."""
     part = bundle.components[component]
     feeds = {name: np.asarray(value) for name, value in inputs.items()}
-    (output,) = files.session(part.path / "factored.onnx").run(None, feeds | part.native("task"))
-    result: np.ndarray = output
+    result: np.ndarray = files.session(part.path / "factored.onnx").run(None, feeds | part.native("task"))[0]
     return result
 
 
@@ -212,6 +221,19 @@ def test_vision_and_language(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert list(Bundle.open(bundle.path).tasks) == ["other", "task"]
     feeds = bundle.factors("task")
     assert all(np.array_equal(feeds[name], array) for name, array in bundle.factors("other").items())
+
+
+@torch.no_grad()
+def test_masks_of_points(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "lin1", "q_proj", "v_proj"])
+    model, _ = trained(sam(), tmp_path, config)
+    bundle, _ = exported(tmp_path)
+    assert list(bundle.components) == ["image", "mask"]
+    pixels, points = torch.randn(2, 3, 32, 32), 32 * torch.rand(2, 3, 5, 2)
+    labels = torch.randint(0, 2, (2, 3, 5))
+    embeddings = run(bundle, "image", pixel_values=pixels)
+    masks = run(bundle, "mask", image_embeddings=embeddings, input_points=points, input_labels=labels)
+    check(bundle, masks, model(pixel_values=pixels, input_points=points, input_labels=labels).pred_masks)
 
 
 @pytest.mark.soak

@@ -50,7 +50,7 @@ def generated(path: Path, log: Log) -> dict[str, Any]:
         versions = [runtime._generation.acquire(task) for task in tasks[:3]]
         block, rows = decoder.save(0, 0, 16), np.arange(3)
         calls: dict[str, Callable[[], object]] = {
-            "prefill": lambda: decoder.prefill(1, np.arange(7), 5, versions[1]),
+            "prefill": lambda: decoder.prefill([1], np.arange(7)[None], 5, versions[1:2]),
             "decode": lambda: decoder.decode(rows.tolist(), rows, rows + 4, versions),
             "save": lambda: decoder.save(1, 3, 16),
             "restore": lambda: decoder.restore(2, 16, block),

@@ -1,6 +1,6 @@
 """What ONNX Runtime's CUDA provider does with a bundle's graphs; runs with the stub's interpreter, prints JSON.
 
-    LD_LIBRARY_PATH=STUB CUDA_STUB_LOG=FILE STUB/venv/bin/python -m tests.cuda_stub.on_stub BUNDLE OPTIMISED
+    LD_LIBRARY_PATH=STUB CUDA_STUB_LOG=FILE STUB/venv/bin/python -m tests.cuda_stub.on_stub BUNDLE OPTIMISED [COMPONENT]
 
 Optimised graphs are written to the directory OPTIMISED, for those who have the onnx package.
 """
@@ -21,12 +21,12 @@ import onnxruntime
 
 from benchmarks.gpu_fixed import Fixed, Place
 from tpeft_deploy import Bundle
-from tpeft_deploy.bundle.directory import BANKED_CUDA
+from tpeft_deploy.bundle.directory import BANKED_CUDA, MODEL
 from tpeft_deploy.runtime.adapters.bank import Bank, Layout
 from tpeft_deploy.runtime.sessions import providers
 from tpeft_deploy.runtime.sessions.factory import SessionFactory
 from tpeft_deploy.runtime.sessions.providers import ORT_ERRORS, Cuda
-from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs
+from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs, factored_graph
 from tpeft_deploy.tucker import Array
 
 ROWS = 4
@@ -42,7 +42,10 @@ class Log:
         self._library = ctypes.CDLL("libcudart.so.13")
 
     def take(self) -> Counter[str]:
-        """Kinds of calls with their number, copies also with their bytes; launches are kernels and library calls."""
+        """Kinds of calls with their number, copies also with their bytes; launches are kernels and library calls.
+
+        Pointer arrays are those of the products that take a pointer for each matrix, from the host.
+        """
         self._library.stub_mark(b"read")  # so that there is a file
         lines = self._path.read_text().splitlines()
         new, self._read = lines[self._read :], len(lines)
@@ -51,6 +54,7 @@ class Log:
             what, _, detail = line.partition("\t")
             if what in ("kernel", "library"):
                 found["launches"] += 1
+                found["pointer arrays"] += "gemmbatched" in detail.lower()
             elif what == "copy":
                 found[detail] += 1
             elif what == "copied":
@@ -75,7 +79,7 @@ def bank_of(bundle: Bundle, file: str) -> Bank:
 def feeds(bundle: Bundle, form: str, inputs: dict[str, Array], values: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a form."""
     if form == "factored":
-        return inputs | bundle.factors(next(iter(bundle.tasks)))
+        return inputs | bundle.factors(next(iter(bundle.tasks)), factored_graph("cuda", bundle.manifest))
     if form.startswith("banked"):
         index = np.arange(1, ROWS + 1) if form == "banked each" else np.array([1])
         return inputs | values | {"adapter_index": index}
@@ -111,18 +115,20 @@ def refusal(file: Path, choice: providers.Choice, half: bool) -> str:
     return "control flow" if providers.control_flow(session) else ""
 
 
-def main(path: Path, optimised: Path) -> None:
+def main(path: Path, optimised: Path, component: Path = Path(MODEL)) -> None:
     """Print what is found of each form."""
-    choice, log, bundle = providers.choose("cuda"), Log(), Bundle.open(path)
+    choice, log, bundle = providers.choose("cuda"), Log(), Bundle.open(path).components[component.name]
+    path = bundle.path
     place = Place(path, choice, 0.0)
     half = SessionFactory.of(bundle.manifest, choice).half
     banked = ServedGraphs.on("cuda", bundle.manifest).banked
     inputs, bank = batch(bundle), bank_of(bundle, banked)
+    files = dict(zip(FORMS, ("base.onnx", factored_graph("cuda", bundle.manifest), banked, banked), strict=True))
     found: dict[str, Any] = {}
     for form in FORMS:
         if form == "banked each" and bundle.manifest.rows != "each":
             continue
-        file = path / (banked if form.startswith("banked") else f"{form}.onnx")
+        file = path / files[form]
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(optimised / f"{form}.onnx")
         session = providers.open_session(file, choice, half=half, options=options, cuda=Cuda(placement=True))

@@ -273,8 +273,8 @@ def test_slots_with_a_gap_decode_as_those_without(llama_bundle: Bundle) -> None:
         found = []
         for slots in ([0, 1], [1, 3]):
             for slot, version in zip(slots, versions, strict=True):
-                decoder.prefill(slot, prompt[:2], 0, version)
-                decoder.prefill(slot, prompt[2:], 2, version)
+                decoder.prefill([slot], prompt[None, :2], 0, [version])
+                decoder.prefill([slot], prompt[None, 2:], 2, [version])
             found.append(decoder.decode(slots, token, np.full(2, len(prompt)), versions).copy())
         np.testing.assert_array_equal(found[0], found[1])
         assert not np.allclose(found[0][0], found[0][1])
@@ -289,6 +289,16 @@ def plain_inputs(runtime: Runtime, rows: int, chunk: int, length: int) -> dict[s
     }
     tokens = np.ones((rows, chunk), np.int64)
     return {"input_ids": tokens, "seqlens": np.full(rows, length), **caches}
+
+
+def test_a_process_that_only_generates_opens_one_graph(llama_bundle: Bundle) -> None:
+    with opened(llama_bundle) as runtime:
+        session = runtime._part(None).session
+        assert isinstance(session, Session)
+        assert runtime.generate([PROMPT], "a", max_new_tokens=2)
+        assert not session.is_open
+        assert runtime.run(plain_inputs(runtime, 1, 2, 0), task="a")
+        assert session.is_open
 
 
 def test_runs_that_the_operator_does_not_define_are_refused(llama_bundle: Bundle) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -33,6 +34,9 @@ def test_rows_generate_what_their_merged_models_do(tmp_path: Path, name: str, co
     bundle = export_bundle(model, adapters, tmp_path / "bundle", generation=True)
     assert bundle.manifest.rows == "each", bundle.manifest.rows_reason
     assert BANKED_ROWS in bundle.manifest.files
+    operators = [node.op_type for node in onnx.load(bundle.path / BANKED_ROWS, load_external_data=False).graph.node]
+    layers = 0 if name == "gpt2" else model.config.num_hidden_layers
+    assert operators.count("RotaryEmbedding") == 2 * layers
     assert type(model) is type(made(name))
     assert model.config._attn_implementation == "sdpa"
     assert {record["oracle"].split()[0] for record in bundle.manifest.oracles.values()} == {"peft"}

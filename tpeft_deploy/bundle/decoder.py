@@ -1,4 +1,4 @@
-"""Ports of a causal language model in slot form: the field `decoder` of a manifest."""
+"""Ports of a decoder in slot form: the field `decoder` of a manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["DecoderPorts"]
 
 @dataclass(frozen=True)
 class DecoderPorts:
-    """Ports of a causal language model in slot form.
+    """Ports of a decoder in slot form: of a causal language model, an encoder-decoder, or a model of images and text.
 
     Args:
         tokens: input of new tokens, (rows, chunk).
@@ -18,6 +18,14 @@ class DecoderPorts:
         caches: for each cache, the input and the output that share memory, (rows, heads, buffer, head size).
         positions: largest number of tokens of a sequence.
         vocabulary: number of tokens.
+        memory: inputs with the caches of cross-attention, read only, key and value of each layer in turn,
+            (rows, heads, source, head size). Positions behind a row's length may hold anything.
+        memory_lengths: input with the number of valid positions of each row's memory, (rows).
+        features: input with embeddings, (rows, chunk, width), which replace those of the placeholder tokens.
+        placeholder: token that `features` replace.
+        source: component that computes memory or features.
+        source_outputs: outputs of the source component, in the order of `memory`, or the one with features.
+        start: first token of the decoder, which is the default prompt of an encoder-decoder.
     """
 
     tokens: str
@@ -26,3 +34,10 @@ class DecoderPorts:
     caches: tuple[tuple[str, str], ...]
     positions: int
     vocabulary: int
+    memory: tuple[str, ...] = ()
+    memory_lengths: str = ""
+    features: str = ""
+    placeholder: int | None = None
+    source: str = ""
+    source_outputs: tuple[str, ...] = ()
+    start: int | None = None

@@ -3,7 +3,7 @@
     bundle/
       manifest.json        description of the bundle (see `manifest`)
       base.onnx  factored.onnx  banked.onnx  weights.data
-      factored.cpu.onnx  banked.cpu.onnx  banked.cuda.onnx  banked.rows.onnx      if there are faster forms for one use
+      factored.cpu.onnx  factored.cuda.onnx  banked.cpu.onnx  banked.cuda.onnx  banked.rows.onnx  if faster for one use
       genai_config.json    settings of onnxruntime-genai, if it can drive factored.onnx
       example.npz          example inputs of the export, on which `verify` runs the bundle
       adapters/<task>/current                   digest that the task is an alias for
@@ -49,6 +49,7 @@ __all__ = [
     "COMPONENTS",
     "EXAMPLE",
     "FACTORED_CPU",
+    "FACTORED_CUDA",
     "MANIFEST",
     "MODEL",
     "Bundle",
@@ -58,7 +59,7 @@ __all__ = [
 MODEL = "model"  # component of a bundle of one graph
 COMPONENTS = "components"
 MANIFEST, EXAMPLE = "manifest.json", "example.npz"
-FACTORED_CPU, BANKED_CPU = "factored.cpu.onnx", "banked.cpu.onnx"
+FACTORED_CPU, FACTORED_CUDA, BANKED_CPU = "factored.cpu.onnx", "factored.cuda.onnx", "banked.cpu.onnx"
 BANKED_CUDA, BANKED_ROWS = "banked.cuda.onnx", "banked.rows.onnx"
 
 _T = TypeVar("_T")
@@ -269,11 +270,11 @@ class Bundle:
         part, name = self.part(adapter), bundle or str(self.path)
         return {} if part is None else fit.fill(self.manifest, part, bundle=name, base_value=self.base_value)
 
-    def factors(self, task: str) -> dict[str, Array]:
-        """Tensors of a task by the names of factored.onnx's optional inputs; inputs left out default to the base."""
-        return self.feeds(self.adapter(task))
+    def factors(self, task: str, graph: str = "factored.onnx") -> dict[str, Array]:
+        """Tensors of a task by the names of a factored graph's optional inputs; inputs left out default to the base."""
+        return self.feeds(self.adapter(task), graph)
 
-    def feeds(self, adapter: Adapter) -> dict[str, Array]:
+    def feeds(self, adapter: Adapter, graph: str = "factored.onnx") -> dict[str, Array]:
         """Like `factors`, for an adapter that need not be in the bundle.
 
         Raises:
@@ -281,8 +282,8 @@ class Bundle:
         """
         if self.parts:
             self.check_taken(adapter)
-            return self._joined(lambda component: component.feeds(adapter))
-        return fit.named(self.manifest, self.fill(adapter))
+            return self._joined(lambda component: component.feeds(adapter, graph))
+        return fit.named(self.manifest, self.fill(adapter), self.manifest.stacking if graph == FACTORED_CUDA else ())
 
     def native(self, task: str) -> dict[str, Array]:
         """Read a task's .onnx_adapter files; the tensors equal `factors(task)`.

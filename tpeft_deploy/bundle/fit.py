@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from tpeft_deploy.adapter import Adapter, gain_mode
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.manifest import Manifest
+from tpeft_deploy.bundle.packing import Packed, pack
 from tpeft_deploy.bundle.slots import Part, Target
 from tpeft_deploy.errors import AdapterError, ShapeError, UnknownTarget
 from tpeft_deploy.ties import settle
@@ -96,14 +97,19 @@ def _multiplied_out(adapter: Adapter, name: str, weight: Array, doing: str) -> T
     return TuckerDelta(change, (None,) * change.ndim)
 
 
-def named(manifest: Manifest, filled: Filled) -> dict[str, Array]:
-    """Map filled slots to the names of factored.onnx's optional inputs."""
+def named(manifest: Manifest, filled: Filled, packing: Sequence[Packed] = ()) -> dict[str, Array]:
+    """Map filled slots to the names of factored.onnx's optional inputs, or to inputs that stand in their place."""
     targets = {target.key: target for target in manifest.targets}
-    return {
-        slots.input_name(targets[key], slot): array
-        for key, tensors in filled.items()
-        for slot, array in tensors.items()
-    }
+
+    def names(slots_of: Filled) -> dict[str, Array]:
+        return {
+            slots.input_name(targets[key], slot): array
+            for key, tensors in slots_of.items()
+            for slot, array in tensors.items()
+        }
+
+    linear = [target for target in targets.values() if packing and target.kind in ("linear", "matmul")]
+    return pack(packing, names(filled), names({target.key: slots.neutral(target) for target in linear}))
 
 
 def sizes(manifest: Manifest, adapter: Adapter | None) -> dict[str, int]:

@@ -15,7 +15,7 @@ tolerance   relative error in float32 that the caller of the export accepted, if
 left_out    per task of the export, the tensors of its adapter's file that the task leaves out, with the reason
 rounding    for a 16-bit base: error of its forward against the same in 32 bits, and the limits derived from it
 text        file of the folder text/ (see `text_files`) -> its digest and size; empty for a bundle without text
-decoder     for a causal language model in slot form (docs/internals/slot-form.md), its ports; null for other bundles
+decoder     for a decoder in slot form (docs/internals/slot-form.md), its ports; null for other bundles
 digest      SHA-256 of all other fields
 
 The manifest of a bundle with several components has schema 2 and the fields `name`, `producer`, `digest` and
@@ -180,6 +180,7 @@ class Manifest:
         tolerance: relative error accepted for float32 weights; None for the limit of 1e-5.
         left_out: task -> tensor -> reason, as `Adapter.left_out`.
         packing: inputs of banked.cuda.onnx that replace inputs of banked.onnx.
+        stacking: inputs of factored.cuda.onnx that replace inputs of factored.onnx.
         components: component -> digest of its manifest, for a bundle with several, which has no graphs itself; its
             `aliases` and `ties` are then those of all components.
     """
@@ -204,6 +205,7 @@ class Manifest:
     left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     rows_reasons: Mapping[str, str] = field(default_factory=dict)
     packing: tuple[Packed, ...] = ()
+    stacking: tuple[Packed, ...] = ()
     decoder: DecoderPorts | None = None
     text: Mapping[str, FileRecord] = field(default_factory=dict)
     components: Mapping[str, str] = field(default_factory=dict)

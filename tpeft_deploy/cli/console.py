@@ -16,11 +16,13 @@ from tpeft_deploy.progress import Progress, Stage, silent
 
 __all__ = [
     "Assigned",
+    "Devices",
     "Group",
     "Pair",
     "Provider",
     "TaskAdapter",
     "Tool",
+    "devices_option",
     "emit",
     "json_option",
     "note",
@@ -55,6 +57,26 @@ class Provider(click.ParamType[str]):
             self.fail(f"{value!r} is not one of {known}.", param, ctx)
         return value
 
+
+class Devices(click.ParamType[list[int]]):
+    """Numbers of devices, separated by commas."""
+
+    name = "devices"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """Return the form."""
+        return "N,N,..."
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Return the numbers; whether there are such devices shows when they are used."""
+        if re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3})*", value) is None:
+            self.fail(f"{value!r} is not a list of device numbers, such as 0,1.", param, ctx)
+        return [int(number) for number in value.split(",")]
+
+
+devices_option = click.option(
+    "--devices", type=Devices(), help="Devices to serve on, such as 0,1; a number with --provider names one."
+)
 
 provider_option = click.option(
     "--provider",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convert"]
 
+_GRAPHS = ["factored.onnx", "factored.cuda.onnx"]
 _TO = ["tpeft", "peft-lora", "locon", "onnx-adapter"]
 
 
@@ -24,6 +25,7 @@ _TO = ["tpeft", "peft-lora", "locon", "onnx-adapter"]
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", "target", required=True, type=click.Choice(_TO), help="Format to write.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Bundle with the factored.onnx, for onnx-adapter.")
+@click.option("--graph", type=click.Choice(_GRAPHS), default=_GRAPHS[0], help="Graph of --bundle that takes the file.")
 @base_option
 @scale_option
 @format_option
@@ -33,6 +35,7 @@ def convert(
     out: Path,
     target: str,
     bundle: Path | None,
+    graph: str,
     base: str | None,
     scale: float | None,
     format: str | None,
@@ -44,7 +47,7 @@ def convert(
     tpeft         the canonical format: OUT is a .safetensors file, or else a directory
     peft-lora     a directory that PEFT loads as plain LoRA, convolutions included
     locon         a .safetensors file that LyCORIS and kohya's tools load
-    onnx-adapter  a file for the factored.onnx of --bundle
+    onnx-adapter  a file for the factored.onnx of --bundle, or for another --graph of it
 
     Only this command reads pickled adapters (.bin, .pt, .ckpt), with torch.load(weights_only=True).
     """  # noqa: D301 - click's mark against rewrapping
@@ -61,7 +64,7 @@ def convert(
     loaded = load_pickled(adapter, format=format, scale=scale, base=found)
     for weight, text in loaded.notes.items():
         note(f"{'adapter' if weight == '*' else weight}: {text}")
-    _write(loaded, out, target, bundle, found)
+    _write(loaded, out, target, bundle, graph, found)
     files = sorted(out.rglob("*")) if out.is_dir() else [out]
     document = {
         "source": loaded.source,
@@ -84,7 +87,7 @@ def _check_free(out: Path) -> None:
         )
 
 
-def _write(adapter: Adapter, out: Path, target: str, bundle: Path | None, base: BaseView | None) -> None:
+def _write(adapter: Adapter, out: Path, target: str, bundle: Path | None, graph: str, base: BaseView | None) -> None:
     from tpeft_deploy.files import new_directory, new_file
     from tpeft_deploy.formats import canonical
     from tpeft_deploy.formats.write import locon as to_locon
@@ -97,16 +100,24 @@ def _write(adapter: Adapter, out: Path, target: str, bundle: Path | None, base: 
         to_locon.write(adapter, out, base=base)
     elif bundle is not None:
         from tpeft_deploy.bundle.directory import Bundle
+        from tpeft_deploy.errors import BundleError
 
         opened = Bundle.open(bundle)
-        tensors = opened.feeds(adapter)
+        if all(graph not in part.manifest.files for part in [*opened.parts.values()] or [opened]):
+            raise BundleError(
+                f"convert to {out}",
+                expected=f"a bundle with a {graph}",
+                got=f"none in {bundle}",
+                fix="Leave out --graph: factored.onnx runs on every device.",
+            )
+        tensors = opened.feeds(adapter, graph)
         if not opened.parts:
             with new_file(out) as temporary:
                 onnx_adapter.write(temporary, tensors)
             return
         with new_directory(out) as new:
             for name, part in opened.parts.items():
-                onnx_adapter.write(new / f"{name}.onnx_adapter", part.feeds(adapter))
+                onnx_adapter.write(new / f"{name}.onnx_adapter", part.feeds(adapter, graph))
     elif out.suffix == ".safetensors" and not out.is_dir():
         with new_file(out) as temporary:
             temporary.write_bytes(adapter.to_bytes())

@@ -160,7 +160,7 @@ def folded(
 @click.option(
     "--generation",
     is_flag=True,
-    help="Export a causal language model for generation: caches of fixed size, updated in place.",
+    help="Export a causal language model or an encoder-decoder for generation: caches of fixed size, updated in place.",
 )
 @click.option("--folded", "with_folded", is_flag=True, help="Also write folded/TASK.onnx for every adapter.")
 @_shared_options
@@ -207,7 +207,7 @@ def bundle(
         begin("load the base")
         given: Any = {"example_inputs": read_inputs(inputs, base), "weights": weights, "rename": dict(rename)}
         made = called(base)
-        opened: Any = None if generation else find_components(made)
+        opened: Any = find_components(made, generation)
         if opened is not None:
             options |= given
         else:

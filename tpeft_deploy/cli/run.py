@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tpeft_deploy.cli.bases import read_arrays
-from tpeft_deploy.cli.console import Command, emit, json_option, note, provider_option, tf32_option
+from tpeft_deploy.cli.console import Command, devices_option, emit, json_option, note, provider_option, tf32_option
 from tpeft_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = ["run"]
 @click.option("--component", help="Component to run; needed where the bundle has several.")
 @click.option("--outputs", help="Outputs to write, separated by commas; all by default.")
 @provider_option
+@devices_option
 @tf32_option
 @json_option
 def run(
@@ -40,6 +41,7 @@ def run(
     component: str | None,
     outputs: str | None,
     provider: str,
+    devices: list[int] | None,
     allow_tf32: bool,
     as_json: bool,
 ) -> None:
@@ -54,7 +56,7 @@ def run(
     if task is not None and tasks is not None:
         raise click.UsageError("--task and --tasks exclude each other.")
     inputs = read_arrays(source, "read inputs", InputError)
-    runtime = Runtime(bundle, provider=provider, allow_tf32=allow_tf32, preload=False, own_copy=False)
+    runtime = Runtime(bundle, provider=provider, devices=devices, allow_tf32=allow_tf32, preload=False, own_copy=False)
     if runtime.only_folded:
         for name in {*(tasks or task or "base").split(",")} - {"base"}:
             runtime.pin(name, folded=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tpeft_deploy.cli.console import Command, Provider, note, server_packages
+from tpeft_deploy.cli.console import Command, Provider, devices_option, note, server_packages
 
 __all__ = ["health", "serve"]
 
@@ -24,6 +24,7 @@ _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 @click.option("--tls-key", type=click.Path(path_type=Path), help="TLS private key, PEM.")
 @click.option("--no-auth", is_flag=True, default=None, help="Disable authentication; only on a loopback address.")
 @click.option("--provider", type=Provider(), help="Execution provider (default auto).")
+@devices_option
 @click.option("--threads", type=click.IntRange(1), help="Intra-op threads per session (default: one per core).")
 @click.option("--device-bytes", help="Device memory for adapters, such as 2GiB.")
 @click.option("--folded-bytes", help="Memory for folded sessions of hot tasks, such as 4GiB (default 0).")

@@ -11,6 +11,7 @@ FORM_COLOURS = {
     "folded": "#2563eb",
     "factored": "#0891b2",
     "factored.cpu": "#0e7490",
+    "factored.cuda": "#7dd3fc",
     "banked": "#059669",
     "banked.cpu": "#166534",
     "banked.cuda": "#65a30d",

@@ -17,6 +17,7 @@ MICROSOFT = "com.microsoft"  # ONNX Runtime's fused operators, on every device
 BLOCKS = "com.microsoft.nchwc"  # ONNX Runtime's internal operators, on the CPU only
 _tpeft = Opset(DOMAIN, 1)
 _blocks = Opset(BLOCKS, 1)
+_microsoft = Opset(MICROSOFT, 1)
 
 # The bodies below are onnxscript, not Python: ONNX's types are not Python's, and mypy would check the wrong ones.
 # mypy: ignore-errors
@@ -26,6 +27,22 @@ _blocks = Opset(BLOCKS, 1)
 def TuckerLinear(y, x, down, up):
     """y + (x down) up; x (B, .., I), down (I, R), up (R, O)."""
     return y + op.MatMul(op.MatMul(x, down), up)
+
+
+@script(_tpeft, default_opset=op)
+def StackedLinear(x, weights, down, up, diagonal):
+    """x W + (x down^T) U (.., G O) of the G layers that read x (.., I); weights (I, G O), down (1, G, R, I).
+
+    U (G R, G O) has on its diagonal the factors of up (1, G, R, O); diagonal (G, 1, G, 1) is an identity.
+    """
+    last = op.Constant(value_ints=[-1])
+    downs = op.Reshape(down, op.Concat(last, op.Shape(x, start=-1), axis=0))
+    ups = op.Mul(op.Unsqueeze(up, op.Constant(value_ints=[3])), diagonal)
+    change = op.MatMul(
+        _microsoft.FusedMatMul(x, downs, transB=1),
+        op.Reshape(ups, op.Concat(last, op.Shape(weights, start=-1), axis=0)),
+    )
+    return op.MatMul(x, weights) + change
 
 
 @script(_tpeft, default_opset=op)
@@ -118,6 +135,7 @@ def TuckerResized(up, value):
 FACTORED: dict[str, OnnxFunction] = {
     f.name: f
     for f in (
+        StackedLinear,
         TuckerLinear,
         TuckerLookup,
         TuckerExpertsLeft,

@@ -16,6 +16,7 @@ from tpeft_deploy.runtime.server.isolation.pool import Direct
 from tpeft_deploy.runtime.server.operations.admin import Admin
 from tpeft_deploy.runtime.server.operations.admission import Admission
 from tpeft_deploy.runtime.server.operations.components import Components
+from tpeft_deploy.runtime.server.operations.generation import Generations
 from tpeft_deploy.runtime.server.operations.inference import Inference
 from tpeft_deploy.runtime.server.operations.load_parameters import check_unload_parameters, files_of, parts_of
 from tpeft_deploy.runtime.server.operations.models import Model, Models, page
@@ -36,8 +37,6 @@ from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, Infe
 
 __all__ = ["Service", "order_of"]
 
-_EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics")
-
 
 class Service:
     """Operations of one bundle for many tenants.
@@ -55,6 +54,7 @@ class Service:
 
     Attributes:
         admin: operations on keys, tenants, the audit log and the metrics.
+        generations: generation of text, for the protocols that have it.
         infer: `Inference.infer`; not wrapped, as it is called most.
         components: components of the bundle, as they are named by clients.
         largest_body: size of the largest useful request body; None if the model's inputs are unbounded.
@@ -68,9 +68,8 @@ class Service:
         self._lists = Turns()
         self._manifest = bundle.manifest
         self.components = Components(bundle)
-        bodies = [
-            largest_body(own, self._options.limits.max_request_rows) for own in self.components.manifests.values()
-        ]
+        rows = self._options.limits.max_request_rows
+        bodies = [largest_body(own, rows) for own in self.components.manifests.values()]
         self.largest_body = None if None in bodies else max(body for body in bodies if body is not None)
         self._runtime = runtime
         self._state = state
@@ -80,7 +79,9 @@ class Service:
         self._statistics = Statistics()
         self._models = Models(bundle, state)
         self._events = EventBuffer(self._statistics.inference, self._options.observe)
-        self._inference = Inference(runtime, bundle, self._models.target, self._meter.spend_rows, self._events.publish)
+        publish = self._events.publish
+        self._inference = Inference(runtime, bundle, self._models.target, self._meter.spend_rows, publish)
+        self.generations = Generations(runtime, bundle, self._models, self._meter, self.accepting, publish, pools)
         self.infer: Callable[[Principal, InferRequest], Coroutine[Any, Any, InferResponse]] = self._inference.infer
         self._management = Management(
             runtime,
@@ -162,7 +163,7 @@ class Service:
         return {
             "name": "tpeft-deploy",
             "version": tpeft_deploy.__version__,
-            "extensions": list(_EXTENSIONS),
+            "extensions": ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"],
             "bundle": self._manifest.name,
         }
 
@@ -289,14 +290,13 @@ class Service:
         holder = self._reader(principal, tenant)
         found: list[Document] = []
         async with self._lists.turn(principal.tenant):
-            models = await self._visible(holder, after)
-            await in_slices(page(models, limit), lambda model: found.append(self._document(model)))
+            models = page(await self._visible(holder, after), limit)
+            await in_slices(models, lambda model: found.append(self._document(model)))
         return found
 
     def task(self, principal: Principal, name: str, tenant: str | None = None) -> Document:
         """Return one task."""
-        model = self._models.model(self._reader(principal, tenant), name)
-        return self._document(model)
+        return self._document(self._models.model(self._reader(principal, tenant), name))
 
     async def point(
         self,

@@ -8,16 +8,18 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote, unquote
 
+import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 
 from tpeft_deploy.errors import NotFound, ProtocolError, ServerError, Unavailable, Unsupported
 from tpeft_deploy.runtime.server.context import GONE, RequestContext
+from tpeft_deploy.runtime.server.openai.sse import EventStream
 from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.operations.slices import encoded
 from tpeft_deploy.runtime.server.rest import openapi
 from tpeft_deploy.runtime.server.rest.context import HttpContext, Receive, Response, Scope, Send
-from tpeft_deploy.runtime.server.rest.infer import InferenceEndpoint
+from tpeft_deploy.runtime.server.rest.infer import ClientLeft, InferenceEndpoint, Watch
 from tpeft_deploy.runtime.server.rest.routes import ROUTES, Route
 from tpeft_deploy.runtime.server.tenancy.access import Action, allow
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
@@ -95,8 +97,12 @@ class Application:
 
     async def _other(self, inference: bool, context: HttpContext, send: Send) -> None:
         try:
-            document = await self._document(inference, context)
-        except ClientDisconnect:
+            with context:
+                document = await self._document(inference, context)
+                if isinstance(document, EventStream):
+                    await Watch().cancel_on_disconnect(context.send_events(send, document), context.receive)
+                    return
+        except (ClientDisconnect, ClientLeft):
             context.status = GONE
             return
         except Exception as error:
@@ -118,8 +124,8 @@ class Application:
             allow(context.caller, route.action)
         if route.upload and context.headers.get(b"content-encoding", b"identity") not in {b"identity", b""}:
             raise Unsupported("read an upload", expected="no Content-Encoding", got="one")
-        with context.enter(self._intake.requests):
-            return await route.handler(context)
+        context.enter(self._intake.requests)
+        return await route.handler(context)
 
     def _find(self, scope: Scope, inference: bool) -> tuple[Route | ServerError, dict[str, str]]:
         methods = {"POST"} if inference else set[str]()
@@ -206,6 +212,8 @@ async def _answer(document: object) -> Response:
     # Not compressed: tritonclient's asyncio client always accepts gzip, but decompresses it for tensors only.
     if isinstance(document, bytes):
         return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], [document]
+    if isinstance(document, msgspec.Raw):  # encoded already
+        return 200, [(b"content-type", b"application/json")], [bytes(document)]
     return 200, [(b"content-type", b"application/json")], await encoded({} if document is None else document)
 
 

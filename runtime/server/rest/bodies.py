@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -17,7 +17,13 @@ Limit = Int | float | None | UnsetType
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
-    """A JSON object without other fields than those of its class."""
+    """A JSON object without other fields than those of its class.
+
+    Attributes:
+        unlisted: fields that errors and the OpenAPI document leave out, as they are always refused.
+    """
+
+    unlisted: ClassVar[tuple[str, ...]] = ()
 
 
 class Index(Body):

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
 import orjson
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from tpeft_deploy.bundle.manifest import is_name
-from tpeft_deploy.errors import ProtocolError, TooLarge, Unauthenticated
+from tpeft_deploy.errors import ProtocolError, TooLarge, Unauthenticated, Unavailable
 from tpeft_deploy.runtime.server.context import GONE, RequestContext
+from tpeft_deploy.runtime.server.openai import errors
+from tpeft_deploy.runtime.server.openai.sse import EventStream, event
 from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rest.bodies import Body
 from tpeft_deploy.runtime.server.rest.transport.compression import decompress
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
-from tpeft_deploy.runtime.server.v2.statuses import MethodNotAllowed, status_of
+from tpeft_deploy.runtime.server.v2.statuses import MethodNotAllowed, Status, status_of
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["Headers", "HttpContext", "Receive", "Response", "Scope", "Send"]
@@ -34,6 +39,12 @@ Response = tuple[int, Headers, Sequence[bytes]]
 B = TypeVar("B", bound=Body)
 _DIGITS = 19
 _PIECE = 1 << 20
+_EVENTS: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # for nginx, which would hold events back
+]
+_LAST_SECONDS = 1.0  # for the last event of a stream that the server ends
 _SHOWN = 200
 _log = logging.getLogger("tpeft_deploy.server")
 
@@ -52,9 +63,10 @@ class HttpContext(RequestContext):
         headers: request headers, names in lower case.
         parameters: path parameters.
         started: whether the response was begun.
+        extra: headers of the response, whatever it is.
     """
 
-    __slots__ = ("_request", "core", "headers", "limits", "parameters", "receive", "scope", "started")
+    __slots__ = ("_request", "core", "extra", "headers", "limits", "parameters", "receive", "scope", "started")
 
     def __init__(self, core: Service, limits: RestLimits, intake: Intake, scope: Scope, receive: Receive) -> None:
         headers: Mapping[bytes, bytes] = dict(scope["headers"])
@@ -67,6 +79,7 @@ class HttpContext(RequestContext):
         self.receive = receive
         self.parameters: Mapping[str, str] = {}
         self.started = False
+        self.extra: Headers = []
         self._request: Request | None = None
 
     @property
@@ -150,13 +163,16 @@ class HttpContext(RequestContext):
 
     async def read(self, kind: type[B]) -> B:
         """Read the body as JSON of type `kind`; reject unknown fields and other types."""
-        text = await self.body(self.limits.document_bytes)
+        return self.decoded(await self.body(self.limits.document_bytes), kind)
+
+    @staticmethod
+    def decoded(text: bytes | bytearray, kind: type[B]) -> B:
+        """Decode a JSON body of type `kind`; an empty body is {}."""
         try:
             return msgspec.json.decode(text if text.strip() else b"{}", type=kind)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            raise ProtocolError(
-                "read a body", expected=f"fields {', '.join(kind.__struct_fields__)}", problem=_line(error)
-            ) from None
+            fields = ", ".join(name for name in kind.__struct_fields__ if name not in kind.unlisted)
+            raise ProtocolError("read a body", expected=f"fields {fields}", problem=_line(error)) from None
 
     @staticmethod
     def parsed(text: bytes | bytearray) -> dict[str, Any]:
@@ -176,12 +192,47 @@ class HttpContext(RequestContext):
         self.status = status
         self.started = True
         self.bytes_out = sum(map(len, parts))
-        headers += ((b"content-length", b"%d" % self.bytes_out), (b"x-request-id", self.id_bytes))
+        headers += (*self.extra, (b"content-length", b"%d" % self.bytes_out), (b"x-request-id", self.id_bytes))
         try:
             await self._write(send, status, headers, parts)
         except (RuntimeError, OSError):  # raised by event loops for a closed connection
             _log.debug("request %s went away before its answer", self.request_id, exc_info=True)
             self.status = GONE
+
+    async def send_events(self, send: Send, stream: EventStream) -> None:
+        """Send a stream of events; each is given to the connection once it takes more, and an error is the last."""
+        self.status, self.started = 200, True
+        headers = [*_EVENTS, *self.extra, (b"x-request-id", self.id_bytes)]
+
+        async def out(message: MutableMapping[str, Any]) -> None:
+            try:
+                await send(message)
+            except (RuntimeError, OSError):  # raised by event loops for a closed connection
+                raise ClientDisconnect from None
+
+        async def part(body: bytes, *, more: bool = True) -> None:
+            if body or not more:
+                self.bytes_out += len(body)
+                await out({"type": "http.response.body", "body": body, "more_body": more})
+
+        async with aclosing(stream.rest) as rest:
+            try:
+                await out({"type": "http.response.start", "status": 200, "headers": headers})
+                await part(stream.first)
+                async for body in rest:
+                    await part(body)
+                await part(b"", more=False)
+            except ClientDisconnect:
+                raise
+            except asyncio.CancelledError:
+                await rest.aclose()
+                stops = Unavailable("answer a request", problem="the server stops", fix="Send it again.")
+                with suppress(TimeoutError, ClientDisconnect):  # the client may have left, or read nothing
+                    async with asyncio.timeout(_LAST_SECONDS):
+                        await part(event(self._openai(stops, status_of(stops))), more=False)
+                raise
+            except Exception as error:
+                await part(event(self._openai(error, self._status_of(error))), more=False)
 
     async def _write(self, send: Send, status: int, headers: Headers, parts: Sequence[bytes]) -> None:
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -195,9 +246,7 @@ class HttpContext(RequestContext):
 
     def refusal(self, error: Exception) -> Response:
         """Convert an error to status, headers and body; unexpected errors are logged."""
-        status = status_of(error)
-        if status.http == 500:
-            _log.error("%s %s failed, request %s", self.method, self.route, self.request_id, exc_info=error)
+        status = self._status_of(error)
         headers: Headers = [(b"content-type", b"application/json")]
         if status.retry_after is not None:
             headers.append((b"retry-after", b"%d" % status.retry_after))
@@ -205,8 +254,23 @@ class HttpContext(RequestContext):
             headers.append((b"www-authenticate", b"Bearer"))
         if isinstance(error, MethodNotAllowed):
             headers.append((b"allow", error.allowed.encode()))
-        text = status.text.encode("utf-8", "replace").decode()
-        return status.http, headers, [orjson.dumps({"error": text})]
+        if self.scope.get("path", "").startswith(errors.PREFIX):
+            return status.http, headers, [orjson.dumps(self._openai(error, status))]
+        return status.http, headers, [orjson.dumps({"error": _unicode(status.text)})]
+
+    def _status_of(self, error: Exception) -> Status:
+        status = status_of(error)
+        if status.http == 500:
+            _log.error("%s %s failed, request %s", self.method, self.route, self.request_id, exc_info=error)
+        return status
+
+    def _openai(self, error: Exception, status: Status) -> dict[str, object]:
+        return errors.document(error, replace(status, text=_unicode(status.text)), self.task)
+
+
+def _unicode(text: str) -> str:
+    """Replace lone surrogates, which JSON cannot have."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _line(error: Exception) -> str:

@@ -6,12 +6,10 @@ import msgspec
 from msgspec import UNSET
 
 from tpeft_deploy.errors import ProtocolError, Unavailable
-from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.rest import bodies
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
 from tpeft_deploy.runtime.server.rest.upload_stream import parts
-from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 
@@ -62,21 +60,6 @@ async def load(context: HttpContext) -> object:
 async def unload(context: HttpContext) -> object:
     await context.core.unload(context.principal, context.path("model"), parameters_of(await context.json()))
     return None
-
-
-async def openai(context: HttpContext) -> object:
-    found: list[object] = []
-
-    def show(task: Document) -> None:
-        current = task["aliases"].get("current")
-        digest = next((one["digest"] for one in task["versions"] if one["version"] == current), None)
-        parent = None if digest in {None, "base"} else "base"
-        owner = task["tenant"] or "shared"
-        found.append({"id": task["name"], "object": "model", "owned_by": owner, "root": digest, "parent": parent})
-
-    tasks = await context.core.tasks(context.principal, limit=context.number("limit"), after=context.query("after"))
-    await in_slices(tasks, show)
-    return {"object": "list", "data": found}
 
 
 async def tasks(context: HttpContext) -> object:

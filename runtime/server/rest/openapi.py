@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 import tpeft_deploy
+from tpeft_deploy.runtime.server.openai import errors
 from tpeft_deploy.runtime.server.rest.bodies import Body
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.rest.routes import ROUTES, Route
@@ -108,7 +109,8 @@ def document() -> dict[str, Any]:
                     "required": ["error"],
                     "properties": {"error": {"type": "string"}},
                     "additionalProperties": False,
-                }
+                },
+                "OpenAIError": errors.schema(),
             },
         },
     }
@@ -118,9 +120,12 @@ def _operation(route: Route) -> dict[str, Any]:
     answer: dict[str, Any] = {"application/json": {}}
     if route.path == "/metrics":
         answer = {"text/plain": {"schema": {"type": "string"}}}
+    elif route.streams:
+        answer["text/event-stream"] = {}
     elif route.action is Action.INFER:
         answer["application/octet-stream"] = {}
-    error = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    schema_of_errors = "OpenAIError" if route.path.startswith(errors.PREFIX) else "Error"
+    error = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema_of_errors}"}}}}
     own: dict[str, Any] = {
         "operationId": _id(route),
         "summary": route.summary,
@@ -132,7 +137,7 @@ def _operation(route: Route) -> dict[str, Any]:
         "security": [] if route.action is Action.HEALTH else [{"key": []}],
         "x-role": _role(route.action),
     }
-    schema = _INFER if route.action is Action.INFER else None if route.body is None else _schema(route.body)
+    schema = _schema(route.body) if route.body is not None else _INFER if route.action is Action.INFER else None
     if schema is not None:
         own["requestBody"] = {
             "required": bool(schema.get("required")),
@@ -145,6 +150,7 @@ def _operation(route: Route) -> dict[str, Any]:
 
 def _schema(body: type[Body]) -> dict[str, Any]:
     found: dict[str, Any] = msgspec.json.schema(body)["$defs"][body.__name__]
+    found["properties"] = {name: own for name, own in found["properties"].items() if name not in body.unlisted}
     found["title"] = body.__name__.removesuffix("Body")  # generated clients name their classes by it
     return found
 

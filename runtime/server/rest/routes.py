@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
+from tpeft_deploy.runtime.server.openai import endpoints, models
+from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody
 from tpeft_deploy.runtime.server.rest import bodies, handlers
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.tenancy.access import Action
@@ -22,11 +24,13 @@ class Route:
         method: HTTP method.
         path: path template.
         action: action that the role must allow.
-        handler: returns the response document; bytes are text, None is an empty object.
+        handler: returns the response document; bytes are text, `msgspec.Raw` is JSON, None is an empty object, and an
+            `EventStream` is sent as it comes.
         summary: summary for OpenAPI.
         query: query parameter -> description.
         body: type of the JSON body, or None.
         upload: whether the body is an upload.
+        streams: whether the response may be a stream of events.
     """
 
     method: str
@@ -37,6 +41,7 @@ class Route:
     query: Mapping[str, str] = field(default_factory=dict)
     body: type[bodies.Body] | None = None
     upload: bool = False
+    streams: bool = False
 
 
 _TENANT = {"tenant": 'owner of the task (default: the key\'s tenant); another one, or "shared", needs the role admin'}
@@ -75,7 +80,26 @@ ROUTES: tuple[Route, ...] = (
         "Unload a model: refuse requests for it until it is loaded",
         body=bodies.Parameters,
     ),
-    Route("GET", "/v1/models", Action.READ, handlers.openai, "List models in the form of OpenAI's API", _PAGE),
+    Route("GET", "/v1/models", Action.READ, models.models, "List models in the form of OpenAI's API", _PAGE),
+    Route("GET", "/v1/models/{model}", Action.READ, models.model, "Get a model in the form of OpenAI's API"),
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        Action.INFER,
+        endpoints.chat,
+        "Answer a conversation, as OpenAI's API does",
+        body=ChatBody,
+        streams=True,
+    ),
+    Route(
+        "POST",
+        "/v1/completions",
+        Action.INFER,
+        endpoints.completions,
+        "Continue prompts, as OpenAI's API does",
+        body=CompletionBody,
+        streams=True,
+    ),
     Route(
         "GET",
         "/v2/registry/tasks",

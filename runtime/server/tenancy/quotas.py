@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded, TooLarge
 
-__all__ = ["Meter", "Quota", "Quotas", "queue_shares"]
+__all__ = ["Meter", "Quota", "Quotas", "RequestRate", "queue_shares"]
 
 _KEPT = 64  # tenants kept regardless of their remaining tokens
 
@@ -119,6 +119,21 @@ class _Account:
         self.rows = math.inf if quota.rows_per_s is None else min(self.most_rows, self.rows)
 
 
+@dataclass(frozen=True)
+class RequestRate:
+    """What is left of a tenant's requests.
+
+    Attributes:
+        limit: requests that a full bucket allows.
+        remaining: requests that it allows now.
+        reset: seconds until it is full.
+    """
+
+    limit: int
+    remaining: int
+    reset: float
+
+
 class Meter:
     """Token buckets of requests and rows per tenant; not thread-safe, used on the event loop only.
 
@@ -152,6 +167,20 @@ class Meter:
             missing = 1 - account.requests
             raise _exceeded(tenant, missing / quota.requests_per_s, quota.requests_per_s, "requests")
         account.requests -= 1
+
+    def request_rate(self, tenant: str, now: float) -> RequestRate | None:
+        """Return what is left of a tenant's requests; None without a limit.
+
+        Args:
+            tenant: tenant of the request.
+            now: time of a monotonic clock in seconds.
+        """
+        quota = self._quota(tenant)
+        if quota.requests_per_s is None:
+            return None
+        account = self._account(tenant, quota, now)
+        missing = account.most_requests - account.requests
+        return RequestRate(int(account.most_requests), max(0, int(account.requests)), missing / quota.requests_per_s)
 
     def spend_rows(self, tenant: str, rows: int, now: float) -> None:
         """Spend all rows of a request of a tenant's quota, or none.

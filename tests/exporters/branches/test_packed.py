@@ -20,6 +20,7 @@ from tests.helpers.nets import adapter_for
 from tpeft_deploy import Adapter, Bundle, Runtime, export_bundle
 from tpeft_deploy.bundle.directory import BANKED_CUDA
 from tpeft_deploy.bundle.packing import Packed, pack
+from tpeft_deploy.exporters.proof.bundle_graphs import banks, feeds_of
 from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs
 
 LAYER = "bert.encoder.layer.{}"
@@ -101,6 +102,24 @@ def test_banked_graphs_keep_the_fusions_of_the_base(bundle: Bundle, tmp_path: Pa
         fused[file] = {name: nodes[name] for name in ("SkipLayerNormalization", "BiasGelu", "LayerNormalization")}
     assert fused["base.onnx"]["SkipLayerNormalization"] == 4
     assert all(own == fused["base.onnx"] for own in fused.values()), fused
+
+
+def test_convs_pick_a_row_of_the_banks_for_each_row_of_the_batch(conv_bundle: Bundle) -> None:
+    """So that no product has a batch on one side only; the answers are those of the portable graph."""
+    graph = onnx.load(conv_bundle.path / BANKED_CUDA, load_external_data=False).graph
+    convs = [node for node in graph.node if node.op_type.startswith(("BankedConv", "Windowed"))]
+    assert convs
+    assert all("adapter_index" not in node.input for node in convs)
+    tasks = {"base": None, **{task: conv_bundle.adapter(task) for task in conv_bundle.tasks}}
+    filled, inputs = banks(conv_bundle, tasks), conv_bundle.example()
+    for index in ([1], [0], [n % len(tasks) for n in range(len(next(iter(inputs.values()))))]):
+        got, expected = (
+            onnxruntime.InferenceSession(conv_bundle.path / file, providers=["CPUExecutionProvider"]).run(
+                None, inputs | feeds_of(file, filled[file], np.array(index))
+            )[0]
+            for file in (BANKED_CUDA, "banked.onnx")
+        )
+        assert error(np.asarray(got), np.asarray(expected)) <= 1e-6
 
 
 @given(

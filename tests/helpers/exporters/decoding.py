@@ -28,6 +28,7 @@ class Loop:
         length: tokens that a cache holds.
         fed: further inputs.
         index: row of the banks for each row, of a banked graph.
+        memory: each row's memory, of which all rows but the longest have anything behind them, and their lengths.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Loop:
         length: int,
         fed: Mapping[str, Array],
         index: Array | None,
+        memory: Mapping[str, Array] | None = None,
     ) -> None:
         random = np.random.default_rng(0)
         self._session, self._decoder, self._index = session, decoder, index
+        self._memory = memory or {}
         # What a cache holds behind a row's past must not matter.
         self.caches: dict[str, Array] = {
             past: random.standard_normal((rows, shapes[past][1], length, shapes[past][3])).astype(np.float32)
@@ -55,6 +58,7 @@ class Loop:
         inputs = {own.tokens: tokens, own.lengths: np.array(pasts, np.int64)}
         if self._index is not None:
             inputs[slots.INDEX] = self._index[rows]
+        inputs |= {name: array[rows] for name, array in self._memory.items()}
         for name, array in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name, value in self._fed.items():
@@ -76,7 +80,7 @@ class Loop:
         """
         first = []
         for row, prompt in enumerate(prompts):
-            for start, end in ((0, 2), (2, len(prompt))):
+            for start, end in ((0, 2), (2, len(prompt)))[: len(prompt) - 1 or 1]:
                 logits = self.run(slice(row, row + 1), np.array([prompt[start:end]]), [start])
             first.append(logits[0])
         found = [np.stack(first)]
@@ -87,11 +91,35 @@ class Loop:
         return logits.argmax(-1), logits
 
 
-def bundle_loop(bundle: Bundle, tasks: Sequence[str], length: int) -> Loop:
-    """The loop over the banked graph of a bundle, its rows the tasks given."""
-    adapters = {task: None if task == BASE_TASK else bundle.adapter(task) for task in dict.fromkeys(tasks)}
-    index = np.array([list(adapters).index(task) for task in tasks])
-    return _loop(bundle, BANKED, len(tasks), length, banks(bundle, adapters)[BANKED], index)
+def bundle_loop(bundle: Bundle, tasks: Sequence[str], length: int, memory: Mapping[str, Array] | None = None) -> Loop:
+    """The loop over the banked graph of a bundle, or of a component, its rows the tasks given."""
+    fed, index = _banked(bundle, tasks)
+    return _loop(bundle, BANKED, len(tasks), length, fed, index, memory)
+
+
+def remembered(bundle: Bundle, tasks: Sequence[str], sources: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Memory of each row and its length, from the encoder of a bundle with the task of the row."""
+    encoder, ports = bundle.components["encoder"], bundle.components["decoder"].manifest.decoder
+    assert ports is not None
+    session, (fed, index) = compare.open_session(encoder.path / BANKED), _banked(encoder, tasks)
+    found = []
+    for row, source in enumerate(sources):
+        inputs = {name: array[None] for name, array in source.items()}
+        found.append(session.run(list(ports.source_outputs), inputs | fed | {slots.INDEX: index[row : row + 1]}))
+    lengths = np.array([row[0].shape[2] for row in found])
+    random, memory = np.random.default_rng(1), {ports.memory_lengths: lengths}
+    for place, name in enumerate(ports.memory):
+        shape = (len(found), found[0][place].shape[1], lengths.max() + 2, found[0][place].shape[3])
+        memory[name] = random.standard_normal(shape).astype(np.float32)
+        for row, length in enumerate(lengths):
+            memory[name][row, :, :length] = found[row][place][0]
+    return memory
+
+
+def _banked(bundle: Bundle, tasks: Sequence[str]) -> tuple[dict[str, Array], Array]:
+    """Banks of the banked graph, and the row of each task in them."""
+    adapters = {task: None if task == BASE_TASK else bundle.part(bundle.adapter(task)) for task in dict.fromkeys(tasks)}
+    return banks(bundle, adapters)[BANKED], np.array([list(adapters).index(task) for task in tasks])
 
 
 def folded_loop(bundle: Bundle, task: str, length: int, rows: int = 1) -> Loop:
@@ -99,7 +127,10 @@ def folded_loop(bundle: Bundle, task: str, length: int, rows: int = 1) -> Loop:
     return _loop(bundle, f"folded/{task}.onnx", rows, length, {}, None)
 
 
-def _loop(bundle: Bundle, file: str, rows: int, length: int, fed: Mapping[str, Array], index: Array | None) -> Loop:
+def _loop(
+    bundle: Bundle, file: str, rows: int, length: int, fed: Mapping[str, Array], index: Array | None,
+    memory: Mapping[str, Array] | None = None,
+) -> Loop:  # fmt: skip
     decoder, shapes = bundle.manifest.decoder, {port.name: port.shape for port in bundle.manifest.inputs}
     assert decoder is not None
-    return Loop(compare.open_session(bundle.path / file), decoder, shapes, rows, length, fed, index)
+    return Loop(compare.open_session(bundle.path / file), decoder, shapes, rows, length, fed, index, memory)

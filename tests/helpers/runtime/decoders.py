@@ -83,12 +83,14 @@ class FakeDecoder:
         self.cache[slot] = UNWRITTEN
         self.filled[slot] = 0
 
-    def prefill(self, slot: int, tokens: Array, past: int, version: HeldVersion) -> Array:
-        self._called("prefill", slot)
+    def prefill(self, slots: Sequence[int], tokens: Array, past: int, versions: Sequence[HeldVersion]) -> Array:
+        self._called("prefill", *slots)
         assert tokens.dtype == np.int64
-        assert len(tokens)
-        self.most_tokens = max(self.most_tokens, len(tokens))
-        return self._write(slot, tokens, past, version.key)
+        assert tokens.size
+        assert len(slots) == 1 or (past == 0 and list(slots) == list(range(slots[0], slots[-1] + 1)))
+        self.most_tokens = max(self.most_tokens, tokens.shape[1])
+        rows = zip(slots, tokens, versions, strict=True)
+        return np.stack([self._write(slot, own, past, held.key) for slot, own, held in rows])
 
     def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[HeldVersion]) -> Array:
         self._called("decode", *slots)

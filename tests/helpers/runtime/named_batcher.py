@@ -69,4 +69,4 @@ class NamedBatcher(Batcher):
         try:
             return await super().infer(inputs, held, options)
         finally:
-            assert not held.counted or (self._run is not None and held in self._run.left)
+            assert not held.counted or any(held in run.left for run in self._runs.values())

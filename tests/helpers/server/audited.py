@@ -110,7 +110,8 @@ class Audited(Asking):
     def check_refusal(self, answer: httpx.Response) -> None:
         document = answer.json()
         assert set(document) == ONLY_ERROR
-        self.check_text(document["error"])
+        openai = answer.request.url.path.startswith("/v1/")
+        self.check_text(document["error"]["message"] if openai else document["error"])
 
     def check_text(self, text: str) -> None:
         """No paths, handles, keys or traces of the server in what a client is told."""

@@ -353,3 +353,31 @@ def test_a_worker_that_waits_for_company_is_only_woken_for_what_may_end_the_wait
     assert holding().add(Request(4, 1, "b"), 2.1)  # would wait for nothing
     assert holding().add(Request(4, 1, None), 2.1)
     assert holding().add(Request(4, 1, "a", deadline=2.5), 2.1)
+
+
+def test_workers_take_what_they_can_run_in_the_order_of_one_queue() -> None:
+    own: Queue[str] = Queue(Limits(max_rows=2), same, workers=2)
+    for id, places in enumerate([(0,), (1,), (0, 1), (1,), (0,)]):
+        own.add(Request(id, 1, "a", places=places), 0.0)
+    assert ids(own.next(0.0, 1)) == [1, 2]
+    assert ids(own.next(0.0, 0)) == [0, 4]
+    own.ended(0.1, 0)
+    assert own.next(0.1, 0) == math.inf  # what is left is for the other
+    own.ended(0.1, 1)
+    assert ids(own.next(0.2, 1)) == [3]
+    assert not len(own)
+
+
+def test_a_worker_waits_for_company_of_its_own_and_not_for_that_of_others() -> None:
+    own: Queue[str] = Queue(Limits(max_rows=4, max_delay=1.0), same, workers=2)
+    for id in range(3):
+        own.add(Request(id, 1, "a", places=(0,)), 0.0)
+    own.next(0.0, 0)
+    own.ended(2.0, 0)
+    own.add(Request(3, 1, "a", places=(0,)), 2.0)
+    assert isinstance(own.next(2.0, 0), float)
+    assert own.add(Request(4, 1, "a", places=(1,)), 2.0)  # the other worker holds nothing
+    assert ids(own.next(2.0, 1)) == [4]
+    assert not own.add(Request(5, 1, "a", places=(0,)), 2.1)
+    assert own.add(Request(6, 1, "a", places=(0,)), 2.1)
+    assert ids(own.next(2.1, 0)) == [3, 5, 6]

@@ -206,7 +206,7 @@ def test_a_full_queue_and_a_closed_batcher_refuse(make: Callable[..., NamedBatch
 
     asyncio.run(main())
     assert own.figures().refused == 1
-    assert own._worker is None
+    assert not own._workers
 
 
 def test_a_loop_that_was_closed_early_harms_nobody(make: Callable[..., NamedBatcher]) -> None:

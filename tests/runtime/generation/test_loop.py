@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Hashable, Sequence
@@ -110,6 +111,33 @@ def test_an_equal_prompt_computes_its_last_block_alone() -> None:
             assert generator.stats().prefilled_tokens - before == computed
         assert generator.stats().reused_tokens == 32
         assert generator.stats().cached_prefix_bytes == 3 * 2 * 160
+
+
+def test_prompts_of_one_length_that_wait_together_are_computed_together() -> None:
+    held = Held("prefill")
+    decoder = FakeDecoder(4, before=held)
+    requests = [GenerationRequest([1] * length, 3, task=str(length)) for length in (2, 3, 3, 4)]
+    with generating(decoder) as (generator, _):
+        handles = [generator.submit(requests[0])]
+        assert held.reached.wait(SECONDS)
+        handles += [generator.submit(request) for request in requests[1:]]
+        held.go_on.set()
+        for request, handle in zip(requests, handles, strict=True):
+            assert handle.result(SECONDS).tokens == alone(request)
+        assert decoder.calls["prefill"] == 3
+        assert generator.stats().prefilled_tokens == 12
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_log_probabilities_are_computed_where_one_sequence_wants_them(scored: bool) -> None:
+    held = Held("prefill")
+    requests = [GenerationRequest([1, 2], 3, scored=own) for own in (False, scored)]
+    with generating(FakeDecoder(2, before=held)) as (generator, _):
+        handles = [generator.submit(request) for request in requests]
+        held.go_on.set()
+        tokens = [handle.result(SECONDS).tokens for handle in handles]
+    assert [[token.id for token in own] for own in tokens] == [[token.id for token in alone(requests[0])]] * 2
+    assert [math.isnan(token.logprob) for token in tokens[1]] == [not scored] * 3
 
 
 @pytest.mark.parametrize("phase", ["waiting", "prefill", "decode"])

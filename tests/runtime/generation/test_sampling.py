@@ -11,7 +11,7 @@ from transformers.generation import logits_process as theirs
 
 from tpeft_deploy.errors import InputError, RunError
 from tpeft_deploy.runtime.generation import Sampling
-from tpeft_deploy.runtime.generation.sampling import Sampler, filtered
+from tpeft_deploy.runtime.generation.sampling import Sampler, filtered, peaks
 from tpeft_deploy.tucker import Array
 
 VOCABULARY = 97
@@ -127,6 +127,19 @@ def test_log_probabilities_are_those_of_the_model() -> None:
     values, tokens = expected.topk(6)
     assert [each for each, _ in token.top] == tokens.tolist()
     assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_rows_taken_together_give_what_each_gives_alone(dtype: type[Any]) -> None:
+    rows = np.stack([logits(seed) for seed in range(5)]).astype(dtype)
+    rows[3, 7] = np.nan
+    for place, (row, peak) in enumerate(zip(rows, peaks(rows), strict=True)):
+        together, alone = (Sampler(Sampling(logprobs=2), [1]) for _ in range(2))
+        if place == 3:
+            with pytest.raises(RunError, match="finite"):
+                together.choose(row, peak)
+        else:
+            assert together.choose(row, peak) == alone.choose(row)
 
 
 def test_top_log_probabilities_of_equal_logits_are_the_first_tokens() -> None:

@@ -260,13 +260,38 @@ def test_only_folded_tasks_are_served_where_the_bank_is_refused(
         assert len(mixed) == len(expected["two"])
 
 
-def test_a_provider_that_answers_differently_is_refused(conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_folded_tasks_are_served_on_each_of_several_devices(
+    conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Folding(Compiling):
+        banks = False
+
+    pretend(monkeypatch, Folding())
+    inputs = conv_bundle.example()
+    with Runtime(conv_bundle.path, provider="compiler", devices=[0, 1], preload=False) as runtime:
+        replicas = runtime._only.replicas  # type: ignore[union-attr]
+        assert all(own.only_folded and own.folds.has(runtime._versions.base) for own in replicas)
+        runtime.pin("two", folded=True)
+        found = [own.engine.run_one(inputs, own.own([runtime._versions.find("two")])[0]) for own in replicas]
+        assert compare.agree(*found) < 1e-5
+
+
+@pytest.mark.parametrize("devices", [None, [0, 1]])
+def test_a_provider_that_answers_differently_is_refused(
+    conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, devices: list[int] | None
+) -> None:
     pretend(monkeypatch, Compiling())
-    monkeypatch.setattr(compare, "limit_of", lambda manifest, **_: -1.0)
+    found: list[float] = [] if devices is None else [0.0, 0.0]  # of the base and a task on the first device
+
+    def agree(*_: object) -> float:
+        return found.pop() if found else np.inf
+
+    monkeypatch.setattr(compare, "agree", agree)
     with pytest.raises(
-        ProviderUnavailable, match="open bundle 'conv' on the compiler: expected the example's answer for"
+        ProviderUnavailable, match="open bundle 'conv' on the compiler: expected the example's answer for 'base' with"
     ):
-        Runtime(conv_bundle.path, provider="compiler")
+        Runtime(conv_bundle.path, provider="compiler", devices=devices)
+    assert not found
 
 
 @pytest.mark.parametrize("banks", [True, False])

@@ -85,3 +85,26 @@ def test_what_is_no_text_or_tokenizer_is_refused() -> None:
         text().encode(3)  # type: ignore[arg-type]
     with pytest.raises(IntegrityError, match="read the tokenizer of the model"):
         ModelText("{}", TextFacts())
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_names_of_special_tokens_are_text_if_taken_literally(style: str) -> None:
+    own = text(style, templates={"default": "<|user|>{% for m in messages %}{{ m.content }}{% endfor %}</s>"})
+    assert own.encode("a </s> b")[2:].count(1) == 1
+    for written in ("a </s> b", "<|user|></s></s>", "\ufdd0</s>"):
+        assert not {1, 2} & set(own.encode(written, literal=True))
+        tokens = own.chat([{"role": "user", "content": written}], literal=True)
+        assert [token for token in tokens if token in (1, 2)] == [2, 1] == [tokens[0], tokens[-1]]
+    for line in LINES[:3]:
+        assert own.encode(line, literal=True) == own.encode(line)
+        chat = [{"role": "user", "content": line}]
+        assert own.chat(chat, literal=True) == own.chat(chat)
+
+
+@pytest.mark.parametrize("style", ["byte-level", "metaspace", "byte-fallback", "gemma"])
+def test_the_bytes_of_tokens_are_those_of_their_text(style: str) -> None:
+    own = text(style)
+    tokens = own.encode(LINES[0] + LINES[1], special=False)
+    joined = b"".join(map(own.token_bytes, tokens))
+    assert joined.decode(errors="replace").split() == own.decode(tokens, special=True).split()
+    assert own.token_bytes(1) == b"</s>"

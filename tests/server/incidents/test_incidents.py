@@ -96,6 +96,7 @@ EXPECTED = {
     **dict.fromkeys((f"GET {_VERSION}{suffix}" for suffix in ("", "/ready", "/config", "/stats")), "infer"),
     f"POST {_MODEL}/infer": "infer",
     f"POST {_VERSION}/infer": "infer",
+    **dict.fromkeys(("GET /v1/models/{model}", "POST /v1/chat/completions", "POST /v1/completions"), "infer"),
     "POST /v2/repository/index": "infer",
     "GET /v2/registry/tasks": "infer",
     f"GET {_TASK}": "infer",
@@ -155,6 +156,8 @@ def asked(server: Audited, line: str, name: str = "nothing", **more: Any) -> htt
     body: dict[str, Any] = {}
     if path.endswith("/infer"):
         body = {"json": {"inputs": [tensor()]}}
+    elif path.endswith("/completions"):
+        body = {"json": {"model": name, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}}
     elif path.endswith("/versions"):
         body = {"content": b"no adapter"}
     elif "/aliases/" in path and method == "PUT":

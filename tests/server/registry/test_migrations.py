@@ -23,8 +23,8 @@ from tests.helpers.server.earlier_schemas import state_of_schema
 from tests.helpers.server.postgres import Postgres
 from tests.helpers.server.registry_subjects import add
 from tpeft_deploy.errors import ServerError, VersionError
-from tpeft_deploy.runtime.server.registry import migrations, open_keys, open_state, schema
-from tpeft_deploy.runtime.server.registry.database import sqlite_url
+from tpeft_deploy.runtime.server.registry import database, migrations, open_keys, open_state, schema
+from tpeft_deploy.runtime.server.registry.database import Database, sqlite_url
 
 ROOT = Path(__file__).parents[3]
 EARLIER = [1, 2]  # 2: by a server without migrations, which stamped nothing
@@ -120,6 +120,22 @@ def test_two_that_start_at_once_migrate_once(tmp_path: Path, url: str | None, ca
     assert len([record for record in caplog.records if "migrated" in record.message]) == 1
     with open_state(tmp_path, url) as state, state._database.reading() as connection:
         assert differences(connection) == []
+
+
+def test_a_file_in_another_mode_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.db"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("CREATE TABLE anything (x)")
+        other.execute("BEGIN IMMEDIATE")
+        waits = []
+
+        def wait(seconds: float) -> None:
+            waits.append(seconds)
+            other.execute("COMMIT")
+
+        monkeypatch.setattr(database.time, "sleep", wait)
+        Database(sqlite_url(path)).close()
+    assert len(waits) == 1
 
 
 def test_a_migration_that_is_killed_leaves_the_earlier_database(tmp_path: Path, url: str | None) -> None:

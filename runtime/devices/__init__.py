@@ -1,0 +1,1 @@
+"""Several devices in one process: placement of tasks, and residency on each."""

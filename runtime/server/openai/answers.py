@@ -1,0 +1,151 @@
+"""Documents of answers in OpenAI's API, whole or in chunks."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tpeft_deploy.runtime.generation.handle import Generated
+from tpeft_deploy.runtime.generation.sampling import Token
+from tpeft_deploy.runtime.server.v2.messages import Document
+
+__all__ = ["AnswerDocuments", "ChatDocuments", "CompletionDocuments"]
+
+
+class AnswerDocuments(ABC):
+    """Documents of the answer to one request.
+
+    Args:
+        id: id of the request.
+        model: model as the client named it.
+        bytes_of: returns the bytes of a token's text.
+        stops: tokens that end a sequence; they are no part of its text.
+        top: number of most probable tokens to give with each token; None for no log-probabilities.
+    """
+
+    object = ""
+    chunk_object = ""
+    prefix = ""
+
+    def __init__(
+        self, id: str, model: str, bytes_of: Callable[[int], bytes], stops: frozenset[int], top: int | None
+    ) -> None:
+        self._head = {"id": f"{self.prefix}-{id}", "created": int(time.time()), "model": model}
+        self._bytes_of = bytes_of
+        self._stops = stops
+        self._top = top
+
+    def whole(self, results: Sequence[Generated], usage: Document) -> Document:
+        """Return the document of a request that is not streamed."""
+        choices = [
+            self._choice(index, own.text, self._logprobs(own.tokens), own.reason) for index, own in enumerate(results)
+        ]
+        return {**self._head, "object": self.object, "choices": choices, "usage": usage}
+
+    def chunk(self, choices: Sequence[Document], usage: Document | None, *, with_usage: bool) -> Document:
+        """Return the document of one event."""
+        document = {**self._head, "object": self.chunk_object, "choices": list(choices)}
+        return {**document, "usage": usage} if with_usage else document
+
+    def begin(self, index: int) -> Document | None:
+        """Return the first choice of a sequence in a stream, if there is one before its tokens."""
+        return None
+
+    def delta(self, index: int, token: Token) -> Document | None:
+        """Return the choice for one token; None if the client learns nothing from it."""
+        logprobs = self._logprobs([token])
+        return self._delta(index, token.text, logprobs, None) if token.text or logprobs else None
+
+    def end(self, index: int, reason: str) -> Document:
+        """Return the last choice of a sequence in a stream."""
+        return self._delta(index, "", None, reason)
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Document | None:
+        if self._top is None:
+            return None
+        shown = [token for token in tokens if token.id not in self._stops]
+        return self._document_of(shown) if shown else None
+
+    def _text_of(self, token: int) -> str:
+        return self._bytes_of(token).decode("utf-8", "replace")
+
+    @abstractmethod
+    def _choice(self, index: int, text: str, logprobs: Document | None, reason: str) -> Document: ...
+
+    @abstractmethod
+    def _delta(self, index: int, text: str, logprobs: Document | None, reason: str | None) -> Document: ...
+
+    @abstractmethod
+    def _document_of(self, tokens: Sequence[Token]) -> Document: ...
+
+
+class ChatDocuments(AnswerDocuments):
+    """Documents of a chat completion."""
+
+    object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def begin(self, index: int) -> Document | None:
+        """Return the choice that names the role."""
+        return _chat_delta(index, {"role": "assistant", "content": ""}, None, None)
+
+    def _choice(self, index: int, text: str, logprobs: Document | None, reason: str) -> Document:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _delta(self, index: int, text: str, logprobs: Document | None, reason: str | None) -> Document:
+        return _chat_delta(index, {"content": text} if reason is None else {}, logprobs, reason)
+
+    def _document_of(self, tokens: Sequence[Token]) -> Document:
+        content = [
+            {
+                **self._entry(token.id, token.logprob),
+                "top_logprobs": [self._entry(*other) for other in token.top],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> Document:
+        return {"token": self._text_of(token), "logprob": logprob, "bytes": list(self._bytes_of(token))}
+
+
+class CompletionDocuments(AnswerDocuments):
+    """Documents of a completion."""
+
+    object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._offsets: dict[int, int] = {}
+
+    def _choice(self, index: int, text: str, logprobs: Document | None, reason: str | None) -> Document:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _delta(self, index: int, text: str, logprobs: Document | None, reason: str | None) -> Document:
+        if logprobs is not None:
+            start = self._offsets.get(index, 0)
+            logprobs["text_offset"] = [start + offset for offset in logprobs["text_offset"]]
+            self._offsets[index] = start + sum(map(len, logprobs["tokens"]))
+        return self._choice(index, text, logprobs, reason)
+
+    def _document_of(self, tokens: Sequence[Token]) -> Document:
+        names = [self._text_of(token.id) for token in tokens]
+        offsets, end = [], 0
+        for name in names:
+            offsets.append(end)
+            end += len(name)
+        tops: list[Mapping[str, float]] = [
+            {self._text_of(other): logprob for other, logprob in reversed(token.top)} for token in tokens
+        ]
+        return {
+            "tokens": names,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": tops if self._top else None,
+            "text_offset": offsets,
+        }
+
+
+def _chat_delta(index: int, delta: Document, logprobs: Document | None, reason: str | None) -> Document:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

@@ -1,0 +1,257 @@
+"""Bodies of requests in OpenAI's API.
+
+Fields that are not named here change no answer and are ignored, as clients send many; those that would change it are
+refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+
+from tpeft_deploy.errors import InputError
+from tpeft_deploy.runtime.server.rest.bodies import Body
+
+__all__ = ["ChatBody", "CompletionBody", "GenerationBody"]
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+
+_MOST_STOPS = 16
+_BIAS = 100
+_MOST_SEQUENCES = 128
+_RESERVED = {"literal", "messages", "self", "template", "variables"}
+
+
+class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
+    """Fields that chat completions and completions share; null is the default of each."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    stop: str | list[str] | None = None
+    seed: Seed | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: Count | None = None
+    parse_special: bool = False
+    logits_processors: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    ignore_eos: Any = None
+    min_tokens: Any = None
+    response_format: Any = None
+    stop_token_ids: Any = None
+    structured_outputs: Any = None
+    use_beam_search: Any = None
+
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {"response_format": ({"type": "text"},), "min_tokens": (0,)}
+    """Values of refused fields that ask for nothing."""
+    unlisted: ClassVar[tuple[str, ...]] = (
+        *("guided_choice", "guided_grammar", "guided_json", "guided_regex", "ignore_eos", "logits_processors"),
+        *("min_tokens", "response_format", "stop_token_ids", "structured_outputs", "use_beam_search"),
+    )
+
+    def check(self) -> None:
+        """Refuse fields that the server does not support.
+
+        Raises:
+            InputError: a field asks for something else than the server does.
+        """
+        for name in self.unlisted:
+            value = getattr(self, name)
+            if value not in (None, False, [], {}, *self.harmless.get(name, ())):
+                raise InputError(
+                    f"read field '{name}'", problem="the server does not support it", fix="Leave the field out."
+                )
+        if self.stream_options and not self.stream:
+            raise InputError("read field 'stream_options'", expected="stream to be true with it", got="stream not set")
+        if len(self.stops) > _MOST_STOPS:
+            raise InputError("read field 'stop'", expected=f"at most {_MOST_STOPS} texts", got=len(self.stops))
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool((self.stream_options or {}).get("include_usage"))
+
+    @property
+    def top(self) -> int | None:
+        """Number of most probable tokens to give with each token; None for no log-probabilities."""
+        raise NotImplementedError
+
+    def changes(self) -> dict[str, Any]:
+        """Return the values of `Sampling` that the request sets, by name."""
+        names = ("n", "seed", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
+        found = {name: getattr(self, name) for name in (*names, "repetition_penalty")}
+        top_k = 0 if self.top_k == -1 else self.top_k  # both are no bound
+        return {
+            **found,
+            "top_k": top_k,
+            "stop_strings": self.stops or None,
+            "logprobs": self.top,
+            "logit_bias": self._biases(),
+        }
+
+    def _biases(self) -> dict[int, float] | None:
+        doing, found = "read field 'logit_bias'", {}
+        for token, bias in (self.logit_bias or {}).items():
+            if not (token.isascii() and token.isdigit() and len(token) < 10):
+                raise InputError(doing, expected="tokens as names of its fields", got=repr(token[:40]))
+            if not -_BIAS <= bias <= _BIAS:
+                raise InputError(doing, expected=f"numbers from -{_BIAS} to {_BIAS}", got=bias)
+            found[int(token)] = bias
+        return found or None
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    audio: Any = None
+    chat_template: Any = None
+    function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    web_search_options: Any = None
+
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **GenerationBody.harmless,
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "tool_choice": ("none", "auto"),
+    }
+    unlisted: ClassVar[tuple[str, ...]] = (
+        *GenerationBody.unlisted,
+        *("audio", "chat_template", "function_call", "functions", "modalities", "tool_choice", "web_search_options"),
+    )
+
+    @property
+    def top(self) -> int | None:
+        """Number of most probable tokens to give with each token; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def most(self) -> int | None:
+        """Number of tokens to generate at most."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def check(self) -> None:
+        """Refuse fields that the server does not support; raises as `GenerationBody.check` does."""
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise InputError(
+                "read field 'top_logprobs'", expected="logprobs to be true with it", got="logprobs not set"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of the chat template.
+
+        Raises:
+            InputError: a variable has a name that is not the request's to set.
+        """
+        reserved = _RESERVED & set(self.chat_template_kwargs or {})
+        if reserved:
+            got = ", ".join(sorted(reserved))
+            raise InputError("read field 'chat_template_kwargs'", expected="variables of the template", got=got)
+        tools = None if self.tool_choice == "none" else self.tools or None
+        prompted = self.add_generation_prompt
+        generation = not self.continue_final_message if prompted is None else prompted
+        return {
+            **(self.chat_template_kwargs or {}),
+            "tools": tools,
+            "documents": self.documents,
+            "add_generation_prompt": generation,
+            "continue_final_message": self.continue_final_message,
+        }
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """Return the messages, with text in the place of lists of texts, as most templates read.
+
+        Raises:
+            InputError: a part of a message is no text.
+        """
+        return [{**own, "content": _text(own.get("content"), at)} for at, own in enumerate(self.messages)]
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    """Body of `POST /v1/completions`."""
+
+    prompt: str | list[TokenId | str | list[TokenId]]
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    add_special_tokens: bool = True
+    best_of: Any = None
+    echo: Any = None
+    prompt_embeds: Any = None
+    prompt_logprobs: Any = None
+    suffix: Any = None
+    truncate_prompt_tokens: Any = None
+
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {**GenerationBody.harmless, "best_of": (1,), "suffix": ("",)}
+    unlisted: ClassVar[tuple[str, ...]] = (
+        *GenerationBody.unlisted,
+        *("best_of", "echo", "prompt_embeds", "prompt_logprobs", "suffix", "truncate_prompt_tokens"),
+    )
+
+    @property
+    def top(self) -> int | None:
+        """Number of most probable tokens to give with each token; None for no log-probabilities."""
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or tokens.
+
+        Raises:
+            InputError: there are none, or too many, or they are of different types.
+        """
+        given: Any = self.prompt
+        several = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+        texts = all(isinstance(own, str) for own in several)
+        tokens = all(isinstance(own, list) and all(isinstance(each, int) for each in own) for own in several)
+        if not several or not (texts or tokens):
+            raise InputError("read field 'prompt'", expected="a text, texts, tokens or lists of tokens", got="others")
+        if len(several) * (self.n or 1) > _MOST_SEQUENCES:
+            got = f"{len(several)} prompts and n of {self.n or 1}"
+            raise InputError("read field 'prompt'", expected=f"at most {_MOST_SEQUENCES} sequences", got=got)
+        return list(several)
+
+
+def _text(content: Any, at: int) -> Any:
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if kind == "text" else part.get("refusal") if kind == "refusal" else None
+        if not isinstance(text, str):
+            raise InputError(
+                f"read field 'messages', message {at}", expected="parts of type 'text'", got=f"{str(kind)[:40]!r}"
+            )
+        texts.append(text)
+    return "\n".join(texts)

@@ -1,0 +1,211 @@
+"""Chat completions and completions: read the body, make requests of it, and answer whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+import orjson
+from starlette.requests import ClientDisconnect
+
+from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
+from tpeft_deploy.runtime.generation.sampling import Sampling, Token
+from tpeft_deploy.runtime.server.openai.answers import AnswerDocuments, ChatDocuments, CompletionDocuments
+from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody, GenerationBody
+from tpeft_deploy.runtime.server.openai.sse import DONE, EventStream, event
+from tpeft_deploy.runtime.server.operations.generation import Generations, GenerationTarget
+from tpeft_deploy.runtime.server.rest.context import Headers, HttpContext
+from tpeft_deploy.runtime.server.rest.infer import ClientLeft, Watch
+from tpeft_deploy.runtime.server.v2.messages import Document
+from tpeft_deploy.runtime.server.v2.offload import PIECE
+from tpeft_deploy.runtime.text.model_text import ModelText
+
+__all__ = ["chat", "completions"]
+
+B = TypeVar("B", bound=GenerationBody)
+
+_INLINE = 2048  # bytes of a body that is read on the event loop; tokenizers take a microsecond or two for each
+_SCRATCH = 256  # bytes of memory that a tokenizer takes for each byte of a text
+_TOKEN = 48  # bytes of a token in a list
+_MADE = 160  # bytes of a generated token, and of each of the most probable ones beside it
+_INLINE_TOKENS = 256  # tokens of an answer that is encoded on the event loop
+_NAME = 200  # characters of a model's name in the log
+_COMPLETION_TOKENS = 16  # default of max_tokens, as in OpenAI's API
+
+
+class _Work(NamedTuple):
+    """A request that is ready to run."""
+
+    body: GenerationBody
+    target: GenerationTarget
+    requests: list[GenerationRequest]
+    answer: AnswerDocuments
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(request.prompt) for request in self.requests)
+
+
+Prepare = Callable[[ModelText, Generations, B], list[GenerationRequest]]
+
+
+async def chat(context: HttpContext) -> object:
+    """Serve `POST /v1/chat/completions`."""
+    return await _served(context, ChatBody, ChatDocuments, _of_chat)
+
+
+async def completions(context: HttpContext) -> object:
+    """Serve `POST /v1/completions`."""
+    return await _served(context, CompletionBody, CompletionDocuments, _of_completion)
+
+
+async def _served(context: HttpContext, kind: type[B], answer: type[AnswerDocuments], prepare: Prepare[B]) -> object:
+    try:
+        context.core.admit(context.principal)
+    finally:
+        context.extra += _rate(context)
+    try:
+        work = await _work(context, kind, answer, prepare)
+        begun = EventStream.begun(_events(context, work)) if work.body.stream else _whole(context, work)
+        return await Watch().cancel_on_disconnect(begun, context.receive)
+    except (ClientDisconnect, ClientLeft):
+        raise
+    except Exception:
+        context.charge_refusal()
+        raise
+
+
+async def _work(context: HttpContext, kind: type[B], answer: type[AnswerDocuments], prepare: Prepare[B]) -> _Work:
+    declared = context.declared
+    if declared > PIECE or b"content-length" not in context.headers:
+        await asyncio.sleep(context.intake.refused.wait(context.tenant))
+    given = await context.body(min(context.limits.json_bytes, context.limits.body_bytes))
+    context.bytes_in = size = len(given)
+    large = size > _INLINE
+    context.memory.take(_SCRATCH * size if large else 0)
+    run = context.intake.offload.run
+    body = await run(context.tenant, context.decoded, given, kind) if large else context.decoded(given, kind)
+    del given
+    context.task = body.model[:_NAME]
+    body.check()
+    generations = context.core.generations
+    target = generations.target(context.principal, body.model)
+    text = await generations.text()
+    # Text is read off the event loop where it is long.
+    requests = (
+        await run(context.tenant, prepare, text, generations, body) if large else prepare(text, generations, body)
+    )
+    stops = frozenset(requests[0].sampling.stop_tokens)
+    made = answer(context.request_id, body.model, text.token_bytes, stops, body.top)
+    work = _Work(body, target, requests, made)
+    made_bytes = _MADE * (1 + (body.top or 0)) * sum(own.sampling.n * own.max_new_tokens for own in requests)
+    context.memory.resize(size + _TOKEN * work.prompt_tokens + made_bytes)
+    return work
+
+
+def _sampling(text: ModelText, body: GenerationBody) -> Sampling:
+    changes = body.changes()
+    if body.stops:  # beside those of the model
+        own: Any = text.facts.sampling.get("stop_strings", [])
+        changes["stop_strings"] = [*own, *body.stops]
+    return text.sampling(**changes)
+
+
+def _of_chat(text: ModelText, generations: Generations, body: ChatBody) -> list[GenerationRequest]:
+    sampling = _sampling(text, body)
+    tokens = text.chat(body.conversation(), literal=not body.parse_special, **body.options())
+    most = generations.room(tokens, body.most, text.facts.max_new_tokens)
+    # An answer begins a text, and what is continued is no part of it.
+    before = tokens if body.continue_final_message else []
+    return [GenerationRequest(tokens, most, sampling, text=text.detokeniser(before))]
+
+
+def _of_completion(text: ModelText, generations: Generations, body: CompletionBody) -> list[GenerationRequest]:
+    sampling = _sampling(text, body)
+    requests = []
+    for prompt in body.prompts:
+        tokens = (
+            text.encode(prompt, special=body.add_special_tokens, literal=not body.parse_special)
+            if isinstance(prompt, str)
+            else prompt
+        )
+        most = generations.room(tokens, body.max_tokens, _COMPLETION_TOKENS)
+        requests.append(GenerationRequest(tokens, most, sampling, text=text.detokeniser(tokens)))
+    return requests
+
+
+async def _whole(context: HttpContext, work: _Work) -> msgspec.Raw:
+    async with context.core.generations.started(
+        context.principal, work.target, work.requests, context.traceparent
+    ) as handles:
+        results = [await asyncio.wrap_future(handle.future) for handle in handles]
+    usage = _usage(work, handles)
+
+    def encoded() -> msgspec.Raw:
+        return msgspec.Raw(orjson.dumps(work.answer.whole(results, usage)))
+
+    if usage["completion_tokens"] * (1 + (work.body.top or 0)) <= _INLINE_TOKENS:
+        return encoded()
+    return await context.intake.offload.run(context.tenant, encoded)
+
+
+async def _events(context: HttpContext, work: _Work) -> AsyncGenerator[bytes]:
+    answer, with_usage = work.answer, work.body.with_usage
+
+    def chunk(choice: Document | None) -> bytes:
+        return b"" if choice is None else event(answer.chunk([choice], None, with_usage=with_usage))
+
+    async with context.core.generations.started(
+        context.principal, work.target, work.requests, context.traceparent
+    ) as handles:
+        yield b"".join(chunk(answer.begin(index)) for index in range(len(handles)))
+        async with aclosing(_merged(handles)) as tokens:
+            async for index, token in tokens:
+                if token is not None:
+                    yield chunk(answer.delta(index, token))
+                else:
+                    yield chunk(answer.end(index, handles[index].result().reason))
+        if with_usage:
+            yield event(answer.chunk([], _usage(work, handles), with_usage=True))
+        yield DONE
+
+
+async def _merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, Token | None]]:
+    """Yield the tokens of several sequences as they come, each with its index, and None at the end of one."""
+    streams = [aiter(handle) for handle in handles]
+    pending = {asyncio.create_task(_next(stream)): index for index, stream in enumerate(streams)}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index, token = pending.pop(task), task.result()
+                if token is not None:
+                    pending[asyncio.create_task(_next(streams[index]))] = index
+                yield index, token
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+
+
+async def _next(stream: AsyncGenerator[Token]) -> Token | None:
+    return await anext(stream, None)
+
+
+def _usage(work: _Work, handles: Sequence[Handle]) -> Document:
+    given, made = work.prompt_tokens, sum(len(handle.tokens) for handle in handles)
+    return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
+
+
+def _rate(context: HttpContext) -> Headers:
+    """Return the headers that tell what is left of the tenant's requests."""
+    rate = context.core.generations.rate(context.principal)
+    if rate is None:
+        return []
+    found: dict[bytes, Any] = {b"limit": rate.limit, b"remaining": rate.remaining, b"reset": f"{rate.reset:.3f}s"}
+    return [(b"x-ratelimit-%b-requests" % name, str(value).encode()) for name, value in found.items()]

@@ -1,0 +1,256 @@
+"""Generation: resolve the target, spend quota, start sequences, and end them with their request."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
+from tpeft_deploy.errors import (
+    InputError,
+    MissingExtra,
+    NotFound,
+    ProtocolError,
+    Unavailable,
+    UnknownTask,
+    Unsupported,
+)
+from tpeft_deploy.runtime import Runtime
+from tpeft_deploy.runtime.adapters.task_versions import Task
+from tpeft_deploy.runtime.batching.timing import Timing
+from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
+from tpeft_deploy.runtime.server.operations.models import Models
+from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
+from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
+from tpeft_deploy.runtime.server.tenancy.quotas import Meter, RequestRate
+from tpeft_deploy.runtime.server.v2.messages import BASE, ServedVersion
+from tpeft_deploy.runtime.text.model_text import ModelText
+
+__all__ = ["ContextExceeded", "GenerationTarget", "Generations"]
+
+
+class ContextExceeded(InputError):
+    """Raised for a prompt and a number of new tokens that are more than a sequence can have."""
+
+
+@dataclass(frozen=True)
+class GenerationTarget:
+    """What a model's name stands for.
+
+    Attributes:
+        name: name in events and metrics: that of the task, or the first of a weighted set.
+        task: task or weighted set in the runtime; None for the base.
+        versions: adapter versions.
+    """
+
+    name: str
+    task: Task | None
+    versions: tuple[ServedVersion, ...]
+
+
+class Generations:
+    """Generates text for the clients of all protocols.
+
+    Args:
+        runtime: the runtime.
+        bundle: the served bundle.
+        models: lookup of models by name.
+        meter: quotas of the tenants.
+        accepting: returns whether requests are accepted.
+        publish: called with the event of each request; on the event loop, so it must not block.
+        pools: threads that open the text and the decoder.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        bundle: Bundle,
+        models: Models,
+        meter: Meter,
+        accepting: Callable[[], bool],
+        publish: Callable[[InferenceEvent], None],
+        pools: Pools,
+    ) -> None:
+        self._runtime = runtime
+        self._bundle = bundle
+        self._models = models
+        self._meter = meter
+        self._accepting = accepting
+        self._publish = publish
+        self._pools = pools
+        self._lock = threading.Lock()
+        self._text: ModelText | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a sequence at most, those of its prompt included."""
+        return self._runtime.most_tokens
+
+    def rate(self, principal: Principal) -> RequestRate | None:
+        """Return what is left of the tenant's requests; None without a limit."""
+        return self._meter.request_rate(principal.tenant, time.monotonic())
+
+    async def text(self) -> ModelText:
+        """Return the text of the bundle, which the first call opens.
+
+        Raises:
+            Unavailable: the server is starting or draining.
+            InputError: the bundle has no decoder or no text.
+            Unsupported: the packages for text are not installed.
+        """
+        if not self._accepting():
+            raise Unavailable("generate text", problem="the server is starting or draining", fix="Try again shortly.")
+        if self._text is not None:
+            return self._text
+        name = self._models.bundle
+        if not self.most_tokens:
+            raise InputError(
+                f"generate text with bundle {name!r}", problem="it has no decoder, so it generates nothing"
+            )
+        if not self._bundle.manifest.text:
+            raise InputError(f"generate text with bundle {name!r}", problem="it has no tokenizer")
+        try:
+            return await self._pools.control.run(self._open)
+        except MissingExtra as error:
+            raise Unsupported("generate text", problem=f"the server cannot: {error}") from error
+
+    def target(self, principal: Principal, model: str) -> GenerationTarget:
+        """Resolve a model's name: a task, `TASK@VERSION`, the base, or a weighted set `a:0.7+b:0.3`.
+
+        Raises:
+            Forbidden: the role allows no inference.
+            NotFound: a task is not visible to the tenant.
+            Unavailable: a task was unloaded.
+            ProtocolError: a weight is no number.
+        """
+        allow(principal, Action.INFER)
+        if "+" not in model:
+            try:
+                found = self._version(principal, model)
+            except NotFound:
+                if not _is_weighted(model):
+                    raise
+            else:
+                return GenerationTarget(found.task, None if found is BASE else found.key, (found,))
+        return self._weighted(principal, model)
+
+    def room(self, prompt: Sequence[int], most: int | None, default: int | None = None) -> int:
+        """Return the number of tokens to generate at most.
+
+        Args:
+            prompt: tokens of the prompt.
+            most: number that the client gave.
+            default: number without one; None for as many as a sequence can have.
+
+        Raises:
+            ContextExceeded: a sequence cannot have so many tokens.
+        """
+        left = self.most_tokens - len(prompt)
+        wanted = most if most is not None else max(1, left if default is None else min(left, default))
+        if wanted > left:
+            raise ContextExceeded(
+                "generate text",
+                expected=f"at most {self.most_tokens} tokens in all",
+                got=f"a prompt of {len(prompt)} and {wanted} to generate",
+                fix="Shorten the prompt, or ask for fewer tokens.",
+            )
+        return wanted
+
+    @asynccontextmanager
+    async def started(
+        self,
+        principal: Principal,
+        target: GenerationTarget,
+        requests: Sequence[GenerationRequest],
+        traceparent: str = "",
+    ) -> AsyncIterator[list[Handle]]:
+        """Begin all sequences of some requests, or none; those that run at the end of the block are cancelled.
+
+        Args:
+            principal: the caller.
+            target: what they run on.
+            requests: requests without tenant and task.
+            traceparent: W3C trace context of the caller.
+
+        Raises:
+            TpeftError: as `Runtime.start`, and for a quota that is used up.
+        """
+        timing = Timing(time.monotonic())
+        rows = sum(request.sampling.n for request in requests)
+        self._charge(principal, requests, rows, timing.arrived)
+        handles: list[Handle] = []
+
+        def over(*, failed: bool) -> None:
+            now = time.monotonic()
+            timing.add(began, now, rows)
+            took = now - timing.arrived
+            self._publish(
+                InferenceEvent(
+                    principal.tenant, target.name, target.versions, rows, timing, took, failed, traceparent=traceparent
+                )
+            )
+
+        began = timing.arrived
+        try:
+            for request in requests:
+                own = replace(request, tenant=principal.tenant)
+                handles += await self._runtime.start(own, target.task)
+            began = time.monotonic()
+            yield handles
+        except Exception as error:
+            over(failed=True)
+            if isinstance(error, UnknownTask):  # the runtime's message may name other tenants' tasks
+                raise NotFound(f"run model {target.name!r}", problem="a task of it was deleted meanwhile") from None
+            raise
+        else:
+            over(failed=False)
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    def _charge(self, principal: Principal, requests: Sequence[GenerationRequest], rows: int, now: float) -> None:
+        """Spend the tenant's quota for sequences; the one place where generation is charged."""
+        self._meter.spend_rows(principal.tenant, rows, now)
+
+    def _open(self) -> ModelText:
+        with self._lock:
+            if self._text is None:
+                text = ModelText.open(self._bundle)
+                self._runtime.open_generation()
+                self._text = text
+            return self._text
+
+    def _version(self, principal: Principal, name: str) -> ServedVersion:
+        if name in {BASE_TASK, self._models.bundle}:
+            return BASE
+        task, _, version = name.partition("@")
+        return self._models.target(principal.tenant, task, version)
+
+    def _weighted(self, principal: Principal, model: str) -> GenerationTarget:
+        weights: dict[str, float] = {}
+        versions = []
+        for part in model.split("+"):
+            name, _, weight = part.rpartition(":")
+            if not _is_weighted(part):
+                raise ProtocolError(
+                    f"run model {model[:200]!r}", expected="a weighted set such as a:0.7+b:0.3", got=repr(part[:200])
+                )
+            found = self._version(principal, name)
+            if found.key in weights:
+                raise ProtocolError(f"run model {model[:200]!r}", expected="each task once", got=f"{name!r} twice")
+            weights[found.key] = float(weight)
+            versions.append(found)
+        return GenerationTarget(versions[0].task, weights, tuple(versions))
+
+
+def _is_weighted(part: str) -> bool:
+    name, colon, weight = part.rpartition(":")
+    try:
+        return bool(name and colon) and math.isfinite(float(weight))
+    except ValueError:
+        return False

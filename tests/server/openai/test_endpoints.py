@@ -1,0 +1,289 @@
+"""The `openai` package against a live server: every text is the runtime's for the same tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.helpers.server.live import Live, running
+from tests.helpers.waiting import wait_until
+from tests.server.conftest import serve
+from tpeft_deploy import Bundle
+from tpeft_deploy.runtime.generation.handle import GenerationRequest
+from tpeft_deploy.runtime.generation.sampling import Token
+from tpeft_deploy.runtime.text.model_text import ModelText
+
+CHAT: Any = [{"role": "user", "content": "The quick fox"}]
+TASKS = {"base": None, "talk": None, "a": "a", "b@1": "b", "a:0.7+b:0.3": {"a": 0.7, "b": 0.3}}
+
+
+@pytest.fixture(scope="module")
+def text(talking: Bundle) -> ModelText:
+    return ModelText.open(talking)
+
+
+@pytest.fixture
+def client(live: Live) -> openai.OpenAI:
+    return client_of(live)
+
+
+def client_of(live: Live) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key=live.keys["acme", "infer"], max_retries=0, timeout=100)
+
+
+def expected(live: Live, text: ModelText, tokens: list[int], task: Any, most: int, **how: Any) -> str:
+    """Text that the runtime generates."""
+    [made] = live.served.runtime.generate([tokens], task, max_new_tokens=most, sampling=text.sampling(**how))
+    return text.decode(made)
+
+
+def generated(live: Live, text: ModelText, tokens: list[int], task: Any, most: int, **how: Any) -> list[Token]:
+    async def run() -> list[Token]:
+        request = GenerationRequest(tokens, most, text.sampling(**how), text=text.detokeniser())
+        [handle] = await live.served.runtime.start(request, task)
+        return (await asyncio.wrap_future(handle.future)).tokens
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("model", TASKS)
+def test_a_chat_is_answered_whole_and_as_a_stream(
+    live: Live, client: openai.OpenAI, text: ModelText, model: str
+) -> None:
+    tokens = text.chat(CHAT)
+    wanted = expected(live, text, tokens, TASKS[model], 12)
+    answer = client.chat.completions.create(model=model, messages=CHAT, max_tokens=12)
+    [choice] = answer.choices
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", wanted, "length")
+    assert (answer.model, answer.object) == (model, "chat.completion")
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(tokens), 12)
+    stream = client.chat.completions.create(
+        model=model, messages=CHAT, max_completion_tokens=12, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == wanted
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert chunks[-1].usage == answer.usage
+    assert not chunks[-1].choices
+
+
+def test_many_clients_at_once_each_get_their_own(live: Live, text: ModelText) -> None:
+    prompts = [(f"fox {number}", task) for number, task in enumerate(["a", "b", "base", "a", "b"])]
+
+    async def run() -> list[str]:
+        key = live.keys["rival", "infer"]
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0) as client:
+
+            async def one(prompt: str, task: str) -> str:
+                found = ""
+                stream = await client.completions.create(model=task, prompt=prompt, max_tokens=9, stream=True)
+                async for chunk in stream:
+                    found += chunk.choices[0].text
+                return found
+
+            return await asyncio.gather(*(one(*own) for own in prompts))
+
+    wanted = [expected(live, text, text.encode(prompt), task, 9) for prompt, task in prompts]
+    assert asyncio.run(run()) == wanted
+
+
+def test_several_choices_are_sampled_apart_and_as_asked(live: Live, client: openai.OpenAI, text: ModelText) -> None:
+    how: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "presence_penalty": 0.4}
+    how["frequency_penalty"] = 0.3
+    more: dict[str, Any] = {"top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1}
+    known: Any = {**how, "logit_bias": {"40": -5}, "extra_body": more}
+    answer = client.chat.completions.create(model="a", messages=CHAT, max_tokens=8, n=3, **known)
+    texts = [choice.message.content for choice in answer.choices]
+    assert texts[0] == expected(live, text, text.chat(CHAT), "a", 8, **how, **more, logit_bias={40: -5})
+    assert len(set(texts)) == 3
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(model="a", messages=CHAT, max_tokens=8, n=3, stream=True, **known):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+
+
+def test_a_stop_text_ends_the_answer_before_it(live: Live, client: openai.OpenAI, text: ModelText) -> None:
+    whole = expected(live, text, text.encode("fox"), "b", 20)
+    stop = whole[4:6]
+    for stream in (False, True):
+        answer: Any = client.completions.create(
+            model="b", prompt="fox", max_tokens=20, stop=[stop, "zzzz"], stream=stream
+        )
+        choices = [chunk.choices[0] for chunk in (answer if stream else [answer])]
+        assert "".join(choice.text for choice in choices) == whole[: whole.index(stop)]
+        assert choices[-1].finish_reason == "stop"
+
+
+def test_log_probabilities_are_those_of_the_runtime(live: Live, client: openai.OpenAI, text: ModelText) -> None:
+    tokens = generated(live, text, text.chat(CHAT), "a", 6, logprobs=3)
+    known: Any = {"model": "a", "messages": CHAT, "max_tokens": 6, "logprobs": True, "top_logprobs": 3}
+    content = client.chat.completions.create(**known).choices[0].logprobs.content
+    assert [bytes(entry.bytes) for entry in content] == [text.token_bytes(token.id) for token in tokens]
+    assert [entry.logprob for entry in content] == pytest.approx([token.logprob for token in tokens], abs=1e-5)
+    tops = [[other.logprob for other in entry.top_logprobs] for entry in content]
+    assert tops == [pytest.approx([logprob for _, logprob in token.top], abs=1e-5) for token in tokens]
+    chunks: Any = client.chat.completions.create(**known, stream=True)
+    streamed = [e for chunk in chunks if chunk.choices[0].logprobs for e in chunk.choices[0].logprobs.content]
+    assert [entry.token for entry in streamed] == [entry.token for entry in content]
+    found = client.completions.create(model="base", prompt="fox", max_tokens=5, logprobs=2).choices[0]
+    assert found.logprobs is not None
+    names = found.logprobs.tokens or []
+    assert "".join(names) == found.text or "\ufffd" in "".join(names)
+    assert found.logprobs.text_offset == [len("".join(names[:at])) for at in range(5)]
+
+
+def test_prompts_are_texts_or_tokens_one_or_several(live: Live, client: openai.OpenAI, text: ModelText) -> None:
+    texts = ["fox", "lazy dog " * 4]
+    tokens = [text.encode(own) for own in texts]
+    wanted = [expected(live, text, own, "a", 4) for own in tokens]
+    prompts: Any
+    for prompts in (texts, tokens):
+        # A long body is read off the event loop.
+        answer = client.completions.create(model="a", prompt=prompts, max_tokens=4, n=2, user="x" * 3000)
+        assert [choice.text for choice in answer.choices] == [wanted[0], wanted[0], wanted[1], wanted[1]]
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        one = client.completions.create(model="a", prompt=prompts[0], max_tokens=4)
+        assert one.choices[0].text == wanted[0]
+
+
+def test_names_of_special_tokens_in_messages_are_text(live: Live, client: openai.OpenAI, text: ModelText) -> None:
+    chat: Any = [{"role": "user", "content": [{"type": "text", "text": "a</s>"}, {"type": "text", "text": "<|user|>"}]}]
+    plain = [{"role": "user", "content": "a</s>\n<|user|>"}]
+    for parse in (False, True):
+        answer = client.chat.completions.create(
+            model="a", messages=chat, max_tokens=5, extra_body={"parse_special": parse}
+        )
+        tokens = text.chat(plain, literal=not parse)
+        assert (text.facts.stop_tokens[0] in tokens) == parse
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(tokens)
+        assert answer.choices[0].message.content == expected(live, text, tokens, "a", 5)
+
+
+def test_tools_and_a_message_to_continue_go_to_the_template(live: Live, client: openai.OpenAI, text: ModelText) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    answer = client.chat.completions.create(model="a", messages=CHAT, max_tokens=5, tools=tools)
+    assert answer.choices[0].message.content == expected(live, text, text.chat(CHAT, tools=tools), "a", 5)
+    chat: Any = [*CHAT, {"role": "assistant", "content": "jumps"}]
+    answer = client.chat.completions.create(
+        model="a", messages=chat, max_tokens=5, extra_body={"continue_final_message": True}
+    )
+    tokens = text.chat(chat, add_generation_prompt=False, continue_final_message=True)
+    assert answer.choices[0].message.content == expected(live, text, tokens, "a", 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"model": "nobody"}, "model", "model_not_found"),
+        ({"model": "a:x+b:1"}, None, None),
+        ({"max_tokens": 5000}, None, "context_length_exceeded"),
+        ({"temperature": -1}, "temperature", None),
+        ({"messages": []}, None, None),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", None),
+        ({"logit_bias": {"x": 1}}, "logit_bias", None),
+        ({"stream_options": {"include_usage": True}}, "stream_options", None),
+        ({"response_format": {"type": "json_object"}}, "response_format", None),
+        ({"tool_choice": "required"}, "tool_choice", None),
+        ({"n": 0}, "n", None),
+        ({"tools": [1]}, "tools", None),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(
+    client: openai.OpenAI, change: dict[str, Any], param: str | None, code: str | None
+) -> None:
+    body: Any = {"model": "a", "messages": CHAT, "max_tokens": 4, **change}
+    kind = openai.NotFoundError if code == "model_not_found" else openai.BadRequestError
+    with pytest.raises(kind) as caught:
+        client.chat.completions.create(**body)
+    assert (caught.value.param, caught.value.code) == (param, code)
+    assert client.completions.create(model="a", prompt="x", max_tokens=1, echo=False).choices
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        client.completions.create(model="a", prompt="x", echo=True)
+
+
+def test_keys_sizes_and_rates_have_their_errors(live: Live) -> None:
+    with pytest.raises(openai.AuthenticationError) as denied:
+        client_of(live).with_options(api_key="wrong").models.list()
+    assert denied.value.code == "invalid_api_key"
+    with pytest.raises(openai.APIStatusError, match="at most") as large:
+        client_of(live).completions.create(model="a", prompt="x" * (17 << 20))
+    assert (large.value.status_code, large.value.code) == (413, "request_too_large")
+    limit = {"requests_per_s": 0.001}
+    assert live.ask("PUT", "/v2/admin/tenants/rival", "operator", "admin", json=limit).status_code == 200
+    rival = openai.OpenAI(base_url=f"{live.url}/v1", api_key=live.keys["rival", "infer"], max_retries=0)
+    known: Any = {"model": "a", "prompt": "x", "max_tokens": 1}
+    answer = rival.completions.with_raw_response.create(**known)
+    assert answer.headers["x-ratelimit-limit-requests"] == "1"
+    with pytest.raises(openai.RateLimitError) as limited:
+        rival.completions.create(**known)
+    headers = limited.value.response.headers
+    assert headers["x-ratelimit-remaining-requests"] == "0"
+    assert int(headers["retry-after"]) > 100
+    assert live.ask("PUT", "/v2/admin/tenants/rival", "operator", "admin", json={}).status_code == 200
+
+
+def test_models_are_listed_and_read(client: openai.OpenAI) -> None:
+    assert {model.id for model in client.models.list()} == {"base", "talk", "a", "b"}
+    assert client.models.retrieve("a").id == "a"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("nobody")
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_sequences(live: Live, stream: bool) -> None:
+    before = live.served.runtime.generation()
+    cancelled = 0 if before is None else before.cancelled
+    body = {"model": "a", "prompt": ["x", "y"], "n": 2, "max_tokens": 900, "stream": stream, "logit_bias": {"1": -100}}
+    try:
+        with live.client.stream(
+            "POST", "/v1/completions", json=body, headers=live.headers(), timeout=httpx.Timeout(100, read=0.3)
+        ) as answer:
+            next(answer.iter_bytes())
+    except httpx.ReadTimeout:
+        assert not stream
+
+    def stats() -> Any:
+        return live.served.runtime.generation()
+
+    wait_until(lambda: stats().cancelled >= cancelled + 4, "that its sequences end")
+    wait_until(lambda: stats().running == stats().waiting == 0, "free slots")
+    assert live.served.runtime.usage()["slots_taken"] == 0
+    wait_until(lambda: live.exchanges[-1].status == 499, "that it is told")
+
+
+def test_a_server_that_drains_refuses_and_a_broken_stream_ends_with_an_error(talking: Bundle, tmp_path: Path) -> None:
+    own = serve(talking, tmp_path / "state")
+    with running(own) as live:
+        client = client_of(live)
+        known: Any = {"model": "a", "prompt": "x", "max_tokens": 900, "logit_bias": {"1": -100}}
+        stream: Any = client.completions.create(**known, stream=True)
+        next(stream)
+        own.service.refuse()
+        with pytest.raises(openai.APIStatusError) as refused:
+            client.completions.create(**known)
+        assert (refused.value.status_code, refused.value.response.headers["retry-after"]) == (503, "1")
+        own.runtime.close()
+        with pytest.raises(openai.APIError):
+            list(stream)
+    own.state.close()
+
+
+def test_a_bundle_without_text_says_so(conv_bundle: Bundle, tmp_path: Path) -> None:
+    own = serve(conv_bundle, tmp_path / "state")
+    with running(own) as live:
+        with pytest.raises(openai.BadRequestError, match="it has no decoder"):
+            client_of(live).chat.completions.create(model="base", messages=CHAT)
+        assert set(json.loads(live.ask("GET", "/v1/nothing").content)["error"]) == {"message", "type", "param", "code"}
+    own.runtime.close()
+    own.state.close()
