@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tpeft_deploy.runtime.text.model_text import ModelText
 
 CHAT: Any = [{"role": "user", "content": "The quick fox"}]
 TASKS = {"base": None, "talk": None, "a": "a", "b@1": "b", "a:0.7+b:0.3": {"a": 0.7, "b": 0.3}}
+_CLIENTS: list[openai.OpenAI] = []
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,17 @@ def client(live: Live) -> openai.OpenAI:
     return client_of(live)
 
 
-def client_of(live: Live) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{live.url}/v1", api_key=live.keys["acme", "infer"], max_retries=0, timeout=100)
+@pytest.fixture(autouse=True)
+def _clients_are_closed() -> Iterator[None]:
+    yield
+    while _CLIENTS:
+        _CLIENTS.pop().close()
+
+
+def client_of(live: Live, tenant: str = "acme") -> openai.OpenAI:
+    key = live.keys[tenant, "infer"]
+    _CLIENTS.append(openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0, timeout=100))
+    return _CLIENTS[-1]
 
 
 def expected(live: Live, text: ModelText, tokens: list[int], task: Any, most: int, **how: Any) -> str:
@@ -57,17 +68,17 @@ def test_a_chat_is_answered_whole_and_as_a_stream(
     live: Live, client: openai.OpenAI, text: ModelText, model: str
 ) -> None:
     tokens = text.chat(CHAT)
-    wanted = expected(live, text, tokens, TASKS[model], 12)
-    answer = client.chat.completions.create(model=model, messages=CHAT, max_tokens=12)
+    stop = text.facts.stop_tokens[0]
+    wanted = expected(live, text, tokens, TASKS[model], 12, logit_bias={stop: -100})
+    known: Any = {"model": model, "messages": CHAT, "logit_bias": {str(stop): -100}}
+    answer = client.chat.completions.create(**known, max_tokens=12)
     [choice] = answer.choices
     assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", wanted, "length")
     assert (answer.model, answer.object) == (model, "chat.completion")
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(tokens), 12)
-    stream = client.chat.completions.create(
-        model=model, messages=CHAT, max_completion_tokens=12, stream=True, stream_options={"include_usage": True}
-    )
-    chunks = list(stream)
+    usage: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.chat.completions.create(**known, **usage, max_completion_tokens=12))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == wanted
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
@@ -220,7 +231,7 @@ def test_keys_sizes_and_rates_have_their_errors(live: Live) -> None:
     assert (large.value.status_code, large.value.code) == (413, "request_too_large")
     limit = {"requests_per_s": 0.001}
     assert live.ask("PUT", "/v2/admin/tenants/rival", "operator", "admin", json=limit).status_code == 200
-    rival = openai.OpenAI(base_url=f"{live.url}/v1", api_key=live.keys["rival", "infer"], max_retries=0)
+    rival = client_of(live, "rival")
     known: Any = {"model": "a", "prompt": "x", "max_tokens": 1}
     answer = rival.completions.with_raw_response.create(**known)
     assert answer.headers["x-ratelimit-limit-requests"] == "1"

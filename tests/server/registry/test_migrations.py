@@ -23,7 +23,7 @@ from tests.helpers.server.earlier_schemas import state_of_schema
 from tests.helpers.server.postgres import Postgres
 from tests.helpers.server.registry_subjects import add
 from tpeft_deploy.errors import ServerError, VersionError
-from tpeft_deploy.runtime.server.registry import database, migrations, open_keys, open_state, schema
+from tpeft_deploy.runtime.server.registry import migrations, open_keys, open_state, schema
 from tpeft_deploy.runtime.server.registry.database import Database, sqlite_url
 
 ROOT = Path(__file__).parents[3]
@@ -133,7 +133,7 @@ def test_a_file_in_another_mode_is_waited_for(tmp_path: Path, monkeypatch: pytes
             waits.append(seconds)
             other.execute("COMMIT")
 
-        monkeypatch.setattr(database.time, "sleep", wait)
+        monkeypatch.setattr("tpeft_deploy.runtime.server.registry.database.time.sleep", wait)
         Database(sqlite_url(path)).close()
     assert len(waits) == 1
 
