@@ -16,7 +16,9 @@ from tpeft_deploy.runtime.adapters.held import Held
 from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.engine import translated
 from tpeft_deploy.runtime.generation.kv_cache import CacheBlock, DeviceCaches, HostCaches, KvPlan
+from tpeft_deploy.runtime.generation.sequence import Sequence as State
 from tpeft_deploy.runtime.generation.slot_adapters import SlotAdapters
+from tpeft_deploy.runtime.generation.source import SourceEncoder
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.tucker import Array
 
@@ -75,6 +77,8 @@ class _Run:
             decoder.adapters.bind(self.binding, first, rows)
         self.logits = np.empty((rows, decoder.vocabulary), decoder.logits_dtype)
         decoder.caches.bind(self.binding, ports.caches, first, rows)
+        if ports.memory:
+            self.inputs[ports.memory_lengths] = np.zeros(rows, np.int64)
         kind = _BFLOAT16 if decoder.bfloat16 else self.logits.dtype.type
         self.binding.bind_output(ports.logits, "cpu", 0, kind, self.logits.shape, self.logits.ctypes.data)
         for name in self.inputs:
@@ -99,6 +103,7 @@ class BankedDecoder:
         device: memory device, as ONNX Runtime names it.
         component: component of the graph; empty for the only one.
         gathered: whether the graph reads rows that are gathered already, on the CPU.
+        source: computes what the graph reads beside tokens, where it does.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class BankedDecoder:
         component: str = "",
         *,
         gathered: bool = False,
+        source: SourceEncoder | None = None,
     ) -> None:
         if manifest.decoder is None:
             raise InputError(f"decode with bundle {manifest.name!r}", expected="one with a decoder", got="one without")
@@ -126,12 +132,19 @@ class BankedDecoder:
         self._device = device
         self._residency = residency
         self._component = component
+        self._source = source
         self._runs: dict[tuple[int, int], _Run] = {}  # by first slot and number of rows
 
     @property
     def adapter_bytes(self) -> int:
         """Bytes of the adapters that are copied to slots."""
         return 0 if self.adapters is None else self.adapters.nbytes
+
+    def enter(self, slot: int, sequence: State) -> None:
+        """Compute the memory of a sequence that got a slot; after each preemption again, so that it is kept once."""
+        if self._source is not None:
+            version: Any = sequence.version
+            self.caches.fill(slot, self._source.compute(sequence.inputs, version.version))
 
     def prefill(self, slots: Sequence[int], tokens: Array, past: int, versions: Sequence[ResidentVersion]) -> Array:
         """Compute tokens (n, length) behind the first `past` of slots; returns logits of the last (n, vocabulary).
@@ -184,6 +197,8 @@ class BankedDecoder:
                 run.bind(self.ports.tokens)
             inputs[self.ports.tokens][:] = tokens
             inputs[self.ports.lengths][:] = pasts
+            if self.ports.memory:
+                inputs[self.ports.memory_lengths][:] = self.caches.filled[first : first + len(tokens)]
             if slots.INDEX in inputs:
                 inputs[slots.INDEX][:] = index
             if self._device != "cpu":

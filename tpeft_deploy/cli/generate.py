@@ -18,6 +18,7 @@ from tpeft_deploy.errors import InputError
 from tpeft_deploy.progress import Progress, Stage, silent
 
 if TYPE_CHECKING:
+    from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.runtime.generation.handle import Generated, GenerationRequest, Handle
     from tpeft_deploy.runtime.generation.sampling import Token
     from tpeft_deploy.runtime.text.model_text import ModelText
@@ -26,6 +27,7 @@ __all__ = ["generate"]
 
 _MOST_AT_ONCE = 256  # sequences handed to the runtime, which lets a bounded number wait
 _NEW_TOKENS = 128
+_SOURCE = "input_ids"  # input of an encoder of text
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -76,7 +78,7 @@ def generate(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Continue prompts with the language model of BUNDLE.
+    """Continue prompts with the language model of BUNDLE; of an encoder-decoder, prompts are texts for the encoder.
 
     The text of one prompt is written to stdout as it comes.  Sampling is by the model's defaults where no option
     says otherwise.
@@ -91,9 +93,11 @@ def generate(
         raise click.UsageError("--task and --tasks exclude each other.")
     lines = _with_tasks(_lines(prompt, prompts), task, tasks)
     opened = Bundle.open(bundle)
-    text = ModelText.open(opened) if opened.manifest.text else None
+    decoding = _decoding(opened)
+    text = ModelText.open(decoding) if decoding.manifest.text else None
     changes = {**sampling, "stop_strings": list(stop) or None}
-    requests = [_request(line, text, chat, max_new_tokens, changes) for line in lines]
+    encoded = _reads_text(opened)
+    requests = [_request(line, text, chat, max_new_tokens, changes, encoded=encoded) for line in lines]
     alone = len(requests) == 1 and not as_json and text is not None
     display = nullcontext(silent) if alone else stages()
     with Runtime(bundle, provider=provider, preload=False, own_copy=False) as runtime, display as progress:
@@ -101,6 +105,19 @@ def generate(
         results = asyncio.run(_run(served, requests, _write if alone else None, progress))
         note(f"provider: {runtime.provider} ({runtime.provider_reason})")
     _show(bundle, runtime.provider, requests, results, as_json)
+
+
+def _decoding(bundle: Bundle) -> Bundle:
+    """The component with a decoder; the bundle where none has one."""
+    return next((own for own in bundle.components.values() if own.manifest.decoder is not None), bundle)
+
+
+def _reads_text(bundle: Bundle) -> bool:
+    """Whether an encoder reads the tokens of prompts, and the decoder begins with a token of the model."""
+    ports = _decoding(bundle).manifest.decoder
+    if ports is None or not ports.memory:
+        return False
+    return _SOURCE in [port.name for port in bundle.components[ports.source].manifest.inputs]
 
 
 def _lines(prompt: str | None, path: Path | None) -> list[_Line]:
@@ -140,7 +157,7 @@ def _with_tasks(lines: list[_Line], task: str | None, tasks: str | None) -> list
 
 
 def _request(
-    line: _Line, text: ModelText | None, chat: bool, most: int | None, changes: dict[str, Any]
+    line: _Line, text: ModelText | None, chat: bool, most: int | None, changes: dict[str, Any], *, encoded: bool
 ) -> GenerationRequest:
     from tpeft_deploy.runtime.generation.handle import GenerationRequest
     from tpeft_deploy.runtime.generation.sampling import Sampling
@@ -156,13 +173,14 @@ def _request(
     if text is not None and line.tokens is None:
         tokens = text.chat(messages) if messages is not None else text.encode(line.prompt or "")
     default = _NEW_TOKENS if text is None else min(text.facts.max_new_tokens or _NEW_TOKENS, _NEW_TOKENS)
+    before = [] if encoded or messages is not None else tokens  # an answer begins a text
     return GenerationRequest(
-        tokens,
+        () if encoded else tokens,
         most or line.max_new_tokens or default,
         Sampling(**{k: v for k, v in changes.items() if v is not None}) if text is None else text.sampling(**changes),
         task=line.task,
-        # An answer begins a text, anything else continues its prompt.
-        text=None if text is None else text.detokeniser([] if messages is not None else tokens),
+        text=None if text is None else text.detokeniser(before),
+        inputs={_SOURCE: tokens} if encoded else None,
     )
 
 
@@ -207,6 +225,13 @@ def _write(token: Token) -> None:
     click.echo(token.text, nl=False)
 
 
+def _read(request: GenerationRequest) -> Sequence[int]:
+    """Tokens of the prompt as it was given."""
+    given: Any = request.inputs
+    tokens: Sequence[int] = request.prompt if given is None else given[_SOURCE]
+    return tokens
+
+
 def _show(
     bundle: Path, provider: str, requests: Sequence[GenerationRequest], results: Sequence[Generated], as_json: bool
 ) -> None:
@@ -216,7 +241,7 @@ def _show(
             "text": result.text if request.text is not None else None,
             "tokens": [token.id for token in result.tokens],
             "finish_reason": result.reason,
-            "prompt_tokens": len(request.prompt),
+            "prompt_tokens": len(_read(request)),
         }
         for request, result in zip(requests, results, strict=True)
     ]
