@@ -85,8 +85,7 @@ class Runtime(ServedGeneration, ServedTasks):
 
     Raises:
         BundleError: the directory is not a bundle, or something in it was altered.
-        ProviderUnavailable: a provider was asked for by name and cannot be used, or one of the devices, or not for this
-            bundle.
+        ProviderUnavailable: a provider that was asked for, or one of the devices, cannot be used for this bundle.
     """
 
     def __init__(
@@ -167,9 +166,7 @@ class Runtime(ServedGeneration, ServedTasks):
             self._generation = self._open_generation(
                 first, choice.device, kv_bytes, max_tokens=max_tokens, max_source=max_source, prefix_bytes=prefix_bytes
             )
-            if preload:
-                self._preload()
-            self._check_provider()
+            self._prepare(preload=preload)
             failed.pop_all()
 
     def __enter__(self) -> Self:

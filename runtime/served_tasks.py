@@ -204,7 +204,10 @@ class ServedTasks:
                 return
             self._loader.bring([self._versions.adapter(task, "load")])
 
-    def _check_provider(self) -> None:
+    def _prepare(self, *, preload: bool) -> None:
+        """Bring tasks to the device where `preload` is set, and prove the provider."""
+        if preload:
+            self._preload()
         first = [self._versions.adapter(task, "load") for task in [*self._bundle.tasks][:1]]
         for component in self._parts:
             component.check_provider([self._versions.base, *first])
