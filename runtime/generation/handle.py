@@ -48,6 +48,7 @@ class GenerationRequest:
         deadline: time by the generator's clock after which the result is of no use.
         text: makes the detokeniser of each sequence; needed for stop strings.
         scored: whether the log-probabilities of the tokens are wanted; without, they are NaN.
+        marks: tokens as known prefixes compare them, where the tokens do not tell inputs apart.
         inputs: inputs of the component that computes what the decoder reads beside tokens, as for `Runtime.generate`.
     """
 
@@ -61,6 +62,7 @@ class GenerationRequest:
     deadline: float = math.inf
     text: Callable[[], Detokeniser] | None = None
     scored: bool = True
+    marks: tuple[Hashable, ...] = ()
     inputs: Mapping[str, object] | None = field(default=None, compare=False)  # arrays have no equality
 
     def check(self, vocabulary: int, length: int) -> None:

@@ -43,7 +43,14 @@ class Decoder(Protocol):
     def enter(self, slot: int, sequence: Sequence) -> None:
         """Take in the inputs of a sequence that got a slot, before any of its tokens is computed there."""
 
-    def prefill(self, slots: abc.Sequence[int], tokens: Array, past: int, versions: abc.Sequence[Any]) -> Array:
+    def prefill(
+        self,
+        slots: abc.Sequence[int],
+        tokens: Array,
+        past: int,
+        versions: abc.Sequence[Any],
+        features: abc.Sequence[Any],
+    ) -> Array:
         """Compute tokens [n, length] behind the first `past` of slots; returns logits of the last [n, vocabulary].
 
         Several slots follow each other, and their past is 0.
@@ -276,7 +283,8 @@ class Generator:
             tokens = np.array([piece.sequence.span(piece.past, piece.past + piece.length) for piece in pieces])
             slots, versions = [piece.slot for piece in pieces], [piece.sequence.version for piece in pieces]
             if prefill:
-                logits = self._decoder.prefill(slots, tokens, pieces[0].past, versions)
+                features = [piece.sequence.features for piece in pieces]
+                logits = self._decoder.prefill(slots, tokens, pieces[0].past, versions, features)
                 self._counts["prefilled_tokens"] += tokens.size
             else:
                 pasts = np.array([piece.past for piece in pieces])
@@ -322,7 +330,7 @@ class Generator:
         """Tokens of a sequence of which the cache is known; the scheduler asks when it admits it."""
         if self._prefixes is None:
             return 0
-        owner, known = self._records[sequence.id].owner, sequence.span(0, len(sequence) - 1)
+        owner, known = self._records[sequence.id].owner, sequence.known(len(sequence) - 1)
         match = self._prefixes.match(sequence.version.key, owner, known, inputs=sequence.digest)
         self._matches[sequence.id] = match
         return match.tokens
@@ -348,7 +356,7 @@ class Generator:
             self._prefixes.insert(
                 sequence.version.key,
                 record.owner,
-                sequence.span(0, length),
+                sequence.known(length),
                 lambda start, number: self._decoder.save(slot, start, number),
                 inputs=sequence.digest,
             )

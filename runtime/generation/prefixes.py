@@ -29,7 +29,7 @@ class _Node(Generic[Block]):
 
     __slots__ = ("block", "children", "id", "index", "kept", "key", "parent", "references", "used")
 
-    def __init__(self, id: int, block: Block, index: tuple[Parent, str | None, tuple[int, ...]]) -> None:
+    def __init__(self, id: int, block: Block, index: tuple[Parent, str | None, tuple[Hashable, ...]]) -> None:
         self.id = id
         self.block = block
         self.index = index
@@ -73,7 +73,7 @@ class PrefixCache(Generic[Block]):
         self.block_tokens = block_tokens
         self.bytes = 0
         self.hits = self.misses = 0  # blocks asked for
-        self._nodes: dict[tuple[Parent, str | None, tuple[int, ...]], _Node[Block]] = {}
+        self._nodes: dict[tuple[Parent, str | None, tuple[Hashable, ...]], _Node[Block]] = {}
         self._evictable: list[tuple[int, int, _Node[Block]]] = []  # a heap; what was used since is out of date
         self._ids = self._time = 0
 
@@ -82,7 +82,7 @@ class PrefixCache(Generic[Block]):
         return len(self._nodes)
 
     def match(
-        self, key: Hashable, owner: str | None, tokens: Sequence[int], *, inputs: Hashable = None
+        self, key: Hashable, owner: str | None, tokens: Sequence[Hashable], *, inputs: Hashable = None
     ) -> Match[Block]:
         """Acquire the blocks of the longest known beginning; call `release` once for each match.
 
@@ -115,7 +115,7 @@ class PrefixCache(Generic[Block]):
         self,
         key: Hashable,
         owner: str | None,
-        tokens: Sequence[int],
+        tokens: Sequence[Hashable],
         save: Callable[[int, int], Block],
         *,
         inputs: Hashable = None,
@@ -157,7 +157,9 @@ class PrefixCache(Generic[Block]):
         for node in [node for node in self._nodes.values() if node.key == key]:
             self._remove(node)
 
-    def _path(self, root: tuple[Hashable, Hashable], owner: str | None, tokens: Sequence[int]) -> list[_Node[Block]]:
+    def _path(
+        self, root: tuple[Hashable, Hashable], owner: str | None, tokens: Sequence[Hashable]
+    ) -> list[_Node[Block]]:
         nodes: list[_Node[Block]] = []
         parent: Parent = ("version", root)
         for start in range(0, len(tokens) - self.block_tokens + 1, self.block_tokens):
@@ -175,7 +177,7 @@ class PrefixCache(Generic[Block]):
         self,
         root: tuple[Hashable, Hashable],
         owner: str | None,
-        tokens: tuple[int, ...],
+        tokens: tuple[Hashable, ...],
         parent: _Node[Block] | None,
         block: Block,
     ) -> _Node[Block]:

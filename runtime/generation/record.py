@@ -67,7 +67,8 @@ class Record:
             deadline=request.deadline,
             stop_tokens=frozenset(request.sampling.stop_tokens),
             inputs=request.inputs,
-            digest=digest(request.inputs),
+            digest=None if request.marks else digest(request.inputs),
+            marks=request.marks,
         )
         return cls(
             sequence,

@@ -54,6 +54,8 @@ class Sequence:
         stop_tokens: tokens that end it.
         inputs: inputs beside the tokens, as the decoder takes them.
         digest: identifies `inputs`; sequences share known prefixes only where it is equal.
+        marks: tokens of the prompt as known prefixes compare them, where tokens alone do not tell them apart.
+        features: what the decoder computed from `inputs` for the tokens of the prompt.
         tokens: generated tokens.
         phase: finished and cancelled sequences have no slot.
         slot: slot of the decoder while it runs.
@@ -74,6 +76,8 @@ class Sequence:
     stop_tokens: frozenset[int] = frozenset()
     inputs: Any = None
     digest: Hashable = None
+    marks: tuple[Hashable, ...] = ()
+    features: Any = None
     tokens: list[int] = field(default_factory=list)
     phase: Phase = "waiting"
     slot: int | None = None
@@ -100,6 +104,10 @@ class Sequence:
         """Tokens from `start` to before `end`, counted from the first of the prompt."""
         bound = len(self.prompt)
         return [*self.prompt[start:end], *self.tokens[max(start - bound, 0) : max(end - bound, 0)]]
+
+    def known(self, end: int) -> list[Hashable]:
+        """Tokens before `end` as known prefixes compare them."""
+        return [*self.marks[:end], *self.span(len(self.marks), end)]
 
     def ending(self) -> Reason | None:
         """Why no further token is to be generated; None if one is."""

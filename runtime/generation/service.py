@@ -17,6 +17,7 @@ from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
 from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.generation.decoder import BankedDecoder, ResidentVersion
+from tpeft_deploy.runtime.generation.features import Images
 from tpeft_deploy.runtime.generation.handle import Detokeniser, GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.kv_cache import KvPlan
 from tpeft_deploy.runtime.generation.loop import Generator
@@ -79,10 +80,12 @@ class GenerationService:
         self._versions = versions
         self._device = device
         self._plan: KvPlan | None = None
-        self._source: SourceEncoder | None = None
+        self._source: SourceEncoder | Images | None = None
         if manifest.decoder is not None:
             self._plan = KvPlan.of(manifest, kv_bytes, max_tokens, max_source, None if source is None else source[0])
-            if source is not None:
+            if source is not None and manifest.decoder.features:
+                self._source = Images(manifest.decoder, *source)
+            elif source is not None:
                 self._source = SourceEncoder(manifest.decoder, *source, self._plan.source)
         self._prefix_bytes = prefix_bytes
         self._lock = threading.Lock()

@@ -55,7 +55,7 @@ class SourceEncoder:
         return replace(request, inputs=self._checked(given, doing))
 
     def compute(self, inputs: Mapping[str, Array], version: Version) -> list[Array]:
-        """RunSource the component for one sequence.
+        """Run the component for one sequence.
 
         Args:
             inputs: inputs that `prepare` returned.

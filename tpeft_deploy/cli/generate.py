@@ -38,6 +38,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     tokens: list[int] | None = None
     task: str | None = None
     max_new_tokens: int | None = None
+    images: list[str] = []
 
 
 class _Runtime(Protocol):
@@ -52,7 +53,15 @@ class _Runtime(Protocol):
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    help='A JSON Lines file: per line a text, or {"prompt" | "messages" | "tokens", "task", "max_new_tokens"}.',
+    help='A JSON Lines file: per line a text, or {"prompt" | "messages" | "tokens", "task", "max_new_tokens", '
+    '"images"}.',
+)
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Image of the prompt, in the place of its next image token; may be repeated.",
 )
 @click.option("--chat", is_flag=True, help="Make a message of each prompt, by the model's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help=f"Tokens to generate at most; {_NEW_TOKENS} by default.")
@@ -71,6 +80,7 @@ def generate(
     tasks: str | None,
     prompt: str | None,
     prompts: Path | None,
+    images: tuple[Path, ...],
     chat: bool,
     max_new_tokens: int | None,
     stop: tuple[str, ...],
@@ -85,19 +95,23 @@ def generate(
     """
     from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.runtime import Runtime
+    from tpeft_deploy.runtime.text.images import with_images
     from tpeft_deploy.runtime.text.model_text import ModelText
 
     if (prompt is None) == (prompts is None):
         raise click.UsageError("Give one of --prompt and --prompts.")
     if task is not None and tasks is not None:
         raise click.UsageError("--task and --tasks exclude each other.")
-    lines = _with_tasks(_lines(prompt, prompts), task, tasks)
+    if images and prompt is None:
+        raise click.UsageError("--image belongs to --prompt; the lines of --prompts have images.")
+    lines = _with_tasks(_lines(prompt, prompts, [str(image) for image in images]), task, tasks)
     opened = Bundle.open(bundle)
     decoding = _decoding(opened)
     text = ModelText.open(decoding) if decoding.manifest.text else None
     changes = {**sampling, "stop_strings": list(stop) or None}
     encoded = _reads_text(opened)
     requests = [_request(line, text, chat, max_new_tokens, changes, encoded=encoded) for line in lines]
+    requests = [with_images(request, opened, line.images) for request, line in zip(requests, lines, strict=True)]
     alone = len(requests) == 1 and not as_json and text is not None
     display = nullcontext(silent) if alone else stages()
     with Runtime(bundle, provider=provider, preload=False, own_copy=False) as runtime, display as progress:
@@ -120,9 +134,9 @@ def _reads_text(bundle: Bundle) -> bool:
     return _SOURCE in [port.name for port in bundle.components[ports.source].manifest.inputs]
 
 
-def _lines(prompt: str | None, path: Path | None) -> list[_Line]:
+def _lines(prompt: str | None, path: Path | None, images: list[str]) -> list[_Line]:
     if path is None:
-        return [_Line(sys.stdin.read() if prompt == "-" else prompt)]
+        return [_Line(sys.stdin.read() if prompt == "-" else prompt, images=images)]
     doing = f"read prompts {path}"
     try:
         texts = path.read_text(encoding="utf-8").split("\n")
@@ -168,7 +182,10 @@ def _request(
             problem="the bundle has no tokenizer",
             fix="Give tokens in --prompts, or export a directory with a tokenizer.",
         )
-    messages = [{"role": "user", "content": line.prompt}] if chat and line.prompt is not None else line.messages
+    content: object = line.prompt
+    if line.images:
+        content = [*({"type": "image"} for _ in line.images), {"type": "text", "text": line.prompt}]
+    messages = [{"role": "user", "content": content}] if chat and line.prompt is not None else line.messages
     tokens = line.tokens if line.tokens is not None else []
     if text is not None and line.tokens is None:
         tokens = text.chat(messages) if messages is not None else text.encode(line.prompt or "")
@@ -228,7 +245,7 @@ def _write(token: Token) -> None:
 def _read(request: GenerationRequest) -> Sequence[int]:
     """Tokens of the prompt as it was given."""
     given: Any = request.inputs
-    tokens: Sequence[int] = request.prompt if given is None else given[_SOURCE]
+    tokens: Sequence[int] = request.prompt if given is None or _SOURCE not in given else given[_SOURCE]
     return tokens
 
 

@@ -95,7 +95,14 @@ class FakeDecoder:
             self._called("enter", slot)
         self.memory[slot] = sequence.digest
 
-    def prefill(self, slots: Sequence[int], tokens: Array, past: int, versions: Sequence[HeldVersion]) -> Array:
+    def prefill(
+        self,
+        slots: Sequence[int],
+        tokens: Array,
+        past: int,
+        versions: Sequence[HeldVersion],
+        features: Sequence[object] = (),
+    ) -> Array:
         self._called("prefill", *slots)
         assert tokens.dtype == np.int64
         assert tokens.size
