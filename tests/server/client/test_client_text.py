@@ -14,7 +14,6 @@ import pytest
 
 from tests.helpers.server.client_calls import BOTH, Calling, Hours
 from tests.helpers.server.live import Live, running
-from tests.helpers.server.text_bundle import text_bundle
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import serve
 from tpeft_deploy import AsyncClient, Bundle, Client, errors
@@ -23,11 +22,6 @@ from tpeft_deploy.runtime.text.model_text import ModelText
 URL = "http://server:1"
 CHAT: Any = [{"role": "user", "content": "The quick fox"}]
 END = {"logit_bias": {"1": -100}}  # no text ends early
-
-
-@pytest.fixture(scope="module")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return text_bundle(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
