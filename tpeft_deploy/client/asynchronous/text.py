@@ -139,4 +139,7 @@ class AsyncTextCalls(AsyncServerConnection):
         self, call: ServerCall[Completion], stream: bool, timeout: float | None
     ) -> Completion | AsyncTextStream:
         budget = self._budget(timeout)
-        return await self._stream(call, budget) if stream else await self._do(call, budget)
+        if stream:
+            return await self._stream(call, budget)
+        whole: Completion = await self._do(call, budget)
+        return whole

@@ -136,4 +136,7 @@ class TextCalls(ServerConnection):
 
     def _generated(self, call: ServerCall[Completion], stream: bool, timeout: float | None) -> Completion | TextStream:
         budget = self._budget(timeout)
-        return self._stream(call, budget) if stream else self._do(call, budget)
+        if stream:
+            return self._stream(call, budget)
+        whole: Completion = self._do(call, budget)
+        return whole
