@@ -146,14 +146,16 @@ def test_the_client_of_the_package(live: Live) -> None:
             check(client.infer(given, f"both/{component}")["scores"], component, ["both"] * 3)
             check(client.infer(given, f"reading/{component}@1")["scores"], component, ["reading"] * 3)
             check(client.infer(given, "reading@1", component=component)["scores"], component, ["reading"] * 3)
-            check(client.infer(given, tasks=mixed, component=component)["scores"], component, mixed)
+            several = client.infer(given, tasks=mixed, component=component)["scores"]
+            assert not isinstance(several, list)
+            check(several, component, mixed)
             check(client.infer(given, component=component)["scores"], component, ["base"] * 3)
             # The client asks which inputs are bfloat16, of the component that the name or the argument gives.
-            for model in ({"task": f"both/{component}"}, {"task": "both", "component": component}):
+            for task, beside in ((f"both/{component}", None), ("both", component)):
                 with pytest.raises(InputError, match="expected dtype float32"):
-                    client.infer({"x": np.zeros((1, 5), np.uint16)}, **model)
-        for wrong in ({"component": "audio"}, {"task": "both/audio"}):
+                    client.infer({"x": np.zeros((1, 5), np.uint16)}, task, component=beside)
+        for task, beside in (("base", "audio"), ("both/audio", None)):
             with pytest.raises(NotFound, match="among image, text"):
-                client.infer(given, **wrong)
+                client.infer(given, task, component=beside)
         with pytest.raises(InputError, match="one component"):
             client.infer(given, "both/text", component="image")
