@@ -6,7 +6,7 @@
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
 # make cuda-dry-run   ONNX Runtime's CUDA provider on a CUDA that computes nothing: placement, copies, recordings
 # make openvino   the runtime with OpenVINO, in a virtual environment apart
-# make client       the blocking client, after a change of asynchronous.py
+# make client       the blocking client, after a change of asynchronous/
 # make formats      docs/formats.md, after a change of a reader
 # make image        the container image (PROVIDER=cpu or gpu), on its base by digest
 # make image-lock   image/*.txt, after a change of constraints.txt

@@ -158,6 +158,12 @@ class ModelText:
             literal: whether names of special tokens in messages and options are text; those of the template never are.
             options: as for `render`.
         """
+        try:
+            return self._conversation(messages, literal, options)
+        except RecursionError as error:
+            raise InputError("encode a conversation", expected="values nested less deeply", got="deep ones") from error
+
+    def _conversation(self, messages: Sequence[Mapping[str, Any]], literal: bool, options: dict[str, Any]) -> list[int]:
         names = self._special_names
         if not literal or names is None or not any(map(names.search, _strings([messages, options]))):
             return self.encode(self.render(messages, **options), special=False)

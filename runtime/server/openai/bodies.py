@@ -22,6 +22,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 _MOST_STOPS = 16
 _BIAS = 100
+_MOST_BIASES = 1024  # each sequence copies and checks them
 _MOST_SEQUENCES = 128
 _RESERVED = {"literal", "messages", "self", "template", "variables"}
 
@@ -111,7 +112,10 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
 
     def _biases(self) -> dict[int, float] | None:
         doing, found = "read field 'logit_bias'", {}
-        for token, bias in (self.logit_bias or {}).items():
+        given = self.logit_bias or {}
+        if len(given) > _MOST_BIASES:
+            raise InputError(doing, expected=f"at most {_MOST_BIASES} tokens", got=len(given))
+        for token, bias in given.items():
             if not (token.isascii() and token.isdigit() and len(token) < 10):
                 raise InputError(doing, expected="tokens as names of its fields", got=repr(token[:40]))
             if not -_BIAS <= bias <= _BIAS:

@@ -238,3 +238,14 @@ def test_tokens_beyond_the_vocabulary_are_refused() -> None:
     for how in (Sampling(stop_tokens=[10]), Sampling(logit_bias={10: 1.0})):
         with pytest.raises(InputError, match="from 0 to 9"):
             how.check(10)
+
+
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-30, 1, 1e300])
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1, 1e300])
+def test_extreme_numbers_sample_a_token(temperature: float, penalty: float) -> None:
+    sampler = Sampler(Sampling(temperature=temperature, repetition_penalty=penalty, top_p=0.9, logprobs=2), [1, 2])
+    raw = np.array([0, 3, -2, 1e4, -1e4], np.float32)
+    found = {sampler.choose(raw).id for _ in range(5)}
+    assert found <= set(range(5))
+    if temperature < 1 and penalty <= 1:
+        assert found == ({1} if penalty < 1 else {3})
