@@ -94,7 +94,7 @@ def _limited(request: GenerationRequest, asked: InferRequest) -> GenerationReque
     return replace(request, deadline=deadline, priority=asked.priority)
 
 
-def _answer(head: dict[str, str], text: str | None) -> pb.ModelStreamInferResponse:
+def _answer(head: dict[str, Any], text: str | None) -> pb.ModelStreamInferResponse:
     """Return an answer with a piece of text; None for the last answer, which has none."""
     found = pb.ModelInferResponse(**head)
     found.parameters["triton_final_response"].bool_param = text is None

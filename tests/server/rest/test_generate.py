@@ -11,6 +11,7 @@ from tests.helpers.server.live import Live, running
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import serve
 from tpeft_deploy import Bundle
+from tpeft_deploy.runtime.server.v2.generate import GenerateBody
 from tpeft_deploy.runtime.text.model_text import ModelText
 
 PATHS = {"a": "a", "b/versions/1": "b", "base/versions/1": None, "talk": None, "a:0.7+b:0.3": {"a": 0.7, "b": 0.3}}
@@ -112,10 +113,22 @@ def test_what_cannot_be_done_is_refused_in_the_form_of_v2(
         assert "\n" not in answer.json()["error"]
 
 
+def test_no_value_of_a_parameter_is_an_internal_error(live: Live) -> None:
+    odd = [None, True, -1, 1.5, 1 << 70, "", "x", "nan", "null", [], [[]], {}, {"a": 1}]
+    for name in GenerateBody.__struct_fields__:
+        for value in odd:
+            answer = ask(live, "a/generate", {"text_input": "x", "max_tokens": 1, "parameters": {name: value}})
+            assert answer.status_code in {200, 400, 404}, (name, value, answer.text)
+            if answer.status_code == 200:
+                assert isinstance(answer.json()["text_output"], str)
+    assert ask(live, "a/generate", {"text_input": "x", "parameters": 5}).status_code == 400
+    assert live.ask("POST", "/v2/models/a/generate", content=b'{"text_input": "\\ud800"}').status_code == 400
+
+
 def test_a_client_that_leaves_ends_its_sequence(live: Live) -> None:
     body = {"text_input": "x", "max_tokens": 900, "logit_bias": {"1": -100}}
-    path, options = "/v2/models/a/generate_stream", {"headers": live.headers(), "timeout": 100}
-    with live.client.stream("POST", path, json=body, **options) as answer:
+    path = "/v2/models/a/generate_stream"
+    with live.client.stream("POST", path, json=body, headers=live.headers(), timeout=100) as answer:
         next(answer.iter_bytes())
 
     def stats() -> Any:

@@ -19,6 +19,7 @@ from tests.helpers.server.rpc_serving import Serving, serving
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import Served, serve
 from tpeft_deploy import Bundle
+from tpeft_deploy.runtime.server.v2.generate import GenerateBody
 from tpeft_deploy.runtime.text.model_text import ModelText
 
 LONG = {"max_tokens": 900, "ignored": "x", "sampling_parameters": json.dumps({"logit_bias": {"1": -100}})}
@@ -179,6 +180,24 @@ async def _requests(prompts: list[str], **parameters: Any) -> AsyncIterator[dict
         yield {"model_name": "a", "inputs": inputs, "parameters": parameters, "request_id": prompt}
     if parameters == LONG:
         await asyncio.Event().wait()
+
+
+def test_no_value_of_a_parameter_is_an_internal_error(live: Serving, headers: dict[str, str]) -> None:
+    odd: list[Any] = ["", "x", "[]", "null", -1, 1 << 62, True, float("nan")]
+    names = [*GenerateBody.__struct_fields__, "sampling_parameters", "timeout", "priority"]
+    sent = [(name, value) for name in names for value in odd]
+    with streaming(live, headers) as (client, found):
+        for name, value in sent:
+            parameters = {"max_tokens": 1, name: value}
+            client.async_stream_infer(
+                "a", [word("text_input", "x")], parameters=parameters, enable_empty_final_response=True
+            )
+        ended = 0
+        while ended < len(sent):
+            answer = found.get(timeout=100)
+            failed = isinstance(answer, InferenceServerException)
+            assert not (failed and "internal error" in str(answer)), answer
+            ended += failed or is_final(answer)
 
 
 def test_generation_keeps_no_other_message_waiting(live: Serving, headers: dict[str, str]) -> None:
