@@ -22,7 +22,7 @@ from tpeft_deploy.bundle.directory import (
 )
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Varies
 from tpeft_deploy.bundle.text_files import write_text
-from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
+from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_image, read_text
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed, stacked
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
@@ -139,7 +139,8 @@ def _write_text(plan: Plan, place: Path) -> dict[str, FileRecord]:
     directory = plan.base.directory
     if directory is None or not has_tokenizer(directory):
         return {}
-    return write_text(place / "text", *read_text(directory))
+    images = plan.base.decoder is not None and plan.base.decoder.features
+    return write_text(place / "text", *read_text(directory), read_image(directory) if images else None)
 
 
 def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) -> None:
