@@ -114,7 +114,7 @@ def test_what_cannot_be_done_is_refused_in_the_form_of_v2(
 
 
 def test_no_value_of_a_parameter_is_an_internal_error(live: Live) -> None:
-    odd = [None, True, -1, 1.5, 1 << 70, "", "x", "nan", "null", [], [[]], {}, {"a": 1}]
+    odd: list[Any] = [None, True, -1, 1.5, 1 << 70, "", "x", "nan", "null", [], [[]], {}, {"a": 1}]
     for name in GenerateBody.__struct_fields__:
         for value in odd:
             answer = ask(live, "a/generate", {"text_input": "x", "max_tokens": 1, "parameters": {name: value}})

@@ -184,7 +184,7 @@ async def _requests(prompts: list[str], **parameters: Any) -> AsyncIterator[dict
 
 def test_no_value_of_a_parameter_is_an_internal_error(live: Serving, headers: dict[str, str]) -> None:
     odd: list[Any] = ["", "x", "[]", "null", -1, 1 << 62, True, float("nan")]
-    names = [*GenerateBody.__struct_fields__, "sampling_parameters", "timeout", "priority"]
+    names = [*GenerateBody.__struct_fields__, "sampling_parameters"]
     sent = [(name, value) for name in names for value in odd]
     with streaming(live, headers) as (client, found):
         for name, value in sent:
@@ -192,12 +192,15 @@ def test_no_value_of_a_parameter_is_an_internal_error(live: Serving, headers: di
             client.async_stream_infer(
                 "a", [word("text_input", "x")], parameters=parameters, enable_empty_final_response=True
             )
-        ended = 0
-        while ended < len(sent):
+        failed = answered = 0
+        while failed + answered < len(sent):
             answer = found.get(timeout=100)
-            failed = isinstance(answer, InferenceServerException)
-            assert not (failed and "internal error" in str(answer)), answer
-            ended += failed or is_final(answer)
+            if isinstance(answer, InferenceServerException):
+                assert "internal error" not in str(answer)
+                failed += 1
+            else:
+                answered += is_final(answer)
+        assert min(failed, answered) > len(sent) // 10, (failed, answered)
 
 
 def test_generation_keeps_no_other_message_waiting(live: Serving, headers: dict[str, str]) -> None:
