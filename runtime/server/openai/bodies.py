@@ -83,6 +83,11 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
             raise InputError("read field 'stop'", expected=f"at most {_MOST_STOPS} texts", got=len(self.stops))
 
     @property
+    def address(self) -> tuple[str, str, str | None]:
+        """Model, version and adapter, as `Generations.target` takes them."""
+        return self.model, "", None
+
+    @property
     def stops(self) -> list[str]:
         """Stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []

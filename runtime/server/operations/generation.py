@@ -25,13 +25,17 @@ from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.registry import CURRENT
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.quotas import Meter, RequestRate
 from tpeft_deploy.runtime.server.v2.messages import BASE, ServedVersion
 from tpeft_deploy.runtime.text.model_text import ModelText
 
-__all__ = ["ContextExceeded", "GenerationTarget", "Generations"]
+__all__ = ["ContextExceeded", "GenerationTarget", "Generations", "memory_of"]
+
+_TOKEN = 48  # bytes of a token in a list
+_MADE = 160  # bytes of a generated token, and of each of the most probable ones beside it
 
 
 class ContextExceeded(InputError):
@@ -51,6 +55,11 @@ class GenerationTarget:
     name: str
     task: Task | None
     versions: tuple[ServedVersion, ...]
+
+    @property
+    def version(self) -> str:
+        """Version number; empty for a weighted set."""
+        return self.versions[0].version if len(self.versions) == 1 else ""
 
 
 class Generations:
@@ -119,16 +128,29 @@ class Generations:
         except MissingExtra as error:
             raise Unsupported("generate text", problem=f"the server cannot: {error}") from error
 
-    def target(self, principal: Principal, model: str) -> GenerationTarget:
+    def target(
+        self, principal: Principal, model: str, version: str = "", adapter: str | None = None
+    ) -> GenerationTarget:
         """Resolve a model's name: a task, `TASK@VERSION`, the base, or a weighted set `a:0.7+b:0.3`.
+
+        Args:
+            principal: the caller.
+            model: name of the model.
+            version: version number or alias, where it is no part of the name.
+            adapter: name of the task, where the model is the base.
 
         Raises:
             Forbidden: the role allows no inference.
             NotFound: a task is not visible to the tenant.
             Unavailable: a task was unloaded.
-            ProtocolError: a weight is no number.
+            ProtocolError: a weight is no number, or the adapter is not that of the model.
         """
         allow(principal, Action.INFER)
+        if adapter is not None and adapter != model:
+            if model not in {BASE_TASK, self._models.bundle}:
+                raise ProtocolError("adapter", expected=f"that of model {model[:200]!r}", got=repr(adapter[:200]))
+            model = adapter
+        model = f"{model}@{version}" if version else model
         if "+" not in model:
             try:
                 found = self._version(principal, model)
@@ -226,9 +248,11 @@ class Generations:
             return self._text
 
     def _version(self, principal: Principal, name: str) -> ServedVersion:
-        if name in {BASE_TASK, self._models.bundle}:
-            return BASE
         task, _, version = name.partition("@")
+        if task in {BASE_TASK, self._models.bundle}:
+            if version not in {"", BASE.version, CURRENT}:
+                raise NotFound(f"find model {task!r}", expected=f"version {BASE.version}", got=repr(version[:200]))
+            return BASE
         return self._models.target(principal.tenant, task, version)
 
     def _weighted(self, principal: Principal, model: str) -> GenerationTarget:
@@ -246,6 +270,13 @@ class Generations:
             weights[found.key] = float(weight)
             versions.append(found)
         return GenerationTarget(versions[0].task, weights, tuple(versions))
+
+
+def memory_of(requests: Sequence[GenerationRequest], top: int = 0) -> int:
+    """Return the bytes that the tokens of prompts and of answers take, with `top` most probable ones beside each."""
+    prompts = sum(len(request.prompt) for request in requests)
+    made = sum(request.sampling.n * request.max_new_tokens for request in requests)
+    return _TOKEN * prompts + _MADE * (1 + top) * made
 
 
 def _is_weighted(part: str) -> bool:

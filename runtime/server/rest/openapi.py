@@ -118,11 +118,11 @@ def document() -> dict[str, Any]:
 
 def _operation(route: Route) -> dict[str, Any]:
     answer: dict[str, Any] = {"application/json": {}}
-    if route.path == "/metrics":
+    if route.text:
         answer = {"text/plain": {"schema": {"type": "string"}}}
     elif route.streams:
         answer["text/event-stream"] = {}
-    elif route.action is Action.INFER:
+    elif route in _INFERENCE:
         answer["application/octet-stream"] = {}
     schema_of_errors = "OpenAIError" if route.path.startswith(errors.PREFIX) else "Error"
     error = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema_of_errors}"}}}}
