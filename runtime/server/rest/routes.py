@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from tpeft_deploy.runtime.server.openai import endpoints, models
+from tpeft_deploy.runtime.server.openai import encoders, endpoints, models, tokens
 from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody
+from tpeft_deploy.runtime.server.openai.text_bodies import ClassifyBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from tpeft_deploy.runtime.server.rest import bodies, handlers
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.tenancy.access import Action
@@ -52,6 +53,10 @@ _TASK = "/v2/registry/tasks/{task}"
 def _of_models(suffix: str, handler: Handler, summary: str) -> list[Route]:
     paths = (f"/v2/models/{{model}}{suffix}", f"/v2/models/{{model}}/versions/{{version}}{suffix}")
     return [Route("GET", path, Action.READ, handler, summary) for path in paths]
+
+
+def _of_texts(name: str, handler: Handler, summary: str, body: type[bodies.Body]) -> Route:
+    return Route("POST", f"/v1/{name}", Action.INFER, handler, summary, body=body)
 
 
 ROUTES: tuple[Route, ...] = (
@@ -100,6 +105,10 @@ ROUTES: tuple[Route, ...] = (
         body=CompletionBody,
         streams=True,
     ),
+    _of_texts("embeddings", encoders.embeddings, "Embed texts, as OpenAI's API does", EmbeddingBody),
+    _of_texts("classify", encoders.classify, "Classify texts or pairs of texts", ClassifyBody),
+    _of_texts("tokenize", tokens.tokenize, "Get the tokens of a text or a chat, as vLLM's API does", TokenizeBody),
+    _of_texts("detokenize", tokens.detokenize, "Get the text of tokens, as vLLM's API does", DetokenizeBody),
     Route(
         "GET",
         "/v2/registry/tasks",

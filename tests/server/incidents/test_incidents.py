@@ -97,6 +97,7 @@ EXPECTED = {
     f"POST {_MODEL}/infer": "infer",
     f"POST {_VERSION}/infer": "infer",
     **dict.fromkeys(("GET /v1/models/{model}", "POST /v1/chat/completions", "POST /v1/completions"), "infer"),
+    **dict.fromkeys((f"POST /v1/{name}" for name in ("embeddings", "classify", "tokenize", "detokenize")), "infer"),
     "POST /v2/repository/index": "infer",
     "GET /v2/registry/tasks": "infer",
     f"GET {_TASK}": "infer",
@@ -158,6 +159,8 @@ def asked(server: Audited, line: str, name: str = "nothing", **more: Any) -> htt
         body = {"json": {"inputs": [tensor()]}}
     elif path.endswith("/completions"):
         body = {"json": {"model": name, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}}
+    elif path in {"/v1/embeddings", "/v1/classify", "/v1/tokenize", "/v1/detokenize"}:
+        body = {"json": {"model": name, "input": "x", "prompt": "x", "tokens": [1]}}
     elif path.endswith("/versions"):
         body = {"content": b"no adapter"}
     elif "/aliases/" in path and method == "PUT":
