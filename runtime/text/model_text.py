@@ -136,7 +136,8 @@ class ModelText:
             parts = [self._encoded(own, literal) for own in ((text,) if pair is None else (text, pair))]
             if most is not None and pair is None:
                 parts[0].truncate(max(0, most - special * self._tokenizer.num_special_tokens_to_add(is_pair=False)))
-            found = self._tokenizer.post_process(*parts, add_special_tokens=special)
+            second = parts[1] if pair is not None else None
+            found = self._tokenizer.post_process(parts[0], second, add_special_tokens=special)
         except (TypeError, ValueError) as error:  # a lone surrogate is no text either
             raise InputError("encode a prompt", expected="text", got=brief(error, 100)) from error
         return Encoding(found.ids, found.type_ids)

@@ -12,7 +12,7 @@ import numpy as np
 from tpeft_deploy.bundle.text_files import Pooling
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.labels import Labels
-from tpeft_deploy.runtime.server.openai.reading import TOKEN, Reading, admitted, encode
+from tpeft_deploy.runtime.server.openai.reading import TOKEN, Opened, admitted, encode
 from tpeft_deploy.runtime.server.openai.text_bodies import ClassifyBody, EmbeddingBody, TextPair
 from tpeft_deploy.runtime.server.operations.texts import ContextExceeded
 from tpeft_deploy.runtime.server.rest.context import HttpContext
@@ -32,12 +32,7 @@ async def embeddings(context: HttpContext) -> object:
     """Serve `POST /v1/embeddings`."""
 
     async def answered() -> object:
-        reading = Reading(context)
-        body = await reading.body(EmbeddingBody)
-        body.check()
-        generations = context.core.generations
-        target = generations.target(context.principal, body.model)
-        text = await generations.texts.open("embed text")
+        reading, body, target, text = await Opened.of(context, EmbeddingBody, "embed text")
         pooling = text.facts.pooling
         if pooling is None:
             raise InputError(
@@ -45,14 +40,13 @@ async def embeddings(context: HttpContext) -> object:
                 problem="it records no pooling",
                 fix="Export it with pooling= (cls, mean or last).",
             )
-        port = generations.encoders.output("last_hidden_state", 3, "embed text")
+        encoders = context.core.generations.encoders
+        port = encoders.output("last_hidden_state", 3, "embed text")
         width = int(port.shape[2])
         size = _size(body.dimensions, width, pooling)
         texts = await reading.run(_tokens, text, body, pooling)
         _hold(context, texts, width)
-        run = generations.encoders.run(
-            context.principal, target, texts, port, partial(pool, pooling=pooling), context.traceparent
-        )
+        run = encoders.run(context.principal, target, texts, port, partial(pool, pooling=pooling), context.traceparent)
         found = await Watch().cancel_on_disconnect(run, context.receive)
         encoded = partial(_embeddings, body, found, size, pooling, _usage(texts))
         return await encode(context, encoded, len(texts) * size)
@@ -64,17 +58,13 @@ async def classify(context: HttpContext) -> object:
     """Serve `POST /v1/classify`."""
 
     async def answered() -> object:
-        reading = Reading(context)
-        body = await reading.body(ClassifyBody)
-        body.check()
-        generations = context.core.generations
-        target = generations.target(context.principal, body.model)
-        text = await generations.texts.open("classify text")
-        port = generations.encoders.output("logits", 2, "classify text")
-        labels = await generations.encoders.labels(context.principal, target)
+        reading, body, target, text = await Opened.of(context, ClassifyBody, "classify text")
+        encoders = context.core.generations.encoders
+        port = encoders.output("logits", 2, "classify text")
+        labels = await encoders.labels(context.principal, target)
         texts = await reading.run(_pairs, text, body)
         _hold(context, texts, 1)
-        run = generations.encoders.run(context.principal, target, texts, port, np.asarray, context.traceparent)
+        run = encoders.run(context.principal, target, texts, port, np.asarray, context.traceparent)
         found = await Watch().cancel_on_disconnect(run, context.receive)
         encoded = partial(_classes, body.model, context.request_id, found, labels, _usage(texts))
         return await encode(context, encoded, sum(logits.size for logits in found))

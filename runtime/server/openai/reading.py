@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 import orjson
 from starlette.requests import ClientDisconnect
 
+from tpeft_deploy.runtime.server.openai.text_bodies import TextBody
+from tpeft_deploy.runtime.server.operations.texts import GenerationTarget
 from tpeft_deploy.runtime.server.rest.bodies import Body
 from tpeft_deploy.runtime.server.rest.context import Headers, HttpContext
 from tpeft_deploy.runtime.server.rest.infer import ClientLeft
 from tpeft_deploy.runtime.server.v2.offload import PIECE
+from tpeft_deploy.runtime.text.model_text import ModelText
 
-__all__ = ["TOKEN", "Reading", "admitted", "encode"]
+__all__ = ["TOKEN", "Opened", "Reading", "admitted", "encode"]
 
 TOKEN = 48
 """Bytes of a token in a list."""
@@ -27,6 +30,7 @@ _NAME = 200  # characters of a model's name in the log
 P = ParamSpec("P")
 R = TypeVar("R")
 B = TypeVar("B", bound=Body)
+T = TypeVar("T", bound=TextBody)
 
 
 async def admitted(context: HttpContext, answer: Callable[[], Awaitable[object]]) -> object:
@@ -82,6 +86,41 @@ class Reading:
         if self._large:
             return await self._context.intake.offload.run(self._context.tenant, work, *args, **options)
         return work(*args, **options)
+
+
+class Opened(NamedTuple, Generic[T]):
+    """A request on texts that was read.
+
+    Attributes:
+        reading: reads what follows of it.
+        body: its body, checked.
+        target: what its model stands for.
+        text: text of the bundle.
+    """
+
+    reading: Reading
+    body: T
+    target: GenerationTarget
+    text: ModelText
+
+    @classmethod
+    async def of(cls, context: HttpContext, kind: type[T], doing: str) -> Opened[T]:
+        """Read a request.
+
+        Args:
+            context: context of the request.
+            kind: type of the body.
+            doing: purpose, for messages.
+
+        Raises:
+            TpeftError: as `Reading.body`, `TextBody.check`, `Generations.target` and `Texts.open`.
+        """
+        reading = Reading(context)
+        body = await reading.body(kind)
+        body.check()
+        generations = context.core.generations
+        target = generations.target(context.principal, body.model)
+        return Opened(reading, body, target, await generations.texts.open(doing))
 
 
 async def encode(context: HttpContext, document: Callable[[], object], numbers: int) -> msgspec.Raw:

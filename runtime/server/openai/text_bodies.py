@@ -10,18 +10,15 @@ from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime.server.openai.bodies import ChatBody, Count, TokenId, refuse_unsupported, texts_or_tokens
 from tpeft_deploy.runtime.server.rest.bodies import Body
 
-__all__ = ["ClassifyBody", "DetokenizeBody", "EmbeddingBody", "TextPair", "TokenizeBody"]
+__all__ = ["ClassifyBody", "DetokenizeBody", "EmbeddingBody", "TextBody", "TextPair", "TokenizeBody"]
 
 _MOST_TEXTS = 2048  # as in OpenAI's API
 
 
-class _TextBody(Body, forbid_unknown_fields=False, kw_only=True):
-    """Fields that requests on texts share."""
+class TextBody(Body, forbid_unknown_fields=False, kw_only=True):
+    """What requests on texts share."""
 
     model: str
-    parse_special: bool = False
-    add_special_tokens: bool = True
-    truncate_prompt_tokens: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
 
     def check(self) -> None:
         """Refuse fields that the server does not support.
@@ -30,11 +27,23 @@ class _TextBody(Body, forbid_unknown_fields=False, kw_only=True):
             InputError: a field asks for something else than the server does.
         """
         refuse_unsupported(self, {})
+
+
+class _EncodedBody(TextBody, kw_only=True):
+    """Fields of requests to encoders."""
+
+    parse_special: bool = False
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
+
+    def check(self) -> None:
+        """Refuse fields that the server does not support; raises as `TextBody.check` does."""
+        super().check()
         if self.truncate_prompt_tokens == 0:
             raise InputError("read field 'truncate_prompt_tokens'", expected="a number from 1, or -1", got=0)
 
 
-class EmbeddingBody(_TextBody, kw_only=True):
+class EmbeddingBody(_EncodedBody, kw_only=True):
     """Body of `POST /v1/embeddings`."""
 
     input: str | list[TokenId | str | list[TokenId]]
@@ -64,7 +73,7 @@ class TextPair(msgspec.Struct, forbid_unknown_fields=True):
     text_pair: str | None = None
 
 
-class ClassifyBody(_TextBody, kw_only=True):
+class ClassifyBody(_EncodedBody, kw_only=True):
     """Body of `POST /v1/classify`."""
 
     input: str | TextPair | list[str | TextPair | Annotated[list[str], msgspec.Meta(min_length=2, max_length=2)]]
@@ -90,10 +99,9 @@ class ClassifyBody(_TextBody, kw_only=True):
         ]
 
 
-class TokenizeBody(Body, forbid_unknown_fields=False, kw_only=True):
+class TokenizeBody(TextBody, kw_only=True):
     """Body of `POST /v1/tokenize`: a prompt, or the messages of a chat."""
 
-    model: str
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
@@ -113,7 +121,7 @@ class TokenizeBody(Body, forbid_unknown_fields=False, kw_only=True):
         Raises:
             InputError: as said.
         """
-        refuse_unsupported(self, {})
+        super().check()
         if (self.prompt is None) == (self.messages is None):
             raise InputError(
                 "read field 'prompt'", expected="prompt or messages", got="neither" if self.prompt is None else "both"
@@ -127,10 +135,9 @@ class TokenizeBody(Body, forbid_unknown_fields=False, kw_only=True):
         return ChatBody(messages=self.messages or [], **{name: getattr(self, name) for name in names})
 
 
-class DetokenizeBody(Body, forbid_unknown_fields=False, kw_only=True):
+class DetokenizeBody(TextBody, kw_only=True):
     """Body of `POST /v1/detokenize`."""
 
-    model: str
     tokens: list[TokenId]
 
 

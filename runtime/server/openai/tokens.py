@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tpeft_deploy.errors import InputError
-from tpeft_deploy.runtime.server.openai.reading import TOKEN, Reading, admitted, encode
+from tpeft_deploy.runtime.server.openai.reading import TOKEN, Opened, admitted, encode
 from tpeft_deploy.runtime.server.openai.text_bodies import DetokenizeBody, TokenizeBody
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.v2.messages import Document
@@ -18,16 +18,11 @@ async def tokenize(context: HttpContext) -> object:
     """Serve `POST /v1/tokenize`."""
 
     async def answered() -> object:
-        reading = Reading(context)
-        body = await reading.body(TokenizeBody)
-        body.check()
-        generations = context.core.generations
-        generations.target(context.principal, body.model)
-        text = await generations.texts.open("tokenize text")
+        reading, body, _, text = await Opened.of(context, TokenizeBody, "tokenize text")
         document = await reading.run(_tokens, text, body)
         each = TOKEN + (_NAME if body.return_token_strs else 0)
         context.memory.resize(context.bytes_in + each * len(document["tokens"]))
-        document["max_model_len"] = generations.most_tokens or text.facts.most_tokens
+        document["max_model_len"] = context.core.generations.most_tokens or text.facts.most_tokens
         return await encode(context, lambda: document, document["count"])
 
     return await admitted(context, answered)
@@ -37,11 +32,7 @@ async def detokenize(context: HttpContext) -> object:
     """Serve `POST /v1/detokenize`."""
 
     async def answered() -> object:
-        reading = Reading(context)
-        body = await reading.body(DetokenizeBody)
-        generations = context.core.generations
-        generations.target(context.principal, body.model)
-        text = await generations.texts.open("detokenize text")
+        reading, body, _, text = await Opened.of(context, DetokenizeBody, "detokenize text")
         document = await reading.run(_text, text, body.tokens)
         return await encode(context, lambda: document, len(body.tokens))
 

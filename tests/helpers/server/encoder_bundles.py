@@ -64,7 +64,7 @@ def lora(model: torch.nn.Module, seed: int, **own: Any) -> PeftModel:
     torch.manual_seed(seed)
     made = LoraConfig(r=2 + seed, lora_alpha=8, target_modules=["query", "dense"], init_lora_weights=False, **own)
     with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PEFT uses an alias of transformers
-        return get_peft_model(model, made).eval()  # type: ignore[arg-type, return-value]
+        return get_peft_model(model, made).eval()
 
 
 def embedding_bundle(place: Path) -> tuple[Bundle, dict[str, Any]]:

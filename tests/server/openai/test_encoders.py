@@ -87,7 +87,7 @@ def test_embeddings_are_those_of_transformers(embedding: Served, client: openai.
     wanted = embedding.embedded("law" if model == "law" else "base", TEXTS)
     before = embedding.live.served.runtime.batching()
     for kind in ("float", "base64"):
-        answer = client.embeddings.create(model=model, input=TEXTS, encoding_format=kind)  # type: ignore[call-overload]
+        answer = client.embeddings.create(model=model, input=TEXTS, encoding_format=kind)
         found: Any = [own.embedding for own in answer.data]
         if kind == "base64":
             found = [np.frombuffer(base64.b64decode(own), "<f4") for own in found]
