@@ -24,7 +24,7 @@ from tpeft_deploy.bundle.directory import (
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Varies
 from tpeft_deploy.bundle.text_files import Mode, Pooling, write_text
 from tpeft_deploy.errors import UnsupportedBase
-from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
+from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_image, read_text
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed, stacked
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
@@ -157,7 +157,8 @@ def _write_text(plan: Plan, place: Path, pooling: Pooling | Mode | None) -> dict
             raise
         _log.warning("the bundle will have no text: %s", error)
         return {}
-    return write_text(place / "text", *text)
+    images = plan.base.decoder is not None and plan.base.decoder.features
+    return write_text(place / "text", *text, read_image(directory) if images else None)
 
 
 def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) -> None:

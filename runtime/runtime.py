@@ -77,6 +77,7 @@ class Runtime(ServedGeneration, ServedTasks):
         kv_bytes: bytes for the caches of sequences that are generated; by default those of 8 sequences, 256 MiB at
             most.  Taken when the first is.
         max_tokens: tokens of a prompt and what is generated for it; 2,048 by default, if the model can.
+        max_source: positions of an encoder's result for one sequence; the model's by default, or 512 without a bound.
         prefix_bytes: bytes of host memory for caches of known beginnings of prompts.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
             runtime.  Without, ONNX Runtime maps the bundle's weights.data: writing to it changes answers,
@@ -107,6 +108,7 @@ class Runtime(ServedGeneration, ServedTasks):
         own_copy: bool = True,
         kv_bytes: int | None = None,
         max_tokens: int | None = None,
+        max_source: int | None = None,
         prefix_bytes: int = 64 * 2**20,
     ) -> None:
         choices = choose_devices(provider, devices, allow_tf32=allow_tf32)
@@ -162,7 +164,7 @@ class Runtime(ServedGeneration, ServedTasks):
             self._base = replace(self._bundle, parts=served) if len(files) > 1 else component.bundle
             self._pins = Pins(self._versions, self._placed, self._parts)
             self._generation = self._open_generation(
-                first, choice.device, kv_bytes=kv_bytes, max_tokens=max_tokens, prefix_bytes=prefix_bytes
+                first, choice.device, kv_bytes, max_tokens=max_tokens, max_source=max_source, prefix_bytes=prefix_bytes
             )
             if preload:
                 self._preload()

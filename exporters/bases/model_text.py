@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpeft_deploy.bundle.image_facts import ImageFacts
 from tpeft_deploy.bundle.text_files import Mode, Pooling, TextFacts
 from tpeft_deploy.errors import UnsupportedBase, brief, requires
 from tpeft_deploy.exporters.pooling import most_tokens, read_pooling
 from tpeft_deploy.formats.read.saved import read_config
 from tpeft_deploy.labels import Labels
 
-__all__ = ["has_tokenizer", "read_text"]
+__all__ = ["has_tokenizer", "read_image", "read_text"]
 
 _log = logging.getLogger("tpeft_deploy.exporters")
 
@@ -80,6 +81,37 @@ def read_text(directory: Path, pooling: Pooling | Mode | None = None) -> tuple[s
         most_tokens=most_tokens(directory),
     )
     return backend.to_str(), facts
+
+
+def read_image(directory: Path) -> ImageFacts | None:
+    """Preparation of images by the directory's image processor; None, with a warning, for another than CLIP's."""
+    import transformers
+
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    try:
+        values, _ = kind.get_image_processor_dict(str(directory), local_files_only=True)
+    except OSError:
+        values = {}
+    if not str(values.get("image_processor_type", "")).startswith("CLIPImageProcessor") or values.get("do_pad"):
+        _log.warning("%s: images are not read from files: no CLIPImageProcessor", directory)
+        return None
+    found: Any = kind(**{name: value for name, value in values.items() if name != "image_processor_type"})
+    size, crop = (_sizes(own) for own in (found.size, found.crop_size))
+    return ImageFacts(
+        resize=size if found.do_resize else None,
+        resample=int(found.resample),
+        crop=(crop[0], crop[-1]) if found.do_center_crop else None,
+        scale=float(found.rescale_factor) if found.do_rescale else None,
+        mean=tuple(map(float, found.image_mean)) if found.do_normalize else None,
+        std=tuple(map(float, found.image_std)) if found.do_normalize else None,
+    )
+
+
+def _sizes(size: Any) -> tuple[int, ...]:
+    """Sizes as `ImageFacts` has them."""
+    values = dict(size)
+    short = values.get("shortest_edge")
+    return (int(short),) if short else (int(values["height"]), int(values["width"]))
 
 
 def _load(directory: Path) -> Any:

@@ -21,11 +21,11 @@ from tpeft_deploy.runtime.generation.prefixes import Match, PrefixCache, Sized
 from tpeft_deploy.runtime.generation.record import Record
 from tpeft_deploy.runtime.generation.sampling import Token, peaks
 from tpeft_deploy.runtime.generation.scheduler import Piece, Scheduler, Step
-from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence, release_all
+from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence, Versions, release_all
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Decoder", "Generator", "Versions"]
+__all__ = ["Decoder", "Generator"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
@@ -40,7 +40,17 @@ class Decoder(Protocol):
     length: int
     vocabulary: int
 
-    def prefill(self, slots: abc.Sequence[int], tokens: Array, past: int, versions: abc.Sequence[Any]) -> Array:
+    def enter(self, slot: int, sequence: Sequence) -> None:
+        """Take in the inputs of a sequence that got a slot, before any of its tokens is computed there."""
+
+    def prefill(
+        self,
+        slots: abc.Sequence[int],
+        tokens: Array,
+        past: int,
+        versions: abc.Sequence[Any],
+        features: abc.Sequence[Any],
+    ) -> Array:
         """Compute tokens [n, length] behind the first `past` of slots; returns logits of the last [n, vocabulary].
 
         Several slots follow each other, and their past is 0.
@@ -60,17 +70,6 @@ class Decoder(Protocol):
 
     def restore(self, slot: int, start: int, block: Any) -> None:
         """Copy a saved cache to a place in a slot."""
-
-
-class Versions(Protocol):
-    """Adapter versions by task."""
-
-    def acquire(self, task: Hashable) -> HeldVersion:
-        """Acquire the version that a task has now, resident until its release; called on the caller's thread.
-
-        Raises:
-            TpeftError: no such task, or no room for it.
-        """
 
 
 class Generator:
@@ -267,6 +266,9 @@ class Generator:
             with self._failing([move.sequence]):
                 self._decoder.move(move.source, move.target, move.length)
         for sequence in step.admitted:
+            if (slot := sequence.slot) is not None:  # else over by now
+                with self._failing([sequence]):
+                    self._decoder.enter(slot, sequence)
             self._restore(sequence)
         # Rows that were cancelled just now stay, so that the slots are dense; one that could not be moved has no cache.
         decodes = [piece for piece in step.decodes if piece.sequence.reason != "error"]
@@ -281,7 +283,8 @@ class Generator:
             tokens = np.array([piece.sequence.span(piece.past, piece.past + piece.length) for piece in pieces])
             slots, versions = [piece.slot for piece in pieces], [piece.sequence.version for piece in pieces]
             if prefill:
-                logits = self._decoder.prefill(slots, tokens, pieces[0].past, versions)
+                features = [piece.sequence.features for piece in pieces]
+                logits = self._decoder.prefill(slots, tokens, pieces[0].past, versions, features)
                 self._counts["prefilled_tokens"] += tokens.size
             else:
                 pasts = np.array([piece.past for piece in pieces])
@@ -327,8 +330,9 @@ class Generator:
         """Tokens of a sequence of which the cache is known; the scheduler asks when it admits it."""
         if self._prefixes is None:
             return 0
-        owner, known = self._records[sequence.id].owner, sequence.span(0, len(sequence) - 1)
-        match = self._matches[sequence.id] = self._prefixes.match(sequence.version.key, owner, known)
+        owner, known = self._records[sequence.id].owner, sequence.known(len(sequence) - 1)
+        match = self._prefixes.match(sequence.version.key, owner, known, inputs=sequence.digest)
+        self._matches[sequence.id] = match
         return match.tokens
 
     def _restore(self, sequence: Sequence) -> None:
@@ -352,8 +356,9 @@ class Generator:
             self._prefixes.insert(
                 sequence.version.key,
                 record.owner,
-                sequence.span(0, length),
+                sequence.known(length),
                 lambda start, number: self._decoder.save(slot, start, number),
+                inputs=sequence.digest,
             )
         except Exception:
             _log.exception("a block of a prefix could not be saved")

@@ -2,6 +2,7 @@
 
     text/tokenizer.json   the tokenizer, as the package tokenizers reads it
     text/text.json        chat templates, special tokens, generation defaults, pooling and labels (`TextFacts`)
+    text/image.json       preparation of images (`ImageFacts`), of a model that reads them
 
 The manifest's field `text` has their digests.
 """
@@ -12,10 +13,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from tpeft_deploy.bundle.image_facts import IMAGE, ImageFacts
 from tpeft_deploy.bundle.manifest import FileRecord
 from tpeft_deploy.errors import IntegrityError
 from tpeft_deploy.files import digest_file
@@ -86,17 +88,23 @@ class TextFacts:
             raise IntegrityError(f"read {FACTS} of bundle {bundle.path}", problem=str(error)) from error
 
 
-def write_text(place: Path, tokenizer: str, facts: TextFacts) -> dict[str, FileRecord]:
+def write_text(place: Path, tokenizer: str, facts: TextFacts, image: ImageFacts | None = None) -> dict[str, FileRecord]:
     """Write the folder; returns the records for the manifest.
 
     Args:
         place: folder to make.
         tokenizer: text of tokenizer.json.
         facts: further facts to record.
+        image: preparation of images.
     """
     place.mkdir()
-    document: dict[str, Any] = asdict(facts)
-    texts = {TOKENIZER: tokenizer, FACTS: json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False) + "\n"}
+    texts = {TOKENIZER: tokenizer, FACTS: _document(facts)}
+    if image is not None:
+        texts[IMAGE] = _document(image)
     for name, text in texts.items():
         (place / name).write_text(text, encoding="utf-8")
     return {name: FileRecord(digest_file(place / name), (place / name).stat().st_size) for name in texts}
+
+
+def _document(facts: TextFacts | ImageFacts) -> str:
+    return json.dumps(asdict(facts), indent=1, sort_keys=True, ensure_ascii=False) + "\n"

@@ -44,6 +44,7 @@ def any_request(draw: random.Random) -> GenerationRequest:
         tenant=draw.choice(["x", "y"]),
         public=draw.random() < 0.3,
         priority=draw.choice([0, 0, 1]),
+        inputs=draw.choice([None, None, {"image": np.array([1])}, {"image": np.array([2])}]),
     )
 
 
