@@ -12,7 +12,7 @@ from tpeft_deploy import Adapter, load_adapter
 from tpeft_deploy.composition import compose
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.formats.read.saved import read_labels
-from tpeft_deploy.labels import Labels
+from tpeft_deploy.labels import HeadLabels
 
 HEAD = {"head.weight": np.ones((2, 3), np.float32)}
 
@@ -20,9 +20,9 @@ HEAD = {"head.weight": np.ones((2, 3), np.float32)}
 @pytest.mark.parametrize(
     ("config", "labels"),
     [
-        ({"id2label": {"1": "b", "0": "a"}}, Labels(("a", "b"))),
-        ({"id2label": {0: "a"}, "problem_type": "regression"}, Labels(("a",), "regression")),
-        ({"problem_type": "multi_label_classification"}, Labels((), "multi_label_classification")),
+        ({"id2label": {"1": "b", "0": "a"}}, HeadLabels(("a", "b"))),
+        ({"id2label": {0: "a"}, "problem_type": "regression"}, HeadLabels(("a",), "regression")),
+        ({"problem_type": "multi_label_classification"}, HeadLabels((), "multi_label_classification")),
         ({"id2label": {"0": "a", "2": "b"}}, None),
         ({"id2label": {"0": 1}, "problem_type": "other"}, None),
         ({"id2label": {"0": "\ud800"}}, None),
@@ -30,13 +30,13 @@ HEAD = {"head.weight": np.ones((2, 3), np.float32)}
         ({}, None),
     ],
 )
-def test_labels_are_those_of_a_config_or_none(config: dict[str, Any], labels: Labels | None) -> None:
-    assert Labels.of_config(config) == labels
+def test_labels_are_those_of_a_config_or_none(config: dict[str, Any], labels: HeadLabels | None) -> None:
+    assert HeadLabels.of_config(config) == labels
 
 
 def test_an_adapter_keeps_its_labels_in_its_file(tmp_path: Path) -> None:
     plain = Adapter({}, HEAD)
-    named = replace(plain, labels=Labels(("a", "b"), "multi_label_classification"))
+    named = replace(plain, labels=HeadLabels(("a", "b"), "multi_label_classification"))
     file = tmp_path / canonical.FILE
     file.write_bytes(named.to_bytes())
     assert load_adapter(file).labels == named.labels
@@ -53,6 +53,6 @@ def test_a_peft_directory_names_them_in_its_config_or_the_models_beside(tmp_path
     model.write_text("no JSON")
     assert read_labels(tmp_path) is None
     model.write_text(json.dumps({"id2label": {"0": "a"}}))
-    assert read_labels(tmp_path) == Labels(("a",))
+    assert read_labels(tmp_path) == HeadLabels(("a",))
     own.write_text(json.dumps({"id2label": {"0": "b"}}))
-    assert read_labels(tmp_path) == Labels(("b",))
+    assert read_labels(tmp_path) == HeadLabels(("b",))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget
-from tpeft_deploy.labels import Labels
+from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["Adapter", "Origin", "gain_mode", "weight_digest", "without"]
@@ -109,7 +109,7 @@ class Adapter:
     notes: Mapping[str, str] = field(default_factory=dict)
     origin: Origin | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
-    labels: Labels | None = None
+    labels: HeadLabels | None = None
 
     def __post_init__(self) -> None:
         if not self.deltas and not self.overrides and not self.gains:

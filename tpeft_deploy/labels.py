@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-__all__ = ["Labels", "Problem"]
+__all__ = ["HeadLabels", "HeadProblem"]
 
-Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+HeadProblem = Literal["single_label_classification", "multi_label_classification", "regression"]
 _MOST = 1 << 16  # classes, and bytes of a name
 
 
 @dataclass(frozen=True)
-class Labels:
+class HeadLabels:
     """Classes of a head.
 
     Args:
@@ -23,10 +23,10 @@ class Labels:
     """
 
     names: tuple[str, ...] = ()
-    problem: Problem | None = None
+    problem: HeadProblem | None = None
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> Labels | None:
+    def of_config(cls, config: Mapping[str, Any]) -> HeadLabels | None:
         """Read `id2label` and `problem_type` of a config.json; None where neither is there, or they are malformed."""
         given, problem = config.get("id2label"), config.get("problem_type")
         names: tuple[Any, ...] = ()
@@ -36,11 +36,11 @@ class Labels:
         return cls.checked(names, problem)
 
     @classmethod
-    def checked(cls, names: Any, problem: Any) -> Labels | None:
+    def checked(cls, names: Any, problem: Any) -> HeadLabels | None:
         """Make labels of values of any type; None where nothing is known, or the names are none."""
         if not isinstance(names, list | tuple) or len(names) > _MOST or not all(map(_is_name, names)):
             names = ()
-        problem = problem if problem in get_args(Problem) else None
+        problem = problem if problem in get_args(HeadProblem) else None
         return cls(tuple(names), problem) if names or problem else None
 
 

@@ -12,7 +12,7 @@ from tpeft_deploy.bundle.text_files import Mode, Pooling, TextFacts
 from tpeft_deploy.errors import UnsupportedBase, brief, requires
 from tpeft_deploy.exporters.pooling import most_tokens, read_pooling
 from tpeft_deploy.formats.read.saved import read_config
-from tpeft_deploy.labels import Labels
+from tpeft_deploy.labels import HeadLabels
 
 __all__ = ["has_tokenizer", "read_image", "read_text"]
 
@@ -76,8 +76,9 @@ def read_text(directory: Path, pooling: Pooling | Mode | None = None) -> tuple[s
         stop_tokens=_stop_tokens(generation, tokenizer),
         max_new_tokens=generation.get("max_new_tokens"),
         clean_up=bool(tokenizer.clean_up_tokenization_spaces and (forced or not bpe)),
+        token_types="token_type_ids" in tokenizer.model_input_names,
         pooling=read_pooling(directory, pooling),
-        labels=Labels.of_config(read_config(directory / "config.json")),
+        labels=HeadLabels.of_config(read_config(directory / "config.json")),
         most_tokens=most_tokens(directory),
     )
     return backend.to_str(), facts

@@ -26,7 +26,7 @@ _EXTRA = "text"
 
 
 class Encoding(NamedTuple):
-    """Tokens of a text or a pair, and for each the number of its text."""
+    """Tokens of a text or a pair, and their types, as the model takes them."""
 
     ids: list[int]
     type_ids: list[int]
@@ -140,7 +140,7 @@ class ModelText:
             found = self._tokenizer.post_process(parts[0], second, add_special_tokens=special)
         except (TypeError, ValueError) as error:  # a lone surrogate is no text either
             raise InputError("encode a prompt", expected="text", got=brief(error, 100)) from error
-        return Encoding(found.ids, found.type_ids)
+        return Encoding(found.ids, found.type_ids if self.facts.token_types else [0] * len(found.ids))
 
     def _encoded(self, text: str, literal: bool) -> Any:
         """Encode a text without special tokens around it."""

@@ -21,7 +21,7 @@ from tpeft_deploy.bundle.image_facts import IMAGE, ImageFacts
 from tpeft_deploy.bundle.manifest import FileRecord
 from tpeft_deploy.errors import IntegrityError
 from tpeft_deploy.files import digest_file
-from tpeft_deploy.labels import Labels
+from tpeft_deploy.labels import HeadLabels
 
 if TYPE_CHECKING:
     from tpeft_deploy.bundle.directory import Bundle
@@ -60,6 +60,7 @@ class TextFacts:
         stop_tokens: tokens that end a sequence.
         max_new_tokens: default number of tokens to generate; None if the model has none.
         clean_up: whether spaces before punctuation are removed from decoded text.
+        token_types: whether the model tells the second text of a pair by its token types.
         pooling: how embeddings are made; None for a model without.
         labels: classes of the base's head; None for a model without.
         most_tokens: tokens of a text at most; None where no limit is known.
@@ -71,8 +72,9 @@ class TextFacts:
     stop_tokens: tuple[int, ...] = ()
     max_new_tokens: int | None = None
     clean_up: bool = False
+    token_types: bool = False
     pooling: Pooling | None = None
-    labels: Labels | None = None
+    labels: HeadLabels | None = None
     most_tokens: int | None = None
 
     @classmethod

@@ -10,7 +10,7 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import FormatError, brief
 from tpeft_deploy.formats.read.safetensors_file import parse_json, read_bytes, read_tensors
 from tpeft_deploy.formats.reader import About
-from tpeft_deploy.labels import Labels
+from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["ABOUT", "FILE", "HEADER", "NAME", "from_bytes", "from_tensors", "read"]
@@ -58,7 +58,7 @@ def _take(tensors: dict[str, Array], prefix: str) -> dict[str, Array]:
 class _Header(NamedTuple):
     scales: dict[str, float]
     base_digests: dict[str, str]
-    labels: Labels | None
+    labels: HeadLabels | None
 
 
 def _header(metadata: Mapping[str, str], *, source: str) -> _Header:
@@ -74,7 +74,7 @@ def _header(metadata: Mapping[str, str], *, source: str) -> _Header:
         scales = {str(target): float(scale) for target, scale in header["scales"].items()}
         digests = {str(target): str(digest) for target, digest in header["base_digests"].items()}
         labels = header.get("labels", {})
-        return _Header(scales, digests, Labels.checked(labels.get("names"), labels.get("problem")))
+        return _Header(scales, digests, HeadLabels.checked(labels.get("names"), labels.get("problem")))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FormatError(
             f"read {source}",

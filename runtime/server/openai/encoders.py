@@ -11,7 +11,7 @@ import numpy as np
 
 from tpeft_deploy.bundle.text_files import Pooling
 from tpeft_deploy.errors import InputError
-from tpeft_deploy.labels import Labels
+from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.runtime.server.openai.reading import TOKEN, Opened, admitted, encode
 from tpeft_deploy.runtime.server.openai.text_bodies import ClassifyBody, EmbeddingBody, TextPair
 from tpeft_deploy.runtime.server.operations.texts import ContextExceeded
@@ -143,13 +143,13 @@ def _embeddings(body: EmbeddingBody, found: Sequence[Array], size: int, pooling:
     return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
 
-def _classes(model: str, id: str, found: Sequence[Array], labels: Labels | None, usage: Document) -> Document:
-    data = [{"index": index, **_class(logits, labels or Labels())} for index, logits in enumerate(found)]
+def _classes(model: str, id: str, found: Sequence[Array], labels: HeadLabels | None, usage: Document) -> Document:
+    data = [{"index": index, **_class(logits, labels or HeadLabels())} for index, logits in enumerate(found)]
     head = {"id": f"classify-{id}", "object": "list", "created": int(time.time()), "model": model}
     return {**head, "data": data, "usage": usage}
 
 
-def _class(logits: Array, labels: Labels) -> Document:
+def _class(logits: Array, labels: HeadLabels) -> Document:
     count = logits.size
     names = labels.names if len(labels.names) == count else [f"LABEL_{index}" for index in range(count)]
     problem = labels.problem or ("regression" if count == 1 else "single_label_classification")

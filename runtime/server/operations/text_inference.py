@@ -13,7 +13,7 @@ import numpy as np
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.bundle.manifest import Port
 from tpeft_deploy.errors import InputError, NotFound, UnknownTask
-from tpeft_deploy.labels import Labels
+from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.server.operations.pools import Pools
@@ -52,7 +52,7 @@ class TextInference:
         self._meter = meter
         self._publish = publish
         self._pools = pools
-        self._labels: OrderedDict[object, Labels | None] = OrderedDict()
+        self._labels: OrderedDict[object, HeadLabels | None] = OrderedDict()
 
     def output(self, name: str, axes: int, doing: str) -> Port:
         """Return an output of the bundle's encoder.
@@ -75,7 +75,7 @@ class TextInference:
             raise InputError(doing, expected=f"inputs among {', '.join(_INPUTS)}", got=", ".join(inputs))
         return found
 
-    async def labels(self, principal: Principal, target: GenerationTarget) -> Labels | None:
+    async def labels(self, principal: Principal, target: GenerationTarget) -> HeadLabels | None:
         """Return the classes of a target's head; None where none are known.
 
         Raises:

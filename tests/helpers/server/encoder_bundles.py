@@ -25,12 +25,13 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(*, types: bool = True) -> PreTrainedTokenizerFast:
     made: Tokenizer = deepcopy(of_style("wordpiece"))
     made.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     tokens: Any = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<unk>"}
+    tokens["model_input_names"] = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
     return PreTrainedTokenizerFast(tokenizer_object=made, **tokens)
 
 

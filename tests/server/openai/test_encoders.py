@@ -19,7 +19,9 @@ from tests.helpers.server import encoder_bundles as encoders
 from tests.helpers.server.live import Live, running
 from tests.server.conftest import serve
 from tpeft_deploy import export_bundle
+from tpeft_deploy.exporters.bases.model_text import read_text
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
+from tpeft_deploy.runtime.text.model_text import ModelText
 
 TEXTS = ["fox", "The quick brown fox doesn't jump", "lazy dog, it said.", "over </s> the", ""] * 3
 PAIRS = [("fox", "dog"), ("The quick brown", "lazy dog, it said."), ("over", "the fox jump")]
@@ -200,6 +202,18 @@ def test_classes_are_those_of_transformers(classifying: Served, task: str, pairs
         objects = [{"text": first, "text_pair": second} for first, second in PAIRS]
         again = classifying.classified(task, objects)
         np.testing.assert_allclose([own["probs"] for own in again], wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("types", [False, True])
+def test_pairs_have_token_types_where_transformers_gives_them(types: bool, tmp_path: Path) -> None:
+    own = encoders.tokenizer(types=types)
+    own.save_pretrained(tmp_path)
+    encoders.config().save_pretrained(tmp_path)
+    text = ModelText(*read_text(tmp_path))
+    wanted = own(*PAIRS[1])
+    zeros = [0] * len(wanted["input_ids"])
+    assert text.encoding(*PAIRS[1]) == (wanted["input_ids"], wanted.get("token_type_ids", zeros))
+    assert ("token_type_ids" in wanted) == types
 
 
 def test_requests_of_many_heads_are_answered_at_once(classifying: Served) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tpeft_deploy.errors import FormatError, brief, requires
 from tpeft_deploy.formats.read.safetensors_file import parse_json, read_bytes, read_tensors, require_finite
-from tpeft_deploy.labels import Labels
+from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.tucker import Array
 
 __all__ = [
@@ -140,7 +140,7 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def read_labels(directory: Path) -> Labels | None:
+def read_labels(directory: Path) -> HeadLabels | None:
     """Classes of a task's head, of a PEFT directory.
 
     They are `id2label` and `problem_type` of adapter_config.json, or of the model's config.json beside it; None where
@@ -148,7 +148,7 @@ def read_labels(directory: Path) -> Labels | None:
     """
     for file in (directory / CONFIG, directory / "config.json"):
         with suppress(FormatError, OSError):
-            found = Labels.of_config(read_config(file))
+            found = HeadLabels.of_config(read_config(file))
             if found is not None:
                 return found
     return None
