@@ -25,6 +25,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["classify", "embeddings"]
 
 _NUMBER = 24  # bytes of a number in an answer, and of the array that it was
+_CLASS = 4  # numbers that a class of an answer takes the memory of, its label included
 _STATES = 1 << 14  # tokens with states in memory at the same time
 
 
@@ -42,7 +43,7 @@ async def embeddings(context: HttpContext) -> object:
             )
         encoders = context.core.generations.encoders
         port = encoders.output("last_hidden_state", 3, "embed text")
-        width = int(port.shape[2])
+        width = int(port.shape[-1])
         size = _size(body.dimensions, width, pooling)
         texts = await reading.run(_tokens, text, body, pooling)
         _hold(context, texts, width)
@@ -66,6 +67,7 @@ async def classify(context: HttpContext) -> object:
         _hold(context, texts, 1)
         run = encoders.run(context.principal, target, texts, port, np.asarray, context.traceparent)
         found = await Watch().cancel_on_disconnect(run, context.receive)
+        _hold(context, texts, _CLASS * max(logits.size for logits in found))
         encoded = partial(_classes, body.model, context.request_id, found, labels, _usage(texts))
         return await encode(context, encoded, sum(logits.size for logits in found))
 

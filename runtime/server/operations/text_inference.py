@@ -67,9 +67,11 @@ class TextInference:
         """
         doing = f"{doing} with bundle {self._manifest.name!r}"
         found = next((port for port in self._manifest.outputs if port.name == name and len(port.shape) == axes), None)
-        if found is None:
+        if found is None or (isinstance(found.shape[-1], str) and found.varies is None):
             others = ", ".join(port.name for port in self._manifest.outputs) or "none"
-            raise InputError(doing, expected=f"a bundle with an output {name!r} of {axes} axes", got=others)
+            raise InputError(
+                doing, expected=f"a bundle with an output {name!r} of {axes} axes, the last of known size", got=others
+            )
         inputs = [port.name for port in self._manifest.inputs]
         if inputs[:1] != ["input_ids"] or not set(inputs) <= set(_INPUTS):
             raise InputError(doing, expected=f"inputs among {', '.join(_INPUTS)}", got=", ".join(inputs))
