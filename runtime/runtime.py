@@ -49,8 +49,8 @@ class Runtime(ServedGeneration, ServedTasks):
 
     Args:
         bundle: a bundle's directory.
-        provider: "cuda", "cuda:1" for the second device, "cpu", or "auto": CUDA where it works, else the CPU;
-            `provider` and `provider_reason` say which and why.
+        provider: "cuda", "cuda:1" for the second device, "cpu", "openvino", "tensorrt", or "auto": CUDA where it works,
+            else the CPU; `provider` and `provider_reason` say which and why.
         devices: numbers of the devices to serve on, [0, 1]; by default the one that `provider` names.  Each has
             sessions and a bank, with budgets of the sizes below.  A task lives on one, on several while much of the
             work is on it, and on all while it is pinned.  Sequences are generated on the first.  On the CPU, each
@@ -85,7 +85,7 @@ class Runtime(ServedGeneration, ServedTasks):
 
     Raises:
         BundleError: the directory is not a bundle, or something in it was altered.
-        ProviderUnavailable: CUDA was asked for by name and cannot be used, or one of the devices.
+        ProviderUnavailable: a provider that was asked for, or one of the devices, cannot be used for this bundle.
     """
 
     def __init__(
@@ -166,8 +166,7 @@ class Runtime(ServedGeneration, ServedTasks):
             self._generation = self._open_generation(
                 first, choice.device, kv_bytes, max_tokens=max_tokens, max_source=max_source, prefix_bytes=prefix_bytes
             )
-            if preload:
-                self._preload()
+            self._prepare(preload=preload)
             failed.pop_all()
 
     def __enter__(self) -> Self:

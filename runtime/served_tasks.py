@@ -48,6 +48,11 @@ class ServedTasks:
         return self._bundle.manifest.name
 
     @property
+    def only_folded(self) -> bool:
+        """Whether tasks without a folded session are refused, as the provider does not compute the bank."""
+        return any(part.only_folded for part in self._parts)
+
+    @property
     def tasks(self) -> list[str]:
         """The tasks that can be run, without `base`."""
         return self._versions.tasks
@@ -217,6 +222,14 @@ class ServedTasks:
                 )
                 return
             self._loader.bring([self._versions.adapter(task, "load")])
+
+    def _prepare(self, *, preload: bool) -> None:
+        """Bring tasks to the device where `preload` is set, and prove the provider."""
+        if preload:
+            self._preload()
+        first = [self._versions.adapter(task, "load") for task in [*self._bundle.tasks][:1]]
+        for component in self._parts:
+            component.check_provider([self._versions.base, *first])
 
     def _retire(self, version: Version) -> None:
         self._placed.retire(version)  # first: a fold in progress looks at this last

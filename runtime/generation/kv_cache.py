@@ -295,7 +295,9 @@ def _memory(
         sizes |= {port.shape[2] for port in source.outputs if port.name in decoder.source_outputs}
     fixed = {size for size in sizes if not isinstance(size, str)}
     most = min(fixed, default=None)
-    size = (most or _SOURCE) if wanted is None else wanted
-    if size < 1 or (most is not None and size != most):
-        raise InputError(doing, expected=f"max_source of {most or 'at least 1'}", got=size)
+    limit = decoder.source_positions or math.inf
+    size = int(most or min(_SOURCE, limit)) if wanted is None else wanted
+    if not 1 <= size <= limit or (most is not None and size != most):
+        expected = most or ("at least 1" if limit == math.inf else f"1 to {limit}")
+        raise InputError(doing, expected=f"max_source of {expected}", got=size)
     return {name: (int(ports[name].shape[1]), size, int(ports[name].shape[3])) for name in decoder.memory}

@@ -85,6 +85,7 @@ def _decoder(model: Any, encoder: Component, directory: Path | None, start: int)
         source="encoder",
         source_outputs=tuple(memory),
         start=start,
+        source_positions=_source_positions(model),
     )
     return Component(model, inputs, given, forward=_decode, decoder=ports, directory=directory)
 
@@ -93,6 +94,14 @@ def _positions(config: Any) -> int:
     """Largest number of tokens of a sequence of the decoder."""
     names = ("max_target_positions", "max_position_embeddings", "n_positions")
     return next((value for name in names if isinstance(value := getattr(config, name, None), int)), _UNBOUNDED)
+
+
+def _source_positions(model: Any) -> int | None:
+    """Largest number of positions of a source: the rows of the encoder's table of positions, where it has one."""
+    if getattr(model.get_encoder(), "embed_positions", None) is None:
+        return None
+    names = ("max_source_positions", "max_position_embeddings")
+    return next((value for name in names if isinstance(value := getattr(model.config, name, None), int)), None)
 
 
 def _start(model: Any, doing: str) -> int:

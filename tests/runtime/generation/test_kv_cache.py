@@ -93,9 +93,17 @@ def test_a_source_of_another_size_is_refused(of_source: int | str, wanted: int) 
         KvPlan.of(with_memory("source"), None, None, wanted, encoder(of_source))
 
 
-def with_memory(size: int | str) -> Manifest:
+def test_a_source_has_no_more_positions_than_its_encoder() -> None:
+    limited = with_memory("source", 48)
+    assert KvPlan.of(limited, 10**6, 10, None, encoder("sequence")).source == 48
+    with pytest.raises(InputError, match="expected max_source of 1 to 48, got 49"):
+        KvPlan.of(limited, None, None, 49, encoder("sequence"))
+
+
+def with_memory(size: int | str, limit: int | None = None) -> Manifest:
     made = of_model(1, 100)
     ports = {**vars(made.decoder), "memory": ("cross",), "source": "encoder", "source_outputs": ("key",)}
+    ports["source_positions"] = limit
     inputs = (*made.inputs, Port("cross", "float32", ("rows", 3, size, 8)))
     return Manifest(**{**vars(made), "inputs": inputs, "decoder": DecoderPorts(**ports)})
 
