@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from tpeft_deploy.bundle.image_facts import ImageFacts
-from tpeft_deploy.bundle.text_files import TextFacts
+from tpeft_deploy.bundle.text_files import Mode, Pooling, TextFacts
 from tpeft_deploy.errors import UnsupportedBase, brief, requires
+from tpeft_deploy.exporters.pooling import most_tokens, read_pooling
+from tpeft_deploy.formats.read.saved import read_config
+from tpeft_deploy.labels import HeadLabels
 
 __all__ = ["has_tokenizer", "read_image", "read_text"]
 
@@ -43,10 +46,14 @@ def has_tokenizer(directory: Path) -> bool:
     return any(next(directory.glob(pattern), None) is not None for pattern in _FILES)
 
 
-def read_text(directory: Path) -> tuple[str, TextFacts]:
+def read_text(directory: Path, pooling: Pooling | Mode | None = None) -> tuple[str, TextFacts]:
     """Text of tokenizer.json, and all other facts, of a directory with a tokenizer.
 
     transformers loads the tokenizer, and converts one of another format.  No code of the directory is run.
+
+    Args:
+        directory: a model directory.
+        pooling: how embeddings are made; by default as sentence-transformers' files in the directory say.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -69,6 +76,10 @@ def read_text(directory: Path) -> tuple[str, TextFacts]:
         stop_tokens=_stop_tokens(generation, tokenizer),
         max_new_tokens=generation.get("max_new_tokens"),
         clean_up=bool(tokenizer.clean_up_tokenization_spaces and (forced or not bpe)),
+        token_types="token_type_ids" in tokenizer.model_input_names,
+        pooling=read_pooling(directory, pooling),
+        labels=HeadLabels.of_config(read_config(directory / "config.json")),
+        most_tokens=most_tokens(directory),
     )
     return backend.to_str(), facts
 

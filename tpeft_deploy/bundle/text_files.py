@@ -1,7 +1,7 @@
-"""Folder `text/` of a bundle for generation: the tokenizer, and what else turns text into tokens and back.
+"""Folder `text/` of a bundle: the tokenizer, and what else turns text into tokens and back.
 
     text/tokenizer.json   the tokenizer, as the package tokenizers reads it
-    text/text.json        chat templates, special tokens and generation defaults (`TextFacts`)
+    text/text.json        chat templates, special tokens, generation defaults, pooling and labels (`TextFacts`)
     text/image.json       preparation of images (`ImageFacts`), of a model that reads them
 
 The manifest's field `text` has their digests.
@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -21,13 +21,32 @@ from tpeft_deploy.bundle.image_facts import IMAGE, ImageFacts
 from tpeft_deploy.bundle.manifest import FileRecord
 from tpeft_deploy.errors import IntegrityError
 from tpeft_deploy.files import digest_file
+from tpeft_deploy.labels import HeadLabels
 
 if TYPE_CHECKING:
     from tpeft_deploy.bundle.directory import Bundle
 
-__all__ = ["FACTS", "TOKENIZER", "TextFacts", "write_text"]
+__all__ = ["FACTS", "TOKENIZER", "Mode", "Pooling", "TextFacts", "write_text"]
 
 TOKENIZER, FACTS = "tokenizer.json", "text.json"
+Mode = Literal["cls", "mean", "last"]
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the states of a text's tokens become one embedding.
+
+    Args:
+        mode: the first token's state, the mean of all, or the last one's.
+        normalize: whether embeddings have length 1.
+        prompt: text before each text.
+        dimensions: sizes to which embeddings may be cut (Matryoshka); none by default.
+    """
+
+    mode: Mode
+    normalize: bool = True
+    prompt: str = ""
+    dimensions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,10 @@ class TextFacts:
         stop_tokens: tokens that end a sequence.
         max_new_tokens: default number of tokens to generate; None if the model has none.
         clean_up: whether spaces before punctuation are removed from decoded text.
+        token_types: whether the model tells the second text of a pair by its token types.
+        pooling: how embeddings are made; None for a model without.
+        labels: classes of the base's head; None for a model without.
+        most_tokens: tokens of a text at most; None where no limit is known.
     """
 
     special_tokens: Mapping[str, str | list[str]] = field(default_factory=dict)
@@ -49,6 +72,10 @@ class TextFacts:
     stop_tokens: tuple[int, ...] = ()
     max_new_tokens: int | None = None
     clean_up: bool = False
+    token_types: bool = False
+    pooling: Pooling | None = None
+    labels: HeadLabels | None = None
+    most_tokens: int | None = None
 
     @classmethod
     def read(cls, bundle: Bundle) -> TextFacts:

@@ -10,30 +10,24 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import orjson
-from starlette.requests import ClientDisconnect
 
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.sampling import Sampling, Token
 from tpeft_deploy.runtime.server.openai.answers import AnswerDocuments, ChatDocuments, CompletionDocuments
 from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody, GenerationBody
+from tpeft_deploy.runtime.server.openai.reading import Reading, admitted
 from tpeft_deploy.runtime.server.openai.sse import EventStream, event
 from tpeft_deploy.runtime.server.operations.generation import Generations, GenerationTarget, memory_of
-from tpeft_deploy.runtime.server.rest.context import Headers, HttpContext
-from tpeft_deploy.runtime.server.rest.infer import ClientLeft, Watch
+from tpeft_deploy.runtime.server.rest.context import HttpContext
+from tpeft_deploy.runtime.server.rest.infer import Watch
 from tpeft_deploy.runtime.server.v2.messages import Document
-from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.runtime.text.model_text import ModelText
 
-__all__ = ["INLINE", "SCRATCH", "chat", "completion_requests", "completions", "served"]
+__all__ = ["chat", "completion_requests", "completions", "served"]
 
 B = TypeVar("B", bound=GenerationBody)
 
-INLINE = 2048
-"""Bytes of a body that is read on the event loop; tokenizers take a microsecond or two for each."""
-SCRATCH = 256
-"""Bytes of memory that a tokenizer takes for each byte of a text."""
 _INLINE_TOKENS = 256  # tokens of an answer that is encoded on the event loop
-_NAME = 200  # characters of a model's name in the log
 _COMPLETION_TOKENS = 16  # default of max_tokens, as in OpenAI's API
 
 
@@ -75,46 +69,28 @@ async def served(
         answer: documents of the answer.
         prepare: makes requests of the decoded body; may run off the event loop.
     """
-    try:
-        context.core.admit(context.principal)
-    finally:
-        context.extra += _rate(context)
-    try:
+
+    async def answered() -> object:
         work = await _work(context, read, answer, prepare)
         begun = EventStream.begun(_events(context, work)) if work.body.stream else _whole(context, work)
         return await Watch().cancel_on_disconnect(begun, context.receive)
-    except (ClientDisconnect, ClientLeft):
-        raise
-    except Exception:
-        context.charge_refusal()
-        raise
+
+    return await admitted(context, answered)
 
 
 async def _work(
     context: HttpContext, read: Callable[[bytes | bytearray], B], answer: type[AnswerDocuments], prepare: Prepare[B]
 ) -> _Work:
-    declared = context.declared
-    if declared > PIECE or b"content-length" not in context.headers:
-        await asyncio.sleep(context.intake.refused.wait(context.tenant))
-    given = await context.body(min(context.limits.json_bytes, context.limits.body_bytes))
-    context.bytes_in = size = len(given)
-    large = size > INLINE
-    context.memory.take(SCRATCH * size if large else 0)
-    run = context.intake.offload.run
-    body = await run(context.tenant, read, given) if large else read(given)
-    del given
-    context.task = body.model[:_NAME]
+    reading = Reading(context)
+    body = await reading.body(read)
     body.check()
     generations = context.core.generations
     target = generations.target(context.principal, *body.address)
     text = await generations.text()
-    # Text is read off the event loop where it is long.
-    requests = (
-        await run(context.tenant, prepare, text, generations, body) if large else prepare(text, generations, body)
-    )
+    requests = await reading.run(prepare, text, generations, body)
     stops = frozenset(requests[0].sampling.stop_tokens)
     made = answer(context.request_id, body.model, text.token_bytes, stops, body.top, target.version)
-    context.memory.resize(size + memory_of(requests, body.top or 0))
+    context.memory.resize(context.bytes_in + memory_of(requests, body.top or 0))
     return _Work(body, target, requests, made)
 
 
@@ -213,12 +189,3 @@ async def _next(stream: AsyncGenerator[Token]) -> Token | None:
 def _usage(work: _Work, handles: Sequence[Handle]) -> Document:
     given, made = work.prompt_tokens, sum(len(handle.tokens) for handle in handles)
     return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
-
-
-def _rate(context: HttpContext) -> Headers:
-    """Return the headers that tell what is left of the tenant's requests."""
-    rate = context.core.generations.rate(context.principal)
-    if rate is None:
-        return []
-    found: dict[bytes, Any] = {b"limit": rate.limit, b"remaining": rate.remaining, b"reset": f"{rate.reset:.3f}s"}
-    return [(b"x-ratelimit-%b-requests" % name, str(value).encode()) for name, value in found.items()]

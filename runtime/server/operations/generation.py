@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
-from tpeft_deploy.errors import (
-    InputError,
-    MissingExtra,
-    NotFound,
-    ProtocolError,
-    Unavailable,
-    UnknownTask,
-    Unsupported,
-)
+from tpeft_deploy.errors import InputError, NotFound, ProtocolError, UnknownTask
 from tpeft_deploy.runtime import Runtime
-from tpeft_deploy.runtime.adapters.task_versions import Task
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.operations.text_inference import TextInference
+from tpeft_deploy.runtime.server.operations.texts import ContextExceeded, GenerationTarget, Texts
 from tpeft_deploy.runtime.server.registry import CURRENT
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
@@ -38,30 +30,6 @@ _TOKEN = 48  # bytes of a token in a list
 _MADE = 160  # bytes of a generated token, and of each of the most probable ones beside it
 
 
-class ContextExceeded(InputError):
-    """Raised for a prompt and a number of new tokens that are more than a sequence can have."""
-
-
-@dataclass(frozen=True)
-class GenerationTarget:
-    """What a model's name stands for.
-
-    Attributes:
-        name: name in events and metrics: that of the task, or the first of a weighted set.
-        task: task or weighted set in the runtime; None for the base.
-        versions: adapter versions.
-    """
-
-    name: str
-    task: Task | None
-    versions: tuple[ServedVersion, ...]
-
-    @property
-    def version(self) -> str:
-        """Version number; empty for a weighted set."""
-        return self.versions[0].version if len(self.versions) == 1 else ""
-
-
 class Generations:
     """Generates text for the clients of all protocols.
 
@@ -73,6 +41,10 @@ class Generations:
         accepting: returns whether requests are accepted.
         publish: called with the event of each request; on the event loop, so it must not block.
         pools: threads that open the text and the decoder.
+
+    Attributes:
+        texts: text of the bundle.
+        encoders: embeddings and classification of texts.
     """
 
     def __init__(
@@ -86,14 +58,13 @@ class Generations:
         pools: Pools,
     ) -> None:
         self._runtime = runtime
-        self._bundle = bundle
         self._models = models
         self._meter = meter
-        self._accepting = accepting
         self._publish = publish
         self._pools = pools
-        self._lock = threading.Lock()
-        self._text: ModelText | None = None
+        self.texts = Texts(bundle, accepting, pools)
+        self.encoders = TextInference(runtime, bundle, meter, publish, pools)
+        self._opened = False
 
     @property
     def most_tokens(self) -> int:
@@ -112,21 +83,16 @@ class Generations:
             InputError: the bundle has no decoder or no text.
             Unsupported: the packages for text are not installed.
         """
-        if not self._accepting():
-            raise Unavailable("generate text", problem="the server is starting or draining", fix="Try again shortly.")
-        if self._text is not None:
-            return self._text
-        name = self._models.bundle
         if not self.most_tokens:
             raise InputError(
-                f"generate text with bundle {name!r}", problem="it has no decoder, so it generates nothing"
+                f"generate text with bundle {self._models.bundle!r}",
+                problem="it has no decoder, so it generates nothing",
             )
-        if not self._bundle.manifest.text:
-            raise InputError(f"generate text with bundle {name!r}", problem="it has no tokenizer")
-        try:
-            return await self._pools.control.run(self._open)
-        except MissingExtra as error:
-            raise Unsupported("generate text", problem=f"the server cannot: {error}") from error
+        text = await self.texts.open("generate text")
+        if not self._opened:
+            await self._pools.control.run(self._runtime.open_generation)
+            self._opened = True
+        return text
 
     def target(
         self, principal: Principal, model: str, version: str = "", adapter: str | None = None
@@ -238,14 +204,6 @@ class Generations:
     def _charge(self, principal: Principal, requests: Sequence[GenerationRequest], rows: int, now: float) -> None:
         """Spend the tenant's quota for sequences; the one place where generation is charged."""
         self._meter.spend_rows(principal.tenant, rows, now)
-
-    def _open(self) -> ModelText:
-        with self._lock:
-            if self._text is None:
-                text = ModelText.open(self._bundle)
-                self._runtime.open_generation()
-                self._text = text
-            return self._text
 
     def _version(self, principal: Principal, name: str) -> ServedVersion:
         task, _, version = name.partition("@")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from tpeft_deploy.runtime.server.openai import adapters, endpoints, models
+from tpeft_deploy.runtime.server.openai import adapters, encoders, endpoints, models, tokens
 from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody
+from tpeft_deploy.runtime.server.openai.text_bodies import ClassifyBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from tpeft_deploy.runtime.server.rest import bodies, generate, handlers
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.tenancy.access import Action
@@ -67,6 +68,10 @@ def _paths(suffix: str) -> tuple[str, str]:
     return f"/v2/models/{{model}}{suffix}", f"/v2/models/{{model}}/versions/{{version}}{suffix}"
 
 
+def _of_texts(name: str, handler: Handler, summary: str, body: type[bodies.Body]) -> Route:
+    return Route("POST", f"/v1/{name}", Action.INFER, handler, summary, body=body)
+
+
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/v2/health/live", Action.HEALTH, handlers.live, "Liveness"),
     Route("GET", "/v2/health/ready", Action.HEALTH, handlers.ready, "Readiness"),
@@ -115,6 +120,10 @@ ROUTES: tuple[Route, ...] = (
         body=CompletionBody,
         streams=True,
     ),
+    _of_texts("embeddings", encoders.embeddings, "Embed texts, as OpenAI's API does", EmbeddingBody),
+    _of_texts("classify", encoders.classify, "Classify texts or pairs of texts", ClassifyBody),
+    _of_texts("tokenize", tokens.tokenize, "Get the tokens of a text or a chat, as vLLM's API does", TokenizeBody),
+    _of_texts("detokenize", tokens.detokenize, "Get the text of tokens, as vLLM's API does", DetokenizeBody),
     Route(
         "POST",
         "/v1/load_lora_adapter",

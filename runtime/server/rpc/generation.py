@@ -14,7 +14,8 @@ import msgspec
 
 from tpeft_deploy.errors import ProtocolError
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
-from tpeft_deploy.runtime.server.openai.endpoints import INLINE, SCRATCH, completion_requests
+from tpeft_deploy.runtime.server.openai.endpoints import completion_requests
+from tpeft_deploy.runtime.server.openai.reading import INLINE, SCRATCH
 from tpeft_deploy.runtime.server.operations.generation import memory_of
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.context import RpcContext
