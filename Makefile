@@ -5,7 +5,8 @@
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
 # make cuda-dry-run   ONNX Runtime's CUDA provider on a CUDA that computes nothing: placement, copies, recordings
-# make client       the blocking client, after a change of asynchronous.py
+# make openvino   the runtime with OpenVINO, in a virtual environment apart
+# make client       the blocking client, after a change of asynchronous/
 # make formats      docs/formats.md, after a change of a reader
 # make image        the container image (PROVIDER=cpu or gpu), on its base by digest
 # make image-lock   image/*.txt, after a change of constraints.txt
@@ -19,8 +20,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 OUT ?= quickstart
 ROUNDS ?= 20
 STUB ?= .venv-cuda-stub
+OPENVINO ?= .venv-openvino
 
-.PHONY: quickstart quickstart-text test coverage test-stability check soak cuda-dry-run proto client formats image image-lock clean
+.PHONY: quickstart quickstart-text test coverage test-stability check soak cuda-dry-run openvino proto client formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -50,6 +52,9 @@ soak: $(VENV)/dev-$(PROVIDER)
 cuda-dry-run: $(VENV)/dev-$(PROVIDER) $(STUB)/built
 	OMP_NUM_THREADS=1 CUDA_STUB=$(STUB) $(BIN)/python -m pytest -n 2 -m cuda_stub tests/cuda_stub $(ARGS)
 
+openvino: $(VENV)/dev-$(PROVIDER) $(OPENVINO)/installed
+	OMP_NUM_THREADS=1 OPENVINO=$(OPENVINO) $(BIN)/python -m pytest -n 2 -m openvino tests/openvino $(ARGS)
+
 proto: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/compile_proto.py
 
@@ -69,7 +74,7 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(STUB) $(OUT) quickstart-text build dist *.egg-info
+	rm -rf $(VENV) $(STUB) $(OPENVINO) $(OUT) quickstart-text build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -79,6 +84,12 @@ $(BIN)/python:
 # What it installs is kept until the version of onnxruntime-gpu or a dependency changes.
 $(STUB)/built: $(wildcard tests/cuda_stub/*.sh tests/cuda_stub/*.c tests/cuda_stub/crt/*.h) constraints.txt pyproject.toml | $(BIN)/python
 	PYTHON=$(abspath $(BIN)/python) tests/cuda_stub/build.sh $(STUB)
+	@touch $@
+
+# OpenVINO's package has the files of onnxruntime too: it never shares an environment with another.
+$(OPENVINO)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OPENVINO)
+	$(OPENVINO)/bin/python -I -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[openvino]'
 	@touch $@
 
 # Installed again whenever the dependencies change.

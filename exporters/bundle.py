@@ -9,6 +9,7 @@ from typing import Any
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.directory import Bundle
+from tpeft_deploy.bundle.text_files import Mode, Pooling
 from tpeft_deploy.errors import BundleError
 from tpeft_deploy.exporters.components import export_components, find_components, refuse_options
 from tpeft_deploy.exporters.graph.unused import Unused
@@ -42,6 +43,7 @@ def export_bundle(
     unused: Unused = "error",
     exclude: Sequence[str] = (),
     generation: bool = False,
+    pooling: Pooling | Mode | None = None,
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
@@ -70,7 +72,10 @@ def export_bundle(
         generation: export a causal language model or an encoder-decoder of transformers for generation: with caches
             of fixed size that are updated in place, and for each row the length of its past (the manifest's
             `decoder`); the encoder of an encoder-decoder returns the keys and values of the decoder's cross-attention
-            too.  A directory's tokenizer, chat templates and generation defaults go into the folder text/.
+            too.
+        pooling: how the states of a text's tokens become one embedding: "cls", "mean" or "last", of length 1, or a
+            `Pooling` (`tpeft_deploy.bundle.text_files`); by default as sentence-transformers' files in a directory say.
+            A directory's tokenizer goes into the folder text/ with it, its labels, chat templates and defaults.
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
@@ -96,7 +101,7 @@ def export_bundle(
     base = called(base)
     components = find_components(base, generation)
     if components is not None:
-        given = [example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings]
+        given = [example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings, pooling]
         refuse_options(path, given)
         return export_components(
             components,
@@ -129,7 +134,7 @@ def export_bundle(
     with new_directory(path) as new:
         progress("write the graphs")
         subject = Subject(plan.base, plan.raw.graph)
-        bundle = Bundle(new, write_graphs(plan, subject, new, tolerance))
+        bundle = Bundle(new, write_graphs(plan, subject, new, tolerance, pooling))
         for position, (task, adapter) in enumerate(plan.adapters.items()):
             progress(Stage(f"store {task}", position, len(plan.adapters)))
             bundle.add(task, adapter)

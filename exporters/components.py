@@ -74,7 +74,7 @@ def refuse_options(path: Path, options: Sequence[object]) -> None:
     if any(option is not None and option is not False and option != {} for option in options):
         raise UnsupportedBase(
             f"export bundle {path} of several components",
-            expected="no example_inputs, dynamic_shapes, weights, rename, padding or resize_embeddings",
+            expected="no example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings or pooling",
             got="some",
             fix="Give inputs, shapes, names and padding with each Component; leave the others out.",
         )

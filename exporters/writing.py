@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,9 @@ from tpeft_deploy.bundle.directory import (
     Bundle,
 )
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Varies
-from tpeft_deploy.bundle.text_files import write_text
-from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
+from tpeft_deploy.bundle.text_files import Mode, Pooling, write_text
+from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_image, read_text
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed, stacked
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
@@ -46,6 +48,7 @@ from tpeft_deploy.progress import Progress, Stage
 __all__ = ["finish", "write_graphs"]
 
 DATA = "weights.data"
+_log = logging.getLogger("tpeft_deploy.exporters")
 
 
 def finish(plan: Plan, sources: Sources, bundle: Bundle, *, folded: bool, progress: Progress) -> None:
@@ -74,8 +77,10 @@ def finish(plan: Plan, sources: Sources, bundle: Bundle, *, folded: bool, progre
     (bundle.path / MANIFEST).write_text(replace(manifest, left_out=left_out).to_json(), encoding="utf-8")
 
 
-def write_graphs(plan: Plan, subject: Subject, place: Path, tolerance: float | None) -> Manifest:
-    """Write the graphs, their weights and the example inputs.
+def write_graphs(
+    plan: Plan, subject: Subject, place: Path, tolerance: float | None, pooling: Pooling | Mode | None = None
+) -> Manifest:
+    """Write the graphs, their weights and the example inputs, and the text of a directory.
 
     Returns:
         The manifest, without proofs.
@@ -131,15 +136,29 @@ def write_graphs(plan: Plan, subject: Subject, place: Path, tolerance: float | N
         packing=packing,
         stacking=stacking,
         tolerance=tolerance,
-        text=_write_text(plan, place),
+        text=_write_text(plan, place, pooling),
     )
 
 
-def _write_text(plan: Plan, place: Path) -> dict[str, FileRecord]:
+def _write_text(plan: Plan, place: Path, pooling: Pooling | Mode | None) -> dict[str, FileRecord]:
     directory = plan.base.directory
     if directory is None or not has_tokenizer(directory):
+        if pooling is not None:
+            raise UnsupportedBase(
+                f"export base {plan.base.name} with pooling=",
+                expected="a Hugging Face model directory with a tokenizer",
+                got="another base" if directory is None else "one without",
+            )
         return {}
-    return write_text(place / "text", *read_text(directory))
+    try:
+        text = read_text(directory, pooling)
+    except UnsupportedBase as error:
+        if plan.draft.decoder is not None or pooling is not None:
+            raise
+        _log.warning("the bundle will have no text: %s", error)
+        return {}
+    images = plan.base.decoder is not None and plan.base.decoder.features
+    return write_text(place / "text", *text, read_image(directory) if images else None)
 
 
 def _mark_outputs(model: ir.Model, raw: ir.Model, varies: Mapping[str, Varies]) -> None:

@@ -22,6 +22,7 @@ from tpeft_deploy.runtime.component_files import ComponentFiles
 from tpeft_deploy.runtime.devices.spread import AnyResidency, SpreadResidency
 from tpeft_deploy.runtime.engine import Engine
 from tpeft_deploy.runtime.folding.manager import FoldManager
+from tpeft_deploy.runtime.reference_check import check_provider
 from tpeft_deploy.runtime.replica import Replica
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured
@@ -141,6 +142,16 @@ class ServedComponent:
     def open_rows(self) -> Session | None:
         """Open the graph for steps of a decoder, if the bundle has one for the device."""
         return None if self._rows is None else Session(self.bundle.check_file(self._rows), self._sessions)
+
+    @property
+    def only_folded(self) -> bool:
+        """Whether tasks without a folded session are refused, as the provider does not compute the bank."""
+        return any(own.only_folded for own in self.replicas)
+
+    def check_provider(self, versions: Sequence[Version]) -> None:
+        """Compare the provider's answers with those of its reference on every device, as `check_provider`."""
+        for own in self.replicas:
+            check_provider(own, versions)
 
     def close_sessions(self) -> None:
         """Let the sessions go and end their threads."""

@@ -35,7 +35,7 @@ class ComponentFiles:
 
         Args:
             bundle: component of a bundle.
-            provider: "cuda" or "cpu".
+            provider: name of the provider of the banked graph.
             own_copy: whether to serve from a copy.
             opened: takes the removal of the copy.
 

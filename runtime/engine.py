@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 
 from tpeft_deploy.bundle.manifest import Manifest
-from tpeft_deploy.errors import CapacityError, InputError, RunError
+from tpeft_deploy.errors import CapacityError, InputError, ProviderUnavailable, RunError
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.bank import qualified
 from tpeft_deploy.runtime.adapters.residency import Residency
@@ -35,6 +35,7 @@ class Engine:
         residency: residency of the versions.
         folded: sessions of the base and of hot versions.
         component: name of the component; empty for the only one.
+        only_folded: why versions without a folded session are refused; empty where the bank serves them.
     """
 
     def __init__(
@@ -44,7 +45,10 @@ class Engine:
         residency: Residency,
         folded: FoldManager,
         component: str = "",
+        *,
+        only_folded: str = "",
     ) -> None:
+        self._only_folded = only_folded
         self._manifest = manifest
         self._component = component
         self._sized = [(port, qualified(component, port.name)) for port in manifest.outputs]
@@ -70,11 +74,19 @@ class Engine:
 
         Raises:
             AdapterError, BundleError, CapacityError: it cannot be brought to the device.
+            ProviderUnavailable: it has no folded session, and the bank is not on the provider.
         """
         session = self._folded.find(version, requests.rows(self._manifest, inputs))
         if session is not None:
             with translated(self._manifest.name):
                 return session.run(inputs, options)
+        if self._only_folded:
+            raise ProviderUnavailable(
+                f"run task {version.name!r} of bundle {self._manifest.name!r}",
+                expected="a task with a folded session",
+                got=self._only_folded,
+                fix="Pin it with folded=True, or use another provider.",
+            )
         if held:
             return self._on_bank(inputs, version, options)
         with self._residency.acquire([version]):
@@ -112,7 +124,7 @@ class Engine:
         if len(distinct) == 1:
             outputs = self.run_one(inputs, distinct[0], options, held=held)
             return {port.name: requests.as_rows(port, outputs[port.name]) for port in self._manifest.outputs}
-        if self._manifest.rows == "group":
+        if self._manifest.rows == "group" or self._only_folded:
             return self._in_parts(inputs, versions, [[version] for version in distinct], options, held=held)
         if held:
             return self._on_rows(inputs, versions, options)

@@ -31,8 +31,11 @@ class Replica:
         place: index of the device.
 
     Attributes:
+        name, files, sessions, residency: as above.
         session: session of the banked graph.
-        remark: why the session is not on the fastest graph; empty where it is.
+        remark: why the session is not on the fastest graph, or not on the provider; empty where it is.
+        only_folded: why versions without a folded session are refused: the bank is not on the provider but on its
+            reference; empty where the bank answers requests.
         engine: runs of rows on versions.
         folds: folded sessions.
     """
@@ -47,11 +50,15 @@ class Replica:
         place: int,
     ) -> None:
         self._place = place
+        self.name, self.files, self.sessions, self.residency = name, files, sessions, residency
         self.folds = FoldManager(
             files.bundle, sessions, self._banked_outputs, place=files.copy.path, budget=folded_bytes
         )
         self.session, self.remark = open_banked(files.bundle, files.graphs, sessions)
-        self.engine = Engine(files.bundle.manifest, self.session, residency, self.folds, name)
+        self.only_folded = self.remark if sessions.choice.execution.reference else ""
+        self.engine = Engine(
+            files.bundle.manifest, self.session, residency, self.folds, name, only_folded=self.only_folded
+        )
 
     def own(self, versions: Sequence[Version]) -> Sequence[Version]:
         """Return the counterparts of versions on this device."""

@@ -50,8 +50,8 @@ class Runtime(ServedGeneration, ServedTasks):
 
     Args:
         bundle: a bundle's directory.
-        provider: "cuda", "cuda:1" for the second device, "cpu", or "auto": CUDA where it works, else the CPU;
-            `provider` and `provider_reason` say which and why.
+        provider: "cuda", "cuda:1" for the second device, "cpu", "openvino", "tensorrt", or "auto": CUDA where it works,
+            else the CPU; `provider` and `provider_reason` say which and why.
         devices: numbers of the devices to serve on, [0, 1]; by default the one that `provider` names.  Each has
             sessions and a bank, with budgets of the sizes below.  A task lives on one, on several while much of the
             work is on it, and on all while it is pinned.  Sequences are generated on the first.  On the CPU, each
@@ -75,9 +75,9 @@ class Runtime(ServedGeneration, ServedTasks):
             components, each of which has a queue, needs a function: component -> order.
         preload: bring the bundle's tasks to the device now, by name, as far as there is room; else each when it is
             first asked for.
-        kv_bytes: bytes for the caches of sequences that are generated; by default those of 8 sequences, 256 MiB at
-            most.  Taken when the first is.
+        kv_bytes: bytes for the caches of sequences; by default those of 8, 256 MiB at most.  Taken with the first.
         max_tokens: tokens of a prompt and what is generated for it; 2,048 by default, if the model can.
+        max_source: positions of an encoder's result for one sequence; the model's by default, or 512 without a bound.
         prefix_bytes: bytes of host memory for caches of known beginnings of prompts.
         sequence_order: order and shares of tenants in slots and in the computation of prompts; first come by default.
         own_copy: serve from a copy of graphs and weights in the directory for temporary files, which goes with the
@@ -86,7 +86,7 @@ class Runtime(ServedGeneration, ServedTasks):
 
     Raises:
         BundleError: the directory is not a bundle, or something in it was altered.
-        ProviderUnavailable: CUDA was asked for by name and cannot be used, or one of the devices.
+        ProviderUnavailable: a provider that was asked for, or one of the devices, cannot be used for this bundle.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class Runtime(ServedGeneration, ServedTasks):
         own_copy: bool = True,
         kv_bytes: int | None = None,
         max_tokens: int | None = None,
+        max_source: int | None = None,
         prefix_bytes: int = 64 * 2**20,
         sequence_order: SequenceOrder | None = None,
     ) -> None:
@@ -165,10 +166,9 @@ class Runtime(ServedGeneration, ServedTasks):
             self._base = replace(self._bundle, parts=served) if len(files) > 1 else component.bundle
             self._pins = Pins(self._versions, self._placed, self._parts)
             self._generation = self._open_generation(
-                first, choice.device, kv_bytes, max_tokens, prefix_bytes, sequence_order
+                first, choice.device, kv_bytes, max_tokens, max_source, prefix_bytes, sequence_order
             )
-            if preload:
-                self._preload()
+            self._prepare(preload=preload)
             failed.pop_all()
 
     def __enter__(self) -> Self:

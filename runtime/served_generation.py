@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from tpeft_deploy.runtime.adapters.loader import AdapterLoader
 from tpeft_deploy.runtime.adapters.residency import Residency
@@ -28,10 +29,11 @@ class ServedGeneration:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] = (),
         task: Task | None = None,
         *,
         tasks: Sequence[Task] | None = None,
+        inputs: Sequence[Mapping[str, object] | None] | None = None,
         max_new_tokens: int = 64,
         stop: Sequence[int] = (),
         sampling: Sampling | None = None,
@@ -42,9 +44,12 @@ class ServedGeneration:
         """Continue prompts, together with those of other callers and on any mixture of tasks.
 
         Args:
-            prompts: lists of tokens.
+            prompts: lists of tokens; for an encoder-decoder the decoder's, with an empty list, or none at all beside
+                `inputs`, for the first token that the model begins with.
             task: one task for all prompts, or a weighted set of tasks; the base when neither is given.
             tasks: one task (or set) per prompt.
+            inputs: for each prompt the inputs of the encoder, without the batch axis and without padding:
+                {"input_ids": [tokens]} or {"input_features": [mels, frames]}.
             max_new_tokens: tokens to generate at most, for each prompt.
             stop: tokens that end a sequence, beside those of `sampling`; the one that does is part of it.
             sampling: choice of the tokens; the most probable ones by default.
@@ -56,20 +61,22 @@ class ServedGeneration:
             The new tokens of each prompt.
 
         Raises:
-            InputError: the bundle has no decoder, or a prompt or number does not fit; nothing has run.
+            InputError: the bundle has no decoder, or a prompt, input or number does not fit; nothing has run.
             UnknownTask, CompositionError, AdapterError, BundleError, CapacityError: as `run`.
             QueueFull: too many sequences of other callers wait.
             DeadlineExceeded: the time was over first.
         """
+        prompts, given = GenerationService.prompts(prompts, inputs)
         own = GenerationService.tasks(prompts, task, tasks)
         like = GenerationService.request(max_new_tokens, stop, sampling, timeout, tenant, priority)
-        return self._generation.generate(prompts, own, like)
+        return self._generation.generate(prompts, own, given, like)
 
     async def stream(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] = (),
         task: Task | None = None,
         *,
+        inputs: Mapping[str, object] | None = None,
         max_new_tokens: int = 64,
         stop: Sequence[int] = (),
         sampling: Sampling | None = None,
@@ -81,8 +88,9 @@ class ServedGeneration:
         """Continue a prompt and give each token as soon as it is there; closing the iterator ends the sequence.
 
         Args:
-            prompt: tokens.
+            prompt: tokens, as for `generate`.
             task: a task, or a weighted set of tasks.
+            inputs: inputs of the encoder for this prompt, as for `generate`.
             max_new_tokens, stop, sampling, timeout, tenant, priority: as for `generate`.
             text: makes a detokeniser, for the text of the tokens and for stop strings.
 
@@ -90,7 +98,7 @@ class ServedGeneration:
             TpeftError: as `generate`, when the first token is asked for.
         """
         like = GenerationService.request(max_new_tokens, stop, sampling, timeout, tenant, priority, text)
-        handle = await self._generation.start_one(prompt, task, like)
+        handle = await self._generation.start_one(prompt, task, inputs, like)
         try:
             async with aclosing(aiter(handle)) as tokens:
                 async for token in tokens:
@@ -126,12 +134,15 @@ class ServedGeneration:
         device: str,
         kv_bytes: int | None,
         max_tokens: int | None,
+        max_source: int | None,
         prefix_bytes: int,
         order: SequenceOrder | None,
     ) -> GenerationService:
         """Generation on the component that has a decoder; on the last, which refuses it, where none has."""
         parts = list(self._parts)
         decoding = next((own for own in parts if own.manifest.decoder is not None), parts[-1])
+        ports = decoding.manifest.decoder
+        source = next((own for own in parts if ports is not None and own.name and own.name == ports.source), None)
         return GenerationService(
             decoding.manifest,
             decoding.session,
@@ -141,8 +152,10 @@ class ServedGeneration:
             device,
             kv_bytes=kv_bytes,
             max_tokens=max_tokens,
+            max_source=max_source,
             prefix_bytes=prefix_bytes,
             order=order,
             component=decoding.name,
             open_rows=decoding.open_rows,
+            source=None if source is None else (source.manifest, partial(source.engine.run_one, held=True)),
         )

@@ -9,9 +9,11 @@ from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.bundle.directory import Bundle, check_task
+from tpeft_deploy.bundle.directory import BASE_TASK, Bundle, check_task
+from tpeft_deploy.bundle.text_files import TextFacts
 from tpeft_deploy.errors import AdapterError, RunError, UnknownTask
 from tpeft_deploy.formats import load_adapter
+from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.loader import AdapterLoader
 from tpeft_deploy.runtime.adapters.task_versions import Task, TaskVersions
@@ -46,6 +48,11 @@ class ServedTasks:
         return self._bundle.manifest.name
 
     @property
+    def only_folded(self) -> bool:
+        """Whether tasks without a folded session are refused, as the provider does not compute the bank."""
+        return any(part.only_folded for part in self._parts)
+
+    @property
     def tasks(self) -> list[str]:
         """The tasks that can be run, without `base`."""
         return self._versions.tasks
@@ -69,6 +76,23 @@ class ServedTasks:
     def pins(self) -> dict[str, bool]:
         """The tasks that are pinned, and whether each is to have a separate session."""
         return self._pins.all()
+
+    def labels(self, task: Task = BASE_TASK) -> HeadLabels | None:
+        """Return the classes of a task's head; reads the adapter.
+
+        They are those that its adapter records, or the base's if it has the base's head; None where none are known.
+
+        Raises:
+            UnknownTask, CompositionError: as `run`.
+            AdapterError, BundleError: the adapter cannot be read.
+        """
+        version = self._versions.find(task, doing=f"look up the labels of task {task!r}")
+        adapter = None if version.is_base else version.read()
+        if adapter is not None:
+            varying = [port.varies.override for part in self._parts for port in part.manifest.outputs if port.varies]
+            if adapter.labels is not None or any(name in adapter.overrides for name in varying):
+                return adapter.labels
+        return TextFacts.read(self._bundle).labels if self._bundle.manifest.text else None
 
     def load(self, task: str, adapter: str | os.PathLike[str] | Adapter | None = None) -> None:
         """Serve an adapter, in place of an earlier one of that name; the bundle on disk stays as it is.
@@ -198,6 +222,14 @@ class ServedTasks:
                 )
                 return
             self._loader.bring([self._versions.adapter(task, "load")])
+
+    def _prepare(self, *, preload: bool) -> None:
+        """Bring tasks to the device where `preload` is set, and prove the provider."""
+        if preload:
+            self._preload()
+        first = [self._versions.adapter(task, "load") for task in [*self._bundle.tasks][:1]]
+        for component in self._parts:
+            component.check_provider([self._versions.base, *first])
 
     def _retire(self, version: Version) -> None:
         self._placed.retire(version)  # first: a fold in progress looks at this last

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget
+from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["Adapter", "Origin", "gain_mode", "weight_digest", "without"]
@@ -93,6 +94,7 @@ class Adapter:
             for the canonical file.  Set it to None when the adapter is changed after it was read.
         left_out: tensor of the file that the adapter leaves out at the caller's request -> reason: tensors of other
             parts (`load_adapter(part=)`), changes of weights that no output depends on (`unused="skip"`).
+        labels: classes of the task's head; None where the training side recorded none.
 
     Raises:
         FormatError: there are no tensors, an override or a gain is not finite, or a weight has both an override and a
@@ -107,6 +109,7 @@ class Adapter:
     notes: Mapping[str, str] = field(default_factory=dict)
     origin: Origin | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    labels: HeadLabels | None = None
 
     def __post_init__(self) -> None:
         if not self.deltas and not self.overrides and not self.gains:
@@ -243,11 +246,13 @@ class Adapter:
             tensors[f"override/{name}"] = array
         for name, array in self.gains.items():
             tensors[f"gain/{name}"] = array
-        header = {
+        header: dict[str, Any] = {
             "schema": 1,
             "scales": {name: delta.scale for name, delta in self.deltas.items()},
             "base_digests": dict(self.base_digests),
         }
+        if self.labels is not None:
+            header["labels"] = asdict(self.labels)
         # Not ascontiguousarray, which gives a scalar an axis.
         ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
         return save(ordered, metadata={"tpeft": json.dumps(header, sort_keys=True)})

@@ -78,12 +78,14 @@ def compose(parts: Mapping[str, tuple[Adapter, float]], *, aliases: Mapping[str,
     unread = {name: array for part in reversed(taking) for name, array in part.adapter.overrides.items()}
     gains = {name: gain for part in taking for name, gain in part.adapter.gains.items()}
     names = dict.fromkeys(name for part in taking for name in part.adapter.deltas)
+    labels = {part.adapter.labels for part in taking}
     return Adapter(
         {weight: _delta(doing, weight, taking) for weight in names},
         unread | overrides,
         digests,
         source=name,
         gains=gains,
+        labels=labels.pop() if len(labels) == 1 else None,
     )
 
 

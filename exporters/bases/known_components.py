@@ -16,6 +16,7 @@ from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.component import Component
 from tpeft_deploy.exporters.bases.example_inputs import BATCH, SEQUENCE, Tensors
 from tpeft_deploy.exporters.bases.generation.encoder_decoder import encoder_decoder
+from tpeft_deploy.exporters.bases.generation.image_decoder import image_decoder
 from tpeft_deploy.formats.base.diffusers_model import is_diffusers
 from tpeft_deploy.formats.base.model import architecture, load_model, model_class
 
@@ -46,13 +47,21 @@ def known_components(path: str | os.PathLike[str], generation: bool = False) -> 
     make = _MODELS.get(name)
     if make is None:
         return None
-    if generation and make is not _encoder_decoder:
+    if generation and make is _two_towers:
         raise UnsupportedBase(f"load base {place} for generation", expected="a model with a decoder", got=name)
     model = load_model(place, model_class(place, name))
     model.config.return_dict = True
     if generation:
-        return encoder_decoder(model, *_source(model), place)
+        return _for_generation(model, place)
     return make(model)
+
+
+def _for_generation(model: Any, place: Path) -> dict[str, Component]:
+    """Components with a decoder in slot form."""
+    if not hasattr(model.config, "vision_config"):
+        return encoder_decoder(model, *_source(model), place)
+    vision = Component(model, _pixels(model), forward=_see)
+    return {"vision": vision, "language": image_decoder(model, vision, "vision", place)}
 
 
 def _source(model: Any) -> tuple[Tensors, dict[str, Any]]:
@@ -129,14 +138,13 @@ def _embed_text(model: Any, input_ids: Any, attention_mask: Any) -> Outputs:
 
 
 def _vision_language(model: Any) -> dict[str, Component]:
-    vision, text = model.config.vision_config, model.config.text_config
-    pixels = {"pixel_values": _randn(model, vision.num_channels, vision.image_size, vision.image_size)}
+    text = model.config.text_config
     embeddings = {
         "inputs_embeds": _randn(model, SEQUENCE, text.hidden_size),
         "attention_mask": torch.ones(BATCH, SEQUENCE, dtype=torch.int64),
     }
     return {
-        "vision": Component(model, pixels, forward=_see),
+        "vision": Component(model, _pixels(model), forward=_see),
         "embedding": Component(
             model, {"input_ids": _ids(text.vocab_size, SEQUENCE)}, {"input_ids": _TEXT}, forward=_embed
         ),
@@ -144,8 +152,18 @@ def _vision_language(model: Any) -> dict[str, Component]:
     }
 
 
+def _pixels(model: Any) -> Tensors:
+    """Example images."""
+    vision = model.config.vision_config
+    size = vision.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"pixel_values": _randn(model, vision.num_channels, height, width)}
+
+
 def _see(model: Any, pixel_values: Any) -> Outputs:
     inner, config = model.model, model.config
+    if hasattr(config, "downsample_ratio"):  # InternVL's pixels are shuffled before the projector
+        return {"image_features": inner.get_image_features(pixel_values, return_dict=True).pooler_output}
     found = inner.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
     layers = config.vision_feature_layer
     chosen = [found[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
@@ -224,6 +242,7 @@ _MODELS: dict[str, Callable[[Any], dict[str, Component]]] = {
         _encoder_decoder,
     ),
     "CLIPModel": _two_towers,
+    "InternVLForConditionalGeneration": _vision_language,
     "LlavaForConditionalGeneration": _vision_language,
     "SamModel": _masks,
 }

@@ -81,9 +81,10 @@ def _load(
             got="some",
             fix="Leave weights out; they are for ONNX files.",
         )
-    name, padding = type(base).__name__, dict[str, int]()
+    name, padding, directory = type(base).__name__, dict[str, int](), None
     if isinstance(base, str | os.PathLike):
         name = os.fspath(base)
+        directory = Path(name) if os.path.isdir(name) and not is_diffusers(name) else None
         own = dynamic_shapes
         base, example_inputs, dynamic_shapes, padding = _call_factory(name, example_inputs, dynamic_shapes)
         if own is None and isinstance(dynamic_shapes, Mapping) and isinstance(example_inputs, Mapping):
@@ -107,6 +108,7 @@ def _load(
     _check_shapes(name, inputs, shapes)
     made = TorchBase(name.rpartition(":")[2], base, inputs, shapes)
     made.padding = {name: value for name, value in padding.items() if name in inputs}
+    made.directory = directory
     return made
 
 

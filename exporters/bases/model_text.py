@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpeft_deploy.bundle.text_files import TextFacts
+from tpeft_deploy.bundle.image_facts import ImageFacts
+from tpeft_deploy.bundle.text_files import Mode, Pooling, TextFacts
 from tpeft_deploy.errors import UnsupportedBase, brief, requires
+from tpeft_deploy.exporters.pooling import most_tokens, read_pooling
+from tpeft_deploy.formats.read.saved import read_config
+from tpeft_deploy.labels import HeadLabels
 
-__all__ = ["has_tokenizer", "read_text"]
+__all__ = ["has_tokenizer", "read_image", "read_text"]
 
 _log = logging.getLogger("tpeft_deploy.exporters")
 
@@ -42,10 +46,14 @@ def has_tokenizer(directory: Path) -> bool:
     return any(next(directory.glob(pattern), None) is not None for pattern in _FILES)
 
 
-def read_text(directory: Path) -> tuple[str, TextFacts]:
+def read_text(directory: Path, pooling: Pooling | Mode | None = None) -> tuple[str, TextFacts]:
     """Text of tokenizer.json, and all other facts, of a directory with a tokenizer.
 
     transformers loads the tokenizer, and converts one of another format.  No code of the directory is run.
+
+    Args:
+        directory: a model directory.
+        pooling: how embeddings are made; by default as sentence-transformers' files in the directory say.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -68,8 +76,43 @@ def read_text(directory: Path) -> tuple[str, TextFacts]:
         stop_tokens=_stop_tokens(generation, tokenizer),
         max_new_tokens=generation.get("max_new_tokens"),
         clean_up=bool(tokenizer.clean_up_tokenization_spaces and (forced or not bpe)),
+        token_types="token_type_ids" in tokenizer.model_input_names,
+        pooling=read_pooling(directory, pooling),
+        labels=HeadLabels.of_config(read_config(directory / "config.json")),
+        most_tokens=most_tokens(directory),
     )
     return backend.to_str(), facts
+
+
+def read_image(directory: Path) -> ImageFacts | None:
+    """Preparation of images by the directory's image processor; None, with a warning, for another than CLIP's."""
+    import transformers
+
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    try:
+        values, _ = kind.get_image_processor_dict(str(directory), local_files_only=True)
+    except OSError:
+        values = {}
+    if not str(values.get("image_processor_type", "")).startswith("CLIPImageProcessor") or values.get("do_pad"):
+        _log.warning("%s: images are not read from files: no CLIPImageProcessor", directory)
+        return None
+    found: Any = kind(**{name: value for name, value in values.items() if name != "image_processor_type"})
+    size, crop = (_sizes(own) for own in (found.size, found.crop_size))
+    return ImageFacts(
+        resize=size if found.do_resize else None,
+        resample=int(found.resample),
+        crop=(crop[0], crop[-1]) if found.do_center_crop else None,
+        scale=float(found.rescale_factor) if found.do_rescale else None,
+        mean=tuple(map(float, found.image_mean)) if found.do_normalize else None,
+        std=tuple(map(float, found.image_std)) if found.do_normalize else None,
+    )
+
+
+def _sizes(size: Any) -> tuple[int, ...]:
+    """Sizes as `ImageFacts` has them."""
+    values = dict(size)
+    short = values.get("shortest_edge")
+    return (int(short),) if short else (int(values["height"]), int(values["width"]))
 
 
 def _load(directory: Path) -> Any:

@@ -33,7 +33,7 @@ class Base(ABC):
 
     module: nn.Module | None = None  # the torch module, where there is one
     decoder: DecoderPorts | None = None  # ports of a decoder in slot form
-    directory: Path | None = None  # Hugging Face directory of such a model
+    directory: Path | None = None  # Hugging Face directory of the model
     own_names: Mapping[str, str] = {}  # input or output -> the name it has in the module, where that is another
 
     def __init__(self, name: str, inputs: Inputs) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from tpeft_deploy.errors import RunError
 from tpeft_deploy.runtime import device_lock
@@ -99,7 +100,7 @@ def row_view(bank: onnxruntime.OrtValue, row: int) -> onnxruntime.OrtValue:
     if not shape or not 0 <= row < shape[0]:
         rows = f"a row of 0..{shape[0] - 1}" if shape and shape[0] else "a bank with rows"
         raise RunError("view a row of a bank", expected=rows, got=f"row {row} of shape {list(shape)}")
-    capsule = bank.__dlpack__()
+    capsule = _capsule(bank)
     tensor = _Tensor.from_address(_pointer_in(capsule, b"dltensor"))
     tensor.data = bank.data_ptr() + row * math.prod(shape[1:]) * dtype_of(bank).itemsize
     tensor.ndim -= 1
@@ -107,7 +108,7 @@ def row_view(bank: onnxruntime.OrtValue, row: int) -> onnxruntime.OrtValue:
     tensor.shape = _rest(tensor.shape)
     if tensor.strides:
         tensor.strides = _rest(tensor.strides)
-    view = onnxruntime.OrtValue.from_dlpack(capsule)
+    view = _value(capsule)
     # A bank made from a numpy array does not own its memory; its Python object does.
     view.bank = bank
     return view
@@ -130,13 +131,13 @@ def part_view(value: onnxruntime.OrtValue, offset: int, shape: Sequence[int]) ->
     if offset < 0 or offset + math.prod(shape) > math.prod(value.shape()):
         raise RunError("view a part of a value", expected=f"a part of {value.shape()}", got=f"{shape} from {offset}")
     sizes = (ctypes.c_int64 * len(shape))(*shape)
-    capsule = value.__dlpack__()
+    capsule = _capsule(value)
     tensor = _Tensor.from_address(_pointer_in(capsule, b"dltensor"))
     tensor.data = value.data_ptr() + offset * dtype_of(value).itemsize
     tensor.ndim = len(shape)
     tensor.shape = ctypes.cast(sizes, ctypes.POINTER(ctypes.c_int64))
     tensor.strides = None
-    view = onnxruntime.OrtValue.from_dlpack(capsule)  # copies the sizes
+    view = _value(capsule)  # copies the sizes
     view.whole = value
     return view
 
@@ -190,6 +191,15 @@ def write(view: onnxruntime.OrtValue, array: Array) -> None:
     if array.size:
         with device_lock.using(view.device_name()):
             view.update_inplace(array)
+
+
+# ONNX Runtime 1.24, which OpenVINO's package holds, has both calls only below its Python classes.
+def _capsule(value: onnxruntime.OrtValue) -> object:
+    return value._ortvalue.__dlpack__()
+
+
+def _value(capsule: object) -> onnxruntime.OrtValue:
+    return onnxruntime.OrtValue(ort.OrtValue.from_dlpack(capsule))
 
 
 def _rest(numbers: ctypes._Pointer[ctypes.c_int64]) -> ctypes._Pointer[ctypes.c_int64]:

@@ -88,7 +88,7 @@ def _measured(
         runtime.unload(folded)
     switching: list[Switching] = []
     cold = None
-    if bundle.tasks:
+    if bundle.tasks and not runtime.only_folded:
         crowd = Crowd(bundle, runtime, min(rows))
         progress(Stage("load from disk", 1 + len(rows), stages))
         cold = crowd.cold_load(seconds * _LOADS)
@@ -100,8 +100,7 @@ def _measured(
                 break
             switching.append(crowd.switching(seconds * _SWITCHES / len(_COUNTS)))
         memory.append(Memory(f"with {len(runtime.tasks)} tasks", resident_bytes()))
-    else:
-        left_out.append(LeftOut("everything but plain and base", "the bundle has no tasks"))
+    left_out += _left_out(bundle, runtime, plain)
     return Benchmark(
         bundle.manifest.name,
         digest_file(bundle.path / MANIFEST),
@@ -117,6 +116,14 @@ def _measured(
         runtime.usage(),
         left_out,
     )
+
+
+def _left_out(bundle: Bundle, runtime: Runtime, plain: PlainSessions) -> list[LeftOut]:
+    if not bundle.tasks:
+        return [LeftOut("everything but plain and base", "the bundle has no tasks")]
+    if runtime.only_folded:
+        return [LeftOut("everything but plain, base and folded", runtime.provider_reason)]
+    return [] if plain.has_factored else [LeftOut("factored", f"{runtime.provider} compiles factors as constants")]
 
 
 def _stages(rows: Sequence[int]) -> int:

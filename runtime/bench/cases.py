@@ -47,6 +47,11 @@ class PlainSessions:
         self._base = self._open("base.onnx")
         self._factored: onnxruntime.InferenceSession | None = None
 
+    @property
+    def has_factored(self) -> bool:
+        """Whether the provider runs graphs that take factors as overridable initializers."""
+        return not self._choice.execution.compiles
+
     def base(self, inputs: Mapping[str, Array]) -> Case:
         """A bare run of the base."""
         return lambda: self._base.run(None, inputs)
@@ -143,8 +148,11 @@ def served(
         return cases
     if folded is not None:
         cases["folded"] = lambda: runtime.run(inputs, folded)
+    if runtime.only_folded:
+        return cases
+    if plain.has_factored:
+        cases["factored"] = plain.factored(own[0], inputs)
     cases |= {
-        "factored": plain.factored(own[0], inputs),
         "banked": lambda: runtime.run(inputs, own[0]),
         "switched": taking_turns(runtime, tasks, inputs),
     }

@@ -20,7 +20,8 @@ def choose_devices(provider: str, devices: Sequence[int] | None, *, allow_tf32: 
         allow_tf32: as for `choose`.
 
     Raises:
-        ProviderUnavailable: a number is given twice, or no such device works, or there are none.
+        ProviderUnavailable: a number is given twice, or no such device works, or there are none, or the provider has
+            one device only.
     """
     if devices is None:
         return [choose(provider, allow_tf32=allow_tf32)]
@@ -32,6 +33,15 @@ def choose_devices(provider: str, devices: Sequence[int] | None, *, allow_tf32: 
             got=f"devices {numbers} of provider {provider!r}",
         )
     first = choose(provider, allow_tf32=allow_tf32)
-    if not PROVIDERS[first.provider].numbered:
+    execution = first.execution
+    if execution.divided:
         return [first for _ in numbers]
+    if not execution.numbered:
+        numbered = ", ".join(name for name, own in PROVIDERS.items() if own.numbered or own.divided)
+        raise ProviderUnavailable(
+            f"choose devices of {execution.label}",
+            expected=f"a provider with several devices: {numbered}",
+            got=f"devices {numbers} of provider {provider!r}",
+            fix="Leave devices out.",
+        )
     return [choose(f"{first.provider}:{number}", allow_tf32=allow_tf32) for number in numbers]

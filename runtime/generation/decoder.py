@@ -17,7 +17,10 @@ from tpeft_deploy.runtime.adapters.residency import Residency
 from tpeft_deploy.runtime.engine import translated
 from tpeft_deploy.runtime.generation.kv_cache import CacheBlock, DeviceCaches, HostCaches, KvPlan
 from tpeft_deploy.runtime.generation.prefixes import Sized
+from tpeft_deploy.runtime.generation.sequence import Sequence as State
 from tpeft_deploy.runtime.generation.slot_adapters import SlotAdapters
+from tpeft_deploy.runtime.generation.sources.features import FeatureInput, Features, Images, stacked
+from tpeft_deploy.runtime.generation.sources.source import SourceEncoder
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.tucker import Array
 
@@ -34,7 +37,12 @@ class Decoder(Protocol):
     length: int
     vocabulary: int
 
-    def prefill(self, slots: Sequence[int], tokens: Array, past: int, versions: Sequence[Any]) -> Array:
+    def enter(self, slot: int, sequence: State) -> None:
+        """Take in the inputs of a sequence that got a slot, before any of its tokens is computed there."""
+
+    def prefill(
+        self, slots: Sequence[int], tokens: Array, past: int, versions: Sequence[Any], features: Sequence[Any]
+    ) -> Array:
         """Compute tokens [n, length] behind the first `past` of slots; returns logits of the last [n, vocabulary].
 
         Several slots follow each other, and their past is 0.
@@ -105,8 +113,11 @@ class _Run:
             decoder.adapters.bind(self.binding, first, rows)
         self.logits = np.empty((rows, decoder.vocabulary), decoder.logits_dtype)
         decoder.caches.bind(self.binding, ports.caches, first, rows)
+        if ports.memory:
+            self.inputs[ports.memory_lengths] = np.zeros(rows, np.int64)
         kind = _BFLOAT16 if decoder.bfloat16 else self.logits.dtype.type
         self.binding.bind_output(ports.logits, "cpu", 0, kind, self.logits.shape, self.logits.ctypes.data)
+        self.features = None if decoder.features is None else decoder.features.bound(rows)
         for name in self.inputs:
             self.bind(name)
 
@@ -129,6 +140,7 @@ class BankedDecoder:
         device: memory device, as ONNX Runtime names it.
         component: component of the graph; empty for the only one.
         gathered: whether the graph reads rows that are gathered already, on the CPU.
+        source: computes what the graph reads beside tokens, where it does.
     """
 
     def __init__(
@@ -141,6 +153,7 @@ class BankedDecoder:
         component: str = "",
         *,
         gathered: bool = False,
+        source: SourceEncoder | Images | None = None,
     ) -> None:
         if manifest.decoder is None:
             raise InputError(f"decode with bundle {manifest.name!r}", expected="one with a decoder", got="one without")
@@ -149,6 +162,7 @@ class BankedDecoder:
         self.session = session
         self.adapters = SlotAdapters(plan.slots) if gathered else None
         self.caches = HostCaches(plan) if device == "cpu" else DeviceCaches(plan, device)
+        self.features = FeatureInput.of(manifest)
         dtype = next(port.dtype for port in manifest.outputs if port.name == self.ports.logits)
         self.bfloat16 = dtype == "bfloat16"
         self.logits_dtype: np.dtype[Any] = np.dtype(np.uint16 if self.bfloat16 else dtype)
@@ -156,6 +170,7 @@ class BankedDecoder:
         self._device = device
         self._residency = residency
         self._component = component
+        self._source = source
         self._runs: dict[tuple[int, int], _Run] = {}  # by first slot and number of rows
 
     @property
@@ -163,13 +178,28 @@ class BankedDecoder:
         """Bytes of the adapters that are copied to slots."""
         return 0 if self.adapters is None else self.adapters.nbytes
 
-    def prefill(self, slots: Sequence[int], tokens: Array, past: int, versions: Sequence[ResidentVersion]) -> Array:
+    def enter(self, slot: int, sequence: State) -> None:
+        """Compute what a sequence that got a slot reads beside tokens; memory after each preemption again."""
+        version: Any = sequence.version
+        if isinstance(self._source, Images):
+            self._source.compute(sequence, version.version)
+        elif self._source is not None:
+            self.caches.fill(slot, self._source.compute(sequence.inputs, version.version))
+
+    def prefill(
+        self,
+        slots: Sequence[int],
+        tokens: Array,
+        past: int,
+        versions: Sequence[ResidentVersion],
+        features: Sequence[Features | None] = (),
+    ) -> Array:
         """Compute tokens (n, length) behind the first `past` of slots; returns logits of the last (n, vocabulary).
 
         Several slots follow each other, and their past is 0.
         """
         bank, rows = self._rows(slots, versions)
-        return self._run(bank, slots[0], tokens, past, rows)
+        return self._run(bank, slots[0], tokens, past, rows, stacked(features, past, past + tokens.shape[1]))
 
     def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[ResidentVersion]) -> Array:
         """Compute one token for each of some slots, ascending; returns logits [n, vocabulary]."""
@@ -205,7 +235,15 @@ class BankedDecoder:
                 self.adapters.place(bank, slot, version, row)
         return bank, rows
 
-    def _run(self, bank: Bank, first: int, tokens: Array, pasts: Array | int, index: Array | list[int]) -> Array:
+    def _run(
+        self,
+        bank: Bank,
+        first: int,
+        tokens: Array,
+        pasts: Array | int,
+        index: Array | list[int],
+        features: Array | None = None,
+    ) -> Array:
         with translated(self._name), device_lock.using(self._device):
             run = self._bound(bank, first, len(tokens))
             inputs = run.inputs
@@ -214,8 +252,12 @@ class BankedDecoder:
                 run.bind(self.ports.tokens)
             inputs[self.ports.tokens][:] = tokens
             inputs[self.ports.lengths][:] = pasts
+            if self.ports.memory:
+                inputs[self.ports.memory_lengths][:] = self.caches.filled[first : first + len(tokens)]
             if slots.INDEX in inputs:
                 inputs[slots.INDEX][:] = index
+            if run.features is not None:
+                run.features.bind(run.binding, tokens.shape[1], features)
             if self._device != "cpu":
                 for name in inputs:  # binding copies to the device
                     run.bind(name)

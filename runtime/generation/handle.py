@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -39,7 +39,7 @@ class GenerationRequest:
     """A prompt and how to continue it.
 
     Attributes:
-        prompt: tokens, at least one.
+        prompt: tokens, at least one; none for the first token of an encoder-decoder.
         max_new_tokens: tokens to generate at most.
         sampling: choice of the tokens.
         task: task of the adapter; None for the base.
@@ -48,8 +48,10 @@ class GenerationRequest:
         priority: smaller values first.
         deadline: time by the generator's clock after which the result is of no use.
         text: makes the detokeniser of each sequence; needed for stop strings.
-        constraint: makes the constraint of each sequence.
         scored: whether the log-probabilities of the tokens are wanted; without, they are NaN.
+        marks: tokens as known prefixes compare them, where the tokens do not tell inputs apart.
+        inputs: inputs of the component that computes what the decoder reads beside tokens, as for `Runtime.generate`.
+        constraint: makes the constraint of each sequence.
     """
 
     prompt: Sequence[int]
@@ -62,6 +64,8 @@ class GenerationRequest:
     deadline: float = math.inf
     text: Callable[[], Detokeniser] | None = None
     scored: bool = True
+    marks: tuple[Hashable, ...] = ()
+    inputs: Mapping[str, object] | None = field(default=None, compare=False)  # arrays have no equality
     constraint: Callable[[], Constraint] | None = None
 
     def check(self, vocabulary: int, length: int) -> None:

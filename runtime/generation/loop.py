@@ -10,7 +10,6 @@ from collections import Counter, abc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
@@ -22,27 +21,16 @@ from tpeft_deploy.runtime.generation.prefixes import Match, PrefixCache, Sized
 from tpeft_deploy.runtime.generation.record import Record
 from tpeft_deploy.runtime.generation.sampling import Token, peaks
 from tpeft_deploy.runtime.generation.scheduler import Piece, Scheduler, Step
-from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence, release_all
+from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence, Versions, release_all
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Generator", "Versions"]
+__all__ = ["Generator"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
 # A thread that has had nothing to do for so many seconds ends, so that a generator nobody closed can be collected.
 _IDLE_SECONDS = 5.0
-
-
-class Versions(Protocol):
-    """Adapter versions by task."""
-
-    def acquire(self, task: Hashable) -> HeldVersion:
-        """Acquire the version that a task has now, resident until its release; called on the caller's thread.
-
-        Raises:
-            TpeftError: no such task, or no room for it.
-        """
 
 
 class Generator:
@@ -248,6 +236,9 @@ class Generator:
             with self._failing([move.sequence]):
                 self._decoder.move(move.source, move.target, move.length)
         for sequence in step.admitted:
+            if (slot := sequence.slot) is not None:  # else over by now
+                with self._failing([sequence]):
+                    self._decoder.enter(slot, sequence)
             self._restore(sequence)
         # Rows that were cancelled just now stay, so that the slots are dense; one that could not be moved has no cache.
         decodes = [piece for piece in step.decodes if piece.sequence.reason != "error"]
@@ -265,7 +256,8 @@ class Generator:
             tokens = np.array([piece.sequence.span(piece.past, piece.past + piece.length) for piece in pieces])
             slots, versions = [piece.slot for piece in pieces], [piece.sequence.version for piece in pieces]
             if prefill:
-                logits = self._decoder.prefill(slots, tokens, pieces[0].past, versions)
+                features = [piece.sequence.features for piece in pieces]
+                logits = self._decoder.prefill(slots, tokens, pieces[0].past, versions, features)
                 self._counts["prefilled_tokens"] += tokens.size
             else:
                 pasts = np.array([piece.past for piece in pieces])
@@ -311,8 +303,9 @@ class Generator:
         """Tokens of a sequence of which the cache is known; the scheduler asks when it admits it."""
         if self._prefixes is None:
             return 0
-        owner, known = self._records[sequence.id].owner, sequence.span(0, len(sequence) - 1)
-        match = self._matches[sequence.id] = self._prefixes.match(sequence.version.key, owner, known)
+        owner, known = self._records[sequence.id].owner, sequence.known(len(sequence) - 1)
+        match = self._prefixes.match(sequence.version.key, owner, known, inputs=sequence.digest)
+        self._matches[sequence.id] = match
         return match.tokens
 
     def _restore(self, sequence: Sequence) -> None:
@@ -336,8 +329,9 @@ class Generator:
             self._prefixes.insert(
                 sequence.version.key,
                 record.owner,
-                sequence.span(0, length),
+                sequence.known(length),
                 lambda start, number: self._decoder.save(slot, start, number),
+                inputs=sequence.digest,
             )
         except Exception:
             _log.exception("a block of a prefix could not be saved")

@@ -21,7 +21,7 @@ class Sized(Protocol):
 
 
 Block = TypeVar("Block", bound=Sized)
-Parent = tuple[str, Hashable]  # ("version", key) of a first block, ("block", id) of another
+Parent = tuple[str, Hashable]  # ("version", (key, inputs)) of a first block, ("block", id) of another
 
 
 class _Node(Generic[Block]):
@@ -29,7 +29,7 @@ class _Node(Generic[Block]):
 
     __slots__ = ("block", "children", "id", "index", "kept", "key", "parent", "references", "used")
 
-    def __init__(self, id: int, block: Block, index: tuple[Parent, str | None, tuple[int, ...]]) -> None:
+    def __init__(self, id: int, block: Block, index: tuple[Parent, str | None, tuple[Hashable, ...]]) -> None:
         self.id = id
         self.block = block
         self.index = index
@@ -59,9 +59,9 @@ class PrefixCache(Generic[Block]):
     """Blocks of the caches of sequences that ran, for sequences that begin alike.
 
     A block is found by its tokens and by the block before it, both compared and not only hashed, so that it stands for
-    all tokens before it.  It is found for one adapter version, and by its owner alone unless it is public.  Where
-    there is no room, the least recently used block is evicted that is not in use and has no other after it.  Not
-    thread-safe.
+    all tokens before it.  It is found for one adapter version and the same inputs beside the tokens, and by its owner
+    alone unless it is public.  Where there is no room, the least recently used block is evicted that is not in use and
+    has no other after it.  Not thread-safe.
 
     Args:
         max_bytes: bound of the sum of the blocks' sizes.
@@ -73,7 +73,7 @@ class PrefixCache(Generic[Block]):
         self.block_tokens = block_tokens
         self.bytes = 0
         self.hits = self.misses = 0  # blocks asked for
-        self._nodes: dict[tuple[Parent, str | None, tuple[int, ...]], _Node[Block]] = {}
+        self._nodes: dict[tuple[Parent, str | None, tuple[Hashable, ...]], _Node[Block]] = {}
         self._evictable: list[tuple[int, int, _Node[Block]]] = []  # a heap; what was used since is out of date
         self._ids = self._time = 0
 
@@ -81,15 +81,18 @@ class PrefixCache(Generic[Block]):
         """Number of blocks that can be found."""
         return len(self._nodes)
 
-    def match(self, key: Hashable, owner: str | None, tokens: Sequence[int]) -> Match[Block]:
+    def match(
+        self, key: Hashable, owner: str | None, tokens: Sequence[Hashable], *, inputs: Hashable = None
+    ) -> Match[Block]:
         """Acquire the blocks of the longest known beginning; call `release` once for each match.
 
         Args:
             key: identifies the adapter version.
             owner: tenant; None finds public blocks alone.
             tokens: tokens of which the cache is wanted.
+            inputs: identifies the inputs beside the tokens.
         """
-        nodes = self._path(key, owner, tokens)
+        nodes = self._path((key, inputs), owner, tokens)
         whole = len(tokens) // self.block_tokens
         self.hits += len(nodes)
         self.misses += whole - len(nodes)
@@ -108,7 +111,15 @@ class PrefixCache(Generic[Block]):
                 self.bytes -= node.block.nbytes
             self._offer(node)
 
-    def insert(self, key: Hashable, owner: str | None, tokens: Sequence[int], save: Callable[[int, int], Block]) -> int:
+    def insert(
+        self,
+        key: Hashable,
+        owner: str | None,
+        tokens: Sequence[Hashable],
+        save: Callable[[int, int], Block],
+        *,
+        inputs: Hashable = None,
+    ) -> int:
         """Keep the whole blocks of some tokens, as far as there is room.
 
         Args:
@@ -117,11 +128,12 @@ class PrefixCache(Generic[Block]):
             tokens: tokens from the beginning of the sequence.
             save: returns the block that begins at a token (first argument) and has so many (second); called for blocks
                 that are not there.
+            inputs: identifies the inputs beside the tokens.
 
         Returns:
             Number of blocks added.
         """
-        found = self.match(key, owner, tokens)
+        found = self.match(key, owner, tokens, inputs=inputs)
         self.hits -= len(found.nodes)
         self.misses -= len(tokens) // self.block_tokens - len(found.nodes)
         parent = found.nodes[-1] if found.nodes else None
@@ -132,7 +144,7 @@ class PrefixCache(Generic[Block]):
                 if not self._make_room(block.nbytes):
                     break
                 own = tuple(tokens[start : start + self.block_tokens])
-                parent = self._add(key, owner, own, parent, block)
+                parent = self._add((key, inputs), owner, own, parent, block)
                 parent.references += 1  # until all are in, so that none evicts another
                 added.append(parent)
         finally:
@@ -145,9 +157,11 @@ class PrefixCache(Generic[Block]):
         for node in [node for node in self._nodes.values() if node.key == key]:
             self._remove(node)
 
-    def _path(self, key: Hashable, owner: str | None, tokens: Sequence[int]) -> list[_Node[Block]]:
+    def _path(
+        self, root: tuple[Hashable, Hashable], owner: str | None, tokens: Sequence[Hashable]
+    ) -> list[_Node[Block]]:
         nodes: list[_Node[Block]] = []
-        parent: Parent = ("version", key)
+        parent: Parent = ("version", root)
         for start in range(0, len(tokens) - self.block_tokens + 1, self.block_tokens):
             own = tuple(tokens[start : start + self.block_tokens])
             node = self._nodes.get((parent, None, own))
@@ -160,12 +174,17 @@ class PrefixCache(Generic[Block]):
         return nodes
 
     def _add(
-        self, key: Hashable, owner: str | None, tokens: tuple[int, ...], parent: _Node[Block] | None, block: Block
+        self,
+        root: tuple[Hashable, Hashable],
+        owner: str | None,
+        tokens: tuple[Hashable, ...],
+        parent: _Node[Block] | None,
+        block: Block,
     ) -> _Node[Block]:
         self._ids += 1
-        place: Parent = ("version", key) if parent is None else ("block", parent.id)
+        place: Parent = ("version", root) if parent is None else ("block", parent.id)
         node = _Node(self._ids, block, (place, owner, tokens))
-        node.key, node.used, node.parent = key, self._time, parent
+        node.key, node.used, node.parent = root[0], self._time, parent
         if parent is not None:
             parent.children += 1
         self._nodes[node.index] = node

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from tpeft_deploy.runtime.generation.handle import Detokeniser, GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.sampling import Sampler, Token
 from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence
+from tpeft_deploy.runtime.generation.sources.source import digest
 from tpeft_deploy.runtime.generation.stop_strings import StopStrings
 
 __all__ = ["Record"]
@@ -65,6 +66,9 @@ class Record:
             priority=request.priority,
             deadline=request.deadline,
             stop_tokens=frozenset(request.sampling.stop_tokens),
+            inputs=request.inputs,
+            digest=None if request.marks else digest(request.inputs),
+            marks=request.marks,
         )
         return cls(
             sequence,

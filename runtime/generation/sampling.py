@@ -21,6 +21,8 @@ T = TypeVar("T")
 _WORD = (1 << 64) - 1
 _MOST_CHOICES = 128
 _MOST_TOP = 128
+_HOTTEST = 1e20  # largest temperature; this and the following keep float32 from overflow, as their inverses do
+_LARGEST_PENALTY = 1e8
 _LIKELY = 1024  # tokens that usually hold the mass of top-p
 
 
@@ -255,7 +257,7 @@ class Sampler:
         generated = np.fromiter(self._counts, np.int64, len(self._counts))
         if self._prompt is not None:
             seen = np.union1d(self._prompt, generated)
-            penalty = np.float32(how.repetition_penalty)
+            penalty = np.float32(min(max(how.repetition_penalty, 1 / _LARGEST_PENALTY), _LARGEST_PENALTY))
             scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
         if how.frequency_penalty or how.presence_penalty:
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
@@ -290,7 +292,7 @@ def filtered(scores: Array, sampling: Sampling) -> tuple[Array, Array]:
         sampling: how; its temperature is above 0.
     """
     tokens: Array = np.arange(len(scores))
-    scores = scores / np.float32(max(sampling.temperature, 1e-30))
+    scores = scores / np.float32(min(max(sampling.temperature, 1 / _HOTTEST), _HOTTEST))
     scores = scores - scores.max()  # exact for the softmax, and keeps a tiny temperature from infinity
     if 0 < sampling.top_k < len(scores):
         least = np.partition(scores, -sampling.top_k)[-sampling.top_k]

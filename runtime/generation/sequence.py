@@ -6,9 +6,9 @@ import logging
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-__all__ = ["HeldVersion", "Phase", "Reason", "Sequence", "release_all"]
+__all__ = ["HeldVersion", "Phase", "Reason", "Sequence", "Versions", "release_all"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
@@ -27,6 +27,17 @@ class HeldVersion(Protocol):
         """Give the version back; called once."""
 
 
+class Versions(Protocol):
+    """Adapter versions by task."""
+
+    def acquire(self, task: Hashable) -> HeldVersion:
+        """Acquire the version that a task has now, resident until its release; called on the caller's thread.
+
+        Raises:
+            TpeftError: no such task, or no room for it.
+        """
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """A prompt and what was generated for it.
@@ -41,6 +52,10 @@ class Sequence:
         priority: smaller values first.
         deadline: time after which the result is of no use.
         stop_tokens: tokens that end it.
+        inputs: inputs beside the tokens, as the decoder takes them.
+        digest: identifies `inputs`; sequences share known prefixes only where it is equal.
+        marks: tokens of the prompt as known prefixes compare them, where tokens alone do not tell them apart.
+        features: what the decoder computed from `inputs` for the tokens of the prompt.
         tokens: generated tokens.
         phase: finished and cancelled sequences have no slot.
         slot: slot of the decoder while it runs.
@@ -61,6 +76,10 @@ class Sequence:
     priority: int = 0
     deadline: float = math.inf
     stop_tokens: frozenset[int] = frozenset()
+    inputs: Any = None
+    digest: Hashable = None
+    marks: tuple[Hashable, ...] = ()
+    features: Any = None
     tokens: list[int] = field(default_factory=list)
     phase: Phase = "waiting"
     slot: int | None = None
@@ -89,6 +108,10 @@ class Sequence:
         """Tokens from `start` to before `end`, counted from the first of the prompt."""
         bound = len(self.prompt)
         return [*self.prompt[start:end], *self.tokens[max(start - bound, 0) : max(end - bound, 0)]]
+
+    def known(self, end: int) -> list[Hashable]:
+        """Tokens before `end` as known prefixes compare them."""
+        return [*self.marks[:end], *self.span(len(self.marks), end)]
 
     def ending(self) -> Reason | None:
         """Why no further token is to be generated; None if one is."""

@@ -22,11 +22,15 @@ from tpeft_deploy.runtime.generation.kv_cache import KvPlan
 from tpeft_deploy.runtime.generation.loop import Generator
 from tpeft_deploy.runtime.generation.orders import SequenceOrder
 from tpeft_deploy.runtime.generation.sampling import Sampling
+from tpeft_deploy.runtime.generation.sources.features import Images
+from tpeft_deploy.runtime.generation.sources.source import RunSource, SourceEncoder
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.runtime.sessions.cuda_graph import Captured
 
 __all__ = ["GenerationService"]
+
+Inputs = Mapping[str, object] | None
 
 _DOING = "generate tokens"
 _BUDGET = 512  # tokens of a step
@@ -50,6 +54,8 @@ class GenerationService:
         order: order of waiting sequences, which also gives tenants their shares; first come, first served by default.
         component: component of the graph; empty for the only one.
         open_rows: opens the graph for rows that are gathered already, where the bundle has one.
+        source: manifest of the decoder's source component, and what runs it.
+        max_source: positions of a slot's memory, as for `KvPlan.of`.
     """
 
     def __init__(
@@ -67,6 +73,8 @@ class GenerationService:
         order: SequenceOrder | None = None,
         component: str = "",
         open_rows: Callable[[], Session | None] = lambda: None,
+        source: tuple[Manifest, RunSource] | None = None,
+        max_source: int | None = None,
     ) -> None:
         self._manifest = manifest
         self._component = component
@@ -76,13 +84,36 @@ class GenerationService:
         self._loader = loader
         self._versions = versions
         self._device = device
-        self._plan = KvPlan.of(manifest, kv_bytes, max_tokens) if manifest.decoder is not None else None
+        self._plan: KvPlan | None = None
+        self._source: SourceEncoder | Images | None = None
+        if manifest.decoder is not None:
+            self._plan = KvPlan.of(manifest, kv_bytes, max_tokens, max_source, None if source is None else source[0])
+            if source is not None and manifest.decoder.features:
+                self._source = Images(manifest.decoder, *source)
+            elif source is not None:
+                self._source = SourceEncoder(manifest.decoder, *source, self._plan.source)
         self._prefix_bytes = prefix_bytes
         self._order = order
         self._lock = threading.Lock()
         self._made: Generator | None = None
         self._decoder: BankedDecoder | None = None
         self._closed = False
+
+    @staticmethod
+    def prompts(
+        prompts: Sequence[Sequence[int]], inputs: Sequence[Inputs] | None
+    ) -> tuple[Sequence[Sequence[int]], Sequence[Inputs]]:
+        """Return prompts and the inputs of each; empty prompts where inputs alone are given.
+
+        Raises:
+            InputError: the numbers differ.
+        """
+        if inputs is None:
+            return prompts, [None] * len(prompts)
+        if isinstance(inputs, Mapping) or (len(prompts) and len(inputs) != len(prompts)):
+            got = "one dict" if isinstance(inputs, Mapping) else len(inputs)
+            raise InputError(_DOING, expected=f"a list of inputs for each of {len(prompts)} prompts", got=got)
+        return prompts if len(prompts) else [()] * len(inputs), inputs
 
     @staticmethod
     def tasks(prompts: Sequence[Sequence[int]], task: Task | None, tasks: Sequence[Task] | None) -> Sequence[Task]:
@@ -126,13 +157,18 @@ class GenerationService:
         )
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], tasks: Sequence[Task], like: GenerationRequest
+        self,
+        prompts: Sequence[Sequence[int]],
+        tasks: Sequence[Task],
+        inputs: Sequence[Inputs],
+        like: GenerationRequest,
     ) -> list[list[int]]:
         """Continue prompts, and wait for the results.
 
         Args:
             prompts: lists of tokens.
             tasks: one for each.
+            inputs: inputs of the source component for each.
             like: request with what is equal for all.
 
         Raises:
@@ -140,8 +176,8 @@ class GenerationService:
         """
         generator = self._generator()
         found = [
-            self._prepared(generator, replace(like, prompt=prompt, scored=False), task, f"prompt {row}")
-            for row, (prompt, task) in enumerate(zip(prompts, tasks, strict=True))
+            self._prepared(generator, replace(like, prompt=prompt, inputs=own, scored=False), task, f"prompt {row}")
+            for row, (prompt, task, own) in enumerate(zip(prompts, tasks, inputs, strict=True))
         ]
         handles: list[Handle] = []
         try:
@@ -152,15 +188,18 @@ class GenerationService:
             for handle in handles:
                 handle.cancel()
 
-    async def start_one(self, prompt: Sequence[int], task: Task | None, like: GenerationRequest) -> Handle:
+    async def start_one(
+        self, prompt: Sequence[int], task: Task | None, inputs: Inputs, like: GenerationRequest
+    ) -> Handle:
         """Begin one sequence.
 
         Args:
             prompt: tokens.
             task: a task or weighted set; None for the base.
+            inputs: inputs of the source component.
             like: request without the prompt.
         """
-        request = replace(like, prompt=prompt)
+        request = replace(like, prompt=prompt, inputs=inputs)
         return (await self.start(request, BASE_TASK if task is None else task))[0]
 
     async def start(self, request: GenerationRequest, task: Task | None = None) -> list[Handle]:
@@ -263,6 +302,7 @@ class GenerationService:
             self._device,
             self._component,
             gathered=rows is not None,
+            source=self._source,
         )
         budget = max(_BUDGET, 2 * decoder.slots)
         chunk = _SHARED_CHUNK if self._order is not None and self._device == "cpu" else _CHUNK
@@ -280,6 +320,14 @@ class GenerationService:
         shown = dict(task) if isinstance(task, Mapping) else repr(task)
         version = self._found(task, f"generate on task {shown} for {name}")
         request = replace(request, task=version.name)
+        if self._source is not None:
+            request = self._source.prepare(request, f"{_DOING} for {name}")
+        elif request.inputs is not None:
+            raise InputError(
+                f"{_DOING} for {name}",
+                expected="no inputs, as the bundle's decoder reads tokens alone",
+                got=", ".join(map(repr, request.inputs)) or "an empty dict",
+            )
         generator.check(request)
         return request, version
 

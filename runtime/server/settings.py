@@ -78,8 +78,9 @@ class Settings(BaseSettings):
     """TLS private key, PEM."""
     no_auth: bool = False
     """Disable authentication; allowed only on a loopback `host`."""
-    provider: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
-    """ONNX Runtime execution provider: `auto`, `cpu`, `cuda`, or `cuda:1` for the second device."""
+    provider: str = Field(default="auto", pattern=r"^(auto|cpu|openvino|(cuda|tensorrt)(:\d{1,3})?)$")
+    """ONNX Runtime execution provider: `auto`, `cpu`, `cuda` (`cuda:1` is the second device), `openvino` or
+    `tensorrt`."""
     devices: Numbers = None
     """Devices to serve on, such as `0,1`, each with the memory below (default: the one of `provider`)."""
     threads: int | None = Field(default=None, ge=1)

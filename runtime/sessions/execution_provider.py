@@ -13,9 +13,11 @@ from typing import Literal, Self
 
 import onnxruntime
 
-__all__ = ["DEFAULT_CUDA", "MIXED", "Cuda", "ExecutionProvider", "mixed_installation"]
+__all__ = ["CPU", "DEFAULT_CUDA", "MIXED", "Cuda", "ExecutionProvider", "mixed_installation"]
 
-MIXED = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
+CPU = "CPUExecutionProvider"
+_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
+MIXED = f"several of {', '.join(_DISTRIBUTIONS)} are installed and overwrite each other's files"
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,20 @@ class ExecutionProvider(ABC):
         device: memory device that sessions read and write, as ONNX Runtime names it.
         device_id: number of that device.
         numbered: whether a machine may have several such devices.
+        divided: whether several sessions on the one device may stand for several devices.
         tf32: whether TF32 is allowed.
         no_dtypes: dtype of weights -> providers that compute in it where this one cannot, with the reason.
         slow_passes: optimizer passes that make sessions slower.
         prepacks: whether sessions can share weights that ONNX Runtime has packed once.
         graphs: whether runs can be recorded as CUDA graphs.
+        generates: whether decoders can run with caches that are updated in place.
+        automatic: whether "auto" may choose the provider.
+        compiles: whether graphs are compiled with their initializers as constants.  Then sessions hold whole graphs or
+            raise an error, and graphs that take factors as overridable initializers are refused: they would ignore what
+            is fed.
+        banks: whether banked graphs are tried.
+        reference: name of the provider that answers are compared with when a bundle is opened, on the same memory
+            device; empty if they need no proof.
         reason: why a provider without obstacle is chosen.
         fix: advice for requests by name where it cannot be used.
     """
@@ -79,11 +90,17 @@ class ExecutionProvider(ABC):
     device: Literal["cpu", "cuda"]
     device_id: int = 0
     numbered: bool = False
+    divided: bool = False
     tf32: bool = False
     no_dtypes: Mapping[str, str] = MappingProxyType({})
     slow_passes: tuple[str, ...] = ()
     prepacks: bool = False
     graphs: bool = False
+    generates: bool = True
+    automatic: bool = True
+    compiles: bool = False
+    banks: bool = True
+    reference: str = ""
     reason: str
     fix: str = ""
 
@@ -105,14 +122,27 @@ class ExecutionProvider(ABC):
         """
         return {}
 
+    def chain(self, cuda: Cuda, threads: int | None) -> list[tuple[str, dict[str, str]]]:
+        """Return the providers of a session with their options, in the order in which they take nodes.
+
+        Args:
+            cuda: options that a provider on CUDA follows.
+            threads: number of intra-op threads, for providers that do not use those of ONNX Runtime.
+        """
+        return [(self.session_provider, self.options(cuda)), (CPU, {})]
+
+    def graph(self, model: bytes) -> bytes:
+        """Return an ONNX file in operators that the provider has; the same object if nothing changes."""
+        return model
+
 
 def mixed_installation() -> bool:
-    """Whether the imported onnxruntime is a mixture of two distributions' files.
+    """Return whether the imported onnxruntime is a mixture of several distributions' files.
 
     Two copies in different directories do not disturb each other: only one is imported.
     """
     imported = Path(onnxruntime.__file__)
-    return sum(_owns(distribution, imported) for distribution in ("onnxruntime", "onnxruntime-gpu")) == 2
+    return sum(_owns(distribution, imported) for distribution in _DISTRIBUTIONS) > 1
 
 
 def _owns(distribution: str, file: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -42,10 +43,22 @@ class SessionFactory:
             cuda: options of sessions on CUDA.
 
         Raises:
-            ProviderUnavailable: the provider does not compute in the weights' dtype.
+            ProviderUnavailable: the provider does not compute in the weights' dtype, cannot generate with the bundle's
+                decoder, or records no CUDA graphs.
         """
-        dtypes = {weight.dtype for weight in manifest.weights.values()}
         execution = choice.execution
+        if cuda.graphs and not execution.graphs:
+            raise ProviderUnavailable(
+                f"open bundle {manifest.name!r} with CUDA graphs", expected="the CUDA provider", got=choice.reason
+            )
+        if manifest.decoder is not None and not execution.generates:
+            raise ProviderUnavailable(
+                f"open bundle {manifest.name!r}, with a decoder, on {execution.label}",
+                expected="a provider that updates the decoder's caches in place",
+                got=choice.reason,
+                fix=f"Use '{execution.device}'.",
+            )
+        dtypes = {weight.dtype for weight in manifest.weights.values()}
         for dtype in dtypes & execution.no_dtypes.keys():
             raise ProviderUnavailable(
                 f"open bundle {manifest.name!r}, with weights in {dtype}, on {execution.label}",
@@ -60,6 +73,11 @@ class SessionFactory:
         """Memory device that sessions read and write, as `Choice.device`."""
         return self.choice.device
 
+    @property
+    def reference(self) -> Self:
+        """The same factory for the provider that answers are compared with."""
+        return replace(self, choice=self.choice.reference)
+
     def with_cuda(self, *, graphs: bool, placement: bool = False) -> Self:
         """Return the same factory with other CUDA options.
 
@@ -70,17 +88,23 @@ class SessionFactory:
         return replace(self, cuda=replace(self.cuda, graphs=graphs, placement=placement))
 
     def open(
-        self, model: Path, *, content: bytes | None = None, options: onnxruntime.SessionOptions | None = None
+        self,
+        model: Path,
+        *,
+        content: bytes | None = None,
+        initializers: Mapping[str, onnxruntime.OrtValue] | None = None,
+        options: onnxruntime.SessionOptions | None = None,
     ) -> onnxruntime.InferenceSession:
         """Open a session.
 
         Args:
             model: ONNX file.
             content: bytes in place of the file's; external data is still read beside the file.
+            initializers: name of an external initializer -> value in its place.
             options: session options to add to.
 
         Raises:
-            ProviderUnavailable: the session came up without CUDA although CUDA was chosen.
+            ProviderUnavailable: as `open_session`.
         """
         return open_session(
             model,
@@ -88,6 +112,7 @@ class SessionFactory:
             threads=self.threads,
             half=self.half,
             content=content,
+            initializers=initializers,
             options=options,
             cuda=self.cuda,
         )

@@ -1,4 +1,4 @@
-"""Reading and editing an ONNX file's initializers without the onnx package: just enough of protobuf's wire format.
+"""Reading and editing an ONNX file without the onnx package: just enough of protobuf's wire format.
 
 ONNX Runtime takes other values for external initializers, but none of another shape than the file declares.  So a
 head with another number of classes is declared in the file's bytes first; weights are not in them.
@@ -10,11 +10,12 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Declared", "declared", "hidden", "resized", "shown"]
+__all__ = ["Declared", "declared", "hidden", "resized", "shown", "without_is_nan"]
 
 # Field numbers of onnx.proto.
 _GRAPH = 7
-_INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 5, 11, 12, 13
+_NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13
+_NODE_INPUT, _NODE_OUTPUT, _OPERATOR = 1, 2, 4
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _LOCATION = 1, 2, 8, 13, 14
 _PORT_NAME, _TYPE, _TENSOR_TYPE, _ELEMENT, _SHAPE = 1, 2, 1, 1, 2
 _DIM, _DIM_VALUE, _DIM_PARAM = 1, 1, 2
@@ -28,11 +29,17 @@ class Declared:
         shape: its sizes.
         data_type: ONNX's number of its dtype.
         external: whether its bytes are in another file.
+        location: name of that file.
+        offset: place of the first byte in that file.
+        length: number of bytes there.
     """
 
     shape: tuple[int, ...]
     data_type: int
     external: bool
+    location: str = ""
+    offset: int = 0
+    length: int = 0
 
 
 class _Field(NamedTuple):
@@ -109,6 +116,38 @@ def shown(model: bytes, initializers: Mapping[str, Declared], file: str) -> byte
     return _edited(model, 0, len(model), {_GRAPH: graph})
 
 
+def without_is_nan(model: bytes) -> bytes:
+    """A model with Not(Equal(x, x)) in place of each IsNaN(x) of its main graph; the same object if it has none.
+
+    Args:
+        model: the content of an ONNX file.
+    """
+    if b"IsNaN" not in model:
+        return model
+
+    def graph(field: _Field) -> bytes:
+        fields = _fields(model, field.start, field.end)
+        return b"".join(_compared(model, f) if f.number == _NODE else model[f.begin : f.end] for f in fields)
+
+    return _edited(model, 0, len(model), {_GRAPH: graph})
+
+
+def _compared(model: bytes, node: _Field) -> bytes:
+    """A node, or the two that stand in place of an IsNaN."""
+    held = {f.number: model[f.start : f.end] for f in _fields(model, node.start, node.end)}
+    if held[_OPERATOR] != b"IsNaN":
+        return model[node.begin : node.end]
+    value, output = held[_NODE_INPUT], held[_NODE_OUTPUT]
+    equal = output + b".tpeft.equal"
+    return b"".join(
+        _message(_NODE, inputs + _message(_NODE_OUTPUT, result) + _message(_OPERATOR, operator))
+        for operator, inputs, result in (
+            (b"Equal", 2 * _message(_NODE_INPUT, value), equal),
+            (b"Not", _message(_NODE_INPUT, equal), output),
+        )
+    )
+
+
 def _stays(model: bytes, field: _Field, names: Container[str]) -> bool:
     if field.number == _INITIALIZER:
         return _tensor(model, field)[0] not in names
@@ -169,6 +208,7 @@ def _graph(model: bytes, graph: _Field, shapes: Mapping[str, tuple[int, ...]]) -
 
 def _tensor(model: bytes, tensor: _Field) -> tuple[str, Declared]:
     name, shape, data_type, external = "", [], 0, False
+    place_of: dict[str, str] = {}
     for field in _fields(model, tensor.start, tensor.end):
         if field.number == _NAME:
             name = model[field.start : field.end].decode()
@@ -181,7 +221,11 @@ def _tensor(model: bytes, tensor: _Field) -> tuple[str, Declared]:
             data_type, _ = _read_varint(model, field.start)
         elif field.number == _LOCATION:
             external = _read_varint(model, field.start)[0] == 1
-    return name, Declared(tuple(shape), data_type, external)
+        elif field.number == _EXTERNAL_DATA:
+            key, value = (model[f.start : f.end].decode() for f in _fields(model, field.start, field.end))
+            place_of[key] = value
+    own = (place_of.get("location", ""), int(place_of.get("offset", 0)), int(place_of.get("length", 0)))
+    return name, Declared(tuple(shape), data_type, external, *own)
 
 
 def _fields(data: bytes, start: int, end: int) -> Iterator[_Field]:

@@ -35,7 +35,7 @@ class Plain:
 
     Raises:
         RunError: an initializer is not one of the model's, or has another dtype.
-        ProviderUnavailable: the session came up without CUDA although CUDA was chosen.
+        ProviderUnavailable: as `open_session`.
     """
 
     def __init__(
@@ -46,12 +46,9 @@ class Plain:
         # ONNX Runtime reads from these arrays without holding on to them.
         self._kept = {name: np.asarray(a, order="C") for name, a in (initializers or {}).items()}
         self._values = {n: _value(a, _check(model, n, a, found.get(n))) for n, a in self._kept.items()}
-        options = onnxruntime.SessionOptions()
-        if self._values:
-            options.add_external_initializers(list(self._values), list(self._values.values()))
         shapes = {name: a.shape for name, a in self._kept.items() if a.shape != found[name].shape}
         resized = onnx_bytes.resized(content, shapes) if shapes else None
-        self._session = sessions.open(model, content=resized, options=options)
+        self._session = sessions.open(model, content=resized, initializers=self._values)
         self._device = sessions.device
         self._place = device_lock.place(sessions.device)
         self._outputs = [output.name for output in self._session.get_outputs()]

@@ -77,20 +77,29 @@ def open_banked(bundle: Bundle, graphs: ServedGraphs, sessions: SessionFactory) 
         sessions: makes the session.
 
     Returns:
-        The session, and why it is not on the fastest graph; an empty string where it is.
+        The session, and why it is not on the fastest graph, or not on the provider but on its reference; an empty
+        string where it is.
 
     Raises:
-        ProviderUnavailable: CUDA graphs on the CPU.
+        ProviderUnavailable: the session is not on the provider, which has no reference.
         RunError: the model cannot be recorded as a CUDA graph.
     """
+    execution = sessions.choice.execution
+    if not execution.reference:
+        return _open(bundle, graphs, sessions)
+    try:
+        if execution.banks:
+            return Session(bundle.check_file(graphs.banked), sessions), ""
+        remark = f"{graphs.banked} not used ({execution.label} compiles base and folded graphs only)"
+    except ProviderUnavailable as error:
+        remark = f"{graphs.banked} not used ({error.got or error.problem})"
+    _log.warning("bundle %r: %s: only the base and folded tasks are served", bundle.manifest.name, remark)
+    return Session(bundle.check_file(graphs.banked), sessions.reference), remark
+
+
+def _open(bundle: Bundle, graphs: ServedGraphs, sessions: SessionFactory) -> tuple[Session | Captured, str]:
     file = bundle.check_file(graphs.banked)
     if sessions.cuda.graphs:
-        if not sessions.choice.execution.graphs:
-            raise ProviderUnavailable(
-                f"open bundle {bundle.manifest.name!r} with CUDA graphs",
-                expected="the CUDA provider",
-                got=sessions.choice.reason,
-            )
         return Captured(file, sessions, bundle.manifest), ""
     if graphs.rows is not None:  # a process that only generates needs one packed copy of the weights, not two
         return Session(lambda: bundle.check_file(graphs.banked), sessions), ""

@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.bundle.text_files import TOKENIZER, TextFacts
@@ -22,9 +22,16 @@ if TYPE_CHECKING:
 
     from tpeft_deploy.runtime.text.chat_template import ChatTemplate
 
-__all__ = ["ModelText"]
+__all__ = ["Encoding", "ModelText"]
 
 _EXTRA = "text"
+
+
+class Encoding(NamedTuple):
+    """Tokens of a text or a pair, and their types, as the model takes them."""
+
+    ids: list[int]
+    type_ids: list[int]
 
 
 class ModelText:
@@ -79,7 +86,7 @@ class ModelText:
             raise InputError(
                 f"read the text of {source}",
                 problem="it has no tokenizer",
-                fix="Export a directory that has one, with --generation; or use tokens.",
+                fix="Export a directory that has one, or use tokens.",
             )
         tokenizer = bundle.check_file(f"text/{TOKENIZER}").read_text(encoding="utf-8")
         return cls(tokenizer, TextFacts.read(bundle), source=source)
@@ -105,14 +112,43 @@ class ModelText:
         Raises:
             InputError: it is no text.
         """
+        return self.encoding(text, special=special, literal=literal).ids
+
+    def encoding(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        special: bool = True,
+        literal: bool = False,
+        most: int | None = None,
+    ) -> Encoding:
+        """Tokens of a text, or of a pair of texts, with their types.
+
+        Args:
+            text: any text.
+            pair: second text.
+            special: as for `encode`.
+            literal: as for `encode`.
+            most: number of tokens behind which a text that is no pair is cut, special tokens not.
+
+        Raises:
+            InputError: it is no text.
+        """
         try:
-            if not literal:
-                return self._tokenizer.encode(text, add_special_tokens=special).ids
-            return self._encode_literally(text, special)
+            parts = [self._encoded(own, literal) for own in ((text,) if pair is None else (text, pair))]
+            if most is not None and pair is None:
+                parts[0].truncate(max(0, most - special * self._tokenizer.num_special_tokens_to_add(is_pair=False)))
+            second = parts[1] if pair is not None else None
+            found = self._tokenizer.post_process(parts[0], second, add_special_tokens=special)
         except (TypeError, ValueError) as error:  # a lone surrogate is no text either
             raise InputError("encode a prompt", expected="text", got=brief(error, 100)) from error
+        return Encoding(found.ids, found.type_ids if self.facts.token_types else [0] * len(found.ids))
 
-    def _encode_literally(self, text: str, special: bool) -> list[int]:
+    def _encoded(self, text: str, literal: bool) -> Any:
+        """Encode a text without special tokens around it."""
+        if not literal:
+            return self._tokenizer.encode(text, add_special_tokens=False)
         found = self._literal.encode(text, add_special_tokens=False)
         names = self._special_names
         if names is not None and not self._special.isdisjoint(found.ids):
@@ -120,7 +156,11 @@ class ModelText:
             cut = names.sub(lambda name: f"{name[0][:1]}\ufdd0{name[0][1:]}", text.replace("\ufdd0", "\ufffd"))
             parts = [self._literal.encode(part, add_special_tokens=False) for part in cut.split("\ufdd0")]
             found = type(found).merge(parts, growing_offsets=True)
-        return self._literal.post_process(found, add_special_tokens=special).ids
+        return found
+
+    def name(self, token: int) -> str | None:
+        """Name of a token in the vocabulary; None where there is no such token."""
+        return self._tokenizer.id_to_token(token)
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Text of tokens; special tokens only if asked for."""
@@ -161,6 +201,12 @@ class ModelText:
             literal: whether names of special tokens in messages and options are text; those of the template never are.
             options: as for `render`.
         """
+        try:
+            return self._conversation(messages, literal, options)
+        except RecursionError as error:
+            raise InputError("encode a conversation", expected="values nested less deeply", got="deep ones") from error
+
+    def _conversation(self, messages: Sequence[Mapping[str, Any]], literal: bool, options: dict[str, Any]) -> list[int]:
         names = self._special_names
         if not literal or names is None or not any(map(names.search, _strings([messages, options]))):
             return self.encode(self.render(messages, **options), special=False)

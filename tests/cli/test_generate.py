@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -20,6 +21,7 @@ from tpeft_deploy.runtime.generation.loop import Generator
 from tpeft_deploy.runtime.generation.sampling import Sampling
 from tpeft_deploy.runtime.text.model_text import ModelText
 
+START = [3]
 LETTERS = "abcdefghijklmnopqrstuvwxyz.,!?ĠABCDEFGH"  # and one token that stops
 TEMPLATE = "{% for m in messages %}{{ m.role }}.{{ m.content }}.{% endfor %}"
 
@@ -41,6 +43,8 @@ class FakeRuntime:
         self.requests: list[GenerationRequest] = []
 
     async def start(self, request: GenerationRequest) -> list[Handle]:
+        if request.inputs is not None:  # the bundle of an encoder-decoder
+            request = replace(request, prompt=START)
         if request.task not in ("base", "one", "two"):
             raise UnknownTask("generate", got=repr(request.task))
         return self._generator.submit_choices(request)
@@ -54,14 +58,25 @@ class FakeRuntime:
 
 @pytest.fixture(autouse=True)
 def _faked(monkeypatch: pytest.MonkeyPatch) -> None:
-    has_text: Any = SimpleNamespace(manifest=SimpleNamespace(text={"tokenizer.json": None}))
-    monkeypatch.setattr(Bundle, "open", lambda path: has_text if path.name == "bundle" else without_text())
+    found = {"bundle": with_text(), "encoder-decoder": encoder_decoder()}
+    monkeypatch.setattr(Bundle, "open", lambda path: found.get(path.name) or without_text())
     monkeypatch.setattr(ModelText, "open", lambda _bundle: made_text())
     monkeypatch.setattr(tpeft_deploy.runtime, "Runtime", FakeRuntime)
 
 
 def without_text() -> Any:
-    return SimpleNamespace(manifest=SimpleNamespace(text={}))
+    return SimpleNamespace(manifest=SimpleNamespace(text={}, decoder=None), components={})
+
+
+def with_text() -> Any:
+    return SimpleNamespace(manifest=SimpleNamespace(text={"tokenizer.json": None}, decoder=None), components={})
+
+
+def encoder_decoder() -> Any:
+    encoder = SimpleNamespace(decoder=None, inputs=(SimpleNamespace(name="input_ids"),))
+    decoder = SimpleNamespace(decoder=SimpleNamespace(memory=("cross.0.key",), source="encoder"), text={"a": None})
+    parts = {"encoder": SimpleNamespace(manifest=encoder), "decoder": SimpleNamespace(manifest=decoder)}
+    return SimpleNamespace(manifest=SimpleNamespace(text={}), components=parts)
 
 
 def run(*args: object, stdin: str | None = None) -> Result:
@@ -123,6 +138,19 @@ def test_one_prompt_is_answered_by_several_tasks_side_by_side() -> None:
     result = run("bundle", "--prompt", "abc", "--chat", "--tasks", "one,two", "--max-new-tokens", 7)
     texts = [expected("user.abc.", task, 7)[1] for task in ("one", "two")]
     assert result.stdout == f"--- 1, one\n{texts[0]}\n--- 2, two\n{texts[1]}\n"
+
+
+def test_an_encoder_decoder_reads_prompts_with_its_encoder(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"hello"\n{"tokens": [1, 2]}\n')
+    result = run("encoder-decoder", "--prompts", file, "--json", "--max-new-tokens", 12)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["results"]
+    for row, source in zip(rows, (made_text().encode("hello"), [1, 2]), strict=True):
+        how, inputs = Sampling(stop_tokens=[39]), {"input_ids": source}
+        tokens = [token.id for token in alone(GenerationRequest(START, 12, how, "base", inputs=inputs))]
+        assert (row["tokens"], row["prompt_tokens"]) == (tokens, len(source))
+        assert row["text"] == made_text().decode(tokens)
 
 
 def test_a_stop_text_ends_the_text_before_it() -> None:

@@ -74,21 +74,23 @@ ALLOWED = {
     "files": set[str](),
     "html": set[str](),
     "progress": set[str](),
+    "labels": set[str](),
     "tucker": {"errors"},
     "client": {"errors", "tucker"},
     "algebra": {"tucker", "errors"},
-    "adapter": {"tucker", "errors"},
+    "adapter": {"labels", "tucker", "errors"},
     "ties": {"adapter", "algebra", "errors", "tucker"},
     "composition": {"adapter", "algebra", "errors", "tucker"},
-    "formats": {"adapter", "algebra", "tucker", "errors", "files"},
-    "bundle": {"adapter", "errors", "files", "formats", "ties", "tucker"},
+    "formats": {"adapter", "algebra", "labels", "tucker", "errors", "files"},
+    "bundle": {"adapter", "errors", "files", "formats", "labels", "ties", "tucker"},
     "training": {"errors", "tucker", "adapter"},
     "exporters": {
         *{"adapter", "bundle", "errors", "files", "formats", "html", "progress", "ties", "training", "tucker"},
-        "version",
+        *{"labels", "version"},
     },
     "runtime": {
-        *{"adapter", "bundle", "composition", "errors", "files", "formats", "html", "progress", "ties", "tucker"},
+        *{"adapter", "bundle", "composition", "errors", "files", "formats", "html", "labels", "progress", "ties"},
+        "tucker",
     },
 }
 

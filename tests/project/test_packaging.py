@@ -37,7 +37,7 @@ def test_the_extras_are_the_promised_ones_and_never_both_runtimes() -> None:
     assert {"cpu", "gpu", "export", "train", "server", "examples"} <= set(extras)
     for name, packages in [*extras.items(), ("base", PROJECT["project"]["dependencies"])]:
         runtimes = {re.split(r"[\[ ><=]", package)[0] for package in packages if package.startswith("onnxruntime")}
-        assert len(runtimes) <= (name in ("cpu", "gpu"))
+        assert len(runtimes) <= (name in ("cpu", "gpu", "openvino"))
 
 
 def test_constraints_pin_everything_exactly() -> None:

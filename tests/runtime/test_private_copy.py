@@ -54,7 +54,7 @@ def test_a_copy_without_room_says_where_it_would_be(
         PrivateCopy(conv_bundle, ["base.onnx"])
 
 
-@pytest.mark.parametrize("step", ["component.open_banked", "component.Layout.of", "runtime.Runtime._preload"])
+@pytest.mark.parametrize("step", ["replica.open_banked", "component_files.Layout.of", "runtime.Runtime._preload"])
 def test_a_runtime_that_does_not_open_leaves_nothing(
     conv_bundle: Bundle, place: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

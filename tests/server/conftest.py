@@ -81,6 +81,14 @@ def others() -> list[Adapter]:
 
 
 @pytest.fixture(scope="session")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle that generates text."""
+    from tests.helpers.server.text_bundle import text_bundle
+
+    return text_bundle(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with cert.pem, which signs itself for this machine's own names, and key.pem."""
     folder = tmp_path_factory.mktemp("tls")

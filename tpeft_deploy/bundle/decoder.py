@@ -19,13 +19,14 @@ class DecoderPorts:
         positions: largest number of tokens of a sequence.
         vocabulary: number of tokens.
         memory: inputs with the caches of cross-attention, read only, key and value of each layer in turn,
-            (rows, heads, source, head size). Positions behind a row's length may hold anything.
+            (rows, heads, source, head size). Positions behind a row's length may hold any finite values.
         memory_lengths: input with the number of valid positions of each row's memory, (rows).
         features: input with embeddings, (rows, chunk, width), which replace those of the placeholder tokens.
         placeholder: token that `features` replace.
         source: component that computes memory or features.
         source_outputs: outputs of the source component, in the order of `memory`, or the one with features.
         start: first token of the decoder, which is the default prompt of an encoder-decoder.
+        source_positions: largest number of positions of a source; None where the encoder has no limit.
     """
 
     tokens: str
@@ -41,3 +42,4 @@ class DecoderPorts:
     source: str = ""
     source_outputs: tuple[str, ...] = ()
     start: int | None = None
+    source_positions: int | None = None

@@ -48,12 +48,13 @@ class Provider(click.ParamType[str]):
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         """Return the choices."""
-        return "[auto|cpu|cuda|cuda:N]"
+        return "[auto|cpu|cuda[:N]|openvino|tensorrt[:N]]"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return a value that is well-formed; whether there is such a device shows when it is used."""
-        if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value) is None:
-            self.fail(f"{value!r} is not one of 'auto', 'cpu', 'cuda' or 'cuda:N', the device number N.", param, ctx)
+        if re.fullmatch(r"auto|cpu|openvino|(cuda|tensorrt)(:[0-9]{1,3})?", value) is None:
+            known = "'auto', 'cpu', 'cuda', 'openvino', 'tensorrt', or 'cuda:N' or 'tensorrt:N' with a device number N"
+            self.fail(f"{value!r} is not one of {known}.", param, ctx)
         return value
 
 
@@ -82,7 +83,7 @@ provider_option = click.option(
     type=Provider(),
     default="auto",
     show_default=True,
-    help="Execution provider of ONNX Runtime; cuda fails if it is not available, auto reports its choice.",
+    help="Execution provider of ONNX Runtime; a named one fails if it is not available, auto reports its choice.",
 )
 
 tf32_option = click.option(

@@ -160,7 +160,7 @@ def folded(
 @click.option(
     "--generation",
     is_flag=True,
-    help="Export a causal language model or an encoder-decoder for generation: caches of fixed size, updated in place.",
+    help="Export a model that generates for it: with caches of fixed size, updated in place.",
 )
 @click.option("--folded", "with_folded", is_flag=True, help="Also write folded/TASK.onnx for every adapter.")
 @_shared_options

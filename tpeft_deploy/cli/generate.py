@@ -18,6 +18,7 @@ from tpeft_deploy.errors import InputError
 from tpeft_deploy.progress import Progress, Stage, silent
 
 if TYPE_CHECKING:
+    from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.runtime.generation.handle import Generated, GenerationRequest, Handle
     from tpeft_deploy.runtime.generation.sampling import Token
     from tpeft_deploy.runtime.text.model_text import ModelText
@@ -26,6 +27,7 @@ __all__ = ["generate"]
 
 _MOST_AT_ONCE = 256  # sequences handed to the runtime, which lets a bounded number wait
 _NEW_TOKENS = 128
+_SOURCE = "input_ids"  # input of an encoder of text
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -36,6 +38,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     tokens: list[int] | None = None
     task: str | None = None
     max_new_tokens: int | None = None
+    images: list[str] = []
 
 
 class _Runtime(Protocol):
@@ -50,7 +53,15 @@ class _Runtime(Protocol):
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    help='A JSON Lines file: per line a text, or {"prompt" | "messages" | "tokens", "task", "max_new_tokens"}.',
+    help='A JSON Lines file: per line a text, or {"prompt" | "messages" | "tokens", "task", "max_new_tokens", '
+    '"images"}.',
+)
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Image of the prompt, in the place of its next image token; may be repeated.",
 )
 @click.option("--chat", is_flag=True, help="Make a message of each prompt, by the model's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help=f"Tokens to generate at most; {_NEW_TOKENS} by default.")
@@ -69,6 +80,7 @@ def generate(
     tasks: str | None,
     prompt: str | None,
     prompts: Path | None,
+    images: tuple[Path, ...],
     chat: bool,
     max_new_tokens: int | None,
     stop: tuple[str, ...],
@@ -76,24 +88,30 @@ def generate(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Continue prompts with the language model of BUNDLE.
+    """Continue prompts with the language model of BUNDLE; of an encoder-decoder, prompts are texts for the encoder.
 
     The text of one prompt is written to stdout as it comes.  Sampling is by the model's defaults where no option
     says otherwise.
     """
     from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.runtime import Runtime
+    from tpeft_deploy.runtime.text.images import with_images
     from tpeft_deploy.runtime.text.model_text import ModelText
 
     if (prompt is None) == (prompts is None):
         raise click.UsageError("Give one of --prompt and --prompts.")
     if task is not None and tasks is not None:
         raise click.UsageError("--task and --tasks exclude each other.")
-    lines = _with_tasks(_lines(prompt, prompts), task, tasks)
+    if images and prompt is None:
+        raise click.UsageError("--image belongs to --prompt; the lines of --prompts have images.")
+    lines = _with_tasks(_lines(prompt, prompts, [str(image) for image in images]), task, tasks)
     opened = Bundle.open(bundle)
-    text = ModelText.open(opened) if opened.manifest.text else None
+    decoding = _decoding(opened)
+    text = ModelText.open(decoding) if decoding.manifest.text else None
     changes = {**sampling, "stop_strings": list(stop) or None}
-    requests = [_request(line, text, chat, max_new_tokens, changes) for line in lines]
+    encoded = _reads_text(opened)
+    requests = [_request(line, text, chat, max_new_tokens, changes, encoded=encoded) for line in lines]
+    requests = [with_images(request, opened, line.images) for request, line in zip(requests, lines, strict=True)]
     alone = len(requests) == 1 and not as_json and text is not None
     display = nullcontext(silent) if alone else stages()
     with Runtime(bundle, provider=provider, preload=False, own_copy=False) as runtime, display as progress:
@@ -103,9 +121,22 @@ def generate(
     _show(bundle, runtime.provider, requests, results, as_json)
 
 
-def _lines(prompt: str | None, path: Path | None) -> list[_Line]:
+def _decoding(bundle: Bundle) -> Bundle:
+    """The component with a decoder; the bundle where none has one."""
+    return next((own for own in bundle.components.values() if own.manifest.decoder is not None), bundle)
+
+
+def _reads_text(bundle: Bundle) -> bool:
+    """Whether an encoder reads the tokens of prompts, and the decoder begins with a token of the model."""
+    ports = _decoding(bundle).manifest.decoder
+    if ports is None or not ports.memory:
+        return False
+    return _SOURCE in [port.name for port in bundle.components[ports.source].manifest.inputs]
+
+
+def _lines(prompt: str | None, path: Path | None, images: list[str]) -> list[_Line]:
     if path is None:
-        return [_Line(sys.stdin.read() if prompt == "-" else prompt)]
+        return [_Line(sys.stdin.read() if prompt == "-" else prompt, images=images)]
     doing = f"read prompts {path}"
     try:
         texts = path.read_text(encoding="utf-8").split("\n")
@@ -140,7 +171,7 @@ def _with_tasks(lines: list[_Line], task: str | None, tasks: str | None) -> list
 
 
 def _request(
-    line: _Line, text: ModelText | None, chat: bool, most: int | None, changes: dict[str, Any]
+    line: _Line, text: ModelText | None, chat: bool, most: int | None, changes: dict[str, Any], *, encoded: bool
 ) -> GenerationRequest:
     from tpeft_deploy.runtime.generation.handle import GenerationRequest
     from tpeft_deploy.runtime.generation.sampling import Sampling
@@ -151,18 +182,22 @@ def _request(
             problem="the bundle has no tokenizer",
             fix="Give tokens in --prompts, or export a directory with a tokenizer.",
         )
-    messages = [{"role": "user", "content": line.prompt}] if chat and line.prompt is not None else line.messages
+    content: object = line.prompt
+    if line.images:
+        content = [*({"type": "image"} for _ in line.images), {"type": "text", "text": line.prompt}]
+    messages = [{"role": "user", "content": content}] if chat and line.prompt is not None else line.messages
     tokens = line.tokens if line.tokens is not None else []
     if text is not None and line.tokens is None:
         tokens = text.chat(messages) if messages is not None else text.encode(line.prompt or "")
     default = _NEW_TOKENS if text is None else min(text.facts.max_new_tokens or _NEW_TOKENS, _NEW_TOKENS)
+    before = [] if encoded or messages is not None else tokens  # an answer begins a text
     return GenerationRequest(
-        tokens,
+        () if encoded else tokens,
         most or line.max_new_tokens or default,
         Sampling(**{k: v for k, v in changes.items() if v is not None}) if text is None else text.sampling(**changes),
         task=line.task,
-        # An answer begins a text, anything else continues its prompt.
-        text=None if text is None else text.detokeniser([] if messages is not None else tokens),
+        text=None if text is None else text.detokeniser(before),
+        inputs={_SOURCE: tokens} if encoded else None,
     )
 
 
@@ -207,6 +242,13 @@ def _write(token: Token) -> None:
     click.echo(token.text, nl=False)
 
 
+def _read(request: GenerationRequest) -> Sequence[int]:
+    """Tokens of the prompt as it was given."""
+    given: Any = request.inputs
+    tokens: Sequence[int] = request.prompt if given is None or _SOURCE not in given else given[_SOURCE]
+    return tokens
+
+
 def _show(
     bundle: Path, provider: str, requests: Sequence[GenerationRequest], results: Sequence[Generated], as_json: bool
 ) -> None:
@@ -216,7 +258,7 @@ def _show(
             "text": result.text if request.text is not None else None,
             "tokens": [token.id for token in result.tokens],
             "finish_reason": result.reason,
-            "prompt_tokens": len(request.prompt),
+            "prompt_tokens": len(_read(request)),
         }
         for request, result in zip(requests, results, strict=True)
     ]

@@ -57,6 +57,9 @@ def run(
         raise click.UsageError("--task and --tasks exclude each other.")
     inputs = read_arrays(source, "read inputs", InputError)
     runtime = Runtime(bundle, provider=provider, devices=devices, allow_tf32=allow_tf32, preload=False, own_copy=False)
+    if runtime.only_folded:
+        for name in {*(tasks or task or "base").split(",")} - {"base"}:
+            runtime.pin(name, folded=True)
     selected = outputs.split(",") if outputs is not None else None
     if tasks is not None:
         results = runtime.run(inputs, tasks=tasks.split(","), outputs=selected, component=component)

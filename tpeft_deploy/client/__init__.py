@@ -1,6 +1,6 @@
 """Clients of a tpeft_deploy server: `Client`, and `AsyncClient` for asyncio.
 
-Both use V2 REST with the binary tensor extension, through httpx.
+Both use V2 REST with the binary tensor extension, and OpenAI's API for text, through httpx.
 """
 
 from tpeft_deploy.errors import requires

@@ -19,6 +19,7 @@ __all__ = [
     "BodyBuffer",
     "document",
     "documents",
+    "error_in_stream",
     "nothing",
     "refusal",
     "retry_after",
@@ -39,6 +40,14 @@ _KINDS: dict[int, type[errors.TpeftError]] = {
     503: errors.Unavailable,
     504: errors.DeadlineExceeded,
     507: errors.InsufficientStorage,
+}
+# Types of errors in OpenAI's form, which is all that a stream has after its status was sent.
+_STATUSES = {
+    "invalid_request_error": 400,
+    "not_found_error": 404,
+    "rate_limit_error": 429,
+    "service_unavailable_error": 503,
+    "timeout_error": 504,
 }
 _ALIGNMENT = 16  # of a bytearray's memory; no numpy dtype needs more
 
@@ -122,16 +131,26 @@ def refusal(answer: Answer, doing: str) -> errors.TpeftError:
     text = _error_text(answer.body)
     if text is None:
         own = f"status {answer.status} with {_shown(answer.body)}"
-        return _error(answer, doing, "")(doing, expected="a server of tpeft_deploy to answer", got=own)
+        return _kind(answer.status)(doing, expected="a server of tpeft_deploy to answer", got=own)
     if answer.status == 429:
         return errors.QuotaExceeded(text, retry_after=retry_after(answer.headers))
-    return _error(answer, doing, text)(text)
+    return _kind(answer.status, text)(text)
 
 
-def _error(answer: Answer, doing: str, text: str) -> type[errors.TpeftError]:
-    if answer.status == 503 and text.startswith("queue "):
+def error_in_stream(event: Document) -> errors.TpeftError | None:
+    """Return the error that an event reports in OpenAI's form; None if it reports none."""
+    found = event.get("error")
+    if found is None:
+        return None
+    text = _text_of(found) or repr(found)[:120]
+    status = _STATUSES.get(str(found.get("type")), 500) if isinstance(found, dict) else 500
+    return errors.QuotaExceeded(text) if status == 429 else _kind(status, text)(text)
+
+
+def _kind(status: int, text: str = "") -> type[errors.TpeftError]:
+    if status == 503 and text.startswith("queue "):
         return errors.QueueFull
-    return _KINDS.get(answer.status, errors.ServerError)
+    return _KINDS.get(status, errors.ServerError)
 
 
 def _error_text(body: memoryview) -> str | None:
@@ -139,7 +158,12 @@ def _error_text(body: memoryview) -> str | None:
         found = json.loads(bytes(body))
     except ValueError:
         return None
-    text = found.get("error") if isinstance(found, dict) else None
+    return _text_of(found.get("error")) if isinstance(found, dict) else None
+
+
+def _text_of(error: object) -> str | None:
+    """Return the text of an error of V2, or in OpenAI's form."""
+    text = error.get("message") if isinstance(error, dict) else error
     return text if isinstance(text, str) and text else None
 
 

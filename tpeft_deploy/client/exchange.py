@@ -137,6 +137,11 @@ class Exchange(Generic[T]):
         self._clock = clock
         self._attempt = 0
 
+    @property
+    def doing(self) -> str:
+        """Purpose of the call, for error messages."""
+        return self._call.doing
+
     def left(self) -> float | None:
         """Return the seconds left, or raise DeadlineExceeded."""
         return self._budget.left(self._call.doing)
@@ -157,14 +162,16 @@ class Exchange(Generic[T]):
             timeout=left,
         )
 
-    def answered(self, answer: Answer) -> float | None:
-        """Return the seconds to wait before a retry; None for a success.
+    def accepts(self, status: int) -> bool:
+        """Return whether a response with this status is the call's result."""
+        return status in self._call.statuses
+
+    def refused(self, answer: Answer) -> float:
+        """Return the seconds to wait before a retry after an error status.
 
         Raises:
             TpeftError: the server's error, when a retry has no use.
         """
-        if answer.status in self._call.statuses:
-            return None
         error = refusal(answer, self._call.doing)
         if self._call.changes or answer.status not in {429, 503}:
             raise error
@@ -182,7 +189,7 @@ class Exchange(Generic[T]):
             DeadlineExceeded: the time limit was exceeded.
             ServerError: the response cannot be decompressed.
         """
-        found = self._error(error)
+        found = self.error_of(error)
         if isinstance(error, httpx.ConnectError) and not _refused_certificate(error):
             return self._wait(found, None)
         raise found from error
@@ -191,7 +198,8 @@ class Exchange(Generic[T]):
         """Return the result of a successful call."""
         return self._call.read(answer)
 
-    def _error(self, error: httpx.RequestError | TimeoutError) -> TpeftError:
+    def error_of(self, error: httpx.RequestError | TimeoutError) -> TpeftError:
+        """Return the error of this package for a transport error."""
         doing = self._call.doing
         if isinstance(error, httpx.TimeoutException | TimeoutError):
             return self._budget.over(doing)

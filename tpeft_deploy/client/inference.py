@@ -50,6 +50,7 @@ class InferArguments:
         tasks: one task per row, or None.
         outputs: names of the outputs to return; None: all.
         priority: priority among the tenant's requests; lower values are served first.
+        component: component to run, or None.
     """
 
     inputs: Mapping[str, object]
@@ -57,6 +58,7 @@ class InferArguments:
     tasks: Sequence[str] | None
     outputs: Sequence[str] | None
     priority: int
+    component: str | None = None
 
     def __post_init__(self) -> None:
         if self.tasks is None:
@@ -75,15 +77,21 @@ class InferArguments:
         """Whether the request depends on facts about the bundle."""
         return self.tasks is not None or any(may_be_bfloat16(value) for value in self.inputs.values())
 
+    @property
+    def component_of_bundle(self) -> str:
+        """Component that the facts are about; empty if none is named."""
+        return self.component or (self.task or "").partition("@")[0].partition("/")[2]
+
 
 def bundle_name() -> ServerCall[str]:
     """Ask for the bundle's name."""
     return ServerCall("ask for the bundle's name", "GET", "/v2", _bundle_name)
 
 
-def bundle_info(name: str) -> ServerCall[BundleInfo]:
-    """Ask for the bundle's inputs and outputs."""
-    return ServerCall(f"ask about bundle {name!r}", "GET", model_path(name), partial(_bundle_info, name))
+def bundle_info(name: str, component: str = "") -> ServerCall[BundleInfo]:
+    """Ask for the inputs and outputs of the bundle, or of a component of it."""
+    path = model_path(f"{name}/{component}" if component else name)
+    return ServerCall(f"ask about bundle {name!r}", "GET", path, partial(_bundle_info, name))
 
 
 def infer(arguments: InferArguments, bundle: BundleInfo | None) -> ServerCall[Outputs]:
@@ -109,7 +117,7 @@ def infer(arguments: InferArguments, bundle: BundleInfo | None) -> ServerCall[Ou
         "POST",
         f"{model_path(model)}/infer",
         partial(_outputs, rows=rows, known=known),
-        payload=partial(_payload, tensors, _head(arguments, tensors), arguments.priority),
+        payload=partial(_payload, tensors, _head(arguments, tensors), arguments),
     )
 
 
@@ -130,12 +138,14 @@ def _head(arguments: InferArguments, tensors: Sequence[Tensor]) -> Document:
     return head
 
 
-def _payload(tensors: Sequence[Tensor], head: Document, priority: int, left: float | None) -> Payload:
-    parameters: dict[str, bool | int] = {"binary_data_output": True}
+def _payload(tensors: Sequence[Tensor], head: Document, arguments: InferArguments, left: float | None) -> Payload:
+    parameters: dict[str, bool | int | str] = {"binary_data_output": True}
     if left is not None:
         parameters["timeout"] = max(1, int(1e6 * left))  # microseconds
-    if priority:
-        parameters["priority"] = priority
+    if arguments.priority:
+        parameters["priority"] = arguments.priority
+    if arguments.component is not None:
+        parameters["component"] = arguments.component
     first = json.dumps({"parameters": parameters, **head}, separators=(",", ":")).encode()
     headers = {HEADER_LENGTH: str(len(first)), "Content-Type": "application/octet-stream"}
     return Payload(headers, RequestBody([first, *(tensor.data for tensor in tensors)]))

@@ -24,7 +24,7 @@ from tpeft_deploy.formats.peft import tucker as peft_tucker
 from tpeft_deploy.formats.read.base_view import Lazy, view
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.formats.read.parts import cut_adapter
-from tpeft_deploy.formats.read.saved import diffusers_file, peft_directory, peft_type, read_saved
+from tpeft_deploy.formats.read.saved import diffusers_file, peft_directory, peft_type, read_labels, read_saved
 from tpeft_deploy.formats.readers import READERS
 
 __all__ = ["FORMATS", "load_adapter", "load_pickled", "methods_of", "origin_of"]
@@ -92,6 +92,9 @@ def _load(
     # What overflows becomes infinite, and every delta, override and gain is refused then, by name.
     with np.errstate(over="ignore", invalid="ignore"):
         adapter = _read(path, format, scale, found, part, pickles=pickles)
+    place = peft_directory(path)
+    if place is not None and adapter.labels is None:
+        adapter = replace(adapter, labels=read_labels(place))
     if found is not None:
         _check_base(adapter, found)
     return adapter

@@ -10,6 +10,7 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import FormatError, brief
 from tpeft_deploy.formats.read.safetensors_file import parse_json, read_bytes, read_tensors
 from tpeft_deploy.formats.reader import About
+from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.tucker import Array, TuckerDelta
 
 __all__ = ["ABOUT", "FILE", "HEADER", "NAME", "from_bytes", "from_tensors", "read"]
@@ -47,7 +48,7 @@ def from_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str], *, s
     deltas = {target: _delta(tensors, target, scale, source) for target, scale in header.scales.items()}
     if tensors:
         raise FormatError(f"read {source}, tensor {min(tensors)!r}", problem="it belongs to no target of the header")
-    return Adapter(deltas, overrides, header.base_digests, source, gains)
+    return Adapter(deltas, overrides, header.base_digests, source, gains, labels=header.labels)
 
 
 def _take(tensors: dict[str, Array], prefix: str) -> dict[str, Array]:
@@ -57,6 +58,7 @@ def _take(tensors: dict[str, Array], prefix: str) -> dict[str, Array]:
 class _Header(NamedTuple):
     scales: dict[str, float]
     base_digests: dict[str, str]
+    labels: HeadLabels | None
 
 
 def _header(metadata: Mapping[str, str], *, source: str) -> _Header:
@@ -71,7 +73,8 @@ def _header(metadata: Mapping[str, str], *, source: str) -> _Header:
             )
         scales = {str(target): float(scale) for target, scale in header["scales"].items()}
         digests = {str(target): str(digest) for target, digest in header["base_digests"].items()}
-        return _Header(scales, digests)
+        labels = header.get("labels", {})
+        return _Header(scales, digests, HeadLabels.checked(labels.get("names"), labels.get("problem")))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FormatError(
             f"read {source}",

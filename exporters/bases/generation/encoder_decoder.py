@@ -19,8 +19,7 @@ from tpeft_deploy.exporters.bases import dotted_names
 from tpeft_deploy.exporters.bases.component import Component
 from tpeft_deploy.exporters.bases.kv_cache_inputs import PAST, cache_parameter
 from tpeft_deploy.exporters.bases.slot_attention import SlotCaches, running
-from tpeft_deploy.exporters.bases.slot_decoder import attending, total_length
-from tpeft_deploy.exporters.causes import said_by
+from tpeft_deploy.exporters.bases.slot_decoder import attending, comparing, total_length
 from tpeft_deploy.exporters.oracle.decoder_runs import BUFFER, CHUNK, ROWS, SOURCE
 
 __all__ = ["encoder_decoder"]
@@ -31,8 +30,6 @@ _MEMORY, _LENGTHS = "cross", "memory_lengths"
 _EXAMPLE = (2, 3, 8, 6)  # rows, chunk, buffer and source: all different and none of them 1
 _TARGETS = (7, 5)  # lengths of the sequences that the slot form is compared with the model's forward method on
 _UNBOUNDED = 512  # positions of a model that has no table of them: those that T5 was trained with
-_FIX = "Export it without generation=True (--generation)."
-_LIMIT = 1e-4  # relative error of the slot form in torch, in the model's dtype or float32
 
 
 def encoder_decoder(
@@ -51,32 +48,14 @@ def encoder_decoder(
     """
     doing = f"load base {directory or type(model).__name__} for generation"
     encoder = Component(model, inputs, axes, forward=_encode if "input_ids" in inputs else _encode_sound)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            decoder = _decoder(model, encoder, directory, doing)
-            got, expected = _both_logits(model, encoder, decoder)
-    except UnsupportedBase:
-        raise
-    except Exception as failure:  # models raise every kind of exception; the cause is kept
-        raise UnsupportedBase(
-            doing, problem=f"the model does not run with caches of fixed size ({said_by(failure)})", fix=_FIX
-        ) from failure
-    finally:
-        model.train(training)
-    error = float((got - expected).norm() / expected.norm())
-    if not error <= max(_LIMIT, 4 * torch.finfo(expected.dtype).eps):
-        raise UnsupportedBase(
-            doing,
-            expected="the logits of the model's forward method",
-            got=f"a relative error of {error:.2g} with memory and caches of fixed size",
-            fix=_FIX,
-        )
+    start = _start(model, doing)
+    with comparing(doing, model) as check:
+        decoder = _decoder(model, encoder, directory, start)
+        check(*_both_logits(model, encoder, decoder))
     return {"encoder": encoder, "decoder": decoder}
 
 
-def _decoder(model: Any, encoder: Component, directory: Path | None, doing: str) -> Component:
+def _decoder(model: Any, encoder: Component, directory: Path | None, start: int) -> Component:
     memory = _memory(encoder.base("encoder").module, encoder.example_inputs)
     layers, (heads, size) = len(memory) // 2, memory[f"{_MEMORY}.0.key"].shape[1::2]
     names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
@@ -105,7 +84,8 @@ def _decoder(model: Any, encoder: Component, directory: Path | None, doing: str)
         memory_lengths=_LENGTHS,
         source="encoder",
         source_outputs=tuple(memory),
-        start=_start(model, doing),
+        start=start,
+        source_positions=_source_positions(model),
     )
     return Component(model, inputs, given, forward=_decode, decoder=ports, directory=directory)
 
@@ -114,6 +94,14 @@ def _positions(config: Any) -> int:
     """Largest number of tokens of a sequence of the decoder."""
     names = ("max_target_positions", "max_position_embeddings", "n_positions")
     return next((value for name in names if isinstance(value := getattr(config, name, None), int)), _UNBOUNDED)
+
+
+def _source_positions(model: Any) -> int | None:
+    """Largest number of positions of a source: the rows of the encoder's table of positions, where it has one."""
+    if getattr(model.get_encoder(), "embed_positions", None) is None:
+        return None
+    names = ("max_source_positions", "max_position_embeddings")
+    return next((value for name in names if isinstance(value := getattr(model.config, name, None), int)), None)
 
 
 def _start(model: Any, doing: str) -> int:

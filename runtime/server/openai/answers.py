@@ -9,6 +9,7 @@ from typing import Any
 
 from tpeft_deploy.runtime.generation.handle import Generated
 from tpeft_deploy.runtime.generation.sampling import Token
+from tpeft_deploy.runtime.server.openai.sse import DONE
 from tpeft_deploy.runtime.server.v2.messages import Document
 
 __all__ = ["AnswerDocuments", "ChatDocuments", "CompletionDocuments"]
@@ -23,16 +24,27 @@ class AnswerDocuments(ABC):
         bytes_of: returns the bytes of a token's text.
         stops: tokens that end a sequence; they are no part of its text.
         top: number of most probable tokens to give with each token; None for no log-probabilities.
+        version: version of the model; empty if there are several.
+
+    Attributes:
+        done: last event of a stream.
     """
 
+    done = DONE
     object = ""
     chunk_object = ""
     prefix = ""
 
     def __init__(
-        self, id: str, model: str, bytes_of: Callable[[int], bytes], stops: frozenset[int], top: int | None
+        self,
+        id: str,
+        model: str,
+        bytes_of: Callable[[int], bytes],
+        stops: frozenset[int],
+        top: int | None,
+        version: str = "",
     ) -> None:
-        self._head = {"id": f"{self.prefix}-{id}", "created": int(time.time()), "model": model}
+        self._head = self._head_of(id, model, version)
         self._bytes_of = bytes_of
         self._stops = stops
         self._top = top
@@ -70,6 +82,9 @@ class AnswerDocuments(ABC):
 
     def _text_of(self, token: int) -> str:
         return self._bytes_of(token).decode("utf-8", "replace")
+
+    def _head_of(self, id: str, model: str, version: str) -> Document:
+        return {"id": f"{self.prefix}-{id}", "created": int(time.time()), "model": model}
 
     @abstractmethod
     def _choice(self, index: int, text: str, logprobs: Document | None, reason: str) -> Document: ...

@@ -14,7 +14,15 @@ import msgspec
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime.server.rest.bodies import Body
 
-__all__ = ["ChatBody", "CompletionBody", "GenerationBody"]
+__all__ = [
+    "ChatBody",
+    "CompletionBody",
+    "Count",
+    "GenerationBody",
+    "TokenId",
+    "refuse_unsupported",
+    "texts_or_tokens",
+]
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -22,6 +30,7 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 _MOST_STOPS = 16
 _BIAS = 100
+_MOST_BIASES = 1024  # each sequence copies and checks them
 _MOST_SEQUENCES = 128
 _RESERVED = {"literal", "messages", "self", "template", "variables"}
 
@@ -70,12 +79,7 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
         Raises:
             InputError: a field asks for something else than the server does.
         """
-        for name in self.unlisted:
-            value = getattr(self, name)
-            if value not in (None, False, [], {}, *self.harmless.get(name, ())):
-                raise InputError(
-                    f"read field '{name}'", problem="the server does not support it", fix="Leave the field out."
-                )
+        refuse_unsupported(self, self.harmless)
         if self.stream_options and not self.stream:
             raise InputError("read field 'stream_options'", expected="stream to be true with it", got="stream not set")
         if len(self.stops) > _MOST_STOPS:
@@ -100,6 +104,11 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
                 got=repr(kind)[:40],
             )
         return schema
+
+    @property
+    def address(self) -> tuple[str, str, str | None]:
+        """Model, version and adapter, as `Generations.target` takes them."""
+        return self.model, "", None
 
     @property
     def stops(self) -> list[str]:
@@ -131,7 +140,10 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
 
     def _biases(self) -> dict[int, float] | None:
         doing, found = "read field 'logit_bias'", {}
-        for token, bias in (self.logit_bias or {}).items():
+        given = self.logit_bias or {}
+        if len(given) > _MOST_BIASES:
+            raise InputError(doing, expected=f"at most {_MOST_BIASES} tokens", got=len(given))
+        for token, bias in given.items():
             if not (token.isascii() and token.isdigit() and len(token) < 10):
                 raise InputError(doing, expected="tokens as names of its fields", got=repr(token[:40]))
             if not -_BIAS <= bias <= _BIAS:
@@ -250,16 +262,42 @@ class CompletionBody(GenerationBody, kw_only=True):
         Raises:
             InputError: there are none, or too many, or they are of different types.
         """
-        given: Any = self.prompt
-        several = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
-        texts = all(isinstance(own, str) for own in several)
-        tokens = all(isinstance(own, list) and all(isinstance(each, int) for each in own) for own in several)
-        if not several or not (texts or tokens):
-            raise InputError("read field 'prompt'", expected="a text, texts, tokens or lists of tokens", got="others")
+        several = texts_or_tokens("prompt", self.prompt)
         if len(several) * (self.n or 1) > _MOST_SEQUENCES:
             got = f"{len(several)} prompts and n of {self.n or 1}"
             raise InputError("read field 'prompt'", expected=f"at most {_MOST_SEQUENCES} sequences", got=got)
-        return list(several)
+        return several
+
+
+def refuse_unsupported(body: Body, harmless: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse the unlisted fields of a body.
+
+    Args:
+        body: body of a request.
+        harmless: field -> values that ask for nothing.
+
+    Raises:
+        InputError: a field asks for something.
+    """
+    for name in body.unlisted:
+        if getattr(body, name) not in (None, False, [], {}, *harmless.get(name, ())):
+            raise InputError(
+                f"read field '{name}'", problem="the server does not support it", fix="Leave the field out."
+            )
+
+
+def texts_or_tokens(name: str, given: Any) -> list[str | list[int]]:
+    """Return the texts, or the lists of tokens, of a field that is one or several of either.
+
+    Raises:
+        InputError: there are none, or they are of different types.
+    """
+    several = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+    texts = all(isinstance(own, str) for own in several)
+    tokens = all(isinstance(own, list) and all(isinstance(each, int) for each in own) for own in several)
+    if not several or not (texts or tokens):
+        raise InputError(f"read field '{name}'", expected="a text, texts, tokens or lists of tokens", got="others")
+    return list(several)
 
 
 def _text(content: Any, at: int) -> Any:

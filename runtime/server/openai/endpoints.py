@@ -5,35 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import orjson
-from starlette.requests import ClientDisconnect
 
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.sampling import Sampling, Token
 from tpeft_deploy.runtime.server.openai.answers import AnswerDocuments, ChatDocuments, CompletionDocuments
 from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody, GenerationBody
-from tpeft_deploy.runtime.server.openai.sse import DONE, EventStream, event
-from tpeft_deploy.runtime.server.operations.generation import Generations, GenerationTarget
-from tpeft_deploy.runtime.server.rest.context import Headers, HttpContext
-from tpeft_deploy.runtime.server.rest.infer import ClientLeft, Watch
+from tpeft_deploy.runtime.server.openai.reading import Reading, admitted
+from tpeft_deploy.runtime.server.openai.sse import EventStream, event
+from tpeft_deploy.runtime.server.operations.generation import Generations, GenerationTarget, memory_of
+from tpeft_deploy.runtime.server.rest.context import HttpContext
+from tpeft_deploy.runtime.server.rest.infer import Watch
 from tpeft_deploy.runtime.server.v2.messages import Document
-from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.runtime.text.model_text import ModelText
 
-__all__ = ["chat", "completions"]
+__all__ = ["chat", "completion_requests", "completions", "served"]
 
 B = TypeVar("B", bound=GenerationBody)
 
-_INLINE = 2048  # bytes of a body that is read on the event loop; tokenizers take a microsecond or two for each
-_SCRATCH = 256  # bytes of memory that a tokenizer takes for each byte of a text
-_TOKEN = 48  # bytes of a token in a list
-_MADE = 160  # bytes of a generated token, and of each of the most probable ones beside it
 _INLINE_TOKENS = 256  # tokens of an answer that is encoded on the event loop
-_NAME = 200  # characters of a model's name in the log
-_RATES = {"requests", "tokens"}  # those that OpenAI's API has headers for
 _COMPLETION_TOKENS = 16  # default of max_tokens, as in OpenAI's API
 
 
@@ -55,61 +49,50 @@ Prepare = Callable[[ModelText, Generations, B], list[GenerationRequest]]
 
 async def chat(context: HttpContext) -> object:
     """Serve `POST /v1/chat/completions`."""
-    return await _served(context, ChatBody, ChatDocuments, _of_chat)
+    return await served(context, partial(context.decoded, kind=ChatBody), ChatDocuments, _of_chat)
 
 
 async def completions(context: HttpContext) -> object:
     """Serve `POST /v1/completions`."""
-    return await _served(context, CompletionBody, CompletionDocuments, _of_completion)
+    read = partial(context.decoded, kind=CompletionBody)
+    return await served(context, read, CompletionDocuments, completion_requests)
 
 
-async def _served(context: HttpContext, kind: type[B], answer: type[AnswerDocuments], prepare: Prepare[B]) -> object:
-    try:
-        return await _answered(context, kind, answer, prepare)
-    finally:  # of a stream, before its headers
-        context.extra += _rates(context)
+async def served(
+    context: HttpContext, read: Callable[[bytes | bytearray], B], answer: type[AnswerDocuments], prepare: Prepare[B]
+) -> object:
+    """Serve a request that generates text.
 
+    Args:
+        context: the request.
+        read: decodes its body; may run off the event loop.
+        answer: documents of the answer.
+        prepare: makes requests of the decoded body; may run off the event loop.
+    """
 
-async def _answered(context: HttpContext, kind: type[B], answer: type[AnswerDocuments], prepare: Prepare[B]) -> object:
-    context.core.admit(context.principal)
-    try:
-        work = await _work(context, kind, answer, prepare)
+    async def answered() -> object:
+        work = await _work(context, read, answer, prepare)
         begun = EventStream.begun(_events(context, work)) if work.body.stream else _whole(context, work)
         return await Watch().cancel_on_disconnect(begun, context.receive)
-    except (ClientDisconnect, ClientLeft):
-        raise
-    except Exception:
-        context.charge_refusal()
-        raise
+
+    return await admitted(context, answered)
 
 
-async def _work(context: HttpContext, kind: type[B], answer: type[AnswerDocuments], prepare: Prepare[B]) -> _Work:
-    declared = context.declared
-    if declared > PIECE or b"content-length" not in context.headers:
-        await asyncio.sleep(context.intake.refused.wait(context.tenant))
-    given = await context.body(min(context.limits.json_bytes, context.limits.body_bytes))
-    context.bytes_in = size = len(given)
-    large = size > _INLINE
-    context.memory.take(_SCRATCH * size if large else 0)
-    run = context.intake.offload.run
-    body = await run(context.tenant, context.decoded, given, kind) if large else context.decoded(given, kind)
-    del given
-    context.task = body.model[:_NAME]
+async def _work(
+    context: HttpContext, read: Callable[[bytes | bytearray], B], answer: type[AnswerDocuments], prepare: Prepare[B]
+) -> _Work:
+    reading = Reading(context)
+    body = await reading.body(read)
     body.check()
     generations = context.core.generations
-    target = generations.target(context.principal, body.model)
+    target = generations.target(context.principal, *body.address)
     text = await generations.text()
-    # Text is read off the event loop where it is long, and grammars are compiled there.
-    apart = large or body.schema is not None
-    requests = (
-        await run(context.tenant, prepare, text, generations, body) if apart else prepare(text, generations, body)
-    )
+    reading.apart |= body.schema is not None  # grammars take time to compile
+    requests = await reading.run(prepare, text, generations, body)
     stops = frozenset(requests[0].sampling.stop_tokens)
-    made = answer(context.request_id, body.model, text.token_bytes, stops, body.top)
-    work = _Work(body, target, requests, made)
-    made_bytes = _MADE * (1 + (body.top or 0)) * sum(own.sampling.n * own.max_new_tokens for own in requests)
-    context.memory.resize(size + _TOKEN * work.prompt_tokens + made_bytes)
-    return work
+    made = answer(context.request_id, body.model, text.token_bytes, stops, body.top, target.version)
+    context.memory.resize(context.bytes_in + memory_of(requests, body.top or 0))
+    return _Work(body, target, requests, made)
 
 
 def _sampling(text: ModelText, body: GenerationBody) -> Sampling:
@@ -130,7 +113,8 @@ def _of_chat(text: ModelText, generations: Generations, body: ChatBody) -> list[
     return [GenerationRequest(tokens, most, sampling, text=text.detokeniser(before), constraint=constraint)]
 
 
-def _of_completion(text: ModelText, generations: Generations, body: CompletionBody) -> list[GenerationRequest]:
+def completion_requests(text: ModelText, generations: Generations, body: CompletionBody) -> list[GenerationRequest]:
+    """Return the request for each prompt of a body."""
     sampling, constraint = _sampling(text, body), generations.constraint(text, body.schema)
     requests = []
     for prompt in body.prompts:
@@ -178,7 +162,7 @@ async def _events(context: HttpContext, work: _Work) -> AsyncGenerator[bytes]:
                     yield chunk(answer.end(index, handles[index].result().reason))
         if with_usage:
             yield event(answer.chunk([], _usage(work, handles), with_usage=True))
-        yield DONE
+        yield answer.done
 
 
 async def _merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, Token | None]]:
@@ -208,13 +192,3 @@ async def _next(stream: AsyncGenerator[Token]) -> Token | None:
 def _usage(work: _Work, handles: Sequence[Handle]) -> Document:
     given, made = work.prompt_tokens, sum(len(handle.tokens) for handle in handles)
     return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
-
-
-def _rates(context: HttpContext) -> Headers:
-    """Return the headers that tell what is left of the tenant's requests and tokens."""
-    headers: Headers = []
-    for name, rate in context.core.generations.rates(context.principal).items():
-        if name in _RATES:
-            found: dict[str, Any] = {"limit": rate.limit, "remaining": rate.remaining, "reset": f"{rate.reset:.3f}s"}
-            headers += [(f"x-ratelimit-{key}-{name}".encode(), str(value).encode()) for key, value in found.items()]
-    return headers

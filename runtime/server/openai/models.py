@@ -10,10 +10,12 @@ __all__ = ["model", "models"]
 
 
 async def models(context: HttpContext) -> object:
-    """Serve `GET /v1/models`."""
+    """Serve `GET /v1/models`: the models that are loaded."""
     found: list[Document] = []
     tasks = await context.core.tasks(context.principal, limit=context.number("limit"), after=context.query("after"))
-    await in_slices(tasks, lambda task: found.append(_document(task)))
+    ready = context.core.ready()
+    loaded = [task for task in tasks if task["ready"] or not ready]
+    await in_slices(loaded, lambda task: found.append(_document(task)))
     return {"object": "list", "data": found}
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
@@ -16,44 +15,28 @@ from tpeft_deploy.errors import (
     MissingExtra,
     NotFound,
     ProtocolError,
-    QuotaExceeded,
-    Unavailable,
     UnknownTask,
     Unsupported,
 )
 from tpeft_deploy.runtime import Runtime
-from tpeft_deploy.runtime.adapters.task_versions import Task
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.sampling import Constraint
 from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.operations.text_inference import TextInference
+from tpeft_deploy.runtime.server.operations.texts import ContextExceeded, GenerationTarget, Texts
+from tpeft_deploy.runtime.server.registry import CURRENT
 from tpeft_deploy.runtime.server.telemetry.inference_events import GenerationFigures, InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.quotas import Meter, RateLeft
 from tpeft_deploy.runtime.server.v2.messages import BASE, ServedVersion
 from tpeft_deploy.runtime.text.model_text import ModelText
 
-__all__ = ["ContextExceeded", "GenerationTarget", "Generations"]
+__all__ = ["ContextExceeded", "GenerationTarget", "Generations", "memory_of"]
 
-
-class ContextExceeded(InputError):
-    """Raised for a prompt and a number of new tokens that are more than a sequence can have."""
-
-
-@dataclass(frozen=True)
-class GenerationTarget:
-    """What a model's name stands for.
-
-    Attributes:
-        name: name in events and metrics: that of the task, or the first of a weighted set.
-        task: task or weighted set in the runtime; None for the base.
-        versions: adapter versions.
-    """
-
-    name: str
-    task: Task | None
-    versions: tuple[ServedVersion, ...]
+_TOKEN = 48  # bytes of a token in a list
+_MADE = 160  # bytes of a generated token, and of each of the most probable ones beside it
 
 
 class Generations:
@@ -67,6 +50,10 @@ class Generations:
         accepting: returns whether requests are accepted.
         publish: called with the event of each request; on the event loop, so it must not block.
         pools: threads that open the text and the decoder.
+
+    Attributes:
+        texts: text of the bundle.
+        encoders: embeddings and classification of texts.
     """
 
     def __init__(
@@ -80,14 +67,13 @@ class Generations:
         pools: Pools,
     ) -> None:
         self._runtime = runtime
-        self._bundle = bundle
         self._models = models
         self._meter = meter
-        self._accepting = accepting
         self._publish = publish
         self._pools = pools
-        self._lock = threading.Lock()
-        self._text: ModelText | None = None
+        self.texts = Texts(bundle, accepting, pools)
+        self.encoders = TextInference(runtime, bundle, meter, publish, pools)
+        self._opened = False
 
     @property
     def most_tokens(self) -> int:
@@ -106,32 +92,40 @@ class Generations:
             InputError: the bundle has no decoder or no text.
             Unsupported: the packages for text are not installed.
         """
-        if not self._accepting():
-            raise Unavailable("generate text", problem="the server is starting or draining", fix="Try again shortly.")
-        if self._text is not None:
-            return self._text
-        name = self._models.bundle
         if not self.most_tokens:
             raise InputError(
-                f"generate text with bundle {name!r}", problem="it has no decoder, so it generates nothing"
+                f"generate text with bundle {self._models.bundle!r}",
+                problem="it has no decoder, so it generates nothing",
             )
-        if not self._bundle.manifest.text:
-            raise InputError(f"generate text with bundle {name!r}", problem="it has no tokenizer")
-        try:
-            return await self._pools.control.run(self._open)
-        except MissingExtra as error:
-            raise Unsupported("generate text", problem=f"the server cannot: {error}") from error
+        text = await self.texts.open("generate text")
+        if not self._opened:
+            await self._pools.control.run(self._runtime.open_generation)
+            self._opened = True
+        return text
 
-    def target(self, principal: Principal, model: str) -> GenerationTarget:
+    def target(
+        self, principal: Principal, model: str, version: str = "", adapter: str | None = None
+    ) -> GenerationTarget:
         """Resolve a model's name: a task, `TASK@VERSION`, the base, or a weighted set `a:0.7+b:0.3`.
+
+        Args:
+            principal: the caller.
+            model: name of the model.
+            version: version number or alias, where it is no part of the name.
+            adapter: name of the task, where the model is the base.
 
         Raises:
             Forbidden: the role allows no inference.
             NotFound: a task is not visible to the tenant.
             Unavailable: a task was unloaded.
-            ProtocolError: a weight is no number.
+            ProtocolError: a weight is no number, or the adapter is not that of the model.
         """
         allow(principal, Action.INFER)
+        if adapter is not None and adapter != model:
+            if model not in {BASE_TASK, self._models.bundle}:
+                raise ProtocolError("adapter", expected=f"that of model {model[:200]!r}", got=repr(adapter[:200]))
+            model = adapter
+        model = f"{model}@{version}" if version else model
         if "+" not in model:
             try:
                 found = self._version(principal, model)
@@ -204,7 +198,10 @@ class Generations:
         """
         timing = Timing(time.monotonic())
         rows = sum(request.sampling.n for request in requests)
-        spent = self._charge(principal, requests, rows, timing.arrived)
+        new = sum(request.max_new_tokens * request.sampling.n for request in requests)
+        spent = new + sum(len(request.prompt) for request in requests)
+        # The one place where generation is charged.
+        self._meter.spend_work(principal.tenant, rows, spent, timing.arrived)
         handles: list[Handle] = []
 
         def over(*, failed: bool) -> None:
@@ -241,30 +238,12 @@ class Generations:
             for handle in handles:
                 handle.cancel()
 
-    def _charge(self, principal: Principal, requests: Sequence[GenerationRequest], rows: int, now: float) -> int:
-        """Spend the tenant's quota for sequences, the one place where generation is charged; returns the tokens."""
-        new = sum(request.max_new_tokens * request.sampling.n for request in requests)
-        tokens = new + sum(len(request.prompt) for request in requests)
-        self._meter.spend_rows(principal.tenant, rows, now)
-        try:
-            self._meter.spend_tokens(principal.tenant, tokens, now)
-        except QuotaExceeded:
-            self._meter.refund("rows", principal.tenant, rows, now)
-            raise
-        return tokens
-
-    def _open(self) -> ModelText:
-        with self._lock:
-            if self._text is None:
-                text = ModelText.open(self._bundle)
-                self._runtime.open_generation()
-                self._text = text
-            return self._text
-
     def _version(self, principal: Principal, name: str) -> ServedVersion:
-        if name in {BASE_TASK, self._models.bundle}:
-            return BASE
         task, _, version = name.partition("@")
+        if task in {BASE_TASK, self._models.bundle}:
+            if version not in {"", BASE.version, CURRENT}:
+                raise NotFound(f"find model {task!r}", expected=f"version {BASE.version}", got=repr(version[:200]))
+            return BASE
         return self._models.target(principal.tenant, task, version)
 
     def _weighted(self, principal: Principal, model: str) -> GenerationTarget:
@@ -282,6 +261,13 @@ class Generations:
             weights[found.key] = float(weight)
             versions.append(found)
         return GenerationTarget(versions[0].task, weights, tuple(versions))
+
+
+def memory_of(requests: Sequence[GenerationRequest], top: int = 0) -> int:
+    """Return the bytes that the tokens of prompts and of answers take, with `top` most probable ones beside each."""
+    prompts = sum(len(request.prompt) for request in requests)
+    made = sum(request.sampling.n * request.max_new_tokens for request in requests)
+    return _TOKEN * prompts + _MADE * (1 + top) * made
 
 
 def _is_weighted(part: str) -> bool:

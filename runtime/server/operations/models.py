@@ -66,15 +66,23 @@ class Models:
             NotFound: no visible task has that name and version.
             Unavailable: the model was unloaded.
         """
+        found = self.version(tenant, name, version)
+        if self._unloaded and (found.tenant, name) in self._unloaded:
+            raise Unavailable(f"run model {name!r}", problem="it was unloaded", fix="Load it again.")
+        return found
+
+    def version(self, tenant: str, name: str, version: str = "") -> ServedVersion:
+        """Return a version of a task, loaded or not.
+
+        Raises:
+            NotFound: no visible task has that name and version.
+        """
         found = self._own.get(name)
         if found is not None:
             if version not in {"", found.version, CURRENT}:
                 raise NotFound(f"find model {name!r}", expected=f"version {found.version}", got=repr(version))
-        else:
-            found = target_of(self._state.tasks.snapshot().find(tenant, name, version))
-        if self._unloaded and (found.tenant, name) in self._unloaded:
-            raise Unavailable(f"run model {name!r}", problem="it was unloaded", fix="Load it again.")
-        return found
+            return found
+        return target_of(self._state.tasks.snapshot().find(tenant, name, version))
 
     def model(self, tenant: str, name: str, version: str = "") -> Model:
         """Return a model with one version, or with all of them.

@@ -18,9 +18,9 @@ from tpeft_deploy.runtime.server.operations.admission import Admission
 from tpeft_deploy.runtime.server.operations.components import Components
 from tpeft_deploy.runtime.server.operations.generation import Generations
 from tpeft_deploy.runtime.server.operations.inference import Inference
-from tpeft_deploy.runtime.server.operations.load_parameters import check_unload_parameters, files_of, parts_of
 from tpeft_deploy.runtime.server.operations.models import Model, Models, page
 from tpeft_deploy.runtime.server.operations.options import Options
+from tpeft_deploy.runtime.server.operations.repository import ModelRepository
 from tpeft_deploy.runtime.server.operations.slices import Turns, in_slices
 from tpeft_deploy.runtime.server.operations.tasks import Management, owner_of
 from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord
@@ -56,6 +56,8 @@ class Service:
         admin: operations on keys, tenants, the audit log and the metrics.
         generations: generation of text, for the protocols that have it.
         infer: `Inference.infer`; not wrapped, as it is called most.
+        repository: loading and unloading of models.
+        load: `ModelRepository.load`.
         components: components of the bundle, as they are named by clients.
         largest_body: size of the largest useful request body; None if the model's inputs are unbounded.
     """
@@ -94,6 +96,10 @@ class Service:
             pins=TenantPins(runtime, state.tenants.quota, self._options.max_folded, pools.uploads),
             pools=pools,
         )
+        self.repository = ModelRepository(
+            runtime, bundle, state, self._models, self._management, self._change, self._options.max_upload_bytes, pools
+        )
+        self.load = self.repository.load
         self.admin = Admin(state, self._options, order, self._management.pins, self._changes, self._events)
         self._management.announce(list(state.tasks.snapshot().versions()))
         self._management.restore()
@@ -233,32 +239,9 @@ class Service:
             await in_slices(await self._visible(principal.tenant), show)
         return found
 
-    async def load(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
-        """Load a model; with "file:..." parameters, register a new version first."""
-        self._change(principal)
-        files = files_of(name, parameters)
-        if files:
-            await self._management.register(principal, name, parts_of(name, files, self._options.max_upload_bytes))
-        model = self._changeable(principal, name)
-        await self._pools.changes.run_for(
-            principal.tenant, self._state.placements.load, model.tenant, model.name, by=principal.key
-        )
-        self._models.reload((model.tenant, model.name))
-        if not model.mixed and model.name != "base":
-            target = self._models.target(principal.tenant, name)
-            await asyncio.wrap_future(self._runtime.prefetch([target.key]))
-            if parameters.get("pin"):
-                await self._management.pin(principal, name, folded=False, tenant=model.tenant or "shared")
-
     async def unload(self, principal: Principal, name: str, parameters: Mapping[str, LoadParameter]) -> None:
         """Unload a model: requests for it are refused until it is loaded again."""
-        self._change(principal)
-        check_unload_parameters(name, parameters)
-        model = self._changeable(principal, name)
-        await self._pools.changes.run_for(
-            principal.tenant, self._state.placements.unload, model.tenant, model.name, by=principal.key
-        )
-        self._models.unload((model.tenant, model.name))
+        model = await self.repository.unload(principal, name, parameters)
         self._events.flush()
         self._statistics.drop(model.tenant, model.name)
         self._options.forget(model.tenant, model.name)
@@ -359,12 +342,6 @@ class Service:
         allow(principal, Action.READ)
         model, component = self.components.split(name)
         return self._models.model(principal.tenant, model, version), component
-
-    def _changeable(self, principal: Principal, name: str) -> Model:
-        model = self._models.model(principal.tenant, name)
-        if model.tenant != principal.tenant:
-            allow(principal, Action.ADMIN)  # shared by all tenants
-        return model
 
     def _reader(self, principal: Principal, tenant: str | None) -> str:
         allow(principal, Action.READ)

@@ -31,7 +31,8 @@ __all__ = ["Application", "application", "model_of"]
 _MODELS = "/v2/models/"
 _SUFFIX = 4  # segment of a path behind that of the model
 _NAMES = 2  # in the name of a model: MODEL/COMPONENT
-_SUFFIXES = frozenset({"infer", "ready", "config", "stats", "versions"})  # components of such names need %2F
+# Components of such names need %2F.
+_SUFFIXES = frozenset({"infer", "ready", "config", "stats", "versions", "generate", "generate_stream"})
 _INFER = ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer")
 
 
@@ -212,6 +213,8 @@ async def _answer(document: object) -> Response:
     # Not compressed: tritonclient's asyncio client always accepts gzip, but decompresses it for tensors only.
     if isinstance(document, bytes):
         return 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], [document]
+    if isinstance(document, str):
+        return 200, [(b"content-type", b"text/plain; charset=utf-8")], [document.encode()]
     if isinstance(document, msgspec.Raw):  # encoded already
         return 200, [(b"content-type", b"application/json")], [bytes(document)]
     return 200, [(b"content-type", b"application/json")], await encoded({} if document is None else document)

@@ -229,10 +229,10 @@ class HttpContext(RequestContext):
                 stops = Unavailable("answer a request", problem="the server stops", fix="Send it again.")
                 with suppress(TimeoutError, ClientDisconnect):  # the client may have left, or read nothing
                     async with asyncio.timeout(_LAST_SECONDS):
-                        await part(event(self._openai(stops, status_of(stops))), more=False)
+                        await part(event(self._error(stops, status_of(stops))), more=False)
                 raise
             except Exception as error:
-                await part(event(self._openai(error, self._status_of(error))), more=False)
+                await part(event(self._error(error, self._status_of(error))), more=False)
 
     async def _write(self, send: Send, status: int, headers: Headers, parts: Sequence[bytes]) -> None:
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -254,9 +254,7 @@ class HttpContext(RequestContext):
             headers.append((b"www-authenticate", b"Bearer"))
         if isinstance(error, MethodNotAllowed):
             headers.append((b"allow", error.allowed.encode()))
-        if self.scope.get("path", "").startswith(errors.PREFIX):
-            return status.http, headers, [orjson.dumps(self._openai(error, status))]
-        return status.http, headers, [orjson.dumps({"error": _unicode(status.text)})]
+        return status.http, headers, [orjson.dumps(self._error(error, status))]
 
     def _status_of(self, error: Exception) -> Status:
         status = status_of(error)
@@ -264,8 +262,11 @@ class HttpContext(RequestContext):
             _log.error("%s %s failed, request %s", self.method, self.route, self.request_id, exc_info=error)
         return status
 
-    def _openai(self, error: Exception, status: Status) -> dict[str, object]:
-        return errors.document(error, replace(status, text=_unicode(status.text)), self.task)
+    def _error(self, error: Exception, status: Status) -> dict[str, object]:
+        text = _unicode(status.text)
+        if self.scope.get("path", "").startswith(errors.PREFIX):
+            return errors.document(error, replace(status, text=text), self.task)
+        return {"error": text}
 
 
 def _unicode(text: str) -> str:

@@ -118,11 +118,11 @@ def document() -> dict[str, Any]:
 
 def _operation(route: Route) -> dict[str, Any]:
     answer: dict[str, Any] = {"application/json": {}}
-    if route.path == "/metrics":
+    if route.text:
         answer = {"text/plain": {"schema": {"type": "string"}}}
     elif route.streams:
         answer["text/event-stream"] = {}
-    elif route.action is Action.INFER:
+    elif route in _INFERENCE:
         answer["application/octet-stream"] = {}
     schema_of_errors = "OpenAIError" if route.path.startswith(errors.PREFIX) else "Error"
     error = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema_of_errors}"}}}}
@@ -149,10 +149,22 @@ def _operation(route: Route) -> dict[str, Any]:
 
 
 def _schema(body: type[Body]) -> dict[str, Any]:
-    found: dict[str, Any] = msgspec.json.schema(body)["$defs"][body.__name__]
+    known: dict[str, Any] = msgspec.json.schema(body)["$defs"]
+    found: dict[str, Any] = _inlined(known[body.__name__], known)
     found["properties"] = {name: own for name, own in found["properties"].items() if name not in body.unlisted}
     found["title"] = body.__name__.removesuffix("Body")  # generated clients name their classes by it
     return found
+
+
+def _inlined(schema: Any, known: dict[str, Any]) -> Any:
+    """Copy of a schema with the definitions that it refers to in their places."""
+    if isinstance(schema, list):
+        return [_inlined(own, known) for own in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(known[schema["$ref"].removeprefix("#/$defs/")], known)
+    return {name: _inlined(own, known) for name, own in schema.items()}
 
 
 def _upload() -> dict[str, Any]:

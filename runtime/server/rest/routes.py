@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from tpeft_deploy.runtime.server.openai import endpoints, models
+from tpeft_deploy.runtime.server.openai import adapters, encoders, endpoints, models, tokens
 from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody
-from tpeft_deploy.runtime.server.rest import bodies, handlers
+from tpeft_deploy.runtime.server.openai.text_bodies import ClassifyBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from tpeft_deploy.runtime.server.rest import bodies, generate, handlers
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.tenancy.access import Action
+from tpeft_deploy.runtime.server.v2.generate import GenerateRequest
 
 __all__ = ["ROUTES", "Route"]
 
@@ -24,13 +26,14 @@ class Route:
         method: HTTP method.
         path: path template.
         action: action that the role must allow.
-        handler: returns the response document; bytes are text, `msgspec.Raw` is JSON, None is an empty object, and an
-            `EventStream` is sent as it comes.
+        handler: returns the response document; bytes are metrics, `str` is text, `msgspec.Raw` is JSON, None is an
+            empty object, and an `EventStream` is sent as it comes.
         summary: summary for OpenAPI.
         query: query parameter -> description.
         body: type of the JSON body, or None.
         upload: whether the body is an upload.
         streams: whether the response may be a stream of events.
+        text: whether the response is text.
     """
 
     method: str
@@ -42,6 +45,7 @@ class Route:
     body: type[bodies.Body] | None = None
     upload: bool = False
     streams: bool = False
+    text: bool = False
 
 
 _TENANT = {"tenant": 'owner of the task (default: the key\'s tenant); another one, or "shared", needs the role admin'}
@@ -50,8 +54,22 @@ _TASK = "/v2/registry/tasks/{task}"
 
 
 def _of_models(suffix: str, handler: Handler, summary: str) -> list[Route]:
-    paths = (f"/v2/models/{{model}}{suffix}", f"/v2/models/{{model}}/versions/{{version}}{suffix}")
-    return [Route("GET", path, Action.READ, handler, summary) for path in paths]
+    return [Route("GET", path, Action.READ, handler, summary) for path in _paths(suffix)]
+
+
+def _of_text(suffix: str, handler: Handler, summary: str, *, streams: bool = False) -> list[Route]:
+    paths = _paths(suffix)
+    return [
+        Route("POST", path, Action.INFER, handler, summary, body=GenerateRequest, streams=streams) for path in paths
+    ]
+
+
+def _paths(suffix: str) -> tuple[str, str]:
+    return f"/v2/models/{{model}}{suffix}", f"/v2/models/{{model}}/versions/{{version}}{suffix}"
+
+
+def _of_texts(name: str, handler: Handler, summary: str, body: type[bodies.Body]) -> Route:
+    return Route("POST", f"/v1/{name}", Action.INFER, handler, summary, body=body)
 
 
 ROUTES: tuple[Route, ...] = (
@@ -63,6 +81,8 @@ ROUTES: tuple[Route, ...] = (
     *_of_models("/ready", handlers.model_ready, "Readiness of a model"),
     *_of_models("/config", handlers.config, "Configuration of a model in the form of Triton's ModelConfig"),
     *_of_models("/stats", handlers.statistics, "Inference statistics of a model"),
+    *_of_text("/generate", generate.generate, "Continue a text, as Triton's generate extension does"),
+    *_of_text("/generate_stream", generate.generate_stream, "Continue a text as a stream of events", streams=True),
     Route("POST", "/v2/repository/index", Action.READ, handlers.index, "List models by state", body=bodies.Index),
     Route(
         "POST",
@@ -99,6 +119,28 @@ ROUTES: tuple[Route, ...] = (
         "Continue prompts, as OpenAI's API does",
         body=CompletionBody,
         streams=True,
+    ),
+    _of_texts("embeddings", encoders.embeddings, "Embed texts, as OpenAI's API does", EmbeddingBody),
+    _of_texts("classify", encoders.classify, "Classify texts or pairs of texts", ClassifyBody),
+    _of_texts("tokenize", tokens.tokenize, "Get the tokens of a text or a chat, as vLLM's API does", TokenizeBody),
+    _of_texts("detokenize", tokens.detokenize, "Get the text of tokens, as vLLM's API does", DetokenizeBody),
+    Route(
+        "POST",
+        "/v1/load_lora_adapter",
+        Action.DEPLOY,
+        adapters.load_adapter,
+        "Load a model with a registered adapter, as vLLM does",
+        body=adapters.LoadLoraAdapter,
+        text=True,
+    ),
+    Route(
+        "POST",
+        "/v1/unload_lora_adapter",
+        Action.DEPLOY,
+        adapters.unload_adapter,
+        "Unload a model, as vLLM does",
+        body=adapters.UnloadLoraAdapter,
+        text=True,
     ),
     Route(
         "GET",
@@ -189,5 +231,6 @@ ROUTES: tuple[Route, ...] = (
         Action.READ,
         handlers.metrics,
         "Metrics in the Prometheus text format; needs the role admin unless configured otherwise",
+        text=True,
     ),
 )

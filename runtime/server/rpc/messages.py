@@ -13,9 +13,10 @@ from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse,
 from tpeft_deploy.runtime.server.v2.tensors import encode_raw, quoted, raw_view
 from tpeft_deploy.tucker import Array
 
-__all__ = ["adapter_of", "is_raw", "raw_response", "request_of", "response_of"]
+__all__ = ["adapter_of", "is_final", "is_raw", "parameters_of", "raw_response", "request_of", "response_of"]
 
 _ADAPTER_KEYS = ("x-adapter", "serve_multiplexed_model_id", "multiplexed_model_id")
+_FINAL = "triton_enable_empty_final_response"
 _RAW_OUTPUTS = 6  # number of the field raw_output_contents
 _INFER_RESPONSE = 2  # number of the field infer_response in ModelStreamInferResponse
 _LARGEST = (2 << 30) - (1 << 20)  # protobuf messages are smaller than 2 GiB
@@ -44,7 +45,7 @@ def request_of(
     """
     if not message.model_name:
         raise ProtocolError("request", expected="model_name", got="an empty one")
-    parameters = {key: _value(f"parameter {quoted(key)}", one) for key, one in message.parameters.items()}
+    parameters = parameters_of(message)
     microseconds = _whole(parameters, "timeout")
     if microseconds:
         seconds = microseconds / 1e6
@@ -60,6 +61,20 @@ def request_of(
         timeout=timeout,
         priority=_whole(parameters, "priority"),
     )
+
+
+def parameters_of(message: pb.ModelInferRequest) -> dict[str, Parameter]:
+    """Return the parameters of a message.
+
+    Raises:
+        ProtocolError: a parameter has no value.
+    """
+    return {key: _value(f"parameter {quoted(key)}", one) for key, one in message.parameters.items()}
+
+
+def is_final(message: pb.ModelInferRequest) -> bool:
+    """Return whether the client of a stream wants the last answer marked."""
+    return _FINAL in message.parameters and message.parameters[_FINAL].bool_param
 
 
 def adapter_of(metadata: Mapping[str, str]) -> str | None:

@@ -13,7 +13,7 @@ from tpeft_deploy.errors import ProtocolError
 from tpeft_deploy.runtime.server.operations.slices import in_slices
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.context import RpcContext
-from tpeft_deploy.runtime.server.rpc.messages import adapter_of, is_raw, raw_response, request_of, response_of
+from tpeft_deploy.runtime.server.rpc.messages import adapter_of, is_final, is_raw, raw_response, request_of, response_of
 from tpeft_deploy.runtime.server.tenancy.access import Action
 from tpeft_deploy.runtime.server.v2.messages import InferResponse, LoadParameter
 from tpeft_deploy.runtime.server.v2.offload import PIECE
@@ -22,7 +22,6 @@ from tpeft_deploy.runtime.server.v2.tensors import quoted
 __all__ = ["METHODS", "SERVICE", "Method"]
 
 SERVICE = "inference.GRPCInferenceService"
-_FINAL = "triton_enable_empty_final_response"
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ async def _model_infer(call: RpcContext, message: pb.ModelInferRequest) -> Messa
         request = msgspec.structs.replace(request, traceparent=call.traceparent)
     # Clients that send raw tensors can read them; without any input the response is raw, which every client reads.
     raw = bool(call.raws) or bool(message.raw_input_contents) or not message.inputs
-    final = call.streamed and _FINAL in message.parameters and message.parameters[_FINAL].bool_param
+    final = call.streamed and is_final(message)
     del message, given
     return await _response(call, await call.core.infer(call.principal, request), raw, final)
 

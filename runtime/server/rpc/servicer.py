@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
@@ -17,6 +18,7 @@ from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
 from tpeft_deploy.runtime.server.rpc.context import RpcContext
 from tpeft_deploy.runtime.server.rpc.field_limit import parse, split_raw
+from tpeft_deploy.runtime.server.rpc.generation import generated, generates
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Method
 from tpeft_deploy.runtime.server.rpc.reading import read_message
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
@@ -30,6 +32,9 @@ __all__ = ["Observer", "Servicer"]
 
 T = TypeVar("T")
 Observer = Callable[[RequestContext], None]
+Write = Callable[[bytes], Awaitable[None]]
+Several = Callable[[], Write]
+"""Lets the messages behind one go first; returns what sends the answers of that one."""
 _LOG = logging.getLogger(__name__)
 _ELEMENT = 16  # bytes of memory per typed element, parsed and as an array
 _TEXT_BYTES = 1000  # clients accept 8 KiB of trailers, and percent-encoding triples a byte
@@ -148,12 +153,12 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
                 return None
             return None if data is None else (data, hold)
 
-        async def answer(message: tuple[bytes, Hold]) -> bytes:
+        async def answer(message: tuple[bytes, Hold], several: Several) -> bytes:
             data, hold = message
             own = call.message(hold, len(data))
             own.deadline = context.time_remaining()
             try:
-                return await self._one_of_stream(method, own, data)
+                return await self._one_of_stream(method, own, data, several)
             finally:
                 own.close()
                 held.discard(hold)
@@ -165,7 +170,8 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
                 hold.close()
         return refused.pop() if refused else None
 
-    async def _one_of_stream(self, method: Method, call: RpcContext, data: bytes) -> bytes:
+    async def _one_of_stream(self, method: Method, call: RpcContext, data: bytes, several: Several) -> bytes:
+        """Serve a message; return its answer, or the last of several."""
         request = None
         try:
             # Authenticated per message: a key may be revoked while the stream is open.
@@ -175,7 +181,11 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             call.enter(self._intake.requests)
             request = await self._parsed(method, call, data)
             call.describe(request)
-            answer = _bytes_of(await method.answer(call, request))
+            answer = b""
+            if generates(request):
+                await self._several(call, request, several)
+            else:
+                answer = _bytes_of(await method.answer(call, request))
         except asyncio.CancelledError:
             call.status = GONE
             self._end(call)
@@ -187,9 +197,17 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             asked = {} if request is None else {"id": request.id, "model_name": request.model_name}
             message = pb.ModelStreamInferResponse(error_message=_clipped(status.text), infer_response=asked)
             answer = _bytes_of(message)
-        call.bytes_out = len(answer)
+        call.bytes_out += len(answer)
         self._end(call)
         return answer
+
+    async def _several(self, call: RpcContext, request: pb.ModelInferRequest, several: Several) -> None:
+        write = several()
+        async with aclosing(generated(call, request)) as answers:
+            async for one in answers:
+                answer = _bytes_of(one)
+                call.bytes_out += len(answer)
+                await write(answer)
 
     async def _wait(self, call: RpcContext) -> None:
         """Delay the next message of a tenant after large refused ones."""
@@ -216,35 +234,62 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 
 
 async def _in_order(
-    context: Any, read: Callable[[], Awaitable[T | None]], answer: Callable[[T], Awaitable[bytes]], in_flight: int
+    context: Any,
+    read: Callable[[], Awaitable[T | None]],
+    answer: Callable[[T, Several], Awaitable[bytes]],
+    in_flight: int,
 ) -> None:
-    """Serve the messages of a stream concurrently, responding in order; an error cancels in-flight messages.
+    """Serve the messages of a stream concurrently; an error cancels in-flight messages.
+
+    Messages with one answer are answered in order.  Those with several do not keep others waiting, as their client
+    knows them by their ids.
 
     Args:
         context: gRPC context of the call.
         read: returns the next message; None at the end.
-        answer: returns the response to one message; an exception ends the stream.
+        answer: returns the answer to one message, empty for none; an exception ends the stream.  A message with several
+            answers calls its second argument first, and sends them by the function that this returns.
         in_flight: maximum number of in-flight messages; the client waits beyond it.
     """
-    room = asyncio.Semaphore(in_flight)
-    waiting: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue()
+    room, writing = asyncio.Semaphore(in_flight), asyncio.Lock()
+    waiting: asyncio.Queue[asyncio.Future[bytes | None] | None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    async def write(data: bytes) -> None:
+        if data:
+            async with writing:
+                await context.write(data)
+
     async with asyncio.TaskGroup() as group:
 
-        async def one(data: T) -> bytes:
-            return await answer(data)
+        async def one(data: T, turn: asyncio.Future[bytes | None]) -> None:
+            def several() -> Write:
+                turn.set_result(None)
+                return write
+
+            found = await answer(data, several)
+            if not turn.done():
+                turn.set_result(found)
+                return
+            await write(found)
+            room.release()
 
         async def read_all() -> None:
             await room.acquire()
             while (data := await read()) is not None:
-                waiting.put_nowait(group.create_task(one(data)))
+                turn = loop.create_future()
+                waiting.put_nowait(turn)
+                group.create_task(one(data, turn))
                 del data
                 await room.acquire()
             waiting.put_nowait(None)
 
         group.create_task(read_all())
-        while (task := await waiting.get()) is not None:
-            await context.write(await task)
-            room.release()
+        while (turn := await waiting.get()) is not None:
+            found = await turn
+            if found is not None:
+                await write(found)
+                room.release()
 
 
 def _allowed(path: str, method: Method | None, caller: Principal | None) -> Method:

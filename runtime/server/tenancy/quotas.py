@@ -218,6 +218,25 @@ class Meter:
         if self._quota(tenant).tokens_per_min is not None:
             self._spend("tokens", tenant, tokens, now)
 
+    def spend_work(self, tenant: str, rows: int, tokens: int, now: float) -> None:
+        """Spend the rows and tokens of a request of a tenant's quota, or neither.
+
+        Args:
+            tenant: tenant of the request.
+            rows: number of rows in the request.
+            tokens: tokens of its prompts, and those that it may generate.
+            now: time of a monotonic clock in seconds.
+
+        Raises:
+            QuotaExceeded: too few are left; `retry_after` is the time until as many are allowed.
+        """
+        self.spend_rows(tenant, rows, now)
+        try:
+            self.spend_tokens(tenant, tokens, now)
+        except QuotaExceeded:
+            self.refund("rows", tenant, rows, now)
+            raise
+
     def refund(self, what: str, tenant: str, amount: int, now: float) -> None:
         """Give back what a request spent and did not use.
 

@@ -52,6 +52,7 @@ _TABLE: list[tuple[type[errors.TpeftError], int, str]] = [
     (errors.Conflict, 409, "FAILED_PRECONDITION"),
     (errors.QuotaExceeded, 429, "RESOURCE_EXHAUSTED"),
     (errors.Unsupported, 501, "UNIMPLEMENTED"),
+    (errors.ProviderUnavailable, 501, "UNIMPLEMENTED"),
     (errors.InsufficientStorage, 507, "RESOURCE_EXHAUSTED"),
     (errors.Unavailable, 503, "UNAVAILABLE"),
     (errors.QueueFull, 503, "UNAVAILABLE"),

@@ -54,6 +54,7 @@ def test_a_directory_with_a_tokenizer_becomes_a_bundle_with_text(tmp_path: Path)
         sampling={"temperature": 0.5, "top_k": 50},
         stop_tokens=(1,),
         max_new_tokens=7,
+        most_tokens=128,
     )
     verify_bundle(bundle.path)
     check_generated(bundle.path, model, tokenizer)
@@ -128,7 +129,11 @@ def test_a_model_without_generation_defaults_stops_at_its_tokenizers_end(tmp_pat
     fast("metaspace", chat_template=templates, clean_up_tokenization_spaces=True).save_pretrained(config(tmp_path))
     _, facts = read_text(tmp_path)
     assert facts == TextFacts(
-        special_tokens=fast("metaspace").special_tokens_map, templates=templates, stop_tokens=(1,), clean_up=True
+        special_tokens=fast("metaspace").special_tokens_map,
+        templates=templates,
+        stop_tokens=(1,),
+        clean_up=True,
+        most_tokens=2048,
     )
 
 

@@ -55,15 +55,16 @@ def made(name: str, layers: int = 1) -> Any:
     return model_class(model_class.config_class(**TOKENS | sizes)).eval()
 
 
-def trained(name: str, place: Path, layers: int = 1) -> dict[str, Path]:
-    """Two PEFT directories, one of them of Tucker adapters where there are convolutions."""
+def trained(name: str, place: Path, layers: int = 1, tasks: Sequence[str] = ("a", "b")) -> dict[str, Path]:
+    """A PEFT directory for each task, the first of Tucker adapters where there are convolutions."""
     targets = MODELS[name][2]
     tucker = TuckerConfig(ranks=2, target_modules=targets)
     # Whisper asks its convolution for the stride, which LoRA's layer of PEFT has not.
     lora = LoraConfig(
         r=3, lora_alpha=8, target_modules=[own for own in targets if own != "conv1"], init_lora_weights=False
     )
-    for seed, (task, config) in enumerate({"a": tucker if "conv1" in targets else lora, "b": lora}.items()):
+    for seed, task in enumerate(tasks):
+        config = tucker if seed == 0 and "conv1" in targets else lora
         torch.manual_seed(seed)
         with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PEFT uses an alias of transformers
             model = get_peft_model(made(name, layers), config)
@@ -72,7 +73,7 @@ def trained(name: str, place: Path, layers: int = 1) -> dict[str, Path]:
                 if parameter.requires_grad:
                     parameter.add_(0.2 * torch.randn_like(parameter))
         model.save_pretrained(str(place / task), save_embedding_layers=False)
-    return {task: place / task for task in ("a", "b")}
+    return {task: place / task for task in tasks}
 
 
 def source(name: str, row: int) -> dict[str, Array]:

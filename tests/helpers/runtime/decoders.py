@@ -1,4 +1,7 @@
-"""A decoder without a model: its logits are a function of the adapter version and all tokens so far, as it has them."""
+"""A decoder without a model.
+
+Its logits are a function of the adapter version, the inputs beside the tokens and all tokens so far, as it has them.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,16 @@ import numpy as np
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.runtime.generation.sampling import Sampler, Token
 from tpeft_deploy.runtime.generation.sequence import HeldVersion
+from tpeft_deploy.runtime.generation.sequence import Sequence as State
+from tpeft_deploy.runtime.generation.sources.source import digest
 from tpeft_deploy.tucker import Array
 
 VOCABULARY = 40
 UNWRITTEN = -1
 
 
-def logits_of(version: Hashable, tokens: Sequence[int]) -> Array:
-    seed = zlib.crc32(repr((version, [int(token) for token in tokens])).encode())
+def logits_of(version: Hashable, tokens: Sequence[int], memory: Hashable = None) -> Array:
+    seed = zlib.crc32(repr((version, [int(token) for token in tokens], memory)).encode())
     return np.random.Generator(np.random.Philox(key=seed)).standard_normal(VOCABULARY).astype(np.float32) * 3
 
 
@@ -29,7 +34,7 @@ def alone(request: GenerationRequest, choice: int = 0, version: Hashable = None)
     sampler, tokens = Sampler(request.sampling, request.prompt, choice), list(request.prompt)
     found: list[Token] = []
     while len(found) < request.max_new_tokens:
-        found.append(sampler.choose(logits_of(key, tokens)))
+        found.append(sampler.choose(logits_of(key, tokens, digest(request.inputs))))
         tokens.append(found[-1].id)
         if tokens[-1] in request.sampling.stop_tokens:
             break
@@ -40,6 +45,7 @@ def alone(request: GenerationRequest, choice: int = 0, version: Hashable = None)
 class SavedTokens:
     tokens: Array
     version: Hashable
+    memory: Hashable
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +66,7 @@ class FakeDecoder:
         self.cache = np.full((slots, length), UNWRITTEN)
         self.filled = [0] * slots
         self.of: list[Hashable] = [None] * slots  # version that the cache of a slot was computed with
+        self.memory: list[Hashable] = [None] * slots
         self.calls: Counter[str] = Counter()
         self.before = before
         self.most_tokens = 0  # of one prefill
@@ -77,13 +84,25 @@ class FakeDecoder:
         assert self.of[slot] == version
         self.cache[slot, past : past + len(tokens)] = tokens
         self.filled[slot] += len(tokens)
-        return logits_of(version, self.cache[slot, : self.filled[slot]].tolist())
+        return logits_of(version, self.cache[slot, : self.filled[slot]].tolist(), self.memory[slot])
 
     def _empty(self, slot: int) -> None:
         self.cache[slot] = UNWRITTEN
         self.filled[slot] = 0
 
-    def prefill(self, slots: Sequence[int], tokens: Array, past: int, versions: Sequence[HeldVersion]) -> Array:
+    def enter(self, slot: int, sequence: State) -> None:
+        if sequence.inputs is not None:
+            self._called("enter", slot)
+        self.memory[slot] = sequence.digest
+
+    def prefill(
+        self,
+        slots: Sequence[int],
+        tokens: Array,
+        past: int,
+        versions: Sequence[HeldVersion],
+        features: Sequence[object] = (),
+    ) -> Array:
         self._called("prefill", *slots)
         assert tokens.dtype == np.int64
         assert tokens.size
@@ -104,12 +123,13 @@ class FakeDecoder:
         self._empty(target)
         self.cache[target, :length] = self.cache[source, :length]
         self.filled[target], self.of[target] = length, self.of[source]
+        self.memory[target], self.memory[source] = self.memory[source], "moved away"
         self._empty(source)
 
     def save(self, slot: int, start: int, length: int) -> SavedTokens:
         self._called("save", slot)
         assert start + length <= self.filled[slot]
-        return SavedTokens(self.cache[slot, start : start + length].copy(), self.of[slot])
+        return SavedTokens(self.cache[slot, start : start + length].copy(), self.of[slot], self.memory[slot])
 
     def restore(self, slot: int, start: int, block: SavedTokens) -> None:
         self._called("restore", slot)
@@ -117,7 +137,7 @@ class FakeDecoder:
             self._empty(slot)
             self.of[slot] = block.version
         assert start == self.filled[slot]
-        assert self.of[slot] == block.version
+        assert (self.of[slot], self.memory[slot]) == (block.version, block.memory)
         self.cache[slot, start : start + len(block.tokens)] = block.tokens
         self.filled[slot] += len(block.tokens)
 

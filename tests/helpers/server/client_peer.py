@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 import threading
@@ -152,6 +153,16 @@ def application(peer: Peer) -> Starlette:
             peer.uploads.append({name: await part.read() for name, part in form.items() if not isinstance(part, str)})
         return JSONResponse({"task": request.path_params["name"], "query": dict(request.query_params)}, 201)
 
+    async def embed(request: Request) -> Response:
+        # The embedding of a text is its length and its number of words.
+        body = await request.json()
+        rows = [struct.pack("<2f", len(text), len(text.split())) for text in body["input"]]
+        packed = body.get("encoding_format") == "base64"
+        found = [base64.b64encode(row).decode() if packed else struct.unpack("<2f", row) for row in rows]
+        data = [{"object": "embedding", "index": at, "embedding": row} for at, row in enumerate(found)]
+        usage = {"prompt_tokens": 1, "total_tokens": 1}
+        return JSONResponse({"object": "list", "model": body["model"], "data": data, "usage": usage})
+
     def document(content: Any) -> Any:
         async def answer(request: Request) -> Response:
             peer.paths.append(request.url.path)
@@ -167,6 +178,7 @@ def application(peer: Peer) -> Starlette:
             Route("/v2/health/ready", document({"ready": True})),
             Route("/v2/models/{name}/infer", infer, methods=["POST"]),
             Route("/v2/models/{name}/versions/{version}/infer", infer, methods=["POST"]),
+            Route("/v1/embeddings", embed, methods=["POST"]),
             Route("/v2/registry/tasks", document([{"name": "sst2"}])),
             Route("/v2/registry/tasks/{name}/aliases/{alias}", document({"version": "1"}), methods=["PUT"]),
             Route("/v2/registry/tasks/{name}/aliases/{alias}/rollback", document({"version": "1"}), methods=["POST"]),

@@ -6,6 +6,8 @@ from tpeft_deploy.errors import ProviderUnavailable
 from tpeft_deploy.runtime.devices.choices import choose_devices
 from tpeft_deploy.runtime.sessions import providers
 from tpeft_deploy.runtime.sessions.cuda_provider import CudaProvider
+from tpeft_deploy.runtime.sessions.openvino_provider import OpenvinoProvider
+from tpeft_deploy.runtime.sessions.tensorrt_provider import TensorrtProvider
 
 
 def test_without_numbers_there_is_the_device_of_the_provider() -> None:
@@ -21,6 +23,19 @@ def test_numbers_that_name_no_devices_are_refused_in_one_line(provider: str, dev
     with pytest.raises(ProviderUnavailable, match="each once") as refused:
         choose_devices(provider, devices)
     assert "\n" not in str(refused.value)
+
+
+def test_a_provider_with_one_device_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenvinoProvider, "obstacle", lambda self: None)
+    with pytest.raises(ProviderUnavailable, match=r"choose devices of OpenVINO: expected .*: cuda, cpu, tensorrt, got"):
+        choose_devices("openvino", [0, 1])
+
+
+def test_tensorrt_and_its_reference_have_the_device_of_each_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TensorrtProvider, "obstacle", lambda self: None)
+    chosen = choose_devices("tensorrt", [0, 1])
+    assert [(own.provider, own.device) for own in chosen] == [("tensorrt", "cuda"), ("tensorrt", "cuda:1")]
+    assert [(own.reference.provider, own.reference.device) for own in chosen] == [("cuda", "cuda"), ("cuda", "cuda:1")]
 
 
 def test_each_number_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ def any_request(draw: random.Random) -> GenerationRequest:
         tenant=draw.choice(["x", "y"]),
         public=draw.random() < 0.3,
         priority=draw.choice([0, 0, 1]),
+        inputs=draw.choice([None, None, {"image": np.array([1])}, {"image": np.array([2])}]),
     )
 
 
@@ -348,9 +349,11 @@ def test_a_prompt_of_a_tenant_below_its_share_is_computed_after_the_run_that_it_
     decoder = FakeDecoder(3, before=held)
     own = decoder.prefill
 
-    def prefill(slots: Sequence[int], tokens: Array, past: int, versions: Sequence[Any]) -> Array:
+    def prefill(
+        slots: Sequence[int], tokens: Array, past: int, versions: Sequence[Any], features: Sequence[object] = ()
+    ) -> Array:
         calls.append((str(tokens[0][0]), tokens.shape[1]))
-        return own(slots, tokens, past, versions)
+        return own(slots, tokens, past, versions, features)
 
     decoder.prefill = prefill  # type: ignore[method-assign]
     with generating(decoder, budget=64, chunk=8, order=Fair[None](lambda _: 1.0)) as (generator, _):

@@ -101,6 +101,17 @@ def test_the_least_recently_used_leaf_leaves_first() -> None:
     assert [known(cache, "a", None, tokens) for tokens in ([1, 1, 2, 2], [3, 3], [4, 4])] == [4, 0, 2]
 
 
+def test_other_inputs_beside_the_tokens_have_other_blocks() -> None:
+    cache: PrefixCache[Saved] = PrefixCache(100 * SIZE, BLOCK)
+    cache.insert("a", None, [1, 1], saver("a", None, [1, 1]), inputs=b"image")
+    found = {inputs: cache.match("a", None, [1, 1], inputs=inputs) for inputs in (None, b"image", b"other")}
+    assert [match.tokens for match in found.values()] == [0, 2, 0]
+    for match in found.values():
+        cache.release(match)
+    cache.drop("a")
+    assert cache.bytes == len(cache) == 0
+
+
 def test_blocks_in_use_stay_and_a_new_one_is_not_kept() -> None:
     cache: PrefixCache[Saved] = PrefixCache(SIZE, BLOCK)
     insert(cache, "a", None, [1, 1])

@@ -272,3 +272,14 @@ def test_a_constraint_that_allows_nothing_fails() -> None:
     constraint.allowed = lambda: np.zeros(6, bool)  # type: ignore[method-assign]
     with pytest.raises(RunError, match="a token that the constraint allows"):
         Sampler(Sampling(), [1], constraint=constraint).choose(np.zeros(9, np.float32))
+
+
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-30, 1, 1e300])
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300, 1, 1e300])
+def test_extreme_numbers_sample_a_token(temperature: float, penalty: float) -> None:
+    sampler = Sampler(Sampling(temperature=temperature, repetition_penalty=penalty, top_p=0.9, logprobs=2), [1, 2])
+    raw = np.array([0, 3, -2, 1e4, -1e4], np.float32)
+    found = {sampler.choose(raw).id for _ in range(5)}
+    assert found <= set(range(5))
+    if temperature < 1 and penalty <= 1:
+        assert found == ({1} if penalty < 1 else {3})

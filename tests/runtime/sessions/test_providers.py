@@ -13,6 +13,7 @@ from benchmarks.fusions import residual_norm
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.errors import ProviderUnavailable
 from tpeft_deploy.runtime import device_lock
+from tpeft_deploy.runtime.folding import compare
 from tpeft_deploy.runtime.sessions import execution_provider, providers
 from tpeft_deploy.runtime.sessions.cpu_provider import CpuProvider
 from tpeft_deploy.runtime.sessions.cuda_provider import CudaProvider
@@ -31,7 +32,7 @@ def test_auto_says_what_it_chose(conv_bundle: Bundle, caplog: pytest.LogCaptureF
 
 
 def test_unknown_providers_are_refused(conv_bundle: Bundle) -> None:
-    with pytest.raises(ProviderUnavailable, match=r"one of auto, cuda, cpu, or .*, got 'tpu'"):
+    with pytest.raises(ProviderUnavailable, match=r"one of auto, cuda, cpu, openvino, tensorrt, or .*, got 'tpu'"):
         Runtime(conv_bundle.path, provider="tpu")
 
 
@@ -66,7 +67,9 @@ def test_a_listed_provider_without_a_device_is_not_believed(monkeypatch: pytest.
 
 def test_two_runtimes_in_one_environment_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution_provider, "_owns", lambda distribution, file: True)
-    with pytest.raises(ProviderUnavailable, match="both installed"):
+    with pytest.raises(
+        ProviderUnavailable, match="several of onnxruntime, onnxruntime-gpu, onnxruntime-openvino are installed"
+    ):
         providers.choose("cuda")
 
 
@@ -75,7 +78,7 @@ def test_the_cpu_is_served_from_a_mixed_installation_with_a_warning(
 ) -> None:
     monkeypatch.setattr(execution_provider, "_owns", lambda distribution, file: True)
     assert providers.choose("cpu").device == "cpu"
-    assert "both installed" in caplog.messages[0]
+    assert "several of" in caplog.messages[0]
 
 
 def test_the_cpu_keeps_residual_sums_and_norms_apart(tmp_path: Path) -> None:
@@ -124,9 +127,11 @@ def test_a_process_settles_tf32_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert providers.choose("cpu", allow_tf32=True).device == "cpu"
 
 
-@pytest.mark.parametrize("provider", ["cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cpu:0", "auto:1", ":1"])
+@pytest.mark.parametrize(
+    "provider", ["cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cpu:0", "auto:1", ":1", "openvino:1", "tensorrt:"]
+)
 def test_what_is_no_numbered_device_is_refused(provider: str) -> None:
-    with pytest.raises(ProviderUnavailable, match=f"or a numbered device as cuda:1, got '{provider}'"):
+    with pytest.raises(ProviderUnavailable, match=f"or a numbered device as cuda:1, tensorrt:1, got '{provider}'"):
         providers.choose(provider)
 
 
@@ -169,3 +174,136 @@ def test_a_further_provider_is_one_class(conv_bundle: Bundle, monkeypatch: pytes
         assert runtime.provider == "other"
         assert runtime.run(Bundle.open(conv_bundle.path).example(), "two")
     assert asked[0] == providers.Cuda(memory_bytes=2**30)
+
+
+class Compiling(CpuProvider):
+    """The CPU, as a provider that compiles graphs."""
+
+    label = "the compiler"
+    compiles = True
+    prepacks = False
+    reference = "cpu"
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, provider: CpuProvider) -> providers.Choice:
+    monkeypatch.setattr(providers, "PROVIDERS", {**providers.PROVIDERS, "compiler": provider})
+    return providers.Choice("compiler", "a test says so")
+
+
+def test_graphs_that_take_factors_are_refused_by_providers_that_compile(
+    conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = pretend(monkeypatch, Compiling())
+    with pytest.raises(
+        ProviderUnavailable, match=r"a graph whose inputs are all fed, got [0-9]+ factors, which it comp"
+    ):
+        providers.open_session(conv_bundle.path / "factored.onnx", choice)
+    assert providers.open_session(conv_bundle.path / "base.onnx", choice)
+
+
+def test_small_weights_are_handed_to_providers_that_compile(
+    conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime leaves them in weights.data, and OpenVINO looks for that in the working directory at times."""
+    session = providers.open_session(conv_bundle.path / "base.onnx", pretend(monkeypatch, Compiling()))
+    small = {name: weight for name, weight in conv_bundle.manifest.weights.items() if 0 < weight.length <= 127}
+    assert small
+    for name in small:
+        assert np.array_equal(session.initializers[name].numpy(), conv_bundle.base_value(name))
+
+
+def test_nodes_on_another_provider_are_refused_by_name(conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = pretend(monkeypatch, Compiling())
+    nodes = [("OtherProvider", "Scan", "a"), (CpuProvider.session_provider, "Add", "b"), ("OtherProvider", "Mod", "c")]
+    monkeypatch.setattr(providers, "_assigned", lambda session: iter(nodes))
+    with pytest.raises(
+        ProviderUnavailable, match=r"open base.onnx on the compiler: .* some .*: 1 Mod, 1 Scan. Use 'cpu'"
+    ):
+        providers.open_session(conv_bundle.path / "base.onnx", choice)
+
+
+def test_what_a_compiler_lacks_is_said_in_one_line(conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "[E] : in basic_backend.cc\nException from core.cpp:1:\nUnsupported Convolution\nDetails:\n\nDynamic weights\nx"
+    )
+
+    def refuse(*_: object, **__: object) -> object:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(ProviderUnavailable, match=r"compiles, got Unsupported Convolution; Dynamic weights. Use"):
+        providers.open_session(conv_bundle.path / "base.onnx", pretend(monkeypatch, Compiling()))
+
+
+def test_only_folded_tasks_are_served_where_the_bank_is_refused(
+    conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Folding(Compiling):
+        banks = False
+
+    pretend(monkeypatch, Folding())
+    inputs = Bundle.open(conv_bundle.path).example()
+    with Runtime(conv_bundle.path, provider="cpu") as runtime:
+        expected = {task: runtime.run(inputs, task) for task in ("base", "two")}
+    with Runtime(conv_bundle.path, provider="compiler") as runtime:
+        assert runtime.only_folded
+        assert runtime.provider_reason.endswith(
+            "banked.onnx not used (the compiler compiles base and folded graphs only)"
+        )
+        assert compare.agree(runtime.run(inputs), expected["base"]) < 1e-5
+        with pytest.raises(ProviderUnavailable, match="run task 'two' of bundle 'conv': expected a task with a folded"):
+            runtime.run(inputs, "two")
+        runtime.pin("two", folded=True)
+        assert compare.agree(runtime.run(inputs, "two"), expected["two"]) < 1e-5
+        rows = len(next(iter(inputs.values())))
+        mixed = runtime.run(inputs, tasks=["two", *["base"] * (rows - 1)])
+        assert len(mixed) == len(expected["two"])
+
+
+def test_only_folded_tasks_are_served_on_each_of_several_devices(
+    conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Folding(Compiling):
+        banks = False
+
+    pretend(monkeypatch, Folding())
+    inputs = conv_bundle.example()
+    with Runtime(conv_bundle.path, provider="compiler", devices=[0, 1], preload=False) as runtime:
+        replicas = runtime._only.replicas  # type: ignore[union-attr]
+        assert all(own.only_folded and own.folds.has(runtime._versions.base) for own in replicas)
+        runtime.pin("two", folded=True)
+        found = [own.engine.run_one(inputs, own.own([runtime._versions.find("two")])[0]) for own in replicas]
+        assert compare.agree(*found) < 1e-5
+
+
+@pytest.mark.parametrize("devices", [None, [0, 1]])
+def test_a_provider_that_answers_differently_is_refused(
+    conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, devices: list[int] | None
+) -> None:
+    pretend(monkeypatch, Compiling())
+    found: list[float] = [] if devices is None else [0.0, 0.0]  # of the base and a task on the first device
+
+    def agree(*_: object) -> float:
+        return found.pop() if found else np.inf
+
+    monkeypatch.setattr(compare, "agree", agree)
+    with pytest.raises(
+        ProviderUnavailable, match="open bundle 'conv' on the compiler: expected the example's answer for 'base' with"
+    ):
+        Runtime(conv_bundle.path, provider="compiler", devices=devices)
+    assert not found
+
+
+@pytest.mark.parametrize("banks", [True, False])
+def test_a_base_that_cannot_be_opened_is_refused(
+    conv_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, banks: bool
+) -> None:
+    class Refusing(Compiling):
+        def graph(self, model: bytes) -> bytes:
+            raise ProviderUnavailable("open a graph", problem="it cannot")
+
+    provider = Refusing()
+    provider.banks = banks
+    pretend(monkeypatch, provider)
+    with pytest.raises(ProviderUnavailable, match="open bundle 'conv' on the compiler: open a graph: it cannot"):
+        Runtime(conv_bundle.path, provider="compiler")

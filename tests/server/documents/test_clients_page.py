@@ -16,12 +16,26 @@ import pytest
 from safetensors.numpy import save
 
 from tests.helpers.server.client_peer import KEY, Peer, serving
+from tests.helpers.server.live import Live, running
+from tests.server.conftest import serve
+from tpeft_deploy import Bundle, Client
+from tpeft_deploy.runtime.text.model_text import ModelText
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "clients.md").read_text()
 BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", PAGE, re.DOTALL)
 SUM = [256.0, len("rotated")]
 MIXED = [[256.0, len(task)] for task in ("rotated", "base", "mirrored")]
+QUESTION = "Where is my parcel?"
+QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it asks a server on the internet
+SHOW_TEXT = """
+import json
+print(json.dumps([text, pieces, globals().get("letters")]))
+"""
+SHOW_VECTORS = """
+import json
+print(json.dumps([list(map(float, row)) for row in vectors]))
+"""
 SHOW = """
 import json
 found = globals().get("logits"), globals().get("mixed")
@@ -51,8 +65,9 @@ def blocks(language: str, word: str) -> list[str]:
     return [text for kind, text in BLOCKS if kind == language and word in text]
 
 
-def run(peer: Peer, place: Path, *command: str) -> str:
-    environment = os.environ | {"TPEFT_KEY": KEY, "PYTHONPATH": str(ROOT), "NO_PROXY": "*"}
+def run(peer: Peer | Live, place: Path, *command: str, key: str = KEY) -> str:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"TPEFT_KEY": key, "PYTHONPATH": path, "NO_PROXY": "*", **QUIET}
     done = subprocess.run(
         [text.replace("localhost:8080", peer.url.removeprefix("http://")) for text in command],
         cwd=place,
@@ -68,9 +83,10 @@ def run(peer: Peer, place: Path, *command: str) -> str:
 
 def test_every_block_of_the_page_is_known_here() -> None:
     words = [" Client(", "AsyncClient", "tritonclient.http", "tritonclient.grpc", "RESTClient", "GRPCClient"]
+    words += [" OpenAI(", "ChatOpenAI(", "litellm"]
     kinds = [next(word for word in words if word in text) for kind, text in BLOCKS if kind == "python"]
-    assert sorted(kinds) == sorted([*words, " Client("])
-    assert len(blocks("sh", "curl")) == len(BLOCKS) - len(kinds) == 3
+    assert sorted(kinds) == sorted([*words, *[" Client("] * 3, " OpenAI("])
+    assert len(blocks("sh", "curl")) == len(BLOCKS) - len(kinds) == 4
 
 
 @pytest.mark.parametrize("word", ["from tpeft_deploy", "tritonclient.http", "InferenceRESTClient"])
@@ -88,7 +104,7 @@ def test_python_clients_get_what_the_page_says(peer: Peer, place: Path, word: st
 
 
 def test_curl_gets_the_same(peer: Peer, place: Path) -> None:
-    one, each, upload = blocks("sh", "curl")
+    one, each, _, upload = blocks("sh", "curl")
     for text, wanted in [(one, [SUM] * 3), (each, MIXED)]:
         (output,) = json.loads(run(peer, place, "sh", "-ec", text))["outputs"]
         assert np.reshape(output["data"], output["shape"]).tolist() == wanted
@@ -100,3 +116,52 @@ def test_an_adapter_is_registered(peer: Peer, place: Path) -> None:
     (text,) = blocks("python", "client.register(")
     run(peer, place, sys.executable, "-c", text)
     assert peer.uploads[-1]["weights"] == (place / "adapters" / "sketches" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def live(talking: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    own = serve(talking, tmp_path_factory.mktemp("state"))
+    with running(own) as live:
+        with Client(live.url, live.keys["acme", "deploy"], timeout=100) as client:
+            client.register("support", talking.path.parent / "a")
+        yield live
+    own.runtime.close()
+    own.state.close()
+
+
+def generated(live: Live, tokens: list[int], text: ModelText) -> str:
+    [made] = live.served.runtime.generate([tokens], "a", max_new_tokens=12, sampling=text.sampling())
+    return text.decode(made)
+
+
+@pytest.mark.parametrize("package", ["tpeft_deploy", "openai", "langchain_openai", "litellm"])
+def test_clients_of_text_get_the_text_of_the_runtime(live: Live, talking: Bundle, place: Path, package: str) -> None:
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    (code,) = [
+        block for block in blocks("python", "pieces = ") if f"from {package} " in block or f"import {package}" in block
+    ]
+    key = live.keys["acme", "infer"]
+    found, pieces, letters = json.loads(run(live, place, sys.executable, "-c", code + SHOW_TEXT, key=key))
+    text = ModelText.open(talking)
+    wanted = generated(live, text.chat([{"role": "user", "content": QUESTION}]), text)
+    assert found == "".join(pieces) == wanted
+    assert len(pieces) > 2
+    if letters is not None:
+        assert letters == [generated(live, text.encode(prompt), text) for prompt in ("Dear customer,", "Hello,")]
+
+
+def test_curl_gets_the_text_of_the_runtime(live: Live, talking: Bundle, place: Path) -> None:
+    (code,) = blocks("sh", "/v1/chat/completions")
+    answer = json.loads(run(live, place, "sh", "-ec", code, key=live.keys["acme", "infer"]))
+    text = ModelText.open(talking)
+    wanted = generated(live, text.chat([{"role": "user", "content": QUESTION}]), text)
+    assert answer["choices"][0]["message"]["content"] == wanted
+
+
+def test_embeddings_are_those_of_the_texts(peer: Peer, place: Path) -> None:
+    found = blocks("python", "vectors")
+    assert len(found) == 2
+    for code in found:
+        vectors = json.loads(run(peer, place, sys.executable, "-c", code + SHOW_VECTORS))
+        assert vectors == [[len(QUESTION), 4], [len("It never came."), 3]]

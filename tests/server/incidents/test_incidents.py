@@ -96,11 +96,14 @@ EXPECTED = {
     **dict.fromkeys((f"GET {_VERSION}{suffix}" for suffix in ("", "/ready", "/config", "/stats")), "infer"),
     f"POST {_MODEL}/infer": "infer",
     f"POST {_VERSION}/infer": "infer",
+    **dict.fromkeys((f"POST {own}/generate{rest}" for own in (_MODEL, _VERSION) for rest in ("", "_stream")), "infer"),
     **dict.fromkeys(("GET /v1/models/{model}", "POST /v1/chat/completions", "POST /v1/completions"), "infer"),
+    **dict.fromkeys((f"POST /v1/{name}" for name in ("embeddings", "classify", "tokenize", "detokenize")), "infer"),
     "POST /v2/repository/index": "infer",
     "GET /v2/registry/tasks": "infer",
     f"GET {_TASK}": "infer",
     f"GET {_TASK}/aliases/{{alias}}/history": "infer",
+    **dict.fromkeys(("POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter"), "deploy"),
     "POST /v2/repository/models/{model}/load": "deploy",
     "POST /v2/repository/models/{model}/unload": "deploy",
     f"POST {_TASK}/versions": "deploy",
@@ -158,6 +161,12 @@ def asked(server: Audited, line: str, name: str = "nothing", **more: Any) -> htt
         body = {"json": {"inputs": [tensor()]}}
     elif path.endswith("/completions"):
         body = {"json": {"model": name, "prompt": "x", "messages": [{"role": "user", "content": "x"}]}}
+    elif "/generate" in path:
+        body = {"json": {"text_input": "x"}}
+    elif path.endswith("load_lora_adapter"):
+        body = {"json": {"lora_name": name, "lora_path": name}}
+    elif path in {"/v1/embeddings", "/v1/classify", "/v1/tokenize", "/v1/detokenize"}:
+        body = {"json": {"model": name, "input": "x", "prompt": "x", "tokens": [1]}}
     elif path.endswith("/versions"):
         body = {"content": b"no adapter"}
     elif "/aliases/" in path and method == "PUT":

@@ -38,6 +38,12 @@ def test_fields_that_ask_for_nothing_and_unknown_ones_are_ignored() -> None:
     }
 
 
+def test_biases_are_bounded() -> None:
+    assert len(chat(logit_bias=dict.fromkeys(map(str, range(1024)), 1)).changes()["logit_bias"]) == 1024
+    with pytest.raises(InputError, match="at most 1024 tokens, got 1025"):
+        chat(logit_bias=dict.fromkeys(map(str, range(1025)), 1)).changes()
+
+
 @pytest.mark.parametrize("name", ["messages", "literal", "template"])
 def test_template_variables_replace_no_argument(name: str) -> None:
     with pytest.raises(InputError, match="chat_template_kwargs"):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.runtime.decoders import FakeDecoder
 from tests.helpers.runtime.generators import Held, generating
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import SECONDS, wait_until
 from tests.server.conftest import Served
 from tpeft_deploy.errors import Forbidden, InputError, NotFound, ProtocolError
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
@@ -69,30 +69,37 @@ def test_a_sequence_has_room_for_so_many_tokens(served: Served, monkeypatch: pyt
 
 
 class OnlyGenerator:
-    """A runtime that does nothing but generate."""
+    """A runtime that does nothing but generate, behind a gate."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, gate: Held) -> None:
         self.generator = generator
+        self.gate = gate
 
     async def start(self, request: GenerationRequest, task: object) -> list[Handle]:
-        return self.generator.submit_choices(request)
+        handles = self.generator.submit_choices(request)
+        self.gate.go_on.set()
+        return handles
 
 
 def test_sequences_that_are_left_generate_one_token_more_at_most_and_give_the_others_back(served: Served) -> None:
-    held, events = Held("decode"), list[InferenceEvent]()
+    gate, held, events = Held("prefill"), Held("decode"), list[InferenceEvent]()
     who, target = served.who("acme", "infer"), GenerationTarget("two", "two", ())
     request = GenerationRequest([5, 6, 7], 100, Sampling(n=2))
-    with generating(FakeDecoder(4, before=held)) as (generator, _):
-        meter = Meter(lambda _: Quota(tokens_per_min=1000))
-        runtime: Any = OnlyGenerator(generator)
+    decoder = FakeDecoder(4, before=gate)
+    with generating(decoder) as (generator, _):
+        generator.submit(GenerationRequest([1], 1))  # so that those that come meanwhile begin in one step
+        assert gate.reached.wait(SECONDS)
+        decoder.before = held
+        meter = Meter(lambda _: Quota(tokens_per_min=210))
+        runtime: Any = OnlyGenerator(generator, gate)
         own = Generations(runtime, served.bundle, served.service._models, meter, bool, events.append, runtime)
 
         async def leave() -> None:
             async with own.started(who, target, [request]) as handles:
                 for handle in handles:
                     await anext(aiter(handle))
-                assert own.rates(who)["tokens"].remaining < 1000 - 200
-                await asyncio.to_thread(held.reached.wait, 100)
+                assert own.rates(who)["tokens"].remaining < 150
+                await asyncio.to_thread(held.reached.wait, SECONDS)
                 raise asyncio.CancelledError
 
         with pytest.raises(asyncio.CancelledError):
@@ -100,8 +107,8 @@ def test_sequences_that_are_left_generate_one_token_more_at_most_and_give_the_ot
         held.go_on.set()
         wait_until(lambda: not generator.stats().running, "that they end")
         wait_until(lambda: generator._worker is None or not generator._stepping, "the step that ran")
-        assert generator.stats().generated_tokens <= 4
-        assert own.rates(who)["tokens"].remaining >= 1000 - 3 - 4
+        assert generator.stats().generated_tokens <= 1 + 4
+        assert own.rates(who)["tokens"].remaining >= 210 - 3 - 4
     [event] = events
     assert event.failed
     assert event.generation is not None

@@ -127,6 +127,16 @@ def test_tokens_are_those_of_a_minute_and_unused_ones_come_back() -> None:
     assert meter().rates("a", 0.0) == {}
 
 
+def test_work_spends_rows_and_tokens_or_neither() -> None:
+    own = meter(rows_per_s=10, tokens_per_min=60)
+    own.spend_work("a", 4, 50, 0.0)
+    with pytest.raises(QuotaExceeded, match="tokens"):
+        own.spend_work("a", 4, 50, 0.0)
+    with pytest.raises(QuotaExceeded, match="rows"):
+        own.spend_work("a", 9, 5, 0.0)
+    assert {name: left.remaining for name, left in own.rates("a", 0.0).items()} == {"rows": 6, "tokens": 10}
+
+
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 90), st.integers(0, 90)), max_size=100))
 def test_never_more_tokens_than_the_rate_and_a_minute(requests: list[tuple[float, int, int]]) -> None:
     own, now, used = meter(tokens_per_min=60), 0.0, 0

@@ -13,6 +13,7 @@ from tests.helpers.server.live import Live, running
 from tests.helpers.server.rpc_serving import serving
 from tests.server.conftest import serve
 from tpeft_deploy import Bundle, Client
+from tpeft_deploy.errors import InputError, NotFound
 from tpeft_deploy.tucker import Array
 
 ADAPTERS = two_towers.adapters()
@@ -138,8 +139,23 @@ def test_a_task_is_loaded_and_listed_as_a_whole(live: Live) -> None:
 
 
 def test_the_client_of_the_package(live: Live) -> None:
+    mixed = ["both", "base", "reading"]
     with Client(live.url, live.keys["acme", "deploy"]) as client:
         for component in COMPONENTS:
-            given = two_towers.inputs(component, 2)
-            check(client.infer(given, f"both/{component}")["scores"], component, ["both"] * 2)
-            check(client.infer(given, f"reading/{component}@1")["scores"], component, ["reading"] * 2)
+            given = two_towers.inputs(component, 3)
+            check(client.infer(given, f"both/{component}")["scores"], component, ["both"] * 3)
+            check(client.infer(given, f"reading/{component}@1")["scores"], component, ["reading"] * 3)
+            check(client.infer(given, "reading@1", component=component)["scores"], component, ["reading"] * 3)
+            several = client.infer(given, tasks=mixed, component=component)["scores"]
+            assert not isinstance(several, list)
+            check(several, component, mixed)
+            check(client.infer(given, component=component)["scores"], component, ["base"] * 3)
+            # The client asks which inputs are bfloat16, of the component that the name or the argument gives.
+            for task, beside in ((f"both/{component}", None), ("both", component)):
+                with pytest.raises(InputError, match="expected dtype float32"):
+                    client.infer({"x": np.zeros((1, 5), np.uint16)}, task, component=beside)
+        for task, beside in (("base", "audio"), ("both/audio", None)):
+            with pytest.raises(NotFound, match="among image, text"):
+                client.infer(given, task, component=beside)
+        with pytest.raises(InputError, match="one component"):
+            client.infer(given, "both/text", component="image")

@@ -10,12 +10,14 @@ restricted to tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tpeft_deploy.errors import FormatError, brief, requires
 from tpeft_deploy.formats.read.safetensors_file import parse_json, read_bytes, read_tensors, require_finite
+from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.tucker import Array
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "peft_directory",
     "peft_type",
     "read_config",
+    "read_labels",
     "read_saved",
 ]
 
@@ -135,6 +138,20 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise FormatError(f"read {file}", expected="a JSON object", got=type(config).__name__)
     return config
+
+
+def read_labels(directory: Path) -> HeadLabels | None:
+    """Classes of a task's head, of a PEFT directory.
+
+    They are `id2label` and `problem_type` of adapter_config.json, or of the model's config.json beside it; None where
+    neither has them, or can be read.
+    """
+    for file in (directory / CONFIG, directory / "config.json"):
+        with suppress(FormatError, OSError):
+            found = HeadLabels.of_config(read_config(file))
+            if found is not None:
+                return found
+    return None
 
 
 def _unpickle(file: Path) -> dict[str, Array]:

@@ -1,0 +1,1 @@
+"""What decoders read beside tokens: results of encoders, and features of images."""

@@ -1,0 +1,58 @@
+"""Images as transformers' CLIPImageProcessor prepares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+
+from tpeft_deploy.errors import InputError
+from tpeft_deploy.exporters.bases.model_text import read_image as facts_of
+from tpeft_deploy.runtime.text.images import expanded, read_image
+
+SQUARE = {"size": {"height": 12, "width": 18}, "do_center_crop": False, "resample": 2}
+PLAIN = {"do_resize": False, "do_normalize": False, "crop_size": {"height": 33, "width": 14}}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize("options", [{"size": 24, "crop_size": 16}, SQUARE, PLAIN])
+def test_pixels_are_those_of_the_image_processor(tmp_path: Path, mode: str, options: dict[str, Any]) -> None:
+    processor = transformers.CLIPImageProcessorPil(**options)
+    processor.save_pretrained(tmp_path)
+    facts = facts_of(tmp_path)
+    assert facts is not None
+    random = np.random.default_rng(0)
+    for height, width in ((40, 25), (20, 71), (9, 9)):
+        image = Image.fromarray(random.integers(0, 255, (height, width, 3), np.uint8)).convert(mode)
+        image.save(tmp_path / "image.png")
+        expected = processor(Image.open(tmp_path / "image.png"))["pixel_values"][0]
+        found = read_image(tmp_path / "image.png", facts)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_another_image_processor_gives_no_facts(tmp_path: Path) -> None:
+    assert facts_of(tmp_path) is None
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "LlavaNextImageProcessor"}')
+    assert facts_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n broken", None])
+def test_a_file_that_is_no_image_is_refused_in_one_line(tmp_path: Path, content: bytes | None) -> None:
+    transformers.CLIPImageProcessorPil().save_pretrained(tmp_path)
+    facts = facts_of(tmp_path)
+    assert facts is not None
+    if content is not None:
+        (tmp_path / "image.png").write_bytes(content)
+    with pytest.raises(InputError, match="expected an image file") as error:
+        read_image(tmp_path / "image.png", facts)
+    assert "\n" not in str(error.value)
+
+
+def test_a_placeholder_stands_for_every_feature_of_its_image() -> None:
+    assert expanded([1, 9, 2, 9], 9, 2, 3) == [1, 9, 9, 9, 2, 9, 9, 9]
+    assert expanded([9, 9, 9], 9, 1, 3) == [9, 9, 9]

@@ -1,0 +1,48 @@
+"""The asynchronous client: health and metadata."""
+
+from __future__ import annotations
+
+from tpeft_deploy.client import calls
+from tpeft_deploy.client.answers import Document
+from tpeft_deploy.client.asynchronous.connection import AsyncServerConnection
+
+__all__ = ["AsyncStatusCalls"]
+
+
+class AsyncStatusCalls(AsyncServerConnection):
+    """Health, metadata and statistics."""
+
+    async def ready(self, model: str | None = None) -> bool:
+        """Return whether the server takes requests.
+
+        Args:
+            model: model to ask about, `name` or `name@version` (default the server as a whole).
+
+        Raises:
+            Unavailable: there is no connection.
+        """
+        return await self._do(calls.ready(model))
+
+    async def live(self) -> bool:
+        """Return whether the server's process works.
+
+        Raises:
+            Unavailable: there is no connection.
+        """
+        return await self._do(calls.live())
+
+    async def metadata(self, model: str | None = None) -> Document:
+        """Return metadata: name, version and extensions of the server, or versions, inputs and outputs of a model.
+
+        Args:
+            model: model to ask about, `name` or `name@version` (default the server).
+        """
+        return await self._do(calls.metadata(model))
+
+    async def statistics(self, model: str | None = None) -> Document:
+        """Return counts and durations of requests per model.
+
+        Args:
+            model: model to ask about, `name` or `name@version` (default all that the key may see).
+        """
+        return await self._do(calls.statistics(model))
