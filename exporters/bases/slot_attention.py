@@ -108,26 +108,27 @@ class SlotCaches:
 
     Args:
         past: layer -> keys and values, (rows, heads, buffer, head size) each.
-        last: index of each row's last token after the run, int32 (rows).
+        positions: positions of the new tokens, (rows, chunk).
         total: at least the largest number of tokens of a row after the run, int32 scalar.
         memory: layer -> keys and values of cross-attention, (rows, heads, source, head size) each.
         memory_lengths: valid positions of each row's memory, (rows).
         present: layer -> keys and values with the new tokens in them.
         bias: bias of relative positions, which a model's layers share.
+        last: index of each row's last token after the run, int32 (rows).
     """
 
     past: Mapping[int, tuple[torch.Tensor, torch.Tensor]]
-    last: torch.Tensor
+    positions: torch.Tensor
     total: torch.Tensor
     memory: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     memory_lengths: torch.Tensor | None = None
     present: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     updated: set[int] = field(default_factory=set)
     bias: torch.Tensor | None = None
+    last: torch.Tensor = field(init=False)
 
-    def positions(self, chunk: int) -> torch.Tensor:
-        """Positions of the new tokens, (rows, chunk)."""
-        return (self.last + 1 - chunk).long()[:, None] + torch.arange(chunk, device=self.last.device)
+    def __post_init__(self) -> None:
+        self.last = self.positions[:, -1].to(torch.int32)
 
 
 _slots: ContextVar[SlotCaches] = ContextVar("slots")
@@ -211,7 +212,7 @@ def _attend_plainly(
     module: nn.Module, slots: SlotCaches, new: _Three, past: _Pair, scale: float, softcap: float, window: int | None
 ) -> tuple[torch.Tensor, _Pair]:
     query, key, value = new
-    positions, buffer = slots.positions(query.shape[2]), past[0].shape[2]
+    positions, buffer = slots.positions, past[0].shape[2]
     if getattr(module, _TABLE, False):
         slots.bias = position_bias(module, positions, buffer)
     keys, values = put(past[0], key, positions), put(past[1], value, positions)

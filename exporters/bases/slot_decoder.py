@@ -82,7 +82,7 @@ class SlotDecoder(nn.Module):
         own = {name.removeprefix(f"{PAST}."): tensor for name, tensor in caches.items()}
         past = {layer: (own[f"{layer}.key"], own[f"{layer}.value"]) for layer in range(len(own) // 2)}
         positions = seqlens[:, None] + torch.arange(tokens.shape[1], device=seqlens.device)
-        slots = SlotCaches(past, positions[:, -1].to(torch.int32), total_length(tokens, past[0][0]))
+        slots = SlotCaches(past, positions, total_length(tokens, past[0][0]))
         parameters = inspect.signature(super().forward).parameters
         further = {"position_ids": positions, "logits_to_keep": 1}
         further = {name: value for name, value in further.items() if name in parameters}

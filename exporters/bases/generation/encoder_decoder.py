@@ -150,8 +150,7 @@ def _decode(
     past = {layer: (past_key_values[f"{layer}.key"], past_key_values[f"{layer}.value"]) for layer in _layers(cross)}
     memory = {layer: (cross[f"{layer}.key"], cross[f"{layer}.value"]) for layer in _layers(cross)}
     positions = seqlens[:, None] + torch.arange(input_ids.shape[1], device=seqlens.device)
-    last, total = positions[:, -1].to(torch.int32), total_length(input_ids, past[0][0])
-    slots = SlotCaches(past, last, total, memory, memory_lengths)
+    slots = SlotCaches(past, positions, total_length(input_ids, past[0][0]), memory, memory_lengths)
     states = past[0][0].new_zeros(input_ids.shape[0], 1, model.config.d_model)  # not read: the memory stands for them
     with running(slots) as cache, attending(model), _positioned(model.get_decoder(), positions):
         logits = _run(model, input_ids, states, cache)
