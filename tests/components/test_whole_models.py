@@ -223,6 +223,7 @@ def test_vision_and_language(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert all(np.array_equal(feeds[name], array) for name, array in bundle.factors("other").items())
 
 
+@pytest.mark.soak
 @torch.no_grad()
 def test_masks_of_points(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["qkv", "lin1", "q_proj", "v_proj"])

@@ -65,7 +65,9 @@ def test_a_model_that_loses_more_is_held_to_what_it_loses_itself(tmp_path: Path)
     limit = rounding.limits["output"]
     assert limit == ROUNDING_MULTIPLES["float16"] * rounding.measured["output"] < WIDEST_LIMIT
     assert max(check["error"] for check in bundle.manifest.gate) > 2e-3  # it was refused
-    assert limits(bundle) == {form: {limit} for form in ("base", "factored", "banked", "mixed rows", "folded")}
+    assert limits(bundle) == {
+        form: {limit} for form in ("base", "factored", "banked", "banked.cuda", "mixed rows", "folded")
+    }
     assert {check.limit for check in verify_bundle(bundle.path).checks} == {limit}
     assert compare.limit_of(bundle.manifest) == 2 * limit
     (check, *_) = export_folded(module, adapter, tmp_path / "folded.onnx", example_inputs=inputs)

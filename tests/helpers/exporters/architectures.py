@@ -282,7 +282,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "Conv3d net": volumes,
     "U-Net with cross-attention": unet,
 }
-HALF = ("ConvNeXt-V2", "ViT", "BERT", "ResNet with BatchNorm")  # tested in 16 bits by each `make test`
+HALF = ("ConvNeXt-V2", "ViT", "BERT", "ResNet with BatchNorm")  # exported in 16 bits by each dry run
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 

@@ -29,7 +29,7 @@ FAILURES = {"500", "502", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
 @pytest.mark.parametrize(
     ("seconds", "patience"),
     [
-        (60, 20.0),  # of a health check, on a machine that may be busy with other tests
+        (30, 20.0),  # of a health check, on a machine that may be busy with other tests
         pytest.param(600, 1.0, marks=[pytest.mark.soak, pytest.mark.timeout(1200)]),
     ],
 )
@@ -46,7 +46,7 @@ def test_all_attacks_together_within_a_budget(
             assert seen.refused == 0, seen.statuses
             assert max(seen.health) < patience
             assert not FAILURES & set(seen.answers), (seen.answers, own.tail[-20:])
-            assert sum(seen.answers.values()) > 100
+            assert sum(seen.answers.values()) > 50
         assert own.process.poll() is None
         assert own.process.pid == begun
         assert not [line for line in own.tail if "Traceback" in line], "".join(own.tail[-60:])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -16,6 +17,7 @@ from tests.helpers.server.live import Live, running
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import serve
 from tpeft_deploy import Bundle
+from tpeft_deploy.runtime.generation.decoder import BankedDecoder
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.runtime.generation.sampling import Token
 from tpeft_deploy.runtime.text.model_text import ModelText
@@ -306,25 +308,30 @@ def test_models_are_listed_and_read(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_ends_its_sequences(live: Live, stream: bool) -> None:
-    before = live.served.runtime.generation()
-    cancelled = 0 if before is None else before.cancelled
-    body = {"model": "a", "prompt": ["x", "y"], "n": 2, "max_tokens": 900, "stream": stream, "logit_bias": {"1": -100}}
-    try:
-        with live.client.stream(
-            "POST", "/v1/completions", json=body, headers=live.headers(), timeout=httpx.Timeout(100, read=0.3)
-        ) as answer:
-            next(answer.iter_bytes())
-    except httpx.ReadTimeout:
-        assert not stream
+def test_a_client_that_leaves_ends_its_sequences(live: Live, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, go_on = BankedDecoder.decode, threading.Event()
+
+    def held(decoder: BankedDecoder, *args: Any) -> Any:
+        assert go_on.wait(120)
+        return own(decoder, *args)
 
     def stats() -> Any:
         return live.served.runtime.generation()
 
-    wait_until(lambda: stats().cancelled >= cancelled + 4, "that its sequences end")
+    cancelled = 0 if stats() is None else stats().cancelled
+    monkeypatch.setattr(BankedDecoder, "decode", held)
+    body = {"model": "a", "prompt": ["x", "y"], "n": 2, "max_tokens": 900, "stream": stream, "logit_bias": {"1": -100}}
+    text = json.dumps(body).encode()
+    head = ["POST /v1/completions HTTP/1.1", "host: localhost", f"content-length: {len(text)}"]
+    head += [f"{name}: {value}" for name, value in live.headers().items()]
+    with socket.create_connection(("127.0.0.1", live.port)) as client:
+        client.sendall("\r\n".join([*head, "", ""]).encode() + text)
+        wait_until(lambda: stats() is not None and stats().running + stats().waiting == 4, "its sequences")
+    wait_until(lambda: bool(live.exchanges) and live.exchanges[-1].status == 499, "that it is told")
+    go_on.set()
+    wait_until(lambda: stats().cancelled == cancelled + 4, "that its sequences end")
     wait_until(lambda: stats().running == stats().waiting == 0, "free slots")
     assert live.served.runtime.usage()["slots_taken"] == 0
-    wait_until(lambda: live.exchanges[-1].status == 499, "that it is told")
 
 
 def test_a_server_that_drains_refuses_and_a_broken_stream_ends_with_an_error(talking: Bundle, tmp_path: Path) -> None:
