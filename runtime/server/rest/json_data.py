@@ -69,6 +69,8 @@ class Block:
             if _nested_size(shape) > self.stop - self.start:
                 raise wrong
             expected = _nested(shape)
+        elif self.text.find(b"]", self.start + 1, self.stop - 1) >= 0:
+            raise wrong
         found = np.empty(count, dtype)
         filled, seen = 0, 1
         for piece, comma in self._pieces(wrong):

@@ -92,6 +92,17 @@ def test_what_is_malformed_at_once_is_malformed_in_pieces(tiny_pieces: None, tex
     assert same(read(bytes(changed), pieces=True), read(bytes(changed), pieces=False)), bytes(changed)
 
 
+@pytest.mark.parametrize("mark", [b"]", b"[", b"[]", b"]["])
+def test_brackets_in_a_flat_list_are_malformed(tiny_pieces: None, mark: bytes) -> None:
+    numbers = [-2.5e-07, 8.914515e26, -3.0, -1.040460301365186e16, 2.25]
+    tensor = {"name": "x", "datatype": "FP32", "shape": [5], "data": numbers}
+    text = json.dumps({"inputs": [tensor]}).encode()
+    first = text.index(b"[-2") + 1
+    for at in range(first, text.rindex(b"]}]")):
+        changed = text[:at] + mark + text[at:]
+        assert read(changed, pieces=True) == "ProtocolError", changed
+
+
 def test_no_piece_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     own = infer_json._elements
