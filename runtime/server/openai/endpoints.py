@@ -109,13 +109,14 @@ def _of_chat(text: ModelText, generations: Generations, body: ChatBody) -> list[
     most = generations.room(tokens, body.most, text.facts.max_new_tokens)
     # An answer begins a text, and what is continued is no part of it.
     before = tokens if body.continue_final_message else []
-    constraint = generations.constraint(text, body.schema)
-    return [GenerationRequest(tokens, most, sampling, text=text.detokeniser(before), constraint=constraint)]
+    more: dict[str, Any] = {"scored": body.top is not None, "constraint": generations.constraint(text, body.schema)}
+    return [GenerationRequest(tokens, most, sampling, text=text.detokeniser(before), **more)]
 
 
 def completion_requests(text: ModelText, generations: Generations, body: CompletionBody) -> list[GenerationRequest]:
     """Return the request for each prompt of a body."""
-    sampling, constraint = _sampling(text, body), generations.constraint(text, body.schema)
+    sampling = _sampling(text, body)
+    more: dict[str, Any] = {"scored": body.top is not None, "constraint": generations.constraint(text, body.schema)}
     requests = []
     for prompt in body.prompts:
         tokens = (
@@ -124,8 +125,7 @@ def completion_requests(text: ModelText, generations: Generations, body: Complet
             else prompt
         )
         most = generations.room(tokens, body.max_tokens, _COMPLETION_TOKENS)
-        own = GenerationRequest(tokens, most, sampling, text=text.detokeniser(tokens), constraint=constraint)
-        requests.append(own)
+        requests.append(GenerationRequest(tokens, most, sampling, text=text.detokeniser(tokens), **more))
     return requests
 
 
@@ -167,6 +167,12 @@ async def _events(context: HttpContext, work: _Work) -> AsyncGenerator[bytes]:
 
 async def _merged(handles: Sequence[Handle]) -> AsyncGenerator[tuple[int, Token | None]]:
     """Yield the tokens of several sequences as they come, each with its index, and None at the end of one."""
+    if len(handles) == 1:  # without a task for each token
+        async with aclosing(aiter(handles[0])) as tokens:
+            async for own in tokens:
+                yield 0, own
+        yield 0, None
+        return
     streams = [aiter(handle) for handle in handles]
     pending = {asyncio.create_task(_next(stream)): index for index, stream in enumerate(streams)}
     try:
