@@ -20,7 +20,7 @@ class _Rotation(NamedTuple):
     """x cos + concat(-x[half:], x[:half]) sin, of x (rows, heads, chunk, size).
 
     Attributes:
-        x: what is rotated.
+        x: tensor before the rotation.
         cos: cosines (rows, chunk, size), both halves alike.
         sin: sines likewise.
         users: the nodes that read x.

@@ -55,7 +55,7 @@ class Sequence:
         inputs: inputs beside the tokens, as the decoder takes them.
         digest: identifies `inputs`; sequences share known prefixes only where it is equal.
         marks: tokens of the prompt as known prefixes compare them, where tokens alone do not tell them apart.
-        features: what the decoder computed from `inputs` for the tokens of the prompt.
+        features: features that the decoder computed from `inputs`, for the tokens of the prompt.
         tokens: generated tokens.
         phase: finished and cancelled sequences have no slot.
         slot: slot of the decoder while it runs.

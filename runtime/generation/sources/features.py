@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import abc
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -18,11 +18,10 @@ from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.runtime.adapters.version import Version
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.runtime.generation.sequence import Sequence
+from tpeft_deploy.runtime.generation.sources.source import RunSource
 from tpeft_deploy.tucker import Array
 
 __all__ = ["FeatureInput", "Features", "Images", "stacked"]
-
-_Run = Callable[[Mapping[str, Array], Version], Mapping[str, Array]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +108,7 @@ class Images:
         run: runs the component on a version that is resident.
     """
 
-    def __init__(self, ports: DecoderPorts, manifest: Manifest, run: _Run) -> None:
+    def __init__(self, ports: DecoderPorts, manifest: Manifest, run: RunSource) -> None:
         self._placeholder, self._source = ports.placeholder, ports.source
         [self._output] = ports.source_outputs
         self._manifest = manifest

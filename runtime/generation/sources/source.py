@@ -25,7 +25,7 @@ RunSource = Callable[[Mapping[str, Array], Version], Mapping[str, Array]]
 
 
 class SourceEncoder:
-    """SourceEncoder component of a decoder; safe to use from several threads.
+    """Source component of a decoder; safe to use from several threads.
 
     Args:
         ports: ports of the decoder.

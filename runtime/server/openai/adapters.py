@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from tpeft_deploy.runtime.server.openai.reading import NAME
 from tpeft_deploy.runtime.server.rest.bodies import Body
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 
 __all__ = ["LoadLoraAdapter", "UnloadLoraAdapter", "load_adapter", "unload_adapter"]
-
-_NAME = 200  # characters of a model's name in the log
 
 
 class LoadLoraAdapter(Body, forbid_unknown_fields=False):
@@ -33,7 +32,7 @@ class UnloadLoraAdapter(Body, forbid_unknown_fields=False):
 async def load_adapter(context: HttpContext) -> object:
     """Serve `POST /v1/load_lora_adapter`."""
     body = await context.read(LoadLoraAdapter)
-    context.task = body.lora_name[:_NAME]
+    context.task = body.lora_name[:NAME]
     await context.core.repository.load_from(
         context.principal, body.lora_name, body.lora_path, replace=body.load_inplace
     )
@@ -43,6 +42,6 @@ async def load_adapter(context: HttpContext) -> object:
 async def unload_adapter(context: HttpContext) -> object:
     """Serve `POST /v1/unload_lora_adapter`."""
     body = await context.read(UnloadLoraAdapter)
-    context.task = body.lora_name[:_NAME]
+    context.task = body.lora_name[:NAME]
     await context.core.unload(context.principal, body.lora_name, {})
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."

@@ -12,9 +12,9 @@ import numpy as np
 from tpeft_deploy.bundle.text_files import Pooling
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.labels import HeadLabels
-from tpeft_deploy.runtime.server.openai.reading import TOKEN, Opened, admitted, encode
+from tpeft_deploy.runtime.server.openai.reading import Opened, admitted, encode
 from tpeft_deploy.runtime.server.openai.text_bodies import ClassifyBody, EmbeddingBody, TextPair
-from tpeft_deploy.runtime.server.operations.texts import ContextExceeded
+from tpeft_deploy.runtime.server.operations.texts import TOKEN, ContextExceeded
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.rest.infer import Watch
 from tpeft_deploy.runtime.server.v2.messages import Document

@@ -46,7 +46,7 @@ def document(error: BaseException, status: Status, model: str) -> dict[str, obje
     """Return the body of an error's response.
 
     Args:
-        error: what was raised.
+        error: the exception.
         status: status and text of it.
         model: model that the request named; empty if there is none.
     """

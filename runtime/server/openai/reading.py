@@ -19,16 +19,15 @@ from tpeft_deploy.runtime.server.rest.infer import ClientLeft
 from tpeft_deploy.runtime.server.v2.offload import PIECE
 from tpeft_deploy.runtime.text.model_text import ModelText
 
-__all__ = ["INLINE", "SCRATCH", "TOKEN", "Opened", "Reading", "admitted", "encode"]
+__all__ = ["INLINE", "NAME", "SCRATCH", "Opened", "Reading", "admitted", "encode"]
 
-TOKEN = 48
-"""Bytes of a token in a list."""
+NAME = 200
+"""Characters of a model's name in the log."""
 INLINE = 2048
 """Bytes of a body that is read on the event loop; tokenizers take a microsecond or two for each."""
 SCRATCH = 256
 """Bytes of memory that a tokenizer takes for each byte of a text."""
 _ENCODED = 1 << 14  # numbers of an answer that is encoded on the event loop
-_NAME = 200  # characters of a model's name in the log
 _RATES = {"requests", "tokens"}  # those that OpenAI's API has headers for
 
 P = ParamSpec("P")
@@ -92,7 +91,7 @@ class Reading:
         context.memory.take(SCRATCH * len(given) if self.apart else 0)
         body = await self.run(read, given)
         named: Any = body
-        context.task = named.model[:_NAME]
+        context.task = named.model[:NAME]
         return body
 
     async def run(self, work: Callable[P, R], *args: P.args, **options: P.kwargs) -> R:
@@ -108,7 +107,7 @@ class Opened(NamedTuple, Generic[T]):
     Attributes:
         reading: reads what follows of it.
         body: its body, checked.
-        target: what its model stands for.
+        target: the versions that its model stands for.
         text: text of the bundle.
     """
 

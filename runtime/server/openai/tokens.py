@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tpeft_deploy.errors import InputError
-from tpeft_deploy.runtime.server.openai.reading import TOKEN, Opened, admitted, encode
+from tpeft_deploy.runtime.server.openai.reading import Opened, admitted, encode
 from tpeft_deploy.runtime.server.openai.text_bodies import DetokenizeBody, TokenizeBody
+from tpeft_deploy.runtime.server.operations.texts import TOKEN
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.text.model_text import ModelText

@@ -25,7 +25,7 @@ from tpeft_deploy.runtime.generation.sampling import Constraint
 from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.operations.text_inference import TextInference
-from tpeft_deploy.runtime.server.operations.texts import ContextExceeded, GenerationTarget, Texts
+from tpeft_deploy.runtime.server.operations.texts import TOKEN, ContextExceeded, GenerationTarget, Texts
 from tpeft_deploy.runtime.server.registry import CURRENT
 from tpeft_deploy.runtime.server.telemetry.inference_events import GenerationFigures, InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
@@ -35,7 +35,6 @@ from tpeft_deploy.runtime.text.model_text import ModelText
 
 __all__ = ["ContextExceeded", "GenerationTarget", "Generations", "memory_of"]
 
-_TOKEN = 48  # bytes of a token in a list
 _MADE = 160  # bytes of a generated token, and of each of the most probable ones beside it
 
 
@@ -189,7 +188,7 @@ class Generations:
 
         Args:
             principal: the caller.
-            target: what they run on.
+            target: versions to run them on.
             requests: requests without tenant and task.
             traceparent: W3C trace context of the caller.
 
@@ -267,7 +266,7 @@ def memory_of(requests: Sequence[GenerationRequest], top: int = 0) -> int:
     """Return the bytes that the tokens of prompts and of answers take, with `top` most probable ones beside each."""
     prompts = sum(len(request.prompt) for request in requests)
     made = sum(request.sampling.n * request.max_new_tokens for request in requests)
-    return _TOKEN * prompts + _MADE * (1 + top) * made
+    return TOKEN * prompts + _MADE * (1 + top) * made
 
 
 def _is_weighted(part: str) -> bool:

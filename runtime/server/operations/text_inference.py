@@ -111,7 +111,7 @@ class TextInference:
 
         Args:
             principal: the caller.
-            target: what they run on.
+            target: versions to run them on.
             texts: texts of at least one token.
             port: output, as `output` returns it.
             reduce: returns an array with the same first axis, the texts of one length.

@@ -13,7 +13,10 @@ from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.v2.messages import ServedVersion
 from tpeft_deploy.runtime.text.model_text import ModelText
 
-__all__ = ["ContextExceeded", "GenerationTarget", "Texts"]
+__all__ = ["TOKEN", "ContextExceeded", "GenerationTarget", "Texts"]
+
+TOKEN = 48
+"""Bytes of a token in a list."""
 
 
 class ContextExceeded(InputError):

@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 
 from tests.helpers.server.asking import Asking
-from tests.server.conftest import Served
+from tests.server.conftest import Served, serve
+from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
@@ -44,3 +46,15 @@ def running(own: Served) -> Iterator[Live]:
             yield live
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def serving_bundle(bundle: Bundle, place: Path) -> Iterator[Live]:
+    """Serve a bundle on a port, until the block ends."""
+    own = serve(bundle, place)
+    try:
+        with running(own) as live:
+            yield live
+    finally:
+        own.runtime.close()
+        own.state.close()

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from tests.helpers.server.client_calls import BOTH, Calling, Hours
-from tests.helpers.server.live import Live, running
+from tests.helpers.server.live import Live, serving_bundle
 from tests.helpers.waiting import wait_until
-from tests.server.conftest import serve
 from tpeft_deploy import AsyncClient, Bundle, Client, errors
 from tpeft_deploy.runtime.text.model_text import ModelText
 
@@ -26,11 +25,8 @@ END = {"logit_bias": {"1": -100}}  # no text ends early
 
 @pytest.fixture(scope="module")
 def live(talking: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    own = serve(talking, tmp_path_factory.mktemp("state"))
-    with running(own) as live:
+    with serving_bundle(talking, tmp_path_factory.mktemp("state")) as live:
         yield live
-    own.runtime.close()
-    own.state.close()
 
 
 @pytest.fixture(scope="module")

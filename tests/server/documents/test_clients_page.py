@@ -16,8 +16,7 @@ import pytest
 from safetensors.numpy import save
 
 from tests.helpers.server.client_peer import KEY, Peer, serving
-from tests.helpers.server.live import Live, running
-from tests.server.conftest import serve
+from tests.helpers.server.live import Live, serving_bundle
 from tpeft_deploy import Bundle, Client
 from tpeft_deploy.runtime.text.model_text import ModelText
 
@@ -120,13 +119,10 @@ def test_an_adapter_is_registered(peer: Peer, place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def live(talking: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    own = serve(talking, tmp_path_factory.mktemp("state"))
-    with running(own) as live:
+    with serving_bundle(talking, tmp_path_factory.mktemp("state")) as live:
         with Client(live.url, live.keys["acme", "deploy"], timeout=100) as client:
             client.register("support", talking.path.parent / "a")
         yield live
-    own.runtime.close()
-    own.state.close()
 
 
 def generated(live: Live, tokens: list[int], text: ModelText) -> str:

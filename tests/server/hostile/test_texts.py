@@ -12,8 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helpers.server.live import Live, running
-from tests.server.conftest import serve
+from tests.helpers.server.live import Live, serving_bundle
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.text.model_text import ModelText
 
@@ -24,11 +23,8 @@ SECRETS = ("Traceback", ".py", "object at 0x", "<class", "site-packages", "rival
 
 @pytest.fixture(scope="module")
 def live(talking: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    own = serve(talking, tmp_path_factory.mktemp("state"))
-    with running(own) as live:
+    with serving_bundle(talking, tmp_path_factory.mktemp("state")) as live:
         yield live
-    own.runtime.close()
-    own.state.close()
 
 
 @pytest.fixture(autouse=True)

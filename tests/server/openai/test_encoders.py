@@ -16,8 +16,7 @@ import torch
 from transformers import AutoTokenizer, BertModel
 
 from tests.helpers.server import encoder_bundles as encoders
-from tests.helpers.server.live import Live, running
-from tests.server.conftest import serve
+from tests.helpers.server.live import Live, serving_bundle
 from tpeft_deploy import export_bundle
 from tpeft_deploy.exporters.bases.model_text import read_text
 from tpeft_deploy.runtime.server.rest.routes import ROUTES
@@ -77,11 +76,8 @@ def client(embedding: Served) -> Iterator[openai.OpenAI]:
 
 def _served(tmp_path_factory: pytest.TempPathFactory, make: Any) -> Iterator[Served]:
     bundle, models = make(tmp_path_factory.mktemp("encoders"))
-    own = serve(bundle, tmp_path_factory.mktemp("state"))
-    with running(own) as live:
+    with serving_bundle(bundle, tmp_path_factory.mktemp("state")) as live:
         yield Served(live, models)
-    own.runtime.close()
-    own.state.close()
 
 
 @pytest.mark.parametrize("model", ["base", "law", "embed"])

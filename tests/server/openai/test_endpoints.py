@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.helpers.server.live import Live, running
+from tests.helpers.server.live import Live, running, serving_bundle
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import serve
 from tpeft_deploy import Bundle
@@ -352,10 +352,7 @@ def test_a_server_that_drains_refuses_and_a_broken_stream_ends_with_an_error(tal
 
 
 def test_a_bundle_without_text_says_so(conv_bundle: Bundle, tmp_path: Path) -> None:
-    own = serve(conv_bundle, tmp_path / "state")
-    with running(own) as live:
+    with serving_bundle(conv_bundle, tmp_path / "state") as live:
         with pytest.raises(openai.BadRequestError, match="it has no decoder"):
             client_of(live).chat.completions.create(model="base", messages=CHAT)
         assert set(json.loads(live.ask("GET", "/v1/nothing").content)["error"]) == {"message", "type", "param", "code"}
-    own.runtime.close()
-    own.state.close()

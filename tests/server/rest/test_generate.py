@@ -7,9 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helpers.server.live import Live, running
+from tests.helpers.server.live import Live, serving_bundle
 from tests.helpers.waiting import wait_until
-from tests.server.conftest import serve
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.server.v2.generate import GenerateBody
 from tpeft_deploy.runtime.text.model_text import ModelText
@@ -24,11 +23,8 @@ def text(talking: Bundle) -> ModelText:
 
 @pytest.fixture(scope="module")
 def live(talking: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    own = serve(talking, tmp_path_factory.mktemp("state"))
-    with running(own) as live:
+    with serving_bundle(talking, tmp_path_factory.mktemp("state")) as live:
         yield live
-    own.runtime.close()
-    own.state.close()
 
 
 def expected(live: Live, text: ModelText, prompt: str, task: Any, most: int, **how: Any) -> str:
