@@ -82,7 +82,7 @@ def forms(bundle: Bundle, rows: Sequence[int], seconds: float, threads: int = 2)
     """Return milliseconds of a batch in each form, and the ratio to the plain base, medians of interleaved rounds."""
     found = bench_bundle(bundle, provider="cpu", rows=rows, seconds=seconds, threads=threads)
     return [
-        {"form": cost.case, "rows": cost.rows, "ms": cost.ms.median, "ratio": cost.ratio.median} for cost in found.costs
+        {"form": cost.case, "rows": cost.rows, "ms": cost.ms.median, "ratio": cost.ratio.median} for cost in found.cases
     ]
 
 
@@ -96,11 +96,16 @@ def tokens_per_second(runtime: Runtime, cases: Mapping[str, Callable[[], Any]], 
     """
     tokens = {}
     for name, case in cases.items():
-        before = runtime.generation().generated_tokens
+        before = _generated(runtime)
         case()
-        tokens[name] = runtime.generation().generated_tokens - before
+        tokens[name] = _generated(runtime) - before
     times = interleave(cases, seconds)
     return {name: tokens[name] / statistics.median(own) for name, own in times.items()}
+
+
+def _generated(runtime: Runtime) -> int:
+    found = runtime.generation()
+    return 0 if found is None else found.generated_tokens
 
 
 def record(name: str, figures: Mapping[str, Any], full: bool) -> None:
