@@ -52,8 +52,10 @@ class Served:
         return Principal(tenant, Role(role), f"a key of {tenant}")
 
 
-def serve(bundle: Bundle, place: Path, reader: Reader | None = None, **runtime: Any) -> Served:
-    state = open_state(place, default=Quota())
+def serve(
+    bundle: Bundle, place: Path, reader: Reader | None = None, state: State | None = None, **runtime: Any
+) -> Served:
+    state = open_state(place, default=Quota()) if state is None else state
     order = order_of(state, Limits())
     own = Runtime(
         bundle.path, provider="cpu", threads=1, order=order, sequence_order=order.sequences, limits=Limits(), **runtime

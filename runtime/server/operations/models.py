@@ -52,7 +52,6 @@ class Models:
         self.bundle = bundle.manifest.name
         self._state = state
         self._own = {task: ServedVersion(task, SHARED, task, "1", digest) for task, digest in bundle.tasks.items()}
-        self._unloaded: set[tuple[str, str]] = set(state.placements.unloaded())
 
     @property
     def reserved(self) -> frozenset[str]:
@@ -67,7 +66,8 @@ class Models:
             Unavailable: the model was unloaded.
         """
         found = self.version(tenant, name, version)
-        if self._unloaded and (found.tenant, name) in self._unloaded:
+        unloaded = self._state.placements.now.unloaded
+        if unloaded and (found.tenant, name) in unloaded:
             raise Unavailable(f"run model {name!r}", problem="it was unloaded", fix="Load it again.")
         return found
 
@@ -123,7 +123,7 @@ class Models:
 
     def is_ready(self, model: Model) -> bool:
         """Whether a model is loaded."""
-        return (model.tenant, model.name) not in self._unloaded
+        return (model.tenant, model.name) not in self._state.placements.now.unloaded
 
     def key(self, tenant: str, name: str, version: str) -> str:
         """Return the key of a version in the runtime, loaded or not.
@@ -135,14 +135,6 @@ class Models:
         if found is None:
             return self._state.tasks.snapshot().find(tenant, name, version).key
         return found.key
-
-    def unload(self, own: tuple[str, str]) -> None:
-        """Refuse requests for a model until `reload`."""
-        self._unloaded = self._unloaded | {own}
-
-    def reload(self, own: tuple[str, str]) -> None:
-        """Accept requests for a model again."""
-        self._unloaded = self._unloaded - {own}
 
     def _fixed(self, name: str) -> Model:
         if name in self._own:

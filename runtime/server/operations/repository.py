@@ -101,7 +101,6 @@ class ModelRepository:
         await self._pools.changes.run_for(
             principal.tenant, self._state.placements.unload, model.tenant, model.name, by=principal.key
         )
-        self._models.unload((model.tenant, model.name))
         return model
 
     async def _load(self, principal: Principal, name: str) -> Model:
@@ -109,7 +108,6 @@ class ModelRepository:
         await self._pools.changes.run_for(
             principal.tenant, self._state.placements.load, model.tenant, model.name, by=principal.key
         )
-        self._models.reload((model.tenant, model.name))
         if not _is_base(model):
             target = self._models.target(principal.tenant, name)
             await asyncio.wrap_future(self._runtime.prefetch([target.key]))

@@ -101,8 +101,7 @@ class Service:
         )
         self.load = self.repository.load
         self.admin = Admin(state, self._options, order, self._management.pins, self._changes, self._events)
-        self._management.announce(list(state.tasks.snapshot().versions()))
-        self._management.restore()
+        self._management.follow()
 
     def live(self) -> bool:
         """Return whether the process is alive; needs no key."""

@@ -64,11 +64,20 @@ class Management:
         self._admit = admit
         self._reader = reader
         self._max_upload_bytes = max_upload_bytes
+        self._pinned: tuple[PinRecord, ...] = ()  # as they were when the runtime last followed them
+        self._following = threading.Lock()
 
     def announce(self, records: list[VersionRecord]) -> None:
         """Register versions with the runtime, without reading them."""
         read = self._state.tasks.read
         self._runtime.register({record.key: Source(record.digest, partial(read, record)) for record in records})
+
+    def follow(self) -> None:
+        """Serve what is registered, and take over what other servers change from now on."""
+        self._state.tasks.follow(self.announce, self._forget)
+        self.restore()
+        if self._state.shared:
+            self._state.on_change = self._placed
 
     async def register(
         self,
@@ -125,7 +134,6 @@ class Management:
             raise ProtocolError(f"delete version {version!r} of task {name!r}", expected="a number", got="another name")
         await asyncio.shield(self._pools.changes.run_for(owner, self._delete, owner, name, version, principal.key))
         if not version:
-            self._models.reload((owner, name))
             self._statistics.drop(owner, name)
 
     async def publish(self, principal: Principal, name: str, tenant: str) -> TaskRecord:
@@ -170,9 +178,36 @@ class Management:
 
     def restore(self) -> None:
         """Restore the pins of the previous run; blocks, except for folded sessions."""
-        folded = [pin for pin in self._state.placements.pins() if not self._restore(pin, folded=False) and pin.folded]
+        self._pinned = self._state.placements.now.pins
+        folded = [pin for pin in self._pinned if not self._restore(pin, folded=False) and pin.folded]
         if folded:
             threading.Thread(target=self._fold_again, args=[folded], name="tpeft-folds", daemon=True).start()
+
+    def _forget(self, records: list[VersionRecord]) -> None:
+        with contextlib.suppress(UnknownTask):
+            self._runtime.forget(record.key for record in records)
+        for tenant, name in {(record.tenant, record.task) for record in records}:
+            if self._state.tasks.snapshot().own(tenant, name) is None:
+                self._statistics.drop(tenant, name)
+
+    def _placed(self) -> None:
+        """Pin and unpin what another server has, in a thread: bringing an adapter takes time."""
+        if self._state.placements.now.pins != self._pinned:
+            threading.Thread(target=self._follow_pins, name="tpeft-pins", daemon=True).start()
+
+    def _follow_pins(self) -> None:
+        with self._following:
+            while (wanted := self._state.placements.now.pins) != self._pinned:
+                before, self._pinned = self._pinned, wanted
+                known = self._runtime.pins()
+                for pin in before:
+                    if pin not in wanted:
+                        with contextlib.suppress(UnknownTask, NotFound):  # deleted, and its pin with it
+                            self._runtime.unpin(self._models.key(pin.tenant, pin.task, pin.version))
+                for pin in wanted:
+                    with contextlib.suppress(NotFound):
+                        if known.get(self._models.key(pin.tenant, pin.task, pin.version)) != pin.folded:
+                            self._restore(pin, folded=pin.folded)
 
     def task(self, tenant: str, name: str) -> TaskRecord:
         """Return a task visible to a tenant.

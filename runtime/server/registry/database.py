@@ -29,11 +29,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from tpeft_deploy.errors import InsufficientStorage, MissingExtra, ServerError, Unavailable
 from tpeft_deploy.runtime.server.registry import migrations, schema
 from tpeft_deploy.runtime.server.registry.files.disk import full, no_room
+from tpeft_deploy.runtime.server.registry.listener import CHANNEL, Listener
 
-__all__ = ["Database", "sqlite_url"]
+__all__ = ["KEYS", "TASKS", "Database", "sqlite_url"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 
+KEYS, TASKS = "changes", "tasks"  # change counters, by their names in `meta`
 _WRITING, _SERVING = 0x7470_6566, 0x7470_6567  # advisory locks of the one writer and the one server
 _LOCK_SECONDS = 30
 _STOP_SECONDS = 10  # wait of a migration for a running server to stop
@@ -115,16 +117,17 @@ class Database:
         ):
             yield connection
 
-    def hold(self, patience: float) -> None:
+    def hold(self, patience: float, *, shared: bool = False) -> None:
         """Lock the database for this server until it is closed, or lock it again after a lost connection.
 
         SQLite is locked by its directory; PostgreSQL is reachable from several machines.
 
         Args:
             patience: seconds to wait for another server to stop.
+            shared: whether other servers may hold it too, if they share it.
 
         Raises:
-            ServerError: another server uses the database.
+            ServerError: another server uses the database, alone or, unless `shared`, at all.
         """
         if self._is_sqlite or self._has_lock():
             return
@@ -134,32 +137,44 @@ class Database:
             for setting, seconds in (("idle", 3), ("interval", 2), ("count", 3)):
                 self._held.execute(text(f"SET tcp_keepalives_{setting} = {seconds}"))
             until = time.monotonic() + patience
-            mine = text("SELECT pg_try_advisory_lock(:lock, hashtext(current_schema()))")
+            kind = "_shared" if shared else ""
+            mine = text(f"SELECT pg_try_advisory_lock{kind}(:lock, hashtext(current_schema()))")
             while not self._held.scalar(mine, {"lock": _SERVING}):
                 if time.monotonic() > until:
                     self._unlock()
                     raise ServerError(
                         "open the server's database",
-                        expected="one that no other server uses",
+                        expected=f"one that no other server uses{' alone' if shared else ''}",
                         got="one in use",
                         fix="Stop that server, or give this one another database_url.",
                     )
                 time.sleep(0.2)
 
-    def changed(self, connection: Connection) -> int:
-        """Increment the change counter of keys and tenants, which other processes poll, as part of a transaction.
+    def changed(self, connection: Connection, what: str = KEYS) -> int:
+        """Increment a change counter, and tell the processes that listen, as part of a transaction.
+
+        One transaction writes at a time, so that the numbers are in the order in which changes become visible.
+
+        Args:
+            connection: connection with a writing transaction.
+            what: `KEYS` for keys and tenants, `TASKS` for tasks and placements.
 
         Returns:
             The counter.
         """
-        connection.execute(
-            update(schema.meta).where(schema.meta.c.name == "changes").values(value=schema.meta.c.value + 1)
-        )
-        return self.changes(connection)
+        own = update(schema.meta).where(schema.meta.c.name == what).values(value=schema.meta.c.value + 1)
+        connection.execute(own)
+        if not self._is_sqlite:
+            connection.execute(text(f"SELECT pg_notify({CHANNEL}, '')"))
+        return self.changes(connection, what)
 
-    def changes(self, connection: Connection) -> int:
-        """Return the change counter of keys and tenants."""
-        return self._meta(connection, "changes") or 0
+    def changes(self, connection: Connection, what: str = KEYS) -> int:
+        """Return a change counter; see `changed`."""
+        return self._meta(connection, what) or 0
+
+    def listener(self) -> Listener | None:
+        """Return what waits for changes of other servers; None where they have to be polled for."""
+        return None if self._is_sqlite else Listener(self._engine)
 
     def directory(self, connection: Connection) -> int | None:
         """Return the number of the directory with the adapters of this database; None before the first start."""

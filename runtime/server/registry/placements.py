@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, insert, select
 
 from tpeft_deploy.runtime.server.registry import audit, schema
-from tpeft_deploy.runtime.server.registry.database import Database
+from tpeft_deploy.runtime.server.registry.cached import Latest
+from tpeft_deploy.runtime.server.registry.database import TASKS, Database
 
-__all__ = ["PinRecord", "Placements", "drop"]
+__all__ = ["PinRecord", "Placed", "Placements", "drop"]
 
 _P, _U = schema.pins, schema.unloaded
 
@@ -25,6 +28,14 @@ class PinRecord:
     folded: bool
 
 
+@dataclass(frozen=True)
+class Placed:
+    """All placements at one moment: pins, oldest first, and unloaded models by tenant and name."""
+
+    pins: tuple[PinRecord, ...] = ()
+    unloaded: frozenset[tuple[str, str]] = frozenset()
+
+
 class Placements:
     """Pins and unloaded models, which survive a restart; each change is in the audit log.
 
@@ -34,6 +45,18 @@ class Placements:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._latest = Latest(Placed())
+        self.refresh()
+
+    @property
+    def now(self) -> Placed:
+        """Placements when they were last read, or changed by this server; never waits."""
+        return self._latest.value
+
+    def refresh(self) -> None:
+        """Read what this and other servers have changed."""
+        with self._database.reading() as connection:
+            self._latest.put(*self._read(connection))
 
     def pins(self, tenant: str | None = None, task: str | None = None) -> list[PinRecord]:
         """List pinned versions of all tasks, or of one, oldest first."""
@@ -50,7 +73,7 @@ class Placements:
 
     def pin(self, pin: PinRecord, *, by: str) -> None:
         """Record a pin."""
-        with self._database.writing() as connection:
+        with self._writing() as connection:
             drop(connection, pin.tenant, pin.task, pin.version, unloaded=False)
             connection.execute(
                 insert(_P).values(
@@ -61,27 +84,41 @@ class Placements:
 
     def unpin(self, tenant: str, task: str, *, by: str) -> None:
         """Remove the pins of a task."""
-        with self._database.writing() as connection:
+        with self._writing() as connection:
             drop(connection, tenant, task, unloaded=False)
             audit.write(connection, by, tenant, "unpin", task)
 
     def unload(self, tenant: str, task: str, *, by: str) -> None:
         """Record an unloaded model."""
-        with self._database.writing() as connection:
+        with self._writing() as connection:
             connection.execute(delete(_U).where(_U.c.tenant == tenant, _U.c.task == task))
             connection.execute(insert(_U).values(tenant=tenant, task=task, time=time.time(), by=by))
             audit.write(connection, by, tenant, "unload", task)
 
     def load(self, tenant: str, task: str, *, by: str) -> None:
         """Record that a model is loaded again."""
-        with self._database.writing() as connection:
+        with self._writing() as connection:
             connection.execute(delete(_U).where(_U.c.tenant == tenant, _U.c.task == task))
             audit.write(connection, by, tenant, "load", task)
 
     def forget(self, pin: PinRecord) -> None:
         """Remove the pin of a version that no longer exists, without an audit entry."""
-        with self._database.writing() as connection:
+        with self._writing() as connection:
             drop(connection, pin.tenant, pin.task, pin.version, unloaded=False)
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with self._database.writing() as connection:
+            yield connection
+            self._database.changed(connection, TASKS)
+            changes, placed = self._read(connection)
+        self._latest.put(changes, placed)
+
+    def _read(self, connection: Connection) -> tuple[int, Placed]:
+        pins = connection.execute(select(_P.c.tenant, _P.c.task, _P.c.version, _P.c.folded).order_by(_P.c.time))
+        unloaded = connection.execute(select(_U.c.tenant, _U.c.task))
+        placed = Placed(tuple(PinRecord(*row) for row in pins), frozenset((row.tenant, row.task) for row in unloaded))
+        return self._database.changes(connection, TASKS), placed
 
 
 def drop(connection: Connection, tenant: str, task: str, version: str | None = None, *, unloaded: bool = True) -> None:

@@ -4,30 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from tpeft_deploy.runtime.server.registry import schema
-from tpeft_deploy.runtime.server.registry.snapshot import AliasRecord, RegistrySnapshot, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry.snapshot import AliasRecord, TaskRecord, VersionRecord
 
 __all__ = [
+    "StoredTask",
     "add_version",
     "any_version",
+    "changed_since",
     "drop_task",
     "drop_version",
     "history",
     "move",
     "next_number",
     "point",
+    "referred",
+    "reserve_number",
     "row",
-    "snapshot",
-    "task",
+    "stored",
+    "touch",
     "usage",
 ]
 
 _T, _V, _A, _H = schema.tasks, schema.versions, schema.aliases, schema.history
 _KEPT = 100  # changes in the history of one alias
+
+
+class StoredTask(NamedTuple):
+    """A task as it is stored: its id, where it is found, and what it is; None if it was deleted."""
+
+    id: int
+    tenant: str
+    name: str
+    record: TaskRecord | None
 
 
 def row(connection: Connection, tenant: str, name: str) -> Mapping[str, Any] | None:
@@ -42,6 +55,17 @@ def next_number(connection: Connection, tenant: str, name: str) -> int:
     return found or 1
 
 
+def reserve_number(connection: Connection, tenant: str, name: str) -> int:
+    """Return the number of a task's next version, and give it to nobody else."""
+    found = row(connection, tenant, name)
+    if found is None:
+        connection.execute(insert(_T).values(tenant=tenant, name=name, next_number=2, deleted=True))
+        return 1
+    number = int(found["next_number"])
+    connection.execute(update(_T).where(_T.c.id == found["id"]).values(next_number=number + 1))
+    return number
+
+
 def add_version(connection: Connection, record: VersionRecord) -> int:
     """Insert a version, and its task when there is none; return the task's id."""
     number = record.number
@@ -51,7 +75,8 @@ def add_version(connection: Connection, record: VersionRecord) -> int:
         task: int = connection.execute(made.returning(_T.c.id)).scalar_one()
     else:
         task = found["id"]
-        connection.execute(update(_T).where(_T.c.id == task).values(next_number=number + 1, deleted=False))
+        following = max(found["next_number"], number + 1)
+        connection.execute(update(_T).where(_T.c.id == task).values(next_number=following, deleted=False))
     connection.execute(
         insert(_V).values(
             task=task, number=number, digest=record.digest, bytes=record.bytes, created=record.created, by=record.by
@@ -122,15 +147,29 @@ def any_version(connection: Connection) -> bool:
     return connection.execute(select(_V.c.number).limit(1)).first() is not None
 
 
-def task(connection: Connection, tenant: str, name: str) -> TaskRecord | None:
-    """Return a task; None when it does not exist."""
-    return snapshot(connection, (_T.c.tenant == tenant) & (_T.c.name == name)).own(tenant, name)
+def changed_since(connection: Connection, number: int) -> list[StoredTask]:
+    """Return the tasks that were changed, deleted ones too, since a change counter had a value."""
+    return _stored(connection, _T.c.changed > number)
 
 
-def snapshot(connection: Connection, which: ColumnElement[bool] | None = None) -> RegistrySnapshot:
-    """Return all tasks, or those that a condition on their rows selects."""
-    condition = _T.c.deleted.is_(False) if which is None else which & _T.c.deleted.is_(False)
-    owners = {row.id: (row.tenant, row.name) for row in connection.execute(select(_T).where(condition))}
+def touch(connection: Connection, task: int, number: int) -> None:
+    """Set the number of a task's last change."""
+    connection.execute(update(_T).where(_T.c.id == task).values(changed=number))
+
+
+def referred(connection: Connection) -> set[str]:
+    """Return the digests of all versions."""
+    return set(connection.scalars(select(_V.c.digest).distinct()))
+
+
+def stored(connection: Connection) -> list[StoredTask]:
+    """Return all tasks."""
+    return _stored(connection, _T.c.deleted.is_(False))
+
+
+def _stored(connection: Connection, condition: ColumnElement[bool]) -> list[StoredTask]:
+    found = list(connection.execute(select(_T.c.id, _T.c.tenant, _T.c.name, _T.c.deleted).where(condition)))
+    owners = {row.id: (row.tenant, row.name) for row in found}
     versions: dict[int, dict[int, VersionRecord]] = {task: {} for task in owners}
     aliases: dict[int, dict[str, int]] = {task: {} for task in owners}
     previous: dict[int, dict[str, int]] = {task: {} for task in owners}
@@ -143,8 +182,14 @@ def snapshot(connection: Connection, which: ColumnElement[bool] | None = None) -
         aliases[task][alias] = number
         if before is not None:
             previous[task][alias] = before
-    tasks: dict[str, dict[str, TaskRecord]] = {}
-    for task, (tenant, name) in owners.items():
-        record = TaskRecord(tenant, name, versions[task], aliases[task], previous[task])
-        tasks.setdefault(tenant, {})[name] = record
-    return RegistrySnapshot(tasks)
+    return [
+        StoredTask(
+            row.id,
+            row.tenant,
+            row.name,
+            None
+            if row.deleted
+            else TaskRecord(row.tenant, row.name, versions[row.id], aliases[row.id], previous[row.id]),
+        )
+        for row in found
+    ]

@@ -33,7 +33,7 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA = 3  # the newest migration
+SCHEMA = 4  # the newest migration
 # What servers without migrations look for in `meta`.  A migration that makes their use of a database wrong raises it.
 COMPATIBLE = 1
 _NAME = String(128)
@@ -67,6 +67,7 @@ tasks = Table(
     Column("name", _NAME, nullable=False),
     Column("next_number", Integer, nullable=False),
     Column("deleted", Boolean, nullable=False),
+    Column("changed", Integer, nullable=False, server_default="0", index=True),  # counter of tasks at its last change
     UniqueConstraint("tenant", "name"),
 )
 versions = Table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tpeft_deploy.errors import NotFound
+from tpeft_deploy.errors import Conflict, NotFound
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
 
 __all__ = ["CURRENT", "AliasRecord", "RegistrySnapshot", "TaskRecord", "VersionRecord"]
@@ -89,6 +89,25 @@ class TaskRecord:
             )
         return found
 
+    def check_alias(self, alias: str, expected: str | None) -> None:
+        """Check which version an alias stands for.
+
+        Args:
+            alias: alias of the task.
+            expected: number of the version; None: any.
+
+        Raises:
+            Conflict: it stands for another one, or for none.
+        """
+        present = self.aliases.get(alias)
+        if expected is not None and expected != str(present):
+            raise Conflict(
+                f"change alias {alias[:128]!r} of task {self.name!r}",
+                expected=f"that it stands for version {expected[:20]!r}",
+                got="none" if present is None else f"version {present}",
+                fix="It was changed meanwhile: look at it, and try again.",
+            )
+
 
 class RegistrySnapshot:
     """All tasks at one moment.
@@ -146,9 +165,18 @@ class RegistrySnapshot:
             for task in tasks.values():
                 yield from task.versions.values()
 
-    def replaced(self, tenant: str, name: str, task: TaskRecord | None) -> RegistrySnapshot:
-        """Return a copy with one task replaced, or removed for None."""
-        own = {other: record for other, record in self._tasks.get(tenant, {}).items() if other != name}
-        if task is not None:
-            own[name] = task
-        return RegistrySnapshot({**self._tasks, tenant: own})
+    def replaced(self, changes: Iterable[tuple[str, str, TaskRecord | None]]) -> RegistrySnapshot:
+        """Return a copy with some tasks replaced.
+
+        Args:
+            changes: tenant, name and task of each; None removes the task.
+        """
+        tasks = dict(self._tasks)
+        copied: dict[str, dict[str, TaskRecord]] = {}
+        for tenant, name, task in changes:
+            own = copied.setdefault(tenant, dict(tasks.get(tenant, {})))
+            own.pop(name, None)
+            if task is not None:
+                own[name] = task
+        tasks.update(copied)
+        return RegistrySnapshot(tasks)

@@ -18,7 +18,7 @@ from tpeft_deploy.errors import InsufficientStorage, ServerError
 from tpeft_deploy.files import replace_text
 from tpeft_deploy.runtime.server.registry import queries
 from tpeft_deploy.runtime.server.registry.audit import Audit
-from tpeft_deploy.runtime.server.registry.database import Database, sqlite_url
+from tpeft_deploy.runtime.server.registry.database import TASKS, Database, sqlite_url
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.files.disk import Reserve, make_private, private
 from tpeft_deploy.runtime.server.registry.files.opened_files import OpenedFiles
@@ -45,6 +45,10 @@ class State:
         directory: directory of the files, locked for this process.
         url: URL of the database; by default SQLite in the directory.
         default: quota of tenants without one; by default without limits.
+        shared: whether other servers use the database and the adapters' files too, each with a directory for the rest.
+
+    Attributes:
+        on_change: called by the thread that watches, after tasks or placements have changed.
 
     Raises:
         ServerError: another server uses the directory or the database, the database cannot be opened, or it does not
@@ -52,28 +56,34 @@ class State:
         VersionError: the database was written by a newer version of the server.
     """
 
-    def __init__(self, directory: Path, url: str | None = None, *, default: Quota | None = None) -> None:
+    def __init__(
+        self, directory: Path, url: str | None = None, *, default: Quota | None = None, shared: bool = False
+    ) -> None:
+        self.shared = shared
+        self.on_change: Callable[[], None] = lambda: None
         with ExitStack() as stack:
             stack.enter_context(_locked(directory))
             self._reserve = reserve = Reserve(directory)
             self._database = database = _open_database(directory, url, reserve)
             stack.callback(database.close)
-            database.hold(_PATIENCE)
+            database.hold(_PATIENCE, shared=shared)
             self.tenants = Tenants(database, default or Quota())
             self.keys = Keys(database, self.tenants, reserve)
             self.audit = Audit(database)
-            self._changes = -1
-            self.refresh()
+            self._changes = self._tasks_changes = -1
             incoming, blobs = directory / "incoming", Blobs(directory / "blobs")
-            _check_identity(directory, database, blobs)
+            if not shared:
+                _check_identity(directory, database, blobs)
             clean(incoming)
-            self.tasks = Tasks(database, blobs, incoming, self.tenants.quota)
             self.placements = Placements(database)
+            self.tasks = Tasks(database, blobs, incoming, self.tenants.quota, self.placements, shared=shared)
+            self.refresh()
             make_private(directory, *_NAMES)
             reserve.keep()
             self._files = OpenedFiles([directory, directory / "lock", *database.files, directory / "blobs", incoming])
             database.guard = self._files.check
             self._held = stack.pop_all()
+        self._listener = self._database.listener() if shared else None
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="tpeft-keys", daemon=True)
         self._watcher.start()
@@ -87,15 +97,21 @@ class State:
         self.close()
 
     def refresh(self) -> None:
-        """Refresh keys and tenants when another process changed them."""
+        """Take over what other processes have changed."""
         with self._database.reading() as connection:
-            changes = self._database.changes(connection)
-            if changes == self._changes:
-                return
-            tenants, keys = self.tenants.read(connection), self.keys.read(connection)
-        self.tenants.update_cache(changes, tenants)
-        self.keys.update_cache(changes, keys)
-        self._changes = changes
+            changes, tasks = self._database.changes(connection), self._database.changes(connection, TASKS)
+            known = None
+            if changes != self._changes:
+                known = self.tenants.read(connection), self.keys.read(connection)
+        if known is not None:
+            self.tenants.update_cache(changes, known[0])
+            self.keys.update_cache(changes, known[1])
+            self._changes = changes
+        if tasks != self._tasks_changes:
+            self.tasks.refresh()
+            self.placements.refresh()
+            self._tasks_changes = tasks
+            self.on_change()
 
     @property
     def intact(self) -> bool:
@@ -106,15 +122,21 @@ class State:
         """Close the database and unlock the directory; idempotent."""
         self._stop.set()
         self._watcher.join()
+        if self._listener is not None:
+            self._listener.close()
         self._held.close()
+
+    def _listened(self) -> bool:
+        """Wait for a change of another server; false where changes have to be polled for."""
+        return self._listener is not None and self._listener.wait(_SECONDS)
 
     def _watch(self) -> None:
         for look in itertools.count(1):
-            if self._stop.wait(_SECONDS):
+            if self._stop.is_set() or (not self._listened() and self._stop.wait(_SECONDS)):
                 return
             try:
                 self._files.look()
-                self._database.hold(0)
+                self._database.hold(0, shared=self.shared)
                 self.refresh()
                 if look % _SELDOM == 0 and self.intact:
                     self.keys.write_refused()
@@ -124,9 +146,9 @@ class State:
                 _log.error("cannot look for changed keys: %s", error, exc_info=not isinstance(error, ServerError))
 
 
-def open_state(directory: Path, url: str | None = None, *, default: Quota | None = None) -> State:
+def open_state(directory: Path, url: str | None = None, *, default: Quota | None = None, shared: bool = False) -> State:
     """Open a state; see `State`."""
-    return State(directory, url, default=default)
+    return State(directory, url, default=default, shared=shared)
 
 
 def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:

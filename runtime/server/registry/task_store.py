@@ -12,13 +12,14 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.errors import Conflict, NotFound, QuotaExceeded
+from tpeft_deploy.errors import Conflict, NotFound
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.runtime.server.registry import audit, placements, queries
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.files.locks import KeyedLocks
 from tpeft_deploy.runtime.server.registry.files.uploads import RunBlocking, Staged, staging
+from tpeft_deploy.runtime.server.registry.known_tasks import KnownTasks, Told
 from tpeft_deploy.runtime.server.registry.names import check_alias, check_task, check_tenant
 from tpeft_deploy.runtime.server.registry.snapshot import (
     CURRENT,
@@ -27,7 +28,7 @@ from tpeft_deploy.runtime.server.registry.snapshot import (
     TaskRecord,
     VersionRecord,
 )
-from tpeft_deploy.runtime.server.registry.tenants import ensure
+from tpeft_deploy.runtime.server.registry.tenants import check_room, ensure
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
@@ -47,23 +48,51 @@ class Tasks:
         blobs: store of the adapters' files.
         incoming: directory for staged uploads.
         quota: function from a tenant to its quota.
+        placed: placements, which end with their task.
+        shared: whether other servers use the database and the store too.
     """
 
-    def __init__(self, database: Database, blobs: Blobs, incoming: Path, quota: Callable[[str], Quota]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        blobs: Blobs,
+        incoming: Path,
+        quota: Callable[[str], Quota],
+        placed: placements.Placements,
+        *,
+        shared: bool = False,
+    ) -> None:
         self._database = database
         self._blobs = blobs
         self._incoming = incoming
         self._quota = quota
+        self._placed = placed
+        self._shared = shared
         # Acquired before `_lock`: one registration per task at a time, without blocking other tasks during checks.
         self._turns = KeyedLocks()
         self._lock = threading.Lock()  # orders short changes, so that the snapshot follows the database
-        with database.reading() as connection:
-            self._snapshot = queries.snapshot(connection)
-        blobs.sweep({version.digest for version in self._snapshot.versions()}, grace=0)
+        self._known = KnownTasks(database)
+        if not shared:  # else the file of another server's registration might have no row yet
+            blobs.sweep({version.digest for version in self.snapshot().versions()}, grace=0)
 
     def snapshot(self) -> RegistrySnapshot:
         """Return the current snapshot."""
-        return self._snapshot
+        return self._known.snapshot
+
+    def follow(self, announce: Told, forget: Told) -> None:
+        """Announce all versions, and from now on what other servers change.
+
+        Args:
+            announce: called with new versions, before they are visible.
+            forget: called with versions that were deleted, once they are not visible any more.
+        """
+        with self._lock:
+            self._known.follow(announce, forget)
+
+    def refresh(self) -> None:
+        """Take over what other servers have changed."""
+        with self._lock, self._database.reading() as connection:
+            self._known.catch_up(connection)
 
     def staging(self, limit: int, run: RunBlocking = asyncio.to_thread) -> AbstractAsyncContextManager[Staged]:
         """Create a temporary directory for an upload.
@@ -112,9 +141,7 @@ class Tasks:
         with self._turns.hold((tenant, name)):
             # An early check, before the file is written; the transaction below decides.
             self._check_owner(tenant, name)
-            with self._database.reading() as connection:
-                number = queries.next_number(connection, tenant, name)
-                self._check_quota(connection, tenant, len(data))
+            number = self._next_number(tenant, name, len(data))
             try:
                 with self._blobs.pending(data) as digest:
                     record = VersionRecord(tenant, name, number, digest, len(data), time.time(), by)
@@ -146,11 +173,13 @@ class Tasks:
         """
         check_task(name)
         check_alias(alias)
-        with self._lock:
+        with self._changing(tenant, name) as (connection, task):
             own = self._own(tenant, name)
             number = own.version(version).number
-            _check_expected(own, alias, expected)
-            return self._point(tenant, name, alias, number, by, "point")
+            own.check_alias(alias, expected)
+            queries.point(connection, task, alias, number, by)
+            audit.write(connection, by, tenant, "point", name, alias=alias, version=number)
+        return self._own(tenant, name)
 
     def rollback(self, tenant: str, name: str, alias: str, *, by: str, expected: str | None = None) -> TaskRecord:
         """Point an alias to its previous version; a second rollback undoes the first.
@@ -167,9 +196,9 @@ class Tasks:
             Conflict: the alias has no previous version, that version was deleted, or the alias does not point to
                 `expected`.
         """
-        with self._lock:
+        with self._changing(tenant, name) as (connection, task):
             own = self._own(tenant, name)
-            _check_expected(own, alias, expected)
+            own.check_alias(alias, expected)
             number = own.previous.get(alias)
             if number is None or number not in own.versions:
                 raise Conflict(
@@ -177,7 +206,9 @@ class Tasks:
                     expected="a version that it stood for before",
                     got="none" if number is None else f"version {number}, which was deleted",
                 )
-            return self._point(tenant, name, alias, number, by, "roll back")
+            queries.point(connection, task, alias, number, by)
+            audit.write(connection, by, tenant, "roll back", name, alias=alias, version=number)
+        return self._own(tenant, name)
 
     def history(self, tenant: str, name: str, alias: str, limit: int = 100) -> list[AliasRecord]:
         """List the versions that an alias pointed to, newest first.
@@ -196,15 +227,15 @@ class Tasks:
         Raises:
             NotFound: the tenant has no such task.
         """
-        with self._lock:
+        with self._changing(tenant, name) as (connection, task):
             gone = list(self._own(tenant, name).versions.values())
-            with self._changing(tenant, name) as (connection, task):
-                queries.drop_task(connection, task)
-                placements.drop(connection, tenant, name)
-                numbers = sorted(version.number for version in gone)
-                audit.write(connection, by, tenant, "delete", name, versions=numbers)
-            self._blobs.release(version.digest for version in gone)
-            return gone
+            queries.drop_task(connection, task)
+            placements.drop(connection, tenant, name)
+            numbers = sorted(version.number for version in gone)
+            audit.write(connection, by, tenant, "delete", name, versions=numbers)
+        self._placed.refresh()
+        self._blobs.release(version.digest for version in gone)
+        return gone
 
     def remove_version(self, tenant: str, name: str, number: int, *, by: str) -> VersionRecord:
         """Delete a version that no alias points to, and return its record.
@@ -213,7 +244,7 @@ class Tasks:
             NotFound: the tenant has no such task or version.
             Conflict: an alias points to the version.
         """
-        with self._lock:
+        with self._changing(tenant, name) as (connection, task):
             own = self._own(tenant, name)
             record = own.version(str(number))
             using = sorted(alias for alias, current in own.aliases.items() if current == number)
@@ -224,12 +255,12 @@ class Tasks:
                     got=f"what {', '.join(using)} stands for",
                     fix="Point the alias elsewhere first.",
                 )
-            with self._changing(tenant, name) as (connection, task):
-                queries.drop_version(connection, task, number)
-                placements.drop(connection, tenant, name, str(number))
-                audit.write(connection, by, tenant, "delete version", name, version=number)
-            self._blobs.release([record.digest])
-            return record
+            queries.drop_version(connection, task, number)
+            placements.drop(connection, tenant, name, str(number))
+            audit.write(connection, by, tenant, "delete version", name, version=number)
+        self._placed.refresh()
+        self._blobs.release([record.digest])
+        return record
 
     def publish(self, tenant: str, name: str, announce: Callable[[TaskRecord], None], *, by: str) -> TaskRecord:
         """Share a tenant's task with all tenants; its versions keep their numbers.
@@ -244,21 +275,18 @@ class Tasks:
             NotFound: the tenant has no such task.
             Conflict: another tenant has a task of that name, or it was shared before and deleted.
         """
-        with self._lock:
+        with self._changing(tenant, name, announce) as (connection, task):
             self._own(tenant, name)
-            others = [owner for owner in self._snapshot.owners(name) if owner != tenant]
-            with self._database.writing() as connection:
-                if others or queries.row(connection, SHARED, name) is not None:
-                    raise Conflict(
-                        f"publish task {name!r}", expected="a name that no other tenant has", got="one that is in use"
-                    )
-                queries.move(connection, _id(connection, tenant, name), SHARED)
-                placements.drop(connection, tenant, name)
-                audit.write(connection, by, tenant, "publish", name)
-                published = _found(queries.task(connection, SHARED, name), name)
-            announce(published)
-            self._snapshot = self._snapshot.replaced(tenant, name, None).replaced(SHARED, name, published)
-        return published
+            others = [owner for owner in self.snapshot().owners(name) if owner != tenant]
+            if others or queries.row(connection, SHARED, name) is not None:
+                raise Conflict(
+                    f"publish task {name!r}", expected="a name that no other tenant has", got="one that is in use"
+                )
+            queries.move(connection, task, SHARED)
+            placements.drop(connection, tenant, name)
+            audit.write(connection, by, tenant, "publish", name)
+        self._placed.refresh()
+        return self._own(SHARED, name)
 
     def read(self, record: VersionRecord) -> Adapter:
         """Read the adapter of a version.
@@ -271,53 +299,84 @@ class Tasks:
 
     def usage(self, tenant: str) -> tuple[int, int]:
         """Return the number of a tenant's versions, and their bytes."""
-        own = [version for task in self._snapshot.owned(tenant) for version in task.versions.values()]
+        own = [version for task in self.snapshot().owned(tenant) for version in task.versions.values()]
         return len(own), sum(version.bytes for version in own)
 
     def sweep(self, *, grace: float = _GRACE) -> int:
         """Remove files of adapters that were deleted at least `grace` seconds ago, and return their number."""
         with self._lock:
-            return self._blobs.sweep({version.digest for version in self._snapshot.versions()}, grace=grace)
+            return self._blobs.sweep({version.digest for version in self.snapshot().versions()}, grace=grace)
 
     def _discard(self, digest: str) -> None:
+        if self._shared:
+            return  # another server may be registering the same bytes; the sweep removes the file
         with self._lock:
-            self._blobs.discard(digest, {version.digest for version in self._snapshot.versions()})
+            self._blobs.discard(digest, {version.digest for version in self.snapshot().versions()})
 
     def _add(self, record: VersionRecord, alias: str) -> None:
         tenant, name = record.tenant, record.task
-        with self._lock:
+        with self._writing() as (connection, touched):
             self._check_owner(tenant, name)
-            with self._database.writing() as connection:
-                self._check_quota(connection, tenant, record.bytes)
-                if tenant != SHARED:
-                    ensure(self._database, connection, tenant)
-                queries.point(connection, queries.add_version(connection, record), alias, record.number, record.by)
-                audit.write(
-                    connection, record.by, tenant, "register", name,
-                    version=record.number, digest=record.digest, alias=alias,
-                )  # fmt: skip
-                found = queries.task(connection, tenant, name)
-            self._snapshot = self._snapshot.replaced(tenant, name, found)
+            check_room(connection, tenant, self._quota(tenant), record.bytes)
+            if tenant != SHARED:
+                ensure(self._database, connection, tenant)
+            task = queries.add_version(connection, record)
+            touched.append(task)
+            queries.point(connection, task, alias, record.number, record.by)
+            audit.write(
+                connection, record.by, tenant, "register", name,
+                version=record.number, digest=record.digest, alias=alias,
+            )  # fmt: skip
 
-    def _point(self, tenant: str, name: str, alias: str, number: int, by: str, action: str) -> TaskRecord:
-        with self._changing(tenant, name) as (connection, task):
-            queries.point(connection, task, alias, number, by)
-            audit.write(connection, by, tenant, action, name, alias=alias, version=number)
-        return self._own(tenant, name)
+    def _next_number(self, tenant: str, name: str, size: int) -> int:
+        """Return the number of the next version; of several servers, only one gets it."""
+        if not self._shared:
+            with self._database.reading() as connection:
+                check_room(connection, tenant, self._quota(tenant), size)
+                return queries.next_number(connection, tenant, name)
+        with self._database.writing() as connection:
+            check_room(connection, tenant, self._quota(tenant), size)
+            return queries.reserve_number(connection, tenant, name)
 
     @contextmanager
-    def _changing(self, tenant: str, name: str) -> Iterator[tuple[Connection, int]]:
-        """Open a transaction on one task; the snapshot is replaced once it is durable."""
-        with self._database.writing() as connection:
-            yield connection, _id(connection, tenant, name)
-            found = queries.task(connection, tenant, name)
-        self._snapshot = self._snapshot.replaced(tenant, name, found)
+    def _changing(
+        self, tenant: str, name: str, announce: Callable[[TaskRecord], None] = lambda _: None
+    ) -> Iterator[tuple[Connection, int]]:
+        """Open a transaction on one task of a tenant; see `_writing`."""
+        if self.snapshot().own(tenant, name) is None:
+            self.refresh()  # read before it is asked of the one writer
+            self._own(tenant, name)
+        with self._writing(announce) as (connection, touched):
+            self._own(tenant, name)
+            task = _id(connection, tenant, name)
+            touched.append(task)
+            yield connection, task
+
+    @contextmanager
+    def _writing(
+        self, announce: Callable[[TaskRecord], None] = lambda _: None
+    ) -> Iterator[tuple[Connection, list[int]]]:
+        """Open a transaction that begins with the newest snapshot; the snapshot is replaced once it is durable.
+
+        Args:
+            announce: called with the changed task before it is visible.
+
+        Returns:
+            The connection, and a list for the ids of the changed tasks.
+        """
+        touched: list[int] = []
+        with self._lock:
+            with self._database.writing() as connection:
+                self._known.catch_up(connection)
+                yield connection, touched
+                change = self._known.change(connection, touched)
+            self._known.took(change, announce)
 
     def _own(self, tenant: str, name: str) -> TaskRecord:
-        return _found(self._snapshot.own(tenant, name), name)
+        return _found(self.snapshot().own(tenant, name), name)
 
     def _check_owner(self, tenant: str, name: str) -> None:
-        others = [owner for owner in self._snapshot.owners(name) if owner != tenant]
+        others = [owner for owner in self.snapshot().owners(name) if owner != tenant]
         if others and (tenant == SHARED or SHARED in others):
             raise Conflict(
                 f"register task {name!r}",
@@ -325,36 +384,11 @@ class Tasks:
                 got="the name of a shared task" if tenant != SHARED else "one that tenants have",
             )
 
-    def _check_quota(self, connection: Connection, tenant: str, size: int) -> None:
-        quota = Quota() if tenant == SHARED else self._quota(tenant)  # shared tasks count for no tenant
-        if quota.adapters is None and quota.bytes is None:
-            return
-        count, total = queries.usage(connection, tenant)
-        for what, limit, would in (("adapters", quota.adapters, count + 1), ("bytes", quota.bytes, total + size)):
-            if limit is not None and would > limit:
-                raise QuotaExceeded(
-                    f"register an adapter of tenant {tenant!r}",
-                    expected=f"at most {limit:,} {what}",
-                    got=f"{would:,} with this one",
-                    fix="Delete versions that are not needed, or ask for a larger quota.",
-                )
-
 
 def _found(task: TaskRecord | None, name: str) -> TaskRecord:
     if task is None:
         raise NotFound(f"find task {name[:128]!r}", problem="there is none of that name that is the tenant's own")
     return task
-
-
-def _check_expected(task: TaskRecord, alias: str, expected: str | None) -> None:
-    present = task.aliases.get(alias)
-    if expected is not None and expected != str(present):
-        raise Conflict(
-            f"change alias {alias[:128]!r} of task {task.name!r}",
-            expected=f"that it stands for version {expected[:20]!r}",
-            got="none" if present is None else f"version {present}",
-            fix="It was changed meanwhile: look at it, and try again.",
-        )
 
 
 def _id(connection: Connection, tenant: str, name: str) -> int:

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass
 
 from sqlalchemy import Connection, insert, select, update
 
-from tpeft_deploy.errors import NotFound
-from tpeft_deploy.runtime.server.registry import audit, schema
+from tpeft_deploy.errors import NotFound, QuotaExceeded
+from tpeft_deploy.runtime.server.registry import audit, queries, schema
 from tpeft_deploy.runtime.server.registry.cached import Latest
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.names import check_tenant
+from tpeft_deploy.runtime.server.tenancy.access import SHARED
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota, Quotas
 
-__all__ = ["TenantRecord", "Tenants", "ensure"]
+__all__ = ["TenantRecord", "Tenants", "check_room", "ensure"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,28 @@ def ensure(own: Database, connection: Connection, tenant: str) -> None:
     if connection.scalar(select(schema.tenants.c.name).where(schema.tenants.c.name == tenant)) is None:
         connection.execute(insert(schema.tenants).values(name=tenant, quota={}, created=time.time()))
         own.changed(connection)
+
+
+def check_room(connection: Connection, tenant: str, quota: Quota, size: int) -> None:
+    """Check that a tenant may register one more adapter, as part of a transaction.
+
+    Args:
+        connection: connection with a transaction.
+        tenant: tenant of the task; shared tasks count for none.
+        quota: the tenant's quota.
+        size: bytes of the adapter.
+
+    Raises:
+        QuotaExceeded: the quota of adapters or bytes is used up.
+    """
+    if tenant == SHARED or (quota.adapters is None and quota.bytes is None):
+        return
+    count, total = queries.usage(connection, tenant)
+    for what, limit, would in (("adapters", quota.adapters, count + 1), ("bytes", quota.bytes, total + size)):
+        if limit is not None and would > limit:
+            raise QuotaExceeded(
+                f"register an adapter of tenant {tenant!r}",
+                expected=f"at most {limit:,} {what}",
+                got=f"{would:,} with this one",
+                fix="Delete versions that are not needed, or ask for a larger quota.",
+            )

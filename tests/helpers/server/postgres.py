@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,13 @@ from tests.helpers.waiting import wait_until
 _SECONDS = 120
 
 
-@dataclass(frozen=True)
+@dataclass
 class Postgres:
-    """A running server."""
+    """A running server; `stop` ends it early."""
 
     port: int
     password: str
+    stop: Callable[[], None] = lambda: None
 
     @property
     def url(self) -> str:
@@ -80,11 +81,16 @@ def running() -> Iterator[Postgres]:
         )  # fmt: skip
         assert made.returncode == 0, made.stderr
         own, process = _listening([place / "postgres", "-D", data], password, directory, user)
+
+        def stop() -> None:
+            process.send_signal(signal.SIGQUIT)  # it does not wait for anybody, but cleans up, which a kill would not
+            process.wait(_SECONDS)
+
+        own.stop = stop
         try:
             yield own
         finally:
-            process.send_signal(signal.SIGQUIT)  # it does not wait for anybody, but cleans up, which a kill would not
-            process.wait(_SECONDS)
+            stop()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

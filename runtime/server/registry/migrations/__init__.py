@@ -54,7 +54,7 @@ def stored_schema(connection: Connection) -> int | None:
 def create(connection: Connection) -> None:
     """Create the tables of a new database."""
     schema.metadata.create_all(connection)
-    for name, value in (("schema", schema.COMPATIBLE), ("changes", 0)):
+    for name, value in (("schema", schema.COMPATIBLE), ("changes", 0), ("tasks", 0)):
         connection.execute(insert(schema.meta).values(name=name, value=value))
     _stamp(connection, schema.SCHEMA)
 
