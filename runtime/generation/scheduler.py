@@ -355,8 +355,8 @@ class Scheduler:
     def _move(self, step: Step, sequence: Sequence, target: int) -> None:
         """Give a sequence that was admitted in an earlier step another slot."""
         source = self._slots.index(sequence)
-        if sequence.cached:
-            step.moves.append(Move(sequence, source, target, sequence.cached))
+        # Without a token too: what its other inputs gave is in the slot before the first.
+        step.moves.append(Move(sequence, source, target, sequence.cached))
         self._slots[source], self._slots[target] = None, sequence
         sequence.slot = target
 

@@ -93,6 +93,7 @@ class FakeDecoder:
     def enter(self, slot: int, sequence: State) -> None:
         if sequence.inputs is not None:
             self._called("enter", slot)
+        self._empty(slot)
         self.memory[slot] = sequence.digest
 
     def prefill(

@@ -220,6 +220,19 @@ def test_a_partial_prefill_moves_aside_for_a_higher_priority() -> None:
     assert [(piece.sequence.id, piece.slot) for piece in step.pieces] == [(2, 0), (1, 1)]
 
 
+def test_a_sequence_moves_before_its_first_token_too() -> None:
+    """Else it would read the memory of an encoder that another sequence left in the slot."""
+    scheduler = Scheduler(2, budget=4, chunk=4)
+    late = sequence(0, priority=1)
+    scheduler.add(late)
+    assert scheduler.step().admitted == [late]  # and overtaken before its prompt is computed
+    urgent = sequence(1, priority=0)
+    scheduler.add(urgent)
+    step = scheduler.step()
+    assert (late.slot, urgent.slot, late.cached) == (1, 0, 0)
+    assert step.moves == [Move(late, 0, 1, 0)]
+
+
 def test_a_higher_priority_takes_the_slot_of_the_lowest_and_newest() -> None:
     simulation = Simulation(Scheduler(2, budget=10, chunk=10))
     old, new = sequence(1, 3, 5, priority=1), sequence(2, 3, 5, priority=1)
