@@ -58,7 +58,7 @@ def compare(place: Path, vocabulary: int, rows: int, seconds: float, threads: in
     ir.save(choice_graph(vocabulary, ir.DataType.FLOAT), place / "choice.onnx")
     session = open_session(place / "choice.onnx", choose_provider("cpu"), threads=threads)
     ports = DecoderPorts("tokens", "lengths", "logits", (), 8, vocabulary)
-    top = TopLogits(session, ports, rows, np.dtype(np.float32), "cpu")
+    top = TopLogits("random", session, ports, rows, np.dtype(np.float32), "cpu")
     logits = (np.random.default_rng(0).standard_normal((rows, vocabulary)) * 4).astype(np.float32)
     logits[:, :40] += 10  # as confident as models are: a few tokens have most of the mass
     device_rows.write(top._logits, logits)

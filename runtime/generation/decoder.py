@@ -174,8 +174,10 @@ class BankedDecoder:
         self.features = FeatureInput.of(manifest)
         dtype = next(port.dtype for port in manifest.outputs if port.name == self.ports.logits)
         self.logits_dtype: np.dtype[Any] = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
-        self.top = None if choice is None else TopLogits(choice, self.ports, plan.slots, self.logits_dtype, device)
         self._name = manifest.name
+        self.top: TopLogits | None = None
+        if choice is not None:
+            self.top = TopLogits(self._name, choice, self.ports, plan.slots, self.logits_dtype, device)
         self._device = device
         self._residency = residency
         self._component = component

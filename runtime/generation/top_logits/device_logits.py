@@ -12,6 +12,7 @@ import onnxruntime
 from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters import device_rows
+from tpeft_deploy.runtime.engine import translated
 from tpeft_deploy.runtime.generation.sampling import Sampler, Token, divisor, peaks
 from tpeft_deploy.runtime.generation.top_logits.exact import TopRow, choose, decides, needs_mass
 from tpeft_deploy.runtime.sessions.providers import bind
@@ -31,6 +32,7 @@ class TopLogits:
     """Memory for the logits of all slots on a device, and a session of the choice graph.
 
     Args:
+        name: name of the bundle, for messages.
         session: session of `choice.onnx`.
         ports: ports of the decoder.
         slots: number of slots.
@@ -39,8 +41,15 @@ class TopLogits:
     """
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, ports: DecoderPorts, slots: int, dtype: np.dtype[Any], device: str
+        self,
+        name: str,
+        session: onnxruntime.InferenceSession,
+        ports: DecoderPorts,
+        slots: int,
+        dtype: np.dtype[Any],
+        device: str,
     ) -> None:
+        self._name = name
         self._session = session
         self._vocabulary = ports.vocabulary
         self._kind = BFLOAT16 if dtype == np.uint16 else dtype.type
@@ -71,15 +80,13 @@ class TopLogits:
         """
         binding = bind(self._session)
         self.bind(binding.bind_input, "logits", rows)
-        found = (
+        found: tuple[Array, Array, Array] = (
             np.empty((rows, self.kept), np.float32),
             np.empty((rows, self.kept), np.int64),
             np.empty(temperatures.shape, np.float64),
         )
-        with device_lock.using(self._device):
-            binding.bind_input(
-                "temperatures", "cpu", 0, np.float32, temperatures.shape, temperatures.ctypes.data
-            )  # copies to the device
+        with translated(self._name), device_lock.using(self._device):
+            binding.bind_cpu_input("temperatures", temperatures)  # copies to the device
             for name, array in zip(("top_logits", "top_tokens", "sums"), found, strict=True):
                 binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
             self._session.run_with_iobinding(binding)
@@ -159,10 +166,12 @@ def choices(
     if isinstance(logits, DeviceLogits):
         if all(decides(sampler, logits.kept) for sampler in wanted):
             found = enumerate(zip(samplers, logits.largest(samplers, scored), strict=True))
-            return [sampler and partial(_chosen, logits, place, row, sampler) for place, (sampler, row) in found]
+            return [
+                partial(_chosen, logits, place, row, sampler) if sampler else None for place, (sampler, row) in found
+            ]
         logits = logits.read()
     rows = zip(samplers, logits, peaks(logits, scored), strict=True)
-    return [sampler and partial(sampler.choose, row, peak) for sampler, row, peak in rows]
+    return [partial(sampler.choose, row, peak) if sampler else None for sampler, row, peak in rows]
 
 
 def _chosen(logits: DeviceLogits, place: int, top: TopRow, sampler: Sampler) -> Token:

@@ -43,7 +43,7 @@ class Counted(TopLogits):
 def memory(place: Path, dtype: ir.DataType, kind: type[Any], logits: Array) -> Counted:
     ir.save(top_logits.choice_graph(VOCABULARY, dtype), place / "choice.onnx")
     ports = DecoderPorts("tokens", "lengths", "logits", (), 8, VOCABULARY)
-    top = Counted(open_session(place / "choice.onnx"), ports, SLOTS, np.dtype(kind), "cpu")
+    top = Counted("small", open_session(place / "choice.onnx"), ports, SLOTS, np.dtype(kind), "cpu")
     narrow = logits.view(np.uint32) >> 16 if dtype == ir.DataType.BFLOAT16 else logits
     device_rows.write(top._logits, np.ascontiguousarray(narrow.astype(kind)))
     return top

@@ -59,10 +59,10 @@ def top_of(row: Array, how: Sampling, draw: random.Random) -> TopRow:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_token_of_the_largest_logits_is_that_of_all(seed: int) -> None:
     draw, decided = random.Random(seed), 0
-    for count in range(1500):
+    for count in range(1200):
         settings = draw.choice(GREEDY + 3 * [{"temperature": draw.choice([1.0, 0.3, 1.7, 1e-30])}])
         if "temperature" in settings:
             settings = settings | draw.choice(SAMPLED)
@@ -82,7 +82,7 @@ def test_a_token_of_the_largest_logits_is_that_of_all(seed: int) -> None:
         assert found.logprob == pytest.approx(expected.logprob, rel=1e-5, abs=1e-5)
         assert vars(sampler)["_counts"] == vars(whole)["_counts"]
         assert vars(sampler)["_position"] == vars(whole)["_position"]
-    assert decided > 300
+    assert decided > 240
 
 
 @pytest.mark.parametrize("settings", [{}, *({"temperature": 0.8} | each for each in SAMPLED if each != {"min_p": 1.0})])
