@@ -11,10 +11,12 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.bundle import slots
+from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.bundle.directory import (
     BANKED_CPU,
     BANKED_CUDA,
     BANKED_ROWS,
+    CHOICE,
     EXAMPLE,
     FACTORED_CPU,
     FACTORED_CUDA,
@@ -29,7 +31,7 @@ from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, att
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.genai_config import GENAI_CONFIG, genai_config
-from tpeft_deploy.exporters.graph import batch_axes
+from tpeft_deploy.exporters.graph import batch_axes, top_logits
 from tpeft_deploy.exporters.graph.rotary import fuse_rotary
 from tpeft_deploy.exporters.graph.weights_and_shapes import clean_up, share_weights, write_weights
 from tpeft_deploy.exporters.oracle.limits import limits_of
@@ -48,6 +50,7 @@ from tpeft_deploy.progress import Progress, Stage
 __all__ = ["finish", "write_graphs"]
 
 DATA = "weights.data"
+_FURTHER = (DATA, EXAMPLE, GENAI_CONFIG, CHOICE)
 _log = logging.getLogger("tpeft_deploy.exporters")
 
 
@@ -131,13 +134,23 @@ def write_graphs(
         rows_reason=reason,
         rows_reasons=reasons,
         outputs=outputs,
-        files={file: _record(place / file) for file in [*graphs, DATA, EXAMPLE, *([GENAI_CONFIG] if settings else [])]},
+        decoder=draft.decoder and _write_choice(draft.decoder, raw.graph, place),
+        files={file: _record(place / file) for file in (*graphs, *_FURTHER) if (place / file).is_file()},
         rounding=measure_rounding(subject),
         packing=packing,
         stacking=stacking,
         tolerance=tolerance,
         text=_write_text(plan, place, pooling),
     )
+
+
+def _write_choice(ports: DecoderPorts, graph: ir.Graph, place: Path) -> DecoderPorts:
+    """Write the graph that chooses from the logits, and check it; returns the ports that name it."""
+    dtype = next(value.dtype for value in graph.outputs if value.name == ports.logits)
+    assert dtype is not None
+    ir.save(top_logits.choice_graph(ports.vocabulary, dtype), place / CHOICE)
+    top_logits.check(place / CHOICE, ports.vocabulary, dtype)
+    return replace(ports, choice=CHOICE)
 
 
 def _write_text(plan: Plan, place: Path, pooling: Pooling | Mode | None) -> dict[str, FileRecord]:

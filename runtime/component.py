@@ -7,6 +7,8 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import TypeVar
 
+import onnxruntime
+
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle import fit
 from tpeft_deploy.bundle.directory import Bundle
@@ -74,7 +76,7 @@ class ServedComponent:
         self.bundle = files.bundle
         self.manifest = files.bundle.manifest
         self.layout = files.layout
-        self._rows, self._sessions = files.graphs.rows, sessions[0]
+        self._graphs, self._sessions = files.graphs, sessions[0]
         self._spread = residency if isinstance(residency, SpreadResidency) else None
         self.replicas: list[Replica] = []
         with ExitStack() as failed:
@@ -141,7 +143,13 @@ class ServedComponent:
 
     def open_rows(self) -> Session | None:
         """Open the graph for steps of a decoder, if the bundle has one for the device."""
-        return None if self._rows is None else Session(self.bundle.check_file(self._rows), self._sessions)
+        file = self._graphs.rows
+        return None if file is None else Session(self.bundle.check_file(file), self._sessions)
+
+    def open_choice(self) -> onnxruntime.InferenceSession | None:
+        """Open the graph that finds the largest logits of a decoder, if the bundle has one."""
+        file = self._graphs.choice
+        return None if file is None else self._sessions.open(self.bundle.check_file(file))
 
     @property
     def only_folded(self) -> bool:

@@ -157,5 +157,6 @@ class ServedGeneration:
             order=order,
             component=decoding.name,
             open_rows=decoding.open_rows,
+            open_choice=decoding.open_choice,
             source=None if source is None else (source.manifest, partial(source.engine.run_one, held=True)),
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import onnxruntime
 
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.manifest import Manifest
@@ -21,13 +22,13 @@ from tpeft_deploy.runtime.generation.sequence import Sequence as State
 from tpeft_deploy.runtime.generation.slot_adapters import SlotAdapters
 from tpeft_deploy.runtime.generation.sources.features import FeatureInput, Features, Images, stacked
 from tpeft_deploy.runtime.generation.sources.source import SourceEncoder
+from tpeft_deploy.runtime.generation.top_logits.device_logits import BFLOAT16, DeviceLogits, TopLogits, widened
 from tpeft_deploy.runtime.sessions.banked import Session
 from tpeft_deploy.tucker import Array
 
 __all__ = ["BankedDecoder", "Decoder", "ResidentVersion"]
 
 _MOST_RUNS = 256  # bindings that are kept
-_BFLOAT16 = 16  # ONNX's number of the type, which numpy does not have
 
 
 class Decoder(Protocol):
@@ -42,13 +43,15 @@ class Decoder(Protocol):
 
     def prefill(
         self, slots: Sequence[int], tokens: Array, past: int, versions: Sequence[Any], features: Sequence[Any]
-    ) -> Array:
+    ) -> Array | DeviceLogits:
         """Compute tokens [n, length] behind the first `past` of slots; returns logits of the last [n, vocabulary].
 
         Several slots follow each other, and their past is 0.
         """
 
-    def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[Any]) -> Array:
+    def decode(
+        self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[Any]
+    ) -> Array | DeviceLogits:
         """Compute one token for each of some slots, returns logits [n, vocabulary].
 
         The slots are 0..n-1, but for those of sequences that just could not be moved.
@@ -111,12 +114,16 @@ class _Run:
             self.inputs[slots.INDEX] = np.zeros(rows, np.int64)
         else:
             decoder.adapters.bind(self.binding, first, rows)
-        self.logits = np.empty((rows, decoder.vocabulary), decoder.logits_dtype)
         decoder.caches.bind(self.binding, ports.caches, first, rows)
         if ports.memory:
             self.inputs[ports.memory_lengths] = np.zeros(rows, np.int64)
-        kind = _BFLOAT16 if decoder.bfloat16 else self.logits.dtype.type
-        self.binding.bind_output(ports.logits, "cpu", 0, kind, self.logits.shape, self.logits.ctypes.data)
+        self.logits: Array | None = None
+        if decoder.top is not None:
+            decoder.top.bind(self.binding.bind_output, ports.logits, rows)
+        else:
+            self.logits = np.empty((rows, decoder.vocabulary), decoder.logits_dtype)
+            kind = BFLOAT16 if self.logits.dtype == np.uint16 else self.logits.dtype.type
+            self.binding.bind_output(ports.logits, "cpu", 0, kind, self.logits.shape, self.logits.ctypes.data)
         self.features = None if decoder.features is None else decoder.features.bound(rows)
         for name in self.inputs:
             self.bind(name)
@@ -141,6 +148,7 @@ class BankedDecoder:
         component: component of the graph; empty for the only one.
         gathered: whether the graph reads rows that are gathered already, on the CPU.
         source: computes what the graph reads beside tokens, where it does.
+        choice: session of the choice graph, with which logits stay on the device.
     """
 
     def __init__(
@@ -154,6 +162,7 @@ class BankedDecoder:
         *,
         gathered: bool = False,
         source: SourceEncoder | Images | None = None,
+        choice: onnxruntime.InferenceSession | None = None,
     ) -> None:
         if manifest.decoder is None:
             raise InputError(f"decode with bundle {manifest.name!r}", expected="one with a decoder", got="one without")
@@ -164,9 +173,11 @@ class BankedDecoder:
         self.caches = HostCaches(plan) if device == "cpu" else DeviceCaches(plan, device)
         self.features = FeatureInput.of(manifest)
         dtype = next(port.dtype for port in manifest.outputs if port.name == self.ports.logits)
-        self.bfloat16 = dtype == "bfloat16"
-        self.logits_dtype: np.dtype[Any] = np.dtype(np.uint16 if self.bfloat16 else dtype)
+        self.logits_dtype: np.dtype[Any] = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
         self._name = manifest.name
+        self.top: TopLogits | None = None
+        if choice is not None:
+            self.top = TopLogits(self._name, choice, self.ports, plan.slots, self.logits_dtype, device)
         self._device = device
         self._residency = residency
         self._component = component
@@ -193,7 +204,7 @@ class BankedDecoder:
         past: int,
         versions: Sequence[ResidentVersion],
         features: Sequence[Features | None] = (),
-    ) -> Array:
+    ) -> Array | DeviceLogits:
         """Compute tokens (n, length) behind the first `past` of slots; returns logits of the last (n, vocabulary).
 
         Several slots follow each other, and their past is 0.
@@ -201,7 +212,9 @@ class BankedDecoder:
         bank, rows = self._rows(slots, versions)
         return self._run(bank, slots[0], tokens, past, rows, stacked(features, past, past + tokens.shape[1]))
 
-    def decode(self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[ResidentVersion]) -> Array:
+    def decode(
+        self, slots: Sequence[int], tokens: Array, pasts: Array, versions: Sequence[ResidentVersion]
+    ) -> Array | DeviceLogits:
         """Compute one token for each of some slots, ascending; returns logits [n, vocabulary]."""
         bank, found = self._rows(slots, versions)
         rows = slots[-1] + 1
@@ -211,8 +224,7 @@ class BankedDecoder:
         taken = list(slots)
         whole = np.zeros((3, rows), np.int64)
         whole[:, taken] = tokens, pasts, found
-        logits: Array = self._run(bank, 0, whole[0][:, None], whole[1], whole[2])[taken]
-        return logits
+        return self._run(bank, 0, whole[0][:, None], whole[1], whole[2])[taken]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the cache of the first `length` tokens of a slot."""
@@ -243,7 +255,7 @@ class BankedDecoder:
         pasts: Array | int,
         index: Array | list[int],
         features: Array | None = None,
-    ) -> Array:
+    ) -> Array | DeviceLogits:
         with translated(self._name), device_lock.using(self._device):
             run = self._bound(bank, first, len(tokens))
             inputs = run.inputs
@@ -262,7 +274,10 @@ class BankedDecoder:
                 for name in inputs:  # binding copies to the device
                     run.bind(name)
             self.session.run_bound(run.binding)
-        return (run.logits.astype(np.uint32) << 16).view(np.float32) if self.bfloat16 else run.logits
+        if self.top is not None:
+            return DeviceLogits(self.top, range(len(tokens)))
+        assert run.logits is not None
+        return widened(run.logits)
 
     def _bound(self, bank: Bank, first: int, rows: int) -> _Run:
         run = self._runs.get((first, rows))

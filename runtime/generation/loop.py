@@ -19,10 +19,11 @@ from tpeft_deploy.runtime.generation.handle import Generated, GenerationRequest,
 from tpeft_deploy.runtime.generation.orders import SequenceOrder
 from tpeft_deploy.runtime.generation.prefixes import Match, PrefixCache, Sized
 from tpeft_deploy.runtime.generation.record import Record
-from tpeft_deploy.runtime.generation.sampling import Token, peaks
+from tpeft_deploy.runtime.generation.sampling import Token
 from tpeft_deploy.runtime.generation.scheduler import Piece, Scheduler, Step
 from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence, Versions, release_all
 from tpeft_deploy.runtime.generation.stats import GenerationStats
+from tpeft_deploy.runtime.generation.top_logits.device_logits import DeviceLogits, choices
 from tpeft_deploy.tucker import Array
 
 __all__ = ["Generator"]
@@ -264,20 +265,22 @@ class Generator:
                 logits = self._decoder.decode(slots, tokens[:, 0], pasts, versions)
             self._computed(pieces, logits)
 
-    def _computed(self, pieces: abc.Sequence[Piece], logits: Array) -> None:
+    def _computed(self, pieces: abc.Sequence[Piece], logits: Array | DeviceLogits) -> None:
         """Take in the result of a run: the caches have grown, and the logits give the next tokens."""
         with self._lock:
             for piece in pieces:
                 self._scheduler.computed(piece.sequence, piece.length)
             records = [self._records.get(piece.sequence.id) for piece in pieces]
-        found = peaks(logits, any(record.scored for record in records if record is not None))
-        for piece, record, own, peak in zip(pieces, records, logits, found, strict=True):
-            if record is None or not piece.last:
+        taken = zip(pieces, records, strict=True)
+        samplers = [record.sampler if record is not None and piece.last else None for piece, record in taken]
+        found = choices(logits, samplers, any(record.scored for record in records if record is not None))
+        for piece, record, choose in zip(pieces, records, found, strict=True):
+            if record is None or choose is None:
                 continue
             try:
                 if record.sequence.phase == "prefilling":
                     self._keep(record, piece.slot, record.sequence.cached)
-                self._advance(record, piece, record.sampler.choose(own, peak))
+                self._advance(record, piece, choose())
             except Exception as error:
                 self._fail([record], error)
 

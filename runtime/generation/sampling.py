@@ -14,7 +14,18 @@ import numpy as np
 from tpeft_deploy.errors import InputError, RunError
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Constraint", "Peak", "Sampler", "Sampling", "Token", "peaks"]
+__all__ = [
+    "Constraint",
+    "Peak",
+    "Sampler",
+    "Sampling",
+    "Token",
+    "divisor",
+    "limited",
+    "most_probable",
+    "peaks",
+    "tempered",
+]
 
 T = TypeVar("T")
 
@@ -221,6 +232,8 @@ class Sampler:
         self._prompt = np.unique(np.asarray(prompt, np.int64)) if sampling.repetition_penalty != 1 else None
         self._biased = np.array(list(sampling.logit_bias), np.int64)
         self._bias = np.array(list(sampling.logit_bias.values()), np.float32)
+        amounts = (len(self._biased), sampling.frequency_penalty, sampling.presence_penalty)
+        self._adjusts = any(amounts) or self._prompt is not None
 
     def choose(self, logits: Array, peak: Peak | None = None) -> Token:
         """Choose the next token, and take it into account from then on.
@@ -240,17 +253,30 @@ class Sampler:
         if self.sampling.temperature == 0:
             token = best if scores is raw else int(scores.argmax())
         else:
-            token = self._draw(*filtered(scores, self.sampling))
+            token = self.draw(*filtered(scores, self.sampling))
+        self.accept(token)
+        return Token(token, float(raw[token]) - norm, most_probable(raw, self.sampling.logprobs, norm))
+
+    def accept(self, token: int) -> None:
+        """Take a token into account that was chosen."""
         if self._constraint is not None:
             self._constraint.accept(token)
         self._counts[token] += 1
         self._position += 1
-        return Token(token, float(raw[token]) - norm, _most_probable(raw, self.sampling.logprobs, norm))
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether the choice is not made of the logits as they are: with a bias, penalties or a constraint."""
+        return self._adjusts or self._constraint is not None
+
+    def random(self) -> float:
+        """Return the random number of this position, the same at each call."""
+        return np.random.Generator(np.random.Philox(counter=[self._position, 0, 0, 0], key=self._key)).random()
 
     def _adjusted(self, raw: Array) -> Array:
         """Logits with the bias and the penalties; the same array where there are none."""
         how = self.sampling
-        if not (len(self._biased) or self._prompt is not None or how.frequency_penalty or how.presence_penalty):
+        if not self._adjusts:
             return raw
         scores = raw.copy()
         scores[self._biased] += self._bias
@@ -275,12 +301,11 @@ class Sampler:
             raise RunError("sample a token", expected="a token that the constraint allows", got="none")
         return found
 
-    def _draw(self, tokens: Array, probabilities: Array) -> int:
+    def draw(self, tokens: Array, probabilities: Array) -> int:
         """Draw one of the tokens, with the random number of this position."""
-        random = np.random.Generator(np.random.Philox(counter=[self._position, 0, 0, 0], key=self._key)).random()
         possible = probabilities > 0
         cumulative = probabilities[possible].cumsum()
-        index = int(cumulative.searchsorted(random * cumulative[-1], side="right"))
+        index = int(cumulative.searchsorted(self.random() * cumulative[-1], side="right"))
         return int(tokens[possible][min(index, len(cumulative) - 1)])
 
 
@@ -292,12 +317,34 @@ def filtered(scores: Array, sampling: Sampling) -> tuple[Array, Array]:
         sampling: how; its temperature is above 0.
     """
     tokens: Array = np.arange(len(scores))
-    scores = scores / np.float32(min(max(sampling.temperature, 1 / _HOTTEST), _HOTTEST))
-    scores = scores - scores.max()  # exact for the softmax, and keeps a tiny temperature from infinity
+    scores = tempered(scores, sampling)
     if 0 < sampling.top_k < len(scores):
         least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
         tokens = np.flatnonzero(scores >= least)
         scores = scores[tokens]
+    return limited(tokens, scores, sampling)
+
+
+def divisor(sampling: Sampling) -> np.float32:
+    """Temperature, above 0, within the bounds of float32."""
+    return np.float32(min(max(sampling.temperature, 1 / _HOTTEST), _HOTTEST))
+
+
+def tempered(scores: Array, sampling: Sampling) -> Array:
+    """Scores divided by the temperature, below the largest, which has 0."""
+    scores = scores / divisor(sampling)
+    difference: Array = scores - scores.max()  # exact for the softmax, and keeps a tiny temperature from infinity
+    return difference
+
+
+def limited(tokens: Array, scores: Array, sampling: Sampling) -> tuple[Array, Array]:
+    """Tokens that top-p and min-p leave of those that top-k left, and their probabilities.
+
+    Args:
+        tokens: tokens, ascending.
+        scores: their logits, divided by the temperature.
+        sampling: how.
+    """
     probabilities = _softmax(scores)
     if sampling.top_p < 1:
         kept = _nucleus(probabilities, sampling.top_p)
@@ -332,7 +379,14 @@ def _softmax(scores: Array) -> Array:
     return exponentials
 
 
-def _most_probable(raw: Array, number: int, norm: float) -> tuple[tuple[int, float], ...]:
+def most_probable(raw: Array, number: int, norm: float) -> tuple[tuple[int, float], ...]:
+    """The most probable tokens of a row and their log-probabilities; among equals, the smaller tokens first.
+
+    Args:
+        raw: logits.
+        number: how many.
+        norm: logarithm of the sum of the exponentials of all logits of the row.
+    """
     number = min(number, len(raw))
     if not number:
         return ()

@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 
+import onnxruntime
+
 from tpeft_deploy.bundle.directory import BASE_TASK
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import CapacityError, InputError, QueueFull, RunError
@@ -54,8 +56,13 @@ class GenerationService:
         order: order of waiting sequences, which also gives tenants their shares; first come, first served by default.
         component: component of the graph; empty for the only one.
         open_rows: opens the graph for rows that are gathered already, where the bundle has one.
+        open_choice: opens the choice graph, where the bundle has one.
         source: manifest of the decoder's source component, and what runs it.
         max_source: positions of a slot's memory, as for `KvPlan.of`.
+
+    Attributes:
+        device_choice: whether logits stay on the device where the choice graph decides; read when the decoder is made.
+            By default on devices other than the CPU, where copying them costs nothing.
     """
 
     def __init__(
@@ -73,12 +80,15 @@ class GenerationService:
         order: SequenceOrder | None = None,
         component: str = "",
         open_rows: Callable[[], Session | None] = lambda: None,
+        open_choice: Callable[[], onnxruntime.InferenceSession | None] = lambda: None,
         source: tuple[Manifest, RunSource] | None = None,
         max_source: int | None = None,
     ) -> None:
         self._manifest = manifest
         self._component = component
         self._open_rows = open_rows
+        self._open_choice = open_choice
+        self.device_choice = device != "cpu"
         self._session = session
         self._residency = residency
         self._loader = loader
@@ -303,6 +313,7 @@ class GenerationService:
             self._component,
             gathered=rows is not None,
             source=self._source,
+            choice=self._open_choice() if self.device_choice else None,
         )
         budget = max(_BUDGET, 2 * decoder.slots)
         chunk = _SHARED_CHUNK if self._order is not None and self._device == "cpu" else _CHUNK

@@ -38,28 +38,32 @@ class ServedGraphs:
         fallback: banked graph that takes the same inputs, for builds of ONNX Runtime that cannot open `banked`.
         packing: inputs of `banked` that stand in place of several inputs of the portable graph.
         rows: graph for steps of a decoder, which reads rows that are gathered already; None where there is none.
+        choice: graph that finds the largest logits of a decoder; None where there is none.
     """
 
     banked: str
     fallback: str | None = None
     packing: Sequence[Packed] = ()
     rows: str | None = None
+    choice: str | None = None
 
     @classmethod
     def on(cls, provider: str, manifest: Manifest) -> ServedGraphs:
         """Return the graphs that a bundle has for an execution provider."""
+        choice = (manifest.decoder and manifest.decoder.choice) or None
         if provider == "cpu" and BANKED_CPU in manifest.files:
             # It uses internal operators of ONNX Runtime, which a build may lack.
-            return cls(BANKED_CPU, fallback=_PORTABLE)
+            return cls(BANKED_CPU, fallback=_PORTABLE, choice=choice)
         if provider == "cuda" and BANKED_CUDA in manifest.files:
-            return cls(BANKED_CUDA, packing=manifest.packing)
-        return cls(_PORTABLE, rows=BANKED_ROWS if provider == "cpu" and BANKED_ROWS in manifest.files else None)
+            return cls(BANKED_CUDA, packing=manifest.packing, choice=choice)
+        rows = BANKED_ROWS if provider == "cpu" and BANKED_ROWS in manifest.files else None
+        return cls(_PORTABLE, rows=rows, choice=choice)
 
     @property
     def files(self) -> list[str]:
         """All files that sessions read, now or later."""
-        rows = [] if self.rows is None else [self.rows]
-        return list(dict.fromkeys(["weights.data", "base.onnx", _PORTABLE, self.banked, *rows, EXAMPLE]))
+        further = [file for file in (self.rows, self.choice) if file is not None]
+        return list(dict.fromkeys(["weights.data", "base.onnx", _PORTABLE, self.banked, *further, EXAMPLE]))
 
 
 def factored_graph(provider: str, manifest: Manifest) -> str:

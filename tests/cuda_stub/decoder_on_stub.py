@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,9 +19,12 @@ from benchmarks.gpu_fixed import Fixed, Place
 from tests.cuda_stub.on_stub import ROWS, Log, bank_of, batch
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.runtime.generation.decoder import BankedDecoder
-from tpeft_deploy.runtime.sessions.providers import choose
+from tpeft_deploy.runtime.generation.sampling import Sampler, Sampling
+from tpeft_deploy.runtime.generation.top_logits.device_logits import TopLogits, choices
+from tpeft_deploy.runtime.sessions.factory import SessionFactory
+from tpeft_deploy.runtime.sessions.providers import Cuda, choose, nodes_on_cpu
 from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs
+from tpeft_deploy.tucker import Array
 
 PROMPTS = [[5, 9, 31, 7, 12, 40, 3, 22, 8], [17, 2, 33], [1, 44, 6, 25, 38], [4] * 40, [9] * 17]
 COUNT = 6
@@ -29,12 +32,16 @@ COUNT = 6
 
 @contextmanager
 def finite() -> Iterator[None]:
-    """Zeros in the place of logits, which are what the memory held before: a generator refuses what is no number."""
-    with ExitStack() as patched:
-        for name in ("prefill", "decode"):
-            own = getattr(BankedDecoder, name)
-            zeros = lambda *given, own=own: np.zeros_like(own(*given))  # noqa: E731
-            patched.enter_context(patch.object(BankedDecoder, name, zeros))
+    """Numbers in the place of logits, which are what the memory held before: a generator refuses what is no number."""
+    own = TopLogits.run
+
+    def run(top: TopLogits, rows: int, temperatures: Array) -> tuple[Array, Array, Array]:
+        found = own(top, rows, temperatures)
+        assert [array.shape for array in found] == [(rows, top.kept), (rows, top.kept), (rows, temperatures.shape[1])]
+        largest = np.tile(-np.arange(top.kept, dtype=np.float32), (rows, 1))
+        return largest, np.tile(np.arange(top.kept), (rows, 1)), np.full(temperatures.shape, 2.0)
+
+    with patch.object(TopLogits, "run", run):
         yield
 
 
@@ -49,9 +56,13 @@ def generated(path: Path, log: Log) -> dict[str, Any]:
         decoder: Any = runtime._generation._generator()._decoder
         versions = [runtime._generation.acquire(task) for task in tasks[:3]]
         block, rows = decoder.save(0, 0, 16), np.arange(3)
+        logits = decoder.decode(rows.tolist(), rows, rows + 4, versions)
+        samplers = [Sampler(Sampling(), [1]) for _ in rows]
         calls: dict[str, Callable[[], object]] = {
             "prefill": lambda: decoder.prefill([1], np.arange(7)[None], 5, versions[1:2]),
             "decode": lambda: decoder.decode(rows.tolist(), rows, rows + 4, versions),
+            "choose": lambda: [choose() for choose in choices(logits, samplers, scored=True) if choose is not None],
+            "whole": logits.read,
             "save": lambda: decoder.save(1, 3, 16),
             "restore": lambda: decoder.restore(2, 16, block),
             "move": lambda: decoder.move(2, 0, 16),
@@ -65,7 +76,8 @@ def generated(path: Path, log: Log) -> dict[str, Any]:
         for version in versions:
             version.release()
     lengths = sorted({len(own) for answer in tokens for own in answer})
-    return {"lengths": lengths, "reused": stats.reused_tokens, "block": block.nbytes, "calls": found}
+    kept = decoder.top.kept
+    return {"lengths": lengths, "reused": stats.reused_tokens, "block": block.nbytes, "kept": kept, "calls": found}
 
 
 def recorded(path: Path, log: Log, rows: int, chunk: int) -> dict[str, int]:
@@ -86,11 +98,21 @@ def recorded(path: Path, log: Log, rows: int, chunk: int) -> dict[str, int]:
     return dict(log.take())
 
 
+def on_cpu(path: Path) -> list[str]:
+    """Nodes of the choice graph that run on the CPU."""
+    bundle = Bundle.open(path)
+    ports = bundle.manifest.decoder
+    assert ports is not None
+    sessions = SessionFactory.of(bundle.manifest, choose("cuda"), cuda=Cuda(placement=True))
+    return nodes_on_cpu(sessions.open(path / ports.choice))
+
+
 def main(path: Path) -> None:
     """Print what is found."""
     log = Log()
     found = generated(path, log)
     found["recorded"] = [recorded(path, log, rows, chunk) for rows, chunk in ((ROWS, 1), (1, 4))]
+    found["choice on cpu"] = on_cpu(path)
     print(json.dumps(found))
 
 

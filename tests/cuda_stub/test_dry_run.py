@@ -54,6 +54,9 @@ LAUNCHES = {
 }
 
 
+CHOICE_LAUNCHES = 12
+
+
 def on_stub(*command: str, log: Path) -> subprocess.CompletedProcess[str]:
     if not (STUB / "libcudnn.so.9").is_file():
         pytest.fail(f"no CUDA stub in {STUB}: run `make cuda-dry-run`")
@@ -193,12 +196,18 @@ def test_a_decoder(tmp_path: Path, name: str) -> None:
     assert found["recorded"] == 2 * [{"graph launch": 1}]
     ports = bundle.manifest.decoder
     assert ports is not None
-    for call, numbers, rows in (("prefill", 7 + 1 + 1, 1), ("decode", 3 * 3, 3)):  # tokens, pasts and bank rows
+    for call, numbers in (("prefill", 7 + 1 + 1), ("decode", 3 * 3)):  # tokens, pasts and bank rows
         calls = found["calls"][call]
         assert calls["launches"] <= LAUNCHES[name][-1]
         assert calls["HostToDevice bytes"] == numbers * 8
-        assert calls["DeviceToHost bytes"] == rows * ports.vocabulary * 2
+        assert "DeviceToHost" not in calls  # the logits stay
         assert calls["DeviceToDevice bytes"] < found["block"]  # of activations; a row's caches are several blocks
+    assert found["choice on cpu"] == []
+    chosen, whole = found["calls"]["choose"], found["calls"]["whole"]
+    assert (chosen["DeviceToHost"], chosen["DeviceToHost bytes"]) == (3, 3 * (found["kept"] * (4 + 8) + 8))
+    assert chosen["HostToDevice bytes"] == 3 * 4  # temperatures
+    assert chosen["launches"] <= CHOICE_LAUNCHES
+    assert whole["DeviceToHost bytes"] == 3 * ports.vocabulary * 2
     size = found["block"]
     assert {name: found["calls"][name] for name in ("save", "restore", "move")} == {
         "save": {"DeviceToHost": 4, "DeviceToHost bytes": size},

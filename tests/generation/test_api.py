@@ -16,6 +16,7 @@ from tpeft_deploy import Adapter, Bundle, Runtime, Sampling
 from tpeft_deploy.errors import CapacityError, DeadlineExceeded, InputError, RunError, TpeftError, UnknownTask
 from tpeft_deploy.runtime.generation.decoder import BankedDecoder
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
+from tpeft_deploy.runtime.generation.top_logits.device_logits import DeviceLogits
 from tpeft_deploy.runtime.sessions.banked import Session
 
 PROMPT = [5, 9, 31, 7, 12]
@@ -260,14 +261,16 @@ def test_callers_share_steps_and_a_request_may_have_choices(llama_bundle: Bundle
         assert stats.finished == 7
 
 
-def test_slots_with_a_gap_decode_as_those_without(llama_bundle: Bundle) -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["on the host", "on the device"])
+def test_slots_with_a_gap_decode_as_those_without(llama_bundle: Bundle, kept: bool) -> None:
     with opened(llama_bundle) as runtime:
         service = runtime._generation
         assert service._plan is not None
         part = runtime._part(None)
         session = part.session
         assert isinstance(session, Session)
-        decoder = BankedDecoder(part.manifest, session, runtime._residency, service._plan, "cpu")
+        choice = part.open_choice() if kept else None
+        decoder = BankedDecoder(part.manifest, session, runtime._residency, service._plan, "cpu", choice=choice)
         versions = [service.acquire(task) for task in ("a", "b")]
         prompt, token = np.array(PROMPT), np.array([4, 4])
         found = []
@@ -275,7 +278,9 @@ def test_slots_with_a_gap_decode_as_those_without(llama_bundle: Bundle) -> None:
             for slot, version in zip(slots, versions, strict=True):
                 decoder.prefill([slot], prompt[None, :2], 0, [version])
                 decoder.prefill([slot], prompt[None, 2:], 2, [version])
-            found.append(decoder.decode(slots, token, np.full(2, len(prompt)), versions).copy())
+            logits = decoder.decode(slots, token, np.full(2, len(prompt)), versions)
+            assert isinstance(logits, DeviceLogits) == kept
+            found.append(logits.read() if isinstance(logits, DeviceLogits) else logits.copy())
         np.testing.assert_array_equal(found[0], found[1])
         assert not np.allclose(found[0][0], found[0][1])
         for version in versions:

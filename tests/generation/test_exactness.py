@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from tests.helpers.exporters.small_decoders import MODELS, generated, made, trained
-from tpeft_deploy import Bundle, Runtime, export_bundle, load_adapter
+from tpeft_deploy import Bundle, Runtime, Sampling, export_bundle, load_adapter
 from tpeft_deploy.bundle.directory import BANKED_ROWS
+from tpeft_deploy.runtime.generation.top_logits.device_logits import TopLogits
 from tpeft_deploy.runtime.sessions.served_graphs import ServedGraphs
 
 POSITIONS = 256
@@ -79,3 +81,59 @@ async def streamed(runtime: Runtime, count: int) -> list[list[Any]]:
         return [token async for token in runtime.stream(PROMPTS[row], TASKS[row], max_new_tokens=length)]
 
     return await asyncio.gather(*(one(row, part) for row, part in SEQUENCES))
+
+
+SAMPLINGS = [
+    Sampling(),
+    Sampling(logprobs=3),
+    Sampling(temperature=0.8, top_p=0.7, seed=3),
+    Sampling(temperature=1.2, top_k=5, seed=4, logprobs=2),
+    Sampling(temperature=1.0, seed=5),
+    Sampling(repetition_penalty=1.2),
+]
+
+
+def test_logits_that_stay_on_the_device_give_the_same_tokens(
+    llama_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports = llama_bundle.manifest.decoder
+    assert ports is not None
+    assert ports.choice in llama_bundle.manifest.files
+    copied: Counter[str] = Counter()
+    for call in ("run", "read"):
+        own = getattr(TopLogits, call)
+        monkeypatch.setattr(TopLogits, call, lambda *given, call=call, own=own: (copied.update([call]), own(*given))[1])
+
+    async def all_of(runtime: Runtime, samplings: list[Sampling]) -> list[list[Any]]:
+        async def one(place: int, how: Sampling) -> list[Any]:
+            prompt, task = PROMPTS[place % 3], TASKS[place % 2]
+            return [token async for token in runtime.stream(prompt, task, max_new_tokens=20, sampling=how)]
+
+        return await asyncio.gather(*(one(*pair) for pair in enumerate(samplings)))
+
+    found = []
+    for kept in (False, True):
+        with three_slots(llama_bundle.path) as runtime:
+            assert not runtime._generation.device_choice
+            runtime._generation.device_choice = kept
+            greedy = asyncio.run(all_of(runtime, SAMPLINGS[:2]))
+            assert copied == ({"run": copied["run"]} if kept else {})
+            found.append(greedy + asyncio.run(all_of(runtime, SAMPLINGS)))
+    assert copied["run"] > 20
+    assert copied["read"] > 0
+    for host, device in zip(*found, strict=True):
+        assert [token.id for token in host] == [token.id for token in device]
+        np.testing.assert_allclose([t.logprob for t in host], [t.logprob for t in device], rtol=1e-4, atol=1e-5)
+        assert [[id for id, _ in token.top] for token in host] == [[id for id, _ in token.top] for token in device]
+
+
+def test_a_bundle_of_an_earlier_version_copies_logits(llama_bundle: Bundle) -> None:
+    with three_slots(llama_bundle.path) as runtime:
+        service = runtime._generation
+        service.device_choice = True
+        service._open_choice = lambda: None  # as for a manifest without the field
+        tokens = runtime.generate(PROMPTS, tasks=TASKS, max_new_tokens=4)
+        assert service._decoder is not None
+        assert service._decoder.top is None
+    with three_slots(llama_bundle.path) as runtime:
+        assert tokens == runtime.generate(PROMPTS, tasks=TASKS, max_new_tokens=4)

@@ -27,6 +27,9 @@ class DecoderPorts:
         source_outputs: outputs of the source component, in the order of `memory`, or the one with features.
         start: first token of the decoder, which is the default prompt of an encoder-decoder.
         source_positions: largest number of positions of a source; None where the encoder has no limit.
+        choice: file of the graph that finds the largest logits of each row, with inputs `logits` (rows, vocabulary) and
+            `temperatures` (rows, sums), and outputs `top_logits` and `top_tokens` (rows, kept), and `sums` (rows, sums)
+            of exp((logit - largest) / temperature). Empty in bundles of earlier versions.
     """
 
     tokens: str
@@ -43,3 +46,4 @@ class DecoderPorts:
     source_outputs: tuple[str, ...] = ()
     start: int | None = None
     source_positions: int | None = None
+    choice: str = ""

@@ -4,7 +4,7 @@
       manifest.json        description of the bundle (see `manifest`)
       base.onnx  factored.onnx  banked.onnx  weights.data
       factored.cpu.onnx  factored.cuda.onnx  banked.cpu.onnx  banked.cuda.onnx  banked.rows.onnx  if faster for one use
-      genai_config.json    settings of onnxruntime-genai, if it can drive factored.onnx
+      choice.onnx  genai_config.json    of a decoder: largest logits; settings of onnxruntime-genai for factored.onnx
       example.npz          example inputs of the export, on which `verify` runs the bundle
       adapters/<task>/current                   digest that the task is an alias for
       adapters/<task>/<digest>/adapter.safetensors  adapter.json  adapter.onnx_adapter
@@ -45,6 +45,7 @@ __all__ = [
     "BANKED_CPU",
     "BANKED_CUDA",
     "BANKED_ROWS",
+    "CHOICE",
     "BASE_TASK",
     "COMPONENTS",
     "EXAMPLE",
@@ -61,6 +62,7 @@ COMPONENTS = "components"
 MANIFEST, EXAMPLE = "manifest.json", "example.npz"
 FACTORED_CPU, FACTORED_CUDA, BANKED_CPU = "factored.cpu.onnx", "factored.cuda.onnx", "banked.cpu.onnx"
 BANKED_CUDA, BANKED_ROWS = "banked.cuda.onnx", "banked.rows.onnx"
+CHOICE = "choice.onnx"
 
 _T = TypeVar("_T")
 
