@@ -42,6 +42,7 @@ def test_a_directory_exports_from_the_command_line_and_verifies(tmp_path: Path) 
         caches=tuple((f"past_key_values.0.{part}", f"present.0.{part}") for part in ("key", "value")),
         positions=64,
         vocabulary=50,
+        choice="choice.onnx",
     )
     runs = {(check["sizes"]["rows"], check["sizes"]["chunk"]) for check in bundle.manifest.gate}
     assert {(2, 3), (5, 1), (1, 4)} <= runs
