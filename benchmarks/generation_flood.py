@@ -1,25 +1,36 @@
 """Time to the first token of one tenant while another floods the decoder with long prompts.
 
-    python -m benchmarks.generation_flood --cache DIRECTORY [--threads N] [--requests N]
+    python -m benchmarks.generation_flood --cache DIRECTORY [--threads N] [--requests N] [--rounds N] [--lengths N ...]
+        [--first-come] [--only first|pieces]
 
-A tenant sends prompts one after another, each some random time after the last one's answer of 8 tokens.  It is alone,
-or beside a tenant that keeps 24 prompts of 1,500 tokens and 64 new ones in flight on 8 slots: with the order and shares
-of the server, or first come, first served.  Medians in milliseconds; nothing is asserted.
+`first`: a tenant sends prompts one after another, each some random time after the last one's answer of 8 tokens.  It is
+alone, or beside a tenant that keeps 24 prompts of 1,500 tokens and 64 new ones in flight on 8 slots: with the order and
+shares of the server, or with --first-come first come, first served.  Medians and ninth deciles in milliseconds; ratios
+of the medians of a round, alone and beside the flood in turns.
+
+`pieces`: processor time of 24 such prompts alone, with pieces bounded by cost over pieces of 64 tokens, in turns.
+
+Nothing is asserted.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from benchmarks.generation import SMALL, TASKS, exported
-from tpeft_deploy import Runtime
+from tpeft_deploy import Bundle, Runtime
+from tpeft_deploy.runtime.generation import service
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
 
@@ -33,14 +44,17 @@ def prompt(length: int) -> list[int]:
     return found
 
 
+async def long_prompt(runtime: Runtime) -> None:
+    [handle] = await runtime.start(GenerationRequest(prompt(LONG), NEW, tenant="flood", scored=False), TASKS[0])
+    try:
+        await asyncio.wrap_future(handle.future)
+    finally:
+        handle.cancel()
+
+
 async def flood(runtime: Runtime) -> None:
     while True:
-        request = GenerationRequest(prompt(LONG), NEW, tenant="flood", scored=False)
-        [handle] = await runtime.start(request, TASKS[0])
-        try:
-            await asyncio.wrap_future(handle.future)
-        finally:
-            handle.cancel()
+        await long_prompt(runtime)
 
 
 async def first_tokens(runtime: Runtime, length: int, number: int, flooded: bool) -> list[float]:
@@ -60,32 +74,64 @@ async def first_tokens(runtime: Runtime, length: int, number: int, flooded: bool
     return found
 
 
+def opened(bundle: Bundle, threads: int, *, fair: bool = True) -> Runtime:
+    settings: dict[str, Any] = {"provider": "cpu", "threads": threads, "max_tokens": 2048, "kv_bytes": KV_BYTES}
+    return Runtime(bundle.path, **settings, sequence_order=Fair[None](lambda _: 1.0) if fair else None)
+
+
+def first_part(bundle: Bundle, options: argparse.Namespace) -> Iterable[dict[str, object]]:
+    for length in options.lengths:
+        times: dict[str, list[list[float]]] = {"alone": [], "flood": []}
+        for _ in range(options.rounds):
+            for name, own in times.items():
+                with opened(bundle, options.threads) as runtime:
+                    asyncio.run(first_tokens(runtime, length, 1, False))
+                    found = asyncio.run(first_tokens(runtime, length, options.requests, name == "flood"))
+                    own.append([seconds * 1e3 for seconds in found])
+        alone, beside = (list(map(statistics.median, own)) for own in times.values())
+        row: dict[str, object] = {"tokens": length}
+        for name, own in times.items():
+            every = list(itertools.chain(*own))
+            row[f"{name}, ms"] = [statistics.median(every), statistics.quantiles(every, n=10)[-1]]
+        row["ratios"] = sorted(b / a for a, b in zip(alone, beside, strict=True))
+        row["ratio"] = statistics.median(b / a for a, b in zip(alone, beside, strict=True))
+        if options.first_come:
+            with opened(bundle, options.threads, fair=False) as runtime:
+                found = asyncio.run(first_tokens(runtime, length, max(3, options.requests // 5), True))
+                row["first come, ms"] = statistics.median(found) * 1e3
+        yield row
+
+
+def pieces_part(bundle: Bundle, options: argparse.Namespace) -> Iterable[dict[str, object]]:
+    async def all_of_them(runtime: Runtime) -> None:
+        await asyncio.gather(*(long_prompt(runtime) for _ in range(FLOOD)))
+
+    times: dict[int | None, list[float]] = {service._DOUBLING: [], None: []}
+    for _ in range(options.rounds):
+        for doubling, own in times.items():
+            with mock.patch.object(service, "_DOUBLING", doubling), opened(bundle, options.threads) as runtime:
+                asyncio.run(long_prompt(runtime))
+                begun = time.process_time()
+                asyncio.run(all_of_them(runtime))
+                own.append(time.process_time() - begun)
+    ratios = [b / a for b, a in zip(*times.values(), strict=True)]
+    yield {"by cost / by tokens": statistics.median(ratios), "ratios": sorted(ratios)}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 512, 1500])
+    parser.add_argument("--first-come", action="store_true")
+    parser.add_argument("--only", choices=["first", "pieces"])
     options = parser.parse_args()
     bundle = exported(options.cache, SMALL)
-    for length in (64, 512, 1500):
-        found = {}
-        for name, order, flooded in (
-            ("alone", Fair[None](lambda _: 1.0), False),
-            ("beside a flood", Fair[None](lambda _: 1.0), True),
-            ("beside a flood, first come", None, True),
-        ):
-            settings = {
-                "provider": "cpu",
-                "threads": options.threads,
-                "max_tokens": 2048,
-                "kv_bytes": 8 * 2048 * 5 * 4 * 32 * 2 * 4,
-            }
-            with Runtime(bundle.path, **settings, sequence_order=order) as runtime:
-                number = options.requests if order is not None else max(3, options.requests // 5)
-                times = asyncio.run(first_tokens(runtime, length, number, flooded))
-            found[name] = round(statistics.median(times) * 1e3, 1)
-        found["ratio"] = round(found["beside a flood"] / found["alone"], 2)
-        print(length, json.dumps(found), flush=True)
+    for name, part in (("first", first_part), ("pieces", pieces_part)):
+        for row in part(bundle, options) if options.only in {None, name} else ():
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

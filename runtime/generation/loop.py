@@ -20,8 +20,16 @@ from tpeft_deploy.runtime.generation.orders import SequenceOrder
 from tpeft_deploy.runtime.generation.prefixes import Match, PrefixCache, Sized
 from tpeft_deploy.runtime.generation.record import Record
 from tpeft_deploy.runtime.generation.sampling import Token
-from tpeft_deploy.runtime.generation.scheduler import Piece, Scheduler, Step
-from tpeft_deploy.runtime.generation.sequence import HeldVersion, Reason, Sequence, Versions, release_all
+from tpeft_deploy.runtime.generation.scheduler import Scheduler
+from tpeft_deploy.runtime.generation.sequence import (
+    HeldVersion,
+    Piece,
+    Reason,
+    Sequence,
+    Step,
+    Versions,
+    release_all,
+)
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.generation.top_logits.device_logits import DeviceLogits, choices
 from tpeft_deploy.tucker import Array
@@ -44,6 +52,7 @@ class Generator:
         versions: adapter versions; one is acquired for each sequence, and released when the sequence is over.
         budget: tokens that one step computes at most, at least the number of slots.
         chunk: tokens of a prompt in one run.
+        doubling: number of tokens behind which one costs twice as much as a first one, as for `Scheduler`.
         max_waiting: sequences that may wait for slots.
         order: order of those that wait, with the weights of tenants; by priority, then first come, by default, with all
             tenants as one.
@@ -58,6 +67,7 @@ class Generator:
         *,
         budget: int = 512,
         chunk: int = 256,
+        doubling: int | None = None,
         max_waiting: int = 1024,
         order: SequenceOrder | None = None,
         prefix_bytes: int = 0,
@@ -73,6 +83,7 @@ class Generator:
             decoder.slots,
             budget=budget,
             chunk=chunk,
+            doubling=doubling,
             max_waiting=max_waiting,
             order=order,
             weight=None if order is None else order.weight,

@@ -124,6 +124,11 @@ class TenantShares:
         found = [each for each in running if each.phase == "decoding" and left[self.tenant(each)] >= claim]
         return max(found, key=lambda each: (left[self.tenant(each)], each.admitted), default=None)
 
+    def alone(self, sequence: sequences.Sequence, running: Iterable[sequences.Sequence]) -> bool:
+        """Whether a sequence is the only one of its tenant in slots, while tenants share them."""
+        tenant = self.tenant(sequence)
+        return self._weights is not None and all(each is sequence or each.tenant != tenant for each in running)
+
     def tenant(self, sequence: sequences.Sequence) -> str:
         """Return the tenant that counts for a sequence."""
         return "" if self._weights is None else sequence.tenant

@@ -9,74 +9,20 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field
 
 from tpeft_deploy.errors import QueueFull, RunError
 from tpeft_deploy.runtime.batching.policy import Order, Request
 from tpeft_deploy.runtime.generation.orders import ByPriority, TenantShares
-from tpeft_deploy.runtime.generation.sequence import Reason, Sequence
+from tpeft_deploy.runtime.generation.sequence import Move, Piece, Reason, Sequence, Step
 
-__all__ = ["Move", "Piece", "Scheduler", "Step"]
+__all__ = ["Scheduler"]
 
 # Generated tokens after which a tenant is charged for them, beside the end of a sequence.
 _CHARGED = 64
 _LOOKED = 64  # requests of the order among which the first of each tenant is looked for
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A copy of the first `length` tokens of a slot's cache into another slot, for the sequence that it belongs to."""
-
-    sequence: Sequence
-    source: int
-    target: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens of one sequence to compute; `last` if the logits are those of its next token."""
-
-    sequence: Sequence
-    slot: int
-    past: int
-    length: int
-    last: bool
-
-
-@dataclass(slots=True)
-class Step:
-    """What to do, in this order.
-
-    Attributes:
-        moves: copies of caches; the source of one may be the target of a later one.
-        admitted: sequences that got slots; the slot of each is to hold its first `cached` tokens.
-        decodes: last tokens of the decoding sequences, in the order of their slots 0..n-1.
-        pieces: prefills, in order; several may be of one sequence.
-    """
-
-    moves: list[Move] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    decodes: list[Piece] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.moves or self.decodes or self.pieces)
-
-    def prefills(self) -> Iterator[list[Piece]]:
-        """Yield the pieces of sequences that are not over by then, those together that one run computes.
-
-        These are the first pieces, of one length, of sequences in slots next to each other.
-        """
-        waiting = deque(self.pieces)
-        while waiting:
-            found = [waiting.popleft()]
-            while waiting and _joins(waiting[0], found[-1]):
-                found.append(waiting.popleft())
-            if not found[0].sequence.over:
-                yield found
+_SIZES = 4  # lengths of pieces that are neither the last of a prompt nor of a step
 
 
 class Scheduler:
@@ -87,7 +33,8 @@ class Scheduler:
     priority where no slot is free, or of a tenant that has more than its share of the slots; that one keeps its tokens,
     and computes its cache again later, before those of its priority that wait, except those of tenants with fewer
     slots.
-    Prompts of one priority are computed in weighted fair order over tenants, see `TenantShares`.
+    Prompts of one priority are computed in weighted fair order over tenants, see `TenantShares`.  One that a single
+    piece computes, of a tenant that has nothing else running, has a step without decodes; the next step decodes.
 
     Not thread-safe.  A sequence that ends while a step runs frees its slot for the next step at once.
 
@@ -95,6 +42,8 @@ class Scheduler:
         slots: number of slots.
         budget: tokens of one step, at least `slots`.
         chunk: tokens of one piece.
+        doubling: number of tokens behind which one costs twice as much as a first one.  A run of prompts then costs
+            about as much as a first piece at most, as another tenant may wait for it.  None bounds the tokens alone.
         max_waiting: sequences that may wait.
         order: order of those that wait; tenants are charged for the tokens of the prompt when a sequence is admitted
             first, and then for those that it generates.
@@ -109,6 +58,7 @@ class Scheduler:
         *,
         budget: int,
         chunk: int,
+        doubling: int | None = None,
         max_waiting: int = 1024,
         order: Order[None] | None = None,
         weight: Callable[[str], float] | None = None,
@@ -120,6 +70,7 @@ class Scheduler:
         self.slots = slots
         self.budget = budget
         self.chunk = chunk
+        self.doubling = doubling
         self.max_waiting = max_waiting
         self.preempted = 0  # how often a sequence lost its slot
         self._order: Order[None] = ByPriority() if order is None else order
@@ -133,6 +84,7 @@ class Scheduler:
         self._paused: list[Sequence] = []  # preempted, the next to go on first
         self._slots: list[Sequence | None] = [None] * slots
         self._earliest_deadline = math.inf
+        self._went_alone = False  # whether the last step left out decodes
 
     @property
     def waiting(self) -> int:
@@ -216,6 +168,8 @@ class Scheduler:
         """Record that the cache of a sequence has grown; nothing happens if the sequence is over."""
         if sequence.slot is not None:
             sequence.cached += length
+            if sequence.phase == "prefilling":
+                self._shares.compute(sequence, len(sequence) - sequence.cached)
 
     def append(self, sequence: Sequence, token: int) -> None:
         """Record a generated token; nothing happens if the sequence is over."""
@@ -230,7 +184,7 @@ class Scheduler:
 
         Before the next call, say `computed` for each decode and piece that ran, and `append` for each token.
         """
-        step = Step()
+        step = Step(most=math.inf if self.doubling is None else self.chunk)
         self._preempt()
         self._close_gaps(step)
         decoding = [sequence for sequence in self.running if sequence.phase == "decoding"]
@@ -243,13 +197,16 @@ class Scheduler:
             if sequence is None:
                 break
             past = planned.get(sequence.id, sequence.cached)
-            length = min(self.chunk, left, len(sequence) - past)
+            length = min(self._longest(past), left, len(sequence) - past)
             last = past + length == len(sequence)
             step.pieces.append(Piece(sequence, self._slots.index(sequence), past, length, last))
             planned[sequence.id] = past + length
-            self._shares.compute(sequence, len(sequence) - past - length)
             left -= length
             ready += last
+            if self._goes_alone(step):
+                step.decodes = []
+                break
+        self._went_alone = bool(decoding) and not step.decodes
         return step
 
     def overtaken(self, sequence: Sequence) -> bool:
@@ -301,6 +258,21 @@ class Scheduler:
             return last
         equals = [each for each in running if each.priority == first.priority]
         return self._shares.victim(self._shares.claim(first, running), equals)
+
+    def _longest(self, past: int) -> int:
+        """Tokens of a piece behind others, one of a few sizes."""
+        if self.doubling is None:
+            return self.chunk
+        parts = round(_SIZES * self.doubling / (self.doubling + past))
+        return min(self.chunk, max(1, parts) * math.ceil(self.chunk / _SIZES))
+
+    def _goes_alone(self, step: Step) -> bool:
+        """Whether a step has no more than its first piece, which gives a tenant the only token that it waits for."""
+        if self._went_alone or not step.decodes or len(step.pieces) > 1 or not step.pieces[0].last:
+            return False
+        first = step.pieces[0].sequence
+        urgent = first.priority <= min(piece.sequence.priority for piece in step.decodes)
+        return urgent and self._shares.alone(first, self.running)
 
     def _close_gaps(self, step: Step) -> None:
         """Move the last decoding sequences into free slots before them."""
@@ -375,12 +347,6 @@ class Scheduler:
             self._order.add(request)
             self._order.serve([request])
             sequence.charged += cost
-
-
-def _joins(piece: Piece, before: Piece) -> bool:
-    """Whether a run computes a piece together with the one before it."""
-    first = not piece.past and not before.past and piece.slot == before.slot + 1
-    return first and piece.length == before.length and not piece.sequence.over and not before.sequence.over
 
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:

@@ -1,14 +1,15 @@
-"""State of one sequence: its tokens, its place in the decoder, and how it ended."""
+"""State of one sequence: its tokens, its place in the decoder, and how it ended; what a step computes of several."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterable
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-__all__ = ["HeldVersion", "Phase", "Reason", "Sequence", "Versions", "release_all"]
+__all__ = ["HeldVersion", "Move", "Phase", "Piece", "Reason", "Sequence", "Step", "Versions", "release_all"]
 
 _log = logging.getLogger("tpeft_deploy.runtime")
 
@@ -120,6 +121,62 @@ class Sequence:
         return "length" if len(self.tokens) >= self.max_new_tokens else None
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A copy of the first `length` tokens of a slot's cache into another slot, for the sequence that it belongs to."""
+
+    sequence: Sequence
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one sequence to compute; `last` if the logits are those of its next token."""
+
+    sequence: Sequence
+    slot: int
+    past: int
+    length: int
+    last: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """What to do, in this order.
+
+    Attributes:
+        moves: copies of caches; the source of one may be the target of a later one.
+        admitted: sequences that got slots; the slot of each is to hold its first `cached` tokens.
+        decodes: last tokens of the decoding sequences, in the order of their slots 0..n-1.
+        pieces: prefills, in order; several may be of one sequence.
+        most: tokens of several prompts in one run.
+    """
+
+    moves: list[Move] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    decodes: list[Piece] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    most: float = math.inf
+
+    def __bool__(self) -> bool:
+        return bool(self.moves or self.decodes or self.pieces)
+
+    def prefills(self) -> Iterator[list[Piece]]:
+        """Yield the pieces of sequences that are not over by then, those together that one run computes.
+
+        These are the first pieces, of one length, of sequences in slots next to each other.
+        """
+        waiting = deque(self.pieces)
+        while waiting:
+            found = [waiting.popleft()]
+            while waiting and _joins(waiting[0], found[-1]) and (len(found) + 1) * found[0].length <= self.most:
+                found.append(waiting.popleft())
+            if not found[0].sequence.over:
+                yield found
+
+
 def release_all(versions: Iterable[HeldVersion]) -> None:
     """Release versions; one that cannot be released is logged, and keeps no other."""
     for version in versions:
@@ -127,3 +184,9 @@ def release_all(versions: Iterable[HeldVersion]) -> None:
             version.release()
         except Exception:
             _log.exception("an adapter version could not be released")
+
+
+def _joins(piece: Piece, before: Piece) -> bool:
+    """Whether a run computes a piece together with the one before it."""
+    first = not piece.past and not before.past and piece.slot == before.slot + 1
+    return first and piece.length == before.length and not piece.sequence.over and not before.sequence.over

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import random
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +13,8 @@ from tpeft_deploy.errors import QueueFull, RunError
 from tpeft_deploy.runtime.batching.policy import FirstCome, Order, Request
 from tpeft_deploy.runtime.generation import sequence as sequences
 from tpeft_deploy.runtime.generation.orders import ByPriority
-from tpeft_deploy.runtime.generation.scheduler import Move, Piece, Scheduler, Step
+from tpeft_deploy.runtime.generation.scheduler import Scheduler
+from tpeft_deploy.runtime.generation.sequence import Move, Piece, Step
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair
 
 
@@ -57,11 +60,18 @@ class Simulation:
     scheduler: Scheduler
     caches: list[list[int]] = field(default_factory=list)
     done: list[sequences.Sequence] = field(default_factory=list)
+    alone: list[sequences.Sequence] = field(default_factory=list)  # those that had a step without the decodes of others
+    last_alone: bool = False
 
     def __post_init__(self) -> None:
         self.caches = [[] for _ in range(self.scheduler.slots)]
 
     def run(self, step: Step) -> None:
+        self.prepare(step)
+        for piece in (*step.decodes, *step.pieces):
+            self.compute(piece)
+
+    def prepare(self, step: Step) -> None:
         self._check(step)
         for move in step.moves:
             assert len(self.caches[move.source]) == move.length
@@ -69,24 +79,34 @@ class Simulation:
         for each in step.admitted:
             assert each.slot is not None
             self.caches[each.slot] = each.span(0, each.cached)
-        for piece in (*step.decodes, *step.pieces):
-            self._compute(piece)
 
     def _check(self, step: Step) -> None:
         slots = [each.slot for each in self.scheduler.running]
         assert len(slots) == len(set(slots)) <= self.scheduler.slots
         assert [piece.slot for piece in step.decodes] == list(range(len(step.decodes)))
-        assert {piece.sequence.id for piece in step.decodes} == {
-            each.id for each in self.scheduler.running if each.phase == "decoding"
-        }
+        decoding = [each for each in self.scheduler.running if each.phase == "decoding"]
+        alone = bool(decoding) and not step.decodes
+        assert alone or {piece.sequence.id for piece in step.decodes} == {each.id for each in decoding}
         assert len(step.decodes) + sum(piece.length for piece in step.pieces) <= self.scheduler.budget
         assert all(1 <= piece.length <= self.scheduler.chunk for piece in step.pieces)
         ended = [piece.slot for piece in step.pieces if piece.last]
-        assert ended == list(range(len(step.decodes), len(step.decodes) + len(ended)))
-        if self.scheduler.waiting and len(slots) < self.scheduler.slots:
+        assert ended == list(range(len(decoding), len(decoding) + len(ended)))
+        if alone:
+            self._check_alone(step, decoding)
+        elif self.scheduler.waiting and len(slots) < self.scheduler.slots:
             assert len(step.decodes) + sum(piece.length for piece in step.pieces) == self.scheduler.budget
+        self.last_alone = alone
 
-    def _compute(self, piece: Piece) -> None:
+    def _check_alone(self, step: Step, decoding: list[sequences.Sequence]) -> None:
+        assert not self.last_alone
+        (piece,) = step.pieces
+        own = piece.sequence
+        assert piece.last
+        assert own.tenant not in {each.tenant for each in self.scheduler.running if each is not own}
+        assert own.priority <= min(each.priority for each in decoding)
+        self.alone.append(own)
+
+    def compute(self, piece: Piece) -> None:
         own, cache = piece.sequence, self.caches[piece.slot]
         assert own.slot == piece.slot
         assert len(cache) == piece.past == own.cached  # each position is written once, in order
@@ -134,6 +154,7 @@ def test_random_arrivals_and_cancellations(order: str, seed: int) -> None:
         order=watched,
         weight=weight_of if order == "fair" else None,
         max_waiting=30,
+        doubling=draw.choice([None, 1, 10]),
         reuse=reuse,
     )
     simulation, alive, refused, ids, now = Simulation(scheduler), list[sequences.Sequence](), 0, 0, 0.0
@@ -177,6 +198,7 @@ def test_random_arrivals_and_cancellations(order: str, seed: int) -> None:
     assert len(simulation.done) > 100, refused
     if order == "priority":
         assert scheduler.preempted
+    assert bool(simulation.alone) == (order == "fair" and slots > 1)
     if order == "first come":
         assert [request.id for request in watched.served] == sorted(request.id for request in watched.served)
         assert not scheduler.preempted
@@ -311,6 +333,93 @@ def steps_to_first_token(prompt: int, flood: int, seed: int = 0) -> int:
 def test_a_flood_of_long_prompts_less_than_doubles_anothers_steps_to_its_first_token(prompt: int) -> None:
     alone = steps_to_first_token(prompt, 0)
     assert [steps_to_first_token(prompt, 60, seed) < 2 * alone for seed in range(0, 80, 16)] == [True] * 5
+
+
+@dataclass
+class Costed(Simulation):
+    """Runs steps as the generator does, and adds up what the runs cost a processor, in first tokens of prompts."""
+
+    now: float = 0.0
+    longest: float = 0.0  # cost of a run
+    first: dict[int, float] = field(default_factory=dict)  # sequence -> when it had its first token
+    coming: list[tuple[float, sequences.Sequence]] = field(default_factory=list)  # when, and what
+
+    def run(self, step: Step) -> None:
+        self.prepare(step)
+        if step.decodes:
+            self._spend(sum(2.5 + piece.past / 256 for piece in step.decodes), step.decodes)
+        for pieces in step.prefills():
+            if self.scheduler.overtaken(pieces[0].sequence):
+                break
+            self._spend(sum(piece.length * (1 + piece.past / 1024) for piece in pieces), pieces)
+
+    def _spend(self, cost: float, pieces: list[Piece]) -> None:
+        self.now += cost
+        self.longest = max(self.longest, cost)
+        for piece in pieces:
+            self.compute(piece)
+            if piece.last:
+                self.first.setdefault(piece.sequence.id, self.now)
+        while self.coming and self.coming[0][0] <= self.now:
+            self.scheduler.add(self.coming.pop()[1])
+
+
+def test_a_flood_of_long_prompts_less_than_doubles_the_cost_before_a_short_ones_first_token() -> None:
+    scheduler = Scheduler(
+        8, budget=512, chunk=64, doubling=1024, order=Fair(lambda _: 1.0), weight=lambda _: 1.0, max_waiting=1000
+    )
+    simulation, draw, ids, costs = Costed(scheduler), random.Random(0), itertools.count(), list[float]()
+    while len(costs) < 40:
+        begin, late = simulation.now + draw.uniform(0, 3000), sequence(next(ids), 64, 8, tenant="late")
+        simulation.coming.append((begin, late))
+        while not late.over:
+            for _ in range(24 - scheduler.waiting - len(scheduler.running)):
+                scheduler.add(sequence(next(ids), 1500, 64, tenant="flood"))
+            simulation.steps(1)
+        costs.append(simulation.first[late.id] - begin)
+    assert statistics.median(costs) < 1.6 * 64
+    assert statistics.quantiles(costs, n=10)[-1] < 2 * 64
+    assert simulation.longest < 1.4 * 64
+    assert len(simulation.alone) > 20
+
+
+def test_a_piece_costs_about_as_much_as_a_first_one_and_has_one_of_a_few_lengths() -> None:
+    simulation = Simulation(Scheduler(1, budget=512, chunk=64, doubling=1024))
+    simulation.scheduler.add(sequence(1, 4000))
+    steps = simulation.steps(8)
+    assert list(dict.fromkeys(piece.length for step in steps for piece in step.pieces[:-1])) == [64, 48, 32, 16]
+    assert all(piece.length * (1 + piece.past / 1024) < 1.4 * 64 for step in steps for piece in step.pieces)
+    assert [piece.last for step in steps for piece in step.pieces][-1]
+
+
+@pytest.mark.parametrize(("doubling", "together"), [(1024, [2, 2, 1]), (None, [5])])
+def test_short_prompts_in_one_run_cost_as_much_as_a_piece(doubling: int | None, together: list[int]) -> None:
+    scheduler = Scheduler(8, budget=512, chunk=64, doubling=doubling)
+    for id in range(5):
+        scheduler.add(sequence(id, 30))
+    assert [len(pieces) for pieces in scheduler.step().prefills()] == together
+
+
+def test_tenants_that_keep_coming_leave_others_every_second_step() -> None:
+    scheduler = Scheduler(4, budget=16, chunk=8, order=Fair(lambda _: 1.0), weight=lambda _: 1.0)
+    simulation, one = Simulation(scheduler), sequence(0, 4, 40, tenant="one")
+    scheduler.add(one)
+    simulation.steps(1)
+    for id in range(1, 60):
+        scheduler.add(sequence(id, 4, 1, tenant=str(id)))
+        simulation.steps(1)
+    assert len(one.tokens) == 30
+    assert len(simulation.alone) == 30
+    assert scheduler.waiting == 0
+
+
+def test_a_tenant_with_more_to_run_or_of_lower_priority_lets_others_decode() -> None:
+    scheduler = Scheduler(4, budget=16, chunk=8, order=Fair(lambda _: 1.0), weight=lambda _: 1.0)
+    simulation = Simulation(scheduler)
+    for id, (tenant, priority) in enumerate([("one", 0), ("one", 0), ("two", 1)]):
+        scheduler.add(sequence(id, 4, 40, tenant=tenant, priority=priority))
+        simulation.steps(2)
+    assert not simulation.alone
 
 
 def test_short_prompts_that_keep_coming_cost_a_flood_no_more_than_half() -> None:
