@@ -258,6 +258,8 @@ def test_requests_on_texts_are_answered_as_the_document_says(texts: Live, served
             if isinstance(body, dict):
                 body.update({"model": known} if "model" in body else {})
                 body["max_tokens"] = choice.choice([1, 2, 3, 3, 0])
+                if "messages" in body and choice.random() < 0.5:
+                    body["messages"] = [{"role": "user", "content": "fox"}]
 
     operations = [own for own in _described(texts) if own.path.startswith("/v1/") or "generate" in own.path]
     assert {f"POST {path}" for path in served} <= _asked(texts, operations, count, prepare)
