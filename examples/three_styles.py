@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import pydoc_data.topics
 import sys
 import time
@@ -39,6 +40,7 @@ from tpeft_deploy.runtime.text.model_text import ModelText
 STYLES = {"code": "Python code", "licence": "Licences", "science": "Descriptions of data sets"}
 PROMPT = "The "
 LICENSED = ("matplotlib", "numpy", "onnx", "peft", "safetensors", "scikit-learn", "scipy", "tokenizers")
+CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"  # the model continues texts, and knows no roles
 LENGTH = 128  # tokens of a row in training
 VOCABULARY = 1024
 MODULES = (
@@ -90,7 +92,7 @@ def byte_level_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=CHAT)
 
 
 def language_model(hidden: int = 128, layers: int = 3) -> LlamaForCausalLM:
@@ -227,7 +229,9 @@ def main(place: Path, length: int = 400) -> None:
     (place / "report.html").write_text(page(written, figures), encoding="utf-8")
     (place / "texts.json").write_text(json.dumps(written, indent=1), encoding="utf-8")
     print(f"{place / 'report.html'} has the texts. More:")
-    print(f"    tpeft-deploy generate {bundle.path} --task code --prompt 'def '")
+    tool = os.path.relpath(Path(sys.executable).with_name("tpeft-deploy"))
+    print(f"    {tool} generate {bundle.path} --task code --prompt 'def '")
+    print(f"    {tool} serve {bundle.path}  # for the package openai, as README.md shows")
 
 
 if __name__ == "__main__":

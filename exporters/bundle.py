@@ -75,7 +75,8 @@ def export_bundle(
             too.
         pooling: how the states of a text's tokens become one embedding: "cls", "mean" or "last", of length 1, or a
             `Pooling` (`tpeft_deploy.bundle.text_files`); by default as sentence-transformers' files in a directory say.
-            A directory's tokenizer goes into the folder text/ with it, its labels, chat templates and defaults.
+            A directory's tokenizer goes into the folder text/ with it, its labels, chat templates and defaults.  Of
+            several components it is that of the one that reads `input_ids` and is no decoder.
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
@@ -99,9 +100,9 @@ def export_bundle(
     check_tolerance(tolerance, f"export bundle {path}")
     name = name or path.resolve().name
     base = called(base)
-    components = find_components(base, generation)
+    components = find_components(base, generation, pooling)
     if components is not None:
-        given = [example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings, pooling]
+        given = [example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings]
         refuse_options(path, given)
         return export_components(
             components,

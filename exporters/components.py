@@ -12,6 +12,7 @@ from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.directory import COMPONENTS, MANIFEST, Bundle
 from tpeft_deploy.bundle.manifest import Manifest, check_name
 from tpeft_deploy.bundle.split import check_taken, part_of, taken_names
+from tpeft_deploy.bundle.text_files import Mode, Pooling
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.component import Component
 from tpeft_deploy.exporters.bases.known_components import known_components
@@ -29,17 +30,23 @@ from tpeft_deploy.version import __version__
 
 __all__ = ["component_progress", "dry_run", "export_components", "find_components", "refuse_options"]
 
+_TOKENS = "input_ids"
 
-def find_components(base: object, generation: bool = False) -> dict[str, Component] | None:
+
+def find_components(
+    base: object, generation: bool = False, pooling: Pooling | Mode | None = None
+) -> dict[str, Component] | None:
     """Components of a base that has several; None for any other base.
 
     Args:
         base: base as `export_bundle` takes it; the name of a factory with its result (see `called`).
         generation: whether the decoder of a directory is in slot form.
+        pooling: pooling of the component that embeds text.
 
     Raises:
         BundleError: a name is not allowed.
-        UnsupportedBase: a value of a dict is no component, a directory cannot be loaded, or a dict is for generation.
+        UnsupportedBase: a value of a dict is no component, a directory cannot be loaded, a dict is for generation, or
+            there is a pooling and not one component that it may be for.
     """
     found = base.result if isinstance(base, CalledFactory) else base
     if generation and isinstance(found, Mapping):
@@ -49,7 +56,8 @@ def find_components(base: object, generation: bool = False) -> dict[str, Compone
             got="a dict",
             fix="Give the directory.",
         )
-    found = known_components(found, generation) if isinstance(found, str | os.PathLike) else found
+    directory = Path(found) if isinstance(found, str | os.PathLike) else None
+    found = known_components(directory, generation) if directory is not None else found
     if not isinstance(found, Mapping):
         return None
     for name, component in found.items():
@@ -62,7 +70,23 @@ def find_components(base: object, generation: bool = False) -> dict[str, Compone
             )
     if not found:
         raise UnsupportedBase("load the components of a model", expected="one component or more", got="an empty dict")
-    return dict(found)
+    return dict(found) if pooling is None else _with_pooling(found, pooling, directory)
+
+
+def _with_pooling(
+    components: Mapping[str, Component], pooling: Pooling | Mode, directory: Path | None
+) -> dict[str, Component]:
+    """Declare the pooling of the component that reads tokens and is no decoder."""
+    readers = [name for name, own in components.items() if own.decoder is None and _TOKENS in own.example_inputs]
+    if len(readers) != 1:
+        raise UnsupportedBase(
+            "export components with pooling=",
+            expected=f"one that reads {_TOKENS}",
+            got=", ".join(readers) or "none",
+            fix="Give pooling= with the Component that embeds text.",
+        )
+    own = components[readers[0]]
+    return {**components, readers[0]: replace(own, pooling=pooling, directory=own.directory or directory)}
 
 
 def refuse_options(path: Path, options: Sequence[object]) -> None:
@@ -74,7 +98,7 @@ def refuse_options(path: Path, options: Sequence[object]) -> None:
     if any(option is not None and option is not False and option != {} for option in options):
         raise UnsupportedBase(
             f"export bundle {path} of several components",
-            expected="no example_inputs, dynamic_shapes, weights, rename, padding, resize_embeddings or pooling",
+            expected="no example_inputs, dynamic_shapes, weights, rename, padding or resize_embeddings",
             got="some",
             fix="Give inputs, shapes, names and padding with each Component; leave the others out.",
         )
@@ -108,7 +132,7 @@ def export_components(
             progress(Stage(f"write the graphs of {own}", position, len(plans)))
             place = new / COMPONENTS / own
             place.mkdir(parents=True)
-            manifests[own] = write_graphs(plan, subjects[own], place, tolerance)
+            manifests[own] = write_graphs(plan, subjects[own], place, tolerance, components[own].pooling)
         bundle = _whole(new, name, manifests)
         for position, (task, adapter) in enumerate(adapters.items()):
             progress(Stage(f"store {task}", position, len(adapters)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from tpeft_deploy.bundle.directory import (
     MANIFEST,
     Bundle,
 )
-from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Varies
-from tpeft_deploy.bundle.text_files import Mode, Pooling, write_text
+from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Port, Varies
+from tpeft_deploy.bundle.text_files import STATES, Mode, Pooling, write_text
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_image, read_text
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed, stacked
@@ -140,7 +140,7 @@ def write_graphs(
         packing=packing,
         stacking=stacking,
         tolerance=tolerance,
-        text=_write_text(plan, place, pooling),
+        text=_write_text(plan, place, pooling, outputs),
     )
 
 
@@ -153,8 +153,16 @@ def _write_choice(ports: DecoderPorts, graph: ir.Graph, place: Path) -> DecoderP
     return replace(ports, choice=CHOICE)
 
 
-def _write_text(plan: Plan, place: Path, pooling: Pooling | Mode | None) -> dict[str, FileRecord]:
+def _write_text(
+    plan: Plan, place: Path, pooling: Pooling | Mode | None, outputs: Sequence[Port]
+) -> dict[str, FileRecord]:
     directory = plan.base.directory
+    if pooling is not None and not any(port.name == STATES and len(port.shape) == 3 for port in outputs):
+        raise UnsupportedBase(
+            f"export base {plan.base.name} with pooling=",
+            expected=f"an output {STATES!r} with the states of a text's tokens",
+            got=", ".join(port.name for port in outputs),
+        )
     if directory is None or not has_tokenizer(directory):
         if pooling is not None:
             raise UnsupportedBase(

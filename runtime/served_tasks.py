@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle, check_task
@@ -71,6 +72,21 @@ class ServedTasks:
                 continue
             if not version.is_base:
                 found[task] = "folded" if self._is_folded(version) else self._placed.tier(version)
+        return found
+
+    def ranks(self, tasks: Iterable[str]) -> dict[str, int]:
+        """Return the largest rank of each adapter that was read; 0 for one without changes of low rank.
+
+        Args:
+            tasks: names; unknown ones, and the base, are left out.
+        """
+        found: dict[str, int] = {}
+        for task in tasks:
+            with suppress(UnknownTask):
+                known = (version.rank for _, version in self._versions.find(task).everywhere())
+                rank = next((own for own in known if own is not None), None)
+                if rank is not None:
+                    found[task] = rank
         return found
 
     def pins(self) -> dict[str, bool]:

@@ -10,7 +10,7 @@ ONES = np.ones((2, 3), np.float32)
 def test_sizes_of_a_conv_delta() -> None:
     delta = TuckerDelta(np.ones((2, 3, 5, 5), np.float32), (np.ones((8, 2)), np.ones((6, 3)), None, None), 2.0)
     assert delta.shape == (8, 6, 5, 5)
-    assert delta.ranks == (2, 3, 5, 5)
+    assert (delta.ranks, delta.rank) == ((2, 3, 5, 5), 3)
     assert delta.parameters == 150 + 16 + 18
     assert delta.dense().dtype == np.float64
 

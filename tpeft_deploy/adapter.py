@@ -138,6 +138,11 @@ class Adapter:
                 )
 
     @property
+    def rank(self) -> int:
+        """Largest rank of the changes; 0 if there are gains and overrides only."""
+        return max((delta.rank for delta in self.deltas.values()), default=0)
+
+    @property
     def parameters(self) -> int:
         """Number of elements of the adapter's tensors."""
         return sum(d.parameters for d in self.deltas.values()) + sum(array.size for array in self._wholes())

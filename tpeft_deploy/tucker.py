@@ -97,6 +97,11 @@ class TuckerDelta:
         return self.core.shape
 
     @property
+    def rank(self) -> int:
+        """Largest rank of the factors of both channel modes; the least size of the core there if neither has one."""
+        return max((len(own.T) for own in self.factors[:2] if own is not None), default=min(self.core.shape[:2]))
+
+    @property
     def parameters(self) -> int:
         """Number of elements of core and factors."""
         return self.core.size + sum(f.size for f in self.factors if f is not None)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from tpeft_deploy.bundle.decoder import DecoderPorts
+from tpeft_deploy.bundle.text_files import Mode, Pooling
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.oracle.base import Base
@@ -36,6 +37,8 @@ class Component:
         padding, rename: as `export_bundle` takes them.
         decoder: ports of a decoder in slot form.
         directory: Hugging Face directory of the model, for its text.
+        pooling: how embeddings of texts are made of `last_hidden_state`, as `export_bundle` takes it; for the component
+            that embeds text, which has a directory.
     """
 
     module: nn.Module
@@ -47,6 +50,7 @@ class Component:
     rename: Mapping[str, str] | None = None
     decoder: DecoderPorts | None = None
     directory: Path | None = None
+    pooling: Pooling | Mode | None = None
 
     @property
     def base_view(self) -> BaseView:
@@ -72,7 +76,7 @@ class Component:
             module, example_inputs=self.example_inputs, dynamic_shapes=self.dynamic_shapes, rename=self.rename
         )
         base.name = f"component {name!r}"
-        base.decoder, base.directory = self.decoder, self.directory
+        base.decoder, base.directory = self.decoder, None if self.directory is None else Path(self.directory)
         return base
 
 

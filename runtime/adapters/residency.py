@@ -238,10 +238,11 @@ class Residency:
         with version.reading:  # several requests for one cold task read it once
             content = version.content
             if content is None:
-                content = self._lay_out(version.read())
+                adapter = version.read()
+                content = self._lay_out(adapter)
                 shapes = _Shapes(content.shapes)
                 with self._state:
-                    version.sizes = content.sizes
+                    version.sizes, version.rank = content.sizes, adapter.rank
                     version.shapes = self._alike.setdefault(frozenset(shapes.items()), shapes)
                     self._keep(version, content)
         return content

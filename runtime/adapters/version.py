@@ -78,6 +78,7 @@ class Version:
     read: Callable[[], Adapter]
     sizes: Mapping[str, int] = field(default_factory=dict)  # known once it was read
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # of its rows, likewise
+    rank: int | None = None  # of the adapter, likewise
     content: Content | None = None  # while it is in host memory
     row: int | None = None  # while it is on the device
     users: int = 0

@@ -140,6 +140,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
         lambda: lines.dropped,
         runtime.generation,
         runtime.pins,
+        runtime.ranks,
     )
     traced = tracing()
 

@@ -265,7 +265,7 @@ class ModelText:
                     "render a conversation",
                     expected=f"one of the chat templates {known}",
                     got=repr(name),
-                    fix="Give a prompt without --chat, or export a tokenizer with a chat template.",
+                    fix="Give a prompt in place of a chat, or export a tokenizer with a chat template.",
                 )
             with requires("jinja2", _EXTRA, "render a conversation"):
                 from tpeft_deploy.runtime.text.chat_template import ChatTemplate

@@ -6,11 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from tests.helpers.server.encoder_bundles import sentence_transformer
+from tpeft_deploy import Component, export_bundle
 from tpeft_deploy.bundle.text_files import Pooling
 from tpeft_deploy.errors import UnsupportedBase
+from tpeft_deploy.exporters.components import find_components
 from tpeft_deploy.exporters.pooling import most_tokens, read_pooling
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.line = nn.Linear(4, 2)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.line(self.table(input_ids))
+        return found
 
 
 @pytest.mark.parametrize(
@@ -54,6 +69,18 @@ def test_other_ways_to_embed_are_left_out(
     with caplog.at_level(logging.WARNING, "tpeft_deploy.exporters"):
         assert read_pooling(tmp_path) is None
     assert told in caplog.text
+
+
+def test_one_component_that_reads_tokens_takes_the_pooling(tmp_path: Path) -> None:
+    tokens = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+    parts = {"text": Component(Table(), tokens), "image": Component(nn.Linear(4, 4), {"input": torch.randn(2, 4)})}
+    found = find_components(parts, pooling="cls")
+    assert found is not None
+    assert [own.pooling for own in found.values()] == ["cls", None]
+    with pytest.raises(UnsupportedBase, match="an output 'last_hidden_state'"):
+        export_bundle(parts, {}, tmp_path / "b", pooling="mean")
+    with pytest.raises(UnsupportedBase, match="one that reads input_ids, got text, more"):
+        find_components({**parts, "more": parts["text"]}, pooling="cls")
 
 
 def test_what_is_no_pooling_or_no_json_is_refused(tmp_path: Path) -> None:

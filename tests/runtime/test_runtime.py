@@ -32,6 +32,13 @@ def test_heads_of_different_sizes(runtime: Runtime) -> None:
     assert [row.shape for row in rows] == [(2,), (17,), (10,)]
 
 
+def test_ranks_are_the_largest_of_each_adapter_that_was_read(towers_bundle: Bundle) -> None:
+    tasks = ["both", "seeing", "heads", "base", "none"]
+    with Runtime(towers_bundle.path, provider="cpu", threads=1) as runtime:
+        runtime.prefetch(["both", "seeing", "heads"]).result()
+        assert runtime.ranks(tasks) == {"both": 3, "seeing": 4, "heads": 1}
+
+
 def test_one_task_for_all_rows_equals_that_task_for_each_row(runtime: Runtime) -> None:
     whole = runtime.run(images(4), task="two")["logits"]
     rows = runtime.run(images(4), tasks=["two"] * 4)["logits"]

@@ -60,7 +60,9 @@ def test_tritonclient_in_binary_with_mixed_rows(live: Live) -> None:
         assert not client.is_model_ready("secret", headers=headers)
         assert client.get_server_metadata(headers=headers)["bundle"] == "conv"
         assert client.get_model_metadata("conv", headers=headers)["inputs"][-1]["name"] == "adapter"
-        assert client.get_model_config("mood", headers=headers)["max_batch_size"] == 32
+        config = client.get_model_config("mood", headers=headers)
+        assert config["max_batch_size"] == 32
+        assert config["model_transaction_policy"] == {"decoupled": False}  # it generates no text
         index = {model["name"] for model in client.get_model_repository_index(headers=headers)}
         assert {"base", "conv", "mood", "two"} <= index
         pixels = http.InferInput("pixels", list(PIXELS.shape), "FP32")
@@ -96,6 +98,17 @@ WALK = [(route.method, route.path, route.action) for route in (*ROUTES, ROUTE)] 
     ("POST", "/v2/models/{model}/infer", Action.INFER),
     ("POST", "/v2/models/{model}/versions/{version}/infer", Action.INFER),
 ]
+FOREIGN: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"model": "secret", "messages": [{"role": "user", "content": "x"}]},
+    "/v1/completions": {"model": "secret", "prompt": "x"},
+    "/v1/embeddings": {"model": "secret", "input": "x"},
+    "/v1/classify": {"model": "secret", "input": "x"},
+    "/v1/tokenize": {"model": "secret", "prompt": "x"},
+    "/v1/detokenize": {"model": "secret", "tokens": [1]},
+    "/v1/load_lora_adapter": {"lora_name": "mine", "lora_path": "secret"},
+    "/v1/unload_lora_adapter": {"lora_name": "secret"},
+}
+"""Requests for another tenant's model, where the body names it."""
 ROLES = {
     "infer": {Action.HEALTH, Action.READ, Action.INFER},
     "deploy": {Action.HEALTH, Action.READ, Action.INFER, Action.DEPLOY},
@@ -118,14 +131,24 @@ def test_no_route_is_open_to_those_it_is_not_for(live: Live, method: str, path: 
         httpx.request(method, live.url + filled(path), json=body, headers={"Authorization": "Bearer x"}).status_code
         == 401
     )
+    body = FOREIGN.get(path, body)
     for role in ("infer", "deploy"):
         answer = live.ask(method, filled(path), "acme", role, json=body)
         if action not in ROLES[role] or path == "/metrics":
             assert answer.status_code == 403, answer.text
+        elif path in FOREIGN:
+            assert answer.status_code == 404, answer.text
         elif "{task}" in path or "{model}" in path:
             assert answer.status_code in {404, 400}, answer.text  # another tenant's: as if it were not there
         assert b"rival" not in answer.content or action is Action.ADMIN
+    answer = live.ask(method, filled(path), "operator", "admin", json=body)
+    assert answer.status_code not in {401, 403}, answer.text
     assert live.ask("GET", "/v2/registry/tasks/secret", "rival").status_code == 200
+
+
+def test_the_walk_names_another_tenants_model_in_every_body() -> None:
+    bodies = {route.path for route in ROUTES if route.method == "POST" and route.path.startswith("/v1/")}
+    assert bodies == set(FOREIGN)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,11 @@ from tpeft_deploy.labels import HeadLabels
 if TYPE_CHECKING:
     from tpeft_deploy.bundle.directory import Bundle
 
-__all__ = ["FACTS", "TOKENIZER", "Mode", "Pooling", "TextFacts", "write_text"]
+__all__ = ["FACTS", "STATES", "TOKENIZER", "Mode", "Pooling", "TextFacts", "write_text"]
 
 TOKENIZER, FACTS = "tokenizer.json", "text.json"
+STATES = "last_hidden_state"
+"""Output of an encoder with a state for each token, of which embeddings are made."""
 Mode = Literal["cls", "mean", "last"]
 
 

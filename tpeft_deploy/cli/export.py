@@ -162,6 +162,12 @@ def folded(
     is_flag=True,
     help="Export a model that generates for it: with caches of fixed size, updated in place.",
 )
+@click.option(
+    "--pooling",
+    type=click.Choice(["cls", "mean", "last"]),
+    help="State of a text's tokens that its embedding is made of: the first, the mean or the last; by default as the "
+    "files of sentence-transformers in BASE say.",
+)
 @click.option("--folded", "with_folded", is_flag=True, help="Also write folded/TASK.onnx for every adapter.")
 @_shared_options
 def bundle(
@@ -173,6 +179,7 @@ def bundle(
     padding: Sequence[tuple[str, int | float]],
     exclude: Sequence[str],
     generation: bool,
+    pooling: Any,
     with_folded: bool,
     weights: Path | None,
     inputs: Path | None,
@@ -207,7 +214,7 @@ def bundle(
         begin("load the base")
         given: Any = {"example_inputs": read_inputs(inputs, base), "weights": weights, "rename": dict(rename)}
         made = called(base)
-        opened: Any = find_components(made, generation)
+        opened: Any = find_components(made, generation, pooling)
         if opened is not None:
             options |= given
         else:
@@ -221,7 +228,7 @@ def bundle(
             named = name or (out.resolve().name if out is not None else "bundle")
             plan = plan_export(opened, loaded, name=named, progress=begin, **options)
         else:
-            options |= {"folded": with_folded, "tolerance": tolerance}
+            options |= {"folded": with_folded, "tolerance": tolerance, "pooling": pooling}
             written = export_bundle(opened, loaded, place, name=name, progress=begin, **options)
     if place is None:
         _show_plan(plan, as_json)

@@ -57,10 +57,11 @@ def keys() -> None:
 @click.option("--expires", type=Duration(), help="Lifetime, such as 30d, 12h or 45m; unlimited by default.")
 @json_option
 def create(state: Path, database_url: str | None, tenant: str, role: str, expires: float | None, as_json: bool) -> None:
-    """Create a key and print it; it cannot be shown again."""
+    """Create a key and print it; it cannot be shown again.  A running server then knows it."""
     with _keys(state, database_url) as store:
         until = None if expires is None else time.time() + expires
         record, key = store.create(tenant, role, by="command line", expires=until)
+        _wait_for_servers()
     document = {"id": record.id, "tenant": record.tenant, "role": record.role.value, "key": key}
     if as_json:
         emit(document, key="", columns=[], as_json=True)
@@ -91,6 +92,12 @@ def revoke(state: Path, database_url: str | None, id_: str, as_json: bool) -> No
     with _keys(state, database_url) as store:
         record = store.revoke(id_, by="command line")
     emit({"keys": [_shown(record)]}, key="keys", columns=_COLUMNS, as_json=as_json)
+
+
+def _wait_for_servers() -> None:
+    from tpeft_deploy.runtime.server.registry import POLL_SECONDS
+
+    time.sleep(POLL_SECONDS + 0.2)  # they look for new keys so often, and a request may follow at once
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class AnswerDocuments(ABC):
         stops: tokens that end a sequence; they are no part of its text.
         top: number of most probable tokens to give with each token; None for no log-probabilities.
         version: version of the model; empty if there are several.
+        before: text before each answer; empty for none.
 
     Attributes:
         done: last event of a stream.
@@ -43,16 +44,25 @@ class AnswerDocuments(ABC):
         stops: frozenset[int],
         top: int | None,
         version: str = "",
+        before: Sequence[str] = (),
     ) -> None:
         self._head = self._head_of(id, model, version)
         self._bytes_of = bytes_of
         self._stops = stops
         self._top = top
+        self._before = before
+
+    @property
+    def echoed(self) -> int:
+        """Characters of the texts before answers."""
+        return sum(map(len, self._before))
 
     def whole(self, results: Sequence[Generated], usage: Document) -> Document:
         """Return the document of a request that is not streamed."""
+        before = self._before or [""] * len(results)
         choices = [
-            self._choice(index, own.text, self._logprobs(own.tokens), own.reason) for index, own in enumerate(results)
+            self._choice(index, before[index] + own.text, self._logprobs(own.tokens), own.reason)
+            for index, own in enumerate(results)
         ]
         return {**self._head, "object": self.object, "choices": choices, "usage": usage}
 
@@ -63,7 +73,7 @@ class AnswerDocuments(ABC):
 
     def begin(self, index: int) -> Document | None:
         """Return the first choice of a sequence in a stream, if there is one before its tokens."""
-        return None
+        return self._delta(index, self._before[index], None, None) if self._before else None
 
     def delta(self, index: int, token: Token) -> Document | None:
         """Return the choice for one token; None if the client learns nothing from it."""

@@ -6,7 +6,7 @@ refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -125,6 +125,14 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
         """Number of most probable tokens to give with each token; None for no log-probabilities."""
         raise NotImplementedError
 
+    def echoed(self, text_of: Callable[[list[int]], str]) -> list[str]:
+        """Return the text before each answer; empty where answers begin without.
+
+        Args:
+            text_of: returns the text of tokens.
+        """
+        return []
+
     def changes(self) -> dict[str, Any]:
         """Return the values of `Sampling` that the request sets, by name."""
         names = ("n", "seed", "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
@@ -237,8 +245,8 @@ class CompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[TokenId | str | list[TokenId]]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     add_special_tokens: bool = True
+    echo: bool | None = None
     best_of: Any = None
-    echo: Any = None
     prompt_embeds: Any = None
     prompt_logprobs: Any = None
     suffix: Any = None
@@ -247,13 +255,20 @@ class CompletionBody(GenerationBody, kw_only=True):
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {**GenerationBody.harmless, "best_of": (1,), "suffix": ("",)}
     unlisted: ClassVar[tuple[str, ...]] = (
         *GenerationBody.unlisted,
-        *("best_of", "echo", "prompt_embeds", "prompt_logprobs", "suffix", "truncate_prompt_tokens"),
+        *("best_of", "prompt_embeds", "prompt_logprobs", "suffix", "truncate_prompt_tokens"),
     )
 
     @property
     def top(self) -> int | None:
         """Number of most probable tokens to give with each token; None for no log-probabilities."""
         return self.logprobs
+
+    def check(self) -> None:
+        """Refuse fields that the server does not support; raises as `GenerationBody.check` does."""
+        super().check()
+        if self.echo and self.logprobs is not None:
+            expected = "no logprobs with it, as prompts have none"
+            raise InputError("read field 'echo'", expected=expected, got=f"logprobs {self.logprobs}")
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -267,6 +282,13 @@ class CompletionBody(GenerationBody, kw_only=True):
             got = f"{len(several)} prompts and n of {self.n or 1}"
             raise InputError("read field 'prompt'", expected=f"at most {_MOST_SEQUENCES} sequences", got=got)
         return several
+
+    def echoed(self, text_of: Callable[[list[int]], str]) -> list[str]:
+        """Return the prompts as texts, each as often as it has answers, if the answers repeat them."""
+        if not self.echo:
+            return []
+        texts = [own if isinstance(own, str) else text_of(own) for own in self.prompts]
+        return [own for own in texts for _ in range(self.n or 1)]
 
 
 def refuse_unsupported(body: Body, harmless: Mapping[str, tuple[Any, ...]]) -> None:

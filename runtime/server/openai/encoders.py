@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from tpeft_deploy.bundle.text_files import Pooling
+from tpeft_deploy.bundle.text_files import STATES, Pooling
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.runtime.server.openai.reading import Opened, admitted, encode
@@ -33,7 +33,7 @@ async def embeddings(context: HttpContext) -> object:
     """Serve `POST /v1/embeddings`."""
 
     async def answered() -> object:
-        reading, body, target, text = await Opened.of(context, EmbeddingBody, "embed text")
+        reading, body, target, text = await Opened.of(context, EmbeddingBody, "embed text", encoder=True)
         pooling = text.facts.pooling
         if pooling is None:
             raise InputError(
@@ -42,7 +42,7 @@ async def embeddings(context: HttpContext) -> object:
                 fix="Export it with pooling= (cls, mean or last).",
             )
         encoders = context.core.generations.encoders
-        port = encoders.output("last_hidden_state", 3, "embed text")
+        port = encoders.output(STATES, 3, "embed text")
         width = int(port.shape[-1])
         size = _size(body.dimensions, width, pooling)
         texts = await reading.run(_tokens, text, body, pooling)
@@ -59,7 +59,7 @@ async def classify(context: HttpContext) -> object:
     """Serve `POST /v1/classify`."""
 
     async def answered() -> object:
-        reading, body, target, text = await Opened.of(context, ClassifyBody, "classify text")
+        reading, body, target, text = await Opened.of(context, ClassifyBody, "classify text", encoder=True)
         encoders = context.core.generations.encoders
         port = encoders.output("logits", 2, "classify text")
         labels = await encoders.labels(context.principal, target)

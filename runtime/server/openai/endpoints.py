@@ -28,6 +28,8 @@ __all__ = ["chat", "completion_requests", "completions", "served"]
 B = TypeVar("B", bound=GenerationBody)
 
 _INLINE_TOKENS = 256  # tokens of an answer that is encoded on the event loop
+_ECHOED = 8  # bytes of a character of a prompt in an answer, and of its encoding
+_INLINE_ECHO = 1 << 16  # characters of prompts in it
 _COMPLETION_TOKENS = 16  # default of max_tokens, as in OpenAI's API
 
 
@@ -89,9 +91,10 @@ async def _work(
     text = await generations.text()
     reading.apart |= body.schema is not None  # grammars take time to compile
     requests = await reading.run(prepare, text, generations, body)
+    before = await reading.run(body.echoed, partial(text.decode, special=True))
     stops = frozenset(requests[0].sampling.stop_tokens)
-    made = answer(context.request_id, body.model, text.token_bytes, stops, body.top, target.version)
-    context.memory.resize(context.bytes_in + memory_of(requests, body.top or 0))
+    made = answer(context.request_id, body.model, text.token_bytes, stops, body.top, target.version, before)
+    context.memory.resize(context.bytes_in + memory_of(requests, body.top or 0) + _ECHOED * made.echoed)
     return _Work(body, target, requests, made)
 
 
@@ -139,7 +142,8 @@ async def _whole(context: HttpContext, work: _Work) -> msgspec.Raw:
     def encoded() -> msgspec.Raw:
         return msgspec.Raw(orjson.dumps(work.answer.whole(results, usage)))
 
-    if usage["completion_tokens"] * (1 + (work.body.top or 0)) <= _INLINE_TOKENS:
+    few = usage["completion_tokens"] * (1 + (work.body.top or 0)) <= _INLINE_TOKENS
+    if few and work.answer.echoed <= _INLINE_ECHO:
         return encoded()
     return await context.intake.offload.run(context.tenant, encoded)
 
@@ -153,7 +157,8 @@ async def _events(context: HttpContext, work: _Work) -> AsyncGenerator[bytes]:
     async with context.core.generations.started(
         context.principal, work.target, work.requests, context.traceparent
     ) as handles:
-        yield b"".join(chunk(answer.begin(index)) for index in range(len(handles)))
+        for index in range(len(handles)):
+            yield chunk(answer.begin(index))
         async with aclosing(_merged(handles)) as tokens:
             async for index, token in tokens:
                 if token is not None:

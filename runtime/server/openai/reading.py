@@ -117,13 +117,14 @@ class Opened(NamedTuple, Generic[T]):
     text: ModelText
 
     @classmethod
-    async def of(cls, context: HttpContext, kind: type[T], doing: str) -> Opened[T]:
+    async def of(cls, context: HttpContext, kind: type[T], doing: str, *, encoder: bool = False) -> Opened[T]:
         """Read a request.
 
         Args:
             context: context of the request.
             kind: type of the body.
             doing: purpose, for messages.
+            encoder: whether the text is that of the encoder, if the bundle has several components.
 
         Raises:
             TpeftError: as `Reading.body`, `TextBody.check`, `Generations.target` and `Texts.open`.
@@ -133,7 +134,8 @@ class Opened(NamedTuple, Generic[T]):
         body.check()
         generations = context.core.generations
         target = generations.target(context.principal, body.model)
-        return Opened(reading, body, target, await generations.texts.open(doing))
+        texts = generations.encoders.texts if encoder else generations.texts
+        return Opened(reading, body, target, await texts.open(doing))
 
 
 async def encode(context: HttpContext, document: Callable[[], object], numbers: int) -> msgspec.Raw:

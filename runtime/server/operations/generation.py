@@ -51,7 +51,7 @@ class Generations:
         pools: threads that open the text and the decoder.
 
     Attributes:
-        texts: text of the bundle.
+        texts: text of the bundle, that of the decoder if it has several components.
         encoders: embeddings and classification of texts.
     """
 
@@ -70,8 +70,7 @@ class Generations:
         self._meter = meter
         self._publish = publish
         self._pools = pools
-        self.texts = Texts(bundle, accepting, pools)
-        self.encoders = TextInference(runtime, bundle, meter, publish, pools)
+        self.texts, self.encoders = _texts(runtime, bundle, meter, accepting, publish, pools)
         self._opened = False
 
     @property
@@ -260,6 +259,27 @@ class Generations:
             weights[found.key] = float(weight)
             versions.append(found)
         return GenerationTarget(versions[0].task, weights, tuple(versions))
+
+
+def _texts(
+    runtime: Runtime,
+    bundle: Bundle,
+    meter: Meter,
+    accepting: Callable[[], bool],
+    publish: Callable[[InferenceEvent], None],
+    pools: Pools,
+) -> tuple[Texts, TextInference]:
+    """Return the text that is generated, and inference of texts by the encoder, which may be another component."""
+    named = {own: part for own, part in bundle.components.items() if part.manifest.text}
+    decoder = next((own for own, part in named.items() if part.manifest.decoder is not None), None)
+    encoder = next((own for own, part in named.items() if part.manifest.decoder is None), decoder)
+    opened = {
+        own: Texts(bundle if own is None else named[own], bundle.manifest.name, accepting, pools)
+        for own in (decoder, encoder)
+    }
+    component = encoder if bundle.parts else None
+    encoders = TextInference(runtime, bundle, component, opened[encoder], meter, publish, pools)
+    return opened[encoder if decoder is None else decoder], encoders
 
 
 def memory_of(requests: Sequence[GenerationRequest], top: int = 0) -> int:

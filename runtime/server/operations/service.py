@@ -182,13 +182,15 @@ class Service:
         """Return a model's configuration in the fields of Triton's ModelConfig."""
         model, component = self._model(principal, name, version)
         limits = self._options.limits
+        manifest = self.components.manifest(model.name, component)
         return metadata.config(
-            self.components.manifest(model.name, component),
+            manifest,
             name,
             list(model.versions),
             max_rows=limits.max_rows,
             max_delay=limits.max_delay,
             mixed=model.mixed,
+            decoupled=component is None and manifest.decoder is not None and bool(manifest.text),
         )
 
     def model_ready(self, principal: Principal, name: str, version: str = "") -> bool:

@@ -17,7 +17,7 @@ from tpeft_deploy.labels import HeadLabels
 from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.server.operations.pools import Pools
-from tpeft_deploy.runtime.server.operations.texts import GenerationTarget
+from tpeft_deploy.runtime.server.operations.texts import GenerationTarget, Texts
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Principal
 from tpeft_deploy.runtime.server.tenancy.quotas import Meter
@@ -39,16 +39,30 @@ class TextInference:
     Args:
         runtime: the runtime.
         bundle: the served bundle.
+        component: component that reads texts; None if the bundle has one graph.
+        texts: text of that component.
         meter: quotas of the tenants; each text is a row, and spends its tokens.
         publish: called with the event of each request; on the event loop, so it must not block.
         pools: threads that read adapters.
+
+    Attributes:
+        texts: text of the component.
     """
 
     def __init__(
-        self, runtime: Runtime, bundle: Bundle, meter: Meter, publish: Callable[[InferenceEvent], None], pools: Pools
+        self,
+        runtime: Runtime,
+        bundle: Bundle,
+        component: str | None,
+        texts: Texts,
+        meter: Meter,
+        publish: Callable[[InferenceEvent], None],
+        pools: Pools,
     ) -> None:
         self._runtime = runtime
-        self._manifest = bundle.manifest
+        self._name, self._component = bundle.manifest.name, component
+        self._manifest = bundle.manifest if component is None else bundle.components[component].manifest
+        self.texts = texts
         self._meter = meter
         self._publish = publish
         self._pools = pools
@@ -65,7 +79,7 @@ class TextInference:
         Raises:
             InputError: the bundle has no such output, or takes other inputs than texts give.
         """
-        doing = f"{doing} with bundle {self._manifest.name!r}"
+        doing = f"{doing} with bundle {self._name!r}"
         found = next((port for port in self._manifest.outputs if port.name == name and len(port.shape) == axes), None)
         if found is None or (isinstance(found.shape[-1], str) and found.varies is None):
             others = ", ".join(port.name for port in self._manifest.outputs) or "none"
@@ -134,6 +148,7 @@ class TextInference:
                     outputs=[port.name],
                     tenant=principal.tenant,
                     timing=timing,
+                    component=self._component,
                 )
                 states = outputs[port.name]
                 if states.size <= _INLINE:

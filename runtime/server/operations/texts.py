@@ -44,16 +44,17 @@ class GenerationTarget:
 
 
 class Texts:
-    """The text of the served bundle, which the first use opens.
+    """The text of a component of the served bundle, which the first use opens.
 
     Args:
-        bundle: the served bundle.
+        bundle: the component, or the bundle if it has one graph.
+        name: name of the bundle, for messages.
         accepting: returns whether requests are accepted.
         pools: threads that open the text.
     """
 
-    def __init__(self, bundle: Bundle, accepting: Callable[[], bool], pools: Pools) -> None:
-        self._bundle = bundle
+    def __init__(self, bundle: Bundle, name: str, accepting: Callable[[], bool], pools: Pools) -> None:
+        self._bundle, self._name = bundle, name
         self._accepting = accepting
         self._pools = pools
         self._lock = threading.Lock()
@@ -75,7 +76,7 @@ class Texts:
         if self._text is not None:
             return self._text
         if not self._bundle.manifest.text:
-            raise InputError(f"{doing} with bundle {self._bundle.manifest.name!r}", problem="it has no tokenizer")
+            raise InputError(f"{doing} with bundle {self._name!r}", problem="it has no tokenizer")
         try:
             return await self._pools.control.run(self._read)
         except MissingExtra as error:

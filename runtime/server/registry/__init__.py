@@ -15,7 +15,7 @@ from tpeft_deploy.runtime.server.registry.snapshot import (
     TaskRecord,
     VersionRecord,
 )
-from tpeft_deploy.runtime.server.registry.state import State, open_keys, open_state
+from tpeft_deploy.runtime.server.registry.state import POLL_SECONDS, State, open_keys, open_state
 from tpeft_deploy.runtime.server.registry.task_store import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import TenantRecord, Tenants
 
@@ -26,6 +26,7 @@ __all__ = [
     "CURRENT",
     "KeyRecord",
     "Keys",
+    "POLL_SECONDS",
     "PinRecord",
     "Placements",
     "RegistrySnapshot",

@@ -29,10 +29,11 @@ from tpeft_deploy.runtime.server.registry.task_store import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import Tenants
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
-__all__ = ["State", "open_keys", "open_state"]
+__all__ = ["POLL_SECONDS", "State", "open_keys", "open_state"]
 
 _log = logging.getLogger("tpeft_deploy.server")
-_SECONDS = 0.5  # between two polls for changes of other processes
+POLL_SECONDS = 0.5
+"""Time between two polls for changes of other processes."""
 _SELDOM = 20  # polls between two attempts to write pending revocations and to reserve disk space
 _NAMES = ("lock", "identity", "reserve", "state.db", "state.db-wal", "state.db-shm", "blobs", "incoming")
 _PATIENCE = 10.0  # seconds for which a killed server may still hold its lock
@@ -128,11 +129,11 @@ class State:
 
     def _listened(self) -> bool:
         """Wait for a change of another server; false where changes have to be polled for."""
-        return self._listener is not None and self._listener.wait(_SECONDS)
+        return self._listener is not None and self._listener.wait(POLL_SECONDS)
 
     def _watch(self) -> None:
         for look in itertools.count(1):
-            if self._stop.is_set() or (not self._listened() and self._stop.wait(_SECONDS)):
+            if self._stop.is_set() or (not self._listened() and self._stop.wait(POLL_SECONDS)):
                 return
             try:
                 self._files.look()

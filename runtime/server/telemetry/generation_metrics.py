@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -12,7 +13,7 @@ from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.server.telemetry.histograms import Bins, histogram
 from tpeft_deploy.runtime.server.telemetry.inference_events import GenerationFigures
 
-__all__ = ["GenerationSeries", "of_adapters", "of_sequences", "of_series"]
+__all__ = ["AdapterFigures", "GenerationSeries", "of_adapters", "of_sequences", "of_series"]
 
 _FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -74,34 +75,48 @@ def of_sequences(stats: GenerationStats | None) -> Iterator[Metric]:
         yield CounterMetricFamily(name, about, value=0 if stats is None else getattr(stats, field))
 
 
-def of_adapters(
-    stats: GenerationStats | None, residency: Mapping[str, str], rows: int, pins: Collection[str], most: int
-) -> Iterator[Metric]:
+@dataclass(frozen=True)
+class AdapterFigures:
+    """What is known of adapters.
+
+    Attributes:
+        residency: adapter -> tier.
+        rows: adapters that fit on the device.
+        pins: pinned adapters.
+        ranks: returns the ranks of adapters that were read.
+    """
+
+    residency: Mapping[str, str]
+    rows: int
+    pins: Collection[str]
+    ranks: Callable[[Iterable[str]], Mapping[str, int]]
+
+
+def of_adapters(stats: GenerationStats | None, adapters: AdapterFigures, most: int) -> Iterator[Metric]:
     """Yield the metrics of adapters in the forms of vLLM, which routers read.
 
     Args:
         stats: figures of the decoder.
-        residency: adapter -> tier.
-        rows: adapters that fit on the device.
-        pins: pinned adapters.
+        adapters: the adapters.
         most: adapters to name at most.
     """
-    labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
-    requests = GaugeMetricFamily("tpeft_lora_requests_info", "Adapters in use; the value is the time", labels=labels)
+    lists = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+    requests = GaugeMetricFamily("tpeft_lora_requests_info", "Adapters in use; the value is the time", labels=lists)
     running, waiting = ({}, {}) if stats is None else (stats.running_tasks, stats.waiting_tasks)
-    requests.add_metric((str(rows), _names(running, most), _names(waiting, most)), time.time())
+    requests.add_metric((str(adapters.rows), _names(running, most), _names(waiting, most)), time.time())
     yield requests
-    loaded = GaugeMetricFamily(
-        "tpeft_lora_adapter_loaded", "1 for each adapter in memory", labels=("adapter_name", "level", "pinned")
-    )
-    resident = [(name, tier) for name, tier in residency.items() if tier != "disk"]
-    for name, tier in sorted(resident)[:most]:
-        level = "cpu" if tier == "host" else "gpu"
-        loaded.add_metric((name, level, str(name in pins).lower()), 1)
+    labels = ("adapter_name", "level", "pinned", "rank")
+    loaded = GaugeMetricFamily("tpeft_lora_adapter_loaded", "1 for each adapter in memory", labels=labels)
+    resident = {name: tier for name, tier in adapters.residency.items() if tier != "disk"}
+    shown = sorted(resident)[:most]
+    ranks = adapters.ranks(shown)
+    for name in shown:
+        level = "cpu" if resident[name] == "host" else "gpu"
+        loaded.add_metric((name, level, str(name in adapters.pins).lower(), str(ranks.get(name, ""))), 1)
     yield loaded
-    number = sum(tier != "host" for _, tier in resident)
+    number = sum(tier != "host" for tier in resident.values())
     yield GaugeMetricFamily("tpeft_num_gpu_loaded_lora_adapters", "Adapters on the device", value=number)
-    yield GaugeMetricFamily("tpeft_max_gpu_lora_adapters", "Adapters that fit on the device", value=rows)
+    yield GaugeMetricFamily("tpeft_max_gpu_lora_adapters", "Adapters that fit on the device", value=adapters.rows)
 
 
 def _names(tasks: Mapping[Hashable, int], most: int) -> str:

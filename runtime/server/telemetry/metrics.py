@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.telemetry.generation_metrics import (
+    AdapterFigures,
     GenerationSeries,
     of_adapters,
     of_sequences,
@@ -59,6 +60,7 @@ class Metrics(Collector):
         dropped: returns the number of dropped log lines.
         generation: returns the figures of the decoder.
         pins: returns the pinned tasks by runtime key.
+        ranks: returns the ranks of tasks that were read, by runtime key.
     """
 
     def __init__(
@@ -70,10 +72,11 @@ class Metrics(Collector):
         dropped: Callable[[], int] = lambda: 0,
         generation: Callable[[], GenerationStats | None] = lambda: None,
         pins: Callable[[], Collection[str]] = tuple,
+        ranks: Callable[[Iterable[str]], Mapping[str, int]] = lambda _: {},
     ) -> None:
         self._max = max_task_series
         self._residency, self._usage, self._waiting, self._dropped = residency, usage, waiting, dropped
-        self._generation, self._pins = generation, pins
+        self._generation, self._pins, self._ranks = generation, pins, ranks
         self._requests: dict[tuple[str, str, int], int] = {}  # by protocol, route and status
         self._tasks: dict[tuple[str, str], _Task] = {}  # by tenant and task
         self._queue, self._run, self._batch = Bins(_SECONDS), Bins(_SECONDS), Bins(_ROWS)
@@ -161,4 +164,5 @@ class Metrics(Collector):
         yield residents
         stats = self._generation()
         yield from of_sequences(stats)
-        yield from of_adapters(stats, residency, max(0, taken.get("rows", 1) - 1), self._pins(), self._max)
+        adapters = AdapterFigures(residency, max(0, taken.get("rows", 1) - 1), self._pins(), self._ranks)
+        yield from of_adapters(stats, adapters, self._max)

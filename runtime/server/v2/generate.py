@@ -71,8 +71,9 @@ class GenerateBody(CompletionBody, kw_only=True):
             raise InputError(
                 "read field 'logprobs'", problem="an answer has only text", fix="POST /v1/completions has them."
             )
-        if not self.exclude_input_in_output:
-            raise InputError("read field 'exclude_input_in_output'", expected="true", got="false")
+        if self.echo or not self.exclude_input_in_output:
+            name = "echo" if self.echo else "exclude_input_in_output"
+            raise InputError(f"read field '{name}'", problem="answers are without the prompt", fix="Leave it out.")
 
 
 def generate_body(fields: Mapping[str, Any], **given: Any) -> GenerateBody:

@@ -66,7 +66,14 @@ def metadata(manifest: Manifest, name: str, versions: Sequence[str], *, mixed: b
 
 
 def config(
-    manifest: Manifest, name: str, versions: Sequence[str], *, max_rows: int, max_delay: float, mixed: bool = False
+    manifest: Manifest,
+    name: str,
+    versions: Sequence[str],
+    *,
+    max_rows: int,
+    max_delay: float,
+    mixed: bool = False,
+    decoupled: bool = False,
 ) -> Document:
     """Return the configuration of a model in the fields of Triton's ModelConfig.
 
@@ -77,6 +84,7 @@ def config(
         max_rows: maximum batch size; if the model has a batch axis, sizes omit it.
         max_delay: maximum queue delay of dynamic batching in seconds.
         mixed: whether the model takes a task per row in the extra input `adapter`.
+        decoupled: whether a request of a stream may have several answers, as one for text has.
     """
     # The mixed model's input `adapter` has one element or one per row, so its sizes include the batch.
     ports = (*manifest.inputs, *manifest.outputs)
@@ -90,6 +98,7 @@ def config(
         "max_batch_size": max_rows if batched else 0,
         "input": [_configured(port, batched) for port in manifest.inputs],
         "output": [_configured(port, batched) for port in manifest.outputs],
+        "model_transaction_policy": {"decoupled": decoupled},
     }
     if mixed:
         document["input"].append({"name": ADAPTER_INPUT, "data_type": "TYPE_STRING", "dims": [-1]})

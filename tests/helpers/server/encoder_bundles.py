@@ -11,8 +11,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, processors
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from tests.helpers.commands import succeed
+from tests.helpers.exporters.small_encoder_decoders import T5
 from tests.helpers.runtime.tokenizers_of_styles import tokenizer as of_style
 from tpeft_deploy import Bundle, export_bundle, load_adapter
 
@@ -63,7 +72,8 @@ def sentence_transformer(place: Path, pooling: dict[str, Any], **more: Any) -> N
 
 def lora(model: torch.nn.Module, seed: int, **own: Any) -> PeftModel:
     torch.manual_seed(seed)
-    made = LoraConfig(r=2 + seed, lora_alpha=8, target_modules=["query", "dense"], init_lora_weights=False, **own)
+    own = {"target_modules": ["query", "dense"], **own}
+    made = LoraConfig(r=2 + seed, lora_alpha=8, init_lora_weights=False, **own)
     with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PEFT uses an alias of transformers
         return get_peft_model(model, made).eval()
 
@@ -78,6 +88,23 @@ def embedding_bundle(place: Path) -> tuple[Bundle, dict[str, Any]]:
     law.save_pretrained(str(place / "law"))
     adapters = {"law": load_adapter(place / "law", base=embedder())}
     return export_bundle(base, adapters, place / "embed"), {"base": embedder(), "law": law}
+
+
+def encoder_decoder_bundle(place: Path) -> tuple[Bundle, dict[str, Any]]:
+    """Export a T5 of which the encoder embeds texts, with the task "law"; returns the encoders of its tasks too."""
+    base, out = place / "base", place / "both"
+
+    def model() -> T5ForConditionalGeneration:
+        torch.manual_seed(0)
+        return T5ForConditionalGeneration(T5Config(**T5 | {"vocab_size": 200, "num_layers": 1})).eval()
+
+    model().save_pretrained(base)
+    tokenizer(types=False).save_pretrained(base)
+    law = lora(model(), 0, target_modules=["q", "wo"])
+    law.save_pretrained(str(place / "law"))
+    succeed("export", "bundle", base, "--out", out, "--pooling", "mean", "--adapter", f"law={place / 'law'}")
+    encoders = {task: own.get_encoder() for task, own in (("base", model()), ("law", law.base_model.model))}
+    return Bundle.open(out), encoders
 
 
 def classifying_bundle(place: Path) -> tuple[Bundle, dict[str, Any]]:

@@ -47,7 +47,7 @@ def test_a_template_is_chosen_by_name_and_by_tools() -> None:
     assert own.render(CHAT, template="rag", documents=["d"]) == "d"
     with pytest.raises(InputError, match="one of the chat templates default, rag, tool_use"):
         own.render(CHAT, template="other")
-    with pytest.raises(InputError, match=r"there are none.*Give a prompt without --chat"):
+    with pytest.raises(InputError, match=r"there are none.*Give a prompt in place of a chat"):
         text().render(CHAT)
 
 

@@ -1,4 +1,4 @@
-"""docs/clients.md, run as it is printed: each client in a process of its own, as a reader would."""
+"""docs/clients.md, and the text quick start of README.md, run as printed: each client in a process of its own."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tpeft_deploy.runtime.text.model_text import ModelText
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "clients.md").read_text()
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", PAGE, re.DOTALL)
 SUM = [256.0, len("rotated")]
 MIXED = [[256.0, len(task)] for task in ("rotated", "base", "mirrored")]
@@ -145,6 +146,19 @@ def test_clients_of_text_get_the_text_of_the_runtime(live: Live, talking: Bundle
     assert len(pieces) > 2
     if letters is not None:
         assert letters == [generated(live, text.encode(prompt), text) for prompt in ("Dear customer,", "Hello,")]
+
+
+@pytest.mark.skipif(find_spec("openai") is None, reason="openai is not installed")
+def test_the_lines_of_the_readme_stream_what_the_runtime_generates(live: Live, talking: Bundle, place: Path) -> None:
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "OpenAI(" in block]
+    assert len(code.splitlines()) == 5
+    with Client(live.url, live.keys["acme", "deploy"], timeout=100) as client:
+        client.register("code", talking.path.parent / "a")
+    text = ModelText.open(talking)
+    sampling = text.sampling()
+    assert not sampling.temperature  # else the texts would differ
+    [made] = live.served.runtime.generate([text.encode("def ")], "a", max_new_tokens=100, sampling=sampling)
+    assert run(live, place, sys.executable, "-c", code, key=live.keys["acme", "infer"]) == text.decode(made)
 
 
 def test_curl_gets_the_text_of_the_runtime(live: Live, talking: Bundle, place: Path) -> None:

@@ -11,8 +11,9 @@ import random
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +23,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 
-from tests.helpers.server.live import Live, running
+from tests.helpers.server.encoder_bundles import embedding_bundle
+from tests.helpers.server.live import Live, running, serving_bundle
 from tests.server.conftest import PIXELS, serve
 from tpeft_deploy import Adapter, Bundle
 
@@ -172,18 +174,25 @@ def _described(live: Live) -> list[Any]:
     return [found.ok() for found in schema.get_all_operations()]  # type: ignore[union-attr]  # raises where it is none
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(400, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
-def test_what_the_document_describes_is_answered_as_it_says(live: Live, count: int) -> None:
-    """Requests that schemathesis makes from the document, with each role that may do most."""
+def _asked(live: Live, operations: list[Any], count: int, prepare: Callable[[Any], None] = lambda _: None) -> set[str]:
+    """Send requests that schemathesis makes from the document, with the role that may do most.
+
+    Args:
+        live: server.
+        operations: operations of the document.
+        count: number of requests for each.
+        prepare: changes a request before it is sent.
+
+    Returns:
+        Operations with a request that was served.
+    """
     checked = [
         no_internal_error,
         checks.status_code_conformance,
         checks.content_type_conformance,
         checks.response_schema_conformance,
     ]
-    operations = _described(live)
-    assert len(operations) > 20
-    sent = Counter[str]()
+    sent, served = Counter[str](), set[str]()
     own = live.headers("operator", "admin")
     with watched(live) as health:
         for operation in operations:
@@ -194,8 +203,10 @@ def test_what_the_document_describes_is_answered_as_it_says(live: Live, count: i
             )  # fmt: skip
             @given(case=operation.as_strategy())
             def ask(case: Any) -> None:
+                prepare(case)
                 answer = case.call(headers=own)
                 sent[case.operation.label] += 1
+                served.update([case.operation.label] if answer.status_code == 200 else [])
                 case.validate_response(answer, checks=checked)
 
             ask()
@@ -203,3 +214,52 @@ def test_what_the_document_describes_is_answered_as_it_says(live: Live, count: i
     assert set(health) == {200}
     if count > 6:
         assert sent.total() > 5_000
+    return served
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(400, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+def test_what_the_document_describes_is_answered_as_it_says(live: Live, count: int) -> None:
+    operations = _described(live)
+    assert len(operations) > 20
+    _asked(live, operations, count)
+
+
+@pytest.fixture
+def texts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Live]:
+    bundle = request.getfixturevalue("talking") if request.param == "a" else embedding_bundle(tmp_path)[0]
+    with serving_bundle(bundle, tmp_path / "state") as live:
+        yield live
+
+
+GENERATED = ["/v1/chat/completions", "/v1/completions", "/v2/models/{model}/generate"]
+GENERATED.append(f"{GENERATED[-1]}_stream")
+ENCODED = ["/v1/embeddings", "/v1/tokenize", "/v1/detokenize"]
+LONG = [pytest.mark.soak, pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "served", "count"),
+    [
+        ("a", [], 6),
+        pytest.param("a", [*GENERATED, *ENCODED[1:]], 400, marks=LONG),
+        pytest.param("law", ENCODED, 400, marks=LONG),
+    ],
+    indirect=["texts"],
+)
+def test_requests_on_texts_are_answered_as_the_document_says(texts: Live, served: list[str], count: int) -> None:
+    """Most requests name a model that there is, so that they are read to their end, and generate little."""
+    choice = random.Random(count)
+
+    def prepare(case: Any) -> None:
+        known = choice.choice(["a", "law", "base", "base", "nobody"])
+        if "model" in (case.path_parameters or {}):
+            case.path_parameters["model"] = known
+        for body in (case.body, case.body.get("parameters") if isinstance(case.body, dict) else None):
+            if isinstance(body, dict):
+                body.update({"model": known} if "model" in body else {})
+                body["max_tokens"] = choice.choice([1, 2, 3, 3, 0])
+                if "messages" in body and choice.random() < 0.5:
+                    body["messages"] = [{"role": "user", "content": "fox"}]
+
+    operations = [own for own in _described(texts) if own.path.startswith("/v1/") or "generate" in own.path]
+    assert {f"POST {path}" for path in served} <= _asked(texts, operations, count, prepare)

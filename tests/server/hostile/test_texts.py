@@ -16,7 +16,7 @@ from tests.helpers.server.live import Live, serving_bundle
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.text.model_text import ModelText
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, TOKENS, TRITON = "/v1/chat/completions", "/v1/completions", "/v1/tokenize", "/v2/models/a/generate"
 HOLE = "@@"
 SECRETS = ("Traceback", ".py", "object at 0x", "<class", "site-packages", "rival", "globals")
 
@@ -44,10 +44,12 @@ def asked(live: Live, path: str, body: Any, hole: bytes = b"") -> httpx.Response
     assert answer.status_code in {200, 400, 404, 413}, answer.text[:1000]
     if answer.status_code != 200:
         error = answer.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
-        assert len(error["message"]) < 2000
-        found = [word for word in (*SECRETS, str(live.served.bundle.path)) if word in error["message"]]
-        assert not found, error["message"]
+        if path.startswith("/v1/"):
+            assert set(error) == {"message", "type", "param", "code"}
+            error = error["message"]
+        assert len(error) < 2000
+        found = [word for word in (*SECRETS, str(live.served.bundle.path)) if word in error]
+        assert not found, error
     return answer
 
 
@@ -74,6 +76,23 @@ def test_templates_and_special_tokens_in_texts_are_text(live: Live, talking: Bun
     assert special.isdisjoint(tokens)
 
 
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_special_tokens_in_prompts_are_text_unless_asked_otherwise(live: Live, talking: Bundle, text: str) -> None:
+    known = ModelText.open(talking)
+    for literal in (True, False):
+        tokens = known.encode(text, literal=literal)
+        how = {"model": "a", "prompt": text, "parse_special": not literal}
+        assert asked(live, TOKENS, how).json()["tokens"] == tokens
+        answer = asked(live, TEXT, {**how, "max_tokens": 1, "echo": True}).json()
+        assert answer["usage"]["prompt_tokens"] == len(tokens)
+        assert answer["choices"][0]["text"].startswith(text)
+        given = {"text_input": text, "parameters": {"max_tokens": 3, "parse_special": not literal}}
+        wanted = live.served.runtime.generate([tokens], "a", max_new_tokens=3, sampling=known.sampling())[0]
+        shown = known.decode([*tokens, *wanted])[len(known.decode(tokens)) :]
+        assert asked(live, TRITON, given).json()["text_output"] == shown
+    assert known.decode(known.encode(text, special=False, literal=True)) == text
+
+
 @pytest.mark.parametrize("escape", [r"\ud800", r"\udc00", r"a\ud800b", r"\ude00\ud83d"])
 @pytest.mark.parametrize(
     "body",
@@ -91,6 +110,22 @@ def test_lone_surrogates_are_refused(live: Live, body: Any, escape: str) -> None
     assert asked(live, CHAT, body, f'"{escape}"'.encode()).status_code == 400
     if "user" not in body:  # which is not read
         assert asked(live, CHAT, body, b'"\xed\xa0\x80\xff"').status_code == 400
+
+
+@pytest.mark.parametrize("escape", [r"\ud800", r"a\udc00b"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (TEXT, {"model": "a", "prompt": HOLE, "echo": True}),
+        (TEXT, {"model": "a", "prompt": ["x", HOLE]}),
+        (TOKENS, {"model": "a", "prompt": HOLE}),
+        (TOKENS, {"model": "a", "messages": [{"role": HOLE, "content": "x"}]}),
+        (TRITON, {"text_input": HOLE}),
+        (TRITON, {"text_input": "x", "parameters": {"stop": HOLE}}),
+    ],
+)
+def test_lone_surrogates_are_refused_on_every_route(live: Live, path: str, body: Any, escape: str) -> None:
+    assert asked(live, path, body, f'"{escape}"'.encode()).status_code == 400
 
 
 @pytest.mark.parametrize("depth", [100, 240, 490, 900, 990, 5000, 100_000])
@@ -160,5 +195,10 @@ def test_tokens_that_the_model_does_not_have_are_refused(live: Live, tokens: Any
 def test_long_texts_are_refused(live: Live, text: str) -> None:
     for size, statuses in ((10_000_000, {400, 413}), (50_000, {400})):
         long = text * (size // len(json.dumps(text)))
-        for path, body in ((TEXT, {"model": "a", "prompt": long}), (CHAT, chat(long)), (CHAT, chat(long, stream=True))):
+        prompt = {"model": "a", "prompt": long}
+        for path, body in (
+            *((TEXT, prompt), (TEXT, {**prompt, "echo": True, "n": 128}), (TRITON, {"text_input": long})),
+            *((CHAT, chat(long)), (CHAT, chat(long, stream=True))),
+        ):
             assert asked(live, path, body).status_code in statuses
+        assert asked(live, TOKENS, prompt).status_code in {200, 413}

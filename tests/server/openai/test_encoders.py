@@ -103,6 +103,15 @@ def test_embeddings_are_those_of_transformers(embedding: Served, client: openai.
     np.testing.assert_allclose(one.data[0].embedding, wanted[1], atol=2e-6)
 
 
+def test_a_component_embeds_with_the_pooling_that_it_declares(tmp_path_factory: pytest.TempPathFactory) -> None:
+    for own in _served(tmp_path_factory, encoders.encoder_decoder_bundle):
+        own.tokenizer = encoders.tokenizer(types=False)
+        for task in ("base", "law"):
+            found = own.ask("/v1/embeddings", model=task, input=TEXTS)["data"]
+            np.testing.assert_allclose([one["embedding"] for one in found], own.embedded(task, TEXTS), atol=2e-6)
+        assert own.ask("/v1/tokenize", model="law", prompt="fox")["count"] == len(own.tokenizer.encode("fox"))
+
+
 @pytest.mark.soak
 def test_a_published_model_embeds_as_sentence_transformers_does(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -220,8 +220,33 @@ def test_what_cannot_be_done_is_refused_by_name(
         client.chat.completions.create(**body)
     assert (caught.value.param, caught.value.code) == (param, code)
     assert client.completions.create(model="a", prompt="x", max_tokens=1, echo=False).choices
-    with pytest.raises(openai.BadRequestError, match="echo"):
-        client.completions.create(model="a", prompt="x", echo=True)
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        client.completions.create(model="a", prompt="x", suffix="y")
+
+
+def test_an_echo_is_the_prompt_before_each_answer(client: openai.OpenAI, text: ModelText) -> None:
+    texts = ["The fox", "dogs & cats </s>"]
+    for prompt in (texts[0], texts, [text.encode(own) for own in texts], text.encode(texts[0])):
+        known: Any = {"model": "a", "prompt": prompt, "max_tokens": 6, "n": 2, "temperature": 1, "seed": 1}
+        plain = client.completions.create(**known)
+        echoed = client.completions.create(**known, echo=True)
+        several = texts if isinstance(prompt, list) and not isinstance(prompt[0], int) else texts[:1]
+        before = [
+            own if isinstance(prompt, str) or prompt is texts else text.decode(text.encode(own), special=True)
+            for own in several
+            for _ in range(2)
+        ]
+        wanted = [own + choice.text for own, choice in zip(before, plain.choices, strict=True)]
+        assert [choice.text for choice in echoed.choices] == wanted
+        assert echoed.usage == plain.usage
+        pieces = [""] * len(wanted)
+        for chunk in client.completions.create(**known, echo=True, stream=True):
+            for choice in chunk.choices:
+                pieces[choice.index] += choice.text
+        assert pieces == wanted
+    with pytest.raises(openai.BadRequestError, match="no logprobs") as caught:
+        client.completions.create(model="a", prompt="x", echo=True, logprobs=0)
+    assert caught.value.param == "echo"
 
 
 def test_keys_sizes_and_rates_have_their_errors(live: Live) -> None:

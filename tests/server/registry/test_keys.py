@@ -22,7 +22,7 @@ from tests.helpers.counting import operations
 from tests.helpers.waiting import wait_until
 from tpeft_deploy.errors import NotFound, ProtocolError, Unauthenticated
 from tpeft_deploy.runtime.server.registry import State, open_keys, open_state
-from tpeft_deploy.runtime.server.registry.state import _SECONDS
+from tpeft_deploy.runtime.server.registry.state import POLL_SECONDS
 from tpeft_deploy.runtime.server.tenancy.access import Role
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
@@ -171,7 +171,7 @@ def test_a_running_server_sees_what_the_command_line_changes(state: State, tmp_p
     assert state.tenants.get("acme").quota == Quota()
     run(tmp_path / "state", url, "revoke", str(made["id"]))
     wait_until(lambda: not known(state, key))
-    assert _SECONDS <= 0.5  # between two looks: within a second, as the documentation says
+    assert POLL_SECONDS <= 0.5  # between two looks: within a second, as the documentation says
 
 
 def known(state: State, key: str) -> bool:

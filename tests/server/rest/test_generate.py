@@ -95,6 +95,7 @@ def test_parameters_are_those_of_tritons_backends(live: Live, text: ModelText) -
         ("a", {"bad_words": ["x"]}, 400, "bad_words"),
         ("a", {"logprobs": 1}, 400, "logprobs"),
         ("a", {"exclude_input_in_output": False}, 400, "exclude_input_in_output"),
+        ("a", {"echo": True}, 400, "echo"),
         ("a", {"sampling_parameters": "[1]"}, 400, "sampling_parameters"),
         ("a", {"max_tokens": 5000}, 400, "tokens"),
     ],

@@ -52,6 +52,15 @@ def expected(own: Served, prompt: str, task: Any, most: int, **how: Any) -> str:
     return text.decode([*tokens, *made])[len(text.decode(tokens)) :]
 
 
+def test_the_configuration_says_that_a_request_may_have_several_answers(
+    live: Serving, headers: dict[str, str], own: Served
+) -> None:
+    with triton.InferenceServerClient(live.address) as client:
+        for model in ("a", "base", own.bundle.manifest.name):
+            config = client.get_model_config(model, headers=headers).config
+            assert config.model_transaction_policy.decoupled, model
+
+
 def word(name: str, value: str, module: Any = triton) -> Any:
     tensor = module.InferInput(name, [1], "BYTES")
     tensor.set_data_from_numpy(np.array([value.encode()], object))

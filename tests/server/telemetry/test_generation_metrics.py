@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.generation.stats import GenerationStats
@@ -48,7 +50,14 @@ def test_sequences_and_adapters_are_shown_as_routers_read_them() -> None:
     stats = replace(NOTHING, running=2, waiting=3, reused_tokens=16, prefilled_tokens=90, steps=4, preempted=1)
     stats = replace(stats, running_tasks={"a": 1, "base": 1}, waiting_tasks={"b": 2, "a": 1})
     tiers = {"a": "device", "b": "host", "c": "disk", "d": "folded"}
-    metrics = Metrics(9, lambda: tiers, lambda: {"rows": 5}, lambda: 0, generation=lambda: stats, pins=lambda: {"a"})
+    asked: list[str] = []
+
+    def ranks(names: Iterable[str]) -> dict[str, int]:
+        asked.extend(names)
+        return {"a": 16, "b": 0}
+
+    known: Any = {"generation": lambda: stats, "pins": lambda: {"a"}, "ranks": ranks}
+    metrics = Metrics(9, lambda: tiers, lambda: {"rows": 5}, lambda: 0, **known)
     found = series(metrics)
     assert found["tpeft_running_sequences"] == 2
     assert found["tpeft_waiting_sequences"] == 3
@@ -60,8 +69,9 @@ def test_sequences_and_adapters_are_shown_as_routers_read_them() -> None:
     assert found[lora] > 1e9
     loaded = [name for name in found if name.startswith("tpeft_lora_adapter_loaded")]
     assert loaded == [
-        'tpeft_lora_adapter_loaded{adapter_name="a",level="gpu",pinned="true"}',
-        'tpeft_lora_adapter_loaded{adapter_name="b",level="cpu",pinned="false"}',
-        'tpeft_lora_adapter_loaded{adapter_name="d",level="gpu",pinned="false"}',
+        'tpeft_lora_adapter_loaded{adapter_name="a",level="gpu",pinned="true",rank="16"}',
+        'tpeft_lora_adapter_loaded{adapter_name="b",level="cpu",pinned="false",rank="0"}',
+        'tpeft_lora_adapter_loaded{adapter_name="d",level="gpu",pinned="false",rank=""}',
     ]
+    assert asked == ["a", "b", "d"]
     assert (found["tpeft_num_gpu_loaded_lora_adapters"], found["tpeft_max_gpu_lora_adapters"]) == (2, 4)
