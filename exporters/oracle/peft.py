@@ -34,7 +34,9 @@ def load(model: nn.Module, path: Path) -> Callable[..., object]:
         if not (path / name).is_file():  # PEFT would look for it on the network
             raise ValueError(f"{path / name} is no longer there")
     wrapped = peft.PeftModel.from_pretrained(model, str(path), torch_device="cpu", local_files_only=True)
-    # Once more, as only this tells which tensors had no place.
+    # Once more, as only this tells which tensors had no place.  The first time has cut AdaLoRA's ranks already.
+    if wrapped.peft_config["default"].peft_type == "ADALORA":
+        wrapped.peft_config["default"].rank_pattern = None
     ignored = wrapped.load_adapter(str(path), "default", torch_device="cpu", local_files_only=True).unexpected_keys
     if ignored:
         raise ValueError(f"it has no use for tensor {ignored[0]!r}")

@@ -111,6 +111,23 @@ def test_every_method_is_compared_with_its_own_library(tmp_path: Path) -> None:
     assert (bundle.oracle("ia3")["oracle"], bundle.oracle("ia3")["error"]) == ("merged", None)
 
 
+def test_ranks_that_training_cut_are_compared_with_peft(tmp_path: Path) -> None:
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=1, total_step=4, target_modules=TARGETS)
+    model = peft.get_peft_model(net(), config)
+    torch.manual_seed(0)
+    for step in range(4):
+        model(**INPUTS).square().sum().backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.3 * torch.randn_like(weight) if weight.requires_grad else 0
+        model.base_model.update_and_allocate(step)
+    model.save_pretrained(str(tmp_path / "adalora"))
+    adapter = load_adapter(tmp_path / "adalora", base=net())
+    assert {delta.ranks[0] for delta in adapter.deltas.values()} <= {1, 2, 3}
+    bundle = export_bundle(net(), {"adalora": adapter}, tmp_path / "b", example_inputs=INPUTS)
+    assert oracles(bundle) == {"adalora": PEFT}
+
+
 def test_sixteen_bits_are_compared_with_the_library_in_32(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["head"])
     file = peft_saved(tmp_path / "lora", config, net(classes=3))
