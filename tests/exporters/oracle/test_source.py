@@ -119,7 +119,8 @@ def test_ranks_that_training_cut_are_compared_with_peft(tmp_path: Path) -> None:
         model(**INPUTS).square().sum().backward()
         with torch.no_grad():
             for weight in model.parameters():
-                weight += 0.3 * torch.randn_like(weight) if weight.requires_grad else 0
+                if weight.requires_grad:
+                    weight.add_(torch.randn_like(weight), alpha=0.3)
         model.base_model.update_and_allocate(step)
     model.save_pretrained(str(tmp_path / "adalora"))
     adapter = load_adapter(tmp_path / "adalora", base=net())
