@@ -3,6 +3,7 @@
 # make test         the test suite           make check   ruff and mypy
 # make coverage     the test suite with coverage of lines and branches, at least 90 % of each package
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
+# make families   the examples of families of models, small
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
 # make cuda-dry-run   ONNX Runtime's CUDA provider on a CUDA that computes nothing: placement, copies, recordings
 # make openvino   the runtime with OpenVINO, in a virtual environment apart
@@ -22,7 +23,7 @@ ROUNDS ?= 20
 STUB ?= .venv-cuda-stub
 OPENVINO ?= .venv-openvino
 
-.PHONY: quickstart quickstart-text test coverage test-stability check soak cuda-dry-run openvino proto client formats image image-lock clean
+.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino proto client formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -48,6 +49,9 @@ check: $(VENV)/dev-$(PROVIDER)
 
 soak: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python -m pytest -m soak $(ARGS)
+
+families: $(VENV)/dev-$(PROVIDER)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m families tests/examples $(ARGS)
 
 cuda-dry-run: $(VENV)/dev-$(PROVIDER) $(STUB)/built
 	OMP_NUM_THREADS=1 CUDA_STUB=$(STUB) $(BIN)/python -m pytest -n 2 -m cuda_stub tests/cuda_stub $(ARGS)

@@ -8,7 +8,10 @@ import pytest
 
 from examples.families import llava, whisper
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+pytestmark = [
+    pytest.mark.families,
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
+]
 
 
 def test_llava(tmp_path: Path) -> None:

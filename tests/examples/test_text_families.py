@@ -14,6 +14,7 @@ from examples.families.figures import RESULTS, table
 DOCS = Path(__file__).parents[2] / "docs" / "families" / "text.md"
 
 
+@pytest.mark.families
 def test_deberta_serves_three_heads_in_one_batch(tmp_path: Path) -> None:
     found = deberta.run(tmp_path, full=False)
     assert found["answers, relative error"].keys() == {"one run", "joined requests", "server"}
@@ -22,6 +23,7 @@ def test_deberta_serves_three_heads_in_one_batch(tmp_path: Path) -> None:
     assert "banked, mixed" in table(found)
 
 
+@pytest.mark.families
 def test_minilm_serves_embeddings_and_classes(tmp_path: Path) -> None:
     found = minilm.run(tmp_path, full=False)
     assert [row["answers, relative error"].keys() for row in found["Exports"]] == [{"base", "docs"}, {"base", "source"}]
