@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig
 from transformers import (
@@ -125,8 +126,8 @@ def components(place: Path) -> dict[str, Any]:
     with Runtime(bundle.path, provider="cpu", threads=1) as runtime:
         seen = runtime.run({"pixel_values": pixels.numpy()}, tasks=tasks, component="vision")["image_features"]
         embedded = runtime.run({"input_ids": ids.numpy()}, tasks=tasks, component="embedding")["inputs_embeds"]
-        states: Array = embedded.copy()
-        states[ids.numpy() == IMAGE] = seen.reshape(-1, seen.shape[-1])
+        states: Array = np.array(embedded)
+        states[ids.numpy() == IMAGE] = np.concatenate(list(seen))
         prompt = {"inputs_embeds": states, "attention_mask": mask.numpy()}
         logits = runtime.run(prompt, tasks=tasks, component="language")["logits"]
     errors = max(error(logits[row], wanted[row]) for row in range(2))
