@@ -19,6 +19,7 @@ from tpeft_deploy.errors import IntegrityError, MissingExtra, ServerError, Unava
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.registry.files.disk_cache import DiskCache
 from tpeft_deploy.runtime.server.registry.files.objects import ObjectStore
+from tpeft_deploy.runtime.server.registry.files.store import Referred
 from tpeft_deploy.runtime.server.registry.files.stored_objects import open_objects
 
 
@@ -26,7 +27,7 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def referred(*digests: str) -> object:
+def referred(*digests: str) -> Referred:
     @contextmanager
     def context() -> Iterator[Set[str]]:
         yield set(digests)
@@ -84,7 +85,7 @@ def test_random_faults_never_lose_or_alter_what_was_written(files: FaultyFiles, 
         files.broken, files.cut = False, 0
         for own in stores:  # the breakers have been probed
             own._objects.calls._opened = None
-        assert store._cache.bytes <= 1000
+        assert store._cache.held <= 1000
         assert {file.stem for file in places[index].iterdir()} == set(store._cache._sizes)
     for digest in written:
         for store in stores:
@@ -221,21 +222,21 @@ def test_a_sweep_removes_what_is_unreferenced_for_an_hour(files: FaultyFiles, tm
     used, unused, fresh = (store.write(data) for data in (b"used", b"unused", b"fresh"))
 
     def left() -> set[str]:
-        return {name[-76:-12] for name in store._objects.list("adapters")}
+        return {name[-76:-12] for name in store._objects.listing("adapters")}
 
-    assert store.sweep(referred(used, fresh), grace=0) == 0  # type: ignore[arg-type]
+    assert store.sweep(referred(used, fresh), grace=0) == 0
     clock.now = 3500
-    assert store.sweep(referred(used), grace=0) == 0  # type: ignore[arg-type]
+    assert store.sweep(referred(used), grace=0) == 0
     clock.now = 3601
     with store.pending(b"unused"):
-        assert store.sweep(referred(used), grace=0) == 0  # type: ignore[arg-type]
-    assert store.sweep(referred(used), grace=0) == 0  # type: ignore[arg-type]  # it was needed meanwhile
+        assert store.sweep(referred(used), grace=0) == 0
+    assert store.sweep(referred(used), grace=0) == 0  # it was needed meanwhile
     clock.now = 7101
-    assert store.sweep(referred(used), grace=0) == 1  # type: ignore[arg-type]
+    assert store.sweep(referred(used), grace=0) == 1
     assert left() == {used, unused}
     assert fresh not in store._cache
     clock.now = 7202
-    assert store.sweep(referred(used), grace=0) == 1  # type: ignore[arg-type]
+    assert store.sweep(referred(used), grace=0) == 1
     assert left() == {used}
 
 
@@ -250,7 +251,7 @@ def test_a_store_of_another_database_is_not_swept(files: FaultyFiles, tmp_path: 
     store = store_of(files, tmp_path)
     store.bind(2, new=False)
     with pytest.raises(ServerError, match="another database"):
-        store.sweep(referred(), grace=0)  # type: ignore[arg-type]
+        store.sweep(referred(), grace=0)
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])
@@ -307,6 +308,6 @@ def test_a_url_that_cannot_be_used_is_one_line(url: str, error: type[Exception],
 def test_names_are_those_of_the_contract(files: FaultyFiles, tmp_path: Path) -> None:
     store: ObjectStore = store_of(files, tmp_path)
     digest = store.write(b"an adapter")
-    assert list(store._objects.list("adapters")) == [f"adapters/{digest[:2]}/{digest}.safetensors"]
+    assert list(store._objects.listing("adapters")) == [f"adapters/{digest[:2]}/{digest}.safetensors"]
     with pytest.raises(ValueError, match="not a SHA-256"):
         store.read("../identity", of="it")

@@ -41,7 +41,7 @@ class DiskCache:
         self._load()
 
     @property
-    def bytes(self) -> int:
+    def held(self) -> int:
         """Bytes of all cached files."""
         with self._lock:
             return sum(self._sizes.values())

@@ -139,7 +139,9 @@ class ObjectStore:
         """
         self._check_identity()
         listed = {
-            found[2]: stamp for name, stamp in self._objects.list(_FOLDER).items() if (found := _NAME.fullmatch(name))
+            found[2]: stamp
+            for name, stamp in self._objects.listing(_FOLDER).items()
+            if (found := _NAME.fullmatch(name))
         }
         with referred() as used, self._lock:
             kept = {*used, *self._pending}

@@ -75,7 +75,7 @@ class StoredObjects:
         except FileNotFoundError:
             return False
 
-    def list(self, folder: str) -> dict[str, str]:
+    def listing(self, folder: str) -> dict[str, str]:
         """Return the names of the objects below a folder, each with a text that changes when it is written again."""
         try:
             found = self.calls.call("list the store", self._find, folder, parts=_LIST_PARTS)
