@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
 
 from tests.helpers.waiting import wait_until
+from tpeft_deploy import Adapter
+from tpeft_deploy.errors import TpeftError
+from tpeft_deploy.runtime.server.registry import open_state
 
 
 class S3:
@@ -59,3 +64,20 @@ class S3:
 
     def _recorder(self, action: str) -> None:
         assert httpx.post(f"{self.url}/moto-api/recorder/{action}", timeout=60).status_code == 200
+
+
+def register(place: Path, url: str) -> None:
+    """Register one version after another, each said once it is acknowledged; the content does not matter to the store."""
+    with open_state(place, store=url) as state:
+        print(json.dumps("ready"), flush=True)
+        number = 0
+        while True:
+            number += 1
+            try:
+                record = state.tasks.add(
+                    "acme", f"task-{number % 3}", Adapter({}), lambda *_: None, by="a key", data=os.urandom(5000)
+                )
+            except TpeftError:
+                time.sleep(0.01)
+                continue
+            print(json.dumps([record.task, record.number, record.digest]), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 import threading
@@ -13,14 +14,18 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.server.faulty_files import Clock, FaultyFiles, store_of
-from tests.helpers.server.registry_subjects import adapter, add
+from tests.helpers.server.registry_subjects import adapter, add, unchecked
 from tests.helpers.waiting import wait_until
+from tests.server.conftest import PIXELS, serve
+from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.errors import IntegrityError, MissingExtra, ServerError, Unavailable
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.registry.files.disk_cache import DiskCache
 from tpeft_deploy.runtime.server.registry.files.objects import ObjectStore
 from tpeft_deploy.runtime.server.registry.files.store import Referred
 from tpeft_deploy.runtime.server.registry.files.stored_objects import open_objects
+from tpeft_deploy.runtime.server.v2.messages import InferRequest, InferResponse
+from tpeft_deploy.runtime.server.v2.statuses import status_of
 
 
 def digest_of(data: bytes) -> str:
@@ -288,6 +293,43 @@ def test_a_known_server_starts_without_its_store(
         assert list(state.tasks.snapshot().own("acme", "mood").versions) == [1]  # type: ignore[union-attr]
     with pytest.raises(Unavailable):
         open_state(tmp_path / "two", store="faulty://root")
+
+
+def test_a_server_answers_503_for_what_is_not_cached_alone(
+    tmp_path: Path,
+    files: FaultyFiles,
+    conv_bundle: Bundle,
+    others: list[Adapter],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda *_, **__: (files, "/root"))
+    with open_state(tmp_path, store="faulty://root") as state:
+        records = [
+            state.tasks.add("acme", name, own, unchecked, by="a key")
+            for name, own in zip(("mood", "tone"), others, strict=False)
+        ]
+    (tmp_path / "cache" / f"{records[1].digest}.safetensors").unlink()
+    with open_state(tmp_path, store="faulty://root") as state:
+        calls = len(files.calls)
+        own = serve(conv_bundle, tmp_path, state=state)
+        try:
+            assert len(files.calls) == calls  # no adapter is read at the start
+            files.broken = True
+
+            def infer(name: str) -> InferResponse:
+                return asyncio.run(own.service.infer(own.who(), InferRequest(name, inputs={"pixels": PIXELS})))
+
+            for _ in range(2):
+                with pytest.raises(Unavailable) as refused:
+                    infer("tone")
+                status = status_of(refused.value)
+                assert (status.http, status.retry_after) == (503, 1)
+                assert infer("mood").outputs["logits"].shape
+            files.broken = False
+            state.tasks._blobs._objects.calls._opened = None  # type: ignore[attr-defined]  # as a probe does
+            assert infer("tone").outputs["logits"].shape
+        finally:
+            own.runtime.close()
 
 
 @pytest.mark.parametrize(

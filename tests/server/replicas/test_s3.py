@@ -17,7 +17,7 @@ import pytest
 from tests.helpers.server.registry_subjects import adapter, add
 from tests.helpers.server.s3 import S3
 from tests.helpers.waiting import wait_until
-from tpeft_deploy.errors import TpeftError, Unavailable
+from tpeft_deploy.errors import Unavailable
 from tpeft_deploy.runtime.server.registry import State, VersionRecord, open_state
 from tpeft_deploy.runtime.server.registry.files.objects import ObjectStore
 
@@ -73,19 +73,6 @@ def read(state: State, record: VersionRecord) -> bool:
     return True
 
 
-def register(place: Path, url: str, seed: int) -> None:
-    """What the victim does: registration after registration, each said once it is acknowledged."""
-    with open_state(place, store=url) as state:
-        print(json.dumps("ready"), flush=True)
-        for number in range(1000 * seed, 1000 * seed + 1000):
-            try:
-                record = add(state, name=f"task-{number % 3}", seed=number)
-            except TpeftError:
-                time.sleep(0.01)
-                continue
-            print(json.dumps([record.task, record.number, record.digest]), flush=True)
-
-
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])])
 def test_kills_of_the_server_and_the_store_lose_no_acknowledged_version(s3: S3, tmp_path: Path, kills: int) -> None:
@@ -93,8 +80,8 @@ def test_kills_of_the_server_and_the_store_lose_no_acknowledged_version(s3: S3, 
     acknowledged: set[tuple[str, int, str]] = set()
     for seed in range(kills):
         draw = random.Random(seed)
-        code = "from pathlib import Path; from tests.server.replicas.test_s3 import register; "
-        code += f"register(Path({str(place)!r}), {url!r}, {seed})"
+        code = "from pathlib import Path; from tests.helpers.server.s3 import register; "
+        code += f"register(Path({str(place)!r}), {url!r})"
         victim = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert victim.stdout is not None
         assert json.loads(victim.stdout.readline()) == "ready"
@@ -117,7 +104,7 @@ def test_kills_of_the_server_and_the_store_lose_no_acknowledged_version(s3: S3, 
             assert acknowledged <= versions.keys()
             objects(state)._cache.retain(lambda _: False)
             for record in versions.values():
-                assert state.tasks.read(record).to_bytes()
+                objects(state).read(record.digest, of="it")
             assert not list((place / "incoming").iterdir())
             assert not list((place / "cache").glob(".*"))
     print(f"{kills} kills: {len(acknowledged)} acknowledged versions")
