@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 
 from tests.helpers.waiting import wait_until
 from tpeft_deploy import Adapter
@@ -67,7 +68,8 @@ class S3:
 
 
 def register(place: Path, url: str) -> None:
-    """Register one version after another, each said once it is acknowledged; the content does not matter to the store."""
+    """Register one version after another, each said once it is acknowledged; their bytes are random."""
+    adapter = Adapter({}, {"a.weight": np.zeros(1, np.float32)})
     with open_state(place, store=url) as state:
         print(json.dumps("ready"), flush=True)
         number = 0
@@ -75,7 +77,7 @@ def register(place: Path, url: str) -> None:
             number += 1
             try:
                 record = state.tasks.add(
-                    "acme", f"task-{number % 3}", Adapter({}), lambda *_: None, by="a key", data=os.urandom(5000)
+                    "acme", f"task-{number % 3}", adapter, lambda *_: None, by="a key", data=os.urandom(5000)
                 )
             except TpeftError:
                 time.sleep(0.01)

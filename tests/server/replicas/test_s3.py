@@ -86,7 +86,7 @@ def test_kills_of_the_server_and_the_store_lose_no_acknowledged_version(s3: S3, 
         assert victim.stdout is not None
         assert json.loads(victim.stdout.readline()) == "ready"
         lines: list[str] = []
-        reader = threading.Thread(target=lambda lines=lines, out=victim.stdout: lines.extend(out))  # type: ignore[misc]
+        reader = threading.Thread(target=lambda lines=lines, out=victim.stdout: lines.extend(out))
         reader.start()
         wait_until(lambda lines=lines: len(lines) >= 3, "three registrations")  # type: ignore[misc]
         time.sleep(draw.uniform(0, 0.2))  # at any moment of what goes on
