@@ -107,7 +107,16 @@ def _logging(settings: Settings, lines: LogLines) -> Iterator[None]:
 
 def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> tuple[Service, Metrics, Runtime]:
     bundle = Bundle.open(path.resolve())
-    state = stack.enter_context(open_state(settings.state, settings.database_url, default=settings.quota))
+    state = stack.enter_context(
+        open_state(
+            settings.state,
+            settings.database_url,
+            default=settings.quota,
+            store=settings.store_url,
+            cache_bytes=settings.cache_bytes,
+            store_timeout=settings.store_timeout,
+        )
+    )
     ports = [port for part in bundle.components.values() for port in part.manifest.inputs]
     tokens = all(np.issubdtype(port.dtype, np.integer) for port in ports)
     limits = settings.batching(choose(settings.provider, allow_tf32=settings.allow_tf32).device, tokens=tokens)

@@ -66,6 +66,12 @@ class Settings(BaseSettings):
     """State directory: keys, tenants and registered adapters."""
     database_url: str | None = Field(default=None, repr=False)
     """PostgreSQL or SQLite URL (default: SQLite in `state`)."""
+    store_url: str | None = Field(default=None, repr=False)
+    """URL of an object store for adapters, as fsspec takes it (default: `state`)."""
+    cache_bytes: ByteSize = _bytes(10 * _GIB)
+    """Disk space in `state` for cached adapters of `store_url`."""
+    store_timeout: Seconds = Field(default=10.0, gt=0)
+    """Timeout of a call of the object store; a long transfer has as much for each 8 MiB."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=8080, ge=0, le=65535)

@@ -17,6 +17,9 @@ from tpeft_deploy.runtime.server.settings import Settings, read
 OTHERS: dict[str, object] = {
     "state": "elsewhere",
     "database_url": "sqlite:///x.db",
+    "store_url": "memory://x",
+    "cache_bytes": "7GiB",
+    "store_timeout": "3s",
     "host": "::1",
     "port": 1234,
     "grpc_port": 1235,

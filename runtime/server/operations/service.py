@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ from tpeft_deploy.runtime.server.v2.largest_body import largest_body
 from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, InferResponse, LoadParameter, UploadPart
 
 __all__ = ["Service", "order_of"]
+
+_log = logging.getLogger("tpeft_deploy.server")
 
 
 class Service:
@@ -128,7 +131,10 @@ class Service:
         days, rows = self._options.audit_days, self._options.audit_rows
         while True:
             await asyncio.sleep(seconds)
-            await self._pools.changes.run(self._state.tasks.sweep)
+            try:
+                await self._pools.changes.run(self._state.tasks.sweep)
+            except ServerError as error:  # the store or the database does not answer: retried next time
+                _log.warning("cannot remove files of deleted adapters: %s", error)
             with contextlib.suppress(ServerError):  # a full disk: logged, and retried next time
                 await self._pools.changes.run(self._state.audit.sweep, days=days, rows=rows)
 

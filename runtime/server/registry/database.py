@@ -250,6 +250,11 @@ class Database:
             raise Unavailable(doing, problem="it does not answer", fix="Try again shortly.") from error.__cause__
 
     @property
+    def local(self) -> bool:
+        """Whether the database is a file, which only servers of one machine could use."""
+        return self._is_sqlite
+
+    @property
     def files(self) -> list[Path]:
         """Paths of SQLite's files: the database, its log and the log's index."""
         name = self._engine.url.database

@@ -21,21 +21,27 @@ from tpeft_deploy.runtime.server.registry.audit import Audit
 from tpeft_deploy.runtime.server.registry.database import TASKS, Database, sqlite_url
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.files.disk import Reserve, make_private, private
+from tpeft_deploy.runtime.server.registry.files.disk_cache import DiskCache
+from tpeft_deploy.runtime.server.registry.files.objects import ObjectStore
 from tpeft_deploy.runtime.server.registry.files.opened_files import OpenedFiles
+from tpeft_deploy.runtime.server.registry.files.store import AdapterStore
+from tpeft_deploy.runtime.server.registry.files.stored_objects import open_objects
 from tpeft_deploy.runtime.server.registry.files.uploads import clean
 from tpeft_deploy.runtime.server.registry.keys import Keys
 from tpeft_deploy.runtime.server.registry.placements import Placements
+from tpeft_deploy.runtime.server.registry.store_identity import bind_store
 from tpeft_deploy.runtime.server.registry.task_store import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import Tenants
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
 __all__ = ["POLL_SECONDS", "State", "open_keys", "open_state"]
 
+_CACHE_BYTES, _STORE_TIMEOUT = 10 * 2**30, 10.0
 _log = logging.getLogger("tpeft_deploy.server")
 POLL_SECONDS = 0.5
 """Time between two polls for changes of other processes."""
 _SELDOM = 20  # polls between two attempts to write pending revocations and to reserve disk space
-_NAMES = ("lock", "identity", "reserve", "state.db", "state.db-wal", "state.db-shm", "blobs", "incoming")
+_NAMES = ("lock", "identity", "reserve", "state.db", "state.db-wal", "state.db-shm", "blobs", "cache", "incoming")
 _PATIENCE = 10.0  # seconds for which a killed server may still hold its lock
 
 
@@ -46,9 +52,13 @@ class State:
         directory: directory of the files, locked for this process.
         url: URL of the database; by default SQLite in the directory.
         default: quota of tenants without one; by default without limits.
-        shared: whether other servers use the database and the adapters' files too, each with a directory for the rest.
+        store: URL of an object store for the adapters; by default they are in the directory.
+        cache_bytes: bytes of the disk cache of the object store.
+        store_timeout: seconds that a call of the object store may take.
 
     Attributes:
+        shared: whether other servers may use the database and the object store too, each with a directory for the rest:
+            with PostgreSQL and an object store.
         on_change: called by the thread that watches, after tasks or placements have changed.
 
     Raises:
@@ -58,30 +68,42 @@ class State:
     """
 
     def __init__(
-        self, directory: Path, url: str | None = None, *, default: Quota | None = None, shared: bool = False
+        self,
+        directory: Path,
+        url: str | None = None,
+        *,
+        default: Quota | None = None,
+        store: str | None = None,
+        cache_bytes: int = _CACHE_BYTES,
+        store_timeout: float = _STORE_TIMEOUT,
     ) -> None:
-        self.shared = shared
         self.on_change: Callable[[], None] = lambda: None
         with ExitStack() as stack:
             stack.enter_context(_locked(directory))
             self._reserve = reserve = Reserve(directory)
             self._database = database = _open_database(directory, url, reserve)
             stack.callback(database.close)
+            self.shared = shared = store is not None and not database.local
             database.hold(_PATIENCE, shared=shared)
             self.tenants = Tenants(database, default or Quota())
             self.keys = Keys(database, self.tenants, reserve)
             self.audit = Audit(database)
             self._changes = self._tasks_changes = -1
-            incoming, blobs = directory / "incoming", Blobs(directory / "blobs")
-            if not shared:
+            incoming, folder = directory / "incoming", directory / ("blobs" if store is None else "cache")
+            blobs: AdapterStore
+            if store is None:
+                blobs = Blobs(folder)
                 _check_identity(directory, database, blobs)
+            else:
+                blobs = ObjectStore(open_objects(store, store_timeout), DiskCache(folder, cache_bytes))
+                bind_store(directory / "store-identity", database, blobs)
             clean(incoming)
             self.placements = Placements(database)
             self.tasks = Tasks(database, blobs, incoming, self.tenants.quota, self.placements, shared=shared)
             self.refresh()
             make_private(directory, *_NAMES)
             reserve.keep()
-            self._files = OpenedFiles([directory, directory / "lock", *database.files, directory / "blobs", incoming])
+            self._files = OpenedFiles([directory, directory / "lock", *database.files, folder, incoming])
             database.guard = self._files.check
             self._held = stack.pop_all()
         self._listener = self._database.listener() if shared else None
@@ -147,9 +169,17 @@ class State:
                 _log.error("cannot look for changed keys: %s", error, exc_info=not isinstance(error, ServerError))
 
 
-def open_state(directory: Path, url: str | None = None, *, default: Quota | None = None, shared: bool = False) -> State:
+def open_state(
+    directory: Path,
+    url: str | None = None,
+    *,
+    default: Quota | None = None,
+    store: str | None = None,
+    cache_bytes: int = _CACHE_BYTES,
+    store_timeout: float = _STORE_TIMEOUT,
+) -> State:
     """Open a state; see `State`."""
-    return State(directory, url, default=default, shared=shared)
+    return State(directory, url, default=default, store=store, cache_bytes=cache_bytes, store_timeout=store_timeout)
 
 
 def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:

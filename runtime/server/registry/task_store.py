@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection
@@ -18,6 +18,7 @@ from tpeft_deploy.runtime.server.registry import audit, placements, queries
 from tpeft_deploy.runtime.server.registry.database import Database
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.files.locks import KeyedLocks
+from tpeft_deploy.runtime.server.registry.files.store import AdapterStore
 from tpeft_deploy.runtime.server.registry.files.uploads import RunBlocking, Staged, staging
 from tpeft_deploy.runtime.server.registry.known_tasks import KnownTasks, Told
 from tpeft_deploy.runtime.server.registry.names import check_alias, check_task, check_tenant
@@ -55,7 +56,7 @@ class Tasks:
     def __init__(
         self,
         database: Database,
-        blobs: Blobs,
+        blobs: AdapterStore,
         incoming: Path,
         quota: Callable[[str], Quota],
         placed: placements.Placements,
@@ -72,8 +73,7 @@ class Tasks:
         self._turns = KeyedLocks()
         self._lock = threading.Lock()  # orders short changes, so that the snapshot follows the database
         self._known = KnownTasks(database)
-        if not shared:  # else the file of another server's registration might have no row yet
-            blobs.sweep({version.digest for version in self.snapshot().versions()}, grace=0)
+        blobs.clean(self._referred)
 
     def snapshot(self) -> RegistrySnapshot:
         """Return the current snapshot."""
@@ -149,7 +149,7 @@ class Tasks:
                     self._add(record, alias)
             except BaseException:
                 # Not left to the sweep: refused uploads would fill the disk until then.
-                self._discard(Blobs.digest(data))
+                self._blobs.discard(Blobs.digest(data), self._referred)
                 raise
         return record
 
@@ -304,14 +304,15 @@ class Tasks:
 
     def sweep(self, *, grace: float = _GRACE) -> int:
         """Remove files of adapters that were deleted at least `grace` seconds ago, and return their number."""
-        with self._lock:
-            return self._blobs.sweep({version.digest for version in self.snapshot().versions()}, grace=grace)
+        return self._blobs.sweep(self._referred, grace=grace)
 
-    def _discard(self, digest: str) -> None:
-        if self._shared:
-            return  # another server may be registering the same bytes; the sweep removes the file
-        with self._lock:
-            self._blobs.discard(digest, {version.digest for version in self.snapshot().versions()})
+    @contextmanager
+    def _referred(self) -> Iterator[Set[str]]:
+        """Return the digests of all versions; no server registers one before the block ends."""
+        with self._lock, ExitStack() as stack:
+            if self._shared:
+                self._known.catch_up(stack.enter_context(self._database.writing()))
+            yield {version.digest for version in self.snapshot().versions()}
 
     def _add(self, record: VersionRecord, alias: str) -> None:
         tenant, name = record.tenant, record.task

@@ -145,7 +145,7 @@ def test_a_full_database_refuses_changes(tmp_path: Path, full_database: Callable
         refused(lambda: state.keys.create("acme", "infer", by="a key"))
         refused(lambda: add(state, name="other", seed=1))
         assert (state.tasks.snapshot().visible(None), len(state.audit.list())) == before
-        assert len(list(state.tasks._blobs._files())) == 1
+        assert len(list(state.tasks._blobs._files())) == 1  # type: ignore[attr-defined]
         assert not state.keys.list()
 
 

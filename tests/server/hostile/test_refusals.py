@@ -122,7 +122,7 @@ def test_what_an_adapter_makes_arithmetic_raise_is_told_in_one_line(
     monkeypatch.setattr(served.runtime, "probe", raising)
     assert answer(served, canonical(0)) == 400
     assert not served.runtime.residency().keys() & {"acme/bred@1"}
-    assert not list(served.state.tasks._blobs._files())
+    assert not list(served.state.tasks._blobs._files())  # type: ignore[attr-defined]
 
 
 def test_a_run_that_only_the_adapter_breaks_is_its_own_fault(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def aliases(state: State, name: str = "mood") -> dict[str, int]:
 
 
 def blobs(state: State) -> set[str]:
-    return {place.stem for place in state.tasks._blobs._files()}
+    return {place.stem for place in state.tasks._blobs._files()}  # type: ignore[attr-defined]
 
 
 def announced(_task: TaskRecord) -> None:

@@ -37,17 +37,20 @@ def url(postgres: Postgres) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """Directories of two servers with one store."""
-    for name in ("one", "two", "store"):
-        (tmp_path / name).mkdir()
-    for name in ("one", "two"):
-        (tmp_path / name / "blobs").symlink_to(tmp_path / "store")
+    """Directory for those of servers, and of their store."""
     return tmp_path
+
+
+def store(place: Path) -> str:
+    return f"file:{place / 'store'}"
 
 
 @pytest.fixture
 def states(place: Path, url: str) -> Iterator[tuple[State, State]]:
-    with open_state(place / "one", url, shared=True) as one, open_state(place / "two", url, shared=True) as two:
+    with (
+        open_state(place / "one", url, store=store(place)) as one,
+        open_state(place / "two", url, store=store(place)) as two,
+    ):
         yield one, two
 
 
@@ -212,23 +215,23 @@ def test_a_change_among_many_tasks_reads_that_task_alone(states: tuple[State, St
     assert sum(rows) <= 12
 
 
-def test_a_server_alone_and_servers_that_share_exclude_each_other(place: Path, url: str) -> None:
-    with open_state(place / "one", url, shared=True):
+def test_a_server_alone_and_servers_that_share_exclude_each_other(place: Path, url: str, postgres: Postgres) -> None:
+    with open_state(place / "one", url, store=store(place)):
         with pytest.raises(ServerError, match="expected one that no other server uses, got one in use"):
             open_alone(place / "three", url)
-        with open_state(place / "two", url, shared=True):
+        with open_state(place / "two", url, store=store(place)):
             pass
     alone = pytest.raises(ServerError, match="no other server uses alone, got one in use")
-    with open_state(place / "three", url), alone:
-        open_alone(place / "two", url, shared=True)
+    with open_state(place / "three", own := postgres.empty()), alone:
+        open_alone(place / "two", own, store(place))
 
 
-def open_alone(place: Path, url: str, *, shared: bool = False) -> None:
+def open_alone(place: Path, url: str, store: str | None = None) -> None:
     from tpeft_deploy.runtime.server.registry import state
 
     before, state._PATIENCE = state._PATIENCE, 0.0
     try:
-        open_state(place, url, shared=shared).close()
+        open_state(place, url, store=store).close()
     finally:
         state._PATIENCE = before
 
@@ -262,7 +265,7 @@ def test_a_server_without_the_database_serves_what_it_knows(place: Path) -> None
 
     with running() as own:
         url = own.empty()
-        with open_state(place / "one", url, shared=True) as one:
+        with open_state(place / "one", url, store=store(place)) as one:
             record = add(one)
             own.stop()
             wait_until(lambda: not attempted(one.refresh), "the loss of the database")

@@ -14,6 +14,7 @@ from pathlib import Path
 from tpeft_deploy.errors import IntegrityError
 from tpeft_deploy.files import new_file, sync_directory
 from tpeft_deploy.runtime.server.registry.files.disk import storing
+from tpeft_deploy.runtime.server.registry.files.store import Referred
 
 __all__ = ["Blobs"]
 
@@ -110,28 +111,32 @@ class Blobs:
         with self._lock:
             self._released |= dict.fromkeys(digests, now)
 
-    def discard(self, digest: str, referred: Set[str]) -> None:
+    def discard(self, digest: str, referred: Referred) -> None:
         """Remove the file of a refused upload, unless it is needed otherwise.
 
         Args:
             digest: digest of the file.
-            referred: digests that are referenced.
+            referred: function that returns a context with the referenced digests.
         """
-        with self._lock:
-            if digest not in {*referred, *self._released, *self._pending}:
+        with referred() as used, self._lock:
+            if digest not in {*used, *self._released, *self._pending}:
                 self._place(digest).unlink(missing_ok=True)
 
-    def sweep(self, referred: Set[str], *, grace: float) -> int:
+    def clean(self, referred: Referred) -> None:
+        """Remove what a killed server left, at the start."""
+        self.sweep(referred, grace=0)
+
+    def sweep(self, referred: Referred, *, grace: float) -> int:
         """Remove unreferenced files and return their number.
 
         Args:
-            referred: digests that are referenced.
+            referred: function that returns a context with the referenced digests.
             grace: seconds that a file stays after its last reference was dropped, for in-flight reads.
         """
-        with self._lock:
+        with referred() as used, self._lock:
             late = time.monotonic() - grace
             self._released = {digest: at for digest, at in self._released.items() if at > late}
-            kept = {*referred, *self._released, *self._pending}
+            kept = {*used, *self._released, *self._pending}
             gone = [place for place in self._files() if not self._stays(place, kept)]
             for place in gone:
                 place.unlink(missing_ok=True)
