@@ -63,11 +63,11 @@ def up(cluster: ClusterSettings, say: Callable[[str], None]) -> None:
         ServerError: it cannot start.
     """
     asked = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())
     settings = cluster.settings
     try:
         start(cluster)
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own meanwhile
+            signal.signal(number, lambda *_: asked.set())
         if not is_loopback(settings.host):
             say(f"WARNING: no TLS on {settings.host}: let nothing but a proxy with TLS reach this port.")
         say(f"serving on http://{settings.host}:{settings.port} with {cluster.replicas} replicas")
