@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from functools import partial
 
@@ -35,8 +35,9 @@ class AdapterNames:
 
     def know(self, names: Iterable[str]) -> None:
         """Register what is new among names; tasks of the bundle are known already."""
+        wanted = [*names]
         with self._lock:
-            for name in names:
+            for name in wanted:
                 digest = digest_of(name)
                 if digest is None:
                     continue
@@ -45,7 +46,7 @@ class AdapterNames:
                 self._known[name] = digest
                 self._known.move_to_end(name)
             if len(self._known) > self._most:
-                self._forget_oldest()
+                self._forget_oldest({*wanted})
 
     def know_task(self, task: TaskRef | None) -> None:
         """Register what is new of a task or weighted set."""
@@ -57,9 +58,9 @@ class AdapterNames:
         with self._lock:
             return list(self._known.items())[-most:]
 
-    def _forget_oldest(self) -> None:
-        pinned = self._runtime.pins()
-        oldest = next((name for name in self._known if name not in pinned), None)
+    def _forget_oldest(self, wanted: Set[str]) -> None:
+        kept = wanted | self._runtime.pins().keys()
+        oldest = next((name for name in self._known if name not in kept), None)
         if oldest is not None:
             del self._known[oldest]
             with suppress(UnknownTask):

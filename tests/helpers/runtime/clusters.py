@@ -24,7 +24,7 @@ class Cluster:
 
     url: str
     grpc: str
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     mark: str
 
     def processes(self, title: str = "") -> list[int]:
@@ -60,27 +60,18 @@ def cluster(bundle: Path, state: Path, *arguments: object) -> Iterator[Cluster]:
         MARK: mark,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    process = subprocess.Popen(
-        [str(part) for part in line],
-        cwd=ROOT,
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    log = state.with_suffix(".log")  # not a pipe, which nobody would empty
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [str(part) for part in line], cwd=ROOT, env=environment, stderr=stderr, stdout=stderr
+        )
     own = Cluster(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc}", process, mark)
-    assert process.stderr is not None
-    said = []
     try:
-        for text in process.stderr:
-            said.append(text)
-            if text.startswith("serving on"):
-                break
-        else:
-            raise AssertionError(f"the cluster did not start:\n{''.join(said[-40:])}")
+        wait_until(lambda: "\nserving on" in log.read_text() or process.poll() is not None, "the start of the cluster")
+        assert process.poll() is None, log.read_text()[-4000:]
         yield own
     finally:
         for number in [process.pid, *own.processes()]:
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
-        process.communicate()
+        process.wait()
