@@ -69,8 +69,8 @@ async def by_handle(runtime: Runtime, inputs: dict[str, Array], requests: int) -
     from tpeft_deploy.runtime.cluster.affinity import table_of
     from tpeft_deploy.runtime.cluster.config import NAME
     from tpeft_deploy.runtime.cluster.ray_calls import RayCalls
-    from tpeft_deploy.runtime.cluster.remote import RemoteRuntime
-    from tpeft_deploy.runtime.cluster.wire import Route
+    from tpeft_deploy.runtime.cluster.remote.remote_runtime import RemoteRuntime
+    from tpeft_deploy.runtime.cluster.wire import CallRoute
     from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
     handle = serve.get_deployment_handle("replica", NAME)
@@ -79,7 +79,7 @@ async def by_handle(runtime: Runtime, inputs: dict[str, Array], requests: int) -
     remote = RemoteRuntime(bundle, calls, table, lambda _: Quota(), asyncio.get_running_loop())
     await remote.open()
     return {
-        "hop": await timed(requests, lambda: calls.call("hottest", Route())),
+        "hop": await timed(requests, lambda: calls.call("hottest", CallRoute())),
         "infer by handle": await timed(requests, lambda: remote.infer(inputs, TASK)),
         "runtime": await timed(requests, lambda: runtime.infer(inputs, TASK)),
     }

@@ -21,7 +21,7 @@ from tpeft_deploy.runtime.cluster.ray_calls import RayCalls
 from tpeft_deploy.runtime.cluster.replica import ReplicaRuntime, ToldQuotas
 from tpeft_deploy.runtime.cluster.router import FIGURES, AdapterAffineRouter
 from tpeft_deploy.runtime.cluster.scaling import ROWS, WaitingRows
-from tpeft_deploy.runtime.cluster.wire import GenerateCall, InferCall, Route, digest_of
+from tpeft_deploy.runtime.cluster.wire import CallRoute, GenerateCall, InferCall, digest_of
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.sessions.providers import choose
 
@@ -70,11 +70,11 @@ class RayReplica:
         with ThreadPoolExecutor(1) as pool:  # waiting for other replicas is not allowed on the deployment's loop
             pool.submit(_warm, self._replica, bundle).result()
 
-    async def infer(self, route: Route, call: InferCall) -> Any:
+    async def infer(self, route: CallRoute, call: InferCall) -> Any:
         """See `ReplicaRuntime.infer`."""
         return await self._replica.infer(route, call)
 
-    async def generate(self, route: Route, call: GenerateCall) -> AsyncGenerator[Any]:
+    async def generate(self, route: CallRoute, call: GenerateCall) -> AsyncGenerator[Any]:
         """See `ReplicaRuntime.generate`."""
         steps = self._replica.generate(route, call)
         try:
@@ -83,15 +83,15 @@ class RayReplica:
         finally:
             await steps.aclose()
 
-    async def control(self, route: Route, method: str, names: list[str], options: dict[str, Any]) -> Any:
+    async def control(self, route: CallRoute, method: str, names: list[str], options: dict[str, Any]) -> Any:
         """See `ReplicaRuntime.control`."""
         return await self._replica.control(route, method, names, options)
 
-    async def report(self, route: Route) -> Any:
+    async def report(self, route: CallRoute) -> Any:
         """See `ReplicaRuntime.report`."""
         return await self._replica.report(route)
 
-    async def hottest(self, route: Route) -> list[str]:
+    async def hottest(self, route: CallRoute) -> list[str]:
         """See `ReplicaRuntime.hottest`."""
         return await self._replica.hottest(route)
 
@@ -187,7 +187,7 @@ def _warm(replica: ReplicaRuntime, bundle: Bundle) -> None:
         running = serve.status().applications[context.app_name].deployments[context.deployment]
         if running.replica_states.get("RUNNING", 0):
             handle = serve.get_deployment_handle(context.deployment, context.app_name)
-            names = [*handle.hottest.remote(Route()).result(timeout_s=_PEER_SECONDS), *names]
+            names = [*handle.hottest.remote(CallRoute()).result(timeout_s=_PEER_SECONDS), *names]
             peers = table_of(str(handle.deployment_id)).replicas
     except Exception as error:  # a replica that nobody warms is slow at first, and right
         print(f"cannot ask other replicas for their adapters: {brief(error)}")

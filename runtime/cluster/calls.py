@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
 from tpeft_deploy.errors import Unavailable
-from tpeft_deploy.runtime.cluster.wire import Route
+from tpeft_deploy.runtime.cluster.wire import CallRoute
 
 __all__ = ["ReplicaCalls", "ReplicaLost"]
 
@@ -18,7 +18,7 @@ class ReplicaLost(Unavailable):
 class ReplicaCalls(Protocol):
     """Calls of methods of `ReplicaRuntime`."""
 
-    async def call(self, method: str, route: Route, *arguments: Any) -> Any:
+    async def call(self, method: str, route: CallRoute, *arguments: Any) -> Any:
         """Call a method; cancelling cancels it there.
 
         Args:
@@ -31,5 +31,5 @@ class ReplicaCalls(Protocol):
             QueueFull: too many calls wait for a replica.
         """
 
-    def stream(self, method: str, route: Route, *arguments: Any) -> AsyncGenerator[Any]:
+    def stream(self, method: str, route: CallRoute, *arguments: Any) -> AsyncGenerator[Any]:
         """Iterate over what a method yields; takes and raises what `call` does, and closing it cancels it there."""

@@ -28,7 +28,7 @@ class ClusterSettings:
         server: settings of a server by name, as in its file.
         replicas: number of replicas, or the least if `max_replicas` is more.
         max_replicas: number of replicas that waiting rows may lead to; None for no more.
-        ingresses: number of processes that answer clients; several need a shared registry.
+        ingresses: number of processes that answer clients; one, as the directory of the registry has one user.
         cpus: CPU cores that a replica takes.
         gpus: GPUs that a replica takes.
         rows_per_replica: waiting and running rows of a replica, above which one more is started.
@@ -52,13 +52,8 @@ class ClusterSettings:
             raise ServerError(doing, expected="at least one replica and one ingress", got="fewer")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ServerError(doing, expected=f"max_replicas of at least {self.replicas}", got=self.max_replicas)
-        if self.ingresses > 1 and not self.settings.database_url:
-            raise ServerError(
-                doing,
-                expected="a database_url of PostgreSQL for several ingresses",
-                got="none",
-                fix="Set TPEFT_DATABASE_URL, or take one ingress.",
-            )
+        if self.ingresses > 1:  # each would need a registry that servers share, with the adapters in a store
+            raise ServerError(doing, expected="one ingress", got=self.ingresses, fix="Take more replicas instead.")
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:

@@ -14,7 +14,7 @@ from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.cluster.affinity import ReplicaTable
 from tpeft_deploy.runtime.cluster.calls import ReplicaCalls
 from tpeft_deploy.runtime.cluster.cluster_settings import ClusterSettings
-from tpeft_deploy.runtime.cluster.remote import RemoteRuntime
+from tpeft_deploy.runtime.cluster.remote.remote_runtime import RemoteRuntime
 from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.main import open_service, rest_application, rpc_server
 from tpeft_deploy.runtime.server.operations.service import Service, order_of

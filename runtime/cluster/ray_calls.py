@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from tpeft_deploy.errors import QueueFull, RunError, brief
 from tpeft_deploy.runtime.cluster.calls import ReplicaLost
-from tpeft_deploy.runtime.cluster.wire import Route
+from tpeft_deploy.runtime.cluster.wire import CallRoute
 
 __all__ = ["RayCalls"]
 
@@ -29,7 +29,7 @@ class RayCalls:
         self._handle = handle
         self._streaming = handle.options(stream=True)
 
-    async def call(self, method: str, route: Route, *arguments: Any) -> Any:
+    async def call(self, method: str, route: CallRoute, *arguments: Any) -> Any:
         """Call a method of a replica."""
         with _errors(method):
             response = getattr(self._handle, method).remote(route, *arguments)
@@ -39,7 +39,7 @@ class RayCalls:
                 response.cancel()
                 raise
 
-    async def stream(self, method: str, route: Route, *arguments: Any) -> AsyncGenerator[Any]:
+    async def stream(self, method: str, route: CallRoute, *arguments: Any) -> AsyncGenerator[Any]:
         """Iterate over what a method of a replica yields."""
         with _errors(method):
             response = getattr(self._streaming, method).remote(route, *arguments)

@@ -16,7 +16,15 @@ from tpeft_deploy.runtime import Limits, Runtime
 from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.cluster.adapter_files import AdapterNames
 from tpeft_deploy.runtime.cluster.affinity import short_digest
-from tpeft_deploy.runtime.cluster.wire import Computed, Figures, GenerateCall, InferCall, Progress, Refused, Route
+from tpeft_deploy.runtime.cluster.wire import (
+    CallRoute,
+    Computed,
+    Figures,
+    GenerateCall,
+    InferCall,
+    Refused,
+    SequenceStep,
+)
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair, Orders
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota, queue_shares
@@ -76,7 +84,7 @@ class ReplicaRuntime:
         self._text: ModelText | None = None
         self._running = 0
 
-    async def infer(self, route: Route, call: InferCall) -> Computed | Refused:
+    async def infer(self, route: CallRoute, call: InferCall) -> Computed | Refused:
         """Run a request."""
         timing = Timing(time.monotonic())
         self._quotas.tell(call.tenant, call.quota)
@@ -102,8 +110,8 @@ class ReplicaRuntime:
             self._running -= route.rows
         return Computed(outputs, timing.ran, time.monotonic() - timing.ended, timing.rows)
 
-    async def generate(self, route: Route, call: GenerateCall) -> AsyncGenerator[Progress]:
-        """Run sequences: first `Progress(-1)`, then the tokens of each as they come; closing it cancels them."""
+    async def generate(self, route: CallRoute, call: GenerateCall) -> AsyncGenerator[SequenceStep]:
+        """Run sequences: first `SequenceStep(-1)`, then the tokens of each as they come; closing it cancels them."""
         self._quotas.tell(call.tenant, call.quota)
         handles: list[Handle] = []
         self._running += route.rows
@@ -114,9 +122,9 @@ class ReplicaRuntime:
                 task: Any = call.task
                 handles = await self.runtime.start(request, task)
             except TpeftError as error:
-                yield Progress(-1, error=error)
+                yield SequenceStep(-1, error=error)
                 return
-            yield Progress(-1)
+            yield SequenceStep(-1)
             async with aclosing(_merged(handles)) as steps:
                 async for step in steps:
                     yield step
@@ -125,7 +133,7 @@ class ReplicaRuntime:
             for handle in handles:
                 handle.cancel()
 
-    async def control(self, route: Route, method: str, names: list[str], options: dict[str, Any]) -> Any:
+    async def control(self, route: CallRoute, method: str, names: list[str], options: dict[str, Any]) -> Any:
         """Call a method of the runtime in a thread.
 
         Args:
@@ -141,11 +149,11 @@ class ReplicaRuntime:
         except TpeftError as error:
             return Refused(error)
 
-    async def report(self, route: Route) -> Figures:
+    async def report(self, route: CallRoute) -> Figures:
         """Return `figures`, for an ingress that starts."""
         return self.figures()
 
-    async def hottest(self, route: Route) -> list[str]:
+    async def hottest(self, route: CallRoute) -> list[str]:
         """Return the names of adapters that were asked for, the last first, for a replica that starts."""
         return [name for name, _ in reversed(self._names.last(_REPORTED))]
 
@@ -209,21 +217,21 @@ class ReplicaRuntime:
         )
 
 
-async def _merged(handles: list[Handle]) -> AsyncGenerator[Progress]:
+async def _merged(handles: list[Handle]) -> AsyncGenerator[SequenceStep]:
     """Yield what happens to sequences, as it comes."""
-    came: asyncio.Queue[Progress] = asyncio.Queue()
+    came: asyncio.Queue[SequenceStep] = asyncio.Queue()
 
     async def follow(choice: int, handle: Handle) -> None:
         try:
             async with aclosing(aiter(handle)) as tokens:
                 async for token in tokens:
-                    came.put_nowait(Progress(choice, (token,)))
+                    came.put_nowait(SequenceStep(choice, (token,)))
         except TpeftError as error:
-            came.put_nowait(Progress(choice, error=error))
+            came.put_nowait(SequenceStep(choice, error=error))
         except Exception as error:  # a fault of the program ends the sequence, not the call
-            came.put_nowait(Progress(choice, error=RunError("generate tokens", problem=type(error).__name__)))
+            came.put_nowait(SequenceStep(choice, error=RunError("generate tokens", problem=type(error).__name__)))
         else:
-            came.put_nowait(Progress(choice, reason=handle.result().reason))
+            came.put_nowait(SequenceStep(choice, reason=handle.result().reason))
 
     tasks = [asyncio.create_task(follow(choice, handle)) for choice, handle in enumerate(handles)]
     left = len(tasks)

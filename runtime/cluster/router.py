@@ -7,7 +7,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from tpeft_deploy.runtime.cluster.affinity import ReplicaTable, table_of
-from tpeft_deploy.runtime.cluster.wire import Figures, Route
+from tpeft_deploy.runtime.cluster.wire import CallRoute, Figures
 
 __all__ = ["AdapterAffineRouter"]
 
@@ -15,7 +15,7 @@ FIGURES = "figures"
 
 
 class AdapterAffineRouter(RequestRouter):  # type: ignore[misc]
-    """Chooses replicas by `placement`; the first argument of a call is its `Route`."""
+    """Chooses replicas by `placement`; the first argument of a call is its `CallRoute`."""
 
     @property
     def table(self) -> ReplicaTable:
@@ -35,7 +35,7 @@ class AdapterAffineRouter(RequestRouter):  # type: ignore[misc]
     ) -> list[list[RunningReplica]]:
         """Return the chosen replica, then the others for when that is full."""
         route: Any = pending_request.args[0] if pending_request is not None and pending_request.args else None
-        if not isinstance(route, Route):
+        if not isinstance(route, CallRoute):
             return [candidate_replicas]
         name = route.replica or self.table.choose(route.digest, route.rows, route.avoid)
         first = [own for own in candidate_replicas if own.replica_id.unique_id == name]

@@ -19,9 +19,9 @@ __all__ = [
     "Figures",
     "GenerateCall",
     "InferCall",
-    "Progress",
+    "SequenceStep",
     "Refused",
-    "Route",
+    "CallRoute",
     "TaskRef",
     "digest_of",
     "local_name",
@@ -42,7 +42,7 @@ def digest_of(name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Route:
+class CallRoute:
     """What the router has to know of a call.
 
     Attributes:
@@ -133,7 +133,7 @@ class GenerateCall:
 
 
 @dataclass(frozen=True)
-class Progress:
+class SequenceStep:
     """What happened to one of the sequences of a call.
 
     Attributes:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cluster"]
 
-_OWN = {"replicas", "max_replicas", "ingresses", "cpus", "gpus"}
+_OWN = {"replicas", "max_replicas", "cpus", "gpus"}
 
 
 @click.group(cls=Group)
@@ -30,7 +30,6 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
             click.argument("bundle", type=click.Path(path_type=Path)),
             click.option("--replicas", type=click.IntRange(1), help="Number of replicas (default 2)."),
             click.option("--max-replicas", type=click.IntRange(1), help="Replicas that waiting rows may lead to."),
-            click.option("--ingresses", type=click.IntRange(1), help="Processes that answer clients (default 1)."),
             click.option("--cpus", type=click.FloatRange(0), help="CPU cores of a replica (default 1)."),
             click.option("--gpus", type=click.FloatRange(0), help="GPUs of a replica (default 0)."),
             click.option("--state", type=click.Path(path_type=Path), help="State directory."),

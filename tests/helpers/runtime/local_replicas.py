@@ -11,7 +11,7 @@ from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.cluster.affinity import ReplicaTable
 from tpeft_deploy.runtime.cluster.calls import ReplicaLost
 from tpeft_deploy.runtime.cluster.replica import ReplicaRuntime, ToldQuotas
-from tpeft_deploy.runtime.cluster.wire import Route
+from tpeft_deploy.runtime.cluster.wire import CallRoute
 
 
 class LocalReplicas:
@@ -51,12 +51,12 @@ class LocalReplicas:
         for own in self.replicas.values():
             own.runtime.close()
 
-    async def call(self, method: str, route: Route, *arguments: Any) -> Any:
+    async def call(self, method: str, route: CallRoute, *arguments: Any) -> Any:
         """See `ReplicaCalls`."""
         own = getattr(self._replica(method, route), method)
         return _sent(await own(*_sent((route, *arguments))))
 
-    async def stream(self, method: str, route: Route, *arguments: Any) -> AsyncGenerator[Any]:
+    async def stream(self, method: str, route: CallRoute, *arguments: Any) -> AsyncGenerator[Any]:
         """See `ReplicaCalls`."""
         steps = getattr(self._replica(method, route), method)(*_sent((route, *arguments)))
         try:
@@ -67,7 +67,7 @@ class LocalReplicas:
         finally:
             await steps.aclose()
 
-    def _replica(self, method: str, route: Route) -> ReplicaRuntime:
+    def _replica(self, method: str, route: CallRoute) -> ReplicaRuntime:
         name = route.replica or next(own for own in self.replicas if own not in self.dead)
         self.log.append((name, method))
         if name in self.dead:

@@ -18,7 +18,7 @@ from tpeft_deploy.runtime.cluster.config import to_yaml
 def test_the_command_prints_yaml_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPEFT_DATABASE_URL", "postgresql://me:secret@host/db")
     line = ["cluster", "config", str(tmp_path), "--replicas", "3", "--max-replicas", "9", "--port", "9000"]
-    line += ["--database-url", "postgresql://me:secret@host/db", "--ingresses", "2", "--state", "/srv/state"]
+    line += ["--database-url", "postgresql://me:secret@host/db", "--state", "/srv/state"]
     done = CliRunner().invoke(main, line)
     assert done.exit_code == 0, done.output
     assert "secret" not in done.output
@@ -27,7 +27,7 @@ def test_the_command_prints_yaml_without_secrets(tmp_path: Path, monkeypatch: py
     (application,) = found["applications"]
     assert application["import_path"] == "tpeft_deploy.runtime.cluster.application:build"
     own = ClusterSettings.of(application["args"])
-    assert (own.replicas, own.max_replicas, own.ingresses, own.bundle) == (3, 9, 2, str(tmp_path))
+    assert (own.replicas, own.max_replicas, own.ingresses, own.bundle) == (3, 9, 1, str(tmp_path))
     assert own.settings.port == 9000
     assert own.settings.state == Path("/srv/state")
     assert own.settings.database_url == "postgresql://me:secret@host/db"
@@ -45,7 +45,7 @@ def test_values_survive_yaml() -> None:
         ({"bundle": "b", "copies": 2}, "replicas"),
         ({"bundle": "b", "replicas": 0}, "at least one replica"),
         ({"bundle": "b", "replicas": 3, "max_replicas": 2}, "max_replicas of at least 3"),
-        ({"bundle": "b", "ingresses": 2}, "PostgreSQL"),
+        ({"bundle": "b", "ingresses": 2}, "one ingress"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, object], said: str) -> None:

@@ -18,13 +18,13 @@ from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import InputError, Unavailable, UnknownTask
 from tpeft_deploy.runtime import Source
 from tpeft_deploy.runtime.batching.timing import Timing
-from tpeft_deploy.runtime.cluster.remote import RemoteRuntime
+from tpeft_deploy.runtime.cluster.remote.remote_runtime import RemoteRuntime
 from tpeft_deploy.runtime.cluster.wire import Figures
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
 PIXELS = np.random.default_rng(0).standard_normal((4, 1, 12, 14)).astype(np.float32)
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @asynccontextmanager
@@ -196,7 +196,7 @@ def test_it_has_what_the_server_calls() -> None:
                     used.add(node.attr)
     assert {"infer", "pin", "probe", "start"} <= used
     for name in used:
-        theirs, own = getattr(Runtime, name), getattr(RemoteRuntime, name, None)
+        theirs, own = getattr(Runtime, name, None), getattr(RemoteRuntime, name, None)
         assert own is not None, f"RemoteRuntime has no {name}"
         if callable(theirs):
             assert [*inspect.signature(own).parameters] == [*inspect.signature(theirs).parameters], name

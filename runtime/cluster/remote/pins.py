@@ -11,7 +11,7 @@ from typing import Any
 from tpeft_deploy.errors import TpeftError, UnknownTask
 from tpeft_deploy.runtime.cluster.affinity import ReplicaTable
 from tpeft_deploy.runtime.cluster.calls import ReplicaLost
-from tpeft_deploy.runtime.cluster.remote_tasks import RemoteTasks
+from tpeft_deploy.runtime.cluster.remote.tasks import RemoteTasks
 
 __all__ = ["RemotePins"]
 

@@ -11,7 +11,7 @@ from tests.helpers.runtime.local_replicas import LocalReplicas
 from tests.helpers.server.text_bundle import text_bundle
 from tpeft_deploy import Bundle, Runtime, Sampling
 from tpeft_deploy.errors import InputError, Unavailable, UnknownTask
-from tpeft_deploy.runtime.cluster.remote import RemoteRuntime
+from tpeft_deploy.runtime.cluster.remote.remote_runtime import RemoteRuntime
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota

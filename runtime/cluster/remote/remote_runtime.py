@@ -22,11 +22,11 @@ from tpeft_deploy.runtime.batching.timing import Timing
 from tpeft_deploy.runtime.cluster.affinity import ReplicaTable
 from tpeft_deploy.runtime.cluster.calls import ReplicaCalls, ReplicaLost
 from tpeft_deploy.runtime.cluster.placement import RowsPart
-from tpeft_deploy.runtime.cluster.remote_generation import RemoteGeneration
-from tpeft_deploy.runtime.cluster.remote_pins import RemotePins
-from tpeft_deploy.runtime.cluster.remote_tasks import RemoteTasks
-from tpeft_deploy.runtime.cluster.rows import joined, rows_of
-from tpeft_deploy.runtime.cluster.wire import Computed, InferCall, Refused, Route
+from tpeft_deploy.runtime.cluster.remote.generation import RemoteGeneration
+from tpeft_deploy.runtime.cluster.remote.pins import RemotePins
+from tpeft_deploy.runtime.cluster.remote.rows import joined, rows_of
+from tpeft_deploy.runtime.cluster.remote.tasks import RemoteTasks
+from tpeft_deploy.runtime.cluster.wire import CallRoute, Computed, InferCall, Refused
 from tpeft_deploy.runtime.engine import Outputs
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.stats import GenerationStats
@@ -76,7 +76,7 @@ class RemoteRuntime:
 
     async def open(self) -> None:
         """Wait for a replica, and learn the facts that all share."""
-        self._facts = (await self._calls.call("report", Route())).facts
+        self._facts = (await self._calls.call("report", CallRoute())).facts
 
     @property
     def provider(self) -> str:
@@ -131,7 +131,7 @@ class RemoteRuntime:
         if refs is None:
             digest = self.tasks.digest(whole)
             rows = requests.rows(manifest, arrays) if requests.batched(manifest, manifest.inputs) else 1
-            answer = await self._run(Route(digest, rows), [digest], lambda: call(arrays, None), timing, timeout)
+            answer = await self._run(CallRoute(digest, rows), [digest], lambda: call(arrays, None), timing, timeout)
             return dict(answer.outputs)
         digests = [self.tasks.digest(name) for name in refs]
         parts = self._split(digests)
@@ -140,7 +140,7 @@ class RemoteRuntime:
             own = arrays if len(parts) == 1 else rows_of(manifest, arrays, part.rows)
             named = [refs[row] for row in part.rows]
             held = [digests[row] for row in part.rows]
-            route = Route(held[0], len(held), replica=part.replica)
+            route = CallRoute(held[0], len(held), replica=part.replica)
             return await self._run(route, held, lambda: call(own, named), timing, timeout)
 
         answers = await _together([run(part) for part in parts])
@@ -232,7 +232,7 @@ class RemoteRuntime:
 
     async def _run(
         self,
-        route: Route,
+        route: CallRoute,
         digests: Sequence[str],
         call: Callable[[], InferCall],
         timing: Timing | None,
@@ -249,7 +249,7 @@ class RemoteRuntime:
                 with self._table.running(replica, digests, route.rows):
                     answer = await self._within(
                         timeout,
-                        self._calls.call("infer", Route(route.digest, route.rows, replica, avoid), call()),
+                        self._calls.call("infer", CallRoute(route.digest, route.rows, replica, avoid), call()),
                     )
             except ReplicaLost:
                 if last:
@@ -278,7 +278,7 @@ class RemoteRuntime:
         digest = self.tasks.digest(name)
         replica = replica or self._table.choose(digest, 1)
         with self._table.running(replica, [digest], 0):
-            answer = await self._calls.call("control", Route(digest, 1, replica), method, names, options)
+            answer = await self._calls.call("control", CallRoute(digest, 1, replica), method, names, options)
         if isinstance(answer, Refused):
             raise answer.error
         return answer

@@ -15,8 +15,8 @@ from tpeft_deploy.errors import RunError, TpeftError, Unavailable
 from tpeft_deploy.runtime.adapters.task_versions import Task
 from tpeft_deploy.runtime.cluster.affinity import ReplicaTable
 from tpeft_deploy.runtime.cluster.calls import ReplicaCalls, ReplicaLost
-from tpeft_deploy.runtime.cluster.remote_tasks import RemoteTasks
-from tpeft_deploy.runtime.cluster.wire import GenerateCall, Progress, Route, TaskRef
+from tpeft_deploy.runtime.cluster.remote.tasks import RemoteTasks
+from tpeft_deploy.runtime.cluster.wire import CallRoute, GenerateCall, SequenceStep, TaskRef
 from tpeft_deploy.runtime.generation.handle import Generated, GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
@@ -58,7 +58,7 @@ class RemoteGeneration:
         replica = self._table.choose(digest, rows)
         if replica is None:
             raise Unavailable("generate tokens", problem="no replica is running", fix="Try again shortly.")
-        steps = self._calls.stream("generate", Route(digest, rows, replica), self._call(request, ref))
+        steps = self._calls.stream("generate", CallRoute(digest, rows, replica), self._call(request, ref))
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
         handles = [Handle(lambda: loop.call_soon_threadsafe(changed.set)) for _ in range(rows)]
@@ -112,7 +112,7 @@ class RemoteGeneration:
 
     async def _follow(
         self,
-        steps: AsyncGenerator[Progress],
+        steps: AsyncGenerator[SequenceStep],
         handles: list[Handle],
         began: asyncio.Future[None],
         digest: str,
@@ -140,7 +140,7 @@ class RemoteGeneration:
                     handle.resolve(error)
 
 
-def _hand_out(step: Progress, handles: list[Handle], began: asyncio.Future[None]) -> None:
+def _hand_out(step: SequenceStep, handles: list[Handle], began: asyncio.Future[None]) -> None:
     if step.choice < 0:
         if began.done():
             return
