@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +28,7 @@ from tpeft_deploy.runtime.sessions.providers import choose
 
 __all__ = ["build"]
 
+_log = logging.getLogger("tpeft_deploy.cluster")
 _REPORT_SECONDS = 1.0
 _ONGOING = 1024  # calls that a replica takes at once; its queue joins them, and refuses what is too much
 _PEER_SECONDS = 10.0
@@ -49,18 +51,7 @@ class RayReplica:
         order = quotas.orders(limits)
         runtime = Runtime(
             cluster.path,
-            provider=settings.provider,
-            devices=settings.devices,
-            threads=settings.threads,
-            device_bytes=settings.device_bytes,
-            host_bytes=settings.host_bytes,
-            folded_bytes=settings.folded_bytes,
-            kv_bytes=settings.kv_bytes,
-            max_tokens=settings.max_tokens,
-            prefix_bytes=settings.prefix_bytes,
-            cuda_graphs=settings.cuda_graphs,
-            allow_tf32=settings.allow_tf32,
-            pinned_share=0.5,
+            **settings.runtime_options,
             limits=limits,
             order=order,
             sequence_order=order.sequences,
@@ -190,7 +181,7 @@ def _warm(replica: ReplicaRuntime, bundle: Bundle) -> None:
             names = [*handle.hottest.remote(CallRoute()).result(timeout_s=_PEER_SECONDS), *names]
             peers = table_of(str(handle.deployment_id)).replicas
     except Exception as error:  # a replica that nobody warms is slow at first, and right
-        print(f"cannot ask other replicas for their adapters: {brief(error)}")
+        _log.warning("cannot ask other replicas for their adapters: %s", brief(error))
     placement = AffinePlacement()
     placement.update(dict.fromkeys([*peers, own], 1.0))
     digests = {name: digest_of(name) or bundle.tasks[name] for name in dict.fromkeys(names)}
