@@ -36,6 +36,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["RemoteRuntime"]
 
 T = TypeVar("T")
+_WARMED = 256  # adapters in demand that a new replica is brought
 _NO_BATCHES = BatchingStats(0, 0, 0, 0, {}, 0, 0, 0, 0)
 
 
@@ -71,6 +72,7 @@ class RemoteRuntime:
         self._facts: Mapping[str, Any] = {"most_tokens": 0, "provider": "", "provider_reason": "no replica has said"}
         self.tasks = RemoteTasks(bundle)
         self._pins = RemotePins(self.tasks, table, self._control)
+        self._seen: set[str] = set()
         self._generation = RemoteGeneration(self.tasks, calls, table, quota)
         table.on_change = self._replicas_changed
 
@@ -296,7 +298,17 @@ class RemoteRuntime:
 
     def _replicas_changed(self) -> None:
         with suppress(RuntimeError):  # the loop is closed
-            self._later(self._pins.settle())
+            self._later(self._settle())
+
+    async def _settle(self) -> None:
+        """Bring to replicas that came what is pinned or in demand, and belongs there."""
+        here = set(self._table.replicas)
+        new, self._seen = here - self._seen, here
+        await self._pins.settle()
+        for digest in self._table.hottest()[:_WARMED] if len(here) > len(new) else ():
+            for replica in new & {*self._table.preferred(digest)}:
+                with suppress(TpeftError):  # its first request says why
+                    await self._control(self.tasks.stored(digest), replica, "prefetch")
 
     def _later(self, work: Coroutine[Any, Any, object]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -69,6 +69,11 @@ class RemoteTasks:
             return task
         raise UnknownTask(f"run task {task!r}", problem="there is no such task")
 
+    def stored(self, digest: str) -> str:
+        """Return the name of an adapter on every replica."""
+        bundled = (task for task, own in self._bundled.items() if own == digest)
+        return next(bundled, local_name(digest))
+
     def ref(self, task: Task | None) -> TaskRef:
         """Return a task, or a weighted set of them, as replicas know it."""
         if isinstance(task, Mapping):

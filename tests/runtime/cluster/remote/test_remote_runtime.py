@@ -184,6 +184,21 @@ def test_pins_follow_replicas_that_come_and_go(conv_bundle: Bundle, blobs: Blobs
     run(conv_bundle, blobs, work)
 
 
+def test_a_new_replica_is_brought_what_is_in_demand(conv_bundle: Bundle, blobs: Blobs) -> None:
+    async def work(own: RemoteRuntime, replicas: LocalReplicas) -> None:
+        registered(own, blobs, "acme/new@1")
+        replicas.table.update({"r0": Figures()})
+        await own.infer({"pixels": PIXELS}, "acme/new@1")
+        await own.infer({"pixels": PIXELS}, "two")
+        assert replicas.replicas["r1"].runtime.usage()["rows_taken"] == 0
+        replicas.table.update({"r0": Figures(), "r1": Figures()})
+        async with asyncio.timeout(120):
+            while replicas.replicas["r1"].runtime.usage()["rows_taken"] < 2:
+                await asyncio.sleep(0.002)
+
+    run(conv_bundle, blobs, work)
+
+
 def test_it_has_what_the_server_calls() -> None:
     """Every use of a runtime in the server, against the methods and arguments of both classes."""
     used = set()
