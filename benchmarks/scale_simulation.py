@@ -4,8 +4,8 @@
 
 Requests of one row arrive at random; their adapters follow Zipf's law (exponent 1). Of the thousand adapters most in
 demand, some change with others every few seconds, and replicas go and come with empty banks. A replica computes one row
-at a time, a row of an adapter that is not resident takes as long as `MISS` more, and the bank evicts the least recently
-used. The first half of the requests only warms the banks.
+at a time, a row of an adapter that is not resident takes as long as `MISS` more, and the bank evicts as the runtime's
+does. The first half of the requests only warms the banks.
 
 | column | what |
 |---|---|
@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tpeft_deploy.runtime.adapters.eviction import UseHistory
 from tpeft_deploy.runtime.cluster.placement import AffinePlacement
 
 ROW = 0.01  # seconds of a row
@@ -56,12 +57,23 @@ class Result:
     megabytes_per_replica_s: float
 
 
+@dataclass
+class Known:
+    """An adapter that a replica was asked for."""
+
+    digest: str
+    heat: float = 0.0
+    epoch: int = 0
+
+
 class Replica:
-    """Bank of the least recently used rows, and a queue."""
+    """Bank with the runtime's eviction, and a queue."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.bank: OrderedDict[str, None] = OrderedDict()
+        self.bank: OrderedDict[str, Known] = OrderedDict()
+        self.known: dict[str, Known] = {}
+        self.uses = UseHistory()
         self.free_at = 0.0
         self.computed = 0
         self.asked: list[str] = []
@@ -71,10 +83,15 @@ class Replica:
         """Compute a row; return whether its adapter was resident, and the one that made room."""
         self.asked.append(digest)
         hit, gone = digest in self.bank, None
-        self.bank[digest] = None
+        own = self.known.setdefault(digest, Known(digest))
+        self.uses.add(own, len(self.bank))
+        if not hit and len(self.bank) >= self.rows:
+            victim = self.uses.victim(self.bank.values())
+            assert victim is not None
+            gone = victim.digest
+            del self.bank[gone]
+        self.bank[digest] = own
         self.bank.move_to_end(digest)
-        if len(self.bank) > self.rows:
-            gone, _ = self.bank.popitem(last=False)
         return hit, gone
 
 
@@ -93,8 +110,9 @@ def affine() -> Policy:
             known.clear()
             known.update(replicas)
             placement.update(dict.fromkeys(replicas, 1.0))
-        placement.demand.add(digest, 1, now)
-        return placement.choose(digest, load, lambda name, own: own in replicas[name].bank)
+        name = placement.choose(digest, load, lambda name, own: own in replicas[name].bank)
+        placement.record(digest, name, 1, now)
+        return name
 
     return choose
 

@@ -57,7 +57,7 @@ class Runtime(ServedGeneration, ServedTasks):
             work is on it, and on all while it is pinned.  Sequences are generated on the first.  On the CPU, each
             number stands for separate sessions and a separate bank.
         threads: intra-op threads of each session; by default one per core.
-        device_bytes: bytes for adapters on the device.  The least recently used are evicted; pinned ones stay.
+        device_bytes: bytes for adapters on the device.  The least used are evicted; pinned ones stay.
             While the bank grows, the old one lives until its runs are done.
         host_bytes: bytes for copies of adapters in host memory, so that evicted ones return to the device without
             being read again; by default 1 GiB on CUDA, none on the CPU.

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import CapacityError, RunError
 from tpeft_deploy.runtime.adapters.bank import Bank, Layout, Shape, row_bytes, widened
+from tpeft_deploy.runtime.adapters.eviction import UseHistory
 from tpeft_deploy.runtime.adapters.held import Held
 from tpeft_deploy.runtime.adapters.version import Content, Tier, Version
 
@@ -67,6 +68,7 @@ class Residency:
         self._pins: dict[Version, None] = {}  # those that are pinned
         self._copies: dict[Version, int] = {}  # those in host memory and their bytes, likewise
         self._copied = 0
+        self._uses = UseHistory()
         self._leaving: Version | None = None  # eviction victim: new requests may not acquire it
         if self._bank.nbytes > device_bytes:
             raise CapacityError(
@@ -221,6 +223,7 @@ class Residency:
     def _count(self, versions: Iterable[Version]) -> None:
         for version in versions:
             version.users += 1
+            self._uses.add(version, len(self._resident))
             if version.row is not None:
                 self._resident[version] = self._resident.pop(version)
             if version.content is not None:
@@ -301,7 +304,7 @@ class Residency:
 
     def _free_a_row(self, version: Version, others: Sequence[Version]) -> None:
         """Evict one of others with a reference count of zero, or wait a while for one."""
-        victim = next((other for other in others if not other.users), None)
+        victim = self._uses.victim(other for other in others if not other.users)
         if victim is not None:
             self._evict(victim)
         elif self._closed:

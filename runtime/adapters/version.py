@@ -83,6 +83,8 @@ class Version:
     row: int | None = None  # while it is on the device
     users: int = 0
     occupied: int = 0  # users that keep it for long: sequences that are generated
+    heat: float = 0.0  # see `UseHistory`
+    epoch: int = 0
     pinned: bool = False
     current: bool = True  # whether the task still stands for it
     reading: threading.Lock = field(default_factory=threading.Lock)

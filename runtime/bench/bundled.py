@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 
 import onnxruntime
 
@@ -12,6 +14,7 @@ from tpeft_deploy.files import digest_file
 from tpeft_deploy.progress import Progress, Stage, silent
 from tpeft_deploy.runtime.bench.cases import PlainSessions, fold_copy, known_tasks, served
 from tpeft_deploy.runtime.bench.crowd import Crowd
+from tpeft_deploy.runtime.bench.generating import generation_costs
 from tpeft_deploy.runtime.bench.measure import Case, interleave, resident_bytes, spread
 from tpeft_deploy.runtime.bench.results import Benchmark, CaseCost, LeftOut, Memory, Switching
 from tpeft_deploy.runtime.runtime import Runtime
@@ -21,7 +24,8 @@ __all__ = ["bench_bundle"]
 
 _COUNTS = (2, 10, 30, 100, 300)  # adapters known
 _MOST_TASKS = 4  # that take turns
-_RUNS, _SWITCHES, _LOADS, _GROWTH = 0.55, 0.2, 0.05, 0.2  # shares of the time
+_RUNS, _GENERATION, _SWITCHES, _LOADS, _GROWTH = 0.5, 0.1, 0.15, 0.05, 0.2  # shares of the time
+_ROWS = 4  # sequences that are generated together
 
 
 def bench_bundle(
@@ -51,10 +55,12 @@ def bench_bundle(
         InputError: a batch size that the model does not take.
         BundleError, ProviderUnavailable: it cannot be served here.
     """
-    progress(Stage("open the sessions", 0, _stages(rows)))
+    progress(Stage("open the sessions", 0, _stages(rows, len(bundle.components))))
     memory = [Memory("at the start", resident_bytes())]
     choice = choose(provider, allow_tf32=allow_tf32)
-    plain = PlainSessions(bundle, choice, threads, Cuda(tf32=allow_tf32))
+    plain = {
+        name: PlainSessions(part, choice, threads, Cuda(tf32=allow_tf32)) for name, part in bundle.components.items()
+    }
     memory.append(Memory("with a plain session", resident_bytes()))
     with Runtime(bundle.path, provider=provider, threads=threads, allow_tf32=allow_tf32) as runtime:
         memory.append(Memory(f"with the runtime beside it, {len(runtime.tasks)} tasks", resident_bytes()))
@@ -64,14 +70,15 @@ def bench_bundle(
 def _measured(
     bundle: Bundle,
     runtime: Runtime,
-    plain: PlainSessions,
+    plain: Mapping[str, PlainSessions],
     rows: Sequence[int],
     seconds: float,
     threads: int | None,
     memory: list[Memory],
     progress: Progress,
 ) -> Benchmark:
-    stages = _stages(rows)
+    stages = _stages(rows, len(plain))
+    names = {name: name if bundle.parts else None for name in plain}
     tasks = known_tasks(bundle, _MOST_TASKS)
     left_out: list[LeftOut] = []
     folded = fold_copy(bundle, runtime)
@@ -81,26 +88,30 @@ def _measured(
     if folded is not None:
         memory.append(Memory("with a folded task", resident_bytes()))
     costs: list[CaseCost] = []
-    for place, count in enumerate(rows):
-        progress(Stage(f"batches of {count}", 1 + place, stages))
-        costs += _costs(served(bundle, runtime, plain, tasks, folded, count), count, seconds * _RUNS / len(rows))
+    for place, (name, count) in enumerate(product(plain, rows)):
+        progress(Stage(f"batches of {count}{f', {name}' if bundle.parts else ''}", 1 + place, stages))
+        cases = served(bundle.components[name], runtime, plain[name], tasks, folded, count, names[name])
+        share = seconds * _RUNS / len(rows) / len(plain)
+        costs += [replace(cost, component=names[name] or "") for cost in _costs(cases, count, share)]
+    progress(Stage("generate", stages - len(_COUNTS) - 2, stages))
+    generated = [] if runtime.only_folded else generation_costs(bundle, runtime, tasks, _ROWS, seconds * _GENERATION)
     if folded is not None:
         runtime.unload(folded)
     switching: list[Switching] = []
     cold = None
     if bundle.tasks and not runtime.only_folded:
-        crowd = Crowd(bundle, runtime, min(rows))
-        progress(Stage("load from disk", 1 + len(rows), stages))
+        crowd = Crowd(bundle, runtime, min(rows), next(iter(names.values())))
+        progress(Stage("load from disk", stages - len(_COUNTS) - 1, stages))
         cold = crowd.cold_load(seconds * _LOADS)
         for place, count in enumerate(_COUNTS):
-            progress(Stage(f"{count} adapters", 2 + len(rows) + place, stages))
+            progress(Stage(f"{count} adapters", stages - len(_COUNTS) + place, stages))
             obstacle = crowd.grow(count, seconds * _GROWTH)
             if obstacle is not None:
                 left_out.append(LeftOut(f"{count} adapters", obstacle))
                 break
             switching.append(crowd.switching(seconds * _SWITCHES / len(_COUNTS)))
         memory.append(Memory(f"with {len(runtime.tasks)} tasks", resident_bytes()))
-    left_out += _left_out(bundle, runtime, plain)
+    left_out += _left_out(bundle, runtime, next(iter(plain.values())))
     return Benchmark(
         bundle.manifest.name,
         digest_file(bundle.path / MANIFEST),
@@ -115,6 +126,7 @@ def _measured(
         memory,
         runtime.usage(),
         left_out,
+        generated,
     )
 
 
@@ -126,8 +138,8 @@ def _left_out(bundle: Bundle, runtime: Runtime, plain: PlainSessions) -> list[Le
     return [] if plain.has_factored else [LeftOut("factored", f"{runtime.provider} compiles factors as constants")]
 
 
-def _stages(rows: Sequence[int]) -> int:
-    return len(rows) + len(_COUNTS) + 2
+def _stages(rows: Sequence[int], components: int) -> int:
+    return components * len(rows) + len(_COUNTS) + 3
 
 
 def _costs(cases: Mapping[str, Case], rows: int, seconds: float) -> list[CaseCost]:

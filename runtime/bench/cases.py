@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count, cycle
 
 import numpy as np
@@ -129,32 +130,40 @@ def free_name(bundle: Bundle, name: str) -> str:
 
 
 def served(
-    bundle: Bundle, runtime: Runtime, plain: PlainSessions, tasks: Sequence[str], folded: str | None, rows: int
+    bundle: Bundle,
+    runtime: Runtime,
+    plain: PlainSessions,
+    tasks: Sequence[str],
+    folded: str | None,
+    rows: int,
+    component: str | None = None,
 ) -> dict[str, Case]:
     """The cases for a number of rows.
 
     Args:
-        bundle: gives the example inputs.
+        bundle: bundle of the component, which gives the example inputs.
         runtime: serves the tasks.
         plain: the sessions to compare with.
         tasks: that take turns; where there is only the base, what needs a task is not among the cases.
         folded: a task with a folded session, or None.
         rows: rows of a batch.
+        component: component that runs.
     """
     inputs = batch(bundle, rows)
-    cases: dict[str, Case] = {"plain": plain.base(inputs), "base": lambda: runtime.run(inputs)}
+    run = partial(runtime.run, component=component)
+    cases: dict[str, Case] = {"plain": plain.base(inputs), "base": lambda: run(inputs)}
     own = [task for task in tasks if task in bundle.tasks]
     if not own:
         return cases
     if folded is not None:
-        cases["folded"] = lambda: runtime.run(inputs, folded)
+        cases["folded"] = lambda: run(inputs, folded)
     if runtime.only_folded:
         return cases
     if plain.has_factored:
         cases["factored"] = plain.factored(own[0], inputs)
     cases |= {
-        "banked": lambda: runtime.run(inputs, own[0]),
-        "switched": taking_turns(runtime, tasks, inputs),
+        "banked": lambda: run(inputs, own[0]),
+        "switched": taking_turns(runtime, tasks, inputs, component),
     }
     if rows == 1 or not bundle.manifest.batch_axis:
         return cases
@@ -164,15 +173,17 @@ def served(
 
     def singles() -> None:
         for row, task in zip(single, mixed, strict=True):
-            runtime.run(row, task)
+            run(row, task)
 
-    return cases | {"mixed": lambda: runtime.run(inputs, tasks=mixed, outputs=apart), "singles": singles}
+    return cases | {"mixed": lambda: run(inputs, tasks=mixed, outputs=apart), "singles": singles}
 
 
-def taking_turns(runtime: Runtime, tasks: Sequence[str], inputs: Mapping[str, Array]) -> Case:
+def taking_turns(
+    runtime: Runtime, tasks: Sequence[str], inputs: Mapping[str, Array], component: str | None = None
+) -> Case:
     """A run of the next task, every time."""
     turns: Iterator[str] = cycle(tasks)
-    return lambda: runtime.run(inputs, next(turns))
+    return lambda: runtime.run(inputs, next(turns), component=component)
 
 
 def known_tasks(bundle: Bundle, most: int) -> list[str]:

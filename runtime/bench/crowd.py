@@ -24,11 +24,12 @@ class Crowd:
         bundle: has a task at least.
         runtime: serves it; loads go there.
         rows: rows of each batch.
+        component: component that runs, where there are several.
     """
 
-    def __init__(self, bundle: Bundle, runtime: Runtime, rows: int) -> None:
-        self._bundle, self._runtime = bundle, runtime
-        self._inputs = batch(bundle, rows)
+    def __init__(self, bundle: Bundle, runtime: Runtime, rows: int, component: str | None = None) -> None:
+        self._bundle, self._runtime, self._component = bundle, runtime, component
+        self._inputs = batch(bundle if component is None else bundle.components[component], rows)
         # The largest adapter stands for all.
         self._task = max(bundle.tasks, key=self._file_bytes)
         self._adapter = bundle.adapter(self._task)
@@ -46,7 +47,7 @@ class Crowd:
             start = time.perf_counter()
             self._runtime.load(self._task)
             loaded = time.perf_counter()
-            self._runtime.run(self._inputs, self._task)
+            self._run()
             loads.append(1e3 * (loaded - start))
             runs.append(1e3 * (time.perf_counter() - loaded))
         return ColdLoad(self._task, self._file_bytes(self._task), spread(loads), spread(runs), len(loads))
@@ -67,8 +68,8 @@ class Crowd:
     def switching(self, seconds: float) -> Switching:
         """Another task every run against the same task again; two must have been loaded."""
         cases = {
-            "repeated": lambda: self._runtime.run(self._inputs, self._task),
-            "switched": taking_turns(self._runtime, self._known, self._inputs),
+            "repeated": self._run,
+            "switched": taking_turns(self._runtime, self._known, self._inputs, self._component),
         }
         times = interleave(cases, seconds)
         pairs = list(zip(times["repeated"], times["switched"], strict=True))
@@ -79,6 +80,9 @@ class Crowd:
             spread([1e6 * (switched - repeated) for repeated, switched in pairs]),
             spread([switched / repeated for repeated, switched in pairs]),
         )
+
+    def _run(self) -> None:
+        self._runtime.run(self._inputs, self._task, component=self._component)
 
     def _file_bytes(self, task: str) -> int:
         digest = self._bundle.digest(task)

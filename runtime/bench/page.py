@@ -9,7 +9,8 @@ from tpeft_deploy.html import plots
 from tpeft_deploy.html.page import FORM_COLOURS, document, tiles
 from tpeft_deploy.html.plots import Interval
 from tpeft_deploy.runtime.bench.cases import CASES
-from tpeft_deploy.runtime.bench.results import Benchmark, Spread
+from tpeft_deploy.runtime.bench.generating import GENERATED
+from tpeft_deploy.runtime.bench.results import Benchmark, CaseCost, Spread
 
 __all__ = ["render"]
 
@@ -40,6 +41,7 @@ process; a ratio is the median of the ratios within each round.</p>
 <section><h2>A batch, over a plain run of the base</h2><p class="soft small">Medians and quartiles on a logarithmic
 axis; less is faster, the dashed line is base.onnx in a bare session.</p>
 <div class="wide">{_ratios(found)}</div>{_legend(found)}</section>
+{_generation(found)}
 {_switching(found)}
 {_cases(found)}
 {_about(found)}
@@ -49,7 +51,8 @@ axis; less is faster, the dashed line is base.onnx in a bare session.</p>
 
 def _tiles(found: Benchmark) -> str:
     most = max(cost.rows for cost in found.cases)
-    largest = {cost.case: cost for cost in found.cases if cost.rows == most}
+    first = found.cases[0].component
+    largest = {cost.case: cost for cost in found.cases if (cost.component, cost.rows) == (first, most)}
     shown = {}
     if "banked" in largest:
         shown[f"{largest['banked'].ratio.median:.2f}"] = f"times a plain run, one task for {most} rows"
@@ -67,18 +70,32 @@ def _tiles(found: Benchmark) -> str:
 
 def _ratios(found: Benchmark) -> str:
     groups = []
-    for rows in dict.fromkeys(cost.rows for cost in found.cases):
-        own = [cost for cost in found.cases if cost.rows == rows and cost.case != "plain"]
+    for component, rows in dict.fromkeys((cost.component, cost.rows) for cost in found.cases):
+        batch = [cost for cost in found.cases if (cost.component, cost.rows) == (component, rows)]
+        own = [cost for cost in batch if cost.case != "plain"]
         items = [
             Interval(cost.case, *_three(cost.ratio), _COLOURS[cost.case], f"{cost.ratio.median:.3f}") for cost in own
         ]
-        groups.append(("1 row" if rows == 1 else f"{rows} rows", items))
+        named = "1 row" if rows == 1 else f"{rows} rows"
+        groups.append((f"{component}, {named}" if component else named, items))
     return plots.intervals(groups, mark=1.0)
 
 
 def _legend(found: Benchmark) -> str:
     shown = dict.fromkeys(cost.case for cost in found.cases if cost.case != "plain")
     return plots.legend([(f"{case}: {CASES[case]}", _COLOURS[case]) for case in shown])
+
+
+def _generation(found: Benchmark) -> str:
+    if not found.generation:
+        return ""
+    rows = "".join(
+        f'<tr><th>{cost.rows}</th><td class="left">{GENERATED[cost.case]}</td><td>{cost.tokens_per_s.median:.0f}</td>'
+        f"<td>{cost.tokens_per_s.low:.0f} to {cost.tokens_per_s.high:.0f}</td><td>{cost.repeats}</td></tr>"
+        for cost in found.generation
+    )
+    heads = ["rows", "case", "tokens/s", "quartiles", "rounds"]
+    return f"<section><h2>Generation</h2>{_table(heads, rows)}</section>"
 
 
 def _switching(found: Benchmark) -> str:
@@ -100,13 +117,17 @@ against the same task again, the two taking turns: medians and quartiles of the 
 
 def _cases(found: Benchmark) -> str:
     rows = "".join(
-        f'<tr><th>{cost.rows}</th><td class="left">{cost.case}</td><td>{cost.ms.median:.3g}</td>'
+        f'<tr><th>{_batch(cost)}</th><td class="left">{cost.case}</td><td>{cost.ms.median:.3g}</td>'
         f"<td>{cost.ms.low:.3g} to {cost.ms.high:.3g}</td><td>{cost.ratio.median:.3f}</td>"
         f"<td>{cost.ratio.low:.3f} to {cost.ratio.high:.3f}</td><td>{cost.repeats}</td></tr>"
         for cost in found.cases
     )
     heads = ["rows", "case", "ms", "quartiles", "ratio", "quartiles", "rounds"]
     return f"<section><h2>All figures</h2>{_table(heads, rows)}</section>"
+
+
+def _batch(cost: CaseCost) -> str:
+    return f"{escape(cost.component)} {cost.rows}" if cost.component else f"{cost.rows}"
 
 
 def _about(found: Benchmark) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Benchmark", "CaseCost", "ColdLoad", "LeftOut", "Memory", "Spread", "Switching"]
+__all__ = ["Benchmark", "CaseCost", "ColdLoad", "GenerationCost", "LeftOut", "Memory", "Spread", "Switching"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,31 @@ class CaseCost:
         ms: milliseconds of a batch.
         ratio: to the plain run of the same round.
         repeats: rounds.
+        component: component of the graph; empty for the only one.
     """
 
     case: str
     rows: int
     ms: Spread
     ratio: Spread
+    repeats: int
+    component: str = ""
+
+
+@dataclass(frozen=True)
+class GenerationCost:
+    """Rows that are generated together.
+
+    Args:
+        case: name, one of `generating.GENERATED`.
+        rows: sequences.
+        tokens_per_s: new tokens of all rows in a second, prompts and encoders included.
+        repeats: rounds.
+    """
+
+    case: str
+    rows: int
+    tokens_per_s: Spread
     repeats: int
 
 
@@ -109,6 +128,7 @@ class Benchmark:
         memory: memory of the process, in the order of time.
         usage: bytes that the runtime reports for its adapters, with all of `switching` loaded.
         left_out: parts that were not measured.
+        generation: per number of rows and case, where the bundle generates.
     """
 
     bundle: str
@@ -124,6 +144,7 @@ class Benchmark:
     memory: Sequence[Memory]
     usage: Mapping[str, int]
     left_out: Sequence[LeftOut]
+    generation: Sequence[GenerationCost] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The document that --json prints."""

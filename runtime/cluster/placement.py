@@ -33,6 +33,7 @@ class PlacementCosts:
         miss_rows: what loading an adapter costs a replica, in rows that it computes meanwhile.
         part_rows: what a further part of a request costs, in rows.
         filled: share of a replica's work that one adapter may take before it belongs to one more replica.
+        work_rows: what the work that a replica has done lately, over the mean of all, counts beside what waits there.
         slack: a replica may have this many times the mean load, and `spare_rows` more, before the next one helps.
         spare_rows: rows that may wait beyond that.
         half_life: seconds in which the measured demand for an adapter halves when none comes.
@@ -42,6 +43,7 @@ class PlacementCosts:
     miss_rows: float = 4.0
     part_rows: float = 4.0
     filled: float = 0.03
+    work_rows: float = 4.0
     slack: float = 1.25
     spare_rows: float = 8.0
     half_life: float = 30.0
@@ -124,6 +126,7 @@ class AffinePlacement:
     def __init__(self, costs: PlacementCosts | None = None) -> None:
         self._costs = costs or PlacementCosts()
         self.demand = Demand(self._costs.half_life, self._costs.adapters)
+        self._work = Demand(self._costs.half_life, 1 << 16)  # of each replica
         self._names: tuple[str, ...] = ()
         self._seeds: Array = np.empty(0, np.uint64)
         self._weights: Array = np.empty(0)
@@ -147,6 +150,18 @@ class AffinePlacement:
         self._names, self._weights = names, found
         self._seeds = np.array([_number(name) for name in names], np.uint64)
         self._orders.clear()
+
+    def record(self, digest: str, replica: str, rows: float, now: float) -> None:
+        """Count rows that a replica was chosen for: towards the adapter's demand, and the replica's work.
+
+        Args:
+            digest: digest of the adapter.
+            replica: name of the replica.
+            rows: number of rows.
+            now: time of a clock in seconds, the same or later at each call.
+        """
+        self.demand.add(digest, rows, now)
+        self._work.add(replica, rows, now)
 
     def copies(self, digest: str) -> int:
         """Return the number of replicas that an adapter belongs to, by its share of the demand."""
@@ -224,7 +239,12 @@ class AffinePlacement:
         return [digest for digest in digests if name in self.preferred(digest)]
 
     def _cost(self, name: str, digest: str, load: Mapping[str, float], resident: Callable[[str, str], bool]) -> float:
-        return load.get(name, 0.0) + (0.0 if resident(name, digest) else self._costs.miss_rows)
+        # Of replicas that are as busy now, the one that has done less: else the first in the order gets most.
+        done = self._work.share(name) * len(self._names)
+        return load.get(name, 0.0) + self._costs.work_rows * done + self._missed(name, digest, resident)
+
+    def _missed(self, name: str, digest: str, resident: Callable[[str, str], bool]) -> float:
+        return 0.0 if resident(name, digest) else self._costs.miss_rows
 
     def _bound(self, load: Mapping[str, float]) -> float:
         mean = sum(load.values()) / len(self._names)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.commands import call, fail, succeed
+from tests.helpers.components import two_component_bundle
+from tests.helpers.server.text_bundle import text_bundle
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import InputError
-from tpeft_deploy.runtime.bench import bench_bundle, cases, crowd
+from tpeft_deploy.runtime.bench import bench_bundle, cases, crowd, render
 from tpeft_deploy.runtime.bench.measure import interleave, spread
 from tpeft_deploy.runtime.sessions.providers import choose
 
@@ -71,6 +73,28 @@ def test_the_tables(conv_bundle: Bundle) -> None:
     assert lines[0].split() == ["rows", "case", "ms", "ms", "quartiles", "ratio", "ratio", "quartiles"]
     assert [line.split()[1] for line in lines[1:9]] == list(cases.CASES)
     assert any(line.startswith("switch with 2 known, µs") for line in lines)
+
+
+def test_every_component_has_its_figures(tmp_path: Path) -> None:
+    bundle = two_component_bundle(tmp_path / "two")
+    page = tmp_path / "page.html"
+    found = json.loads(
+        succeed("bench", bundle.path, *ON_CPU, "--rows", "1,2", "--seconds", 0.1, "--json", "--report", page)
+    )
+    measured = {(cost["component"], cost["rows"]) for cost in found["cases"]}
+    assert measured == {(name, rows) for name in bundle.components for rows in (1, 2)}
+    assert found["generation"] == []
+    assert all(name in page.read_text() for name in bundle.components)
+    lines = succeed("bench", bundle.path, *ON_CPU, "--rows", "1", "--seconds", 0.1).splitlines()
+    assert lines[0].split()[0] == "component"
+
+
+def test_a_bundle_that_generates_has_tokens_in_a_second(tmp_path: Path) -> None:
+    bundle = text_bundle(tmp_path / "text")
+    found = bench_bundle(bundle, provider="cpu", rows=[1], seconds=0.1, threads=1)
+    assert [(cost.case, cost.rows) for cost in found.generation] == [("base", 4), ("one task", 4), ("mixed", 4)]
+    assert all(cost.tokens_per_s.median > 0 for cost in found.generation)
+    assert "tokens/s" in render(found)
 
 
 def test_a_bundle_without_tasks_says_what_is_missing(own_bundle: Bundle) -> None:
