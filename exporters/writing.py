@@ -147,7 +147,8 @@ def write_graphs(
 def _write_choice(ports: DecoderPorts, graph: ir.Graph, place: Path) -> DecoderPorts:
     """Write the graph that chooses from the logits, and check it; returns the ports that name it."""
     dtype = next(value.dtype for value in graph.outputs if value.name == ports.logits)
-    assert dtype is not None
+    if dtype is None:
+        raise UnsupportedBase("export a decoder", expected=f"a dtype of {ports.logits!r}", got="none")
     ir.save(top_logits.choice_graph(ports.vocabulary, dtype), place / CHOICE)
     top_logits.check(place / CHOICE, ports.vocabulary, dtype)
     return replace(ports, choice=CHOICE)

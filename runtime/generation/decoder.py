@@ -117,7 +117,7 @@ class _Run:
         decoder.caches.bind(self.binding, ports.caches, first, rows)
         if ports.memory:
             self.inputs[ports.memory_lengths] = np.zeros(rows, np.int64)
-        self.logits: Array | None = None
+        self.logits: Array = np.empty((0, 0), decoder.logits_dtype)  # on the device, with a choice graph
         if decoder.top is not None:
             decoder.top.bind(self.binding.bind_output, ports.logits, rows)
         else:
@@ -276,7 +276,6 @@ class BankedDecoder:
             self.session.run_bound(run.binding)
         if self.top is not None:
             return DeviceLogits(self.top, range(len(tokens)))
-        assert run.logits is not None
         return widened(run.logits)
 
     def _bound(self, bank: Bank, first: int, rows: int) -> _Run:

@@ -6,23 +6,24 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import ServerError
-from tpeft_deploy.runtime import Runtime
+from tpeft_deploy.runtime import Limits, Runtime
 from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.operations.service import Service, order_of
-from tpeft_deploy.runtime.server.registry import open_state
+from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.transport.listener import HttpServer
 from tpeft_deploy.runtime.server.rpc.server import RpcServer, Tls
@@ -33,12 +34,13 @@ from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEven
 from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines, QueuedHandler
 from tpeft_deploy.runtime.server.telemetry.metrics import Metrics
 from tpeft_deploy.runtime.server.telemetry.tracing import tracing
+from tpeft_deploy.runtime.server.tenancy.fair_order import Orders
 from tpeft_deploy.runtime.server.tenancy.intake import Intake
 from tpeft_deploy.runtime.server.tenancy.local_only import LocalOnly
 from tpeft_deploy.runtime.server.v2.limits import RestLimits, RpcLimits
 from tpeft_deploy.runtime.sessions.providers import choose
 
-__all__ = ["serve"]
+__all__ = ["open_service", "rest_application", "rpc_server", "serve"]
 
 _log = logging.getLogger("tpeft_deploy.server")
 _SWEEP_SECONDS = 300.0
@@ -112,9 +114,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
             settings.state,
             settings.database_url,
             default=settings.quota,
-            store=settings.store_url,
-            cache_bytes=settings.cache_bytes,
-            store_timeout=settings.store_timeout,
+            **settings.store_options,
         )
     )
     ports = [port for part in bundle.components.values() for port in part.manifest.inputs]
@@ -124,23 +124,38 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
     runtime = stack.enter_context(
         Runtime(
             path,
-            provider=settings.provider,
-            devices=settings.devices,
-            threads=settings.threads,
-            device_bytes=settings.device_bytes,
-            host_bytes=settings.host_bytes,
-            folded_bytes=settings.folded_bytes,
-            kv_bytes=settings.kv_bytes,
-            max_tokens=settings.max_tokens,
-            prefix_bytes=settings.prefix_bytes,
-            cuda_graphs=settings.cuda_graphs,
-            allow_tf32=settings.allow_tf32,
-            pinned_share=0.5,
+            **settings.runtime_options,
             limits=limits,
             order=order,
             sequence_order=order.sequences,
         )
     )
+    service, metrics = open_service(runtime, bundle, state, order, limits, settings, stack, lines)
+    return service, metrics, runtime
+
+
+def open_service(
+    runtime: Runtime,
+    bundle: Bundle,
+    state: State,
+    order: Orders,
+    limits: Limits,
+    settings: Settings,
+    stack: ExitStack,
+    lines: LogLines,
+) -> tuple[Service, Metrics]:
+    """Create the service on a runtime, and its metrics; `stack` closes what it opens.
+
+    Args:
+        runtime: the runtime, or what stands for one on other machines.
+        bundle: the bundle.
+        state: the registry.
+        order: orders of the runtime's queues.
+        limits: limits of batching.
+        settings: server settings.
+        stack: closed when the server ends.
+        lines: writer of log lines.
+    """
     metrics = Metrics(
         settings.max_task_series,
         runtime.residency,
@@ -175,7 +190,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
         observe=observe,
         forget=metrics.drop,
     )
-    return Service(runtime, bundle, state, order, options), metrics, runtime
+    return Service(runtime, bundle, state, order, options), metrics
 
 
 async def _run(
@@ -188,7 +203,7 @@ async def _run(
 ) -> None:
     intake = settings.intake
     http = _http(service, settings, observe, intake)
-    grpc = _grpc(service, settings, observe, intake, certificates)
+    grpc = rpc_server(service, settings, observe, intake, certificates)
     if certificates is not None:
         http.tls = certificates.context
     stop = asyncio.Event()
@@ -236,9 +251,10 @@ async def _renewing(certificates: Certificates | None, http: HttpServer, grpc: R
                 grpc.renew(Tls(*certificates.pem))
 
 
-def _http(
+def rest_application(
     service: Service, settings: Settings, observe: Callable[[RequestContext], None], intake: Intake
-) -> HttpServer:
+) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """Return the ASGI application of a service."""
     limits = RestLimits(
         elements=settings.max_elements,
         body_bytes=min(settings.max_body_bytes, service.largest_body or settings.max_body_bytes),
@@ -247,8 +263,14 @@ def _http(
         json_upload_bytes=settings.max_json_upload_bytes,
     )
     answer = application(service, limits, observe, intake)
+    return LocalOnly(answer) if settings.no_auth else answer
+
+
+def _http(
+    service: Service, settings: Settings, observe: Callable[[RequestContext], None], intake: Intake
+) -> HttpServer:
     config = uvicorn.Config(
-        LocalOnly(answer) if settings.no_auth else answer,
+        rest_application(service, settings, observe, intake),
         ws="none",  # otherwise an installed WebSocket library responds before authentication
         lifespan="off",
         proxy_headers=False,  # client addresses are not used
@@ -260,13 +282,14 @@ def _http(
     return HttpServer(config, settings.patience)
 
 
-def _grpc(
+def rpc_server(
     service: Service,
     settings: Settings,
     observe: Callable[[RequestContext], None],
     intake: Intake,
     certificates: Certificates | None,
 ) -> RpcServer | None:
+    """Return the gRPC server of a service; None if the settings have no port for it."""
     if settings.grpc_port is None:
         return None
     # grpc delivers messages as a whole, which blocks the event loop for 2 ms per MB even if the message is refused.

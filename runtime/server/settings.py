@@ -273,6 +273,29 @@ class Settings(BaseSettings):
             idle_seconds=self.idle_timeout,
         )
 
+    @property
+    def store_options(self) -> dict[str, Any]:
+        """Arguments of `open_state` for the store of the adapters."""
+        return {"store": self.store_url, "cache_bytes": self.cache_bytes, "store_timeout": self.store_timeout}
+
+    @property
+    def runtime_options(self) -> dict[str, Any]:
+        """Arguments of the server's `Runtime`."""
+        return {
+            "provider": self.provider,
+            "devices": self.devices,
+            "threads": self.threads,
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "folded_bytes": self.folded_bytes,
+            "kv_bytes": self.kv_bytes,
+            "max_tokens": self.max_tokens,
+            "prefix_bytes": self.prefix_bytes,
+            "cuda_graphs": self.cuda_graphs,
+            "allow_tf32": self.allow_tf32,
+            "pinned_share": 0.5,
+        }
+
     def batching(self, device: str, *, tokens: bool = False) -> Batching:
         """Return the batching limits for a device.
 

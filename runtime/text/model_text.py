@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from tpeft_deploy.runtime.text.chat_template import ChatTemplate
 
-__all__ = ["Encoding", "ModelText"]
+__all__ = ["Encoding", "ModelText", "schema_of", "tokens_before"]
 
 _EXTRA = "text"
 
@@ -32,6 +33,38 @@ class Encoding(NamedTuple):
 
     ids: list[int]
     type_ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Detokenisers:
+    """Factory of detokenisers."""
+
+    before: tuple[int, ...]
+    make: Callable[[Sequence[int]], Detokeniser]
+
+    def __call__(self) -> Detokeniser:
+        return self.make(self.before)
+
+
+@dataclass(frozen=True)
+class _Constraints:
+    """Factory of constraints."""
+
+    schema: Mapping[str, Any]
+    make: Callable[[], Constraint]
+
+    def __call__(self) -> Constraint:
+        return self.make()
+
+
+def tokens_before(factory: Callable[[], Detokeniser]) -> tuple[int, ...] | None:
+    """Return the tokens that `ModelText.detokeniser` was given; None for another factory."""
+    return factory.before if isinstance(factory, _Detokenisers) else None
+
+
+def schema_of(factory: Callable[[], Constraint]) -> Mapping[str, Any] | None:
+    """Return the schema that `ModelText.constraint` was given; None for another factory."""
+    return factory.schema if isinstance(factory, _Constraints) else None
 
 
 class ModelText:
@@ -173,7 +206,7 @@ class ModelText:
         Args:
             before: tokens that the text continues; none for a text that begins anew, such as an answer.
         """
-        return partial(self._detokenisers, tuple(before))
+        return _Detokenisers(tuple(before), self._detokenisers)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None, **options: Any) -> str:
         """Text of a conversation by a chat template.
@@ -243,7 +276,7 @@ class ModelText:
             MissingExtra: llguidance is not installed.
             InputError: the schema is invalid or not supported, or the model has no stop token.
         """
-        return json_constraint(self._grammars, schema)
+        return _Constraints(schema, json_constraint(self._grammars, schema))
 
     @cached_property
     def _grammars(self) -> LLTokenizer:

@@ -8,6 +8,7 @@ import click
 from tpeft_deploy import __version__
 from tpeft_deploy.cli.adapter import adapter
 from tpeft_deploy.cli.bench import bench
+from tpeft_deploy.cli.cluster import cluster
 from tpeft_deploy.cli.console import Tool
 from tpeft_deploy.cli.convert import convert
 from tpeft_deploy.cli.export import export
@@ -45,6 +46,7 @@ for command in (
     bench,
     serve,
     health,
+    cluster,
     keys,
     quickstart,
 ):

@@ -52,7 +52,7 @@ def test_messages_over_grpc_are_as_large_as_is_of_use(
     monkeypatch.setattr(main, "RpcServer", lambda _servicer, limits, **_: limits)
     settings = Settings(grpc_port=0, max_grpc_bytes=given)
     service: Any = SimpleNamespace(largest_body=largest)
-    limits: Any = main._grpc(service, settings, lambda _: None, settings.intake, None)
+    limits: Any = main.rpc_server(service, settings, lambda _: None, settings.intake, None)
     assert limits.message_bytes == expected
 
 

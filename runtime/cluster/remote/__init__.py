@@ -1,0 +1,1 @@
+"""The runtime as the operations of an ingress see it, over replicas."""

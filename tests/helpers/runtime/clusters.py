@@ -1,0 +1,77 @@
+"""A cluster of Ray Serve in processes of its own, found and ended by a mark in their environment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.helpers.server.processes import COMMAND, ROOT
+from tests.helpers.waiting import wait_until
+
+MARK = "TPEFT_TEST_MARK"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster."""
+
+    url: str
+    grpc: str
+    process: subprocess.Popen[bytes]
+    mark: str
+
+    def processes(self, title: str = "") -> list[int]:
+        """Ids of its processes of which the command line has a text."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            with suppress(OSError):
+                marked = folder.name.isdigit() and f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes()
+                if marked and title.encode() in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+        return found
+
+    def stop(self) -> None:
+        """Stop it as an operator does, and wait until nothing of it runs."""
+        self.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: self.process.poll() is not None, "the end of the command")
+        wait_until(lambda: not self.processes(), "the end of all processes")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def cluster(bundle: Path, state: Path, *arguments: object) -> Iterator[Cluster]:
+    """Start a cluster on this machine, with gRPC and without authentication."""
+    port, grpc, mark = _free_port(), _free_port(), uuid.uuid4().hex
+    line = [*COMMAND, "cluster", "up", bundle, "--state", state, "--port", port, "--grpc-port", grpc, "--no-auth"]
+    line += ["--provider", "cpu", "--threads", 1, "--cpus", 0.1, *arguments]
+    environment = {
+        **os.environ,
+        MARK: mark,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    log = state.with_suffix(".log")  # not a pipe, which nobody would empty
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [str(part) for part in line], cwd=ROOT, env=environment, stderr=stderr, stdout=stderr
+        )
+    own = Cluster(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc}", process, mark)
+    try:
+        wait_until(lambda: "\nserving on" in log.read_text() or process.poll() is not None, "the start of the cluster")
+        assert process.poll() is None, log.read_text()[-4000:]
+        yield own
+    finally:
+        for number in [process.pid, *own.processes()]:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        process.wait()
