@@ -24,12 +24,14 @@ class SessionFactory:
         choice: execution provider, from `providers.choose`.
         threads: number of intra-op threads per session; by default one per core.
         half: whether the model computes in 16 bits.
+        alone: whether sessions run one at a time: those of a decoder, which one thread drives.
         cuda: options of sessions on CUDA; ignored by other providers.
     """
 
     choice: Choice
     threads: int | None = None
     half: bool = False
+    alone: bool = False
     cuda: Cuda = DEFAULT_CUDA
 
     @classmethod
@@ -66,7 +68,8 @@ class SessionFactory:
                 got=choice.reason,
                 fix="Export the module with .float() or .half() for the CPU.",
             )
-        return cls(choice, threads, "float16" in dtypes, cuda)
+        alone = manifest.decoder is not None and choice.device == "cpu"
+        return cls(choice, threads, "float16" in dtypes, alone, cuda)
 
     @property
     def device(self) -> str:
@@ -111,6 +114,7 @@ class SessionFactory:
             self.choice,
             threads=self.threads,
             half=self.half,
+            alone=self.alone,
             content=content,
             initializers=initializers,
             options=options,

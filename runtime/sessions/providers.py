@@ -150,6 +150,7 @@ def open_session(
     *,
     threads: int | None = None,
     half: bool = False,
+    alone: bool = False,
     content: bytes | None = None,
     initializers: Mapping[str, onnxruntime.OrtValue] | None = None,
     options: onnxruntime.SessionOptions | None = None,
@@ -162,6 +163,7 @@ def open_session(
         choice: result of `choose`.
         threads: number of intra-op threads; by default one per core.
         half: whether the model computes in 16 bits.
+        alone: whether no other session runs at the same time, so that threads may spin between two operators.
         content: bytes in place of the file's; external data is still read beside the file.
         initializers: name of an external initializer -> value in its place.
         options: options that are set already; the others are added.
@@ -174,7 +176,7 @@ def open_session(
     wanted, values = choice.execution, dict(initializers or {})
     if wanted.compiles:
         content, values = _adapted(model, content, values, wanted)
-    options = _completed(options or onnxruntime.SessionOptions(), threads, quiet=wanted.compiles)
+    options = _completed(options or onnxruntime.SessionOptions(), threads, quiet=wanted.compiles, alone=alone)
     if content is not None:
         options.add_session_config_entry(_FOLDER, str(model.parent.resolve()))
     if values:
@@ -203,10 +205,16 @@ def open_session(
     return session
 
 
-def _completed(options: onnxruntime.SessionOptions, threads: int | None, *, quiet: bool) -> onnxruntime.SessionOptions:
+def _completed(
+    options: onnxruntime.SessionOptions, threads: int | None, *, quiet: bool, alone: bool
+) -> onnxruntime.SessionOptions:
     options.log_severity_level = 4 if quiet else 3  # what cannot be compiled fills pages; `_reason` returns the gist
-    # Idle pools of several sessions in one process would spin against each other.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that spin within a run make small operators a quarter faster, but two runs at once half as fast.  Between
+    # runs none spins: idle pools of several sessions in one process would do it against each other.
+    if alone:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    else:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The default rounds the activations of quantised products to 8 bits: the base would not answer as it was proved.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if threads is not None:
