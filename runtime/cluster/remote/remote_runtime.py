@@ -263,8 +263,8 @@ class RemoteRuntime:
             if timing is not None:
                 ended = time.monotonic() - answer.since
                 timing.add(ended - answer.ran, ended, answer.rows)
-            assert isinstance(answer, Computed)
-            return answer
+            computed: Computed = answer
+            return computed
         raise AssertionError("the second attempt raises")
 
     async def _within(self, timeout: float | None, call: Coroutine[Any, Any, T]) -> T:
