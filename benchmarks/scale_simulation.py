@@ -9,7 +9,7 @@ does. The first half of the requests only warms the banks.
 
 | column | what |
 |---|---|
-| hit rate | rows whose adapter was resident, of all |
+| hit rate | share of rows with their adapter resident |
 | best | that of Belady's eviction, which knows the future, in each replica on the requests that it got |
 | imbalance | most rows of a replica that was there all the time over their mean |
 | wait | rows before one in its replica's queue: mean, 99th percentile |

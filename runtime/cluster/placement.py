@@ -1,7 +1,7 @@
 """Which replica computes the rows of an adapter: a pure policy, used by the router and by its simulation alike.
 
 An adapter belongs to the first few replicas in the order of rendezvous hashing (Thaler and Ravishankar, 1998), so that
-every router finds the same ones without asking, and a replica that comes or goes moves only its own share. An adapter
+every router finds the same ones without asking, and a replica that comes or goes moves only its share. An adapter
 in demand belongs to more of them. Among those, the one answers that is expected to be done first; when all of them are
 far busier than the mean, the next in the order helps (consistent hashing with bounded loads, Mirrokni et al., 2016).
 """

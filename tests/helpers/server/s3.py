@@ -1,4 +1,4 @@
-"""An S3 API in a process, whose objects outlive it."""
+"""An S3 API in a process; its objects outlive it."""
 
 from __future__ import annotations
 
