@@ -64,7 +64,7 @@ class Management:
         self._admit = admit
         self._reader = reader
         self._max_upload_bytes = max_upload_bytes
-        self._pinned: tuple[PinRecord, ...] = ()  # as they were when the runtime last followed them
+        self._pinned: tuple[PinRecord, ...] = ()  # those that the runtime has, but for what other servers changed since
         self._following = threading.Lock()
 
     def announce(self, records: list[VersionRecord]) -> None:
@@ -232,7 +232,9 @@ class Management:
 
     def _keep(self, pin: PinRecord, key: str, by: str) -> None:
         try:
-            self._state.placements.pin(pin, by=by)
+            with self._following:  # another server may remove it before this one follows
+                self._state.placements.pin(pin, by=by)
+                self._pinned = (*(own for own in self._pinned if not _same(own, pin)), pin)
         except BaseException:
             with contextlib.suppress(UnknownTask):
                 self._runtime.unpin(key)
@@ -240,7 +242,10 @@ class Management:
 
     def _unpin(self, target: ServedVersion, by: str) -> None:
         pinned = self._state.placements.pins(target.tenant, target.task)
-        self._state.placements.unpin(target.tenant, target.task, by=by)
+        with self._following:
+            self._state.placements.unpin(target.tenant, target.task, by=by)
+            own = (target.tenant, target.task)
+            self._pinned = tuple(pin for pin in self._pinned if (pin.tenant, pin.task) != own)
         for key in {target.key, *(self._models.key(pin.tenant, pin.task, pin.version) for pin in pinned)}:
             with contextlib.suppress(UnknownTask):  # deleted, and its pin with it
                 self._runtime.unpin(key)
@@ -280,6 +285,10 @@ class Management:
     def _check_own(self, tenant: str, found: str, name: str) -> None:
         if found != tenant:
             raise Conflict(f"pin task {name!r}", expected="a task that the tenant owns", got="a shared one")
+
+
+def _same(pin: PinRecord, other: PinRecord) -> bool:
+    return (pin.tenant, pin.task, pin.version) == (other.tenant, other.task, other.version)
 
 
 def owner_of(principal: Principal, tenant: str | None) -> str:

@@ -321,3 +321,18 @@ def test_services_serve_what_others_register(pair: tuple[Served, Served], others
     wait_until(lambda: not one.runtime.residency().keys() & {"acme/mood@1", "acme/mood@2"}, "the end of the versions")
     with pytest.raises(NotFound):
         wait(one.service.infer(who, request))
+
+
+def test_a_pin_that_another_server_removes_at_once_is_not_left(
+    pair: tuple[Served, Served], others: list[Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = pair
+    who, follow = one.who(), one.state.on_change
+    wait(one.service.register(who, "mood", upload(weights=others[0].to_bytes())))
+    wait_until(lambda: two.state.tasks.snapshot().own("acme", "mood"), "the task")
+    monkeypatch.setattr(one.state, "on_change", lambda: None)  # late
+    wait(one.service.pin(who, "mood", folded=False))
+    wait(two.service.unpin(who, "mood"))
+    wait_until(lambda: not one.state.placements.now.pins, "the end of the pin in the registry")
+    follow()
+    wait_until(lambda: not one.runtime.pins(), "the end of the pin")
