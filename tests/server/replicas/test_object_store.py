@@ -347,6 +347,17 @@ def test_a_url_that_cannot_be_used_is_one_line(url: str, error: type[Exception],
     assert "\n" not in str(refused.value)
 
 
+def test_a_store_without_its_bucket_is_one_line(
+    files: FaultyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(files, "pipe_file", missing)
+    with pytest.raises(Unavailable, match=r"expected the bucket or folder of store_url, got none\. The operator"):
+        store_of(files, tmp_path).write(b"bytes")
+
+
 def test_names_are_those_of_the_contract(files: FaultyFiles, tmp_path: Path) -> None:
     store: ObjectStore = store_of(files, tmp_path)
     digest = store.write(b"an adapter")

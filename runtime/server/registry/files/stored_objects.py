@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tpeft_deploy.errors import MissingExtra, ServerError
+from tpeft_deploy.errors import MissingExtra, ServerError, Unavailable
 from tpeft_deploy.files import new_file
 from tpeft_deploy.runtime.server.registry.files.disk import storing
 from tpeft_deploy.runtime.server.registry.files.guarded_calls import GuardedCalls
@@ -66,7 +66,15 @@ class StoredObjects:
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object; readers see all of it or nothing."""
-        self.calls.call("store an adapter", self._put, name, data, parts=1 + len(data) // _CHUNK)
+        try:
+            self.calls.call("store an adapter", self._put, name, data, parts=1 + len(data) // _CHUNK)
+        except FileNotFoundError:
+            raise Unavailable(
+                "store an adapter",
+                expected="the bucket or folder of store_url",
+                got="none",
+                fix="The operator has to create it.",
+            ) from None
 
     def any(self, folder: str) -> bool:
         """Whether there is an object below a folder."""
