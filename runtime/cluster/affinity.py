@@ -77,16 +77,14 @@ class ReplicaTable:
         """
         with self._lock:
             load = self._load()
-            if avoid is not None and len(load) > 1:
-                load[avoid] = float("inf")
-                others = [name for name in load if name != avoid]
-                return min(others, key=lambda name: load[name])
             if not load:
                 return None
-            if digest == BASE_TASK:
-                return min(load, key=lambda name: load[name])
-            self._placement.demand.add(digest, rows, self._clock())
-            return self._placement.choose(digest, load, self._is_resident)
+            others = [name for name in load if name != avoid] or [*load]
+            if avoid is not None or digest == BASE_TASK:
+                return min(others, key=lambda name: load[name])
+            name = self._placement.choose(digest, load, self._is_resident)
+            self._placement.record(digest, name, rows, self._clock())
+            return name
 
     def split(self, digests: Sequence[str]) -> list[RowsPart]:
         """Return the parts of a request of several adapters, and count them as demand.
@@ -96,10 +94,12 @@ class ReplicaTable:
         """
         with self._lock:
             now = self._clock()
-            for digest, rows in Counter(digests).items():
-                if digest != BASE_TASK:
-                    self._placement.demand.add(digest, rows, now)
-            return self._placement.split(digests, self._load(), self._is_resident)
+            parts = self._placement.split(digests, self._load(), self._is_resident)
+            for part in parts:
+                for digest, rows in Counter(digests[row] for row in part.rows).items():
+                    if digest != BASE_TASK:
+                        self._placement.record(digest, part.replica, rows, now)
+            return parts
 
     def preferred(self, digest: str, least: int = 1) -> list[str]:
         """Return the replicas that an adapter belongs to, at least `least` where there are as many."""

@@ -30,10 +30,10 @@ class PlacementCosts:
     """Costs and bounds of the policy.
 
     Attributes:
-        miss_rows: what loading an adapter costs a replica, in rows that it computes meanwhile.
-        part_rows: what a further part of a request costs, in rows.
+        miss_rows: cost of loading an adapter, in rows that the replica computes meanwhile.
+        part_rows: cost of a further part of a request, in rows.
         filled: share of a replica's work that one adapter may take before it belongs to one more replica.
-        work_rows: what the work that a replica has done lately, over the mean of all, counts beside what waits there.
+        work_rows: cost of a replica's work lately, over the mean of all, beside the rows that wait there.
         slack: a replica may have this many times the mean load, and `spare_rows` more, before the next one helps.
         spare_rows: rows that may wait beyond that.
         half_life: seconds in which the measured demand for an adapter halves when none comes.
@@ -241,10 +241,8 @@ class AffinePlacement:
     def _cost(self, name: str, digest: str, load: Mapping[str, float], resident: Callable[[str, str], bool]) -> float:
         # Of replicas that are as busy now, the one that has done less: else the first in the order gets most.
         done = self._work.share(name) * len(self._names)
-        return load.get(name, 0.0) + self._costs.work_rows * done + self._missed(name, digest, resident)
-
-    def _missed(self, name: str, digest: str, resident: Callable[[str, str], bool]) -> float:
-        return 0.0 if resident(name, digest) else self._costs.miss_rows
+        missed = self._misses(name, [digest], resident)
+        return load.get(name, 0.0) + self._costs.work_rows * done + self._costs.miss_rows * missed
 
     def _bound(self, load: Mapping[str, float]) -> float:
         mean = sum(load.values()) / len(self._names)
