@@ -209,8 +209,8 @@ def _completed(
     options: onnxruntime.SessionOptions, threads: int | None, *, quiet: bool, alone: bool
 ) -> onnxruntime.SessionOptions:
     options.log_severity_level = 4 if quiet else 3  # what cannot be compiled fills pages; `_reason` returns the gist
-    # Threads that spin within a run make small operators a quarter faster, but two runs at once half as fast.  Between
-    # runs none spins: idle pools of several sessions in one process would do it against each other.
+    # Threads that spin within a run make small operators faster, but two runs at once slower.  Between runs none spins:
+    # idle pools of several sessions in one process would do it against each other.
     if alone:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     else:

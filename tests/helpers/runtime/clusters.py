@@ -1,4 +1,4 @@
-"""A cluster of Ray Serve in processes of its own, found and ended by a mark in their environment."""
+"""A cluster of Ray Serve in other processes, found and ended by a mark in their environment."""
 
 from __future__ import annotations
 

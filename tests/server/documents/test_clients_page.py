@@ -1,4 +1,4 @@
-"""docs/clients.md, and the text quick start of README.md, run as printed: each client in a process of its own."""
+"""docs/clients.md, and the text quick start of README.md, run as printed: each client in another process."""
 
 from __future__ import annotations
 
