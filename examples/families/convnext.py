@@ -21,8 +21,9 @@ from sklearn.datasets import load_digits
 from transformers import ConvNextV2Backbone, ConvNextV2Config, ConvNextV2ForImageClassification
 from transformers.utils import logging
 
+from examples.families.answers import LIMIT, adapted, error, merged
 from examples.families.figures import forms, gate, measuring, options, record
-from examples.families.vision import LIMIT, adapted, error, merged, outputs, worst
+from examples.families.vision import outputs, worst
 from tpeft_deploy import Runtime, export_bundle, load_adapter
 from tpeft_deploy.exporters import Component
 from tpeft_deploy.training import TuckerConfig

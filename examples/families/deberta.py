@@ -21,11 +21,12 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
+from examples.families.answers import LIMIT, adapted, error
 from examples.families.figures import measuring, options, record
-from examples.families.sentences import Example, adapted, encoded, inference, save, similarity, sources, train
+from examples.families.sentences import Example, encoded, inference, save, similarity, sources, train
 from examples.families.sentences import tokenizer as make_tokenizer
 from examples.families.serving import ask, measure, serving
-from examples.families.text_figures import LIMIT, error, exported, quiet, text_forms, worst
+from examples.families.text_figures import exported, quiet, text_forms, worst
 from tpeft_deploy import Adapter, Runtime, export_bundle, load_adapter
 from tpeft_deploy.training import TuckerConfig
 from tpeft_deploy.tucker import Array

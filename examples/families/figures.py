@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpeft_deploy import Bundle, Runtime
+from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.bench.bundled import bench_bundle
-from tpeft_deploy.runtime.bench.measure import interleave, resident_bytes
+from tpeft_deploy.runtime.bench.measure import resident_bytes
 
-__all__ = ["Measured", "forms", "gate", "measuring", "options", "record", "table", "tokens_per_second"]
+__all__ = ["Measured", "forms", "gate", "measuring", "options", "record", "table"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -84,28 +83,6 @@ def forms(bundle: Bundle, rows: Sequence[int], seconds: float, threads: int = 2)
     return [
         {"form": cost.case, "rows": cost.rows, "ms": cost.ms.median, "ratio": cost.ratio.median} for cost in found.cases
     ]
-
-
-def tokens_per_second(runtime: Runtime, cases: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Return the tokens that each case generates in a second, medians of interleaved rounds.
-
-    Args:
-        runtime: runtime that generates.
-        cases: name -> function that generates.
-        seconds: for all together.
-    """
-    tokens = {}
-    for name, case in cases.items():
-        before = _generated(runtime)
-        case()
-        tokens[name] = _generated(runtime) - before
-    times = interleave(cases, seconds)
-    return {name: tokens[name] / statistics.median(own) for name, own in times.items()}
-
-
-def _generated(runtime: Runtime) -> int:
-    found = runtime.generation()
-    return 0 if found is None else found.generated_tokens
 
 
 def record(name: str, figures: Mapping[str, Any], full: bool) -> None:

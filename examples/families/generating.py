@@ -15,8 +15,8 @@ import torch
 from peft import PeftConfig
 from transformers.generation import GenerationMixin
 
+from examples.families.answers import adapted, merged
 from examples.families.figures import gate, measuring
-from examples.families.vision import adapted, merged
 from tpeft_deploy import Bundle, Runtime, export_bundle, load_adapter
 
 SLOTS = 3

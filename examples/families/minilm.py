@@ -22,11 +22,12 @@ from peft import LoraConfig
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
+from examples.families.answers import LIMIT, adapted
 from examples.families.figures import measuring, options, record
-from examples.families.sentences import adapted, encoded, save, sources, split, train
+from examples.families.sentences import encoded, save, sources, split, train
 from examples.families.sentences import tokenizer as make_tokenizer
 from examples.families.serving import ask, measure, serving
-from examples.families.text_figures import LIMIT, exported, quiet, text_forms, worst
+from examples.families.text_figures import exported, quiet, text_forms, worst
 from tpeft_deploy import Bundle, export_bundle, load_adapter
 from tpeft_deploy.tucker import Array
 

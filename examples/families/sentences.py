@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
 from peft.utils.warning import PeftWarning
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -103,12 +102,6 @@ def tokenizer(size: int, *, types: bool = False) -> PreTrainedTokenizerFast:
     names: dict[str, Any] = {f"{name.strip('[]').lower()}_token": name for name in SPECIAL}
     names["model_input_names"] = ["input_ids", *(["token_type_ids"] if types else []), "attention_mask"]
     return PreTrainedTokenizerFast(tokenizer_object=made, **names)
-
-
-def adapted(base: Any, config: PeftConfig) -> Any:
-    """Let PEFT add an adapter to a model."""
-    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PEFT uses an alias of transformers
-        return get_peft_model(base, config)
 
 
 def save(model: Any, place: Path) -> None:

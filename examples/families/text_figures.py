@@ -8,9 +8,9 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 from transformers.utils import logging
 
+from examples.families.answers import LIMIT, error
 from examples.families.figures import Measured, gate
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.runtime.bench.cases import PlainSessions, fold_copy
@@ -18,18 +18,11 @@ from tpeft_deploy.runtime.bench.measure import interleave
 from tpeft_deploy.runtime.sessions.providers import choose
 from tpeft_deploy.tucker import Array
 
-LIMIT = 1e-5  # relative error of an answer in float32
-
 
 def quiet() -> None:
     """Leave out what transformers says of a new head, and its progress bars."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def error(found: Array, wanted: Array) -> float:
-    """Largest difference relative to the largest value."""
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
 def worst(found: Iterable[Array], wanted: Iterable[Array]) -> float:

@@ -45,7 +45,7 @@ class UseHistory:
         """Count a use.
 
         Args:
-            item: what is used.
+            item: the one in use.
             residents: number of those that are resident.
         """
         item.heat, item.epoch = self.heat(item) + 1.0, self._epoch

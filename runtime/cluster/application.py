@@ -53,7 +53,7 @@ class RayReplica:
         cluster = ClusterSettings.of(arguments)
         settings = cluster.settings
         bundle = Bundle.open(cluster.path)
-        limits = cluster.limits(bundle, choose(settings.provider, allow_tf32=settings.allow_tf32).device)
+        limits = settings.limits(bundle, choose(settings.provider, allow_tf32=settings.allow_tf32).device)
         quotas = ToldQuotas()
         order = quotas.orders(limits)
         runtime = Runtime(
@@ -100,7 +100,7 @@ class RayReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what the number of replicas is chosen by."""
-        return {ROWS: float(self._replica.figures().rows)}
+        return {ROWS: float(self._replica.rows)}
 
     def __del__(self) -> None:
         """Release the runtime."""

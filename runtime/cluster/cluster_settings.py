@@ -9,9 +9,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import ServerError
-from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.settings import Settings
 
 __all__ = ["ClusterSettings"]
@@ -96,16 +94,3 @@ class ClusterSettings:
     def path(self) -> Path:
         """Directory of the bundle."""
         return Path(self.bundle).resolve()
-
-    def limits(self, bundle: Bundle, device: str) -> Limits:
-        """Return the limits of batching.
-
-        Args:
-            bundle: the bundle.
-            device: device of the runtime.
-        """
-        import numpy as np
-
-        ports = [port for part in bundle.components.values() for port in part.manifest.inputs]
-        tokens = all(np.issubdtype(port.dtype, np.integer) for port in ports)
-        return self.settings.batching(device, tokens=tokens)

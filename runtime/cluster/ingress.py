@@ -25,8 +25,6 @@ from tpeft_deploy.runtime.server.telemetry.log_lines import LogLines
 
 __all__ = ["Ingress"]
 
-_SWEEP_SECONDS = 300.0
-
 
 class Ingress:
     """A service over replicas, with its ASGI application and its gRPC server; made by `open`.
@@ -53,7 +51,7 @@ class Ingress:
         self.application = application
         self._grpc = grpc
         self._opened = opened
-        self._sweeping = asyncio.create_task(service.sweep(_SWEEP_SECONDS))
+        self._sweeping = asyncio.create_task(service.sweep())
 
     @classmethod
     async def open(cls, settings: ClusterSettings, calls: ReplicaCalls, table: ReplicaTable) -> Self:
@@ -62,7 +60,7 @@ class Ingress:
         Args:
             settings: settings of the cluster.
             calls: calls of the replicas.
-            table: what is known of the replicas.
+            table: figures of the replicas.
 
         Raises:
             ServerError, BundleError: it cannot start.
@@ -76,7 +74,7 @@ class Ingress:
             )
             runtime = RemoteRuntime(bundle, calls, table, state.tenants.quota, loop)
             await runtime.open()
-            limits = settings.limits(bundle, runtime.provider)
+            limits = own.limits(bundle, runtime.provider)
             order = order_of(state, limits)
             # Not on the loop: the service restores its pins, and waits for replicas that this loop talks to.
             service, metrics = await asyncio.to_thread(

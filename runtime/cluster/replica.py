@@ -168,6 +168,11 @@ class ReplicaRuntime:
                 if isinstance(error, CapacityError):
                     return
 
+    @property
+    def rows(self) -> int:
+        """Rows that wait or run."""
+        return max(self._running, self.runtime.batching().waiting_rows)
+
     def figures(self) -> Figures:
         """Return the state that routers choose by."""
         known = dict(self._names.last(_REPORTED))
@@ -176,7 +181,7 @@ class ReplicaRuntime:
         bundled = [name for name, tier in self.runtime.residency(self._bundle.tasks).items() if tier != "disk"]
         here += [self._bundle.tasks[name] for name in bundled[:_REPORTED]]
         return Figures(
-            max(self._running, self.runtime.batching().waiting_rows),
+            self.rows,
             frozenset(map(short_digest, here)),
             self.runtime.usage(),
             self.runtime.batching(),

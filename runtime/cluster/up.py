@@ -66,7 +66,7 @@ def up(cluster: ClusterSettings, say: Callable[[str], None]) -> None:
     settings = cluster.settings
     try:
         start(cluster)
-        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own meanwhile
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set others meanwhile
             signal.signal(number, lambda *_: asked.set())
         if not is_loopback(settings.host):
             say(f"WARNING: no TLS on {settings.host}: let nothing but a proxy with TLS reach this port.")

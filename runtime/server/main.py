@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
@@ -43,7 +42,6 @@ from tpeft_deploy.runtime.sessions.providers import choose
 __all__ = ["open_service", "rest_application", "rpc_server", "serve"]
 
 _log = logging.getLogger("tpeft_deploy.server")
-_SWEEP_SECONDS = 300.0
 _GRPC_BYTES = 4 << 20
 _RENEW_SECONDS = 5.0
 
@@ -117,9 +115,7 @@ def _open(path: Path, settings: Settings, stack: ExitStack, lines: LogLines) -> 
             **settings.store_options,
         )
     )
-    ports = [port for part in bundle.components.values() for port in part.manifest.inputs]
-    tokens = all(np.issubdtype(port.dtype, np.integer) for port in ports)
-    limits = settings.batching(choose(settings.provider, allow_tf32=settings.allow_tf32).device, tokens=tokens)
+    limits = settings.limits(bundle, choose(settings.provider, allow_tf32=settings.allow_tf32).device)
     order = order_of(state, limits)
     runtime = stack.enter_context(
         Runtime(
@@ -219,7 +215,7 @@ async def _run(
     say(f"serving on {scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}")
     if grpc is not None:
         say(f"serving gRPC on {_shown(settings.host)}:{grpc.port}")
-    sweeping = asyncio.create_task(service.sweep(_SWEEP_SECONDS))
+    sweeping = asyncio.create_task(service.sweep())
     renewing = asyncio.create_task(_renewing(certificates, http, grpc))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import BeforeValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -18,6 +19,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.batching.policy import Limits as Batching
 from tpeft_deploy.runtime.server.isolation.parsing_limits import ParsingLimits
@@ -295,6 +297,11 @@ class Settings(BaseSettings):
             "allow_tf32": self.allow_tf32,
             "pinned_share": 0.5,
         }
+
+    def limits(self, bundle: Bundle, device: str) -> Batching:
+        """Return the batching limits for a bundle on a device, as `Choice.device`."""
+        ports = [port for part in bundle.components.values() for port in part.manifest.inputs]
+        return self.batching(device, tokens=all(np.issubdtype(port.dtype, np.integer) for port in ports))
 
     def batching(self, device: str, *, tokens: bool = False) -> Batching:
         """Return the batching limits for a device.

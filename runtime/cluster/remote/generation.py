@@ -31,7 +31,7 @@ class RemoteGeneration:
     Args:
         tasks: tasks of the ingress.
         calls: calls of the replicas.
-        table: what is known of the replicas.
+        table: figures of the replicas.
         quota: returns the current quota of a tenant.
     """
 

@@ -24,7 +24,7 @@ class RemotePins:
 
     Args:
         tasks: tasks of the ingress.
-        table: what is known of the replicas.
+        table: figures of the replicas.
         control: calls a method of a replica: takes a name, the replica, the method and keyword arguments.
     """
 

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
+import numpy as np
+
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.errors import DeadlineExceeded, TpeftError, Unavailable
@@ -24,7 +26,7 @@ from tpeft_deploy.runtime.cluster.calls import ReplicaCalls, ReplicaLost
 from tpeft_deploy.runtime.cluster.placement import RowsPart
 from tpeft_deploy.runtime.cluster.remote.generation import RemoteGeneration
 from tpeft_deploy.runtime.cluster.remote.pins import RemotePins
-from tpeft_deploy.runtime.cluster.remote.rows import joined, rows_of
+from tpeft_deploy.runtime.cluster.remote.rows import joined
 from tpeft_deploy.runtime.cluster.remote.tasks import RemoteTasks
 from tpeft_deploy.runtime.cluster.wire import CallRoute, Computed, InferCall, Refused
 from tpeft_deploy.runtime.engine import Outputs
@@ -48,7 +50,7 @@ class RemoteRuntime:
     Args:
         bundle: the bundle, which every replica has too.
         calls: calls of the replicas.
-        table: what is known of the replicas.
+        table: figures of the replicas.
         quota: returns the current quota of a tenant.
         loop: event loop of the server.
 
@@ -139,7 +141,7 @@ class RemoteRuntime:
         parts = self._split(digests)
 
         async def run(part: RowsPart) -> Computed:
-            own = arrays if len(parts) == 1 else rows_of(manifest, arrays, part.rows)
+            own = arrays if len(parts) == 1 else requests.take_rows(manifest, arrays, np.array(part.rows))
             named = [refs[row] for row in part.rows]
             held = [digests[row] for row in part.rows]
             route = CallRoute(held[0], len(held), replica=part.replica)

@@ -1,4 +1,4 @@
-"""Parts of a request of several adapters: rows out of arrays, and outputs put together."""
+"""Outputs of the parts of a request, put together."""
 
 from __future__ import annotations
 
@@ -6,23 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tpeft_deploy.bundle.manifest import Manifest
-from tpeft_deploy.runtime import inputs as requests
 from tpeft_deploy.tucker import Array
 
-__all__ = ["joined", "rows_of"]
-
-
-def rows_of(manifest: Manifest, inputs: Mapping[str, Array], rows: Sequence[int]) -> dict[str, Array]:
-    """Return inputs with some of their rows; those without a batch axis stay whole.
-
-    Args:
-        manifest: manifest of the component.
-        inputs: checked inputs.
-        rows: indices of the rows.
-    """
-    batched = {port.name for port in requests.batched(manifest, manifest.inputs)}
-    return {name: array[list(rows)] if name in batched else array for name, array in inputs.items()}
+__all__ = ["joined"]
 
 
 def joined(

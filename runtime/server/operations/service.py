@@ -39,6 +39,7 @@ from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, Infe
 __all__ = ["Service", "order_of"]
 
 _log = logging.getLogger("tpeft_deploy.server")
+_SWEEP_SECONDS = 300.0
 
 
 class Service:
@@ -126,7 +127,7 @@ class Service:
         """Stop accepting inference requests; in-flight requests finish."""
         self._ready = self._inference.accepting = False
 
-    async def sweep(self, seconds: float) -> None:
+    async def sweep(self, seconds: float = _SWEEP_SECONDS) -> None:
         """Remove files of deleted adapters and old audit entries every `seconds`, until cancelled."""
         days, rows = self._options.audit_days, self._options.audit_rows
         while True:

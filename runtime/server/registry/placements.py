@@ -66,11 +66,6 @@ class Placements:
         with self._database.reading() as connection:
             return [PinRecord(*row) for row in connection.execute(wanted)]
 
-    def unloaded(self) -> list[tuple[str, str]]:
-        """List unloaded models by tenant and name."""
-        with self._database.reading() as connection:
-            return [(tenant, task) for tenant, task in connection.execute(select(_U.c.tenant, _U.c.task))]
-
     def pin(self, pin: PinRecord, *, by: str) -> None:
         """Record a pin."""
         with self._writing() as connection:

@@ -22,7 +22,6 @@ __all__ = [
     "move",
     "next_number",
     "point",
-    "referred",
     "reserve_number",
     "row",
     "stored",
@@ -155,11 +154,6 @@ def changed_since(connection: Connection, number: int) -> list[StoredTask]:
 def touch(connection: Connection, task: int, number: int) -> None:
     """Set the number of a task's last change."""
     connection.execute(update(_T).where(_T.c.id == task).values(changed=number))
-
-
-def referred(connection: Connection) -> set[str]:
-    """Return the digests of all versions."""
-    return set(connection.scalars(select(_V.c.digest).distinct()))
 
 
 def stored(connection: Connection) -> list[StoredTask]:

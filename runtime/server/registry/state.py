@@ -6,7 +6,6 @@ import fcntl
 import itertools
 import logging
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -15,8 +14,6 @@ from types import TracebackType
 from typing import Self
 
 from tpeft_deploy.errors import InsufficientStorage, ServerError
-from tpeft_deploy.files import replace_text
-from tpeft_deploy.runtime.server.registry import queries
 from tpeft_deploy.runtime.server.registry.audit import Audit
 from tpeft_deploy.runtime.server.registry.database import TASKS, Database, sqlite_url
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
@@ -29,7 +26,7 @@ from tpeft_deploy.runtime.server.registry.files.stored_objects import open_objec
 from tpeft_deploy.runtime.server.registry.files.uploads import clean
 from tpeft_deploy.runtime.server.registry.keys import Keys
 from tpeft_deploy.runtime.server.registry.placements import Placements
-from tpeft_deploy.runtime.server.registry.store_identity import bind_store
+from tpeft_deploy.runtime.server.registry.store_identity import bind_directory, bind_store
 from tpeft_deploy.runtime.server.registry.task_store import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import Tenants
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
@@ -93,7 +90,7 @@ class State:
             blobs: AdapterStore
             if store is None:
                 blobs = Blobs(folder)
-                _check_identity(directory, database, blobs)
+                bind_directory(directory, database, blobs)
             else:
                 blobs = ObjectStore(open_objects(store, store_timeout), DiskCache(folder, cache_bytes))
                 bind_store(directory / "store-identity", database, blobs)
@@ -169,17 +166,8 @@ class State:
                 _log.error("cannot look for changed keys: %s", error, exc_info=not isinstance(error, ServerError))
 
 
-def open_state(
-    directory: Path,
-    url: str | None = None,
-    *,
-    default: Quota | None = None,
-    store: str | None = None,
-    cache_bytes: int = _CACHE_BYTES,
-    store_timeout: float = _STORE_TIMEOUT,
-) -> State:
-    """Open a state; see `State`."""
-    return State(directory, url, default=default, store=store, cache_bytes=cache_bytes, store_timeout=store_timeout)
+open_state = State
+"""Open a state; see `State`."""
 
 
 def open_keys(directory: Path, url: str | None = None) -> tuple[Keys, Database]:
@@ -225,32 +213,6 @@ def _open_database(
         if not reserve.release():
             raise
         return Database(url or sqlite_url(file), exclusive=exclusive)
-
-
-def _check_identity(directory: Path, database: Database, blobs: Blobs) -> None:
-    """Bind a directory and a database to each other, or check that they belong together.
-
-    Files that no row refers to are removed from the directory: with another database, all adapters would be.
-
-    Raises:
-        ServerError: one of them has adapters, and they do not belong together.
-    """
-    file = directory / "identity"
-    own = int(file.read_text()) if file.exists() else None
-    with database.writing() as connection:
-        known = database.directory(connection)
-        if own is not None and own == known:
-            return
-        if blobs.any() or queries.any_version(connection):
-            raise ServerError(
-                f"open the state in {directory}",
-                expected="the database that its adapters are registered in",
-                got="another one" if known is not None else "an empty one",
-                fix="Give the state and the database_url that were used together before.",
-            )
-        own = secrets.randbelow(2**31)
-        replace_text(file, str(own), 0o600)
-        database.bind(connection, own)
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def test_pins_and_unloaded_models_are_there_after_a_restart(
     again.runtime.close()
     again.state.close()
     with open_state(tmp_path) as state:
-        assert not state.placements.unloaded()
+        assert not state.placements.now.unloaded
         assert [pin.task for pin in state.placements.pins()] == ["tone", "plain"]
 
 
@@ -196,7 +196,7 @@ def test_a_placement_without_its_entry_in_the_log_is_none(
         wait(service.pin(who, "mood", folded=False))
     if verb == "load":
         wait(service.unload(who, "mood", {}))
-    before = served.runtime.pins(), served.state.placements.pins(), served.state.placements.unloaded()
+    before = served.runtime.pins(), served.state.placements.pins(), served.state.placements.now.unloaded
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("no log")
@@ -210,7 +210,7 @@ def test_a_placement_without_its_entry_in_the_log_is_none(
     }
     with pytest.raises(RuntimeError, match="no log"):
         wait(calls[verb]())
-    assert (served.runtime.pins(), served.state.placements.pins(), served.state.placements.unloaded()) == before
+    assert (served.runtime.pins(), served.state.placements.pins(), served.state.placements.now.unloaded) == before
     assert service.model_ready(who, "mood") is (verb != "load")
 
 

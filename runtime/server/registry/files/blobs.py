@@ -6,7 +6,6 @@ import hashlib
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from tpeft_deploy.errors import IntegrityError
 from tpeft_deploy.files import new_file, sync_directory
 from tpeft_deploy.runtime.server.registry.files.disk import storing
-from tpeft_deploy.runtime.server.registry.files.store import Referred
+from tpeft_deploy.runtime.server.registry.files.store import PendingDigests, Referred
 
 __all__ = ["Blobs"]
 
@@ -31,7 +30,7 @@ class Blobs:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = threading.Lock()  # guards sweeps, and the digests that a sweep must keep
-        self._pending: Counter[str] = Counter()  # digests being written, or not referenced yet
+        self._pending = PendingDigests(self._lock)
         self._released: dict[str, float] = {}  # digest -> monotonic time when a reference was dropped
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -95,15 +94,9 @@ class Blobs:
             The digest.
         """
         digest = self.digest(data)
-        with self._lock:
-            self._pending[digest] += 1
-        try:
+        with self._pending.hold(digest):
             self.write(data)
             yield digest
-        finally:
-            with self._lock:
-                self._pending[digest] -= 1
-                self._pending = +self._pending
 
     def release(self, digests: Iterable[str]) -> None:
         """Record dropped references; a sweep keeps the files for its grace period."""

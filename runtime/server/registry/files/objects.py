@@ -7,13 +7,12 @@ import logging
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from tpeft_deploy.errors import IntegrityError, ServerError, Unavailable
 from tpeft_deploy.runtime.server.registry.files.disk_cache import DiskCache
-from tpeft_deploy.runtime.server.registry.files.store import Referred
+from tpeft_deploy.runtime.server.registry.files.store import PendingDigests, Referred
 from tpeft_deploy.runtime.server.registry.files.stored_objects import StoredObjects
 
 __all__ = ["ObjectStore"]
@@ -41,7 +40,7 @@ class ObjectStore:
         self._cache = cache
         self._clock = clock
         self._lock = threading.Lock()  # guards the fields below, and the removal of objects
-        self._pending: Counter[str] = Counter()  # digests being written, or not referenced yet
+        self._pending = PendingDigests(self._lock)
         # Unreferenced objects, with what a listing showed of them -> when this server saw that first.  The clocks of
         # the store and of other servers do not matter.
         self._unused: dict[tuple[str, str], float] = {}
@@ -104,16 +103,10 @@ class ObjectStore:
         block, it is written again.
         """
         digest = hashlib.sha256(data).hexdigest()
-        with self._lock:
-            self._pending[digest] += 1
-        try:
+        with self._pending.hold(digest):
             self.write(data)
             yield digest
             self._confirm(digest, data)
-        finally:
-            with self._lock:
-                self._pending[digest] -= 1
-                self._pending = +self._pending
 
     def release(self, digests: Iterable[str]) -> None:
         """Do nothing: a sweep waits an hour after the last reference was dropped."""

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
-from contextlib import AbstractContextManager
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["AdapterStore", "Referred"]
+__all__ = ["AdapterStore", "PendingDigests", "Referred"]
 
 Referred = Callable[[], AbstractContextManager[Set[str]]]
 """Function that returns a context with the referenced digests; none is added before the context ends."""
+
+
+class PendingDigests:
+    """Digests that no sweep removes: being written, or not referenced yet.
+
+    Args:
+        lock: lock of the store, which sweeps hold too.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._counts: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._counts
+
+    @contextmanager
+    def hold(self, digest: str) -> Iterator[None]:
+        """Keep a digest during the block."""
+        with self._lock:
+            self._counts[digest] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._counts[digest] -= 1
+                self._counts = +self._counts
 
 
 class AdapterStore(Protocol):
