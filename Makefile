@@ -32,11 +32,11 @@ quickstart-text: $(VENV)/run-$(PROVIDER)
 	$(BIN)/python examples/three_styles.py quickstart-text
 
 test: $(VENV)/dev-$(PROVIDER)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 coverage: $(VENV)/dev-$(PROVIDER)
 	rm -f .coverage .coverage.*
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report= $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report= $(ARGS)
 	$(BIN)/python .ci/coverage_report.py
 
 test-stability: $(VENV)/dev-$(PROVIDER)
