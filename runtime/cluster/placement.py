@@ -43,7 +43,7 @@ class PlacementCosts:
     miss_rows: float = 4.0
     part_rows: float = 4.0
     filled: float = 0.03
-    work_rows: float = 4.0
+    work_rows: float = 8.0
     slack: float = 1.25
     spare_rows: float = 8.0
     half_life: float = 30.0
