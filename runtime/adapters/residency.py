@@ -68,6 +68,7 @@ class Residency:
         self._pins: dict[Version, None] = {}  # those that are pinned
         self._copies: dict[Version, int] = {}  # those in host memory and their bytes, likewise
         self._copied = 0
+        self._written = 0
         self._uses = UseHistory()
         self._leaving: Version | None = None  # eviction victim: new requests may not acquire it
         if self._bank.nbytes > device_bytes:
@@ -189,7 +190,7 @@ class Residency:
             return not self._free and (self._bank.rows + 1) * self._bank.row_bytes > self._device_bytes
 
     def usage(self) -> dict[str, int]:
-        """Bytes on the device and in host memory; rows taken and rows there are, without the base's.
+        """Bytes on the device and in host memory; rows taken, rows there are, and rows written so far, without the base's.
 
         `device_bytes` is the whole bank: `device_adapter_bytes` that the adapters on it hold, and
         `device_reserved_bytes` beside them: the base's row, what pads rows to the largest ranks, and rows without an
@@ -199,6 +200,7 @@ class Residency:
             alike = Counter(id(version.shapes) for version in self._resident)
             shapes = {id(version.shapes): version.shapes for version in self._resident}
             device, copied, taken, rows = self._bank.nbytes, self._copied, len(self._resident), self._bank.rows - 1
+            written = self._written
         adapters = sum(count * row_bytes(self._layout, shapes[key]) for key, count in alike.items())
         return {
             "device_bytes": device,
@@ -207,6 +209,7 @@ class Residency:
             "host_bytes": copied,
             "rows_taken": taken,
             "rows": rows,
+            "rows_written": written,
         }
 
     def close(self) -> None:
@@ -284,6 +287,7 @@ class Residency:
         with self._state:
             self._free.remove(row)
             version.row = row
+            self._written += 1
             self._resident[version] = None
 
     def _make_room(self, version: Version, wanted: Sequence[Version]) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +14,7 @@ from tpeft_deploy.runtime.cluster.wire import Figures
 
 __all__ = ["ReplicaTable", "short_digest", "table_of"]
 
-_SENT = 1 << 16  # adapters that are taken for resident because rows of theirs were sent
+_SENT = 1 << 16  # adapters of a replica that are taken for resident because rows of theirs were sent
 
 
 def short_digest(digest: str) -> bytes:
@@ -38,7 +38,7 @@ class ReplicaTable:
         self._clock = clock
         self._lock = threading.Lock()
         self._figures: dict[str, Figures] = {}
-        self._sent: dict[str, OrderedDict[str, None]] = {}  # replica -> adapters that it was asked for
+        self._sent: dict[str, _Sent] = {}
         self._running: Counter[str] = Counter()  # rows that this process waits for
         self.on_change: Callable[[], None] = lambda: None
 
@@ -51,8 +51,11 @@ class ReplicaTable:
         with self._lock:
             changed = set(replicas) != set(self._placement.replicas)
             self._placement.update(dict.fromkeys(replicas, 1.0))
+            self._sent = {name: self._sent.get(name) or _Sent() for name in replicas}
+            for name, own in replicas.items():
+                if own is not None and own != self._figures.get(name):
+                    self._sent[name].reported()
             self._figures = {name: own or self._figures.get(name, Figures()) for name, own in replicas.items()}
-            self._sent = {name: self._sent.get(name, OrderedDict()) for name in replicas}
         if changed:
             self.on_change()
 
@@ -120,18 +123,14 @@ class ReplicaTable:
 
     @contextmanager
     def running(self, replica: str | None, digests: Sequence[str], rows: int) -> Iterator[None]:
-        """Count rows as load of a replica during the block, and their adapters as resident there from now on."""
+        """Count rows as load of a replica during the block, and their adapters as resident there until it reports."""
         if replica is None:
             yield
             return
         with self._lock:
             self._running[replica] += rows
-            sent = self._sent.get(replica, OrderedDict())  # it may have gone
-            for digest in digests:
-                sent[digest] = None
-                sent.move_to_end(digest)
-                if len(sent) > _SENT:
-                    sent.popitem(last=False)
+            if replica in self._sent:  # it may have gone
+                self._sent[replica].add(digests)
         try:
             yield
         finally:
@@ -145,10 +144,30 @@ class ReplicaTable:
         return {name: float(max(self._running[name], own.rows)) for name, own in self._figures.items()}
 
     def _is_resident(self, replica: str, digest: str) -> bool:
-        if digest == BASE_TASK or digest in self._sent.get(replica, ()):
+        if digest == BASE_TASK or (replica in self._sent and digest in self._sent[replica]):
             return True
         figures = self._figures.get(replica)
         return figures is not None and short_digest(digest) in figures.resident
+
+
+class _Sent:
+    """Adapters that a replica was asked for and has not reported on yet."""
+
+    def __init__(self) -> None:
+        self._before: set[str] = set()  # since the report before the last: the last may have been written before
+        self._now: set[str] = set()
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._now or digest in self._before
+
+    def add(self, digests: Sequence[str]) -> None:
+        self._now.update(digests)
+        if len(self._now) > _SENT:
+            self.reported()
+
+    def reported(self) -> None:
+        """Forget what the replica was asked for before its last report but one: it says what is resident."""
+        self._before, self._now = self._now, set()
 
 
 _tables: dict[str, ReplicaTable] = {}

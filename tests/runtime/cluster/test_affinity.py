@@ -40,6 +40,18 @@ def test_load_and_residency_come_from_what_was_sent_and_what_was_reported() -> N
     assert table.choose(other, 1) == "a"
 
 
+def test_an_adapter_that_a_replica_has_evicted_is_not_taken_for_resident() -> None:
+    table = _table("a")
+    with table.running("a", [DIGESTS[0]], 1):
+        pass
+    table.update({"a": Figures(rows=1)})  # may have been written before the adapter came
+    assert table.resident(DIGESTS[0])
+    table.update({"a": Figures(rows=1)})  # the same again
+    assert table.resident(DIGESTS[0])
+    table.update({"a": Figures(rows=2)})
+    assert not table.resident(DIGESTS[0])
+
+
 def test_a_lost_replica_is_avoided_and_none_is_none() -> None:
     table = _table("a", "b")
     assert table.choose(DIGESTS[0], 1, avoid="a") == "b"
