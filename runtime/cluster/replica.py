@@ -215,7 +215,7 @@ class ReplicaRuntime:
             public=call.public,
             priority=call.priority,
             deadline=call.deadline,
-            text=None if text is None or call.before is None else text.detokeniser(call.before),
+            text=None if text is None or call.before is None else text.detokeniser(call.before, shown=call.shown),
             scored=call.scored,
             inputs=call.inputs,
             constraint=None if text is None or call.schema is None else text.constraint(call.schema),

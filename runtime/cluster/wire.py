@@ -107,6 +107,7 @@ class GenerateCall:
 
     Attributes:
         before: tokens that the text continues; None for tokens without text.
+        shown: special tokens that the text has.
         schema: JSON schema of the text.
         left: seconds after which the result is of no use.
         quota: current quota of the tenant.
@@ -122,6 +123,7 @@ class GenerateCall:
     left: float
     scored: bool
     before: Sequence[int] | None
+    shown: Sequence[str]
     schema: Mapping[str, Any] | None
     inputs: Mapping[str, object] | None
     quota: Quota

@@ -8,25 +8,33 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from tpeft_deploy.runtime.generation.handle import Detokeniser
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["clean", "detokenisers", "token_bytes"]
+__all__ = ["MakeDetokeniser", "clean", "detokenisers", "token_bytes"]
 
 Style = Literal["bytes", "pieces", "whole"]
+
+
+class MakeDetokeniser(Protocol):
+    """Factory of detokenisers; see `detokenisers`."""
+
+    def __call__(self, before: Sequence[int] = (), shown: Sequence[str] = ()) -> Detokeniser:
+        """Return the detokeniser of one sequence."""
+
 
 _BYTE = re.compile(r"<0x(?:[0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")  # tokens that a ByteFallback decoder takes for bytes
 _PER_TOKEN = {"Replace", "ByteFallback", "Metaspace", "WordPiece", "BPEDecoder"}
 _CONTRACTIONS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
-def detokenisers(tokenizer: Tokenizer, *, clean_up: bool = False) -> Callable[[Sequence[int]], Detokeniser]:
+def detokenisers(tokenizer: Tokenizer, *, clean_up: bool = False) -> MakeDetokeniser:
     """Make a factory of detokenisers for a tokenizer.
 
     Args:
@@ -35,7 +43,8 @@ def detokenisers(tokenizer: Tokenizer, *, clean_up: bool = False) -> Callable[[S
 
     Returns:
         Function that makes the detokeniser of one sequence.  It takes the tokens before the sequence; given any, the
-        text continues theirs, with the space between, and otherwise it is the text of the sequence alone.
+        text continues theirs, with the space between, and otherwise it is the text of the sequence alone.  It also
+        takes the names of special tokens that the text shows.
     """
     special = frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
     decode: Callable[[list[int]], str] = partial(tokenizer.decode, skip_special_tokens=True)
@@ -45,7 +54,7 @@ def detokenisers(tokenizer: Tokenizer, *, clean_up: bool = False) -> Callable[[S
     def piece(token: int) -> str | None:
         return None if token in special else tokenizer.id_to_token(token)
 
-    def make(before: Sequence[int] = ()) -> Detokeniser:
+    def make(before: Sequence[int] = (), shown: Sequence[str] = ()) -> Detokeniser:
         made: Detokeniser
         if style == "bytes":
             made = _Bytes(piece)
@@ -53,7 +62,9 @@ def detokenisers(tokenizer: Tokenizer, *, clean_up: bool = False) -> Callable[[S
             made = _Pieces(piece, decode, before)
         else:
             made = _Whole(decode, before)
-        return _CleanUp(made) if clean_up else made
+        made = _CleanUp(made) if clean_up else made
+        names = {token: name for name in shown if (token := tokenizer.token_to_id(name)) in special}
+        return _Shown(made, names) if names else made
 
     return make
 
@@ -185,8 +196,22 @@ class _Whole:
 
     def flush(self) -> str:
         start = len(self._decode(self._before)) if self._before else 0
-        tokens, self._tokens = self._tokens, []
-        return self._decode(self._before + tokens)[start:]
+        self._before, self._tokens = self._before + self._tokens, []
+        return self._decode(self._before)[start:]
+
+
+class _Shown:
+    """Shows special tokens in the text of another detokeniser, which leaves them out."""
+
+    def __init__(self, inner: Detokeniser, names: Mapping[int, str]) -> None:
+        self._inner, self._names = inner, names
+
+    def push(self, token: int) -> str:
+        name = self._names.get(token)
+        return self._inner.push(token) if name is None else self._inner.flush() + name
+
+    def flush(self) -> str:
+        return self._inner.flush()
 
 
 class _CleanUp:

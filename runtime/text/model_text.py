@@ -14,8 +14,9 @@ from tpeft_deploy.bundle.text_files import TOKENIZER, TextFacts
 from tpeft_deploy.errors import InputError, IntegrityError, brief, requires
 from tpeft_deploy.runtime.generation.handle import Detokeniser
 from tpeft_deploy.runtime.generation.sampling import Constraint, Sampling
-from tpeft_deploy.runtime.text.detokeniser import clean, detokenisers, token_bytes
+from tpeft_deploy.runtime.text.detokeniser import MakeDetokeniser, clean, detokenisers, token_bytes
 from tpeft_deploy.runtime.text.json_constraint import grammar_tokenizer, json_constraint
+from tpeft_deploy.runtime.text.tool_format import ToolFormat, tool_format
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from tpeft_deploy.runtime.text.chat_template import ChatTemplate
 
-__all__ = ["Encoding", "ModelText", "schema_of", "tokens_before"]
+__all__ = ["Encoding", "ModelText", "schema_of", "shown_by", "tokens_before"]
 
 _EXTRA = "text"
 
@@ -40,10 +41,11 @@ class _Detokenisers:
     """Factory of detokenisers."""
 
     before: tuple[int, ...]
-    make: Callable[[Sequence[int]], Detokeniser]
+    shown: tuple[str, ...]
+    make: MakeDetokeniser
 
     def __call__(self) -> Detokeniser:
-        return self.make(self.before)
+        return self.make(self.before, self.shown)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class _Constraints:
 def tokens_before(factory: Callable[[], Detokeniser]) -> tuple[int, ...] | None:
     """Return the tokens that `ModelText.detokeniser` was given; None for another factory."""
     return factory.before if isinstance(factory, _Detokenisers) else None
+
+
+def shown_by(factory: Callable[[], Detokeniser] | None) -> tuple[str, ...]:
+    """Return the special tokens that `ModelText.detokeniser` was given; none for another factory."""
+    return factory.shown if isinstance(factory, _Detokenisers) else ()
 
 
 def schema_of(factory: Callable[[], Constraint]) -> Mapping[str, Any] | None:
@@ -200,13 +207,20 @@ class ModelText:
         text = self._tokenizer.decode(list(tokens), skip_special_tokens=not special)
         return clean(text) if self.facts.clean_up else text
 
-    def detokeniser(self, before: Sequence[int] = ()) -> Callable[[], Detokeniser]:
+    def detokeniser(self, before: Sequence[int] = (), *, shown: Sequence[str] = ()) -> Callable[[], Detokeniser]:
         """Make a factory of detokenisers, as `GenerationRequest.text` takes it.
 
         Args:
             before: tokens that the text continues; none for a text that begins anew, such as an answer.
+            shown: names of special tokens that the text has, as it leaves out the others.
         """
-        return _Detokenisers(tuple(before), self._detokenisers)
+        return _Detokenisers(tuple(before), tuple(shown), self._detokenisers)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls; None where the chat template does not show it."""
+        templates = self.facts.templates
+        return tool_format(templates.get("tool_use") or templates.get("default") or "")
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, template: str | None = None, **options: Any) -> str:
         """Text of a conversation by a chat template.

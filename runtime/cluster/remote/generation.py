@@ -20,7 +20,7 @@ from tpeft_deploy.runtime.cluster.wire import CallRoute, GenerateCall, SequenceS
 from tpeft_deploy.runtime.generation.handle import Generated, GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
-from tpeft_deploy.runtime.text.model_text import schema_of, tokens_before
+from tpeft_deploy.runtime.text.model_text import schema_of, shown_by, tokens_before
 
 __all__ = ["RemoteGeneration"]
 
@@ -105,6 +105,7 @@ class RemoteGeneration:
             left if left == math.inf else max(0.0, left - time.monotonic()),
             request.scored,
             None if request.text is None else tokens_before(request.text),
+            shown_by(request.text),
             None if request.constraint is None else schema_of(request.constraint),
             request.inputs,
             self._quota(request.tenant),

@@ -10,6 +10,8 @@ from typing import Any
 from tpeft_deploy.runtime.generation.handle import Generated
 from tpeft_deploy.runtime.generation.sampling import Token
 from tpeft_deploy.runtime.server.openai.sse import DONE
+from tpeft_deploy.runtime.server.openai.tool_answers import CallDocuments
+from tpeft_deploy.runtime.server.openai.tools import CallReaders
 from tpeft_deploy.runtime.server.v2.messages import Document
 
 __all__ = ["AnswerDocuments", "ChatDocuments", "CompletionDocuments"]
@@ -26,6 +28,7 @@ class AnswerDocuments(ABC):
         top: number of most probable tokens to give with each token; None for no log-probabilities.
         version: version of the model; empty if there are several.
         before: text before each answer; empty for none.
+        calls: how tool calls are read; None where an answer is text.
 
     Attributes:
         done: last event of a stream.
@@ -45,12 +48,14 @@ class AnswerDocuments(ABC):
         top: int | None,
         version: str = "",
         before: Sequence[str] = (),
+        calls: CallReaders | None = None,
     ) -> None:
         self._head = self._head_of(id, model, version)
         self._bytes_of = bytes_of
         self._stops = stops
         self._top = top
         self._before = before
+        self._calls = calls
 
     @property
     def echoed(self) -> int:
@@ -75,14 +80,14 @@ class AnswerDocuments(ABC):
         """Return the first choice of a sequence in a stream, if there is one before its tokens."""
         return self._delta(index, self._before[index], None, None) if self._before else None
 
-    def delta(self, index: int, token: Token) -> Document | None:
-        """Return the choice for one token; None if the client learns nothing from it."""
+    def deltas(self, index: int, token: Token) -> list[Document]:
+        """Return the choices for one token; none if the client learns nothing from it."""
         logprobs = self._logprobs([token])
-        return self._delta(index, token.text, logprobs, None) if token.text or logprobs else None
+        return [self._delta(index, token.text, logprobs, None)] if token.text or logprobs else []
 
-    def end(self, index: int, reason: str) -> Document:
-        """Return the last choice of a sequence in a stream."""
-        return self._delta(index, "", None, reason)
+    def end(self, index: int, reason: str) -> list[Document]:
+        """Return the last choices of a sequence in a stream."""
+        return [self._delta(index, "", None, reason)]
 
     def _logprobs(self, tokens: Sequence[Token]) -> Document | None:
         if self._top is None:
@@ -111,12 +116,37 @@ class ChatDocuments(AnswerDocuments):
 
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._streams: dict[int, CallDocuments] = {}
+
     def begin(self, index: int) -> Document | None:
         """Return the choice that names the role."""
+        if self._calls is not None:
+            self._streams[index] = CallDocuments(self._calls)
         return _chat_delta(index, {"role": "assistant", "content": ""}, None, None)
+
+    def deltas(self, index: int, token: Token) -> list[Document]:
+        """Return the choices for one token; none if the client learns nothing from it."""
+        if index not in self._streams:
+            return super().deltas(index, token)
+        logprobs = self._logprobs([token])
+        deltas = self._streams[index].push(token.text) or ([{"content": ""}] if logprobs else [])
+        return [_chat_delta(index, own, None if at else logprobs, None) for at, own in enumerate(deltas)]
+
+    def end(self, index: int, reason: str) -> list[Document]:
+        """Return the last choices of a sequence in a stream."""
+        if index not in self._streams:
+            return super().end(index, reason)
+        rest = [_chat_delta(index, own, None, None) for own in self._streams[index].flush()]
+        return [*rest, *super().end(index, self._streams[index].reason(reason))]
 
     def _choice(self, index: int, text: str, logprobs: Document | None, reason: str) -> Document:
         message = {"role": "assistant", "content": text, "refusal": None}
+        if self._calls is not None:
+            calls = CallDocuments(self._calls)
+            message |= calls.message(text)
+            reason = calls.reason(reason)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def _delta(self, index: int, text: str, logprobs: Document | None, reason: str | None) -> Document:

@@ -12,7 +12,9 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 
 from tpeft_deploy.errors import InputError
+from tpeft_deploy.runtime.server.openai.tools import CallReaders, ToolUse, with_objects
 from tpeft_deploy.runtime.server.rest.bodies import Body
+from tpeft_deploy.runtime.text.model_text import ModelText
 
 __all__ = [
     "ChatBody",
@@ -106,6 +108,19 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
         return schema
 
     @property
+    def constrained(self) -> bool:
+        """Whether a grammar bounds the answer."""
+        return self.schema is not None
+
+    def calls(self, text: ModelText) -> CallReaders | None:
+        """Return how tool calls of the answer are read; None where the answer is text.
+
+        Args:
+            text: text of the bundle.
+        """
+        return None
+
+    @property
     def address(self) -> tuple[str, str, str | None]:
         """Model, version and adapter, as `Generations.target` takes them."""
         return self.model, "", None
@@ -168,7 +183,8 @@ class ChatBody(GenerationBody, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
@@ -184,11 +200,10 @@ class ChatBody(GenerationBody, kw_only=True):
         **GenerationBody.harmless,
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
-        "tool_choice": ("none", "auto"),
     }
     unlisted: ClassVar[tuple[str, ...]] = (
         *GenerationBody.unlisted,
-        *("audio", "chat_template", "function_call", "functions", "modalities", "tool_choice", "web_search_options"),
+        *("audio", "chat_template", "function_call", "functions", "modalities", "web_search_options"),
     )
 
     @property
@@ -208,6 +223,35 @@ class ChatBody(GenerationBody, kw_only=True):
             raise InputError(
                 "read field 'top_logprobs'", expected="logprobs to be true with it", got="logprobs not set"
             )
+        if self._forced and self.schema is not None:
+            expected = "no response_format of JSON with it, as both bound the answer"
+            raise InputError("read field 'tool_choice'", expected=expected, got="both")
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar bounds the answer."""
+        return self._forced or super().constrained
+
+    def tool_use(self) -> ToolUse | None:
+        """Return the tools that the answer may call; None for none.
+
+        Raises:
+            InputError: as `ToolUse.of`.
+        """
+        return ToolUse.of(self.tools or [], self.tool_choice, several=self.parallel_tool_calls is not False)
+
+    def calls(self, text: ModelText) -> CallReaders | None:
+        """Return how tool calls of the answer are read; None where the answer is text.
+
+        Args:
+            text: text of the bundle.
+        """
+        use = self.tool_use()
+        return None if use is None else use.readers(text.tool_format)
+
+    @property
+    def _forced(self) -> bool:
+        return self.tool_choice not in (None, "none", "auto")
 
     def options(self) -> dict[str, Any]:
         """Return the options of the chat template.
@@ -234,9 +278,11 @@ class ChatBody(GenerationBody, kw_only=True):
         """Return the messages, with text in the place of lists of texts, as most templates read.
 
         Raises:
-            InputError: a part of a message is no text.
+            InputError: a part of a message is no text, or a tool call is not one.
         """
-        return [{**own, "content": _text(own.get("content"), at)} for at, own in enumerate(self.messages)]
+        return [
+            {**with_objects(own, at), "content": _text(own.get("content"), at)} for at, own in enumerate(self.messages)
+        ]
 
 
 class CompletionBody(GenerationBody, kw_only=True):

@@ -89,11 +89,12 @@ async def _work(
     generations = context.core.generations
     target = generations.target(context.principal, *body.address)
     text = await generations.text()
-    reading.apart |= body.schema is not None  # grammars take time to compile
+    reading.apart |= body.constrained  # grammars take time to compile
     requests = await reading.run(prepare, text, generations, body)
     before = await reading.run(body.echoed, partial(text.decode, special=True))
+    calls = await reading.run(body.calls, text)
     stops = frozenset(requests[0].sampling.stop_tokens)
-    made = answer(context.request_id, body.model, text.token_bytes, stops, body.top, target.version, before)
+    made = answer(context.request_id, body.model, text.token_bytes, stops, body.top, target.version, before, calls)
     context.memory.resize(context.bytes_in + memory_of(requests, body.top or 0) + _ECHOED * made.echoed)
     return _Work(body, target, requests, made)
 
@@ -112,8 +113,13 @@ def _of_chat(text: ModelText, generations: Generations, body: ChatBody) -> list[
     most = generations.room(tokens, body.most, text.facts.max_new_tokens)
     # An answer begins a text, and what is continued is no part of it.
     before = tokens if body.continue_final_message else []
-    more: dict[str, Any] = {"scored": body.top is not None, "constraint": generations.constraint(text, body.schema)}
-    return [GenerationRequest(tokens, most, sampling, text=text.detokeniser(before), **more)]
+    constraint = generations.constraint(text, body.schema)
+    shown: tuple[str, ...] = ()
+    if (use := body.tool_use()) is not None:
+        constraint = generations.constraint(text, use.schema(text.tool_format), "tool_choice") or constraint
+        shown = use.shown(text.tool_format)
+    more: dict[str, Any] = {"scored": body.top is not None, "constraint": constraint}
+    return [GenerationRequest(tokens, most, sampling, text=text.detokeniser(before, shown=shown), **more)]
 
 
 def completion_requests(text: ModelText, generations: Generations, body: CompletionBody) -> list[GenerationRequest]:
@@ -151,20 +157,21 @@ async def _whole(context: HttpContext, work: _Work) -> msgspec.Raw:
 async def _events(context: HttpContext, work: _Work) -> AsyncGenerator[bytes]:
     answer, with_usage = work.answer, work.body.with_usage
 
-    def chunk(choice: Document | None) -> bytes:
-        return b"" if choice is None else event(answer.chunk([choice], None, with_usage=with_usage))
+    def chunks(choices: Sequence[Document]) -> bytes:
+        return b"".join(event(answer.chunk([choice], None, with_usage=with_usage)) for choice in choices)
 
     async with context.core.generations.started(
         context.principal, work.target, work.requests, context.traceparent
     ) as handles:
         for index in range(len(handles)):
-            yield chunk(answer.begin(index))
+            first = answer.begin(index)
+            yield chunks([] if first is None else [first])
         async with aclosing(_merged(handles)) as tokens:
             async for index, token in tokens:
                 if token is not None:
-                    yield chunk(answer.delta(index, token))
+                    yield chunks(answer.deltas(index, token))
                 else:
-                    yield chunk(answer.end(index, handles[index].result().reason))
+                    yield chunks(answer.end(index, handles[index].result().reason))
         if with_usage:
             yield event(answer.chunk([], _usage(work, handles), with_usage=True))
         yield answer.done

@@ -156,18 +156,21 @@ class Generations:
             )
         return wanted
 
-    def constraint(self, text: ModelText, schema: Mapping[str, Any] | None) -> Callable[[], Constraint] | None:
+    def constraint(
+        self, text: ModelText, schema: Mapping[str, Any] | None, field: str = "response_format"
+    ) -> Callable[[], Constraint] | None:
         """Return what makes the constraint of a sequence to JSON of a schema; None without one.
 
         Args:
             text: text of the bundle.
             schema: JSON schema.
+            field: field of the request, for messages.
 
         Raises:
             InputError: the schema is invalid or not supported.
             Unsupported: the package for it is not installed.
         """
-        doing = "read field 'response_format'"
+        doing = f"read field '{field}'"
         try:
             return None if schema is None else text.constraint(schema)
         except InputError as error:

@@ -15,7 +15,9 @@ from tpeft_deploy import Bundle, export_bundle, load_adapter
 POSITIONS = 1024
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{% endif %}"
-    "{% for m in messages %}<|user|>{{ m.role }}: {{ m.content }}{% if not loop.last or add_generation_prompt %}\n"
+    "{% for m in messages %}<|user|>{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "{% if not loop.last or add_generation_prompt %}\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|user|>assistant: {% endif %}"
 )
 

@@ -92,3 +92,22 @@ def test_a_decoder_of_another_kind_is_not_asked_before_the_end() -> None:
     made = detokenisers(own)([])
     assert [made.push(token) for token in tokens] == [""] * len(tokens)
     assert made.flush() == own.decode(tokens) == "quick fox an"
+
+
+@pytest.mark.parametrize("style", STYLES)
+@given(st.data())
+def test_special_tokens_that_are_shown_stand_between_the_texts_around_them(style: str, data: st.DataObject) -> None:
+    own = tokenizer(style)
+    tokens = data.draw(
+        st.lists(st.sampled_from([0, 2, *own.encode(LINES[0]).ids, *own.encode(LINES[1]).ids]), max_size=12)
+    )
+    made = detokenisers(own)((), shown=["<|user|>", "<tool>", "unknown"])
+    found = "".join([*(made.push(token) for token in tokens), made.flush()])
+    assert found.count("<|user|>") == tokens.count(2)
+    assert "<s>" not in found
+    ends = [at for at, token in enumerate([*tokens, 2]) if token == 2]
+    assert found.split("<|user|>")[0] == fast(style).decode(tokens[: ends[0]], skip_special_tokens=True)
+    if style != "byte-level":
+        return
+    parts = [tokens[start:end] for start, end in zip([0, *(at + 1 for at in ends)], ends, strict=False)]
+    assert found.split("<|user|>") == [fast(style).decode(part, skip_special_tokens=True) for part in parts]

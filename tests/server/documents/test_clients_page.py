@@ -85,7 +85,7 @@ def test_every_block_of_the_page_is_known_here() -> None:
     words = [" Client(", "AsyncClient", "tritonclient.http", "tritonclient.grpc", "RESTClient", "GRPCClient"]
     words += [" OpenAI(", "ChatOpenAI(", "litellm"]
     kinds = [next(word for word in words if word in text) for kind, text in BLOCKS if kind == "python"]
-    assert sorted(kinds) == sorted([*words, *[" Client("] * 3, " OpenAI("])
+    assert sorted(kinds) == sorted([*words, *[" Client("] * 3, *[" OpenAI("] * 2])
     assert len(blocks("sh", "curl")) == len(BLOCKS) - len(kinds) == 4
 
 
@@ -167,6 +167,15 @@ def test_curl_gets_the_text_of_the_runtime(live: Live, talking: Bundle, place: P
     text = ModelText.open(talking)
     wanted = generated(live, text.chat([{"role": "user", "content": QUESTION}]), text)
     assert answer["choices"][0]["message"]["content"] == wanted
+
+
+@pytest.mark.skipif(find_spec("openai") is None, reason="openai is not installed")
+def test_a_tool_is_called_and_its_result_is_answered(live: Live, place: Path) -> None:
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    (code,) = blocks("python", "tools = ")
+    call, answer = run(live, place, sys.executable, "-c", code, key=live.keys["acme", "infer"]).split("\n", 1)
+    assert call in {"track {'carrier': 'dhl'}", "track {'carrier': 'ups'}"}
+    assert answer.strip()
 
 
 def test_embeddings_are_those_of_the_texts(peer: Peer, place: Path) -> None:

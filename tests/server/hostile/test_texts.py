@@ -37,6 +37,10 @@ def chat(content: Any = "x", **more: Any) -> dict[str, Any]:
     return {"model": "a", "messages": [{"role": "user", "content": content}], "max_tokens": 2, **more}
 
 
+def tool(name: str, value: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"x": value}}}
+
+
 def asked(live: Live, path: str, body: Any, hole: bytes = b"") -> httpx.Response:
     """Send a body, with bytes in the place of one text, and check what every answer has."""
     content = json.dumps(body).encode().replace(json.dumps(HOLE).encode(), hole)
@@ -67,11 +71,12 @@ INJECTIONS = [
 def test_templates_and_special_tokens_in_texts_are_text(live: Live, talking: Bundle, text: str) -> None:
     known = ModelText.open(talking)
     messages = [{"role": text, "content": text}]
-    tokens = known.chat(messages, literal=True, tools=[{text: text}])
+    tools = [{"type": "function", "function": {"name": text, "parameters": {text: text}}}]
+    tokens = known.chat(messages, literal=True, tools=tools)
     rendered = known.decode(tokens, special=True)
-    assert rendered.count(text) == 4
+    assert rendered.count(text) == 5
     special = {token for token in known.chat(messages) if token in known.facts.stop_tokens}
-    answer = asked(live, CHAT, {**chat(), "messages": messages, "tools": [{text: text}]})
+    answer = asked(live, CHAT, {**chat(), "messages": messages, "tools": tools})
     assert answer.json()["usage"]["prompt_tokens"] == len(tokens)
     assert special.isdisjoint(tokens)
 
@@ -99,7 +104,9 @@ def test_special_tokens_in_prompts_are_text_unless_asked_otherwise(live: Live, t
     [
         chat(HOLE),
         chat([{"type": "text", "text": HOLE}]),
-        chat(tools=[{HOLE: HOLE}]),
+        chat(tools=[tool("x", HOLE)]),
+        chat(tools=[tool("x", HOLE)], tool_choice="required"),
+        chat(tools=[tool(HOLE, "x")]),
         chat(chat_template_kwargs={"x": HOLE}),
         chat(stop=HOLE),
         chat(user=HOLE),
@@ -132,7 +139,7 @@ def test_lone_surrogates_are_refused_on_every_route(live: Live, path: str, body:
 @pytest.mark.parametrize(("left", "right"), [(b"[", b"]"), (b'{"</s>":', b"}")])
 def test_deep_documents_are_read_or_refused(live: Live, depth: int, left: bytes, right: bytes) -> None:
     hole = left * depth + b'"</s>"' + right * depth
-    for body in (chat("</s>", tools=[{"a": HOLE}]), chat("</s>", chat_template_kwargs={"a": HOLE}), chat(HOLE)):
+    for body in (chat("</s>", tools=[tool("a", HOLE)]), chat("</s>", chat_template_kwargs={"a": HOLE}), chat(HOLE)):
         asked(live, CHAT, body, hole)
 
 
