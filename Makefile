@@ -7,6 +7,7 @@
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
 # make cuda-dry-run   ONNX Runtime's CUDA provider on a CUDA that computes nothing: placement, copies, recordings
 # make openvino   the runtime with OpenVINO, in a virtual environment apart
+# make chart      the Helm chart, rendered by Helm's library in a virtual environment apart
 # make client       the blocking client, after a change of asynchronous/
 # make formats      docs/formats.md, after a change of a reader
 # make image        the container image (PROVIDER=cpu or gpu), on its base by digest
@@ -22,8 +23,9 @@ OUT ?= quickstart
 ROUNDS ?= 20
 STUB ?= .venv-cuda-stub
 OPENVINO ?= .venv-openvino
+CHART ?= .venv-chart
 
-.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino proto client formats image image-lock clean
+.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino chart proto client formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -59,6 +61,9 @@ cuda-dry-run: $(VENV)/dev-$(PROVIDER) $(STUB)/built
 openvino: $(VENV)/dev-$(PROVIDER) $(OPENVINO)/installed
 	OMP_NUM_THREADS=1 OPENVINO=$(OPENVINO) $(BIN)/python -m pytest -n 2 -m openvino tests/openvino $(ARGS)
 
+chart: $(VENV)/dev-$(PROVIDER) $(CHART)/installed
+	CHART=$(CHART) $(BIN)/python -m pytest -n 0 -m chart tests/deploy $(ARGS)
+
 proto: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/compile_proto.py
 
@@ -78,7 +83,7 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(STUB) $(OPENVINO) $(OUT) quickstart-text build dist *.egg-info
+	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(OUT) quickstart-text build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -94,6 +99,11 @@ $(STUB)/built: $(wildcard tests/cuda_stub/*.sh tests/cuda_stub/*.c tests/cuda_st
 $(OPENVINO)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OPENVINO)
 	$(OPENVINO)/bin/python -I -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[openvino]'
+	@touch $@
+
+$(CHART)/installed: constraints.txt
+	$(PYTHON) -m venv $(CHART)
+	$(CHART)/bin/python -I -m pip --disable-pip-version-check install --quiet --constraint constraints.txt helm-python-sdk
 	@touch $@
 
 # Installed again whenever the dependencies change.

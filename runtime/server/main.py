@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime import Limits, Runtime
+from tpeft_deploy.runtime.server import model_agent
 from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.isolation.pool import Pool
@@ -74,6 +75,9 @@ def _serve(
 ) -> None:
     with _listening(settings.host, settings.port) as listener, ExitStack() as stack:
         stack.enter_context(_logging(settings, lines))
+        agent = model_agent.listening(settings)
+        if agent is not None:
+            stack.enter_context(agent)
         service, metrics, runtime = _open(bundle, settings, stack, lines)
         log = AccessLog(lines) if settings.access_log else None
 
@@ -88,9 +92,19 @@ def _serve(
                 f"WARNING: no TLS on {_shown(settings.host)}: keys and tensors travel as plain text. "
                 "Give --tls-cert and --tls-key, or let nothing but a proxy with TLS reach this port."
             )
+        if settings.metrics_port is not None:
+            port = _serve_metrics(metrics, settings.host, settings.metrics_port, stack)
+            say(f"serving metrics without a key on http://{_shown(settings.host)}:{port}")
         with asyncio.Runner(loop_factory=_loop()) as runner:
-            runner.run(_run(service, settings, listener, observe, say, certificates))
+            runner.run(_run(service, settings, (listener, agent), observe, say, certificates))
     say("stopped")
+
+
+def _serve_metrics(metrics: Metrics, host: str, port: int, stack: ExitStack) -> int:
+    server = metrics.listen(host, port)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)
+    return server.server_port
 
 
 @contextmanager
@@ -192,7 +206,7 @@ def open_service(
 async def _run(
     service: Service,
     settings: Settings,
-    listener: socket.socket,
+    listeners: tuple[socket.socket, socket.socket | None],
     observe: Callable[[RequestContext], None],
     say: Callable[[str], None],
     certificates: Certificates | None,
@@ -204,17 +218,17 @@ async def _run(
         http.tls = certificates.context
     stop = asyncio.Event()
     _on_signals(stop)
+    listener, for_agent = listeners
+    agent = None if for_agent is None else model_agent.agent_server(service, settings)
     serving = asyncio.create_task(http.serve([listener]))
+    loading = None if agent is None or for_agent is None else asyncio.create_task(agent.serve([for_agent]))
     if grpc is not None:
         await grpc.start()
     while not http.started and not serving.done():
         await asyncio.sleep(0.01)
     if serving.done():
         await serving  # raises the reason why it did not start
-    scheme = "https" if settings.tls_cert is not None else "http"
-    say(f"serving on {scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}")
-    if grpc is not None:
-        say(f"serving gRPC on {_shown(settings.host)}:{grpc.port}")
+    _say_where(settings, listeners, grpc, say)
     sweeping = asyncio.create_task(service.sweep())
     renewing = asyncio.create_task(_renewing(certificates, http, grpc))
     stopping = asyncio.create_task(stop.wait())
@@ -225,9 +239,30 @@ async def _run(
     await asyncio.sleep(settings.drain_grace)
     service.refuse()
     http.should_exit = True
-    await asyncio.gather(serving, *([grpc.stop(settings.drain_seconds)] if grpc is not None else []))
+    ending: list[Awaitable[object]] = [serving]
+    if grpc is not None:
+        ending.append(grpc.stop(settings.drain_seconds))
+    if agent is not None and loading is not None:
+        agent.should_exit = True
+        ending.append(loading)
+    await asyncio.gather(*ending)
     for task in (sweeping, renewing, stopping):
         task.cancel()
+
+
+def _say_where(
+    settings: Settings,
+    listeners: tuple[socket.socket, socket.socket | None],
+    grpc: RpcServer | None,
+    say: Callable[[str], None],
+) -> None:
+    listener, for_agent = listeners
+    scheme = "https" if settings.tls_cert is not None else "http"
+    say(f"serving on {scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}")
+    if grpc is not None:
+        say(f"serving gRPC on {_shown(settings.host)}:{grpc.port}")
+    if for_agent is not None:
+        say(f"serving a model agent on 127.0.0.1:{for_agent.getsockname()[1]}")
 
 
 async def _renewing(certificates: Certificates | None, http: HttpServer, grpc: RpcServer | None) -> None:

@@ -80,12 +80,20 @@ class Settings(BaseSettings):
     """HTTP port (default 8080; 0 picks a free port and prints it)."""
     grpc_port: int | None = Field(default=None, ge=0, le=65535)
     """gRPC port (default: no gRPC)."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of /metrics for scrapers that send no key; for a private network only (default: none)."""
     tls_cert: Path | None = None
     """TLS certificate chain, PEM."""
     tls_key: Path | None = None
     """TLS private key, PEM."""
     no_auth: bool = False
     """Disable authentication; allowed only on a loopback `host`."""
+    agent_models: Path | None = None
+    """Directory whose adapters a model agent, such as KServe's, loads without a key (default: none)."""
+    agent_port: int = Field(default=8080, ge=0, le=65535)
+    """Port of the agent, on 127.0.0.1 only."""
+    agent_tenant: str = "agent"
+    """Tenant that owns what the agent loads."""
     provider: str = Field(default="auto", pattern=r"^(auto|cpu|openvino|(cuda|tensorrt)(:\d{1,3})?)$")
     """ONNX Runtime execution provider: `auto`, `cpu`, `cuda` (`cuda:1` is the second device), `openvino` or
     `tensorrt`."""
@@ -223,6 +231,8 @@ class Settings(BaseSettings):
             raise ValueError("tls_cert and tls_key are set together")
         if self.no_auth and not is_loopback(self.host):
             raise ValueError(f"no_auth is for a loopback address only, and host is {self.host}")
+        if self.agent_models is not None and self.agent_port and self.agent_port == self.port:
+            raise ValueError(f"port and agent_port differ, and both are {self.port}")
         return self
 
     @property

@@ -67,6 +67,15 @@ class ModelRepository:
         if parameters.get("pin") and not _is_base(model):
             await self._management.pin(principal, name, folded=False, tenant=model.tenant or "shared")
 
+    async def load_upload(self, principal: Principal, name: str, parts: AsyncIterator[UploadPart]) -> None:
+        """Load a model with an upload; a model that has this adapter already gets no new version.
+
+        The rate of changes does not apply: a caller that restarts loads everything again.
+        """
+        allow(principal, Action.DEPLOY)
+        await self._management.register(principal, name, parts, keep_equal=True)
+        await self._load(principal, name)
+
     async def load_from(self, principal: Principal, name: str, source: str, *, replace: bool = False) -> None:
         """Load a model with an adapter that is registered already.
 

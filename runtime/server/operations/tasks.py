@@ -17,6 +17,7 @@ from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.registry import CURRENT, PinRecord, State, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
@@ -87,8 +88,18 @@ class Management:
         *,
         alias: str = CURRENT,
         tenant: str | None = None,
+        keep_equal: bool = False,
     ) -> TaskRecord:
-        """Register an upload as a new version, checked and ready when this returns."""
+        """Register an upload as a new version, checked and ready when this returns.
+
+        Args:
+            principal: the caller.
+            name: name of the task.
+            parts: files of the upload.
+            alias: alias that points at the version afterwards.
+            tenant: owner of the task (default: the caller's tenant).
+            keep_equal: whether a task whose current version has the same content is left as it is.
+        """
         owner = owner_of(principal, tenant)
         self._check_free(name)
         self._reader.check_room(principal.tenant)
@@ -97,6 +108,8 @@ class Management:
             async for part, stream in parts:
                 await staged.write(part, stream)
             upload = await self._reader.read(principal.tenant, staged.directory, f"the upload for task {name!r}")
+            if keep_equal and self._is_current(owner, name, upload):
+                return self.task(owner, name)
             # Shielded, so that a disconnect never leaves a half-registered version.
             await asyncio.shield(
                 self._pools.uploads.run_for(principal.tenant, self._add, owner, name, upload, alias, principal.key)
@@ -216,6 +229,10 @@ class Management:
             NotFound: no visible task has that name.
         """
         return self._state.tasks.snapshot().task(tenant, name)
+
+    def _is_current(self, tenant: str, name: str, upload: Upload) -> bool:
+        own = self._state.tasks.snapshot().own(tenant, name)
+        return own is not None and own.version("").digest == Blobs.digest(upload.data)
 
     def _add(self, tenant: str, name: str, upload: Upload, alias: str, by: str) -> None:
         known: list[VersionRecord] = []

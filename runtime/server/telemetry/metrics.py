@@ -12,11 +12,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.generation.stats import GenerationStats
 from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.telemetry.generation_metrics import (
@@ -112,6 +114,20 @@ class Metrics(Collector):
     def render(self) -> bytes:
         """Render the Prometheus text format; slow with many tasks, so it must not run on the event loop."""
         return generate_latest(self._registry)
+
+    def listen(self, host: str, port: int) -> WSGIServer:
+        """Answer each request to a port with the metrics, in threads and without a key; returns the server.
+
+        Raises:
+            ServerError: something else listens there.
+        """
+        try:
+            server, _ = start_http_server(port, host, self._registry)
+        except OSError as error:
+            doing = f"listen on {host}:{port} for metrics"
+            fix = "Set another metrics_port, or stop what listens there."
+            raise ServerError(doing, problem=error.strerror or str(error), fix=fix) from None
+        return server
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics to prometheus_client."""

@@ -42,13 +42,17 @@ def begin(*arguments: object, code: str = CODE) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def server(*arguments: object, code: str = CODE) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server, and where it listens."""
+def server(
+    *arguments: object, code: str = CODE, said: list[str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server, and where it listens; `said` takes the lines before that."""
     process = begin(*arguments, code=code)
     assert process.stderr is not None
     try:
         for line in process.stderr:
             found = re.match(r"serving on (http\S+)", line)
+            if said is not None:
+                said.append(line)
             if found:
                 yield process, found[1]
                 return
