@@ -14,7 +14,7 @@ from tpeft_deploy.client.answers import HEADER_LENGTH, Answer, Document, documen
 from tpeft_deploy.client.body import RequestBody
 from tpeft_deploy.client.exchange import Payload, ServerCall
 from tpeft_deploy.client.tensors import Tensor, decode, encode, from_json, may_be_bfloat16
-from tpeft_deploy.client.url import model_path
+from tpeft_deploy.client.url import affinity, model_path
 from tpeft_deploy.errors import InputError, ServerError
 from tpeft_deploy.tucker import Array
 
@@ -148,6 +148,8 @@ def _payload(tensors: Sequence[Tensor], head: Document, arguments: InferArgument
         parameters["component"] = arguments.component
     first = json.dumps({"parameters": parameters, **head}, separators=(",", ":")).encode()
     headers = {HEADER_LENGTH: str(len(first)), "Content-Type": "application/octet-stream"}
+    if arguments.tasks:
+        headers |= affinity(arguments.tasks[0])
     return Payload(headers, RequestBody([first, *(tensor.data for tensor in tensors)]))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from tpeft_deploy.client.answers import Answer, Document, document
 from tpeft_deploy.client.body import RequestBody
 from tpeft_deploy.client.exchange import Payload, ServerCall
+from tpeft_deploy.client.url import affinity
 from tpeft_deploy.errors import InputError, ServerError
 from tpeft_deploy.tucker import Array
 
@@ -70,7 +71,9 @@ def embed(texts: Prompt, model: str, options: Mapping[str, object]) -> ServerCal
     fields = {"model": model, "input": texts}
     # Numbers in JSON are three times as long, and slow to read.
     body = _encoded(doing, fields, {"encoding_format": "base64", **options})
-    return ServerCall(doing, "POST", "/v1/embeddings", partial(_embeddings, doing), payload=partial(_payload, body))
+    return ServerCall(
+        doing, "POST", "/v1/embeddings", partial(_embeddings, doing), payload=partial(_payload, model, body)
+    )
 
 
 def _generation(
@@ -82,7 +85,9 @@ def _generation(
             raise InputError(doing, expected="n=1 with stream=True", got=f"n={options['n']!r}")
         added = {"stream": True, "stream_options": {"include_usage": True}}
     body = _encoded(doing, {**fields, **added}, options)
-    return ServerCall(doing, "POST", path, partial(_completion, doing), payload=partial(_payload, body))
+    return ServerCall(
+        doing, "POST", path, partial(_completion, doing), payload=partial(_payload, str(fields["model"]), body)
+    )
 
 
 def _encoded(doing: str, fields: Mapping[str, object], options: Mapping[str, object]) -> bytes:
@@ -102,8 +107,8 @@ def _listed(value: Any) -> object:
     raise TypeError(f"got {type(value).__name__}")
 
 
-def _payload(body: bytes, left: float | None) -> Payload:
-    return Payload({"Content-Type": "application/json"}, RequestBody([body]))
+def _payload(model: str, body: bytes, left: float | None) -> Payload:
+    return Payload({"Content-Type": "application/json", **affinity(model)}, RequestBody([body]))
 
 
 def _completion(doing: str, answer: Answer) -> Completion:

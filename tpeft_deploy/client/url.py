@@ -12,7 +12,7 @@ import httpx
 
 from tpeft_deploy import errors
 
-__all__ = ["ConnectionSettings", "model_path", "part", "settings_of"]
+__all__ = ["ConnectionSettings", "affinity", "model_path", "part", "settings_of"]
 
 _KEY = "TPEFT_KEY"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -79,3 +79,8 @@ def model_path(name: str) -> str:
     task, slash, component = model.partition("/")
     path = f"/v2/models/{part(task, 'task')}" + (f"%2F{part(component, 'component')}" if slash else "")
     return f"{path}/versions/{part(version, 'version')}" if at else path
+
+
+def affinity(task: str) -> dict[str, str]:
+    """Return the header by which a proxy chooses the server of a task; servers ignore it."""
+    return {"Tpeft-Task": quote(task, safe="@/:+")}
