@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -17,6 +18,7 @@ __all__ = ["ChatTemplate"]
 
 _DOING = "render the chat template"
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning; the first is the standard
+_PROBE = "CONTENT PROBE"
 _END = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -56,6 +58,10 @@ class ChatTemplate:
             InputError: the messages are of other types, or the template refuses them.
         """
         chat = _checked(messages)
+        if not self._takes_strings:
+            for message in chat:
+                if isinstance(message.get("content"), str):
+                    message["content"] = [{"type": "text", "text": message["content"]}]
         others = {"tools": None, "documents": None, **_plain(dict(variables or {}))}
         last = ""
         if continue_final_message:
@@ -67,6 +73,18 @@ class ChatTemplate:
         except Exception as error:  # of any type: a template computes with whatever the messages hold
             raise InputError(_DOING, problem=f"the template refuses the messages ({error})") from error
         return _continued(text, last) if continue_final_message else text
+
+    @cached_property
+    def _takes_strings(self) -> bool:
+        """Whether contents may be strings; some templates for images write lists of parts only."""
+        parts = [{"type": "text", "text": _PROBE}]
+        return self._writes(_PROBE) or not self._writes(parts)
+
+    def _writes(self, content: Any) -> bool:
+        try:
+            return _PROBE in self._template.render(messages=[{"role": "user", "content": content}])
+        except Exception:  # of any type: a template computes with whatever the messages hold
+            return False
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

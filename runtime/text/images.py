@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,55 +16,148 @@ from tpeft_deploy.errors import InputError, brief, requires
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.tucker import Array
 
-__all__ = ["expanded", "read_image", "with_images"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["FORMATS", "PromptImages", "expanded", "read_image", "with_images"]
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""Pillow's names of the formats that servers read."""
+
+_MOST_PIXELS = 1 << 25
+_MOST_RATIO = 100  # of the sides; images are resized by the shorter one
+# Bytes of a pixel.
+_DECODED = 8  # in the image's mode and as RGB
+_RESIZED = 8
+_PREPARED = 72  # in float64 and float32, with the results of a step
+_KEPT = 12
 
 
-def with_images(request: GenerationRequest, bundle: Bundle, paths: Sequence[str]) -> GenerationRequest:
+def with_images(request: GenerationRequest, bundle: Bundle, files: Sequence[bytes]) -> GenerationRequest:
     """A request with the images of some files, and a placeholder in its prompt for each of their features.
 
     Args:
         request: request; its prompt has a token in the place of each image, or all of them.
         bundle: bundle.
-        paths: image files.
+        files: contents of image files.
 
     Raises:
         MissingExtra: Pillow is not installed.
         InputError: the bundle prepares no images, or a file is none.
     """
-    if not paths:
+    if not files:
         return request
-    for part in bundle.components.values():
-        ports, facts = part.manifest.decoder, ImageFacts.read(part)
-        if ports is not None and ports.placeholder is not None and facts is not None:
-            break
-    else:
-        raise InputError(
-            f"read the images of a prompt for bundle {bundle.path}",
-            expected="a bundle for generation with images",
-            got="one without, or without an image processor",
-            fix="Export a directory of such a model that has preprocessor_config.json, with --generation.",
-        )
-    source = bundle.components[ports.source].manifest
-    each = next(port.shape[1] for port in source.outputs if port.name == ports.source_outputs[0])
-    pixels = np.stack([read_image(Path(path), facts) for path in paths]).astype(source.inputs[0].dtype)
-    prompt = expanded(request.prompt, ports.placeholder, len(paths), each if isinstance(each, int) else 1)
-    return replace(request, prompt=prompt, inputs={source.inputs[0].name: pixels})
+    images = PromptImages(bundle, f"read the images of a prompt for bundle {bundle.path}")
+    prompt = expanded(request.prompt, images.placeholder, len(files), images.each)
+    return replace(request, prompt=prompt, inputs=images.inputs(files))
 
 
-def read_image(path: Path, facts: ImageFacts) -> Array:
-    """Read an image file, (channels, height, width) in float32.
+class PromptImages:
+    """Images of prompts, as a bundle takes them.
+
+    Args:
+        bundle: bundle.
+        doing: purpose, for messages.
+        formats: names of Pillow's formats that are read; None for all.
+
+    Attributes:
+        placeholder: token in the place of an image.
+        each: number of features of an image.
 
     Raises:
         MissingExtra: Pillow is not installed.
-        InputError: the file is no image.
+        InputError: the bundle prepares no images.
     """
-    with requires("Pillow", "images", f"read image {path}"):
-        from PIL import Image
-    try:
-        with Image.open(path) as opened:
+
+    def __init__(self, bundle: Bundle, doing: str, formats: Sequence[str] | None = None) -> None:
+        self._doing, self._formats = doing, formats
+        for part in bundle.components.values():
+            ports, facts = part.manifest.decoder, ImageFacts.read(part)
+            if ports is not None and ports.placeholder is not None and facts is not None:
+                break
+        else:
+            raise InputError(
+                doing,
+                expected="a bundle for generation with images",
+                got="one without, or without an image processor",
+                fix="Export a directory of such a model that has preprocessor_config.json, with --generation.",
+            )
+        with requires("Pillow", "images", doing):
+            import PIL.Image  # noqa: F401
+        source = bundle.components[ports.source].manifest
+        each = next(port.shape[1] for port in source.outputs if port.name == ports.source_outputs[0])
+        self._facts = facts
+        self._input = source.inputs[0]
+        self.placeholder: int = ports.placeholder
+        self.each: int = each if isinstance(each, int) else 1
+
+    def expanded(self, tokens: Sequence[int], images: int) -> list[int]:
+        """Tokens with a placeholder for each feature of an image.
+
+        Args:
+            tokens: tokens of a prompt, with a placeholder in the place of each image.
+            images: number of images.
+
+        Raises:
+            InputError: there are more or fewer placeholders.
+        """
+        places = sum(token == self.placeholder for token in tokens)
+        if places != images:
+            raise InputError(
+                "generate text with images",
+                expected=f"a chat template with a place for each of {images} images",
+                got=f"{places} image tokens in the prompt",
+            )
+        return expanded(tokens, self.placeholder, images, self.each)
+
+    def memory(self, files: Sequence[bytes]) -> int:
+        """Return the bytes of memory that reading some images takes; only their headers are read.
+
+        Raises:
+            InputError: a file is no image, or too large a one.
+        """
+        costs = [(0, 0)]
+        for number, file in enumerate(files):
+            with _opened(file, f"{self._doing}, image {number}", self._formats) as image:
+                costs.append(_memory(image.size, self._facts))
+        return max(scratch for scratch, _ in costs) + 2 * sum(kept for _, kept in costs)
+
+    def inputs(self, files: Sequence[bytes]) -> dict[str, Array]:
+        """Return the input of the component that computes features: (images, channels, height, width).
+
+        Raises:
+            InputError: a file is no image, too large a one, or of another size where images are not resized.
+        """
+        pixels = [
+            read_image(file, self._facts, f"{self._doing}, image {number}", self._formats)
+            for number, file in enumerate(files)
+        ]
+        shapes = {array.shape for array in pixels}
+        if len(shapes) > 1:
+            raise InputError(self._doing, expected="images of one size", got=", ".join(map(str, sorted(shapes))))
+        return {self._input.name: np.stack(pixels).astype(self._input.dtype)}
+
+
+def read_image(
+    file: bytes, facts: ImageFacts, doing: str = "read an image", formats: Sequence[str] | None = None
+) -> Array:
+    """Read an image, (channels, height, width) in float32; of an animation, the first picture.
+
+    Args:
+        file: content of an image file.
+        facts: preparation.
+        doing: purpose, for messages.
+        formats: names of Pillow's formats that are read; None for all.
+
+    Raises:
+        MissingExtra: Pillow is not installed.
+        InputError: the file is no image, or too large a one.
+    """
+    with _opened(file, doing, formats) as opened:
+        try:
             image = opened.convert("RGB")
-    except Exception as error:  # formats raise every kind of exception
-        raise InputError(f"read image {path}", expected="an image file", got=brief(error, 120)) from error
+        except Exception as error:  # formats raise every kind of exception
+            raise InputError(doing, expected="an image file", got=brief(error, 120)) from error
     if facts.resize is not None:
         image = image.resize(_resized(image.size, facts.resize), facts.resample)
     array: Array = np.moveaxis(np.asarray(image), -1, 0)
@@ -91,6 +185,34 @@ def expanded(tokens: Sequence[int], placeholder: int, images: int, each: int) ->
     if sum(token == placeholder for token in tokens) != images:
         return list(tokens)
     return [token for own in tokens for token in [own] * (each if own == placeholder else 1)]
+
+
+def _opened(file: bytes, doing: str, formats: Sequence[str] | None) -> Image.Image:
+    """Image of which the header was read, and its size checked."""
+    with requires("Pillow", "images", doing):
+        from PIL import Image, UnidentifiedImageError
+    try:
+        opened = Image.open(io.BytesIO(file), formats=None if formats is None else tuple(formats))
+    except Exception as error:  # formats raise every kind of exception
+        named = "an image file" + (f" ({', '.join(formats)})" if formats else "")
+        got = "another file" if isinstance(error, UnidentifiedImageError) else brief(error, 120)
+        raise InputError(doing, expected=named, got=got) from error
+    width, height = opened.size
+    if width * height > _MOST_PIXELS or max(opened.size) > _MOST_RATIO * min(opened.size):
+        raise InputError(
+            doing,
+            expected=f"at most {_MOST_PIXELS:,} pixels, and a side at most {_MOST_RATIO} times the other",
+            got=f"{width} x {height}",
+        )
+    return opened
+
+
+def _memory(size: tuple[int, int], facts: ImageFacts) -> tuple[int, int]:
+    """Bytes that reading an image takes for a while, and those of its pixel values."""
+    resized = size if facts.resize is None else _resized(size, facts.resize)
+    kept = resized if facts.crop is None else facts.crop
+    scratch = _DECODED * math.prod(size) + _RESIZED * math.prod(resized) + _PREPARED * math.prod(kept)
+    return scratch, _KEPT * math.prod(kept)
 
 
 def _resized(size: tuple[int, int], wanted: Sequence[int]) -> tuple[int, int]:

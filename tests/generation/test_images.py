@@ -172,4 +172,4 @@ def test_images_are_refused_where_none_are_taken(llama_bundle: Bundle) -> None:
     with Runtime(llama_bundle.path, provider="cpu") as runtime, pytest.raises(InputError, match="no inputs"):
         runtime.generate([[5, 9]], inputs=[{"pixel_values": images(1, 0)}], max_new_tokens=2)
     with pytest.raises(InputError, match="expected a bundle for generation with images"):
-        with_images(GenerationRequest([5]), llama_bundle, ["cat.png"])
+        with_images(GenerationRequest([5]), llama_bundle, [b"cat"])

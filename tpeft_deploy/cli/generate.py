@@ -111,7 +111,9 @@ def generate(
     changes = {**sampling, "stop_strings": list(stop) or None}
     encoded = _reads_text(opened)
     requests = [_request(line, text, chat, max_new_tokens, changes, encoded=encoded) for line in lines]
-    requests = [with_images(request, opened, line.images) for request, line in zip(requests, lines, strict=True)]
+    requests = [
+        with_images(request, opened, _contents(line.images)) for request, line in zip(requests, lines, strict=True)
+    ]
     alone = len(requests) == 1 and not as_json and text is not None
     display = nullcontext(silent) if alone else stages()
     with Runtime(bundle, provider=provider, preload=False, own_copy=False) as runtime, display as progress:
@@ -119,6 +121,17 @@ def generate(
         results = asyncio.run(_run(served, requests, _write if alone else None, progress))
         note(f"provider: {runtime.provider} ({runtime.provider_reason})")
     _show(bundle, runtime.provider, requests, results, as_json)
+
+
+def _contents(paths: Sequence[str]) -> list[bytes]:
+    """Contents of image files."""
+    found = []
+    for path in paths:
+        try:
+            found.append(Path(path).read_bytes())
+        except OSError as error:
+            raise InputError(f"read image {path}", expected="an image file", got=str(error)) from error
+    return found
 
 
 def _decoding(bundle: Bundle) -> Bundle:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 
 from tpeft_deploy.errors import InputError
+from tpeft_deploy.runtime.server.openai.image_parts import attached_bytes, content_of, image_count, image_files
 from tpeft_deploy.runtime.server.openai.tools import CallReaders, ToolUse, with_objects
 from tpeft_deploy.runtime.server.rest.bodies import Body
 from tpeft_deploy.runtime.text.model_text import ModelText
@@ -129,6 +130,16 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
     def stops(self) -> list[str]:
         """Stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def images(self) -> list[bytes]:
+        """The files of the images of the prompt."""
+        return []
+
+    @property
+    def attached(self) -> int:
+        """Bytes of the body that are images."""
+        return 0
 
     @property
     def with_usage(self) -> bool:
@@ -277,12 +288,34 @@ class ChatBody(GenerationBody, kw_only=True):
     def conversation(self) -> list[dict[str, Any]]:
         """Return the messages, with text in the place of lists of texts, as most templates read.
 
+        Lists with images stay lists, with `{"type": "image"}` in the place of each image.
+
         Raises:
-            InputError: a part of a message is no text, or a tool call is not one.
+            InputError: a part of a message is neither a text nor an image, or a tool call is not one.
         """
         return [
-            {**with_objects(own, at), "content": _text(own.get("content"), at)} for at, own in enumerate(self.messages)
+            {**with_objects(own, at), "content": content_of(own.get("content"), at)}
+            for at, own in enumerate(self.messages)
         ]
+
+    @property
+    def images(self) -> list[bytes]:
+        """The files of the images of the messages, in their order.
+
+        Raises:
+            InputError: there are too many, or one is no `data:` URL of a supported type in base64.
+        """
+        return image_files(self.messages)
+
+    @property
+    def image_count(self) -> int:
+        """Number of images of the messages."""
+        return image_count(self.messages)
+
+    @property
+    def attached(self) -> int:
+        """Length of the URLs of all images."""
+        return attached_bytes(self.messages)
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -366,18 +399,3 @@ def texts_or_tokens(name: str, given: Any) -> list[str | list[int]]:
     if not several or not (texts or tokens):
         raise InputError(f"read field '{name}'", expected="a text, texts, tokens or lists of tokens", got="others")
     return list(several)
-
-
-def _text(content: Any, at: int) -> Any:
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get("text") if kind == "text" else part.get("refusal") if kind == "refusal" else None
-        if not isinstance(text, str):
-            raise InputError(
-                f"read field 'messages', message {at}", expected="parts of type 'text'", got=f"{str(kind)[:40]!r}"
-            )
-        texts.append(text)
-    return "\n".join(texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -90,13 +91,26 @@ async def _work(
     target = generations.target(context.principal, *body.address)
     text = await generations.text()
     reading.apart |= body.constrained  # grammars take time to compile
+    files = await reading.run(lambda: body.images)
     requests = await reading.run(prepare, text, generations, body)
+    if files:  # behind what refuses the request, as it is cheaper
+        requests = await _with_images(context, generations, requests, files)
     before = await reading.run(body.echoed, partial(text.decode, special=True))
     calls = await reading.run(body.calls, text)
     stops = frozenset(requests[0].sampling.stop_tokens)
     made = answer(context.request_id, body.model, text.token_bytes, stops, body.top, target.version, before, calls)
     context.memory.resize(context.bytes_in + memory_of(requests, body.top or 0) + _ECHOED * made.echoed)
     return _Work(body, target, requests, made)
+
+
+async def _with_images(
+    context: HttpContext, generations: Generations, requests: Sequence[GenerationRequest], files: Sequence[bytes]
+) -> list[GenerationRequest]:
+    """Decode images off the event loop, when the memory for it is reserved."""
+    run, images = context.intake.offload.run, generations.images
+    context.memory.take(await run(context.tenant, images.memory, files))
+    inputs = await run(context.tenant, images.inputs, files)
+    return [replace(request, inputs=inputs) for request in requests]
 
 
 def _sampling(text: ModelText, body: GenerationBody) -> Sampling:
@@ -110,6 +124,7 @@ def _sampling(text: ModelText, body: GenerationBody) -> Sampling:
 def _of_chat(text: ModelText, generations: Generations, body: ChatBody) -> list[GenerationRequest]:
     sampling = _sampling(text, body)
     tokens = text.chat(body.conversation(), literal=not body.parse_special, **body.options())
+    tokens = generations.with_features(tokens, body.image_count)
     most = generations.room(tokens, body.most, text.facts.max_new_tokens)
     # An answer begins a text, and what is continued is no part of it.
     before = tokens if body.continue_final_message else []

@@ -44,6 +44,8 @@ def _tokens(text: ModelText, body: TokenizeBody) -> Document:
     literal = not body.parse_special
     if body.prompt is None:
         chat = body.chat()
+        if chat.image_count:
+            raise InputError("tokenize text", expected="messages of texts", got=f"{chat.image_count} images")
         tokens = text.chat(chat.conversation(), literal=literal, **chat.options())
     else:
         tokens = text.encode(body.prompt, special=body.add_special_tokens is not False, literal=literal)

@@ -7,7 +7,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.errors import (
@@ -31,6 +34,7 @@ from tpeft_deploy.runtime.server.telemetry.inference_events import GenerationFig
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.quotas import Meter, RateLeft
 from tpeft_deploy.runtime.server.v2.messages import BASE, ServedVersion
+from tpeft_deploy.runtime.text.images import FORMATS, PromptImages
 from tpeft_deploy.runtime.text.model_text import ModelText
 
 __all__ = ["ContextExceeded", "GenerationTarget", "Generations", "memory_of"]
@@ -71,7 +75,35 @@ class Generations:
         self._publish = publish
         self._pools = pools
         self.texts, self.encoders = _texts(runtime, bundle, meter, accepting, publish, pools)
+        self._bundle = bundle
         self._opened = False
+
+    @cached_property
+    def images(self) -> PromptImages:
+        """Images of prompts, as the served bundle takes them.
+
+        Raises:
+            InputError: it takes none.
+            Unsupported: Pillow is not installed.
+        """
+        doing = f"read the images of a prompt for bundle {self._models.bundle!r}"
+        try:
+            return PromptImages(self._bundle, doing, FORMATS)
+        except MissingExtra as error:
+            raise Unsupported(doing, problem=f"the server cannot: {error}") from error
+
+    def with_features(self, prompt: list[int], images: int) -> list[int]:
+        """Return a prompt with a token for each feature of its images.
+
+        Args:
+            prompt: tokens, one in the place of each image.
+            images: number of images.
+
+        Raises:
+            InputError: the bundle takes no images, or the prompt has places for another number of them.
+            Unsupported: Pillow is not installed.
+        """
+        return self.images.expanded(prompt, images) if images else prompt
 
     @property
     def most_tokens(self) -> int:
@@ -286,10 +318,12 @@ def _texts(
 
 
 def memory_of(requests: Sequence[GenerationRequest], top: int = 0) -> int:
-    """Return the bytes that the tokens of prompts and of answers take, with `top` most probable ones beside each."""
+    """Return the bytes of images, and of the tokens of prompts and answers with `top` others beside each."""
     prompts = sum(len(request.prompt) for request in requests)
     made = sum(request.sampling.n * request.max_new_tokens for request in requests)
-    return TOKEN * prompts + _MADE * (1 + top) * made
+    arrays = {id(own): own for request in requests for own in (request.inputs or {}).values()}
+    pixels = sum(own.nbytes for own in arrays.values() if isinstance(own, np.ndarray))
+    return TOKEN * prompts + _MADE * (1 + top) * made + pixels
 
 
 def _is_weighted(part: str) -> bool:

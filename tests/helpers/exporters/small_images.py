@@ -26,6 +26,12 @@ TASKS = {
     "a": r".*language_model.*(q_proj|v_proj)|.*vision_tower.*layers\.0.*q_proj|.*projector\.linear_2",
     "b": r".*language_model.*(k_proj|down_proj)|.*vision_tower.*layers\.0.*fc1|.*projector\.linear_1",
 }
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w1 ' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image> ' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'w2' }}{% endif %}"
+)
 
 
 def made(positions: int = 256) -> Any:
@@ -42,7 +48,7 @@ def tokenizer() -> Any:
     words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(IMAGE)} | {"<image>": IMAGE}, "w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["<image>"])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, chat_template=TEMPLATE)
 
 
 def images(count: int, seed: int) -> Array:

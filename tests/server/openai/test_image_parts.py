@@ -1,0 +1,227 @@
+"""Images in chats: the answers of transformers' processor and merged model, and refusals in one line."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import transformers
+from PIL import Image
+
+from tests.helpers.exporters.small_images import EACH, IMAGE, PREPARED, exported, generated, tokenizer
+from tests.helpers.server.live import Live, serving_bundle
+from tpeft_deploy import Bundle
+
+COUNT = 8
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return exported(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def seeing(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with serving_bundle(bundle, tmp_path_factory.mktemp("state")) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def client(seeing: Live) -> Iterator[openai.OpenAI]:
+    with client_of(seeing) as client:
+        yield client
+
+
+def client_of(live: Live) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{live.url}/v1", api_key=live.keys["acme", "infer"], max_retries=0, timeout=100)
+
+
+def picture(seed: int, size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def content_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def url(content: bytes, media: str = "image/png") -> str:
+    return f"data:{media};base64,{base64.b64encode(content).decode()}"
+
+
+def shown(given: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": given, "detail": "low"}}
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+WIDE, TALL = content_of(picture(1, (30, 50))), content_of(picture(2, (44, 21)), "JPEG")
+CHATS: dict[str, list[Any]] = {
+    "before": [{"role": "user", "content": [said("w5 w9"), shown(url(WIDE))]}],
+    "around": [
+        {
+            "role": "user",
+            "content": [said("w5"), shown(url(WIDE)), said("w9"), shown(url(TALL, "image/jpeg")), said("w7")],
+        }
+    ],
+    "several": [
+        {"role": "system", "content": "w3 w4"},
+        {"role": "user", "content": [shown(url(TALL, "image/jpeg")), said("w5")]},
+        {"role": "assistant", "content": "w8"},
+        {"role": "user", "content": [said("w6"), shown(url(WIDE))]},
+    ],
+    "none": [{"role": "user", "content": "w5 w6 w7"}],
+}
+
+
+def prepared(messages: list[Any]) -> tuple[list[int], Any]:
+    """Tokens and pixels of transformers' processor."""
+    tokens = tokenizer()
+    tokens.image_token, tokens.image_token_id = "<image>", IMAGE
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessorPil(**PREPARED), tokens, 8, "default", tokens.chat_template, "<image>", 1
+    )
+    images, chat = [], []
+    for message in messages:
+        given = message["content"]
+        parts = [said(given)] if isinstance(given, str) else given
+        for part in parts:
+            if part["type"] == "image_url":
+                content = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+                images.append(Image.open(io.BytesIO(content)))
+        changed = [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
+        chat.append({**message, "content": changed})
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    found = processor(images=images or None, text=text, return_tensors="np")
+    return found["input_ids"][0].tolist(), found.get("pixel_values")
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_answers_are_those_of_the_processor_and_the_merged_model(
+    bundle: Bundle, client: openai.OpenAI, name: str
+) -> None:
+    prompt, pixels = prepared(CHATS[name])
+    with ThreadPoolExecutor() as pool:  # rows of several tasks in one run
+        wanted = {task: generated(bundle, task, prompt, pixels, COUNT) for task in ("a", "b", "base")}
+        asked: Any = {"messages": CHATS[name], "max_tokens": COUNT, "temperature": 0}
+        answers = dict(
+            zip(wanted, pool.map(lambda t: client.chat.completions.create(model=t, n=2, **asked), wanted), strict=True)
+        )
+    for task, answer in answers.items():
+        texts = {choice.message.content for choice in answer.choices}
+        assert texts == {tokenizer().decode(wanted[task], skip_special_tokens=True)}
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(prompt)
+    stream = client.chat.completions.create(model="a", stream=True, **asked)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) in {
+        choice.message.content for choice in answers["a"].choices
+    }
+
+
+def test_the_name_of_the_image_token_in_a_text_is_text(client: openai.OpenAI) -> None:
+    known: Any = {"model": "a", "max_tokens": 2}
+    chat: Any = [{"role": "user", "content": [said("w5 <image>"), shown(url(WIDE))]}]
+    answer = client.chat.completions.create(messages=chat, **known)
+    assert answer.usage is not None
+    other: Any = [{"role": "user", "content": [said("w5"), shown(url(WIDE))]}]
+    plain = client.chat.completions.create(messages=other, **known)
+    assert plain.usage is not None
+    assert plain.usage.prompt_tokens == EACH + 3
+    assert answer.usage.prompt_tokens > plain.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="each of 1 images, got 2 image tokens"):
+        client.chat.completions.create(messages=chat, extra_body={"parse_special": True}, **known)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        content_of(picture(3, (20, 30), "CMYK"), "JPEG"),
+        content_of(picture(4, (20, 30), "P"), transparency=3),
+        content_of(Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)),
+        content_of(picture(5, (20, 30)), "WEBP", save_all=True, append_images=[picture(6, (20, 30))]),
+    ],
+    ids=["CMYK", "palette", "16 bits", "animated"],
+)
+def test_images_of_other_modes_are_those_of_the_processor(
+    bundle: Bundle, client: openai.OpenAI, content: bytes
+) -> None:
+    chat: Any = [{"role": "user", "content": [said("w5"), shown(url(content))]}]
+    wanted = generated(bundle, "a", *prepared(chat), COUNT)
+    answer = client.chat.completions.create(model="a", messages=chat, max_tokens=COUNT, temperature=0)
+    assert answer.choices[0].message.content == tokenizer().decode(wanted, skip_special_tokens=True)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says that it is large."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("https://example.com/cat.png", "never fetched; send a data: URL"),
+        ("file:///etc/passwd", "never fetched"),
+        ("cat.png", "expected a data: URL"),
+        ("data:image/png,abc", "in base64"),
+        ("data:image/svg+xml;base64,PHN2Zy8+", "one of the types image/png"),
+        ("data:image/png;base64,@@@@", "message 1, part 1: expected an image in base64"),
+        ("data:image/png;base64,abc", "expected an image in base64"),
+        (url(b"text"), "image 0: expected an image file"),
+        (url(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "expected an image file"),
+        (url(content_of(picture(1, (9, 9)), "BMP")), "expected an image file"),
+        (url(WIDE[:-900]), "expected an image file"),
+        (url(bomb(60000, 60000)), "expected"),
+        (url(bomb(6000, 6000)), "at most 33,554,432 pixels"),
+        (url(content_of(Image.new("L", (1, 60000)))), "got 1 x 60000"),
+        (url(bytes(10 << 20)), "expected an image file"),
+        ({"no": "text"}, "image_url.url to be a text"),
+        (None, "image_url.url to be a text"),
+    ],
+)
+def test_what_is_no_image_is_refused_in_one_line(client: openai.OpenAI, given: Any, told: str) -> None:
+    chat: Any = [{"role": "system", "content": "w3"}, {"role": "user", "content": [said("w5"), shown(given)]}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="a", messages=chat, max_tokens=2)
+    message = caught.value.body["message"]  # type: ignore[index]
+    assert told in message
+    assert "\n" not in message
+
+
+def test_the_number_of_images_is_bounded(client: openai.OpenAI) -> None:
+    chat: Any = [{"role": "user", "content": [shown(url(WIDE))] * 17}]
+    with pytest.raises(openai.BadRequestError, match="at most 16 images, got 17"):
+        client.chat.completions.create(model="a", messages=chat, max_tokens=2)
+
+
+def test_memory_is_given_back(seeing: Live, client: openai.OpenAI) -> None:
+    large = content_of(Image.new("RGB", (4000, 4000)))
+    chat: Any = [{"role": "user", "content": [shown(url(large)), shown(url(bytes(300_000)))]}]
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="a", messages=chat, max_tokens=2)
+    chat[0]["content"].pop()
+    assert client.chat.completions.create(model="a", messages=chat, max_tokens=2).choices
+
+
+def test_a_bundle_without_images_says_so(live: Live) -> None:
+    chat: Any = [{"role": "user", "content": [said("w5"), shown(url(WIDE))]}]
+    with client_of(live) as client, pytest.raises(openai.BadRequestError, match="a bundle for generation with images"):
+        client.chat.completions.create(model="a", messages=chat, max_tokens=2)
