@@ -216,6 +216,7 @@ async def _run(
     if grpc is not None:
         say(f"serving gRPC on {_shown(settings.host)}:{grpc.port}")
     sweeping = asyncio.create_task(service.sweep())
+    leasing = asyncio.create_task(service.renew_lease())
     renewing = asyncio.create_task(_renewing(certificates, http, grpc))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
@@ -226,7 +227,7 @@ async def _run(
     service.refuse()
     http.should_exit = True
     await asyncio.gather(serving, *([grpc.stop(settings.drain_seconds)] if grpc is not None else []))
-    for task in (sweeping, renewing, stopping):
+    for task in (sweeping, leasing, renewing, stopping):
         task.cancel()
 
 
