@@ -186,7 +186,9 @@ def open_service(
         observe=observe,
         forget=metrics.drop,
     )
-    return Service(runtime, bundle, state, order, options), metrics
+    service = Service(runtime, bundle, state, order, options)
+    metrics.lease = service.lease
+    return service, metrics
 
 
 async def _run(

@@ -32,6 +32,7 @@ from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair, Orders
 from tpeft_deploy.runtime.server.tenancy.lease_renewal import open_meter
 from tpeft_deploy.runtime.server.tenancy.quotas import queue_shares
+from tpeft_deploy.runtime.server.tenancy.shared_meter import LeaseFigures
 from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
 from tpeft_deploy.runtime.server.v2 import metadata
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body
@@ -139,6 +140,10 @@ class Service:
                 _log.warning("cannot remove files of deleted adapters: %s", error)
             with contextlib.suppress(ServerError):  # a full disk: logged, and retried next time
                 await self._pools.changes.run(self._state.audit.sweep, days=days, rows=rows)
+
+    def lease(self) -> LeaseFigures | None:
+        """Return the lease of rates, for the metrics; None if no other server shares them."""
+        return None if self._lease is None else self._lease.figures()
 
     async def renew_lease(self) -> None:
         """Renew the lease of rates in the background, until cancelled; returns if no other server shares them."""

@@ -49,9 +49,7 @@ class Leases:
             stored = {row.server: row.state for row in connection.execute(select(_L))}
             pools = _pools.decode(stored[_UNASSIGNED]) if _UNASSIGNED in stored else {}
             rows = {server: _rows.decode(state) for server, state in stored.items() if server != _UNASSIGNED}
-            # The time now, not that of the transaction's beginning, which may have waited for others.
-            now = float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())")))
-            grant = renew(rows, pools, report, now)
+            grant = renew(rows, pools, report, self._now(connection))
             gone = stored.keys() - rows.keys() - {_UNASSIGNED}
             if gone:
                 connection.execute(delete(_L).where(_L.c.server.in_(gone)))
@@ -67,6 +65,10 @@ class Leases:
         """
         with self._database.writing("end the lease of the server") as connection:
             connection.execute(delete(_L).where(_L.c.server == self.server))
+
+    def _now(self, connection: Connection) -> float:
+        # Not the time of the transaction's beginning, which may have waited for others.
+        return float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())")))
 
 
 def _write(connection: Connection, stored: dict[str, str], server: str, state: object) -> None:

@@ -11,7 +11,7 @@ from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime.server.registry.leases import Leases
 from tpeft_deploy.runtime.server.tenancy.meter import Meter
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
-from tpeft_deploy.runtime.server.tenancy.shared_meter import SharedMeter
+from tpeft_deploy.runtime.server.tenancy.shared_meter import LeaseFigures, SharedMeter
 from tpeft_deploy.runtime.server.tenancy.shares import PERIOD, LeaseGrant, LeaseReport
 
 __all__ = ["LeaseRenewal", "open_meter"]
@@ -47,6 +47,10 @@ class LeaseRenewal:
         """
         began = self._clock()
         self._meter.take(self._renew(self._meter.report(self._server, began)), began, self._clock())
+
+    def figures(self) -> LeaseFigures:
+        """Return the lease, for the metrics; may be called by any thread."""
+        return self._meter.figures(self._clock())
 
     async def once(self, run: _Run) -> None:
         """Renew the lease once.
