@@ -15,6 +15,7 @@ __all__ = ["LeaseFigures", "SharedMeter", "rate_key"]
 
 _MOVE = 3 * PERIOD  # in which a share moves to the server that is asked
 _LATELY = 10.0  # seconds
+_AVERAGED = 4.0  # seconds over which demand is averaged
 _SERVED = 60.0  # seconds over which allowed amounts are averaged
 _KEPT_BASES = 64
 _ROUNDING = 1e-6
@@ -126,7 +127,7 @@ class _Use:
     def demand(self, passed: float, rate: float, burst: float, now: float) -> RateDemand:
         """Return the demand, and begin the next period."""
         first = self.asked_before == 0
-        self.asked_before = _average(self.asked_before, self.asked / passed, 1.0 if first else passed / _LATELY)
+        self.asked_before = _average(self.asked_before, self.asked / passed, 1.0 if first else passed / _AVERAGED)
         self.served_before = _average(self.served_before, self.served / passed / rate, passed / _SERVED)
         self.asked = self.served = 0.0
         if now - self.last > _LATELY:

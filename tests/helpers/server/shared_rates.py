@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -46,7 +47,7 @@ class Peer:
     next: float
     alive: bool = True
 
-    def renew(self, table: Table, now: float, *, reached: bool = True, answered: bool = True) -> None:
+    def renew(self, table: Any, now: float, *, reached: bool = True, answered: bool = True) -> None:
         """Renew the lease; the request or its answer may be lost."""
         own = now + self.offset
         report = self.meter.report(self.name, own)
@@ -70,7 +71,7 @@ class World:
 
     def __init__(self, quota: Quota, count: int = 0, seed: int = 0) -> None:
         self.quota = quota
-        self.table = Table(offset=1e9)
+        self.table: Any = Table(offset=1e9)
         self.peers: list[Peer] = []
         self.granted: list[tuple[float, float]] = []
         self.draw = random.Random(seed)
@@ -78,9 +79,9 @@ class World:
         for _ in range(count):
             self.join()
 
-    def join(self) -> Peer:
+    def join(self, name: str | None = None) -> Peer:
         meter = SharedMeter(lambda _: self.quota)
-        peer = Peer(f"peer-{len(self.peers):02}", meter, self.draw.uniform(0, 1e5), self.now)
+        peer = Peer(name or f"peer-{len(self.peers):02}", meter, self.draw.uniform(0, 1e5), self.now)
         self.peers.append(peer)
         peer.renew(self.table, self.now)
         peer.next = self.now + self.draw.uniform(0, PERIOD)
