@@ -115,7 +115,7 @@ class Service:
 
     def ready(self) -> bool:
         """Return whether the server is ready: false while starting and draining; needs no key."""
-        return self._ready and self._state.intact
+        return self._ready and self._state.intact and (self._lease is None or self._lease.has_begun())
 
     def accepting(self) -> bool:
         """Whether inference requests are accepted."""

@@ -48,6 +48,10 @@ class LeaseRenewal:
         began = self._clock()
         self._meter.take(self._renew(self._meter.report(self._server, began)), began, self._clock())
 
+    def has_begun(self) -> bool:
+        """Return whether this server has a share of all rates; a second or two after its start beside others."""
+        return self._meter.has_begun(self._clock())
+
     def figures(self) -> LeaseFigures:
         """Return the lease, for the metrics; may be called by any thread."""
         return self._meter.figures(self._clock())

@@ -204,6 +204,10 @@ class SharedMeter(Meter):
         self._renewed, self._fallen = began, False
         self._check_lease(now)
 
+    def has_begun(self, now: float) -> bool:
+        """Return whether other servers have left a share of all rates, or the lease has ended without one."""
+        return self._base > 0 or now >= self._renewed + LEASE
+
     def figures(self, now: float) -> LeaseFigures:
         """Return the leases for the metrics; may be called by any thread."""
         ended = now >= self._renewed + LEASE
