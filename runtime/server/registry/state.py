@@ -143,11 +143,12 @@ class State:
 
     def close(self) -> None:
         """Close the database and unlock the directory; idempotent."""
+        open_until_now = not self._stop.is_set()
         self._stop.set()
         self._watcher.join()
         if self._listener is not None:
             self._listener.close()
-        if self.leases is not None:
+        if self.leases is not None and open_until_now:
             with suppress(ServerError):  # it ends by itself
                 self.leases.leave()
         self._held.close()

@@ -117,5 +117,6 @@ def test_a_quota_may_change() -> None:
     assert not spent(own, 5, 0.0)
     assert spent(own, 5, 1.1)
     quotas.append(Quota(rows_per_s=20))
-    assert spent(own, 10, 2.5)
+    assert spent(own, 5, 2.5)
+    assert not spent(own, 1, 2.5)
     assert own._accounts["acme"].buckets["rows"].most == 10
