@@ -177,9 +177,7 @@ def measure(place: Path, adapters: int, rows: int, replicas: int, requests: int,
         for name, table in (("random", AtRandom()), ("this toolkit", Recorded())):
             deployment = serve.get_deployment_handle("replica", NAME)
             affinity._tables[str(deployment.deployment_id)] = table
-            remote = RemoteRuntime(
-                bundle, RayCalls(deployment), table, lambda _: Quota(), asyncio.get_running_loop()
-            )
+            remote = RemoteRuntime(bundle, RayCalls(deployment), table, lambda _: Quota(), asyncio.get_running_loop())
             await remote.open()
             remote.register({key: Source(digest, lambda: known[0]) for key, digest in zip(keys, digests, strict=True)})
             for own, value in (await play(table, remote, keys, inputs, expected, demand)).items():

@@ -190,7 +190,7 @@ class Residency:
             return not self._free and (self._bank.rows + 1) * self._bank.row_bytes > self._device_bytes
 
     def usage(self) -> dict[str, int]:
-        """Bytes on the device and in host memory; rows taken, rows there are, and rows written so far, without the base's.
+        """Bytes on the device and in host memory; rows taken, there, and written so far, without the base's.
 
         `device_bytes` is the whole bank: `device_adapter_bytes` that the adapters on it hold, and
         `device_reserved_bytes` beside them: the base's row, what pads rows to the largest ranks, and rows without an

@@ -51,7 +51,7 @@ class Ingress:
         self.application = application
         self._grpc = grpc
         self._opened = opened
-        self._sweeping = asyncio.create_task(service.sweep())
+        self._background = [asyncio.create_task(own) for own in (service.sweep(), service.renew_lease())]
 
     @classmethod
     async def open(cls, settings: ClusterSettings, calls: ReplicaCalls, table: ReplicaTable) -> Self:
@@ -102,7 +102,8 @@ class Ingress:
     async def close(self, seconds: float = 5.0) -> None:
         """End requests that came by gRPC, and close the registry."""
         self.service.refuse()
-        self._sweeping.cancel()
+        for task in self._background:
+            task.cancel()
         if self._grpc is not None:
             await self._grpc.stop(seconds)
         await asyncio.to_thread(self._opened.close)

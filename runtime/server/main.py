@@ -200,7 +200,9 @@ def open_service(
         observe=observe,
         forget=metrics.drop,
     )
-    return Service(runtime, bundle, state, order, options), metrics
+    service = Service(runtime, bundle, state, order, options)
+    metrics.lease = service.lease
+    return service, metrics
 
 
 async def _run(
@@ -230,6 +232,7 @@ async def _run(
         await serving  # raises the reason why it did not start
     _say_where(settings, listeners, grpc, say)
     sweeping = asyncio.create_task(service.sweep())
+    leasing = asyncio.create_task(service.renew_lease())
     renewing = asyncio.create_task(_renewing(certificates, http, grpc))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
@@ -246,7 +249,7 @@ async def _run(
         agent.should_exit = True
         ending.append(loading)
     await asyncio.gather(*ending)
-    for task in (sweeping, renewing, stopping):
+    for task in (sweeping, leasing, renewing, stopping):
         task.cancel()
 
 

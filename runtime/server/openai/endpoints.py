@@ -15,7 +15,8 @@ import orjson
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.generation.sampling import Sampling, Token
 from tpeft_deploy.runtime.server.openai.answers import AnswerDocuments, ChatDocuments, CompletionDocuments
-from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody, GenerationBody
+from tpeft_deploy.runtime.server.openai.bodies import CompletionBody, GenerationBody
+from tpeft_deploy.runtime.server.openai.chat_body import ChatBody
 from tpeft_deploy.runtime.server.openai.reading import Reading, admitted
 from tpeft_deploy.runtime.server.openai.sse import EventStream, event
 from tpeft_deploy.runtime.server.operations.generation import Generations, GenerationTarget, memory_of

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 
 from tpeft_deploy.errors import InputError
-from tpeft_deploy.runtime.server.openai.bodies import ChatBody, Count, TokenId, refuse_unsupported, texts_or_tokens
+from tpeft_deploy.runtime.server.openai.bodies import Count, TokenId, refuse_unsupported, texts_or_tokens
+from tpeft_deploy.runtime.server.openai.chat_body import ChatBody
 from tpeft_deploy.runtime.server.rest.bodies import Body
 
 __all__ = ["ClassifyBody", "DetokenizeBody", "EmbeddingBody", "TextBody", "TextPair", "TokenizeBody"]

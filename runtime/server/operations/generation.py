@@ -32,7 +32,7 @@ from tpeft_deploy.runtime.server.operations.texts import TOKEN, ContextExceeded,
 from tpeft_deploy.runtime.server.registry import CURRENT
 from tpeft_deploy.runtime.server.telemetry.inference_events import GenerationFigures, InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
-from tpeft_deploy.runtime.server.tenancy.quotas import Meter, RateLeft
+from tpeft_deploy.runtime.server.tenancy.meter import Meter, RateLeft
 from tpeft_deploy.runtime.server.v2.messages import BASE, ServedVersion
 from tpeft_deploy.runtime.text.images import FORMATS, PromptImages
 from tpeft_deploy.runtime.text.model_text import ModelText

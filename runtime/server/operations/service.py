@@ -30,7 +30,9 @@ from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import LOCAL, SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair, Orders
-from tpeft_deploy.runtime.server.tenancy.quotas import Meter, queue_shares
+from tpeft_deploy.runtime.server.tenancy.lease_renewal import open_meter
+from tpeft_deploy.runtime.server.tenancy.quotas import queue_shares
+from tpeft_deploy.runtime.server.tenancy.shared_meter import LeaseFigures
 from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
 from tpeft_deploy.runtime.server.v2 import metadata
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body
@@ -80,7 +82,7 @@ class Service:
         self._runtime = runtime
         self._state = state
         self._ready = True
-        self._meter = Meter(state.tenants.quota)
+        self._meter, self._lease = open_meter(state.tenants.quota, state.leases)
         self._changes = ChangeRate(self._options.changes_per_s)
         self._statistics = Statistics()
         self._models = Models(bundle, state)
@@ -113,7 +115,7 @@ class Service:
 
     def ready(self) -> bool:
         """Return whether the server is ready: false while starting and draining; needs no key."""
-        return self._ready and self._state.intact
+        return self._ready and self._state.intact and (self._lease is None or self._lease.has_begun())
 
     def accepting(self) -> bool:
         """Whether inference requests are accepted."""
@@ -138,6 +140,15 @@ class Service:
                 _log.warning("cannot remove files of deleted adapters: %s", error)
             with contextlib.suppress(ServerError):  # a full disk: logged, and retried next time
                 await self._pools.changes.run(self._state.audit.sweep, days=days, rows=rows)
+
+    def lease(self) -> LeaseFigures | None:
+        """Return the lease of rates, for the metrics; None if no other server shares them."""
+        return None if self._lease is None else self._lease.figures()
+
+    async def renew_lease(self) -> None:
+        """Renew the lease of rates in the background, until cancelled; returns if no other server shares them."""
+        if self._lease is not None:
+            await self._lease.keep(self._pools.control.run)
 
     def authenticate(self, authorization: str | None) -> Principal:
         """Return the principal of `Authorization: Bearer KEY`.

@@ -20,7 +20,7 @@ from tpeft_deploy.runtime.server.operations.pools import Pools
 from tpeft_deploy.runtime.server.operations.texts import GenerationTarget, Texts
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Principal
-from tpeft_deploy.runtime.server.tenancy.quotas import Meter
+from tpeft_deploy.runtime.server.tenancy.meter import Meter
 from tpeft_deploy.runtime.text.model_text import Encoding
 from tpeft_deploy.tucker import Array
 

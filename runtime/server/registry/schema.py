@@ -14,6 +14,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     UniqueConstraint,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "audit",
     "history",
     "keys",
+    "leases",
     "meta",
     "metadata",
     "pins",
@@ -33,7 +35,7 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA = 4  # the newest migration
+SCHEMA = 5  # the newest migration
 # What servers without migrations look for in `meta`.  A migration that makes their use of a database wrong raises it.
 COMPATIBLE = 1
 _NAME = String(128)
@@ -129,4 +131,8 @@ unloaded = Table(
     Column("task", _NAME, primary_key=True),
     Column("time", Float, nullable=False),
     Column("by", _NAME, nullable=False),
+)
+# Of servers that share the database; the state is JSON that `leases` reads and writes as a whole.
+leases = Table(
+    "leases", metadata, Column("server", String(32), primary_key=True), Column("state", Text, nullable=False)
 )

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,11 +22,12 @@ from tpeft_deploy.runtime.server.registry.files.disk_cache import DiskCache
 from tpeft_deploy.runtime.server.registry.files.objects import ObjectStore
 from tpeft_deploy.runtime.server.registry.files.opened_files import OpenedFiles
 from tpeft_deploy.runtime.server.registry.files.store import AdapterStore
+from tpeft_deploy.runtime.server.registry.files.store_identity import bind_directory, bind_store
 from tpeft_deploy.runtime.server.registry.files.stored_objects import open_objects
 from tpeft_deploy.runtime.server.registry.files.uploads import clean
 from tpeft_deploy.runtime.server.registry.keys import Keys
+from tpeft_deploy.runtime.server.registry.leases import Leases
 from tpeft_deploy.runtime.server.registry.placements import Placements
-from tpeft_deploy.runtime.server.registry.store_identity import bind_directory, bind_store
 from tpeft_deploy.runtime.server.registry.task_store import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import Tenants
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
@@ -56,6 +57,7 @@ class State:
     Attributes:
         shared: whether other servers may use the database and the object store too, each with a directory for the rest:
             with PostgreSQL and an object store.
+        leases: leases of the tenants' rates, if the database is shared.
         on_change: called by the thread that watches, after tasks or placements have changed.
 
     Raises:
@@ -82,6 +84,7 @@ class State:
             stack.callback(database.close)
             self.shared = shared = store is not None and not database.local
             database.hold(_PATIENCE, shared=shared)
+            self.leases = Leases(database) if shared else None
             self.tenants = Tenants(database, default or Quota())
             self.keys = Keys(database, self.tenants, reserve)
             self.audit = Audit(database)
@@ -140,10 +143,14 @@ class State:
 
     def close(self) -> None:
         """Close the database and unlock the directory; idempotent."""
+        open_until_now = not self._stop.is_set()
         self._stop.set()
         self._watcher.join()
         if self._listener is not None:
             self._listener.close()
+        if self.leases is not None and open_until_now:
+            with suppress(ServerError):  # it ends by itself
+                self.leases.leave()
         self._held.close()
 
     def _listened(self) -> bool:

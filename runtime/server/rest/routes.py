@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from tpeft_deploy.runtime.server.openai import adapters, encoders, endpoints, models, tokens
-from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody
+from tpeft_deploy.runtime.server.openai.bodies import CompletionBody
+from tpeft_deploy.runtime.server.openai.chat_body import ChatBody
 from tpeft_deploy.runtime.server.openai.text_bodies import ClassifyBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from tpeft_deploy.runtime.server.rest import bodies, generate, handlers
 from tpeft_deploy.runtime.server.rest.context import HttpContext

@@ -30,6 +30,7 @@ from tpeft_deploy.runtime.server.telemetry.generation_metrics import (
 )
 from tpeft_deploy.runtime.server.telemetry.histograms import Bins, histogram
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
+from tpeft_deploy.runtime.server.tenancy.shared_meter import LeaseFigures
 
 __all__ = ["Metrics"]
 
@@ -63,6 +64,9 @@ class Metrics(Collector):
         generation: returns the figures of the decoder.
         pins: returns the pinned tasks by runtime key.
         ranks: returns the ranks of tasks that were read, by runtime key.
+
+    Attributes:
+        lease: returns the lease of rates; None if this server shares them with none.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Metrics(Collector):
         self._max = max_task_series
         self._residency, self._usage, self._waiting, self._dropped = residency, usage, waiting, dropped
         self._generation, self._pins, self._ranks = generation, pins, ranks
+        self.lease: Callable[[], LeaseFigures | None] = lambda: None
         self._requests: dict[tuple[str, str, int], int] = {}  # by protocol, route and status
         self._tasks: dict[tuple[str, str], _Task] = {}  # by tenant and task
         self._queue, self._run, self._batch = Bins(_SECONDS), Bins(_SECONDS), Bins(_ROWS)
@@ -140,6 +145,7 @@ class Metrics(Collector):
         yield histogram("tpeft_run_seconds", "Time of the run of a request", [((), self._run)])
         yield histogram("tpeft_batch_rows", "Rows of the run of a request", [((), self._batch)])
         yield CounterMetricFamily("tpeft_log_lines_dropped", "Log lines dropped", value=self._dropped())
+        yield from _of_lease(self.lease(), self._max)
         yield from self._of_runtime()
 
     def _new(self, tenant: str, task: str) -> _Task:
@@ -182,3 +188,17 @@ class Metrics(Collector):
         yield from of_sequences(stats)
         adapters = AdapterFigures(residency, max(0, taken.get("rows", 1) - 1), self._pins(), self._ranks)
         yield from of_adapters(stats, adapters, self._max)
+
+
+def _of_lease(lease: LeaseFigures | None, most: int) -> Iterator[Metric]:
+    """Yield the shares of rates, of `most` at most, and the age of their lease; without samples if there is none."""
+    labels = ("tenant", "rate")
+    shares = GaugeMetricFamily("tpeft_rate_share", "Share of a tenant's rate on this server, 0 to 1", labels=labels)
+    age = GaugeMetricFamily("tpeft_lease_age_seconds", "Since the last renewal of the shares")
+    servers = GaugeMetricFamily("tpeft_lease_servers", "Servers that share rates")
+    if lease is not None:
+        for (what, tenant), share in list(lease.shares.items())[:most]:
+            shares.add_metric((tenant, what), share)
+        age.add_metric((), lease.age)
+        servers.add_metric((), lease.servers)
+    yield from (shares, age, servers)

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from tpeft_deploy.errors import InputError
-from tpeft_deploy.runtime.server.openai.bodies import ChatBody, CompletionBody
+from tpeft_deploy.runtime.server.openai.bodies import CompletionBody
+from tpeft_deploy.runtime.server.openai.chat_body import ChatBody
 
 
 def chat(**fields: Any) -> ChatBody:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from tpeft_deploy.errors import InputError
-from tpeft_deploy.runtime.server.openai.bodies import ChatBody
+from tpeft_deploy.runtime.server.openai.chat_body import ChatBody
 from tpeft_deploy.runtime.server.openai.tools import ToolUse, with_objects
 from tpeft_deploy.runtime.text.tool_format import tool_format
 

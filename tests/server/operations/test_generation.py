@@ -16,7 +16,8 @@ from tpeft_deploy.runtime.generation.sampling import Sampling
 from tpeft_deploy.runtime.server.operations.generation import ContextExceeded, Generations, GenerationTarget
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
 from tpeft_deploy.runtime.server.tenancy.access import Principal
-from tpeft_deploy.runtime.server.tenancy.quotas import Meter, Quota
+from tpeft_deploy.runtime.server.tenancy.meter import Meter
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
 
 def test_a_models_name_is_a_task_a_version_the_base_or_a_weighted_set(served: Served) -> None:

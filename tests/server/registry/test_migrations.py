@@ -81,12 +81,12 @@ def test_an_earlier_database_works_after_its_migration(number: int, tmp_path: Pa
 
 def test_a_copy_of_the_file_is_kept_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     known = state_of_schema(1, tmp_path, None)
-    (tmp_path / ".state.db.before-4.abc").touch()  # of a server that was killed
+    (tmp_path / ".state.db.before-5.abc").touch()  # of a server that was killed
     with caplog.at_level(logging.INFO), open_state(tmp_path):
         pass
-    copy = tmp_path / "state.db.before-4"
+    copy = tmp_path / "state.db.before-5"
     assert [record.message for record in caplog.records] == [
-        f"the server's database is migrated from schema 1 to 4; {copy} is the database before"
+        f"the server's database is migrated from schema 1 to 5; {copy} is the database before"
     ]
     assert tables(tmp_path, sqlite_url(copy).render_as_string()) == known
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.glob("*state.db*")} == {0o600}
@@ -100,7 +100,7 @@ def test_a_copy_of_the_file_is_kept_and_the_log_says_so(tmp_path: Path, caplog: 
 
 def test_where_the_copy_cannot_be_written_nothing_is_migrated(tmp_path: Path) -> None:
     known = state_of_schema(1, tmp_path, None)
-    (tmp_path / "state.db.before-4").mkdir()
+    (tmp_path / "state.db.before-5").mkdir()
     with pytest.raises(ServerError, match=r"copy state\.db before its migration: Is a directory") as caught:
         open_state(tmp_path)
     assert "\n" not in str(caught.value)
@@ -164,9 +164,9 @@ open_state(Path({str(tmp_path)!r}), {url!r})
 @pytest.mark.parametrize(
     ("change", "got"),
     [
-        ("UPDATE alembic_version SET version_num = '0005'", "got 0005"),
+        ("UPDATE alembic_version SET version_num = '0006'", "got 0006"),
         ("UPDATE alembic_version SET version_num = 'abc'", "got abc"),
-        ("UPDATE meta SET value = 2 WHERE name = 'schema'", "got 0004, for servers of generation 2"),
+        ("UPDATE meta SET value = 2 WHERE name = 'schema'", "got 0005, for servers of generation 2"),
     ],
 )
 def test_a_newer_database_is_refused_in_one_line_and_left(
@@ -177,7 +177,7 @@ def test_a_newer_database_is_refused_in_one_line_and_left(
     run(tmp_path, url, change, "DROP TABLE pins")
     left = tables(tmp_path, url)
     for opened in (open_state, open_keys):
-        with pytest.raises(VersionError, match=f"expected schema 4 or earlier, {got}. Start the version") as caught:
+        with pytest.raises(VersionError, match=f"expected schema 5 or earlier, {got}. Start the version") as caught:
             opened(tmp_path, url)
         assert "\n" not in str(caught.value)
     assert tables(tmp_path, url) == left

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpeft_deploy.errors import ProtocolError, QuotaExceeded
-from tpeft_deploy.runtime.server.tenancy.quotas import Meter, Quota
+from tpeft_deploy.runtime.server.tenancy.meter import Meter
+from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 
 
 def meter(**limits: float) -> Meter:
