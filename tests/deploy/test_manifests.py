@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kserve
 import kubernetes.client
 import kubernetes_validate
 import pytest
@@ -15,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 from pydantic import ByteSize, TypeAdapter
 
+from tests.helpers.deploy.kserve_models import kserve_models
 from tests.helpers.deploy.resources import (
     DEPLOY,
     FIELDS,
@@ -35,6 +35,7 @@ DOCUMENTS = dict(documents())
 CORE = ("v1", "apps/v1", "policy/v1", "autoscaling/v2", "networking.k8s.io/v1")
 FILES = {"kustomize.config.k8s.io/v1beta1 Kustomization", "llm-d.ai/v1alpha1 EndpointPickerConfig"}
 VERSION = "1.37"
+KSERVE = kserve_models()
 
 
 def servers() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -69,7 +70,7 @@ def test_resources_of_extensions_have_only_fields_that_exist(place: str) -> None
     kind = kind_of(document)
     if kind.startswith("serving.kserve.io/"):
         version = kind.split("/")[1].split()[0].capitalize()
-        models = (kserve, kubernetes.client)
+        models = (KSERVE, kubernetes.client)
         of = f"{version}{document['kind'].removeprefix('Cluster')}Spec"
         assert misplaced_in_model(document["spec"], of, models) == []
     elif kind not in FILES:
@@ -87,7 +88,7 @@ def test_a_misspelt_field_is_found() -> None:
     assert misplaced({"selector": {}, "endpoint": []}, FIELDS["monitoring.coreos.com/v1 ServiceMonitor"])
     spec = DOCUMENTS["kserve/serving-runtime.yaml-0"]["spec"]
     wrong = {**spec, "containers": [{**spec["containers"][0], "readynessProbe": {}}]}
-    models = (kserve, kubernetes.client)
+    models = (KSERVE, kubernetes.client)
     assert misplaced_in_model(wrong, "V1alpha1ServingRuntimeSpec", models) == ["spec.containers[].readynessProbe"]
 
 
