@@ -10,6 +10,8 @@
 # make chart      the Helm chart, rendered by Helm's library in a virtual environment apart
 # make client       the blocking client, after a change of asynchronous/
 # make formats      docs/formats.md, after a change of a reader
+# make command-line   docs/command-line.md, after a change of a command
+# make release      the wheel and the sdist in dist/, checked, and each extra installed from the wheel and tried
 # make image        the container image (PROVIDER=cpu or gpu), on its base by digest
 # make image-lock   image/*.txt, after a change of constraints.txt
 # make clean        remove what the above made
@@ -18,17 +20,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROVIDER := $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Twice quiet: of pip's warnings (being root, places without packages) none concerns the user; its errors are shown.
+QUIET := --disable-pip-version-check install --quiet --quiet --root-user-action=ignore --constraint constraints.txt
+PIP := $(BIN)/python -m pip $(QUIET)
 OUT ?= quickstart
 ROUNDS ?= 20
 STUB ?= .venv-cuda-stub
 OPENVINO ?= .venv-openvino
 CHART ?= .venv-chart
 
-.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino chart proto client formats image image-lock clean
+.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino chart proto client formats command-line release image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
-	$(BIN)/tpeft-deploy quickstart --out $(OUT)
+	@$(BIN)/tpeft-deploy quickstart --out $(OUT)
 
 quickstart-text: $(VENV)/run-$(PROVIDER)
 	$(BIN)/python examples/three_styles.py quickstart-text
@@ -73,6 +77,12 @@ client: $(VENV)/dev-$(PROVIDER)
 formats: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/tpeft-deploy formats --markdown > docs/formats.md
 
+command-line: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/python .ci/command_page.py > docs/command-line.md
+
+release: $(BIN)/python
+	.ci/release.sh
+
 # The base's digest as the registry has it now; the image says which one it was.
 image:
 	base=python:3.11-slim@$$(docker buildx imagetools inspect python:3.11-slim --format '{{.Manifest.Digest}}') && \
@@ -88,7 +98,7 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/it" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 # What it installs is kept until the version of onnxruntime-gpu or a dependency changes.
 $(STUB)/built: $(wildcard tests/cuda_stub/*.sh tests/cuda_stub/*.c tests/cuda_stub/crt/*.h) constraints.txt pyproject.toml | $(BIN)/python
@@ -98,18 +108,18 @@ $(STUB)/built: $(wildcard tests/cuda_stub/*.sh tests/cuda_stub/*.c tests/cuda_st
 # OpenVINO's package has the files of onnxruntime too: it never shares an environment with another.
 $(OPENVINO)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OPENVINO)
-	$(OPENVINO)/bin/python -I -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[openvino]'
+	$(OPENVINO)/bin/python -I -m pip $(QUIET) --editable '.[openvino]'
 	@touch $@
 
 $(CHART)/installed: constraints.txt
 	$(PYTHON) -m venv $(CHART)
-	$(CHART)/bin/python -I -m pip --disable-pip-version-check install --quiet --constraint constraints.txt helm-python-sdk
+	$(CHART)/bin/python -I -m pip $(QUIET) helm-python-sdk
 	@touch $@
 
 # Installed again whenever the dependencies change.
 $(VENV)/run-$(PROVIDER): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing tpeft-deploy for $(PROVIDER) into $(VENV) (a few minutes the first time)"
-	$(PIP) --editable '.[$(PROVIDER),export,hf,train,examples,server,client,text]'
+	@$(PIP) --editable '.[$(PROVIDER),export,hf,train,examples,server,client,text]'
 	@touch $@
 
 $(VENV)/dev-$(PROVIDER): $(VENV)/run-$(PROVIDER)

@@ -272,6 +272,7 @@ def component_progress(component: str, progress: Progress) -> Progress:
     """Make a callback for the stages of one component."""
 
     def begin(stage: str) -> None:
-        progress(f"{component}: {stage}")
+        text = f"{component}: {stage}"
+        progress(stage.renamed(text) if isinstance(stage, Stage) else text)
 
     return begin

@@ -17,6 +17,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from tests.helpers import nets, two_towers
 from tpeft_deploy import Adapter, Bundle, export_bundle
+from tpeft_deploy.cli import progress_display
 
 # Both of what is left out depend on how busy the machine is.
 settings.register_profile("tests", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -47,6 +48,14 @@ def _torch_operators_are_read_once() -> Iterator[None]:
         patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
         for module in (exported_program, decomp_utils):
             patch.setattr(module, "_collect_all_valid_cia_ops", functools.cache(utils._collect_all_valid_cia_ops))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _commands_are_short() -> Iterator[None]:
+    # Where stderr is no terminal, commands that take longer show lines of progress: no test depends on how long.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress_display, "_SHORT", 1e6)
         yield
 
 

@@ -5,8 +5,9 @@ all of them.  Only the command line prints or exits.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 __all__ = [
     "AdapterError",
@@ -43,10 +44,12 @@ __all__ = [
     "UnsupportedTarget",
     "VersionError",
     "brief",
+    "did_you_mean",
     "requires",
 ]
 
 _LONGEST = 10_000  # characters of a message
+_LONGEST_NAME, _MOST_NAMES = 100, 1000  # comparing names takes time
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -54,6 +57,19 @@ def brief(text: object, most: int = 200) -> str:
     """Put a library's message on one line of at most `most` characters, without terminal colours."""
     line = " ".join(_COLOURS.sub("", str(text)).split())
     return line if len(line) <= most else f"{line[: most - 3].rstrip()}..."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that suggests the most similar name, with a space at its end; empty if none is similar.
+
+    Args:
+        name: misspelt name.
+        known: names that whoever asks may learn of.
+    """
+    from difflib import get_close_matches
+
+    found = get_close_matches(name[:_LONGEST_NAME], list(islice(known, _MOST_NAMES)), n=1)
+    return f"Did you mean {found[0]!r}? " if found else ""
 
 
 class TpeftError(Exception):

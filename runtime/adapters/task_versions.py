@@ -14,7 +14,7 @@ import numpy as np
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.composition import compose
-from tpeft_deploy.errors import CompositionError, InputError, UnknownTask
+from tpeft_deploy.errors import CompositionError, InputError, UnknownTask, did_you_mean
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.runtime.adapters.version import Version
 
@@ -202,7 +202,8 @@ class TaskVersions:
             doing,
             expected=f"one of {shown}",
             got=repr(task),
-            fix="Load it with Runtime.load, or add it to the bundle with 'tpeft-deploy adapter add'.",
+            fix=did_you_mean(task, known)
+            + "Load it with Runtime.load, or add it to the bundle with 'tpeft-deploy adapter add'.",
         )
 
 

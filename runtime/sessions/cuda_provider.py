@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -10,7 +12,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnxruntime
 
-from tpeft_deploy.errors import ProviderUnavailable
+from tpeft_deploy.errors import ProviderUnavailable, brief
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.sessions.execution_provider import MIXED, Cuda, ExecutionProvider, mixed_installation
 
@@ -46,12 +48,13 @@ class CudaProvider(ExecutionProvider):
         if self.session_provider not in onnxruntime.get_available_providers():
             return "this onnxruntime was built without CUDA"
         self._settle_tf32()
-        _preload()
+        missing = _preload()
         try:
             with device_lock.using("cuda"):
                 onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), self.device, self.device_id)
         except Exception as error:  # ONNX Runtime raises unexported classes and RuntimeError alike
-            return f"no tensor could be placed on device {self.device_id} ({str(error).strip().splitlines()[0][:160]})"
+            why = missing or brief(str(error).strip().splitlines()[0], 160)
+            return f"no tensor could be placed on device {self.device_id} ({why})"
         CudaProvider._tf32_in_use |= self.tf32
         return None
 
@@ -75,15 +78,29 @@ class CudaProvider(ExecutionProvider):
             )
 
 
-def _preload() -> None:
+def _preload() -> str:
     """Load CUDA's and cuDNN's libraries, from the `nvidia` packages wherever they are installed.
 
     By itself ONNX Runtime looks for these packages beside its directory only.
+
+    Returns:
+        What it could not load, as a line; ONNX Runtime prints that to stdout, which is not ours to write to.
     """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        _load_packaged()
+        printed.seek(0)
+        printed.truncate()  # of a directory that lacks one library of several
+        onnxruntime.preload_dlls()
+    lines = printed.getvalue().splitlines()
+    failed = [line.partition(": ")[2].strip() for line in lines if line.startswith("Failed to load ")]
+    return brief("; ".join(failed), 160)
+
+
+def _load_packaged() -> None:
     found = importlib.util.find_spec("nvidia")
     for place in (found.submodule_search_locations if found else None) or ():
         for directory in sorted(Path(place).glob("cu[0-9]*/lib")):
             onnxruntime.preload_dlls(cudnn=False, directory=str(directory))
         for directory in sorted(Path(place).glob("cudnn/lib")):
             onnxruntime.preload_dlls(cuda=False, directory=str(directory))
-    onnxruntime.preload_dlls()

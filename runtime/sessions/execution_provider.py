@@ -13,11 +13,12 @@ from typing import Literal, Self
 
 import onnxruntime
 
+from tpeft_deploy.installed import ONNX_RUNTIMES
+
 __all__ = ["CPU", "DEFAULT_CUDA", "MIXED", "Cuda", "ExecutionProvider", "mixed_installation"]
 
 CPU = "CPUExecutionProvider"
-_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
-MIXED = f"several of {', '.join(_DISTRIBUTIONS)} are installed and overwrite each other's files"
+MIXED = f"several of {', '.join(ONNX_RUNTIMES)} are installed and overwrite each other's files"
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def mixed_installation() -> bool:
     Two copies in different directories do not disturb each other: only one is imported.
     """
     imported = Path(onnxruntime.__file__)
-    return sum(_owns(distribution, imported) for distribution in _DISTRIBUTIONS) > 1
+    return sum(_owns(distribution, imported) for distribution in ONNX_RUNTIMES) > 1
 
 
 def _owns(distribution: str, file: Path) -> bool:

@@ -213,7 +213,12 @@ def test_a_command_in_a_process_of_its_own_says_nothing_but_its_table(tmp_path: 
     command = [sys.executable, "-c", "from tpeft_deploy.cli import main; main()"]
     arguments = ["export", "bundle", BASE, "--out", str(tmp_path / "new"), "--adapter", f"two={adapters / 'two'}"]
     done = subprocess.run(
-        [*command, *arguments, "--folded"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [*command, *arguments, "--folded", "--quiet"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -12,8 +12,6 @@ from tests.helpers.commands import BASE, call, fail, succeed
 from tests.helpers.exporters.bundles import edit, flip_weights, minus, write
 from tpeft_deploy import Adapter, Bundle
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.cli.console import stages
-from tpeft_deploy.progress import Stage
 
 
 def test_verify_prints_every_check(conv_bundle: Bundle, tmp_path: Path) -> None:
@@ -102,22 +100,6 @@ def test_a_dry_run_refuses_what_the_export_refuses(adapters: Path) -> None:
     assert "name a task 'two'" in fail("export", "bundle", BASE, *given, "--dry-run", "--name", "two")
     assert "--out" in fail("export", "bundle", BASE, *given, code=2)
     assert "--out" in fail("export", "folded", BASE, adapters / "two", code=2)
-
-
-def test_progress_fills_a_bar_on_a_terminal_only(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with stages() as begin:
-        begin(Stage("fold two", 1, 3))
-    assert capsys.readouterr().err == ""
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    with stages() as begin:
-        for stage in (Stage("fold [two]", 1, 3), "trace the base", Stage("fold three", 2, 3)):
-            begin(stage)
-            # The display is drawn at its own pace, and once more at the end.
-    shown = capsys.readouterr().err
-    assert "3 of 3 fold three" in shown
 
 
 def test_verify_asks_the_training_library(conv_bundle: Bundle, tmp_path: Path) -> None:

@@ -36,11 +36,17 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A quickstart with less training, and what it printed."""
     full = tpeft_deploy.quickstart.run_quickstart
     out = tmp_path_factory.mktemp("quick") / "my digits"
+    told: list[Any] = []
+
+    def shortened(*arguments: Any, **keywords: Any) -> Any:
+        return full(*arguments, **{**keywords, "on_stage": told.append, "seed": 1, "effort": 0.5})
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpeft_deploy.quickstart, "run_quickstart", lambda *a, **k: full(*a, **k, seed=1, effort=0.5))
+        patch.setattr(tpeft_deploy.quickstart, "run_quickstart", shortened)
         done = CliRunner().invoke(main, ["quickstart", "--out", str(out), "--provider", "cpu"])
     assert done.exit_code == 0, done.output
     assert done.stderr == ""
+    assert (told[-1], told[-1].done + 1) == ("write the report", told[-1].total)
     return out, done.stdout
 
 

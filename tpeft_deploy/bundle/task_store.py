@@ -11,7 +11,7 @@ from typing import Any
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.manifest import check_name, is_name
-from tpeft_deploy.errors import BundleError, IntegrityError, UnknownTask
+from tpeft_deploy.errors import BundleError, IntegrityError, UnknownTask, did_you_mean
 from tpeft_deploy.files import digest_file, new_directory, remove_directory, replace_text
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.formats.write import onnx_adapter
@@ -53,7 +53,8 @@ class TaskStore:
                 f"open task {task!r} of bundle {self.path}",
                 expected=f"one of {', '.join(self.tasks) or 'no tasks at all'}",
                 got=repr(task),
-                fix=f"Add it with 'tpeft-deploy adapter add {self.path} {task}=ADAPTER'.",
+                fix=did_you_mean(task, self.tasks)
+                + f"Add it with 'tpeft-deploy adapter add {self.path} {task}=ADAPTER'.",
             )
         return self._alias(file)
 

@@ -5,12 +5,12 @@ Commands import large packages inside their functions, so that `--help` and usag
 
 import click
 
-from tpeft_deploy import __version__
 from tpeft_deploy.cli.adapter import adapter
 from tpeft_deploy.cli.bench import bench
 from tpeft_deploy.cli.cluster import cluster
-from tpeft_deploy.cli.console import Tool
+from tpeft_deploy.cli.completion import completion
 from tpeft_deploy.cli.convert import convert
+from tpeft_deploy.cli.doctor import doctor
 from tpeft_deploy.cli.export import export
 from tpeft_deploy.cli.formats import formats
 from tpeft_deploy.cli.generate import generate
@@ -19,17 +19,20 @@ from tpeft_deploy.cli.keys import keys
 from tpeft_deploy.cli.quickstart import quickstart
 from tpeft_deploy.cli.run import run
 from tpeft_deploy.cli.serve import health, serve
+from tpeft_deploy.cli.tool import Tool
 from tpeft_deploy.cli.verify import verify
+from tpeft_deploy.cli.version import version_option
 
 __all__ = ["main"]
 
 
 @click.group(cls=Tool, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="tpeft-deploy")
+@version_option
 def main() -> None:
     """Deploy tensor adapters: one base model, many tasks, with ONNX Runtime.
 
-    Every command that prints a table takes --json; progress and logs go to stderr.
+    Every command that prints a table takes --json; progress and logs go to stderr; --quiet
+    leaves out progress and remarks.
     Exit codes: 0 success, 1 failure, 2 usage error.
     """
 
@@ -49,5 +52,7 @@ for command in (
     cluster,
     keys,
     quickstart,
+    doctor,
+    completion,
 ):
     main.add_command(command)

@@ -8,7 +8,11 @@ from typing import Any
 import click
 
 from tpeft_deploy.cli.bases import part_option, scale_option
-from tpeft_deploy.cli.console import Assigned, Group, TaskAdapter, emit, json_option, tell_left_out
+from tpeft_deploy.cli.completion import task_names
+from tpeft_deploy.cli.console import Assigned, TaskAdapter, emit, json_option, tell_left_out
+from tpeft_deploy.cli.progress_display import stages
+from tpeft_deploy.cli.tool import Group
+from tpeft_deploy.progress import Stage
 
 __all__ = ["adapter"]
 
@@ -33,9 +37,13 @@ def add(bundle: Path, assignment: Assigned, scale: float | None, part: str | Non
     from tpeft_deploy.formats import load_adapter
 
     task, path, strength = assignment
-    opened = Bundle.open(bundle)
-    loaded = load_adapter(path, scale=scale, base=opened.base_view, part=part)
-    opened.add(task, at_strength(loaded, strength, task=task))
+    with stages() as begin:
+        begin("open the bundle")
+        opened = Bundle.open(bundle)
+        begin("read the adapter")
+        loaded = load_adapter(path, scale=scale, base=opened.base_view, part=part)
+        begin(f"store {task}")
+        opened.add(task, at_strength(loaded, strength, task=task))
     document = {"tasks": [{**_describe(opened, task), "left_out": dict(loaded.left_out)}]}
     emit(document, key="tasks", columns=_COLUMNS, as_json=as_json)
     tell_left_out({} if as_json else loaded.left_out, task)
@@ -43,7 +51,7 @@ def add(bundle: Path, assignment: Assigned, scale: float | None, part: str | Non
 
 @adapter.command()
 @_BUNDLE
-@click.argument("task")
+@click.argument("task", shell_complete=task_names)
 def remove(bundle: Path, task: str) -> None:
     """Remove TASK with all its versions."""
     from tpeft_deploy.bundle.directory import Bundle
@@ -61,10 +69,15 @@ def list_(bundle: Path, as_json: bool) -> None:
     opened = Bundle.open(bundle)
     manifests = [part.manifest for part in opened.components.values()]
     tolerances = [manifest.tolerance for manifest in manifests if manifest.tolerance is not None]
+    described = []
+    with stages() as begin:
+        for position, task in enumerate(tasks := opened.tasks):
+            begin(Stage(f"check {task}", position, len(tasks)))
+            described.append(_describe(opened, task))
     document = {
         "bundle": opened.manifest.name,
         "tolerance": max(tolerances, default=None),
-        "tasks": [_describe(opened, task) for task in opened.tasks],
+        "tasks": described,
     }
     emit(document, key="tasks", columns=_COLUMNS, as_json=as_json)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from tpeft_deploy.cli.console import Command, emit, json_option, note, provider_option, stages, tf32_option
+from tpeft_deploy.cli.console import emit, json_option, provider_option, tf32_option
+from tpeft_deploy.cli.progress_display import stages
+from tpeft_deploy.cli.tool import Command, note
 
 __all__ = ["bench"]
 

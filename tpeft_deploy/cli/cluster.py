@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tpeft_deploy.cli.console import Command, Group, Provider, note, server_packages
+from tpeft_deploy.cli.console import Provider, server_packages
+from tpeft_deploy.cli.tool import Command, Group, note
 from tpeft_deploy.errors import requires
 
 if TYPE_CHECKING:

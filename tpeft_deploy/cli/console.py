@@ -1,4 +1,4 @@
-"""Input and output of all commands: errors on one line, tables or JSON on stdout, progress on stderr."""
+"""Arguments and output that commands share: parameter types, and tables or JSON on stdout."""
 
 from __future__ import annotations
 
@@ -11,32 +11,25 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from tpeft_deploy.errors import MissingExtra, TpeftError, brief
-from tpeft_deploy.progress import Progress, Stage, silent
+from tpeft_deploy.errors import MissingExtra
 
 __all__ = [
     "Assigned",
     "Devices",
-    "Group",
     "Pair",
     "Provider",
     "TaskAdapter",
-    "Tool",
     "devices_option",
     "emit",
     "json_option",
-    "note",
     "number",
     "provider_option",
     "server_packages",
-    "stages",
     "tell_left_out",
     "tf32_option",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_DEBUG = "tpeft_deploy.debug"
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 
@@ -89,59 +82,6 @@ provider_option = click.option(
 tf32_option = click.option(
     "--allow-tf32", is_flag=True, help="Compute float32 products in TF32 on CUDA: faster, with errors up to 2e-3."
 )
-
-
-def _remember_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
-    if value:
-        context.find_root().meta[_DEBUG] = True
-
-
-def _debug_option() -> click.Option:
-    return click.Option(
-        ["--debug"], is_flag=True, expose_value=False, callback=_remember_debug, help="Show tracebacks of errors."
-    )
-
-
-class Command(click.Command):
-    """A command that takes --debug."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params.append(_debug_option())
-
-
-class Group(click.Group):
-    """A group of commands that take --debug."""
-
-    command_class = Command
-
-
-class Tool(Group):
-    """The top-level group, which turns errors into a line on stderr and an exit code."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params.append(_debug_option())
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; errors other than click's are shown as one line unless --debug is given."""
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
-            raise  # click handles these; a closed pipe (| head) is not a failure
-        except Exception as error:
-            if ctx.meta.get(_DEBUG):
-                raise
-            raise _Failure(error) from error
-
-
-class _Failure(click.ClickException):
-    def __init__(self, error: Exception) -> None:
-        if isinstance(error, TpeftError):
-            super().__init__(str(error))
-            return
-        text = brief(error, 400)
-        super().__init__(f"unexpected {type(error).__name__}: {text}. Run again with --debug, and please report it.")
 
 
 class Assigned(NamedTuple):
@@ -255,11 +195,6 @@ def tell_left_out(left_out: Mapping[str, str], task: str = "") -> None:
         click.echo(f"{task and f'task {task}: '}left out {len(names)}, {why}: {shown}")
 
 
-def note(text: str) -> None:
-    """Print a remark to stderr."""
-    click.echo(text, err=True)
-
-
 @contextmanager
 def server_packages(doing: str) -> Iterator[None]:
     """Turn an ImportError of a package of the server extra into MissingExtra.
@@ -275,38 +210,3 @@ def server_packages(doing: str) -> Iterator[None]:
         raise MissingExtra(
             doing, expected="the server's packages", got=str(error), fix="pip install 'tpeft-deploy[server,cpu]'."
         ) from error
-
-
-@contextmanager
-def stages() -> Iterator[Progress]:
-    """Show progress on stderr, if that is a terminal; yield a function to call at the start of each stage.
-
-    A `Stage` fills a bar; for a plain string, a stage of unknown length, the bar pulses.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Display
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield silent
-        return
-    columns = (
-        SpinnerColumn(),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[count]}"),
-        TextColumn("{task.description}", markup=False),
-        TimeElapsedColumn(),
-    )
-    with Display(*columns, console=console, transient=True) as display:
-        current = display.add_task("starting", total=None, count="")
-
-        def show(stage: str) -> None:
-            if isinstance(stage, Stage):
-                count = f"{min(stage.done + 1, stage.total)} of {stage.total}"
-                display.update(current, description=stage, completed=stage.done, total=stage.total, count=count)
-            else:
-                display.tasks[0].total = None  # update(total=None) means no change
-                display.update(current, description=stage, completed=0, count="")
-
-        yield show

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from tpeft_deploy.cli.bases import base_option, format_option, open_base, scale_option
-from tpeft_deploy.cli.console import Command, emit, json_option, note
+from tpeft_deploy.cli.console import emit, json_option
+from tpeft_deploy.cli.progress_display import stages
+from tpeft_deploy.cli.tool import Command, note
 
 if TYPE_CHECKING:
     from tpeft_deploy.adapter import Adapter
@@ -59,12 +61,16 @@ def convert(
     if target == "locon" and out.suffix != ".safetensors":
         raise click.UsageError("--to locon needs an OUT that ends in .safetensors.")
     _check_free(out)
-    opened = open_base(base)
-    found = None if opened is None else view(opened)
-    loaded = load_pickled(adapter, format=format, scale=scale, base=found)
+    with stages() as begin:
+        begin("load the base" if base is not None else "read the adapter")
+        opened = open_base(base)
+        found = None if opened is None else view(opened)
+        begin("read the adapter")
+        loaded = load_pickled(adapter, format=format, scale=scale, base=found)
+        begin("write it")
+        _write(loaded, out, target, bundle, graph, found)
     for weight, text in loaded.notes.items():
         note(f"{'adapter' if weight == '*' else weight}: {text}")
-    _write(loaded, out, target, bundle, graph, found)
     files = sorted(out.rglob("*")) if out.is_dir() else [out]
     document = {
         "source": loaded.source,

@@ -17,17 +17,9 @@ from tpeft_deploy.cli.bases import (
     unused_option,
     weights_option,
 )
-from tpeft_deploy.cli.console import (
-    Assigned,
-    Group,
-    Pair,
-    TaskAdapter,
-    emit,
-    json_option,
-    number,
-    stages,
-    tell_left_out,
-)
+from tpeft_deploy.cli.console import Assigned, Pair, TaskAdapter, emit, json_option, number, tell_left_out
+from tpeft_deploy.cli.progress_display import stages
+from tpeft_deploy.cli.tool import Group
 from tpeft_deploy.progress import Stage
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from tpeft_deploy.cli.console import Command, emit, json_option
+from tpeft_deploy.cli.console import emit, json_option
+from tpeft_deploy.cli.tool import Command
 
 __all__ = ["formats"]
 

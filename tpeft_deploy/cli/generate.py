@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 import msgspec
 
-from tpeft_deploy.cli.console import Command, json_option, note, provider_option, stages
+from tpeft_deploy.cli.completion import task_names
+from tpeft_deploy.cli.console import json_option, provider_option
+from tpeft_deploy.cli.progress_display import stages
+from tpeft_deploy.cli.tool import Command, note
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.progress import Progress, Stage, silent
 
@@ -47,8 +50,12 @@ class _Runtime(Protocol):
 
 @click.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--task", help="Task of all prompts; the base by default.")
-@click.option("--tasks", help="Tasks, separated by commas: one per prompt, or several for one prompt.")
+@click.option("--task", shell_complete=task_names, help="Task of all prompts; the base by default.")
+@click.option(
+    "--tasks",
+    shell_complete=task_names,
+    help="Tasks, separated by commas: one per prompt, or several for one prompt.",
+)
 @click.option("--prompt", help="Text to continue; - reads it from stdin.")
 @click.option(
     "--prompts",

@@ -9,7 +9,9 @@ import click
 
 from tpeft_deploy.cli import serving
 from tpeft_deploy.cli.bases import base_option, format_option, open_base, part_option, scale_option
-from tpeft_deploy.cli.console import Command, emit, json_option, note, tell_left_out
+from tpeft_deploy.cli.console import emit, json_option, tell_left_out
+from tpeft_deploy.cli.progress_display import stages
+from tpeft_deploy.cli.tool import Command, note
 from tpeft_deploy.errors import AdapterError, TpeftError
 
 if TYPE_CHECKING:
@@ -47,10 +49,14 @@ def inspect(
     from tpeft_deploy.formats import load_adapter
     from tpeft_deploy.formats.read.base_view import view
 
-    opened = open_base(base)
-    found = None if opened is None else view(opened)
+    found: BaseView | None = None
     try:
-        loaded = load_adapter(adapter, format=format, scale=scale, base=found, part=part)
+        with stages() as begin:
+            begin("read the adapter" if base is None else "load the base")
+            opened = open_base(base)
+            found = None if opened is None else view(opened)
+            begin("read the adapter")
+            loaded = load_adapter(adapter, format=format, scale=scale, base=found, part=part)
     except AdapterError as error:
         _show_refused(adapter, error, found, as_json)
         raise

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tpeft_deploy.cli.console import Command, Group, emit, json_option, note, server_packages
+from tpeft_deploy.cli.console import emit, json_option, server_packages
+from tpeft_deploy.cli.tool import Command, Group, note
 
 if TYPE_CHECKING:
     from tpeft_deploy.runtime.server.registry import KeyRecord, Keys

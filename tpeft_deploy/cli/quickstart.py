@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tpeft_deploy.cli.console import Command, emit, json_option, provider_option, stages
+from tpeft_deploy.cli.console import emit, json_option, provider_option
+from tpeft_deploy.cli.progress_display import stages
+from tpeft_deploy.cli.tool import Command
 
 if TYPE_CHECKING:
     from tpeft_deploy.quickstart import Results

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tpeft_deploy.cli.bases import read_arrays
-from tpeft_deploy.cli.console import Command, devices_option, emit, json_option, note, provider_option, tf32_option
+from tpeft_deploy.cli.completion import task_names
+from tpeft_deploy.cli.console import devices_option, emit, json_option, provider_option, tf32_option
+from tpeft_deploy.cli.progress_display import stages
+from tpeft_deploy.cli.tool import Command, note
 from tpeft_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,8 +27,8 @@ __all__ = ["run"]
     "--input", "source", required=True, type=click.Path(path_type=Path), help="An .npz file with one array per input."
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The .npz file to write.")
-@click.option("--task", help="Task of all rows; the base by default.")
-@click.option("--tasks", help="One task per row, separated by commas: A,B,A.")
+@click.option("--task", shell_complete=task_names, help="Task of all rows; the base by default.")
+@click.option("--tasks", shell_complete=task_names, help="One task per row, separated by commas: A,B,A.")
 @click.option("--component", help="Component to run; needed where the bundle has several.")
 @click.option("--outputs", help="Outputs to write, separated by commas; all by default.")
 @provider_option
@@ -56,15 +59,20 @@ def run(
     if task is not None and tasks is not None:
         raise click.UsageError("--task and --tasks exclude each other.")
     inputs = read_arrays(source, "read inputs", InputError)
-    runtime = Runtime(bundle, provider=provider, devices=devices, allow_tf32=allow_tf32, preload=False, own_copy=False)
-    if runtime.only_folded:
-        for name in {*(tasks or task or "base").split(",")} - {"base"}:
-            runtime.pin(name, folded=True)
-    selected = outputs.split(",") if outputs is not None else None
-    if tasks is not None:
-        results = runtime.run(inputs, tasks=tasks.split(","), outputs=selected, component=component)
-    else:
-        results = dict(runtime.run(inputs, task or "base", outputs=selected, component=component))
+    options: Any = {"provider": provider, "devices": devices, "allow_tf32": allow_tf32}
+    selected: Any = {"outputs": outputs.split(",") if outputs is not None else None, "component": component}
+    with stages() as begin:
+        begin("open the bundle")
+        runtime = Runtime(bundle, **options, preload=False, own_copy=False)
+        if runtime.only_folded:
+            for name in {*(tasks or task or "base").split(",")} - {"base"}:
+                begin(f"fold {name}")
+                runtime.pin(name, folded=True)
+        begin("run")
+        if tasks is not None:
+            results = runtime.run(inputs, tasks=tasks.split(","), **selected)
+        else:
+            results = dict(runtime.run(inputs, task or "base", **selected))
     arrays = _flat(results)
     with new_file(output) as temporary, temporary.open("wb") as stream:
         import numpy as np

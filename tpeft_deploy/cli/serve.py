@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from tpeft_deploy.cli.console import Command, Provider, devices_option, note, server_packages
+from tpeft_deploy.cli.console import Provider, devices_option, server_packages
+from tpeft_deploy.cli.tool import Command, note
 
 __all__ = ["health", "serve"]
 

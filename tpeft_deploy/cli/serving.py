@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpeft_deploy.cli.console import stages
+from tpeft_deploy.cli.progress_display import stages
 from tpeft_deploy.errors import AdapterError, ExportError, MissingExtra, TpeftError, UnsupportedBase
 
 if TYPE_CHECKING:

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import click
 
-from tpeft_deploy.cli.console import Command, emit, json_option, note, stages
+from tpeft_deploy.cli.completion import task_names
+from tpeft_deploy.cli.console import emit, json_option
+from tpeft_deploy.cli.progress_display import stages
+from tpeft_deploy.cli.tool import Command, note
 
 __all__ = ["verify"]
 
 
 @click.command(cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--task", help="Task to check; all by default.")
+@click.option("--task", shell_complete=task_names, help="Task to check; all by default.")
 @click.option(
     "--report",
     type=click.Path(path_type=Path, dir_okay=False),

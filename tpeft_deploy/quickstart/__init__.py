@@ -8,9 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tpeft_deploy.errors import MissingExtra
+from tpeft_deploy.progress import Steps
 from tpeft_deploy.quickstart.results import Results
 
 __all__ = ["Results", "run_quickstart"]
+
+_STAGES = 8  # loading, training six; all that follows takes as long as one of these
 
 _EXTRAS = {
     "sklearn": "examples",
@@ -53,10 +56,11 @@ def run_quickstart(
     """
     begin = time.perf_counter()
     _require_packages()
-    on_stage("load torch, PEFT and scikit-learn")
+    steps = Steps(on_stage, _STAGES)
+    steps("load torch, PEFT and scikit-learn")
     from tpeft_deploy.quickstart.run import run
 
-    return run(out, provider=provider, seed=seed, effort=effort, on_stage=on_stage, begin=begin)
+    return run(out, provider=provider, seed=seed, effort=effort, on_stage=steps, begin=begin)
 
 
 def _require_packages() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors.torch import save
 from tpeft_deploy.bundle.directory import BASE_TASK, Bundle
 from tpeft_deploy.exporters import export_bundle
 from tpeft_deploy.formats import load_adapter
+from tpeft_deploy.progress import Steps
 from tpeft_deploy.quickstart import evaluate
 from tpeft_deploy.quickstart.data import TASKS, Digits, load_digits
 from tpeft_deploy.quickstart.measure import switching
@@ -45,10 +46,8 @@ def base():
     return trained(Path(__file__).parent)
 '''
 
-OnStage = Callable[[str], None]
 
-
-def run(out: Path, *, provider: str, seed: int, effort: float, on_stage: OnStage, begin: float) -> Results:
+def run(out: Path, *, provider: str, seed: int, effort: float, on_stage: Steps, begin: float) -> Results:
     """Run the quickstart; arguments as for `run_quickstart`, `begin` is its start by `time.perf_counter`."""
     # First, so that an unusable provider fails now and not after a minute of training.
     choice = choose(provider)
@@ -62,8 +61,8 @@ def run(out: Path, *, provider: str, seed: int, effort: float, on_stage: OnStage
             bundle = _export(trained, place, on_stage)
         with _timed(seconds, "measure"):
             runtime = Runtime(bundle.path, provider=provider)
-            answers = evaluate.run_forms(trained, bundle, runtime, choice, tests, rows=_ROWS, on_stage=on_stage)
-            on_stage("time switching between tasks")
+            answers = evaluate.run_forms(trained, bundle, runtime, choice, tests, rows=_ROWS, on_stage=on_stage.part)
+            on_stage.part("time switching between tasks")
             folded = bundle.path / "folded" / f"{TASKS[0].name}.onnx"
             cost = switching(runtime, folded, choice, tasks=runtime.tasks, pixels=test.pixels[:1])
         results = Results(
@@ -82,12 +81,13 @@ def run(out: Path, *, provider: str, seed: int, effort: float, on_stage: OnStage
             versions={"onnxruntime": onnxruntime.__version__} | {name: version(name) for name in _PACKAGES},
         )
         (place / "results.json").write_text(json.dumps(results.to_json(), indent=1) + "\n")
-        on_stage("write the report")
+        on_stage.part("write the report")
         write_report(place / "report.html", results, answers, tests)
     return results
 
 
-def _export(trained: Trained, place: Path, on_stage: OnStage) -> Bundle:
+def _export(trained: Trained, place: Path, on_stage: Steps) -> Bundle:
+    on_stage("export")
     (place / WEIGHTS).write_bytes(save(trained.base.state_dict()))
     (place / "digits_base.py").write_text(_BASE_MODULE)
     for task, adapted in trained.adapters.items():
@@ -100,7 +100,7 @@ def _export(trained: Trained, place: Path, on_stage: OnStage) -> Bundle:
         example_inputs=example_inputs,
         name="digits",
         folded=True,
-        progress=lambda stage: on_stage(f"export: {stage}"),
+        progress=lambda stage: on_stage.part(f"export: {stage}"),
     )
 
 
