@@ -118,7 +118,8 @@ def subject(
                 own.add()
                 environment |= {MARK: own.mark, "RAY_ADDRESS": own.address}
                 with cluster(conv_bundle.path, state, "--replicas", REPLICAS, environment=environment) as served:
-                    load = ClusterLoad(keys, uploads, expected(conv_bundle, uploads, place), conv_bundle.manifest.name)
+                    wanted = expected(conv_bundle, uploads, place)
+                    load = ClusterLoad(keys, uploads, wanted, conv_bundle.manifest.name, url)
                     load.url = served.url
                     yield Subject(own, postgres, s3, load, Log(load), place / "tmp")
     finally:

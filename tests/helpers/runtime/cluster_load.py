@@ -7,8 +7,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import httpx
+import psycopg
 
 from tests.helpers.server.load import NAMES, OPERATOR, TENANTS, Expected, Load
 from tests.helpers.waiting import wait_until
@@ -31,14 +33,18 @@ class ClusterLoad(Load):
         uploads: digest -> the file of an adapter.
         expected: what they answer.
         bundle: its name.
+        database: URL of the registry's PostgreSQL.
 
     Attributes:
         refused: requests without an answer, by reason.
         unclear: changes without an acknowledgement, by what became of them.
     """
 
-    def __init__(self, keys: Mapping[str, str], uploads: Mapping[str, bytes], expected: Expected, bundle: str) -> None:
+    def __init__(
+        self, keys: Mapping[str, str], uploads: Mapping[str, bytes], expected: Expected, bundle: str, database: str
+    ) -> None:
         super().__init__(keys, uploads, expected, bundle)
+        self._database = database.replace("+psycopg", "")
         self.refused: Counter[str] = Counter()
         self.unclear: Counter[str] = Counter()
         self._answered: dict[str, float] = {}  # client -> when its last request with an answer began
@@ -123,6 +129,8 @@ class ClusterLoad(Load):
         if not done:
             history.steps.pop()
             history.pending = None
+            # A registration that was not done may have taken a number, which no other gets.
+            history.steps[-1].task = replace(history.now, last=self._last_number(tenant, name))
             return
 
         def seen() -> bool:
@@ -135,6 +143,12 @@ class ClusterLoad(Load):
 
         wait_until(seen, "the sight of a change")
         history.acknowledged()
+
+    def _last_number(self, tenant: str, name: str) -> int:
+        with psycopg.connect(self._database) as connection:
+            query = "SELECT next_number - 1 FROM tasks WHERE tenant = %s AND name = %s"
+            found = connection.execute(query, (tenant, name)).fetchone()
+        return 0 if found is None else int(found[0])
 
     @staticmethod
     def _get(http: httpx.Client, path: str) -> httpx.Response | None:
