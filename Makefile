@@ -7,6 +7,7 @@
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
 # make cuda-dry-run   ONNX Runtime's CUDA provider on a CUDA that computes nothing: placement, copies, recordings
 # make openvino   the runtime with OpenVINO, in a virtual environment apart
+# make cluster    a cluster of Ray Serve and an S3 API, with kills, in a virtual environment beside (cluster-soak: 20 of each)
 # make chart      the Helm chart, rendered by Helm's library in a virtual environment apart
 # make client       the blocking client, after a change of asynchronous/
 # make formats      docs/formats.md, after a change of a reader
@@ -28,8 +29,10 @@ ROUNDS ?= 20
 STUB ?= .venv-cuda-stub
 OPENVINO ?= .venv-openvino
 CHART ?= .venv-chart
+CLUSTER ?= .venv-cluster
 
-.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino chart proto client formats command-line release image image-lock clean
+.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino cluster cluster-soak \
+	chart proto client formats command-line release image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	@$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -65,6 +68,11 @@ cuda-dry-run: $(VENV)/dev-$(PROVIDER) $(STUB)/built
 openvino: $(VENV)/dev-$(PROVIDER) $(OPENVINO)/installed
 	OMP_NUM_THREADS=1 OPENVINO=$(OPENVINO) $(BIN)/python -m pytest -n 2 -m openvino tests/openvino $(ARGS)
 
+cluster-soak: KILLS := cluster and soak
+cluster: KILLS := cluster and not soak
+cluster cluster-soak: $(VENV)/dev-$(PROVIDER) $(CLUSTER)/installed
+	OMP_NUM_THREADS=1 $(CLUSTER)/bin/python -m pytest -n 0 -m "$(KILLS)" $(or $(ARGS),tests/cluster_kill tests/runtime/cluster tests/server/replicas)
+
 chart: $(VENV)/dev-$(PROVIDER) $(CHART)/installed
 	CHART=$(CHART) $(BIN)/python -m pytest -n 0 -m chart tests/deploy $(ARGS)
 
@@ -93,7 +101,7 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(OUT) quickstart-text build dist *.egg-info
+	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(CLUSTER) $(OUT) quickstart-text build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -109,6 +117,16 @@ $(STUB)/built: $(wildcard tests/cuda_stub/*.sh tests/cuda_stub/*.c tests/cuda_st
 $(OPENVINO)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OPENVINO)
 	$(OPENVINO)/bin/python -I -m pip $(QUIET) --editable '.[openvino]'
+	@touch $@
+
+# Ray is large and moves versions: what it needs lies over the development environment, for these tests alone.
+$(CLUSTER)/installed: pyproject.toml constraints.txt | $(VENV)/dev-$(PROVIDER)
+	$(PYTHON) -m venv $(CLUSTER)
+	$(CLUSTER)/bin/python -c 'import pathlib, sysconfig; there = pathlib.Path(sysconfig.get_path("purelib")); \
+		own = pathlib.Path("$(abspath $(VENV))", *there.relative_to("$(abspath $(CLUSTER))").parts); \
+		(there / "zz_development.pth").write_text(f"import site; site.addsitedir({str(own)!r})\n")'
+	$(CLUSTER)/bin/python -m pip $(QUIET) \
+		--editable '.[ray,store]' 'moto[server]' s3fs
 	@touch $@
 
 $(CHART)/installed: constraints.txt

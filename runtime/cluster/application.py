@@ -6,7 +6,6 @@ import logging
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ray import serve
@@ -25,6 +24,7 @@ from tpeft_deploy.runtime.cluster.replica import ReplicaRuntime, ToldQuotas
 from tpeft_deploy.runtime.cluster.router import FIGURES, AdapterAffineRouter
 from tpeft_deploy.runtime.cluster.scaling import ROWS, WaitingRows
 from tpeft_deploy.runtime.cluster.wire import CallRoute, GenerateCall, InferCall, digest_of
+from tpeft_deploy.runtime.private_copy import PrivateCopy
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.files.disk_cache import DiskCache
 from tpeft_deploy.runtime.server.registry.files.objects import ObjectStore
@@ -64,8 +64,9 @@ class RayReplica:
             sequence_order=order.sequences,
             preload=False,
         )
-        self._cache = TemporaryDirectory(prefix="tpeft-replica-")
-        self._replica = ReplicaRuntime(bundle, runtime, quotas, _store(settings, Path(self._cache.name)).read)
+        self._directory = PrivateCopy(bundle, ())  # removed by a later replica if this one is killed
+        store = _store(settings, self._directory.path / "adapters")
+        self._replica = ReplicaRuntime(bundle, runtime, quotas, store.read)
         with ThreadPoolExecutor(1) as pool:  # waiting for other replicas is not allowed on the deployment's loop
             pool.submit(_warm, self._replica, bundle).result()
 
@@ -106,6 +107,8 @@ class RayReplica:
         """Release the runtime."""
         if hasattr(self, "_replica"):
             self._replica.runtime.close()
+        if hasattr(self, "_directory"):
+            self._directory.close()
 
 
 class RayIngress:

@@ -14,6 +14,7 @@ from tpeft_deploy.errors import ServerError, brief
 from tpeft_deploy.runtime.cluster.application import build
 from tpeft_deploy.runtime.cluster.cluster_settings import ClusterSettings
 from tpeft_deploy.runtime.cluster.config import NAME
+from tpeft_deploy.runtime.cluster.proxy_answers import MIDDLEWARES, PROXY_CALLBACK
 from tpeft_deploy.runtime.server.settings import is_loopback
 
 __all__ = ["start", "stop", "up"]
@@ -32,10 +33,12 @@ def start(cluster: ClusterSettings, *, cores: int | None = None) -> None:
     settings = cluster.settings
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault(PROXY_CALLBACK, MIDDLEWARES)  # for proxies of a Ray that is started here
         if os.environ.get("RAY_ADDRESS"):
             ray.init(logging_level="warning")
         else:
-            ray.init(num_cpus=cores, include_dashboard=False, logging_level="warning")
+            # "local", as Ray takes whichever cluster was last started on this machine otherwise.
+            ray.init("local", num_cpus=cores, include_dashboard=False, logging_level="warning")
     doing = "start the cluster"
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port})

@@ -7,15 +7,14 @@ import signal
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.runtime.ray_nodes import MARK, kill, marked
 from tests.helpers.server.processes import COMMAND, ROOT
 from tests.helpers.waiting import wait_until
-
-MARK = "TPEFT_TEST_MARK"
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,7 @@ class Cluster:
 
     def processes(self, title: str = "") -> list[int]:
         """Ids of its processes of which the command line has a text."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            with suppress(OSError):
-                marked = folder.name.isdigit() and f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes()
-                if marked and title.encode() in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
-        return found
+        return marked({MARK: self.mark}, title)
 
     def stop(self) -> None:
         """Stop it as an operator does, and wait until nothing of it runs."""
@@ -50,20 +43,30 @@ def _free_port() -> int:
 
 
 @contextmanager
-def cluster(bundle: Path, state: Path, *arguments: object) -> Iterator[Cluster]:
-    """Start a cluster on this machine, with gRPC and without authentication."""
-    port, grpc, mark = _free_port(), _free_port(), uuid.uuid4().hex
-    line = [*COMMAND, "cluster", "up", bundle, "--state", state, "--port", port, "--grpc-port", grpc, "--no-auth"]
+def cluster(
+    bundle: Path, state: Path, *arguments: object, environment: Mapping[str, str] | None = None
+) -> Iterator[Cluster]:
+    """Start a cluster on this machine, with gRPC.
+
+    Args:
+        bundle: the bundle.
+        state: directory of the registry; the log is beside it.
+        arguments: further arguments of the command.
+        environment: further variables of its processes.
+    """
+    port, grpc, mark = _free_port(), _free_port(), (environment or {}).get(MARK) or uuid.uuid4().hex
+    line = [*COMMAND, "cluster", "up", bundle, "--state", state, "--port", port, "--grpc-port", grpc]
     line += ["--provider", "cpu", "--threads", 1, "--cpus", 0.1, *arguments]
-    environment = {
+    own_environment = {
         **os.environ,
         MARK: mark,
+        **(environment or {}),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     log = state.with_suffix(".log")  # not a pipe, which nobody would empty
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [str(part) for part in line], cwd=ROOT, env=environment, stderr=stderr, stdout=stderr
+            [str(part) for part in line], cwd=ROOT, env=own_environment, stderr=stderr, stdout=stderr
         )
     own = Cluster(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc}", process, mark)
     try:
@@ -71,7 +74,6 @@ def cluster(bundle: Path, state: Path, *arguments: object) -> Iterator[Cluster]:
         assert process.poll() is None, log.read_text()[-4000:]
         yield own
     finally:
-        for number in [process.pid, *own.processes()]:
-            with suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
+        process.kill()
+        kill({MARK: mark})
         process.wait()

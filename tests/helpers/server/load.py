@@ -187,7 +187,7 @@ def infer(http: httpx.Client, bundle: str, names: Sequence[str]) -> tuple[int, S
     model = (name if not version else f"{name}/versions/{version}") if alone else bundle
     answer = http.post(f"/v2/models/{model}/infer", json={"inputs": inputs})
     if answer.status_code != 200:
-        return answer.status_code, [], [], ""
+        return answer.status_code, [], [], answer.text[:500]
     document = answer.json()
     digests = document["parameters"]["adapter_digest"].split(",") * (count if alone else 1)
     found = {one["name"]: np.reshape(one["data"], one["shape"]) for one in document["outputs"]}
@@ -216,6 +216,7 @@ class Load:
         self.secrets: dict[str, str] = {}
         self.seen: list[Seen] = []
         self.changes = self.answers = self.missing = 0
+        self.settled = 0  # the last entry of the audit log that was held against what was acknowledged
         self.over = threading.Event()
         self.url = ""
 
@@ -258,7 +259,8 @@ class Load:
         task = history.acknowledged()
         self.changes += 1
         if not change.action.startswith("delete"):
-            assert self.shown(answer.json()) == (task.versions, task.aliases), change
+            shown = self.shown(answer.json())
+            assert shown == (task.versions, task.aliases), f"{change}: {shown}, not {task}"
 
     @staticmethod
     def shown(document: Mapping[str, Any]) -> tuple[dict[int, str], dict[str, int]]:
@@ -323,7 +325,7 @@ class Load:
             names.append(name + version)
         since = time.monotonic()
         status, digests, rows, version = infer(http, self.bundle, names)
-        assert status in {200, 404}, f"{names}: {status}"
+        assert status in {200, 404}, f"{names}: {status} {version}"
         if status == 200:
             self.expected.check(digests, rows)
         self.seen.append(Seen(tenant, names, since, time.monotonic(), digests, version))

@@ -28,11 +28,12 @@ _SECONDS = 120
 
 @dataclass
 class Postgres:
-    """A running server; `stop` ends it early."""
+    """A running server; `stop` ends it early, and `crash` kills its first process and starts it again."""
 
     port: int
     password: str
     stop: Callable[[], None] = lambda: None
+    crash: Callable[[], None] = lambda: None
 
     @property
     def url(self) -> str:
@@ -80,13 +81,20 @@ def running() -> Iterator[Postgres]:
             cwd=directory, check=False, capture_output=True, text=True, timeout=_SECONDS, **user,
         )  # fmt: skip
         assert made.returncode == 0, made.stderr
-        own, process = _listening([place / "postgres", "-D", data], password, directory, user)
+        command = [place / "postgres", "-D", data]
+        own, process = _listening(command, password, directory, user)
 
         def stop() -> None:
             process.send_signal(signal.SIGQUIT)  # it does not wait for anybody, but cleans up, which a kill would not
             process.wait(_SECONDS)
 
-        own.stop = stop
+        def crash() -> None:
+            nonlocal process
+            process.kill()
+            process.wait(_SECONDS)
+            process = _again(own, command, directory, user)
+
+        own.stop, own.crash = stop, crash
         try:
             yield own
         finally:
@@ -116,19 +124,37 @@ def _listening(
     command: Sequence[object], password: str, directory: Path, user: Mapping[str, Any]
 ) -> tuple[Postgres, subprocess.Popen[bytes]]:
     """A server that answers.  It takes no port 0, and what was free may be somebody else's a moment later."""
-    log = directory / "log"
     while True:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             own = Postgres(free.getsockname()[1], password)
-        settings = {"port": own.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
-        with log.open("w") as file:
-            options = [f"--{name}={value}" for name, value in settings.items()]
-            process = subprocess.Popen([*map(str, command), *options], cwd=directory, stdout=file, stderr=file, **user)
-        wait_until(lambda: process.poll() is not None or _answers(own), "an answer of PostgreSQL")  # noqa: B023
+        process = _started(own, command, directory, user)
         if process.poll() is None:
             return own, process
-        assert "Address already in use" in log.read_text(), log.read_text()
+        log = (directory / "log").read_text()
+        assert "Address already in use" in log, log
+
+
+def _again(
+    own: Postgres, command: Sequence[object], directory: Path, user: Mapping[str, Any]
+) -> subprocess.Popen[bytes]:
+    """The same server, once the processes of the one that was killed have seen that it is gone."""
+    while (process := _started(own, command, directory, user)).poll() is not None:
+        log = (directory / "log").read_text()
+        assert "pre-existing shared memory" in log or "Address already in use" in log, log
+    return process
+
+
+def _started(
+    own: Postgres, command: Sequence[object], directory: Path, user: Mapping[str, Any]
+) -> subprocess.Popen[bytes]:
+    """A process that answers, or has ended."""
+    settings = {"port": own.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+    with (directory / "log").open("w") as file:
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        process = subprocess.Popen([*map(str, command), *options], cwd=directory, stdout=file, stderr=file, **user)
+    wait_until(lambda: process.poll() is not None or _answers(own), "an answer of PostgreSQL")
+    return process
 
 
 def _answers(own: Postgres) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from tests.helpers.server.relay import Relay
 from tests.helpers.waiting import wait_until
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import TpeftError
@@ -20,7 +21,7 @@ from tpeft_deploy.runtime.server.registry import open_state
 
 
 class S3:
-    """Moto's server; it repeats the recorded requests when it is started again.
+    """Moto's server, which repeats the recorded requests before clients reach it again.
 
     Args:
         place: directory for the record.
@@ -28,9 +29,11 @@ class S3:
 
     def __init__(self, place: Path) -> None:
         self._record = place / "requests"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self._port}"
+        with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
+            public, self._port = free.getsockname()[1], other.getsockname()[1]
+        self.url = f"http://127.0.0.1:{public}"
+        self._inner = f"http://127.0.0.1:{self._port}"
+        self._relay = Relay(public, self._port)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -47,8 +50,10 @@ class S3:
         if self._record.exists():
             self._recorder("replay-recording")
         self._recorder("start-recording")
+        self._relay.open()
 
     def kill(self) -> None:
+        self._relay.cut()
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -59,12 +64,12 @@ class S3:
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/moto-api/").status_code == 200
+            return httpx.get(f"{self._inner}/moto-api/").status_code == 200
         except httpx.TransportError:
             return False
 
     def _recorder(self, action: str) -> None:
-        assert httpx.post(f"{self.url}/moto-api/recorder/{action}", timeout=60).status_code == 200
+        assert httpx.post(f"{self._inner}/moto-api/recorder/{action}", timeout=60).status_code == 200
 
 
 def register(place: Path, url: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import threading
@@ -15,14 +14,16 @@ import numpy as np
 import pytest
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 
+from tests.helpers.cluster_packages import needs
 from tests.helpers.runtime.clusters import Cluster, cluster
+from tests.helpers.runtime.ray_nodes import nodes
 from tests.helpers.server.text_bundle import text_bundle
 from tests.helpers.waiting import wait_until
 from tpeft_deploy import Client, Runtime
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.tucker import Array
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+pytestmark = [pytest.mark.cluster, needs("ray")]
 REPLICA = "ServeReplica:tpeft:replica"
 
 
@@ -47,7 +48,8 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     inputs = dict(bundle.example())
     with Runtime(bundle.path, provider="cpu", threads=1) as local:
         logits = {task: local.run(inputs, task, outputs=["logits"])["logits"] for task in ("a", "b", "base")}
-    with cluster(bundle.path, place / "state", "--replicas", 2) as own:
+    # Beside another Ray on this machine, which it does not use.
+    with nodes(place / "other.log", {}), cluster(bundle.path, place / "state", "--replicas", 2, "--no-auth") as own:
         yield Subject(own, place, inputs, logits)
         own.stop()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.cluster_packages import needs
 from tests.helpers.server.registry_subjects import adapter, add
 from tests.helpers.server.s3 import S3
 from tests.helpers.waiting import wait_until
@@ -21,8 +22,7 @@ from tpeft_deploy.errors import Unavailable
 from tpeft_deploy.runtime.server.registry import State, VersionRecord, open_state
 from tpeft_deploy.runtime.server.registry.files.objects import ObjectStore
 
-pytest.importorskip("s3fs", reason="the driver of S3 is not installed")
-pytest.importorskip("moto.server", reason="the server of an S3 API is not installed")
+pytestmark = [pytest.mark.cluster, needs("s3fs", "moto")]
 ROOT = Path(__file__).parents[3]
 
 
