@@ -9,14 +9,16 @@ from typing import Any
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.bundle.directory import Bundle
+from tpeft_deploy.bundle.quantised import Activations, Quantise
 from tpeft_deploy.bundle.text_files import Mode, Pooling
-from tpeft_deploy.errors import BundleError
+from tpeft_deploy.errors import BundleError, ExportError
 from tpeft_deploy.exporters.components import export_components, find_components, refuse_options
 from tpeft_deploy.exporters.graph.unused import Unused
 from tpeft_deploy.exporters.oracle.limits import check_tolerance
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.planning import plan_bundle
+from tpeft_deploy.exporters.quantisation.packs import choice_of
 from tpeft_deploy.exporters.writing import finish, write_graphs
 from tpeft_deploy.files import new_directory
 from tpeft_deploy.formats.base.model import called
@@ -44,6 +46,8 @@ def export_bundle(
     exclude: Sequence[str] = (),
     generation: bool = False,
     pooling: Pooling | Mode | None = None,
+    quantise: Quantise | None = None,
+    activations: Activations = "int8",
     progress: Progress = silent,
 ) -> Bundle:
     """Export a base and adapters for it as a bundle.
@@ -77,6 +81,11 @@ def export_bundle(
             `Pooling` (`tpeft_deploy.bundle.text_files`); by default as sentence-transformers' files in a directory say.
             A directory's tokenizer goes into the folder text/ with it, its labels, chat templates and defaults.  Of
             several components it is that of the one that reads `input_ids` and is no decoder.
+        quantise: "int8" or "int4" to keep the weights of products in 8 or 4 bits (and for "int8" the kernels of
+            convolutions); branches stay in floating point.  The distance from the base in floating point is in the
+            manifest's `quantised`.
+        activations: "int8" lets ONNX Runtime's CPU round the inputs of quantised products to 8 bits, by which they
+            become fast; "float" does not.
         folded: also write folded/<task>.onnx for every adapter.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the manifest.
@@ -98,6 +107,14 @@ def export_bundle(
             fix="Remove it or choose another.",
         )
     check_tolerance(tolerance, f"export bundle {path}")
+    choice = choice_of(quantise, activations, f"export bundle {path}")
+    if choice is not None and folded:
+        raise ExportError(
+            f"export bundle {path} with folded=",
+            expected="weights in floating point",
+            got=f"quantise={choice.form!r}",
+            fix="Use export_folded(quantise=) for each task: it folds first and then quantises.",
+        )
     name = name or path.resolve().name
     base = called(base)
     components = find_components(base, generation, pooling)
@@ -114,6 +131,7 @@ def export_bundle(
             tolerance=tolerance,
             unused=unused,
             exclude=exclude,
+            choice=choice,
             progress=progress,
         )
     plan = plan_bundle(
@@ -130,6 +148,7 @@ def export_bundle(
         unused=unused,
         exclude=exclude,
         generation=generation,
+        choice=choice,
         progress=progress,
     )
     with new_directory(path) as new:

@@ -20,6 +20,8 @@ from tpeft_deploy.exporters.graph.unused import Unused, leave_out
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.oracle.subject import Subject
 from tpeft_deploy.exporters.planning import Plan, Traced, check_tasks, plan_bundle, plan_traced, trace
+from tpeft_deploy.exporters.quantisation.dequantised import check_packed
+from tpeft_deploy.exporters.quantisation.packs import Quantisation
 from tpeft_deploy.exporters.targets import covers, without
 from tpeft_deploy.exporters.writing import finish, write_graphs
 from tpeft_deploy.files import digest_file, new_directory
@@ -115,6 +117,7 @@ def export_components(
     tolerance: float | None,
     unused: Unused,
     exclude: Sequence[str],
+    choice: Quantisation | None,
     progress: Progress,
 ) -> Bundle:
     """Export components of one model and adapters for it, as `export_bundle` describes.
@@ -123,7 +126,14 @@ def export_components(
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
     plans, adapters = _plan_all(
-        components, adapters, name=name, max_rank=max_rank, unused=unused, exclude=exclude, progress=progress
+        components,
+        adapters,
+        name=name,
+        max_rank=max_rank,
+        unused=unused,
+        exclude=exclude,
+        choice=choice,
+        progress=progress,
     )
     with new_directory(path) as new:
         subjects = {own: Subject(plan.base, plan.raw.graph) for own, plan in plans.items()}
@@ -158,7 +168,7 @@ def dry_run(
     components = find_components(base, options.get("generation", False))
     if components is None:
         return plan_bundle(base, adapters, name=name, progress=progress, **options).to_json()
-    defaults = {"max_rank": None, "unused": "error", "exclude": ()}
+    defaults = {"max_rank": None, "unused": "error", "exclude": (), "choice": None}
     refuse_options(Path(name), [value for option, value in options.items() if option not in {*defaults, "generation"}])
     chosen: Any = {option: options.get(option, default) for option, default in defaults.items()}
     plans, adapters = _plan_all(components, adapters, name=name, progress=progress, **chosen)
@@ -201,6 +211,7 @@ def _plan_all(
     max_rank: int | None,
     unused: Unused,
     exclude: Sequence[str],
+    choice: Quantisation | None,
     progress: Progress,
 ) -> tuple[dict[str, Plan], dict[str, Adapter]]:
     """Plan every component with its parts of the adapters.
@@ -235,7 +246,10 @@ def _plan_all(
             unused="error",
             exclude=_excluded(exclude, found),
             every=not adapters,
+            choice=choice,
         )
+    if choice is not None:
+        check_packed([plan.packs for plan in plans.values()], choice, f"the components of bundle {name!r}")
     return plans, adapters
 
 

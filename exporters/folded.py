@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.bundle.quantised import Activations, Quantise
 from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.graph.merged_weights import held_changes, replace_weights
@@ -27,6 +29,9 @@ from tpeft_deploy.exporters.oracle.near_ties import explain
 from tpeft_deploy.exporters.oracle.rounding import measure_rounding
 from tpeft_deploy.exporters.oracle.source import Sources
 from tpeft_deploy.exporters.oracle.subject import Subject
+from tpeft_deploy.exporters.quantisation.encode import encode
+from tpeft_deploy.exporters.quantisation.folded import FoldedPacks, describe, pack_folded, reading_checks
+from tpeft_deploy.exporters.quantisation.packs import choice_of
 from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.files import move_into, staging
 from tpeft_deploy.progress import Progress, silent
@@ -52,6 +57,8 @@ def export_folded(
     resize_embeddings: bool = False,
     tolerance: float | None = None,
     unused: Unused = "error",
+    quantise: Quantise | None = None,
+    activations: Activations = "int8",
     progress: Progress = silent,
 ) -> list[Check]:
     """Export one adapter merged into its base.
@@ -69,6 +76,9 @@ def export_folded(
             it was trained; its new rows are zero.
         tolerance: relative error to accept of weights in float32, from 1e-5, the limit otherwise, to 1e-3; it is
             written into the model's metadata as `tpeft.limit`.
+        quantise: "int8" or "int4" to quantise the merged weights, as `export_bundle` does those of a base; the distance
+            from the model in floating point is in the file's metadata as `tpeft.quantised`.
+        activations: as `export_bundle` takes it.
         unused: "skip" to leave out, with a warning, changes of weights that no output depends on; an error otherwise.
         progress: called at each stage.
 
@@ -79,6 +89,7 @@ def export_folded(
         UnsupportedBase, UnknownTarget, ShapeError, BaseMismatch, NotEquivalent: nothing was written.
     """
     check_tolerance(tolerance, f"export {path}")
+    choice = choice_of(quantise, activations, f"export {path}")
     loaded = load_base(
         base, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, weights=weights, rename=rename
     )
@@ -87,7 +98,8 @@ def export_folded(
     progress("fold and check")
     subject = Subject(loaded, raw.graph)
     limit = limits_of(raw.graph, measure_rounding(subject), tolerance)
-    return write_folded(Sources(subject), raw, adapter, Path(path), limit, task=task)
+    packs = pack_folded(loaded, raw, adapter, choice) if choice is not None else None
+    return write_folded(Sources(subject), raw, adapter, Path(path), limit, task=task, packs=packs)
 
 
 def plan_folded(
@@ -154,16 +166,29 @@ def _prepare(loaded: Base, raw: ir.Model, adapter: Adapter) -> tuple[Base, ir.Mo
 
 
 def write_folded(
-    sources: Sources, raw: ir.Model, adapter: Adapter, path: Path, limit: ErrorLimits, *, task: str
+    sources: Sources,
+    raw: ir.Model,
+    adapter: Adapter,
+    path: Path,
+    limit: ErrorLimits,
+    *,
+    task: str,
+    packs: FoldedPacks | None = None,
 ) -> list[Check]:
-    """Fold, optimise, save beside `path`, check there, and only then move to `path`."""
-    subject = sources.subject
+    """Fold, optimise, save beside `path`, check there, and only then move to `path`.
+
+    With `packs` the file holds them, and is compared with the model that has the values that they stand for.
+    """
+    subject, merged = sources.subject, packs.adapter if packs is not None else adapter
     # References first: the merged weights that they need are gone before the session takes as much.
     expected = [
-        (sizes, subject.reference(adapter, sizes)) for sizes in [*subject.shapes, *subject.empty_shapes.values()]
+        (sizes, subject.reference(merged, sizes)) for sizes in [*subject.shapes, *subject.empty_shapes.values()]
     ]
-    source = sources.of(task, adapter)
-    model = fold(subject.base, raw, adapter, task=task)
+    source, checks = sources.of(task, adapter), list[Check]()
+    if packs is not None:
+        checks += [check.passed() for check in reading_checks(subject, adapter, source, limit, task=task)]
+        source = replace(source, outputs=())
+    model = fold(subject.base, raw, adapter, task=task, packs=packs)
     model.metadata_props["tpeft.oracle"] = source.oracle
     if isinstance(limit, float):
         model.metadata_props["tpeft.limit"] = f"{limit:g}"
@@ -173,7 +198,6 @@ def write_folded(
         ir.save(model, file, external_data=f"{path.name}.data" if large else None)
         del model
         session = compare.open_session(file)
-        checks = []
         for sizes, wanted in expected:
             inputs = subject.inputs(sizes)
             answer = partial(compare.run, session, inputs, {})
@@ -184,12 +208,14 @@ def write_folded(
                 else:
                     checks.append(check.passed())
         del session, answer
+        if packs is not None:
+            describe(subject, adapter, packs, file)
         move_into(path.parent, sorted(new.iterdir(), key=lambda part: part.name == path.name))
     return checks
 
 
-def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
-    """A copy of a prepared graph with an adapter's tensors in place of the base's.
+def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str, packs: FoldedPacks | None = None) -> ir.Model:
+    """A copy of a prepared graph with an adapter's tensors in place of the base's, or their packs.
 
     Raises:
         UnknownTarget: the graph does not use a weight that the adapter changes.
@@ -206,6 +232,8 @@ def fold(base: Base, raw: ir.Model, adapter: Adapter, *, task: str) -> ir.Model:
     model = raw.clone()
     _tie(model.graph, base.ties, changed)
     replace_weights(base, model, adapter)
+    if packs is not None:
+        encode(model, packs.packs, packs.choice.activations)
     fuse_norms(model)
     turn_weights(model.graph)
     clean_up(model)

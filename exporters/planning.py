@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -11,7 +11,7 @@ import onnx_ir as ir
 from tpeft_deploy.adapter import Adapter, weight_digest
 from tpeft_deploy.bundle import fit, slots
 from tpeft_deploy.bundle.directory import check_task
-from tpeft_deploy.bundle.manifest import Manifest, Port, Varies, check_name
+from tpeft_deploy.bundle.manifest import Manifest, Port, Varies, Weight, check_name
 from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.errors import UnsupportedBase, UnsupportedTarget
 from tpeft_deploy.exporters.bases.load import load_base
@@ -24,6 +24,8 @@ from tpeft_deploy.exporters.graph.weights_and_shapes import complete_shapes, hel
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.bfloat16 import wide
 from tpeft_deploy.exporters.proof.padding import declare
+from tpeft_deploy.exporters.quantisation.dequantised import check_packed, quantise_plan
+from tpeft_deploy.exporters.quantisation.packs import Pack, Quantisation
 from tpeft_deploy.exporters.resizing import fit_vocabulary
 from tpeft_deploy.exporters.targets import activations, plan, plan_all, without
 from tpeft_deploy.progress import Progress, silent
@@ -55,6 +57,9 @@ class Plan:
         adapters: task -> adapter.
         draft: the manifest, without files, and without what only the graphs tell: how outputs vary, rows, padding.
         padding: padding by input name that the user declares, not proved yet; None leaves it to the base.
+        choice: quantisation that the user asked for; the base then has the values that the packs stand for, as its
+            raw graph has.
+        packs: initializer -> quantised weight.
     """
 
     base: Base
@@ -63,11 +68,13 @@ class Plan:
     adapters: Mapping[str, Adapter]
     draft: Manifest
     padding: Mapping[str, int | float] | None = None
+    choice: Quantisation | None = None
+    packs: Mapping[str, Pack] = field(default_factory=dict)
 
     @property
     def base_bytes(self) -> int:
         """Bytes of all weights of the base, which the graphs share."""
-        return self.draft.weight_bytes
+        return self.draft.weight_bytes + sum(pack.nbytes for pack in self.packs.values())
 
     def needs(self, task: str) -> dict[str, Need]:
         """Feeds of a task: target key -> ranks and bytes; a target that it leaves alone is absent.
@@ -153,9 +160,10 @@ def plan_bundle(
     unused: Unused = "error",
     exclude: Iterable[str] = (),
     generation: bool = False,
+    choice: Quantisation | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """Plan an `export_bundle` with the same arguments.
+    """Plan an `export_bundle` with the same arguments; `choice` is its quantisation.
 
     Raises:
         BundleError: a name is not allowed.
@@ -176,7 +184,7 @@ def plan_bundle(
     loaded = loaded.knowing(adapters.values())
     for adapter in adapters.values():
         loaded.check(adapter)
-    return plan_traced(
+    plan = plan_traced(
         trace(loaded, progress),
         adapters,
         name=name,
@@ -185,7 +193,11 @@ def plan_bundle(
         unused=unused,
         exclude=exclude,
         every=not adapters,
+        choice=choice,
     )
+    if choice is not None:
+        check_packed([plan.packs], choice, loaded.name)
+    return plan
 
 
 def check_tasks(name: str, tasks: Iterable[str]) -> None:
@@ -223,11 +235,13 @@ def plan_traced(
     unused: Unused,
     exclude: Iterable[str],
     every: bool,
+    choice: Quantisation | None = None,
 ) -> Plan:
     """Plan the graphs of a traced base; arguments and errors as for `plan_bundle`.
 
     Args:
         every: whether every linear and conv weight gets a branch, rather than those that the adapters change.
+        choice: quantisation; a base with nothing to quantise is not refused.
     """
     loaded, raw, resolved = traced.base, traced.raw, traced.resolved
     adapters = drop_unused(loaded, adapters, resolved) if unused == "skip" else adapters
@@ -246,11 +260,17 @@ def plan_traced(
     targets = plan_all(raw.graph, certain) if every else plan(raw.graph, known, certain, base=loaded.name)
     targets = without(targets, exclude, resolved, base=loaded.name, given=not every)
     ties = tuple(tuple(group) for group in loaded.ties if any(weight in resolved for weight in group))
+    packs: dict[str, Pack] = {}
+    if choice is not None:
+        whole = {target.name for target in targets if target.kind in ("override", "weight")}
+        loaded, packs = quantise_plan(loaded, raw.graph, resolved, choice, skip=whole)
     draft = replace(
-        _draft(raw.graph, resolved, targets, name=name, max_rank=max_rank), ties=ties, decoder=loaded.decoder
+        _draft(raw.graph, resolved, targets, name=name, max_rank=max_rank, packs=packs),
+        ties=ties,
+        decoder=loaded.decoder,
     )
     declare(draft, padding or {}, loaded.name)
-    return Plan(loaded, raw, resolved, adapters, draft, padding)
+    return Plan(loaded, raw, resolved, adapters, draft, padding, choice if packs else None, packs)
 
 
 def port(value: ir.Value, varies: Varies | None) -> Port:
@@ -269,14 +289,21 @@ def port(value: ir.Value, varies: Varies | None) -> Port:
 
 
 def _draft(
-    graph: ir.Graph, resolved: Mapping[str, str], targets: list[Target], *, name: str, max_rank: int | None
+    graph: ir.Graph,
+    resolved: Mapping[str, str],
+    targets: list[Target],
+    *,
+    name: str,
+    max_rank: int | None,
+    packs: Mapping[str, Pack],
 ) -> Manifest:
-    digests = dict(_digests(graph, resolved))
+    digests = dict(_digests(graph, [held for held in resolved.values() if held not in packs]))
+    packed = {held: Weight(tuple(pack.value.shape), "float32", pack.digest, 0, 0) for held, pack in packs.items()}
     limits = picked_rows.limits(graph, frozenset(t.name for t in targets if t.kind == "override"))
     return Manifest(
         name=name,
         producer=f"tpeft-deploy {__version__}",
-        weights=lay_out(graph, digests),
+        weights=lay_out(graph, digests) | packed,
         aliases={alias: held for alias, held in resolved.items() if alias != held},
         targets=tuple(targets),
         rows="each",
@@ -288,8 +315,8 @@ def _draft(
     )
 
 
-def _digests(graph: ir.Graph, resolved: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for name in sorted(set(resolved.values())):
+def _digests(graph: ir.Graph, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for name in sorted(set(names)):
         held = name in graph.initializers
         yield name, weight_digest(wide(held_tensor(graph, name))) if held else quantised.held_digest(graph, name)
 

@@ -21,6 +21,7 @@ from tpeft_deploy.errors import BaseMismatch, FormatError, IntegrityError, Shape
 from tpeft_deploy.exporters.bases.bundle import BundleBase
 from tpeft_deploy.exporters.bases.load import load_base
 from tpeft_deploy.exporters.components import component_progress, find_components
+from tpeft_deploy.exporters.graph import quantised
 from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.compare import Check
@@ -31,6 +32,7 @@ from tpeft_deploy.exporters.proof.bundle_graphs import feed_names, graphs_of
 from tpeft_deploy.exporters.proof.forms_and_rows import check_forms, check_rows, proved_shapes
 from tpeft_deploy.exporters.proof.padding import check_padding
 from tpeft_deploy.exporters.proof.per_target import TargetCheck, check_targets
+from tpeft_deploy.exporters.quantisation.dequantised import dequantised
 from tpeft_deploy.exporters.verification import Verification, joint
 from tpeft_deploy.files import new_file
 from tpeft_deploy.formats import origin_of
@@ -252,6 +254,9 @@ def _own_base(bundle: Bundle, base: Base) -> Base:
                 got=f"{digest[:12]}..." if digest else "no weight of that name",
                 fix="Give the base that the bundle was exported from.",
             )
+    nodes = [node for node in BundleBase(bundle).graph().graph if quantised.name_of(node)]
+    if bundle.manifest.quantised is not None:
+        base = dequantised(base, {str(quantised.name_of(node)): quantised.dequantise(node) for node in nodes})
     return base.at(bundle.example())
 
 

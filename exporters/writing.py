@@ -24,6 +24,8 @@ from tpeft_deploy.bundle.directory import (
     Bundle,
 )
 from tpeft_deploy.bundle.manifest import FileRecord, Manifest, Port, Varies
+from tpeft_deploy.bundle.packing import Packed
+from tpeft_deploy.bundle.quantised import Quantised
 from tpeft_deploy.bundle.text_files import STATES, Mode, Pooling, write_text
 from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_image, read_text
@@ -42,6 +44,9 @@ from tpeft_deploy.exporters.planning import Plan, port
 from tpeft_deploy.exporters.proof.bundle_graphs import BANKED, BASE, FACTORED, form_of
 from tpeft_deploy.exporters.proof.forms_and_rows import prove, with_checks
 from tpeft_deploy.exporters.proof.padding import prove_padding
+from tpeft_deploy.exporters.quantisation.deviation import measure_deviation
+from tpeft_deploy.exporters.quantisation.encode import append_packs, encode
+from tpeft_deploy.exporters.quantisation.packs import BLOCK, lay_out_packs
 from tpeft_deploy.exporters.resizing import check_vocabulary
 from tpeft_deploy.exporters.targets import activations
 from tpeft_deploy.files import digest_file
@@ -90,6 +95,8 @@ def write_graphs(
     """
     raw, draft = plan.raw, plan.draft
     write_weights(raw.graph, draft.weights, place / DATA)
+    codes = lay_out_packs(plan.packs, (place / DATA).stat().st_size)
+    append_packs(plan.packs, codes, place / DATA)
     targets = draft.targets
     graphs = {BASE: raw.clone(), FACTORED: raw.clone(), BANKED: raw.clone()}
     attach_factored.attach(graphs[FACTORED], targets)
@@ -101,13 +108,8 @@ def write_graphs(
         graphs |= {FACTORED_CPU: raw.clone(), BANKED_CPU: raw.clone()}
         attach_factored.attach(graphs[FACTORED_CPU], targets, BLOCKED_BRANCHES)
         attach_banked.attach(graphs[BANKED_CPU], targets, orders, BLOCKED_BRANCHES)
-    cuda = graphs[BANKED].clone()
-    unrolled, spread, packing = packed.unroll(cuda), packed.spread(cuda), packed.pack(cuda)
-    if unrolled or spread or packing:
-        graphs[BANKED_CUDA] = cuda
-    factored = graphs[FACTORED].clone()
-    if stacking := stacked.stack(factored):
-        graphs[FACTORED_CUDA] = factored
+    _encode(plan, graphs)
+    packing, stacking = _add_cuda(graphs)
     rows = graphs[BANKED].clone()
     if draft.decoder is not None and attach_banked.read_rows(rows):
         fuse_rotary(rows.graph)
@@ -116,7 +118,7 @@ def write_graphs(
     for file, model in graphs.items():
         _mark_outputs(model, raw, varies if file != BASE else {})
         clean_up(model)
-        share_weights(model, draft.weights, defaults, place / DATA)
+        share_weights(model, {**draft.weights, **codes}, defaults, place / DATA)
         model.metadata_props["tpeft.form"] = form_of(file)
         ir.save(model, place / file)
     np.savez(place / EXAMPLE, **dict(plan.base.inputs))  # type: ignore[arg-type]  # its stub takes them for flags
@@ -141,6 +143,40 @@ def write_graphs(
         stacking=stacking,
         tolerance=tolerance,
         text=_write_text(plan, place, pooling, outputs),
+        quantised=_quantised(plan, place),
+    )
+
+
+def _add_cuda(graphs: dict[str, ir.Model]) -> tuple[tuple[Packed, ...], tuple[Packed, ...]]:
+    """Add the graphs that only CUDA runs, where they differ; returns the packing and the stacking of the manifest."""
+    cuda = graphs[BANKED].clone()
+    unrolled, spread, packing = packed.unroll(cuda), packed.spread(cuda), packed.pack(cuda)
+    if unrolled or spread or packing:
+        graphs[BANKED_CUDA] = cuda
+    factored = graphs[FACTORED].clone()
+    if stacking := stacked.stack(factored):
+        graphs[FACTORED_CUDA] = factored
+    return packing, stacking
+
+
+def _encode(plan: Plan, graphs: Mapping[str, ir.Model]) -> None:
+    """Quantise graphs, before some of their products are joined for a device: few bits cannot be."""
+    if plan.choice is not None:
+        for model in graphs.values():
+            encode(model, plan.packs, plan.choice.activations)
+
+
+def _quantised(plan: Plan, place: Path) -> Quantised | None:
+    """Describe the quantisation of graphs that were written, measured on the example inputs."""
+    if plan.choice is None or plan.base.floating is None:
+        return None
+    return Quantised(
+        form=plan.choice.form,
+        block=BLOCK,
+        activations=plan.choice.activations,
+        weights=tuple(plan.packs),
+        bytes=sum(pack.nbytes for pack in plan.packs.values()),
+        outputs=measure_deviation(Subject(plan.base.floating, plan.raw.graph), place / BASE),
     )
 
 

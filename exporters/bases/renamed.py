@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 
 import onnx_ir as ir
+from torch import nn
 
 from tpeft_deploy.adapter import Adapter
 from tpeft_deploy.errors import UnsupportedBase
@@ -62,6 +64,12 @@ class Renamed(Base):
     def resized(self, rows: int) -> Base:
         """The base resized, under the new names."""
         return Renamed(self._base.resized(rows), self._names)
+
+    def with_module(self, module: nn.Module) -> Base:
+        """The base with another module, under the new names."""
+        other = copy(self)
+        other._base, other.module = self._base.with_module(module), module
+        return other
 
     @property
     def batched(self) -> bool:

@@ -114,6 +114,12 @@ class TorchBase(Base):
         other.module = resize(self.module, rows, self.name)
         return other
 
+    def with_module(self, module: nn.Module) -> Base:
+        """The same with another module."""
+        other = copy(self)
+        other.module = module
+        return other
+
     @property
     def batched(self) -> bool:
         """Whether some input's first axis is dynamic."""

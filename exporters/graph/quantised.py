@@ -1,8 +1,8 @@
-"""Linear layers with weights in 8 or 4 bits: branches attach to their inputs and outputs.
+"""Layers with weights in 8 or 4 bits: branches attach to their inputs and outputs.
 
 A product is recognised as MatMulNBits (of ONNX Runtime), or as a MatMul of the output of a DequantizeLinear.  Once
 its weight is identified, the node says so itself, in metadata that a saved graph keeps: the name, the shape, and the
-digest of the weight that was quantised.
+digest of the weight that was quantised.  The DequantizeLinear of a kernel says the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tpeft_deploy.tucker import Array
 __all__ = ["dequantise", "held_digest", "name_of", "nodes_of", "operands", "products", "replace", "stand_in", "tag"]
 
 _NAME, _SHAPE, _DIGEST = "tpeft.weight", "tpeft.shape", "tpeft.digest"
+_TURNED = "tpeft.turned"
 _NODES = "tpeft.nodes"
 
 
@@ -38,8 +39,18 @@ def operands(graph: ir.Graph) -> list[str]:
     return names
 
 
-def tag(node: ir.Node, name: str, shape: tuple[int, ...], digest: str) -> None:
-    """Name the weight of a product."""
+def tag(node: ir.Node, name: str, shape: tuple[int, ...], digest: str, *, turned: bool = True) -> None:
+    """Name the weight of a product.
+
+    Args:
+        node: the product, or the DequantizeLinear of a kernel.
+        name: the weight.
+        shape: shape of the weight.
+        digest: digest of the weight that was quantised.
+        turned: whether the weight is (O, I), turned where the product uses it, rather than (I, O).
+    """
+    if not turned:
+        node.metadata_props[_TURNED] = "no"
     node.metadata_props[_NAME] = name
     node.metadata_props[_SHAPE] = ",".join(map(str, shape))
     node.metadata_props[_DIGEST] = digest
@@ -75,7 +86,9 @@ def stand_in(graph: ir.Graph, name: str) -> ir.Value:
 
 
 def dequantise(node: ir.Node) -> Array:
-    """The matrix (O, I) that a product multiplies by, as ONNX Runtime computes it: its answer to the unit vectors."""
+    """The weight that a node computes with, as tagged, else (O, I): ONNX Runtime's answer to the unit vectors."""
+    if node.op_type == "DequantizeLinear":
+        return _decoded(node)
     from tpeft_deploy.exporters.oracle import compare
 
     chain = _chain(node)
@@ -101,20 +114,26 @@ def dequantise(node: ir.Node) -> Array:
         ir.save(ir.Model(graph, ir_version=10), file, external_data="dequantise.data")
         session = compare.open_session(file)
         (answer,) = compare.run(session, {"x": np.eye(inputs, dtype=_dtype(node).numpy())}, {}).values()
-    return np.ascontiguousarray(answer.T)
+    return np.ascontiguousarray(answer.T if _turned(node) else answer)
 
 
 def replace(node: ir.Node, weight: Array) -> None:
-    """Let a product multiply by a matrix (O, I) in floating point instead."""
+    """Let a product, or a convolution, use a weight in floating point instead, in the layout of `dequantise`."""
     graph = node.graph
     if not isinstance(graph, ir.Graph):
         raise TypeError(f"node {node.name!r} stands in no graph")
     name = f"{name_of(node)}.in.floating.point.{node.name}"
-    tensor = ir.tensor(np.ascontiguousarray(weight.T, dtype=_dtype(node).numpy()), name=name)
+    kernel = node.op_type == "DequantizeLinear"
+    own = weight if kernel or not _turned(node) else weight.T
+    tensor = ir.tensor(np.ascontiguousarray(own, dtype=_dtype(node).numpy()), name=name)
     matrix = ir.Value(
         name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
     graph.register_initializer(matrix)
+    if kernel:
+        node.outputs[0].replace_all_uses_with(matrix)
+        graph.remove(node, safe=True)
+        return
     if node.op_type == "MatMul":
         node.replace_input_with(1, matrix)
         return
@@ -152,6 +171,16 @@ def _dequantiser(node: ir.Node) -> ir.Node | None:
         return None
     held = producer.inputs[0]
     return producer if held is not None and held.const_value is not None else None
+
+
+def _turned(node: ir.Node) -> bool:
+    return _TURNED not in node.metadata_props
+
+
+def _decoded(node: ir.Node) -> Array:
+    codes, scales = (value.const_value.numpy() for value in node.inputs[:2] if value is not None and value.const_value)
+    wide: Array = codes.astype(np.float32) * scales.reshape(-1, *[1] * (codes.ndim - 1))
+    return wide
 
 
 def _chain(node: ir.Node) -> list[ir.Node]:

@@ -34,6 +34,7 @@ class Base(ABC):
     module: nn.Module | None = None  # the torch module, where there is one
     decoder: DecoderPorts | None = None  # ports of a decoder in slot form
     directory: Path | None = None  # Hugging Face directory of the model
+    floating: Base | None = None  # the base before its weights were quantised
     own_names: Mapping[str, str] = {}  # input or output -> the name it has in the module, where that is another
 
     def __init__(self, name: str, inputs: Inputs) -> None:
@@ -120,6 +121,14 @@ class Base(ABC):
         other = copy(self)
         other.inputs = inputs
         return other
+
+    def with_module(self, module: nn.Module) -> Base:
+        """This base with another torch module of the same architecture.
+
+        Raises:
+            TypeError: it has none.
+        """
+        raise TypeError(f"base {self.name} has no torch module in place of which {type(module).__name__} could stand")
 
     def knowing(self, adapters: Iterable[Adapter]) -> Base:
         """This base, its names resolved with what the adapters recorded about it."""

@@ -41,6 +41,7 @@ __all__ = [
 
 MERGED = "merged"
 _SUGGESTED = 10  # times the limit: what rounding may explain
+_QUANTISED, _EXACT, _ROUNDS = "MatMulNBits", 1, 4  # values of accuracy_level
 _CPU = "CPUExecutionProvider"
 _FIX = "It must not be served; please report the model."
 _FIX_READING = (
@@ -104,21 +105,25 @@ class Check:
         return self
 
 
-def open_session(file: Path, *, optimized: bool = True) -> onnxruntime.InferenceSession:
+def open_session(file: Path, *, optimized: bool = True, served: bool = False) -> onnxruntime.InferenceSession:
     """A CPU session without spinning threads, log and packed copies of the weights.
 
-    A model in bfloat16, which the CPU cannot run, is run as a copy in float32 with the same weights.
+    A model in bfloat16, which the CPU cannot run, is run as a copy in float32 with the same weights.  Quantised
+    products compute in float32 too: their rounding of activations would hide what a proof looks for.
 
     Args:
         file: the ONNX file.
         optimized: whether ONNX Runtime may rewrite the graph; a reference is run as it is written.
+        served: whether quantised products may round their activations to 8 bits, as a server lets them.
 
     Raises:
         NotEquivalent: ONNX Runtime refuses the graph.
     """
-    found = _dtypes(file)
+    model = onnx.load(file, load_external_data=False)
+    found = _dtypes(model.graph)
     if onnx.TensorProto.BFLOAT16 not in found:
-        return _open(file, optimized=optimized, half=onnx.TensorProto.FLOAT16 in found)
+        content = None if served else _unrounded(model)
+        return _open(file, optimized=optimized, half=onnx.TensorProto.FLOAT16 in found, content=content)
     with tempfile.TemporaryDirectory() as place:
         wide = ir.load(file)
         bfloat16.upcast(wide)
@@ -126,8 +131,24 @@ def open_session(file: Path, *, optimized: bool = True) -> onnxruntime.Inference
         return _open(Path(place) / "model.onnx", optimized=optimized, half=False)
 
 
-def _open(file: Path, *, optimized: bool, half: bool) -> onnxruntime.InferenceSession:
+def _unrounded(model: onnx.ModelProto) -> bytes | None:
+    """A model with quantised products that compute in float32; None where it is as it should be."""
+    levels = [
+        level
+        for node in model.graph.node
+        if node.op_type == _QUANTISED
+        for level in node.attribute
+        if level.name == "accuracy_level" and level.i == _ROUNDS
+    ]
+    for level in levels:
+        level.i = _EXACT
+    return model.SerializeToString() if levels else None
+
+
+def _open(file: Path, *, optimized: bool, half: bool, content: bytes | None = None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
+    if content is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # what fails is reported, with its reason, by us
@@ -136,15 +157,16 @@ def _open(file: Path, *, optimized: bool, half: bool) -> onnxruntime.InferenceSe
     # A pass without 16-bit kernels to offer, in which ONNX Runtime 1.32 crashes on a transposed 16-bit product.
     disabled = ["NchwcTransformer"] if half else []
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=[_CPU], disabled_optimizers=disabled)
+        return onnxruntime.InferenceSession(
+            content or str(file), options, providers=[_CPU], disabled_optimizers=disabled
+        )
     except ORT_ERRORS as error:
         reason = str(error).splitlines()[0][:300]
         raise NotEquivalent(f"open {file}", problem=f"ONNX Runtime refuses the graph ({reason})", fix=_FIX) from error
 
 
-def _dtypes(file: Path) -> set[int]:
+def _dtypes(graph: onnx.GraphProto) -> set[int]:
     """The dtypes of a graph's weights, and those that it casts to: all weights may be inputs."""
-    graph = onnx.load(file, load_external_data=False).graph
     casts = {attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute}
     return {tensor.data_type for tensor in graph.initializer} | casts
 

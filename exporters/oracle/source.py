@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from tpeft_deploy.adapter import Adapter
+from tpeft_deploy.adapter import Adapter, Origin
 from tpeft_deploy.exporters.bases import dotted_names
 from tpeft_deploy.exporters.oracle import compare, lycoris, peft
 from tpeft_deploy.exporters.oracle.base import Base, Inputs, Outputs
@@ -100,7 +100,7 @@ class Sources:
             return Evidence(MERGED)
         if task in self._found:
             return self._found[task]
-        source = _ask(self.subject, self._whole.get(task, adapter))
+        source = _ask(self.subject, adapter, self._whole.get(task, adapter))
         self._found[task] = source if self._keep else replace(source, outputs=())
         return source
 
@@ -116,7 +116,14 @@ class Sources:
         }
 
 
-def _ask(subject: Subject, adapter: Adapter) -> Evidence:
+def _ask(subject: Subject, part: Adapter, adapter: Adapter) -> Evidence:
+    """Ask the library that wrote an adapter.
+
+    Args:
+        subject: base.
+        part: changes of the base's weights.
+        adapter: the whole adapter, of which `part` is what the base takes.
+    """
     base, origin = subject.base, adapter.origin
     if origin is None:
         return Evidence(MERGED, "made in memory, or read from a file that no training library reads")
@@ -133,14 +140,34 @@ def _ask(subject: Subject, adapter: Adapter) -> Evidence:
         return Evidence(MERGED, f"{library.DISTRIBUTION} is not installed")
     try:
         with _apart():
-            forward = library.load(_copy(base.module, adapter), origin.path)
-            outputs = [(sizes, _run(forward, base, subject.inputs(sizes), subject.outputs)) for sizes in subject.shapes]
+            outputs = _answers(library, subject, adapter, origin)
+            if base.floating is not None and not _agree(subject, part, outputs):
+                before = Subject(base.floating, subject.graph)
+                if _agree(before, part, _answers(library, before, adapter, origin)):
+                    reason = f"{oracle} derives its changes from the weights: it agrees before they are quantised"
+                    return Evidence(MERGED, reason)
     except Exception as error:  # libraries and models raise every kind of exception
         what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         reason = f"{oracle} cannot be asked about {origin.path}: {' '.join(what.split())[:300]}"
         _log.warning("compare only with the merged base: %s", reason)
         return Evidence(MERGED, reason)
     return Evidence(oracle, "", outputs)
+
+
+def _answers(library: ModuleType, subject: Subject, adapter: Adapter, origin: Origin) -> list[tuple[Sizes, Outputs]]:
+    module = subject.base.module
+    if module is None:
+        raise TypeError(f"base {subject.base.name} has no torch module")
+    forward = library.load(_copy(module, adapter), origin.path)
+    return [(sizes, _run(forward, subject.base, subject.inputs(sizes), subject.outputs)) for sizes in subject.shapes]
+
+
+def _agree(subject: Subject, adapter: Adapter, outputs: Sequence[tuple[Sizes, Outputs]]) -> bool:
+    """Whether the merged base computes what a library does."""
+    return all(
+        compare.measure(MERGED, "", sizes, partial(subject.reference, adapter, sizes), expected).failure is None
+        for sizes, expected in outputs
+    )
 
 
 def _copy(module: nn.Module, adapter: Adapter) -> nn.Module:

@@ -80,6 +80,8 @@ def cost(bundle: Bundle, adapter: Adapter, *, shared: bool) -> int:
     """
     changed = {bundle.manifest.canonical(n) for n in (*adapter.deltas, *adapter.gains, *adapter.served_overrides)}
     total = sum(array.nbytes for array in adapter.served_overrides.values())
+    if bundle.manifest.quantised is not None:
+        total += bundle.manifest.quantised.bytes
     for name, weight in bundle.manifest.weights.items():
         blocked = len(weight.shape) > 2
         total += weight.length * (2 if blocked or name in changed else 0 if shared else 1)

@@ -15,6 +15,7 @@ tolerance   relative error in float32 that the caller of the export accepted, if
 left_out    per task of the export, the tensors of its adapter's file that the task leaves out, with the reason
 rounding    for a 16-bit base: error of its forward against the same in 32 bits, and the limits derived from it
 text        file of the folder text/ (see `text_files`) -> its digest and size; empty for a bundle without text
+quantised   for a base that the export quantised, how, and its distance from the base in floating point; null for others
 decoder     for a decoder in slot form (docs/internals/slot-form.md), its ports; null for other bundles
 digest      SHA-256 of all other fields
 
@@ -37,6 +38,7 @@ import msgspec
 
 from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.bundle.packing import Packed
+from tpeft_deploy.bundle.quantised import Quantised
 from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.bundle.tolerances import WIDEST_TOLERANCE
 from tpeft_deploy.errors import BundleError, IntegrityError, VersionError
@@ -209,6 +211,7 @@ class Manifest:
     decoder: DecoderPorts | None = None
     text: Mapping[str, FileRecord] = field(default_factory=dict)
     components: Mapping[str, str] = field(default_factory=dict)
+    quantised: Quantised | None = None
 
     @property
     def records(self) -> dict[str, FileRecord]:
@@ -277,7 +280,8 @@ class Manifest:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all base weights in weights.data; shared storage counts once."""
-        return sum(length for _, length in {(weight.offset, weight.length) for weight in self.weights.values()})
+        places = {(weight.offset, weight.length) for weight in self.weights.values()}
+        return sum(length for _, length in places) + (self.quantised.bytes if self.quantised is not None else 0)
 
     def to_json(self) -> str:
         """Serialise to the text of manifest.json."""

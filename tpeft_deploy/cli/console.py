@@ -7,11 +7,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
 from tpeft_deploy.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from tpeft_deploy.bundle.directory import Bundle
 
 __all__ = [
     "Assigned",
@@ -24,8 +27,10 @@ __all__ = [
     "json_option",
     "number",
     "provider_option",
+    "quantised_outputs",
     "server_packages",
     "tell_left_out",
+    "tell_quantised",
     "tf32_option",
 ]
 
@@ -193,6 +198,35 @@ def tell_left_out(left_out: Mapping[str, str], task: str = "") -> None:
         names = [name for name, reason in left_out.items() if reason == why]
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         click.echo(f"{task and f'task {task}: '}left out {len(names)}, {why}: {shown}")
+
+
+def quantised_outputs(bundle: Bundle) -> list[dict[str, Any]]:
+    """Entries of a document: the distance of every output of a quantised base from the base in floating point."""
+    return [
+        {
+            "output": f"{name} {output}" if bundle.parts else output,
+            "quantise": own.form,
+            "activations": own.activations,
+            "weights": len(own.weights),
+            "bytes": own.bytes,
+            "error": deviation.error,
+            "cosine": deviation.cosine,
+            "agreement": deviation.agreement,
+        }
+        for name, part in bundle.components.items()
+        if (own := part.manifest.quantised) is not None
+        for output, deviation in own.outputs.items()
+    ]
+
+
+def tell_quantised(outputs: Sequence[Mapping[str, Any]]) -> None:
+    """Print the entries of `quantised_outputs`."""
+    for entry in outputs:
+        same = "" if entry["agreement"] is None else f", same token {entry['agreement']:.1%}"
+        click.echo(
+            f"output {entry['output']}: {entry['weights']} weights in {entry['quantise']}, from the base in floating "
+            f"point: error {entry['error']:.3g}, cosine {entry['cosine']:.6f}{same}"
+        )
 
 
 @contextmanager

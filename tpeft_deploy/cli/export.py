@@ -17,7 +17,17 @@ from tpeft_deploy.cli.bases import (
     unused_option,
     weights_option,
 )
-from tpeft_deploy.cli.console import Assigned, Pair, TaskAdapter, emit, json_option, number, tell_left_out
+from tpeft_deploy.cli.console import (
+    Assigned,
+    Pair,
+    TaskAdapter,
+    emit,
+    json_option,
+    number,
+    quantised_outputs,
+    tell_left_out,
+    tell_quantised,
+)
 from tpeft_deploy.cli.progress_display import stages
 from tpeft_deploy.cli.tool import Group
 from tpeft_deploy.progress import Stage
@@ -58,6 +68,19 @@ _OPTIONS = (
         help="Relative error to accept in float32, 1e-5 to 1e-3; 1e-5 by default. It is recorded in the export.",
     ),
     click.option(
+        "--quantise",
+        type=click.Choice(["int8", "int4"]),
+        help="Keep the weights of products in 8 or 4 bits, and for int8 the kernels of convolutions; branches stay in "
+        "float32. The distance from the model in float32 is recorded in the export.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(["int8", "float"]),
+        default="int8",
+        help="With --quantise: whether the CPU rounds the inputs of quantised products to 8 bits, which makes them "
+        "fast (the default), or computes in float32.",
+    ),
+    click.option(
         "--dry-run", is_flag=True, help="Print targets, ranks and bytes of the export; write and check nothing."
     ),
     json_option,
@@ -88,6 +111,8 @@ def folded(
     unused: Any,
     resize_embeddings: bool,
     tolerance: float | None,
+    quantise: Any,
+    activations: Any,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -107,7 +132,7 @@ def folded(
         if place is None:
             plan = plan_folded(opened, loaded, progress=begin, **options)
         else:
-            options["tolerance"] = tolerance
+            options |= {"tolerance": tolerance, "quantise": quantise, "activations": activations}
             checks = export_folded(opened, loaded, place, task=adapter.name, progress=begin, **options)
     if place is None:
         emit(plan, key="targets", columns=["target", "change", "shape", "ranks", "bytes"], as_json=as_json)
@@ -180,6 +205,8 @@ def bundle(
     unused: Any,
     resize_embeddings: bool,
     tolerance: float | None,
+    quantise: Any,
+    activations: Any,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -189,6 +216,7 @@ def bundle(
     from tpeft_deploy.exporters.bases.load import load_base
     from tpeft_deploy.exporters.components import dry_run as plan_export
     from tpeft_deploy.exporters.components import find_components
+    from tpeft_deploy.exporters.quantisation.packs import choice_of
     from tpeft_deploy.formats import load_adapter
     from tpeft_deploy.formats.base.model import called
 
@@ -218,9 +246,11 @@ def bundle(
             loaded[task] = at_strength(load_adapter(path, base=view, part=part), strength, task=task)
         if place is None:
             named = name or (out.resolve().name if out is not None else "bundle")
+            options["choice"] = choice_of(quantise, activations, "plan the export")
             plan = plan_export(opened, loaded, name=named, progress=begin, **options)
         else:
             options |= {"folded": with_folded, "tolerance": tolerance, "pooling": pooling}
+            options |= {"quantise": quantise, "activations": activations}
             written = export_bundle(opened, loaded, place, name=name, progress=begin, **options)
     if place is None:
         _show_plan(plan, as_json)
@@ -246,8 +276,10 @@ def _show_written(written: Bundle, as_json: bool) -> None:
         ],
         "oracles": oracles,
         "left_out": left_out,
+        "quantised": quantised_outputs(written),
     }
     emit(document, key="gate", columns=_COLUMNS, as_json=as_json)
+    tell_quantised([] if as_json else document["quantised"])
     for task, record in () if as_json else oracles.items():
         why = f": {record['reason']}" if record["reason"] else ""
         click.echo(f"task {task}: oracle {record['oracle']}, error {record['error']:.3g}{why}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tpeft_deploy.cli.completion import task_names
-from tpeft_deploy.cli.console import emit, json_option
+from tpeft_deploy.cli.console import emit, json_option, quantised_outputs, tell_quantised
 from tpeft_deploy.cli.progress_display import stages
 from tpeft_deploy.cli.tool import Command, note
 
@@ -50,7 +50,7 @@ def verify(
         found = verify_bundle(
             bundle, task=task, base=base, against_source=against_source, report=report, progress=begin
         )
-    document = found.to_json()
+    document = found.to_json() | {"quantised": quantised_outputs(found.bundle)}
     left_out = [
         {
             "form": entry["what"],
@@ -64,6 +64,7 @@ def verify(
     ]
     shown = document if as_json else {"checks": document["checks"] + left_out}
     emit(shown, key="checks", columns=["form", "task", "sizes", "error", "limit", "oracle"], as_json=as_json)
+    tell_quantised([] if as_json else document["quantised"])
     if document["tolerance"] is not None:
         note(f"tolerance: {document['tolerance']:g}, accepted when the bundle was exported")
     if report is not None:
