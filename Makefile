@@ -8,6 +8,8 @@
 # make cuda-dry-run   ONNX Runtime's CUDA provider on a CUDA that computes nothing: placement, copies, recordings
 # make openvino   the runtime with OpenVINO, in a virtual environment apart
 # make chart      the Helm chart, rendered by Helm's library in a virtual environment apart
+# make docs       the documentation site, in a virtual environment apart, into site/
+# make reference    the generated pages of docs/reference, after a change of what they describe; make zoo exports for one
 # make client       the blocking client, after a change of asynchronous/
 # make formats      docs/formats.md, after a change of a reader
 # make image        the container image (PROVIDER=cpu or gpu), on its base by digest
@@ -24,8 +26,9 @@ ROUNDS ?= 20
 STUB ?= .venv-cuda-stub
 OPENVINO ?= .venv-openvino
 CHART ?= .venv-chart
+DOCS ?= .venv-docs
 
-.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino chart proto client formats image image-lock clean
+.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino chart docs reference zoo proto client formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -64,6 +67,9 @@ openvino: $(VENV)/dev-$(PROVIDER) $(OPENVINO)/installed
 chart: $(VENV)/dev-$(PROVIDER) $(CHART)/installed
 	CHART=$(CHART) $(BIN)/python -m pytest -n 0 -m chart tests/deploy $(ARGS)
 
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
 proto: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/compile_proto.py
 
@@ -72,6 +78,12 @@ client: $(VENV)/dev-$(PROVIDER)
 
 formats: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/tpeft-deploy formats --markdown > docs/formats.md
+
+reference: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/python -m docs.generate
+
+zoo: $(VENV)/dev-$(PROVIDER)
+	OMP_NUM_THREADS=1 $(BIN)/python -m docs.generate zoo
 
 # The base's digest as the registry has it now; the image says which one it was.
 image:
@@ -83,7 +95,7 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(OUT) quickstart-text build dist *.egg-info
+	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(DOCS) site $(OUT) quickstart-text build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -104,6 +116,11 @@ $(OPENVINO)/installed: pyproject.toml constraints.txt
 $(CHART)/installed: constraints.txt
 	$(PYTHON) -m venv $(CHART)
 	$(CHART)/bin/python -I -m pip --disable-pip-version-check install --quiet --constraint constraints.txt helm-python-sdk
+	@touch $@
+
+$(DOCS)/installed: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -I -m pip --disable-pip-version-check install --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 # Installed again whenever the dependencies change.
