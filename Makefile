@@ -9,6 +9,8 @@
 # make openvino   the runtime with OpenVINO, in a virtual environment apart
 # make cluster    a cluster of Ray Serve and an S3 API, with kills, in a virtual environment beside (cluster-soak: 20 of each)
 # make chart      the Helm chart, rendered by Helm's library in a virtual environment apart
+# make docs       the documentation site, in a virtual environment apart, into site/
+# make reference    the generated pages of docs/reference, after a change of what they describe; make zoo exports for one
 # make client       the blocking client, after a change of asynchronous/
 # make formats      docs/formats.md, after a change of a reader
 # make command-line   docs/command-line.md, after a change of a command
@@ -30,9 +32,10 @@ STUB ?= .venv-cuda-stub
 OPENVINO ?= .venv-openvino
 CHART ?= .venv-chart
 CLUSTER ?= .venv-cluster
+DOCS ?= .venv-docs
 
 .PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino cluster cluster-soak \
-	chart proto client formats command-line release image image-lock clean
+	chart docs reference zoo proto client formats command-line release image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	@$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -76,6 +79,9 @@ cluster cluster-soak: $(VENV)/dev-$(PROVIDER) $(CLUSTER)/installed
 chart: $(VENV)/dev-$(PROVIDER) $(CHART)/installed
 	CHART=$(CHART) $(BIN)/python -m pytest -n 0 -m chart tests/deploy $(ARGS)
 
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
 proto: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/compile_proto.py
 
@@ -91,6 +97,12 @@ command-line: $(VENV)/dev-$(PROVIDER)
 release: $(BIN)/python
 	.ci/release.sh
 
+reference: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/python -m docs.generate
+
+zoo: $(VENV)/dev-$(PROVIDER)
+	OMP_NUM_THREADS=1 $(BIN)/python -m docs.generate zoo
+
 # The base's digest as the registry has it now; the image says which one it was.
 image:
 	base=python:3.11-slim@$$(docker buildx imagetools inspect python:3.11-slim --format '{{.Manifest.Digest}}') && \
@@ -101,7 +113,7 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(CLUSTER) $(OUT) quickstart-text build dist *.egg-info
+	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(CLUSTER) $(DOCS) site $(OUT) quickstart-text build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -132,6 +144,11 @@ $(CLUSTER)/installed: pyproject.toml constraints.txt | $(VENV)/dev-$(PROVIDER)
 $(CHART)/installed: constraints.txt
 	$(PYTHON) -m venv $(CHART)
 	$(CHART)/bin/python -I -m pip $(QUIET) helm-python-sdk
+	@touch $@
+
+$(DOCS)/installed: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -I -m pip $(QUIET) mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 # Installed again whenever the dependencies change.

@@ -34,7 +34,8 @@ class Component:
         prefix: path of the module in the whole model, "vision_tower"; adapters have names that begin with it.
         forward: function of the module and the inputs, by name, that computes the component's outputs; by default the
             module's forward, which the function may call as `module.forward_of_whole`.
-        padding, rename: as `export_bundle` takes them.
+        padding: padding values by input, as `export_bundle` takes them.
+        rename: other names for inputs and outputs, as `export_bundle` takes them.
         decoder: ports of a decoder in slot form.
         directory: Hugging Face directory of the model, for its text.
         pooling: how embeddings of texts are made of `last_hidden_state`, as `export_bundle` takes it; for the component

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from tests.helpers import documents
 from tests.helpers.server.client_peer import KEY, Peer, serving
 from tests.helpers.server.live import Live, serving_bundle
 from tpeft_deploy import Bundle, Client
@@ -23,7 +23,7 @@ from tpeft_deploy.runtime.text.model_text import ModelText
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "clients.md").read_text()
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(python|sh)\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = [(block.language, block.text) for block in documents.blocks(PAGE)]
 SUM = [256.0, len("rotated")]
 MIXED = [[256.0, len(task)] for task in ("rotated", "base", "mirrored")]
 QUESTION = "Where is my parcel?"
@@ -150,7 +150,7 @@ def test_clients_of_text_get_the_text_of_the_runtime(live: Live, talking: Bundle
 
 @pytest.mark.skipif(find_spec("openai") is None, reason="openai is not installed")
 def test_the_lines_of_the_readme_stream_what_the_runtime_generates(live: Live, talking: Bundle, place: Path) -> None:
-    [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "OpenAI(" in block]
+    [code] = [block.text for block in documents.blocks(README) if "OpenAI(" in block.text]
     assert len([line for line in code.splitlines() if line]) == 5
     with Client(live.url, live.keys["acme", "deploy"], timeout=100) as client:
         client.register("code", talking.path.parent / "a")

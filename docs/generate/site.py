@@ -1,0 +1,54 @@
+"""Hooks of MkDocs: files of the repository that pages link to, and checks of the finished site."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+ADDED = {"benchmarks/RESULTS.md": "results.md"}  # in the repository -> in the site
+_LINK = re.compile(r"""(?:href|src)=["']?([^"'\s>]+)""")
+# Elements that load something: a page may link to other sites, and must not load from them.
+_LOADING = re.compile(r"<(?:script|img|iframe|link(?=[^>]*rel=[\"']?(?:stylesheet|icon|preload|preconnect)))[^>]*>")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add pages from outside of docs/."""
+    for source, place in ADDED.items():
+        files.append(File.generated(config, place, content=(ROOT / source).read_text(encoding="utf-8")))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Point links to added pages to where they are in the site."""
+    up = "../" * page.file.src_uri.count("/")
+    for source, place in ADDED.items():
+        markdown = markdown.replace(f"]({up}../{source}", f"]({up}{place}")
+    return markdown
+
+
+def on_post_build(config: Any) -> None:
+    """Refuse a site that loads anything from elsewhere, or has a link that is no URL."""
+    problems = []
+    for file in sorted(Path(config["site_dir"]).rglob("*.html")):
+        text = file.read_text(encoding="utf-8")
+        loaded = [url for element in _LOADING.findall(text) for url in _LINK.findall(element)]
+        problems += [f"{file.name} loads {url}" for url in loaded if urlsplit(url).scheme not in ("", "data")]
+        problems += [f"{file.name} links to {url}" for url in _LINK.findall(text) if not _is_url(url)]
+    for file in sorted(Path(config["site_dir"]).rglob("*.css")):
+        found = re.findall(r"(?:@import\s+|url\()[\"']?(https?://[^\"')]+)", file.read_text(encoding="utf-8"))
+        problems += [f"{file.name} loads {url}" for url in found]
+    if problems:
+        raise PluginError("\n".join(problems))
+
+
+def _is_url(url: str) -> bool:
+    parts = urlsplit(url.replace("&amp;", "&"))
+    if parts.scheme in ("http", "https"):
+        return bool(re.fullmatch(r"[\w.-]+(:\d+)?", parts.netloc))
+    return parts.scheme in ("", "data", "mailto")

@@ -1,0 +1,102 @@
+"""Every tutorial, followed as printed, and what its reader has at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.documents import Reader, blocks, reading
+from tests.helpers.server.postgres import Postgres
+from tpeft_deploy import Bundle
+
+PAGES = Path(__file__).parents[3] / "docs" / "tutorials"
+
+
+def follow(name: str, place: Path, values: dict[str, str] | None = None) -> dict[str, Any]:
+    """Names of the page's Python session, and what was printed as `printed`."""
+    with reading(place, values or {}) as reader:
+        for block in blocks((PAGES / f"{name}.md").read_text()):
+            if block.reason is None:
+                reader.follow(block)
+        return reader.names | {"printed": reader.printed}
+
+
+def test_every_tutorial_is_followed_here() -> None:
+    here = {"train-export-serve", "your-model", "kohya", "styles", "heads", "many-machines"}
+    assert {page.stem for page in PAGES.glob("*.md")} == here
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
+def test_every_block_can_run_or_says_why_not(page: Path) -> None:
+    text = page.read_text()
+    found = blocks(text)
+    assert len(found) == text.count("\n```") / 2
+    assert text.count("<!-- not run: ") == sum(block.reason is not None for block in found)
+    assert {block.language for block in found} <= {"python", "sh"}
+    for line in text.splitlines():  # blocks without a fence say what to install, and nothing else
+        assert not line.startswith("    ") or line.startswith("    pip install ") or "```" in text.split(line)[0]
+
+
+def test_train_export_serve(tmp_path: Path) -> None:
+    names = follow("train-export-serve", tmp_path)
+    assert names["bundle"].manifest.rows == "each"
+    right = [float(line.split()[1].rstrip("%")) for line in names["printed"].splitlines() if line.endswith("% right")]
+    assert len(right) == 3
+    assert min(right) > 60
+    served, mixed = names["answers"]["logits"], names["mixed"]["logits"]
+    np.testing.assert_allclose(served, mixed, rtol=1e-4, atol=1e-4)
+
+
+def test_your_model(tmp_path: Path) -> None:
+    names = follow("your-model", tmp_path)
+    difference = np.abs(names["got"][[0, 2]] - names["wanted"][[0, 2]]).max()
+    assert difference < 1e-5
+    assert np.abs(names["got"][1] - names["wanted"][1]).max() > 1000 * difference
+    assert set(Bundle.open(tmp_path / "bundle").tasks) == {"news", "mail"}
+
+
+def test_kohya(tmp_path: Path) -> None:
+    names = follow("kohya", tmp_path)
+    ink, pixel, blend, base = names["noise"]
+    assert (tmp_path / "ink.onnx").is_file()
+    assert (tmp_path / "ink-peft" / "adapter_config.json").is_file()
+    assert len({row.tobytes() for row in (ink, pixel, blend, base)}) == 4
+
+
+def test_styles(tmp_path: Path) -> None:
+    names = follow("styles", tmp_path)
+    texts, tokenizer, rows = names["texts"], names["tokenizer"], names["rows"]
+    for style, row in list(zip(names["styles"], rows, strict=True))[1:3]:
+        assert f"the train {tokenizer.decode(row)}" in f"{texts[style]} <end>", style
+    assert names["said"][0].strip() == tokenizer.decode(rows[1], skip_special_tokens=True)
+
+
+def test_heads(tmp_path: Path) -> None:
+    names = follow("heads", tmp_path)
+    assert [scores.shape[1] for scores in names["found"]["scores"]] == [2, 7, 3]
+    assert names["difference"] < 1e-5
+    assert names["bundle"].manifest.rows == "each"
+
+
+def test_many_machines(tmp_path: Path, postgres: Postgres) -> None:
+    (tmp_path / "store").mkdir()
+    shown = "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+    values = {shown: postgres.empty(), "file:///srv/tpeft-store": (tmp_path / "store").as_uri()}
+    names = follow("many-machines", tmp_path, values)
+    assert not np.abs(names["here"] - names["there"]).max()
+    assert list((tmp_path / "store").rglob("*.safetensors"))
+
+
+def test_a_reader_can_fail(tmp_path: Path) -> None:
+    page = '```sh title="no"\nx\n```\n\n```sh\nfalse\n```\n\n<!-- not run: needs a GPU -->\n```python\nraise X\n```\n'
+    file, command, skipped = blocks(page)
+    assert (file.title, skipped.reason, command.reason) == ("no", "needs a GPU", None)
+    with reading(tmp_path) as reader:
+        assert isinstance(reader, Reader)
+        with pytest.raises(AssertionError):
+            reader.follow(command)
+        with pytest.raises(NameError):
+            reader.follow(skipped)
