@@ -26,8 +26,7 @@ from tests.helpers.server.load import OPERATOR, Expected, digest_of
 from tests.helpers.server.postgres import Postgres, running
 from tests.helpers.server.s3 import S3
 from tests.helpers.waiting import wait_until
-from tests.server.conftest import PIXELS
-from tpeft_deploy import Bundle, Runtime
+from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.cluster.proxy_answers import MIDDLEWARES, PROXY_CALLBACK
 
 pytestmark = [pytest.mark.cluster, needs("ray", "s3fs", "moto")]
@@ -118,24 +117,12 @@ def subject(
                 own.add()
                 environment |= {MARK: own.mark, "RAY_ADDRESS": own.address}
                 with cluster(conv_bundle.path, state, "--replicas", REPLICAS, environment=environment) as served:
-                    wanted = expected(conv_bundle, uploads, place)
+                    wanted = Expected.of(conv_bundle, uploads, place)
                     load = ClusterLoad(keys, uploads, wanted, conv_bundle.manifest.name, url)
                     load.url = served.url
                     yield Subject(own, postgres, s3, load, Log(load), place / "tmp")
     finally:
         s3.kill()
-
-
-def expected(bundle: Bundle, uploads: dict[str, bytes], place: Path) -> Expected:
-    shared = {"base": "base", **bundle.tasks}
-    with Runtime(bundle.path, provider="cpu", threads=1) as runtime:
-        outputs = {digest: runtime.run({"pixels": PIXELS}, task=task)["logits"] for task, digest in shared.items()}
-        for digest, data in uploads.items():
-            file = place / f"{digest}.safetensors"
-            file.write_bytes(data)
-            runtime.load(digest, file)
-            outputs[digest] = runtime.run({"pixels": PIXELS}, task=digest)["logits"]
-    return Expected(outputs, shared)
 
 
 SOAK = [pytest.mark.soak, pytest.mark.timeout(3600)]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ import numpy as np
 
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import PIXELS
+from tpeft_deploy import Bundle, Runtime
 
 TENANTS = ("acme", "rival")  # both have tasks of the same names
 NAMES = ("mood", "tone")
@@ -166,6 +168,19 @@ class Expected:
             for other, others in outputs.items():
                 if one != other and logits.shape == others.shape:
                     assert np.abs(logits - others).max(1).min() > 2e-3, "adapters that cannot be told apart"
+
+    @classmethod
+    def of(cls, bundle: Bundle, uploads: Mapping[str, bytes], place: Path) -> Expected:
+        """Run the bundle's tasks and uploaded adapters, digest -> file, which are written to a directory."""
+        shared = {"base": "base", **bundle.tasks}
+        with Runtime(bundle.path, provider="cpu", threads=1) as runtime:
+            outputs = {digest: runtime.run({"pixels": PIXELS}, task=task)["logits"] for task, digest in shared.items()}
+            for digest, data in uploads.items():
+                file = place / f"{digest}.safetensors"
+                file.write_bytes(data)
+                runtime.load(digest, file)
+                outputs[digest] = runtime.run({"pixels": PIXELS}, task=digest)["logits"]
+        return cls(outputs, shared)
 
     def check(self, digests: Sequence[str], rows: Sequence[Array]) -> None:
         """Whether rows of `PIXELS`, from the first on and over again, have these adapters' outputs."""

@@ -13,8 +13,7 @@ from tests.helpers import nets
 from tests.helpers.server.acknowledged import Log, everything_is_as_acknowledged, make_keys
 from tests.helpers.server.load import Expected, Load, digest_of
 from tests.helpers.server.processes import begin, server
-from tests.server.conftest import PIXELS
-from tpeft_deploy import Bundle, Runtime
+from tpeft_deploy import Bundle
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +27,7 @@ def uploads() -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def expected(conv_bundle: Bundle, uploads: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    shared = {"base": "base", **conv_bundle.tasks}
-    place = tmp_path_factory.mktemp("uploads")
-    with Runtime(conv_bundle.path, provider="cpu", threads=1) as runtime:
-        outputs = {digest: runtime.run({"pixels": PIXELS}, task=task)["logits"] for task, digest in shared.items()}
-        for digest, data in uploads.items():
-            file = place / f"{digest}.safetensors"
-            file.write_bytes(data)
-            runtime.load(digest, file)
-            outputs[digest] = runtime.run({"pixels": PIXELS}, task=digest)["logits"]
-    return Expected(outputs, shared)
+    return Expected.of(conv_bundle, uploads, tmp_path_factory.mktemp("uploads"))
 
 
 LONG = [pytest.mark.soak, pytest.mark.timeout(1200)]
