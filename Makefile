@@ -8,6 +8,8 @@
 # make cuda-dry-run   ONNX Runtime's CUDA provider on a CUDA that computes nothing: placement, copies, recordings
 # make openvino   the runtime with OpenVINO, in a virtual environment apart
 # make chart      the Helm chart, rendered by Helm's library in a virtual environment apart
+# make console-test  the console in Chromium, with Playwright in a directory apart
+# make console      runtime/server/console/static, after a change of console/; needs Node 20 or newer
 # make client       the blocking client, after a change of asynchronous/
 # make formats      docs/formats.md, after a change of a reader
 # make image        the container image (PROVIDER=cpu or gpu), on its base by digest
@@ -24,8 +26,9 @@ ROUNDS ?= 20
 STUB ?= .venv-cuda-stub
 OPENVINO ?= .venv-openvino
 CHART ?= .venv-chart
+PLAYWRIGHT ?= .console-site
 
-.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino chart proto client formats image image-lock clean
+.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino chart console-test console proto client formats image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -64,6 +67,12 @@ openvino: $(VENV)/dev-$(PROVIDER) $(OPENVINO)/installed
 chart: $(VENV)/dev-$(PROVIDER) $(CHART)/installed
 	CHART=$(CHART) $(BIN)/python -m pytest -n 0 -m chart tests/deploy $(ARGS)
 
+console-test: $(VENV)/dev-$(PROVIDER) $(PLAYWRIGHT)/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(PLAYWRIGHT) $(BIN)/python -m pytest -n 2 --dist loadfile -m console tests/console $(ARGS)
+
+console:
+	cd console && npm ci --no-audit --no-fund && npm run build
+
 proto: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/compile_proto.py
 
@@ -83,7 +92,7 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(OUT) quickstart-text build dist *.egg-info
+	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(PLAYWRIGHT) console/node_modules $(OUT) quickstart-text build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -104,6 +113,11 @@ $(OPENVINO)/installed: pyproject.toml constraints.txt
 $(CHART)/installed: constraints.txt
 	$(PYTHON) -m venv $(CHART)
 	$(CHART)/bin/python -I -m pip --disable-pip-version-check install --quiet --constraint constraints.txt helm-python-sdk
+	@touch $@
+
+$(PLAYWRIGHT)/installed: constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --target $(PLAYWRIGHT) --constraint constraints.txt \
+		playwright axe-playwright-python
 	@touch $@
 
 # Installed again whenever the dependencies change.
