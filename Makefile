@@ -11,6 +11,8 @@
 # make chart      the Helm chart, rendered by Helm's library in a virtual environment apart
 # make docs       the documentation site, in a virtual environment apart, into site/
 # make reference    the generated pages of docs/reference, after a change of what they describe; make zoo exports for one
+# make console-test  the console in Chromium, with Playwright in a directory apart
+# make console      runtime/server/console/static, after a change of console/; needs Node 20 or newer
 # make client       the blocking client, after a change of asynchronous/
 # make formats      docs/formats.md, after a change of a reader
 # make command-line   docs/command-line.md, after a change of a command
@@ -33,9 +35,10 @@ OPENVINO ?= .venv-openvino
 CHART ?= .venv-chart
 CLUSTER ?= .venv-cluster
 DOCS ?= .venv-docs
+PLAYWRIGHT ?= .console-site
 
 .PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino cluster cluster-soak \
-	chart docs reference zoo proto client formats command-line release image image-lock clean
+	chart docs reference zoo console-test console proto client formats command-line release image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	@$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -82,6 +85,12 @@ chart: $(VENV)/dev-$(PROVIDER) $(CHART)/installed
 docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
+console-test: $(VENV)/dev-$(PROVIDER) $(PLAYWRIGHT)/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(PLAYWRIGHT) $(BIN)/python -m pytest -n 2 --dist loadfile -m console tests/console $(ARGS)
+
+console:
+	cd console && npm ci --no-audit --no-fund && npm run build
+
 proto: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/compile_proto.py
 
@@ -113,7 +122,8 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(CLUSTER) $(DOCS) site $(OUT) quickstart-text build dist *.egg-info
+	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(CLUSTER) $(DOCS) $(PLAYWRIGHT) console/node_modules site $(OUT) \
+		quickstart-text build dist *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -149,6 +159,11 @@ $(CHART)/installed: constraints.txt
 $(DOCS)/installed: constraints.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -I -m pip $(QUIET) mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+$(PLAYWRIGHT)/installed: constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip $(QUIET) --target $(PLAYWRIGHT) \
+		playwright axe-playwright-python
 	@touch $@
 
 # Installed again whenever the dependencies change.

@@ -18,6 +18,7 @@ from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime import Limits, Runtime
 from tpeft_deploy.runtime.server import model_agent
 from tpeft_deploy.runtime.server.certificates import Certificates
+from tpeft_deploy.runtime.server.console.files import Console
 from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.isolation.pool import Pool
 from tpeft_deploy.runtime.server.operations.options import Options
@@ -297,7 +298,8 @@ def rest_application(
         json_upload_bytes=settings.max_json_upload_bytes,
     )
     answer = application(service, limits, observe, intake)
-    return LocalOnly(answer) if settings.no_auth else answer
+    shown = Console(answer, intake, observe, keys=not settings.no_auth) if settings.console else answer
+    return LocalOnly(shown, answer.refuse) if settings.no_auth else shown
 
 
 def _http(

@@ -199,6 +199,8 @@ class Settings(BaseSettings):
     """Log level on stderr."""
     access_log: bool = True
     """Write a JSON line per request to stderr."""
+    console: bool = True
+    """Serve the console under /console/, whose files need no key."""
     metrics_for_all_keys: bool = False
     """Let keys without the admin role read /metrics, which name all tenants and tasks."""
     max_task_series: int = Field(default=1000, ge=1)

@@ -82,6 +82,7 @@ OTHERS: dict[str, object] = {
     "drain_grace": 1.5,
     "log_level": "warning",
     "access_log": False,
+    "console": False,
     "metrics_for_all_keys": True,
     "max_task_series": 17,
     "changes_per_s": 3.5,

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
-import tpeft_deploy
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import ServerError, Unauthenticated
 from tpeft_deploy.runtime import Limits, Runtime
@@ -37,6 +36,7 @@ from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
 from tpeft_deploy.runtime.server.v2 import metadata
 from tpeft_deploy.runtime.server.v2.largest_body import largest_body
 from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, InferResponse, LoadParameter, UploadPart
+from tpeft_deploy.runtime.server.v2.server_metadata import ServerMetadata
 
 __all__ = ["Service", "order_of"]
 
@@ -74,7 +74,7 @@ class Service:
         self._options = options or Options()
         pools = self._pools = self._options.pools
         self._lists = Turns()
-        self._manifest = bundle.manifest
+        self._metadata = ServerMetadata(bundle)
         self.components = Components(bundle)
         rows = self._options.limits.max_request_rows
         bodies = [largest_body(own, rows) for own in self.components.manifests.values()]
@@ -181,14 +181,9 @@ class Service:
         self._meter.spend_request(principal.tenant, time.monotonic())
 
     def server_metadata(self, principal: Principal) -> Document:
-        """Return name, version and extensions of the server."""
+        """Return name, version, extensions and bundle of the server, and tenant and role of the caller."""
         allow(principal, Action.READ)
-        return {
-            "name": "tpeft-deploy",
-            "version": tpeft_deploy.__version__,
-            "extensions": ["binary_tensor_data", "model_configuration", "model_repository", "parameters", "statistics"],
-            "bundle": self._manifest.name,
-        }
+        return self._metadata.document(principal)
 
     def model_metadata(self, principal: Principal, name: str, version: str = "") -> Document:
         """Return name, versions, platform, inputs and outputs of a model."""
@@ -387,6 +382,7 @@ class Service:
                 for number, target in model.versions.items()
             ],
             "ready": self._ready and self._models.is_ready(model),
+            "pin": self._state.placements.now.pinned.get((model.tenant, model.name)),
         }
 
 

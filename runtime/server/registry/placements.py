@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 from sqlalchemy import Connection, delete, insert, select
 
@@ -34,6 +35,11 @@ class Placed:
 
     pins: tuple[PinRecord, ...] = ()
     unloaded: frozenset[tuple[str, str]] = frozenset()
+
+    @cached_property
+    def pinned(self) -> Mapping[tuple[str, str], str]:
+        """Pinned tasks by tenant and name, each "device" or "folded"."""
+        return {(pin.tenant, pin.task): "folded" if pin.folded else "device" for pin in self.pins}
 
 
 class Placements:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tpeft_deploy.errors import Forbidden
-from tpeft_deploy.runtime.server.rest.app import Application
-from tpeft_deploy.runtime.server.rest.context import Receive, Scope, Send
 from tpeft_deploy.runtime.server.settings import is_loopback
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
@@ -25,11 +25,13 @@ class LocalOnly:
     DNS rebinding, a domain that resolves to 127.0.0.1.
 
     Args:
-        application: wrapped application, which also answers refused requests.
+        application: wrapped application.
+        refuse: answers a refused request with an error.
     """
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: ASGIApp, refuse: Callable[..., Awaitable[None]]) -> None:
         self._application = application
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on or refuse one request."""
@@ -37,7 +39,7 @@ class LocalOnly:
             if scope["type"] == "http":
                 check(scope["headers"])
         except Forbidden as error:
-            await self._application.refuse(error, scope, receive, send)
+            await self._refuse(error, scope, receive, send)
         else:
             await self._application(scope, receive, send)
 

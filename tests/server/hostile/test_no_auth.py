@@ -33,7 +33,8 @@ def asked(
     told: list[RequestContext] = []
 
     async def main() -> httpx.Response:
-        transport = httpx.ASGITransport(LocalOnly(application(service, observe=told.append)))
+        app = application(service, observe=told.append)
+        transport = httpx.ASGITransport(LocalOnly(app, app.refuse))
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080") as client:
             raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
             body = b'{"tenant": "evil", "role": "admin"}' if method == "POST" else b""
