@@ -28,7 +28,8 @@ def completion(ctx: click.Context, shell: str) -> None:
     from click.shell_completion import get_completion_class
 
     found = get_completion_class(shell)
-    assert found is not None  # one of click's own
+    if found is None:
+        raise click.UsageError(f"click completes nothing in {shell}")
     # Not `source`, which starts bash and complains if it is none that completes.
     script = found.source_template % found(ctx.find_root().command, {}, "tpeft-deploy", _VARIABLE).source_vars()
     click.echo(script)
