@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the wheel and the sdist into dist/, checks both, and installs each extra from the wheel in an environment of
-# its own, where its packages are imported, the doctor finds nothing broken, and what can be run without a GPU is run.
+# Builds the wheel and the sdist into dist/, checks both, and installs each extra from the wheel in a clean environment,
+# where its packages are imported, the doctor finds nothing broken, and what can be run without a GPU is run.
 # EXTRAS="cpu server" tries these alone. Uploading is left to whoever releases: twine upload dist/*.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -254,8 +254,8 @@ def _own_base(bundle: Bundle, base: Base) -> Base:
                 got=f"{digest[:12]}..." if digest else "no weight of that name",
                 fix="Give the base that the bundle was exported from.",
             )
-    nodes = [node for node in BundleBase(bundle).graph().graph if quantised.name_of(node)]
     if bundle.manifest.quantised is not None:
+        nodes = [node for node in BundleBase(bundle).graph().graph if quantised.name_of(node)]
         base = dequantised(base, {str(quantised.name_of(node)): quantised.dequantise(node) for node in nodes})
     return base.at(bundle.example())
 

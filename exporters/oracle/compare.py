@@ -29,8 +29,10 @@ from tpeft_deploy.exporters.oracle.subject import Sizes
 from tpeft_deploy.tucker import Array
 
 __all__ = [
+    "EXACT",
     "MERGED",
     "ORT_ERRORS",
+    "ROUNDED",
     "Check",
     "compare",
     "measure",
@@ -41,7 +43,9 @@ __all__ = [
 
 MERGED = "merged"
 _SUGGESTED = 10  # times the limit: what rounding may explain
-_QUANTISED, _EXACT, _ROUNDS = "MatMulNBits", 1, 4  # values of accuracy_level
+_QUANTISED = "MatMulNBits"
+EXACT, ROUNDED = 1, 4
+"""MatMulNBits' accuracy_level: 1 computes in float32, 4 rounds the activations of every block to 8 bits."""
 _CPU = "CPUExecutionProvider"
 _FIX = "It must not be served; please report the model."
 _FIX_READING = (
@@ -138,10 +142,10 @@ def _unrounded(model: onnx.ModelProto) -> bytes | None:
         for node in model.graph.node
         if node.op_type == _QUANTISED
         for level in node.attribute
-        if level.name == "accuracy_level" and level.i == _ROUNDS
+        if level.name == "accuracy_level" and level.i == ROUNDED
     ]
     for level in levels:
-        level.i = _EXACT
+        level.i = EXACT
     return model.SerializeToString() if levels else None
 
 

@@ -36,8 +36,7 @@ def quantise_plan(
     Raises:
         UnsupportedBase: the base is quantised already, no torch module, or not in float32.
     """
-    tied = {resolved[name] for group in base.ties for name in group if name in resolved}
-    names = quantisable(graph, resolved.values(), choice, base=base.name, skip={*skip, *tied})
+    names = quantisable(graph, resolved, choice, base=base, skip=skip)
     digests = {name: weight_digest(base.weights[name]) for name in names}
     packs = pack_weights(graph, names, choice, digests)
     for name, pack in packs.items():

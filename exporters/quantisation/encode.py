@@ -13,12 +13,12 @@ from tpeft_deploy.errors import UnsupportedTarget
 from tpeft_deploy.exporters.branches.surgery import add_constant, resemble, route_around
 from tpeft_deploy.exporters.graph import quantised
 from tpeft_deploy.exporters.graph.weight_uses import Site, linear_sites, weight_value
+from tpeft_deploy.exporters.oracle import compare
 from tpeft_deploy.exporters.quantisation.packs import BLOCK, Pack
 
 __all__ = ["append_packs", "encode"]
 
-# MatMulNBits' accuracy_level: 1 computes in float32, 4 rounds the activations of every block to 8 bits.
-LEVELS: Mapping[Activations, int] = {"float": 1, "int8": 4}
+_LEVELS: Mapping[Activations, int] = {"float": compare.EXACT, "int8": compare.ROUNDED}
 _MICROSOFT = "com.microsoft"
 
 
@@ -44,7 +44,7 @@ def encode(model: ir.Model, packs: Mapping[str, Pack], activations: Activations)
             raise UnsupportedTarget(f"quantise weight {name!r}", problem="the graph uses it outside of products")
         model.graph.opset_imports[_MICROSOFT] = 1
         for site in sites:
-            _multiply(model.graph, site, tensors, name, pack, LEVELS[activations])
+            _multiply(model.graph, site, tensors, name, pack, _LEVELS[activations])
         for node in [node for node, _ in value.uses()]:  # transposes, all their products gone
             model.graph.remove(node, safe=True)
         del model.graph.initializers[name]

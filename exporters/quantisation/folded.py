@@ -53,8 +53,7 @@ def pack_folded(base: Base, raw: ir.Model, adapter: Adapter, choice: Quantisatio
     """
     graph, own = raw.clone().graph, held_changes(base, raw.graph, adapter)
     resolved = resolve(raw.graph, base.weights, base.aliases)
-    tied = {resolved[name] for group in base.ties for name in group if name in resolved}
-    names = quantisable(graph, resolved.values(), choice, base=base.name, skip={*own.overrides, *tied})
+    names = quantisable(graph, resolved, choice, base=base, skip=own.overrides)
     changed = set(changed_names(own))
     for name in changed & set(names):
         merged = base.merged(own, name).astype(held_tensor(graph, name).dtype.numpy())

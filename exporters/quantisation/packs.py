@@ -19,6 +19,7 @@ from tpeft_deploy.errors import ExportError, UnsupportedBase
 from tpeft_deploy.exporters.graph import quantised
 from tpeft_deploy.exporters.graph.weight_uses import conv_sites, linear_sites
 from tpeft_deploy.exporters.graph.weights_and_shapes import ALIGNMENT, held_tensor
+from tpeft_deploy.exporters.oracle.base import Base
 from tpeft_deploy.exporters.oracle.bfloat16 import HALVES
 from tpeft_deploy.tucker import Array
 
@@ -45,8 +46,8 @@ class Pack:
 
     Args:
         bits: 8 or 4.
-        codes: of a product, uint8 (O, blocks, bytes of a block); of a convolution, int8 in the shape of the kernel.
-        scales: of a product, float32 (O, blocks); of a convolution, (O,).
+        codes: uint8 (O, blocks, bytes of a block) for a product, int8 in the shape of the kernel for a convolution.
+        scales: float32, (O, blocks) for a product, (O,) for a convolution.
         value: float32 array that codes and scales stand for, in the shape of the initializer.
         turned: whether a product uses the transposed weight: it is (O, I), not (I, O).
         digest: `weight_digest` of the weight before it was quantised.
@@ -94,24 +95,25 @@ def choice_of(quantise: str | None, activations: str, doing: str) -> Quantisatio
 
 
 def quantisable(
-    graph: ir.Graph, held: Iterable[str], choice: Quantisation, *, base: str, skip: Collection[str]
+    graph: ir.Graph, resolved: Mapping[str, str], choice: Quantisation, *, base: Base, skip: Collection[str]
 ) -> list[str]:
     """Initializers that can be quantised: used in products alone, or for 8 bits as kernels of convolutions alone.
 
     Args:
         graph: prepared graph without branches.
-        held: initializers that hold a weight each.
+        resolved: weight -> initializer that holds it.
         choice: form of quantisation.
-        base: name of the base, for messages.
-        skip: initializers that stay as they are.
+        base: base of the graph; tied weights stay as they are.
+        skip: further initializers that stay as they are.
 
     Raises:
         UnsupportedBase: the base is quantised already, or not in float32.
     """
-    doing = f"quantise {base} to {choice.form}"
+    doing = f"quantise {base.name} to {choice.form}"
     if any(True for _ in quantised.products(graph)):
         raise UnsupportedBase(doing, expected="weights in floating point", got="a base that is quantised already")
-    names = sorted(set(held))
+    tied = {resolved[name] for group in base.ties for name in group if name in resolved}
+    names = sorted(set(resolved.values()))
     dtypes = {graph.initializers[name].dtype for name in names if name in graph.initializers}
     halves = [dtype for dtype in HALVES if dtype in dtypes]
     if halves:
@@ -124,7 +126,9 @@ def quantisable(
     found = []
     for name in names:
         value = graph.initializers.get(name)
-        if value is None or value.dtype != ir.DataType.FLOAT or name in skip or value.const_value is None:
+        if value is None or value.dtype != ir.DataType.FLOAT or value.const_value is None:
+            continue
+        if name in tied or name in skip:
             continue
         if _is_product(value) or (BITS[choice.form] == _KERNEL_BITS and _is_kernel(value)):
             found.append(name)

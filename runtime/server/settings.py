@@ -89,7 +89,7 @@ class Settings(BaseSettings):
     no_auth: bool = False
     """Disable authentication; allowed only on a loopback `host`."""
     agent_models: Path | None = None
-    """Directory whose adapters a model agent, such as KServe's, loads without a key (default: none)."""
+    """Directory of adapters that a model agent, such as KServe's, loads without a key (default: none)."""
     agent_port: int = Field(default=8080, ge=0, le=65535)
     """Port of the agent, on 127.0.0.1 only."""
     agent_tenant: str = "agent"
@@ -200,7 +200,7 @@ class Settings(BaseSettings):
     access_log: bool = True
     """Write a JSON line per request to stderr."""
     console: bool = True
-    """Serve the console under /console/, whose files need no key."""
+    """Serve the console under /console/; its files need no key."""
     metrics_for_all_keys: bool = False
     """Let keys without the admin role read /metrics, which name all tenants and tasks."""
     max_task_series: int = Field(default=1000, ge=1)

@@ -27,7 +27,7 @@ def base():
 
 
 def process(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own; progress, which a slow machine shows, is left out of stderr."""
+    """A command in a child process; progress, which a slow machine shows, is left out of stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "tpeft_deploy", *map(str, arguments)],
         cwd=ROOT,

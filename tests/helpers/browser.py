@@ -25,7 +25,7 @@ class Tab:
 
     Args:
         page: the page.
-        server: the server whose console it shows.
+        server: server of the console.
 
     Attributes:
         refusals: statuses of the refusals that the test provokes.
@@ -78,7 +78,7 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def open_tab(browser: Browser, server: Asking, theme: str) -> Iterator[Tab]:
-    """A tab of its own context, checked at the end."""
+    """A tab in a separate context, checked at the end."""
     context = browser.new_context(color_scheme="dark" if theme == "dark" else "light", reduced_motion="reduce")
     context.set_default_timeout(60_000)
     tab = Tab(context.new_page(), server)

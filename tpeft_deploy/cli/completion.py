@@ -12,6 +12,7 @@ from tpeft_deploy.cli.tool import Command
 __all__ = ["completion", "task_names"]
 
 _MOST = 200  # names shown; more help nobody
+_VARIABLE = "_TPEFT_DEPLOY_COMPLETE"  # click derives it from the program's name
 
 
 @click.command(cls=Command)
@@ -33,9 +34,6 @@ def completion(ctx: click.Context, shell: str) -> None:
     # Not `source`, which starts bash and complains if it is none that completes.
     script = found.source_template % found(ctx.find_root().command, {}, "tpeft-deploy", _VARIABLE).source_vars()
     click.echo(script)
-
-
-_VARIABLE = "_TPEFT_DEPLOY_COMPLETE"  # click derives it from the program's name
 
 
 def task_names(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:

@@ -17,7 +17,7 @@ NAME = "tpeft-deploy"
 EXTRAS = {"onnxruntime": "cpu", "onnxruntime-gpu": "gpu", "onnxruntime-openvino": "openvino"}
 _NOT_FOR_USERS = {"dev"}
 
-# Distributions whose module has another name.
+# Distributions with another name than their module.
 _MODULES = {
     "google-re2": "re2",
     "grpcio": "grpc",

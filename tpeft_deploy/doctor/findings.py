@@ -35,7 +35,7 @@ class Findings:
         providers: for each execution provider `provider`, `built`, `works` and `reason`.
         driver: `cuda`, `version`, `devices` and `reason`, of NVIDIA's driver.
         libraries: for each library of CUDA that the build needs `library`, `path`, `version` and `error`.
-        problems: what is installed and does not work.
+        problems: defects of what is installed.
     """
 
     versions: dict[str, str]

@@ -21,7 +21,7 @@ def examine_providers(found: Findings) -> tuple[list[dict[str, Any]], list[Defec
     """Try each provider in a child process; return the outcomes, and the problems of those that are installed.
 
     Args:
-        found: what is known of builds, driver and libraries.
+        found: findings on builds, driver and libraries.
     """
     spec = find_spec("onnxruntime")
     if not found.runtimes and (spec is None or spec.origin is None):  # an uninstalled one may leave a folder

@@ -76,9 +76,9 @@ class AnswerDocuments(ABC):
         document = {**self._head, "object": self.chunk_object, "choices": list(choices)}
         return {**document, "usage": usage} if with_usage else document
 
-    def begin(self, index: int) -> Document | None:
-        """Return the first choice of a sequence in a stream, if there is one before its tokens."""
-        return self._delta(index, self._before[index], None, None) if self._before else None
+    def begin(self, index: int) -> list[Document]:
+        """Return the choices of a sequence in a stream before its tokens."""
+        return [self._delta(index, self._before[index], None, None)] if self._before else []
 
     def deltas(self, index: int, token: Token) -> list[Document]:
         """Return the choices for one token; none if the client learns nothing from it."""
@@ -120,11 +120,11 @@ class ChatDocuments(AnswerDocuments):
         super().__init__(*args, **options)
         self._streams: dict[int, CallDocuments] = {}
 
-    def begin(self, index: int) -> Document | None:
+    def begin(self, index: int) -> list[Document]:
         """Return the choice that names the role."""
         if self._calls is not None:
             self._streams[index] = CallDocuments(self._calls)
-        return _chat_delta(index, {"role": "assistant", "content": ""}, None, None)
+        return [_chat_delta(index, {"role": "assistant", "content": ""}, None, None)]
 
     def deltas(self, index: int, token: Token) -> list[Document]:
         """Return the choices for one token; none if the client learns nothing from it."""

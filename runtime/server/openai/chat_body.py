@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -18,7 +19,7 @@ __all__ = ["ChatBody"]
 _RESERVED = {"literal", "messages", "self", "template", "variables"}
 
 
-class ChatBody(GenerationBody, kw_only=True):
+class ChatBody(GenerationBody, kw_only=True, dict=True):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[dict[str, Any]]
@@ -81,6 +82,10 @@ class ChatBody(GenerationBody, kw_only=True):
         Raises:
             InputError: as `ToolUse.of`.
         """
+        return self._tool_use
+
+    @cached_property
+    def _tool_use(self) -> ToolUse | None:
         return ToolUse.of(self.tools or [], self.tool_choice, several=self.parallel_tool_calls is not False)
 
     def calls(self, text: ModelText) -> CallReaders | None:

@@ -180,8 +180,7 @@ async def _events(context: HttpContext, work: _Work) -> AsyncGenerator[bytes]:
         context.principal, work.target, work.requests, context.traceparent
     ) as handles:
         for index in range(len(handles)):
-            first = answer.begin(index)
-            yield chunks([] if first is None else [first])
+            yield chunks(answer.begin(index))
         async with aclosing(_merged(handles)) as tokens:
             async for index, token in tokens:
                 if token is not None:

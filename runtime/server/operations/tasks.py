@@ -98,7 +98,7 @@ class Management:
             parts: files of the upload.
             alias: alias that points at the version afterwards.
             tenant: owner of the task (default: the caller's tenant).
-            keep_equal: whether a task whose current version has the same content is left as it is.
+            keep_equal: whether to make no new version if the current one has the same content.
         """
         owner = owner_of(principal, tenant)
         self._check_free(name)

@@ -37,7 +37,7 @@ class Leases:
         """Renew the lease of this server.
 
         Args:
-            report: what this server uses, and what it was asked for.
+            report: use and demand of this server.
 
         Returns:
             What it may use from now on.

@@ -184,8 +184,8 @@ def renew(
 
     Args:
         rows: leases by server; that of the server is replaced, and forgotten ones are removed.
-        unassigned: what is unassigned of rates; changed.
-        report: what the server brings.
+        unassigned: unassigned shares of rates; changed.
+        report: use and demand of the server.
         now: time of the registry's clock in seconds.
 
     Returns:

@@ -31,7 +31,7 @@ class ClusterLoad(Load):
     Args:
         keys: tenant -> key.
         uploads: digest -> the file of an adapter.
-        expected: what they answer.
+        expected: their answers.
         bundle: its name.
         database: URL of the registry's PostgreSQL.
 

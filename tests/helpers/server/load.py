@@ -216,7 +216,7 @@ class Load:
     Args:
         keys: tenant -> key.
         uploads: digest -> the file of an adapter.
-        expected: what they answer.
+        expected: their answers.
         bundle: its name.
     """
 
