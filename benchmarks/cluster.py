@@ -36,6 +36,12 @@ TASK = "task-1"
 CODE = "from tpeft_deploy.cli import main; main()"
 
 
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 def over_http(port: int, requests: int) -> list[float]:
     """Seconds of each request on one connection."""
     body, length = infer_request()
@@ -92,8 +98,7 @@ def measure(place: Path, requests: int, rounds: int) -> dict[str, float]:
     bundle = small(place / "small")
     os.environ["BENCHMARK_BUNDLE"] = str(bundle.path)
     inputs = {"input": np.random.default_rng(0).standard_normal((1, PIXELS)).astype(np.float32)}
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     server = {"state": str(place / "cluster"), "no_auth": True, "access_log": False, "port": port}
     server |= {"provider": "cpu", "threads": 1}
     took: dict[str, list[float]] = {}

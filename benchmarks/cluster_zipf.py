@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.cluster import free_port
 from benchmarks.scale_simulation import belady
 from benchmarks.server_echo import HIDDEN, PIXELS, show, small
 from tpeft_deploy import Adapter, Bundle, Runtime, TuckerDelta
@@ -167,7 +168,12 @@ def measure(place: Path, adapters: int, rows: int, replicas: int, requests: int,
     digests = [blobs.write(own.to_bytes()) for own in known]
     expected = [answers.of(own) for own in known]
     keys = [f"adapter-{number}" for number in range(adapters)]
-    server: dict[str, Any] = {"state": str(place / "cluster"), "no_auth": True, "access_log": False, "port": 0}
+    server: dict[str, Any] = {
+        "state": str(place / "cluster"),
+        "no_auth": True,
+        "access_log": False,
+        "port": free_port(),
+    }
     server |= {"provider": "cpu", "threads": 1, "device_bytes": (rows + 1) * row_bytes(bundle, known[0])}
     figures: dict[str, float] = {}
 

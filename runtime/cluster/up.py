@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from tpeft_deploy.errors import ServerError, brief
 from tpeft_deploy.runtime.cluster.application import build
@@ -43,7 +44,7 @@ def start(cluster: ClusterSettings, *, cores: int | None = None) -> None:
     try:
         serve.start(http_options={"host": settings.host, "port": settings.port})
         serve.run(build({**cluster.arguments(), "server": dict(cluster.server)}), name=NAME, route_prefix="/")
-    except RuntimeError as error:
+    except (RuntimeError, RayError) as error:
         raise ServerError(
             doing, problem=brief(error), fix="Its logs are in /tmp/ray/session_latest/logs/serve."
         ) from error
