@@ -37,7 +37,9 @@ from tpeft_deploy.runtime import Source
 from tpeft_deploy.runtime.cluster import affinity
 from tpeft_deploy.runtime.cluster.placement import RowsPart
 from tpeft_deploy.runtime.cluster.wire import CallRoute
-from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
+from tpeft_deploy.runtime.server.registry.files.disk_cache import DiskCache
+from tpeft_deploy.runtime.server.registry.files.objects import ObjectStore
+from tpeft_deploy.runtime.server.registry.files.stored_objects import open_objects
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 from tpeft_deploy.tucker import Array
 
@@ -102,7 +104,8 @@ class Expected:
 
 def row_bytes(bundle: Bundle, own: Adapter) -> int:
     """Bytes of a row of the bank."""
-    with Runtime(bundle.path, provider="cpu", threads=1) as runtime:
+    # Without those of the bundle, which have larger ranks and so wider rows.
+    with Runtime(bundle.path, provider="cpu", threads=1, preload=False) as runtime:
         runtime.load("own", own)
         runtime.prefetch(["own"]).result()
         usage = runtime.usage()
@@ -163,9 +166,9 @@ def measure(place: Path, adapters: int, rows: int, replicas: int, requests: int,
     os.environ |= {"BENCHMARK_ROWS": str(rows), "BENCHMARK_REPLICAS": str(replicas)}
     bundle = small(place / "small")
     inputs = np.random.default_rng(0).standard_normal((1, PIXELS)).astype(np.float32)
-    answers, blobs = Expected(bundle, inputs), Blobs(place / "cluster" / "blobs")
+    answers = Expected(bundle, inputs)
     known = [adapter(seed) for seed in range(adapters)]
-    digests = [blobs.write(own.to_bytes()) for own in known]
+    digests: list[str] = []
     expected = [answers.of(own) for own in known]
     keys = [f"adapter-{number}" for number in range(adapters)]
     server: dict[str, Any] = {
@@ -173,6 +176,7 @@ def measure(place: Path, adapters: int, rows: int, replicas: int, requests: int,
         "no_auth": True,
         "access_log": False,
         "port": free_port(),
+        "store_url": f"file://{place / 'store'}",
     }
     server |= {"provider": "cpu", "threads": 1, "device_bytes": (rows + 1) * row_bytes(bundle, known[0])}
     figures: dict[str, float] = {}
@@ -182,7 +186,9 @@ def measure(place: Path, adapters: int, rows: int, replicas: int, requests: int,
         figures[f"zipf {exponent}: most popular"] = popular
         for name, table in (("random", AtRandom()), ("this toolkit", Recorded())):
             deployment = serve.get_deployment_handle("replica", NAME)
-            affinity._tables[str(deployment.deployment_id)] = table
+            key = str(deployment.deployment_id)
+            table.update(dict.fromkeys(affinity.table_of(key).replicas))  # the router tells changes only
+            affinity._tables[key] = table
             remote = RemoteRuntime(bundle, RayCalls(deployment), table, lambda _: Quota(), asyncio.get_running_loop())
             await remote.open()
             remote.register({key: Source(digest, lambda: known[0]) for key, digest in zip(keys, digests, strict=True)})
@@ -191,6 +197,10 @@ def measure(place: Path, adapters: int, rows: int, replicas: int, requests: int,
 
     try:
         start(ClusterSettings(str(bundle.path), server, replicas=replicas, cpus=0.1))
+        store = ObjectStore(open_objects(server["store_url"], 10.0), DiskCache(place / "cache", 1 << 30))
+        digests += [
+            store.write(own.to_bytes()) for own in known
+        ]  # not before: a new registry takes an empty store only
         for exponent in exponents:
             asyncio.run(compare(exponent))
     finally:

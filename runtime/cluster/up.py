@@ -35,6 +35,8 @@ def start(cluster: ClusterSettings, *, cores: int | None = None) -> None:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault(PROXY_CALLBACK, MIDDLEWARES)  # for proxies of a Ray that is started here
+        # Ray kills a proxy that takes longer, and starts another, which a busy machine may repeat for ever.
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         if os.environ.get("RAY_ADDRESS"):
             ray.init(logging_level="warning")
         else:
