@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 
 from tests.helpers.server.relay import Relay
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import SECONDS, wait_until
 from tpeft_deploy import Adapter
 from tpeft_deploy.errors import TpeftError
 from tpeft_deploy.runtime.server.registry import open_state
@@ -59,17 +59,18 @@ class S3:
             self._process.wait()
 
     def bucket(self, name: str) -> str:
-        assert httpx.put(f"{self.url}/{name}").status_code == 200
+        # Moto loads what answers for S3 with its first request.
+        assert httpx.put(f"{self.url}/{name}", timeout=SECONDS).status_code == 200
         return f"s3://{name}"
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self._inner}/moto-api/").status_code == 200
+            return httpx.get(f"{self._inner}/moto-api/", timeout=SECONDS).status_code == 200
         except httpx.TransportError:
             return False
 
     def _recorder(self, action: str) -> None:
-        assert httpx.post(f"{self._inner}/moto-api/recorder/{action}", timeout=60).status_code == 200
+        assert httpx.post(f"{self._inner}/moto-api/recorder/{action}", timeout=SECONDS).status_code == 200
 
 
 def register(place: Path, url: str) -> None:
