@@ -1,7 +1,7 @@
 """Linear layers on images of a fixed size, for the CPU: W + dW where an image has more positions than that costs.
 
 A branch (x down) up costs P R (I + O) products and a sum of P O numbers for the P positions of a row; W + dW costs
-I O R products and a sum of I O numbers, once for all rows that share an adapter.  In a ConvNeXt's first stages P is 3136
+I O R products and a sum of I O numbers, once for all rows that share an adapter.  In a ConvNeXt's first stage P is 3136
 and I O / (I + O) is 77.
 """
 
