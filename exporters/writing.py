@@ -31,6 +31,7 @@ from tpeft_deploy.errors import UnsupportedBase
 from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_image, read_text
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed, stacked
 from tpeft_deploy.exporters.branches.blocked import can_block
+from tpeft_deploy.exporters.branches.merged import merge
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.genai_config import GENAI_CONFIG, genai_config
 from tpeft_deploy.exporters.graph import batch_axes, top_logits
@@ -108,6 +109,8 @@ def write_graphs(
         graphs |= {FACTORED_CPU: raw.clone(), BANKED_CPU: raw.clone()}
         attach_factored.attach(graphs[FACTORED_CPU], targets, BLOCKED_BRANCHES)
         attach_banked.attach(graphs[BANKED_CPU], targets, orders, BLOCKED_BRANCHES)
+        for file in (FACTORED_CPU, BANKED_CPU) if plan.choice is None else ():
+            merge(graphs[file])
     _encode(plan, graphs)
     packing, stacking = _add_cuda(graphs)
     rows = graphs[BANKED].clone()

@@ -5,6 +5,8 @@ One of the 1x1 convs is absent where adapters hold the core with that mode whole
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -23,6 +25,7 @@ from tpeft_deploy.exporters.graph.weight_uses import (
 __all__ = ["banked", "factored"]
 
 _ALL = 3  # down, core, up
+_USUAL_RANK = 8
 
 
 def factored(model: ir.Model, target: Target, slots: dict[str, ir.Value]) -> None:
@@ -33,18 +36,32 @@ def factored(model: ir.Model, target: Target, slots: dict[str, ir.Value]) -> Non
 
 
 def banked(model: ir.Model, target: Target, slots: dict[str, ir.Value], index: ir.Value) -> Rows:
-    """Attach the banked form at every consumer; equal kernels share one window constant."""
+    """Attach the banked form at every consumer."""
+    sites = _sites(model, target)
+    for i, site in enumerate(sites):
+        function = f"Banked{_function(target)}"
+        sums = target.kind == "conv" and "down" not in slots
+        if sums and _reads_patches(target, site):
+            function, sums = f"{function}Patches", False
+        inputs = [site.y, site.x, index, *slots.values(), _window(model, target, sums=sums)]
+        reroute(site.y, _attach(model, target, site, function, inputs, f"banked.{i}"))
+    return "each" if all(site.order == "major" for site in sites) else "group"
+
+
+def _reads_patches(target: Target, site: Site) -> bool:
+    """Whether the patches of all input channels are fewer numbers than the taps of a usual rank's channels."""
+    return target.shape[1] <= _USUAL_RANK * math.prod(geometry(site.node, len(target.shape) - 2)["strides"])
+
+
+def _window(model: ir.Model, target: Target, *, sums: bool) -> ir.Value:
+    """The one-hot window (K, 1, *K) of a kernel, or (1, K, *K) where it sums taps; equal kernels share one."""
     kernel = target.shape[2:]
     dtype = weight_value(model.graph, target.name).const_value.dtype.numpy()  # type: ignore[union-attr]
     window, name = one_hot_window(kernel).astype(dtype), "tpeft.window"
-    if target.kind == "conv" and "down" not in slots:
+    if sums:
         window, name = window.swapaxes(0, 1), f"{name}.sum"
-    taps = add_constant(model.graph, f"{name}.{'x'.join(map(str, kernel))}.{dtype.name}", np.ascontiguousarray(window))
-    sites = _sites(model, target)
-    for i, site in enumerate(sites):
-        inputs = [site.y, site.x, index, *slots.values(), taps]
-        reroute(site.y, _attach(model, target, site, f"Banked{_function(target)}", inputs, f"banked.{i}"))
-    return "each" if all(site.order == "major" for site in sites) else "group"
+    name = f"{name}.{'x'.join(map(str, kernel))}.{dtype.name}"
+    return add_constant(model.graph, name, np.ascontiguousarray(window))
 
 
 def _function(target: Target) -> str:

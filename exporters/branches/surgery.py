@@ -10,6 +10,7 @@ import onnx_ir as ir
 from tpeft_deploy.exporters.branches.functions.banked import BANKED
 from tpeft_deploy.exporters.branches.functions.conv import CONVS
 from tpeft_deploy.exporters.branches.functions.factored import BLOCKS, DOMAIN, FACTORED, MICROSOFT
+from tpeft_deploy.exporters.branches.functions.merged import MERGED
 from tpeft_deploy.exporters.branches.functions.windowed import WINDOWED
 from tpeft_deploy.exporters.graph.batch_axes import same_order
 from tpeft_deploy.exporters.oracle import bfloat16
@@ -26,7 +27,7 @@ __all__ = [
     "route_around",
 ]
 
-_FUNCTIONS = FACTORED | BANKED | CONVS | WINDOWED
+_FUNCTIONS = FACTORED | BANKED | CONVS | MERGED | WINDOWED
 
 
 def add_input(

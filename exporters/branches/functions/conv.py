@@ -160,6 +160,35 @@ def BankedConvUp(
 
 
 @script(_tpeft, default_opset=op)
+def BankedConvUpPatches(
+    y,
+    x,
+    adapter_index,
+    cores,
+    ups,
+    window,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+):
+    """As BankedConvUp for few input channels; window as in BankedConv.
+
+    The K taps of the I channels are laid out where the conv reads them: I K P' numbers, in place of R_o K P.
+    """
+    rows = op.Shape(adapter_index)
+    rest = op.Constant(value_ints=[-1])
+    flat = op.Constant(value_ints=[0, 0, -1])
+    one = op.Constant(value_ints=[1])
+    planes = op.Reshape(x, op.Concat(rest, one, op.Shape(x, start=2), axis=0))
+    taps = op.Conv(planes, window, strides=strides, pads=pads, dilations=dilations)  # (B I, K, *P')
+    core = op.Unsqueeze(op.Reshape(op.Gather(cores, adapter_index), flat), one)  # (N, 1, R_o, I K)
+    each = op.Shape(x, end=1) / rows
+    patches = op.Reshape(taps, op.Concat(rows, each, op.Shape(core, start=3), rest, axis=0))  # (N, m, I K, P')
+    up = op.Unsqueeze(op.Reshape(op.Gather(ups, adapter_index), flat), one)  # (N, 1, O, R_o)
+    return y + op.Reshape(op.MatMul(up, op.MatMul(core, patches)), op.Shape(y))
+
+
+@script(_tpeft, default_opset=op)
 def BankedConvDown(
     y,
     x,
@@ -298,6 +327,7 @@ CONVS: dict[str, OnnxFunction] = {
         TuckerConvTransposeDown,
         BankedConv,
         BankedConvUp,
+        BankedConvUpPatches,
         BankedConvDown,
         BankedConvTranspose,
         BankedConvTransposeUp,
