@@ -13,6 +13,7 @@ import cProfile
 import json
 import platform
 import pstats
+import re
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -49,8 +50,12 @@ def environment(tool: str) -> dict[str, str]:
         "machine": platform.machine(),
         **{name: version(name) for name in ("numpy", "onnxruntime", "uvloop", "msgspec", "orjson")},
     }
-    # The counter of a processor counts what its instructions are; callgrind shows all programs much the same one.
-    return facts if tool == "callgrind" else {**facts, "processor": platform.processor() or "unknown"}
+    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if tool == "callgrind":
+        # It shows programs a processor of its choice, with AVX2 if there is any: what libraries choose kernels by.
+        return {**facts, "AVX2": "yes" if re.search(r"^flags\b.* avx2\b", known, re.MULTILINE) else "no"}
+    model = re.search(r"^model name\s*: (.*)", known, re.MULTILINE)
+    return {**facts, "processor": model[1] if model else "unknown"}
 
 
 def measure(tool: str) -> Measured:
