@@ -1,6 +1,7 @@
 # make quickstart   a virtual environment, the main job, a report: the fastest way to see what this is
 # make quickstart-text  a language model, adapters for three styles of text, all generated at once
 # make test         the test suite           make check   ruff and mypy
+# make bench-check  instructions of ten key paths, compared with stored ones within 3 % (RENEW=1 stores them); needs valgrind
 # make coverage     the test suite with coverage of lines and branches, at least 90 % of each package
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
 # make families   the examples of families of models, small
@@ -37,7 +38,7 @@ CLUSTER ?= .venv-cluster
 DOCS ?= .venv-docs
 PLAYWRIGHT ?= .console-site
 
-.PHONY: quickstart quickstart-text test coverage test-stability check soak families cuda-dry-run openvino cluster cluster-soak \
+.PHONY: quickstart quickstart-text test coverage test-stability bench-check check soak families cuda-dry-run openvino cluster cluster-soak \
 	chart docs reference zoo console-test console proto client formats command-line release image image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
@@ -56,6 +57,9 @@ coverage: $(VENV)/dev-$(PROVIDER)
 
 test-stability: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python .ci/stability.py --rounds $(ROUNDS) $(if $(NEIGHBOURS),--neighbours $(NEIGHBOURS)) -- $(ARGS)
+
+bench-check: $(VENV)/dev-$(PROVIDER)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.instructions $(if $(RENEW),--renew)
 
 check: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/ruff check .

@@ -40,15 +40,23 @@ QUOTA = Quota(requests_per_s=1e9, rows_per_s=1e9)
 PAIRS = [(task, tenant) for tenant in range(TENANTS) for task in range(TASKS)]
 
 
-def through_http(app: Application, state: State) -> Ask:
-    body, length = infer_request()
+def through_http(app: Application, state: State, document: bytes | None = None) -> Ask:
+    """Ask the application.
+
+    Args:
+        document: body in JSON; None for one in the binary extension.
+    """
+    body, length = (document, None) if document is not None else infer_request()
+    form = [
+        (b"content-type", b"application/json" if length is None else b"application/octet-stream"),
+        *([] if length is None else [(b"inference-header-content-length", length.encode())]),
+    ]
     keys = [state.keys.create(f"tenant-{number}", "infer", by="a benchmark")[1] for number in range(TENANTS)]
     headers = [
         [
             (b"host", b"127.0.0.1"),
             (b"authorization", f"Bearer {key}".encode()),
-            (b"content-type", b"application/octet-stream"),
-            (b"inference-header-content-length", length.encode()),
+            *form,
             (b"content-length", b"%d" % len(body)),
         ]
         for key in keys

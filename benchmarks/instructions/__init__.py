@@ -1,0 +1,1 @@
+"""Numbers of instructions of ten key paths, compared with stored ones."""
