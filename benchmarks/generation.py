@@ -59,6 +59,7 @@ LARGE = {
     "num_attention_heads": 12,
     "vocab_size": 32000,
 }
+Tokens = list[list[int]]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -266,31 +267,38 @@ def prefix_part(bundle: Bundle, sizes: Mapping[str, int], options: argparse.Name
         return ratios(interleave(cases, options.seconds), "known")
 
 
-def genai_part(_: Bundle, sizes: Mapping[str, int], options: argparse.Namespace) -> dict[str, float]:
+def with_genai(bundle: Bundle, tasks: Sequence[str], threads: int, tokens: int) -> Callable[[str, Tokens], Tokens]:
+    """What generates so many tokens behind prompts of one task with onnxruntime-genai, which must be installed."""
     genai = import_module("onnxruntime_genai")  # in no extra: needs onnxruntime, and a GPU has the other one
+    config = genai.Config(str(bundle.path))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    decoder = genai.Model(config)
+    adapters = genai.Adapters(decoder)
+    for task in tasks:
+        adapters.load(str(bundle.path / "adapters" / task / bundle.digest(task) / "adapter.onnx_adapter"), task)
 
+    def generate(task: str, prompts: Tokens) -> Tokens:
+        length = len(prompts[0]) + tokens
+        parameters = genai.GeneratorParams(decoder)
+        parameters.set_search_options(max_length=length, min_length=length, batch_size=len(prompts))
+        generator = genai.Generator(decoder, parameters)
+        generator.set_active_adapter(adapters, task)
+        generator.append_tokens(np.array(prompts, np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [[int(token) for token in generator.get_sequence(row)][-tokens:] for row in range(len(prompts))]
+
+    return generate
+
+
+def genai_part(_: Bundle, sizes: Mapping[str, int], options: argparse.Namespace) -> dict[str, float]:
     ours = exported(options.cache, sizes, EIGHT)
     theirs = exported(options.cache, sizes, EIGHT, end=sizes["vocab_size"] - 1)
     prompts = np.random.default_rng(0).integers(sizes["vocab_size"], size=(8, PROMPT)).tolist()
-    config = genai.Config(str(theirs.path))
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": options.threads}}}}))
-    decoder = genai.Model(config)
-    adapters = genai.Adapters(decoder)
-    for task in EIGHT:
-        adapters.load(str(theirs.path / "adapters" / task / theirs.digest(task) / "adapter.onnx_adapter"), task)
+    generate = with_genai(theirs, EIGHT, options.threads, TOKENS)
 
-    def one(prompt: list[int], task: str) -> list[int]:
-        parameters = genai.GeneratorParams(decoder)
-        parameters.set_search_options(max_length=PROMPT + TOKENS, min_length=PROMPT + TOKENS)
-        generator = genai.Generator(decoder, parameters)
-        generator.set_active_adapter(adapters, task)
-        generator.append_tokens(prompt)
-        while not generator.is_done():
-            generator.generate_next_token()
-        return [int(token) for token in generator.get_sequence(0)][PROMPT:]
-
-    def in_turns() -> list[list[int]]:
-        return [one(prompt, task) for prompt, task in zip(prompts, EIGHT, strict=True)]
+    def in_turns() -> Tokens:
+        return [generate(task, [prompt])[0] for prompt, task in zip(prompts, EIGHT, strict=True)]
 
     with opened(ours, options.threads, 8) as runtime:
         assert runtime.generate(prompts, tasks=EIGHT, max_new_tokens=TOKENS) == in_turns()
