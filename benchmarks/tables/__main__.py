@@ -1,6 +1,6 @@
 """Measure the project's tables and write them to benchmarks/RESULTS.md, results.json and results.html.
 
-python -m benchmarks.tables [--only forms,limits] [--full] [--cache DIR] [--threads N] [--seconds S]
+python -m benchmarks.tables [--only forms,limits] [--full] [--cache DIR] [--threads N] [--seconds S] [--write]
 
 Each table is measured in a separate process.  A table that is not measured keeps its last result.
 """
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="For the rounds of one comparison; at least 5 rounds."
     )
+    parser.add_argument("--write", action="store_true", help="Measure nothing; write the pages from results.json.")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -116,6 +117,9 @@ def main() -> None:
         child(options.child, settings, options.into)
         return
     folder = ROOT / "benchmarks"
+    if options.write:
+        write_all(report.read(folder / "results.json"), folder, [ROOT / "README.md"])
+        return
     failed = []
     for name in options.only:
         print(f"{name} ...", flush=True)

@@ -26,14 +26,14 @@ __all__ = ["bandwidth_case", "gemm_case", "measure"]
 FLOATS = 1 << 24  # 64 MiB an array: larger than the processor's cache
 SIDE = 1024
 CONNECTIONS, TURNS = 32, 5
-TEXT = f"""What bounds the results above. The triad is a += s * b by NumPy on arrays of 64 MiB, in as many threads as the
-sessions have; it reads or writes five arrays. A product is that of two float32 matrices of {SIDE} x {SIDE}, by a session of
-ONNX Runtime with a constant right side, and by NumPy; both were found to give the same. The echo is an ASGI application of
-one line under uvicorn (uvloop, httptools) that returns a binary V2 request of one row: the server on one core, a client
-with {CONNECTIONS} connections on the other ({{client}}).
+TEXT = f"""What bounds the results above. The triad is a += s * b by NumPy on arrays of 64 MiB, in as many threads as
+the sessions have; it reads or writes five arrays. A product is that of two float32 matrices of {SIDE} x {SIDE}, by a
+session of ONNX Runtime with a constant right side, and by NumPy; both were found to give the same. The echo is an
+ASGI application of one line under uvicorn (uvloop, httptools) that returns a binary V2 request of one row: the server
+on one core, a client with {CONNECTIONS} connections on the other ({{client}}).
 
-A product with one vector reads each weight for two operations, so that the bandwidth bounds it. The table of forms has the
-share of these bounds that each of its runs reaches."""
+A product with one vector reads each weight for two operations, so that the bandwidth bounds it. The table of forms
+has the share of these bounds that each of its runs reaches."""
 
 
 def bandwidth_case(threads: int) -> tuple[Case, float]:

@@ -17,11 +17,12 @@ __all__ = ["Measured", "markdown", "median", "read", "shown", "write"]
 HEAD = """# Results
 
 Written by `make bench`; changes by hand are lost. `benchmarks/results.json` has the same figures, and
-`benchmarks/results.html` shows them as plots. A table that the last run did not measure keeps its date and its machine.
+`benchmarks/results.html` shows them as plots. A table that the last run did not measure keeps its date and its
+machine.
 
 The cases of a table take turns in one process, in another order in each round. A ratio is the median of the ratios
-within a round, with its quartiles in parentheses; below 1 means less time than the reference. Equal answers were checked
-before anything was timed. Measurements by hand, and what explains them, are in `benchmarks/NOTES.md`.
+within a round, with its quartiles in parentheses; below 1 means less time than the reference. Equal answers were
+checked before anything was timed. Measurements by hand, and what explains them, are in `benchmarks/NOTES.md`.
 """
 
 
