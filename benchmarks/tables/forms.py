@@ -52,7 +52,7 @@ Base, folded, factored and banked outputs were compared before: "largest differe
 and at most {LIMIT:g}, and an adapter changes the base's outputs by at least ten times that. The bound of a run is the
 larger of two times: its floating-point operations at the rate of products of the table of limits, and reading its
 weights at the memory bandwidth; both rates were measured first, in the same process. "Share of bound" is the bound
-over the time."""
+over the time; weights that stay in the processor's cache are read faster than from memory."""
 
 Made = tuple[nn.Module, dict[str, torch.Tensor], dict[str, Any]]
 
@@ -214,7 +214,7 @@ def _behind(figures: Mapping[str, Figure], facts: Mapping[str, float]) -> str:
     text = "; ".join(f"{form} {own.median:.2f}" for form, own in slower.items())
     reason = f"branches at {facts['targets']:.0f} layers, each of two or more further products and a sum"
     if "folded" in slower:
-        reason += "; a folded model has the operators of the base, with optimisations chosen by the runtime"
+        reason += "; a folded model has the base's operators, and the runtime's checks for each call"
     return f"{text}: {reason}"
 
 

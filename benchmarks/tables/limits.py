@@ -88,18 +88,18 @@ def measure(settings: Settings) -> Table:
     vector = statistics.median(bandwidth) / 4 * 2
     rows = [
         Row("memory bandwidth, triad", {"rate": spread(bandwidth), "unit": "GB/s"}),
-        Row("product, ONNX Runtime", {"rate": spread(gemm), "unit": "GFLOP/s", "share of the first": 1.0}),
+        Row("product, ONNX Runtime", {"rate": spread(gemm), "unit": "GFLOP/s", "share of ONNX Runtime's": 1.0}),
         Row(
             "product, NumPy",
             {
                 "rate": spread(numpys),
                 "unit": "GFLOP/s",
-                "share of the first": spread([b / a for a, b in zip(gemm, numpys, strict=True)]),
+                "share of ONNX Runtime's": spread([b / a for a, b in zip(gemm, numpys, strict=True)]),
             },
         ),
         Row(
             "product with one vector, by memory bandwidth",
-            {"rate": vector, "unit": "GFLOP/s", "share of the first": vector / statistics.median(gemm)},
+            {"rate": vector, "unit": "GFLOP/s", "share of ONNX Runtime's": vector / statistics.median(gemm)},
         ),
     ]
     client, echoed = echo_rates(settings.seconds)
@@ -107,7 +107,7 @@ def measure(settings: Settings) -> Table:
     return Table("limits", "Limits of the machine", TEXT.format(client=client), COLUMNS, tuple(rows))
 
 
-COLUMNS = ("rate", "unit", "share of the first")
+COLUMNS = ("rate", "unit", "share of ONNX Runtime's")
 
 
 def echo_rates(seconds: float) -> tuple[str, list[Row]]:
