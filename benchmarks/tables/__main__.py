@@ -81,7 +81,12 @@ def write_all(results: dict[str, Measured], folder: Path, quoting: Sequence[Path
     (folder / "results.html").write_text(page.render(ordered), encoding="utf-8")
     for file in quoting:
         text = file.read_text(encoding="utf-8")
-        if (new := quoted.updated(text, ordered)) != text:
+        try:
+            new = quoted.updated(text, ordered)
+        except LookupError as error:  # a table that was never measured here
+            print(f"{file.name}: {error}")
+            continue
+        if new != text:
             file.write_text(new, encoding="utf-8")
             print(f"{file.name}: figures changed")
 

@@ -27,7 +27,7 @@ def updated(text: str, tables: Mapping[str, Measured]) -> str:
     """Replace each marked figure with that of the tables.
 
     Raises:
-        SystemExit: a mark names no number of the tables.
+        LookupError: a mark names no number of the tables.
     """
 
     def figure(found: re.Match[str]) -> str:
@@ -41,8 +41,8 @@ def updated(text: str, tables: Mapping[str, Measured]) -> str:
 def _value(tables: Mapping[str, Measured], table: str, row: str, column: str) -> float:
     rows = {own.name: own for own in tables[table].table.rows} if table in tables else {}
     value = median(rows[row].figures.get(column)) if row in rows else None
-    if not isinstance(value, int | float):
-        raise SystemExit(
+    if value is None or isinstance(value, str):
+        raise LookupError(
             f"cannot quote {table} / {row} / {column}: expected a figure of benchmarks/results.json, got none"
         )
     return value

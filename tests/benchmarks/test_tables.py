@@ -100,7 +100,7 @@ def test_quoted_figures_are_updated(tables: dict[str, Measured]) -> None:
     new = quoted.updated(text, tables)
     assert new == text.replace("7.77", "1.08").replace("1<!-- bench: plain", "3<!-- bench: plain")
     assert quoted.updated(new, tables) == new
-    with pytest.raises(SystemExit, match=r"cannot quote made / none / ms: expected a figure .* got none"):
+    with pytest.raises(LookupError, match=r"cannot quote made / none / ms: expected a figure .* got none"):
         quoted.updated("1<!-- bench: made / none / ms -->", tables)
 
 
