@@ -19,7 +19,7 @@ MARKED = re.compile(r"(\d+(?:\.(\d+))?)<!-- bench: (.+?) / (.+?) / (.+?) -->")
 _NOTED = re.compile(r"(\d+(?:\.\d+)?)<!-- notes: (.+?) -->")
 # Numbers with a unit of time, a share, or two decimals.
 _FIGURE = re.compile(
-    r"(?<![\w.])(?:\d+(?:\.\d+)? ?(?:%|ms\b|µs\b|us\b|GB/s|times\b|tokens/s|requests/s)|\d\.\d\d)(?![\d.])"
+    r"(?<![\w.])(?<!Python )(?:\d+(?:\.\d+)? ?(?:%|ms\b|µs\b|us\b|GB/s|times\b|tokens/s|requests/s)|\d\.\d\d)(?![\d.])"
 )
 
 
