@@ -10,6 +10,7 @@
 # make openvino   the runtime with OpenVINO, in a virtual environment apart
 # make cluster    a cluster of Ray Serve and an S3 API, with kills, in a virtual environment beside (cluster-soak: 20 of each)
 # make chart      the Helm chart, rendered by Helm's library in a virtual environment apart
+# make bench      benchmarks/RESULTS.md, results.json and results.html, and README.md's figures; 15 minutes (ARGS='--only forms')
 # make docs       the documentation site, in a virtual environment apart, into site/
 # make reference    the generated pages of docs/reference, after a change of what they describe; make zoo exports for one
 # make console-test  the console in Chromium, with Playwright in a directory apart
@@ -31,6 +32,7 @@ QUIET := --disable-pip-version-check install --quiet --quiet --root-user-action=
 PIP := $(BIN)/python -m pip $(QUIET)
 OUT ?= quickstart
 ROUNDS ?= 20
+CACHE ?= .bench
 STUB ?= .venv-cuda-stub
 OPENVINO ?= .venv-openvino
 CHART ?= .venv-chart
@@ -38,8 +40,9 @@ CLUSTER ?= .venv-cluster
 DOCS ?= .venv-docs
 PLAYWRIGHT ?= .console-site
 
-.PHONY: quickstart quickstart-text test coverage test-stability bench-check check soak families cuda-dry-run openvino cluster cluster-soak \
-	chart docs reference zoo console-test console proto client formats command-line release image image-lock clean
+.PHONY: quickstart quickstart-text test coverage test-stability bench bench-check check soak families cuda-dry-run openvino \
+	cluster cluster-soak chart docs reference zoo console-test console proto client formats command-line release image \
+	image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
 	@$(BIN)/tpeft-deploy quickstart --out $(OUT)
@@ -86,6 +89,9 @@ cluster cluster-soak: $(VENV)/dev-$(PROVIDER) $(CLUSTER)/installed
 chart: $(VENV)/dev-$(PROVIDER) $(CHART)/installed
 	CHART=$(CHART) $(BIN)/python -m pytest -n 0 -m chart tests/deploy $(ARGS)
 
+bench: $(VENV)/dev-$(PROVIDER)
+	$(BIN)/python -m benchmarks.tables --cache $(CACHE) $(ARGS)
+
 docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
@@ -126,7 +132,7 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(CLUSTER) $(DOCS) $(PLAYWRIGHT) console/node_modules site $(OUT) \
+	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(CLUSTER) $(DOCS) $(PLAYWRIGHT) console/node_modules site $(CACHE) $(OUT) \
 		quickstart-text build dist *.egg-info
 
 $(BIN)/python:

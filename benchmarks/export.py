@@ -72,15 +72,22 @@ def convnext() -> nn.Module:
 MODELS = {"vit": vit, "convnext": convnext}
 
 
-def adapter_for(module: nn.Module, seed: int) -> Adapter:
-    """Rank 8 in channels, whole kernels, on every linear and conv."""
+def is_layer(name: str, layer: nn.Module) -> bool:
+    del name
+    return isinstance(layer, LAYERS)
+
+
+def adapter_for(
+    module: nn.Module, seed: int, rank: int = RANK, chosen: Callable[[str, nn.Module], bool] = is_layer
+) -> Adapter:
+    """An adapter of a rank in channels, with whole kernels, on the chosen linears and convs; all by default."""
     random = np.random.default_rng(seed)
     deltas = {}
     for name, layer in module.named_modules():
-        if not isinstance(layer, LAYERS):
+        if not (isinstance(layer, LAYERS) and chosen(name, layer)):
             continue
         shape = tuple(layer.weight.shape)
-        ranks = tuple(min(RANK, size) for size in shape[:2]) + shape[2:]
+        ranks = tuple(min(rank, size) for size in shape[:2]) + shape[2:]
         factors = tuple(
             random.standard_normal((size, rank)).astype(np.float32) if size != rank else None
             for size, rank in zip(shape, ranks, strict=True)

@@ -4,7 +4,7 @@ python -m benchmarks.gpu build DIR                      # here: writes the model
 python -m benchmarks.gpu run DIR --out OUT              # there: needs numpy, safetensors and onnxruntime-gpu
 
 Every check runs in a process of its own, so that one which crashes is recorded and the others go on.  OUT gets
-gpu.json and gpu.md, a table for RESULTS.md.  `--provider cpu` runs what a CPU can answer.
+gpu.json and gpu.md, a table for NOTES.md.  `--provider cpu` runs what a CPU can answer.
 """
 
 from __future__ import annotations

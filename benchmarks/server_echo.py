@@ -36,6 +36,7 @@ from tpeft_deploy import Bundle, Runtime
 
 PIXELS, HIDDEN, TASKS, TENANTS = 64, 16, 4, 4
 TICK = os.sysconf("SC_CLK_TCK")
+Asked = tuple[str, dict[str, str], bytes]  # path, headers, body
 
 
 async def echo(scope: MutableMapping[str, Any], receive: Callable[[], Awaitable[Any]], send: Any) -> None:
@@ -75,7 +76,7 @@ class Target:
 
     process: subprocess.Popen[bytes]
     port: int
-    requests: list[tuple[str, dict[str, str], bytes]]
+    requests: list[Asked]
 
     def spent(self) -> float:
         """Seconds of processor time since it began."""
@@ -139,11 +140,11 @@ def ours(bundle: Bundle, state: Path, *, log: bool) -> Iterator[Target]:
 
 
 @contextmanager
-def echoing(like: Target) -> Iterator[Target]:
+def echoing(requests: list[Asked]) -> Iterator[Target]:
     command = ["-m", "uvicorn", "benchmarks.server_echo:echo", "--port", "0", "--no-access-log", "--loop", "uvloop"]
     command += ["--http", "httptools", "--lifespan", "off"]
     with started(command, r"running on http://127.0.0.1:(\d+)") as (process, port):
-        yield Target(process, port, like.requests)
+        yield Target(process, port, requests)
 
 
 def _key(state: Path, tenant: str, role: str) -> str:
@@ -245,7 +246,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, float]:
     batches: list[float] = []
     with ExitStack() as stack:
         own = stack.enter_context(ours(bundle, state, log=options.access_log))
-        targets = {"echo": stack.enter_context(echoing(own)), "server": own}
+        targets = {"echo": stack.enter_context(echoing(own.requests)), "server": own}
         for turn in range(options.rounds + 1):
             before = mean_batch(own, admin)[:2] if turn else (0.0, 0.0)
             for name, target in targets.items():

@@ -22,11 +22,13 @@ class Settings:
         cache: directory in which exported bundles and models stay between runs.
         threads: intra-op threads of each session.
         seconds: for the rounds of one comparison.
+        full: measure every case; by default a table measures a part that takes minutes.
     """
 
     cache: Path
     threads: int = 1
     seconds: float = 10.0
+    full: bool = False
 
 
 @dataclass(frozen=True)

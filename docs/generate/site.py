@@ -11,7 +11,10 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-ADDED = {"benchmarks/RESULTS.md": "results.md"}  # in the repository -> in the site
+ADDED = {
+    "benchmarks/RESULTS.md": "results.md",
+    "benchmarks/NOTES.md": "benchmark-notes.md",
+}  # in the repository -> in the site
 _LINK = re.compile(r"""(?:href|src)=["']?([^"'\s>]+)""")
 # Elements that load something: a page may link to other sites, and must not load from them.
 _LOADING = re.compile(r"<(?:script|img|iframe|link(?=[^>]*rel=[\"']?(?:stylesheet|icon|preload|preconnect)))[^>]*>")

@@ -12,7 +12,7 @@ product with their down factors, and factors of equal sizes are stacked, so that
     y_g (N, m, O) += (inner_g^T up_g + bias_g),    up (N, G, R, O) likewise, of those branches with equal O
 
 x, the activation, is (N, m, I).  Both products take their operands as they lie in memory; of the ways to lay the
-factors out, this one was the fastest on an H200 in float16 and in float32 (`benchmarks/RESULTS.md`).  Branches with
+factors out, this one was the fastest on an H200 in float16 and in float32 (`benchmarks/NOTES.md`).  Branches with
 equal O share one product with their up factors, and one sum with their layers' biases.
 """
 
