@@ -11,6 +11,7 @@
 # make cluster    a cluster of Ray Serve and an S3 API, with kills, in a virtual environment beside (cluster-soak: 20 of each)
 # make chart      the Helm chart, rendered by Helm's library in a virtual environment apart
 # make bench      benchmarks/RESULTS.md, results.json and results.html, and README.md's figures; 15 minutes (ARGS='--only forms')
+# make notebooks  docs/notebooks, run in a virtual environment beside and compared with what is committed (ARGS=--write)
 # make docs       the documentation site, in a virtual environment apart, into site/
 # make reference    the generated pages of docs/reference, after a change of what they describe; make zoo exports for one
 # make console-test  the console in Chromium, with Playwright in a directory apart
@@ -37,11 +38,12 @@ STUB ?= .venv-cuda-stub
 OPENVINO ?= .venv-openvino
 CHART ?= .venv-chart
 CLUSTER ?= .venv-cluster
+NOTEBOOKS ?= .venv-notebooks
 DOCS ?= .venv-docs
 PLAYWRIGHT ?= .console-site
 
 .PHONY: quickstart quickstart-text test coverage test-stability bench bench-check check soak families cuda-dry-run openvino \
-	cluster cluster-soak chart docs reference zoo console-test console proto client formats command-line release image \
+	cluster cluster-soak chart notebooks docs reference zoo console-test console proto client formats command-line release image \
 	image-lock clean
 
 quickstart: $(VENV)/run-$(PROVIDER)
@@ -92,6 +94,9 @@ chart: $(VENV)/dev-$(PROVIDER) $(CHART)/installed
 bench: $(VENV)/dev-$(PROVIDER)
 	$(BIN)/python -m benchmarks.tables --cache $(CACHE) $(ARGS)
 
+notebooks: $(NOTEBOOKS)/installed
+	OMP_NUM_THREADS=1 $(NOTEBOOKS)/bin/python .ci/notebooks.py $(ARGS)
+
 docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
@@ -132,7 +137,7 @@ image-lock: $(BIN)/python
 	$(BIN)/python .ci/lock_image.py
 
 clean:
-	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(CLUSTER) $(DOCS) $(PLAYWRIGHT) console/node_modules site $(CACHE) $(OUT) \
+	rm -rf $(VENV) $(STUB) $(OPENVINO) $(CHART) $(CLUSTER) $(NOTEBOOKS) $(DOCS) $(PLAYWRIGHT) console/node_modules site $(CACHE) $(OUT) \
 		quickstart-text build dist *.egg-info
 
 $(BIN)/python:
@@ -151,14 +156,24 @@ $(OPENVINO)/installed: pyproject.toml constraints.txt
 	$(OPENVINO)/bin/python -I -m pip $(QUIET) --editable '.[openvino]'
 	@touch $@
 
-# Ray is large and moves versions: what it needs lies over the development environment, for these tests alone.
+# A virtual environment over the development environment: it has what that has, and what it installs stays apart.
+define over_development
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -c 'import pathlib, sysconfig; there = pathlib.Path(sysconfig.get_path("purelib")); \
+	own = pathlib.Path("$(abspath $(VENV))", *there.relative_to("$(abspath $(1))").parts); \
+	(there / "zz_development.pth").write_text(f"import site; site.addsitedir({str(own)!r})\n")'
+endef
+
+# Ray is large and moves versions: what it needs is for these tests alone.
 $(CLUSTER)/installed: pyproject.toml constraints.txt | $(VENV)/dev-$(PROVIDER)
-	$(PYTHON) -m venv $(CLUSTER)
-	$(CLUSTER)/bin/python -c 'import pathlib, sysconfig; there = pathlib.Path(sysconfig.get_path("purelib")); \
-		own = pathlib.Path("$(abspath $(VENV))", *there.relative_to("$(abspath $(CLUSTER))").parts); \
-		(there / "zz_development.pth").write_text(f"import site; site.addsitedir({str(own)!r})\n")'
+	$(call over_development,$(CLUSTER))
 	$(CLUSTER)/bin/python -m pip $(QUIET) \
 		--editable '.[ray,store]' 'moto[server]' s3fs
+	@touch $@
+
+$(NOTEBOOKS)/installed: constraints.txt | $(VENV)/dev-$(PROVIDER)
+	$(call over_development,$(NOTEBOOKS))
+	$(NOTEBOOKS)/bin/python -m pip $(QUIET) nbclient ipykernel
 	@touch $@
 
 $(CHART)/installed: constraints.txt
@@ -168,7 +183,7 @@ $(CHART)/installed: constraints.txt
 
 $(DOCS)/installed: constraints.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -I -m pip $(QUIET) mkdocs-material 'mkdocstrings[python]'
+	$(DOCS)/bin/python -I -m pip $(QUIET) mkdocs-material 'mkdocstrings[python]' nbconvert
 	@touch $@
 
 $(PLAYWRIGHT)/installed: constraints.txt | $(BIN)/python

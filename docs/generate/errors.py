@@ -57,7 +57,7 @@ CURES: dict[str, str] = {
     "ProtocolError": "Correct the request; the message names the field. [openapi.json](../openapi.json) has the schemas.",
     "TooLarge": "Send less, or raise the setting that the message names ([Settings](settings.md)).",
     "Unauthenticated": "Send `Authorization: Bearer KEY` with a valid key; `tpeft-deploy keys create` makes one.",
-    "Forbidden": "Use a key with the role that the message names ([Roles](../server.md#roles)).",
+    "Forbidden": "Use a key with the role that the message names ([Roles](../keys.md#roles)).",
     "NotFound": "Check the name. Names of other tenants are answered in the same way.",
     "Conflict": "Read the resource again, then repeat the change or choose another name.",
     "QuotaExceeded": "Wait for `retry_after` seconds. Without it, delete or unpin something, or ask the operator for a larger "

@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: files of the repository that pages link to, and checks of the finished site."""
+"""Hooks of MkDocs: notebooks as pages, files of the repository that pages link to, and checks of the finished site."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import nbformat
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[2]
 ADDED = {
@@ -24,7 +26,22 @@ def on_files(files: Files, config: Any) -> Files:
     """Add pages from outside of docs/."""
     for source, place in ADDED.items():
         files.append(File.generated(config, place, content=(ROOT / source).read_text(encoding="utf-8")))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        for name, content in _notebook(path).items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
+
+
+def _notebook(path: Path) -> dict[str, str | bytes]:
+    """The page of a notebook and its pictures, by name; the metadata `alt` of a cell describes its picture."""
+    notebook = nbformat.read(path, as_version=4)
+    page, found = MarkdownExporter().from_notebook_node(notebook, {"unique_key": path.stem})
+    described = [cell.metadata.alt for cell in notebook.cells if "alt" in cell.metadata]
+    for text in described:
+        page = page.replace("![png]", f"![{text}]", 1)
+    if "![png]" in page:
+        raise PluginError(f"{path.name}: a cell with a picture needs the metadata 'alt'")
+    return {f"{path.stem}.md": page, **found["outputs"]}
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

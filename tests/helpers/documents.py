@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -16,16 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+import yaml
+
 from tests.helpers.commands import succeed
 from tests.helpers.server.processes import server
+from tpeft_deploy.cli import main
 
-__all__ = ["Block", "Reader", "blocks", "reading"]
+__all__ = ["Block", "Reader", "blocks", "check", "indented", "reading"]
 
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n\n?)?```(?P<language>\w+)(?: title=\"(?P<title>[^\"\n]+)\")?\n"
     r"(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+
+_COMMANDS = ("tpeft-deploy", "pip", "make", "export", "curl", "docker", "kubectl", "helm", "opentelemetry-instrument")
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,50 @@ class Block:
 def blocks(page: str) -> list[Block]:
     """Return the fenced blocks of a page in order."""
     return [Block(m["language"], m["text"], m["title"], m["reason"]) for m in _BLOCK.finditer(page)]
+
+
+def indented(page: str) -> list[Block]:
+    """Return the blocks without a fence in order: commands, where they begin with one, else text."""
+    plain = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+    found = []
+    for lines in re.findall(r"(?<=\n\n)((?:    [^\n]*\n|\n(?=    ))+)", plain):
+        text = textwrap.dedent(lines).strip("\n") + "\n"
+        command = re.match(rf"(?:{'|'.join(_COMMANDS)})\b", text.removeprefix(".venv/bin/"))
+        found.append(Block("sh" if command else "text", text))
+    return found
+
+
+def check(block: Block) -> None:
+    """Check what a block says without doing it: its syntax, and the options of `tpeft-deploy`.
+
+    Raises:
+        AssertionError: a language without a check.
+        Exception: the syntax is wrong, or an option is unknown.
+    """
+    if block.language == "python":
+        compile(block.text, "<page>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    elif block.language == "json":
+        json.loads(block.text)
+    elif block.language == "yaml":
+        list(yaml.safe_load_all(block.text))
+    elif block.language == "sh":
+        done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
+        assert not done.stderr, done.stderr
+        for words in re.findall(
+            r"(?:^|[\s(]|bin/)tpeft-deploy ([^&>|)\n]*)", block.text.replace("\\\n", " "), re.MULTILINE
+        ):
+            _check_options(shlex.split(words, comments=True))
+    else:
+        assert block.language in {"text", "nginx", "haproxy"}, f"nothing checks {block.language}"
+
+
+def _check_options(words: list[str]) -> None:
+    """Parse a command of `tpeft-deploy` as click does, without calling it; files need not exist."""
+    command: click.Command = main
+    while isinstance(command, click.Group) and words and words[0] in command.commands:
+        command = command.commands[words.pop(0)]
+    assert not isinstance(command, click.Group) or not words or words[0].startswith("-"), f"no command {words[0]!r}"
+    command.make_parser(click.Context(command)).parse_args(list(words))
 
 
 class Reader:

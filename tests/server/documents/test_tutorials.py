@@ -1,18 +1,22 @@
-"""Every tutorial, followed as printed, and what its reader has at the end."""
+"""Every tutorial, followed as printed, and what its reader has at the end; of other pages, the syntax of each block."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
+import yaml
 
-from tests.helpers.documents import Reader, blocks, reading
+from tests.helpers.documents import Block, Reader, blocks, check, indented, reading
 from tests.helpers.server.postgres import Postgres
 from tpeft_deploy import Bundle
 
-PAGES = Path(__file__).parents[3] / "docs" / "tutorials"
+ROOT = Path(__file__).parents[3]
+PAGES = ROOT / "docs" / "tutorials"
+OTHERS = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent != PAGES)]
 
 
 def follow(name: str, place: Path, values: dict[str, str] | None = None) -> dict[str, Any]:
@@ -38,6 +42,41 @@ def test_every_block_can_run_or_says_why_not(page: Path) -> None:
     assert {block.language for block in found} <= {"python", "sh"}
     for line in text.splitlines():  # blocks without a fence say what to install, and nothing else
         assert not line.startswith("    ") or line.startswith("    pip install ") or "```" in text.split(line)[0]
+
+
+@pytest.mark.parametrize("page", OTHERS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_blocks_of_other_pages_have_the_syntax_of_their_language(page: Path) -> None:
+    text = page.read_text()
+    found = blocks(text)
+    assert len(found) == text.count("\n```") / 2, "a fence without a language"
+    usage = page.name == "command-line.md"  # generated: how to use each command, with the names of options for options
+    for block in found + ([] if usage else indented(text)):
+        check(block)
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("python", "def f(:"),
+        ("sh", "if true"),
+        ("sh", "tpeft-deploy serve bundle --prot 8080"),
+        ("sh", "export KEY=$(tpeft-deploy key create)"),
+        ("json", "{'a': 1}"),
+        ("yaml", "a: [1"),
+        ("cobol", ""),
+    ],
+)
+def test_a_check_of_a_block_can_fail(language: str, text: str) -> None:
+    with pytest.raises((SyntaxError, ValueError, AssertionError, click.UsageError, yaml.YAMLError)):
+        check(Block(language, text))
+
+
+def test_commands_without_a_fence_are_found() -> None:
+    page = "\nText:\n\n    tpeft-deploy doctor\n\n    tpeft-deploy doctor --json\n\n"
+    page += "```sh\nx\n\n    y\n```\n\n    a + b\n\nEnd\n"
+    commands, text = indented(page)
+    assert (commands.language, commands.text.count("doctor")) == ("sh", 2)
+    assert (text.language, text.text) == ("text", "a + b\n")
 
 
 def test_train_export_serve(tmp_path: Path) -> None:

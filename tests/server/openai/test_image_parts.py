@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,13 @@ import pytest
 import transformers
 from PIL import Image
 
+from tests.helpers.documents import blocks, reading
 from tests.helpers.exporters.small_images import EACH, IMAGE, PREPARED, exported, generated, tokenizer
 from tests.helpers.server.live import Live, serving_bundle
 from tpeft_deploy import Bundle
 
 COUNT = 8
+CLIENTS = Path(__file__).parents[3] / "docs" / "clients.md"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 
@@ -108,6 +112,18 @@ def prepared(messages: list[Any]) -> tuple[list[int], Any]:
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     found = processor(images=images or None, text=text, return_tensors="np")
     return found["input_ids"][0].tolist(), found.get("pixel_values")
+
+
+def test_the_example_of_the_clients_page(bundle: Bundle, seeing: Live, tmp_path: Path) -> None:
+    [block] = [block for block in blocks(CLIENTS.read_text()) if "image_url" in block.text]
+    (tmp_path / "label.png").write_bytes(WIDE)
+    values = {"http://localhost:8080": seeing.url, "What is on the label?": "w5 w9", '"support"': '"a"'}
+    with reading(tmp_path, values) as reader:
+        os.environ["TPEFT_KEY"] = seeing.keys["acme", "infer"]
+        reader.follow(block)
+    prompt, pixels = prepared(CHATS["before"])
+    wanted = generated(bundle, "a", prompt, pixels, 12)
+    assert reader.names["text"] == tokenizer().decode(wanted, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("name", CHATS)
