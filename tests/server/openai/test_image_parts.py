@@ -192,7 +192,7 @@ def test_a_bundle_without_images_says_so(live: Live) -> None:
 def test_an_image_without_pillow_names_the_extra(
     seeing: Live, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generations = seeing.served.service.core.generations
+    generations = seeing.served.service.generations
     generations.__dict__.pop("images", None)
     for name in ("PIL", "PIL.Image"):
         monkeypatch.setitem(sys.modules, name, None)
