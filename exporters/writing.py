@@ -28,9 +28,11 @@ from tpeft_deploy.bundle.packing import Packed
 from tpeft_deploy.bundle.quantised import Quantised
 from tpeft_deploy.bundle.text_files import STATES, Mode, Pooling, write_text
 from tpeft_deploy.errors import UnsupportedBase
-from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_image, read_text
-from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored, packed, stacked
+from tpeft_deploy.exporters.bases.generation.image_processor import read_image
+from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
+from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored
 from tpeft_deploy.exporters.branches.blocked import can_block
+from tpeft_deploy.exporters.branches.joined import packed, stacked
 from tpeft_deploy.exporters.branches.merged import merge
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.genai_config import GENAI_CONFIG, genai_config

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpeft_deploy.bundle.image_facts import ImageFacts
 from tpeft_deploy.bundle.text_files import Mode, Pooling, TextFacts
 from tpeft_deploy.errors import UnsupportedBase, brief, requires
 from tpeft_deploy.exporters.pooling import most_tokens, read_pooling
 from tpeft_deploy.formats.read.saved import read_config
 from tpeft_deploy.labels import HeadLabels
 
-__all__ = ["has_tokenizer", "read_image", "read_text"]
+__all__ = ["has_tokenizer", "load_tokenizer", "read_text"]
 
 _log = logging.getLogger("tpeft_deploy.exporters")
 
@@ -59,7 +58,7 @@ def read_text(directory: Path, pooling: Pooling | Mode | None = None) -> tuple[s
         MissingExtra: transformers is not installed.
         UnsupportedBase: the tokenizer has no form that the package tokenizers reads.
     """
-    tokenizer = _load(directory)
+    tokenizer = load_tokenizer(directory)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         kind = type(tokenizer).__name__
@@ -84,38 +83,13 @@ def read_text(directory: Path, pooling: Pooling | Mode | None = None) -> tuple[s
     return backend.to_str(), facts
 
 
-def read_image(directory: Path) -> ImageFacts | None:
-    """Preparation of images by the directory's image processor; None, with a warning, for another than CLIP's."""
-    import transformers
+def load_tokenizer(directory: Path) -> Any:
+    """Load the tokenizer of a model directory with transformers, without code of the directory.
 
-    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    try:
-        values, _ = kind.get_image_processor_dict(str(directory), local_files_only=True)
-    except OSError:
-        values = {}
-    if not str(values.get("image_processor_type", "")).startswith("CLIPImageProcessor") or values.get("do_pad"):
-        _log.warning("%s: images are not read from files: no CLIPImageProcessor", directory)
-        return None
-    found: Any = kind(**{name: value for name, value in values.items() if name != "image_processor_type"})
-    size, crop = (_sizes(own) for own in (found.size, found.crop_size))
-    return ImageFacts(
-        resize=size if found.do_resize else None,
-        resample=int(found.resample),
-        crop=(crop[0], crop[-1]) if found.do_center_crop else None,
-        scale=float(found.rescale_factor) if found.do_rescale else None,
-        mean=tuple(map(float, found.image_mean)) if found.do_normalize else None,
-        std=tuple(map(float, found.image_std)) if found.do_normalize else None,
-    )
-
-
-def _sizes(size: Any) -> tuple[int, ...]:
-    """Sizes as `ImageFacts` has them."""
-    values = dict(size)
-    short = values.get("shortest_edge")
-    return (int(short),) if short else (int(values["height"]), int(values["width"]))
-
-
-def _load(directory: Path) -> Any:
+    Raises:
+        MissingExtra: transformers is not installed.
+        UnsupportedBase: transformers does not load it.
+    """
     with requires("transformers", "hf", f"read the tokenizer of {directory}"):
         from transformers import AutoTokenizer
     try:

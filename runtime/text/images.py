@@ -1,4 +1,7 @@
-"""Images of prompts: read and prepared with Pillow and NumPy alone, as transformers' CLIPImageProcessor does."""
+"""Images of prompts, read and prepared with Pillow and NumPy alone.
+
+They are prepared as transformers' CLIPImageProcessor does, or as its processor of InternVL.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,12 +17,13 @@ from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.bundle.image_facts import ImageFacts
 from tpeft_deploy.errors import InputError, brief, requires
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
+from tpeft_deploy.runtime.text.image_tiles import Grid, cut_image, grid_of
 from tpeft_deploy.tucker import Array
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FORMATS", "PromptImages", "expanded", "read_image", "with_images"]
+__all__ = ["FORMATS", "ImageFile", "PromptImages", "expanded", "read_image", "with_images"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Pillow's names of the formats that servers read."""
@@ -33,13 +37,20 @@ _PREPARED = 72  # in float64 and float32, with the results of a step
 _KEPT = 12
 
 
-def with_images(request: GenerationRequest, bundle: Bundle, files: Sequence[bytes]) -> GenerationRequest:
+class ImageFile(NamedTuple):
+    """Content of an image file, and what reads it, for messages: `read image cat.png`."""
+
+    content: bytes
+    doing: str = "read an image"
+
+
+def with_images(request: GenerationRequest, bundle: Bundle, files: Sequence[ImageFile]) -> GenerationRequest:
     """A request with the images of some files, and a placeholder in its prompt for each of their features.
 
     Args:
         request: request; its prompt has a token in the place of each image, or all of them.
         bundle: bundle.
-        files: contents of image files.
+        files: image files.
 
     Raises:
         MissingExtra: Pillow is not installed.
@@ -48,7 +59,9 @@ def with_images(request: GenerationRequest, bundle: Bundle, files: Sequence[byte
     if not files:
         return request
     images = PromptImages(bundle, f"read the images of a prompt for bundle {bundle.path}")
-    prompt = expanded(request.prompt, images.placeholder, len(files), images.each)
+    prompt = request.prompt
+    if sum(token == images.placeholder for token in prompt) == len(files):
+        prompt = images.expanded(prompt, files)
     return replace(request, prompt=prompt, inputs=images.inputs(files))
 
 
@@ -91,75 +104,109 @@ class PromptImages:
         self.placeholder: int = ports.placeholder
         self.each: int = each if isinstance(each, int) else 1
 
-    def expanded(self, tokens: Sequence[int], images: int) -> list[int]:
-        """Tokens with a placeholder for each feature of an image.
+    def expanded(self, tokens: Sequence[int], files: Sequence[ImageFile]) -> list[int]:
+        """Tokens with a placeholder for each feature of an image, and the tokens around them.
 
         Args:
             tokens: tokens of a prompt, with a placeholder in the place of each image.
-            images: number of images.
+            files: image files; their headers are read if sizes decide on the number of features.
 
         Raises:
-            InputError: there are more or fewer placeholders.
+            InputError: there are more or fewer placeholders, or a file is no image.
         """
         places = sum(token == self.placeholder for token in tokens)
-        if places != images:
+        if places != len(files):
             raise InputError(
                 "generate text with images",
-                expected=f"a chat template with a place for each of {images} images",
+                expected=f"a chat template with a place for each of {len(files)} images",
                 got=f"{places} image tokens in the prompt",
             )
-        return expanded(tokens, self.placeholder, images, self.each)
+        counts = [self.each * self._pieces(file) for file in files]
+        return expanded(tokens, self.placeholder, counts, self._facts.before, self._facts.after)
 
-    def memory(self, files: Sequence[bytes]) -> int:
+    def memory(self, files: Sequence[ImageFile]) -> int:
         """Return the bytes of memory that reading some images takes; only their headers are read.
 
         Raises:
             InputError: a file is no image, or too large a one.
         """
         costs = [(0, 0)]
-        for number, file in enumerate(files):
-            with _opened(file, f"{self._doing}, image {number}", self._formats) as image:
+        for file in files:
+            with _opened(file, self._formats) as image:
                 costs.append(_memory(image.size, self._facts))
         return max(scratch for scratch, _ in costs) + 2 * sum(kept for _, kept in costs)
 
-    def inputs(self, files: Sequence[bytes]) -> dict[str, Array]:
-        """Return the input of the component that computes features: (images, channels, height, width).
+    def inputs(self, files: Sequence[ImageFile]) -> dict[str, Array]:
+        """Return the input of the component that computes features: (pictures, channels, height, width).
 
         Raises:
             InputError: a file is no image, too large a one, or of another size where images are not resized.
         """
-        pixels = [
-            read_image(file, self._facts, f"{self._doing}, image {number}", self._formats)
-            for number, file in enumerate(files)
-        ]
-        shapes = {array.shape for array in pixels}
+        pixels = [read_image(file, self._facts, self._formats) for file in files]
+        shapes = {array.shape[1:] for array in pixels}
         if len(shapes) > 1:
             raise InputError(self._doing, expected="images of one size", got=", ".join(map(str, sorted(shapes))))
-        return {self._input.name: np.stack(pixels).astype(self._input.dtype)}
+        return {self._input.name: np.concatenate(pixels).astype(self._input.dtype)}
+
+    def _pieces(self, file: ImageFile) -> int:
+        """Number of pictures that an image becomes."""
+        if self._facts.tiles is None:
+            return 1
+        with _opened(file, self._formats) as image:
+            return _grid(image.size, self._facts).pieces
 
 
-def read_image(
-    file: bytes, facts: ImageFacts, doing: str = "read an image", formats: Sequence[str] | None = None
-) -> Array:
-    """Read an image, (channels, height, width) in float32; of an animation, the first picture.
+def read_image(file: ImageFile, facts: ImageFacts, formats: Sequence[str] | None = None) -> Array:
+    """Read an image, (pictures, channels, height, width) in float32; of an animation, the first frame.
 
     Args:
-        file: content of an image file.
+        file: image file.
         facts: preparation.
-        doing: purpose, for messages.
         formats: names of Pillow's formats that are read; None for all.
 
     Raises:
         MissingExtra: Pillow is not installed.
         InputError: the file is no image, or too large a one.
     """
-    with _opened(file, doing, formats) as opened:
+    with _opened(file, formats) as opened:
         try:
             image = opened.convert("RGB")
         except Exception as error:  # formats raise every kind of exception
-            raise InputError(doing, expected="an image file", got=brief(error, 120)) from error
+            raise InputError(file.doing, expected="an image file", got=brief(error, 120)) from error
+    if facts.tiles is not None:
+        pieces = cut_image(image, _tile(facts), facts.tiles, facts.resample)
+        return np.stack([_prepared(piece, facts) for piece in pieces])
     if facts.resize is not None:
         image = image.resize(_resized(image.size, facts.resize), facts.resample)
+    return _prepared(image, facts)[None]
+
+
+def expanded(
+    tokens: Sequence[int],
+    placeholder: int,
+    counts: Sequence[int],
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
+) -> list[int]:
+    """Tokens with a placeholder for each feature of an image, where they have one for each image.
+
+    Args:
+        tokens: tokens of a prompt, with a placeholder for each image.
+        placeholder: token in the place of an image.
+        counts: number of features of each image.
+        before: tokens in front of the placeholders of an image.
+        after: tokens behind them.
+    """
+    left = iter(counts)
+    return [
+        token
+        for own in tokens
+        for token in ([*before, *[placeholder] * next(left), *after] if own == placeholder else [own])
+    ]
+
+
+def _prepared(image: Image.Image, facts: ImageFacts) -> Array:
+    """Values of a picture of the final size, or of the one that is cropped to it: (channels, height, width)."""
     array: Array = np.moveaxis(np.asarray(image), -1, 0)
     if facts.crop is not None:
         array = _cropped(array, facts.crop)
@@ -173,26 +220,13 @@ def read_image(
     return np.ascontiguousarray(found)
 
 
-def expanded(tokens: Sequence[int], placeholder: int, images: int, each: int) -> list[int]:
-    """Tokens with a placeholder for each feature of an image, where they have one for each image.
-
-    Args:
-        tokens: tokens of a prompt.
-        placeholder: token in the place of an image.
-        images: number of images.
-        each: number of features of an image.
-    """
-    if sum(token == placeholder for token in tokens) != images:
-        return list(tokens)
-    return [token for own in tokens for token in [own] * (each if own == placeholder else 1)]
-
-
-def _opened(file: bytes, doing: str, formats: Sequence[str] | None) -> Image.Image:
+def _opened(file: ImageFile, formats: Sequence[str] | None) -> Image.Image:
     """Image of which the header was read, and its size checked."""
+    doing = file.doing
     with requires("Pillow", "images", doing):
         from PIL import Image, UnidentifiedImageError
     try:
-        opened = Image.open(io.BytesIO(file), formats=None if formats is None else tuple(formats))
+        opened = Image.open(io.BytesIO(file.content), formats=None if formats is None else tuple(formats))
     except Exception as error:  # formats raise every kind of exception
         named = "an image file" + (f" ({', '.join(formats)})" if formats else "")
         got = "another file" if isinstance(error, UnidentifiedImageError) else brief(error, 120)
@@ -209,10 +243,23 @@ def _opened(file: bytes, doing: str, formats: Sequence[str] | None) -> Image.Ima
 
 def _memory(size: tuple[int, int], facts: ImageFacts) -> tuple[int, int]:
     """Bytes that reading an image takes for a while, and those of its pixel values."""
+    if facts.tiles is not None:
+        pieces, kept = _grid(size, facts).pieces, math.prod(_tile(facts))
+        return _DECODED * math.prod(size) + (_RESIZED * pieces + _PREPARED) * kept, _KEPT * kept * pieces
     resized = size if facts.resize is None else _resized(size, facts.resize)
-    kept = resized if facts.crop is None else facts.crop
-    scratch = _DECODED * math.prod(size) + _RESIZED * math.prod(resized) + _PREPARED * math.prod(kept)
-    return scratch, _KEPT * math.prod(kept)
+    cropped = resized if facts.crop is None else facts.crop
+    scratch = _DECODED * math.prod(size) + _RESIZED * math.prod(resized) + _PREPARED * math.prod(cropped)
+    return scratch, _KEPT * math.prod(cropped)
+
+
+def _grid(size: tuple[int, int], facts: ImageFacts) -> Grid:
+    return Grid(1, 1) if facts.tiles is None else grid_of(size, _tile(facts), facts.tiles)
+
+
+def _tile(facts: ImageFacts) -> tuple[int, int]:
+    """Height and width of a tile."""
+    height, width = facts.resize or (1, 1)
+    return height, width
 
 
 def _resized(size: tuple[int, int], wanted: Sequence[int]) -> tuple[int, int]:

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.cuda_stub
+from tests.cuda_stub.child import run_child
 
-ROOT = Path(__file__).parents[2]
-STUB = Path(os.environ.get("CUDA_STUB", ROOT / ".venv-cuda-stub")).resolve()
+pytestmark = pytest.mark.cuda_stub
 
 
 @pytest.mark.parametrize("libraries", [True, False])
 def test_the_gpu_build(libraries: bool) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    if libraries:
-        environment |= {"LD_LIBRARY_PATH": str(STUB)}
-    done = subprocess.run(
-        [str(STUB / "venv/bin/python"), "-m", "tpeft_deploy", "--quiet", "doctor", "--json"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_child("tpeft_deploy", "--quiet", "doctor", "--json", libraries=libraries)
     found = json.loads(done.stdout)
     providers = {own["provider"]: own for own in found["providers"]}
     assert providers["cpu"]["works"]

@@ -6,7 +6,6 @@ Placement, copies, launches and recordings are real. Answers and times are not: 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_models
+from tests.cuda_stub.child import STUB, run_child
 from tests.helpers.exporters import architectures as zoo
 from tests.helpers.exporters import small_encoder_decoders as encoder_decoders
 from tests.helpers.exporters.layers import CASES
@@ -26,9 +26,6 @@ from tests.helpers.exporters.small_decoders import made, trained
 from tpeft_deploy import export_bundle, load_adapter
 
 pytestmark = pytest.mark.cuda_stub
-
-ROOT = Path(__file__).parents[2]
-STUB = Path(os.environ.get("CUDA_STUB", ROOT / ".venv-cuda-stub")).resolve()
 
 FORMS = ("base", "factored", "banked one", "banked each")
 
@@ -60,22 +57,7 @@ CHOICE_LAUNCHES = 12
 def on_stub(*command: str, log: Path) -> subprocess.CompletedProcess[str]:
     if not (STUB / "libcudnn.so.9").is_file():
         pytest.fail(f"no CUDA stub in {STUB}: run `make cuda-dry-run`")
-    environment = {
-        **os.environ,
-        "LD_LIBRARY_PATH": str(STUB),
-        "CUDA_STUB_LOG": str(log),
-        "PYTHONPATH": str(ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    done = subprocess.run(
-        [str(STUB / "venv/bin/python"), "-m", *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_child(*command, CUDA_STUB_LOG=str(log))
     assert not done.returncode, done.stderr[-2000:]
     return done
 

@@ -23,7 +23,7 @@ from tpeft_deploy.exporters.verify import verify_bundle
 from tpeft_deploy.runtime.generation import service
 from tpeft_deploy.runtime.generation.handle import GenerationRequest
 from tpeft_deploy.runtime.generation.loop import Generator
-from tpeft_deploy.runtime.text.images import with_images
+from tpeft_deploy.runtime.text.images import ImageFile, with_images
 
 SYSTEM = [7, 3, 21, 40, 11, 2, 9, 30, 5, 17, 44, 8, 26, 1, 33, 12, 6]  # more than a block of known prefixes
 SEEN = [IMAGE] * EACH
@@ -172,4 +172,4 @@ def test_images_are_refused_where_none_are_taken(llama_bundle: Bundle) -> None:
     with Runtime(llama_bundle.path, provider="cpu") as runtime, pytest.raises(InputError, match="no inputs"):
         runtime.generate([[5, 9]], inputs=[{"pixel_values": images(1, 0)}], max_new_tokens=2)
     with pytest.raises(InputError, match="expected a bundle for generation with images"):
-        with_images(GenerationRequest([5]), llama_bundle, [b"cat"])
+        with_images(GenerationRequest([5]), llama_bundle, [ImageFile(b"cat")])

@@ -28,6 +28,9 @@ class ImageFacts:
         scale: factor of the values, 0 to 255 before.
         mean: mean of each channel, subtracted.
         std: divisor of each channel.
+        tiles: least and greatest number of tiles of the size `resize` that an image is cut into; None for one picture.
+        before: tokens of a prompt in front of the placeholders of an image.
+        after: tokens behind them.
     """
 
     resize: tuple[int, ...] | None = None
@@ -36,6 +39,9 @@ class ImageFacts:
     scale: float | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    tiles: tuple[int, int] | None = None
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
     @classmethod
     def read(cls, bundle: Bundle) -> ImageFacts | None:

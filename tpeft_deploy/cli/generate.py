@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tpeft_deploy.bundle.directory import Bundle
     from tpeft_deploy.runtime.generation.handle import Generated, GenerationRequest, Handle
     from tpeft_deploy.runtime.generation.sampling import Token
+    from tpeft_deploy.runtime.text.images import ImageFile
     from tpeft_deploy.runtime.text.model_text import ModelText
 
 __all__ = ["generate"]
@@ -130,14 +131,16 @@ def generate(
     _show(bundle, runtime.provider, requests, results, as_json)
 
 
-def _contents(paths: Sequence[str]) -> list[bytes]:
-    """Contents of image files."""
+def _contents(paths: Sequence[str]) -> list[ImageFile]:
+    from tpeft_deploy.runtime.text.images import ImageFile
+
     found = []
     for path in paths:
+        doing = f"read image {path}"
         try:
-            found.append(Path(path).read_bytes())
+            found.append(ImageFile(Path(path).read_bytes(), doing))
         except OSError as error:
-            raise InputError(f"read image {path}", expected="an image file", got=str(error)) from error
+            raise InputError(doing, expected="an image file", got=str(error)) from error
     return found
 
 

@@ -14,6 +14,7 @@ import msgspec
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime.server.openai.tools import CallReaders
 from tpeft_deploy.runtime.server.rest.bodies import Body
+from tpeft_deploy.runtime.text.images import ImageFile
 from tpeft_deploy.runtime.text.model_text import ModelText
 
 __all__ = [
@@ -129,7 +130,7 @@ class GenerationBody(Body, forbid_unknown_fields=False, kw_only=True):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
-    def images(self) -> list[bytes]:
+    def images(self) -> list[ImageFile]:
         """The files of the images of the prompt."""
         return []
 

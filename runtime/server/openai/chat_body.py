@@ -12,6 +12,7 @@ from tpeft_deploy.errors import InputError
 from tpeft_deploy.runtime.server.openai.bodies import Count, GenerationBody
 from tpeft_deploy.runtime.server.openai.image_parts import attached_bytes, content_of, image_count, image_files
 from tpeft_deploy.runtime.server.openai.tools import CallReaders, ToolUse, with_objects
+from tpeft_deploy.runtime.text.images import ImageFile
 from tpeft_deploy.runtime.text.model_text import ModelText
 
 __all__ = ["ChatBody"]
@@ -136,7 +137,7 @@ class ChatBody(GenerationBody, kw_only=True, dict=True):
         ]
 
     @property
-    def images(self) -> list[bytes]:
+    def images(self) -> list[ImageFile]:
         """The files of the images of the messages, in their order.
 
         Raises:

@@ -23,6 +23,7 @@ from tpeft_deploy.runtime.server.operations.generation import Generations, Gener
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.rest.infer import Watch
 from tpeft_deploy.runtime.server.v2.messages import Document
+from tpeft_deploy.runtime.text.images import ImageFile
 from tpeft_deploy.runtime.text.model_text import ModelText
 
 __all__ = ["chat", "completion_requests", "completions", "served"]
@@ -48,7 +49,7 @@ class _Work(NamedTuple):
         return sum(len(request.prompt) for request in self.requests)
 
 
-Prepare = Callable[[ModelText, Generations, B], list[GenerationRequest]]
+Prepare = Callable[[ModelText, Generations, B, Sequence[ImageFile]], list[GenerationRequest]]
 
 
 async def chat(context: HttpContext) -> object:
@@ -93,7 +94,7 @@ async def _work(
     text = await generations.text()
     reading.apart |= body.constrained  # grammars take time to compile
     files = await reading.run(lambda: body.images)
-    requests = await reading.run(prepare, text, generations, body)
+    requests = await reading.run(prepare, text, generations, body, files)
     if files:  # behind what refuses the request, as it is cheaper
         requests = await _with_images(context, generations, requests, files)
     before = await reading.run(body.echoed, partial(text.decode, special=True))
@@ -105,7 +106,7 @@ async def _work(
 
 
 async def _with_images(
-    context: HttpContext, generations: Generations, requests: Sequence[GenerationRequest], files: Sequence[bytes]
+    context: HttpContext, generations: Generations, requests: Sequence[GenerationRequest], files: Sequence[ImageFile]
 ) -> list[GenerationRequest]:
     """Decode images off the event loop, when the memory for it is reserved."""
     run, images = context.intake.offload.run, generations.images
@@ -122,10 +123,12 @@ def _sampling(text: ModelText, body: GenerationBody) -> Sampling:
     return text.sampling(**changes)
 
 
-def _of_chat(text: ModelText, generations: Generations, body: ChatBody) -> list[GenerationRequest]:
+def _of_chat(
+    text: ModelText, generations: Generations, body: ChatBody, files: Sequence[ImageFile]
+) -> list[GenerationRequest]:
     sampling = _sampling(text, body)
     tokens = text.chat(body.conversation(), literal=not body.parse_special, **body.options())
-    tokens = generations.with_features(tokens, body.image_count)
+    tokens = generations.with_features(tokens, files)
     most = generations.room(tokens, body.most, text.facts.max_new_tokens)
     # An answer begins a text, and what is continued is no part of it.
     before = tokens if body.continue_final_message else []
@@ -138,8 +141,10 @@ def _of_chat(text: ModelText, generations: Generations, body: ChatBody) -> list[
     return [GenerationRequest(tokens, most, sampling, text=text.detokeniser(before, shown=shown), **more)]
 
 
-def completion_requests(text: ModelText, generations: Generations, body: CompletionBody) -> list[GenerationRequest]:
-    """Return the request for each prompt of a body."""
+def completion_requests(
+    text: ModelText, generations: Generations, body: CompletionBody, files: Sequence[ImageFile] = ()
+) -> list[GenerationRequest]:
+    """Return the request for each prompt of a body, which has no images."""
     sampling = _sampling(text, body)
     more: dict[str, Any] = {"scored": body.top is not None, "constraint": generations.constraint(text, body.schema)}
     requests = []

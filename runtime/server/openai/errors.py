@@ -35,7 +35,7 @@ _CODES = {
 }
 # Wordings of the checks of a request, each with the field that it is about.
 _PARAMETERS = (
-    re.compile(r"read field '(\w+)'"),
+    re.compile(r"read field '([\w.\[\]]+)'"),
     re.compile(r"set how .* expected (temperature|top_k|top_p|min_p|\w+_penalty|seed|n|logprobs) to be "),
     re.compile(r"read a body: Object missing required field `(\w+)`"),
     re.compile(r"read a body: [^$]* - at `\$\.(\w+)"),

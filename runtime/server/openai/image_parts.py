@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpeft_deploy.errors import InputError
+from tpeft_deploy.runtime.text.images import ImageFile
 
 __all__ = ["ATTACHED", "MOST_IMAGES", "attached_bytes", "content_of", "image_count", "image_files"]
 
@@ -31,13 +32,13 @@ def content_of(content: Any, at: int) -> Any:
     """
     if not isinstance(content, list):
         return content
-    parts = [_part(part, f"message {at}, part {index}") for index, part in enumerate(content)]
+    parts = [_part(part, _doing(at, index)) for index, part in enumerate(content)]
     if any(part["type"] == "image" for part in parts):
         return parts
     return "\n".join(part["text"] for part in parts)
 
 
-def image_files(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
+def image_files(messages: Sequence[Mapping[str, Any]]) -> list[ImageFile]:
     """Return the files of the images of messages, in their order.
 
     Args:
@@ -49,7 +50,7 @@ def image_files(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
     found = _urls(messages)
     if len(found) > MOST_IMAGES:
         raise InputError("read field 'messages'", expected=f"at most {MOST_IMAGES} images", got=len(found))
-    return [_file(url, where) for where, url in found]
+    return [ImageFile(_file(url, doing), doing) for doing, url in found]
 
 
 def image_count(messages: Sequence[Mapping[str, Any]]) -> int:
@@ -63,7 +64,7 @@ def attached_bytes(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _urls(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-    """URL of each image, behind its place in the messages."""
+    """URL of each image, behind what reads it, for messages."""
     found = []
     for at, message in enumerate(messages):
         content = message.get("content")
@@ -71,24 +72,25 @@ def _urls(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
             if isinstance(part, dict) and part.get("type") == "image_url":
                 given = part.get("image_url")
                 url = given.get("url") if isinstance(given, dict) else given
-                found.append((f"message {at}, part {index}", url))
+                found.append((_doing(at, index), url))
     return found
 
 
-def _part(part: Any, where: str) -> dict[str, Any]:
+def _doing(message: int, part: int) -> str:
+    return f"read field 'messages[{message}].content[{part}]'"
+
+
+def _part(part: Any, doing: str) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "image_url":
         return {"type": "image"}
     text = part.get("text") if kind == "text" else part.get("refusal") if kind == "refusal" else None
     if not isinstance(text, str):
-        raise InputError(
-            f"read field 'messages', {where}", expected="type 'text' or 'image_url'", got=f"{str(kind)[:40]!r}"
-        )
+        raise InputError(doing, expected="type 'text' or 'image_url'", got=f"{str(kind)[:40]!r}")
     return {"type": "text", "text": text}
 
 
-def _file(url: Any, where: str) -> bytes:
-    doing = f"read field 'messages', {where}"
+def _file(url: Any, doing: str) -> bytes:
     if not isinstance(url, str):
         raise InputError(doing, expected="image_url.url to be a text", got=type(url).__name__)
     scheme, colon, rest = url.partition(":")

@@ -134,7 +134,7 @@ def with_objects(message: Mapping[str, Any], at: int) -> dict[str, Any]:
     if not calls:  # templates take an empty list for a call
         found.pop("tool_calls", None)
         return found
-    doing = f"read field 'messages', message {at}"
+    doing = f"read field 'messages[{at}]'"
     if not isinstance(calls, list):
         raise InputError(doing, expected="tool_calls to be a list", got=type(calls).__name__)
     changed = []

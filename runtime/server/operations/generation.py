@@ -34,7 +34,7 @@ from tpeft_deploy.runtime.server.telemetry.inference_events import GenerationFig
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.meter import Meter, RateLeft
 from tpeft_deploy.runtime.server.v2.messages import BASE, ServedVersion
-from tpeft_deploy.runtime.text.images import FORMATS, PromptImages
+from tpeft_deploy.runtime.text.images import FORMATS, ImageFile, PromptImages
 from tpeft_deploy.runtime.text.model_text import ModelText
 
 __all__ = ["ContextExceeded", "GenerationTarget", "Generations", "memory_of"]
@@ -92,15 +92,15 @@ class Generations:
         except MissingExtra as error:
             raise Unsupported(doing, problem=f"the server cannot: {error}") from error
 
-    def with_features(self, prompt: list[int], images: int) -> list[int]:
+    def with_features(self, prompt: list[int], images: Sequence[ImageFile]) -> list[int]:
         """Return a prompt with a token for each feature of its images.
 
         Args:
             prompt: tokens, one in the place of each image.
-            images: number of images.
+            images: image files.
 
         Raises:
-            InputError: the bundle takes no images, or the prompt has places for another number of them.
+            InputError: the bundle takes no images, the prompt has places for another number of them, or one is none.
             Unsupported: Pillow is not installed.
         """
         return self.images.expanded(prompt, images) if images else prompt

@@ -76,7 +76,13 @@ def generated(
     bundle: Bundle, task: str, prompt: list[int], pixels: Array | None, count: int, **options: Any
 ) -> list[int]:
     """New tokens of `generate` of the merged model of a task."""
-    model = made()
+    return merged_tokens(made(), bundle, task, prompt, pixels, count, **options)
+
+
+def merged_tokens(
+    model: Any, bundle: Bundle, task: str, prompt: list[int], pixels: Array | None, count: int, **options: Any
+) -> list[int]:
+    """New tokens of `generate` of a model with the adapter of a task merged."""
     if task != "base":
         model = PeftModel.from_pretrained(model, str(bundle.path.parent / task)).merge_and_unload()
     ids = torch.tensor([prompt])

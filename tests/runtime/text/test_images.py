@@ -11,8 +11,8 @@ import transformers
 from PIL import Image
 
 from tpeft_deploy.errors import InputError
-from tpeft_deploy.exporters.bases.model_text import read_image as facts_of
-from tpeft_deploy.runtime.text.images import expanded, read_image
+from tpeft_deploy.exporters.bases.generation.image_processor import read_image as facts_of
+from tpeft_deploy.runtime.text.images import ImageFile, expanded, read_image
 
 SQUARE = {"size": {"height": 12, "width": 18}, "do_center_crop": False, "resample": 2}
 PLAIN = {"do_resize": False, "do_normalize": False, "crop_size": {"height": 33, "width": 14}}
@@ -30,7 +30,7 @@ def test_pixels_are_those_of_the_image_processor(tmp_path: Path, mode: str, opti
         image = Image.fromarray(random.integers(0, 255, (height, width, 3), np.uint8)).convert(mode)
         image.save(tmp_path / "image.png")
         expected = processor(Image.open(tmp_path / "image.png"))["pixel_values"][0]
-        found = read_image((tmp_path / "image.png").read_bytes(), facts)
+        [found] = read_image(ImageFile((tmp_path / "image.png").read_bytes()), facts)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
@@ -47,10 +47,10 @@ def test_a_file_that_is_no_image_is_refused_in_one_line(tmp_path: Path, content:
     facts = facts_of(tmp_path)
     assert facts is not None
     with pytest.raises(InputError, match="expected an image file") as error:
-        read_image(content, facts)
+        read_image(ImageFile(content), facts)
     assert "\n" not in str(error.value)
 
 
 def test_a_placeholder_stands_for_every_feature_of_its_image() -> None:
-    assert expanded([1, 9, 2, 9], 9, 2, 3) == [1, 9, 9, 9, 2, 9, 9, 9]
-    assert expanded([9, 9, 9], 9, 1, 3) == [9, 9, 9]
+    assert expanded([1, 9, 2, 9], 9, [3, 2]) == [1, 9, 9, 9, 2, 9, 9]
+    assert expanded([1, 9, 2], 9, [2], [7], [8]) == [1, 7, 9, 9, 8, 2]

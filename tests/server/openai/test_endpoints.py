@@ -202,7 +202,7 @@ def test_tools_and_a_message_to_continue_go_to_the_template(live: Live, client: 
         ({"max_tokens": 5000}, None, "context_length_exceeded"),
         ({"temperature": -1}, "temperature", None),
         ({"messages": []}, None, None),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", None),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", None),
         ({"logit_bias": {"x": 1}}, "logit_bias", None),
         ({"stream_options": {"include_usage": True}}, "stream_options", None),
         ({"response_format": {"type": "xml"}}, "response_format", None),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from PIL import Image
 
 from tests.helpers.documents import blocks, reading
 from tests.helpers.exporters.small_images import EACH, IMAGE, PREPARED, exported, generated, tokenizer
+from tests.helpers.server.chat_images import client_of, content_of, picture, processed, said, shown, url
 from tests.helpers.server.live import Live, serving_bundle
 from tpeft_deploy import Bundle
 
@@ -44,33 +44,6 @@ def seeing(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def client(seeing: Live) -> Iterator[openai.OpenAI]:
     with client_of(seeing) as client:
         yield client
-
-
-def client_of(live: Live) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{live.url}/v1", api_key=live.keys["acme", "infer"], max_retries=0, timeout=100)
-
-
-def picture(seed: int, size: tuple[int, int], mode: str = "RGB") -> Image.Image:
-    values = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
-    return Image.fromarray(values).convert(mode)
-
-
-def content_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def url(content: bytes, media: str = "image/png") -> str:
-    return f"data:{media};base64,{base64.b64encode(content).decode()}"
-
-
-def shown(given: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": given, "detail": "low"}}
-
-
-def said(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
 
 
 WIDE, TALL = content_of(picture(1, (30, 50))), content_of(picture(2, (44, 21)), "JPEG")
@@ -99,19 +72,7 @@ def prepared(messages: list[Any]) -> tuple[list[int], Any]:
     processor = transformers.LlavaProcessor(
         transformers.CLIPImageProcessorPil(**PREPARED), tokens, 8, "default", tokens.chat_template, "<image>", 1
     )
-    images, chat = [], []
-    for message in messages:
-        given = message["content"]
-        parts = [said(given)] if isinstance(given, str) else given
-        for part in parts:
-            if part["type"] == "image_url":
-                content = base64.b64decode(part["image_url"]["url"].partition(",")[2])
-                images.append(Image.open(io.BytesIO(content)))
-        changed = [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
-        chat.append({**message, "content": changed})
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    found = processor(images=images or None, text=text, return_tensors="np")
-    return found["input_ids"][0].tolist(), found.get("pixel_values")
+    return processed(processor, messages)
 
 
 def test_the_example_of_the_clients_page(bundle: Bundle, seeing: Live, tmp_path: Path) -> None:
@@ -199,9 +160,9 @@ def bomb(width: int, height: int) -> bytes:
         ("cat.png", "expected a data: URL"),
         ("data:image/png,abc", "in base64"),
         ("data:image/svg+xml;base64,PHN2Zy8+", "one of the types image/png"),
-        ("data:image/png;base64,@@@@", "message 1, part 1: expected an image in base64"),
+        ("data:image/png;base64,@@@@", "read field 'messages[1].content[1]': expected an image in base64"),
         ("data:image/png;base64,abc", "expected an image in base64"),
-        (url(b"text"), "image 0: expected an image file"),
+        (url(b"text"), "read field 'messages[1].content[1]': expected an image file"),
         (url(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "expected an image file"),
         (url(content_of(picture(1, (9, 9)), "BMP")), "expected an image file"),
         (url(WIDE[:-900]), "expected an image file"),
@@ -220,6 +181,7 @@ def test_what_is_no_image_is_refused_in_one_line(client: openai.OpenAI, given: A
     message = caught.value.body["message"]  # type: ignore[index]
     assert told in message
     assert "\n" not in message
+    assert caught.value.param == "messages[1].content[1]"
 
 
 def test_the_number_of_images_is_bounded(client: openai.OpenAI) -> None:
@@ -241,3 +203,18 @@ def test_a_bundle_without_images_says_so(live: Live) -> None:
     chat: Any = [{"role": "user", "content": [said("w5"), shown(url(WIDE))]}]
     with client_of(live) as client, pytest.raises(openai.BadRequestError, match="a bundle for generation with images"):
         client.chat.completions.create(model="a", messages=chat, max_tokens=2)
+
+
+def test_an_image_without_pillow_names_the_extra(
+    seeing: Live, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generations = seeing.served.service.generations
+    generations.__dict__.pop("images", None)
+    for name in ("PIL", "PIL.Image"):
+        monkeypatch.setitem(sys.modules, name, None)
+    chat: Any = [{"role": "user", "content": [said("w5"), shown(url(WIDE))]}]
+    with pytest.raises(openai.APIStatusError, match=r"pip install 'tpeft-deploy\[images\]'") as caught:
+        client.chat.completions.create(model="a", messages=chat, max_tokens=2)
+    assert (caught.value.status_code, caught.value.type) == (501, "invalid_request_error")
+    assert "\n" not in caught.value.body["message"]  # type: ignore[index]
+    assert client.chat.completions.create(model="a", messages=CHATS["none"], max_tokens=2).choices

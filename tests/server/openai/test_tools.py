@@ -136,5 +136,5 @@ def test_arguments_in_messages_become_objects() -> None:
         with pytest.raises(InputError, match="message 3: expected tool_calls with arguments that are a JSON object"):
             with_objects(bad, 3)
     for others in ("x", [1], [{"function": 1}]):
-        with pytest.raises(InputError, match="read field 'messages'"):
+        with pytest.raises(InputError, match=r"read field 'messages\[0\]'"):
             with_objects({"role": "assistant", "tool_calls": others}, 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.exporters import small_images
 from tests.helpers.runtime.local_replicas import LocalReplicas
 from tests.helpers.server.text_bundle import text_bundle
 from tpeft_deploy import Bundle, Runtime, Sampling
@@ -88,6 +89,30 @@ def test_a_lost_replica_ends_its_streams(talking: Bundle, tmp_path: Path) -> Non
                     replicas.dead |= {"r0", "r1"}
             with pytest.raises(Unavailable):
                 await own.start(GenerationRequest([5, 6], 9), "a")
+        finally:
+            replicas.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+def test_images_and_shown_tokens_reach_a_replica(tmp_path: Path) -> None:
+    seeing = small_images.exported(tmp_path)
+    pixels, prompt = small_images.images(1, 3), [5, *[small_images.IMAGE] * small_images.EACH, 9]
+
+    async def work() -> None:
+        own, replicas = await _open(seeing, tmp_path / "blobs")
+        try:
+            text = ModelText.open(seeing.components["language"])
+            shown = text.detokeniser(shown=["<image>"])
+            bias = Sampling(logit_bias={small_images.IMAGE: 4.0})
+            request = GenerationRequest(prompt, 8, bias, text=shown, inputs={"pixel_values": pixels})
+            with Runtime(seeing.path, provider="cpu", threads=1) as local:
+                (wanted,) = [handle.result(120) for handle in await local.start(request, "a")]
+            (handle,) = await own.start(request, "a")
+            found = await asyncio.wrap_future(handle.future)
+            assert [(token.id, token.text) for token in found.tokens] == [(t.id, t.text) for t in wanted.tokens]
+            assert any("<image>" in token.text for token in found.tokens)
         finally:
             replicas.close()
 

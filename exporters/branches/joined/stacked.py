@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.bundle.packing import Packed, pack
-from tpeft_deploy.exporters.branches.packed import biases_of, cut
+from tpeft_deploy.exporters.branches.joined.packed import biases_of, cut
 from tpeft_deploy.exporters.branches.surgery import add_constant, add_input, apply, call, reroute, resemble
 
 __all__ = ["stack"]

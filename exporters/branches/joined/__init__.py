@@ -1,0 +1,1 @@
+"""Fewer and larger operators for branches that share an activation, on a GPU."""
