@@ -48,6 +48,7 @@ class S3:
         self._process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(self._answers, "the start of the S3 API")
         if self._record.exists():
+            self._record.write_text("".join(filter(_changes, self._record.read_text().splitlines(keepends=True))))
             self._recorder("replay-recording")
         self._recorder("start-recording")
         self._relay.open()
@@ -71,6 +72,11 @@ class S3:
 
     def _recorder(self, action: str) -> None:
         assert httpx.post(f"{self._inner}/moto-api/recorder/{action}", timeout=SECONDS).status_code == 200
+
+
+def _changes(line: str) -> bool:
+    """Whether a recorded request is whole and may change something: there are many more that only read."""
+    return line.endswith("\n") and json.loads(line)["method"] not in {"GET", "HEAD"}
 
 
 def register(place: Path, url: str) -> None:
