@@ -2,7 +2,7 @@
 # make quickstart-text  a language model, adapters for three styles of text, all generated at once
 # make test         the test suite           make check   ruff and mypy
 # make bench-check  instructions of ten key paths, compared with stored ones within 3 % (RENEW=1 stores them); needs valgrind
-# make coverage     the test suite with coverage of lines and branches, at least 90 % of each package
+# make coverage   the test suite and the tests marked thorough, with coverage of lines and branches
 # make soak         the long tests           make proto   the gRPC messages, after a change of inference.proto
 # make families   the examples of families of models, small
 # make test-stability   the test suite 20 times, in random orders beside busy processes (ROUNDS=, NEIGHBOURS=, ARGS=)
@@ -41,6 +41,7 @@ CLUSTER ?= .venv-cluster
 NOTEBOOKS ?= .venv-notebooks
 DOCS ?= .venv-docs
 PLAYWRIGHT ?= .console-site
+THOROUGH = $(shell sed -n 's/.*"-m", "\(.*\) and not thorough"\].*/\1/p' pyproject.toml)
 
 .PHONY: quickstart quickstart-text test coverage test-stability bench bench-check check soak families cuda-dry-run openvino \
 	cluster cluster-soak chart notebooks docs reference zoo console-test console proto client formats command-line release image \
@@ -57,7 +58,7 @@ test: $(VENV)/dev-$(PROVIDER)
 
 coverage: $(VENV)/dev-$(PROVIDER)
 	rm -f .coverage .coverage.*
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report= $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "$(THOROUGH)" --cov --cov-report= $(ARGS)
 	$(BIN)/python .ci/coverage_report.py
 
 test-stability: $(VENV)/dev-$(PROVIDER)

@@ -75,6 +75,7 @@ def test_the_tables(conv_bundle: Bundle) -> None:
     assert any(line.startswith("switch with 2 known, µs") for line in lines)
 
 
+@pytest.mark.thorough
 def test_every_component_has_its_figures(tmp_path: Path) -> None:
     bundle = two_component_bundle(tmp_path / "two")
     page = tmp_path / "page.html"
@@ -89,6 +90,7 @@ def test_every_component_has_its_figures(tmp_path: Path) -> None:
     assert lines[0].split()[0] == "component"
 
 
+@pytest.mark.thorough
 def test_a_bundle_that_generates_has_tokens_in_a_second(tmp_path: Path) -> None:
     bundle = text_bundle(tmp_path / "text")
     found = bench_bundle(bundle, provider="cpu", rows=[1], seconds=0.1, threads=1)

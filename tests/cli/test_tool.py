@@ -71,6 +71,7 @@ def test_commands_print_nothing_that_is_not_theirs(tmp_path: Path, adapter: Path
     assert (inspected.returncode, inspected.stderr) == (0, "")
 
 
+@pytest.mark.thorough
 def test_debug_lets_other_libraries_speak(tmp_path: Path, adapter: Path) -> None:
     (tmp_path / "noisy.py").write_text(NOISE)
     arguments = ("export", "folded", "noisy:base", adapter, "--dry-run")

@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     "megabytes",
-    [300, pytest.param(2300, marks=[pytest.mark.soak, pytest.mark.timeout(900)])],  # above what one protobuf holds
+    [
+        pytest.param(300, marks=pytest.mark.thorough),
+        pytest.param(2300, marks=[pytest.mark.soak, pytest.mark.timeout(900)]),
+    ],  # above what one protobuf holds
 )
 def test_the_peak_stays_below_2_2_times_the_weights(megabytes: int) -> None:
     command = [sys.executable, "benchmarks/fold_memory.py", "--megabytes", str(megabytes), "--json"]

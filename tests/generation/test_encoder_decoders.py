@@ -17,7 +17,10 @@ from tpeft_deploy.errors import InputError
 TASKS = ["a", "b", "c", "d"]
 # Sequence -> its source and task, and the part of the tokens that it asks for: three run at a time.
 SEQUENCES = [(0, 1.0), (1, 0.3), (2, 0.6), (3, 1.0), (1, 1.0), (2, 1.0), (0, 0.4), (3, 0.1)]
-COUNTS = [("t5", 32), *(pytest.param(name, 32, marks=pytest.mark.soak) for name in ("bart", "whisper"))]
+COUNTS = [
+    pytest.param("t5", 32, marks=pytest.mark.thorough),
+    *(pytest.param(name, 32, marks=pytest.mark.soak) for name in ("bart", "whisper")),
+]
 LONG = [pytest.param(name, 128, marks=pytest.mark.soak) for name in ("t5", "bart", "whisper")]
 Inputs = dict[str, Any]
 

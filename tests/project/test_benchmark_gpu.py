@@ -24,6 +24,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", gpu.checks())
+@pytest.mark.thorough
 def test_every_check(models: Path, name: str) -> None:
     place = Place(models, Choice("cpu", "a test"), seconds=0.0)
     if name in NEED_CUDA:
@@ -35,6 +36,7 @@ def test_every_check(models: Path, name: str) -> None:
     assert [claim for claim in report.claims if not claim["holds"]] == []
 
 
+@pytest.mark.thorough
 def test_a_check_that_fails_is_recorded_and_the_others_go_on(models: Path, tmp_path: Path) -> None:
     (tmp_path / "graphs").symlink_to(models / "graphs")  # and no bundles
     command = [sys.executable, "-m", "benchmarks.gpu", "run", str(tmp_path), "--provider", "cpu", "--seconds", "0"]

@@ -23,6 +23,7 @@ def run(directory: Path, script: str, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_the_examples_run(tmp_path: Path) -> None:
     assert "tensor" not in run(tmp_path, "two_tasks.py")
     assert (tmp_path / "rotated.onnx").is_file()

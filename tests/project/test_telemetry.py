@@ -100,6 +100,7 @@ def has_reported(found: list[str]) -> bool:
     return any(name.endswith(".com") for name in found) and any("onnxruntime" in name for name in found)
 
 
+@pytest.mark.thorough
 def test_neither_library_nor_server_reports_while_one_that_is_asked_to_does(
     conv_bundle: Bundle, tmp_path: Path, watch: Path
 ) -> None:

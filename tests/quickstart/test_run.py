@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import tpeft_deploy.quickstart
 from tpeft_deploy.cli import main
 
+pytestmark = pytest.mark.thorough  # the tutorial and the tests beside run its parts
 FORMS = ("folded", "factored", "banked")
 
 

@@ -139,6 +139,7 @@ def test_a_directory_gives_inputs_of_rows_that_differ(name: str, tmp_path: Path)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.soak] if name != QUICK else []) for name in CONFIGS]
 )
+@pytest.mark.thorough
 def test_a_directory_with_adapters_is_what_diffusers_computes(name: str, tmp_path: Path) -> None:
     model = made(name)
     model.save_pretrained(tmp_path / "base")

@@ -36,7 +36,7 @@ def check_generation(bundle: Bundle, name: str, paths: dict[str, Path], count: i
         assert compare.relative_error(logits[row], own) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["t5", "whisper"])
+@pytest.mark.parametrize("name", [pytest.param("t5", marks=pytest.mark.thorough), "whisper"])
 def test_rows_of_tasks_and_sources_generate_together(tmp_path: Path, name: str) -> None:
     made(name).save_pretrained(tmp_path / "model")
     paths = trained(name, tmp_path)

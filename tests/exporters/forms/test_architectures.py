@@ -28,10 +28,16 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     )
 
 
-CASES = [pytest.param(name, torch.float32, id=f"{name}-float32") for name in MODELS]
+QUICK = {"ViT", "BERT", "DeBERTa-V3", "ConvNeXt-V2", "Llama with KV cache", "ResNet with BatchNorm", "Conv1d net"}
+CASES = [
+    pytest.param(name, torch.float32, id=f"{name}-float32", marks=[] if name in QUICK else [pytest.mark.thorough])
+    for name in MODELS
+]
 # All of them in 16 bits take minutes: two here, four in the dry run, the others behind `make soak`.
 CASES += [
-    pytest.param(name, torch.float16, id=f"{name}-float16", marks=[] if name in HALF[::2] else [pytest.mark.soak])
+    pytest.param(
+        name, torch.float16, id=f"{name}-float16", marks=pytest.mark.thorough if name in HALF[::2] else pytest.mark.soak
+    )
     for name in MODELS
 ]
 

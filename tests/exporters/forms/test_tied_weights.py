@@ -159,7 +159,11 @@ def check(make: Make, configs: Mapping[str, peft.PeftConfig], place: Path, again
 
 @pytest.mark.parametrize(
     ("make", "configs", "again"),
-    [(llama, LLAMA, "head"), (bert, BERT, "decoder"), (autoencoder, SQUARE, "decode")],
+    [
+        pytest.param(llama, LLAMA, "head", marks=pytest.mark.thorough),
+        (bert, BERT, "decoder"),
+        (autoencoder, SQUARE, "decode"),
+    ],
     ids=["llama", "bert", "autoencoder"],
 )
 def test_every_form_computes_what_peft_computes_unmerged(

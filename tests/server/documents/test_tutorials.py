@@ -105,6 +105,7 @@ def test_kohya(tmp_path: Path) -> None:
     assert len({row.tobytes() for row in (ink, pixel, blend, base)}) == 4
 
 
+@pytest.mark.thorough
 def test_styles(tmp_path: Path) -> None:
     names = follow("styles", tmp_path)
     texts, tokenizer, rows = names["texts"], names["tokenizer"], names["rows"]
@@ -113,6 +114,7 @@ def test_styles(tmp_path: Path) -> None:
     assert names["said"][0].strip() == tokenizer.decode(rows[1], skip_special_tokens=True)
 
 
+@pytest.mark.thorough
 def test_heads(tmp_path: Path) -> None:
     names = follow("heads", tmp_path)
     assert [scores.shape[1] for scores in names["found"]["scores"]] == [2, 7, 3]
@@ -120,6 +122,7 @@ def test_heads(tmp_path: Path) -> None:
     assert names["bundle"].manifest.rows == "each"
 
 
+@pytest.mark.thorough
 def test_many_machines(tmp_path: Path, postgres: Postgres) -> None:
     (tmp_path / "store").mkdir()
     shown = "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"

@@ -29,7 +29,8 @@ FAILURES = {"500", "502", "INTERNAL", "UNKNOWN", "DATA_LOSS"}
 @pytest.mark.parametrize(
     ("seconds", "patience"),
     [
-        (15, 20.0),  # of a health check, on a machine that may be busy with other tests
+        # 20 s for a health check, on a machine that may be busy with other tests
+        pytest.param(15, 20.0, marks=pytest.mark.thorough),
         pytest.param(600, 1.0, marks=[pytest.mark.soak, pytest.mark.timeout(1200)]),
     ],
 )

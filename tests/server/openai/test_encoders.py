@@ -103,6 +103,7 @@ def test_embeddings_are_those_of_transformers(embedding: Served, client: openai.
     np.testing.assert_allclose(one.data[0].embedding, wanted[1], atol=2e-6)
 
 
+@pytest.mark.thorough
 def test_a_component_embeds_with_the_pooling_that_it_declares(tmp_path_factory: pytest.TempPathFactory) -> None:
     for own in _served(tmp_path_factory, encoders.encoder_decoder_bundle):
         own.tokenizer = encoders.tokenizer(types=False)

@@ -133,7 +133,9 @@ def test_arguments_in_messages_become_objects() -> None:
     assert with_objects({"role": "user", "tool_calls": []}, 0) == {"role": "user"}
     for wrong in ("{", "[1]", "[" * 9000):
         bad = {"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": wrong}}]}
-        with pytest.raises(InputError, match="message 3: expected tool_calls with arguments that are a JSON object"):
+        with pytest.raises(
+            InputError, match=r"messages\[3\]': expected tool_calls with arguments that are a JSON object"
+        ):
             with_objects(bad, 3)
     for others in ("x", [1], [{"function": 1}]):
         with pytest.raises(InputError, match=r"read field 'messages\[0\]'"):

@@ -105,7 +105,7 @@ def test_images_and_shown_tokens_reach_a_replica(tmp_path: Path) -> None:
         try:
             text = ModelText.open(seeing.components["language"])
             shown = text.detokeniser(shown=["<image>"])
-            bias = Sampling(logit_bias={small_images.IMAGE: 4.0})
+            bias = Sampling(logit_bias={small_images.IMAGE: 100.0})
             request = GenerationRequest(prompt, 8, bias, text=shown, inputs={"pixel_values": pixels})
             with Runtime(seeing.path, provider="cpu", threads=1) as local:
                 (wanted,) = [handle.result(120) for handle in await local.start(request, "a")]
