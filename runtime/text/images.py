@@ -31,10 +31,21 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 _MOST_PIXELS = 1 << 25
 _MOST_RATIO = 100  # of the sides; images are resized by the shorter one
 # Bytes of a pixel.
-_DECODED = 8  # in the image's mode and as RGB
+_DECODED = 12  # in the image's mode, as RGB, and turned
 _RESIZED = 8
 _PREPARED = 72  # in float64 and float32, with the results of a step
 _KEPT = 12
+_ORIENTATION = 0x0112  # of Exif
+# Orientation -> names of Pillow's transpositions by which an image is upright.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 class ImageFile(NamedTuple):
@@ -133,7 +144,7 @@ class PromptImages:
         costs = [(0, 0)]
         for file in files:
             with _opened(file, self._formats) as image:
-                costs.append(_memory(image.size, self._facts))
+                costs.append(_memory(_upright(image), self._facts))
         return max(scratch for scratch, _ in costs) + 2 * sum(kept for _, kept in costs)
 
     def inputs(self, files: Sequence[ImageFile]) -> dict[str, Array]:
@@ -153,11 +164,13 @@ class PromptImages:
         if self._facts.tiles is None:
             return 1
         with _opened(file, self._formats) as image:
-            return _grid(image.size, self._facts).pieces
+            return _grid(_upright(image), self._facts).pieces
 
 
 def read_image(file: ImageFile, facts: ImageFacts, formats: Sequence[str] | None = None) -> Array:
     """Read an image, (pictures, channels, height, width) in float32; of an animation, the first frame.
+
+    As transformers' `load_image` does, it is turned as the Exif orientation of a camera's picture says.
 
     Args:
         file: image file.
@@ -170,9 +183,14 @@ def read_image(file: ImageFile, facts: ImageFacts, formats: Sequence[str] | None
     """
     with _opened(file, formats) as opened:
         try:
+            turn = _TURNS.get(_orientation(opened))
             image = opened.convert("RGB")
         except Exception as error:  # formats raise every kind of exception
             raise InputError(file.doing, expected="an image file", got=brief(error, 120)) from error
+    if turn is not None:
+        from PIL import Image
+
+        image = image.transpose(Image.Transpose[turn])
     if facts.tiles is not None:
         pieces = cut_image(image, _tile(facts), facts.tiles, facts.resample)
         return np.stack([_prepared(piece, facts) for piece in pieces])
@@ -239,6 +257,22 @@ def _opened(file: ImageFile, formats: Sequence[str] | None) -> Image.Image:
             got=f"{width} x {height}",
         )
     return opened
+
+
+def _orientation(image: Image.Image) -> int:
+    """Exif orientation, from what precedes the pixels."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode all pixels to look behind them
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Exif that cannot be read is none
+        return 1
+
+
+def _upright(image: Image.Image) -> tuple[int, int]:
+    """Width and height of the image when it is upright."""
+    width, height = image.size
+    return (height, width) if _orientation(image) in range(5, 9) else (width, height)
 
 
 def _memory(size: tuple[int, int], facts: ImageFacts) -> tuple[int, int]:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
+from transformers.image_utils import load_image
 
+from tpeft_deploy.bundle.image_facts import ImageFacts
 from tpeft_deploy.errors import InputError
 from tpeft_deploy.exporters.bases.generation.image_processor import read_image as facts_of
-from tpeft_deploy.runtime.text.images import ImageFile, expanded, read_image
+from tpeft_deploy.runtime.text.images import ImageFile, _upright, expanded, read_image
 
 SQUARE = {"size": {"height": 12, "width": 18}, "do_center_crop": False, "resample": 2}
 PLAIN = {"do_resize": False, "do_normalize": False, "crop_size": {"height": 33, "width": 14}}
@@ -33,6 +35,22 @@ def test_pixels_are_those_of_the_image_processor(tmp_path: Path, mode: str, opti
         [found] = read_image(ImageFile((tmp_path / "image.png").read_bytes()), facts)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [*range(10), 60000])
+def test_a_picture_is_turned_as_transformers_loads_it(tmp_path: Path, kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    draw = np.random.default_rng(orientation)
+    image = Image.fromarray(draw.integers(0, 256, (8, 24, 3), np.uint8))
+    image.save(tmp_path / "picture", kind, exif=exif)
+    content = (tmp_path / "picture").read_bytes()
+    facts = ImageFacts(resize=None, resample=3, crop=None, scale=None, mean=None, std=None)
+    wanted = np.asarray(load_image(str(tmp_path / "picture")), np.float32)
+    np.testing.assert_array_equal(read_image(ImageFile(content), facts)[0], np.moveaxis(wanted, -1, 0))
+    with Image.open(tmp_path / "picture") as opened:
+        assert _upright(opened) == wanted.shape[1::-1]
 
 
 def test_another_image_processor_gives_no_facts(tmp_path: Path) -> None:
