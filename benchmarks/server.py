@@ -34,8 +34,8 @@ from sqlalchemy import insert
 from benchmarks.runtime import TASKS, cached, texts
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.runtime import Limits
-from tpeft_deploy.runtime.server.operations.options import Options
-from tpeft_deploy.runtime.server.operations.service import Service, order_of
+from tpeft_deploy.runtime.server.operations.options import Options, order_of
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.registry import State, open_state, schema
 from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota

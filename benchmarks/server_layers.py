@@ -26,8 +26,8 @@ import uvloop
 from benchmarks.server_echo import PIXELS, TASKS, TENANTS, infer_request, show, small
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.runtime import Limits
-from tpeft_deploy.runtime.server.operations.options import Options
-from tpeft_deploy.runtime.server.operations.service import Service, order_of
+from tpeft_deploy.runtime.server.operations.options import Options, order_of
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.rest.app import Application, application
 from tpeft_deploy.runtime.server.telemetry.metrics import Metrics

@@ -26,6 +26,7 @@ __all__ = [
     "MissingExtra",
     "NotEquivalent",
     "NotFound",
+    "PreconditionFailed",
     "ProtocolError",
     "ProviderUnavailable",
     "QueueFull",
@@ -249,6 +250,10 @@ class NotFound(ServerError):
 
 class Conflict(ServerError):
     """Raised when a name is taken, or the object is in a state that does not allow the change."""
+
+
+class PreconditionFailed(ServerError):
+    """Raised when a condition of a change, such as If-Match, is false; nothing was changed."""
 
 
 class QuotaExceeded(ServerError):

@@ -59,6 +59,7 @@ CURES: dict[str, str] = {
     "Unauthenticated": "Send `Authorization: Bearer KEY` with a valid key; `tpeft-deploy keys create` makes one.",
     "Forbidden": "Use a key with the role that the message names ([Roles](../keys.md#roles)).",
     "NotFound": "Check the name. Names of other tenants are answered in the same way.",
+    "PreconditionFailed": "Read the resource again, then repeat the change with its present tag if it is still wanted.",
     "Conflict": "Read the resource again, then repeat the change or choose another name.",
     "QuotaExceeded": "Wait for `retry_after` seconds. Without it, delete or unpin something, or ask the operator for a larger "
     "quota.",

@@ -17,7 +17,8 @@ from tpeft_deploy.runtime.cluster.cluster_settings import ClusterSettings
 from tpeft_deploy.runtime.cluster.remote.remote_runtime import RemoteRuntime
 from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.main import open_service, rest_application, rpc_server
-from tpeft_deploy.runtime.server.operations.service import Service, order_of
+from tpeft_deploy.runtime.server.operations.options import order_of
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.registry import open_state
 from tpeft_deploy.runtime.server.rpc.server import RpcServer
 from tpeft_deploy.runtime.server.telemetry.access_log import AccessLog

@@ -21,9 +21,9 @@ from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.console.files import Console
 from tpeft_deploy.runtime.server.context import RequestContext
 from tpeft_deploy.runtime.server.isolation.pool import Pool
-from tpeft_deploy.runtime.server.operations.options import Options
+from tpeft_deploy.runtime.server.operations.options import Options, order_of
 from tpeft_deploy.runtime.server.operations.pools import Pools
-from tpeft_deploy.runtime.server.operations.service import Service, order_of
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.rest.app import application
 from tpeft_deploy.runtime.server.rest.transport.listener import HttpServer

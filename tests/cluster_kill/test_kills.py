@@ -118,7 +118,7 @@ def subject(
                 environment |= {MARK: own.mark, "RAY_ADDRESS": own.address}
                 with cluster(conv_bundle.path, state, "--replicas", REPLICAS, environment=environment) as served:
                     wanted = Expected.of(conv_bundle, uploads, place)
-                    load = ClusterLoad(keys, uploads, wanted, conv_bundle.manifest.name, url)
+                    load = ClusterLoad(keys, uploads, wanted, conv_bundle.manifest.name)
                     load.url = served.url
                     yield Subject(own, postgres, s3, load, Log(load), place / "tmp")
     finally:

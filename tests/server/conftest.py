@@ -13,8 +13,8 @@ from tests.helpers import nets
 from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.isolation.pool import Reader
-from tpeft_deploy.runtime.server.operations.options import Options
-from tpeft_deploy.runtime.server.operations.service import Service, order_of
+from tpeft_deploy.runtime.server.operations.options import Options, order_of
+from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.registry import State, open_state
 from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota

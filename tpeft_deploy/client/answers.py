@@ -35,6 +35,7 @@ _KINDS: dict[int, type[errors.TpeftError]] = {
     403: errors.Forbidden,
     404: errors.NotFound,
     409: errors.Conflict,
+    412: errors.PreconditionFailed,
     413: errors.TooLarge,
     501: errors.Unsupported,
     503: errors.Unavailable,

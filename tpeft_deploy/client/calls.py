@@ -69,23 +69,40 @@ def task(name: str, tenant: str | None) -> ServerCall[Document]:
     return ServerCall(f"ask for task {name!r}", "GET", _task(name), document, _tenant(tenant))
 
 
-def register(name: str, path: str | os.PathLike[str], alias: str, tenant: str | None) -> ServerCall[Document]:
+def register(
+    name: str,
+    path: str | os.PathLike[str],
+    alias: str,
+    tenant: str | None,
+    if_match: str | None = None,
+    if_none_match: bool = False,
+) -> ServerCall[Document]:
     query = {"alias": alias, **_tenant(tenant)}
     upload = AdapterUpload(Path(path))
     doing = f"register task {name!r}"
-    return _change(doing, "POST", f"{_task(name)}/versions", query, upload=upload)
+    headers = {**_if_match(if_match), **({"If-None-Match": "*"} if if_none_match else {})}
+    return _change(doing, "POST", f"{_task(name)}/versions", query, upload=upload, headers=headers)
 
 
 def point(
-    name: str, alias: str, version: int | str, tenant: str | None, expected: int | str | None = None
+    name: str,
+    alias: str,
+    version: int | str,
+    tenant: str | None,
+    expected: int | str | None = None,
+    if_match: str | None = None,
 ) -> ServerCall[Document]:
     doing = f"point alias {alias!r} of task {name!r} to {version}"
-    return _change(doing, "PUT", _alias(name, alias), _tenant(tenant), {"version": str(version), **_expected(expected)})
+    content, headers = {"version": str(version), **_expected(expected)}, _if_match(if_match)
+    return _change(doing, "PUT", _alias(name, alias), _tenant(tenant), content, headers=headers)
 
 
-def rollback(name: str, alias: str, tenant: str | None, expected: int | str | None = None) -> ServerCall[Document]:
+def rollback(
+    name: str, alias: str, tenant: str | None, expected: int | str | None = None, if_match: str | None = None
+) -> ServerCall[Document]:
     doing = f"roll back alias {alias!r} of task {name!r}"
-    return _change(doing, "POST", f"{_alias(name, alias)}/rollback", _tenant(tenant), _expected(expected))
+    path, content, headers = f"{_alias(name, alias)}/rollback", _expected(expected), _if_match(if_match)
+    return _change(doing, "POST", path, _tenant(tenant), content, headers=headers)
 
 
 def history(name: str, alias: str, limit: int, tenant: str | None) -> ServerCall[list[Document]]:
@@ -94,13 +111,19 @@ def history(name: str, alias: str, limit: int, tenant: str | None) -> ServerCall
     return ServerCall(doing, "GET", f"{_alias(name, alias)}/history", documents, query)
 
 
-def delete(name: str, version: int | str | None, tenant: str | None) -> ServerCall[None]:
+def delete(
+    name: str, version: int | str | None, tenant: str | None, if_match: str | None = None
+) -> ServerCall[str | None]:
     path = _task(name) if version is None else f"{_task(name)}/versions/{part(str(version), 'version')}"
-    return ServerCall(f"delete task {name!r}", "DELETE", path, nothing, _tenant(tenant), changes=True, statuses=_DONE)
+    headers = _if_match(if_match)
+    return ServerCall(
+        f"delete task {name!r}", "DELETE", path, _tag, _tenant(tenant), headers=headers, changes=True, statuses=_DONE
+    )
 
 
-def publish(name: str, tenant: str | None) -> ServerCall[Document]:
-    return _change(f"publish task {name!r}", "POST", f"{_task(name)}/publish", _tenant(tenant))
+def publish(name: str, tenant: str | None, if_match: str | None = None) -> ServerCall[Document]:
+    path, headers = f"{_task(name)}/publish", _if_match(if_match)
+    return _change(f"publish task {name!r}", "POST", path, _tenant(tenant), headers=headers)
 
 
 def pin(name: str, folded: bool, tenant: str | None) -> ServerCall[Document]:
@@ -146,13 +169,22 @@ def _change(
     query: Mapping[str, str],
     content: Mapping[str, object] | None = None,
     upload: AdapterUpload | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> ServerCall[Document]:
     payload = upload.payload if upload is not None else partial(_json, {} if content is None else content)
-    return ServerCall(doing, method, path, document, query, payload, changes=True, statuses=_DONE)
+    return ServerCall(doing, method, path, document, query, payload, headers or {}, changes=True, statuses=_DONE)
 
 
 def _expected(version: int | str | None) -> dict[str, object]:
     return {} if version is None else {"expected": str(version)}
+
+
+def _if_match(tag: str | None) -> dict[str, str]:
+    return {} if tag is None else {"If-Match": tag}
+
+
+def _tag(answer: Answer) -> str | None:
+    return answer.headers.get("ETag")
 
 
 def _json(content: Mapping[str, object], left: float | None) -> Payload:

@@ -71,6 +71,7 @@ class ServerCall(Generic[T]):
         read: function from the response to the result.
         query: query parameters.
         payload: function from the seconds left to the payload, called for each attempt.
+        headers: further headers.
         changes: whether the call changes the server: not retried unless the server cannot have seen it.
         statuses: statuses that `read` handles; all others are errors.
     """
@@ -81,6 +82,7 @@ class ServerCall(Generic[T]):
     read: Callable[[Answer], T]
     query: Mapping[str, str] = field(default_factory=dict)
     payload: Callable[[float | None], Payload | None] = _no_payload
+    headers: Mapping[str, str] = field(default_factory=dict)
     changes: bool = False
     statuses: tuple[int, ...] = (200,)
 
@@ -151,13 +153,15 @@ class Exchange(Generic[T]):
         left, call = self.left(), self._call
         payload = call.payload(left)
         if payload is None:
-            return http.build_request(call.method, call.path, params=call.query, timeout=left)
+            return http.build_request(
+                call.method, call.path, params=call.query, headers=dict(call.headers), timeout=left
+            )
         body = payload.body
         return http.build_request(
             call.method,
             call.path,
             params=call.query,
-            headers={**payload.headers, "Content-Length": str(body.size)},
+            headers={**call.headers, **payload.headers, "Content-Length": str(body.size)},
             content=body.blocking() if isinstance(http, httpx.Client) else body.asynchronous(),
             timeout=left,
         )

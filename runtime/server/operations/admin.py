@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-from tpeft_deploy.errors import Conflict, ProtocolError
+from tpeft_deploy.errors import Conflict, ProtocolError, ServerError
 from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.registry import KeyRecord, State, TenantRecord
 from tpeft_deploy.runtime.server.telemetry.inference_events import EventBuffer
@@ -19,6 +21,8 @@ from tpeft_deploy.runtime.server.v2.messages import Document
 from tpeft_deploy.runtime.server.v2.tensors import quoted
 
 __all__ = ["Admin"]
+
+_log = logging.getLogger("tpeft_deploy.server")
 
 
 class Admin:
@@ -43,6 +47,16 @@ class Admin:
         self._changes = changes
         self._events = events
         self._run = options.pools.control.run
+
+    async def sweep(self) -> None:
+        """Remove files of deleted adapters and old audit entries, once; called by the server, without a principal."""
+        run, days, rows = self._options.pools.changes.run, self._options.audit_days, self._options.audit_rows
+        try:
+            await run(self._state.tasks.sweep)
+        except ServerError as error:  # the store or the database does not answer: retried next time
+            _log.warning("cannot remove files of deleted adapters: %s", error)
+        with contextlib.suppress(ServerError):  # a full disk: logged, and retried next time
+            await run(self._state.audit.sweep, days=days, rows=rows)
 
     async def create_key(
         self, principal: Principal, tenant: str, role: str, expires_in: float | None = None

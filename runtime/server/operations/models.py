@@ -31,6 +31,7 @@ class Model:
         versions: version number -> target, the lowest first.
         aliases: alias -> version number.
         mixed: whether rows select their tasks, as with the bundle's name.
+        tag: entity tag of the task; None for models of the bundle.
     """
 
     tenant: str
@@ -38,6 +39,7 @@ class Model:
     versions: dict[str, ServedVersion]
     aliases: dict[str, str] = field(default_factory=dict)
     mixed: bool = False
+    tag: str | None = None
 
 
 class Models:
@@ -145,7 +147,8 @@ class Models:
 
 def _model_of(task: TaskRecord) -> Model:
     versions = {str(number): target_of(task.versions[number]) for number in sorted(task.versions)}
-    return Model(task.tenant, task.name, versions, {alias: str(number) for alias, number in task.aliases.items()})
+    aliases = {alias: str(number) for alias, number in task.aliases.items()}
+    return Model(task.tenant, task.name, versions, aliases, tag=task.tag)
 
 
 def target_of(record: VersionRecord) -> ServedVersion:

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from tpeft_deploy.runtime import Limits
 from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.operations.pools import Pools
+from tpeft_deploy.runtime.server.registry import State
 from tpeft_deploy.runtime.server.telemetry.inference_events import InferenceEvent
+from tpeft_deploy.runtime.server.tenancy.fair_order import Fair, Orders
+from tpeft_deploy.runtime.server.tenancy.quotas import queue_shares
 
-__all__ = ["Options"]
+__all__ = ["Options", "order_of"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +49,9 @@ class Options:
     observe: Callable[[InferenceEvent], None] = lambda _: None
     forget: Callable[[str, str], None] = lambda _tenant, _task: None
     pools: Pools = field(default_factory=Pools)
+
+
+def order_of(state: State, limits: Limits) -> Orders:
+    """Create the orders of queues: weighted fair queueing over tenants, each limited to its share."""
+    quota = state.tenants.quota
+    return Orders(lambda: Fair(quota.weight, queue_shares(quota, limits.max_queue_rows)))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpeft_deploy.bundle.directory import Bundle
-from tpeft_deploy.errors import ServerError, Unauthenticated
-from tpeft_deploy.runtime import Limits, Runtime
+from tpeft_deploy.errors import Unauthenticated
+from tpeft_deploy.runtime import Runtime
 from tpeft_deploy.runtime.server.isolation.pool import Direct
 from tpeft_deploy.runtime.server.operations.admin import Admin
 from tpeft_deploy.runtime.server.operations.admission import Admission
@@ -23,14 +21,13 @@ from tpeft_deploy.runtime.server.operations.options import Options
 from tpeft_deploy.runtime.server.operations.repository import ModelRepository
 from tpeft_deploy.runtime.server.operations.slices import Turns, in_slices
 from tpeft_deploy.runtime.server.operations.tasks import Management, owner_of
-from tpeft_deploy.runtime.server.registry import CURRENT, State, TaskRecord
+from tpeft_deploy.runtime.server.registry import ALWAYS, CURRENT, Condition, State, TaskRecord
 from tpeft_deploy.runtime.server.telemetry.inference_events import EventBuffer
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import LOCAL, SHARED, Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.change_rate import ChangeRate
-from tpeft_deploy.runtime.server.tenancy.fair_order import Fair, Orders
+from tpeft_deploy.runtime.server.tenancy.fair_order import Orders
 from tpeft_deploy.runtime.server.tenancy.lease_renewal import open_meter
-from tpeft_deploy.runtime.server.tenancy.quotas import queue_shares
 from tpeft_deploy.runtime.server.tenancy.shared_meter import LeaseFigures
 from tpeft_deploy.runtime.server.tenancy.tenant_pins import TenantPins
 from tpeft_deploy.runtime.server.v2 import metadata
@@ -38,9 +35,8 @@ from tpeft_deploy.runtime.server.v2.largest_body import largest_body
 from tpeft_deploy.runtime.server.v2.messages import Document, InferRequest, InferResponse, LoadParameter, UploadPart
 from tpeft_deploy.runtime.server.v2.server_metadata import ServerMetadata
 
-__all__ = ["Service", "order_of"]
+__all__ = ["Service"]
 
-_log = logging.getLogger("tpeft_deploy.server")
 _SWEEP_SECONDS = 300.0
 
 
@@ -131,15 +127,9 @@ class Service:
 
     async def sweep(self, seconds: float = _SWEEP_SECONDS) -> None:
         """Remove files of deleted adapters and old audit entries every `seconds`, until cancelled."""
-        days, rows = self._options.audit_days, self._options.audit_rows
         while True:
             await asyncio.sleep(seconds)
-            try:
-                await self._pools.changes.run(self._state.tasks.sweep)
-            except ServerError as error:  # the store or the database does not answer: retried next time
-                _log.warning("cannot remove files of deleted adapters: %s", error)
-            with contextlib.suppress(ServerError):  # a full disk: logged, and retried next time
-                await self._pools.changes.run(self._state.audit.sweep, days=days, rows=rows)
+            await self.admin.sweep()
 
     def lease(self) -> LeaseFigures | None:
         """Return the lease of rates, for the metrics; None if no other server shares them."""
@@ -268,10 +258,13 @@ class Service:
         *,
         alias: str = CURRENT,
         tenant: str | None = None,
+        condition: Condition = ALWAYS,
     ) -> Document:
         """Register an upload as a new version of a task; checked and ready when this returns."""
         self._change(principal)
-        return self._shown(await self._management.register(principal, name, parts, alias=alias, tenant=tenant))
+        return self._shown(
+            await self._management.register(principal, name, parts, alias=alias, tenant=tenant, condition=condition)
+        )
 
     async def tasks(
         self, principal: Principal, tenant: str | None = None, *, limit: int | None = None, after: str | None = None
@@ -303,17 +296,24 @@ class Service:
         version: str,
         tenant: str | None = None,
         expected: str | None = None,
+        condition: Condition = ALWAYS,
     ) -> Document:
         """Point an alias at a version; with `expected`, only if that is its current version."""
         self._change(principal)
-        return self._shown(await self._management.point(principal, name, alias, version, tenant, expected))
+        return self._shown(await self._management.point(principal, name, alias, version, tenant, expected, condition))
 
     async def rollback(
-        self, principal: Principal, name: str, alias: str, tenant: str | None = None, expected: str | None = None
+        self,
+        principal: Principal,
+        name: str,
+        alias: str,
+        tenant: str | None = None,
+        expected: str | None = None,
+        condition: Condition = ALWAYS,
     ) -> Document:
         """Point an alias back at its previous version, with `expected` as for `point`."""
         self._change(principal)
-        return self._shown(await self._management.rollback(principal, name, alias, tenant, expected))
+        return self._shown(await self._management.rollback(principal, name, alias, tenant, expected, condition))
 
     async def history(
         self, principal: Principal, name: str, alias: str, limit: int = 100, tenant: str | None = None
@@ -324,18 +324,26 @@ class Service:
         shown = holder == principal.tenant or Action.ADMIN in principal.actions  # never another tenant's key id
         return [{"version": str(one.number), "time": one.time, "key": one.by if shown else None} for one in found]
 
-    async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
-        """Delete a task, or one version without an alias; in-flight requests finish."""
+    async def delete(
+        self,
+        principal: Principal,
+        name: str,
+        version: str = "",
+        tenant: str | None = None,
+        condition: Condition = ALWAYS,
+    ) -> str | None:
+        """Delete a task, or one version without an alias, and return the tag of the task if it is left."""
         self._change(principal)
         self._events.flush()
-        await self._management.delete(principal, name, version, tenant)
-        if not version:
+        left = await self._management.delete(principal, name, version, tenant, condition)
+        if left is None:
             self._options.forget(owner_of(principal, tenant), name)
+        return None if left is None else left.tag
 
-    async def publish(self, principal: Principal, name: str, tenant: str) -> Document:
+    async def publish(self, principal: Principal, name: str, tenant: str, condition: Condition = ALWAYS) -> Document:
         """Share a tenant's task with all tenants; needs ADMIN."""
         self._change(principal, Action.ADMIN)
-        return self._shown(await self._management.publish(principal, name, tenant))
+        return self._shown(await self._management.publish(principal, name, tenant, condition))
 
     async def pin(self, principal: Principal, name: str, *, folded: bool, tenant: str | None = None) -> Document:
         """Pin a task's current version on the device, or in a folded session."""
@@ -383,10 +391,5 @@ class Service:
             ],
             "ready": self._ready and self._models.is_ready(model),
             "pin": self._state.placements.now.pinned.get((model.tenant, model.name)),
+            "etag": model.tag,
         }
-
-
-def order_of(state: State, limits: Limits) -> Orders:
-    """Create the orders of queues: weighted fair queueing over tenants, each limited to its share."""
-    quota = state.tenants.quota
-    return Orders(lambda: Fair(quota.weight, queue_shares(quota, limits.max_queue_rows)))

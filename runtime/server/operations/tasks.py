@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 
 from tpeft_deploy.adapter import Adapter
@@ -16,7 +17,15 @@ from tpeft_deploy.runtime.server.isolation.outcomes import Upload
 from tpeft_deploy.runtime.server.isolation.pool import Reader
 from tpeft_deploy.runtime.server.operations.models import Models
 from tpeft_deploy.runtime.server.operations.pools import Pools
-from tpeft_deploy.runtime.server.registry import CURRENT, PinRecord, State, TaskRecord, VersionRecord
+from tpeft_deploy.runtime.server.registry import (
+    ALWAYS,
+    CURRENT,
+    Condition,
+    PinRecord,
+    State,
+    TaskRecord,
+    VersionRecord,
+)
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.telemetry.statistics import Statistics
 from tpeft_deploy.runtime.server.tenancy.access import SHARED, Action, Principal, allow
@@ -89,6 +98,7 @@ class Management:
         alias: str = CURRENT,
         tenant: str | None = None,
         keep_equal: bool = False,
+        condition: Condition = ALWAYS,
     ) -> TaskRecord:
         """Register an upload as a new version, checked and ready when this returns.
 
@@ -99,6 +109,7 @@ class Management:
             alias: alias that points at the version afterwards.
             tenant: owner of the task (default: the caller's tenant).
             keep_equal: whether to make no new version if the current one has the same content.
+            condition: what must be true of the task.
         """
         owner = owner_of(principal, tenant)
         self._check_free(name)
@@ -112,7 +123,9 @@ class Management:
                 return self.task(owner, name)
             # Shielded, so that a disconnect never leaves a half-registered version.
             await asyncio.shield(
-                self._pools.uploads.run_for(principal.tenant, self._add, owner, name, upload, alias, principal.key)
+                self._pools.uploads.run_for(
+                    principal.tenant, self._add, owner, name, upload, alias, principal.key, condition
+                )
             )
         return self.task(owner, name)
 
@@ -124,44 +137,63 @@ class Management:
         version: str,
         tenant: str | None = None,
         expected: str | None = None,
+        condition: Condition = ALWAYS,
     ) -> TaskRecord:
         """Point an alias at a version."""
         owner = owner_of(principal, tenant)
-        return await self._pools.changes.run_for(
-            owner, self._state.tasks.point, owner, name, alias, version, by=principal.key, expected=expected
-        )
+        point = partial(self._state.tasks.point, by=principal.key, expected=expected, condition=condition)
+        return await self._pools.changes.run_for(owner, point, owner, name, alias, version)
 
     async def rollback(
-        self, principal: Principal, name: str, alias: str, tenant: str | None = None, expected: str | None = None
+        self,
+        principal: Principal,
+        name: str,
+        alias: str,
+        tenant: str | None = None,
+        expected: str | None = None,
+        condition: Condition = ALWAYS,
     ) -> TaskRecord:
         """Point an alias back at its previous version."""
         owner = owner_of(principal, tenant)
-        return await self._pools.changes.run_for(
-            owner, self._state.tasks.rollback, owner, name, alias, by=principal.key, expected=expected
-        )
+        rollback = partial(self._state.tasks.rollback, by=principal.key, expected=expected, condition=condition)
+        return await self._pools.changes.run_for(owner, rollback, owner, name, alias)
 
-    async def delete(self, principal: Principal, name: str, version: str = "", tenant: str | None = None) -> None:
-        """Delete a task, or one version without an alias; in-flight requests finish."""
+    async def delete(
+        self,
+        principal: Principal,
+        name: str,
+        version: str = "",
+        tenant: str | None = None,
+        condition: Condition = ALWAYS,
+    ) -> TaskRecord | None:
+        """Delete a task, or one version without an alias; in-flight requests finish.
+
+        Returns:
+            The task after one version was deleted; None after the whole task was.
+        """
         owner = owner_of(principal, tenant)
         if version and not (version.isascii() and version.isdigit() and len(version) < 10):
             raise ProtocolError(f"delete version {version!r} of task {name!r}", expected="a number", got="another name")
-        await asyncio.shield(self._pools.changes.run_for(owner, self._delete, owner, name, version, principal.key))
+        left = await asyncio.shield(
+            self._pools.changes.run_for(owner, self._delete, owner, name, version, principal.key, condition)
+        )
         if not version:
             self._statistics.drop(owner, name)
+        return left
 
-    async def publish(self, principal: Principal, name: str, tenant: str) -> TaskRecord:
+    async def publish(self, principal: Principal, name: str, tenant: str, condition: Condition = ALWAYS) -> TaskRecord:
         """Share a tenant's task with all tenants."""
         allow(principal, Action.ADMIN)
         self._check_free(name)
-        before = self.task(tenant, name)
         published = await self._pools.changes.run(
             self._state.tasks.publish,
             tenant,
             name,
             lambda task: self.announce(list(task.versions.values())),
             by=principal.key,
+            condition=condition,
         )
-        self._runtime.forget(record.key for record in before.versions.values())
+        self._runtime.forget(replace(record, tenant=tenant).key for record in published.versions.values())
         self._statistics.drop(tenant, name)
         return published
 
@@ -234,18 +266,18 @@ class Management:
         own = self._state.tasks.snapshot().own(tenant, name)
         return own is not None and own.version("").digest == Blobs.digest(upload.data)
 
-    def _add(self, tenant: str, name: str, upload: Upload, alias: str, by: str) -> None:
-        known: list[VersionRecord] = []
-
-        def check(record: VersionRecord, adapter: Adapter) -> None:
-            self._admit(record, adapter)
-            known.append(record)
-
-        try:
-            self._state.tasks.add(tenant, name, upload.adapter, check, by=by, alias=alias, data=upload.data)
-        except BaseException:
-            self._runtime.forget(record.key for record in known)
-            raise
+    def _add(self, tenant: str, name: str, upload: Upload, alias: str, by: str, condition: Condition) -> None:
+        self._state.tasks.add(
+            tenant,
+            name,
+            upload.adapter,
+            self._admit,
+            by=by,
+            alias=alias,
+            data=upload.data,
+            condition=condition,
+            withdraw=lambda record: self._runtime.forget([record.key]),
+        )
 
     def _keep(self, pin: PinRecord, key: str, by: str) -> None:
         try:
@@ -283,12 +315,15 @@ class Management:
             return False
         return True
 
-    def _delete(self, tenant: str, name: str, version: str, by: str) -> None:
+    def _delete(self, tenant: str, name: str, version: str, by: str, condition: Condition) -> TaskRecord | None:
+        left, tasks = None, self._state.tasks
         if version:
-            gone = [self._state.tasks.remove_version(tenant, name, int(version), by=by)]
+            record, left = tasks.remove_version(tenant, name, int(version), by=by, condition=condition)
+            gone = [record]
         else:
-            gone = self._state.tasks.remove(tenant, name, by=by)
+            gone = tasks.remove(tenant, name, by=by, condition=condition)
         self._runtime.forget(record.key for record in gone)
+        return left
 
     def _check_free(self, name: str) -> None:
         if name in self._models.reserved:

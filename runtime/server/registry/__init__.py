@@ -9,8 +9,10 @@ from tpeft_deploy.runtime.server.registry.files.uploads import Staged
 from tpeft_deploy.runtime.server.registry.keys import KeyRecord, Keys
 from tpeft_deploy.runtime.server.registry.placements import PinRecord, Placements
 from tpeft_deploy.runtime.server.registry.snapshot import (
+    ALWAYS,
     CURRENT,
     AliasRecord,
+    Condition,
     RegistrySnapshot,
     TaskRecord,
     VersionRecord,
@@ -20,10 +22,12 @@ from tpeft_deploy.runtime.server.registry.task_store import Tasks
 from tpeft_deploy.runtime.server.registry.tenants import TenantRecord, Tenants
 
 __all__ = [
+    "ALWAYS",
     "AliasRecord",
     "Audit",
     "AuditRecord",
     "CURRENT",
+    "Condition",
     "KeyRecord",
     "Keys",
     "POLL_SECONDS",

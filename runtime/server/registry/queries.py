@@ -23,6 +23,7 @@ __all__ = [
     "next_number",
     "point",
     "reserve_number",
+    "return_number",
     "row",
     "stored",
     "touch",
@@ -63,6 +64,12 @@ def reserve_number(connection: Connection, tenant: str, name: str) -> int:
     number = int(found["next_number"])
     connection.execute(update(_T).where(_T.c.id == found["id"]).values(next_number=number + 1))
     return number
+
+
+def return_number(connection: Connection, tenant: str, name: str, number: int) -> None:
+    """Make a reserved number the next one again, unless a later one was given since."""
+    own = (_T.c.tenant == tenant) & (_T.c.name == name) & (_T.c.next_number == number + 1)
+    connection.execute(update(_T).where(own).values(next_number=number))
 
 
 def add_version(connection: Connection, record: VersionRecord) -> int:
@@ -162,7 +169,8 @@ def stored(connection: Connection) -> list[StoredTask]:
 
 
 def _stored(connection: Connection, condition: ColumnElement[bool]) -> list[StoredTask]:
-    found = list(connection.execute(select(_T.c.id, _T.c.tenant, _T.c.name, _T.c.deleted).where(condition)))
+    columns = _T.c.id, _T.c.tenant, _T.c.name, _T.c.deleted, _T.c.changed
+    found = list(connection.execute(select(*columns).where(condition)))
     owners = {row.id: (row.tenant, row.name) for row in found}
     versions: dict[int, dict[int, VersionRecord]] = {task: {} for task in owners}
     aliases: dict[int, dict[str, int]] = {task: {} for task in owners}
@@ -183,7 +191,7 @@ def _stored(connection: Connection, condition: ColumnElement[bool]) -> list[Stor
             row.name,
             None
             if row.deleted
-            else TaskRecord(row.tenant, row.name, versions[row.id], aliases[row.id], previous[row.id]),
+            else TaskRecord(row.tenant, row.name, versions[row.id], aliases[row.id], previous[row.id], row.changed),
         )
         for row in found
     ]

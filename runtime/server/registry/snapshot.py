@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tpeft_deploy.errors import Conflict, NotFound
+from tpeft_deploy.errors import Conflict, NotFound, PreconditionFailed
 from tpeft_deploy.runtime.server.tenancy.access import SHARED
 
-__all__ = ["CURRENT", "AliasRecord", "RegistrySnapshot", "TaskRecord", "VersionRecord"]
+__all__ = ["ALWAYS", "CURRENT", "AliasRecord", "Condition", "RegistrySnapshot", "TaskRecord", "VersionRecord"]
 
 CURRENT = "current"
 """Alias that requests without a version resolve to."""
@@ -59,13 +59,23 @@ class AliasRecord:
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """A task: versions by number, and current and previous version numbers by alias."""
+    """A task: versions by number, and current and previous version numbers by alias.
+
+    Attributes:
+        changed: counter of changes of tasks at the last change of this one.
+    """
 
     tenant: str
     name: str
     versions: Mapping[int, VersionRecord]
     aliases: Mapping[str, int]
     previous: Mapping[str, int]
+    changed: int = 0
+
+    @property
+    def tag(self) -> str:
+        """Entity tag: another one after each change of versions or aliases, and never one of an earlier task."""
+        return f'"{self.changed}"'
 
     def version(self, wanted: str) -> VersionRecord:
         """Return the version of a number or alias.
@@ -107,6 +117,53 @@ class TaskRecord:
                 got="none" if present is None else f"version {present}",
                 fix="It was changed meanwhile: look at it, and try again.",
             )
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What must be true of a task when it is changed.
+
+    Attributes:
+        tags: entity tags, one of which the task must have; None: any task, or none.
+        exists: whether the task must exist; None: either.
+    """
+
+    tags: frozenset[str] | None = None
+    exists: bool | None = None
+
+    def check(self, name: str, task: TaskRecord | None) -> None:
+        """Check the condition in the transaction of a change.
+
+        Args:
+            name: name of the task.
+            task: the tenant's task; None: it does not exist.
+
+        Raises:
+            PreconditionFailed: the condition is false.
+        """
+        if task is None and (self.exists or self.tags is not None):
+            raise self._failed(name, self._expected(), "none", "It was deleted or never made")
+        if task is None:
+            return
+        if self.exists is False:
+            raise self._failed(name, "that it does not exist", f"a task with the tag {task.tag}", "It was made already")
+        if self.tags is not None and task.tag not in self.tags:
+            raise self._failed(name, self._expected(), f"the tag {task.tag}", "It was changed meanwhile")
+
+    def _expected(self) -> str:
+        if self.tags is None:
+            return "that it exists"
+        shown = ", ".join(sorted(self.tags)[:5])
+        return f"the tag {shown[:100]}"
+
+    @staticmethod
+    def _failed(name: str, expected: str, got: str, reason: str) -> PreconditionFailed:
+        fix = f"{reason}: look at it, and decide whether the change is still wanted. Nothing was changed."
+        return PreconditionFailed(f"change task {name[:128]!r}", expected=expected, got=got, fix=fix)
+
+
+ALWAYS = Condition()
+"""Condition of a change that has none."""
 
 
 class RegistrySnapshot:
@@ -158,6 +215,20 @@ class RegistrySnapshot:
     def owners(self, name: str) -> list[str]:
         """Return the tenants that have a task of a name."""
         return [tenant for tenant, tasks in self._tasks.items() if name in tasks]
+
+    def check_owner(self, tenant: str, name: str) -> None:
+        """Check that a tenant may register a task of a name.
+
+        Raises:
+            Conflict: the name is that of a shared task or, for a shared task, of a tenant's task.
+        """
+        others = [owner for owner in self.owners(name) if owner != tenant]
+        if others and (tenant == SHARED or SHARED in others):
+            raise Conflict(
+                f"register task {name!r}",
+                expected="an unused name",
+                got="the name of a shared task" if tenant != SHARED else "one that tenants have",
+            )
 
     def versions(self) -> Iterable[VersionRecord]:
         """Iterate over all versions of all tasks."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Iterator, Set
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from pathlib import Path
 
-from sqlalchemy import Connection
-
 from tpeft_deploy.adapter import Adapter
-from tpeft_deploy.errors import Conflict, NotFound
+from tpeft_deploy.errors import Conflict, NotFound, PreconditionFailed, ServerError
 from tpeft_deploy.formats import canonical
 from tpeft_deploy.runtime.server.registry import audit, placements, queries
 from tpeft_deploy.runtime.server.registry.database import Database
@@ -20,11 +17,13 @@ from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.files.locks import KeyedLocks
 from tpeft_deploy.runtime.server.registry.files.store import AdapterStore
 from tpeft_deploy.runtime.server.registry.files.uploads import RunBlocking, Staged, staging
-from tpeft_deploy.runtime.server.registry.known_tasks import KnownTasks, Told
+from tpeft_deploy.runtime.server.registry.known_tasks import TaskChanges, Told
 from tpeft_deploy.runtime.server.registry.names import check_alias, check_task, check_tenant
 from tpeft_deploy.runtime.server.registry.snapshot import (
+    ALWAYS,
     CURRENT,
     AliasRecord,
+    Condition,
     RegistrySnapshot,
     TaskRecord,
     VersionRecord,
@@ -69,15 +68,14 @@ class Tasks:
         self._quota = quota
         self._placed = placed
         self._shared = shared
-        # Acquired before `_lock`: one registration per task at a time, without blocking other tasks during checks.
+        # Held before a transaction: one registration per task at a time, without blocking other tasks during checks.
         self._turns = KeyedLocks()
-        self._lock = threading.Lock()  # orders short changes, so that the snapshot follows the database
-        self._known = KnownTasks(database)
+        self._changes = TaskChanges(database)
         blobs.clean(self._referred)
 
     def snapshot(self) -> RegistrySnapshot:
         """Return the current snapshot."""
-        return self._known.snapshot
+        return self._changes.snapshot
 
     def follow(self, announce: Told, forget: Told) -> None:
         """Announce all versions, and from now on what other servers change.
@@ -86,13 +84,11 @@ class Tasks:
             announce: called with new versions, before they are visible.
             forget: called with versions that were deleted, once they are not visible any more.
         """
-        with self._lock:
-            self._known.follow(announce, forget)
+        self._changes.follow(announce, forget)
 
     def refresh(self) -> None:
         """Take over what other servers have changed."""
-        with self._lock, self._database.reading() as connection:
-            self._known.catch_up(connection)
+        self._changes.refresh()
 
     def staging(self, limit: int, run: RunBlocking = asyncio.to_thread) -> AbstractAsyncContextManager[Staged]:
         """Create a temporary directory for an upload.
@@ -113,8 +109,13 @@ class Tasks:
         by: str,
         alias: str = CURRENT,
         data: bytes | None = None,
+        condition: Condition = ALWAYS,
+        withdraw: Callable[[VersionRecord], None] = lambda _: None,
     ) -> VersionRecord:
         """Register a version and point an alias to it.
+
+        A version whose condition is false takes no number, unless the task was changed during the check and another
+        server took a later number meanwhile.
 
         Args:
             tenant: tenant of the task; `SHARED` for a shared task.
@@ -124,6 +125,8 @@ class Tasks:
             by: id of the key that registers the version.
             alias: alias that points to the version afterwards.
             data: the adapter's canonical file; by default it is encoded here.
+            condition: what must be true of the task.
+            withdraw: called with a version that was not registered although `check` passed.
 
         Returns:
             The record of the version.
@@ -131,6 +134,7 @@ class Tasks:
         Raises:
             ProtocolError: a name is invalid.
             Conflict: the name is that of a shared task or, for a shared task, of a tenant's task.
+            PreconditionFailed: the condition is false.
             QuotaExceeded: the tenant's quota of adapters or bytes is used up.
         """
         check_task(name)
@@ -140,13 +144,19 @@ class Tasks:
         data = adapter.to_bytes() if data is None else data
         with self._turns.hold((tenant, name)):
             # An early check, before the file is written; the transaction below decides.
-            self._check_owner(tenant, name)
-            number = self._next_number(tenant, name, len(data))
+            self.snapshot().check_owner(tenant, name)
+            number = self._next_number(tenant, name, len(data), condition)
             try:
                 with self._blobs.pending(data) as digest:
                     record = VersionRecord(tenant, name, number, digest, len(data), time.time(), by)
                     check(record, adapter)
-                    self._add(record, alias)
+                    try:
+                        self._add(record, alias, condition)
+                    except BaseException as error:
+                        withdraw(record)  # before another registration may get the number
+                        if self._shared and isinstance(error, PreconditionFailed):
+                            self._return_number(record)
+                        raise
             except BaseException:
                 # Not left to the sweep: refused uploads would fill the disk until then.
                 self._blobs.discard(Blobs.digest(data), self._referred)
@@ -154,7 +164,15 @@ class Tasks:
         return record
 
     def point(
-        self, tenant: str, name: str, alias: str, version: str, *, by: str, expected: str | None = None
+        self,
+        tenant: str,
+        name: str,
+        alias: str,
+        version: str,
+        *,
+        by: str,
+        expected: str | None = None,
+        condition: Condition = ALWAYS,
     ) -> TaskRecord:
         """Point an alias to a version.
 
@@ -165,23 +183,34 @@ class Tasks:
             version: number or alias of the version to point to.
             by: id of the key that makes the change.
             expected: number of the version that the alias must point to now; None: any.
+            condition: what must be true of the task.
 
         Raises:
             ProtocolError: a name is invalid.
             NotFound: the tenant has no such task or version.
             Conflict: the alias does not point to `expected`.
+            PreconditionFailed: the condition is false.
         """
         check_task(name)
         check_alias(alias)
-        with self._changing(tenant, name) as (connection, task):
-            own = self._own(tenant, name)
+        with self._changes.changing(tenant, name, condition) as change:
+            connection, task, own = change.connection, change.task, self._changes.own(tenant, name)
             number = own.version(version).number
             own.check_alias(alias, expected)
             queries.point(connection, task, alias, number, by)
             audit.write(connection, by, tenant, "point", name, alias=alias, version=number)
-        return self._own(tenant, name)
+        return change.done[0]
 
-    def rollback(self, tenant: str, name: str, alias: str, *, by: str, expected: str | None = None) -> TaskRecord:
+    def rollback(
+        self,
+        tenant: str,
+        name: str,
+        alias: str,
+        *,
+        by: str,
+        expected: str | None = None,
+        condition: Condition = ALWAYS,
+    ) -> TaskRecord:
         """Point an alias to its previous version; a second rollback undoes the first.
 
         Args:
@@ -190,14 +219,16 @@ class Tasks:
             alias: alias to change.
             by: id of the key that makes the change.
             expected: number of the version that the alias must point to now; None: any.
+            condition: what must be true of the task.
 
         Raises:
             NotFound: the tenant has no such task.
             Conflict: the alias has no previous version, that version was deleted, or the alias does not point to
                 `expected`.
+            PreconditionFailed: the condition is false.
         """
-        with self._changing(tenant, name) as (connection, task):
-            own = self._own(tenant, name)
+        with self._changes.changing(tenant, name, condition) as change:
+            connection, task, own = change.connection, change.task, self._changes.own(tenant, name)
             own.check_alias(alias, expected)
             number = own.previous.get(alias)
             if number is None or number not in own.versions:
@@ -208,7 +239,7 @@ class Tasks:
                 )
             queries.point(connection, task, alias, number, by)
             audit.write(connection, by, tenant, "roll back", name, alias=alias, version=number)
-        return self._own(tenant, name)
+        return change.done[0]
 
     def history(self, tenant: str, name: str, alias: str, limit: int = 100) -> list[AliasRecord]:
         """List the versions that an alias pointed to, newest first.
@@ -216,19 +247,21 @@ class Tasks:
         Raises:
             NotFound: the tenant has no such task, or the task no such alias.
         """
-        if alias not in self._own(tenant, name).aliases:
+        if alias not in self._changes.own(tenant, name).aliases:
             raise NotFound(f"find alias {alias[:128]!r} of task {name!r}", problem="there is none of that name")
         with self._database.reading() as connection:
             return queries.history(connection, tenant, name, alias, limit)
 
-    def remove(self, tenant: str, name: str, *, by: str) -> list[VersionRecord]:
+    def remove(self, tenant: str, name: str, *, by: str, condition: Condition = ALWAYS) -> list[VersionRecord]:
         """Delete a task and return its versions; their numbers are not reused.
 
         Raises:
             NotFound: the tenant has no such task.
+            PreconditionFailed: the condition is false.
         """
-        with self._changing(tenant, name) as (connection, task):
-            gone = list(self._own(tenant, name).versions.values())
+        with self._changes.changing(tenant, name, condition) as change:
+            connection, task = change.connection, change.task
+            gone = list(self._changes.own(tenant, name).versions.values())
             queries.drop_task(connection, task)
             placements.drop(connection, tenant, name)
             numbers = sorted(version.number for version in gone)
@@ -237,15 +270,18 @@ class Tasks:
         self._blobs.release(version.digest for version in gone)
         return gone
 
-    def remove_version(self, tenant: str, name: str, number: int, *, by: str) -> VersionRecord:
-        """Delete a version that no alias points to, and return its record.
+    def remove_version(
+        self, tenant: str, name: str, number: int, *, by: str, condition: Condition = ALWAYS
+    ) -> tuple[VersionRecord, TaskRecord]:
+        """Delete a version that no alias points to, and return its record and the task afterwards.
 
         Raises:
             NotFound: the tenant has no such task or version.
             Conflict: an alias points to the version.
+            PreconditionFailed: the condition is false.
         """
-        with self._changing(tenant, name) as (connection, task):
-            own = self._own(tenant, name)
+        with self._changes.changing(tenant, name, condition) as change:
+            connection, task, own = change.connection, change.task, self._changes.own(tenant, name)
             record = own.version(str(number))
             using = sorted(alias for alias, current in own.aliases.items() if current == number)
             if using:
@@ -260,9 +296,17 @@ class Tasks:
             audit.write(connection, by, tenant, "delete version", name, version=number)
         self._placed.refresh()
         self._blobs.release([record.digest])
-        return record
+        return record, change.done[0]
 
-    def publish(self, tenant: str, name: str, announce: Callable[[TaskRecord], None], *, by: str) -> TaskRecord:
+    def publish(
+        self,
+        tenant: str,
+        name: str,
+        announce: Callable[[TaskRecord], None],
+        *,
+        by: str,
+        condition: Condition = ALWAYS,
+    ) -> TaskRecord:
         """Share a tenant's task with all tenants; its versions keep their numbers.
 
         Args:
@@ -270,13 +314,15 @@ class Tasks:
             name: name of the task.
             announce: function called with the shared task before it is visible.
             by: id of the key that makes the change.
+            condition: what must be true of the tenant's task.
 
         Raises:
             NotFound: the tenant has no such task.
             Conflict: another tenant has a task of that name, or it was shared before and deleted.
+            PreconditionFailed: the condition is false.
         """
-        with self._changing(tenant, name, announce) as (connection, task):
-            self._own(tenant, name)
+        with self._changes.changing(tenant, name, condition, announce) as change:
+            connection, task = change.connection, change.task
             others = [owner for owner in self.snapshot().owners(name) if owner != tenant]
             if others or queries.row(connection, SHARED, name) is not None:
                 raise Conflict(
@@ -286,7 +332,7 @@ class Tasks:
             placements.drop(connection, tenant, name)
             audit.write(connection, by, tenant, "publish", name)
         self._placed.refresh()
-        return self._own(SHARED, name)
+        return change.done[0]
 
     def read(self, record: VersionRecord) -> Adapter:
         """Read the adapter of a version.
@@ -299,8 +345,8 @@ class Tasks:
 
     def usage(self, tenant: str) -> tuple[int, int]:
         """Return the number of a tenant's versions, and their bytes."""
-        own = [version for task in self.snapshot().owned(tenant) for version in task.versions.values()]
-        return len(own), sum(version.bytes for version in own)
+        sizes = [version.bytes for task in self.snapshot().owned(tenant) for version in task.versions.values()]
+        return len(sizes), sum(sizes)
 
     def sweep(self, *, grace: float = _GRACE) -> int:
         """Remove files of adapters that were deleted at least `grace` seconds ago, and return their number."""
@@ -309,28 +355,31 @@ class Tasks:
     @contextmanager
     def _referred(self) -> Iterator[Set[str]]:
         """Return the digests of all versions; no server registers one before the block ends."""
-        with self._lock, ExitStack() as stack:
-            if self._shared:
-                self._known.catch_up(stack.enter_context(self._database.writing()))
-            yield {version.digest for version in self.snapshot().versions()}
+        with self._changes.held(shared=self._shared) as snapshot:
+            yield {version.digest for version in snapshot.versions()}
 
-    def _add(self, record: VersionRecord, alias: str) -> None:
+    def _add(self, record: VersionRecord, alias: str, condition: Condition) -> None:
         tenant, name = record.tenant, record.task
-        with self._writing() as (connection, touched):
-            self._check_owner(tenant, name)
+        with self._changes.writing() as change:
+            connection = change.connection
+            self.snapshot().check_owner(tenant, name)
+            condition.check(name, self.snapshot().own(tenant, name))
             check_room(connection, tenant, self._quota(tenant), record.bytes)
             if tenant != SHARED:
                 ensure(self._database, connection, tenant)
             task = queries.add_version(connection, record)
-            touched.append(task)
+            change.touched.append(task)
             queries.point(connection, task, alias, record.number, record.by)
             audit.write(
                 connection, record.by, tenant, "register", name,
                 version=record.number, digest=record.digest, alias=alias,
             )  # fmt: skip
 
-    def _next_number(self, tenant: str, name: str, size: int) -> int:
+    def _next_number(self, tenant: str, name: str, size: int, condition: Condition) -> int:
         """Return the number of the next version; of several servers, only one gets it."""
+        if condition != ALWAYS:
+            with self._changes.held(shared=self._shared) as snapshot:
+                condition.check(name, snapshot.own(tenant, name))
         if not self._shared:
             with self._database.reading() as connection:
                 check_room(connection, tenant, self._quota(tenant), size)
@@ -339,61 +388,6 @@ class Tasks:
             check_room(connection, tenant, self._quota(tenant), size)
             return queries.reserve_number(connection, tenant, name)
 
-    @contextmanager
-    def _changing(
-        self, tenant: str, name: str, announce: Callable[[TaskRecord], None] = lambda _: None
-    ) -> Iterator[tuple[Connection, int]]:
-        """Open a transaction on one task of a tenant; see `_writing`."""
-        if self.snapshot().own(tenant, name) is None:
-            self.refresh()  # read before it is asked of the one writer
-            self._own(tenant, name)
-        with self._writing(announce) as (connection, touched):
-            self._own(tenant, name)
-            task = _id(connection, tenant, name)
-            touched.append(task)
-            yield connection, task
-
-    @contextmanager
-    def _writing(
-        self, announce: Callable[[TaskRecord], None] = lambda _: None
-    ) -> Iterator[tuple[Connection, list[int]]]:
-        """Open a transaction that begins with the newest snapshot; the snapshot is replaced once it is durable.
-
-        Args:
-            announce: called with the changed task before it is visible.
-
-        Returns:
-            The connection, and a list for the ids of the changed tasks.
-        """
-        touched: list[int] = []
-        with self._lock:
-            with self._database.writing() as connection:
-                self._known.catch_up(connection)
-                yield connection, touched
-                change = self._known.change(connection, touched)
-            self._known.took(change, announce)
-
-    def _own(self, tenant: str, name: str) -> TaskRecord:
-        return _found(self.snapshot().own(tenant, name), name)
-
-    def _check_owner(self, tenant: str, name: str) -> None:
-        others = [owner for owner in self.snapshot().owners(name) if owner != tenant]
-        if others and (tenant == SHARED or SHARED in others):
-            raise Conflict(
-                f"register task {name!r}",
-                expected="an unused name",
-                got="the name of a shared task" if tenant != SHARED else "one that tenants have",
-            )
-
-
-def _found(task: TaskRecord | None, name: str) -> TaskRecord:
-    if task is None:
-        raise NotFound(f"find task {name[:128]!r}", problem="there is none of that name that is the tenant's own")
-    return task
-
-
-def _id(connection: Connection, tenant: str, name: str) -> int:
-    row = queries.row(connection, tenant, name)
-    if row is None:
-        raise NotFound(f"find task {name!r}", problem="it was deleted meanwhile")
-    return int(row["id"])
+    def _return_number(self, record: VersionRecord) -> None:
+        with suppress(ServerError), self._database.writing() as connection:  # a number that is lost is only a gap
+            queries.return_number(connection, record.tenant, record.task, record.number)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 from msgspec import UNSET
 
 from tpeft_deploy.errors import ProtocolError, Unavailable
 from tpeft_deploy.runtime.server.rest import bodies
+from tpeft_deploy.runtime.server.rest.conditions import condition_of
 from tpeft_deploy.runtime.server.rest.context import HttpContext
 from tpeft_deploy.runtime.server.rest.loading import load_parameters, parameters_of
 from tpeft_deploy.runtime.server.rest.upload_stream import parts
@@ -69,27 +72,32 @@ async def tasks(context: HttpContext) -> object:
 
 
 async def task(context: HttpContext) -> object:
-    return context.core.task(context.principal, context.path("task"), context.owner)
+    return _tagged(context, context.core.task(context.principal, context.path("task"), context.owner))
 
 
 async def register(context: HttpContext) -> object:
     alias = context.query("alias") or "current"
-    return await context.core.register(
-        context.principal, context.path("task"), parts(context), alias=alias, tenant=context.owner
+    condition, task = condition_of(context), context.path("task")
+    found = await context.core.register(
+        context.principal, task, parts(context), alias=alias, tenant=context.owner, condition=condition
     )
+    return _tagged(context, found)
 
 
 async def point(context: HttpContext) -> object:
     body = await context.read(bodies.Alias)
     task, alias = context.path("task"), context.path("alias")
-    version, expected = str(body.version), _expected(body)
-    return await context.core.point(context.principal, task, alias, version, context.owner, expected)
+    version, expected, condition = str(body.version), _expected(body), condition_of(context)
+    found = await context.core.point(context.principal, task, alias, version, context.owner, expected, condition)
+    return _tagged(context, found)
 
 
 async def rollback(context: HttpContext) -> object:
     body = await context.read(bodies.Expected)
     task, alias = context.path("task"), context.path("alias")
-    return await context.core.rollback(context.principal, task, alias, context.owner, _expected(body))
+    condition = condition_of(context)
+    found = await context.core.rollback(context.principal, task, alias, context.owner, _expected(body), condition)
+    return _tagged(context, found)
 
 
 async def history(context: HttpContext) -> object:
@@ -100,19 +108,25 @@ async def history(context: HttpContext) -> object:
 
 
 async def delete(context: HttpContext) -> object:
-    await context.core.delete(context.principal, context.path("task"), context.path("version"), context.owner)
+    task, version = context.path("task"), context.path("version")
+    tag = await context.core.delete(context.principal, task, version, context.owner, condition_of(context))
+    _tagged(context, {"etag": tag})
     return None
 
 
 async def publish(context: HttpContext) -> object:
     if context.owner is None:
         raise ProtocolError("publish a task", expected="the query parameter 'tenant'", got="none")
-    return await context.core.publish(context.principal, context.path("task"), context.owner)
+    condition = condition_of(context)
+    return _tagged(
+        context, await context.core.publish(context.principal, context.path("task"), context.owner, condition)
+    )
 
 
 async def pin(context: HttpContext) -> object:
     folded = (await context.read(bodies.Pin)).folded
-    return await context.core.pin(context.principal, context.path("task"), folded=folded, tenant=context.owner)
+    found = await context.core.pin(context.principal, context.path("task"), folded=folded, tenant=context.owner)
+    return _tagged(context, found)
 
 
 async def unpin(context: HttpContext) -> object:
@@ -156,3 +170,11 @@ async def metrics(context: HttpContext) -> object:
 
 def _expected(body: bodies.Expected) -> str | None:
     return None if body.expected is UNSET else str(body.expected)
+
+
+def _tagged(context: HttpContext, document: Mapping[str, object]) -> Mapping[str, object]:
+    """Send the tag of a task as the header ETag; a model of the bundle has none."""
+    tag = document["etag"]
+    if isinstance(tag, str):
+        context.extra.append((b"etag", tag.encode()))
+    return document

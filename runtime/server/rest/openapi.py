@@ -30,6 +30,17 @@ _ERRORS = {
     "504": "the request's deadline expired",
     "507": "the server's disk is full; nothing was changed",
 }
+_FAILED = "the condition of If-Match or If-None-Match is false; nothing was changed"
+_CONDITIONS = {
+    "If-Match": "entity tag that the task must have, a list of them, or * for a task that exists",
+    "If-None-Match": "* for a task that does not exist yet",
+}
+_ETAG = {
+    "ETag": {
+        "description": "entity tag of the task: another one after each change of its versions or aliases",
+        "schema": {"type": "string"},
+    }
+}
 _MODEL = (
     "name of a task, of the base or of the bundle; MODEL/COMPONENT, with '/' or '%2F', where it has several components"
 )
@@ -126,13 +137,17 @@ def _operation(route: Route) -> dict[str, Any]:
         answer["application/octet-stream"] = {}
     schema_of_errors = "OpenAIError" if route.path.startswith(errors.PREFIX) else "Error"
     error = {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema_of_errors}"}}}}
+    done: dict[str, Any] = {"description": "done", "content": answer}
+    if route.tagged:
+        done["headers"] = _ETAG
+    refused = _ERRORS | ({"412": _FAILED} if route.conditional else {})
     own: dict[str, Any] = {
         "operationId": _id(route),
         "summary": route.summary,
         "parameters": _parameters(route),
         "responses": {
-            "200": {"description": "done", "content": answer},
-            **{code: {"description": text, **error} for code, text in _ERRORS.items()},
+            "200": done,
+            **{code: {"description": text, **error} for code, text in sorted(refused.items())},
         },
         "security": [] if route.action is Action.HEALTH else [{"key": []}],
         "x-role": _role(route.action),
@@ -188,6 +203,9 @@ def _parameters(route: Route) -> list[dict[str, Any]]:
     for name, text in route.query.items():
         schema = {"type": "integer", "minimum": 0} if name in {"limit", "before"} else {"type": "string"}
         found.append({"name": name, "in": "query", "required": False, "schema": schema, "description": text})
+    for name, text in _CONDITIONS.items() if route.conditional else ():
+        schema = {"type": "string"}
+        found.append({"name": name, "in": "header", "required": False, "schema": schema, "description": text})
     return found
 
 

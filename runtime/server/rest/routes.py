@@ -35,6 +35,8 @@ class Route:
         upload: whether the body is an upload.
         streams: whether the response may be a stream of events.
         text: whether the response is text.
+        tagged: whether the response has the entity tag of a task.
+        conditional: whether the request may have the headers If-Match and If-None-Match.
     """
 
     method: str
@@ -47,6 +49,8 @@ class Route:
     upload: bool = False
     streams: bool = False
     text: bool = False
+    tagged: bool = False
+    conditional: bool = False
 
 
 _TENANT = {"tenant": 'owner of the task (default: the key\'s tenant); another one, or "shared", needs the role admin'}
@@ -151,7 +155,7 @@ ROUTES: tuple[Route, ...] = (
         "List tasks with versions, aliases and residency",
         {**_TENANT, **_PAGE},
     ),
-    Route("GET", _TASK, Action.READ, handlers.task, "Get a task", _TENANT),
+    Route("GET", _TASK, Action.READ, handlers.task, "Get a task", _TENANT, tagged=True),
     Route(
         "POST",
         f"{_TASK}/versions",
@@ -160,6 +164,8 @@ ROUTES: tuple[Route, ...] = (
         "Register a new version from an upload",
         {**_TENANT, "alias": 'alias to point at the new version (default: "current")'},
         upload=True,
+        tagged=True,
+        conditional=True,
     ),
     Route(
         "PUT",
@@ -169,6 +175,8 @@ ROUTES: tuple[Route, ...] = (
         "Point an alias at a version",
         _TENANT,
         bodies.Alias,
+        tagged=True,
+        conditional=True,
     ),
     Route(
         "POST",
@@ -178,6 +186,8 @@ ROUTES: tuple[Route, ...] = (
         "Point an alias back at its previous version",
         _TENANT,
         bodies.Expected,
+        tagged=True,
+        conditional=True,
     ),
     Route(
         "GET",
@@ -187,10 +197,37 @@ ROUTES: tuple[Route, ...] = (
         "List the versions of an alias, newest first",
         {**_TENANT, "limit": "maximum number of entries, at most 100 (default: 100)"},
     ),
-    Route("DELETE", _TASK, Action.DEPLOY, handlers.delete, "Delete a task", _TENANT),
-    Route("DELETE", f"{_TASK}/versions/{{version}}", Action.DEPLOY, handlers.delete, "Delete a version", _TENANT),
-    Route("POST", f"{_TASK}/publish", Action.ADMIN, handlers.publish, "Share a task with all tenants", _TENANT),
-    Route("PUT", f"{_TASK}/pin", Action.DEPLOY, handlers.pin, "Pin a task on the device", _TENANT, bodies.Pin),
+    Route("DELETE", _TASK, Action.DEPLOY, handlers.delete, "Delete a task", _TENANT, conditional=True),
+    Route(
+        "DELETE",
+        f"{_TASK}/versions/{{version}}",
+        Action.DEPLOY,
+        handlers.delete,
+        "Delete a version",
+        _TENANT,
+        tagged=True,
+        conditional=True,
+    ),
+    Route(
+        "POST",
+        f"{_TASK}/publish",
+        Action.ADMIN,
+        handlers.publish,
+        "Share a task with all tenants",
+        _TENANT,
+        tagged=True,
+        conditional=True,
+    ),
+    Route(
+        "PUT",
+        f"{_TASK}/pin",
+        Action.DEPLOY,
+        handlers.pin,
+        "Pin a task on the device",
+        _TENANT,
+        bodies.Pin,
+        tagged=True,
+    ),
     Route("DELETE", f"{_TASK}/pin", Action.DEPLOY, handlers.unpin, "Unpin a task", _TENANT),
     Route(
         "GET",

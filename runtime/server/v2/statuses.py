@@ -50,6 +50,7 @@ _TABLE: list[tuple[type[errors.TpeftError], int, str]] = [
     (errors.NotFound, 404, "NOT_FOUND"),
     (errors.UnknownTask, 404, "NOT_FOUND"),
     (errors.Conflict, 409, "FAILED_PRECONDITION"),
+    (errors.PreconditionFailed, 412, "FAILED_PRECONDITION"),
     (errors.QuotaExceeded, 429, "RESOURCE_EXHAUSTED"),
     (errors.Unsupported, 501, "UNIMPLEMENTED"),
     (errors.ProviderUnavailable, 501, "UNIMPLEMENTED"),

@@ -7,12 +7,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import httpx
-import psycopg
 
-from tests.helpers.server.load import NAMES, OPERATOR, TENANTS, Expected, Load
+from tests.helpers.server.load import NAMES, OPERATOR, TENANTS, Change, Expected, Load, Step, Task, applied
 from tests.helpers.waiting import wait_until
 
 _ASKING = 2  # threads of each tenant
@@ -25,26 +24,76 @@ class NotNow(Exception):
 REFUSED = (NotNow, httpx.NetworkError, httpx.RemoteProtocolError)
 
 
+@dataclass
+class KnownTag:
+    """A task as its one client last saw it, and the changes on this state of which nobody knows whether they are done.
+
+    All of them have the same condition.  So at most one is done, and none once another change was.
+
+    Attributes:
+        tag: entity tag; None: there is no task.
+        doubtful: changes without an acknowledgement, each with the time at which it was sent.
+        made_in_doubt: whether the first version of a task was ever doubtful.  A late copy of that request would find
+            its condition true again after the task was deleted, so that it never is.
+        gaps: whether a registration that was not done may have taken a version number.
+    """
+
+    tag: str | None = None
+    doubtful: list[tuple[Change, float]] = field(default_factory=list)
+    made_in_doubt: bool = False
+    gaps: bool = False
+
+    def condition(self) -> dict[str, str]:
+        return {"If-None-Match": "*"} if self.tag is None else {"If-Match": self.tag}
+
+    def doubt(self, change: Change, begun: float) -> None:
+        self.doubtful.append((change, begun))
+        self.made_in_doubt |= self.tag is None
+        self.gaps |= change.action == "register"
+
+    def now(self, tag: str | None) -> None:
+        """Another change was done: the doubtful ones never will be."""
+        self.tag = tag
+        self.doubtful.clear()
+
+    def registered(self, before: Task, change: Change, number: int) -> tuple[Task, tuple[str, dict[str, object]]]:
+        """The task after a registration that got a number, and what the log says; the next one, if none may be lost."""
+        assert number > before.last if self.gaps else number == before.last + 1, f"version {number} after {before}"
+        found = applied(replace(before, last=number - 1), change)
+        assert found is not None
+        return found[0], (change.action, found[1])
+
+    def made(self, before: Task, change: Change, entry: tuple[str, dict[str, object]]) -> Task | None:
+        """The task after a change, if an entry of the log is of that."""
+        if change.action != entry[0]:
+            return None
+        if change.action == "register":
+            found = self.registered(before, change, int(str(entry[1]["version"])))
+            return found[0] if found[1] == entry else None
+        other = applied(before, change)
+        return None if other is None or other[1] != entry[1] else other[0]
+
+
 class ClusterLoad(Load):
     """Clients that go on after a request that may be sent again; one that times out or gets another error fails.
+
+    A change without an acknowledgement may be done much later, by a process that still has it.  Therefore each change
+    has the tag of its task as a condition, and whether it was done is known once another one of that task is answered.
 
     Args:
         keys: tenant -> key.
         uploads: digest -> the file of an adapter.
         expected: their answers.
         bundle: its name.
-        database: URL of the registry's PostgreSQL.
 
     Attributes:
         refused: requests without an answer, by reason.
-        unclear: changes without an acknowledgement, by what became of them.
+        unclear: changes without an acknowledgement, by what was found to have become of them.
     """
 
-    def __init__(
-        self, keys: Mapping[str, str], uploads: Mapping[str, bytes], expected: Expected, bundle: str, database: str
-    ) -> None:
+    def __init__(self, keys: Mapping[str, str], uploads: Mapping[str, bytes], expected: Expected, bundle: str) -> None:
         super().__init__(keys, uploads, expected, bundle)
-        self._database = database.replace("+psycopg", "")
+        self._known_tags = {place: KnownTag() for place in self.histories}
         self.refused: Counter[str] = Counter()
         self.unclear: Counter[str] = Counter()
         self._answered: dict[str, float] = {}  # client -> when its last request with an answer began
@@ -99,56 +148,125 @@ class ClusterLoad(Load):
                     raise
                 else:
                     self._answered[f"{tenant} {work.__name__} {seed}"] = began
+            if work == self._change_tasks:
+                self.settle_doubts(http, tenant)
 
     def _change_tasks(self, http: httpx.Client, tenant: str, choice: random.Random) -> None:
-        try:
-            super()._change_tasks(http, tenant, choice)
-        except REFUSED:
-            for name in NAMES:
-                if self.histories[tenant, name].pending is not None:
-                    self._settle(http, tenant, name)
-            raise
+        name = choice.choice(NAMES)
+        change = self._pick(self.histories[tenant, name].now, choice)
+        if change.action == "delete" and self._known_tags[tenant, name].made_in_doubt:
+            change = replace(change, action="register")
+        self._change(http, tenant, name, change)
 
-    def _settle(self, http: httpx.Client, tenant: str, name: str) -> None:
-        """Ask the log what became of a change without an acknowledgement."""
-        history = self.histories[tenant, name]
-        assert history.pending is not None
-        task, change = history.pending
+    def settle_doubts(self, http: httpx.Client, tenant: str) -> None:
+        """Change each task that has doubtful changes, until none of them can be done any more."""
+
+        def tried(name: str) -> bool:
+            now = self.histories[tenant, name].now
+            alias = next(iter(now.aliases), "current")
+            own = Change("point", alias, now.aliases[alias]) if now.aliases else Change("register", alias)
+            try:
+                self._change(http, tenant, name, replace(own, digest=next(iter(self.uploads))))
+            except REFUSED:
+                return False
+            return not self._known_tags[tenant, name].doubtful
+
+        for name in NAMES:
+            if self._known_tags[tenant, name].doubtful:
+                wait_until(lambda name=name: tried(name), "the end of doubtful changes")  # type: ignore[misc]
+
+    def _change(self, http: httpx.Client, tenant: str, name: str, change: Change) -> None:
+        """Ask for a change of the task as it was last seen; 412 if an earlier, doubtful one was done meanwhile."""
+        history, known = self.histories[tenant, name], self._known_tags[tenant, name]
+        before = history.now
+        wanted = history.begin(change)
+        begun = history.steps[-1].begun
+        try:
+            answer = self._send(http, f"/v2/registry/tasks/{name}", change, known.condition())
+        except REFUSED:
+            if wanted:
+                history.withdraw()
+                known.doubt(change, begun)
+                self._settle(http, tenant, name, "done")
+            raise
+        if answer.status_code == 412:
+            if wanted:  # a proxy may have sent it twice, and the first was done
+                history.withdraw()
+                known.doubt(change, begun)
+            assert self._settle(http, tenant, name, "done later"), f"{change}: {answer.text}"
+            return
+        if not wanted:
+            assert answer.status_code in {404, 409}, answer.text
+            return
+        assert answer.status_code == 200, answer.text
+        if change.action == "register":
+            given = max(int(one["version"]) for one in answer.json()["versions"])
+            history.pending = known.registered(before, change, given)
+            history.steps[-1].task = history.pending[0]
+        task = history.acknowledged()
+        self.changes += 1
+        if not change.action.startswith("delete"):
+            shown = self.shown(answer.json())
+            assert shown == (task.versions, task.aliases), f"{change}: {shown}, not {task}"
+        known.now(answer.headers["etag"] if task.versions else None)
+
+    def _settle(self, http: httpx.Client, tenant: str, name: str, how: str) -> bool:
+        """Ask the log which of the doubtful changes of a task was done; whether one was, of which there is only one."""
+        history, known = self.histories[tenant, name], self._known_tags[tenant, name]
+        found = self._logged(tenant, name)
+        assert found[: len(history.log)] == history.log, f"{tenant}, {name}"
+        new = found[len(history.log) :]
+        if not new:
+            self._count("not done yet")
+            return False
+        assert len(new) == 1, f"{tenant}, {name}: {new}"
+        own = [(known.made(history.now, change, new[0]), begun) for change, begun in known.doubtful]
+        task, begun = next((task, begun) for task, begun in own if task is not None)
+        history.steps.append(Step(task, begun))
+        history.pending = task, new[0]
+        tag = self._seen(http, name, task, known.tag)
+        history.acknowledged()
+        known.now(tag)
+        self._count(how)
+        return True
+
+    def _logged(self, tenant: str, name: str) -> list[tuple[str, dict[str, object]]]:
+        """Changes of a task in the audit log since it was last held against what was acknowledged."""
+        found: list[httpx.Response] = []
         with self.client(OPERATOR) as operator:
-            wait_until(lambda: self._get(operator, "/v2/admin/audit") is not None, "the audit log")
-            entries = operator.get("/v2/admin/audit", params={"limit": 1000}).json()
-        found = [
+
+            def read() -> bool:
+                answer = self._get(operator, "/v2/admin/audit?limit=1000")
+                found.extend([] if answer is None else [answer])
+                return answer is not None
+
+            wait_until(read, "the audit log")
+        return [
             (entry["action"], entry["detail"])
-            for entry in reversed(entries)
+            for entry in reversed(found[0].json())
             if entry["id"] > self.settled and (entry["tenant"], entry["target"]) == (tenant, name)
         ]
-        assert found in (history.log, [*history.log, change]), f"{tenant}, {name}"
-        done = len(found) > len(history.log)
-        with self._guard:
-            self.unclear["done" if done else "not done"] += 1
-        if not done:
-            history.steps.pop()
-            history.pending = None
-            # A registration that was not done may have taken a number, which no other gets.
-            history.steps[-1].task = replace(history.now, last=self._last_number(tenant, name))
-            return
+
+    def _seen(self, http: httpx.Client, name: str, task: Task, before: str | None) -> str | None:
+        """Wait until a task is seen after a change, and return its tag."""
+        tags: list[str | None] = []
 
         def seen() -> bool:
             answer = self._get(http, f"/v2/registry/tasks/{name}")
             if answer is None:
                 return False
             if answer.status_code == 404:
+                tags.append(None)
                 return not task.versions
-            return self.shown(answer.json()) == (task.versions, task.aliases)
+            tags.append(answer.headers["etag"])
+            return tags[-1] != before and self.shown(answer.json()) == (task.versions, task.aliases)
 
         wait_until(seen, "the sight of a change")
-        history.acknowledged()
+        return tags[-1]
 
-    def _last_number(self, tenant: str, name: str) -> int:
-        with psycopg.connect(self._database) as connection:
-            query = "SELECT next_number - 1 FROM tasks WHERE tenant = %s AND name = %s"
-            found = connection.execute(query, (tenant, name)).fetchone()
-        return 0 if found is None else int(found[0])
+    def _count(self, what: str) -> None:
+        with self._guard:
+            self.unclear[what] += 1
 
     @staticmethod
     def _get(http: httpx.Client, path: str) -> httpx.Response | None:

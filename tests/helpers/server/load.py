@@ -120,6 +120,11 @@ class History:
         self.pending = None
         return self.now
 
+    def withdraw(self) -> None:
+        """Take back what was begun: it was not done, or nobody knows yet."""
+        self.steps.pop()
+        self.pending = None
+
     def settle(self, *, done: bool) -> None:
         """After a restart: what was going on was done, or was not, and then nobody may have seen it."""
         if self.pending is not None and not done:
@@ -288,16 +293,19 @@ class Load:
         number = choice.choice([*task.versions, task.last + 1])
         return Change(choice.choice(actions), choice.choice(ALIASES), number, choice.choice(list(self.uploads)))
 
-    def _send(self, http: httpx.Client, path: str, change: Change) -> httpx.Response:
+    def _send(
+        self, http: httpx.Client, path: str, change: Change, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
         alias = f"{path}/aliases/{change.alias}"
         if change.action == "register":
             files = {"weights": self.uploads[change.digest]}
-            return http.post(f"{path}/versions", params={"alias": change.alias}, files=files)
+            return http.post(f"{path}/versions", params={"alias": change.alias}, files=files, headers=headers)
         if change.action == "point":
-            return http.put(alias, json={"version": change.number})
+            return http.put(alias, json={"version": change.number}, headers=headers)
         if change.action == "roll back":
-            return http.post(f"{alias}/rollback")
-        return http.delete(path if change.action == "delete" else f"{path}/versions/{change.number}")
+            return http.post(f"{alias}/rollback", headers=headers)
+        gone = path if change.action == "delete" else f"{path}/versions/{change.number}"
+        return http.delete(gone, headers=headers)
 
     def _change_keys(self, http: httpx.Client, _: str, choice: random.Random) -> None:
         if len(self.secrets) < 3 or choice.random() < 0.5:

@@ -17,11 +17,12 @@ from safetensors.numpy import save
 from tests.helpers.server.client_calls import BOTH, Calling, Use
 from tests.helpers.server.client_peer import Peer, serving
 from tpeft_deploy import AsyncClient, Client
-from tpeft_deploy.errors import FormatError, InputError, ServerError
+from tpeft_deploy.errors import FormatError, InputError, PreconditionFailed, ServerError
 
 ROOT = Path(__file__).parents[3]
 URL = "https://server/below"
 ONE = {"name": "t"}
+PLACE = "x.safetensors"
 
 
 @pytest.fixture(params=BOTH)
@@ -132,6 +133,42 @@ def test_each_call_is_one_request(
     assert (json.loads(request.content) if request.content else None) == body
     if body is not None:
         assert request.headers["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    ("use", "headers"),
+    [
+        (lambda c: c.point("t", "live", 2, if_match='"7"'), {"if-match": '"7"'}),
+        (lambda c: c.rollback("t", if_match="*"), {"if-match": "*"}),
+        (lambda c: c.publish("t", if_match='"7", "8"'), {"if-match": '"7", "8"'}),
+        (lambda c: c.register("t", PLACE, if_match='"7"'), {"if-match": '"7"'}),
+        (lambda c: c.register("t", PLACE, if_none_match=True), {"if-none-match": "*"}),
+        (lambda c: c.register("t", PLACE), {}),
+        (lambda c: c.delete("t", 4, if_match='"7"'), {"if-match": '"7"'}),
+    ],
+)
+@pytest.mark.parametrize("status", [200, 412])
+def test_conditions_are_headers(
+    call: Calling, use: Use, headers: dict[str, str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    seen: list[httpx.Request] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        if status == 412:
+            return httpx.Response(412, json={"error": "change task 't': ..."})
+        return httpx.Response(200, json=ONE, headers={"ETag": '"8"'})
+
+    transport = httpx.MockTransport(handle)
+    if status == 412:
+        with pytest.raises(PreconditionFailed, match=r"^change task 't'"):
+            call(URL, [use], transport=transport)
+    else:
+        assert call(URL, [use], transport=transport) == ['"8"' if seen[0].method == "DELETE" else ONE]
+    [request] = seen
+    assert {name: text for name, text in request.headers.items() if name.startswith("if-")} == headers
 
 
 @pytest.mark.parametrize("use", [lambda c: c.tasks(), lambda c: c.task("t"), lambda c: c.pin("t")])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from tests.helpers import documents
 from tests.helpers.server.client_peer import KEY, Peer, serving
 from tests.helpers.server.live import Live, serving_bundle
 from tpeft_deploy import Bundle, Client
+from tpeft_deploy.errors import Unavailable
 from tpeft_deploy.runtime.text.model_text import ModelText
 
 ROOT = Path(__file__).parents[3]
@@ -85,7 +88,7 @@ def test_every_block_of_the_page_is_known_here() -> None:
     words = [" Client(", "AsyncClient", "tritonclient.http", "tritonclient.grpc", "RESTClient", "GRPCClient"]
     words += [" OpenAI(", "ChatOpenAI(", "litellm"]
     kinds = [next(word for word in words if word in text) for kind, text in BLOCKS if kind == "python"]
-    assert sorted(kinds) == sorted([*words, *[" Client("] * 3, *[" OpenAI("] * 3])
+    assert sorted(kinds) == sorted([*words, *[" Client("] * 4, *[" OpenAI("] * 3])
     assert len(blocks("sh", "curl")) == len(BLOCKS) - len(kinds) == 4
 
 
@@ -113,7 +116,7 @@ def test_curl_gets_the_same(peer: Peer, place: Path) -> None:
 
 
 def test_an_adapter_is_registered(peer: Peer, place: Path) -> None:
-    (text,) = blocks("python", "client.register(")
+    text, _ = blocks("python", "client.register(")
     run(peer, place, sys.executable, "-c", text)
     assert peer.uploads[-1]["weights"] == (place / "adapters" / "sketches" / "adapter_model.safetensors").read_bytes()
 
@@ -124,6 +127,29 @@ def live(talking: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         with Client(live.url, live.keys["acme", "deploy"], timeout=100) as client:
             client.register("support", talking.path.parent / "a")
         yield live
+
+
+def test_a_change_without_an_answer_is_made_once(
+    live: Live, talking: Bundle, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (text,) = blocks("python", "if_match")
+    service, key = live.served.service, live.keys["acme", "deploy"]
+    register = service.register
+
+    async def without_an_answer(*given: Any, **named: Any) -> dict[str, Any]:
+        monkeypatch.setattr(service, "register", register)
+        await register(*given, **named)
+        raise Unavailable("answer", problem="a part of the cluster was replaced")
+
+    shutil.copytree(talking.path.parent / "a", place / "adapters" / "sketches", dirs_exist_ok=True)
+    with Client(live.url, key, timeout=100) as client:
+        before = client.register("sketches", place / "adapters" / "sketches")["etag"]
+        monkeypatch.setattr(service, "register", without_an_answer)
+        shown = run(live, place, sys.executable, "-c", text, key=key)
+        task = client.task("sketches")
+    assert [version["version"] for version in task["versions"]] == ["1", "2"]
+    assert shown.splitlines()[0] == f"{task['etag']} {{'current': '2'}}"
+    assert task["etag"] != before
 
 
 def generated(live: Live, tokens: list[int], text: ModelText) -> str:

@@ -29,7 +29,7 @@ def many(conv_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Itera
     for tenant, name in [*(("acme", f"task-{n:04}") for n in range(COUNT)), ("", "task-0003")]:
         record = VersionRecord(tenant, name, 1, "0" * 64, 1, 0.0, "test")
         tasks[tenant][name] = TaskRecord(tenant, name, {1: record}, {"current": 1}, {})
-    own.state.tasks._known.snapshot = type(catalog)(tasks)
+    own.state.tasks._changes.known.snapshot = type(catalog)(tasks)
     own.service._management.announce(list(own.state.tasks.snapshot().versions()))
     yield own
     own.runtime.close()

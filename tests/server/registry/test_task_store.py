@@ -187,7 +187,7 @@ def test_numbers_are_never_given_again(tmp_path: Path, url: str | None) -> None:
         with pytest.raises(Conflict, match="what current stands for"):
             state.tasks.remove_version("acme", "mood", 3, by="a key")
         state.tasks.point("acme", "mood", "current", "1", by="a key")
-        assert state.tasks.remove_version("acme", "mood", 3, by="a key").number == 3
+        assert state.tasks.remove_version("acme", "mood", 3, by="a key")[0].number == 3
         with pytest.raises(Conflict, match="version 3, which was deleted"):
             state.tasks.rollback("acme", "mood", "current", by="a key")
         assert add(state, seed=3).number == 4

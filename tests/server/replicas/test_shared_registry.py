@@ -17,12 +17,20 @@ import pytest
 from sqlalchemy import event, text
 
 from tests.helpers.server.postgres import Postgres
-from tests.helpers.server.registry_subjects import adapter, add
+from tests.helpers.server.registry_subjects import adapter, add, unchecked
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import PIXELS, Served, serve, upload
 from tpeft_deploy import Adapter, Bundle
-from tpeft_deploy.errors import Conflict, NotFound, QuotaExceeded, ServerError, TpeftError, Unavailable
-from tpeft_deploy.runtime.server.registry import State, open_state
+from tpeft_deploy.errors import (
+    Conflict,
+    NotFound,
+    PreconditionFailed,
+    QuotaExceeded,
+    ServerError,
+    TpeftError,
+    Unavailable,
+)
+from tpeft_deploy.runtime.server.registry import Condition, State, Tasks, VersionRecord, open_state
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 from tpeft_deploy.runtime.server.v2.messages import InferRequest
 
@@ -59,7 +67,7 @@ def wait(own: Coroutine[Any, Any, T]) -> T:
 
 
 def caught_up(state: State, number: int) -> None:
-    wait_until(lambda: state.tasks._known._seen >= number, "what another server changed")
+    wait_until(lambda: state.tasks._changes.known._seen >= number, "what another server changed")
 
 
 def shown(state: State) -> dict[str, tuple[dict[int, str], dict[str, int], dict[str, int]]]:
@@ -103,6 +111,67 @@ def test_two_that_register_one_task_at_once_get_different_numbers(states: tuple[
     assert sorted(one + two) == list(range(1, 17))
     states[0].refresh()
     assert set(states[0].tasks.snapshot().task("acme", "mood").versions) == set(range(1, 17))
+
+
+def test_of_many_changes_with_one_tag_exactly_one_is_made(states: tuple[State, State]) -> None:
+    tasks = [state.tasks for state in states]
+    add(states[0])
+
+    def changed(who: int) -> str | None:
+        ready.wait()
+        own = tasks[who % 2]
+        condition, by = Condition(frozenset({tag})), f"key {who}"
+        try:
+            if who < 4:
+                own.add("acme", "mood", adapter(who % 3), unchecked, by=by, condition=condition)
+            else:
+                own.point("acme", "mood", "canary", "1", by=by, condition=condition)
+        except PreconditionFailed:
+            return None
+        return by
+
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(10):
+            ready = threading.Barrier(8)
+            states[1].refresh()
+            tag, before = tasks[1].snapshot().task("acme", "mood").tag, states[0].audit.list(1)[0].id
+            [made] = [who for who in threads.map(changed, range(8)) if who is not None]
+            [entry] = [entry for entry in states[0].audit.list() if entry.id > before]
+            assert entry.key == made
+    assert _of_new_tasks(tasks) == 1
+
+
+def _of_new_tasks(tasks: list[Tasks]) -> int:
+    """How many of eight registrations of a task that does not exist are made."""
+    ready = threading.Barrier(8)
+
+    def made(who: int) -> bool:
+        ready.wait()
+        try:
+            tasks[who % 2].add(
+                "acme", "tone", adapter(who % 3), unchecked, by="a key", condition=Condition(exists=False)
+            )
+        except PreconditionFailed:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        return sum(threads.map(made, range(8)))
+
+
+def test_a_registration_that_another_server_overtakes_gives_its_number_back(states: tuple[State, State]) -> None:
+    one, two = states
+    add(one)
+    condition = Condition(frozenset({one.tasks.snapshot().task("acme", "mood").tag}))
+
+    def overtaken(_record: VersionRecord, _adapter: Adapter) -> None:
+        two.tasks.point("acme", "mood", "canary", "1", by="b")
+
+    with pytest.raises(PreconditionFailed):
+        one.tasks.add("acme", "mood", adapter(1), overtaken, by="a", condition=condition)
+    with pytest.raises(PreconditionFailed):  # on what is in the database, whatever this server has seen of it
+        one.tasks.point("acme", "mood", "canary", "1", by="a", condition=condition)
+    assert add(two).number == 2
 
 
 def test_published_and_quotas_are_those_of_all(states: tuple[State, State]) -> None:
@@ -177,7 +246,7 @@ def test_changes_of_two_servers_have_one_order(states: tuple[State, State], coun
             except (NotFound, Conflict):
                 continue  # the other server was first
             done += 1
-            number, began = own.tasks._known._seen, time.monotonic()
+            number, began = own.tasks._changes.known._seen, time.monotonic()
             caught_up(other, number)
             delays.append(time.monotonic() - began)
         return done
@@ -201,7 +270,7 @@ def test_a_change_among_many_tasks_reads_that_task_alone(states: tuple[State, St
                 " SELECT 'acme', 'task-' || n, 1, false, 0 FROM generate_series(1, 10000) n"
             )
         )
-    caught_up(two, one.tasks._known._seen)
+    caught_up(two, one.tasks._changes.known._seen)
     rows: list[int] = []
 
     def executed(_: Any, cursor: Any, statement: str, *__: Any) -> None:
