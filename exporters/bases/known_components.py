@@ -38,7 +38,8 @@ def known_components(path: str | os.PathLike[str], generation: bool = False) -> 
 
     Raises:
         MissingExtra: transformers is not installed.
-        UnsupportedBase: the directory cannot be loaded, or its model has no decoder that has a slot form.
+        UnsupportedBase: the directory cannot be loaded, its images have any size, or its model has no decoder that has a
+            slot form.
     """
     place = Path(path)
     if not (place / "config.json").is_file() or is_diffusers(place):
@@ -51,6 +52,14 @@ def known_components(path: str | os.PathLike[str], generation: bool = False) -> 
         raise UnsupportedBase(f"load base {place} for generation", expected="a model with a decoder", got=name)
     model = load_model(place, model_class(place, name))
     model.config.return_dict = True
+    tower = getattr(getattr(model.config, "vision_config", None), "model_type", None)
+    if tower == "pixtral":
+        raise UnsupportedBase(
+            f"load base {place}",
+            expected="a vision tower of images of one size",
+            got=f"{tower}, whose number of features follows the size of each image",
+            fix="Export the language model alone.",
+        )
     if generation:
         return _for_generation(model, place)
     return make(model)

@@ -99,3 +99,14 @@ def test_a_model_without_a_decoder_is_refused(tmp_path: Path) -> None:
     ) as error:
         export_bundle(str(tmp_path), {}, tmp_path / "bundle", generation=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_of_images_of_any_size_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = transformers.PixtralVisionConfig(**sizes, image_size=16, patch_size=4)
+    text = transformers.LlamaConfig(**sizes, vocab_size=50, num_key_value_heads=1)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=49)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(UnsupportedBase, match="images of one size, got pixtral") as error:
+        export_bundle(str(tmp_path / "base"), {}, tmp_path / "bundle", generation=True)
+    assert "\n" not in str(error.value)
