@@ -38,8 +38,8 @@ def known_components(path: str | os.PathLike[str], generation: bool = False) -> 
 
     Raises:
         MissingExtra: transformers is not installed.
-        UnsupportedBase: the directory cannot be loaded, its images have any size, or its model has no decoder that has a
-            slot form.
+        UnsupportedBase: the directory cannot be loaded, its images have any size, or it has no decoder with a slot
+            form.
     """
     place = Path(path)
     if not (place / "config.json").is_file() or is_diffusers(place):
