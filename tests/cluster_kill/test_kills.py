@@ -128,9 +128,8 @@ def subject(
 SOAK = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", KILLS)
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=SOAK)])
+@pytest.mark.parametrize("kills", [pytest.param(1, marks=pytest.mark.timeout(600)), pytest.param(20, marks=SOAK)])
 def test_a_part_killed_under_load_loses_nothing_and_makes_no_wrong_answer(
     subject: Subject, part: str, kills: int
 ) -> None:

@@ -33,7 +33,6 @@ def expected(conv_bundle: Bundle, uploads: dict[str, bytes], tmp_path_factory: p
 LONG = [pytest.mark.soak, pytest.mark.timeout(1200)]
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("kills", "url"),
     [(3, "sqlite"), pytest.param(50, "sqlite", marks=LONG), pytest.param(25, "postgresql", marks=LONG)],

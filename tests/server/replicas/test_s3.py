@@ -73,7 +73,6 @@ def read(state: State, record: VersionRecord) -> bool:
     return True
 
 
-@pytest.mark.timeout(280)
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])])
 def test_kills_of_the_server_and_the_store_lose_no_acknowledged_version(s3: S3, tmp_path: Path, kills: int) -> None:
     place, url = tmp_path / "state", s3.bucket("kills")
