@@ -18,7 +18,7 @@ import numpy as np
 
 from tpeft_deploy.errors import BaseMismatch, FormatError, ShapeError, UnknownTarget
 from tpeft_deploy.labels import HeadLabels
-from tpeft_deploy.tucker import Array, TuckerDelta
+from tpeft_deploy.tucker import Array, TuckerDelta, is_finite
 
 __all__ = ["Adapter", "Origin", "gain_mode", "weight_digest", "without"]
 
@@ -124,7 +124,7 @@ class Adapter:
             )
         for what, arrays in (("override", self.overrides), ("gain", self.gains)):
             for name, array in arrays.items():
-                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                if array.dtype.kind == "f" and not is_finite(array):
                     raise FormatError(
                         f"read {self.source}, {what} {name!r}",
                         expected="finite values",

@@ -9,6 +9,7 @@ weight has 2 modes, Conv1d 3, Conv2d 4, Conv3d 5.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +19,14 @@ from numpy.typing import NDArray
 
 from tpeft_deploy.errors import ShapeError
 
-__all__ = ["Array", "TuckerDelta", "mode_product"]
+__all__ = ["Array", "TuckerDelta", "is_finite", "mode_product"]
 
 Array = NDArray[Any]
+
+
+def is_finite(array: Array) -> bool:
+    """Whether no value of a floating point array is NaN or infinite."""
+    return bool(np.logical_and.reduce(np.isfinite(array), axis=None))  # what all() does, without its Python
 
 
 def mode_product(tensor: Array, matrix: Array, mode: int) -> Array:
@@ -59,7 +65,8 @@ class TuckerDelta:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", tuple(self.factors))
-        if 0 in self.core.shape or any(f is not None and 0 in f.shape for f in self.factors):
+        arrays = {"core": self.core} | {f"factor {m}": f for m, f in enumerate(self.factors) if f is not None}
+        if any(0 in array.shape for array in arrays.values()):
             raise ShapeError("build a Tucker delta", expected="ranks and sizes of at least 1", got=self.core.shape)
         if self.core.ndim < 2 or len(self.factors) != self.core.ndim:
             raise ShapeError(
@@ -74,22 +81,19 @@ class TuckerDelta:
                     expected=f"shape (mode size, {self.core.shape[mode]}), as the core is {self.core.shape}",
                     got=factor.shape,
                 )
-        arrays = {"core": self.core} | {f"factor {m}": f for m, f in enumerate(self.factors) if f is not None}
         for name, array in arrays.items():
             if array.dtype.kind != "f":
                 raise ValueError(f"Tucker {name}: expected a floating point array, got {array.dtype}")
-            if not np.isfinite(array).all():
+            if not is_finite(array):
                 raise ValueError(f"Tucker {name}: holds NaN or infinity")
-        if not np.isfinite(self.scale):
+        if not (math.isfinite(self.scale) if type(self.scale) is float else np.isfinite(self.scale)):
             raise ValueError(f"Tucker scale: expected a finite number, got {self.scale}")
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight that this changes: (O, I, K1, ...)."""
-        return tuple(
-            size if factor is None else factor.shape[0]
-            for size, factor in zip(self.core.shape, self.factors, strict=True)
-        )
+        sizes = zip(self.core.shape, self.factors, strict=True)
+        return tuple([size if factor is None else factor.shape[0] for size, factor in sizes])
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -109,7 +113,7 @@ class TuckerDelta:
     @property
     def nbytes(self) -> int:
         """Bytes of core and factors."""
-        return self.core.nbytes + sum(f.nbytes for f in self.factors if f is not None)
+        return self.core.nbytes + sum([f.nbytes for f in self.factors if f is not None])
 
     def absorb(self, modes: Iterable[int] | None = None) -> TuckerDelta:
         """Multiply the factors of some modes (all by default) into the core, in float64, leaving identities.

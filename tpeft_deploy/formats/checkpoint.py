@@ -68,8 +68,9 @@ def read(
     modules, rest = _cut(saved, names, checkpoint)
     checkpoint.trained.update((module.name, inner(module.key).removeprefix(PEFT_PREFIX)) for module in modules)
     parts, asked, adapted = _Parts(), set[str](), set[str]()
+    marked = _marked(readers, modules)
     for module in modules:
-        reader = _reader_of(module, readers)
+        reader = _reader_of(module, marked)
         if reader is None:
             rest |= {_key(module.key, suffix): tensor for suffix, tensor in module.tensors.items()}
             continue
@@ -93,14 +94,26 @@ def methods(saved: Saved, *, base: BaseView | None, format: str | None = None) -
     peft_refusals.check_fields(saved.config, saved.source)
     modules, _ = _cut(saved, names, Checkpoint(saved.source, saved.config, saved.metadata, None, base))
     readers = [reader for reader in READERS if format in (None, reader.name)]
-    found = (_reader_of(module, readers) for module in modules)
+    marked = _marked(readers, modules)
+    found = (_reader_of(module, marked) for module in modules)
     return dict(Counter(reader.name for reader in found if reader is not None))
 
 
-def _reader_of(module: Module, readers: Sequence[FormatReader]) -> FormatReader | None:
+_Marked = Mapping[frozenset[str], Sequence[FormatReader]]
+
+
+def _marked(readers: Sequence[FormatReader], modules: Sequence[Module]) -> _Marked:
+    """Suffixes of a module -> the readers with a mark among them."""
+    kinds = {frozenset(module.tensors) for module in modules}
+    return {kind: [reader for reader in readers if not reader.marks.isdisjoint(kind)] for kind in kinds}
+
+
+def _reader_of(module: Module, marked: _Marked) -> FormatReader | None:
     """The first reader that matches, of those with a mark in the module."""
-    known = (reader for reader in readers if not reader.marks.isdisjoint(module.tensors))
-    return next((reader for reader in known if reader.matches(module)), None)
+    for reader in marked[frozenset(module.tensors)]:
+        if reader.matches(module):
+            return reader
+    return None
 
 
 @cache
@@ -143,6 +156,11 @@ def _shared_prefixes() -> tuple[str, ...]:
 
 
 @cache
+def _joined() -> tuple[str, ...]:
+    return tuple(_suffixes()[1])
+
+
+@cache
 def _most_dots() -> int:
     return 1 + max(suffix.count(".") for suffix in _suffixes()[0])
 
@@ -151,9 +169,10 @@ def _split(key: str) -> tuple[str, str] | None:
     """A key as module and suffix, the longest suffix that a reader knows."""
     dotted, joined, _ = _suffixes()
     # First, as they end in "weight", which is also a separate dotted suffix.
-    suffix = max((s for s in joined if key.endswith(s) and len(key) > len(s)), key=len, default=None)
-    if suffix is not None:
-        return key.removesuffix(suffix), suffix
+    if key.endswith(_joined()):
+        suffix = max((s for s in joined if key.endswith(s) and len(key) > len(s)), key=len, default=None)
+        if suffix is not None:
+            return key.removesuffix(suffix), suffix
     names = key.rsplit(".", _most_dots())
     for first in range(1, len(names)):
         suffix = ".".join(names[first:])

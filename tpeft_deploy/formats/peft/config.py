@@ -53,6 +53,8 @@ def by_pattern(checkpoint: Checkpoint, patterns: str, name: str, default: str) -
     Raises:
         FormatError: the value is not a finite number, or a pattern is not supported (`Patterns.first`).
     """
+    if not checkpoint.config.get(patterns):
+        return number(checkpoint, default)
     pattern = checkpoint.matcher(patterns, whole=False).first(checkpoint.trained_name(name))
     if pattern is None:
         return number(checkpoint, default)

@@ -117,9 +117,10 @@ class Checkpoint:
 
     def trained_name(self, name: str) -> str:
         """The name that a module, or a parameter of one, had in the model that was trained."""
+        if name in self.trained:
+            return self.trained[name]
         owner, _, leaf = name.rpartition(".")
-        own = f"{self.trained[owner]}.{leaf}" if owner in self.trained else name
-        return self.trained.get(name, own)
+        return f"{self.trained[owner]}.{leaf}" if owner in self.trained else name
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ UNDERSCORED = ("lycoris_", "lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", 
 
 def inner(name: str) -> str:
     """A name without the `base_layer` that a training side put between a module and its own parameters."""
-    return name.replace(".base_layer.", ".").removesuffix(".base_layer")
+    return name.replace(".base_layer.", ".").removesuffix(".base_layer") if ".base_layer" in name else name
 
 
 def rest_of(key: str, part: str) -> str | None:
@@ -82,18 +82,19 @@ class Names:
             FormatError: an underscore name that no base is there to resolve, or that stands for several modules.
             UnknownTarget: an underscore name that stands for no module of the base.
         """
-        names = [self._strip(own, self._modules) for own in self._own(key)]
-        found = next((name for name in names if name in self._modules), None)
-        if found is not None:
-            return found
-        for own in self._own(key):
+        keys = self._own(key)
+        names = [self._strip(own, self._modules) for own in keys]
+        for name in names:
+            if name in self._modules:
+                return name
+        for own in keys if self._others else ():
             other = self._strip(own, self._others.keys())
             if len(self._others.get(other, ())) == 1:
                 return min(self._others[other])
         name = inner(key)
-        prefix = next((prefix for prefix in UNDERSCORED if name.startswith(prefix)), None)
-        if prefix is None or "." in names[0]:
+        if not name.startswith(UNDERSCORED) or "." in names[0]:
             return names[0]
+        prefix = next(prefix for prefix in UNDERSCORED if name.startswith(prefix))
         return self._resolve(key, names[0].removeprefix(prefix))
 
     def weight(self, key: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tpeft_deploy.errors import FormatError, brief
-from tpeft_deploy.tucker import Array
+from tpeft_deploy.tucker import Array, is_finite
 
 __all__ = ["parse_json", "read_bytes", "read_tensors", "require_finite"]
 
@@ -94,7 +94,7 @@ def read_tensors(data: bytes, *, source: str) -> tuple[dict[str, Array], dict[st
 def require_finite(tensors: dict[str, Array], *, source: str) -> None:
     """Refuse a floating point tensor that holds NaN or infinity, naming it."""
     for name, tensor in tensors.items():
-        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+        if tensor.dtype.kind == "f" and not is_finite(tensor):
             bad = int(tensor.size - np.isfinite(tensor).sum())
             raise FormatError(
                 f"read {source}, tensor {name!r}",

@@ -119,7 +119,9 @@ def _without_wrappers(tensors: dict[str, Array]) -> dict[str, Array]:
     def plain(key: str) -> str:
         return key.replace(".original_module.", ".").replace(".modules_to_save.", ".")
 
-    return {key: tensor for key, tensor in tensors.items() if plain(key) == key or plain(key) not in tensors}
+    wrapped = [key for key in tensors if ".original_module." in key or ".modules_to_save." in key]
+    copies = {key for key in wrapped if plain(key) in tensors}
+    return {key: tensor for key, tensor in tensors.items() if key not in copies} if copies else tensors
 
 
 def read_config(file: Path) -> dict[str, Any]:
