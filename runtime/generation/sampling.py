@@ -7,6 +7,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -35,6 +36,7 @@ _MOST_TOP = 128
 _HOTTEST = 1e20  # largest temperature; this and the following keep float32 from overflow, as their inverses do
 _LARGEST_PENALTY = 1e8
 _LIKELY = 1024  # tokens that usually hold the mass of top-p
+_AHEAD = 16  # positions the random numbers of which are made together
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,7 @@ class Sampler:
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed & _WORD
         self._key = np.array([seed, choice], np.uint64)
         self._position = 0
+        self._first, self._numbers = 0, list[float]()  # random numbers of positions, and the first of these
         self._counts: Counter[int] = Counter()
         self._prompt = np.unique(np.asarray(prompt, np.int64)) if sampling.repetition_penalty != 1 else None
         self._biased = np.array(list(sampling.logit_bias), np.int64)
@@ -271,7 +274,12 @@ class Sampler:
 
     def random(self) -> float:
         """Return the random number of this position, the same at each call."""
-        return np.random.Generator(np.random.Philox(counter=[self._position, 0, 0, 0], key=self._key)).random()
+        index = self._position - self._first
+        if not 0 <= index < len(self._numbers):
+            # A counter gives four numbers, the first of which is the position's; the next counter follows.
+            generator = np.random.Generator(np.random.Philox(counter=[self._position, 0, 0, 0], key=self._key))
+            self._numbers, self._first, index = generator.random(4 * _AHEAD)[::4].tolist(), self._position, 0
+        return self._numbers[index]
 
     def _adjusted(self, raw: Array) -> Array:
         """Logits with the bias and the penalties; the same array where there are none."""
@@ -303,10 +311,12 @@ class Sampler:
 
     def draw(self, tokens: Array, probabilities: Array) -> int:
         """Draw one of the tokens, with the random number of this position."""
-        possible = probabilities > 0
-        cumulative = probabilities[possible].cumsum()
+        cumulative = probabilities.cumsum()
+        # The right side is never that of a token without probability, except behind the end.
         index = int(cumulative.searchsorted(self.random() * cumulative[-1], side="right"))
-        return int(tokens[possible][min(index, len(cumulative) - 1)])
+        if index == len(cumulative):
+            index = int(np.flatnonzero(probabilities > 0)[-1])
+        return int(tokens[index])
 
 
 def filtered(scores: Array, sampling: Sampling) -> tuple[Array, Array]:
@@ -316,7 +326,7 @@ def filtered(scores: Array, sampling: Sampling) -> tuple[Array, Array]:
         scores: logits after bias and penalties.
         sampling: how; its temperature is above 0.
     """
-    tokens: Array = np.arange(len(scores))
+    tokens = _numbered(len(scores))
     scores = tempered(scores, sampling)
     if 0 < sampling.top_k < len(scores):
         least = np.partition(scores, -sampling.top_k)[-sampling.top_k]
@@ -337,12 +347,20 @@ def tempered(scores: Array, sampling: Sampling) -> Array:
     return difference
 
 
+@lru_cache(maxsize=4)
+def _numbered(size: int) -> Array:
+    """Tokens of a vocabulary, which nobody may change."""
+    tokens: Array = np.arange(size)
+    tokens.flags.writeable = False
+    return tokens
+
+
 def limited(tokens: Array, scores: Array, sampling: Sampling) -> tuple[Array, Array]:
     """Tokens that top-p and min-p leave of those that top-k left, and their probabilities.
 
     Args:
         tokens: tokens, ascending.
-        scores: their logits, divided by the temperature.
+        scores: their logits, as `tempered` gives them; the largest is 0.
         sampling: how.
     """
     probabilities = _softmax(scores)
@@ -359,22 +377,25 @@ def limited(tokens: Array, scores: Array, sampling: Sampling) -> tuple[Array, Ar
 
 def _nucleus(probabilities: Array, top_p: float) -> Array:
     """Indices, ascending, that are left when as many of the least probable are removed as have at most `1 - top_p`."""
-    likely: Array = np.arange(len(probabilities))
+    likely: Array | None = None
     rest = 0.0
-    if len(likely) > _LIKELY:
+    if len(probabilities) > _LIKELY:
         # The others are removed in any case where the most probable have enough, and sorting all takes milliseconds.
         some = np.flatnonzero(probabilities >= np.partition(probabilities, -_LIKELY)[-_LIKELY])
         others = max(1 - float(probabilities[some].sum()), 0.0)
         if others <= 1 - top_p:
             likely, rest = some, others
-    ascending = likely[probabilities[likely].argsort(kind="stable")]
-    removed = rest + probabilities[ascending].cumsum() <= 1 - top_p
-    removed[-1] = False
-    return np.sort(ascending[~removed])
+    ascending = (probabilities if likely is None else probabilities[likely]).argsort(kind="stable")
+    if likely is not None:
+        ascending = likely[ascending]
+    removed = int((rest + probabilities[ascending].cumsum()).searchsorted(1 - top_p, side="right"))
+    kept: Array = ascending[min(removed, len(ascending) - 1) :]
+    kept.sort()
+    return kept
 
 
 def _softmax(scores: Array) -> Array:
-    exponentials: Array = np.exp(scores.astype(np.float64) - float(scores.max()))
+    exponentials: Array = np.exp(scores, dtype=np.float64)
     exponentials /= exponentials.sum()
     return exponentials
 

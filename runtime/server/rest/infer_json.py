@@ -186,7 +186,7 @@ def _from_json(doing: str, tensor: _Tensor, data: bytes, count: int, block: Bloc
 
 
 def _elements(doing: str, datatype: str, flat: Sequence[Any]) -> Array:
-    kinds = {type(value) for value in flat}
+    kinds = set(map(type, flat))
     if datatype == "BYTES" and kinds <= {str}:
         return objects(value.encode("utf-8", "surrogatepass") for value in flat)
     if datatype == "BOOL" and kinds <= {bool}:
@@ -223,7 +223,7 @@ def _flat(doing: str, values: object, shape: Sequence[int]) -> list[Any]:
         return [values]
     if not isinstance(values, list):
         raise ProtocolError(f"{doing}: data", expected="a list", got=type(values).__name__)
-    if not any(isinstance(value, list) for value in values):
+    if list not in set(map(type, values)):
         return values
     level: list[Any] = [values]
     for size in shape:
