@@ -13,7 +13,8 @@ from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.runtime.engine import translated
-from tpeft_deploy.runtime.generation.sampling import Sampler, Token, divisor, peaks
+from tpeft_deploy.runtime.generation.probabilities import divisor
+from tpeft_deploy.runtime.generation.sampling import Sampler, Token, peaks
 from tpeft_deploy.runtime.generation.top_logits.exact import TopRow, choose, decides, needs_mass
 from tpeft_deploy.runtime.sessions.providers import bind
 from tpeft_deploy.tucker import Array

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tpeft_deploy.runtime.generation.sampling import Sampler, Sampling, Token, divisor, limited, most_probable, tempered
+from tpeft_deploy.runtime.generation.probabilities import divisor, limited, tempered
+from tpeft_deploy.runtime.generation.sampling import Sampler, Sampling, Token, most_probable
 from tpeft_deploy.tucker import Array
 
 __all__ = ["TopRow", "choose", "decides", "needs_mass"]

@@ -11,7 +11,8 @@ from transformers.generation import logits_process as theirs
 
 from tpeft_deploy.errors import InputError, RunError
 from tpeft_deploy.runtime.generation import Sampling
-from tpeft_deploy.runtime.generation.sampling import Sampler, filtered, peaks
+from tpeft_deploy.runtime.generation.probabilities import filtered
+from tpeft_deploy.runtime.generation.sampling import Sampler, peaks
 from tpeft_deploy.tucker import Array
 
 VOCABULARY = 97
