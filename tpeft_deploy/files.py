@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = [
     "digest_file",
-    "file_size",
     "move_into",
     "new_directory",
     "new_file",
@@ -28,18 +26,6 @@ def digest_file(path: Path) -> str:
     """Compute the SHA-256 (hex) of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def file_size(path: str) -> int | None:
-    """Bytes of a file; None if there is none at the path.
-
-    Raises:
-        OSError: whether there is one cannot be seen, for example for want of permission.
-    """
-    with suppress(OSError, ValueError):
-        found = os.stat(path)
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
-    return Path(path).stat().st_size if Path(path).is_file() else None  # tells errors that mean "none" apart
 
 
 def sync_directory(path: Path) -> None:

@@ -34,7 +34,7 @@ from tpeft_deploy.bundle.manifest import FileRecord, Manifest, base_digest
 from tpeft_deploy.bundle.slots import Target
 from tpeft_deploy.bundle.task_store import BASE_TASK, Share, TaskStore, check_task
 from tpeft_deploy.errors import BundleError, IntegrityError
-from tpeft_deploy.files import digest_file, file_size
+from tpeft_deploy.files import digest_file
 from tpeft_deploy.formats.read.base_view import joint_view
 from tpeft_deploy.formats.read.module import BaseView
 from tpeft_deploy.formats.write import onnx_adapter
@@ -379,7 +379,8 @@ class Bundle:
         self.store.remove(task)
 
     def _check_size(self, name: str, record: FileRecord) -> None:
-        size = file_size(f"{self.path}{os.sep}{name}")
+        file = self.path / name
+        size = file.stat().st_size if file.is_file() else None
         if size != record.bytes:
             raise IntegrityError(
                 f"open bundle {self.path}, file {name!r}",

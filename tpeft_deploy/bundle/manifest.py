@@ -36,7 +36,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from tpeft_deploy.bundle import canonical_json
 from tpeft_deploy.bundle.decoder import DecoderPorts
 from tpeft_deploy.bundle.packing import Packed
 from tpeft_deploy.bundle.quantised import Quantised
@@ -289,12 +288,12 @@ class Manifest:
         if self.components:
             fields: dict[str, Any] = {"schema": COMPONENTS_SCHEMA, "name": self.name, "producer": self.producer}
             fields["components"] = dict(self.components)
-            return json.dumps(fields | {"digest": canonical_json.digest(fields)}, indent=1) + "\n"
+            return json.dumps(fields | {"digest": _digest(fields)}, indent=1) + "\n"
         document = asdict(self)
         del document["components"]
         document["base"] = {"digest": self.base_digest, "weights": document.pop("weights")}
         document["schema"] = SCHEMA
-        document["digest"] = canonical_json.digest(document)
+        document["digest"] = _digest(document)
         return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -310,7 +309,7 @@ class Manifest:
             IntegrityError: the text is damaged or edited, or holds a file name outside the bundle.
         """
         try:
-            document, quick = canonical_json.decode(text)
+            document = json.loads(text)
             schema = document["schema"]
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(
@@ -327,7 +326,7 @@ class Manifest:
             manifest = _parse(cls, document) if schema == SCHEMA else _parse_components(cls, document)
         except (msgspec.ValidationError, KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"read {source}", problem=f"a field is missing or malformed ({error!r})") from error
-        _check_digests(document, manifest, source, quick=quick)
+        _check_digests(document, manifest, source)
         return manifest
 
 
@@ -349,8 +348,13 @@ def base_digest(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _check_digests(document: Mapping[str, Any], manifest: Manifest, source: str, *, quick: bool) -> None:
-    checks = {"the manifest's digest": (canonical_json.digest(document, quick=quick), document.get("digest"))}
+def _digest(document: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in document.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_digests(document: Mapping[str, Any], manifest: Manifest, source: str) -> None:
+    checks = {"the manifest's digest": (_digest(document), document.get("digest"))}
     if not manifest.components:
         checks["the base digest"] = (manifest.base_digest, document["base"].get("digest"))
     for what, (expected, got) in checks.items():

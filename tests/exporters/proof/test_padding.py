@@ -19,8 +19,7 @@ from tests.helpers import nets
 from tests.helpers.exporters import architectures
 from tests.helpers.exporters.hugging_face import TEXT, saved
 from tpeft_deploy import Adapter, Bundle, export_bundle, verify_bundle
-from tpeft_deploy.bundle.canonical_json import digest
-from tpeft_deploy.bundle.manifest import Manifest, Port
+from tpeft_deploy.bundle.manifest import Manifest, Port, _digest
 from tpeft_deploy.errors import NotEquivalent, UnsupportedBase
 from tpeft_deploy.exporters.bases.example_inputs import text_padding
 from tpeft_deploy.exporters.bases.load import load_base
@@ -362,5 +361,5 @@ def test_which_names_of_a_manifest_may_be_filled_up(conv_bundle: Bundle) -> None
 def test_manifests_without_the_field_are_read(conv_bundle: Bundle) -> None:
     document = json.loads(conv_bundle.manifest.to_json())
     assert all(port.pop("pad") is None for port in document["inputs"] + document["outputs"])
-    document["digest"] = digest(document)
+    document["digest"] = _digest(document)
     assert Manifest.from_json(json.dumps(document), source="it") == conv_bundle.manifest
