@@ -25,7 +25,7 @@ from tests.helpers.server.acknowledged import Log, everything_is_as_acknowledged
 from tests.helpers.server.load import OPERATOR, Expected, digest_of
 from tests.helpers.server.postgres import Postgres, running
 from tests.helpers.server.s3 import S3
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import SECONDS, wait_until
 from tpeft_deploy import Bundle
 from tpeft_deploy.runtime.cluster.proxy_answers import MIDDLEWARES, PROXY_CALLBACK
 
@@ -172,5 +172,5 @@ def kill_once(subject: Subject, part: str, seed: int) -> float:
         finally:
             load.over.set()
         for client in clients:
-            client.result(200)
+            client.result(3 * SECONDS)
     return recovery

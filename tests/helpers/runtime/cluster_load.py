@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import httpx
 
 from tests.helpers.server.load import NAMES, OPERATOR, TENANTS, Change, Expected, Load, Step, Task, applied
-from tests.helpers.waiting import wait_until
+from tests.helpers.waiting import SECONDS, wait_until
 
 _ASKING = 2  # threads of each tenant
 
@@ -102,6 +102,7 @@ class ClusterLoad(Load):
     def client(self, tenant: str) -> httpx.Client:
         """A client that raises `NotNow` for 503 with Retry-After."""
         own = super().client(tenant)
+        own.timeout = 2 * SECONDS  # Ray's proxy holds requests until there is an ingress again
         own.event_hooks = {"response": [self._may_wait]}
         return own
 
