@@ -31,7 +31,7 @@ class Generation:
         cache: directory of exported bundles.
         rows: sequences that are generated together.
         tasks: number of adapters.
-        sizes: of the model.
+        sizes: sizes of the model.
     """
 
     def __init__(self, cache: Path, rows: int, tasks: int, sizes: Mapping[str, int] = SMALL) -> None:

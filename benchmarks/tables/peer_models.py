@@ -31,7 +31,7 @@ class Size:
     Args:
         layers: layers of the encoder, and convolutions of the conv net.
         width: features of the encoder.
-        channels: of the conv net.
+        channels: channels of the conv net.
         tasks: number of adapters.
         rows: rows of a batch.
     """
@@ -144,7 +144,7 @@ class Work:
     Args:
         cache: directory of models.
         kind: key of `KINDS`.
-        size: of the model.
+        size: size of the model.
     """
 
     def __init__(self, cache: Path, kind: str, size: Size) -> None:

@@ -52,7 +52,7 @@ def compare(settings: Settings, size: Size, counts: Sequence[int], *, generation
 
     Args:
         settings: cache, threads and seconds of a comparison.
-        size: of the models.
+        size: size of the model.
         counts: numbers of adapters in a batch.
         generation: also compare toolkits that generate.
 

@@ -41,7 +41,7 @@ class Load:
 
     Args:
         latencies: seconds of each answer.
-        seconds: of the turn.
+        seconds: length of the turn.
         busy: share of the turn in which the client had its processor.
     """
 

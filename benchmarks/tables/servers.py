@@ -54,7 +54,7 @@ class Peer:
     """A server, and how it is asked.
 
     Args:
-        command: what starts it on a port.
+        command: function that takes a port and gives the command line.
         request: the request for a row with a task.
         answer: the row in an answer.
         missing: how to install it, where it is not installed.

@@ -19,6 +19,7 @@ from tpeft_deploy.exporters.bases.generation.encoder_decoder import encoder_deco
 from tpeft_deploy.exporters.bases.generation.image_decoder import image_decoder
 from tpeft_deploy.formats.base.diffusers_model import is_diffusers
 from tpeft_deploy.formats.base.model import architecture, load_model, model_class
+from tpeft_deploy.formats.read.saved import read_config
 
 __all__ = ["known_components"]
 
@@ -50,9 +51,7 @@ def known_components(path: str | os.PathLike[str], generation: bool = False) -> 
         return None
     if generation and make is _two_towers:
         raise UnsupportedBase(f"load base {place} for generation", expected="a model with a decoder", got=name)
-    model = load_model(place, model_class(place, name))
-    model.config.return_dict = True
-    tower = getattr(getattr(model.config, "vision_config", None), "model_type", None)
+    tower = (read_config(place / "config.json").get("vision_config") or {}).get("model_type")
     if tower == "pixtral":
         raise UnsupportedBase(
             f"load base {place}",
@@ -60,6 +59,8 @@ def known_components(path: str | os.PathLike[str], generation: bool = False) -> 
             got=f"{tower}, whose number of features follows the size of each image",
             fix="Export the language model alone.",
         )
+    model = load_model(place, model_class(place, name))
+    model.config.return_dict = True
     if generation:
         return _for_generation(model, place)
     return make(model)

@@ -109,7 +109,7 @@ class Management:
             alias: alias that points at the version afterwards.
             tenant: owner of the task (default: the caller's tenant).
             keep_equal: whether to make no new version if the current one has the same content.
-            condition: what must be true of the task.
+            condition: condition that the task has to meet.
         """
         owner = owner_of(principal, tenant)
         self._check_free(name)

@@ -125,7 +125,7 @@ class Tasks:
             by: id of the key that registers the version.
             alias: alias that points to the version afterwards.
             data: the adapter's canonical file; by default it is encoded here.
-            condition: what must be true of the task.
+            condition: condition that the task has to meet.
             withdraw: called with a version that was not registered although `check` passed.
 
         Returns:
@@ -183,7 +183,7 @@ class Tasks:
             version: number or alias of the version to point to.
             by: id of the key that makes the change.
             expected: number of the version that the alias must point to now; None: any.
-            condition: what must be true of the task.
+            condition: condition that the task has to meet.
 
         Raises:
             ProtocolError: a name is invalid.
@@ -219,7 +219,7 @@ class Tasks:
             alias: alias to change.
             by: id of the key that makes the change.
             expected: number of the version that the alias must point to now; None: any.
-            condition: what must be true of the task.
+            condition: condition that the task has to meet.
 
         Raises:
             NotFound: the tenant has no such task.
@@ -314,7 +314,7 @@ class Tasks:
             name: name of the task.
             announce: function called with the shared task before it is visible.
             by: id of the key that makes the change.
-            condition: what must be true of the tenant's task.
+            condition: condition that the tenant's task has to meet.
 
         Raises:
             NotFound: the tenant has no such task.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,13 @@ def exported(place: Path) -> Bundle:
     made().save_pretrained(place / "base")
     tokenizer().save_pretrained(place / "base")
     transformers.CLIPImageProcessorPil(**PREPARED).save_pretrained(place / "base")
+    return with_adapters(place, made, TASKS)
+
+
+def with_adapters(place: Path, made: Callable[[], Any], tasks: Mapping[str, str]) -> Bundle:
+    """A bundle of the directory `base` in a place, with a PEFT adapter of some targets for each task."""
     adapters = {}
-    for seed, (task, targets) in enumerate(TASKS.items()):
+    for seed, (task, targets) in enumerate(tasks.items()):
         torch.manual_seed(seed)
         config = LoraConfig(r=2 + seed, lora_alpha=8, target_modules=targets, init_lora_weights=False)
         with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PEFT uses an alias of transformers

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.helpers.exporters.small_decoders import ONE, SIZES
-from tests.helpers.exporters.small_images import Array, merged_tokens
+from tests.helpers.exporters.small_images import Array, merged_tokens, with_adapters
 from tpeft_deploy.bundle.directory import Bundle
-from tpeft_deploy.exporters import export_bundle
-from tpeft_deploy.formats import load_adapter
 
 IMAGE, START, END = 47, 45, 46
 EACH = 4  # features of a tile
@@ -83,15 +79,7 @@ def saved(place: Path, **options: Any) -> None:
 def exported(place: Path) -> Bundle:
     """A bundle with both tasks; the directories of model and adapters are beside it."""
     saved(place / "base")
-    adapters = {}
-    for seed, (task, targets) in enumerate(TASKS.items()):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=2 + seed, lora_alpha=8, target_modules=targets, init_lora_weights=False)
-        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PEFT uses an alias of transformers
-            model = get_peft_model(made(), config)
-        model.save_pretrained(str(place / task), save_embedding_layers=False)
-        adapters[task] = load_adapter(place / task, base=str(place / "base"))
-    return export_bundle(str(place / "base"), adapters, place / "bundle", generation=True)
+    return with_adapters(place, made, TASKS)
 
 
 def generated(bundle: Bundle, task: str, prompt: list[int], pixels: Array | None, count: int) -> list[int]:
