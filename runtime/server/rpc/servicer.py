@@ -21,6 +21,7 @@ from tpeft_deploy.runtime.server.rpc.field_limit import parse, split_raw
 from tpeft_deploy.runtime.server.rpc.generation import generated, generates
 from tpeft_deploy.runtime.server.rpc.methods import METHODS, SERVICE, Method
 from tpeft_deploy.runtime.server.rpc.reading import read_message
+from tpeft_deploy.runtime.server.rpc.sending import ClientGone, abort, clipped, send
 from tpeft_deploy.runtime.server.tenancy.access import Action, Principal, allow
 from tpeft_deploy.runtime.server.tenancy.intake import Hold, Intake
 from tpeft_deploy.runtime.server.v2.limits import RpcLimits
@@ -37,7 +38,6 @@ Several = Callable[[], Write]
 """Lets the messages behind one go first; returns what sends the answers of that one."""
 _LOG = logging.getLogger(__name__)
 _ELEMENT = 16  # bytes of memory per typed element, parsed and as an array
-_TEXT_BYTES = 1000  # clients accept 8 KiB of trailers, and percent-encoding triples a byte
 
 
 class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type information
@@ -89,7 +89,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     async def _refuse(self, status: Status, call: RpcContext, _: Any, context: Any) -> None:
         call.status = status.http
         self._end(call)
-        await _abort(context, status)
+        await abort(context, status)
 
     async def _unary(self, method: Method, call: RpcContext, _: Any, context: Any) -> None:
         call.deadline = context.time_remaining()
@@ -97,7 +97,11 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             with call.enter(self._intake.requests):
                 answer = await self._answered(method, call, context)
                 call.bytes_out = len(answer)
-                await context.write(answer)
+                await send(context, answer)
+        except ClientGone:
+            call.status = GONE
+            self._end(call)
+            return
         except asyncio.CancelledError:
             call.status = GONE
             self._end(call)
@@ -135,7 +139,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             await self._refuse(_status(error), call, None, context)
         else:
             if status is not None:
-                await _abort(context, status)
+                await abort(context, status)
 
     async def _answer_stream(self, method: Method, call: RpcContext, context: Any) -> Status | None:
         """Serve a stream; return the status that ends it early."""
@@ -165,6 +169,8 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 
         try:
             await _in_order(context, read, answer, self._limits.in_flight)
+        except* ClientGone:
+            refused.clear()
         finally:
             for hold in held:
                 hold.close()
@@ -186,7 +192,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
                 await self._several(call, request, several)
             else:
                 answer = _bytes_of(await method.answer(call, request))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ClientGone):
             call.status = GONE
             self._end(call)
             raise
@@ -195,7 +201,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             call.charge_refusal()
             call.status = status.http
             asked = {} if request is None else {"id": request.id, "model_name": request.model_name}
-            message = pb.ModelStreamInferResponse(error_message=_clipped(status.text), infer_response=asked)
+            message = pb.ModelStreamInferResponse(error_message=clipped(status.text), infer_response=asked)
             answer = _bytes_of(message)
         call.bytes_out += len(answer)
         self._end(call)
@@ -258,7 +264,7 @@ async def _in_order(
     async def write(data: bytes) -> None:
         if data:
             async with writing:
-                await context.write(data)
+                await send(context, data)
 
     async with asyncio.TaskGroup() as group:
 
@@ -307,18 +313,8 @@ def _status(error: Exception) -> Status:
     return status
 
 
-async def _abort(context: Any, status: Status) -> None:
-    trailers = () if status.retry_after is None else (("retry-after", str(status.retry_after)),)
-    await context.abort(grpc.StatusCode[status.grpc], _clipped(status.text), trailers)
-
-
 def _bytes_of(answer: Message | bytes) -> bytes:
     if isinstance(answer, bytes):
         return answer
     data: bytes = answer.SerializeToString()
     return data
-
-
-def _clipped(text: str) -> str:
-    data = text.encode()
-    return text if len(data) <= _TEXT_BYTES else data[:_TEXT_BYTES].decode(errors="ignore") + "..."

@@ -15,12 +15,18 @@ from tritonclient import grpc as triton
 from tritonclient.grpc import aio
 from tritonclient.utils import InferenceServerException
 
+from tests.helpers.server.closed_context import ClosedContext, Details
 from tests.helpers.server.rpc_serving import Serving, serving
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import Served, serve
 from tpeft_deploy import Bundle
+from tpeft_deploy.runtime.server.context import GONE, RequestContext
+from tpeft_deploy.runtime.server.rpc import inference_pb2 as pb
+from tpeft_deploy.runtime.server.rpc.methods import SERVICE
+from tpeft_deploy.runtime.server.rpc.servicer import Servicer
 from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 from tpeft_deploy.runtime.server.v2.generate import GenerateBody
+from tpeft_deploy.runtime.server.v2.limits import RpcLimits
 from tpeft_deploy.runtime.text.model_text import ModelText
 
 LONG = {"max_tokens": 900, "ignored": "x", "sampling_parameters": json.dumps({"logit_bias": {"1": -100}})}
@@ -193,6 +199,21 @@ def test_a_cancelled_stream_ends_its_sequences(
     wait_until(lambda: stats().cancelled >= before + 1, "that its sequences end")
     wait_until(lambda: stats().running == stats().waiting == 0, "free slots")
     wait_until(lambda: live.exchanges[-1].status == 499, "that it is told")
+
+
+def test_a_client_that_leaves_within_a_write_is_no_error(own: Served, headers: dict[str, str], caplog: Any) -> None:
+    message = pb.ModelInferRequest(model_name="a", inputs=[{"name": "text_input", "datatype": "BYTES", "shape": [1]}])
+    message.inputs[0].contents.bytes_contents.append(b"one")
+    message.parameters["max_tokens"].int64_param = 900
+    exchanges: list[RequestContext] = []
+    servicer = Servicer(own.service, RpcLimits(), exchanges.append)
+    details = Details(f"/{SERVICE}/ModelStreamInfer", list(headers.items()))
+    handler = servicer.service(details)
+    asyncio.run(asyncio.wait_for(handler.stream_stream(None, ClosedContext([message.SerializeToString()])), 100))
+    assert [one.status for one in exchanges] == [GONE]
+    assert not caplog.records
+    stats: Any = own.runtime.generation
+    wait_until(lambda: stats().running == 0, "free slots")
 
 
 async def _requests(prompts: list[str], **parameters: Any) -> AsyncIterator[dict[str, Any]]:
