@@ -49,12 +49,12 @@ ROW = texts(1)
 
 
 @contextmanager
-def serving(bundle: Bundle, place: Path, options: argparse.Namespace, **limits: Any) -> Iterator[Service]:
+def serving(bundle: Bundle, place: Path, threads: int, **limits: Any) -> Iterator[Service]:
     """A service on a runtime and a registry of its own."""
     own = Limits(**limits)
     with open_state(place, default=QUOTA) as state:
         order = order_of(state, own)
-        with Runtime(bundle.path, provider="cpu", threads=options.threads, order=order, limits=own) as runtime:
+        with Runtime(bundle.path, provider="cpu", threads=threads, order=order, limits=own) as runtime:
             yield Service(runtime, bundle, state, order, Options(limits=own))
 
 
@@ -84,7 +84,7 @@ def measure_throughput(options: argparse.Namespace) -> Figures:
     with (
         tempfile.TemporaryDirectory() as place,
         Runtime(bundle.path, provider="cpu", threads=options.threads) as runtime,
-        serving(bundle, Path(place), options) as service,
+        serving(bundle, Path(place), options.threads) as service,
     ):
         asks: dict[str, Ask] = {"runtime": lambda _, task: runtime.infer(ROW, task), "service": through(service)}
         rates: dict[str, list[float]] = {name: [] for name in asks}
@@ -137,7 +137,10 @@ def measure_flood(options: argparse.Namespace) -> Figures:
     figures: Figures = {}
     cases = {"alone": 0, "beside 8 clients": 8, "beside 200 clients": 200}
     for rows in (8, 32):
-        with tempfile.TemporaryDirectory() as place, serving(bundle, Path(place), options, max_rows=rows) as service:
+        with (
+            tempfile.TemporaryDirectory() as place,
+            serving(bundle, Path(place), options.threads, max_rows=rows) as service,
+        ):
             times: dict[str, list[float]] = {name: [] for name in cases}
             for turn, (name, others) in itertools.product(range(round(options.seconds / 3) + 1), cases.items()):
                 got = asyncio.run(beside(through(service), 2.0, others))

@@ -30,7 +30,7 @@ from tpeft_deploy.runtime.bench.results import Spread
 from tpeft_deploy.runtime.sessions.providers import choose
 from tpeft_deploy.tucker import Array
 
-__all__ = ["Config", "DEFAULT", "FULL", "measure"]
+__all__ = ["DEFAULT", "FULL", "Config", "bundle_of", "measure"]
 
 ADAPTERS, TOKENS = 8, 32
 LIMIT = 1e-4  # of equal answers, relative to the largest
@@ -131,7 +131,7 @@ def measure(settings: Settings) -> Table:
     rows: list[Row] = []
     losses: dict[str, str] = {}
     for config in FULL if settings.full else DEFAULT:
-        with _bundle(config, settings.cache) as (bundle, facts):
+        with bundle_of(config, settings.cache) as (bundle, facts):
             for count in config.rows:
                 name = f"{config.name}, {count} row{'s' if count > 1 else ''}"
                 figures = _compare(bundle, count, settings)
@@ -219,7 +219,7 @@ def _behind(figures: Mapping[str, Figure], facts: Mapping[str, float]) -> str:
 
 
 @contextmanager
-def _bundle(config: Config, cache: Path) -> Iterator[tuple[Bundle, dict[str, float]]]:
+def bundle_of(config: Config, cache: Path) -> Iterator[tuple[Bundle, dict[str, float]]]:
     """The bundle of a configuration and facts about its base; those outside of the default are not kept."""
     key = f"{config.name.lower().replace(', ', '-').replace(' ', '-')}-{_version()}"
     keep = any(config.name == own.name for own in DEFAULT)
