@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import operator
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ import onnxruntime
 from tpeft_deploy.bundle import fit, slots
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.bundle.packing import Packed, pack, with_one_rank
+from tpeft_deploy.errors import RunError
 from tpeft_deploy.runtime import device_lock
 from tpeft_deploy.runtime.adapters import device_rows
 from tpeft_deploy.tucker import Array
@@ -134,6 +136,7 @@ class Bank:
         values: graph input -> bank (T, ...) on the device.
         bindings: free IO bindings that have the banks bound; a run takes one and puts it back.
         parts: component -> the bank of its graph, in the same memory, where there are several components.
+        arrays: graph input -> the memory of its bank, where that is the host's.
     """
 
     layout: Layout
@@ -142,6 +145,7 @@ class Bank:
     values: Mapping[str, onnxruntime.OrtValue]
     bindings: deque[onnxruntime.IOBinding] = field(default_factory=deque)
     parts: Mapping[str, Bank] = field(default_factory=dict)
+    arrays: Mapping[str, Array] = field(default_factory=dict)
 
     @classmethod
     def allocate(
@@ -164,7 +168,7 @@ class Bank:
             old: the other one; it stays as it is.
             moves: row in `old` -> row here.
         """
-        values = {}
+        values, arrays = {}, {}
         for name, shape in shapes.items():
             array = _untouched((rows, *shape), layout.defaults[name].dtype)
             array[0] = slots.pad(layout.defaults[name], shape)
@@ -176,6 +180,8 @@ class Bank:
                     array[to][common] = own[of][common]
             with device_lock.using(device):
                 values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array, *device_lock.place(device))
+            if array.size and values[name].data_ptr() == array.ctypes.data:
+                arrays[name] = array
         parts = {
             own: cls(
                 part,
@@ -185,7 +191,7 @@ class Bank:
             )
             for own, part in layout.parts.items()
         }
-        return cls(layout, shapes, rows, values, parts=parts)
+        return cls(layout, shapes, rows, values, parts=parts, arrays=arrays)
 
     @property
     def nbytes(self) -> int:
@@ -209,11 +215,31 @@ class Bank:
         unknown = set(rows) - set(self.shapes)
         if unknown:
             raise KeyError(f"no bank for {sorted(unknown)[0]!r}")
-        padded = {
-            name: slots.pad(rows.get(name, self.layout.defaults[name]), shape) for name, shape in self.shapes.items()
-        }
-        for name, array in padded.items():
-            device_rows.write(device_rows.row_view(self.values[name], row), array)
+        chosen = {name: rows.get(name, self.layout.defaults[name]) for name in self.shapes}
+        for name, array in chosen.items():
+            _check_row(name, array, self.shapes[name], self.layout.defaults[name].dtype)
+        for name, array in chosen.items():
+            if name in self.arrays:  # a view of ONNX Runtime's takes several times as long
+                _write_padded(self.arrays[name][row], array)
+            else:
+                device_rows.write(device_rows.row_view(self.values[name], row), slots.pad(array, self.shapes[name]))
+
+
+def _check_row(name: str, array: Array, shape: Shape, dtype: np.dtype[np.generic]) -> None:
+    if array.dtype != dtype or array.ndim != len(shape) or any(map(operator.gt, array.shape, shape)):
+        raise RunError(
+            f"write a row of bank {name!r}",
+            expected=f"{dtype} of at most {list(shape)}",
+            got=f"{array.dtype} {list(array.shape)}",
+        )
+
+
+def _write_padded(row: Array, array: Array) -> None:
+    """Copy an array to the start of a row, and zeros to the rest."""
+    if row.shape != array.shape:
+        row.fill(0)
+        row = row[tuple([slice(size) for size in array.shape])]
+    np.copyto(row, array)
 
 
 def _untouched(shape: Shape, dtype: np.dtype[np.generic]) -> Array:
