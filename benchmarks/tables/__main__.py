@@ -30,7 +30,7 @@ PACKAGE = "benchmarks.tables"
 # In the order of the page; each is a module with `measure(settings: Settings) -> Table`.
 TABLES = tuple(
     name
-    for name in ("forms", "peers", "growth", "servers", "limits")
+    for name in ("forms", "peers", "growth", "servers", "tensors", "limits")
     if importlib.util.find_spec(f"{PACKAGE}.{name}") is not None
 )
 ROOT = Path(__file__).parents[2]
