@@ -8,7 +8,7 @@ shift
 for name in "$@"; do
     case $name in
         litserve) packages="litserve==0.2.19" ;;
-        mlserver) packages="mlserver==1.7.1" ;;
+        mlserver) packages="mlserver==1.7.1 uvloop<0.22" ;;  # it does not start with the next one
         ray) packages="ray[serve]==2.60.0" ;;
         *) echo "expected litserve, mlserver or ray, got $name" >&2; exit 2 ;;
     esac

@@ -21,7 +21,7 @@ class Folded(kserve.Model):  # type: ignore[misc]
         found = self.session.run(None, {"input": payload.inputs[0].as_numpy()})[0]
         output = kserve.InferOutput("output", list(found.shape), "FP32")
         output.set_data_from_numpy(found, binary_data=False)
-        return kserve.InferResponse(payload.id, self.name, [output])
+        return kserve.InferResponse(payload.id or "", self.name, [output])
 
 
 if __name__ == "__main__":
