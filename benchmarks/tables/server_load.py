@@ -50,6 +50,21 @@ class Load:
     busy: float
 
 
+def _chunks(body: bytes) -> bytes | None:
+    """The content of a chunked body; None while it is not whole."""
+    found = b""
+    while True:
+        size, end, body = body.partition(b"\r\n")
+        if not end:
+            return None
+        length = int(size, 16)
+        if len(body) < length + 2:
+            return None
+        if not length:
+            return found
+        found, body = found + body[:length], body[length + 2 :]
+
+
 class _Connection(asyncio.Protocol):
     """One request at a time; the next as soon as an answer is whole."""
 
@@ -72,11 +87,12 @@ class _Connection(asyncio.Protocol):
         head, end, body = self.held.partition(b"\r\n\r\n")
         if not end:
             return
-        length = _LENGTH.search(head + b"\r\n")
-        if length is None or not head.startswith(b"HTTP/1.1 200"):
-            self._fail(f"expected an answer with status 200 and a length, got {self.held[:300]!r}")
+        if not head.startswith(b"HTTP/1.1 200"):
+            self._fail(f"expected an answer with status 200, got {self.held[:300]!r}")
             return
-        if len(body) < int(length[1]):
+        length = _LENGTH.search(head + b"\r\n")
+        whole = _chunks(body) if length is None else body if len(body) >= int(length[1]) else None
+        if whole is None:
             return
         now = time.perf_counter()
         self.latencies.append(now - self.began)
@@ -84,7 +100,7 @@ class _Connection(asyncio.Protocol):
         if now < self.until:
             self._send()
         elif not self.done.done():
-            self.done.set_result(body)
+            self.done.set_result(whole)
             self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -28,7 +28,7 @@ class Adapters:
 
 
 if __name__ == "__main__":
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
     deployment: Any = Adapters
     serve.run(deployment.bind(sys.argv[1]))
