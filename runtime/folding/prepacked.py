@@ -68,7 +68,7 @@ def _write(model: Path, changed: Collection[str], place: Path, threads: int | No
         name: (f"{name}.C", *found[name].shape[1:]) if found[name].shape else () for name in changed
     }
     options = onnxruntime.SessionOptions()
-    # ONNX Runtime computes no fused operator in advance.  Were one saved whose inputs are changed weights and constants,
+    # ONNX Runtime computes no fused operator in advance.  Were one saved with changed weights and constants as inputs,
     # such as DeBERTa's products of relative positions, each run on the copy would compute it again.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(place / _GRAPH)
