@@ -68,10 +68,11 @@ def fold(bundle: Bundle, adapter: Adapter, sessions: SessionFactory, *, place: P
 
 
 def cost(bundle: Bundle, adapter: Adapter, *, shared: bool) -> int:
-    """Bytes, at most, that one folded session adds to the process, activations apart; for budgets.
+    """Bytes that one folded session adds to the process; for budgets.
 
     What the adapter changes is held as it is and packed.  Convolutions' weights are blocked by every session for
-    itself, from a copy; the others are packed by every session, or with `shared` by none.
+    itself, from a copy; the others are packed by every session, or with `shared` by none.  Activations are not counted,
+    nor what ONNX Runtime computes in advance from weights alone, such as projections of relative positions.
 
     Args:
         bundle: holds the base.

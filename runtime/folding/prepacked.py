@@ -4,7 +4,8 @@ On the CPU every session packs the weights of its products for itself, in memory
 use.  ONNX Runtime can save a session's packed weights and map them from the file again; then sessions share the pages.
 What a fold changes must not be in such a copy in any form: an optimiser may have transposed a weight or merged it with
 others.  So the changed weights are inputs while the copy is made, from which nothing can be derived, and external
-initializers without a value again after that: a session that does not bring them all cannot be opened.
+initializers without a value again after that: a session that does not bring them all cannot be opened.  Operators are
+fused by each session, not in the copy, so that what depends on changed weights alone is computed once per session.
 
 Packed weights fit the processor and the ONNX Runtime that packed them: copies belong to one process, in a directory
 that it removes.
@@ -67,6 +68,9 @@ def _write(model: Path, changed: Collection[str], place: Path, threads: int | No
         name: (f"{name}.C", *found[name].shape[1:]) if found[name].shape else () for name in changed
     }
     options = onnxruntime.SessionOptions()
+    # ONNX Runtime computes no fused operator in advance.  Were one saved with changed weights and constants as inputs,
+    # such as DeBERTa's products of relative positions, each run on the copy would compute it again.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(place / _GRAPH)
     for entry, value in (
         ("session.save_external_prepacked_constant_initializers", "1"),
