@@ -33,6 +33,7 @@ from tpeft_deploy.exporters.bases.model_text import has_tokenizer, read_text
 from tpeft_deploy.exporters.branches import BLOCKED_BRANCHES, attach_banked, attach_factored
 from tpeft_deploy.exporters.branches.blocked import can_block
 from tpeft_deploy.exporters.branches.joined import packed, stacked
+from tpeft_deploy.exporters.branches.joined.windows import replace_col2im
 from tpeft_deploy.exporters.branches.merged import merge
 from tpeft_deploy.exporters.folded import write_folded
 from tpeft_deploy.exporters.genai_config import GENAI_CONFIG, genai_config
@@ -155,8 +156,9 @@ def write_graphs(
 def _add_cuda(graphs: dict[str, ir.Model]) -> tuple[tuple[Packed, ...], tuple[Packed, ...]]:
     """Add the graphs that only CUDA runs, where they differ; returns the packing and the stacking of the manifest."""
     cuda = graphs[BANKED].clone()
+    replaced = replace_col2im(cuda)
     unrolled, spread, packing = packed.unroll(cuda), packed.spread(cuda), packed.pack(cuda)
-    if unrolled or spread or packing:
+    if replaced or unrolled or spread or packing:
         graphs[BANKED_CUDA] = cuda
     factored = graphs[FACTORED].clone()
     if stacking := stacked.stack(factored):

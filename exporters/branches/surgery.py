@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tpeft_deploy.exporters.branches.functions.banked import BANKED
+from tpeft_deploy.exporters.branches.functions.col2im import COL2IM
 from tpeft_deploy.exporters.branches.functions.conv import CONVS
 from tpeft_deploy.exporters.branches.functions.factored import BLOCKS, DOMAIN, FACTORED, MICROSOFT
 from tpeft_deploy.exporters.branches.functions.merged import MERGED
@@ -27,7 +28,7 @@ __all__ = [
     "route_around",
 ]
 
-_FUNCTIONS = FACTORED | BANKED | CONVS | MERGED | WINDOWED
+_FUNCTIONS = FACTORED | BANKED | COL2IM | CONVS | MERGED | WINDOWED
 
 
 def add_input(
