@@ -2,7 +2,8 @@
 # Builds the wheel and the sdist into dist/, checks both, and, on each Python that pyproject.toml's classifiers name,
 # installs each extra from the wheel in a clean environment, where its packages are imported, the doctor finds nothing
 # broken, and what can be run without a GPU is run. Everything but dist/ is in a temporary directory, which is removed.
-# EXTRAS="cpu server" tries these alone, PYTHONS="3.12" these Pythons. Uploading is left to whoever releases: twine upload dist/*.
+# EXTRAS="cpu server" tries these alone, PYTHONS="3.12" these Pythons. Uploading is left to whoever releases:
+# twine upload dist/*.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -13,7 +14,9 @@ trap 'rm -rf "$outside"' EXIT
 
 pip() { "$outside/tools/bin/python" -m pip --disable-pip-version-check "$@"; }
 # 3.11 or newer has tomllib; the versions that are tried and those that are claimed are one list.
-project() { "$python" -c "import re, tomllib; project = tomllib.load(open('$root/pyproject.toml', 'rb'))['project']; print(*$1)"; }
+project() {
+    "$python" -c "import re, tomllib; project = tomllib.load(open('$root/pyproject.toml', 'rb'))['project']; print(*$1)"
+}
 versions=${PYTHONS:-$(project "re.findall(r'Python :: (3\.[0-9]+)', str(project['classifiers']))")}
 # dev is for the checkout; the doctor leaves it out too.
 extras=${EXTRAS:-$(project "sorted(set(project['optional-dependencies']) - {'dev'})")}
@@ -53,8 +56,10 @@ install() { # EXTRAS
 }
 
 reason() { # FILE: the last error in it as a line
-    { grep -E '^ERROR: (No matching|Could not find|Cannot)' "$1" || grep -vE '^(WARNING|\[notice\]|\s*$)' "$1" || echo "no reason given"; } \
-        | tail -n 1 | cut -c 1-300
+    {
+        grep -E '^ERROR: (No matching|Could not find|Cannot)' "$1" || grep -vE '^(WARNING|\[notice\]|\s*$)' "$1" \
+            || echo "no reason given"
+    } | tail -n 1 | cut -c 1-300
 }
 
 try() { # EXTRA: an environment with it alone, in which the doctor finds it complete; prints why not
@@ -74,7 +79,8 @@ sys.exit(found["state"] != "complete" and f"the doctor finds it {found}")' "$1" 
 
 smoke() { # in the environment of the extra train
     { install cpu,export,train || { fetch cpu,export,train && install cpu,export,train; }; } 2> failure \
-        && venv/bin/python smoke.py > answer 2> failure && cat answer || { reason failure; return 1; }
+        && (rm -rf work && mkdir work && cd work && ../venv/bin/python ../smoke.py) > answer 2> failure && cat answer \
+        || { reason failure; return 1; }
 }
 
 failed=
@@ -86,7 +92,8 @@ for version in $versions; do
     fi
     rm -rf venv wheels
     "$interpreter" -m venv --without-pip venv
-    fetch "$(tr ' ' , <<< "$extras")" 2> failure || echo "Python $version: fetching each extra alone, as together: $(reason failure)"
+    fetch "$(tr ' ' , <<< "$extras")" 2> failure \
+        || echo "Python $version: each extra is fetched alone, since together: $(reason failure)"
     for extra in $extras; do
         if said=$(try "$extra"); then
             echo "Python $version, extra $extra: complete, and imported"
