@@ -66,7 +66,10 @@ try() { # EXTRA: an environment with it alone, in which the doctor finds it comp
     rm -rf venv
     "$interpreter" -m venv --without-pip venv
     if ! install "$1" 2> failure && ! { fetch "$1" && install "$1"; } 2> failure; then
-        echo "cannot be installed, so this extra does not support Python $version: $(reason failure)"
+        local why
+        why=$(reason failure)
+        [[ $why != *"No matching"* ]] || why+=": no wheel is offered, so the extra does not support Python $version"
+        echo "cannot be installed: $why"
         return 1
     fi
     # Without a GPU, CUDA is the one thing that may be broken.
