@@ -93,8 +93,8 @@ def _module(distribution: str) -> str | None:
     if distribution in _MODULES or find_spec(usual) is not None:
         return _MODULES.get(distribution, usual)
     files = [file for file in metadata.files(distribution) or () if file.suffix in (".py", ".so", ".pyd")]
-    packages = [file.parent.parts for file in files if file.name == "__init__.py"]
-    return ".".join(min(packages, key=len)) if packages else usual if files else None
+    packages = sorted((len(file.parts), ".".join(file.parent.parts)) for file in files if file.name == "__init__.py")
+    return packages[0][1] if packages else usual if files else None
 
 
 def _examine(extra: str) -> Extra:
