@@ -19,7 +19,7 @@
 # make client       the blocking client, after a change of asynchronous/
 # make formats      docs/formats.md, after a change of a reader
 # make command-line   docs/command-line.md, after a change of a command
-# make release      the wheel and the sdist in dist/, checked, and each extra installed from the wheel and tried
+# make release      the wheel and the sdist in dist/, checked; each extra installed and tried on each Python (PYTHONS=, EXTRAS=)
 # make image        the container image (PROVIDER=cpu or gpu), on its base by digest
 # make image-lock   image/*.txt, after a change of constraints.txt
 # make clean        remove what the above made

@@ -92,6 +92,6 @@ def _read(file: Path, default: Any) -> Any:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         return default
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedBase(f"read {file}", expected="JSON", got=str(error)) from error
     return found if isinstance(found, type(default)) else default

@@ -28,6 +28,7 @@ __all__ = [
     "is_zero",
     "low_rank",
     "low_rank_pair",
+    "of_rank",
     "pad_ranks",
     "smaller",
     "widen",
@@ -37,6 +38,7 @@ __all__ = [
 DENSE = "kept dense, which holds fewer bytes than its low-rank form"  # note on a weight of an adapter
 _LARGE = 2**20  # elements; the cost of smaller products is negligible
 _ROWS = 64  # rows converted to float64 at a time
+_SPARE = 8  # columns of a random sketch beyond the rank looked for
 
 
 class LowRankPair(NamedTuple):
@@ -229,6 +231,29 @@ def smaller(delta: TuckerDelta) -> TuckerDelta:
     if is_dense(delta) or delta.nbytes < dense_nbytes(delta):
         return delta
     return densify(delta)
+
+
+def of_rank(delta: TuckerDelta, rank: int) -> TuckerDelta | None:
+    """Factor mode 0 of a dense change that has at most this rank, up to rounding to its dtype.
+
+    A LoRA whose change was kept dense has the rank of its factors. A random sketch of `rank` columns spans them, at the
+    cost of two products instead of a decomposition of the whole change (Halko et al., SIAM Review 53(2), 2011).
+
+    Args:
+        delta: change without factors.
+        rank: largest R_o of the result.
+
+    Returns:
+        Change of rank R_o = `rank`, in float64; None if the change has a larger rank.
+    """
+    whole = delta.core.reshape(len(delta.core), -1).astype(np.float64)
+    columns = min(rank + _SPARE, *whole.shape)
+    basis, _ = np.linalg.qr(whole @ np.random.default_rng(0).standard_normal((whole.shape[1], columns)))
+    left, values, right = np.linalg.svd(basis.T @ whole, full_matrices=False)
+    up, core = basis @ left[:, :rank], values[:rank, None] * right[:rank]
+    if np.linalg.norm(whole - up @ core) > 4 * np.finfo(delta.core.dtype).eps * np.linalg.norm(whole):
+        return None
+    return TuckerDelta(core.reshape(-1, *delta.shape[1:]), (up, *delta.factors[1:]), delta.scale)
 
 
 def _is_identity(core: Array) -> bool:

@@ -112,6 +112,10 @@ def clean_up(model: ir.Model) -> None:
     passes.RemoveUnusedNodesPass()(model)
     passes.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     passes.RemoveUnusedOpsetsPass()(model)
+    # The pass looks at the graph alone; what inlines a function needs the model to import the function's domains.
+    for function in model.functions.values():
+        for domain, version in function.opset_imports.items():
+            model.graph.opset_imports.setdefault(domain, version)
     passes.NameFixPass()(model)
     for value in model.graph.initializers.values():
         if value.const_value is not None:

@@ -198,6 +198,7 @@ def test_what_does_not_fit_is_said_on_one_line(args: list[str], code: int, said:
         ("{}", "line 1: expected one of prompt, messages and tokens"),
         ('"a"\n{"prompt": 3}', "line 2"),
         ("oops", "line 1"),
+        ('{"prompt": "a", "more": ' + "[" * 5000, "line 1"),
         ('{"prompts": "a"}', "unknown field"),
         ("\n", "at least one prompt"),
         ('"a"\n"b"\n"c"', "2 tasks for 3 prompts"),

@@ -40,6 +40,12 @@ def test_the_extras_are_the_promised_ones_and_never_both_runtimes() -> None:
         assert len(runtimes) <= (name in ("cpu", "gpu", "openvino"))
 
 
+def test_the_claimed_pythons_begin_with_the_required_one_and_are_those_that_a_release_tries() -> None:
+    claimed = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
+    assert PROJECT["project"]["requires-python"] == f">= {claimed[0]}"
+    assert "project['classifiers']" in (ROOT / ".ci" / "release.sh").read_text()
+
+
 def test_constraints_pin_everything_exactly() -> None:
     lines = [li for li in (ROOT / "constraints.txt").read_text().splitlines() if li and not li.startswith("#")]
     assert "torch==2.13.0" in lines

@@ -120,6 +120,7 @@ def test_a_load_that_fails_leaves_the_old_task_serving(
         ({"pixels": images(1)["pixels"].astype(float)}, {}, InputError, r"float32, got float64. Convert"),
         ({"pixels": images(1)["pixels"][0]}, {}, InputError, r"\[batch, 1, 12, 14\], got \[1, 12, 14\]"),
         ({"pixels": np.zeros((1, 1, 12, 13), np.float32)}, {}, InputError, r"got \[1, 1, 12, 13\]"),
+        ({"pixels": np.zeros((0, 1, 12, 14), np.float32)}, {"tasks": []}, InputError, "at least one row"),
         ({"pixels": np.zeros((0, 1, 12, 14), np.float32)}, {}, InputError, "at least one row"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from tpeft_deploy.adapter import Adapter, gain_mode
+from tpeft_deploy.algebra import is_dense, of_rank
 from tpeft_deploy.bundle import slots
 from tpeft_deploy.bundle.manifest import Manifest
 from tpeft_deploy.bundle.packing import Packed, pack
@@ -54,6 +55,7 @@ def fill(
             )
         with np.errstate(over="ignore", invalid="ignore"):
             try:
+                change = _within_limit(change, target, manifest.max_rank)  # noqa: PLW2901 - the same change
                 filled[target.key] = slots.fill(target, change)
             except ValueError as error:  # products of core and factors that overflow float64
                 raise _too_large(doing, name, target.dtype, f"larger ones ({error})") from error
@@ -179,6 +181,15 @@ def _too_large(doing: str, name: str, dtype: str, got: str) -> AdapterError:
         got=got,
         fix="Serve it with a float32 base.",
     )
+
+
+def _within_limit(change: TuckerDelta | Array, target: Target, limit: int | None) -> TuckerDelta | Array:
+    """Write a change with factors again that was kept dense, if the limit takes those and not the dense one."""
+    if limit is None or not isinstance(change, TuckerDelta) or target.kind == "experts" or not is_dense(change):
+        return change
+    if min(len(change.core), change.core.size // len(change.core)) <= limit or not np.isfinite(change.core).all():
+        return change
+    return of_rank(change, limit) or change
 
 
 def _check_rank(

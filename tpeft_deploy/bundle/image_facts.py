@@ -54,5 +54,5 @@ class ImageFacts:
             return None
         try:
             return msgspec.json.decode(bundle.check_file(f"text/{IMAGE}").read_bytes(), type=cls)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise IntegrityError(f"read {IMAGE} of bundle {bundle.path}", problem=str(error)) from error

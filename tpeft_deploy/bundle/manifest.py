@@ -311,7 +311,7 @@ class Manifest:
         try:
             document = json.loads(text)
             schema = document["schema"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise IntegrityError(
                 f"read {source}", expected="a bundle's manifest", got=f"text that is not one ({error!r})"
             ) from error

@@ -75,7 +75,7 @@ class TaskStore:
                 expected = recorded.pop(name)
                 if native:
                     recorded[name], found[name] = expected, digest_file(place / name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityError(
                 doing,
                 expected=f"{canonical.FILE}, {', '.join(self.natives)} and adapter.json under {digest[:12]}...",

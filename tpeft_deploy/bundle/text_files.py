@@ -88,7 +88,7 @@ class TextFacts:
         """
         try:
             return msgspec.json.decode(bundle.check_file(f"text/{FACTS}").read_bytes(), type=cls)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise IntegrityError(f"read {FACTS} of bundle {bundle.path}", problem=str(error)) from error
 
 

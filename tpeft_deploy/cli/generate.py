@@ -171,7 +171,7 @@ def _lines(prompt: str | None, path: Path | None, images: list[str]) -> list[_Li
             continue
         try:
             found = msgspec.json.decode(text, type=str | _Line)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise InputError(f"{doing}, line {number}", problem=str(error)) from error
         line = _Line(found) if isinstance(found, str) else found
         if sum(part is not None for part in (line.prompt, line.messages, line.tokens)) != 1:

@@ -120,7 +120,7 @@ def nothing(answer: Answer) -> None:
 def _json(answer: Answer) -> object:
     try:
         return json.loads(bytes(answer.body))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise errors.ServerError("read the answer", expected="JSON", got=_shown(answer.body)) from error
 
 
@@ -157,7 +157,7 @@ def _kind(status: int, text: str = "") -> type[errors.TpeftError]:
 def _error_text(body: memoryview) -> str | None:
     try:
         found = json.loads(bytes(body))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return _text_of(found.get("error")) if isinstance(found, dict) else None
 

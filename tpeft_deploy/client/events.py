@@ -65,7 +65,7 @@ class TextEvents:
             if self._failure is None:
                 self.usage = event.get("usage") or self.usage
                 return "".join(map(self._choice, event["choices"]))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ServerError(self._doing, expected="an event of generated text", got=repr(data)[:120]) from error
         return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 
 from packaging.requirements import Requirement
 
@@ -82,9 +83,18 @@ def modules(extras: list[Extra]) -> dict[str, str]:
     ONNX Runtime and NVIDIA's libraries are not among them: they are tried as providers.
     """
     present = dict.fromkeys(name for extra in extras for name in extra.present)
-    return {
-        _MODULES.get(name, name.replace("-", "_")): name for name in present if not name.startswith(_TRIED_OTHERWISE)
-    }
+    named = [(_module(name), name) for name in present if not name.startswith(_TRIED_OTHERWISE)]
+    return {module: name for module, name in named if module is not None}
+
+
+def _module(distribution: str) -> str | None:
+    """Name of a module of a distribution; None if it has none, as one with programs alone."""
+    usual = distribution.replace("-", "_")
+    if distribution in _MODULES or find_spec(usual) is not None:
+        return _MODULES.get(distribution, usual)
+    files = [file for file in metadata.files(distribution) or () if file.suffix in (".py", ".so", ".pyd")]
+    packages = sorted((len(file.parts), ".".join(file.parent.parts)) for file in files if file.name == "__init__.py")
+    return packages[0][1] if packages else usual if files else None
 
 
 def _examine(extra: str) -> Extra:

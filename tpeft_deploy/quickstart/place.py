@@ -51,7 +51,7 @@ def _written_before(out: Path) -> dict[str, str] | None:
         return None
     try:
         written: dict[str, str] = json.loads((out / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TpeftError(
             f"write the quickstart to {out}",
             expected="a new or empty directory, or an earlier quickstart's",

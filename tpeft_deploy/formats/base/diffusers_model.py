@@ -117,6 +117,6 @@ def _read(file: Path) -> Mapping[str, Any]:
     """Object of a JSON file; empty if the file does not exist."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

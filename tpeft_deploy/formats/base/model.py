@@ -173,7 +173,7 @@ def architecture(path: Path) -> str:
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedBase(doing, problem=f"config.json cannot be read ({error})") from error
     if (path / "adapter_config.json").exists():
         raise UnsupportedBase(
