@@ -103,20 +103,33 @@ def generate(runtime: Runtime, rows: Sequence[Row], count: int) -> list[list[int
 
 
 def costs(runtime: Runtime, rows: Sequence[Row], count: int, rounds: int = 3) -> list[dict[str, Any]]:
-    """Return time to the first token and tokens per second after it: of the base, a task, and all tasks mixed."""
+    """Return time to the first tokens and tokens per second after them: of the base, a task, and all tasks mixed.
+
+    From the second round on, what a runtime keeps of a prompt's beginning is used again.
+    """
     task = next(row.task for row in rows if row.task != "base")
     cases = {"base": ["base"] * len(rows), "one task": [task] * len(rows), "mixed tasks": [row.task for row in rows]}
-    times: dict[tuple[str, int], list[float]] = {}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, tasks in cases.items():
             own = [Row(chosen, row.prompt, row.inputs) for chosen, row in zip(tasks, rows, strict=True)]
-            for length in (1, count):
-                began = time.perf_counter()
-                generate(runtime, own, length)
-                times.setdefault((name, length), []).append(time.perf_counter() - began)
+            times[name].append(asyncio.run(_timed(runtime, own, count)))
     found = []
-    for name in cases:
-        first, whole = (statistics.median(times[name, length]) for length in (1, count))
-        rate = len(rows) * (count - 1) / (whole - first) if whole > first else 0.0
+    for name, measured in times.items():
+        first, rate = (statistics.median(values) for values in zip(*measured, strict=True))
         found.append({"rows": f"{len(rows)}, {name}", "first tokens, s": first, "tokens/s after them": rate})
     return found
+
+
+async def _timed(runtime: Runtime, rows: Sequence[Row], count: int) -> tuple[float, float]:
+    """Return the seconds until every row has a token, and the tokens of a second from then on."""
+
+    async def one(row: Row) -> list[float]:
+        options: Any = {"inputs": row.inputs, "max_new_tokens": count}
+        return [time.perf_counter() async for _ in runtime.stream(row.prompt, row.task, **options)]
+
+    began = time.perf_counter()
+    arrived = await asyncio.gather(*map(one, rows))
+    started = max(own[0] for own in arrived)
+    later = [moment for own in arrived for moment in own if moment > started]
+    return started - began, len(later) / (max(later) - started)
