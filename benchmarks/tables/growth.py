@@ -35,7 +35,7 @@ RANKS = (4, 8, 32)
 ROWS = (1, 8, 32)
 TENANTS = (1, 10, 100)
 ASKING, FLOOD, COLD = 32, 200, 40  # clients, clients of the flood, adapters that are loaded
-EVERY, CHANGES = 0.04, 0.1  # seconds between requests of a quiet tenant, and between changes
+EVERY, CHANGES = 0.1, 0.1  # seconds between requests of a quiet tenant, and between changes
 COLUMNS = ("ratio", "a row, ms", "p99, ms", "requests/s", "another adapter, ratio", "first request, ms", "memory, MB")
 TEXT = f"""An encoder of 6 layers of 384 with LoRA on every linear, texts of 8 tokens, in one process.
 
