@@ -110,11 +110,12 @@ def _known(bundle: Bundle, settings: Settings) -> list[Row]:
 def _sources(bundle: Bundle, count: int) -> dict[str, Source]:
     """So many adapters with a content of their own as far as the runtime knows, read from the bundle's files."""
 
-    def source(number: int) -> Source:
-        task = TASKS[number % len(TASKS)]
-        return Source(f"{number:064x}", lambda: bundle.adapter(task))
+    digests = {task: bundle.digest(task) for task in TASKS}
 
-    return {f"own-{number}": source(number) for number in range(count)}
+    def source(task: str, number: int) -> Source:
+        return Source(f"{number:064x}", lambda: bundle.version(task, digests[task], native=False))
+
+    return {f"own-{number}": source(TASKS[number % len(TASKS)], number) for number in range(count)}
 
 
 def _expected(bundle: Bundle) -> list[Array]:
