@@ -83,7 +83,7 @@ ALLOWED = {
     "ties": {"adapter", "algebra", "errors", "tucker"},
     "composition": {"adapter", "algebra", "errors", "tucker"},
     "formats": {"adapter", "algebra", "labels", "tucker", "errors", "files"},
-    "bundle": {"adapter", "errors", "files", "formats", "labels", "ties", "tucker"},
+    "bundle": {"adapter", "algebra", "errors", "files", "formats", "labels", "ties", "tucker"},
     "training": {"errors", "tucker", "adapter"},
     "exporters": {
         *{"adapter", "bundle", "errors", "files", "formats", "html", "progress", "ties", "training", "tucker"},
