@@ -157,7 +157,7 @@ def measure_known(options: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as place:
         costs: dict[int, list[float]] = {10: [], 10_000: []}
         for count in costs:
-            _register(bundle, Path(place) / str(count), count)
+            register_tasks(bundle, Path(place) / str(count), count)
         for _ in range(5):
             for count, own in costs.items():
                 began = time.perf_counter()
@@ -177,7 +177,7 @@ def measure_known(options: argparse.Namespace) -> Figures:
     return figures
 
 
-def _register(bundle: Bundle, place: Path, count: int) -> None:
+def register_tasks(bundle: Bundle, place: Path, count: int) -> None:
     """So many registered tasks, as `Tasks.add` leaves them, without a transaction for each."""
     with open_state(place) as state:
         digest = _blob(state, bundle)
