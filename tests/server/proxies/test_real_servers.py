@@ -95,6 +95,9 @@ def fleet(conv_bundle: Bundle, postgres: Postgres, tmp_path: Path, monkeypatch: 
             for proxy in PROXIES:
                 (place / proxy).mkdir()
                 stack.enter_context(running(proxy, place / proxy, addresses))
+            # Until then a request for it goes to any other, and another one over gRPC.
+            log = place / "haproxy" / "haproxy.log"
+            wait_until(lambda: "grpc_tasks/three is DOWN" in log.read_text(), "that HAProxy misses the third")
             yield own
     finally:
         shutil.rmtree(place)
