@@ -126,7 +126,7 @@ def test_each_task_is_answered_by_one_server_until_that_one_ends(
                 assert sorted(fleet.rows(name)) == [0, 3 * len(PIXELS)]
                 check(fleet.over_grpc(proxy, name))
                 # Whether it is the server of HTTP is checked by `test_affinity`; here it is another one now and then.
-                assert sum(fleet.rows(name)) >= 3 * len(PIXELS)
+                assert sum(fleet.rows(name)) == 4 * len(PIXELS)
 
     def answered_by_first(proxy: str) -> bool:
         """Ask for all tasks, and return whether the first server answered one."""
