@@ -83,6 +83,7 @@ def open_tab(browser: Browser, server: Asking, theme: str) -> Iterator[Tab]:
     context.set_default_timeout(60_000)
     tab = Tab(context.new_page(), server)
     tab.page.goto(f"{server.url}/console/")
+    tab.page.get_by_role("main").wait_for()  # it is drawn after the page has loaded
     yield tab
     tab.check()
     context.close()
