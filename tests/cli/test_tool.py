@@ -48,6 +48,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, conv_adapters: dict[str, A
     return place
 
 
+@pytest.mark.thorough
 def test_commands_print_nothing_that_is_not_theirs(tmp_path: Path, adapter: Path, conv_bundle: Bundle) -> None:
     (tmp_path / "noisy.py").write_text(NOISE)
     bundle = tmp_path / "bundle"

@@ -156,7 +156,11 @@ def lora() -> peft.LoraConfig:
 
 
 @pytest.mark.parametrize(
-    "make", [bart, *(pytest.param(make, marks=pytest.mark.soak) for make in (t5, mt5, mbart, marian, pegasus))]
+    "make",
+    [
+        pytest.param(bart, marks=pytest.mark.thorough),
+        *(pytest.param(make, marks=pytest.mark.soak) for make in (t5, mt5, mbart, marian, pegasus)),
+    ],
 )
 @torch.no_grad()
 def test_an_encoder_and_a_decoder(tmp_path: Path, make: Any) -> None:

@@ -23,7 +23,7 @@ PROMPTS = [[5, 9, 31, 7, 12, 40, 3, 22, 8], [17, 2, 33], [1, 44, 6, 25, 38]]
 TASKS = ["a", "base", "b"]
 # Sequence -> its prompt and task, and the part of the tokens that it asks for: three run at a time.
 SEQUENCES = [(0, 1.0), (1, 0.3), (2, 0.6), (1, 1.0), (2, 1.0), (0, 0.4)]
-THOROUGH = {"gemma3": pytest.mark.thorough, "phi": pytest.mark.thorough}
+THOROUGH = dict.fromkeys(["gemma3", "mixtral", "phi"], pytest.mark.thorough)
 COUNTS = [pytest.param(name, 128 if name == "llama" else 32, marks=THOROUGH.get(name, ())) for name in MODELS]
 LONG = [pytest.param(name, 128, marks=pytest.mark.soak) for name in MODELS if name != "llama"]
 

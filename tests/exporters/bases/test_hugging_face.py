@@ -118,7 +118,7 @@ def test_models_of_images(
     ("name", "sizes", "inputs", "outputs"),
     [
         ("BertForSequenceClassification", {"num_labels": 4}, 3, ["logits"]),
-        ("BertForTokenClassification", {"num_labels": 4}, 3, ["logits"]),
+        pytest.param("BertForTokenClassification", {"num_labels": 4}, 3, ["logits"], marks=pytest.mark.thorough),
         ("BertModel", {"num_hidden_layers": 2}, 3, ["last_hidden_state", "pooler_output"]),
         (
             "DebertaV2ForSequenceClassification",
@@ -180,7 +180,7 @@ def with_past(base: TorchBase, batch: int, sequence: int, past: int) -> Inputs:
     return inputs
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_causal_models_with_a_cache(tmp_path: Path, tied: bool) -> None:
     count = 1 if tied else 2
     sizes = TEXT | {"num_key_value_heads": 1, "num_hidden_layers": count}

@@ -28,7 +28,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     )
 
 
-QUICK = {"ViT", "BERT", "DeBERTa-V3", "ConvNeXt-V2", "Llama with KV cache", "ResNet with BatchNorm", "Conv1d net"}
+QUICK = {"ViT", "BERT", "DeBERTa-V3", "ResNet with BatchNorm", "Conv1d net"}
 CASES = [
     pytest.param(name, torch.float32, id=f"{name}-float32", marks=[] if name in QUICK else [pytest.mark.thorough])
     for name in MODELS

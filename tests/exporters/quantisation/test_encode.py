@@ -149,8 +149,15 @@ def test_changes_that_derive_from_weights_are_proved_before_they_are_quantised(t
     assert "agrees before they are quantised" in bundle.oracle("a")["reason"]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("llama", "int4"),
+        ("gpt2", "int8"),
+        pytest.param("llama", "int8", marks=pytest.mark.thorough),
+        pytest.param("gpt2", "int4", marks=pytest.mark.thorough),
+    ],
+)
 def test_tokens_are_those_of_generate_on_the_dequantised_model(name: str, form: Any, tmp_path: Path) -> None:
     adapters = trained(name, tmp_path)
     model = made(name)
