@@ -128,9 +128,10 @@ class ServedTasks:
         check_task(task, self.name)
         if adapter is None:
             version = self._versions.stored(task)
+        elif isinstance(adapter, Adapter):
+            version = self._versions.held(task, adapter)
         else:
-            loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=self._base.base_view)
-            version = self._versions.held(task, loaded)
+            version = self._versions.held(task, load_adapter(adapter, base=self._base.base_view), copied=False)
         served = False
         try:
             with self._placed.acquire([version], everywhere=task in self._pins.all()):

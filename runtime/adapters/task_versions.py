@@ -7,6 +7,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -129,11 +130,17 @@ class TaskVersions:
         """
         return self._stored(task, self._bundle.digest(task))
 
-    def held(self, task: str, adapter: Adapter) -> Version:
-        """A new version of an adapter from outside the bundle, in a private copy."""
+    def held(self, task: str, adapter: Adapter, *, copied: bool = True) -> Version:
+        """A new version of an adapter from outside the bundle.
+
+        Args:
+            task: name of the task.
+            adapter: the adapter.
+            copied: whether its arrays are copied, as the caller may change them.
+        """
         data = adapter.to_bytes()
         source = f"task {task!r}, loaded from {adapter.source}"
-        own = canonical.from_bytes(data, source=source)
+        own = canonical.from_bytes(data, source=source) if copied else replace(adapter, source=source)
         return Version(task, hashlib.sha256(data).hexdigest(), lambda: own)
 
     def _stored(self, task: str, digest: str) -> Version:
