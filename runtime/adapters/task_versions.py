@@ -138,10 +138,10 @@ class TaskVersions:
             adapter: the adapter.
             copied: whether its arrays are copied, as the caller may change them.
         """
-        data = adapter.to_bytes()
         source = f"task {task!r}, loaded from {adapter.source}"
-        own = canonical.from_bytes(data, source=source) if copied else replace(adapter, source=source)
-        return Version(task, hashlib.sha256(data).hexdigest(), lambda: own)
+        own = canonical.from_bytes(adapter.to_bytes(), source=source) if copied else replace(adapter, source=source)
+        # Only a task that is registered again or generates is asked for its digest: half as long as all of the rest.
+        return Version(task, lambda: hashlib.sha256(own.to_bytes()).hexdigest(), lambda: own)
 
     def _stored(self, task: str, digest: str) -> Version:
         return Version(task, digest, partial(self._bundle.version, task, digest, native=False))

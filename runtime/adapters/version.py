@@ -69,12 +69,12 @@ class Version:
 
     Args:
         name: name of the task or weighted set, for messages.
-        digest: SHA-256 of the adapter's content.
+        known_digest: SHA-256 of the adapter's content, or a function that computes it.
         read: reads the adapter again, from disk or from memory.
     """
 
     name: str
-    digest: str
+    known_digest: str | Callable[[], str]
     read: Callable[[], Adapter]
     sizes: Mapping[str, int] = field(default_factory=dict)  # known once it was read
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # of its rows, likewise
@@ -103,6 +103,13 @@ class Version:
         return cls(BASE_TASK, "", lambda: Adapter({}), sizes, row=0)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the adapter's content."""
+        if not isinstance(self.known_digest, str):
+            self.known_digest = self.known_digest()
+        return self.known_digest
+
+    @property
     def is_base(self) -> bool:
         """Whether this is the base."""
         return self.row == 0
@@ -125,7 +132,7 @@ class Version:
             with _TWINS:  # as `everywhere`: one that is made after its task has gone knows it
                 twin = self.twins.get(place)
                 if twin is None:
-                    twin = self.twins[place] = Version(self.name, self.digest, self.read, current=self.current)
+                    twin = self.twins[place] = Version(self.name, self.known_digest, self.read, current=self.current)
         return twin
 
     def everywhere(self) -> list[tuple[int, Version]]:

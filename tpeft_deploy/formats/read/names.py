@@ -65,15 +65,15 @@ class Names:
     part: str = ""
     parts: Callable[[], Sequence[str]] = tuple
     _modules: frozenset[str] = field(init=False)
-    _underscored: Mapping[str, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        modules = {name[:dot] for name in self.weights for dot in _dots(name)}
-        by_underscore: dict[str, list[str]] = defaultdict(list)
-        for module in sorted(modules):
-            by_underscore[module.replace(".", "_")].append(module)
+        modules: set[str] = set()
+        for name in self.weights:
+            module = name.rpartition(".")[0]
+            while module and module not in modules:  # those around one that is known are known too
+                modules.add(module)
+                module = module.rpartition(".")[0]
         object.__setattr__(self, "_modules", frozenset(modules))
-        object.__setattr__(self, "_underscored", dict(by_underscore))
 
     def module(self, key: str) -> str:
         """The dotted path in the base of the module that a file calls `key`.
@@ -159,12 +159,15 @@ class Names:
         return found[0]
 
     @cached_property
+    def _underscored(self) -> Mapping[str, list[str]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(self._modules):
+            found[name.replace(".", "_")].append(name)
+        return found
+
+    @cached_property
     def _others_underscored(self) -> Mapping[str, list[str]]:
         found: dict[str, set[str]] = defaultdict(set)
         for name, modules in self._others.items():
             found[name.replace(".", "_")] |= modules
         return {name: sorted(modules) for name, modules in found.items()}
-
-
-def _dots(name: str) -> list[int]:
-    return [position for position, letter in enumerate(name) if letter == "."]
