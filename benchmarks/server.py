@@ -18,11 +18,10 @@ import argparse
 import asyncio
 import itertools
 import json
-import random
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import insert
 
+from benchmarks.crowd import Ask, Crowd, drawn
 from benchmarks.runtime import TASKS, cached, texts
 from tpeft_deploy import Bundle, Runtime
 from tpeft_deploy.runtime import Limits
@@ -42,7 +42,6 @@ from tpeft_deploy.runtime.server.tenancy.quotas import Quota
 from tpeft_deploy.runtime.server.v2.messages import InferRequest
 
 Figures = dict[str, float]
-Ask = Callable[[str, str], Awaitable[object]]
 TENANTS = [f"tenant-{number}" for number in range(4)]
 QUOTA = Quota(requests_per_s=1e6, rows_per_s=1e6, queue_share=0.5)
 ROW = texts(1)
@@ -65,18 +64,10 @@ def through(service: Service) -> Ask:
 
 async def crowd(ask: Ask, seconds: float, clients: int) -> float:
     """Answers a second of clients that each ask again when they are answered."""
-    until = time.perf_counter() + seconds
-    answers = itertools.count()
-
-    async def client(number: int) -> None:
-        choice = random.Random(number)
-        while time.perf_counter() < until:
-            await ask(TENANTS[number % len(TENANTS)], choice.choice(TASKS))
-            next(answers)
-
-    began = time.perf_counter()
-    await asyncio.gather(*(client(number) for number in range(clients)))
-    return next(answers) / (time.perf_counter() - began)
+    own = Crowd(ask, seconds)
+    names = itertools.cycle(TENANTS)
+    await asyncio.gather(*(own.client(next(names), drawn(TASKS, number)) for number in range(clients)))
+    return own.answered / (time.perf_counter() - own.began)
 
 
 def measure_throughput(options: argparse.Namespace) -> Figures:
@@ -104,32 +95,10 @@ def measure_throughput(options: argparse.Namespace) -> Figures:
 
 async def beside(ask: Ask, seconds: float, others: int) -> list[float]:
     """Latencies in ms of a tenant that asks every 40 ms, beside so many clients of another."""
-    until = time.perf_counter() + seconds
-    found: list[float] = []
-
-    async def other(number: int) -> None:
-        while time.perf_counter() < until:
-            try:
-                await ask("flood", TASKS[number % len(TASKS)])
-            except Exception as error:
-                if type(error).__name__ != "QuotaExceeded":
-                    raise
-                await asyncio.sleep(0.05)
-
-    async def once() -> None:
-        began = time.perf_counter()
-        await ask("quiet", TASKS[0])
-        found.append(1000 * (time.perf_counter() - began))
-
-    async def quiet() -> None:
-        waiting = []
-        while time.perf_counter() < until:
-            waiting.append(asyncio.create_task(once()))
-            await asyncio.sleep(0.04)
-        await asyncio.gather(*waiting)
-
-    await asyncio.gather(quiet(), *(other(number) for number in range(others)))
-    return found
+    own = Crowd(ask, seconds)
+    flood = (own.client("flood", itertools.repeat(TASKS[number % len(TASKS)])) for number in range(others))
+    await asyncio.gather(own.quiet(TASKS[0], 0.04), *flood)
+    return own.latencies
 
 
 def measure_flood(options: argparse.Namespace) -> Figures:

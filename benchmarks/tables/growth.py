@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.crowd import Crowd
 from benchmarks.runtime import TASKS, cached, texts, turns
 from benchmarks.server import ROW, serving
 from benchmarks.tables.forms import Config, bundle_of
 from benchmarks.tables.table import Figure, Row, Settings, Table
 from tpeft_deploy import Bundle, Runtime
-from tpeft_deploy.errors import QuotaExceeded
 from tpeft_deploy.runtime.adapters.version import Source
 from tpeft_deploy.runtime.bench.measure import Case, interleave, resident_bytes, spread
 from tpeft_deploy.runtime.server.operations.service import Service
@@ -161,56 +161,16 @@ def _mixed(runtime: Runtime, tasks: Sequence[str], count: int) -> Callable[[], o
     return lambda: runtime.run(inputs, tasks=chosen)
 
 
-@dataclass
-class Crowd:
-    """Clients of a service for some seconds.
-
-    Args:
-        service: the service.
-        seconds: how long they ask.
-    """
-
-    service: Service
-    seconds: float
-    answered: int = 0
-    latencies: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.until = time.perf_counter() + self.seconds
-
-    async def client(self, tenant: str, task: str, *, counted: bool) -> None:
-        who = Principal(tenant, Role.INFER, "a benchmark")
-        while time.perf_counter() < self.until:
-            try:
-                await self.service.infer(who, InferRequest(task, ROW))
-            except QuotaExceeded:
-                await asyncio.sleep(0.05)
-            else:
-                self.answered += counted
-
-    async def quiet(self) -> None:
-        who = Principal("quiet", Role.INFER, "a benchmark")
-
-        async def once() -> None:
-            began = time.perf_counter()
-            await self.service.infer(who, InferRequest(TASKS[0], ROW))
-            self.latencies.append(1e3 * (time.perf_counter() - began))
-
-        async with asyncio.TaskGroup() as group:
-            while time.perf_counter() < self.until:
-                group.create_task(once())
-                await asyncio.sleep(EVERY)
-
-    async def churn(self, data: bytes) -> None:
-        who = Principal("changing", Role.DEPLOY, "a benchmark")
-        for number in range(1_000_000):
-            if time.perf_counter() > self.until:
-                return
-            name = f"new-{number % 10}"
-            if number >= 10:
-                await self.service.delete(who, name)
-            await self.service.register(who, name, _upload(data))
-            await asyncio.sleep(CHANGES)
+async def _churn(service: Service, crowd: Crowd, data: bytes) -> None:
+    who = Principal("changing", Role.DEPLOY, "a benchmark")
+    for number in itertools.count():
+        if time.perf_counter() > crowd.until:
+            return
+        name = f"new-{number % 10}"
+        if number >= 10:
+            await service.delete(who, name)
+        await service.register(who, name, _upload(data))
+        await asyncio.sleep(CHANGES)
 
 
 async def _upload(data: bytes) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]]:
@@ -220,15 +180,23 @@ async def _upload(data: bytes) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]
     yield "weights", pieces()
 
 
-async def _ask(crowd: Crowd, tenants: int, *, flood: bool, changing: bytes | None) -> Crowd:
-    work: list[Coroutine[Any, Any, None]] = [crowd.quiet()]
-    work += [crowd.client(f"tenant-{n % tenants}", TASKS[n % len(TASKS)], counted=True) for n in range(ASKING)]
+async def _ask(service: Service, seconds: float, tenants: int, *, flood: bool, changing: bytes | None) -> Crowd:
+    who = {
+        name: Principal(name, Role.INFER, "a benchmark") for name in ("quiet", "flood", *map(_tenant, range(tenants)))
+    }
+    crowd = Crowd(lambda tenant, task: service.infer(who[tenant], InferRequest(task, ROW)), seconds)
+    work: list[Coroutine[Any, Any, None]] = [crowd.quiet(TASKS[0], EVERY)]
+    work += [crowd.client(_tenant(n % tenants), repeat(TASKS[n % len(TASKS)])) for n in range(ASKING)]
     if flood:
-        work += [crowd.client("flood", TASKS[n % len(TASKS)], counted=False) for n in range(FLOOD)]
+        work += [crowd.client("flood", repeat(TASKS[n % len(TASKS)]), counted=False) for n in range(FLOOD)]
     if changing is not None:
-        work.append(crowd.churn(changing))
+        work.append(_churn(service, crowd, changing))
     await asyncio.gather(*work)
     return crowd
+
+
+def _tenant(number: int) -> str:
+    return f"tenant-{number}"
 
 
 def _tenants(bundle: Bundle, settings: Settings) -> list[Row]:
@@ -238,11 +206,11 @@ def _tenants(bundle: Bundle, settings: Settings) -> list[Row]:
     data = bundle.adapter(TASKS[0]).to_bytes()
     rows: list[Row] = []
     first = None
-    for name, count, flood, changing in cases:
+    seconds = max(1.0, settings.seconds / 2)
+    for name, tenants, flood, changing in cases:
         with tempfile.TemporaryDirectory() as place, serving(bundle, Path(place), settings.threads) as service:
-            asyncio.run(_ask(Crowd(service, 0.5), count, flood=flood, changing=None))
-            crowd = Crowd(service, max(1.0, settings.seconds / 2))
-            asyncio.run(_ask(crowd, count, flood=flood, changing=data if changing else None))
+            asyncio.run(_ask(service, 0.5, tenants, flood=flood, changing=None))
+            crowd = asyncio.run(_ask(service, seconds, tenants, flood=flood, changing=data if changing else None))
         latency = spread(crowd.latencies)
         first = first or latency.median
         figures: dict[str, Figure] = {
