@@ -13,12 +13,20 @@ import pytest
 from sqlalchemy import insert
 
 from tests.helpers.server.audited import audited
-from tests.helpers.server.processes import command, server
+from tests.helpers.server.processes import CODE, command, server
 from tests.helpers.server.v2_bodies import tensor
 from tests.helpers.waiting import wait_until
 from tests.server.conftest import PIXELS
 from tpeft_deploy import Adapter, Bundle, Client, Runtime
 from tpeft_deploy.runtime.server.registry import open_state, schema
+
+
+FREEZING = f"""
+import gc, sys
+freeze = gc.freeze
+gc.freeze = lambda: (freeze(), print("frozen", file=sys.stderr, flush=True))
+{CODE}
+"""
 
 
 def test_a_key_a_request_and_a_drain(conv_bundle: Bundle, tmp_path: Path, others: list[Adapter]) -> None:
@@ -101,8 +109,11 @@ def _register(place: Path, count: int, adapter: Adapter) -> None:
 
 
 def test_without_keys_on_the_loopback_only(conv_bundle: Bundle, tmp_path: Path) -> None:
-    with server(conv_bundle.path, "--state", tmp_path / "state", "--port", 0, "--no-auth") as (_, url):
+    said: list[str] = []
+    options = ["--state", tmp_path / "state", "--port", 0, "--no-auth"]
+    with server(conv_bundle.path, *options, code=FREEZING, said=said) as (_, url):
         assert httpx.get(f"{url}/v2/admin/keys").json() == []
+        assert "frozen\n" in said  # before it says where it listens
     refused = command("serve", conv_bundle.path, "--state", tmp_path / "state", "--no-auth", "--host", "0.0.0.0")
     assert refused.returncode == 1
     assert "loopback" in refused.stderr
