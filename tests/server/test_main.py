@@ -20,7 +20,6 @@ from tests.server.conftest import PIXELS
 from tpeft_deploy import Adapter, Bundle, Client, Runtime
 from tpeft_deploy.runtime.server.registry import open_state, schema
 
-
 FREEZING = f"""
 import gc, sys
 freeze = gc.freeze
