@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from tpeft_deploy.adapter import Adapter
@@ -102,12 +103,10 @@ class Version:
         """
         return cls(BASE_TASK, "", lambda: Adapter({}), sizes, row=0)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the adapter's content."""
-        if not isinstance(self.known_digest, str):
-            self.known_digest = self.known_digest()
-        return self.known_digest
+        return self.known_digest if isinstance(self.known_digest, str) else self.known_digest()
 
     @property
     def is_base(self) -> bool:
