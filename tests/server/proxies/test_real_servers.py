@@ -133,6 +133,7 @@ def test_each_task_is_answered_by_one_server_until_that_one_ends(
                     check(client.infer({"pixels": PIXELS}, version)["logits"])
                 assert sorted(fleet.rows(name)) == [0, 3 * len(PIXELS)]
                 check(fleet.over_grpc(proxy, name))
+                assert sum(fleet.rows(name)) == 4 * len(PIXELS)
                 if proxy == "haproxy":
                     assert sorted(fleet.rows(name)) == [0, 4 * len(PIXELS)]
 
