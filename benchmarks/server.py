@@ -21,7 +21,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -57,8 +57,8 @@ def serving(bundle: Bundle, place: Path, threads: int, **limits: Any) -> Iterato
             yield Service(runtime, bundle, state, order, Options(limits=own))
 
 
-def through(service: Service) -> Ask:
-    who = {tenant: Principal(tenant, Role.INFER, "a benchmark") for tenant in [*TENANTS, "quiet", "flood"]}
+def through(service: Service, tenants: Iterable[str] = TENANTS) -> Ask:
+    who = {tenant: Principal(tenant, Role.INFER, "a benchmark") for tenant in [*tenants, "quiet", "flood"]}
     return lambda tenant, task: service.infer(who[tenant], InferRequest(task, ROW))
 
 

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from benchmarks.crowd import Crowd
 from benchmarks.runtime import TASKS, cached, texts, turns
-from benchmarks.server import ROW, serving
+from benchmarks.server import ROW, serving, through
 from benchmarks.tables.forms import Config, bundle_of
 from benchmarks.tables.table import Figure, Row, Settings, Table
 from tpeft_deploy import Bundle, Runtime
@@ -25,7 +24,6 @@ from tpeft_deploy.runtime.adapters.version import Source
 from tpeft_deploy.runtime.bench.measure import Case, interleave, resident_bytes, spread
 from tpeft_deploy.runtime.server.operations.service import Service
 from tpeft_deploy.runtime.server.tenancy.access import Principal, Role
-from tpeft_deploy.runtime.server.v2.messages import InferRequest
 from tpeft_deploy.tucker import Array
 
 __all__ = ["measure"]
@@ -157,7 +155,7 @@ def _rows(bundle: Bundle, settings: Settings) -> list[Row]:
 
 
 def _mixed(runtime: Runtime, tasks: Sequence[str], count: int) -> Callable[[], object]:
-    inputs, chosen = texts(count), list(islice(cycle(tasks), count))
+    inputs, chosen = texts(count), list(itertools.islice(itertools.cycle(tasks), count))
     return lambda: runtime.run(inputs, tasks=chosen)
 
 
@@ -181,22 +179,16 @@ async def _upload(data: bytes) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]
 
 
 async def _ask(service: Service, seconds: float, tenants: int, *, flood: bool, changing: bytes | None) -> Crowd:
-    who = {
-        name: Principal(name, Role.INFER, "a benchmark") for name in ("quiet", "flood", *map(_tenant, range(tenants)))
-    }
-    crowd = Crowd(lambda tenant, task: service.infer(who[tenant], InferRequest(task, ROW)), seconds)
+    names = [f"tenant-{n}" for n in range(tenants)]
+    crowd = Crowd(through(service, names), seconds)
     work: list[Coroutine[Any, Any, None]] = [crowd.quiet(TASKS[0], EVERY)]
-    work += [crowd.client(_tenant(n % tenants), repeat(TASKS[n % len(TASKS)])) for n in range(ASKING)]
+    work += [crowd.client(names[n % tenants], itertools.repeat(TASKS[n % len(TASKS)])) for n in range(ASKING)]
     if flood:
-        work += [crowd.client("flood", repeat(TASKS[n % len(TASKS)]), counted=False) for n in range(FLOOD)]
+        work += [crowd.client("flood", itertools.repeat(TASKS[n % len(TASKS)]), counted=False) for n in range(FLOOD)]
     if changing is not None:
         work.append(_churn(service, crowd, changing))
     await asyncio.gather(*work)
     return crowd
-
-
-def _tenant(number: int) -> str:
-    return f"tenant-{number}"
 
 
 def _tenants(bundle: Bundle, settings: Settings) -> list[Row]:
