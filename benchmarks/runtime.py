@@ -7,7 +7,8 @@
 | encoder | BERT, 6 layers of 384, rank 8 on every linear | 16 rows of 8 tokens: plain, base, one task, mixed, singles |
 | known | the same | a switched run against a repeated one, by the number of adapters in the bundle |
 | cold | ViT-base (86 M weights) of 32 pixels, rank 8 on every linear | an adapter from disk, in parts |
-| loading | the same | the time of runs of one task while 100 adapters load, against without |
+| directory | as encoder | `Runtime.load` of the PEFT directory of an adapter |
+| loading | the ViT | the time of runs of one task while 100 adapters load, against without |
 
 Cases take turns in one process, each with its weights in the cache (`runtime.bench.measure`); ratios are medians of
 the ratios within a round.  Exported bundles are kept in the cache directory.  Nothing is asserted.
@@ -17,11 +18,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +39,7 @@ from torch import nn
 
 from benchmarks.export import Logits, adapter_for
 from tpeft_deploy import Bundle, Runtime, export_bundle
+from tpeft_deploy.formats.write import peft_lora
 from tpeft_deploy.runtime.bench.measure import Case, interleave, spread
 from tpeft_deploy.tucker import Array
 
@@ -209,6 +213,24 @@ def measure_cold(options: argparse.Namespace) -> Figures:
     return figures
 
 
+def measure_directory(options: argparse.Namespace) -> Figures:
+    bundle = cached(options.cache, "encoder", TASKS)
+    numbers = itertools.count()
+    with (
+        tempfile.TemporaryDirectory() as place,
+        Runtime(bundle.path, provider="cpu", threads=options.threads, preload=False) as runtime,
+    ):
+        peft_lora.write(bundle.adapter(TASKS[0]), Path(place))
+        # A name for each, as for adapters that come one after the other; rows of the bank are new.
+        times = interleave({"load": lambda: runtime.load(f"new-{next(numbers)}", place)}, options.seconds)
+    found = spread(times["load"])
+    return {
+        "weights of the adapter": float(len(bundle.adapter(TASKS[0]).deltas)),
+        "load, ms": 1e3 * found.median,
+        "load, quartiles apart, ms": 1e3 * (found.high - found.low),
+    }
+
+
 LOADER = """
 import sys
 from tpeft_deploy import Runtime
@@ -296,6 +318,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "encoder": measure_encoder,
     "known": measure_known,
     "cold": measure_cold,
+    "directory": measure_directory,
     "loading": measure_loading,
 }
 

@@ -26,7 +26,7 @@ settings.load_profile("tests")
 
 
 def pytest_collection_finish() -> None:
-    # A full collection goes through torch, all its operators and all tests; exports cause many: a seventh of their time.
+    # A full collection goes through torch, its operators and all tests; exports cause many: a seventh of their time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)

@@ -25,7 +25,7 @@ from benchmarks.tables.table import Figure, Row, Settings, Table
 from tpeft_deploy.runtime.bench.measure import spread
 from tpeft_deploy.tucker import Array
 
-__all__ = ["OURS", "measure"]
+__all__ = ["CONNECTIONS", "OURS", "measure", "v2_binary", "v2_json"]
 
 ROOT = Path(__file__).parents[2]
 OURS = "this toolkit, JSON"
@@ -183,19 +183,19 @@ def _peers(work: Work, settings: Settings, place: Path) -> dict[str, Peer]:
 
     kserve = "" if find_spec("kserve") else "not installed: pip install kserve"
     peers = {
-        OURS: Peer(serve, _v2, _of_v2),
-        "this toolkit, binary": Peer(serve, _binary, _of_binary),
-        "KServe's SDK": Peer(app(sys.executable, "kserve"), _v2, _of_v2, kserve),
+        OURS: Peer(serve, v2_json, _of_v2),
+        "this toolkit, binary": Peer(serve, v2_binary, _of_binary),
+        "KServe's SDK": Peer(app(sys.executable, "kserve"), v2_json, _of_v2, kserve),
     }
     for title, name, request in (("LitServe", "litserve", _named), ("Ray Serve, multiplexed", "ray", _multiplexed)):
         python, missing = installed(name)
         peers[title] = Peer(app(python, name), request, _of_plain, missing, {"RAY_USAGE_STATS_ENABLED": "0"})
     python, missing = installed("mlserver")
-    peers["MLServer"] = Peer(app(python, "mlserver"), _v2, _of_v2, missing)
+    peers["MLServer"] = Peer(app(python, "mlserver"), v2_json, _of_v2, missing)
     return peers
 
 
-def _v2(task: str, row: Array) -> Request:
+def v2_json(task: str, row: Array) -> Request:
     tensor = {"name": "input", "shape": list(row.shape), "datatype": "FP32", "data": row.ravel().tolist()}
     return Request(f"/v2/models/{task}/infer", json.dumps({"inputs": [tensor]}).encode())
 
@@ -205,7 +205,7 @@ def _of_v2(body: bytes) -> Array:
     return np.array(output["data"], np.float32).reshape(output["shape"])
 
 
-def _binary(task: str, row: Array) -> Request:
+def v2_binary(task: str, row: Array) -> Request:
     sizes = {"binary_data_size": row.nbytes}
     tensor = {"name": "input", "shape": list(row.shape), "datatype": "FP32", "parameters": sizes}
     document = {"inputs": [tensor], "outputs": [{"name": "output", "parameters": {"binary_data": True}}]}
