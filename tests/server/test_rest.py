@@ -242,6 +242,16 @@ def test_keys_over_http(live: Live) -> None:
     assert httpx.get(live.url + "/v2", headers=own).status_code == 401
 
 
+def test_a_large_raw_tensor_is_answered_as_the_runtime_does(live: Live) -> None:
+    big = np.random.default_rng(1).standard_normal((700, 1, 12, 14)).astype(np.float32)
+    own = {**RAW, "shape": list(big.shape), "parameters": {"binary_data_size": big.nbytes}}
+    found = live.ask("POST", "/v2/models/mood/infer", **framed({"inputs": [own]}, big.tobytes()))
+    assert found.status_code == 200, found.text
+    (output,) = [output for output in found.json()["outputs"] if output["name"] == "logits"]
+    expected = live.served.runtime.run({"pixels": big}, "acme/mood@1")["logits"]
+    np.testing.assert_allclose(np.reshape(output["data"], output["shape"]), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_client_that_goes_away_stops_its_request(live: Live) -> None:
     big = np.zeros((2000, 1, 12, 14), np.float32)
     text = json.dumps({"inputs": [{**RAW, "shape": list(big.shape), "parameters": {"binary_data_size": big.nbytes}}]})

@@ -17,11 +17,13 @@ from tpeft_deploy.runtime.server.rest.infer_codec import (
     InferenceHeaderCache,
     decode,
     encode_parts,
+    header_length,
     is_heavy,
     json_bytes,
 )
 from tpeft_deploy.runtime.server.rest.json_data import SMALL
 from tpeft_deploy.runtime.server.rest.transport.compression import compress, decompress, encoding_for, is_compressed
+from tpeft_deploy.runtime.server.rest.transport.connection import READ_BODY, BodyRead
 from tpeft_deploy.runtime.server.tenancy.intake import Hold, Intake
 from tpeft_deploy.runtime.server.v2.limits import RestLimits
 from tpeft_deploy.runtime.server.v2.messages import InferResponse
@@ -97,11 +99,14 @@ class InferenceEndpoint:
                 await asyncio.sleep(seconds)
         hold.take(declared)
         message = await context.receive()
-        body = message.get("body", b"")
-        if message.get("more_body", True) or len(body) > declared:  # most bodies are one message of the declared size
+        body: bytes | bytearray | memoryview = message.get("body", b"")
+        read_rest = _reader(message, context)
+        if read_rest is not None:
+            body = await _read_raw(read_rest, message["body"], context)
+        elif message.get("more_body", True) or len(body) > declared:  # most bodies are one message of the declared size
             body = await _read_body(message, limit, context)
         context.bytes_in = len(body)
-        if b"content-encoding" in headers:
+        if b"content-encoding" in headers and not isinstance(body, memoryview):
             body = await decompress(headers, body, limit, hold, self._intake.offload)
         adapter = _adapter(headers)
         if not is_heavy(headers, body):
@@ -149,6 +154,25 @@ class InferenceEndpoint:
             hold.take(length)
             body = await run(hold.tenant, compress, encoding, parts)
         return [*headers, (b"content-encoding", encoding)], [body]
+
+
+def _reader(message: Mapping[str, Any], context: HttpContext) -> BodyRead | None:
+    """Return what reads the rest of raw tensors without copies, if that is large and its size was declared."""
+    headers = context.headers
+    if not message.get("more_body", False) or HEADER not in headers or b"content-encoding" in headers:
+        return None
+    left = context.declared - len(message["body"])
+    read: BodyRead | None = context.scope.get("extensions", {}).get(READ_BODY)
+    return read if left > PIECE else None
+
+
+async def _read_raw(read: BodyRead, first: bytes, context: HttpContext) -> bytes | memoryview:
+    """Read the rest of a body of the declared size, for which memory is reserved."""
+    body = await read(first, context.declared, header_length(context.headers, context.declared))
+    context.bytes_in = len(body)
+    if len(body) < context.declared:
+        raise ClientLeft
+    return body
 
 
 async def _read_body(message: MutableMapping[str, Any], limit: int, context: HttpContext) -> bytes | bytearray:

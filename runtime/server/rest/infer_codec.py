@@ -91,7 +91,7 @@ def decode(
     model: str,
     version: str,
     headers: Mapping[bytes, bytes],
-    body: bytes | bytearray,
+    body: bytes | bytearray | memoryview,
     heads: InferenceHeaderCache,
     adapter: str | None = None,
     traceparent: str = "",
@@ -113,7 +113,7 @@ def decode(
         Unsupported: the request uses shared memory or the classification extension.
     """
     end = header_length(headers, len(body))
-    whole = body if end == len(body) else body[:end]
+    whole = body if end == len(body) and isinstance(body, bytes | bytearray) else bytes(body[:end])
     head = heads.read(model, bytes(whole)) if end <= SMALL else heads.read_in_pieces(model, whole)
     if head.model_name is not None and head.model_name != model:
         raise ProtocolError(
@@ -136,7 +136,7 @@ def decode(
     return Framed(request, head)
 
 
-def is_heavy(headers: Mapping[bytes, bytes], body: bytes | bytearray) -> bool:
+def is_heavy(headers: Mapping[bytes, bytes], body: bytes | bytearray | memoryview) -> bool:
     """Return whether decoding a body would block the event loop; raw numeric tensors are views of any size.
 
     Raises:
@@ -145,7 +145,7 @@ def is_heavy(headers: Mapping[bytes, bytes], body: bytes | bytearray) -> bool:
     if len(body) <= SMALL:
         return False
     end = header_length(headers, len(body))
-    return end > SMALL or body.find(b"BYTES", 0, end) >= 0
+    return end > SMALL or b"BYTES" in bytes(body[:end])
 
 
 def encode(response: InferResponse, framed: Framed) -> tuple[list[tuple[bytes, bytes]], bytes]:
@@ -220,7 +220,7 @@ def header_length(headers: Mapping[bytes, bytes], size: int) -> int:
     return int(given)
 
 
-def _inputs(head: Head, body: bytes | bytearray, at: int) -> dict[str, Array]:
+def _inputs(head: Head, body: bytes | bytearray | memoryview, at: int) -> dict[str, Array]:
     """Return the tensors of a body; raw tensors are views of it."""
     inputs: dict[str, Array] = {}
     for own in head.inputs:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from tpeft_deploy.runtime.server.rest.transport.body_reader import BodyReader
 from tpeft_deploy.runtime.server.rest.transport.seats import Seat, Seats
 
-__all__ = ["Connection"]
+__all__ = ["BodyRead", "Connection", "READ_BODY"]
 
+BodyRead = Callable[[bytes, int, int], Awaitable[bytes | memoryview]]
+READ_BODY = "tpeft_deploy.read_body"
+"""ASGI extension, a `BodyRead`: see `Connection.read_body`."""
 _BYTES = 1 << 16  # not counting the read in which a head, a chunk extension, or trailers begin
 _FIELDS = 128  # maximum headers and trailers of a request
 _LEAST = 1 << 16  # minimum bytes of a body or a response within `stall_seconds`
@@ -55,6 +61,8 @@ class Connection(HttpToolsProtocol):
         self._mark: object = None  # phase and request since `_since`
         self._since = 0.0
         self._progress = (0, 0, 0)
+        self._extensions: Any = {READ_BODY: self.read_body}
+        self._reader: BodyReader | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Register the connection."""
@@ -100,6 +108,7 @@ class Connection(HttpToolsProtocol):
         if self._seat.spare and not self.url.startswith(_HEALTH):
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "there is no room for a connection", "retry-after: 1\r\n")
             raise OverflowError
+        self.scope["extensions"] = self._extensions
         super().on_headers_complete()
         self.headers = [*self.headers]  # the parser appends trailers to the copy, not to the request
         if self._seat.spare:
@@ -117,6 +126,47 @@ class Connection(HttpToolsProtocol):
         if self.cycle.response_complete:
             self._wait()
         super().on_message_complete()
+
+    async def read_body(self, first: bytes, size: int, tensors: int) -> bytes | memoryview:
+        """Read the rest of the body of the request that is being served, past the parser.
+
+        Args:
+            first: bytes of the body that were received, fewer than `size`.
+            size: length that the request declared.
+            tensors: bytes of the body before the first tensor.
+
+        Returns:
+            All of the body, or fewer bytes if the client has left.
+        """
+        cycle = self.cycle
+        first += bytes(cycle.body)
+        cycle.body = bytearray()
+        if not cycle.more_body or cycle.disconnected:
+            return first
+        self._reader = reader = BodyReader(self, first, size, tensors, self._advance)
+        self._receive_by(reader)
+        try:
+            while not (reader.is_complete or cycle.disconnected):
+                await cycle.message_event.wait()
+                cycle.message_event.clear()
+        finally:
+            self._reader = None
+            if not reader.is_complete:
+                self.transport.close()  # the parser has not seen where the body ends
+        return reader.body
+
+    def _advance(self, size: int) -> None:
+        self._heard += size
+        if self._reader is not None and self._reader.is_complete:
+            # The parser still waits for this body; what follows is for one that has seen nothing.
+            self.parser = _new_parser(self)
+            self._receive_by(self)
+            self.on_message_complete()
+
+    def _receive_by(self, protocol: asyncio.BaseProtocol) -> None:
+        self.flow.pause_reading()  # uvloop chooses between its two ways of reading when reading starts
+        self.transport.set_protocol(protocol)
+        self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
         """Continue with the next request; `look` replaces uvicorn's keep-alive timer per request."""
@@ -223,6 +273,13 @@ class Connection(HttpToolsProtocol):
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n{more}"
         self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
+
+
+def _new_parser(protocol: Connection) -> httptools.HttpRequestParser:
+    """Return a parser that is set up as uvicorn's."""
+    parser = httptools.HttpRequestParser(protocol)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
 
 
 def _problem(version: str, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
