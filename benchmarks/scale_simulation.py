@@ -1,6 +1,7 @@
 """Placement of very many adapters on many replicas, simulated with the router's own policy.
 
     python -m benchmarks.scale_simulation [--adapters N] [--replicas N] [--requests N] [--out DIRECTORY]
+        [--plots FILE.svg]
 
 Requests of one row arrive at random; their adapters follow Zipf's law (exponent 1). Of the thousand adapters most in
 demand, some change with others every few seconds, and replicas go and come with empty banks. A replica computes one row
@@ -14,6 +15,7 @@ does. The first half of the requests only warms the banks.
 | imbalance | most rows of a replica that was there all the time over their mean |
 | wait | rows before one in its replica's queue: mean, 99th percentile |
 | loads | adapters that a replica loads in a second, and megabytes (2.6 each, as of rank 8 on all linears of ViT-base) |
+| over time | hit rate of each twelfth of all requests, those that warm the banks too |
 
 Policies: this toolkit's (`runtime.cluster.placement`), random, round robin, least loaded, and that of Ray Serve 2.60's
 multiplexing (replicas that have the adapter, else those with the fewest; of two at random, the less loaded).
@@ -33,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import scale_plots
 from tpeft_deploy.runtime.adapters.eviction import UseHistory
 from tpeft_deploy.runtime.cluster.placement import AffinePlacement
 
@@ -42,6 +45,7 @@ BUSY = 0.7  # share of the replicas' time that rows would take without loads
 MEGABYTES = 2.6  # of an adapter
 HOT, MOVED, EVERY = 1000, 20, 5.0  # adapters in demand, those that change places with others, and seconds between
 COMES = 20.0  # seconds between a replica that goes and its successor's coming
+PARTS = 12  # of all requests, for the hit rate over time
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Result:
     wait_99: float
     loads_per_replica_s: float
     megabytes_per_replica_s: float
+    over_time: list[tuple[float, float]]  # seconds at which a part ends, and its hit rate
 
 
 @dataclass
@@ -227,7 +232,7 @@ def simulate(policy: Policy, digests: Sequence[str], times: Sequence[float], rep
     cluster = Cluster(replicas, rows)
     warm, next_change = len(digests) // 2, COMES
     waits: list[float] = []
-    hits = 0
+    found = np.zeros(len(digests), bool)
     for index, (digest, now) in enumerate(zip(digests, times, strict=True)):
         cluster.finish(now)
         if now > next_change:
@@ -238,8 +243,8 @@ def simulate(policy: Policy, digests: Sequence[str], times: Sequence[float], rep
         name = policy(digest, now, cluster.load, cluster.present, cluster.where)
         if index >= warm:
             waits.append(cluster.load[name])
-        hit = cluster.compute(name, digest, now)
-        hits += hit and index >= warm
+        found[index] = cluster.compute(name, digest, now)
+    hits = int(found[warm:].sum())
     lasting = [cluster.present[name].computed for name in sorted(cluster.lasting)]
     everyone = [*cluster.present.values(), *(own for own in cluster.gone if own.counted_from)]
     asked = sum(len(own.asked) - own.counted_from for own in everyone)
@@ -252,6 +257,9 @@ def simulate(policy: Policy, digests: Sequence[str], times: Sequence[float], rep
         wait_99=float(np.quantile(waits, 0.99)),
         loads_per_replica_s=loads,
         megabytes_per_replica_s=loads * MEGABYTES,
+        over_time=[
+            (times[part[-1]], float(found[part].mean())) for part in np.array_split(np.arange(len(times)), PARTS)
+        ],
     )
 
 
@@ -298,15 +306,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4 * 10**6)
     parser.add_argument("--only", choices=sorted(policies()))
     parser.add_argument("--out", type=Path, help="directory for scale_simulation.json")
+    parser.add_argument("--plots", type=Path, help="SVG file for the figures")
     options = parser.parse_args()
     digests, times = demand(options.adapters, options.requests, options.replicas)
-    found = {}
+    found: dict[str, Result] = {}
     for name, policy in policies().items():
         if options.only in (None, name):
-            found[name] = asdict(simulate(policy, digests, times, options.replicas, options.rows))
-            print(name, json.dumps(found[name]), flush=True)
+            found[name] = simulate(policy, digests, times, options.replicas, options.rows)
+            print(name, json.dumps(asdict(found[name])), flush=True)
     if options.out is not None:
-        (options.out / "scale_simulation.json").write_text(json.dumps(found, indent=2) + "\n")
+        written = {name: asdict(own) for name, own in found.items()}
+        (options.out / "scale_simulation.json").write_text(json.dumps(written, indent=2) + "\n")
+    if options.plots is not None:
+        options.plots.write_text(scale_plots.render(found))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tpeft_deploy.runtime.cluster.replica import ReplicaRuntime, ToldQuotas
 from tpeft_deploy.runtime.cluster.router import FIGURES, AdapterAffineRouter
 from tpeft_deploy.runtime.cluster.scaling import ROWS, WaitingRows
 from tpeft_deploy.runtime.cluster.wire import CallRoute, GenerateCall, InferCall, digest_of
+from tpeft_deploy.runtime.heap import settle_heap
 from tpeft_deploy.runtime.private_copy import PrivateCopy
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
 from tpeft_deploy.runtime.server.registry.files.disk_cache import DiskCache
@@ -69,6 +70,7 @@ class RayReplica:
         self._replica = ReplicaRuntime(bundle, runtime, quotas, store.read)
         with ThreadPoolExecutor(1) as pool:  # waiting for other replicas is not allowed on the deployment's loop
             pool.submit(_warm, self._replica, bundle).result()
+        settle_heap()
 
     async def infer(self, route: CallRoute, call: InferCall) -> Any:
         """See `ReplicaRuntime.infer`."""
@@ -122,6 +124,7 @@ class RayIngress:
     async def __init__(self, arguments: Mapping[str, Any], replicas: DeploymentHandle) -> None:  # type: ignore[misc]
         table = table_of(str(replicas.deployment_id))
         self._ingress = await Ingress.open(ClusterSettings.of(arguments), RayCalls(replicas), table)
+        settle_heap()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._ingress.application

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 import socket
@@ -17,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from tpeft_deploy.bundle.directory import Bundle
 from tpeft_deploy.errors import ServerError
 from tpeft_deploy.runtime import Limits, Runtime
+from tpeft_deploy.runtime.heap import settle_heap
 from tpeft_deploy.runtime.server import model_agent
 from tpeft_deploy.runtime.server.certificates import Certificates
 from tpeft_deploy.runtime.server.console.files import Console
@@ -47,7 +47,6 @@ __all__ = ["open_service", "rest_application", "rpc_server", "serve"]
 _log = logging.getLogger("tpeft_deploy.server")
 _GRPC_BYTES = 4 << 20
 _RENEW_SECONDS = 5.0
-_COLLECTED = 20_000  # new objects until the youngest are collected
 
 
 def serve(bundle: Path, settings: Settings, say: Callable[[str], None] | None = None) -> None:
@@ -233,7 +232,7 @@ async def _run(
         await asyncio.sleep(0.01)
     if serving.done():
         await serving  # raises the reason why it did not start
-    _settle_heap()
+    settle_heap()
     _say_where(settings, listeners, grpc, say)
     sweeping = asyncio.create_task(service.sweep())
     leasing = asyncio.create_task(service.renew_lease())
@@ -255,14 +254,6 @@ async def _run(
     await asyncio.gather(*ending)
     for task in (sweeping, leasing, renewing, stopping):
         task.cancel()
-
-
-def _settle_heap() -> None:
-    # A full collection goes through all that was imported, and stops every request for 60 ms: what is there stays.
-    # Requests in flight outlive collections that are as frequent as Python's, which lead to a full one each second.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_COLLECTED, 20, 20)
 
 
 def _say_where(

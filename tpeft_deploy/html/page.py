@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-__all__ = ["FORM_COLOURS", "document", "scientific", "tiles"]
+__all__ = ["COLOURS", "FORM_COLOURS", "document", "scientific", "tiles"]
 
 FORM_COLOURS = {
     "base": "#94a3b8",
@@ -19,11 +19,15 @@ FORM_COLOURS = {
     "padded": "#db2777",
 }
 
-_STYLE = """
+# CSS variables of the page, and of SVG files, in both themes.
+COLOURS = """
 :root { color-scheme: light dark; --paper: #f8fafc; --card: #fff; --ink: #0f172a; --soft: #64748b; --line: #e2e8f0;
   --good: #047857; --bad: #b91c1c; }
 @media (prefers-color-scheme: dark) { :root { --paper: #0b1120; --card: #131c31; --ink: #e2e8f0; --soft: #94a3b8;
   --line: #2b3852; --good: #34d399; --bad: #f87171; } }
+"""
+
+_STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -61,7 +65,7 @@ def document(title: str, body: str, *, style: str = "") -> str:
     """
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{_STYLE}{style}</style></head><body><main>
+<title>{escape(title)}</title><style>{COLOURS}{_STYLE}{style}</style></head><body><main>
 {body}
 </main></body></html>
 """

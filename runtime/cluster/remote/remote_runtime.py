@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -75,6 +76,7 @@ class RemoteRuntime:
         self.tasks = RemoteTasks(bundle)
         self._pins = RemotePins(self.tasks, table, self._control)
         self._seen: set[str] = set()
+        self._background: set[asyncio.Task[object]] = set()
         self._generation = RemoteGeneration(self.tasks, calls, table, quota)
         table.on_change = self._replicas_changed
 
@@ -197,7 +199,7 @@ class RemoteRuntime:
         gone = self.tasks.forget(tasks)
         for key, name in gone.items():
             if key in self._pins.all():
-                self._later(self._pins.drop(key, name))
+                self._later(partial(self._pins.drop, key, name))
 
     def probe(self, task: str) -> bool:
         """As `Runtime.probe`, on the replica that the adapter belongs to."""
@@ -299,8 +301,7 @@ class RemoteRuntime:
         return self._bundle.components[component].manifest
 
     def _replicas_changed(self) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            self._later(self._settle())
+        self._later(self._settle)
 
     async def _settle(self) -> None:
         """Bring to replicas that came what is pinned or in demand, and belongs there."""
@@ -312,8 +313,21 @@ class RemoteRuntime:
                 with suppress(TpeftError):  # its first request says why
                     await self._control(self.tasks.stored(digest), replica, "prefetch")
 
-    def _later(self, work: Coroutine[Any, Any, object]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop)
+    def _later(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        """Run on the loop without waiting; a loop that stops before makes no coroutine, and errors are dropped."""
+
+        def ended(task: asyncio.Task[object]) -> None:
+            self._background.discard(task)
+            if not task.cancelled():
+                task.exception()
+
+        def begin() -> None:
+            task = self._loop.create_task(work())
+            self._background.add(task)
+            task.add_done_callback(ended)
+
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(begin)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

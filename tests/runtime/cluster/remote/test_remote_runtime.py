@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from tpeft_deploy import Adapter, Bundle, Runtime
 from tpeft_deploy.errors import InputError, Unavailable, UnknownTask
 from tpeft_deploy.runtime import Source
 from tpeft_deploy.runtime.batching.timing import Timing
+from tpeft_deploy.runtime.cluster.affinity import ReplicaTable
+from tpeft_deploy.runtime.cluster.calls import ReplicaCalls
 from tpeft_deploy.runtime.cluster.remote.remote_runtime import RemoteRuntime
 from tpeft_deploy.runtime.cluster.wire import Figures
 from tpeft_deploy.runtime.server.registry.files.blobs import Blobs
@@ -215,3 +220,21 @@ def test_it_has_what_the_server_calls() -> None:
         assert own is not None, f"RemoteRuntime has no {name}"
         if callable(theirs):
             assert [*inspect.signature(own).parameters] == [*inspect.signature(theirs).parameters], name
+
+
+def test_replicas_that_change_while_the_loop_ends_leave_no_coroutine(
+    conv_bundle: Bundle, recwarn: pytest.WarningsRecorder
+) -> None:
+    async def never(*_: object) -> None:
+        raise AssertionError("no replica is called")
+
+    table = ReplicaTable()
+    loop = asyncio.new_event_loop()
+    calls = cast(ReplicaCalls, SimpleNamespace(call=never))
+    runtime = RemoteRuntime(conv_bundle, calls, table, lambda _: Quota(), loop)
+    table.update({"r0": None})  # the loop runs no more
+    loop.close()
+    table.update({"r1": None})
+    del runtime
+    gc.collect()
+    assert not [own for own in recwarn if "never awaited" in str(own.message)]
