@@ -27,7 +27,7 @@ COLOURS = """
   --line: #2b3852; --good: #34d399; --bad: #f87171; } }
 """
 
-_STYLE = """
+_STYLE = """\
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
