@@ -3,8 +3,8 @@
     python -m benchmarks.operators BUNDLE [--rows 16] [--tasks 4] [--runs 20] [--threads 1] [--shown 10]
 
 Columns are the base, the factored form with one adapter and the banked form with another of `--tasks` adapters for each
-row, all of the example inputs, repeated.  Milliseconds of a run, means over the runs behind a warming one;
-profiling itself makes each operator some microseconds longer.
+row, all of the example inputs, repeated; a form's graph for the CPU where the bundle has one.  Milliseconds of a run,
+means over the runs behind a warming one; profiling itself makes each operator some microseconds longer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import onnxruntime
 
 from tpeft_deploy import Bundle
 from tpeft_deploy.bundle import slots
-from tpeft_deploy.bundle.directory import EXAMPLE
+from tpeft_deploy.bundle.directory import BANKED_CPU, EXAMPLE, FACTORED_CPU
 from tpeft_deploy.exporters.proof.bundle_graphs import BANKED, BASE, FACTORED, banks
 from tpeft_deploy.tucker import Array
 
@@ -63,11 +63,17 @@ def _feeds(bundle: Bundle, rows: int, tasks: int) -> dict[str, dict[str, Array]]
         inputs = {name: np.resize(array, (rows, *array.shape[1:])) for name, array in example.items()}
     bank = banks(bundle, {"base": None, **{name: bundle.adapter(name) for name in names}})[BANKED]
     index = np.arange(rows, dtype=np.int64) % len(names) + 1
+    factored = _for_cpu(bundle, FACTORED, FACTORED_CPU)
+    banked = _for_cpu(bundle, BANKED, BANKED_CPU)
     return {
         BASE: inputs,
-        FACTORED: {**inputs, **bundle.factors(names[0])},
-        BANKED: {**inputs, **bank, slots.INDEX: index},
+        factored: {**inputs, **bundle.factors(names[0])},
+        banked: {**inputs, **bank, slots.INDEX: index},
     }
+
+
+def _for_cpu(bundle: Bundle, portable: str, cpu: str) -> str:
+    return cpu if (bundle.path / cpu).exists() else portable
 
 
 def main() -> None:
