@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
@@ -24,6 +25,7 @@ from tpeft_deploy.runtime.cluster.wire import (
     InferCall,
     Refused,
     SequenceStep,
+    joined,
 )
 from tpeft_deploy.runtime.generation.handle import GenerationRequest, Handle
 from tpeft_deploy.runtime.server.tenancy.fair_order import Fair, Orders
@@ -34,6 +36,7 @@ __all__ = ["ReplicaRuntime", "ToldQuotas"]
 
 _log = logging.getLogger("tpeft_deploy.cluster")
 _TENANTS = 10_000
+_PAUSE = 0.02  # seconds; Ray takes two milliseconds for what a call yields, be it one token or twenty
 _REPORTED = 8192  # adapters of which residency is reported
 _CONTROL = frozenset({"probe", "pin", "unpin", "labels", "prefetch", "open_generation"})
 
@@ -223,7 +226,7 @@ class ReplicaRuntime:
 
 
 async def _merged(handles: list[Handle]) -> AsyncGenerator[SequenceStep]:
-    """Yield what happens to sequences, as it comes."""
+    """Yield what happens to sequences as it comes, but at most every `_PAUSE` seconds, with all that came meanwhile."""
     came: asyncio.Queue[SequenceStep] = asyncio.Queue()
 
     async def follow(choice: int, handle: Handle) -> None:
@@ -239,12 +242,18 @@ async def _merged(handles: list[Handle]) -> AsyncGenerator[SequenceStep]:
             came.put_nowait(SequenceStep(choice, reason=handle.result().reason))
 
     tasks = [asyncio.create_task(follow(choice, handle)) for choice, handle in enumerate(handles)]
-    left = len(tasks)
+    left, clock = len(tasks), asyncio.get_running_loop().time
+    sent = -math.inf
     try:
         while left:
-            step = await came.get()
-            left -= step.reason is not None or step.error is not None
-            yield step
+            steps = [await came.get()]
+            await asyncio.sleep(max(0.0, sent + _PAUSE - clock()))
+            while not came.empty():
+                steps.append(came.get_nowait())
+            sent = clock()
+            for step in joined(steps):
+                left -= step.reason is not None or step.error is not None
+                yield step
     finally:
         for task in tasks:
             task.cancel()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tpeft_deploy.bundle.directory import BASE_TASK
@@ -20,6 +20,7 @@ __all__ = [
     "GenerateCall",
     "InferCall",
     "SequenceStep",
+    "joined",
     "Refused",
     "CallRoute",
     "TaskRef",
@@ -149,6 +150,15 @@ class SequenceStep:
     tokens: Sequence[Token] = ()
     reason: str | None = None
     error: TpeftError | None = None
+
+
+def joined(steps: Iterable[SequenceStep]) -> list[SequenceStep]:
+    """Join the steps of each sequence, of which only the last may end it; sequences in the order of their first."""
+    found: dict[int, SequenceStep] = {}
+    for step in steps:
+        before = found.get(step.choice)
+        found[step.choice] = step if before is None else replace(step, tokens=(*before.tokens, *step.tokens))
+    return list(found.values())
 
 
 @dataclass(frozen=True)

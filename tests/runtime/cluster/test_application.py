@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from tpeft_deploy.tucker import Array
 
 pytestmark = [pytest.mark.cluster, needs("ray")]
 REPLICA = "ServeReplica:tpeft:replica"
+SEQUENCES = 64  # more than the 32 rows of one replica
+ENDLESS = {"1": -100.0}
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,38 @@ def test_a_stream_ends_with_its_replica(subject: Subject) -> None:
                     for victim in subject.cluster.processes(REPLICA):
                         os.kill(victim, signal.SIGKILL)
         wait_until(lambda: _answers(subject, client), "an answer of a new replica")
+
+
+def test_a_replica_is_added_while_sequences_wait(tmp_path: Path) -> None:
+    bundle = text_bundle(tmp_path)
+    state = tmp_path / "state"
+    with cluster(bundle.path, state, "--replicas", 1, "--max-replicas", 2, "--no-auth") as own, ExitStack() as stack:
+        with Client(own.url, timeout=120) as client:
+            expected = {task: client.generate("hello", task, max_tokens=8).text for task in "ab"}
+        stop, ended = threading.Event(), threading.Semaphore(0)
+        pool = stack.enter_context(ThreadPoolExecutor(SEQUENCES))
+        stack.callback(stop.set)
+
+        def ask(task: str) -> None:
+            with Client(own.url, timeout=120) as client:
+                while not stop.is_set():
+                    with client.generate("hello", task, stream=True, max_tokens=300, logit_bias=ENDLESS) as pieces:
+                        text = ""
+                        for piece in pieces:
+                            text += piece
+                            if stop.is_set():
+                                break
+                    assert expected[task].startswith(text) or text.startswith(expected[task])
+                    ended.release()
+
+        asking = [pool.submit(ask, "ab"[number % 2]) for number in range(SEQUENCES)]
+        wait_until(lambda: len(own.processes(REPLICA)) == 2, "a second replica")
+        for _ in range(2 * SEQUENCES):
+            assert ended.acquire(timeout=120)
+        stop.set()
+        for sequence in asking:
+            sequence.result(120)
+        own.stop()
 
 
 def _answers(subject: Subject, client: Client) -> bool:
