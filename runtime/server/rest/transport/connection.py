@@ -141,7 +141,7 @@ class Connection(HttpToolsProtocol):
         cycle = self.cycle
         first += bytes(cycle.body)
         cycle.body = bytearray()
-        if not cycle.more_body or cycle.disconnected:
+        if not cycle.more_body or cycle.disconnected or self.transport.is_closing():
             return first
         self._reader = reader = BodyReader(self, first, size, tensors, self._advance)
         self._receive_by(reader)
