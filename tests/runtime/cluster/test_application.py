@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -129,6 +131,7 @@ def test_a_replica_is_added_while_sequences_wait(tmp_path: Path) -> None:
         def ask(task: str) -> None:
             with Client(own.url, timeout=120) as client:
                 while not stop.is_set():
+                    began = time.monotonic()
                     with client.generate("hello", task, stream=True, max_tokens=300, logit_bias=ENDLESS) as pieces:
                         text = ""
                         for piece in pieces:
@@ -136,12 +139,15 @@ def test_a_replica_is_added_while_sequences_wait(tmp_path: Path) -> None:
                             if stop.is_set():
                                 break
                     assert expected[task].startswith(text) or text.startswith(expected[task])
+                    seconds.append(time.monotonic() - began)
                     ended.release()
 
+        seconds: list[float] = []  # that sequences took
         asking = [pool.submit(ask, "ab"[number % 2]) for number in range(SEQUENCES)]
         wait_until(lambda: len(own.processes(REPLICA)) == 2, "a second replica")
         for _ in range(2 * SEQUENCES):
             assert ended.acquire(timeout=120)
+        print(f"{SEQUENCES} streams: {statistics.median(seconds[:SEQUENCES]):.1f} s for each of the first, median")
         stop.set()
         for sequence in asking:
             sequence.result(120)
